@@ -1,0 +1,70 @@
+# make demo and make test each work alone: they create .venv, install, and run.
+
+PYTHON ?= python3
+PYTEST_ARGS ?=
+VENV := .venv
+RUN := $(VENV)/bin/python
+DEMO_CAMERAS := pan_right arc_left pan_right
+
+.DEFAULT_GOAL := help
+.NOTPARALLEL:
+.DELETE_ON_ERROR:
+
+.PHONY: help
+help:
+	@echo "make demo     re-render a clip from three cameras with the embedded model"
+	@echo "make test     run all tests"
+	@echo "make check    lint, format, types, layering"
+	@echo "make format   format the code"
+	@echo "make venv     create $(VENV) with everything the above need"
+	@echo "make clean    remove what the above made"
+
+# A half-made environment would look finished to the next run, so a failure removes it.
+$(RUN):
+	@$(PYTHON) -c 'import sys; v = sys.version_info; sys.exit( \
+	  "Python 3.10 or newer is needed, $(PYTHON) is %d.%d; try: make PYTHON=python3.12" % v[:2] \
+	  if v < (3, 10) else 0)'
+	@rm -rf $(VENV)
+	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
+	  echo "cannot create $(VENV): install your system's python3-venv package" >&2; exit 1; }
+
+$(VENV)/.installed: pyproject.toml setup.py | $(RUN)
+	$(RUN) -m pip install -e .
+	@touch $@
+
+$(VENV)/.installed-dev: pyproject.toml setup.py | $(RUN)
+	$(RUN) -m pip install -e '.[dev]'
+	@touch $(VENV)/.installed $@
+
+.PHONY: venv
+venv: $(VENV)/.installed-dev
+
+demo/clip.mp4: | $(VENV)/.installed
+	$(RUN) -m mv2v_engine.synthetic.demo_clip --out $@
+
+.PHONY: demo
+demo: $(VENV)/.installed demo/clip.mp4
+	$(RUN) -m mv2v_engine.run novel-view demo/clip.mp4 \
+	  $(addprefix --camera ,$(DEMO_CAMERAS)) --out demo/out --overwrite
+
+.PHONY: test
+test: $(VENV)/.installed-dev
+	$(RUN) -m pytest $(PYTEST_ARGS)
+
+.PHONY: check
+check: $(VENV)/.installed-dev
+	$(RUN) -m ruff check .
+	$(RUN) -m ruff format --check .
+	$(RUN) -m mypy
+	$(RUN) -m pytest -q tests/test_layering.py
+
+.PHONY: format
+format: $(VENV)/.installed-dev
+	$(RUN) -m ruff check --fix .
+	$(RUN) -m ruff format .
+
+.PHONY: clean
+clean:
+	rm -rf $(VENV) build dist *.egg-info demo/clip.mp4 demo/out
+	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
+	find mv2v_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,177 @@
+"""Configurations: frozen, flat, one per component; presets are plain values and functions.
+
+C transformer width, k spatial patch of a tokenizer.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mv2v_engine.errors import RequestError
+
+MergeMode = Literal["conv", "discard", "off"]
+MergeScope = Literal["group", "joint"]
+Conditioning = Literal["joint", "static"]
+CameraConditioning = Literal["own", "target", "none"]
+RopeMode = Literal["pooled", "centre"]
+HeadMode = Literal["concat", "mean"]
+BackendName = Literal["auto", "reference", "triton", "cuda"]
+MemoryMode = Literal["retrieved", "previous", "none"]
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class MergerConfig:
+    """The convolution C_theta that fuses a frame's neighbouring tokens (METHOD 7, Eq. 6).
+
+    kernel: rows and columns, equal to the stride. groups: 1 dense, C depth-wise.
+    pooled: average the cells first and apply a linear layer (a 1x1 kernel's weights).
+    shared: one module serves every merging block.
+    """
+
+    kernel: tuple[int, int] = (2, 2)
+    groups: int = 1
+    bias: bool = True
+    pooled: bool = False
+    shared: bool = False
+
+    def __post_init__(self) -> None:
+        if min(self.kernel) < 1 or self.kernel == (1, 1):
+            raise RequestError(f"a merge kernel must cover at least two cells, got {self.kernel}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TransformerConfig:
+    """Shape of an `MV2VTransformer`; the words are diffusers' `WanTransformer3DModel`'s.
+
+    tokenizers: spatial patches k of the conditioning tokenizers, empty for a base without them.
+    merge_blocks: 0-indexed blocks before whose attention tokens merge; None takes METHOD 7's
+        thirds. camera_conditioning: whose camera a conditioning token gets (METHOD 5); "none"
+        for a base without camera modules.
+    """
+
+    num_layers: int
+    num_attention_heads: int
+    attention_head_dim: int
+    ffn_dim: int
+    in_channels: int
+    out_channels: int
+    text_dim: int = 4096
+    text_len: int = 512
+    freq_dim: int = 256
+    eps: float = 1e-6
+    rope_theta: float = 10000.0
+    camera_conditioning: CameraConditioning = "own"
+    tokenizers: tuple[int, ...] = (2, 4, 8)
+    merger: MergerConfig | None = MergerConfig()
+    merge_blocks: tuple[int, ...] | None = None
+
+    def __post_init__(self) -> None:
+        if self.attention_head_dim % 2:
+            raise RequestError(f"attention_head_dim must be even, got {self.attention_head_dim}")
+        if any(k % 2 or k < 2 for k in self.tokenizers):
+            raise RequestError(f"tokenizer patches must be even, got {self.tokenizers}")
+        depth = self.num_layers
+        if self.merge_blocks is None:
+            blocks = (depth // 3, 2 * depth // 3) if depth >= 3 else ()
+            object.__setattr__(self, "merge_blocks", blocks)
+        if any(not 0 <= block < depth for block in self.merging_blocks):
+            raise RequestError(f"merge_blocks {self.merge_blocks} must lie below {depth} blocks")
+
+    @property
+    def dim(self) -> int:
+        """C, the transformer width."""
+        return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def has_camera(self) -> bool:
+        return self.camera_conditioning != "none"
+
+    @property
+    def merging_blocks(self) -> tuple[int, ...]:
+        return self.merge_blocks or ()
+
+
+# Wan2.1-T2V-1.3B with ReCamMaster's camera modules and Memory-V2V's tokenizers and mergers.
+WAN_1_3B = TransformerConfig(
+    num_layers=30,
+    num_attention_heads=12,
+    attention_head_dim=128,
+    ffn_dim=8960,
+    in_channels=16,
+    out_channels=16,
+)
+
+# Wan2.2-TI2V-5B, as Lucy-Edit uses it: the source on channels, memory as extra tokens, no camera.
+WAN_5B = TransformerConfig(
+    num_layers=30,
+    num_attention_heads=24,
+    attention_head_dim=128,
+    ffn_dim=14336,
+    in_channels=48,
+    out_channels=48,
+    camera_conditioning="none",
+)
+
+# The embedded default's transformer, small enough to be trained and run on two CPU cores.
+TINY = TransformerConfig(
+    num_layers=8,
+    num_attention_heads=3,
+    attention_head_dim=48,
+    ffn_dim=576,
+    in_channels=16,
+    out_channels=16,
+    text_dim=64,
+    text_len=8,
+    freq_dim=128,
+)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SamplingConfig:
+    """What a checkpoint was made for: the window, its size and the sampler's defaults (METHOD 8).
+
+    num_frames: pixel frames of one window, 4n+1. size: (height, width) in pixels.
+    """
+
+    num_frames: int = 81
+    size: tuple[int, int] = (480, 832)
+    num_inference_steps: int = 50
+    guidance_scale: float = 5.0
+    flow_shift: float = 5.0
+    negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.num_frames % 4 != 1:
+            raise RequestError(f"num_frames must be 4n+1, got {self.num_frames}")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class EngineConfig:
+    """How an engine runs; nothing here changes what a checkpoint is.
+
+    cache_bytes: budget of the latent memory. max_memory: most memory videos of one turn.
+    merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
+    max_source_pixels: larger frames are refused before they are decoded.
+    """
+
+    backend: BackendName = "auto"
+    memory: MemoryMode = "retrieved"
+    max_memory: int = 10
+    merge: MergeMode = "conv"
+    merge_scope: MergeScope = "group"
+    merge_fraction: float | None = None
+    rope: RopeMode = "pooled"
+    responsiveness_heads: HeadMode = "concat"
+    conditioning: Conditioning = "joint"
+    scheduler: Literal["euler", "unipc"] = "euler"
+    fov_radius: float = 4.0
+    fov_blend: float = 0.5
+    cache_bytes: int = 4 << 30
+    max_source_pixels: int = 3840 * 2160
+
+    def __post_init__(self) -> None:
+        if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
+            raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
+        if self.max_memory < 0 or self.cache_bytes < 0:
+            raise RequestError("max_memory and cache_bytes must not be negative")

@@ -1,0 +1,22 @@
+"""Every environment variable that the engine reads, typed, with its default. Read nowhere else."""
+
+from __future__ import annotations
+
+import os
+
+from mv2v_engine.errors import RequestError
+
+
+def num_threads() -> int | None:
+    """MV2V_NUM_THREADS: CPU threads of the command line; unset leaves torch's choice."""
+    text = os.environ.get("MV2V_NUM_THREADS", "")
+    if not text:
+        return None
+    if not text.isdigit() or int(text) < 1:
+        raise RequestError(f"MV2V_NUM_THREADS must be a positive integer, got {text!r}")
+    return int(text)
+
+
+def is_ci() -> bool:
+    """CI: set by continuous integration; progress bars then print lines instead of redrawing."""
+    return os.environ.get("CI", "") not in ("", "0", "false")

@@ -1,0 +1,49 @@
+"""Errors that a user can meet: each message names what was got, what was expected, what to do."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable
+
+
+class MV2VError(Exception):
+    """Base of every error that the engine raises on purpose; `run` prints it as one line."""
+
+
+class VideoError(MV2VError, ValueError):
+    """A video file or frame array cannot be used as asked."""
+
+
+class CameraError(MV2VError, ValueError):
+    """A camera name, pose, trajectory or camera file is unusable."""
+
+
+class CheckpointError(MV2VError, ValueError):
+    """A checkpoint is missing, of unknown format, incomplete, or of the wrong shapes."""
+
+
+class RequestError(MV2VError, ValueError):
+    """A turn was requested with arguments that the model or session cannot serve."""
+
+
+class MemoryBudgetError(MV2VError, ValueError):
+    """An entry cannot fit the byte budget of the memory cache."""
+
+
+class StorageError(MV2VError, OSError):
+    """A result could not be written; nothing half-written was left behind."""
+
+
+class KernelUnavailableError(MV2VError, RuntimeError):
+    """An explicitly requested backend cannot run here; the message names the reason."""
+
+
+class CancelledError(MV2VError, RuntimeError):
+    """The caller cancelled the turn; the session is as it was before the turn."""
+
+
+def nearest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:
+    """The known names closest to a misspelt one, as a phrase for an error message."""
+    known = list(known)
+    near = difflib.get_close_matches(name, known, n=count, cutoff=0.4) or known[:count]
+    return " or ".join(near) if len(near) < 3 else ", ".join(near[:-1]) + " or " + near[-1]

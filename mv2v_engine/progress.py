@@ -1,0 +1,91 @@
+"""Progress as typed events from one iterator; bars, streams and callbacks are adapters over it.
+
+A turn is a generator of events. `Spans` opens a stage's NVTX range, its timer and its event in
+one place, under the folder's name (video, vae, text, memory, sampling).
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+
+from mv2v_engine.errors import CancelledError
+
+
+@dataclass(frozen=True, slots=True)
+class StageStarted:
+    stage: str
+
+
+@dataclass(frozen=True, slots=True)
+class StepDone:
+    """step of total is done; seconds_left is extrapolated from the steps so far."""
+
+    stage: str
+    step: int
+    total: int
+    seconds_left: float
+
+
+@dataclass(frozen=True, slots=True)
+class StageDone:
+    stage: str
+    seconds: float
+
+
+Event = StageStarted | StepDone | StageDone
+
+
+class CancelToken:
+    """Set from any thread; the turn under way raises `CancelledError` at its next step."""
+
+    def __init__(self) -> None:
+        self._event = threading.Event()
+
+    def cancel(self) -> None:
+        self._event.set()
+
+    @property
+    def cancelled(self) -> bool:
+        return self._event.is_set()
+
+    def check(self) -> None:
+        if self.cancelled:
+            raise CancelledError("the turn was cancelled; the session keeps its earlier turns")
+
+
+class Spans:
+    """Seconds and peak bytes per stage of one turn, on the device that does the work."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self.peak_bytes: dict[str, int] = {}
+
+    @contextmanager
+    def stage(self, name: str) -> Iterator[StageStarted]:
+        """Time a stage; yields its event for the caller to pass on. Stages of one name add up."""
+        on_gpu = self.device.type == "cuda"
+        if on_gpu:
+            torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
+            torch.cuda.reset_peak_memory_stats(self.device)
+        began = time.perf_counter()
+        try:
+            yield StageStarted(name)
+        finally:
+            if on_gpu:
+                torch.cuda.synchronize(self.device)
+                peak = torch.cuda.max_memory_allocated(self.device)
+                self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
+                torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+            spent = time.perf_counter() - began
+            self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def done(self, name: str) -> StageDone:
+        """The closing event of a stage."""
+        return StageDone(name, self.seconds[name])
