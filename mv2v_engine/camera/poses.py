@@ -1,0 +1,119 @@
+"""Pose arithmetic. One convention everywhere: camera-to-world [R|t], OpenCV axes, metres.
+
+OpenCV axes: x right, y down, z forward. A pose is the top three rows of the 4x4 matrix.
+
+T frames, F latent frames.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.errors import CameraError
+
+# ReCamMaster and MultiCamVideo: 24 mm lens on a 23.76 mm sensor, cropped to 832 pixels.
+_REFERENCE_FOCAL = 24.0 / 23.76 * 832.0
+_REFERENCE_WIDTH = 832.0
+
+
+def default_intrinsics(height: int, width: int) -> Tensor:
+    """Intrinsics [3, 3] in pixels of a 24 mm lens on a 23.76 mm sensor at this image size.
+
+    840.4 px at 832x480 (METHOD 9), scaled with the width; the principal point is the centre.
+    """
+    focal = _REFERENCE_FOCAL * width / _REFERENCE_WIDTH
+    return torch.tensor([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
+
+
+def identity_poses(num_frames: int) -> Tensor:
+    """A static camera at the origin: [T, 3, 4]."""
+    return torch.eye(3, 4).repeat(num_frames, 1, 1)
+
+
+def rotation_yaw(degrees: Tensor) -> Tensor:
+    """Rotation matrices [T, 3, 3] about the y axis; positive looks right."""
+    angle = torch.deg2rad(degrees)
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    rows = [angle.cos(), zero, angle.sin(), zero, one, zero, -angle.sin(), zero, angle.cos()]
+    return torch.stack(rows, dim=-1).reshape(-1, 3, 3)
+
+
+def rotation_pitch(degrees: Tensor) -> Tensor:
+    """Rotation matrices [T, 3, 3] about the x axis; positive looks up (towards negative y)."""
+    angle = torch.deg2rad(degrees)
+    zero, one = torch.zeros_like(angle), torch.ones_like(angle)
+    rows = [one, zero, zero, zero, angle.cos(), -angle.sin(), zero, angle.sin(), angle.cos()]
+    return torch.stack(rows, dim=-1).reshape(-1, 3, 3)
+
+
+def invert(poses: Tensor) -> Tensor:
+    """Inverse of rigid poses [..., 3, 4]: camera-to-world to world-to-camera and back."""
+    rotation = poses[..., :3].transpose(-1, -2)
+    return torch.cat([rotation, -rotation @ poses[..., 3:]], dim=-1)
+
+
+def compose(first: Tensor, second: Tensor) -> Tensor:
+    """The pose `first @ second` of rigid poses [..., 3, 4]."""
+    rotation = first[..., :3] @ second[..., :3]
+    translation = first[..., :3] @ second[..., 3:] + first[..., 3:]
+    return torch.cat([rotation, translation], dim=-1)
+
+
+def relative_to(poses: Tensor, reference: Tensor) -> Tensor:
+    """Poses [T, 3, 4] expressed in the frame of one reference pose [3, 4] (METHOD 5)."""
+    return compose(invert(reference), poses)
+
+
+def pose_vectors(poses: Tensor, *, stride: int = 4) -> Tensor:
+    """Row-major 12-vectors [F, 12] of every `stride`-th pose: one per latent frame (METHOD 5)."""
+    return poses[::stride].flatten(1)
+
+
+def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
+    """Return float32 poses [T, 3, 4], or say what is wrong with them.
+
+    Accepts [T, 4, 4] too; the last row must then be (0, 0, 0, 1).
+
+    Raises:
+        CameraError: wrong shape, NaN or infinity, or a rotation that is not orthonormal
+            with determinant +1.
+    """
+    if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
+        raise CameraError(
+            f"{name} must have shape [frames, 3, 4] (camera-to-world), got {list(poses.shape)}"
+        )
+    poses = poses.to(torch.float64)
+    bad = (~poses.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise CameraError(f"{name} hold NaN or infinity at frame {int(bad[0])}; all must be finite")
+    if poses.shape[1] == 4:
+        last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=poses.dtype)
+        if not torch.allclose(poses[:, 3], last_row.expand(len(poses), 4), atol=1e-4):
+            raise CameraError(
+                f"{name}: the last row of a 4x4 pose must be 0 0 0 1 "
+                f"(column-vector convention), got {poses[0, 3].tolist()}; transpose the matrices?"
+            )
+        poses = poses[:, :3]
+    rotation = poses[..., :3]
+    gram = rotation @ rotation.transpose(1, 2)
+    error = (gram - torch.eye(3, dtype=poses.dtype)).abs().flatten(1).amax(1)
+    worst = int(error.argmax())
+    if float(error[worst]) > 1e-3:
+        raise CameraError(
+            f"{name}: the rotation of frame {worst} is not orthonormal "
+            f"(R R^T differs from identity by {float(error[worst]):.3g}, at most 0.001 allowed)"
+        )
+    if bool((torch.linalg.det(rotation) < 0).any()):
+        raise CameraError(
+            f"{name}: a rotation has determinant -1 (left-handed axes); "
+            "convert to OpenCV axes: x right, y down, z forward"
+        )
+    return poses.to(torch.float32)
+
+
+def look_at_angle(offset: float, distance: float) -> float:
+    """Degrees to turn so that a camera `offset` aside faces a point `distance` ahead."""
+    return math.degrees(math.atan2(offset, distance))

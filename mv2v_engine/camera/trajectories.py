@@ -1,0 +1,178 @@
+"""Camera trajectories: the ten presets of ReCamMaster and the parametrised moves behind them.
+
+A move is written `name` for a preset, or `kind:amount` for a move of one's own:
+`pan:30` (degrees, right positive), `tilt:-10` (degrees, up positive), `zoom:1.5` (metres,
+forward positive), `translate:x,y,z` (metres), `arc:-45` or `arc:-45,3` (degrees about a point
+`radius` metres ahead, left negative), `static`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.camera.poses import (
+    default_intrinsics,
+    identity_poses,
+    look_at_angle,
+    rotation_pitch,
+    rotation_yaw,
+    validate_poses,
+)
+from mv2v_engine.errors import CameraError, nearest_names
+
+SUBJECT_DISTANCE = 4.0  # metres; the point that ReCamMaster's arcs and translations face
+
+
+@dataclass(frozen=True, eq=False)
+class CameraTrajectory:
+    """A camera's path through a video.
+
+    Args:
+        poses: [T, 3, 4] camera-to-world, OpenCV axes, metres.
+        intrinsics: pixels of `size`, [3, 3] or one per frame [T, 3, 3].
+        size: (height, width) of the image that the intrinsics refer to.
+        name: how a report calls it.
+    """
+
+    poses: Tensor
+    intrinsics: Tensor
+    size: tuple[int, int]
+    name: str = "custom"
+
+    def __post_init__(self) -> None:
+        poses = validate_poses(self.poses)
+        shape = tuple(self.intrinsics.shape)
+        if shape not in ((3, 3), (len(poses), 3, 3)):
+            raise CameraError(
+                f"intrinsics must have shape [3, 3] or [{len(poses)}, 3, 3], got {list(shape)}"
+            )
+        intrinsics = self.intrinsics.to(torch.float32)
+        focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
+        if not bool(intrinsics.isfinite().all()) or bool((focal <= 0).any()):
+            raise CameraError("intrinsics must be finite with positive focal lengths")
+        if min(self.size) < 1:
+            raise CameraError(f"size must be a positive (height, width), got {self.size}")
+        object.__setattr__(self, "poses", poses)
+        object.__setattr__(self, "intrinsics", intrinsics)
+
+    @property
+    def num_frames(self) -> int:
+        return len(self.poses)
+
+    def resized(self, size: tuple[int, int]) -> CameraTrajectory:
+        """The same path seen at another image size: intrinsics scale, poses stay."""
+        scale = torch.tensor([size[1] / self.size[1], size[0] / self.size[0], 1.0])
+        intrinsics = self.intrinsics * scale[:, None]
+        return CameraTrajectory(self.poses, intrinsics, size, self.name)
+
+
+def _progress(num_frames: int) -> Tensor:
+    """Fraction of the move done at each frame: constant speed, as the presets (BASE_MODELS 2.5)."""
+    return torch.linspace(0.0, 1.0, num_frames) if num_frames > 1 else torch.zeros(1)
+
+
+def _join(rotation: Tensor, translation: Tensor) -> Tensor:
+    return torch.cat([rotation, translation[..., None]], dim=-1)
+
+
+def pan(num_frames: int, degrees: float) -> Tensor:
+    """Turn in place about the vertical axis; positive looks right. Poses [T, 3, 4]."""
+    rotation = rotation_yaw(_progress(num_frames) * degrees)
+    return _join(rotation, torch.zeros(num_frames, 3))
+
+
+def tilt(num_frames: int, degrees: float) -> Tensor:
+    """Turn in place about the horizontal axis; positive looks up. Poses [T, 3, 4]."""
+    rotation = rotation_pitch(_progress(num_frames) * degrees)
+    return _join(rotation, torch.zeros(num_frames, 3))
+
+
+def translate(num_frames: int, x: float, y: float, z: float) -> Tensor:
+    """Move without turning, metres along the first camera's axes. Poses [T, 3, 4]."""
+    offset = _progress(num_frames)[:, None] * torch.tensor([x, y, z])
+    return _join(torch.eye(3).expand(num_frames, 3, 3), offset)
+
+
+def crane(num_frames: int, rise: float, *, distance: float = SUBJECT_DISTANCE) -> Tensor:
+    """Rise (metres, negative sinks) while tilting to face the subject. Poses [T, 3, 4]."""
+    progress = _progress(num_frames)
+    offset = torch.stack([0 * progress, -rise * progress, 0 * progress], dim=-1)
+    return _join(rotation_pitch(-look_at_angle(rise, distance) * progress), offset)
+
+
+def arc(num_frames: int, degrees: float, *, radius: float = SUBJECT_DISTANCE) -> Tensor:
+    """Orbit a point `radius` metres ahead; positive moves right and looks left. [T, 3, 4]."""
+    angle = _progress(num_frames) * degrees
+    radians = torch.deg2rad(angle)
+    offset = torch.stack([radians.sin(), 0 * radians, 1 - radians.cos()], dim=-1) * radius
+    return _join(rotation_yaw(-angle), offset)
+
+
+def _chord(num_frames: int, degrees: float, x: float, z: float) -> Tensor:
+    """The shipped arcs: a constant turn while moving along the chord, not along the circle."""
+    rotation = rotation_yaw(_progress(num_frames) * degrees)
+    return _join(rotation, _progress(num_frames)[:, None] * torch.tensor([x, 0.0, z]))
+
+
+# End poses as computed from ReCamMaster's shipped extrinsics (BASE_MODELS 2.5).
+PRESETS: dict[str, Callable[[int], Tensor]] = {
+    "pan_right": lambda t: pan(t, 19.88),
+    "pan_left": lambda t: pan(t, -19.88),
+    "tilt_up": lambda t: tilt(t, 9.94),
+    "tilt_down": lambda t: tilt(t, -9.94),
+    "zoom_in": lambda t: translate(t, 0.0, 0.0, 1.988),
+    "zoom_out": lambda t: translate(t, 0.0, 0.0, -1.988),
+    "translate_up": lambda t: crane(t, 0.994),
+    "translate_down": lambda t: crane(t, -0.994),
+    "arc_left": lambda t: _chord(t, 29.82, -1.988, 0.533),
+    "arc_right": lambda t: _chord(t, -29.82, 1.988, 0.533),
+}
+
+_MOVES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], str]] = {
+    "pan": (pan, (1,), "pan:DEGREES"),
+    "tilt": (tilt, (1,), "tilt:DEGREES"),
+    "zoom": (lambda t, z: translate(t, 0.0, 0.0, z), (1,), "zoom:METRES"),
+    "translate": (translate, (3,), "translate:X,Y,Z in metres"),
+    "crane": (crane, (1,), "crane:METRES"),
+    "arc": (
+        lambda t, degrees, radius=SUBJECT_DISTANCE: arc(t, degrees, radius=radius),
+        (1, 2),
+        "arc:DEGREES or arc:DEGREES,RADIUS",
+    ),
+    "static": (identity_poses, (0,), "static"),
+}
+
+
+def named_poses(spec: str, num_frames: int) -> Tensor:
+    """Poses [T, 3, 4] of a preset name or a `kind:amount` move (see the module docstring).
+
+    Raises:
+        CameraError: unknown name (nearest ones offered), wrong number of amounts, or not numbers.
+    """
+    if spec in PRESETS:
+        return PRESETS[spec](num_frames)
+    kind, _, text = spec.partition(":")
+    if kind not in _MOVES:
+        near = nearest_names(spec, [*PRESETS, *_MOVES])
+        raise CameraError(
+            f"unknown camera {spec!r}; nearest: {near}. Presets: {', '.join(PRESETS)}; "
+            f"moves: {', '.join(usage for _, _, usage in _MOVES.values())}; or a camera .json file"
+        )
+    move, counts, usage = _MOVES[kind]
+    try:
+        amounts = [float(part) for part in text.split(",")] if text else []
+    except ValueError:
+        raise CameraError(f"camera {spec!r}: amounts must be numbers; write {usage}") from None
+    if len(amounts) not in counts or not all(math.isfinite(amount) for amount in amounts):
+        raise CameraError(f"camera {spec!r}: got {len(amounts)} amounts; write {usage}")
+    return move(num_frames, *amounts)
+
+
+def named_trajectory(spec: str, num_frames: int, size: tuple[int, int]) -> CameraTrajectory:
+    """A preset or `kind:amount` move as a trajectory with the default 24 mm intrinsics."""
+    return CameraTrajectory(named_poses(spec, num_frames), default_intrinsics(*size), size, spec)

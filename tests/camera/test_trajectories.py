@@ -1,0 +1,148 @@
+"""The ten presets end where ReCamMaster's do; moves mean what they say; bad ones are refused."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine.camera.poses import default_intrinsics, identity_poses
+from mv2v_engine.camera.trajectories import (
+    PRESETS,
+    SUBJECT_DISTANCE,
+    CameraTrajectory,
+    named_poses,
+    named_trajectory,
+)
+from mv2v_engine.errors import CameraError
+
+# BASE_MODELS 2.5: position (metres) and direction of view (yaw right, pitch up, degrees) at the
+# last of 81 frames
+END_POSES = {
+    "pan_right": ((0, 0, 0), (19.88, 0)),
+    "pan_left": ((0, 0, 0), (-19.88, 0)),
+    "tilt_up": ((0, 0, 0), (0, 9.94)),
+    "tilt_down": ((0, 0, 0), (0, -9.94)),
+    "zoom_in": ((0, 0, 1.988), (0, 0)),
+    "zoom_out": ((0, 0, -1.988), (0, 0)),
+    "translate_up": ((0, -0.994, 0), (0, -13.95)),
+    "translate_down": ((0, 0.994, 0), (0, 13.95)),
+    "arc_left": ((-1.988, 0, 0.533), (29.82, 0)),
+    "arc_right": ((1.988, 0, 0.533), (-29.82, 0)),
+}
+
+
+def view_angles(pose: Tensor) -> tuple[float, float]:
+    """Yaw to the right and pitch upwards of the direction of view, in degrees."""
+    x, y, z = pose[:, 2].tolist()
+    return math.degrees(math.atan2(x, z)), math.degrees(math.asin(-y))
+
+
+def test_there_are_ten_presets() -> None:
+    assert set(PRESETS) == set(END_POSES)
+
+
+@pytest.mark.parametrize("name", END_POSES)
+def test_preset_ends_where_recammaster_does(name: str) -> None:
+    position, angles = END_POSES[name]
+    poses = named_poses(name, 81)
+    assert poses.shape == (81, 3, 4)
+    torch.testing.assert_close(poses[:1], identity_poses(1))
+    assert poses[-1, :, 3].tolist() == pytest.approx(position, abs=0.005)
+    assert view_angles(poses[-1]) == pytest.approx(angles, abs=0.01)
+    # upright: the camera's x axis stays level
+    assert poses[:, 1, 0].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("name", END_POSES)
+def test_preset_moves_at_constant_speed(name: str) -> None:
+    poses = named_poses(name, 81)
+    end, middle = view_angles(poses[-1]), view_angles(poses[40])
+    assert middle == pytest.approx([angle / 2 for angle in end], abs=0.01)
+    steps = poses[1:, :, 3] - poses[:-1, :, 3]
+    torch.testing.assert_close(steps.norm(dim=1), steps[0].norm().expand(80), rtol=1e-2, atol=1e-6)
+
+
+@pytest.mark.parametrize("name", ["arc:-29.82", "arc:29.82", "translate_up", "translate_down"])
+def test_rotating_moves_face_the_subject(name: str) -> None:
+    pose = named_poses(name, 17)[-1]
+    to_subject = torch.tensor([0.0, 0.0, SUBJECT_DISTANCE]) - pose[:, 3]
+    torch.testing.assert_close(pose[:, 2], to_subject / to_subject.norm(), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize(
+    ("spec", "position", "angles"),
+    [
+        ("pan:30", (0, 0, 0), (30, 0)),
+        ("tilt:-10", (0, 0, 0), (0, -10)),
+        ("zoom:1.5", (0, 0, 1.5), (0, 0)),
+        ("translate:1,-2,0.5", (1, -2, 0.5), (0, 0)),
+        ("arc:-90,3", (-3, 0, 3), (90, 0)),
+        ("arc:90", (4, 0, 4), (-90, 0)),
+        ("crane:4", (0, -4, 0), (0, -45)),
+        ("static", (0, 0, 0), (0, 0)),
+    ],
+)
+def test_moves(spec: str, position: tuple[float, ...], angles: tuple[float, float]) -> None:
+    pose = named_poses(spec, 9)[-1]
+    assert pose[:, 3].tolist() == pytest.approx(position, abs=1e-5)
+    assert view_angles(pose) == pytest.approx(angles, abs=1e-3)
+
+
+def test_one_frame_stays_at_the_start() -> None:
+    for name in PRESETS:
+        torch.testing.assert_close(named_poses(name, 1), identity_poses(1))
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("pan_rigth", r"unknown camera 'pan_rigth'; nearest: pan_right"),
+        ("orbit", r"unknown camera 'orbit'; nearest: .*Presets: pan_right.*moves: pan:DEGREES"),
+        ("pan", r"got 0 amounts; write pan:DEGREES"),
+        ("pan:1,2", r"got 2 amounts; write pan:DEGREES"),
+        ("pan:fast", r"amounts must be numbers; write pan:DEGREES"),
+        ("translate:1,2", r"write translate:X,Y,Z"),
+        ("zoom:nan", r"write zoom:METRES"),
+        ("static:1", r"write static"),
+        ("", r"unknown camera ''"),
+    ],
+)
+def test_unusable_specs_say_what_to_write(spec: str, message: str) -> None:
+    with pytest.raises(CameraError, match=message):
+        named_poses(spec, 9)
+
+
+def test_resizing_scales_the_lens_and_keeps_the_path() -> None:
+    trajectory = named_trajectory("arc_left", 5, (480, 832))
+    half = trajectory.resized((240, 416))
+    torch.testing.assert_close(half.intrinsics, default_intrinsics(240, 416))
+    assert torch.equal(half.poses, trajectory.poses)
+    assert (half.size, half.name, half.num_frames) == ((240, 416), "arc_left", 5)
+
+
+def test_resizing_scales_per_frame_intrinsics() -> None:
+    intrinsics = default_intrinsics(10, 20) * torch.tensor([1.0, 2.0, 3.0])[:, None, None]
+    intrinsics[:, 2, 2] = 1
+    wide = CameraTrajectory(identity_poses(3), intrinsics, (10, 20)).resized((10, 40))
+    torch.testing.assert_close(wide.intrinsics[:, 0], intrinsics[:, 0] * 2)
+    torch.testing.assert_close(wide.intrinsics[:, 1:], intrinsics[:, 1:])
+
+
+@pytest.mark.parametrize(
+    ("intrinsics", "size", "message"),
+    [
+        (torch.eye(4), (4, 4), r"shape \[3, 3\] or \[2, 3, 3\], got \[4, 4\]"),
+        (torch.eye(3).repeat(3, 1, 1), (4, 4), r"got \[3, 3, 3\]"),
+        (torch.eye(3) * math.nan, (4, 4), r"finite with positive focal"),
+        (torch.diag(torch.tensor([-1.0, 1, 1])), (4, 4), r"positive focal"),
+        (torch.eye(3), (0, 4), r"size must be a positive"),
+    ],
+)
+def test_unusable_intrinsics_are_refused(
+    intrinsics: Tensor, size: tuple[int, int], message: str
+) -> None:
+    with pytest.raises(CameraError, match=message):
+        CameraTrajectory(identity_poses(2), intrinsics, size)
