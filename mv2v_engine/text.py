@@ -1,0 +1,156 @@
+"""A thin face of transformers' UMT5 encoder, prompt by prompt as Wan uses it.
+
+Prompts are cleaned (HTML entities, whitespace), padded to `max_length`, and the embedding is zero
+past the prompt: cross-attention has no mask and sees those zeros, as in training (BASE_MODELS 2.3).
+
+S text tokens.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+import warnings
+from collections import OrderedDict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.errors import CheckpointError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
+
+_CACHED_PROMPTS = 16
+
+
+def clean_prompt(prompt: str) -> str:
+    """Undo HTML entities (twice, as Wan does) and collapse whitespace."""
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+class TextEncoder:
+    """Prompts to embeddings, with the last few prompts kept.
+
+    Args:
+        model: the encoder, already on `device` in `dtype`.
+        tokenizer: any transformers tokenizer with a padding token.
+        max_length: S, tokens that the transformer expects.
+    """
+
+    def __init__(
+        self,
+        model: UMT5EncoderModel,
+        tokenizer: PreTrainedTokenizerBase,
+        max_length: int,
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        if tokenizer.pad_token_id is None:
+            raise CheckpointError("the tokenizer has no padding token; use the one of UMT5")
+        if len(tokenizer) > model.config.vocab_size:
+            raise CheckpointError(
+                f"the tokenizer has {len(tokenizer)} tokens, the text encoder knows "
+                f"{model.config.vocab_size}; use the tokenizer that belongs to it"
+            )
+        # transformers' models are only partly typed
+        self.model = cast(Any, model)
+        self.model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.tokenizer = tokenizer
+        self.max_length = max_length
+        self.device = device
+        self.dtype = dtype
+        self._cache: OrderedDict[str, Tensor] = OrderedDict()
+
+    @property
+    def dim(self) -> int:
+        """Width of an embedding."""
+        return int(self.model.config.d_model)
+
+    def encode(self, prompt: str) -> Tensor:
+        """Embedding [1, S, dim] of a prompt, zero past its tokens; do not write into it.
+
+        A prompt of more than `max_length` tokens is cut, with a warning.
+        """
+        prompt = clean_prompt(prompt)
+        if prompt not in self._cache:
+            self._cache[prompt] = self._embed(prompt)
+            if len(self._cache) > _CACHED_PROMPTS:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(prompt)
+        return self._cache[prompt]
+
+    @torch.no_grad()
+    def _embed(self, prompt: str) -> Tensor:
+        tokens = self.tokenizer(
+            prompt,
+            max_length=self.max_length,
+            padding="max_length",
+            truncation=True,
+            return_attention_mask=True,
+            return_tensors="pt",
+        )
+        ids: Tensor = tokens["input_ids"]
+        mask: Tensor = tokens["attention_mask"]
+        if bool(mask.all()):
+            self._warn_if_cut(prompt)
+        embedding: Tensor = self.model(ids.to(self.device), mask.to(self.device)).last_hidden_state
+        kept = mask[..., None].to(self.device, self.dtype)
+        return embedding.to(self.dtype) * kept
+
+    def _warn_if_cut(self, prompt: str) -> None:
+        length = len(self.tokenizer(prompt, verbose=False)["input_ids"])
+        if length > self.max_length:
+            warnings.warn(
+                f"the prompt has {length} tokens, the model reads {self.max_length}; "
+                "the rest is ignored: shorten it",
+                stacklevel=4,
+            )
+
+
+def load_text_encoder(
+    text_path: Path | str,
+    tokenizer_path: Path | str,
+    *,
+    max_length: int,
+    device: torch.device,
+    dtype: torch.dtype,
+) -> TextEncoder:
+    """Load a transformers UMT5 folder and its tokenizer folder, without any network access.
+
+    Raises:
+        CheckpointError: a folder is missing or incomplete, or holds another kind of model.
+    """
+    import transformers
+    from safetensors import SafetensorError
+
+    encoder = cast(Any, transformers.UMT5EncoderModel)
+    text_path, tokenizer_path = Path(text_path), Path(tokenizer_path)
+    for path, needed in ((text_path, "config.json"), (tokenizer_path, "tokenizer_config.json")):
+        if not (path / needed).is_file():
+            raise CheckpointError(
+                f"{path} holds no {needed}; give a folder as transformers' save_pretrained "
+                "writes it"
+            )
+    try:
+        model, loading = encoder.from_pretrained(
+            str(text_path), local_files_only=True, dtype=dtype, output_loading_info=True
+        )
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            str(tokenizer_path), local_files_only=True
+        )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        reason = str(error).splitlines()[0]
+        raise CheckpointError(
+            f"cannot load the text encoder from {text_path} and {tokenizer_path}: {reason}; "
+            "give whole transformers folders of UMT5 and its tokenizer"
+        ) from error
+    missing = sorted(loading["missing_keys"])
+    if missing:
+        raise CheckpointError(
+            f"{text_path} lacks {len(missing)} tensors of its config, first {missing[0]}; "
+            "give the complete folder of a UMT5 encoder"
+        )
+    return TextEncoder(model, tokenizer, max_length, device, dtype)

@@ -1,0 +1,266 @@
+"""A thin face of diffusers' `AutoencoderKLWan`: uint8 frames to normalised latents and back.
+
+Latents are the posterior's mode, (z - mean) / std with the statistics of the model's config
+(BASE_MODELS 3.2). The model walks the frames in its own causal chunks of 4, so memory does not
+grow with time; frames of more than 832x480 pixels are also cut into overlapping tiles.
+
+T pixel frames, F latent frames, H W latent rows and columns, C latent channels.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pickle
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.errors import CheckpointError, VideoError
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+# frames of more pixels are encoded and decoded in tiles
+TILE_ABOVE_PIXELS = 480 * 832
+_TILE = 512
+_TILE_STRIDE = 384
+
+_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_FINGERPRINT_SAMPLES = 64
+
+
+class VideoVAE:
+    """Encoder and decoder of one latent space.
+
+    Args:
+        model: any `AutoencoderKLWan`; stays on its device.
+        dtype: what it computes in; latents are always fp32.
+        tile_above: pixels of a frame above which tiling is on.
+    """
+
+    def __init__(
+        self,
+        model: AutoencoderKLWan,
+        dtype: torch.dtype = torch.float32,
+        *,
+        tile_above: int = TILE_ABOVE_PIXELS,
+    ) -> None:
+        # diffusers' models are not typed
+        self.model = cast(Any, model)
+        config = self.model.config
+        if not len(config.latents_mean) == len(config.latents_std) == config.z_dim:
+            raise CheckpointError(
+                f"the VAE has {config.z_dim} latent channels but {len(config.latents_mean)} means "
+                f"and {len(config.latents_std)} deviations; its config.json must list one of each "
+                "per channel"
+            )
+        if self.model.dtype != dtype:
+            self.model.to(dtype)
+        self.model.eval().requires_grad_(False)
+        self.dtype = dtype
+        self.tile_above = tile_above
+        self.device: torch.device = self.model.device
+        self.temporal_stride = int(config.scale_factor_temporal)
+        self.spatial_stride = int(config.scale_factor_spatial)
+        self.latent_channels = int(config.z_dim)
+        shape = (self.latent_channels, 1, 1, 1)
+        self._mean_C111 = torch.tensor(config.latents_mean, device=self.device).reshape(shape)
+        self._std_C111 = torch.tensor(config.latents_std, device=self.device).reshape(shape)
+
+    @cached_property
+    def key(self) -> str:
+        """Identity of the latent space: a hash of the config and of samples of every weight.
+
+        Independent of device, and of loading the same weights in fp32 or bf16.
+        """
+        digest = hashlib.sha256()
+        config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
+        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
+        for name, weight in sorted(self.model.state_dict().items()):
+            flat = weight.flatten()
+            samples = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)]
+            digest.update(name.encode())
+            digest.update(samples.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def latent_shape(self, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of a video of `num_frames` frames of `size` (height, width).
+
+        Raises:
+            VideoError: the frames are not 4n+1, or a side is no multiple of the stride.
+        """
+        if num_frames < 1 or num_frames % self.temporal_stride != 1:
+            near = max(num_frames - 1, 0) // self.temporal_stride * self.temporal_stride + 1
+            raise VideoError(
+                f"got {num_frames} frames; the VAE takes {self.temporal_stride}n+1: "
+                f"use {near} or {near + self.temporal_stride}"
+            )
+        stride = self.spatial_stride
+        if min(size) < stride or size[0] % stride or size[1] % stride:
+            raise VideoError(
+                f"got frames of {size[1]}x{size[0]}; width and height must be multiples of "
+                f"{stride}: crop or scale them first"
+            )
+        frames = (num_frames - 1) // self.temporal_stride + 1
+        return self.latent_channels, frames, size[0] // stride, size[1] // stride
+
+    @torch.no_grad()
+    def encode(self, frames: Tensor) -> Tensor:
+        """Frames uint8 [T, height, width, 3] to normalised fp32 latents [C, F, H, W].
+
+        Raises:
+            VideoError: other frames than these, or a size as in `latent_shape`.
+        """
+        if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
+            raise VideoError(
+                "frames must be uint8 [T, height, width, 3], "
+                f"got {frames.dtype} {list(frames.shape)}"
+            )
+        num_frames, height, width, _ = frames.shape
+        self.latent_shape(num_frames, (height, width))
+        pixels = frames.to(self.device).permute(3, 0, 1, 2)
+        pixels = (pixels.to(torch.float32) / 127.5 - 1).to(self.dtype)
+        # diffusers measures an encoder's tiles in patches, a decoder's in pixels
+        self._set_tiling(height * width, unit=self.model.config.patch_size or 1)
+        latents_CFHW: Tensor = self.model.encode(pixels[None]).latent_dist.mode()[0].float()
+        return (latents_CFHW - self._mean_C111) / self._std_C111
+
+    @torch.no_grad()
+    def decode(self, latents_CFHW: Tensor) -> Tensor:
+        """Normalised latents [C, F, H, W] to frames uint8 [T, height, width, 3] on the CPU.
+
+        Raises:
+            VideoError: the latents have another number of axes or channels.
+        """
+        if latents_CFHW.ndim != 4 or len(latents_CFHW) != self.latent_channels:
+            raise VideoError(
+                f"latents must have shape [{self.latent_channels}, F, H, W], "
+                f"got {list(latents_CFHW.shape)}"
+            )
+        rows, columns = latents_CFHW.shape[2:]
+        self._set_tiling(rows * columns * self.spatial_stride**2, unit=1)
+        latents = latents_CFHW.to(self.device, torch.float32) * self._std_C111 + self._mean_C111
+        decoded: Tensor = self.model.decode(latents[None].to(self.dtype)).sample[0]
+        pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
+        return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+
+    def _set_tiling(self, pixels: int, *, unit: int) -> None:
+        self.model.use_tiling = False
+        if pixels > self.tile_above:
+            side, stride = _TILE // unit, _TILE_STRIDE // unit
+            self.model.enable_tiling(side, side, stride, stride)
+
+
+def load_vae(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> VideoVAE:
+    """Load a VAE from a diffusers folder or an original `Wan2.1_VAE.pth` or `.safetensors`.
+
+    A folder is the VAE's own, or a pipeline's that has it under `vae/`. Nothing is downloaded.
+
+    Raises:
+        CheckpointError: missing, unknown, incomplete, or of shapes that do not fit its config.
+    """
+    path = Path(path)
+    if path.is_dir():
+        folder = path if (path / "config.json").is_file() else path / "vae"
+        config, weights = _read_folder(path, folder)
+    elif path.is_file():
+        config, weights = _read_original(path)
+    else:
+        raise CheckpointError(
+            f"{path} does not exist; give a diffusers VAE folder or Wan2.1_VAE.pth"
+        )
+    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    return VideoVAE(_build(path, config, weights), dtype)
+
+
+def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise CheckpointError(
+            f"{path} holds no readable config.json ({error}); give a diffusers VAE folder"
+        ) from error
+    kind = config.get("_class_name") if isinstance(config, dict) else None
+    if kind != "AutoencoderKLWan":
+        raise CheckpointError(
+            f"{folder} is a {kind or 'folder of unknown kind'}, expected AutoencoderKLWan; "
+            "give the VAE of a Wan model"
+        )
+    if not (folder / _WEIGHTS).is_file():
+        raise CheckpointError(f"{folder} lacks {_WEIGHTS}; complete the folder")
+    return config, _read_tensors(folder / _WEIGHTS)
+
+
+def _read_original(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """Config and diffusers-named weights of an original Wan2.1 VAE file."""
+    from diffusers.loaders import single_file_utils
+
+    weights = _read_tensors(path)
+    if "encoder.conv1.weight" not in weights or "conv2.weight" not in weights:
+        first = next(iter(weights), "nothing")
+        raise CheckpointError(
+            f"{path.name} is no original Wan2.1 VAE (it holds {first}); give Wan2.1_VAE.pth, or "
+            "the folder of a diffusers VAE instead of its weight file"
+        )
+    channels = len(weights["conv2.weight"])
+    if channels != 16:
+        raise CheckpointError(
+            f"{path.name} has {channels} latent channels; only Wan2.1's VAE (16) is read in its "
+            "original format: give Wan2.2's as a diffusers folder"
+        )
+    # diffusers' defaults are Wan2.1's constants; the width is read off the weights
+    config = {"base_dim": len(weights["encoder.conv1.weight"])}
+    converter = cast(Any, single_file_utils.convert_wan_vae_to_diffusers)
+    return config, converter(weights)
+
+
+def _read_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        if path.suffix == ".safetensors":
+            return load_file(path)
+        weights = torch.load(path, map_location="cpu", weights_only=True)
+    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CheckpointError(
+            f"{path.name} cannot be read as weights ({reason}): damaged, truncated or of another "
+            "format; give the whole file"
+        ) from error
+    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
+        raise CheckpointError(f"{path.name} holds no plain dictionary of tensors; give one")
+    return weights
+
+
+def _build(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> AutoencoderKLWan:
+    """The model of `config` with exactly `weights`; built without memory of its own."""
+    import diffusers
+
+    kind = cast(Any, diffusers.AutoencoderKLWan)
+    try:
+        with torch.device("meta"):
+            model = kind.from_config(config)
+    except (TypeError, ValueError, IndexError) as error:
+        raise CheckpointError(f"{path} has an unusable VAE config: {error}") from error
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - weights.keys())
+    unknown = sorted(weights.keys() - expected.keys())
+    if missing or unknown:
+        example = f"first missing {missing[0]}" if missing else f"first unknown {unknown[0]}"
+        raise CheckpointError(
+            f"{path} does not fit its VAE config: {len(missing)} tensors missing, {len(unknown)} "
+            f"unknown, {example}; give weights and config of one model"
+        )
+    for name, weight in weights.items():
+        if weight.shape != expected[name].shape:
+            raise CheckpointError(
+                f"{path}: {name} has shape {list(weight.shape)}, its config expects "
+                f"{list(expected[name].shape)}; give weights and config of one model"
+            )
+    model.load_state_dict(weights, assign=True)
+    return cast("AutoencoderKLWan", model)

@@ -1,0 +1,149 @@
+"""Prompts become padded, zero-tailed embeddings; long ones are cut aloud; folders are checked."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+import torch
+from tokenizers import Tokenizer
+from tokenizers.models import WordLevel
+from tokenizers.pre_tokenizers import Whitespace
+from tokenizers.processors import TemplateProcessing
+from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+from mv2v_engine.errors import CheckpointError
+from mv2v_engine.text import TextEncoder, clean_prompt, load_text_encoder
+
+CPU = torch.device("cpu")
+WORDS = ["a", "red", "ball", "rolls", "over", "the", "floor", "&"]
+
+
+def tiny_tokenizer() -> PreTrainedTokenizerFast:
+    vocabulary = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    )
+
+
+def tiny_model(vocab_size: int = 16) -> UMT5EncoderModel:
+    torch.manual_seed(0)
+    config = UMT5Config(
+        vocab_size=vocab_size, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2
+    )
+    return UMT5EncoderModel(config).eval()
+
+
+@pytest.fixture
+def folders(tmp_path: Path) -> tuple[Path, Path]:
+    tiny_model().save_pretrained(tmp_path / "text_encoder")
+    tiny_tokenizer().save_pretrained(tmp_path / "tokenizer")
+    return tmp_path / "text_encoder", tmp_path / "tokenizer"
+
+
+def load(folders: tuple[Path, Path], max_length: int = 12) -> TextEncoder:
+    return load_text_encoder(*folders, max_length=max_length, device=CPU, dtype=torch.float32)
+
+
+@torch.no_grad()
+def test_embedding_is_umt5s_and_zero_past_the_prompt(folders: tuple[Path, Path]) -> None:
+    encoder = load(folders)
+    embedding = encoder.encode("a red ball")
+    assert embedding.shape == (1, 12, 16) and encoder.dim == 16
+    ids = torch.tensor([[3, 4, 5, 1]])  # three words and the end
+    expected = tiny_model()(ids).last_hidden_state
+    torch.testing.assert_close(embedding[:, :4], expected, atol=1e-5, rtol=1e-5)
+    assert not embedding[:, 4:].any()
+    assert embedding[:, :4].abs().min() > 0
+
+
+def test_empty_prompt_keeps_its_end_token(folders: tuple[Path, Path]) -> None:
+    embedding = load(folders).encode("")
+    assert embedding[:, 0].any() and not embedding[:, 1:].any()
+
+
+def test_prompts_are_cleaned_as_wan_does(folders: tuple[Path, Path]) -> None:
+    assert clean_prompt("  a red\n\t ball &amp;amp; floor ") == "a red ball & floor"
+    encoder = load(folders)
+    assert encoder.encode(" a  red\nball ") is encoder.encode("a red ball")
+
+
+def test_a_prompt_is_embedded_once(folders: tuple[Path, Path]) -> None:
+    encoder = load(folders)
+    calls: list[int] = []
+    encoder.model.register_forward_hook(lambda *_: calls.append(1))
+    first = encoder.encode("a red ball")
+    encoder.encode("the floor")
+    assert encoder.encode("a red ball") is first
+    assert len(calls) == 2
+    for count in range(40):
+        encoder.encode(f"ball {count}")
+        encoder.encode("a red ball")
+    before = len(calls)
+    assert encoder.encode("a red ball") is first  # in use, so never dropped
+    encoder.encode("the floor")  # long unused, so embedded again
+    assert len(calls) == before + 1
+
+
+def test_long_prompts_are_cut_with_a_warning(folders: tuple[Path, Path]) -> None:
+    encoder = load(folders, max_length=6)
+    with pytest.warns(UserWarning, match=r"the prompt has 8 tokens, the model reads 6"):
+        cut = encoder.encode("a red ball rolls over the floor")
+    assert cut.shape == (1, 6, 16) and bool(cut.any(-1).all())
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        full = encoder.encode("a red ball rolls over")  # exactly six with its end
+    assert bool(full.any(-1).all())
+
+
+def test_dtype_is_the_one_asked_for(folders: tuple[Path, Path]) -> None:
+    encoder = load_text_encoder(*folders, max_length=8, device=CPU, dtype=torch.bfloat16)
+    embedding = encoder.encode("a red ball")
+    assert embedding.dtype == torch.bfloat16 and not embedding[:, 4:].any()
+    exact = load(folders, 8).encode("a red ball")
+    assert 0 < (embedding.float() - exact).abs().max() < 0.1 * exact.abs().max()
+
+
+def test_unusable_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    text, tokenizer = folders
+    with pytest.raises(CheckpointError, match=r"none holds no config.json"):
+        load((tmp_path / "none", tokenizer))
+    with pytest.raises(CheckpointError, match=r"text_encoder holds no tokenizer_config.json"):
+        load((text, text))
+    weights = text / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.unlink()
+    with pytest.raises(CheckpointError, match="cannot load the text encoder"):
+        load(folders)
+    weights.write_bytes(whole[:-200])
+    with pytest.raises(CheckpointError, match="cannot load the text encoder"):
+        load(folders)
+    weights.write_bytes(whole)
+    config = json.loads((text / "config.json").read_text())
+    (text / "config.json").write_text(json.dumps({**config, "num_layers": 3}))
+    with pytest.raises(CheckpointError, match=r"lacks \d+ tensors of its config"):
+        load(folders)
+    (text / "config.json").write_text(json.dumps({**config, "d_ff": 64}))
+    with pytest.raises(CheckpointError, match="cannot load the text encoder"):
+        load(folders)
+
+
+def test_tokenizer_must_belong_to_the_encoder() -> None:
+    with pytest.raises(CheckpointError, match=r"11 tokens, the text encoder knows 8"):
+        TextEncoder(tiny_model(8), tiny_tokenizer(), 8, CPU, torch.float32)
+    tokenizer = tiny_tokenizer()
+    tokenizer.pad_token = None
+    with pytest.raises(CheckpointError, match="no padding token"):
+        TextEncoder(tiny_model(), tokenizer, 8, CPU, torch.float32)
+
+
+def test_importing_needs_no_transformers() -> None:
+    code = "import sys, mv2v_engine.text; sys.exit('transformers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

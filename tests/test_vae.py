@@ -1,0 +1,312 @@
+"""The VAE's face: parity with diffusers, normalisation, tiling, sizes, and both file formats."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mv2v_engine.errors import CheckpointError, VideoError
+from mv2v_engine.vae import VideoVAE, load_vae
+
+CPU = torch.device("cpu")
+
+# z48 with stride 16 and residual blocks is Wan2.2's shape, z16 with stride 8 Wan2.1's
+SHAPES: dict[str, dict[str, Any]] = {
+    "z16-stride8-plain": {
+        "base_dim": 8,
+        "dim_mult": [1, 1, 2, 2],
+        "num_res_blocks": 1,
+    },
+    "z16-stride8-residual": {
+        "base_dim": 8,
+        "dim_mult": [1, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [True, True],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+    },
+    "z48-stride16-residual": {
+        "base_dim": 8,
+        "decoder_base_dim": 16,
+        "z_dim": 48,
+        "dim_mult": [1, 2, 2, 2],
+        "num_res_blocks": 1,
+        "temperal_downsample": [False, True, True],
+        "is_residual": True,
+        "in_channels": 12,
+        "out_channels": 12,
+        "patch_size": 2,
+        "scale_factor_spatial": 16,
+        "latents_mean": [0.01 * i for i in range(48)],
+        "latents_std": [0.5 + 0.1 * i for i in range(48)],
+    },
+}
+
+
+def tiny_model(shape: str = "z16-stride8-residual", seed: int = 0) -> AutoencoderKLWan:
+    torch.manual_seed(seed)
+    return AutoencoderKLWan(**SHAPES[shape]).eval()
+
+
+def random_frames(num_frames: int, height: int, width: int) -> Tensor:
+    generator = torch.Generator().manual_seed(1)
+    coarse = torch.rand(num_frames, 3, 4, 4, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_encode_is_diffusers_mode_normalised(shape: str) -> None:
+    model = tiny_model(shape)
+    frames = random_frames(9, 32, 48)
+    video = frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    config: Any = model.config
+    mean = torch.tensor(config.latents_mean)[:, None, None, None]
+    std = torch.tensor(config.latents_std)[:, None, None, None]
+    expected = (model.encode(video).latent_dist.mode()[0] - mean) / std
+    vae = VideoVAE(model)
+    latents = vae.encode(frames)
+    assert latents.shape == expected.shape == vae.latent_shape(9, (32, 48))
+    torch.testing.assert_close(latents, expected, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_decode_undoes_the_normalisation(shape: str) -> None:
+    model = tiny_model(shape)
+    vae = VideoVAE(model)
+    frames = random_frames(5, 32, 48)
+    raw = model.encode(frames.permute(3, 0, 1, 2)[None].float() / 127.5 - 1).latent_dist.mode()
+    decoded = vae.decode(vae.encode(frames))
+    expected = (model.decode(raw).sample[0].clamp(-1, 1) + 1) * 127.5
+    assert decoded.shape == frames.shape and decoded.dtype == torch.uint8
+    # normalising and undoing it rounds in fp32, so a value on the edge may round the other way
+    assert (decoded.permute(3, 0, 1, 2).float() - expected).abs().max() <= 0.501
+
+
+def test_decode_is_clamped_and_rounded() -> None:
+    vae = VideoVAE(tiny_model())
+    latents = torch.randn(16, 2, 4, 6, generator=torch.Generator().manual_seed(0)) * 1000
+    frames = vae.decode(latents)
+    assert frames.shape == (5, 32, 48, 3) and frames.is_contiguous()
+    assert frames.min() == 0 and frames.max() == 255
+
+
+def test_encode_is_repeatable_and_takes_one_frame() -> None:
+    vae = VideoVAE(tiny_model())
+    frames = random_frames(1, 16, 16)
+    assert torch.equal(vae.encode(frames), vae.encode(frames))
+    assert vae.decode(vae.encode(frames)).shape == (1, 16, 16, 3)
+
+
+def test_first_latent_frame_is_causal() -> None:
+    vae = VideoVAE(tiny_model())
+    frames = random_frames(9, 16, 16)
+    changed = frames.clone()
+    changed[5:] = 255 - changed[5:]
+    first, second = vae.encode(frames), vae.encode(changed)
+    assert torch.equal(first[:, :2], second[:, :2])
+    assert not torch.equal(first[:, 2], second[:, 2])
+
+
+@pytest.mark.parametrize("shape", ["z16-stride8-plain", "z16-stride8-residual"])
+def test_tiles_agree_with_the_whole(shape: str) -> None:
+    model = tiny_model(shape)
+    frames = random_frames(5, 64, 768)
+    whole, tiled = VideoVAE(model), VideoVAE(model, tile_above=64 * 64)
+    latents, by_tiles = whole.encode(frames), tiled.encode(frames)
+    assert model.use_tiling
+    assert latents.shape == by_tiles.shape == (16, 2, 8, 96)
+    assert 0 < (latents - by_tiles).abs().mean() < 0.02 * latents.std()
+    decoded, decoded_by_tiles = whole.decode(latents).float(), tiled.decode(latents).float()
+    assert decoded.shape == decoded_by_tiles.shape == frames.shape
+    assert (decoded - decoded_by_tiles).abs().mean() < 0.02 * decoded.std()
+    # a small frame after a large one is not tiled
+    whole.decode(latents)
+    assert not model.use_tiling
+
+
+@pytest.mark.parametrize(
+    ("num_frames", "size", "message"),
+    [
+        (16, (32, 48), r"got 16 frames; the VAE takes 4n\+1: use 13 or 17"),
+        (0, (32, 48), r"got 0 frames.*use 1 or 5"),
+        (5, (32, 50), r"frames of 50x32; width and height must be multiples of 8"),
+        (5, (0, 48), r"multiples of 8"),
+    ],
+)
+def test_sizes_that_do_not_fit(num_frames: int, size: tuple[int, int], message: str) -> None:
+    vae = VideoVAE(tiny_model())
+    with pytest.raises(VideoError, match=message):
+        vae.latent_shape(num_frames, size)
+    with pytest.raises(VideoError, match=message):
+        vae.encode(torch.zeros(num_frames, *size, 3, dtype=torch.uint8))
+
+
+def test_strides_come_from_the_config() -> None:
+    vae = VideoVAE(tiny_model("z48-stride16-residual"))
+    assert (vae.temporal_stride, vae.spatial_stride, vae.latent_channels) == (4, 16, 48)
+    assert vae.latent_shape(121, (704, 1280)) == (48, 31, 44, 80)
+    with pytest.raises(VideoError, match="multiples of 16"):
+        vae.latent_shape(5, (24, 32))
+
+
+def test_other_tensors_are_refused() -> None:
+    vae = VideoVAE(tiny_model())
+    with pytest.raises(VideoError, match=r"must be uint8 \[T, height, width, 3\]"):
+        vae.encode(torch.zeros(5, 16, 16, 3))
+    with pytest.raises(VideoError, match=r"must have shape \[16, F, H, W\], got \[48, 2, 2, 2\]"):
+        vae.decode(torch.zeros(48, 2, 2, 2))
+
+
+def test_statistics_must_match_the_channels() -> None:
+    with pytest.raises(CheckpointError, match=r"8 latent channels but 16 means"):
+        VideoVAE(AutoencoderKLWan(**{**SHAPES["z16-stride8-plain"], "z_dim": 8}))
+
+
+def test_key_names_the_latent_space(tmp_path: Path) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path)
+    key = VideoVAE(model).key
+    assert load_vae(tmp_path, device=CPU, dtype=torch.float32).key == key
+    assert load_vae(tmp_path, device=CPU, dtype=torch.bfloat16).key == key
+    assert VideoVAE(tiny_model(seed=1)).key != key
+    other = tiny_model()
+    other.register_to_config(latents_mean=[0.5] * 16)
+    assert VideoVAE(other).key != key
+
+
+@pytest.mark.parametrize("inside", ["", "vae"])
+def test_diffusers_folder(tmp_path: Path, inside: str) -> None:
+    model = tiny_model()
+    model.save_pretrained(tmp_path / inside)
+    frames = random_frames(5, 16, 24)
+    loaded = load_vae(tmp_path, device=CPU, dtype=torch.float32)
+    assert torch.equal(loaded.encode(frames), VideoVAE(model).encode(frames))
+
+
+def test_bf16_latents_are_fp32_and_close(tmp_path: Path) -> None:
+    tiny_model().save_pretrained(tmp_path)
+    frames = random_frames(5, 16, 24)
+    exact = load_vae(tmp_path, device=CPU, dtype=torch.float32).encode(frames)
+    rounded = load_vae(tmp_path, device=CPU, dtype=torch.bfloat16).encode(frames)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.1 * exact.std()
+
+
+def original_name(name: str) -> str:
+    """A diffusers parameter name in the original Wan2.1 spelling (BASE_MODELS 3.4, reversed)."""
+    name = re.sub(r"^quant_conv", "conv1", name)
+    name = re.sub(r"^post_quant_conv", "conv2", name)
+    name = name.replace(".conv_in.", ".conv1.").replace(".conv_out.", ".head.2.")
+    name = name.replace(".norm_out.", ".head.0.")
+    name = name.replace(".mid_block.attentions.0.", ".middle.1.")
+    name = name.replace(".mid_block.resnets.0.", ".middle.0.")
+    name = name.replace(".mid_block.resnets.1.", ".middle.2.")
+    name = name.replace("encoder.down_blocks.", "encoder.downsamples.")
+    up = re.match(r"decoder\.up_blocks\.(\d)\.(resnets|upsamplers)\.(\d)\.(.*)", name)
+    if up:
+        place = int(up[1]) * 4 + (int(up[3]) if up[2] == "resnets" else 3)
+        name = f"decoder.upsamples.{place}.{up[4]}"
+    if ".middle." in name or "samples." in name:
+        for ours, theirs in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)):
+            name = re.sub(rf"\.{ours}\.(\w+)$", rf".residual.{theirs}.\1", name)
+    return name.replace(".conv_shortcut.", ".shortcut.")
+
+
+def narrow_wan21() -> AutoencoderKLWan:
+    torch.manual_seed(0)
+    return AutoencoderKLWan(base_dim=8).eval()
+
+
+@pytest.mark.parametrize("name", ["Wan2.1_VAE.pth", "Wan2.1_VAE.safetensors"])
+def test_original_file(tmp_path: Path, name: str) -> None:
+    model = narrow_wan21()
+    weights = {original_name(key): value for key, value in model.state_dict().items()}
+    # names as the original file has them
+    assert {"conv1.weight", "encoder.conv1.weight", "decoder.head.2.bias"} <= weights.keys()
+    assert {
+        "decoder.upsamples.3.resample.1.weight",
+        "decoder.upsamples.14.residual.6.bias",
+        "encoder.downsamples.0.residual.0.gamma",
+    } <= weights.keys()
+    if name.endswith(".pth"):
+        torch.save(weights, tmp_path / name)
+    else:
+        save_file(weights, tmp_path / name)
+    loaded = load_vae(tmp_path / name, device=CPU, dtype=torch.float32)
+    frames = random_frames(5, 16, 16)
+    latents = loaded.encode(frames)
+    assert torch.equal(latents, VideoVAE(model).encode(frames))
+    assert torch.equal(loaded.decode(latents), VideoVAE(model).decode(latents))
+
+
+def expect_refused(path: Path, message: str) -> None:
+    with pytest.raises(CheckpointError, match=message) as caught:
+        load_vae(path, device=CPU, dtype=torch.float32)
+    assert "\n" not in str(caught.value)
+
+
+def test_unusable_folders(tmp_path: Path) -> None:
+    expect_refused(tmp_path / "none", "does not exist")
+    expect_refused(tmp_path, "holds no readable config.json")
+    tiny_model().save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights_path = tmp_path / "diffusion_pytorch_model.safetensors"
+    whole = weights_path.read_bytes()
+
+    weights_path.write_bytes(whole[: len(whole) // 2])
+    expect_refused(tmp_path, "cannot be read as weights")
+    weights_path.unlink()
+    expect_refused(tmp_path, r"lacks diffusion_pytorch_model.safetensors")
+    weights_path.write_bytes(whole)
+    weights = load_file(weights_path)
+    bias = weights.pop("decoder.conv_in.bias")
+    save_file(weights, weights_path)
+    expect_refused(tmp_path, r"1 tensors missing, 0 unknown, first missing decoder.conv_in.bias")
+    save_file({**weights, "decoder.conv_in.bias": bias, "extra": bias.clone()}, weights_path)
+    expect_refused(tmp_path, r"0 tensors missing, 1 unknown, first unknown extra")
+    save_file({**weights, "decoder.conv_in.bias": torch.zeros(3)}, weights_path)
+    expect_refused(tmp_path, r"decoder.conv_in.bias has shape \[3\], its config expects \[16\]")
+    (tmp_path / "config.json").write_text(json.dumps({**config, "_class_name": "AutoencoderKL"}))
+    expect_refused(tmp_path, "is a AutoencoderKL, expected AutoencoderKLWan")
+    (tmp_path / "config.json").write_text("{")
+    expect_refused(tmp_path, "holds no readable config.json")
+
+
+def test_unusable_files(tmp_path: Path) -> None:
+    path = tmp_path / "Wan2.1_VAE.pth"
+    path.write_bytes(b"")
+    expect_refused(path, "cannot be read as weights")
+    path.write_bytes(b"nothing of the kind" * 50)
+    expect_refused(path, "cannot be read as weights")
+    torch.save({"conv": torch.zeros(2)}, path)
+    expect_refused(path, r"is no original Wan2.1 VAE \(it holds conv\)")
+    torch.save({"epoch": 3}, path)
+    expect_refused(path, "no plain dictionary of tensors")
+    torch.save(narrow_wan21(), path)
+    expect_refused(path, "cannot be read as weights")
+    torch.save({"encoder.conv1.weight": torch.zeros(8, 3), "conv2.weight": torch.zeros(48)}, path)
+    expect_refused(path, r"has 48 latent channels.*Wan2.2's as a diffusers folder")
+    weights = {original_name(key): value for key, value in narrow_wan21().state_dict().items()}
+    del weights["decoder.upsamples.5.residual.2.bias"]
+    torch.save(weights, path)
+    expect_refused(path, r"1 tensors missing.*decoder.up_blocks.1.resnets.1.conv1.bias")
+
+
+def test_importing_needs_no_diffusers() -> None:
+    code = "import sys, mv2v_engine.vae; sys.exit('diffusers' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

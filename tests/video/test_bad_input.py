@@ -1,0 +1,174 @@
+"""Unusable files and places: one clear error, nothing half-written."""
+
+from __future__ import annotations
+
+import resource
+import wave
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from mv2v_engine.errors import StorageError, VideoError
+from mv2v_engine.video.io import probe_video, read_video, write_video
+
+Clips = Callable[..., Path]
+
+
+def expect_refused(path: Path, *words: str) -> None:
+    """Both readers refuse with one line that names the file and says these words."""
+    for reader in (probe_video, read_video):
+        with pytest.raises(VideoError) as caught:
+            reader(path)
+        message = str(caught.value)
+        assert path.name in message and "\n" not in message
+        for word in words:
+            assert word in message, message
+
+
+def test_missing_file(tmp_path: Path) -> None:
+    expect_refused(tmp_path / "none.mp4", "does not exist", "give the path")
+
+
+def test_folder(tmp_path: Path) -> None:
+    expect_refused(tmp_path, "is a folder")
+
+
+def test_empty_file(tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    expect_refused(tmp_path / "empty.mp4", "is empty")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "notes.mp4", "clip.srt"])
+def test_text_file(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_text("1\n00:00:01,000 --> 00:00:02,000\nnot a video\n" * 20)
+    expect_refused(tmp_path / name, "not a video", "give a whole video file")
+
+
+def test_random_bytes(tmp_path: Path) -> None:
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20000))
+    expect_refused(tmp_path / "noise.mp4", "not a video")
+
+
+def test_sound_only(tmp_path: Path) -> None:
+    path = tmp_path / "sound.wav"
+    with wave.open(str(path), "wb") as sound:
+        sound.setnchannels(1)
+        sound.setsampwidth(2)
+        sound.setframerate(8000)
+        sound.writeframes(bytes(16000))
+    expect_refused(path, "no video stream", "audio")
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.mov"])
+def test_cut_before_the_index(tmp_path: Path, clip: Clips, name: str) -> None:
+    path = clip(tmp_path / name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    expect_refused(path, "give a whole video file")
+
+
+def test_cut_after_the_index(tmp_path: Path, clip: Clips) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3)).astype(np.uint8)
+    path = clip(tmp_path / "clip.mp4", frames=frames, container_options={"movflags": "faststart"})
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    expect_refused(path, "truncated", "header promises 20")
+
+
+@pytest.mark.parametrize(("name", "codec"), [("clip.mkv", "mjpeg"), ("old.webm", "libvpx")])
+def test_cut_in_a_container_without_count(
+    tmp_path: Path, clip: Clips, name: str, codec: str
+) -> None:
+    frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3)).astype(np.uint8)
+    path = clip(tmp_path / name, codec=codec, frames=frames)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    expect_refused(path, "truncated", "promises 20")
+
+
+def test_no_frames(tmp_path: Path, clip: Clips) -> None:
+    with_frame = clip(tmp_path / "one.mp4", num_frames=1, codec="mjpeg").read_bytes()
+    path = tmp_path / "none.mp4"
+    # erase the picture, keep every header
+    start = with_frame.index(b"\xff\xd8")
+    stop = with_frame.index(b"\xff\xd9", start) + 2
+    path.write_bytes(with_frame[:start] + bytes(stop - start) + with_frame[stop:])
+    expect_refused(path, "give a whole video file")
+
+
+def test_large_frames_are_refused_before_decoding(tmp_path: Path, clip: Clips) -> None:
+    path = clip(
+        tmp_path / "clip.mp4",
+        num_frames=2,
+        size=(4000, 4000),
+        options={"preset": "ultrafast", "tune": "zerolatency"},
+    )
+    message = r"^clip.mp4 is 4000x4000 \(16.0 MP\); at most 8.3 MP; scale it down first$"
+    with pytest.raises(VideoError, match=message):
+        read_video(path)
+    assert probe_video(path).num_frames == 2
+    assert read_video(path, max_pixels=16_000_000, count=1).frames.shape == (1, 4000, 4000, 3)
+    # the pictures are destroyed, so whoever decodes them fails otherwise
+    content = bytearray(path.read_bytes())
+    data = content.index(b"mdat")
+    content[data + 4 : -2000] = bytes(len(content) - 2000 - data - 4)
+    path.write_bytes(content)
+    with pytest.raises(VideoError, match=message):
+        read_video(path)
+
+
+@pytest.mark.parametrize(("start", "count"), [(5, 1), (-1, 2), (0, 6), (0, 0)])
+def test_frames_that_do_not_exist(tmp_path: Path, clip: Clips, start: int, count: int) -> None:
+    path = clip(tmp_path / "clip.mp4", num_frames=5)
+    with pytest.raises(VideoError, match=r"has 5 frames \(0 to 4\)"):
+        read_video(path, start=start, count=count)
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        torch.zeros(2, 8, 8, 3),
+        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
+        torch.zeros(8, 8, 3, dtype=torch.uint8),
+        torch.zeros(0, 8, 8, 3, dtype=torch.uint8),
+    ],
+    ids=["float", "channels-first", "one-picture", "no-frames"],
+)
+def test_write_refuses_other_tensors(tmp_path: Path, frames: torch.Tensor) -> None:
+    with pytest.raises(VideoError, match=r"must be uint8 \[T, height, width, 3\]"):
+        write_video(tmp_path / "out.mp4", frames, 25)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("fps", [0, -25, float("nan"), float("inf")])
+def test_write_refuses_impossible_rates(tmp_path: Path, fps: float) -> None:
+    with pytest.raises(VideoError, match=r"fps must lie in 0.01 to 1000"):
+        write_video(tmp_path / "out.mp4", torch.zeros(1, 8, 8, 3, dtype=torch.uint8), fps)
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """The operating system refuses to let a file grow further, as a full disk does."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "out.mp4"
+    path.write_bytes(b"earlier result")
+    noise = torch.randint(0, 256, (4, 64, 64, 3), generator=torch.Generator().manual_seed(0))
+    with largest_file(5000), pytest.raises(StorageError, match="cannot write"):
+        write_video(path, noise.to(torch.uint8), 25)
+    assert path.read_bytes() == b"earlier result"
+    assert [entry.name for entry in tmp_path.iterdir()] == ["out.mp4"]
+
+
+def test_unwritable_place(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StorageError, match="choose another place"):
+        write_video(tmp_path / "file" / "out.mp4", torch.zeros(1, 8, 8, 3, dtype=torch.uint8), 25)
