@@ -1,0 +1,1 @@
+"""Tokens: the plan of a sequence (pure Python), its positions, and the tokenizers that fill it."""

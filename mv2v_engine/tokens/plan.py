@@ -1,0 +1,394 @@
+"""The token plan: one immutable, hashable description of a turn's sequence (METHOD 2).
+
+From the ordered list of segments follow, without touching a tensor, the token ranges, the frame
+table, the positions, the lengths at every depth and the FLOPs. It is the key of everything that
+depends on shapes, and the thing a user is shown.
+
+F latent frames, H W latent rows and columns, L tokens, C width, k a tokenizer's spatial patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, Literal
+
+from torch import Tensor
+
+from mv2v_engine.config import (
+    WAN_1_3B,
+    Conditioning,
+    MergeMode,
+    MergerConfig,
+    MergeScope,
+    RopeMode,
+    TransformerConfig,
+)
+from mv2v_engine.errors import RequestError
+from mv2v_engine.tokens.layout import Layout, MergeStep, Run, merge_step
+
+Role = Literal["target", "source", "memory"]
+_ORDER = ("target", "source", "memory")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Segment:
+    """One video of the sequence.
+
+    grid: latent (frames, rows, columns). tokenizer: spatial patch k. tau: first temporal id.
+    camera: which camera track its tokens take, None for a model without cameras.
+    reverse: temporal ids run backwards (memory of long editing, METHOD 4).
+    """
+
+    role: Role
+    grid: tuple[int, int, int]
+    tokenizer: int = 2
+    tau: int = 0
+    camera: int | None = None
+    mergeable: bool = False
+    reverse: bool = False
+
+    @property
+    def num_frames(self) -> int:
+        return self.grid[0]
+
+    @property
+    def token_grid(self) -> tuple[int, int]:
+        """Token rows and columns of a frame, replicate-padded to whole patches."""
+        _, rows, columns = self.grid
+        return -(-rows // self.tokenizer), -(-columns // self.tokenizer)
+
+    @property
+    def cell_grid(self) -> tuple[int, int]:
+        """Rows and columns of the 1x2x2 grid on which spatial ids live (METHOD 4)."""
+        _, rows, columns = self.grid
+        return -(-rows // 2), -(-columns // 2)
+
+    @property
+    def tokens_per_frame(self) -> int:
+        return self.token_grid[0] * self.token_grid[1]
+
+    @property
+    def length(self) -> int:
+        return self.num_frames * self.tokens_per_frame
+
+
+@dataclass(frozen=True, slots=True)
+class FrameSpan:
+    """A row of the frame table: frame `frame` of segment `segment` fills tokens start..stop."""
+
+    segment: int
+    frame: int
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class TokenPlan:
+    """The sequence of one turn on one transformer shape.
+
+    fraction: share of each group's candidates that merges at each depth; None follows the
+        number of memory videos, clip(0.3 + 0.08 (M - 1), 0.3, 0.7) (METHOD 7).
+    """
+
+    segments: tuple[Segment, ...]
+    shape: TransformerConfig
+    merge: MergeMode = "conv"
+    scope: MergeScope = "group"
+    fraction: float | None = None
+    conditioning: Conditioning = "joint"
+    rope: RopeMode = "pooled"
+
+    def __post_init__(self) -> None:
+        roles = [segment.role for segment in self.segments]
+        if roles.count("target") != 1 or roles != sorted(roles, key=_ORDER.index):
+            raise RequestError(
+                f"a plan needs one target, then sources, then memory; got {roles or 'no segments'}"
+            )
+        for segment in self.segments:
+            if min(segment.grid) < 1:
+                raise RequestError(f"a segment's grid must be positive, got {segment.grid}")
+            if (segment.camera is None) == self.shape.has_camera:
+                raise RequestError(
+                    f"{segment.role} has camera {segment.camera}, but the model's "
+                    f"camera_conditioning is {self.shape.camera_conditioning!r}"
+                )
+            if segment.role == "target":
+                if segment.tokenizer != 2 or segment.grid[1] % 2 or segment.grid[2] % 2:
+                    raise RequestError(
+                        "the target uses the base 1x2x2 patches and needs even latent rows and "
+                        f"columns, got tokenizer {segment.tokenizer} on grid {segment.grid}"
+                    )
+            elif segment.tokenizer not in self.shape.tokenizers:
+                raise RequestError(
+                    f"{segment.role} asks for tokenizer 1x{segment.tokenizer}x{segment.tokenizer}; "
+                    f"this model has {self.shape.tokenizers or 'none'}"
+                )
+        if self.fraction is None:
+            rule = min(max(0.3 + 0.08 * (self.num_memory - 1), 0.3), 0.7)
+            object.__setattr__(self, "fraction", round(rule, 6))
+        if not 0 <= self.merge_fraction <= 1:
+            raise RequestError(f"the merge fraction must lie in 0..1, got {self.fraction}")
+
+    @property
+    def merge_fraction(self) -> float:
+        return self.fraction or 0.0
+
+    @property
+    def num_memory(self) -> int:
+        return sum(segment.role == "memory" for segment in self.segments)
+
+    @property
+    def target(self) -> Segment:
+        return self.segments[0]
+
+    @property
+    def length(self) -> int:
+        """Tokens before any merging."""
+        return self.layout.length
+
+    @property
+    def lengths_by_kind(self) -> dict[str, int]:
+        """Tokens of target, source and memory before any merging."""
+        lengths = dict.fromkeys(_ORDER, 0)
+        for segment in self.segments:
+            lengths[segment.role] += segment.length
+        return lengths
+
+    @cached_property
+    def layout(self) -> Layout:
+        """The sequence as it enters the first block: one run a segment."""
+        return Layout(
+            tuple(
+                Run(*segment.token_grid, segment.num_frames, segment.mergeable)
+                for segment in self.segments
+            )
+        )
+
+    @cached_property
+    def frame_table(self) -> tuple[FrameSpan, ...]:
+        """Every frame's token range, in sequence order."""
+        table, start = [], 0
+        for index, segment in enumerate(self.segments):
+            for frame in range(segment.num_frames):
+                stop = start + segment.tokens_per_frame
+                table.append(FrameSpan(index, frame, start, stop))
+                start = stop
+        return tuple(table)
+
+    def positions(self) -> Tensor:
+        """Position ids [L, 3]: temporal id, first row and first column on the 1x2x2 grid."""
+        from mv2v_engine.tokens.positions import position_ids
+
+        return position_ids(self)
+
+    @property
+    def merger(self) -> MergerConfig:
+        """The merging kernel; a shape without one averages 2x2 cells."""
+        return self.shape.merger or MergerConfig()
+
+    def merge_counts(self, layout: Layout) -> tuple[int, ...]:
+        """floor(fraction * n) of each group of a layout (METHOD 7)."""
+        # the rounding keeps 0.7 * 10 at 7 in spite of binary fractions
+        return tuple(
+            int(round(self.merge_fraction * group.num_frames, 9)) for group in layout.groups()
+        )
+
+    def step_at(self, block: int, before: Layout, counts: Sequence[int]) -> MergeStep:
+        """The merge of given counts on a given layout, by this plan's mode and kernel."""
+        kernel, discard = self.merger.kernel, self.merge == "discard"
+        return merge_step(block, before, counts, kernel=kernel, discard=discard)
+
+    @cached_property
+    def merge_steps(self) -> tuple[MergeStep, ...]:
+        """The merges of group scope in order of depth; empty when nothing merges.
+
+        Raises:
+            RequestError: with scope "joint" the lengths depend on data.
+        """
+        if self.merge == "off":
+            return ()
+        if self.scope == "joint":
+            raise RequestError('with scope="joint" the merged counts depend on data; use "group"')
+        steps, layout = [], self.layout
+        for block in self.shape.merging_blocks:
+            step = self.step_at(block, layout, self.merge_counts(layout))
+            if step.groups:
+                steps.append(step)
+            layout = step.after
+        return tuple(steps)
+
+    def lengths_by_block(self, steps: Sequence[MergeStep] | None = None) -> tuple[int, ...]:
+        """Tokens in the attention of each block. `steps`: the merges that happened (joint scope)."""
+        steps = self.merge_steps if steps is None else steps
+        lengths, layout = [], self.layout
+        for block in range(self.shape.num_layers):
+            for step in steps:
+                layout = step.after if step.block == block else layout
+            lengths.append(layout.length)
+        return tuple(lengths)
+
+    def flops(self, steps: Sequence[MergeStep] | None = None) -> int:
+        """FLOPs of one forward's blocks, two a multiply-add, as METHOD 16 counts them.
+
+        With static conditioning: one step of the target over conditioning K/V computed before.
+        What METHOD 16 leaves out (embedding, merging, head) is in `tokens.flops.flop_table`.
+        """
+        from mv2v_engine.tokens.flops import block_flops
+
+        return block_flops(self, steps)
+
+    def describe(self) -> dict[str, Any]:
+        """The plan as plain data, for reports and the command line."""
+        steps = () if self.scope == "joint" else self.merge_steps
+        return {
+            "tokens": self.length,
+            "tokens_by_kind": self.lengths_by_kind,
+            "memory_tokenizers": [s.tokenizer for s in self.segments if s.role == "memory"],
+            "merge": self.merge,
+            "merge_fraction": self.fraction,
+            "merges": [
+                {
+                    "block": step.block,
+                    "frames": sum(group.num_merged for group in step.groups),
+                    "of": sum(group.num_frames for group in step.groups),
+                    "tokens_before": step.before.length,
+                    "tokens_after": step.after.length,
+                }
+                for step in steps
+            ],
+            "conditioning": self.conditioning,
+        }
+
+
+def memory_tokenizers(count: int, available: Sequence[int] = (2, 4, 8)) -> tuple[int, ...]:
+    """Tokenizers by rank: 1x4x4 for the first three memory videos, 1x8x8 for the rest (METHOD 3)."""
+    chosen = tuple(4 if rank < 3 else 8 for rank in range(count))
+    missing = sorted(set(chosen) - set(available))
+    if missing:
+        raise RequestError(f"memory needs tokenizers {missing}; this model has {tuple(available)}")
+    return chosen
+
+
+def turn_plan(
+    shape: TransformerConfig,
+    grid: tuple[int, int, int],
+    tokenizers: Sequence[int],
+    *,
+    source: bool = True,
+    merge: MergeMode = "conv",
+    scope: MergeScope = "group",
+    fraction: float | None = None,
+    conditioning: Conditioning = "joint",
+    rope: RopeMode = "pooled",
+) -> TokenPlan:
+    """The plan of a novel-view turn: target, source, then memory by rank (METHOD 2 and 4).
+
+    grid: latent (frames, rows, columns), the same for every video. tokenizers: one per memory
+    video, best first. Camera tracks: 0 target, 1 source, 2... memory; all 0 for a stock
+    ReCamMaster, whose conditioning tokens take the target's camera (METHOD 5).
+    """
+    frames = grid[0]
+    own = shape.camera_conditioning == "own"
+
+    def track(index: int) -> int | None:
+        return (index if own else 0) if shape.has_camera else None
+
+    segments = [Segment(role="target", grid=grid, camera=track(0))]
+    if source:
+        segments.append(
+            Segment(role="source", grid=grid, tau=frames, camera=track(1), mergeable=True)
+        )
+    for rank, tokenizer in enumerate(tokenizers):
+        segments.append(
+            Segment(
+                role="memory",
+                grid=grid,
+                tokenizer=tokenizer,
+                tau=2 * frames,
+                camera=track(2 + rank),
+                mergeable=True,
+            )
+        )
+    return TokenPlan(
+        segments=tuple(segments),
+        shape=shape,
+        merge=merge,
+        scope=scope,
+        fraction=fraction,
+        conditioning=conditioning,
+        rope=rope,
+    )
+
+
+def latent_grid(
+    frames: int, size: tuple[int, int], *, spatial_stride: int = 8
+) -> tuple[int, int, int]:
+    """Latent (frames, rows, columns) of a video of 4n+1 frames and (height, width) pixels."""
+    if frames % 4 != 1 or size[0] % spatial_stride or size[1] % spatial_stride:
+        raise RequestError(
+            f"a video needs 4n+1 frames and a size divisible by {spatial_stride}, "
+            f"got {frames} frames of {size[0]}x{size[1]}"
+        )
+    return (frames - 1) // 4 + 1, size[0] // spatial_stride, size[1] // spatial_stride
+
+
+def novel_view_plan(
+    *,
+    memory: int,
+    frames: int = 81,
+    size: tuple[int, int] = (480, 832),
+    merge: MergeMode = "conv",
+    fraction: float | None = None,
+    conditioning: Conditioning = "joint",
+    shape: TransformerConfig = WAN_1_3B,
+    tokenizers: Literal["ranked", "uniform"] = "ranked",
+    spatial_stride: int = 8,
+) -> TokenPlan:
+    """The plan of a turn with `memory` retrieved videos, without any weights (METHOD 16).
+
+    tokenizers: by rank, or 1x2x2 for every memory video (the ablation).
+    """
+    if memory < 0:
+        raise RequestError(f"memory must be a count of videos, got {memory}")
+    chosen = memory_tokenizers(memory) if tokenizers == "ranked" else (2,) * memory
+    return turn_plan(
+        shape,
+        latent_grid(frames, size, spatial_stride=spatial_stride),
+        chosen,
+        merge=merge,
+        fraction=fraction,
+        conditioning=conditioning,
+    )
+
+
+def editing_plan(
+    shape: TransformerConfig,
+    grid: tuple[int, int, int],
+    tokenizers: Sequence[int],
+    *,
+    preceding: bool = True,
+    merge: MergeMode = "conv",
+    fraction: float | None = None,
+) -> TokenPlan:
+    """The plan of one window of long editing, whose source rides on the target's channels.
+
+    With `preceding` the first memory video is the segment just before and takes T..2T-1; all
+    other memory shares 2T..3T-1. Memory frames run backwards (METHOD 4).
+    """
+    frames = grid[0]
+    segments = [Segment(role="target", grid=grid)]
+    for rank, tokenizer in enumerate(tokenizers):
+        tau = frames if preceding and rank == 0 else 2 * frames
+        segments.append(
+            Segment(
+                role="memory",
+                grid=grid,
+                tokenizer=tokenizer,
+                tau=tau,
+                mergeable=True,
+                reverse=True,
+            )
+        )
+    return TokenPlan(segments=tuple(segments), shape=shape, merge=merge, fraction=fraction)
