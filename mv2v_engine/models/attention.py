@@ -1,0 +1,82 @@
+"""Self- and cross-attention with Wan's full-width q/k RMSNorm.
+
+B batch, L tokens, S text tokens, N heads, D head dim, C = N * D.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.ops.attention import attention
+from mv2v_engine.ops.qk_norm_rope import qk_norm_rope, rms_norm_reference
+
+
+class RMSNormWeight(nn.Module):
+    """The learned scale of an RMSNorm; the ops do the arithmetic."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(dim))
+
+
+class _Projections(nn.Module):
+    def __init__(self, dim: int, num_heads: int, eps: float) -> None:
+        super().__init__()
+        self.num_heads, self.eps = num_heads, eps
+        self.to_q = nn.Linear(dim, dim)
+        self.to_k = nn.Linear(dim, dim)
+        self.to_v = nn.Linear(dim, dim)
+        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.norm_q = RMSNormWeight(dim)
+        self.norm_k = RMSNormWeight(dim)
+        self.backend = "reference"
+
+    def _out(self, attended_BLND: Tensor) -> Tensor:
+        out: Tensor = self.to_out[0](attended_BLND.flatten(2))
+        return out
+
+
+class SelfAttention(_Projections):
+    """q and k are normalised and rotated, v is not."""
+
+    def queries(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> Tensor:
+        return self._norm_rope(self.to_q(hidden_BLC), self.norm_q.weight, rope_BLD)
+
+    def keys_values(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B, L, N, D]: what static conditioning would keep across steps."""
+        keys = self._norm_rope(self.to_k(hidden_BLC), self.norm_k.weight, rope_BLD)
+        return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._out(attention(q, k, v, backend=self.backend))
+
+    def plain_queries(self, hidden_BLC: Tensor) -> Tensor:
+        """Normalised, unrotated queries [B, L, C] for responsiveness (METHOD 6)."""
+        return rms_norm_reference(self.to_q(hidden_BLC), self.norm_q.weight, self.eps)
+
+    def plain_keys(self, hidden_BLC: Tensor) -> Tensor:
+        """Normalised, unrotated keys [B, L, C]."""
+        return rms_norm_reference(self.to_k(hidden_BLC), self.norm_k.weight, self.eps)
+
+    def _norm_rope(self, x_BLC: Tensor, weight: Tensor, rope_BLD: Tensor) -> Tensor:
+        return qk_norm_rope(
+            x_BLC,
+            weight,
+            rope_BLD,
+            num_heads=self.num_heads,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+
+class CrossAttention(_Projections):
+    """Attention to the text context, without positions and without a mask, as Wan does."""
+
+    def forward(self, hidden_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+        heads = (self.num_heads, -1)
+        q = rms_norm_reference(self.to_q(hidden_BLC), self.norm_q.weight, self.eps)
+        k = rms_norm_reference(self.to_k(context_BSC), self.norm_k.weight, self.eps)
+        v = self.to_v(context_BSC)
+        q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))
+        return self._out(attention(q, k, v, backend=self.backend))

@@ -1,0 +1,86 @@
+"""Timestep and text conditioning: what modulates a block, and the context it attends to.
+
+Names follow diffusers' `condition_embedder`. B batch, S text tokens, C width.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.config import TransformerConfig
+
+
+@dataclass(frozen=True, slots=True)
+class Modulation:
+    """One sublayer's shift, scale and gate, float32 [B, C]."""
+
+    shift: Tensor
+    scale: Tensor
+    gate: Tensor
+
+
+def split_modulation(table_16C: Tensor, temb_B6C: Tensor) -> tuple[Modulation, Modulation]:
+    """The attention's and the feed-forward's modulation, summed in float32."""
+    parts = (table_16C.float() + temb_B6C.float()).unbind(1)
+    return Modulation(*parts[:3]), Modulation(*parts[3:])
+
+
+def sinusoidal_embedding(timestep_B: Tensor, dim: int) -> Tensor:
+    """Cosines then sines [B, dim] of the timestep, float32 with diffusers' operation order."""
+    half = dim // 2
+    exponent = -math.log(10000) * torch.arange(half, dtype=torch.float32, device=timestep_B.device)
+    angles = timestep_B.float()[:, None] * torch.exp(exponent / half)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)
+
+
+class _TimeEmbedder(nn.Module):
+    def __init__(self, freq_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(freq_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, embedding: Tensor) -> Tensor:
+        hidden = nn.functional.silu(self.linear_1(embedding))
+        result: Tensor = self.linear_2(hidden)
+        return result
+
+
+class _TextEmbedder(nn.Module):
+    def __init__(self, text_dim: int, dim: int) -> None:
+        super().__init__()
+        self.linear_1 = nn.Linear(text_dim, dim)
+        self.linear_2 = nn.Linear(dim, dim)
+
+    def forward(self, text: Tensor) -> Tensor:
+        hidden = nn.functional.gelu(self.linear_1(text), approximate="tanh")
+        result: Tensor = self.linear_2(hidden)
+        return result
+
+
+class ConditionEmbedder(nn.Module):
+    """Timestep to modulation vectors, text embeddings to context."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        self.freq_dim = config.freq_dim
+        self.time_embedder = _TimeEmbedder(config.freq_dim, config.dim)
+        self.time_proj = nn.Linear(config.dim, 6 * config.dim)
+        self.text_embedder = _TextEmbedder(config.text_dim, config.dim)
+
+    def time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
+        """temb [B, C] for the head and its projection [B, 6, C] for the blocks."""
+        embedding = sinusoidal_embedding(timestep_B, self.freq_dim)
+        weight = self.time_embedder.linear_1.weight
+        temb = self.time_embedder(embedding.to(weight.dtype))
+        temb = temb.to(self.time_proj.weight.dtype)
+        return temb, self.time_proj(nn.functional.silu(temb)).unflatten(1, (6, -1))
+
+    def text(self, text_BSD: Tensor) -> Tensor:
+        """Context [B, S, C] of text embeddings [B, S, text_dim]."""
+        weight = self.text_embedder.linear_1.weight
+        context: Tensor = self.text_embedder(text_BSD.to(weight.dtype))
+        return context

@@ -1,0 +1,45 @@
+"""Rotary tables from positions: pooled over the cells that a token covers (METHOD 4).
+
+L tokens, E cells covered along an axis, D head dim. The head dim splits into D - 4*(D//6)
+for time and 2*(D//6) for rows and for columns, as Wan's does (44/42/42 of 128).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.tokens.positions import covered_cells
+
+
+def axis_dims(head_dim: int) -> tuple[int, int, int]:
+    """Channels of a head that turn with time, row and column."""
+    spatial = 2 * (head_dim // 6)
+    return head_dim - 2 * spatial, spatial, spatial
+
+
+def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
+    """Angles [..., dim / 2] in float64."""
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    return positions.to(torch.float64)[..., None] * frequencies
+
+
+def rotary_table(plan: TokenPlan) -> Tensor:
+    """Cosines then sines of every token: float32 [L, D], built in float64 on the CPU.
+
+    Pooled: the mean of cos and sin over the covered cells, which separates by axis because a
+    token covers a whole rectangle. Centre: cos and sin at the rectangle's centre.
+    """
+    shape, cells = plan.shape, covered_cells(plan)
+    dims = axis_dims(shape.attention_head_dim)
+    parts_cos, parts_sin = [], []
+    for positions, dim in zip(
+        (cells.tau_L[:, None], cells.rows_LE, cells.columns_LE), dims, strict=True
+    ):
+        if plan.rope == "centre":
+            positions = positions.to(torch.float64).mean(-1, keepdim=True)
+        angles = _angles(positions, dim, shape.rope_theta)
+        parts_cos.append(angles.cos().mean(-2))
+        parts_sin.append(angles.sin().mean(-2))
+    return torch.cat(parts_cos + parts_sin, dim=-1).to(torch.float32)

@@ -1,0 +1,180 @@
+"""Merging at depth: choose the unresponsive frames, fuse them, keep the books (METHOD 6-7).
+
+B batch, L tokens, F frames of the sequence, G frames of a group, P tokens of a frame, C width.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.config import MergerConfig
+from mv2v_engine.ops.token_merge import token_merge
+from mv2v_engine.tokens.layout import Layout, MergeStep
+
+
+@dataclass(frozen=True, eq=False)
+class Sequence:
+    """Tokens with everything that travels with them.
+
+    x [B, L, C]; rope [1 or B, L, D]; frames [B, F] says which frame of the plan's frame table
+    each frame of the layout is.
+    """
+
+    x: Tensor
+    rope: Tensor
+    frames: Tensor
+    layout: Layout
+
+    def token_frames(self) -> Tensor:
+        """Frame-table index [B, L] of every token."""
+        return self.frames[:, token_slots(self.layout).to(self.frames.device)]
+
+
+@dataclass(frozen=True, eq=False)
+class MergeRecord:
+    """What one merge did. merged: frame-table indices [B, M], ascending responsiveness within a
+    group; responsiveness [B, F'] of the conditioning frames `frames` [B, F'] before it."""
+
+    step: MergeStep
+    merged: Tensor
+    responsiveness: Tensor
+    frames: Tensor
+
+
+def token_slots(layout: Layout) -> Tensor:
+    """The layout's frame number of every token: int64 [L]."""
+    per_frame = [run.tokens_per_frame for run in layout.runs for _ in range(run.num_frames)]
+    # sizes are Python numbers, so nothing here waits for a device
+    return torch.repeat_interleave(
+        torch.arange(len(per_frame)), torch.tensor(per_frame), output_size=layout.length
+    )
+
+
+class Merger(nn.Module):
+    """C_theta of one merging block: a 2-D weight pools and projects, a 4-D one convolves."""
+
+    def __init__(self, dim: int, config: MergerConfig) -> None:
+        super().__init__()
+        shape = (dim, dim) if config.pooled else (dim, dim // config.groups, *config.kernel)
+        self.weight = nn.Parameter(torch.empty(shape))
+        self.bias = nn.Parameter(torch.empty(dim)) if config.bias else None
+        self.reset_parameters()
+
+    @torch.no_grad()
+    def reset_parameters(self) -> None:
+        """Average pooling, which leaves a constant frame as it is."""
+        dim, groups = self.weight.shape[0], self.weight.shape[0] // self.weight.shape[1]
+        nn.init.zeros_(self.weight)
+        channel = torch.arange(dim)
+        if self.weight.ndim == 2:
+            self.weight[channel, channel] = 1
+        else:
+            cells = self.weight.shape[2] * self.weight.shape[3]
+            self.weight[channel, channel % (dim // groups)] = 1 / cells
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+
+def merge_order(scores_BG: Tensor) -> Tensor:
+    """Frame numbers [B, G] from the first to merge to the last: least responsive first.
+
+    Ties: the later frame merges first (METHOD 7), hence the stable sort of the reversed row.
+    """
+    last = scores_BG.shape[1] - 1
+    return last - scores_BG.flip(1).argsort(dim=1, stable=True)
+
+
+def joint_counts(scores_BF: Tensor, sequence: Sequence, fraction: float) -> tuple[int, ...]:
+    """How many frames of each group merge when all groups are ranked together (scope "joint").
+
+    Reads the scores on the host, so it is eager only. scores: of the sequence's conditioning
+    frames, batch of one.
+    """
+    layout = sequence.layout
+    groups = layout.groups()
+    candidates = torch.cat([_group_slots(layout, group.runs) for group in groups])
+    owner = torch.cat(
+        [torch.full((group.num_frames,), index) for index, group in enumerate(groups)]
+    )
+    # ties go by a frame's place in the plan, whatever group it is in
+    in_time = sequence.frames[0].cpu()[candidates].argsort()
+    candidates, owner = candidates[in_time], owner[in_time]
+    total = int(round(fraction * len(candidates), 9))
+    scores = scores_BF[:, candidates.to(scores_BF.device) - layout.runs[0].num_frames]
+    chosen = merge_order(scores)[0, :total].cpu()
+    return tuple(int((owner[chosen] == index).sum()) for index in range(len(groups)))
+
+
+def _group_slots(layout: Layout, runs: tuple[int, ...]) -> Tensor:
+    """The layout's frame numbers of the given runs."""
+    starts = [0]
+    for run in layout.runs:
+        starts.append(starts[-1] + run.num_frames)
+    return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in runs])
+
+
+def _runs_of(tensor_BL: Tensor, layout: Layout) -> tuple[Tensor, ...]:
+    """Split a token tensor [., L, .] into the layout's runs."""
+    return tensor_BL.split([run.length for run in layout.runs], dim=1)
+
+
+def apply_merge(
+    sequence: Sequence,
+    step: MergeStep,
+    scores_BF: Tensor,
+    merger: Merger | None,
+    *,
+    kernel: tuple[int, int],
+    discard: bool,
+    backend: str,
+) -> tuple[Sequence, MergeRecord]:
+    """Carry out a step whose groups merge their least responsive frames.
+
+    scores: responsiveness [B, F'] of the layout's conditioning frames. merger None averages.
+    """
+    layout, num_target = step.before, step.before.runs[0].num_frames
+    xs, ropes = _runs_of(sequence.x, layout), _runs_of(sequence.rope, layout)
+    moved = {index for group in step.groups for index in group.runs}
+    still = [index for index in range(len(layout.runs)) if index not in moved]
+    parts_x = [xs[index] for index in still]
+    parts_rope = [ropes[index].expand(len(sequence.x), -1, -1) for index in still]
+    device = sequence.frames.device
+    parts_frames = [sequence.frames[:, _group_slots(layout, tuple(still)).to(device)]]
+    merged_frames = []
+    for group in step.groups:
+        slots = _group_slots(layout, group.runs).to(device)
+        order = merge_order(scores_BF[:, slots - num_target])
+        merged = order[:, : group.num_merged].sort(1).values
+        kept = order[:, group.num_merged :].sort(1).values
+        frame_shape = (group.num_frames, group.rows * group.columns)
+        x, rope = token_merge(
+            torch.cat([xs[index] for index in group.runs], 1).unflatten(1, frame_shape),
+            torch.cat([ropes[index] for index in group.runs], 1).unflatten(1, frame_shape),
+            kept,
+            merged[:, :0] if discard else merged,
+            grid=(group.rows, group.columns),
+            kernel=kernel,
+            weight=merger.weight if merger else None,
+            bias=merger.bias if merger else None,
+            backend=backend,
+        )
+        parts_x.append(x)
+        parts_rope.append(rope)
+        ids = sequence.frames[:, slots]
+        merged_frames.append(ids.gather(1, order[:, : group.num_merged]))
+        parts_frames.append(ids.gather(1, kept))
+        if not discard:
+            parts_frames.append(ids.gather(1, merged))
+    merged_sequence = replace(
+        sequence,
+        x=torch.cat(parts_x, 1),
+        rope=torch.cat(parts_rope, 1),
+        frames=torch.cat(parts_frames, 1),
+        layout=step.after,
+    )
+    before = sequence.frames[:, num_target:]
+    record = MergeRecord(step, torch.cat(merged_frames, 1), scores_BF, before)
+    return merged_sequence, record

@@ -1,0 +1,1 @@
+"""Operations: one file each with contract, reference, fake and dispatch. Torch only."""

@@ -1,0 +1,61 @@
+"""Adaptive LayerNorm with the camera: y = LN(x) * (1 + scale) + shift + camera[frame].
+
+Statistics and sums in float32, one rounding at the end. B batch, L tokens, C width, F frames.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.ops.backend import define
+
+
+def adaln_reference(
+    x_BLC: Tensor,
+    scale_BC: Tensor,
+    shift_BC: Tensor,
+    camera_BFC: Tensor | None,
+    frame_BL: Tensor | None,
+    eps: float,
+) -> Tensor:
+    normed = torch.nn.functional.layer_norm(x_BLC.float(), (x_BLC.shape[-1],), eps=eps)
+    y_BLC = normed * (1 + scale_BC.float()[:, None]) + shift_BC.float()[:, None]
+    if camera_BFC is not None and frame_BL is not None:
+        batch = torch.arange(len(camera_BFC), device=x_BLC.device)[:, None]
+        y_BLC = y_BLC + camera_BFC[batch, frame_BL].float()
+    return y_BLC.to(x_BLC.dtype)
+
+
+_adaln = define(
+    "adaln",
+    "(Tensor x, Tensor scale, Tensor shift, Tensor? camera, Tensor? frame, float eps) -> Tensor",
+    adaln_reference,
+    lambda x, scale, shift, camera, frame, eps: torch.empty_like(x),
+)
+
+
+def adaln(
+    x: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    *,
+    camera: Tensor | None = None,
+    frame: Tensor | None = None,
+    eps: float = 1e-6,
+    backend: str = "reference",
+) -> Tensor:
+    """x [B, L, C] modulated by scale, shift [B, C]; camera [B, F, C] added by frame [B, L] (int64).
+
+    The camera embedding joins the modulated state before q, k, v (METHOD 5).
+    """
+    if scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
+        raise ValueError(
+            f"scale and shift must have shape {(x.shape[0], x.shape[2])}, "
+            f"got {tuple(scale.shape)} and {tuple(shift.shape)}"
+        )
+    if (camera is None) != (frame is None):
+        raise ValueError("camera and frame belong together: pass both or neither")
+    run = adaln_reference if backend == "reference" else _adaln
+    result: Tensor = run(x, scale, shift, camera, frame, eps)
+    return result

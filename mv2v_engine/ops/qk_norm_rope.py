@@ -1,0 +1,61 @@
+"""RMSNorm over the full width, then rotary embedding of interleaved pairs in each head.
+
+B batch, L tokens, N heads, D head dim, C = N * D. The table holds cosines then sines, [., L, D].
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.ops.backend import define
+
+
+def rms_norm_reference(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
+    """x / rms(x) * weight: the statistics in float32, the scale in x's dtype as Wan does."""
+    wide = x_BLC.float()
+    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    return normed.to(weight_C.dtype).mul(weight_C).to(x_BLC.dtype)
+
+
+def qk_norm_rope_reference(
+    x_BLC: Tensor, weight_C: Tensor, rope_BLD: Tensor, num_heads: int, eps: float
+) -> Tensor:
+    x_BLND = rms_norm_reference(x_BLC, weight_C, eps).unflatten(-1, (num_heads, -1))
+    even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
+    cos, sin = rope_BLD[:, :, None].chunk(2, dim=-1)
+    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
+    return turned.flatten(-2).to(x_BLC.dtype)
+
+
+def _fake(x: Tensor, weight: Tensor, rope: Tensor, num_heads: int, eps: float) -> Tensor:
+    batch, length, width = x.shape
+    return x.new_empty(batch, length, num_heads, width // num_heads)
+
+
+_qk_norm_rope = define(
+    "qk_norm_rope",
+    "(Tensor x, Tensor weight, Tensor rope, int num_heads, float eps) -> Tensor",
+    qk_norm_rope_reference,
+    _fake,
+)
+
+
+def qk_norm_rope(
+    x: Tensor,
+    weight: Tensor,
+    rope: Tensor,
+    *,
+    num_heads: int,
+    eps: float = 1e-6,
+    backend: str = "reference",
+) -> Tensor:
+    """x [B, L, C], weight [C], rope [1 or B, L, D] -> [B, L, N, D]."""
+    head_dim = x.shape[-1] // num_heads
+    if rope.shape[1:] != (x.shape[1], head_dim):
+        raise ValueError(
+            f"rope must have shape [1 or B, {x.shape[1]}, {head_dim}], got {tuple(rope.shape)}"
+        )
+    run = qk_norm_rope_reference if backend == "reference" else _qk_norm_rope
+    result: Tensor = run(x, weight, rope, num_heads, eps)
+    return result
