@@ -1,0 +1,225 @@
+"""Transformer and sampling configs: from this project's JSON, from Wan's JSON, or from shapes.
+
+A config file's words win over shapes, so that a file which contradicts its weights is met as a
+mismatch with both shapes named. The number of heads is in no shape: 128 channels each, as every
+released Wan has, unless a config file says otherwise.
+
+C transformer width.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from mv2v_engine.checkpoints.detect import Detected, read_json
+from mv2v_engine.checkpoints.weights import TensorInfo
+from mv2v_engine.config import CameraConditioning, MergerConfig, SamplingConfig, TransformerConfig
+from mv2v_engine.errors import CheckpointError, RequestError
+
+FORMAT, VERSION = "mv2v_engine", 1
+_HEAD_DIM = 128
+_PATCH_CELLS = 4
+# both spellings of Wan's config files; each of our fields by the words it may have there
+_WORDS = {
+    "num_layers": ("num_layers",),
+    "ffn_dim": ("ffn_dim",),
+    "in_channels": ("in_channels", "in_dim"),
+    "out_channels": ("out_channels", "out_dim"),
+    "text_dim": ("text_dim",),
+    "freq_dim": ("freq_dim",),
+    "text_len": ("text_len",),
+    "eps": ("eps",),
+}
+# what this transformer has fixed; a config that says otherwise is another model
+_FIXED: dict[str, tuple[Any, ...]] = {
+    "patch_size": ([1, 2, 2],),
+    "qk_norm": ("rms_norm_across_heads", True),
+    "cross_attn_norm": (True,),
+    "image_dim": (None,),
+    "added_kv_proj_dim": (None,),
+    "pos_embed_seq_len": (None,),
+    "window_size": ([-1, -1],),
+    "model_type": ("t2v", "ti2v"),
+}
+# Wan's own default (its shared config): what guidance moves away from
+WAN_NEGATIVE_PROMPT = (
+    "色调艳丽，过曝，静态，细节模糊不清，字幕，风格，作品，画作，画面，静止，整体发灰，"  # noqa: RUF001
+    "最差质量，低质量，JPEG压缩残留，丑陋的，残缺的，多余的手指，画得不好的手部，"  # noqa: RUF001
+    "画得不好的脸部，畸形的，毁容的，形态畸形的肢体，手指融合，静止不动的画面，"  # noqa: RUF001
+    "杂乱的背景，三条腿，背景人很多，倒着走"  # noqa: RUF001
+)
+
+
+def own_json(name: str, config: TransformerConfig, sampling: SamplingConfig) -> dict[str, Any]:
+    """The content of `mv2v.json`."""
+    return {
+        "format": FORMAT,
+        "version": VERSION,
+        "name": name,
+        "transformer": dataclasses.asdict(config),
+        "sampling": dataclasses.asdict(sampling),
+    }
+
+
+def read_own_config(path: Path) -> tuple[str, TransformerConfig, SamplingConfig]:
+    """Name and configs of `mv2v.json`.
+
+    Raises:
+        CheckpointError: another format or version, or fields that are missing, new or wrong.
+    """
+    value = read_json(path)
+    if value.get("format") != FORMAT or value.get("version") != VERSION:
+        raise CheckpointError(
+            f"{path} is format {value.get('format')!r} version {value.get('version')!r}; expected "
+            f"{FORMAT!r} version {VERSION}, use the engine that wrote it"
+        )
+    try:
+        transformer = {k: _tupled(v) for k, v in value["transformer"].items()}
+        if transformer.get("merger") is not None:
+            merger = {k: _tupled(v) for k, v in transformer["merger"].items()}
+            transformer["merger"] = MergerConfig(**merger)
+        sampling = {k: _tupled(v) for k, v in value["sampling"].items()}
+        return str(value["name"]), TransformerConfig(**transformer), SamplingConfig(**sampling)
+    except (KeyError, TypeError, AttributeError, RequestError) as error:
+        raise CheckpointError(
+            f"{path} does not describe a checkpoint ({error}); expected the fields of "
+            "TransformerConfig and SamplingConfig, correct it or copy it again"
+        ) from error
+
+
+def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> TransformerConfig:
+    """The base transformer's config; tokenizers and merger are left for `modules.read_extras`.
+
+    Args:
+        infos: the file's tensors by our names.
+
+    Raises:
+        CheckpointError: a deciding tensor is missing, or the config file describes another model.
+    """
+    said = _described(detected.config_file) if detected.config_file else {}
+    shapes = _Shapes(detected.path, infos)
+    width = shapes.width()
+    heads, head_dim = _heads(detected, said, width)
+    camera: CameraConditioning = "none"
+    if detected.format in ("recammaster", "memory_v2v"):
+        camera = "target" if detected.format == "recammaster" else "own"
+    optional = {k: said[k] for k in ("text_len", "eps") if k in said}
+    try:
+        return TransformerConfig(
+            num_layers=said.get("num_layers") or shapes.depth(),
+            num_attention_heads=heads,
+            attention_head_dim=head_dim,
+            ffn_dim=said.get("ffn_dim") or shapes.axis("blocks.0.ffn.net.0.proj.weight", 0),
+            in_channels=said.get("in_channels") or shapes.axis("patch_embedding.weight", 1),
+            out_channels=said.get("out_channels")
+            or shapes.axis("proj_out.weight", 0) // _PATCH_CELLS,
+            text_dim=said.get("text_dim")
+            or shapes.axis("condition_embedder.text_embedder.linear_1.weight", 1),
+            freq_dim=said.get("freq_dim")
+            or shapes.axis("condition_embedder.time_embedder.linear_1.weight", 1),
+            camera_conditioning=camera,
+            merger=None,
+            **optional,
+        )
+    except RequestError as error:
+        raise CheckpointError(f"{detected.path}: {error}") from error
+
+
+def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingConfig:
+    """Window, size and sampler defaults of a base checkpoint (BASE_MODELS 3.1, 4).
+
+    The 48-channel models were made for 121 frames at 704x1280, Lucy-Edit (source on channels)
+    for 81 frames at 480x832; a scheduler folder's shift wins.
+    """
+    sampling = SamplingConfig(negative_prompt=WAN_NEGATIVE_PROMPT)
+    if config.in_channels != config.out_channels:
+        sampling = SamplingConfig()
+    elif config.out_channels == 48:
+        sampling = dataclasses.replace(sampling, num_frames=121, size=(704, 1280))
+    scheduler = detected.folder / "scheduler" / "scheduler_config.json"
+    if scheduler.is_file():
+        said = read_json(scheduler)
+        shift = said.get("flow_shift", said.get("shift"))
+        if isinstance(shift, int | float) and shift > 0:
+            sampling = dataclasses.replace(sampling, flow_shift=float(shift))
+    return sampling
+
+
+class _Shapes:
+    """Sizes read off tensors that every Wan transformer has."""
+
+    def __init__(self, path: Path, infos: Mapping[str, TensorInfo]) -> None:
+        self.path, self.infos = path, infos
+
+    def axis(self, name: str, axis: int) -> int:
+        info = self.infos.get(name)
+        if info is None:
+            raise CheckpointError(
+                f"{self.path} lacks {name}, whose shape tells the model's size; expected a whole "
+                "transformer, copy or download it again"
+            )
+        if axis >= len(info.shape):
+            raise CheckpointError(
+                f"{self.path}: {info.key} has shape {list(info.shape)}; expected at least "
+                f"{axis + 1} axes, it is no Wan transformer's"
+            )
+        return info.shape[axis]
+
+    def width(self) -> int:
+        width = self.axis("patch_embedding.weight", 0)
+        info = self.infos["patch_embedding.weight"]
+        if info.shape[2:] != (1, 2, 2):
+            raise CheckpointError(
+                f"{self.path}: {info.key} has shape {list(info.shape)}; expected "
+                "[C, channels, 1, 2, 2], a Wan transformer's patches"
+            )
+        return width
+
+    def depth(self) -> int:
+        return 1 + max(int(n.split(".")[1]) for n in self.infos if n.startswith("blocks."))
+
+
+def _described(path: Path) -> dict[str, Any]:
+    """A Wan config file in our words.
+
+    Raises:
+        CheckpointError: it describes a model that this transformer cannot be.
+    """
+    config = read_json(path)
+    for key, allowed in _FIXED.items():
+        if key in config and config[key] not in allowed:
+            raise CheckpointError(
+                f"{path} has {key} {config[key]!r}; expected {allowed[0]!r}, a Wan text-to-video "
+                "transformer's"
+            )
+    said = {
+        ours: config[word] for ours, words in _WORDS.items() for word in words if word in config
+    }
+    heads = config.get("num_attention_heads", config.get("num_heads"))
+    if heads:
+        said["heads"] = heads
+        head_dim = config.get("attention_head_dim")
+        said["head_dim"] = head_dim or (config["dim"] // heads if "dim" in config else None)
+    wrong = {k: v for k, v in said.items() if v is not None and not isinstance(v, int | float)}
+    if wrong:
+        key, value = next(iter(wrong.items()))
+        raise CheckpointError(f"{path} has {key} {value!r}; expected a number")
+    return said
+
+
+def _heads(detected: Detected, said: Mapping[str, Any], width: int) -> tuple[int, int]:
+    if heads := said.get("heads"):
+        return heads, said.get("head_dim") or width // heads
+    if width % _HEAD_DIM:
+        raise CheckpointError(
+            f"{detected.path} is {width} channels wide, no multiple of {_HEAD_DIM}, and no shape "
+            'tells the number of heads; put a config.json with "num_heads" beside it'
+        )
+    return width // _HEAD_DIM, _HEAD_DIM
+
+
+def _tupled(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value

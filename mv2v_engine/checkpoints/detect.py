@@ -1,0 +1,269 @@
+"""What a file or folder is, told from its content: names of files, configs and tensor keys.
+
+| format      | what it is                                                                  |
+| mv2v_engine | this project's folder: `mv2v.json` and `transformer.safetensors`            |
+| wan_diffusers | a pipeline folder, a transformer folder or a file with diffusers' names   |
+| wan_original  | a file, shards or a folder with original Wan names                        |
+| recammaster | either naming, plus `cam_encoder` and `projector` in the blocks             |
+| memory_v2v  | recammaster plus conditioning tokenizers and token mergers of any name      |
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from mv2v_engine.checkpoints.names import Naming, Renames, Translation, translate
+from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header
+from mv2v_engine.errors import CheckpointError, nearest_names
+
+Format = Literal["mv2v_engine", "wan_diffusers", "wan_original", "recammaster", "memory_v2v"]
+
+OWN_CONFIG = "mv2v.json"
+OWN_WEIGHTS = "transformer.safetensors"
+_ASSETS = Path(__file__).resolve().parent.parent / "assets"
+_SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
+# weights that lie beside a transformer in original Wan folders
+_COMPANION = re.compile(r"(?i)(.*vae.*|models_(t5|clip).*|.*umt5.*)")
+_UNSUPPORTED = {
+    "img_emb.": "image-to-video",
+    ".k_img.": "image-to-video",
+    ".add_k_proj.": "image-to-video",
+    "image_embedder.": "image-to-video",
+    "vace_blocks.": "VACE",
+    "lora_": "LoRA",
+}
+
+
+@dataclass(frozen=True)
+class Detected:
+    """A checkpoint found on disk.
+
+    folder: where `vae/`, `text_encoder/` and `tokenizer/` are looked for. files: the weight
+    files. config_file: the JSON that describes the transformer, None when shapes must do.
+    tensors: the files' keys with shapes and dtypes. translation: these keys in our words.
+    """
+
+    format: Format
+    path: Path
+    folder: Path
+    files: tuple[Path, ...]
+    config_file: Path | None
+    tensors: dict[str, TensorInfo]
+    translation: Translation
+    reason: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    files: tuple[Path, ...]
+    folder: Path
+    config_file: Path | None = None
+    is_own: bool = False
+
+
+def embedded_names() -> tuple[str, ...]:
+    """Names of the checkpoints that ship with the package."""
+    return tuple(sorted(path.parent.name for path in _ASSETS.glob(f"*/{OWN_CONFIG}")))
+
+
+def detect(path: Path | str, renames: Renames | None = None) -> Detected:
+    """Tell what a checkpoint is; reads headers only.
+
+    Args:
+        path: a file, a folder, or the bare name of an embedded checkpoint.
+        renames: the user's renames, see `names.read_renames`.
+
+    Raises:
+        CheckpointError: nothing there, no checkpoint, a missing shard, or unreadable weights.
+    """
+    try:
+        root = _resolve(path)
+        found = _find_in_folder(root) if root.is_dir() else _find_by_file(root)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    tensors: dict[str, TensorInfo] = {}
+    for file in found.files:
+        tensors |= read_header(file)
+    translation = translate(tensors, renames)
+    _require_supported(root, tensors, translation.naming)
+    format_, reason = _classify(found, translation)
+    return Detected(
+        format_, root, found.folder, found.files, found.config_file, tensors, translation, reason
+    )
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object.
+
+    Raises:
+        CheckpointError: the file cannot be read or holds something else.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); copy or download it again") from error
+    if not isinstance(value, dict):
+        raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
+    return value
+
+
+def _resolve(path: Path | str) -> Path:
+    name = str(path)
+    embedded = embedded_names()
+    if name in embedded:
+        return _ASSETS / name
+    root = Path(path).expanduser()
+    if not root.exists():
+        known = nearest_names(name, embedded) if embedded else "none are installed"
+        raise CheckpointError(
+            f"no checkpoint at {name!r}; expected a file, a folder or an embedded name ({known})"
+        )
+    return root
+
+
+def _find_in_folder(root: Path) -> _Found:
+    if (root / OWN_CONFIG).is_file():
+        weights = root / OWN_WEIGHTS
+        if not weights.is_file():
+            raise CheckpointError(f"{root} has {OWN_CONFIG} but no {OWN_WEIGHTS}; copy it there")
+        return _Found((weights,), root, root / OWN_CONFIG, is_own=True)
+    if (root / "model_index.json").is_file():
+        _require_wan_pipeline(root / "model_index.json")
+        inner = root / "transformer"
+        if not inner.is_dir():
+            raise CheckpointError(f"{root} has model_index.json but no transformer folder")
+    else:
+        inner = root / "transformer" if (root / "transformer" / "config.json").is_file() else root
+    folder = inner.parent if inner.name == "transformer" else inner
+    return _Found(_weights_in(inner), folder, _config_beside(inner))
+
+
+def _find_by_file(path: Path) -> _Found:
+    if path.name in (OWN_CONFIG, "model_index.json", "config.json"):
+        return _find_in_folder(path.parent)
+    if path.name == OWN_WEIGHTS and (path.parent / OWN_CONFIG).is_file():
+        return _find_in_folder(path.parent)
+    folder = path.parent.parent if path.parent.name == "transformer" else path.parent
+    if path.name.endswith(".index.json"):
+        return _Found(_indexed(path), folder, _config_beside(path.parent))
+    files = _all_shards(path) if _SHARD.fullmatch(path.name) else (path,)
+    return _Found(files, folder, _config_beside(path.parent))
+
+
+def _config_beside(folder: Path) -> Path | None:
+    """`config.json` of a Wan transformer in this folder; other models' configs do not count."""
+    path = folder / "config.json"
+    if not path.is_file():
+        return None
+    config = read_json(path)
+    described = config.get("_class_name", "WanModel")
+    return path if described in ("WanTransformer3DModel", "WanModel") else None
+
+
+def _require_wan_pipeline(path: Path) -> None:
+    index = read_json(path)
+    kind = (index.get("transformer") or [None, None])[1]
+    if kind != "WanTransformer3DModel":
+        raise CheckpointError(
+            f"{path} describes a {index.get('_class_name')} with transformer {kind}; expected a "
+            "pipeline of WanTransformer3DModel"
+        )
+    if (index.get("transformer_2") or [None])[0] is not None:
+        raise CheckpointError(
+            f"{path} has two expert transformers; expected a single one (Wan2.1 1.3B or 14B, "
+            "Wan2.2 5B), or give one transformer folder"
+        )
+
+
+def _weights_in(folder: Path) -> tuple[Path, ...]:
+    """The transformer's weight files of a folder."""
+    if indices := sorted(folder.glob("*.index.json")):
+        return _indexed(indices[0])
+    files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.is_file()]
+    named = [p for p in files if p.name.startswith("diffusion_pytorch_model")]
+    files = named or [p for p in files if not _COMPANION.fullmatch(p.name)]
+    plain = [p for p in files if p.name == "diffusion_pytorch_model.safetensors"]
+    if plain:
+        return (plain[0],)
+    if files and _SHARD.fullmatch(files[0].name):
+        return _all_shards(files[0])
+    if not files:
+        there = ", ".join(sorted(p.name for p in folder.iterdir())[:6]) or "nothing"
+        raise CheckpointError(
+            f"{folder} holds no transformer weights (found {there}); expected {OWN_CONFIG}, "
+            "model_index.json, or .safetensors, .ckpt or .pth files"
+        )
+    if len(files) > 1:
+        there = ", ".join(p.name for p in files[:6])
+        raise CheckpointError(f"{folder} holds several weight files ({there}); give one of them")
+    return (files[0],)
+
+
+def _indexed(path: Path) -> tuple[Path, ...]:
+    weight_map = read_json(path).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{path} has no weight_map; expected an index of weight shards")
+    shards = tuple(path.parent / str(name) for name in sorted(set(map(str, weight_map.values()))))
+    _require_shards(shards)
+    return shards
+
+
+def _all_shards(path: Path) -> tuple[Path, ...]:
+    match = _SHARD.fullmatch(path.name)
+    if match is None:
+        return (path,)
+    stem, _, count, suffix = match.groups()
+    shards = tuple(
+        path.parent / f"{stem}-{i:05d}-of-{count}{suffix}" for i in range(1, int(count) + 1)
+    )
+    _require_shards(shards)
+    return shards
+
+
+def _require_shards(shards: tuple[Path, ...]) -> None:
+    missing = [shard.name for shard in shards if not shard.is_file()]
+    if missing:
+        raise CheckpointError(
+            f"{shards[0].parent} lacks {len(missing)} of {len(shards)} weight shards: "
+            f"{', '.join(missing[:3])}; download the missing files"
+        )
+
+
+def _require_supported(root: Path, tensors: dict[str, TensorInfo], naming: Naming | None) -> None:
+    for mark, kind in _UNSUPPORTED.items():
+        if any(mark in key for key in tensors):
+            raise CheckpointError(
+                f"{root} is a {kind} checkpoint; expected a Wan text-to-video transformer or one "
+                "made from it"
+            )
+    if naming is None:
+        keys = ", ".join(list(tensors)[:3])
+        raise CheckpointError(
+            f"{root} holds no Wan transformer (first keys: {keys}); expected keys such as "
+            "blocks.0.self_attn.q.weight or blocks.0.attn1.to_q.weight"
+        )
+
+
+def _classify(found: _Found, translation: Translation) -> tuple[Format, str]:
+    names = set(translation.names.values())
+    cameras = sum(name.endswith(".cam_encoder.weight") for name in names)
+    memory = sorted(name for name in names if name.startswith(("tokenizers.", "mergers.")))
+    says = [f"{translation.naming} Wan names"]
+    if found.is_own:
+        return "mv2v_engine", f"{OWN_CONFIG} beside {OWN_WEIGHTS}"
+    if cameras:
+        says.append(f"camera modules in {cameras} blocks")
+    if memory:
+        says.append(f"{len(memory)} keys of tokenizers and mergers")
+    if translation.unknown:
+        says.append(f"{len(translation.unknown)} keys of unknown modules")
+    reason = ", ".join(says)
+    if cameras:
+        return ("memory_v2v" if memory or translation.unknown else "recammaster"), reason
+    return ("wan_diffusers" if translation.naming == "diffusers" else "wan_original"), reason

@@ -1,0 +1,143 @@
+"""What loading a checkpoint would do, without reading a tensor: `run inspect PATH`."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from mv2v_engine.checkpoints.detect import Format, detect
+from mv2v_engine.checkpoints.modules import Shape
+from mv2v_engine.checkpoints.names import read_renames
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
+from mv2v_engine.config import TransformerConfig
+from mv2v_engine.errors import CheckpointError
+
+_SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Inspection:
+    """A checkpoint's format, config and keys, told from its headers.
+
+    matched: parameters found in the file. missing: parameters it lacks. unknown: its keys that
+    the model does not know. mismatched: (name, got, expected). initialised: parameters it need
+    not have, and what fills them. inferred: one line for each tokenizer and merger found.
+    undecided: modules whose role shapes leave open. dtypes: tensors by dtype. num_parameters: of
+    the model; num_stored: elements in the file. problem: why it cannot be loaded, or None.
+    """
+
+    path: Path
+    name: str
+    format: Format
+    reason: str
+    files: tuple[Path, ...]
+    config: TransformerConfig
+    matched: tuple[str, ...]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    mismatched: tuple[tuple[str, Shape, Shape], ...]
+    dropped: tuple[str, ...]
+    initialised: dict[str, str]
+    inferred: tuple[str, ...]
+    undecided: tuple[str, ...]
+    dtypes: dict[str, int]
+    num_parameters: int
+    num_stored: int
+    problem: str | None
+
+
+def inspect_checkpoint(path: Path | str, rename: Path | str | None = None) -> Inspection:
+    """Inspect a checkpoint; reads headers only.
+
+    Raises:
+        CheckpointError: it cannot be read or its config cannot be told. Missing, unknown and
+            undecided keys are told in the result instead.
+    """
+    renames = read_renames(Path(rename)) if rename is not None else None
+    resolution = resolve(detect(path, renames))
+    detected = resolution.detected
+    dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in detected.tensors.values())
+    return Inspection(
+        path=detected.path,
+        name=resolution.name,
+        format=detected.format,
+        reason=detected.reason,
+        files=detected.files,
+        config=resolution.config,
+        matched=tuple(resolution.sources),
+        missing=resolution.missing,
+        unknown=resolution.unknown,
+        mismatched=resolution.mismatched,
+        dropped=detected.translation.dropped,
+        initialised=resolution.initialised,
+        inferred=resolution.mapping,
+        undecided=resolution.undecided,
+        dtypes=dict(dtypes.most_common()),
+        num_parameters=sum(p.numel() for p in resolution.model.parameters()),
+        num_stored=sum(i.num_elements for i in detected.tensors.values()),
+        problem=_problem(resolution),
+    )
+
+
+def render_inspection(inspection: Inspection) -> str:
+    """The inspection as plain text for the command line."""
+    sizes = [file.stat().st_size for file in inspection.files]
+    files = ", ".join(file.name for file in inspection.files[:4])
+    if len(inspection.files) > 4:
+        files += f" and {len(inspection.files) - 4} more"
+    dtypes = ", ".join(f"{dtype} ({count})" for dtype, count in inspection.dtypes.items())
+    lines = [
+        f"checkpoint   {inspection.path}",
+        f"format       {inspection.format}: {inspection.reason}",
+        f"files        {files}, {sum(sizes) / 1e6:,.1f} MB",
+        f"dtypes       {dtypes}",
+        f"parameters   {inspection.num_parameters:,} in the model, "
+        f"{inspection.num_stored:,} in the file",
+        "config       " + "\n             ".join(_config_lines(inspection.config)),
+        f"matched      {len(inspection.matched)} of "
+        f"{len(inspection.matched) + len(inspection.missing) + len(inspection.initialised)}",
+    ]
+    initialised = [f"{name}: {how}" for name, how in inspection.initialised.items()]
+    mismatched = [f"{n} got {list(g)}, expected {list(e)}" for n, g, e in inspection.mismatched]
+    lines += _section("missing", inspection.missing)
+    lines += _section("unknown", inspection.unknown)
+    lines += _section("mismatched", mismatched)
+    lines += _section("left out", inspection.dropped)
+    lines += _section("inferred", inspection.inferred)
+    lines += _section("undecided", inspection.undecided)
+    lines += _section("initialised", initialised)
+    lines.append("loads        " + ("yes" if inspection.problem is None else inspection.problem))
+    return "\n".join(lines)
+
+
+def _problem(resolution: Resolution) -> str | None:
+    try:
+        resolution.require_loadable()
+    except CheckpointError as error:
+        return f"no: {error}"
+    return None
+
+
+def _config_lines(config: TransformerConfig) -> list[str]:
+    fields = dataclasses.asdict(config)
+    merger = fields.pop("merger")
+    lines = [f"{key} {value}" for key, value in fields.items()]
+    if merger is None:
+        lines.append("merger none, average pooling")
+    else:
+        lines.append("merger " + ", ".join(f"{key} {value}" for key, value in merger.items()))
+    return lines
+
+
+def _section(title: str, items: Sequence[str]) -> list[str]:
+    """A title with its items one a line; nothing said when there are none."""
+    if not items:
+        return []
+    lines = [f"{title:<12} {len(items)}"]
+    lines += [f"             {item}" for item in items[:_SHOWN]]
+    if len(items) > _SHOWN:
+        lines.append(f"             and {len(items) - _SHOWN} more")
+    return lines

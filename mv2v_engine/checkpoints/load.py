@@ -1,0 +1,195 @@
+"""Load a checkpoint of any known format in streams, and save this project's own.
+
+The model is built on the meta device and filled tensor by tensor, each cast and moved as it is
+read, so that the host never holds more than the model and a sixteenth of a file.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.checkpoints.configs import own_json
+from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
+from mv2v_engine.checkpoints.modules import Source
+from mv2v_engine.checkpoints.names import read_renames
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
+from mv2v_engine.checkpoints.weights import WeightReader
+from mv2v_engine.config import SamplingConfig, TransformerConfig
+from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
+
+
+@dataclass(frozen=True)
+class LoadReport:
+    """What was loaded and from where.
+
+    mapping: one line for each tokenizer and merger. initialised: parameters that the checkpoint
+    does not hold, and what filled them. stored_dtypes: of the file. num_parameters: of the model.
+    """
+
+    format: Format
+    reason: str
+    path: Path
+    num_parameters: int
+    stored_dtypes: tuple[str, ...]
+    mapping: tuple[str, ...]
+    initialised: dict[str, str]
+
+    def lines(self) -> list[str]:
+        """The report in words, one fact a line."""
+        dtypes = ", ".join(self.stored_dtypes)
+        lines = [
+            f"{self.path}: {self.format} ({self.reason}), {self.num_parameters:,} parameters, "
+            f"stored as {dtypes}"
+        ]
+        lines += [f"mapped {line}" for line in self.mapping]
+        lines += [f"initialised {name}: {how}" for name, how in self.initialised.items()]
+        return lines
+
+
+@dataclass(frozen=True, eq=False)
+class Checkpoint:
+    """A transformer ready to run, and where its VAE and text encoder lie.
+
+    vae_path, text_path: diffusers and transformers folders. tokenizer_path: a transformers
+    folder. None where the checkpoint has none beside it.
+    """
+
+    name: str
+    format: Format
+    transformer: MV2VTransformer
+    config: TransformerConfig
+    sampling: SamplingConfig
+    vae_path: Path | None
+    text_path: Path | None
+    tokenizer_path: Path | None
+    report: LoadReport
+
+
+def load_checkpoint(
+    path_or_name: Path | str,
+    *,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype | None = None,
+    rename: Path | str | None = None,
+) -> Checkpoint:
+    """Load a checkpoint's transformer in evaluation mode.
+
+    Args:
+        path_or_name: a file or folder of a format that `detect` knows, or an embedded name.
+        dtype: of the parameters; None keeps what the file has. Under bfloat16 and float16 the
+            model's `keep_in_fp32_modules` stay float32.
+        rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
+
+    Raises:
+        CheckpointError: nothing there, unreadable, incomplete, of other shapes, or undecided.
+    """
+    renames = read_renames(Path(rename)) if rename is not None else None
+    resolution = resolve(detect(path_or_name, renames))
+    resolution.require_loadable()
+    _fill(resolution, torch.device(device), dtype)
+    folder = resolution.detected.folder
+    tokenizer = folder / "tokenizer"
+    if not tokenizer.is_dir():
+        tokenizer = folder / "google" / "umt5-xxl"
+    return Checkpoint(
+        name=resolution.name,
+        format=resolution.detected.format,
+        transformer=resolution.model,
+        config=resolution.config,
+        sampling=resolution.sampling,
+        vae_path=_component(folder / "vae"),
+        text_path=_component(folder / "text_encoder"),
+        tokenizer_path=tokenizer if tokenizer.is_dir() else None,
+        report=_report(resolution),
+    )
+
+
+def save_checkpoint(
+    folder: Path | str,
+    transformer: nn.Module,
+    config: TransformerConfig,
+    sampling: SamplingConfig,
+    name: str,
+    dtype: torch.dtype,
+) -> None:
+    """Write `transformer.safetensors` and `mv2v.json`, each whole or not at all.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    folder = Path(folder)
+    tensors = {
+        key: parameter.detach().to("cpu", _stored_dtype(transformer, key, dtype))
+        for key, parameter in transformer.named_parameters()
+    }
+    save_tensors(folder / OWN_WEIGHTS, tensors, {"format": "pt"})
+    # last, because a folder counts as a checkpoint once it has this file
+    save_json(folder / OWN_CONFIG, own_json(name, config, sampling))
+
+
+def _fill(resolution: Resolution, device: torch.device, dtype: torch.dtype | None) -> None:
+    """Give every parameter of the meta model its data."""
+    model = resolution.model
+    files = {file: i for i, file in enumerate(resolution.detected.files)}
+    sources = sorted(resolution.sources.items(), key=lambda item: files[item[1].info.file])
+    with WeightReader() as reader:
+        for name, source in sources:
+            tensor = _shaped(reader.read(source.info), source)
+            wanted = dtype or source.info.dtype
+            # a copy even when nothing changes: the file must not stay mapped
+            copied = tensor.to(device, _stored_dtype(model, name, wanted), copy=True)
+            _place(model, name, copied.contiguous())
+    for name in resolution.initialised:
+        like = model.patch_embedding.weight
+        shape = model.get_parameter(name).shape
+        _place(model, name, torch.zeros(shape, device=device, dtype=like.dtype))
+    for k, tokenizer in model.tokenizers.items():
+        if f"tokenizers.{k}.weight" in resolution.initialised:
+            assert isinstance(tokenizer, Tokenizer)
+            init_from_base(tokenizer, model.patch_embedding)
+
+
+def _shaped(tensor: Tensor, source: Source) -> Tensor:
+    if not source.is_cells:
+        return tensor.reshape(source.shape)
+    # [C, 4C] over (row, column, channel) to a kernel over (channel, row, column)
+    width = source.shape[0]
+    return tensor.reshape(width, 2, 2, width).permute(0, 3, 1, 2)
+
+
+def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
+    prefix, _, leaf = name.rpartition(".")
+    module = model.get_submodule(prefix)
+    requires_grad = model.get_parameter(name).requires_grad
+    module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=requires_grad))
+
+
+def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+    """float32 for what the model keeps so under half precision, else the dtype asked for."""
+    kept: tuple[str, ...] = getattr(model, "keep_in_fp32_modules", ())
+    is_half = dtype in (torch.bfloat16, torch.float16)
+    return torch.float32 if is_half and set(name.split(".")) & set(kept) else dtype
+
+
+def _component(folder: Path) -> Path | None:
+    return folder if (folder / "config.json").is_file() else None
+
+
+def _report(resolution: Resolution) -> LoadReport:
+    detected = resolution.detected
+    dtypes = {str(s.info.dtype).removeprefix("torch.") for s in resolution.sources.values()}
+    return LoadReport(
+        format=detected.format,
+        reason=detected.reason,
+        path=detected.path,
+        num_parameters=sum(p.numel() for p in resolution.model.parameters()),
+        stored_dtypes=tuple(sorted(dtypes)),
+        mapping=resolution.mapping,
+        initialised=resolution.initialised,
+    )

@@ -1,0 +1,205 @@
+"""Every rename of a parameter: original Wan names to diffusers', both ways, and users' own files.
+
+Translation is strict: a key is known whole or not at all. Original Wan calls its blocks' norms
+in the order norm1, norm3, norm2, so norm2 and norm3 change places. This project's names are
+diffusers' plus `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from mv2v_engine.errors import CheckpointError, nearest_names
+
+Naming = Literal["original", "diffusers"]
+Renames = Mapping[str, str | None]
+
+_TOP_MODULES = {
+    "patch_embedding": "patch_embedding",
+    "time_embedding.0": "condition_embedder.time_embedder.linear_1",
+    "time_embedding.2": "condition_embedder.time_embedder.linear_2",
+    "text_embedding.0": "condition_embedder.text_embedder.linear_1",
+    "text_embedding.2": "condition_embedder.text_embedder.linear_2",
+    "time_projection.1": "condition_embedder.time_proj",
+    "head.head": "proj_out",
+}
+_BLOCK_MODULES = {
+    "ffn.0": "ffn.net.0.proj",
+    "ffn.2": "ffn.net.2",
+    "norm3": "norm2",
+    "norm2": "norm3",
+    "cam_encoder": "cam_encoder",
+    "projector": "projector",
+}
+_ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
+_PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
+
+
+def _leaves() -> tuple[dict[str, str], dict[str, str]]:
+    """Whole parameter names outside and inside a block, original to diffusers."""
+    kinds = ("weight", "bias")
+    top = {f"{old}.{k}": f"{new}.{k}" for old, new in _TOP_MODULES.items() for k in kinds}
+    top["head.modulation"] = "scale_shift_table"
+    block = {f"{old}.{k}": f"{new}.{k}" for old, new in _BLOCK_MODULES.items() for k in kinds}
+    block["modulation"] = "scale_shift_table"
+    for old, new in _ATTENTIONS.items():
+        for p, q in _PROJECTIONS.items():
+            block |= {f"{old}.{p}.{k}": f"{new}.{q}.{k}" for k in kinds}
+        block |= {f"{old}.norm_{p}.weight": f"{new}.norm_{p}.weight" for p in "qk"}
+    return top, block
+
+
+_TOP, _BLOCK = _leaves()
+_TOP_BACK = {new: old for old, new in _TOP.items()}
+_BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
+_BLOCK_KEY = re.compile(r"blocks\.(0|[1-9]\d*)\.(.+)")
+_EXTRA_KEY = re.compile(r"(?:tokenizers|mergers)\.(?:0|[1-9]\d*)\.(?:weight|bias)")
+# what training wrappers and single-file exporters put before every key
+_PREFIXES = (
+    "model.diffusion_model.",
+    "diffusion_model.",
+    "pipe.dit.",
+    "module.",
+    "transformer.",
+    "model.",
+    "dit.",
+)
+
+
+def to_diffusers(key: str) -> str | None:
+    """An original Wan name in diffusers' words; None when it is not one."""
+    return _lookup(key, _TOP, _BLOCK)
+
+
+def to_original(key: str) -> str | None:
+    """A diffusers name in original Wan's words; None when it has none there."""
+    return _lookup(key, _TOP_BACK, _BLOCK_BACK)
+
+
+def is_known(key: str) -> bool:
+    """Whether a key is one of this project's own parameter names."""
+    return to_original(key) is not None or bool(_EXTRA_KEY.fullmatch(key))
+
+
+def block_of(key: str) -> int | None:
+    """The block index that a key, ours or foreign, names."""
+    match = re.search(r"(?:^|\.)blocks\.(\d+)\.", key)
+    return int(match[1]) if match else None
+
+
+def _lookup(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
+    if match := _BLOCK_KEY.fullmatch(key):
+        leaf = block.get(match[2])
+        return f"blocks.{match[1]}.{leaf}" if leaf else None
+    return top.get(key)
+
+
+@dataclass(frozen=True, slots=True)
+class Translation:
+    """Keys of a file in our words.
+
+    names: the file's key to ours. unknown: keys that no table knows. dropped: keys that the
+    user's rename file maps to null.
+    """
+
+    naming: Naming | None
+    names: dict[str, str]
+    unknown: tuple[str, ...]
+    dropped: tuple[str, ...]
+
+
+def translate(keys: Iterable[str], renames: Renames | None = None) -> Translation:
+    """Users' renames first, then a common prefix is taken off, then the tables.
+
+    naming is None when no block of a Wan transformer is among the keys.
+
+    Raises:
+        CheckpointError: a rename that meets no key, or two keys that end up with one name.
+    """
+    keys = list(keys)
+    names, dropped = _apply_renames(keys, renames or {})
+    rest = [key for key in keys if key not in names and key not in dropped]
+    prefix = next((p for p in _PREFIXES if rest and all(k.startswith(p) for k in rest)), "")
+    bare = {key: key.removeprefix(prefix) for key in rest}
+    naming = _naming(list(bare.values()) or list(names.values()))
+    unknown = []
+    for key, name in bare.items():
+        ours = to_diffusers(name) if naming == "original" else None
+        if ours is None and (naming != "original" or _EXTRA_KEY.fullmatch(name)):
+            ours = name if is_known(name) else None
+        if ours is None:
+            unknown.append(key)
+        else:
+            names[key] = ours
+    _require_unique(names)
+    return Translation(naming, names, tuple(unknown), tuple(dropped))
+
+
+def _naming(keys: list[str]) -> Naming | None:
+    if any(".self_attn." in key for key in keys if key.startswith("blocks.")):
+        return "original"
+    if any(".attn1." in key for key in keys if key.startswith("blocks.")):
+        return "diffusers"
+    return None
+
+
+def _apply_renames(keys: list[str], renames: Renames) -> tuple[dict[str, str], list[str]]:
+    names: dict[str, str] = {}
+    dropped: list[str] = []
+    used = set()
+    # the longest rule wins, so that a module's rule may have exceptions
+    rules = sorted(renames, key=len, reverse=True)
+    for key in keys:
+        rule = next((r for r in rules if key == r or key.startswith(r + ".")), None)
+        if rule is None:
+            continue
+        used.add(rule)
+        target = renames[rule]
+        if target is None:
+            dropped.append(key)
+        else:
+            names[key] = target + key[len(rule) :]
+    if idle := [rule for rule in rules if rule not in used]:
+        raise CheckpointError(
+            f"the rename file names {idle[0]!r}, which the checkpoint does not hold; "
+            f"nearest keys: {nearest_names(idle[0], keys)}"
+        )
+    return names, dropped
+
+
+def _require_unique(names: Mapping[str, str]) -> None:
+    seen: dict[str, str] = {}
+    for key, name in names.items():
+        if name in seen:
+            raise CheckpointError(
+                f"{seen[name]!r} and {key!r} both become {name!r}; expected one key for each "
+                "parameter, correct the rename file"
+            )
+        seen[name] = key
+
+
+def read_renames(path: Path) -> dict[str, str | None]:
+    """A user's rename file: JSON {"their.key": "our.key"}, prefixes allowed, null to leave out.
+
+    Raises:
+        CheckpointError: the file is missing or is not such a mapping.
+    """
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    except ValueError as error:
+        raise CheckpointError(f"{path} is not JSON ({error}); expected a rename file") from error
+    if not isinstance(value, dict) or not all(
+        isinstance(target, str) or target is None for target in value.values()
+    ):
+        raise CheckpointError(
+            f'{path} is no rename file; expected JSON {{"their.key": "our.key"}}, null to leave '
+            "a key out"
+        )
+    return value

@@ -1,0 +1,199 @@
+"""From a path to a whole plan of loading: config, where every parameter comes from, what is odd.
+
+No tensor data is read here. `inspect` prints a resolution, `load` carries it out; so what is
+printed is what is loaded.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+
+from mv2v_engine.checkpoints.configs import default_sampling, infer_config, read_own_config
+from mv2v_engine.checkpoints.detect import Detected
+from mv2v_engine.checkpoints.modules import (
+    Assignment,
+    Shape,
+    Source,
+    assign_modules,
+    read_extras,
+    require_decided,
+)
+from mv2v_engine.checkpoints.weights import TensorInfo, file_kind
+from mv2v_engine.config import SamplingConfig, TransformerConfig
+from mv2v_engine.errors import CheckpointError
+from mv2v_engine.models.dit import MV2VTransformer
+
+_BASE_TOKENIZERS = (2, 4, 8)
+_FROM_BASE = "from patch_embedding, its kernel repeated and divided (FramePack)"
+
+
+@dataclass(frozen=True)
+class Resolution:
+    """What loading a checkpoint will do.
+
+    model: the transformer on the meta device. sources: the file's tensor of each parameter.
+    missing, unknown, mismatched (name, got, expected), undecided: what forbids it. initialised:
+    parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
+    merger found.
+    """
+
+    detected: Detected
+    name: str
+    config: TransformerConfig
+    sampling: SamplingConfig
+    model: MV2VTransformer
+    sources: dict[str, Source]
+    missing: tuple[str, ...]
+    unknown: tuple[str, ...]
+    mismatched: tuple[tuple[str, Shape, Shape], ...]
+    undecided: tuple[str, ...]
+    initialised: dict[str, str]
+    mapping: tuple[str, ...]
+
+    def require_loadable(self) -> None:
+        """Raise `CheckpointError` for whatever forbids loading, the most telling thing first."""
+        path = self.detected.path
+        require_decided(self.undecided, path)
+        if self.mismatched:
+            listed = "; ".join(
+                f"{name} got {list(got)}, expected {list(expected)}"
+                for name, got, expected in self.mismatched[:3]
+            )
+            raise CheckpointError(
+                f"{path}: {len(self.mismatched)} parameters have other shapes than the model "
+                f"({listed}); give the config that belongs to these weights"
+            )
+        if self.missing:
+            raise CheckpointError(
+                f"{path} lacks {len(self.missing)} parameters: {_first(self.missing)}; expected a "
+                "whole transformer, copy or download it again"
+            )
+        for source in self.sources.values():
+            if not source.info.dtype.is_floating_point:
+                dtype = str(source.info.dtype).removeprefix("torch.")
+                raise CheckpointError(
+                    f"{path} stores {source.info.key} as {dtype}; expected floating-point weights, "
+                    "give the checkpoint before quantisation"
+                )
+        if self.unknown:
+            raise CheckpointError(
+                f"{path} has {len(self.unknown)} keys that the model does not know: "
+                f'{_first(self.unknown)}; rename them or leave them out ("key": null) with '
+                "--rename FILE"
+            )
+
+
+def resolve(detected: Detected) -> Resolution:
+    """Plan the loading of a detected checkpoint.
+
+    Raises:
+        CheckpointError: the config cannot be told. What else forbids loading is in the result.
+    """
+    infos = {name: detected.tensors[key] for key, name in detected.translation.names.items()}
+    unknown = list(detected.translation.unknown)
+    found = Assignment()
+    if detected.format == "mv2v_engine" and detected.config_file is not None:
+        name, config, sampling = read_own_config(detected.config_file)
+        sources = {name: Source(info, info.shape) for name, info in infos.items()}
+    else:
+        name = detected.path.stem if detected.path.is_file() else detected.path.resolve().name
+        base = infer_config(detected, infos)
+        if detected.format == "memory_v2v":
+            found = _assign(detected, base)
+            infos |= {ours: detected.tensors[key] for key, ours in found.names.items()}
+            unknown = [key for key in unknown if key not in found.names]
+        config, sources = _with_extras(base, infos)
+        sampling = default_sampling(detected, config)
+    # parameters only: buffers are computed by the model, and no checkpoint holds them
+    with torch.device("meta"):
+        model = MV2VTransformer(config).eval()
+    expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
+    initialised = {} if detected.format == "mv2v_engine" else _initialised(expected, sources)
+    unknown += [sources[key].info.key for key in sources if key not in expected]
+    return Resolution(
+        detected=detected,
+        name=name,
+        config=config,
+        sampling=sampling,
+        model=model,
+        sources={key: source for key, source in sources.items() if key in expected},
+        missing=tuple(k for k in expected if k not in sources and k not in initialised),
+        unknown=tuple(unknown),
+        mismatched=tuple(
+            (key, sources[key].info.shape, shape)
+            for key, shape in expected.items()
+            if key in sources and sources[key].shape != shape
+        ),
+        undecided=tuple(found.undecided),
+        initialised=initialised,
+        mapping=tuple(_mapping(sources)),
+    )
+
+
+def _assign(detected: Detected, base: TransformerConfig) -> Assignment:
+    """Roles of the unknown modules, leaving out roles that names or renames already fill."""
+    unknown = [detected.tensors[key] for key in detected.translation.unknown]
+    filled = {name.rpartition(".")[0] for name in detected.translation.names.values()}
+    found = assign_modules(
+        unknown,
+        width=base.dim,
+        in_channels=base.in_channels,
+        merge_blocks=base.merging_blocks,
+        ordered=all(file_kind(file) == "archive" for file in detected.files),
+    )
+    for key, ours in list(found.names.items()):
+        if ours.rpartition(".")[0] in filled:
+            del found.names[key]
+            found.undecided.append(f"{key}: {ours} is already taken")
+    return found
+
+
+def _with_extras(
+    base: TransformerConfig, infos: dict[str, TensorInfo]
+) -> tuple[TransformerConfig, dict[str, Source]]:
+    """The config with the tokenizers and mergers that are there, and every tensor's source."""
+    patches, merger, blocks, extras = read_extras(
+        infos, width=base.dim, default_blocks=base.merging_blocks
+    )
+    sources = {name: Source(info, info.shape) for name, info in infos.items()} | extras
+    config = dataclasses.replace(
+        base,
+        tokenizers=tuple(sorted({*patches, *_BASE_TOKENIZERS})),
+        merger=merger,
+        merge_blocks=blocks,
+    )
+    return config, sources
+
+
+def _initialised(expected: Iterable[str], sources: dict[str, Source]) -> dict[str, str]:
+    """Tokenizer parameters that a base does not have."""
+    result = {}
+    for name in expected:
+        if name.startswith("tokenizers.") and name not in sources:
+            module = name.rpartition(".")[0]
+            has_weight = f"{module}.weight" in sources
+            if not has_weight and f"{module}.bias" in sources:
+                continue
+            result[name] = (
+                "zero, the checkpoint has a weight without bias" if has_weight else (_FROM_BASE)
+            )
+    return result
+
+
+def _mapping(sources: dict[str, Source]) -> list[str]:
+    lines = []
+    for name, source in sources.items():
+        if name.startswith(("tokenizers.", "mergers.")):
+            how = f" as {list(source.shape)}" if source.shape != source.info.shape else ""
+            cells = ", its inputs read as cells in row-major order" if source.is_cells else ""
+            lines.append(f"{source.info.key} {list(source.info.shape)} -> {name}{how}{cells}")
+    return lines
+
+
+def _first(keys: tuple[str, ...], count: int = 4) -> str:
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more

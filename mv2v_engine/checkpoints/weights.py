@@ -1,0 +1,215 @@
+"""Weight files of both kinds, safetensors and torch zip archives: headers first, data in streams.
+
+Reading a header costs no tensor data. `WeightReader` hands out tensors one at a time and closes
+its memory map every sixteenth of a file, so that pages already copied leave the process again.
+Pickles are read with `weights_only=True` alone.
+"""
+
+from __future__ import annotations
+
+import pickle
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.errors import CheckpointError
+
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+
+_SAFETENSORS_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
+    "I64": torch.int64,
+    "I32": torch.int32,
+    "I16": torch.int16,
+    "I8": torch.int8,
+    "U8": torch.uint8,
+    "BOOL": torch.bool,
+}
+# under these keys trainers wrap a state dict
+_WRAPPERS = ("state_dict", "model", "module")
+_RECYCLE_PARTS = 16
+_RECYCLE_MIN_BYTES = 8 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class TensorInfo:
+    """Where a tensor lies and what it is: its key as the file spells it, shape and dtype."""
+
+    key: str
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    @property
+    def num_elements(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def num_bytes(self) -> int:
+        return self.num_elements * self.dtype.itemsize
+
+
+def read_header(path: Path) -> dict[str, TensorInfo]:
+    """Keys, shapes and dtypes of a weight file, in the file's order; no data is read.
+
+    Raises:
+        CheckpointError: empty, an LFS pointer or web page, truncated, a refused pickle, or no
+            weight file at all.
+    """
+    if file_kind(path) == "safetensors":
+        header = _safetensors_header(path)
+    else:
+        header = {
+            key: TensorInfo(key, path, tuple(tensor.shape), tensor.dtype)
+            for key, tensor in _load_archive(path, "meta").items()
+        }
+    if not header:
+        raise CheckpointError(f"{path} holds no tensors; expected the weights of a transformer")
+    return header
+
+
+def file_kind(path: Path) -> str:
+    """ "safetensors" or "archive" (a torch zip), by content and not by suffix.
+
+    Raises:
+        CheckpointError: the content is neither; the message says what it is instead.
+    """
+    try:
+        with path.open("rb") as file:
+            head = file.read(512)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    if not head:
+        raise CheckpointError(f"{path} is empty; expected weights, copy or download it again")
+    if head.startswith(b"version https://git-lfs"):
+        raise CheckpointError(
+            f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` or download the file"
+        )
+    if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
+        raise CheckpointError(
+            f"{path} is a web page, not weights; the download was refused or redirected, "
+            "download the file itself"
+        )
+    if head.startswith(b"PK\x03\x04"):
+        return "archive"
+    if path.suffix == ".safetensors" or head[8:9] == b"{":
+        return "safetensors"
+    if head[:1] == b"\x80":
+        raise CheckpointError(
+            f"{path} is a bare pickle or a torch file from before torch 1.6, which cannot be read "
+            "in streams; save its state dict again with a current `torch.save`"
+        )
+    raise CheckpointError(
+        f"{path} is no weight file; expected .safetensors or a torch archive (.pth, .pt, .ckpt)"
+    )
+
+
+class WeightReader:
+    """Hands out tensors of weight files; copy each before asking for many more.
+
+    A context manager. Tensors asked for in file order cost one pass over each file.
+    """
+
+    def __init__(self) -> None:
+        self._file: Path | None = None
+        self._get: Callable[[str], Tensor] | None = None
+        self._since_open = 0
+
+    def __enter__(self) -> WeightReader:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._file = self._get = None
+
+    def read(self, info: TensorInfo) -> Tensor:
+        """The tensor on the CPU, possibly backed by the file's memory map."""
+        limit = max(_RECYCLE_MIN_BYTES, info.file.stat().st_size // _RECYCLE_PARTS)
+        if self._get is None or self._file != info.file or self._since_open > limit:
+            # the old map must be gone before a new one is filled
+            self._get = None
+            self._get = _open(info.file)
+            self._file, self._since_open = info.file, 0
+        self._since_open += info.num_bytes
+        return self._get(info.key)
+
+
+def _open(path: Path) -> Callable[[str], Tensor]:
+    if file_kind(path) == "archive":
+        return _load_archive(path, "cpu").__getitem__
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        handle = safe_open(str(path), framework="pt", device="cpu")
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+    def get(key: str) -> Tensor:
+        tensor: Tensor = handle.get_tensor(key)  # type: ignore[no-untyped-call]
+        return tensor
+
+    return get
+
+
+def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
+    from safetensors import SafetensorError, safe_open
+
+    header = {}
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            for key in file.keys():  # noqa: SIM118 - not a mapping
+                part = file.get_slice(key)
+                dtype = _SAFETENSORS_DTYPES.get(part.get_dtype())
+                if dtype is None:
+                    raise CheckpointError(
+                        f"{path}: {key} has dtype {part.get_dtype()}; expected one of "
+                        + ", ".join(_SAFETENSORS_DTYPES)
+                    )
+                header[key] = TensorInfo(key, path, tuple(part.get_shape()), dtype)
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+    return header
+
+
+def _load_archive(path: Path, device: str) -> dict[str, Tensor]:
+    """The tensors of a torch zip archive, mapped from the file and not read."""
+    try:
+        value = torch.load(path, map_location=device, weights_only=True, mmap=True)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{path} holds Python objects besides tensors, refused because unpickling them could "
+            "run code; expected a plain state dict, save only `model.state_dict()`"
+        ) from error
+    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        raise _damaged(path, error) from error
+    return _unwrap(value, path)
+
+
+def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
+    """The state dict inside a pickle's value, at most one trainer's wrapper deep."""
+    if isinstance(value, Mapping):
+        for wrapper in _WRAPPERS:
+            if isinstance(value.get(wrapper), Mapping):
+                value = value[wrapper]
+                break
+        tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)}
+        if tensors:
+            return tensors
+    raise CheckpointError(
+        f"{path} holds a {type(value).__name__} without tensors; expected a state dict"
+    )
+
+
+def _damaged(path: Path, error: Exception) -> CheckpointError:
+    reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
+    return CheckpointError(
+        f"{path} is truncated or damaged ({reason}); copy or download the whole file again"
+    )

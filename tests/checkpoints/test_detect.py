@@ -1,0 +1,211 @@
+"""Detection: what each file or folder is, and one clear error for what is none."""
+
+from __future__ import annotations
+
+import json
+import pickle
+import zipfile
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from mv2v_engine.checkpoints import detect, embedded_names
+from mv2v_engine.checkpoints.weights import WeightReader, read_header
+from mv2v_engine.errors import CheckpointError
+
+State = dict[str, Tensor]
+
+
+class Unwelcome:
+    """Any object that a state dict should not hold."""
+
+
+def write(folder: Path, name: str, state: State) -> Path:
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state, str(path))
+    else:
+        torch.save(state, path)
+    return path
+
+
+@pytest.mark.parametrize("name", ["wan.safetensors", "wan.pth", "wan.ckpt"])
+def test_single_files(
+    tmp_path: Path, wan: State, recammaster: State, memory: State, name: str
+) -> None:
+    assert detect(write(tmp_path / "a", name, wan)).format == "wan_original"
+    assert detect(write(tmp_path / "b", name, recammaster)).format == "recammaster"
+    found = detect(write(tmp_path / "c", name, memory))
+    assert found.format == "memory_v2v"
+    assert "3 blocks" in found.reason and "8 keys of unknown modules" in found.reason
+
+
+def test_content_decides_and_not_the_suffix(tmp_path: Path, wan: State) -> None:
+    path = write(tmp_path, "wan.safetensors", wan).rename(tmp_path / "wan.ckpt")
+    assert detect(path).format == "wan_original"
+
+
+def test_original_folder_ignores_its_companions(tmp_path: Path, wan: State) -> None:
+    write(tmp_path, "diffusion_pytorch_model.safetensors", wan)
+    write(tmp_path, "Wan2.1_VAE.pth", {"conv1.weight": torch.zeros(2)})
+    write(tmp_path, "models_t5_umt5-xxl-enc-bf16.pth", {"token_embedding.weight": torch.zeros(2)})
+    found = detect(tmp_path)
+    assert found.format == "wan_original" and found.config_file is None
+    assert [file.name for file in found.files] == ["diffusion_pytorch_model.safetensors"]
+
+
+def test_lone_ckpt_in_a_folder(tmp_path: Path, recammaster: State) -> None:
+    write(tmp_path, "step20000.ckpt", recammaster)
+    write(tmp_path, "Wan2.1_VAE.pth", {"conv1.weight": torch.zeros(2)})
+    assert detect(tmp_path).format == "recammaster"
+
+
+def test_trainers_wrapping_is_seen_through(tmp_path: Path, wan: State) -> None:
+    path = tmp_path / "wan.pth"
+    torch.save({"state_dict": wan, "step": 3}, path)
+    assert len(detect(path).tensors) == len(wan)
+
+
+def split(folder: Path, state: State, *, index: bool) -> list[str]:
+    keys = list(state)
+    names = [f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
+    for i, name in enumerate(names):
+        write(folder, name, {key: state[key] for key in keys[i::3]})
+    if index:
+        weight_map = {key: names[i % 3] for i, key in enumerate(keys)}
+        path = folder / "diffusion_pytorch_model.safetensors.index.json"
+        path.write_text(json.dumps({"weight_map": weight_map}))
+    return names
+
+
+@pytest.mark.parametrize("index", [True, False])
+def test_shards(tmp_path: Path, wan: State, index: bool) -> None:
+    names = split(tmp_path, wan, index=index)
+    assert set(detect(tmp_path).tensors) == set(wan)
+    assert set(detect(tmp_path / names[1]).tensors) == set(wan)
+    (tmp_path / names[1]).unlink()
+    with pytest.raises(CheckpointError, match=rf"lacks 1 of 3 weight shards: {names[1]}"):
+        detect(tmp_path)
+
+
+def test_missing_path_offers_embedded_names_or_says_none() -> None:
+    with pytest.raises(CheckpointError, match=r"no checkpoint at 'tiny-nvz'.*embedded name"):
+        detect("tiny-nvz")
+
+
+def test_embedded_names_are_own_folders() -> None:
+    for name in embedded_names():
+        found = detect(name)
+        assert found.format == "mv2v_engine" and found.folder.name == name
+
+
+def test_empty_file_and_folder(tmp_path: Path) -> None:
+    path = tmp_path / "wan.safetensors"
+    path.touch()
+    with pytest.raises(CheckpointError, match="is empty"):
+        detect(path)
+    path.unlink()
+    with pytest.raises(CheckpointError, match=r"no transformer weights \(found nothing\)"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n", "LFS pointer"),
+        (b"\n<!DOCTYPE html><html><body>401</body></html>", "web page"),
+        (b"<html><body>Access denied</body></html>", "web page"),
+        (b"hello, I am a text", "no weight file"),
+        (pickle.dumps({"a": 1}), "bare pickle"),
+    ],
+)
+def test_what_is_not_weights_is_named(tmp_path: Path, content: bytes, says: str) -> None:
+    path = tmp_path / "wan.pth"
+    path.write_bytes(content)
+    with pytest.raises(CheckpointError, match=says):
+        detect(path)
+
+
+def test_old_torch_files_are_told(tmp_path: Path, wan: State) -> None:
+    path = tmp_path / "wan.pth"
+    torch.save(wan, path, _use_new_zipfile_serialization=False)
+    with pytest.raises(CheckpointError, match=r"before torch 1\.6"):
+        detect(path)
+
+
+def test_pickled_objects_are_refused(tmp_path: Path, wan: State) -> None:
+    path = tmp_path / "wan.pth"
+    torch.save({"state_dict": wan, "trainer": Unwelcome()}, path)
+    with pytest.raises(CheckpointError, match="Python objects besides tensors, refused"):
+        detect(path)
+
+
+@pytest.mark.parametrize("name", ["wan.safetensors", "wan.pth"])
+@pytest.mark.parametrize("keep", [0.3, 0.97, 0.9999])
+def test_truncated_files(tmp_path: Path, wan: State, name: str, keep: float) -> None:
+    path = write(tmp_path, name, wan)
+    data = path.read_bytes()
+    path.write_bytes(data[: int(len(data) * keep)])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        detect(path)
+
+
+def test_other_zip_files_and_empty_dicts(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    with zipfile.ZipFile(path, "w") as archive:
+        archive.writestr("a.txt", "hello")
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        detect(path)
+    torch.save({"epoch": 3}, path)
+    with pytest.raises(CheckpointError, match="without tensors"):
+        detect(path)
+    torch.save([torch.zeros(2)], path)
+    with pytest.raises(CheckpointError, match="list without tensors"):
+        detect(path)
+
+
+def test_other_models_are_named(tmp_path: Path, wan: State) -> None:
+    path = write(tmp_path, "vae.safetensors", {"encoder.conv1.weight": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match=r"no Wan transformer.*encoder\.conv1\.weight"):
+        detect(path)
+    path = write(tmp_path, "i2v.safetensors", wan | {"img_emb.proj.0.bias": torch.zeros(2)})
+    with pytest.raises(CheckpointError, match="image-to-video"):
+        detect(path)
+
+
+def test_other_pipelines_are_named(tmp_path: Path) -> None:
+    index = {"_class_name": "FluxPipeline", "transformer": ["diffusers", "FluxTransformer2DModel"]}
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match=r"FluxPipeline.*WanTransformer3DModel"):
+        detect(tmp_path)
+    index = {"transformer": ["diffusers", "WanTransformer3DModel"]}
+    index["transformer_2"] = index["transformer"]
+    (tmp_path / "model_index.json").write_text(json.dumps(index))
+    with pytest.raises(CheckpointError, match="two expert transformers"):
+        detect(tmp_path)
+
+
+def test_several_weight_files_must_be_chosen(tmp_path: Path, wan: State) -> None:
+    write(tmp_path, "a.ckpt", wan)
+    write(tmp_path, "b.ckpt", wan)
+    with pytest.raises(CheckpointError, match=r"a\.ckpt, b\.ckpt.*give one"):
+        detect(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["wan.safetensors", "wan.pth"])
+def test_reader_hands_out_every_tensor_over_reopenings(
+    tmp_path: Path, wan: State, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from mv2v_engine.checkpoints import weights
+
+    monkeypatch.setattr(weights, "_RECYCLE_MIN_BYTES", 1000)
+    path = write(tmp_path, name, wan | {"half": torch.arange(5, dtype=torch.bfloat16)})
+    header = read_header(path)
+    assert header["half"].dtype == torch.bfloat16 and header["half"].num_bytes == 10
+    with WeightReader() as reader:
+        for key, value in wan.items():
+            torch.testing.assert_close(reader.read(header[key]), value, rtol=0, atol=0)
