@@ -1,0 +1,1 @@
+"""The recipe: scenes -> VAE -> latents -> transformer, each stage one resumable command."""

@@ -1,0 +1,180 @@
+"""Train a small `AutoencoderKLWan` (diffusers' own class) on rendered scenes.
+
+`python -m mv2v_engine.training.vae --scenes runs/scenes --out runs/vae --minutes 40`
+
+The small VAE is the Wan2.2 architecture with fewer stages: 2x2 pixel patches, two residual
+down-stages, so 8x8x4 compression into 16 channels as Wan2.1's. Its result is a diffusers folder
+whose config holds the latent statistics measured on the training scenes.
+
+B batch, C channels, T frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.training.loop import LoopConfig, TrainingLoop
+from mv2v_engine.training.scenes import HELD_OUT, load_scene, render_scene
+
+if TYPE_CHECKING:
+    from diffusers import AutoencoderKLWan
+
+TINY_VAE: dict[str, Any] = {
+    "base_dim": 32,
+    "decoder_base_dim": 32,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [1.0] * 16,
+}
+# Keeps latents bounded without costing reconstruction; the decoder sees sampled latents.
+_KL_WEIGHT = 1e-4
+
+
+class ClipPool:
+    """Rendered clips in memory, uint8, grown as more scenes appear on disk."""
+
+    def __init__(self, folder: Path, limit: int) -> None:
+        self.folder, self.limit = folder, limit
+        self.clips: list[Tensor] = []
+        self._seen: set[Path] = set()
+        self.refresh()
+
+    def refresh(self) -> None:
+        for path in sorted(self.folder.glob("scene_*.safetensors"))[: self.limit]:
+            if path not in self._seen:
+                self._seen.add(path)
+                self.clips.extend(load_scene(path).frames)
+
+    def crops(
+        self, generator: torch.Generator, batch: int, frames: int, side: int
+    ) -> Tensor:
+        """Random crops [B, 3, frames, side, side] in -1..1, mirrored half of the time."""
+
+        def draw(high: int) -> int:
+            return int(torch.randint(0, high, (1,), generator=generator))
+
+        crops = []
+        for _ in range(batch):
+            clip = self.clips[draw(len(self.clips))]
+            t, y, x = (draw(n - m + 1) for n, m in zip(clip.shape, (frames, side, side)))
+            crop = clip[t : t + frames, y : y + side, x : x + side]
+            crops.append(crop.flip(2) if draw(2) else crop)
+        return to_model_range(torch.stack(crops))
+
+
+def to_model_range(frames: Tensor) -> Tensor:
+    """uint8 [..., T, height, width, 3] to float [..., 3, T, height, width] in -1..1."""
+    return frames.movedim(-1, -4).float() / 127.5 - 1
+
+
+def psnr(prediction: Tensor, target: Tensor) -> float:
+    """Peak signal-to-noise ratio in dB of images in -1..1."""
+    error = (prediction.float() - target.float()).pow(2).mean().item()
+    return 10 * math.log10(4 / max(error, 1e-12))
+
+
+@torch.no_grad()
+def reconstruction_psnr(vae: AutoencoderKLWan, num_worlds: int = 4) -> float:
+    """Mean PSNR in dB over two whole clips of each of some held-out worlds."""
+    scores = []
+    for seed in range(HELD_OUT, HELD_OUT + num_worlds):
+        for clip in render_scene(seed, num_cameras=2).frames:
+            video = to_model_range(clip)[None]
+            decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample
+            scores.append(psnr(decoded.clamp(-1, 1), video))
+    return sum(scores) / len(scores)
+
+
+@torch.no_grad()
+def latent_statistics(vae: AutoencoderKLWan, clips: list[Tensor]) -> tuple[list[float], list[float]]:
+    """Per-channel mean and standard deviation of the mode latents of some clips."""
+    latents = [vae.encode(to_model_range(clip)[None]).latent_dist.mode() for clip in clips]
+    flat = torch.cat([latent.movedim(1, -1).flatten(0, -2) for latent in latents])
+    return flat.mean(0).tolist(), flat.std(0).tolist()
+
+
+def main() -> None:
+    from diffusers import AutoencoderKLWan
+
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--scenes", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--minutes", type=float, default=40)
+    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--frames", type=int, default=9)
+    parser.add_argument("--side", type=int, default=64)
+    parser.add_argument("--max-scenes", type=int, default=150)
+    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument(
+        "--decoder-of",
+        type=Path,
+        help="a trained VAE folder: go on with its decoder alone, so that its latents stay valid",
+    )
+    args = parser.parse_args()
+
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    if args.decoder_of:
+        vae = AutoencoderKLWan.from_pretrained(args.decoder_of).to(device)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    else:
+        vae = AutoencoderKLWan(**TINY_VAE).to(device)
+        with torch.no_grad():  # begin with a nearly deterministic posterior: std 0.14, not 1
+            vae.quant_conv.bias[vae.config.z_dim :] -= 4
+    trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(
+        trained, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=1e-4
+    )
+    config = LoopConfig(out=args.out, minutes=args.minutes, ema_decay=0.998)
+    loop = TrainingLoop(vae, [optimizer], config)
+    pool = ClipPool(args.scenes, args.max_scenes)
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        if loop.step % 200 == 0:
+            pool.refresh()
+        video = pool.crops(generator, args.batch, args.frames, args.side).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(video).latent_dist
+            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
+            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        # diffusers clamps decoded frames; the clamp has no gradient outside, so ask for a little less
+        error = decoded.float() - video * 0.98
+        squared = error.pow(2).mean()
+        kl = 0.5 * (
+            posterior.mean.float().pow(2) + posterior.var.float() - 1 - posterior.logvar.float()
+        ).mean()
+        return {
+            "loss": squared + 0.05 * error.abs().mean() + _KL_WEIGHT * kl,
+            "psnr": 10 * (4 / squared.detach()).log10(),
+            "kl": kl.detach(),
+        }
+
+    loop.run(step)
+    vae.load_state_dict(loop.averaged())
+    vae.eval()
+    if not args.decoder_of:
+        mean, std = latent_statistics(vae, pool.clips[:: max(1, len(pool.clips) // 64)])
+        vae.register_to_config(latents_mean=mean, latents_std=std)
+    vae.save_pretrained(args.out / "vae")
+    print(f"held-out reconstruction: {reconstruction_psnr(vae):.2f} dB PSNR after {loop.step} steps")
+
+
+if __name__ == "__main__":
+    main()
