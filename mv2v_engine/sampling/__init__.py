@@ -1,0 +1,1 @@
+"""Sampling: rectified flow, its solvers, guidance, and the denoising loop."""

@@ -1,0 +1,67 @@
+"""Rectified flow (METHOD 8): x_sigma = (1 - sigma) x_0 + sigma noise, velocity = noise - x_0."""
+
+from __future__ import annotations
+
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+
+def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
+    """Noise levels [num_steps + 1] from 1 to 0: linspace, shifted by s x / (1 + (s - 1) x)."""
+    if num_steps < 1:
+        raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
+    sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    return (shift * sigma / (1 + (shift - 1) * sigma)).to(torch.float32)
+
+
+def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
+    """Gaussian noise, float32 on the CPU, so that a seed means the same video on every device."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+class Solver(Protocol):
+    """Integrates the flow; `timesteps` [num_steps] are what the model is told (0..1000)."""
+
+    timesteps: Tensor
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        """The latents after step `index`."""
+
+
+class EulerSolver:
+    """x += velocity * (sigma_next - sigma), in float32."""
+
+    def __init__(self, num_steps: int, shift: float) -> None:
+        self.sigmas = shifted_sigmas(num_steps, shift)
+        self.timesteps = self.sigmas[:-1] * 1000
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        delta = float(self.sigmas[index + 1] - self.sigmas[index])
+        return latents + velocity.to(latents.dtype) * delta
+
+
+class UniPCSolver:
+    """diffusers' UniPC on the same shifted schedule."""
+
+    def __init__(self, num_steps: int, shift: float) -> None:
+        from diffusers import UniPCMultistepScheduler
+
+        self._scheduler = UniPCMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+        )
+        self._scheduler.set_timesteps(num_steps)
+        self.timesteps = self._scheduler.timesteps.to(torch.float32)
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        timestep = self._scheduler.timesteps[index]
+        stepped: Tensor = self._scheduler.step(
+            velocity.to(latents.dtype), timestep, latents, return_dict=False
+        )[0]
+        return stepped
+
+
+def make_solver(name: Literal["euler", "unipc"], num_steps: int, shift: float) -> Solver:
+    """The solver of a turn: fresh, since UniPC remembers earlier steps."""
+    return EulerSolver(num_steps, shift) if name == "euler" else UniPCSolver(num_steps, shift)
