@@ -61,9 +61,7 @@ class Batch:
 class SceneSampler:
     """Draws batches from a latent cache; everything follows from the generator."""
 
-    def __init__(
-        self, scenes: list[LatentScene], shape: TransformerConfig, recipe: Recipe
-    ) -> None:
+    def __init__(self, scenes: list[LatentScene], shape: TransformerConfig, recipe: Recipe) -> None:
         if not scenes:
             raise ValueError("the latent cache is empty; run mv2v_engine.training.latents first")
         self.scenes, self.shape, self.recipe = scenes, shape, recipe
@@ -86,9 +84,10 @@ class SceneSampler:
         low, high = recipe.merge_fraction
         fraction = low + (high - low) * float(torch.rand((), generator=generator))
         source = not (num_memory and chance(recipe.source_dropped))
+        frames, height, width = self.scenes[0].latents.shape[2:]
         plan = turn_plan(
             self.shape,
-            tuple(self.scenes[0].latents.shape[2:]),
+            (frames, height, width),
             tokenizers,
             source=source,
             merge="conv" if chance(recipe.merging) else "off",
@@ -132,9 +131,7 @@ def flow_loss(
     level = sigma[:, None, None, None, None]
     noisy = (1 - level) * clean + level * noise
     others = [latents.to(device) for latents in batch.latents[1:]]
-    text = torch.zeros(
-        len(clean), model.config.text_len, model.config.text_dim, device=device
-    )
+    text = torch.zeros(len(clean), model.config.text_len, model.config.text_dim, device=device)
     with torch.autocast(device.type, torch.bfloat16):
         velocity = model(
             [noisy, *others],
@@ -143,7 +140,8 @@ def flow_loss(
             plan=batch.plan,
             cameras=batch.cameras.to(device),
         )
-    return (velocity.float() - (noise - clean)).pow(2).mean()
+    loss: Tensor = (velocity.float() - (noise - clean)).pow(2).mean()
+    return loss
 
 
 @torch.no_grad()
@@ -167,7 +165,8 @@ def initialise(model: MV2VTransformer) -> None:
 
 def make_optimizers(model: MV2VTransformer, learning_rate: float) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest."""
-    matrices, others = [], []
+    matrices: list[torch.nn.Parameter] = []
+    others: list[torch.nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and "cam_" not in name
         (matrices if is_matrix else others).append(parameter)

@@ -51,15 +51,19 @@ def main() -> None:
     parser.add_argument("--scenes", type=Path, required=True)
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th scene from the i-th")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    vae = load_vae(args.vae, device=torch.device(args.device), dtype=torch.float32)
-    for path in tqdm(sorted(args.scenes.glob("scene_*.safetensors")), unit="scene"):
+    device = torch.device(args.device)
+    vae = load_vae(args.vae, device=device, dtype=torch.float32)
+    first, step = (int(part) for part in args.shard.split("/"))
+    for path in tqdm(sorted(args.scenes.glob("scene_*.safetensors"))[first::step], unit="scene"):
         target = args.out / path.name
         if target.exists():
             continue
         scene = load_scene(path)
-        latents = torch.stack([vae.encode(clip).cpu() for clip in scene.frames])
+        with torch.autocast(device.type, torch.bfloat16):
+            latents = torch.stack([vae.encode(clip).cpu() for clip in scene.frames])
         save_tensors(target, {"latents": latents.half(), "poses": scene.poses})
 
 

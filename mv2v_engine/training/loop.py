@@ -68,7 +68,7 @@ class TrainingLoop:
                     group["lr"] = rate * scale
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
             metrics = step_fn(generator)
-            metrics["loss"].backward()  # type: ignore[no-untyped-call]
+            metrics["loss"].backward()
             nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
             for optimizer in self.optimizers:
                 optimizer.step()
@@ -80,7 +80,7 @@ class TrainingLoop:
             if self.step % config.log_every == 0:
                 rate = (self.step - logged_step) / max(self.elapsed - logged_at, 1e-9)
                 row = {"step": self.step, "seconds": round(self.elapsed, 1), "lr_scale": scale}
-                row |= {name: float(value) for name, value in metrics.items()}
+                row |= {name: float(value.detach()) for name, value in metrics.items()}
                 row |= {"loss": sum(window) / len(window), "steps_per_second": round(rate, 3)}
                 self._log(row)
                 bar.update(round(self.elapsed) - bar.n)

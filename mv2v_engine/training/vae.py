@@ -60,9 +60,7 @@ class ClipPool:
                 self._seen.add(path)
                 self.clips.extend(load_scene(path).frames)
 
-    def crops(
-        self, generator: torch.Generator, batch: int, frames: int, side: int
-    ) -> Tensor:
+    def crops(self, generator: torch.Generator, batch: int, frames: int, side: int) -> Tensor:
         """Random crops [B, 3, frames, side, side] in -1..1, mirrored half of the time."""
 
         def draw(high: int) -> int:
@@ -71,7 +69,9 @@ class ClipPool:
         crops = []
         for _ in range(batch):
             clip = self.clips[draw(len(self.clips))]
-            t, y, x = (draw(n - m + 1) for n, m in zip(clip.shape, (frames, side, side)))
+            t, y, x = (
+                draw(n - m + 1) for n, m in zip(clip.shape[:3], (frames, side, side), strict=True)
+            )
             crop = clip[t : t + frames, y : y + side, x : x + side]
             crops.append(crop.flip(2) if draw(2) else crop)
         return to_model_range(torch.stack(crops))
@@ -101,7 +101,9 @@ def reconstruction_psnr(vae: AutoencoderKLWan, num_worlds: int = 4) -> float:
 
 
 @torch.no_grad()
-def latent_statistics(vae: AutoencoderKLWan, clips: list[Tensor]) -> tuple[list[float], list[float]]:
+def latent_statistics(
+    vae: AutoencoderKLWan, clips: list[Tensor]
+) -> tuple[list[float], list[float]]:
     """Per-channel mean and standard deviation of the mode latents of some clips."""
     latents = [vae.encode(to_model_range(clip)[None]).latent_dist.mode() for clip in clips]
     flat = torch.cat([latent.movedim(1, -1).flatten(0, -2) for latent in latents])
@@ -116,28 +118,31 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40)
     parser.add_argument("--batch", type=int, default=4)
-    parser.add_argument("--frames", type=int, default=9)
-    parser.add_argument("--side", type=int, default=64)
+    # whole windows: trained on 9 frames, the causal caches of later chunks go astray (22 dB)
+    parser.add_argument("--frames", type=int, default=17)
+    parser.add_argument("--side", type=int, default=48)
     parser.add_argument("--max-scenes", type=int, default=150)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--start-from", type=Path, help="a trained VAE folder to go on from")
     parser.add_argument(
-        "--decoder-of",
-        type=Path,
-        help="a trained VAE folder: go on with its decoder alone, so that its latents stay valid",
+        "--decoder-only",
+        action="store_true",
+        help="freeze the encoder of --start-from, so that latents made with it stay valid",
     )
     args = parser.parse_args()
 
     torch.manual_seed(0)
     device = torch.device(args.device)
-    if args.decoder_of:
-        vae = AutoencoderKLWan.from_pretrained(args.decoder_of).to(device)
-        vae.encoder.requires_grad_(False)
-        vae.quant_conv.requires_grad_(False)
+    if args.start_from:
+        vae = AutoencoderKLWan.from_pretrained(args.start_from).to(device)
     else:
         vae = AutoencoderKLWan(**TINY_VAE).to(device)
         with torch.no_grad():  # begin with a nearly deterministic posterior: std 0.14, not 1
             vae.quant_conv.bias[vae.config.z_dim :] -= 4
+    if args.decoder_only:
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(
         trained, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=1e-4
@@ -154,12 +159,15 @@ def main() -> None:
             posterior = vae.encode(video).latent_dist
             noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
             decoded = vae.decode(posterior.mean + posterior.std * noise).sample
-        # diffusers clamps decoded frames; the clamp has no gradient outside, so ask for a little less
+        # diffusers clamps decoded frames and a clamp has no gradient: ask for a little less
         error = decoded.float() - video * 0.98
         squared = error.pow(2).mean()
-        kl = 0.5 * (
-            posterior.mean.float().pow(2) + posterior.var.float() - 1 - posterior.logvar.float()
-        ).mean()
+        kl = (
+            0.5
+            * (
+                posterior.mean.float().pow(2) + posterior.var.float() - 1 - posterior.logvar.float()
+            ).mean()
+        )
         return {
             "loss": squared + 0.05 * error.abs().mean() + _KL_WEIGHT * kl,
             "psnr": 10 * (4 / squared.detach()).log10(),
@@ -169,11 +177,13 @@ def main() -> None:
     loop.run(step)
     vae.load_state_dict(loop.averaged())
     vae.eval()
-    if not args.decoder_of:
+    if not args.decoder_only:
         mean, std = latent_statistics(vae, pool.clips[:: max(1, len(pool.clips) // 64)])
         vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(args.out / "vae")
-    print(f"held-out reconstruction: {reconstruction_psnr(vae):.2f} dB PSNR after {loop.step} steps")
+    print(
+        f"held-out reconstruction: {reconstruction_psnr(vae):.2f} dB PSNR after {loop.step} steps"
+    )
 
 
 if __name__ == "__main__":

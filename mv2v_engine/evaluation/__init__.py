@@ -1,0 +1,1 @@
+"""Measures on worlds whose geometry is known exactly."""

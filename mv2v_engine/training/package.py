@@ -1,0 +1,84 @@
+"""Assemble a checkpoint folder from a training run: averaged weights, VAE, loss curves.
+
+`python -m mv2v_engine.training.package --vae runs/vae/vae --dit runs/dit --out FOLDER`
+
+Weights are stored in float16 and computed in whatever the engine asks for.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import shutil
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+
+from mv2v_engine.checkpoints.load import save_checkpoint
+from mv2v_engine.config import TINY
+from mv2v_engine.files import replacing, save_tensors
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.training.dit import TINY_SAMPLING
+
+_VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+
+
+def package(vae: Path, dit: Path, out: Path, name: str) -> None:
+    """Write the folder: transformer, VAE."""
+    state = torch.load(dit / "checkpoint.pt", weights_only=True, map_location="cpu")
+    model = MV2VTransformer(TINY)
+    model.load_state_dict({**state["model"], **state["ema"]})
+    out.mkdir(parents=True, exist_ok=True)
+    (out / "vae").mkdir(exist_ok=True)
+    weights = load_file(vae / _VAE_WEIGHTS)
+    half = {key: tensor.half() for key, tensor in weights.items()}
+    save_tensors(out / "vae" / _VAE_WEIGHTS, half, {"format": "pt"})
+    config = json.loads((vae / "config.json").read_text())
+    # where it was trained is of no use to anyone who loads it
+    config.pop("_name_or_path", None)
+    with replacing(out / "vae" / "config.json") as temporary:
+        temporary.write_text(json.dumps(config, indent=2) + "\n")
+    save_checkpoint(out, model, TINY, TINY_SAMPLING, name, torch.float16)
+
+
+def plot_losses(vae_logs: list[Path], dit_log: Path, path: Path) -> None:
+    """Loss against step of both trainings."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
+    for label, log in [*((log.parent.name, log) for log in vae_logs), ("transformer", dit_log)]:
+        with log.open() as file:
+            rows = list(csv.DictReader(file))
+        axis = axes[1 if label == "transformer" else 0]
+        axis.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label=label)
+    axes[0].set_title("VAE: squared error and terms")
+    axes[1].set_title("transformer: flow loss")
+    for axis in axes:
+        axis.set_yscale("log")
+        axis.set_xlabel("step")
+        axis.legend()
+        axis.grid(alpha=0.3)
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=80)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--dit", type=Path, required=True)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--name", default="tiny-nvs")
+    parser.add_argument("--vae-logs", type=Path, nargs="*", default=[])
+    args = parser.parse_args()
+    package(args.vae, args.dit, args.out, args.name)
+    plot_losses(args.vae_logs, args.dit / "log.csv", args.out / "loss.png")
+    shutil.copyfile(args.dit / "log.csv", args.out / "training_log.csv")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,65 @@
+"""What one forward of a full-size turn costs as the memory grows: from token plans, no weights.
+
+`python profiling/turn_cost.py [--out profiling/results/turn_cost.json]`
+
+Wan2.1-1.3B shape, 81 frames at 480x832. Uniform: every memory video at 1x2x2; dynamic:
+tokenizers by rank; merged: with adaptive merging; static: one step with conditioning K/V kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from mv2v_engine.files import save_json
+from mv2v_engine.tokens.plan import novel_view_plan
+
+MEMORY = (0, 1, 3, 4, 6, 10, 16)
+
+
+def row(memory: int) -> dict[str, Any]:
+    """Tokens and PFLOP of a forward with `memory` videos remembered."""
+    uniform = novel_view_plan(memory=memory, merge="off", tokenizers="uniform")
+    dynamic = novel_view_plan(memory=memory, merge="off")
+    merged = novel_view_plan(memory=memory)
+    static = novel_view_plan(memory=memory, merge="off", conditioning="static")
+    return {
+        "memory": memory,
+        "tokens_uniform": uniform.length,
+        "tokens_dynamic": dynamic.length,
+        "tokens_last_block": merged.lengths_by_block()[-1],
+        "pflop_uniform": uniform.flops() / 1e15,
+        "pflop_dynamic": dynamic.flops() / 1e15,
+        "pflop_merged": merged.flops() / 1e15,
+        "pflop_static": static.flops() / 1e15,
+    }
+
+
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The table that the README shows."""
+    lines = [
+        "| memory videos | tokens, all 1×2×2 | tokens, by rank | PFLOP, all 1×2×2 "
+        "| by rank | by rank + merging |",
+        "|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {r['memory']} | {r['tokens_uniform']:,} | {r['tokens_dynamic']:,} "
+        f"| {r['pflop_uniform']:.3f} | {r['pflop_dynamic']:.3f} | {r['pflop_merged']:.3f} |"
+        for r in rows
+    ]
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    rows = [row(memory) for memory in MEMORY]
+    print(markdown(rows))
+    if args.out:
+        save_json(args.out, {"shape": "WAN_1_3B", "frames": 81, "size": [480, 832], "rows": rows})
+
+
+if __name__ == "__main__":
+    main()
