@@ -5,6 +5,7 @@ C transformer width, k spatial patch of a tokenizer.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -173,5 +174,10 @@ class EngineConfig:
     def __post_init__(self) -> None:
         if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
+        if not 0 < self.fov_radius < math.inf or not 0 <= self.fov_blend <= 1:
+            raise RequestError(
+                f"fov_radius must be positive and fov_blend lie in 0..1, got {self.fov_radius} "
+                f"and {self.fov_blend}"
+            )
         if self.max_memory < 0 or self.cache_bytes < 0:
             raise RequestError("max_memory and cache_bytes must not be negative")

@@ -1,4 +1,4 @@
-"""Files that are whole or absent: written beside their place under a temporary name, then renamed."""
+"""Files that are whole or absent: written under a temporary name in place, then renamed."""
 
 from __future__ import annotations
 
@@ -26,7 +26,9 @@ def replacing(path: Path) -> Iterator[Path]:
     temporary: Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix)
+        handle, name = tempfile.mkstemp(
+            dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
+        )
         os.close(handle)
         temporary = Path(name)
         yield temporary
@@ -49,14 +51,19 @@ def save_tensors(
     path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
     """Write a safetensors file atomically."""
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     with replacing(path) as temporary:
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
-        save_file(contiguous, str(temporary), metadata=dict(metadata) if metadata else None)
+        try:
+            save_file(contiguous, str(temporary), metadata=dict(metadata) if metadata else None)
+        except SafetensorError as error:  # how it tells of a full disk
+            raise StorageError(f"cannot write {path}: {error}; choose another place") from error
 
 
 def save_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     with replacing(path) as temporary:
-        temporary.write_text(json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
+        temporary.write_text(text, encoding="utf-8")

@@ -6,6 +6,7 @@ one place, under the folder's name (video, vae, text, memory, sampling).
 
 from __future__ import annotations
 
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -59,8 +60,21 @@ class CancelToken:
             raise CancelledError("the turn was cancelled; the session keeps its earlier turns")
 
 
+def peak_host_bytes() -> int:
+    """The most memory that this process has held so far; 0 where the system does not say."""
+    if sys.platform == "win32":
+        return 0
+    import resource
+
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
 class Spans:
-    """Seconds and peak bytes per stage of one turn, on the device that does the work."""
+    """Seconds and peak bytes per stage of one turn, on the device that does the work.
+
+    On a GPU the bytes are a stage's own peak; on a CPU the process's, up to the stage's end.
+    """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -72,7 +86,7 @@ class Spans:
         """Time a stage; yields its event for the caller to pass on. Stages of one name add up."""
         on_gpu = self.device.type == "cuda"
         if on_gpu:
-            torch.cuda.nvtx.range_push(name)  # type: ignore[no-untyped-call]
+            torch.cuda.nvtx.range_push(name)
             torch.cuda.reset_peak_memory_stats(self.device)
         began = time.perf_counter()
         try:
@@ -81,8 +95,10 @@ class Spans:
             if on_gpu:
                 torch.cuda.synchronize(self.device)
                 peak = torch.cuda.max_memory_allocated(self.device)
-                self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
-                torch.cuda.nvtx.range_pop()  # type: ignore[no-untyped-call]
+                torch.cuda.nvtx.range_pop()
+            else:
+                peak = peak_host_bytes()
+            self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
             spent = time.perf_counter() - began
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
 

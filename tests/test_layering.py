@@ -35,6 +35,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"synthetic"}),
     frozenset({"engine"}),
     frozenset({"__init__"}),
+    frozenset({"machine", "terminal"}),
     frozenset({"serving", "training", "evaluation"}),
     frozenset({"run"}),
 )

@@ -93,7 +93,9 @@ class Block(nn.Module):
         x = x + self.attn2(self._norm2(x), context_BSC)
 
         # 3. feed-forward
-        return self._feed_forward(x, ffn_modulation.scale, ffn_modulation.shift, ffn_modulation.gate)
+        return self._feed_forward(
+            x, ffn_modulation.scale, ffn_modulation.shift, ffn_modulation.gate
+        )
 
     def forward_static(
         self,
@@ -253,9 +255,7 @@ class MV2VTransformer(nn.Module):
             sequence = replace(sequence, x=x)
         return self._head(sequence.x[:, : plan.target.length], temb, plan)
 
-    def _check(
-        self, latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | None
-    ) -> None:
+    def _check(self, latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | None) -> None:
         if len(latents) != len(plan.segments):
             raise ValueError(f"the plan has {len(plan.segments)} segments, got {len(latents)}")
         for latent, segment in zip(latents, plan.segments, strict=True):
@@ -268,7 +268,7 @@ class MV2VTransformer(nn.Module):
         if plan.scope == "joint" and len(latents[0]) > 1:
             raise ValueError(
                 f'scope="joint" merges other counts in every sample, got a batch of '
-                f"{len(latents[0])}; run one sample at a time or use scope=\"group\""
+                f'{len(latents[0])}; run one sample at a time or use scope="group"'
             )
         if (cameras is None) == self.config.has_camera:
             raise ValueError(
@@ -312,7 +312,7 @@ class MV2VTransformer(nn.Module):
             return sequence
         shared = self.config.merger is not None and self.config.merger.shared
         key = str(self.config.merging_blocks[0] if shared else index)
-        merger = self.mergers[key] if key in self.mergers else None
+        merger = self.mergers[key] if self.config.merger is not None else None
         sequence, record = apply_merge(
             sequence,
             step,
@@ -357,10 +357,13 @@ class MV2VTransformer(nn.Module):
         patches = self.proj_out(x)
         frames, (rows, columns) = plan.target.num_frames, plan.target.token_grid
         patches = patches.unflatten(1, (frames, rows, columns)).unflatten(-1, (2, 2, -1))
-        return patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        video: Tensor = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)
+        return video
 
 
 @lru_cache(maxsize=32)
 def _rotary_table(plan: TokenPlan, device: torch.device) -> Tensor:
     """The plan's table on a device; plans repeat over every step of a turn."""
-    return rotary_table(plan).to(device)
+    # made under inference mode, a cached table could never be trained with again
+    with torch.inference_mode(False):
+        return rotary_table(plan).to(device)

@@ -118,7 +118,8 @@ def _group_slots(layout: Layout, runs: tuple[int, ...]) -> Tensor:
 
 def _runs_of(tensor_BL: Tensor, layout: Layout) -> tuple[Tensor, ...]:
     """Split a token tensor [., L, .] into the layout's runs."""
-    return tensor_BL.split([run.length for run in layout.runs], dim=1)
+    runs: tuple[Tensor, ...] = tensor_BL.split([run.length for run in layout.runs], dim=1)
+    return runs
 
 
 def apply_merge(

@@ -31,7 +31,8 @@ _adaln = define(
     "adaln",
     "(Tensor x, Tensor scale, Tensor shift, Tensor? camera, Tensor? frame, float eps) -> Tensor",
     adaln_reference,
-    lambda x, scale, shift, camera, frame, eps: torch.empty_like(x),
+    # layer_norm lays its result out afresh, whatever the strides of x
+    lambda x, scale, shift, camera, frame, eps: x.new_empty(x.shape),
 )
 
 
@@ -56,6 +57,13 @@ def adaln(
         )
     if (camera is None) != (frame is None):
         raise ValueError("camera and frame belong together: pass both or neither")
+    if camera is not None and frame is not None:
+        expected = (x.shape[0], camera.shape[1], x.shape[2])
+        if camera.shape != expected or frame.shape != x.shape[:2]:
+            raise ValueError(
+                f"camera must have shape {expected} and frame {tuple(x.shape[:2])}, "
+                f"got {tuple(camera.shape)} and {tuple(frame.shape)}"
+            )
     run = adaln_reference if backend == "reference" else _adaln
     result: Tensor = run(x, scale, shift, camera, frame, eps)
     return result

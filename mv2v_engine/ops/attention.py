@@ -8,7 +8,6 @@ B batch, L query and S key tokens, N heads, D head dim.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -17,7 +16,7 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.backend import define
 
 MATH_LIMIT = 4096
-# cuDNN leads on Hopper (KERNELS 5.3); torch would pick FlashAttention-2 first
+# cuDNN leads on Hopper; torch by itself would pick FlashAttention-2
 _FUSED = [
     SDPBackend.CUDNN_ATTENTION,
     SDPBackend.FLASH_ATTENTION,

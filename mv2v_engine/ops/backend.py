@@ -64,7 +64,7 @@ def resolve(backend: BackendName, device: torch.device) -> BackendName:
 def define(
     name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
 ) -> Callable[..., Any]:
-    """Register `mv2v::name`: the reference on every device, until a launcher takes the CUDA slot."""
+    """Register `mv2v::name`: the reference on every device, until a launcher takes CUDA's slot."""
     qualified = f"mv2v::{name}"
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, ("cpu", "cuda"), reference)

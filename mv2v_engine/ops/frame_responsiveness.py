@@ -40,9 +40,7 @@ def frame_responsiveness_reference(
     return best
 
 
-def _fake(
-    q: Tensor, k: Tensor, frames: list[int], tokens: list[int], num_heads: int
-) -> Tensor:
+def _fake(q: Tensor, k: Tensor, frames: list[int], tokens: list[int], num_heads: int) -> Tensor:
     return q.new_empty((q.shape[0], sum(frames)), dtype=torch.float32)
 
 

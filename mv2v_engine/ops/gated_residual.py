@@ -20,9 +20,7 @@ _gated_residual = define(
 )
 
 
-def gated_residual(
-    x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "reference"
-) -> Tensor:
+def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "reference") -> Tensor:
     """x, y [B, L, C], gate [B, C] -> [B, L, C]."""
     if y.shape != x.shape or gate.shape != (x.shape[0], x.shape[2]):
         raise ValueError(

@@ -52,9 +52,15 @@ def qk_norm_rope(
 ) -> Tensor:
     """x [B, L, C], weight [C], rope [1 or B, L, D] -> [B, L, N, D]."""
     head_dim = x.shape[-1] // num_heads
-    if rope.shape[1:] != (x.shape[1], head_dim):
+    if weight.shape != x.shape[-1:] or x.shape[-1] % num_heads:
         raise ValueError(
-            f"rope must have shape [1 or B, {x.shape[1]}, {head_dim}], got {tuple(rope.shape)}"
+            f"weight must have shape {tuple(x.shape[-1:])}, divisible by {num_heads} heads, "
+            f"got {tuple(weight.shape)}"
+        )
+    if rope.shape[1:] != (x.shape[1], head_dim) or rope.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            f"rope must have shape [1 or {x.shape[0]}, {x.shape[1]}, {head_dim}], "
+            f"got {tuple(rope.shape)}"
         )
     run = qk_norm_rope_reference if backend == "reference" else _qk_norm_rope
     result: Tensor = run(x, weight, rope, num_heads, eps)

@@ -21,16 +21,19 @@ def _gather(frames_BFPC: Tensor, index_BK: Tensor) -> Tensor:
     return frames_BFPC[batch, index_BK]
 
 
-def _images(frames_BKPC: Tensor, rows: int, columns: int, kernel: list[int]) -> Tensor:
+def _images(frames_BKPC: Tensor, grid: list[int], kernel: list[int]) -> Tensor:
     """[B * K, C, rows, columns] padded to whole kernels."""
+    rows, columns = grid
     images = frames_BKPC.flatten(0, 1).transpose(1, 2).unflatten(-1, (rows, columns))
     pad = (0, -columns % kernel[1], 0, -rows % kernel[0])
-    return F.pad(images, pad, mode="replicate") if any(pad) else images
+    padded: Tensor = F.pad(images, pad, mode="replicate") if any(pad) else images
+    return padded
 
 
 def _tokens(images: Tensor, batch: int) -> Tensor:
     """[B, K * P', C]."""
-    return images.flatten(2).transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
+    tokens: Tensor = images.flatten(2).transpose(1, 2).unflatten(0, (batch, -1)).flatten(1, 2)
+    return tokens
 
 
 def token_merge_reference(
@@ -47,7 +50,7 @@ def token_merge_reference(
     kept, kept_rope = (_gather(t, kept_BK).flatten(1, 2) for t in (x_BFPC, rope_BFPR))
     if not merged_BM.shape[1]:
         return kept, kept_rope
-    images = _images(_gather(x_BFPC, merged_BM), *grid, kernel)
+    images = _images(_gather(x_BFPC, merged_BM), grid, kernel)
     if weight is None or weight.ndim == 2:
         # pool in float32: the mean of four bf16 numbers should round once
         fused = _tokens(F.avg_pool2d(images.float(), kernel).to(x_BFPC.dtype), batch)
@@ -55,7 +58,7 @@ def token_merge_reference(
     else:
         groups = images.shape[1] // weight.shape[1]
         fused = _tokens(F.conv2d(images, weight, bias, stride=kernel, groups=groups), batch)
-    rope_images = _images(_gather(rope_BFPR, merged_BM), *grid, kernel)
+    rope_images = _images(_gather(rope_BFPR, merged_BM), grid, kernel)
     fused_rope = _tokens(F.avg_pool2d(rope_images, kernel), batch)
     return (
         torch.cat([kept, fused.to(kept.dtype)], dim=1),

@@ -1,1 +1,1 @@
-"""Procedural multi-camera worlds whose geometry is known exactly: data to train and to measure on."""
+"""Procedural multi-camera worlds of exactly known geometry: to train and to measure on."""

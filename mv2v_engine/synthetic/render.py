@@ -149,7 +149,9 @@ def pixel_directions(trajectory: CameraTrajectory, frame: int) -> Tensor:
 
 
 def _intrinsics(trajectory: CameraTrajectory, frame: int) -> Tensor:
-    return trajectory.intrinsics if trajectory.intrinsics.ndim == 2 else trajectory.intrinsics[frame]
+    return (
+        trajectory.intrinsics if trajectory.intrinsics.ndim == 2 else trajectory.intrinsics[frame]
+    )
 
 
 def _edges(surface: Tensor) -> Tensor:
@@ -191,9 +193,9 @@ def render(
             step = torch.stack([offsets_Q2[:, 1] / k[0, 0], offsets_Q2[:, 0] / k[1, 1]], dim=-1)
             fine = directions[edge][:, None].repeat(1, len(step), 1)
             fine[..., :2] += step
-            colour[edge] = _trace(world, time, pose, fine.flatten(0, 1))[0].view(
-                -1, len(step), 3
-            ).mean(1)
+            colour[edge] = (
+                _trace(world, time, pose, fine.flatten(0, 1))[0].view(-1, len(step), 3).mean(1)
+            )
         image = (colour.clamp(0, 1) * 255).round().to(torch.uint8)
         frames.append(image.view(height, width, 3))
         depths.append(depth.view(height, width))

@@ -29,8 +29,11 @@ def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dic
     text, width = shape.text_len, shape.dim
     frames = len(plan.frame_table)
     table = _block_parts(plan, lengths, lengths)
-    table["tokenize"] = 2 * width * shape.in_channels * sum(
-        segment.length * segment.tokenizer**2 for segment in plan.segments
+    table["tokenize"] = (
+        2
+        * width
+        * shape.in_channels
+        * sum(segment.length * segment.tokenizer**2 for segment in plan.segments)
     )
     table["camera"] = 2 * shape.num_layers * frames * 12 * width if shape.has_camera else 0
     table["embedding"] = 2 * (shape.freq_dim * width + width**2 + 6 * width**2) + 2 * text * (
@@ -53,13 +56,13 @@ def block_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> in
     return sum(_block_parts(plan, queries, lengths).values())
 
 
-def conditioning_flops(plan: TokenPlan) -> int:
+def conditioning_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> int:
     """Once a turn with static conditioning: the conditioning tokens' own forward, without text."""
     if plan.conditioning == "joint":
         return 0
     shape, width = plan.shape, plan.shape.dim
     total = 0
-    for length in plan.lengths_by_block():
+    for length in plan.lengths_by_block(steps):
         own = length - plan.target.length
         # no cross-attention: its q and o fall away
         linear = (4 + shape.has_camera) * width**2 + 2 * width * shape.ffn_dim
@@ -67,9 +70,7 @@ def conditioning_flops(plan: TokenPlan) -> int:
     return total
 
 
-def _block_parts(
-    plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]
-) -> dict[str, int]:
+def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -> dict[str, int]:
     shape, width, text = plan.shape, plan.shape.dim, plan.shape.text_len
     per_token = (6 + shape.has_camera) * width**2 + 2 * width * shape.ffn_dim
     parts = dict.fromkeys(_BLOCK_PARTS, 0)

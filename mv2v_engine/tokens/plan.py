@@ -220,7 +220,7 @@ class TokenPlan:
         return tuple(steps)
 
     def lengths_by_block(self, steps: Sequence[MergeStep] | None = None) -> tuple[int, ...]:
-        """Tokens in the attention of each block. `steps`: the merges that happened (joint scope)."""
+        """Tokens in each block's attention. `steps`: the merges that happened (joint scope)."""
         steps = self.merge_steps if steps is None else steps
         lengths, layout = [], self.layout
         for block in range(self.shape.num_layers):
@@ -263,7 +263,7 @@ class TokenPlan:
 
 
 def memory_tokenizers(count: int, available: Sequence[int] = (2, 4, 8)) -> tuple[int, ...]:
-    """Tokenizers by rank: 1x4x4 for the first three memory videos, 1x8x8 for the rest (METHOD 3)."""
+    """Tokenizers by rank: 1x4x4 for the first three memory videos, then 1x8x8 (METHOD 3)."""
     chosen = tuple(4 if rank < 3 else 8 for rank in range(count))
     missing = sorted(set(chosen) - set(available))
     if missing:

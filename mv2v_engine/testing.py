@@ -1,0 +1,91 @@
+"""What the tests share: error budgets drawn from data, and tiny real models.
+
+An operation's budget is not a hand-tuned tolerance: its error against float64 may be at most
+twice that of plain eager torch in the same dtype, plus the band that rounding the exact answer
+already costs. Oracles are written in float64 by the tests.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.config import TransformerConfig
+
+FACTOR = 2.0
+
+
+def max_error(value: Tensor, oracle: Tensor) -> float:
+    """Largest absolute difference, in float64."""
+    return float((value.double() - oracle.double()).abs().max())
+
+
+def relative_error(value: Tensor, oracle: Tensor) -> float:
+    """Norm of the difference over the norm of the oracle, in float64."""
+    difference = (value.double() - oracle.double()).norm()
+    return float(difference / oracle.double().norm())
+
+
+def rounding_band(oracle: Tensor, dtype: torch.dtype) -> float:
+    """What storing values of the oracle's size in `dtype` costs at most: half a unit there."""
+    return float(oracle.double().abs().max()) * torch.finfo(dtype).eps / 2
+
+
+def assert_within_budget(value: Tensor, oracle: Tensor, eager: Tensor) -> None:
+    """Fail unless error(value) <= 2 * (error(eager) + rounding band), all against the oracle.
+
+    Args:
+        value: what the operation under test gave.
+        oracle: the exact answer, float64.
+        eager: plain torch in the same dtype as `value`.
+    """
+    if oracle.dtype != torch.float64 or value.dtype != eager.dtype:
+        raise AssertionError(
+            f"the oracle must be float64 and the eager result {value.dtype}, "
+            f"got {oracle.dtype} and {eager.dtype}"
+        )
+    if value.shape != oracle.shape:
+        raise AssertionError(f"shape {tuple(value.shape)}, expected {tuple(oracle.shape)}")
+    if not bool(value.isfinite().all()):
+        raise AssertionError("the result holds infinities or NaNs")
+    error, plain = max_error(value, oracle), max_error(eager, oracle)
+    budget = FACTOR * (plain + rounding_band(oracle, value.dtype))
+    if error > budget:
+        raise AssertionError(
+            f"error {error:.3g} exceeds the budget {budget:.3g} (eager torch: {plain:.3g})"
+        )
+
+
+def tiny_config(**changes: Any) -> TransformerConfig:
+    """Three blocks of width 24, merging before blocks 1 and 2; any field can be changed."""
+    fields: dict[str, Any] = {
+        "num_layers": 3,
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "ffn_dim": 40,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 10,
+        "text_len": 6,
+        "freq_dim": 16,
+    }
+    return TransformerConfig(**fields | changes)
+
+
+@torch.no_grad()
+def randomise(module: nn.Module, *, seed: int = 0, std: float = 0.2) -> None:
+    """Random values for every parameter, so that modules that start at zero speak too.
+
+    Norm scales stay around one, matrices keep the size of their input.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in module.named_parameters():
+        noise = torch.randn(parameter.shape, generator=generator)
+        if "norm" in name and name.endswith("weight"):
+            parameter.copy_(1 + std * noise)
+        elif parameter.ndim > 1 and not name.endswith("scale_shift_table"):
+            parameter.copy_(noise / parameter[0].numel() ** 0.5)
+        else:
+            parameter.copy_(std * noise)

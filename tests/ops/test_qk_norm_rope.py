@@ -1,0 +1,96 @@
+"""RMSNorm over the width, then RoPE of interleaved pairs: complex float64 oracle."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine.ops.qk_norm_rope import qk_norm_rope, rms_norm_reference
+from mv2v_engine.testing import assert_within_budget, max_error
+
+CASES = [  # batch, tokens, heads, head dim, rope batch
+    (1, 1, 1, 2, 1),
+    (2, 7, 3, 10, 1),
+    (3, 65, 2, 12, 3),
+]
+
+
+def _inputs(
+    batch: int, tokens: int, heads: int, dim: int, rope_batch: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    torch.manual_seed(tokens)
+    x = 2 * torch.randn(batch, tokens, heads * dim)
+    weight = 1 + 0.3 * torch.randn(heads * dim)
+    angles = 10 * torch.randn(rope_batch, tokens, dim // 2)
+    # pooled rows are shorter than one: the operation must not normalise them
+    length = torch.rand(rope_batch, tokens, dim // 2)
+    rope = torch.cat([length * angles.cos(), length * angles.sin()], -1)
+    return x.to(dtype), weight.to(dtype), rope
+
+
+def _oracle(x: Tensor, weight: Tensor, rope: Tensor, heads: int) -> Tensor:
+    wide, gain = x.double(), weight.double()
+    normed = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain
+    pairs = torch.view_as_complex(normed.unflatten(-1, (heads, -1, 2)))
+    cos, sin = rope.double().chunk(2, -1)
+    turned = pairs * torch.complex(cos, sin)[:, :, None]
+    return torch.view_as_real(turned).flatten(-2)
+
+
+def _eager(x: Tensor, weight: Tensor, rope: Tensor, heads: int) -> Tensor:
+    normed = torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, 1e-6)
+    pairs = normed.unflatten(-1, (heads, -1, 2))
+    cos, sin = (part[:, :, None] for part in rope.to(x.dtype).chunk(2, -1))
+    even, odd = pairs.unbind(-1)
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_matches_float64(
+    case: tuple[int, int, int, int, int], dtype: torch.dtype, backend: str
+) -> None:
+    x, weight, rope = _inputs(*case, dtype)
+    heads = case[2]
+    got = qk_norm_rope(x, weight, rope, num_heads=heads, backend=backend)
+    assert got.shape == (case[0], case[1], heads, case[3]) and got.dtype == dtype
+    assert_within_budget(got, _oracle(x, weight, rope, heads), _eager(x, weight, rope, heads))
+
+
+def test_the_norm_spans_all_heads() -> None:
+    x, weight, _ = _inputs(1, 4, 3, 10, 1, torch.float32)
+    whole = rms_norm_reference(x, weight, 1e-6)
+    per_head = rms_norm_reference(x.unflatten(-1, (3, 10)), weight[:10], 1e-6).flatten(-2)
+    assert max_error(whole, per_head) > 0.01
+    expected = torch.nn.functional.rms_norm(x, (30,), weight, 1e-6)
+    torch.testing.assert_close(whole, expected)
+
+
+@pytest.mark.parametrize("rope_batch", [1, 2])
+def test_opcheck(rope_batch: int) -> None:
+    x, weight, rope = _inputs(2, 5, 3, 4, rope_batch, torch.float32)
+    torch.library.opcheck(torch.ops.mv2v.qk_norm_rope.default, (x, weight, rope, 3, 1e-6))
+
+
+def test_compiles_without_graph_breaks() -> None:
+    x, weight, rope = _inputs(2, 5, 3, 4, 1, torch.float32)
+    compiled = torch.compile(
+        lambda x: qk_norm_rope(x, weight, rope, num_heads=3, backend="auto"),
+        fullgraph=True,
+        backend="aot_eager",
+    )
+    assert torch.equal(compiled(x), qk_norm_rope(x, weight, rope, num_heads=3))
+
+
+def test_rejects_bad_shapes() -> None:
+    x, weight, rope = _inputs(2, 5, 3, 4, 1, torch.float32)
+    with pytest.raises(ValueError, match="rope must have shape"):
+        qk_norm_rope(x, weight, rope[:, :3], num_heads=3)
+    with pytest.raises(ValueError, match="rope must have shape"):
+        qk_norm_rope(x, weight, rope, num_heads=2)
+    with pytest.raises(ValueError, match="rope must have shape"):
+        qk_norm_rope(x, weight, rope.expand(3, -1, -1), num_heads=3)
+    with pytest.raises(ValueError, match="weight"):
+        qk_norm_rope(x, weight[:4], rope, num_heads=3)
