@@ -1,0 +1,262 @@
+"""The engine: a checkpoint on a device, with the memory that its sessions share."""
+
+from __future__ import annotations
+
+import math
+import uuid
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
+from mv2v_engine.config import EngineConfig
+from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.source import Source, load_source
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError, StorageError
+from mv2v_engine.memory.cache import MemoryCache
+from mv2v_engine.ops.backend import resolve
+from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.vae import VideoVAE, load_vae
+
+
+class Engine:
+    """Loads once, serves many sessions. Make one with `from_pretrained`."""
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        vae: VideoVAE,
+        text: TextEncoder | None,
+        *,
+        device: torch.device,
+        config: EngineConfig,
+    ) -> None:
+        self.checkpoint, self.vae, self.text = checkpoint, vae, text
+        self.device, self.config, self.sampling = device, config, checkpoint.sampling
+        self.transformer = checkpoint.transformer
+        self.backend = resolve(config.backend, device)
+        self.transformer.set_backend(self.backend)
+        self.transformer.responsiveness_heads = config.responsiveness_heads
+        self.cache = MemoryCache(config.cache_bytes, device)
+        self._check_parts()
+
+    def _check_parts(self) -> None:
+        """Refuse parts that do not fit each other before a turn has been paid for."""
+        name, shape = self.checkpoint.name, self.transformer.config
+        latents = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
+        if latents[0] != shape.in_channels:
+            raise CheckpointError(
+                f"the VAE has {latents[0]} latent channels, the transformer takes "
+                f"{shape.in_channels}; give the VAE that belongs to {name}"
+            )
+        if self.text is not None and self.text.dim != shape.text_dim:
+            raise CheckpointError(
+                f"the text encoder gives embeddings of {self.text.dim}, the transformer takes "
+                f"{shape.text_dim}; give the text encoder that belongs to {name}"
+            )
+        num_bytes = math.prod(latents) * torch.float32.itemsize
+        if num_bytes > self.config.cache_bytes:
+            raise MemoryBudgetError(
+                f"one video of {name} is {num_bytes:,} bytes of latents, cache_bytes allows "
+                f"{self.config.cache_bytes:,}; raise it"
+            )
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        path_or_name: Path | str = "tiny-nvs",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        config: EngineConfig | None = None,
+        components: Path | str | None = None,
+        rename: Path | str | None = None,
+    ) -> Engine:
+        """Load a checkpoint of any known format.
+
+        Args:
+            path_or_name: an embedded name, or a file or folder.
+            device: None takes CUDA if there is one.
+            dtype: of the transformer; None is bfloat16 on CUDA, float32 elsewhere.
+            components: a folder with `vae`, and `text_encoder` and `tokenizer`, for a checkpoint
+                that is a transformer alone (ReCamMaster, Memory-V2V, original Wan files).
+            rename: a JSON file of names that cannot be inferred (see `run inspect`).
+
+        Raises:
+            CheckpointError: what is missing or wrong, and what to do.
+            RequestError: no such device.
+            KernelUnavailableError: the configured backend cannot run here.
+        """
+        place, config = _usable_device(device), config or EngineConfig()
+        dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
+        resolve(config.backend, place)  # refuses before anything large is read
+        folder = None if components is None else Path(components)
+        for part in ("vae", "text_encoder", "tokenizer"):
+            _component(folder, part)
+        checkpoint = load_checkpoint(path_or_name, device=place, dtype=dtype, rename=rename)
+        vae_path = _component(folder, "vae") or checkpoint.vae_path
+        if vae_path is None:
+            raise CheckpointError(
+                f"{checkpoint.name} ({checkpoint.format}) holds no VAE; give a Wan diffusers "
+                "folder with vae, text_encoder and tokenizer as components (--components)"
+            )
+        # convolutions in half precision are slow or missing on a CPU
+        vae_dtype = torch.float32 if place.type == "cpu" else dtype
+        vae = load_vae(vae_path, device=place, dtype=vae_dtype)
+        text_path = _component(folder, "text_encoder") or checkpoint.text_path
+        tokenizer_path = _component(folder, "tokenizer") or checkpoint.tokenizer_path
+        text = None
+        if text_path is not None and tokenizer_path is not None:
+            text = load_text_encoder(
+                text_path,
+                tokenizer_path,
+                max_length=checkpoint.config.text_len,
+                device=place,
+                dtype=dtype,
+            )
+        elif checkpoint.format != "mv2v_engine":
+            raise CheckpointError(
+                f"{checkpoint.name} ({checkpoint.format}) holds no text encoder; give a Wan "
+                "diffusers folder with text_encoder and tokenizer as components (--components)"
+            )
+        return cls(checkpoint, vae, text, device=place, config=config)
+
+    def session(
+        self,
+        source: Path | str | Tensor | np.ndarray[Any, Any] | Source,
+        *,
+        id: str | None = None,
+        fps: float | None = None,
+        cameras: CameraTrajectory | None = None,
+        store: Path | str | None = None,
+        window: str | None = None,
+        resume: bool = False,
+    ) -> Session:
+        """Open a session on a source video.
+
+        Args:
+            source: a video file, frames uint8 [T, height, width, 3], or what `load_source` gave.
+            fps: of the turns; None keeps the source's.
+            cameras: the source's own path; unknown means static.
+            store: a folder that keeps the session; `resume` takes up what it holds.
+            window: which frames of a clip of another length than the model's (first, middle,
+                last, even, pad, or a start); None insists on the model's length.
+
+        Raises:
+            VideoError, CameraError, StorageError, RequestError: what does not fit.
+        """
+        if isinstance(source, Source):
+            loaded = source
+        else:
+            loaded = load_source(
+                source,
+                num_frames=self.sampling.num_frames,
+                size=self.sampling.size,
+                window=window,
+                fps=fps,
+                max_pixels=self.config.max_source_pixels,
+            )
+        if resume and store is None:
+            raise RequestError("resume needs the session's folder: give a store")
+        folder = None if store is None else SessionStore(Path(store))
+        if folder is not None and folder.exists() != resume:
+            found = "already holds a session" if folder.exists() else "holds no session"
+            advice = "resume it, or choose another folder" if folder.exists() else "start one there"
+            raise StorageError(f"{folder.folder} {found}; {advice}")
+        manifest = folder.read() if folder is not None and resume else None
+        session = Session(
+            self,
+            loaded,
+            id=id or (manifest["id"] if manifest else uuid.uuid4().hex[:12]),
+            cameras=cameras,
+            store=folder,
+        )
+        if folder is not None:
+            identity = self._identity(loaded, cameras)
+            if manifest is None:
+                folder.create(session.id, identity)
+            else:
+                folder.check_identity(manifest, identity)
+                session.restore()
+        return session
+
+    def _identity(self, source: Source, cameras: CameraTrajectory | None) -> dict[str, str]:
+        """What a resumed session must agree on."""
+        return {
+            **session_identity(source, self.checkpoint.name, cameras),
+            "vae": self.vae.key,
+        }
+
+    def check_text(self, prompt: str, guidance_scale: float) -> None:
+        """Refuse a prompt that nothing here could read, and guidance towards nothing."""
+        if self.text is not None:
+            return
+        if prompt.strip():
+            raise RequestError(
+                f"{self.checkpoint.name} was trained without text and has no text encoder, "
+                f"got the prompt {prompt!r}; leave it out"
+            )
+        if needs_guidance(guidance_scale):
+            raise RequestError(
+                f"{self.checkpoint.name} has no text encoder, so guidance changes nothing, got "
+                f"guidance_scale {guidance_scale}; use 1"
+            )
+
+    def text_embedding(self, prompt: str) -> Tensor:
+        """[1, S, text_dim]; zeros for a checkpoint without text."""
+        shape = self.transformer.config
+        if self.text is None:
+            return torch.zeros(1, shape.text_len, shape.text_dim, device=self.device)
+        return self.text.encode(prompt)
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the engine."""
+        return {
+            "checkpoint": self.checkpoint.name,
+            "device": str(self.device),
+            "dtype": str(self.transformer.patch_embedding.weight.dtype).removeprefix("torch."),
+            "backend": self.backend,
+            "scheduler": self.config.scheduler,
+            "torch": torch.__version__,
+        }
+
+
+def session_identity(
+    source: Source, checkpoint: str, cameras: CameraTrajectory | None
+) -> dict[str, str]:
+    """The part of a session's identity that is known before the weights are loaded."""
+    return {
+        "source": source.fingerprint,
+        "source camera": cameras.name if cameras else "static",
+        "checkpoint": checkpoint,
+    }
+
+
+def _usable_device(device: torch.device | str | None) -> torch.device:
+    """The device to run on, tried with an allocation."""
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        place = torch.device(name)
+        torch.empty(0, device=place)
+    except (RuntimeError, AssertionError) as error:
+        reason = str(error).splitlines()[0]
+        raise RequestError(
+            f"device {str(name)!r} cannot be used ({reason}); give cpu, cuda or cuda:N"
+        ) from error
+    return place
+
+
+def _component(folder: Path | None, name: str) -> Path | None:
+    """A sub-folder of the given components, which must exist if a folder was given."""
+    if folder is None:
+        return None
+    path = folder / name
+    if not path.is_dir():
+        raise CheckpointError(f"{folder} has no folder {name!r}; expected a Wan diffusers folder")
+    return path

@@ -1,0 +1,101 @@
+"""What a turn is asked for, checked before anything is computed."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from mv2v_engine.camera.files import resolve_camera
+from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.config import MemoryMode, SamplingConfig
+from mv2v_engine.errors import CameraError, RequestError
+
+_MAX_STEPS = 1000
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class TurnRequest:
+    """One novel-view turn. camera: poses relative to the source's first frame, one per frame."""
+
+    camera: CameraTrajectory
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    memory: MemoryMode
+
+    @classmethod
+    def of(
+        cls,
+        camera: str | CameraTrajectory,
+        sampling: SamplingConfig,
+        *,
+        memory: MemoryMode,
+        prompt: str = "",
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> TurnRequest:
+        """A request as a user makes it; None takes the checkpoint's default.
+
+        Args:
+            camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, or a trajectory.
+
+        Raises:
+            CameraError, RequestError: what the checkpoint cannot serve.
+        """
+        if isinstance(camera, str):
+            camera = resolve_camera(camera, sampling.num_frames, sampling.size)
+        steps, guidance = num_inference_steps, guidance_scale
+        request = cls(
+            camera=camera.resized(sampling.size),
+            prompt=prompt,
+            seed=seed,
+            num_inference_steps=sampling.num_inference_steps if steps is None else steps,
+            guidance_scale=sampling.guidance_scale if guidance is None else guidance,
+            memory=memory,
+        )
+        request._check(sampling)
+        return request
+
+    def _check(self, sampling: SamplingConfig) -> None:
+        if not 1 <= self.num_inference_steps <= _MAX_STEPS:
+            raise RequestError(
+                f"num_inference_steps must lie in 1..{_MAX_STEPS}, got {self.num_inference_steps}"
+            )
+        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
+            raise RequestError(
+                f"guidance_scale must be finite and not negative, got {self.guidance_scale}"
+            )
+        if self.memory not in ("retrieved", "previous", "none"):
+            raise RequestError(
+                f"memory must be 'retrieved', 'previous' or 'none', got {self.memory!r}"
+            )
+        if not 0 <= self.seed < 2**63:
+            raise RequestError(f"seed must lie in 0..2^63-1, got {self.seed}")
+        if self.camera.num_frames != sampling.num_frames:
+            raise CameraError(
+                f"the camera has {self.camera.num_frames} poses, a window of this model has "
+                f"{sampling.num_frames} frames: give one pose a frame"
+            )
+
+    def difference(self, trajectory: CameraTrajectory, report: dict[str, Any]) -> str | None:
+        """How a finished turn differs from this request, in words; None if it answers it."""
+        asked = {
+            "camera": self.camera.name,
+            "seed": self.seed,
+            "num_inference_steps": self.num_inference_steps,
+            "memory": self.memory,
+            "guidance_scale": self.guidance_scale,
+            "prompt": self.prompt,
+        }
+        done = {**report, "memory": report["memory"]["mode"]}
+        for name, value in asked.items():
+            if done[name] != value:
+                return f"{name} {done[name]!r} instead of {value!r}"
+        if not torch.equal(trajectory.poses, self.camera.poses):
+            return f"other poses under the name {self.camera.name!r}"
+        return None

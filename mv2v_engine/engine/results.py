@@ -1,0 +1,193 @@
+"""A session's folder as its user sees it: videos, a picture of all turns, and the report.
+
+    session.json  turns/turn_01.safetensors ...     what a session is resumed from (store.py)
+    turn_01_pan_right.mp4 ...  overview.png  report.json
+
+Every file is whole or absent, and all but the first line can be made again from it.
+"""
+
+from __future__ import annotations
+
+import re
+import tempfile
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import StorageError
+from mv2v_engine.files import save_json
+from mv2v_engine.progress import peak_host_bytes
+from mv2v_engine.video.contact_sheet import save_contact_sheet
+
+FORMAT, VERSION = "mv2v-report", 1
+_MAX_NAME = 60
+# what files.replacing leaves behind when the process is killed while it writes
+_UNFINISHED = re.compile(
+    r"\.(session|report|overview|turn_\d+.*)-\w{8}\.(json|png|mp4|safetensors)"
+)
+
+
+class ResultFolder:
+    """The folder of one session's results."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.store = folder, SessionStore(folder)
+        self.overview, self.report = folder / "overview.png", folder / "report.json"
+
+    def check_writable(self) -> None:
+        """Try to write in the folder, or in what it would be made in; leaves nothing.
+
+        Raises:
+            StorageError: that is not possible.
+        """
+        try:
+            place = self.folder.absolute()
+            while not place.exists():
+                place = place.parent
+            with tempfile.TemporaryFile(dir=place):
+                pass
+        except OSError as error:
+            raise StorageError(
+                f"cannot write into {self.folder}: {error.strerror}; choose another folder"
+            ) from error
+
+    def check_free(self) -> None:
+        """Refuse a folder that already holds results.
+
+        Raises:
+            StorageError: it does.
+        """
+        if self.store.exists():
+            count = len(self.store.read()["turns"])
+            raise StorageError(
+                f"{self.folder} already holds a session of {count} turns; continue it with "
+                "--resume, replace it with --overwrite, or choose another folder"
+            )
+        for path in (self.overview, self.report):
+            if path.exists():
+                raise StorageError(
+                    f"{path} exists and belongs to no session; replace it with --overwrite, or "
+                    "choose another folder"
+                )
+
+    def check_resumable(self, requests: Sequence[TurnRequest], identity: dict[str, str]) -> None:
+        """Refuse to continue a session that `requests` would not have begun.
+
+        Raises:
+            StorageError: another clip or checkpoint, or turns that answer other requests.
+        """
+        self.store.check_identity(self.store.read(), identity)
+        turns = self.store.turns()
+        if len(turns) > len(requests):
+            names = ", ".join(turn.trajectory.name for turn in turns)
+            raise StorageError(
+                f"{self.folder} holds {len(turns)} finished turns ({names}), only {len(requests)} "
+                "are asked for; name those cameras first, or choose another folder"
+            )
+        for turn, request in zip(turns, requests, strict=False):
+            difference = request.difference(turn.trajectory, turn.report)
+            if difference:
+                raise StorageError(
+                    f"{self.folder} cannot be resumed: its turn {turn.number} has {difference}; "
+                    "ask for the same turns first, or choose another folder"
+                )
+
+    def check_not_inside(self, clip: Path) -> None:
+        """Refuse a source that `clear` would remove.
+
+        Raises:
+            StorageError: it is one of this folder's results.
+        """
+        if clip.resolve() in {path.resolve() for path in self._files()}:
+            raise StorageError(
+                f"{clip} is itself a result in {self.folder}, which --overwrite would remove; "
+                "choose another folder"
+            )
+
+    def clear(self) -> None:
+        """Remove the results, and nothing else that lies there.
+
+        Raises:
+            StorageError: a file cannot be removed, or session.json is of another program.
+        """
+        try:
+            # the session last: as long as it is there it tells what belongs to it
+            for path in self._files():
+                path.unlink(missing_ok=True)
+            turns = self.store.turns_folder
+            if turns.is_dir() and not any(turns.iterdir()):
+                turns.rmdir()
+        except OSError as error:
+            raise StorageError(
+                f"cannot remove earlier results: {error}; choose another folder"
+            ) from error
+
+    def publish(self, session: Session, *, version: str) -> list[Path]:
+        """Write what is missing of the session's videos, and the overview and report anew.
+
+        Returns:
+            every file a user may want to open.
+
+        Raises:
+            StorageError: the disk is full or the folder cannot be written.
+        """
+        videos = []
+        for turn in session.turns:
+            video = self._video(turn.number, turn.trajectory.name)
+            videos.append(video)
+            if not video.exists():
+                turn.save(video)
+        rows = [(f"source  {session.source.description['name']}", session.source.frames)]
+        rows += [(_label(turn.report), turn.frames) for turn in session.turns]
+        save_contact_sheet(self.overview, rows)
+        reports = [
+            {**turn.report, "file": video.name}
+            for turn, video in zip(session.turns, videos, strict=True)
+        ]
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "session": session.id,
+            "engine": {"version": version, **session.engine.describe()},
+            "source": session.source.description,
+            "turns": reports,
+            "seconds": round(sum(sum(report["seconds"].values()) for report in reports), 3),
+            "peak_host_bytes": peak_host_bytes(),
+        }
+        save_json(self.report, content)
+        return [*videos, self.overview, self.report]
+
+    def remove_unfinished(self) -> None:
+        """Remove the temporary files of a process that was killed while it wrote."""
+        for folder in (self.folder, self.store.turns_folder):
+            for path in folder.iterdir() if folder.is_dir() else ():
+                if _UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    def _video(self, number: int, camera: str) -> Path:
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", camera).strip("_")[:_MAX_NAME]
+        return self.folder / f"turn_{number:02d}_{name}.mp4"
+
+    def _files(self) -> Iterator[Path]:
+        """Every file that this folder's session wrote, its manifest last."""
+        if self.store.exists():
+            rows = self.store.read()["turns"]
+            for row in rows:
+                yield self._video(row["number"], row["camera"])
+            # and the one whose writing a kill may have cut off from the manifest
+            for number in range(1, len(rows) + 2):
+                yield self.store.turn_path(number)
+        yield self.overview
+        yield self.report
+        yield self.store.manifest
+
+
+def _label(report: dict[str, Any]) -> str:
+    remembered = [
+        f"turn {row['turn']} ({row['score']:.2f})" for row in report["memory"]["retrieved"]
+    ]
+    text = f"turn {report['turn']}  {report['camera']}"
+    return text + (f"  remembers {', '.join(remembered)}" if remembered else "")

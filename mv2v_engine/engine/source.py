@@ -1,0 +1,84 @@
+"""The source of a session: a file or frames, brought to the model's window and size."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mv2v_engine.errors import VideoError
+from mv2v_engine.video.io import Clip, probe_video, read_video
+from mv2v_engine.video.transforms import cover_and_crop, select_window
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """frames uint8 [T, height, width, 3] of the model's window; `description` says what was cut."""
+
+    frames: Tensor
+    fps: float
+    description: dict[str, Any]
+
+    @property
+    def fingerprint(self) -> str:
+        """Identity of the pixels, for resuming."""
+        return hashlib.sha256(self.frames.numpy().tobytes()).hexdigest()[:16]
+
+
+def load_source(
+    source: Path | str | Tensor | np.ndarray[Any, Any],
+    *,
+    num_frames: int,
+    size: tuple[int, int],
+    window: str | None,
+    fps: float | None,
+    max_pixels: int,
+) -> Source:
+    """Read, window and crop a source.
+
+    Args:
+        source: a video file, or frames uint8 [T, height, width, 3].
+        window: see `video.transforms.select_window`; None needs exactly `num_frames`.
+        fps: of the result; None keeps the file's (16 for bare frames, Wan's own rate).
+
+    Raises:
+        VideoError: the file or the frames cannot be used as asked.
+    """
+    if fps is not None and not 0.01 <= fps <= 1000:
+        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
+    if isinstance(source, str | Path):
+        path = Path(source)
+        info = probe_video(path)
+        if info.num_frames < 2:
+            raise VideoError(f"{path.name} has 1 frame, at least 2 are needed; give a video")
+        chosen = select_window(info.num_frames, num_frames, window)
+        clip = read_video(path, max_pixels=max_pixels, indices=chosen.indices)
+        frames, name = clip.frames, path.name
+    else:
+        clip = _bare_frames(source, fps)
+        chosen = select_window(len(clip.frames), num_frames, window)
+        frames, name = clip.frames[torch.tensor(chosen.indices)], "frames"
+    rate = fps or clip.fps
+    cropped, crop = cover_and_crop(frames, size)
+    description = {
+        "name": name,
+        "window": chosen.description,
+        "crop": crop.description,
+        "fps": rate,
+    }
+    return Source(cropped.contiguous(), rate, description)
+
+
+def _bare_frames(source: Tensor | np.ndarray[Any, Any], fps: float | None) -> Clip:
+    frames = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or len(frames) < 2:
+        raise VideoError(
+            "source frames must be uint8 [frames, height, width, 3] with at least 2 frames, "
+            f"got {frames.dtype} {list(frames.shape)}"
+        )
+    return Clip(frames.cpu(), fps or 16.0)

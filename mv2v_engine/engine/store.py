@@ -1,0 +1,132 @@
+"""A session's folder: what survives the process.
+
+`session.json` lists the finished turns and is rewritten last, so a kill at any moment loses at
+most the turn under way. `turns/turn_NN.safetensors` holds a turn's latents and camera.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.errors import StorageError
+from mv2v_engine.files import save_json, save_tensors
+
+FORMAT, VERSION = "mv2v-session", 1
+_TENSORS = ("latents", "poses", "intrinsics")
+
+
+@dataclass(frozen=True, eq=False)
+class StoredTurn:
+    """A turn as it lies on disk."""
+
+    number: int
+    latents: Tensor
+    trajectory: CameraTrajectory
+    report: dict[str, Any]
+
+
+class SessionStore:
+    """The folder of one session. `identity` is what a resumed session must agree with."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.manifest = folder / "session.json"
+        self.turns_folder = folder / "turns"
+
+    def exists(self) -> bool:
+        return self.manifest.exists()
+
+    def read(self) -> dict[str, Any]:
+        """The manifest.
+
+        Raises:
+            StorageError: it is no manifest of this format.
+        """
+        try:
+            manifest = json.loads(self.manifest.read_text())
+        except (OSError, ValueError) as error:
+            raise StorageError(
+                f"{self.manifest} cannot be read ({error}); choose another folder"
+            ) from error
+        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+            raise StorageError(
+                f"{self.manifest} is no session of this engine; choose another folder"
+            )
+        if manifest.get("version") != VERSION:
+            raise StorageError(
+                f"{self.manifest} has version {manifest.get('version')}, this engine reads "
+                f"{VERSION}; continue it with the engine that wrote it"
+            )
+        kinds = {"id": str, "identity": dict, "turns": list}
+        for name, kind in kinds.items():
+            if not isinstance(manifest.get(name), kind):
+                raise StorageError(
+                    f"{self.manifest} is damaged: {name} must be a {kind.__name__}, got "
+                    f"{manifest.get(name)!r}; choose another folder"
+                )
+        return manifest
+
+    def create(self, id: str, identity: dict[str, Any]) -> None:
+        self._write({"id": id, "identity": identity, "turns": []})
+
+    def check_identity(self, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
+        """Refuse to continue a session of another clip or checkpoint."""
+        for name, value in identity.items():
+            stored = manifest["identity"].get(name)
+            if stored != value:
+                raise StorageError(
+                    f"{self.folder} holds a session whose {name} is {stored!r}, this one's is "
+                    f"{value!r}; give the same input, or choose another folder"
+                )
+
+    def append(
+        self, number: int, latents: Tensor, trajectory: CameraTrajectory, report: dict[str, Any]
+    ) -> None:
+        """Keep a finished turn: its tensors first, then the manifest that names them."""
+        values = (latents.cpu(), trajectory.poses, trajectory.intrinsics)
+        save_tensors(self.turn_path(number), dict(zip(_TENSORS, values, strict=True)))
+        manifest = self.read()
+        row = {
+            "number": number,
+            "camera": trajectory.name,
+            "size": list(trajectory.size),
+            "report": report,
+        }
+        turns = [turn for turn in manifest["turns"] if turn["number"] != number]
+        self._write({**manifest, "turns": [*turns, row]})
+
+    def turns(self) -> list[StoredTurn]:
+        """Every finished turn in order.
+
+        Raises:
+            StorageError: a turn that the manifest names is missing or damaged.
+        """
+        return [self._load(row) for row in self.read()["turns"]]
+
+    def turn_path(self, number: int) -> Path:
+        """Where a turn's tensors lie."""
+        return self.turns_folder / f"turn_{number:02d}.safetensors"
+
+    def _load(self, row: dict[str, Any]) -> StoredTurn:
+        try:
+            path = self.turn_path(row["number"])
+            with safe_open(str(path), framework="pt") as file:
+                latents, poses, intrinsics = (file.get_tensor(name) for name in _TENSORS)
+            height, width = row["size"]
+            trajectory = CameraTrajectory(poses, intrinsics, (height, width), row["camera"])
+            return StoredTurn(row["number"], latents, trajectory, row["report"])
+        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
+            raise StorageError(
+                f"{self.folder} holds a session whose turns cannot be read ({error}); "
+                "start again in another folder"
+            ) from error
+
+    def _write(self, manifest: dict[str, Any]) -> None:
+        save_json(self.manifest, {**manifest, "format": FORMAT, "version": VERSION})

@@ -1,0 +1,91 @@
+"""What `run info` tells: versions, devices, and which backends are missing and why."""
+
+from __future__ import annotations
+
+import platform
+from importlib.metadata import PackageNotFoundError, version
+
+import torch
+
+from mv2v_engine import __version__, envs
+from mv2v_engine.checkpoints import embedded_names
+from mv2v_engine.config import BackendName
+from mv2v_engine.ops.backend import OPS, missing_reason, resolve
+
+_PACKAGES = (
+    "torch",
+    "diffusers",
+    "transformers",
+    "safetensors",
+    "numpy",
+    "av",
+    "triton",
+    "flash_attn",
+    "xformers",
+    "nvtx",
+)
+
+
+def describe_machine() -> str:
+    """Everything that a report of a problem should contain, as plain text."""
+    sections = {
+        "version": [f"mv2v_engine {__version__}"],
+        "python": [f"{platform.python_version()} on {platform.platform()}"],
+        "packages": [f"{name} {_version(name)}" for name in _PACKAGES],
+        "devices": _devices(),
+        "backends": _backends(),
+        "checkpoints": list(embedded_names()) or ["none embedded"],
+        "environment": _environment(),
+    }
+    lines = []
+    for title, facts in sections.items():
+        for index, fact in enumerate(facts):
+            lines.append(f"{'' if index else title:<13}{fact}")
+    return "\n".join(lines)
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return "not installed"
+
+
+def _devices() -> list[str]:
+    cpu = f"cpu: {torch.get_num_threads()} threads, {platform.machine()}"
+    if not torch.cuda.is_available():
+        built = torch.version.cuda
+        reason = f"no device found by CUDA {built}" if built else "this torch is built without it"
+        return [cpu, f"cuda: none, {reason}"]
+    found = []
+    for index in range(torch.cuda.device_count()):
+        card = torch.cuda.get_device_properties(index)
+        found.append(
+            f"cuda:{index}: {card.name}, {card.total_memory / 2**30:.1f} GiB, "
+            f"capability {card.major}.{card.minor}"
+        )
+    return [cpu, *found]
+
+
+def _backends() -> list[str]:
+    """Each backend with what it lacks; operations that lack the same thing share a line."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    lines = [f"auto: {resolve('auto', device)} on {device.type}", "reference: every operation"]
+    backends: tuple[BackendName, ...] = ("triton", "cuda")
+    for backend in backends:
+        by_reason: dict[str | None, list[str]] = {}
+        for op in OPS:
+            by_reason.setdefault(missing_reason(backend, op, device), []).append(op)
+        for reason, ops in by_reason.items():
+            which = "every operation" if len(ops) == len(OPS) else ", ".join(ops)
+            lines.append(f"{backend}: {which}" + (f" missing: {reason}" if reason else ""))
+    return lines
+
+
+def _environment() -> list[str]:
+    lines = []
+    for read in (envs.num_threads, envs.is_ci):
+        name, _, meaning = (read.__doc__ or "").partition(": ")
+        value = read()
+        lines.append(f"{name} {'unset' if value is None else value}: {meaning}")
+    return lines

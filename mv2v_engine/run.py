@@ -1,0 +1,267 @@
+"""The command line: `python -m mv2v_engine.run novel-view | info | inspect`.
+
+Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
+2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
+exits with 130.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from types import FrameType
+from typing import NoReturn, get_args
+
+import torch
+
+from mv2v_engine import Engine, EngineConfig, __version__
+from mv2v_engine.camera.files import resolve_camera
+from mv2v_engine.checkpoints import detect, inspect_checkpoint, render_inspection
+from mv2v_engine.checkpoints.names import read_renames
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
+from mv2v_engine.config import BackendName, MemoryMode, MergeMode
+from mv2v_engine.engine.engine import session_identity
+from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.results import ResultFolder
+from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.source import load_source
+from mv2v_engine.envs import num_threads
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError
+from mv2v_engine.machine import describe_machine
+from mv2v_engine.progress import CancelToken
+from mv2v_engine.terminal import turn_progress, turn_table
+
+REFUSED, INTERRUPTED = 2, 130
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command; returns the exit code."""
+    try:
+        args = _parser().parse_args(argv)
+        threads = num_threads()
+        if threads is not None:
+            torch.set_num_threads(threads)
+        code: int = args.command(args)
+        return code
+    except (KeyboardInterrupt, CancelledError):
+        return _say("interrupted: finished turns are kept; continue with --resume", INTERRUPTED)
+    except MV2VError as error:
+        return _say(f"error: {error}", REFUSED)
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        reason = str(error).splitlines()[0] if str(error) else "the host has none left"
+        return _say(f"error: out of memory: {reason}; use a smaller clip or model", REFUSED)
+
+
+def novel_view(args: argparse.Namespace) -> int:
+    """Re-render a clip from every camera in turn, into a session's folder."""
+    config = EngineConfig(
+        backend=args.backend,
+        memory=args.memory,
+        max_memory=args.max_memory,
+        merge=args.merge,
+        merge_fraction=args.merge_fraction,
+        scheduler=args.scheduler,
+        fov_radius=args.fov_radius,
+    )
+    resolution = _resolution(args)
+    sampling = resolution.sampling
+    requests = [
+        TurnRequest.of(
+            camera,
+            sampling,
+            prompt=args.prompt,
+            seed=args.seed,
+            num_inference_steps=args.steps,
+            guidance_scale=args.guidance,
+            memory=args.memory,
+        )
+        for camera in args.camera
+    ]
+    source_camera = None
+    if args.source_camera is not None:
+        source_camera = resolve_camera(args.source_camera, sampling.num_frames, sampling.size)
+    results = ResultFolder(args.out)
+    results.check_writable()
+    source = load_source(
+        args.clip,
+        num_frames=sampling.num_frames,
+        size=sampling.size,
+        window=args.window,
+        fps=None,
+        max_pixels=config.max_source_pixels,
+    )
+    resume = args.resume and results.store.exists()
+    if resume:
+        results.check_resumable(requests, session_identity(source, resolution.name, source_camera))
+    elif args.overwrite:
+        results.check_not_inside(args.clip)
+    else:
+        results.check_free()
+
+    engine = Engine.from_pretrained(
+        args.checkpoint,
+        device=args.device,
+        dtype=_DTYPES.get(args.dtype),
+        config=config,
+        components=args.components,
+        rename=args.rename,
+    )
+    for request in requests:
+        engine.check_text(request.prompt, request.guidance_scale)
+    results.remove_unfinished()
+    if args.overwrite:
+        results.clear()
+    session = engine.session(source, cameras=source_camera, store=args.out, resume=resume)
+    _render(session, requests, results, is_quiet=args.quiet)
+    return 0
+
+
+def info(args: argparse.Namespace) -> int:
+    """Print versions, devices and backends."""
+    print(describe_machine())
+    return 0
+
+
+def inspect(args: argparse.Namespace) -> int:
+    """Print what a checkpoint is and what loading it would do."""
+    inspection = inspect_checkpoint(args.path, args.rename)
+    print(render_inspection(inspection))
+    if inspection.problem is None:
+        return 0
+    return _say(f"error: {inspection.problem.removeprefix('no: ')}", REFUSED)
+
+
+def _render(
+    session: Session, requests: Sequence[TurnRequest], results: ResultFolder, *, is_quiet: bool
+) -> None:
+    """Run the requests that the session has not answered; results are complete after each."""
+    done, total = len(session.turns), len(requests)
+    written = results.publish(session, version=__version__) if done else []
+    if not is_quiet:
+        about = session.source.description
+        print(f"source {about['name']}: {about['window']}; {about['crop']}")
+        if done:
+            print(f"resumed after {done} finished turns")
+    with _cancel_on_interrupt() as cancel:
+        for number, request in enumerate(requests[done:], done + 1):
+            title = f"turn {number}/{total} {request.camera.name}"
+            shown = turn_progress(title, request.num_inference_steps)
+            with nullcontext() if is_quiet else shown as show:
+                for event in session.perform(request, cancel):
+                    if show is not None:
+                        show(event)
+            written = results.publish(session, version=__version__)
+    if not is_quiet:
+        print("\n" + turn_table([turn.report for turn in session.turns]) + "\n")
+    print(*written, sep="\n")
+
+
+def _resolution(args: argparse.Namespace) -> Resolution:
+    """What the checkpoint is, from its headers alone."""
+    renames = None if args.rename is None else read_renames(args.rename)
+    resolution = resolve(detect(args.checkpoint, renames))
+    resolution.require_loadable()
+    return resolution
+
+
+@contextmanager
+def _cancel_on_interrupt() -> Iterator[CancelToken]:
+    """A token that Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    token = CancelToken()
+    if threading.current_thread() is not threading.main_thread():
+        yield token
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if token.cancelled:
+            raise KeyboardInterrupt
+        token.cancel()
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield token
+    finally:
+        signal.signal(signal.SIGINT, previous)
+
+
+def _is_out_of_memory(error: Exception) -> bool:
+    # torch reports a full host as a plain RuntimeError
+    wanted = "can't allocate memory"
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or wanted in str(error)
+
+
+def _say(message: str, code: int) -> int:
+    """One line on stderr, whatever the message holds."""
+    print(" ".join(message.split()), file=sys.stderr)
+    return code
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(prog="mv2v_engine.run", description="Multi-turn video-to-video generation.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    _add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
+    command = commands.add_parser("info", help="versions, devices, backends")
+    command.set_defaults(command=info)
+    command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")
+    command.add_argument("path", help="a file, a folder or an embedded name")
+    command.add_argument("--rename", type=Path, metavar="FILE", help="names that it cannot tell")
+    command.set_defaults(command=inspect)
+    return parser
+
+
+def _add_novel_view(parser: argparse.ArgumentParser) -> None:
+    defaults = EngineConfig()
+    parser.set_defaults(command=novel_view)
+    parser.add_argument("clip", type=Path, help="the source video")
+    add = parser.add_argument_group("the turns").add_argument
+    add(
+        "--camera",
+        action="append",
+        required=True,
+        metavar="SPEC",
+        help="a preset (pan_right), a move (arc:-40), a camera file, or file.json#cam03; "
+        "one turn for each",
+    )
+    add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    add("--window", metavar="W", help="first, middle, last, even, pad, or the frame to start at")
+    add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
+    add("--prompt", default="", metavar="TEXT")
+    add("--seed", type=int, default=0, metavar="N", help="of every turn's noise")
+    add("--steps", type=int, metavar="N", help="denoising steps of a turn")
+    add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
+    add("--scheduler", choices=("euler", "unipc"), default=defaults.scheduler)
+    add = parser.add_argument_group("the memory").add_argument
+    add("--memory", choices=get_args(MemoryMode), default=defaults.memory)
+    add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help="videos a turn")
+    add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
+    add("--merge", choices=get_args(MergeMode), default=defaults.merge)
+    add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
+    add = parser.add_argument_group("the model").add_argument
+    add("--checkpoint", default="tiny-nvs", metavar="NAME_OR_PATH")
+    add("--components", type=Path, metavar="DIR", help="vae, text_encoder and tokenizer from here")
+    add("--rename", type=Path, metavar="FILE", help="names that the checkpoint leaves open")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N")
+    add("--dtype", choices=tuple(_DTYPES))
+    add("--backend", choices=get_args(BackendName), default=defaults.backend)
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help="continue the session in DIR")
+    group.add_argument("--overwrite", action="store_true", help="replace the session in DIR")
+    parser.add_argument("--quiet", action="store_true", help="print the written paths alone")
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,114 @@
+"""What the command line shows: a bar for the turn under way, and plain aligned tables.
+
+Both are adapters: the bar over progress events, the table over finished turns' reports.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from tqdm import tqdm
+
+from mv2v_engine.envs import is_ci
+from mv2v_engine.progress import Event, StageStarted, StepDone
+
+_STAGES = ("vae", "text", "memory", "sampling")
+_UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
+
+
+@contextmanager
+def turn_progress(title: str, num_steps: int) -> Iterator[Callable[[Event], None]]:
+    """A function to give a turn's events to: a bar on a terminal, plain lines elsewhere."""
+    if not sys.stderr.isatty() or is_ci():
+        yield lambda event: _print_event(title, event)
+        return
+    layout = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
+    with tqdm(total=num_steps, bar_format=layout, desc=title, dynamic_ncols=True) as bar:
+
+        def show(event: Event) -> None:
+            if isinstance(event, StageStarted):
+                bar.set_description_str(f"{title}  {event.stage}")
+            elif isinstance(event, StepDone):
+                bar.set_postfix_str(f"{clock(event.seconds_left)} left", refresh=False)
+                bar.update(event.step - bar.n)
+
+        yield show
+        bar.set_description_str(f"{title}  done")
+        bar.set_postfix_str("")
+
+
+def _print_event(title: str, event: Event) -> None:
+    """A line a stage, and at most ten for the steps."""
+    if isinstance(event, StageStarted):
+        print(f"{title}  {event.stage}", flush=True)
+    elif isinstance(event, StepDone):
+        before, now = (10 * step // event.total for step in (event.step - 1, event.step))
+        if now > before:
+            left = clock(event.seconds_left)
+            print(f"{title}  {event.stage} {event.step}/{event.total}, {left} left", flush=True)
+
+
+def clock(seconds: float) -> str:
+    """Seconds as m:ss or h:mm:ss."""
+    minutes, second = divmod(round(seconds), 60)
+    hours, minute = divmod(minutes, 60)
+    return f"{hours}:{minute:02d}:{second:02d}" if hours else f"{minute}:{second:02d}"
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Aligned columns; those that hold only numbers to the right."""
+    columns = list(zip(headers, *rows, strict=True))
+    widths = [max(len(cell) for cell in column) for column in columns]
+    right = [
+        all(cell in ("", "-") or cell.replace(".", "", 1).isdigit() for cell in column[1:])
+        for column in columns
+    ]
+    lines = []
+    for row in (headers, *rows):
+        cells = zip(row, widths, right, strict=True)
+        line = "  ".join(c.rjust(w) if is_right else c.ljust(w) for c, w, is_right in cells)
+        lines.append(line.rstrip())
+    return "\n".join(lines)
+
+
+def turn_table(reports: Sequence[dict[str, Any]]) -> str:
+    """One row a turn: what it remembered, tokens by kind, merged frames, work, seconds by stage."""
+    blocks = sorted({merge["block"] for report in reports for merge in report["merged_frames"]})
+    most = max(report["flops"] for report in reports)
+    scale, unit = next(((s, u) for s, u in _UNITS if most >= s), _UNITS[-1])
+    headers = ["turn", "camera", "retrieved (score)", "target", "source", "memory"]
+    headers += [f"merged at {block}" for block in blocks]
+    headers += [unit, *(f"{stage} s" for stage in _STAGES)]
+    rows = []
+    for report in reports:
+        merged = {merge["block"]: _count(merge["frames"]) for merge in report["merged_frames"]}
+        tokens = report["plan"]["tokens_by_kind"]
+        rows.append(
+            [
+                str(report["turn"]),
+                report["camera"],
+                _retrieved(report["memory"]),
+                *(str(tokens[kind]) for kind in ("target", "source", "memory")),
+                *(str(merged.get(block, 0)) for block in blocks),
+                _short(report["flops"] / scale),
+                *(f"{report['seconds'].get(stage, 0):.2f}" for stage in _STAGES),
+            ]
+        )
+    return table(headers, rows)
+
+
+def _short(value: float) -> str:
+    """Three digits, more only before the point."""
+    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _count(frames: dict[str, list[int]]) -> int:
+    return sum(len(of_video) for of_video in frames.values())
+
+
+def _retrieved(memory: dict[str, Any]) -> str:
+    rows = [f"{row['turn']} ({row['score']:.2f})" for row in memory["retrieved"]]
+    return ", ".join(rows) or f"none: {memory['reason']}"

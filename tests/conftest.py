@@ -1,0 +1,138 @@
+"""A small random checkpoint of our own format, an engine on it, and a clip to edit."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine import Engine
+from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.checkpoints import save_checkpoint
+from mv2v_engine.config import SamplingConfig, TransformerConfig
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.synthetic.render import render
+from mv2v_engine.synthetic.worlds import make_world
+from mv2v_engine.testing import randomise
+from mv2v_engine.video.io import write_video
+
+NUM_FRAMES, SIZE, FPS = 9, (48, 64), 8
+TRANSFORMER = {
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 24,
+    "ffn_dim": 96,
+    "in_channels": 16,
+    "out_channels": 16,
+    "text_dim": 16,
+    "text_len": 8,
+    "freq_dim": 32,
+}
+VAE = {
+    "base_dim": 8,
+    "decoder_base_dim": 8,
+    "z_dim": 16,
+    "dim_mult": [1, 2, 2],
+    "num_res_blocks": 1,
+    "temperal_downsample": [True, True],
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_temporal": 4,
+    "scale_factor_spatial": 8,
+    "latents_mean": [0.0] * 16,
+    "latents_std": [0.3] * 16,
+}
+WORDS = ("a", "red", "ball", "rolls", "the", "floor")
+
+
+def save_tiny(
+    folder: Path,
+    *,
+    name: str = "tiny",
+    has_text: bool = False,
+    vae: dict[str, Any] | None = None,
+    sampling: dict[str, Any] | None = None,
+    **transformer: Any,
+) -> Path:
+    """A whole checkpoint folder of 9 frames of 48x64, random but the same each time."""
+    from diffusers import AutoencoderKLWan
+
+    config = TransformerConfig(**TRANSFORMER | transformer)
+    fields = {
+        "num_frames": NUM_FRAMES,
+        "size": SIZE,
+        "num_inference_steps": 3,
+        "guidance_scale": 1.0,
+        "flow_shift": 3.0,
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        AutoencoderKLWan(**VAE | (vae or {})).save_pretrained(folder / "vae")
+        model = MV2VTransformer(config)
+    randomise(model)
+    if has_text:
+        _save_text(folder, config.text_dim)
+    settings = SamplingConfig(**fields | (sampling or {}))
+    save_checkpoint(folder, model, config, settings, name, torch.float32)
+    return folder
+
+
+def _save_text(folder: Path, dim: int) -> None:
+    from tokenizers import Tokenizer
+    from tokenizers.models import WordLevel
+    from tokenizers.pre_tokenizers import Whitespace
+    from tokenizers.processors import TemplateProcessing
+    from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
+
+    words = {word: i for i, word in enumerate(["<pad>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = Whitespace()
+    tokenizer.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="<pad>", eos_token="</s>", unk_token="<unk>"
+    ).save_pretrained(folder / "tokenizer")
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = UMT5Config(vocab_size=16, d_model=dim, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+        UMT5EncoderModel(config).eval().save_pretrained(folder / "text_encoder")
+
+
+@pytest.fixture(scope="session")
+def make_checkpoint() -> Callable[..., Path]:
+    return save_tiny
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def worded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a text encoder and its tokenizer."""
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "worded", name="worded", has_text=True)
+
+
+@pytest.fixture
+def engine(tiny_checkpoint: Path) -> Engine:
+    return Engine.from_pretrained(tiny_checkpoint, device="cpu")
+
+
+@pytest.fixture(scope="session")
+def source_frames() -> Tensor:
+    """uint8 [9, 48, 64, 3]: a procedural world, filmed by a static camera."""
+    camera = named_trajectory("static", NUM_FRAMES, SIZE)
+    return render(make_world(1_000_029), camera).frames
+
+
+@pytest.fixture(scope="session")
+def source_clip(tmp_path_factory: pytest.TempPathFactory, source_frames: Tensor) -> Path:
+    path = tmp_path_factory.mktemp("source") / "clip.mp4"
+    write_video(path, source_frames, FPS)
+    return path

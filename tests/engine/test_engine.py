@@ -1,0 +1,110 @@
+"""Loading an engine: parts that do not fit are refused before a turn has been paid for."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.errors import (
+    CheckpointError,
+    KernelUnavailableError,
+    MemoryBudgetError,
+    RequestError,
+    VideoError,
+)
+
+Make = Callable[..., Path]
+
+
+def load(path: Path | str, **settings: object) -> Engine:
+    components = settings.pop("components", None)
+    config = EngineConfig(**settings)
+    return Engine.from_pretrained(path, device="cpu", config=config, components=components)
+
+
+def test_what_an_engine_says_of_itself(tiny_checkpoint: Path) -> None:
+    assert load(tiny_checkpoint).describe() == {
+        "checkpoint": "tiny",
+        "device": "cpu",
+        "dtype": "float32",
+        "backend": "reference",
+        "scheduler": "euler",
+        "torch": torch.__version__,
+    }
+
+
+def test_a_misspelt_name() -> None:
+    with pytest.raises(CheckpointError, match="no checkpoint at 'tiny-nsv'"):
+        Engine.from_pretrained("tiny-nsv")
+
+
+@pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x"])
+def test_a_device_that_is_not_there(tiny_checkpoint: Path, device: str) -> None:
+    with pytest.raises(RequestError, match=f"device '{device}' cannot be used .*give cpu, cuda"):
+        Engine.from_pretrained(tiny_checkpoint, device=device)
+
+
+def test_a_backend_that_cannot_run(tmp_path: Path) -> None:
+    # before the checkpoint, which is not even there
+    with pytest.raises(KernelUnavailableError, match="'triton' was asked for, but it needs a CUDA"):
+        load(tmp_path / "none", backend="triton")
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("fov_radius", 0.0), ("fov_radius", float("nan")), ("fov_blend", 2.0), ("max_memory", -1)],
+)
+def test_bad_settings(field: str, value: float) -> None:
+    with pytest.raises(RequestError, match=field):
+        EngineConfig(**{field: value})
+
+
+def test_a_cache_without_room_for_one_video(tiny_checkpoint: Path) -> None:
+    with pytest.raises(MemoryBudgetError, match="one video of tiny is 9,216 bytes"):
+        load(tiny_checkpoint, cache_bytes=9_215)
+    assert load(tiny_checkpoint, cache_bytes=9_216).cache.capacity_bytes == 9_216
+
+
+def test_a_checkpoint_without_vae(tmp_path: Path, tiny_checkpoint: Path) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "vae")
+    with pytest.raises(CheckpointError, match=r"holds no VAE; give .*\(--components\)"):
+        load(tmp_path / "bare")
+
+
+def test_components_from_another_folder(
+    tmp_path: Path, tiny_checkpoint: Path, worded_checkpoint: Path, source_frames: Tensor
+) -> None:
+    shutil.copytree(tiny_checkpoint, tmp_path / "bare")
+    shutil.rmtree(tmp_path / "bare" / "vae")
+    engine = load(tmp_path / "bare", components=worded_checkpoint)
+    assert engine.text is not None
+    engine.session(source_frames).render("pan_right", prompt="a red ball")
+    with pytest.raises(CheckpointError, match="has no folder 'text_encoder'"):
+        load(tmp_path / "bare", components=tiny_checkpoint)
+
+
+def test_a_vae_of_another_latent_space(tmp_path: Path, make_checkpoint: Make) -> None:
+    vae = {"z_dim": 8, "latents_mean": [0.0] * 8, "latents_std": [1.0] * 8}
+    with pytest.raises(CheckpointError, match="VAE has 8 latent channels, the transformer takes 1"):
+        load(make_checkpoint(tmp_path / "odd", vae=vae))
+
+
+def test_a_text_encoder_of_another_width(
+    tmp_path: Path, make_checkpoint: Make, worded_checkpoint: Path
+) -> None:
+    make_checkpoint(tmp_path / "odd", text_dim=24)
+    with pytest.raises(CheckpointError, match="embeddings of 16, the transformer takes 24"):
+        load(tmp_path / "odd", components=worded_checkpoint)
+
+
+def test_a_window_that_the_vae_cannot_encode(tmp_path: Path, make_checkpoint: Make) -> None:
+    folder = make_checkpoint(tmp_path / "odd", sampling={"size": (50, 64)})
+    with pytest.raises(VideoError, match="64x50; width and height must be multiples of 8"):
+        load(folder)

@@ -1,0 +1,120 @@
+"""Sources: files and frames, brought to the model's window and size, or refused."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine.engine.source import Source, load_source
+from mv2v_engine.errors import VideoError
+from mv2v_engine.video.io import write_video
+
+
+def load(source: Any, **changes: Any) -> Source:
+    settings: dict[str, Any] = {
+        "num_frames": 9,
+        "size": (48, 64),
+        "window": None,
+        "fps": None,
+        "max_pixels": 1 << 20,
+    }
+    return load_source(source, **settings | changes)
+
+
+def numbered(num_frames: int) -> Tensor:
+    """Frame i is grey of level 5 i."""
+    levels = torch.arange(num_frames, dtype=torch.uint8) * 5
+    return levels[:, None, None, None].expand(-1, 48, 64, 3).contiguous()
+
+
+def shown(source: Source) -> list[int]:
+    return [round(float(frame.float().mean()) / 5) for frame in source.frames]
+
+
+@pytest.fixture(scope="module")
+def long_clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clips") / "long.mp4"
+    write_video(path, numbered(25), 10)
+    return path
+
+
+@pytest.mark.parametrize(
+    ("window", "frames"),
+    [
+        ("first", list(range(9))),
+        ("middle", list(range(8, 17))),
+        ("last", list(range(16, 25))),
+        ("even", list(range(0, 25, 3))),
+        ("5", list(range(5, 14))),
+    ],
+)
+def test_windows_of_a_file_and_of_frames(long_clip: Path, window: str, frames: list[int]) -> None:
+    assert shown(load(long_clip, window=window)) == frames
+    assert shown(load(numbered(25), window=window)) == frames
+
+
+def test_a_short_clip_is_padded_when_asked(tmp_path: Path) -> None:
+    write_video(tmp_path / "short.mp4", numbered(6), 10)
+    source = load(tmp_path / "short.mp4", window="pad")
+    assert shown(source) == [0, 1, 2, 3, 4, 5, 5, 5, 5]
+    assert source.description["window"] == "all 6 frames, the last repeated 3 times"
+
+
+def test_nothing_is_cut_in_silence(long_clip: Path) -> None:
+    with pytest.raises(VideoError, match="has 25 frames, the model's window is 9; choose --window"):
+        load(long_clip)
+
+
+def test_the_description_says_what_was_done(tmp_path: Path) -> None:
+    write_video(tmp_path / "wide.mp4", torch.zeros(9, 48, 96, 3, dtype=torch.uint8), 12.5)
+    source = load(tmp_path / "wide.mp4")
+    assert source.frames.shape == (9, 48, 64, 3)
+    assert source.description == {
+        "name": "wide.mp4",
+        "window": "all 9 frames",
+        "crop": "96x48 to 64x48: unscaled, cropped by 16+16 columns and 0+0 rows",
+        "fps": 12.5,
+    }
+
+
+def test_rates(long_clip: Path) -> None:
+    assert load(long_clip, window="first").fps == 10
+    assert load(long_clip, window="first", fps=24).fps == 24
+    assert load(numbered(9)).fps == 16
+    for fps in (0.0, -1.0, float("nan")):
+        with pytest.raises(VideoError, match=r"fps must lie in 0\.01 to 1000"):
+            load(numbered(9), fps=fps)
+
+
+def test_numpy_frames_are_the_same_source() -> None:
+    one, other = load(numbered(9)), load(numbered(9).numpy())
+    assert torch.equal(one.frames, other.frames) and one.fingerprint == other.fingerprint
+    changed = numbered(9)
+    changed[4, 0, 0, 0] += 1
+    assert load(changed).fingerprint != one.fingerprint
+
+
+@pytest.mark.parametrize(
+    "frames",
+    [
+        torch.zeros(9, 48, 64, 3),
+        torch.zeros(9, 3, 48, 64, dtype=torch.uint8),
+        torch.zeros(1, 48, 64, 3, dtype=torch.uint8),
+        np.zeros((48, 64, 3), np.uint8),
+    ],
+    ids=["float", "channels-first", "one-frame", "one-picture"],
+)
+def test_other_arrays_are_refused(frames: Tensor) -> None:
+    with pytest.raises(VideoError, match=r"must be uint8 \[frames, height, width, 3\]"):
+        load(frames, window="pad")
+
+
+def test_one_frame_is_no_video(tmp_path: Path) -> None:
+    write_video(tmp_path / "still.mp4", numbered(1), 10)
+    with pytest.raises(VideoError, match=r"still\.mp4 has 1 frame, at least 2 are needed"):
+        load(tmp_path / "still.mp4", window="pad")

@@ -1,0 +1,346 @@
+"""Whatever is wrong: exit code 2, one line on stderr, no traceback, nothing half-written."""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mv2v_engine import run
+from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.video.io import write_video
+
+Capture = pytest.CaptureFixture[str]
+Refused = Callable[..., str]
+
+
+def contents(folder: Path) -> dict[Path, bytes | None]:
+    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
+
+
+@pytest.fixture
+def refused(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture) -> Refused:
+    """Runs novel-view with something wrong; returns the one line that it ends with."""
+
+    def check(
+        *more: str,
+        clip: Path = source_clip,
+        camera: str = "pan_right",
+        checkpoint: Path | str = tiny_checkpoint,
+        out: Path = tmp_path / "out",
+    ) -> str:
+        before = contents(tmp_path)
+        arguments = [str(clip), "--camera", camera, "--out", str(out), "--device", "cpu"]
+        code = run.main(["novel-view", *arguments, "--checkpoint", str(checkpoint), *more])
+        captured = capsys.readouterr()
+        assert code == 2, captured
+        assert captured.out == ""
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+        assert contents(tmp_path) == before
+        return captured.err
+
+    return check
+
+
+def test_missing_clip(refused: Refused, tmp_path: Path) -> None:
+    assert "does not exist; give the path" in refused(clip=tmp_path / "none.mp4")
+
+
+def test_folder_as_clip(refused: Refused, tmp_path: Path) -> None:
+    assert "is a folder" in refused(clip=tmp_path)
+
+
+def test_empty_clip(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    assert "is empty" in refused(clip=tmp_path / "empty.mp4")
+
+
+def test_truncated_clip(refused: Refused, tmp_path: Path, source_clip: Path) -> None:
+    content = source_clip.read_bytes()
+    (tmp_path / "cut.mp4").write_bytes(content[: len(content) // 2])
+    assert "give a whole video file" in refused(clip=tmp_path / "cut.mp4")
+
+
+def test_no_video(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "notes.mp4").write_text("not a video at all\n" * 50)
+    assert "not a video" in refused(clip=tmp_path / "notes.mp4")
+
+
+@pytest.mark.parametrize("window", [[], ["--window", "pad"]])
+def test_one_frame(
+    refused: Refused, tmp_path: Path, source_frames: Tensor, window: list[str]
+) -> None:
+    write_video(tmp_path / "still.mp4", source_frames[:1], 8)
+    assert "has 1 frame, at least 2" in refused(*window, clip=tmp_path / "still.mp4")
+
+
+def test_large_frames(refused: Refused, tmp_path: Path) -> None:
+    write_video(tmp_path / "large.mp4", torch.zeros(9, 4000, 4000, 3, dtype=torch.uint8), 8)
+    assert "4000x4000 (16.0 MP); at most 8.3 MP" in refused(clip=tmp_path / "large.mp4")
+
+
+@pytest.mark.parametrize(
+    ("count", "window", "words"),
+    [
+        (12, None, "has 12 frames, the model's window is 9; choose --window first, middle"),
+        (5, None, "has 5 frames, the model's window is 9; choose --window pad"),
+        (5, "first", "choose --window pad"),
+        (12, "pad", "choose --window first"),
+        (12, "4", "start at 3 or before"),
+        (12, "frist", "nearest: first"),
+        (12, "-1", "unknown window '-1'"),
+    ],
+)
+def test_windows(
+    refused: Refused,
+    tmp_path: Path,
+    source_frames: Tensor,
+    count: int,
+    window: str | None,
+    words: str,
+) -> None:
+    write_video(tmp_path / "clip.mp4", source_frames.repeat(2, 1, 1, 1)[:count], 8)
+    more = [] if window is None else [f"--window={window}"]
+    assert words in refused(*more, clip=tmp_path / "clip.mp4")
+
+
+@pytest.mark.parametrize(
+    ("camera", "words"),
+    [
+        ("pan_rigth", "unknown camera 'pan_rigth'; nearest: pan_right"),
+        ("pan:fast", "amounts must be numbers"),
+        ("pan:nan", "write pan:DEGREES"),
+        ("translate:1,2", "got 2 amounts"),
+        ("none.json", "cannot read camera file none.json"),
+        ("", "unknown camera ''"),
+    ],
+)
+def test_cameras(refused: Refused, camera: str, words: str) -> None:
+    assert words in refused(camera=camera)
+    assert words in refused("--source-camera", camera)
+
+
+def bent(poses: list[Any]) -> None:
+    poses[4][0][0] = 2.0
+
+
+def emptied(poses: list[Any]) -> None:
+    poses[4][0][3] = float("nan")
+
+
+@pytest.mark.parametrize(
+    ("edit", "words"),
+    [
+        (emptied, "hold NaN or infinity at frame 4"),
+        (bent, "the rotation of frame 4 is not orthonormal"),
+        (lambda poses: poses.pop(), "has 8 poses, the video has 9 frames"),
+        (lambda poses: poses.append(poses[0]), "has 10 poses, the video has 9 frames"),
+        (lambda poses: poses.clear(), "must have shape [frames, 3, 4]"),
+    ],
+)
+def test_camera_files(
+    refused: Refused, tmp_path: Path, edit: Callable[[list[Any]], Any], words: str
+) -> None:
+    poses = named_trajectory("pan_right", 9, (48, 64)).poses.tolist()
+    edit(poses)
+    path = tmp_path / "camera.json"
+    path.write_text(json.dumps({"format": "mv2v-camera", "version": 1, "poses": poses}))
+    assert words in refused(camera=str(path))
+
+
+def test_the_second_camera_is_checked_before_the_first_turn(refused: Refused) -> None:
+    assert "unknown camera 'sideways'" in refused("--camera", "sideways")
+
+
+def test_misspelt_checkpoint(refused: Refused) -> None:
+    assert "no checkpoint at 'tiny-nsv'" in refused(checkpoint="tiny-nsv")
+
+
+@pytest.fixture
+def copied(tmp_path: Path, tiny_checkpoint: Path) -> Path:
+    return Path(shutil.copytree(tiny_checkpoint, tmp_path / "copy"))
+
+
+def test_wrong_checkpoint(refused: Refused, tmp_path: Path) -> None:
+    save_file({"conv1.weight": torch.zeros(3, 3)}, tmp_path / "resnet.safetensors")
+    message = refused(checkpoint=tmp_path / "resnet.safetensors")
+    assert "holds no Wan transformer (first keys: conv1.weight)" in message
+    (tmp_path / "notes.safetensors").write_text("not weights")
+    refused(checkpoint=tmp_path / "notes.safetensors")
+
+
+def test_missing_parts(refused: Refused, copied: Path) -> None:
+    shutil.rmtree(copied / "vae")
+    assert "holds no VAE" in refused(checkpoint=copied)
+    (copied / "transformer.safetensors").unlink()
+    assert "no transformer.safetensors" in refused(checkpoint=copied)
+
+
+def test_missing_shard(refused: Refused, tmp_path: Path) -> None:
+    shard = tmp_path / "sharded" / "diffusion_pytorch_model-00001-of-00002.safetensors"
+    shard.parent.mkdir()
+    save_file({"blocks.0.attn1.to_q.weight": torch.zeros(4, 4)}, shard)
+    message = refused(checkpoint=shard.parent)
+    assert "lacks 1 of 2 weight shards: diffusion_pytorch_model-00002-of-00002" in message
+
+
+def test_mismatched_shapes(refused: Refused, copied: Path) -> None:
+    weights = copied / "transformer.safetensors"
+    tensors = load_file(weights)
+    save_file(tensors | {"proj_out.weight": torch.zeros(8, 48)}, weights)
+    assert "proj_out.weight got [8, 48], expected [64, 48]" in refused(checkpoint=copied)
+    del tensors["proj_out.bias"]
+    save_file(tensors, weights)
+    assert "lacks 1 parameters: proj_out.bias" in refused(checkpoint=copied)
+
+
+def test_truncated_weights(refused: Refused, copied: Path) -> None:
+    for weights in (
+        copied / "transformer.safetensors",
+        copied / "vae" / "diffusion_pytorch_model.safetensors",
+    ):
+        content = weights.read_bytes()
+        weights.write_bytes(content[: len(content) // 2])
+        refused(checkpoint=copied)
+        weights.write_bytes(content)
+
+
+def test_components(refused: Refused, tmp_path: Path) -> None:
+    assert "has no folder 'vae'" in refused("--components", str(tmp_path))
+
+
+def test_rename_file(refused: Refused, tmp_path: Path) -> None:
+    assert "names.json" in refused("--rename", str(tmp_path / "names.json"))
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--steps", "0"], "num_inference_steps must lie in 1..1000, got 0"),
+        (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--seed", "-3"], "seed must lie in"),
+        (["--guidance", "nan"], "guidance_scale must be finite"),
+        (["--guidance", "5"], "has no text encoder, so guidance changes nothing"),
+        (["--prompt", "a ball"], "has no text encoder, got the prompt 'a ball'"),
+        (["--memory", "all"], "--memory: invalid choice: 'all'"),
+        (["--max-memory", "-1"], "max_memory and cache_bytes must not be negative"),
+        (["--merge-fraction", "1.5"], "merge_fraction must lie in 0..1, got 1.5"),
+        (["--fov-radius", "0"], "fov_radius must be positive"),
+        (["--device", "gpu"], "device 'gpu' cannot be used"),
+        (["--dtype", "int8"], "--dtype: invalid choice"),
+        (["--backend", "triton"], "backend 'triton' was asked for, but it needs a CUDA device"),
+        (["--resume", "--overwrite"], "not allowed with argument"),
+        (["--colour", "red"], "unrecognized arguments"),
+    ],
+)
+def test_options(refused: Refused, options: list[str], words: str) -> None:
+    assert words in refused(*options)
+
+
+@pytest.mark.parametrize("arguments", [[], ["novel-view"], ["edit"], ["inspect", "none"]])
+def test_commands(arguments: list[str], capsys: Capture) -> None:
+    assert run.main(arguments) == 2
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: ") and errors.count("\n") == 1
+
+
+def test_unwritable_places(refused: Refused, tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        assert "Not a directory; choose another folder" in refused(out=out)
+
+
+@pytest.fixture
+def session(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture) -> Path:
+    """A folder that holds a session of two turns."""
+    out = tmp_path / "out"
+    cameras = ["--camera", "pan_right", "--camera", "arc_left"]
+    where = ["--out", str(out), "--checkpoint", str(tiny_checkpoint)]
+    assert run.main(["novel-view", str(source_clip), *cameras, *where]) == 0
+    capsys.readouterr()
+    return out
+
+
+def test_a_taken_folder(refused: Refused, session: Path) -> None:
+    message = refused()
+    assert "already holds a session of 2 turns; continue it with --resume" in message
+    # something else is wrong: the old results stay
+    refused("--overwrite", "--prompt", "a ball")
+    refused("--overwrite", clip=session / "turn_01_pan_right.mp4")
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        ([], "2 finished turns (pan_right, arc_left), only 1 are asked for"),
+        (["--camera", "pan_left"], "its turn 2 has camera 'arc_left' instead of 'pan_left'"),
+        (["--camera", "arc_left", "--seed", "1"], "turn 1 has seed 0 instead of 1"),
+        (["--camera", "arc_left", "--steps", "4"], "num_inference_steps 3 instead of 4"),
+        (["--camera", "arc_left", "--memory", "none"], "memory 'retrieved' instead of 'none'"),
+        (["--camera", "arc_left", "--source-camera", "zoom_in"], "source camera is 'static'"),
+    ],
+)
+def test_other_turns_are_not_resumed(
+    refused: Refused, session: Path, more: list[str], words: str
+) -> None:
+    assert words in refused("--resume", *more)
+
+
+def test_another_clip_is_not_resumed(
+    refused: Refused, session: Path, tmp_path: Path, source_frames: Tensor
+) -> None:
+    write_video(tmp_path / "other.mp4", 255 - source_frames, 8)
+    message = refused("--resume", "--camera", "arc_left", clip=tmp_path / "other.mp4")
+    assert "whose source is" in message
+
+
+def test_a_damaged_session(refused: Refused, session: Path) -> None:
+    (session / "turns" / "turn_02.safetensors").write_bytes(b"damaged")
+    assert "turns cannot be read" in refused("--resume", "--camera", "arc_left")
+    (session / "session.json").write_text("{")
+    for option in ("--resume", "--overwrite"):
+        assert "session.json cannot be read" in refused(option, "--camera", "arc_left")
+
+
+@pytest.mark.parametrize(
+    ("limit", "file"),
+    [
+        (100, "session.json"),
+        (6_000, "turn_01.safetensors"),
+        (11_000, "turn_01_pan_right.mp4"),
+        (60_000, "overview.png"),
+    ],
+)
+def test_full_disk(
+    tmp_path: Path,
+    source_clip: Path,
+    tiny_checkpoint: Path,
+    capsys: Capture,
+    limit: int,
+    file: str,
+) -> None:
+    out = tmp_path / "out"
+    cameras = ["--camera", "pan_right", "--camera", "arc_left"]
+    where = ["--out", str(out), "--checkpoint", str(tiny_checkpoint), "--device", "cpu"]
+    arguments = ["novel-view", str(source_clip), *cameras, *where]
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+    try:
+        assert run.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: cannot write") and errors.count("\n") == 1
+    assert file in errors and "File too large" in errors
+    # nothing is there in half, and with room the session goes on
+    assert not [path for path in out.rglob("*") if path.name.startswith(".")]
+    assert run.main([*arguments, "--resume"]) == 0
+    assert len(json.loads((out / "report.json").read_text())["turns"]) == 2

@@ -1,0 +1,137 @@
+"""The bar on a terminal, plain lines elsewhere, and tables that line up."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import struct
+import subprocess
+import sys
+import termios
+from pathlib import Path
+
+import pytest
+
+from mv2v_engine.progress import StageDone, StageStarted, StepDone
+from mv2v_engine.terminal import clock, table, turn_progress, turn_table
+
+STAGES = "vae s text s memory s sampling s"
+ROOT = Path(__file__).resolve().parents[1]
+SHOW = """
+from mv2v_engine.progress import StageStarted, StepDone
+from mv2v_engine.terminal import turn_progress
+with turn_progress("turn 1/2 pan", 4) as show:
+    show(StageStarted("sampling"))
+    for step in (1, 2, 3, 4):
+        show(StepDone("sampling", step, 4, 60.0 * (4 - step)))
+    show(StageStarted("vae"))
+"""
+
+
+def on_a_terminal(environment: dict[str, str]) -> tuple[str, str]:
+    """What the code above shows on its stderr, a terminal, and on its stdout, a pipe."""
+    leader, follower = pty.openpty()
+    os.set_blocking(leader, False)
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 20, 100, 0, 0))
+    done = subprocess.run(
+        [sys.executable, "-c", SHOW],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=follower,
+        text=True,
+        timeout=60,
+        env={**os.environ, **environment},
+    )
+    shown = b""
+    try:
+        shown = os.read(leader, 1 << 16)
+    except BlockingIOError:
+        pass
+    finally:
+        os.close(leader)
+        os.close(follower)
+    assert done.returncode == 0
+    return shown.decode(), done.stdout
+
+
+def test_a_terminal_gets_a_bar() -> None:
+    shown, printed = on_a_terminal({"CI": ""})
+    assert printed == ""
+    states = [state.strip() for state in shown.replace("\n", "\r").split("\r") if state.strip()]
+    assert states[0].startswith("turn 1/2 pan |") and "0/4" in states[0]
+    assert states[-1].startswith("turn 1/2 pan  done |") and states[-1].endswith("4/4")
+
+
+def test_continuous_integration_gets_lines() -> None:
+    shown, printed = on_a_terminal({"CI": "true"})
+    assert shown == ""
+    assert printed.splitlines() == [
+        "turn 1/2 pan  sampling",
+        "turn 1/2 pan  sampling 1/4, 3:00 left",
+        "turn 1/2 pan  sampling 2/4, 2:00 left",
+        "turn 1/2 pan  sampling 3/4, 1:00 left",
+        "turn 1/2 pan  sampling 4/4, 0:00 left",
+        "turn 1/2 pan  vae",
+    ]
+
+
+def test_many_steps_make_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
+    with turn_progress("turn", 57) as show:
+        show(StageStarted("sampling"))
+        for step in range(1, 58):
+            show(StepDone("sampling", step, 57, 1.0))
+        show(StageDone("sampling", 3.0))
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) == 11 and lines[-1] == "turn  sampling 57/57, 0:01 left"
+
+
+def test_clock() -> None:
+    assert [clock(s) for s in (0, 9.6, 61, 3600, 7325)] == [
+        "0:00",
+        "0:10",
+        "1:01",
+        "1:00:00",
+        "2:02:05",
+    ]
+
+
+def test_tables_line_up() -> None:
+    text = table(["turn", "name"], [["1", "pan"], ["12", "arc_left"]])
+    assert text.splitlines() == ["turn  name", "   1  pan", "  12  arc_left"]
+
+
+def report(flops: int, merged: list[dict[str, object]]) -> dict[str, object]:
+    return {
+        "turn": 2,
+        "camera": "pan",
+        "memory": {"retrieved": [{"turn": 1, "score": 0.875}], "reason": None},
+        "plan": {"tokens_by_kind": {"target": 32760, "source": 32760, "memory": 8190}},
+        "merged_frames": merged,
+        "flops": flops,
+        "seconds": {"text": 0.5, "sampling": 61.25},
+    }
+
+
+@pytest.mark.parametrize(
+    ("flops", "unit", "shown"),
+    [
+        (2_500_000, "GFLOP", "0.0025"),
+        (1_230_000_000_000, "TFLOP", "1.23"),
+        (123_456_000_000_000_000, "PFLOP", "123"),
+        (2_345_678_000_000_000_000, "PFLOP", "2346"),
+    ],
+)
+def test_a_turn_in_a_row(flops: int, unit: str, shown: str) -> None:
+    merged = [{"block": 10, "frames": {"source": [1, 2], "turn 1": [0]}}]
+    header, row = turn_table([report(flops, merged)]).splitlines()
+    kinds = "turn camera retrieved (score) target source memory merged at 10"
+    assert " ".join(header.split()) == f"{kinds} {unit} {STAGES}"
+    cells = ["2", "pan", "1", "(0.88)", "32760", "32760", "8190", "3", shown]
+    assert row.split() == [*cells, "0.00", "0.50", "0.00", "61.25"]
+
+
+def test_turns_that_merged_nothing() -> None:
+    merged = [{"block": 3, "frames": {"source": [0]}}]
+    _, plain, merging = turn_table([report(1, []), report(1, merged)]).splitlines()
+    assert plain.split()[7] == "0" and merging.split()[7] == "1"
