@@ -151,15 +151,17 @@ class SamplingConfig:
 class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
+    memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
+        them, else "none" and "off", so that a base without memory keeps its own quality.
     cache_bytes: budget of the latent memory. max_memory: most memory videos of one turn.
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
     max_source_pixels: larger frames are refused before they are decoded.
     """
 
     backend: BackendName = "auto"
-    memory: MemoryMode = "retrieved"
+    memory: MemoryMode | None = None
     max_memory: int = 10
-    merge: MergeMode = "conv"
+    merge: MergeMode | None = None
     merge_scope: MergeScope = "group"
     merge_fraction: float | None = None
     rope: RopeMode = "pooled"

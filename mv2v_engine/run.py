@@ -25,7 +25,7 @@ from mv2v_engine.checkpoints import detect, inspect_checkpoint, render_inspectio
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.config import BackendName, MemoryMode, MergeMode
-from mv2v_engine.engine.engine import session_identity
+from mv2v_engine.engine.engine import default_memory, session_identity
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.session import Session
@@ -81,7 +81,7 @@ def novel_view(args: argparse.Namespace) -> int:
             seed=args.seed,
             num_inference_steps=args.steps,
             guidance_scale=args.guidance,
-            memory=args.memory,
+            memory=args.memory or default_memory(resolution.initialised),
         )
         for camera in args.camera
     ]
@@ -245,10 +245,10 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
     add("--scheduler", choices=("euler", "unipc"), default=defaults.scheduler)
     add = parser.add_argument_group("the memory").add_argument
-    add("--memory", choices=get_args(MemoryMode), default=defaults.memory)
+    add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
     add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help="videos a turn")
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
-    add("--merge", choices=get_args(MergeMode), default=defaults.merge)
+    add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
     add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
     add = parser.add_argument_group("the model").add_argument
     add("--checkpoint", default="tiny-nvs", metavar="NAME_OR_PATH")

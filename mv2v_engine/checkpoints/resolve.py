@@ -169,6 +169,11 @@ def _with_extras(
     return config, sources
 
 
+def is_trained_for_memory(initialised: Iterable[str]) -> bool:
+    """Whether the memory tokenizers came with the checkpoint, given what did not."""
+    return not any(name.startswith(("tokenizers.4.", "tokenizers.8.")) for name in initialised)
+
+
 def _initialised(expected: Iterable[str], sources: dict[str, Source]) -> dict[str, str]:
     """Tokenizer parameters that a base does not have."""
     result = {}

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import uuid
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
-from mv2v_engine.config import EngineConfig
+from mv2v_engine.checkpoints.resolve import is_trained_for_memory
+from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionStore
@@ -43,6 +45,9 @@ class Engine:
         self.backend = resolve(config.backend, device)
         self.transformer.set_backend(self.backend)
         self.transformer.responsiveness_heads = config.responsiveness_heads
+        self.memory = config.memory or default_memory(checkpoint.report.initialised)
+        has_mergers = self.transformer.config.merger is not None
+        self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
         self.cache = MemoryCache(config.cache_bytes, device)
         self._check_parts()
 
@@ -225,6 +230,11 @@ class Engine:
             "scheduler": self.config.scheduler,
             "torch": torch.__version__,
         }
+
+
+def default_memory(initialised: Iterable[str]) -> MemoryMode:
+    """What a turn remembers unless it is told: nothing, on weights that never learned to."""
+    return "retrieved" if is_trained_for_memory(initialised) else "none"
 
 
 def session_identity(

@@ -74,7 +74,7 @@ class Session:
             camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, or a trajectory
                 whose poses are relative to the source's first frame.
             memory: "retrieved" by field-of-view overlap, "previous" takes the last turn as the
-                source, "none" forgets. None takes the engine's.
+                source, "none" forgets. None takes the engine's default (see `EngineConfig`).
 
         Raises:
             CameraError, RequestError: the request does not fit the checkpoint.
@@ -117,7 +117,7 @@ class Session:
             seed=seed,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            memory=memory or self.engine.config.memory,
+            memory=memory or self.engine.memory,
         )
         return self.perform(request, cancel)
 
@@ -222,7 +222,7 @@ class Session:
             self.engine.transformer.config,
             (frames, rows, columns),
             retrieval.tokenizers,
-            merge=config.merge,
+            merge=self.engine.merge,
             scope=config.merge_scope,
             fraction=config.merge_fraction,
             conditioning=config.conditioning,

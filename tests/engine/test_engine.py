@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.engine.engine import default_memory
 from mv2v_engine.errors import (
     CheckpointError,
     KernelUnavailableError,
@@ -108,3 +109,15 @@ def test_a_window_that_the_vae_cannot_encode(tmp_path: Path, make_checkpoint: Ma
     folder = make_checkpoint(tmp_path / "odd", sampling={"size": (50, 64)})
     with pytest.raises(VideoError, match="64x50; width and height must be multiples of 8"):
         load(folder)
+
+
+def test_a_base_without_memory_keeps_its_own_quality(
+    tmp_path: Path, make_checkpoint: Make, tiny_checkpoint: Path
+) -> None:
+    """What the weights never learned is off until it is asked for by name."""
+    assert default_memory(["tokenizers.2.weight", "tokenizers.4.weight"]) == "none"
+    assert default_memory([]) == "retrieved"
+    base = make_checkpoint(tmp_path / "base", merger=None)
+    assert (load(base).merge, load(base, merge="conv").merge) == ("off", "conv")
+    trained = load(tiny_checkpoint)
+    assert (trained.memory, trained.merge) == ("retrieved", "conv")
