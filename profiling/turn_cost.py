@@ -39,7 +39,7 @@ def row(memory: int) -> dict[str, Any]:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The table that the README shows."""
     lines = [
-        "| memory videos | tokens, all 1×2×2 | tokens, by rank | PFLOP, all 1×2×2 "
+        "| memory videos | tokens, all 1x2x2 | tokens, by rank | PFLOP, all 1x2x2 "
         "| by rank | by rank + merging |",
         "|---|---|---|---|---|---|",
     ]

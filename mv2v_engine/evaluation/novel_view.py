@@ -17,28 +17,20 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor
 from tqdm import tqdm
 
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.engine.session import Session
+from mv2v_engine.evaluation.images import masked_psnr
 from mv2v_engine.evaluation.visibility import seen_by
 from mv2v_engine.files import save_json
 from mv2v_engine.synthetic.render import Rendering, render
-from mv2v_engine.synthetic.worlds import World, make_world
+from mv2v_engine.synthetic.worlds import HELD_OUT, World, make_world
 
-HELD_OUT = 2_000_000  # apart from the worlds that training measures on
+FIRST_WORLD = HELD_OUT + 1_000_000  # apart from the worlds that the VAE is measured on
 CAMERAS = ("pan_right", "arc_left", "zoom_in", "pan_right")
-
-
-def masked_psnr(prediction: Tensor, truth: Tensor, mask: Tensor | None = None) -> float:
-    """PSNR in dB of uint8 frames [T, height, width, 3], over a mask [T, height, width] if given."""
-    error = (prediction.float() - truth.float()).pow(2).mean(-1)
-    value = error.mean() if mask is None else error[mask].mean()
-    return float(10 * torch.log10(255**2 / value.clamp_min(1e-3)))
 
 
 def _film(world: World, spec: str, engine: Engine) -> tuple[CameraTrajectory, Rendering]:
@@ -76,7 +68,7 @@ def _scores(
 def evaluate(engine: Engine, *, num_worlds: int, steps: int | None = None) -> dict[str, Any]:
     """Rows per memory mode: means over worlds and turns, and the same by camera."""
     collected: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for seed in tqdm(range(HELD_OUT, HELD_OUT + num_worlds), unit="world"):
+    for seed in tqdm(range(FIRST_WORLD, FIRST_WORLD + num_worlds), unit="world"):
         world = make_world(seed)
         _, source = _film(world, "static", engine)
         modes: tuple[MemoryMode, ...] = ("retrieved", "none")

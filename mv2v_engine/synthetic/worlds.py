@@ -17,6 +17,9 @@ from torch import Tensor
 SPHERE, BOX, CYLINDER = 0, 1, 2
 NUM_WALLS = 6
 
+# worlds from this seed on are never trained on
+HELD_OUT = 1_000_000
+
 
 @dataclass(frozen=True, eq=False)
 class Textures:

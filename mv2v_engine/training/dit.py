@@ -163,7 +163,9 @@ def initialise(model: MV2VTransformer) -> None:
     torch.nn.init.zeros_(model.proj_out.bias)
 
 
-def make_optimizers(model: MV2VTransformer, learning_rate: float) -> list[torch.optim.Optimizer]:
+def make_optimizers(
+    model: MV2VTransformer, learning_rate: float, matrix_learning_rate: float
+) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest."""
     matrices: list[torch.nn.Parameter] = []
     others: list[torch.nn.Parameter] = []
@@ -172,7 +174,7 @@ def make_optimizers(model: MV2VTransformer, learning_rate: float) -> list[torch.
         (matrices if is_matrix else others).append(parameter)
     return [
         torch.optim.Muon(
-            matrices, lr=learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
+            matrices, lr=matrix_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
         ),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
@@ -185,7 +187,8 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--max-memory", type=int, default=3)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
+    parser.add_argument("--matrix-learning-rate", type=float, default=5e-3, help="of Muon")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
@@ -195,7 +198,7 @@ def main() -> None:
     model = MV2VTransformer(TINY)
     initialise(model)
     model.to(device)
-    optimizers = make_optimizers(model, args.learning_rate)
+    optimizers = make_optimizers(model, args.learning_rate, args.matrix_learning_rate)
     loop = TrainingLoop(model, optimizers, LoopConfig(out=args.out, minutes=args.minutes))
     sampler = SceneSampler(load_latents(args.latents), TINY, recipe)
 

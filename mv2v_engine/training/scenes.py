@@ -19,10 +19,7 @@ from tqdm import tqdm
 from mv2v_engine.files import save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
-from mv2v_engine.synthetic.worlds import make_world
-
-# Worlds from this seed on are never trained on.
-HELD_OUT = 1_000_000
+from mv2v_engine.synthetic.worlds import HELD_OUT, make_world
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,6 +59,8 @@ def main() -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     first, last = (int(part) for part in args.worlds.split(":"))
+    if last > HELD_OUT:
+        parser.error(f"worlds from {HELD_OUT} on are held out for measuring, got {args.worlds}")
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in tqdm(range(first, last), unit="world"):
         path = scene_path(args.out, seed)

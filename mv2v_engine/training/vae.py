@@ -12,15 +12,16 @@ B batch, C channels, T frames.
 from __future__ import annotations
 
 import argparse
-import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mv2v_engine.evaluation.reconstruction import reconstruction_psnr
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.scenes import HELD_OUT, load_scene, render_scene
+from mv2v_engine.training.scenes import load_scene
+from mv2v_engine.vae import load_vae
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -80,24 +81,6 @@ class ClipPool:
 def to_model_range(frames: Tensor) -> Tensor:
     """uint8 [..., T, height, width, 3] to float [..., 3, T, height, width] in -1..1."""
     return frames.movedim(-1, -4).float() / 127.5 - 1
-
-
-def psnr(prediction: Tensor, target: Tensor) -> float:
-    """Peak signal-to-noise ratio in dB of images in -1..1."""
-    error = (prediction.float() - target.float()).pow(2).mean().item()
-    return 10 * math.log10(4 / max(error, 1e-12))
-
-
-@torch.no_grad()
-def reconstruction_psnr(vae: AutoencoderKLWan, num_worlds: int = 4) -> float:
-    """Mean PSNR in dB over two whole clips of each of some held-out worlds."""
-    scores = []
-    for seed in range(HELD_OUT, HELD_OUT + num_worlds):
-        for clip in render_scene(seed, num_cameras=2).frames:
-            video = to_model_range(clip)[None]
-            decoded = vae.decode(vae.encode(video).latent_dist.mode()).sample
-            scores.append(psnr(decoded.clamp(-1, 1), video))
-    return sum(scores) / len(scores)
 
 
 @torch.no_grad()
@@ -181,9 +164,10 @@ def main() -> None:
         mean, std = latent_statistics(vae, pool.clips[:: max(1, len(pool.clips) // 64)])
         vae.register_to_config(latents_mean=mean, latents_std=std)
     vae.save_pretrained(args.out / "vae")
-    print(
-        f"held-out reconstruction: {reconstruction_psnr(vae):.2f} dB PSNR after {loop.step} steps"
-    )
+    trained_vae = load_vae(args.out / "vae", device=device, dtype=torch.float32)
+    scores = reconstruction_psnr(trained_vae, num_worlds=4)
+    score = sum(scores) / len(scores)
+    print(f"held-out reconstruction: {score:.2f} dB PSNR after {loop.step} steps")
 
 
 if __name__ == "__main__":

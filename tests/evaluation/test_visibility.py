@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
-from mv2v_engine.evaluation.novel_view import masked_psnr
+from mv2v_engine.evaluation.images import masked_psnr
 from mv2v_engine.evaluation.visibility import seen_by
 from mv2v_engine.synthetic.render import Rendering, render
 from mv2v_engine.synthetic.worlds import make_world
@@ -51,9 +51,7 @@ def test_what_is_seen_has_the_same_colour() -> None:
     assert error[~seen[2]].mean() > 2 * error[seen[2]].mean()
 
 
-def _reproject(
-    camera: CameraTrajectory, film: Rendering, other: CameraTrajectory
-) -> torch.Tensor:
+def _reproject(camera: CameraTrajectory, film: Rendering, other: CameraTrajectory) -> torch.Tensor:
     """Pixel (x, y) in `other` of the last frame's points, for a camera that does not turn."""
     y, x = torch.meshgrid(torch.arange(SIZE[0]) + 0.5, torch.arange(SIZE[1]) + 0.5, indexing="ij")
     k, depth = camera.intrinsics, film.depth[2]

@@ -186,7 +186,7 @@ def test_the_loss_goes_down() -> None:
     torch.manual_seed(0)
     model = MV2VTransformer(tiny_config())
     initialise(model)
-    optimizers = make_optimizers(model, 1e-2)
+    optimizers = make_optimizers(model, 1e-2, 1e-2)
     batch, losses = _batch(model), []
     for step in range(80):
         generator = torch.Generator().manual_seed(step % 8)
@@ -201,7 +201,7 @@ def test_the_loss_goes_down() -> None:
 
 def test_every_parameter_has_one_optimizer() -> None:
     model = MV2VTransformer(TINY)
-    muon, adam = make_optimizers(model, 1e-3)
+    muon, adam = make_optimizers(model, 1e-3, 2e-3)
     ids = [id(p) for optimizer in (muon, adam) for g in optimizer.param_groups for p in g["params"]]
     assert len(ids) == len(set(ids)) == len(list(model.parameters()))
     names = {id(p): name for name, p in model.named_parameters()}

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from mv2v_engine.files import save_tensors
-from mv2v_engine.training.scenes import HELD_OUT, load_scene, render_scene, scene_path
+from mv2v_engine.synthetic.worlds import HELD_OUT
+from mv2v_engine.training.scenes import load_scene, render_scene, scene_path
 
 
 def test_a_seed_is_a_scene(tmp_path: Path) -> None:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 
-import pytest
 import torch
 
 from mv2v_engine.files import save_tensors
@@ -14,7 +12,6 @@ from mv2v_engine.training.vae import (
     TINY_VAE,
     ClipPool,
     latent_statistics,
-    psnr,
     to_model_range,
 )
 
@@ -30,12 +27,6 @@ def test_frames_to_the_models_range() -> None:
     video = to_model_range(frames)
     assert video.shape == (3, 2, 4, 6)
     assert float(video[:, 0].unique()) == -1 and float(video[:, 1].unique()) == 1
-
-
-def test_psnr() -> None:
-    target = torch.zeros(3, 4)
-    assert psnr(target + 0.2, target) == pytest.approx(10 * math.log10(4 / 0.04))
-    assert psnr(target, target) > 100
 
 
 def test_crops_are_pieces_of_the_clips_and_follow_the_generator(tmp_path: Path) -> None:
