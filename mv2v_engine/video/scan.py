@@ -1,0 +1,267 @@
+"""One pass over a video file before any frame is decoded: sizes, exact count, timestamps, rate.
+
+Timestamps rule: a constant-rate file comes through frame for frame, a variable-rate one is
+resampled to its average rate, each tick taking the frame nearest in time. Packets are demuxed,
+and decoded only where they are no reliable count, so a truncated file is found here.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from mv2v_engine.errors import VideoError
+
+if TYPE_CHECKING:
+    from av.container import InputContainer
+    from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
+
+# containers whose packets are whole frames, except for a codec with frames that are never shown
+_FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+_HIDDEN_FRAMES = {"vp8"}
+# renders any text file as a picture of its letters
+_TEXT_DEMUXER = "tty"
+_DEFAULT_RATE = Fraction(25)
+
+
+@dataclass(frozen=True, slots=True)
+class VideoInfo:
+    """What a file holds, as `read_video` would return it.
+
+    width, height: pixels after rotation and pixel aspect. num_frames: exact. fps: constant rate
+    after resampling. duration: seconds. rotation: degrees counter-clockwise that were applied.
+    """
+
+    path: Path
+    width: int
+    height: int
+    num_frames: int
+    fps: float
+    codec: str
+    duration: float
+    rotation: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scan:
+    """One pass over a file. order[i] is the stored frame shown at tick i.
+
+    coded_size, square_size: (height, width) as stored and with square pixels, before rotation.
+    stamps: increasing timestamps of the stored frames, empty if the file has no usable ones.
+    keyframes: timestamps at which decoding can begin.
+    """
+
+    info: VideoInfo
+    coded_size: tuple[int, int]
+    square_size: tuple[int, int]
+    order: tuple[int, ...]
+    stamps: tuple[int, ...]
+    keyframes: tuple[int, ...]
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its video stream; every decoding error becomes one VideoError."""
+    import av
+
+    if not path.is_file():
+        got = "is a folder" if path.is_dir() else "does not exist"
+        raise VideoError(f"{path} {got}; give the path of a video file")
+    if not path.stat().st_size:
+        raise VideoError(f"{path.name} is empty (0 bytes); give a whole video file")
+    try:
+        with av.open(str(path.resolve()), options={"protocol_whitelist": "file"}) as container:
+            attached = av.stream.Disposition.attached_pic
+            streams = [
+                stream
+                for stream in container.streams.video
+                if stream.codec_context is not None and not stream.disposition & attached
+            ]
+            is_text = container.format.name == _TEXT_DEMUXER
+            if not streams or is_text:
+                kinds = "text" if is_text else ", ".join(s.type for s in container.streams)
+                raise VideoError(
+                    f"{path.name} holds no video stream that can be decoded (it holds "
+                    f"{kinds or 'nothing'}): not a video, or cut off before its index; "
+                    "give a whole video file"
+                )
+            stream = streams[0]
+            stream.thread_type = "AUTO"
+            yield container, stream
+    except av.FFmpegError as error:
+        raise VideoError(
+            f"{path.name} cannot be decoded as a video ({error.strerror}): not a video, damaged "
+            "or truncated; give a whole video file"
+        ) from error
+
+
+def _check_pixels(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+    if max_pixels is not None and width * height > max_pixels:
+        raise VideoError(
+            f"{path.name} is {width}x{height} ({width * height / 1e6:.1f} MP); "
+            f"at most {max_pixels / 1e6:.1f} MP; scale it down first"
+        )
+
+
+def scan_file(path: Path, max_pixels: int | None) -> Scan:
+    """Sizes and timestamps of every frame, decoding just the first where packets can be trusted."""
+    with opened(path) as (container, stream):
+        _check_pixels(path, stream.width, stream.height, max_pixels)
+        codec = stream.codec_context.name
+        trusted = container.format.name in _FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
+        first, found, keyframes = _walk(path, container, stream, trusted)
+        stamps = tuple(sorted(stamp for stamp in found if stamp is not None))
+        if len(set(stamps)) < len(found):
+            stamps = ()
+        rate, order = _clock(len(found), stamps, stream)
+        if not stream.frames:
+            _check_duration(path, container, stream, stamps, rate)
+        square = _square_size(first, stream)
+        _check_pixels(path, square[1], square[0], max_pixels)
+        return Scan(
+            info=_info(path, first.rotation % 360, square, len(order), rate, codec),
+            coded_size=(first.height, first.width),
+            square_size=square,
+            order=order,
+            stamps=stamps,
+            keyframes=tuple(sorted(keyframes)),
+        )
+
+
+def _walk(
+    path: Path, container: InputContainer, stream: VideoStream, trusted: bool
+) -> tuple[VideoFrame, list[int | None], list[int]]:
+    """The first frame, the timestamp of every frame, and those of key frames if `trusted`.
+
+    trusted: a packet is a frame, so only the first one is decoded; otherwise all are.
+    """
+    first: VideoFrame | None = None
+    found: list[int | None] = []
+    keyframes: list[int] = []
+    num_hidden = 0
+    for packet in container.demux(stream):
+        if trusted and packet.size:
+            if packet.is_corrupt:  # cut off in the middle
+                continue
+            if packet.is_discard:  # outside the edit list
+                num_hidden += 1
+            else:
+                found.append(packet.pts)
+                if packet.is_keyframe and packet.pts is not None:
+                    keyframes.append(packet.pts)
+        if first is None or not trusted:
+            frames = packet.decode()
+            first = first or next(iter(frames), None)
+            if not trusted:
+                found.extend(frame.pts for frame in frames)
+    if first is None or not found:
+        raise VideoError(
+            f"{path.name} holds 0 decodable frames, at least 1 is needed: damaged or truncated; "
+            "give a whole video file"
+        )
+    if len(found) + num_hidden < stream.frames:
+        raise truncated(path, len(found), stream.frames - num_hidden)
+    return first, found, keyframes
+
+
+def _info(
+    path: Path, rotation: int, size: tuple[int, int], num_frames: int, rate: Fraction, codec: str
+) -> VideoInfo:
+    if rotation % 90:
+        raise VideoError(
+            f"{path.name} is flagged as rotated by {rotation} degrees; only quarter turns can be "
+            "applied; re-encode it upright"
+        )
+    height, width = size[::-1] if rotation % 180 else size
+    return VideoInfo(
+        path=path,
+        width=width,
+        height=height,
+        num_frames=num_frames,
+        fps=float(rate),
+        codec=codec,
+        duration=float(num_frames / rate),
+        rotation=rotation,
+    )
+
+
+def _square_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
+    """(height, width) with square pixels, before rotation."""
+    aspect = stream.sample_aspect_ratio
+    # ratios within 1 % of square come from cropped encodes; scaling would only blur
+    if not aspect or abs(aspect - 1) < Fraction(1, 100):
+        return frame.height, frame.width
+    return frame.height, max(1, round(frame.width * aspect))
+
+
+def truncated(path: Path, found: int, promised: int) -> VideoError:
+    return VideoError(
+        f"{path.name} is truncated: {found} frames could be read, its header promises {promised}; "
+        "give the whole file, or re-encode what is left"
+    )
+
+
+def _clock(
+    num_frames: int, stamps: tuple[int, ...], stream: VideoStream
+) -> tuple[Fraction, tuple[int, ...]]:
+    """The constant rate, and for each of its ticks the stored frame nearest in time."""
+    rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+    nominal = [rate for rate in rates if rate]
+    identity = tuple(range(num_frames))
+    if len(stamps) < 2 or stream.time_base is None:
+        return (nominal or [_DEFAULT_RATE])[0], identity
+    seconds = [(stamp - stamps[0]) * stream.time_base for stamp in stamps]
+    measured = (num_frames - 1) / seconds[-1]
+    half = Fraction(1, 2)
+    for rate in nominal:
+        # the whole span must fit the rate, up to the rounding of stamps to the time base
+        slack = Fraction(1, 20) + rate * stream.time_base * 3 / 2
+        if abs(rate / measured - 1) * (num_frames - 1) <= slack and _drift(seconds, rate) <= half:
+            return rate, identity
+    if _drift(seconds, measured) <= half:
+        return measured, identity
+    for rate in nominal:
+        # never more than a frame off its clock: some containers only guess their last stamps
+        if _drift(seconds, rate) <= 1 + rate * stream.time_base:
+            return rate, identity
+    order = []
+    for tick in range(num_frames):
+        time = tick / measured
+        after = min(bisect_left(seconds, time), num_frames - 1)
+        before = max(after - 1, 0)
+        order.append(before if time - seconds[before] <= seconds[after] - time else after)
+    return measured, tuple(order)
+
+
+def _check_duration(
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    stamps: tuple[int, ...],
+    rate: Fraction,
+) -> None:
+    """A container without a frame count still promises a duration; frames must nearly fill it."""
+    if len(stamps) < 2 or stream.time_base is None:
+        return
+    promised = 0.0
+    if "DURATION" in stream.metadata:
+        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
+        promised = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    elif len(container.streams) == 1 and container.duration:
+        promised = container.duration / 1e6
+    held = float((stamps[-1] - stamps[0]) * stream.time_base + 1 / rate)
+    longest = max(b - a for a, b in pairwise(stamps)) * stream.time_base
+    if promised - held > max(0.1 * promised, 3 * float(longest)):
+        raise truncated(path, len(stamps), round(promised * rate))
+
+
+def _drift(seconds: Sequence[Fraction], rate: Fraction) -> Fraction:
+    """The most that a frame is away from its tick, in frames."""
+    return max(abs(second * rate - tick) for tick, second in enumerate(seconds))
