@@ -4,7 +4,8 @@
 
 Rectified-flow loss on the target alone; memory videos are other cameras of the same world, the
 tokenizers by rank or one for all, merging in half of the steps, noise on memory latents, the
-source sometimes dropped. The samples of a batch share one token plan, so a step is one forward.
+source sometimes dropped. The samples of a batch share one token plan, so a step is one forward;
+under torchrun every process has a batch of its own of that plan.
 
 B batch, V camera tracks, F H W latent grid.
 """
@@ -16,12 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mv2v_engine.config import TINY, SamplingConfig, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.rope import axis_dims
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
+from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator
 from mv2v_engine.training.latents import LatentScene, load_latents
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 
@@ -46,6 +48,7 @@ class Recipe:
     merge_fraction: tuple[float, float] = (0.3, 0.7)
     memory_noise: float = 0.1
     source_dropped: float = 0.1
+    static_source: float = 0.8
     flow_shift: float = 3.0
 
 
@@ -67,7 +70,7 @@ class SceneSampler:
         self.scenes, self.shape, self.recipe = scenes, shape, recipe
 
     def draw(self, generator: torch.Generator) -> Batch:
-        """One batch of one plan."""
+        """One batch of one plan; the plan is the same in all processes, the samples are not."""
         recipe = self.recipe
 
         def chance(probability: float) -> bool:
@@ -93,12 +96,13 @@ class SceneSampler:
             merge="conv" if chance(recipe.merging) else "off",
             fraction=round(fraction, 2),
         )
+        generator = own_generator(generator)
         rows: list[tuple[Tensor, Tensor]] = []
         for _ in range(recipe.batch):
             scene = self.scenes[number(0, len(self.scenes) - 1)]
             order = torch.randperm(len(scene.latents), generator=generator).tolist()
             # a user's clip is of unknown camera, hence static (METHOD 5): train on that most
-            if chance(0.5):
+            if chance(recipe.static_source):
                 order.remove(0)
                 order.insert(1, 0)
             target, first_source, *others = order
@@ -116,7 +120,7 @@ class SceneSampler:
 
 
 def flow_loss(
-    model: MV2VTransformer,
+    model: nn.Module,
     batch: Batch,
     generator: torch.Generator,
     *,
@@ -131,8 +135,9 @@ def flow_loss(
     level = sigma[:, None, None, None, None]
     noisy = (1 - level) * clean + level * noise
     others = [latents.to(device) for latents in batch.latents[1:]]
-    text = torch.zeros(len(clean), model.config.text_len, model.config.text_dim, device=device)
-    with torch.autocast(device.type, torch.bfloat16):
+    shape = batch.plan.shape
+    text = torch.zeros(len(clean), shape.text_len, shape.text_dim, device=device)
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
         velocity = model(
             [noisy, *others],
             sigma * 1000,
@@ -149,26 +154,28 @@ def initialise(model: MV2VTransformer) -> None:
     """From scratch: cameras that speak at once, attention that begins local, a zero head.
 
     Equal constants in the spatial channels of queries and keys make their rotary product peak
-    where row and column agree, so a target token first looks at its own place in every frame.
+    where row and column agree, so a target token first looks at its own place in every frame;
+    every head half as sharply as the one before.
     """
     time_dim, *_ = axis_dims(model.config.attention_head_dim)
     spatial = torch.ones(model.config.num_attention_heads, model.config.attention_head_dim)
     spatial[:, :time_dim] = 0
+    spatial *= 2.0 ** -torch.arange(len(spatial))[:, None]
     for name, parameter in model.named_parameters():
         if name.endswith("cam_encoder.weight"):
-            torch.nn.init.normal_(parameter, std=0.2)
+            nn.init.normal_(parameter, std=0.6)
         elif name.endswith(("attn1.to_q.bias", "attn1.to_k.bias")):
             parameter.copy_(spatial.flatten())
-    torch.nn.init.zeros_(model.proj_out.weight)
-    torch.nn.init.zeros_(model.proj_out.bias)
+    nn.init.zeros_(model.proj_out.weight)
+    nn.init.zeros_(model.proj_out.bias)
 
 
 def make_optimizers(
     model: MV2VTransformer, learning_rate: float, matrix_learning_rate: float
 ) -> list[torch.optim.Optimizer]:
     """Muon for the blocks' matrices, AdamW for the rest."""
-    matrices: list[torch.nn.Parameter] = []
-    others: list[torch.nn.Parameter] = []
+    matrices: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
         is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and "cam_" not in name
         (matrices if is_matrix else others).append(parameter)
@@ -194,20 +201,24 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device(args.device)
+    join(device)
     recipe = Recipe(batch=args.batch, max_memory=args.max_memory)
     model = MV2VTransformer(TINY)
     initialise(model)
     model.to(device)
     optimizers = make_optimizers(model, args.learning_rate, args.matrix_learning_rate)
     loop = TrainingLoop(model, optimizers, LoopConfig(out=args.out, minutes=args.minutes))
+    parallel = data_parallel(model)
     sampler = SceneSampler(load_latents(args.latents), TINY, recipe)
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         batch = sampler.draw(generator)
-        loss = flow_loss(model, batch, generator, flow_shift=recipe.flow_shift, device=device)
+        own = own_generator(generator)
+        loss = flow_loss(parallel, batch, own, flow_shift=recipe.flow_shift, device=device)
         return {"loss": loss}
 
     loop.run(step)
+    leave()
 
 
 if __name__ == "__main__":

@@ -62,7 +62,7 @@ def main() -> None:
         if target.exists():
             continue
         scene = load_scene(path)
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             latents = torch.stack([vae.encode(clip).cpu() for clip in scene.frames])
         save_tensors(target, {"latents": latents.half(), "poses": scene.poses})
 

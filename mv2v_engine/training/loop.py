@@ -1,7 +1,8 @@
 """One training loop for every stage: time budget, schedule, EMA, log, and resumption at any step.
 
 The data of step n depend on (seed, n) alone, so a run killed and resumed sees what an unbroken
-run would have seen.
+run would have seen. Under torchrun every process holds the same weights, schedule and average;
+the first one logs and saves.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mv2v_engine.files import replacing
+from mv2v_engine.training.distributed import first_says, rank
 
 StepFn = Callable[[torch.Generator], Mapping[str, Tensor]]
 
@@ -58,7 +60,12 @@ class TrainingLoop:
     def run(self, step_fn: StepFn) -> None:
         config, began = self.config, time.monotonic() - self.elapsed
         saved = time.monotonic()
-        bar = tqdm(total=round(config.minutes * 60), unit="s", initial=round(self.elapsed))
+        bar = tqdm(
+            total=round(config.minutes * 60),
+            unit="s",
+            initial=round(self.elapsed),
+            disable=rank() > 0,
+        )
         window: list[float] = []
         logged_at, logged_step = self.elapsed, self.step
         while not self._finished():
@@ -75,7 +82,7 @@ class TrainingLoop:
                 optimizer.zero_grad(set_to_none=True)
             self._update_ema()
             self.step += 1
-            self.elapsed = time.monotonic() - began
+            self.elapsed = first_says(time.monotonic() - began)
             window.append(float(metrics["loss"].detach()))
             if self.step % config.log_every == 0:
                 rate = (self.step - logged_step) / max(self.elapsed - logged_at, 1e-9)
@@ -97,6 +104,9 @@ class TrainingLoop:
         return {**self.model.state_dict(), **self.ema}
 
     def save(self) -> None:
+        """Write the checkpoint, in the first process."""
+        if rank() > 0:
+            return
         state = {
             "step": self.step,
             "elapsed": self.elapsed,
@@ -104,8 +114,9 @@ class TrainingLoop:
             "ema": self.ema,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
-        with replacing(self.checkpoint) as temporary:
-            torch.save(state, temporary)
+        # given a path, torch hides a full disk behind an internal error; a file lets it through
+        with replacing(self.checkpoint) as temporary, temporary.open("wb") as file:
+            torch.save(state, file)
 
     def _resume(self) -> None:
         state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
@@ -135,6 +146,8 @@ class TrainingLoop:
         torch._foreach_lerp_(list(self.ema.values()), live, 1 - decay)
 
     def _log(self, row: dict[str, float]) -> None:
+        if rank() > 0:
+            return
         path = self.config.out / "log.csv"
         is_new = not path.exists()
         with path.open("a", newline="") as file:

@@ -16,10 +16,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mv2v_engine.evaluation.reconstruction import reconstruction_psnr
+from mv2v_engine.training.distributed import (
+    data_parallel,
+    join,
+    leave,
+    own_generator,
+    rank,
+)
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
+from mv2v_engine.training.optimizers import FilterMuon
 from mv2v_engine.training.scenes import load_scene
 from mv2v_engine.vae import load_vae
 
@@ -83,6 +91,21 @@ def to_model_range(frames: Tensor) -> Tensor:
     return frames.movedim(-1, -4).float() / 127.5 - 1
 
 
+class _Autoencode(nn.Module):
+    """Encode, sample, decode as one module, which is what data parallelism wraps."""
+
+    def __init__(self, vae: AutoencoderKLWan) -> None:
+        super().__init__()
+        self.vae = vae
+
+    def forward(self, video: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor, Tensor]:
+        """Decoded video, posterior mean and log-variance."""
+        posterior = self.vae.encode(video).latent_dist
+        noise = torch.randn(posterior.mean.shape, generator=generator).to(video.device)
+        decoded = self.vae.decode(posterior.mean + posterior.std * noise).sample
+        return decoded, posterior.mean.float(), posterior.logvar.float()
+
+
 @torch.no_grad()
 def latent_statistics(
     vae: AutoencoderKLWan, clips: list[Tensor]
@@ -117,6 +140,7 @@ def main() -> None:
 
     torch.manual_seed(0)
     device = torch.device(args.device)
+    join(device)
     if args.start_from:
         vae = AutoencoderKLWan.from_pretrained(args.start_from).to(device)
     else:
@@ -127,30 +151,28 @@ def main() -> None:
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
     trained = [parameter for parameter in vae.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(
-        trained, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=1e-4
-    )
+    filters = [parameter for parameter in trained if parameter.ndim > 3]
+    others = [parameter for parameter in trained if parameter.ndim <= 3]
+    optimizers = [
+        FilterMuon(filters, lr=args.learning_rate, weight_decay=1e-3),
+        torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
     config = LoopConfig(out=args.out, minutes=args.minutes, ema_decay=0.998)
-    loop = TrainingLoop(vae, [optimizer], config)
+    loop = TrainingLoop(vae, optimizers, config)
     pool = ClipPool(args.scenes, args.max_scenes)
+    autoencode = data_parallel(_Autoencode(vae))
 
-    def step(generator: torch.Generator) -> dict[str, Tensor]:
+    def step(shared: torch.Generator) -> dict[str, Tensor]:
+        generator = own_generator(shared)
         if loop.step % 200 == 0:
             pool.refresh()
         video = pool.crops(generator, args.batch, args.frames, args.side).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(video).latent_dist
-            noise = torch.randn(posterior.mean.shape, generator=generator).to(device)
-            decoded = vae.decode(posterior.mean + posterior.std * noise).sample
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            decoded, mean, logvar = autoencode(video, generator)
         # diffusers clamps decoded frames and a clamp has no gradient: ask for a little less
         error = decoded.float() - video * 0.98
         squared = error.pow(2).mean()
-        kl = (
-            0.5
-            * (
-                posterior.mean.float().pow(2) + posterior.var.float() - 1 - posterior.logvar.float()
-            ).mean()
-        )
+        kl = 0.5 * (mean.pow(2) + logvar.exp() - 1 - logvar).mean()
         return {
             "loss": squared + 0.05 * error.abs().mean() + _KL_WEIGHT * kl,
             "psnr": 10 * (4 / squared.detach()).log10(),
@@ -158,6 +180,10 @@ def main() -> None:
         }
 
     loop.run(step)
+    is_first = rank() == 0
+    leave()
+    if not is_first:
+        return
     vae.load_state_dict(loop.averaged())
     vae.eval()
     if not args.decoder_only:

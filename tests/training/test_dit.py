@@ -101,7 +101,7 @@ def test_the_odds_are_the_recipes() -> None:
     assert set(rates) == {2, 4, 8} and rates[4] > rates[2] and rates[4] > rates[8]
 
 
-def test_the_source_stands_still_in_half_of_the_samples() -> None:
+def test_the_source_stands_still_in_most_samples() -> None:
     # track 0 is a scene's static camera, as a user's clip of unknown camera is taken to be
     shown = [batch for batch in _draws(150) if batch.plan.segments[-1].role != "target"]
     sources = [
@@ -111,7 +111,7 @@ def test_the_source_stands_still_in_half_of_the_samples() -> None:
         for number in _numbers(batch.latents[1])
     ]
     share = sources.count(0) / len(sources)
-    assert 0.48 < share < 0.63  # a half, and a tenth of the other half
+    assert 0.76 < share < 0.87  # four fifths, and a tenth of the rest
 
 
 def test_memory_alone_is_perturbed_and_only_beside_a_source() -> None:

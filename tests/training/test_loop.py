@@ -6,6 +6,7 @@ import csv
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
+from typing import BinaryIO
 
 import pytest
 import torch
@@ -120,8 +121,8 @@ def test_checkpoints_are_atomic(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     _train(loop, killed_at=2)
     whole = loop.checkpoint.read_bytes()
 
-    def torn(state: object, path: Path) -> None:
-        path.write_bytes(whole[:100])
+    def torn(state: object, file: BinaryIO) -> None:
+        file.write(whole[:100])
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(torch, "save", torn)

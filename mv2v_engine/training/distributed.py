@@ -1,0 +1,53 @@
+"""Several processes on one step, by torch's own DistributedDataParallel.
+
+`torchrun --nproc-per-node 2 -m mv2v_engine.training.dit ...`; without torchrun there is one.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+from torch import nn
+
+
+def join(device: torch.device) -> None:
+    """Meet the other processes of this `torchrun`, if it is one."""
+    if dist.is_torchelastic_launched():
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def data_parallel(module: nn.Module) -> nn.Module:
+    """The module with gradients averaged over processes.
+
+    Modules that a step's token plan leaves out (mergers, tokenizers) get no gradient.
+    """
+    if not dist.is_initialized():
+        return module
+    return nn.parallel.DistributedDataParallel(module, find_unused_parameters=True)
+
+
+def own_generator(shared: torch.Generator) -> torch.Generator:
+    """A generator of this process alone, following from one that is equal in all."""
+    seed = int(torch.randint(2**48, (), generator=shared))
+    return torch.Generator().manual_seed(seed + rank())
+
+
+def first_says(value: float) -> float:
+    """Process 0's value in every process: clocks differ, schedules must not."""
+    if not dist.is_initialized():
+        return value
+    tensor = torch.tensor([value], dtype=torch.float64)
+    if dist.get_backend() == "nccl":
+        tensor = tensor.cuda()
+    dist.broadcast(tensor, 0)
+    return float(tensor)
+
+
+def leave() -> None:
+    """Part from the other processes; process 0 alone may have work left."""
+    if dist.is_initialized():
+        dist.destroy_process_group()

@@ -1,0 +1,112 @@
+"""Two processes under torchrun train as one process on both their batches."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.training.distributed import data_parallel, first_says, own_generator, rank
+
+STEPS = 4
+
+# run by torchrun: every process saves what it ended with
+WORKER = """
+import sys
+from pathlib import Path
+
+import torch
+
+from mv2v_engine.training.distributed import (
+    data_parallel, first_says, join, leave, own_generator, rank,
+)
+from mv2v_engine.training.loop import LoopConfig, TrainingLoop
+
+out = Path(sys.argv[1])
+join(torch.device("cpu"))
+torch.manual_seed(0)
+# the second layer takes part in no step, as a merger in steps without merging
+model = torch.nn.ModuleList([torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)])
+
+
+class Objective(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = model
+
+    def forward(self, x):
+        return (self.layers[0](x) - x[:, :3].sin()).pow(2).mean()
+
+
+objective = data_parallel(Objective())
+optimizers = [torch.optim.SGD(model.parameters(), lr=0.1)]
+config = LoopConfig(out=out, minutes=1e6, max_steps=STEPS, log_every=2)
+loop = TrainingLoop(model, optimizers, config)
+drawn = []
+
+
+def step(shared):
+    drawn.append(torch.randn(5, 6, generator=own_generator(shared)))
+    return {"loss": objective(drawn[-1])}
+
+
+loop.run(step)
+said = first_says(10.0 + rank())
+state = {"model": model.state_dict(), "drawn": drawn, "said": said, "elapsed": loop.elapsed}
+torch.save(state, out / f"rank{rank()}.pt")
+leave()
+""".replace("STEPS", str(STEPS))
+
+
+def _train_alone(batches: list[Tensor]) -> nn.Linear:
+    torch.manual_seed(0)
+    layer, _ = nn.Linear(6, 3), nn.Linear(6, 3)
+    optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
+    for step, x in enumerate(batches):
+        optimizer.zero_grad()
+        (layer(x) - x[:, :3].sin()).pow(2).mean().backward()
+        nn.utils.clip_grad_norm_(layer.parameters(), 1.0)
+        for group in optimizer.param_groups:  # the loop's schedule, in its warm-up of 100 steps
+            group["lr"] = 0.1 * _schedule(step)
+        optimizer.step()
+    return layer
+
+
+def _schedule(step: int) -> float:
+    cosine = 0.5 * (1 + float(torch.cos(torch.tensor(torch.pi * step / STEPS))))
+    return (step + 1) / 100 * (0.02 + 0.98 * cosine)
+
+
+def test_two_processes_equal_one(tmp_path: Path) -> None:
+    script = tmp_path / "worker.py"
+    script.write_text(WORKER)
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", str(script), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[:3000]
+    first, second = (
+        torch.load(tmp_path / f"rank{index}.pt", weights_only=True) for index in (0, 1)
+    )
+    # each drew its own samples, and clocks and schedules are the first one's
+    assert not any(torch.equal(a, b) for a, b in zip(first["drawn"], second["drawn"], strict=True))
+    assert first["said"] == second["said"] == 10.0
+    assert first["elapsed"] == second["elapsed"]
+    both = [torch.cat(pair) for pair in zip(first["drawn"], second["drawn"], strict=True)]
+    alone = _train_alone(both)
+    for name, value in first["model"].items():
+        assert torch.equal(value, second["model"][name]), name
+    torch.testing.assert_close(first["model"]["0.weight"], alone.weight.detach())
+    torch.testing.assert_close(first["model"]["0.bias"], alone.bias.detach())
+    assert sum(1 for _ in (tmp_path / "log.csv").open()) == 1 + STEPS // 2
+
+
+def test_alone_there_is_one_process() -> None:
+    module = nn.Linear(2, 2)
+    assert data_parallel(module) is module
+    assert rank() == 0 and first_says(3.5) == 3.5
+    draws = [own_generator(torch.Generator().manual_seed(1)).initial_seed() for _ in range(2)]
+    assert draws[0] == draws[1]
+    assert draws[0] != own_generator(torch.Generator().manual_seed(2)).initial_seed()
