@@ -34,6 +34,10 @@ class StorageError(MV2VError, OSError):
     """A result could not be written; nothing half-written was left behind."""
 
 
+class TrainingError(MV2VError, ValueError):
+    """A training set, its latent cache or a training log cannot be used as asked."""
+
+
 class KernelUnavailableError(MV2VError, RuntimeError):
     """An explicitly requested backend cannot run here; the message names the reason."""
 

@@ -11,13 +11,19 @@ from torch import nn
 
 
 def join(device: torch.device) -> None:
-    """Meet the other processes of this `torchrun`, if it is one."""
+    """Meet the other processes of this `torchrun`, if it is one; "cuda" is then one GPU each."""
     if dist.is_torchelastic_launched():
+        if device.type == "cuda":
+            torch.cuda.set_device(dist.get_node_local_rank())
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
 
 
 def data_parallel(module: nn.Module) -> nn.Module:

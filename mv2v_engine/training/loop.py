@@ -2,16 +2,19 @@
 
 The data of step n depend on (seed, n) alone, so a run killed and resumed sees what an unbroken
 run would have seen. Under torchrun every process holds the same weights, schedule and average;
-the first one logs and saves.
+the first one logs and saves. Frozen parameters are neither averaged nor saved.
 """
 
 from __future__ import annotations
 
-import csv
 import math
+import pickle
+import sys
 import time
+from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,18 +22,24 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import replacing
-from mv2v_engine.training.distributed import first_says, rank
+from mv2v_engine.training.distributed import first_says, rank, world_size
+from mv2v_engine.training.log import TrainingLog, plot_curves
 
 StepFn = Callable[[torch.Generator], Mapping[str, Tensor]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class LoopConfig:
-    """minutes: time budget, counted over all resumptions. ema_decay: reached after warm-up."""
+    """minutes: time budget, counted over all resumptions; infinite with max_steps alone.
+
+    ema_decay: reached after warm-up. batch: samples of one call of the step function in one
+    process. accumulate: calls whose gradients are averaged into one step.
+    """
 
     out: Path
-    minutes: float
+    minutes: float = math.inf
     max_steps: int | None = None
     warmup_steps: int = 100
     grad_clip: float = 1.0
@@ -38,17 +47,27 @@ class LoopConfig:
     save_seconds: float = 120.0
     log_every: int = 20
     seed: int = 0
+    batch: int = 1
+    accumulate: int = 1
 
 
 class TrainingLoop:
-    """Runs `step_fn(generator) -> {"loss": ..., other metrics}` until the budget is spent."""
+    """Runs `step_fn(generator) -> {"loss": ..., other metrics}` until the budget is spent.
+
+    A metric may be missing from some steps; the log has its mean over the steps that had it.
+
+    Raises:
+        CheckpointError: there is a checkpoint in the folder that cannot be resumed from.
+        TrainingError: there is a damaged log in the folder.
+    """
 
     def __init__(
         self, model: nn.Module, optimizers: list[torch.optim.Optimizer], config: LoopConfig
     ) -> None:
         self.model, self.optimizers, self.config = model, optimizers, config
         self.step, self.elapsed = 0, 0.0
-        self.ema = {name: p.detach().clone() for name, p in model.named_parameters()}
+        self._trained = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.ema = {name: p.detach().clone() for name, p in self._trained.items()}
         self._base_lr = [
             [float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers
         ]
@@ -56,17 +75,15 @@ class TrainingLoop:
         self.checkpoint = config.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._resume()
+        self._log = None
+        if rank() == 0:
+            self._log = TrainingLog(config.out / "log.csv", step=self.step)
 
     def run(self, step_fn: StepFn) -> None:
         config, began = self.config, time.monotonic() - self.elapsed
         saved = time.monotonic()
-        bar = tqdm(
-            total=round(config.minutes * 60),
-            unit="s",
-            initial=round(self.elapsed),
-            disable=rank() > 0,
-        )
-        window: list[float] = []
+        bar = self._bar()
+        window: defaultdict[str, list[Tensor]] = defaultdict(list)
         logged_at, logged_step = self.elapsed, self.step
         while not self._finished():
             scale = self._schedule()
@@ -74,43 +91,55 @@ class TrainingLoop:
                 for group, rate in zip(optimizer.param_groups, rates, strict=True):
                     group["lr"] = rate * scale
             generator = torch.Generator().manual_seed(config.seed * 1_000_003 + self.step)
-            metrics = step_fn(generator)
-            metrics["loss"].backward()
-            nn.utils.clip_grad_norm_(self.model.parameters(), config.grad_clip)
+            for _ in range(config.accumulate):
+                metrics = step_fn(generator)
+                (metrics["loss"] / config.accumulate).backward()
+                for name, value in metrics.items():
+                    window[name].append(value.detach())
+            nn.utils.clip_grad_norm_(self._trained.values(), config.grad_clip)
             for optimizer in self.optimizers:
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
             self._update_ema()
             self.step += 1
             self.elapsed = first_says(time.monotonic() - began)
-            window.append(float(metrics["loss"].detach()))
             if self.step % config.log_every == 0:
                 rate = (self.step - logged_step) / max(self.elapsed - logged_at, 1e-9)
+                samples = rate * config.batch * config.accumulate * world_size()
                 row = {"step": self.step, "seconds": round(self.elapsed, 1), "lr_scale": scale}
-                row |= {name: float(value.detach()) for name, value in metrics.items()}
-                row |= {"loss": sum(window) / len(window), "steps_per_second": round(rate, 3)}
-                self._log(row)
-                bar.update(round(self.elapsed) - bar.n)
-                bar.set_postfix(step=self.step, loss=f"{row['loss']:.4f}", rate=f"{rate:.2f}/s")
-                window, logged_at, logged_step = [], self.elapsed, self.step
+                row |= {name: float(torch.stack(values).mean()) for name, values in window.items()}
+                row |= {
+                    "steps_per_second": round(rate, 3),
+                    "samples_per_second": round(samples, 3),
+                }
+                if self._log is not None:
+                    self._log.append(row)
+                bar.update(self._progress() - bar.n)
+                bar.set_postfix(
+                    step=self.step, loss=f"{row['loss']:.4f}", rate=f"{samples:.2f} samples/s"
+                )
+                window.clear()
+                logged_at, logged_step = self.elapsed, self.step
             if time.monotonic() - saved > config.save_seconds:
                 self.save()
                 saved = time.monotonic()
         bar.close()
         self.save()
+        self.plot()
 
     def averaged(self) -> dict[str, Tensor]:
-        """The exponential moving average of the weights, buffers as they are."""
+        """The exponential moving average of the weights, frozen ones and buffers as they are."""
         return {**self.model.state_dict(), **self.ema}
 
     def save(self) -> None:
         """Write the checkpoint, in the first process."""
         if rank() > 0:
             return
+        frozen = self._frozen()
         state = {
             "step": self.step,
             "elapsed": self.elapsed,
-            "model": self.model.state_dict(),
+            "model": {n: v for n, v in self.model.state_dict().items() if n not in frozen},
             "ema": self.ema,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
         }
@@ -118,14 +147,67 @@ class TrainingLoop:
         with replacing(self.checkpoint) as temporary, temporary.open("wb") as file:
             torch.save(state, file)
 
+    def plot(self) -> None:
+        """Draw every loss of the log into `loss.png`, in the first process."""
+        if self._log is None:
+            return
+        if find_spec("matplotlib") is None:
+            print("no loss.png: matplotlib is missing, install the [train] extra", file=sys.stderr)
+            return
+        curves = {n: c for n, c in self._log.curves().items() if n.startswith("loss") and c[0]}
+        if curves:
+            plot_curves({self.config.out.name: curves}, self.config.out / "loss.png")
+
     def _resume(self) -> None:
-        state: dict[str, Any] = torch.load(self.checkpoint, weights_only=True, map_location="cpu")
-        self.step, self.elapsed = state["step"], state["elapsed"]
-        self.model.load_state_dict(state["model"])
-        for name, value in state["ema"].items():
-            self.ema[name].copy_(value)
-        for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
+        path = self.checkpoint
+        advice = "delete it to start anew, or train into another folder"
+        try:
+            state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
+        except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            raise CheckpointError(
+                f"cannot resume from {path}: damaged or no training checkpoint ({reason}); {advice}"
+            ) from error
+        try:
+            self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
+            self._load(state["model"], state["ema"])
+            for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
+                optimizer.load_state_dict(saved)
+        except (KeyError, TypeError, AttributeError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"cannot resume from {path}: it is of another training than this one "
+                f"({' '.join(str(error).split())[:300]}); {advice}"
+            ) from error
+
+    def _load(self, weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
+        """Put saved weights and averages in place.
+
+        Raises:
+            KeyError: something trained here is missing, or something saved is unknown here.
+        """
+        frozen = self._frozen()
+        found = self.model.load_state_dict(weights, strict=False)
+        missing = [n for n in found.missing_keys if n not in frozen]
+        missing += [n for n in self.ema if n not in averages]
+        unknown = found.unexpected_keys
+        unknown += [n for n in averages if n not in self.ema and n not in frozen]
+        if missing or unknown:
+            raise KeyError(f"{len(missing)} missing, {len(unknown)} unknown: {missing + unknown}")
+        for name, average in self.ema.items():
+            average.copy_(averages[name])
+
+    def _frozen(self) -> set[str]:
+        return {n for n, _ in self.model.named_parameters() if n not in self._trained}
+
+    def _bar(self) -> Any:
+        """Seconds where there is a time budget, else steps."""
+        is_timed = math.isfinite(self.config.minutes)
+        total = round(self.config.minutes * 60) if is_timed else self.config.max_steps
+        unit = "s" if is_timed else "step"
+        return tqdm(total=total, unit=unit, initial=self._progress(), disable=rank() > 0)
+
+    def _progress(self) -> int:
+        return round(self.elapsed) if math.isfinite(self.config.minutes) else self.step
 
     def _finished(self) -> bool:
         limit = self.config.max_steps
@@ -142,16 +224,5 @@ class TrainingLoop:
 
     def _update_ema(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))
-        live = [parameter.detach() for _, parameter in self.model.named_parameters()]
+        live = [parameter.detach() for parameter in self._trained.values()]
         torch._foreach_lerp_(list(self.ema.values()), live, 1 - decay)
-
-    def _log(self, row: dict[str, float]) -> None:
-        if rank() > 0:
-            return
-        path = self.config.out / "log.csv"
-        is_new = not path.exists()
-        with path.open("a", newline="") as file:
-            writer = csv.DictWriter(file, fieldnames=list(row))
-            if is_new:
-                writer.writeheader()
-            writer.writerow(row)
