@@ -78,6 +78,26 @@ def load_trajectory(
     raise CameraError(f"{path.name} is no camera file: {_EXPECTED}")
 
 
+def load_rig(path: Path | str) -> dict[str, Tensor]:
+    """Every camera of a ReCamMaster file in one world: poses [T, 3, 4] by the camera's name.
+
+    They are relative to the first camera's first frame, so poses of two cameras compare.
+
+    Raises:
+        CameraError: unreadable file, another format, or matrices as in `load_trajectory`.
+    """
+    path = Path(path)
+    content = _read_json(path)
+    if not isinstance(content, dict) or "frame0" not in content:
+        raise CameraError(f"{path.name} holds no cameras of several videos: {_EXPECTED}")
+    world = {name: _world_poses(path, content, name) for name in _recammaster_cameras(path, content)}
+    reference = next(iter(world.values()))[0]
+    return {
+        name: validate_poses(relative_to(poses, reference), name=f"{path.name}#{name}")
+        for name, poses in world.items()
+    }
+
+
 def save_trajectory(path: Path | str, trajectory: CameraTrajectory) -> None:
     """Write a trajectory in our own format, whole or not at all.
 
@@ -179,28 +199,38 @@ def _recammaster_trajectory(
     size: tuple[int, int],
     camera: str | None,
 ) -> CameraTrajectory:
-    first = content["frame0"]
-    if not isinstance(first, dict) or not first:
-        raise CameraError(f"{path.name}: frame0 must map camera names to matrices; {_EXPECTED}")
+    names = _recammaster_cameras(path, content)
     if camera is None:
         raise CameraError(
-            f"{path.name} holds {len(first)} cameras ({', '.join(first)}); "
-            f"name one, such as {path.name}#{next(iter(first))}"
+            f"{path.name} holds {len(names)} cameras ({', '.join(names)}); "
+            f"name one, such as {path.name}#{names[0]}"
         )
-    if camera not in first:
+    if camera not in names:
         raise CameraError(
-            f"{path.name} has no camera {camera!r}; nearest: {nearest_names(camera, first)}"
+            f"{path.name} has no camera {camera!r}; nearest: {nearest_names(camera, names)}"
         )
     _check_count(path, len(content), num_frames)
-    matrices = []
-    for index in range(num_frames):
-        frame = content.get(f"frame{index}")
-        text = frame.get(camera) if isinstance(frame, dict) else None
-        matrices.append(_parse_matrix(path, f"frame{index} of {camera}", text))
-    poses = _opencv_poses(torch.stack(matrices))
+    poses = _world_poses(path, content, camera)
     name = f"{path.name}#{camera}"
     poses = validate_poses(relative_to(poses, poses[0]), name=name)
     return CameraTrajectory(poses, default_intrinsics(*size), size, name)
+
+
+def _recammaster_cameras(path: Path, content: dict[str, Any]) -> list[str]:
+    first = content["frame0"]
+    if not isinstance(first, dict) or not first:
+        raise CameraError(f"{path.name}: frame0 must map camera names to matrices; {_EXPECTED}")
+    return list(first)
+
+
+def _world_poses(path: Path, content: dict[str, Any], camera: str) -> Tensor:
+    """One camera in the file's own, left-handed world: [T, 3, 4], float64."""
+    matrices = []
+    for index in range(len(content)):
+        frame = content.get(f"frame{index}")
+        text = frame.get(camera) if isinstance(frame, dict) else None
+        matrices.append(_parse_matrix(path, f"frame{index} of {camera}", text))
+    return _opencv_poses(torch.stack(matrices))
 
 
 def _parse_matrix(path: Path, where: str, text: Any) -> Tensor:

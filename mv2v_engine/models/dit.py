@@ -9,12 +9,15 @@ B batch, L tokens, S text tokens, C width, N heads, D head dim, F frames.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from mv2v_engine.config import HeadMode, TransformerConfig
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
@@ -206,6 +209,8 @@ class MV2VTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.out_channels * 4)
         self.backend = "reference"
         self.responsiveness_heads: HeadMode = "concat"
+        # training: keep every block's input alone and compute the rest again on the way back
+        self.gradient_checkpointing = False
 
     def set_backend(self, backend: str) -> None:
         """Run every operation on a resolved backend (`ops.backend.resolve`)."""
@@ -249,11 +254,22 @@ class MV2VTransformer(nn.Module):
                     index, block, sequence, plan, temb_6, static_temb, rows, records
                 )
             if static_temb is None:
-                x = block(sequence, temb_6, context, rows)
+                x = self._run(block, sequence, temb_6, context, rows)
             else:
-                x = block.forward_static(sequence, temb_6, static_temb, context, rows)
+                x = self._run(
+                    block.forward_static, sequence, temb_6, static_temb, context, rows
+                )
             sequence = replace(sequence, x=x)
         return self._head(sequence.x[:, : plan.target.length], temb, plan)
+
+    def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
+        if self.gradient_checkpointing and torch.is_grad_enabled():
+            # nothing here draws random numbers, so their state need not be kept
+            result: Tensor = checkpoint(
+                layer, *arguments, use_reentrant=False, preserve_rng_state=False
+            )
+            return result
+        return layer(*arguments)
 
     def _check(self, latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | None) -> None:
         if len(latents) != len(plan.segments):

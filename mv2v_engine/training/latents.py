@@ -1,71 +1,287 @@
-"""The latent cache: every clip of every scene encoded once, so that training never runs the VAE.
+"""The latent cache: every video of every scene encoded once, so that training never runs the VAE.
 
 `python -m mv2v_engine.training.latents --scenes runs/scenes --vae runs/vae/vae --out runs/latents`
+`python -m mv2v_engine.training.latents --multicam MultiCamVideo --vae Wan/vae --text Wan ...`
 
-K cameras of a scene, F H W latent grid.
+One safetensors file a scene. What could not be encoded is counted, and why is in `skipped_*.json`.
+
+K cameras of a scene, C F H W latents, S' text tokens.
 """
 
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+import json
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
 from mv2v_engine.camera.poses import pose_vectors, relative_to
-from mv2v_engine.files import save_tensors
-from mv2v_engine.training.scenes import load_scene
-from mv2v_engine.vae import load_vae
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.training.command import run_command
+from mv2v_engine.training.multicam import MultiCamVideo
+from mv2v_engine.training.recipe import Tracks
+from mv2v_engine.training.scenes import RenderedScenes, Scene, SceneSource
+from mv2v_engine.vae import VideoVAE, load_vae
+
+_STILL_METRES = 1e-4
 
 
-@dataclass(frozen=True, eq=False)
-class LatentScene:
-    """latents [K, C, F, H, W] normalised, float16; poses [K, T, 3, 4] camera-to-world."""
+class LatentCache:
+    """A folder of encoded scenes: latents float16 [K, C, F, H, W], poses [K, T, 3, 4]
+    camera-to-world, and where captions were encoded, text bfloat16 [K, S', text_dim].
 
-    latents: Tensor
-    poses: Tensor
+    Args:
+        device: where all latents are kept; None reads each draw's from disk, for sets larger
+            than memory.
 
-    def cameras(self, tracks: list[int], source: int) -> Tensor:
-        """12-vectors [V, F, 12] of the given cameras, relative to the source's first frame."""
-        reference = self.poses[source, 0]
-        return torch.stack(
-            [pose_vectors(relative_to(self.poses[track], reference)) for track in tracks]
+    Raises:
+        TrainingError: nothing there, a damaged file, or scenes of different shapes.
+    """
+
+    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
+        self._paths = sorted(folder.glob("scene_*.safetensors"))
+        if not self._paths:
+            raise TrainingError(
+                f"{folder} holds no scene_*.safetensors; encode some with "
+                "python -m mv2v_engine.training.latents"
+            )
+        self._poses: list[Tensor] = []
+        self._has_text: list[bool] = []
+        self._resident: list[Tensor] = []
+        shapes: dict[tuple[int, ...], Path] = {}
+        for path in self._paths:
+            shape, poses, has_text = _header(path)
+            shapes.setdefault(shape[1:], path)
+            self._poses.append(poses)
+            self._has_text.append(has_text)
+            if device is not None:
+                self._resident.append(_read(path, "latents", None).to(device))
+        if len(shapes) > 1:
+            listed = "; ".join(f"{path.name} {list(shape)}" for shape, path in shapes.items())
+            raise TrainingError(
+                f"{folder} mixes videos of different shapes ({listed}); encode each into a folder "
+                "of its own"
+            )
+        channels, frames, rows, columns = next(iter(shapes))
+        self.latent_shape = (channels, frames, rows, columns)
+
+    def __len__(self) -> int:
+        return len(self._paths)
+
+    def num_tracks(self, scene: int) -> int:
+        return len(self._poses[scene])
+
+    def still_track(self, scene: int) -> int | None:
+        """The first video whose camera moves less than a tenth of a millimetre, or None."""
+        poses = self._poses[scene]
+        moved = (poses - poses[:, :1]).abs().flatten(1).amax(1)
+        still = (moved < _STILL_METRES).nonzero()
+        return int(still[0]) if len(still) else None
+
+    def draw(self, scene: int, tracks: Sequence[int], source: int) -> Tracks:
+        path, poses = self._paths[scene], self._poses[scene]
+        latents = self._resident[scene][list(tracks)] if self._resident else None
+        if latents is None:
+            latents = torch.stack([_read(path, "latents", track) for track in tracks])
+        reference = poses[source, 0]
+        cameras = torch.stack(
+            [pose_vectors(relative_to(poses[track], reference)) for track in tracks]
         )
+        text = _read(path, "text", tracks[0]) if self._has_text[scene] else None
+        return Tracks(latents.float(), cameras, text)
 
 
-def load_latents(folder: Path) -> list[LatentScene]:
-    """Every scene of a latent cache, in order."""
-    scenes = []
-    for path in sorted(folder.glob("scene_*.safetensors")):
+def save_latents(path: Path, latents: Tensor, poses: Tensor, text: Tensor | None = None) -> None:
+    """Write one scene of a latent cache: latents [K, C, F, H, W], poses [K, T, 3, 4], text."""
+    tensors = {"latents": latents.half(), "poses": poses}
+    if text is not None:
+        tensors["text"] = text.bfloat16()
+    save_tensors(path, tensors)
+
+
+def encode_scenes(
+    source: SceneSource,
+    names: Sequence[str],
+    out: Path,
+    encode: Callable[[Scene], tuple[Tensor, Tensor | None]],
+    *,
+    report: Path,
+    strict: bool = False,
+) -> dict[str, list[str]]:
+    """Encode the scenes that are not in the cache yet; why scenes and cameras were left out.
+
+    Args:
+        encode: latents [K, C, F, H, W] and text of a scene.
+        report: JSON of what was left out, by scene; kept up over resumptions.
+        strict: raise at the first such thing instead.
+    """
+    skipped: dict[str, list[str]] = {}
+    if report.exists():
+        skipped = _read_report(report)
+    bar = tqdm(names, unit="scene")
+    for name in bar:
+        target = out / f"{name}.safetensors"
+        if target.exists():
+            continue
+        skipped.pop(name, None)
+        try:
+            scene = source.load(name)
+            if strict and scene.skipped:
+                raise TrainingError(f"{name}: {'; '.join(scene.skipped)}")
+        except TrainingError as error:
+            if strict:
+                raise
+            skipped[name] = [str(error)]
+        else:
+            latents, text = encode(scene)
+            save_latents(target, latents, scene.poses, text)
+            if scene.skipped:
+                skipped[name] = list(scene.skipped)
+        if name in skipped:
+            bar.write(f"{name}: left out {'; '.join(skipped[name])}")
+            save_json(report, skipped)
+    return skipped
+
+
+def _header(path: Path) -> tuple[tuple[int, ...], Tensor, bool]:
+    """Shape of the latents, the poses, and whether there is text."""
+    try:
         with safe_open(str(path), framework="pt") as file:
-            scenes.append(LatentScene(file.get_tensor("latents"), file.get_tensor("poses")))
-    return scenes
+            shape = tuple(file.get_slice("latents").get_shape())
+            poses: Tensor = file.get_tensor("poses")
+            has_text = "text" in file.keys()  # noqa: SIM118, it is no dictionary
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    fits = len(shape) == 5 and poses.shape == (shape[0], 4 * shape[2] - 3, 3, 4)
+    if not fits:
+        raise _damaged(
+            path, f"latents {list(shape)} and poses {list(poses.shape)} do not belong together"
+        )
+    return shape, poses, has_text
+
+
+def _read(path: Path, name: str, track: int | None) -> Tensor:
+    """A tensor, or the part of one track."""
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            tensor: Tensor = (
+                file.get_tensor(name) if track is None else file.get_slice(name)[track]
+            )
+            return tensor
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, reason: object) -> TrainingError:
+    return TrainingError(
+        f"{path} is no encoded scene ({reason}): damaged or of another kind; delete it and run "
+        "mv2v_engine.training.latents again"
+    )
+
+
+def _read_report(path: Path) -> dict[str, list[str]]:
+    try:
+        report: dict[str, list[str]] = json.loads(path.read_text(encoding="utf-8"))
+        return dict(report)
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainingError(f"{path} cannot be read ({error}); delete it") from error
+
+
+def _encoder(
+    vae: VideoVAE, text: TextEncoder | None
+) -> Callable[[Scene], tuple[Tensor, Tensor | None]]:
+    def encode(scene: Scene) -> tuple[Tensor, Tensor | None]:
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
+            latents = torch.stack([vae.encode(clip).cpu() for clip in scene.frames])
+        if text is None:
+            return latents, None
+        return latents, trim_text(torch.cat([text.encode(c) for c in scene.captions]).cpu())
+
+    return encode
+
+
+def trim_text(text: Tensor) -> Tensor:
+    """Embeddings [K, S, dim] without the zeros past the longest prompt: [K, S', dim]."""
+    used = text.abs().amax((0, 2)).nonzero()
+    return text[:, : int(used[-1]) + 1] if len(used) else text[:, :1]
+
+
+def _text_encoder(folder: Path, length: int, device: torch.device) -> TextEncoder:
+    return load_text_encoder(
+        folder / "text_encoder",
+        folder / "tokenizer",
+        max_length=length,
+        device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+    )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--scenes", type=Path, required=True)
+    sources = parser.add_mutually_exclusive_group(required=True)
+    sources.add_argument("--scenes", type=Path, help="folder of mv2v_engine.training.scenes")
+    sources.add_argument("--multicam", type=Path, help="root of a MultiCamVideo dataset")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th scene from the i-th")
+    parser.add_argument("--strict", action="store_true", help="stop at the first thing left out")
     parser.add_argument("--device", default="cpu")
+    group = parser.add_argument_group("with --multicam").add_argument
+    group("--frames", type=int, default=81)
+    group("--size", type=int, nargs=2, default=(480, 832), metavar=("HEIGHT", "WIDTH"))
+    group("--text", type=Path, help="Wan folder with text_encoder and tokenizer, for captions")
+    group("--captions", type=Path, help="CSV of file_name and text; default: DIR/metadata.csv")
+    group("--text-length", type=int, default=512, help="text tokens of the transformer")
     args = parser.parse_args()
+
     device = torch.device(args.device)
     vae = load_vae(args.vae, device=device, dtype=torch.float32)
+    source: SceneSource
+    text = None
+    if args.scenes is not None:
+        if args.text or args.captions:
+            parser.error("--text and --captions belong to --multicam; rendered scenes have none")
+        source = RenderedScenes(args.scenes)
+    else:
+        if args.captions is not None and args.text is None:
+            parser.error("--captions needs --text, the folder of the encoder that reads them")
+        source = _multicam(args, vae)
+        if args.text is not None:
+            text = _text_encoder(args.text, args.text_length, device)
     first, step = (int(part) for part in args.shard.split("/"))
-    for path in tqdm(sorted(args.scenes.glob("scene_*.safetensors"))[first::step], unit="scene"):
-        target = args.out / path.name
-        if target.exists():
-            continue
-        scene = load_scene(path)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            latents = torch.stack([vae.encode(clip).cpu() for clip in scene.frames])
-        save_tensors(target, {"latents": latents.half(), "poses": scene.poses})
+    names = source.names[first::step]
+    report = args.out / f"skipped_{first}_of_{step}.json"
+    encoder = _encoder(vae, text)
+    skipped = encode_scenes(source, names, args.out, encoder, report=report, strict=args.strict)
+    encoded = {name for name in names if (args.out / f"{name}.safetensors").exists()}
+    cameras = sum(len(why) for name, why in skipped.items() if name in encoded)
+    print(
+        f"{len(encoded)} of {len(names)} scenes are encoded in {args.out}; left out: "
+        f"{len(names) - len(encoded)} scenes, {cameras} cameras of the others"
+    )
+    if not encoded:
+        raise TrainingError(f"none of {len(names)} scenes could be encoded; {report} says why")
+
+
+def _multicam(args: argparse.Namespace, vae: VideoVAE) -> MultiCamVideo:
+    size = (args.size[0], args.size[1])
+    vae.latent_shape(args.frames, size)
+    captions = args.captions
+    listed = args.multicam / "metadata.csv"
+    if captions is None and listed.is_file():
+        if args.text is not None:
+            captions = listed
+        else:
+            print(f"{listed} stays unused: without --text there is no encoder for captions")
+    return MultiCamVideo(args.multicam, num_frames=args.frames, size=size, captions=captions)
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -8,7 +8,6 @@ Weights are stored in float16 and computed in whatever the engine asks for.
 from __future__ import annotations
 
 import argparse
-import csv
 import json
 import shutil
 from pathlib import Path
@@ -20,7 +19,9 @@ from mv2v_engine.checkpoints.load import save_checkpoint
 from mv2v_engine.config import TINY
 from mv2v_engine.files import replacing, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.training.command import run_command
 from mv2v_engine.training.dit import TINY_SAMPLING
+from mv2v_engine.training.log import plot_curves, read_curves
 
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -45,26 +46,16 @@ def package(vae: Path, dit: Path, out: Path, name: str) -> None:
 
 def plot_losses(vae_logs: list[Path], dit_log: Path, path: Path) -> None:
     """Loss against step of both trainings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 2, figsize=(9, 3), layout="constrained")
-    for label, log in [*((log.parent.name, log) for log in vae_logs), ("transformer", dit_log)]:
-        with log.open() as file:
-            rows = list(csv.DictReader(file))
-        axis = axes[1 if label == "transformer" else 0]
-        axis.plot([int(r["step"]) for r in rows], [float(r["loss"]) for r in rows], label=label)
-    axes[0].set_title("VAE: squared error and terms")
-    axes[1].set_title("transformer: flow loss")
-    for axis in axes:
-        axis.set_yscale("log")
-        axis.set_xlabel("step")
-        axis.legend()
-        axis.grid(alpha=0.3)
-    with replacing(path) as temporary:
-        figure.savefig(temporary, dpi=80)
+    transformer = read_curves(dit_log)
+    panels = {
+        "VAE: squared error and terms": {
+            log.parent.name: read_curves(log)["loss"] for log in vae_logs
+        },
+        "transformer: flow loss": {
+            name: curve for name, curve in transformer.items() if name.startswith("loss")
+        },
+    }
+    plot_curves({title: curves for title, curves in panels.items() if curves}, path)
 
 
 def main() -> None:
@@ -81,4 +72,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

@@ -1,6 +1,7 @@
-"""Scenes on disk: rendered clips of procedural worlds, one safetensors file a world.
+"""Scenes filmed by several cameras at once, and the first source of them: procedural worlds.
 
-`python -m mv2v_engine.training.scenes --out runs/scenes --worlds 0:300`
+`python -m mv2v_engine.training.scenes --out runs/scenes --worlds 0:300` renders them ahead, one
+safetensors file a world. The other source is MultiCamVideo's folders, in `multicam`.
 
 K cameras, T frames.
 """
@@ -8,26 +9,69 @@ K cameras, T frames.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
+from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import HELD_OUT, make_world
+from mv2v_engine.training.command import run_command
 
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """frames uint8 [K, T, height, width, 3], poses [K, T, 3, 4] camera-to-world."""
+    """frames uint8 [K, T, height, width, 3]; poses [K, T, 3, 4] camera-to-world in one world.
+
+    captions: one a camera, or none at all. skipped: why cameras of the scene are not here.
+    """
 
     frames: Tensor
     poses: Tensor
+    captions: tuple[str, ...] = ()
+    skipped: tuple[str, ...] = ()
+
+
+class SceneSource(Protocol):
+    """Where scenes come from; the latent cache is made from any such source."""
+
+    @property
+    def names(self) -> Sequence[str]:
+        """Names of all scenes, each fit for a file's name."""
+
+    def load(self, name: str) -> Scene:
+        """One scene.
+
+        Raises:
+            TrainingError: it is damaged or incomplete; the message says how.
+        """
+
+
+class RenderedScenes:
+    """The folder that this module's command fills."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = {path.stem: path for path in sorted(folder.glob("scene_*.safetensors"))}
+        if not self._paths:
+            raise TrainingError(
+                f"{folder} holds no scene_*.safetensors; render some with "
+                "python -m mv2v_engine.training.scenes"
+            )
+
+    @property
+    def names(self) -> Sequence[str]:
+        return tuple(self._paths)
+
+    def load(self, name: str) -> Scene:
+        return load_scene(self._paths[name])
 
 
 def render_scene(seed: int, *, num_cameras: int, device: str = "cpu") -> Scene:
@@ -43,9 +87,19 @@ def scene_path(folder: Path, seed: int) -> Path:
 
 
 def load_scene(path: Path) -> Scene:
-    """A scene written by this module."""
-    with safe_open(str(path), framework="pt") as file:
-        return Scene(file.get_tensor("frames"), file.get_tensor("poses"))
+    """A scene written by this module.
+
+    Raises:
+        TrainingError: the file is damaged or holds something else.
+    """
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            return Scene(file.get_tensor("frames"), file.get_tensor("poses"))
+    except (OSError, SafetensorError) as error:
+        raise TrainingError(
+            f"{path} is no rendered scene ({error}): damaged or of another kind; delete it and "
+            "render it again"
+        ) from error
 
 
 def main() -> None:
@@ -70,4 +124,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

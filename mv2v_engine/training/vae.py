@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.evaluation.reconstruction import reconstruction_psnr
+from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import (
     data_parallel,
     join,
@@ -157,7 +158,9 @@ def main() -> None:
         FilterMuon(filters, lr=args.learning_rate, weight_decay=1e-3),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    config = LoopConfig(out=args.out, minutes=args.minutes, ema_decay=0.998)
+    config = LoopConfig(
+        out=args.out, minutes=args.minutes, ema_decay=0.998, batch=args.batch
+    )
     loop = TrainingLoop(vae, optimizers, config)
     pool = ClipPool(args.scenes, args.max_scenes)
     autoencode = data_parallel(_Autoencode(vae))
@@ -197,4 +200,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    run_command(main)

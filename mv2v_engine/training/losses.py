@@ -1,0 +1,56 @@
+"""The rectified-flow loss on the target's tokens (METHOD 8 and 12). B batch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.training.distributed import own_generator
+from mv2v_engine.training.recipe import Batch, SceneSampler
+
+
+def flow_loss(
+    model: nn.Module,
+    batch: Batch,
+    generator: torch.Generator,
+    *,
+    flow_shift: float,
+    device: torch.device,
+) -> Tensor:
+    """Mean squared error of the target's velocity at random noise levels, bf16 on a GPU.
+
+    A level is uniform, then shifted towards noise as the sampler's are; one a sample.
+    """
+    clean = batch.latents[0].to(device)
+    uniform = torch.rand(len(clean), generator=generator)
+    sigma = (flow_shift * uniform / (1 + (flow_shift - 1) * uniform)).to(device)
+    noise = torch.randn(clean.shape, generator=generator).to(device)
+    level = sigma[:, None, None, None, None]
+    noisy = (1 - level) * clean + level * noise
+    others = [latents.to(device) for latents in batch.latents[1:]]
+    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+        velocity = model(
+            [noisy, *others],
+            sigma * 1000,
+            batch.text.to(device),
+            plan=batch.plan,
+            cameras=batch.cameras.to(device),
+        )
+    loss: Tensor = (velocity.float() - (noise - clean)).pow(2).mean()
+    return loss
+
+
+def flow_step(
+    model: nn.Module, sampler: SceneSampler, device: torch.device
+) -> Callable[[torch.Generator], dict[str, Tensor]]:
+    """A step of the loop: a batch's loss, also under the name of its conditioning mode."""
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        batch = sampler.draw(generator)
+        own = own_generator(generator)
+        loss = flow_loss(model, batch, own, flow_shift=sampler.recipe.flow_shift, device=device)
+        return {"loss": loss, f"loss_{batch.plan.conditioning}": loss}
+
+    return step
