@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -80,11 +81,7 @@ class VideoVAE:
         digest = hashlib.sha256()
         config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
         digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, weight in sorted(self.model.state_dict().items()):
-            flat = weight.flatten()
-            samples = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)]
-            digest.update(name.encode())
-            digest.update(samples.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+        digest.update(sample_weights(self.model.state_dict()))
         return digest.hexdigest()[:16]
 
     def latent_shape(self, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -153,6 +150,17 @@ class VideoVAE:
         if pixels > self.tile_above:
             side, stride = _TILE // unit, _TILE_STRIDE // unit
             self.model.enable_tiling(side, side, stride, stride)
+
+
+def sample_weights(weights: Mapping[str, Tensor]) -> bytes:
+    """Names and a few values of every weight, rounded to bf16: material for a fingerprint."""
+    parts = []
+    for name, weight in sorted(weights.items()):
+        flat = weight.detach().flatten()
+        samples = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)]
+        parts.append(name.encode())
+        parts.append(samples.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return b"".join(parts)
 
 
 def load_vae(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> VideoVAE:

@@ -90,7 +90,9 @@ def load_rig(path: Path | str) -> dict[str, Tensor]:
     content = _read_json(path)
     if not isinstance(content, dict) or "frame0" not in content:
         raise CameraError(f"{path.name} holds no cameras of several videos: {_EXPECTED}")
-    world = {name: _world_poses(path, content, name) for name in _recammaster_cameras(path, content)}
+    world = {
+        name: _world_poses(path, content, name) for name in _recammaster_cameras(path, content)
+    }
     reference = next(iter(world.values()))[0]
     return {
         name: validate_poses(relative_to(poses, reference), name=f"{path.name}#{name}")

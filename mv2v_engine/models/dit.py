@@ -256,9 +256,7 @@ class MV2VTransformer(nn.Module):
             if static_temb is None:
                 x = self._run(block, sequence, temb_6, context, rows)
             else:
-                x = self._run(
-                    block.forward_static, sequence, temb_6, static_temb, context, rows
-                )
+                x = self._run(block.forward_static, sequence, temb_6, static_temb, context, rows)
             sequence = replace(sequence, x=x)
         return self._head(sequence.x[:, : plan.target.length], temb, plan)
 

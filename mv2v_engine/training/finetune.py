@@ -12,10 +12,12 @@ for the 1.3B model, fits every GPU that the activations fit, so processes keep w
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import math
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -23,7 +25,7 @@ from torch import Tensor, nn
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.config import MergerConfig, TransformerConfig
-from mv2v_engine.errors import CheckpointError, TrainingError
+from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import save_json
 from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
 from mv2v_engine.models.dit import Block, MV2VTransformer
@@ -35,6 +37,7 @@ from mv2v_engine.training.latents import LatentCache, trim_text
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
+from mv2v_engine.vae import sample_weights
 
 _TRAINED_IN_BLOCK = ("attn1", "projector", "cam_encoder")
 _TRAINED_MODULES = ("tokenizers", "mergers")
@@ -111,8 +114,17 @@ def empty_text(checkpoint: Checkpoint, components: Path | None) -> Tensor | None
     return trim_text(encoder.encode(""))[0]
 
 
-def _record_run(out: Path, checkpoint: str, recipe: Recipe, args: argparse.Namespace) -> None:
+def frozen_fingerprint(model: nn.Module) -> str:
+    """Identity of the frozen weights: what the trained ones belong to, and are not saved with."""
+    frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
+    return hashlib.sha256(sample_weights(frozen)).hexdigest()[:16]
+
+
+def record_run(out: Path, record: dict[str, Any]) -> None:
     """Write `run.json`; a folder goes on with the base that it began with.
+
+    Args:
+        record: holds "base" and "frozen_weights", its name and fingerprint.
 
     Raises:
         CheckpointError: the folder's trained weights belong to another base.
@@ -120,29 +132,20 @@ def _record_run(out: Path, checkpoint: str, recipe: Recipe, args: argparse.Names
     path = out / "run.json"
     if path.exists():
         try:
-            base = json.loads(path.read_text(encoding="utf-8"))["base"]
+            began = json.loads(path.read_text(encoding="utf-8"))
+            base, frozen = began["base"], began["frozen_weights"]
         except (OSError, ValueError, KeyError, TypeError) as error:
             raise CheckpointError(
-                f"{path} cannot be read ({error}): delete it to go on, if {out} was trained from "
-                f"{checkpoint}"
+                f"{path} cannot be read ({error}), so the base of this training is unknown; delete "
+                f"it if that is {record['base']}, or give another --out"
             ) from error
-        if base != checkpoint:
+        if frozen != record["frozen_weights"]:
             raise CheckpointError(
-                f"{out} fine-tunes {base}, got --checkpoint {checkpoint}; give the same base, or "
-                "another --out"
+                f"{out} fine-tunes {base}, whose frozen weights differ from those of "
+                f"{record['base']}; give the same --checkpoint, or another --out"
             )
     if rank() == 0:
-        save_json(
-            path,
-            {
-                "base": checkpoint,
-                "recipe": asdict(recipe),
-                "accumulate": args.accumulate,
-                "learning_rate": args.learning_rate,
-                "processes": world_size(),
-                "device": args.device,
-            },
-        )
+        save_json(path, record)
 
 
 def _say(*lines: str) -> None:
@@ -174,7 +177,6 @@ def main() -> None:
     join(device)
     recipe = Recipe(batch=args.batch, max_memory=args.max_memory)
     cache = LatentCache(args.latents)
-    _record_run(args.out, args.checkpoint, recipe, args)
     base = load_checkpoint(
         args.checkpoint,
         device=device,
@@ -184,6 +186,18 @@ def main() -> None:
     model = base.transformer.train()
     shape = add_memory_modules(model)
     trained = prepare(model)
+    record_run(
+        args.out,
+        {
+            "base": args.checkpoint,
+            "frozen_weights": frozen_fingerprint(model),
+            "recipe": asdict(recipe),
+            "accumulate": args.accumulate,
+            "learning_rate": args.learning_rate,
+            "processes": world_size(),
+            "device": args.device,
+        },
+    )
     text = empty_text(base, args.components)
     sampler = SceneSampler(cache, shape, recipe, empty_text=text)
     count = sum(parameter.numel() for parameter in trained)

@@ -130,7 +130,7 @@ def encode_scenes(
         target = out / f"{name}.safetensors"
         if target.exists():
             continue
-        skipped.pop(name, None)
+        was_skipped = skipped.pop(name, None) is not None
         try:
             scene = source.load(name)
             if strict and scene.skipped:
@@ -146,6 +146,7 @@ def encode_scenes(
                 skipped[name] = list(scene.skipped)
         if name in skipped:
             bar.write(f"{name}: left out {'; '.join(skipped[name])}")
+        if name in skipped or was_skipped:
             save_json(report, skipped)
     return skipped
 
@@ -171,9 +172,7 @@ def _read(path: Path, name: str, track: int | None) -> Tensor:
     """A tensor, or the part of one track."""
     try:
         with safe_open(str(path), framework="pt") as file:
-            tensor: Tensor = (
-                file.get_tensor(name) if track is None else file.get_slice(name)[track]
-            )
+            tensor: Tensor = file.get_tensor(name) if track is None else file.get_slice(name)[track]
             return tensor
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error

@@ -99,7 +99,9 @@ def plot_curves(panels: Mapping[str, Mapping[str, Curve]], path: Path) -> None:
     from matplotlib import pyplot
 
     size = (4.5 * len(panels), 3)
-    figure, axes = pyplot.subplots(1, len(panels), figsize=size, layout="constrained", squeeze=False)
+    figure, axes = pyplot.subplots(
+        1, len(panels), figsize=size, layout="constrained", squeeze=False
+    )
     for axis, (title, curves) in zip(axes[0], panels.items(), strict=True):
         for label, (steps, values) in curves.items():
             axis.plot(steps, values, label=label, linewidth=1)

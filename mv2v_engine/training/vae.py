@@ -158,9 +158,7 @@ def main() -> None:
         FilterMuon(filters, lr=args.learning_rate, weight_decay=1e-3),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
-    config = LoopConfig(
-        out=args.out, minutes=args.minutes, ema_decay=0.998, batch=args.batch
-    )
+    config = LoopConfig(out=args.out, minutes=args.minutes, ema_decay=0.998, batch=args.batch)
     loop = TrainingLoop(vae, optimizers, config)
     pool = ClipPool(args.scenes, args.max_scenes)
     autoencode = data_parallel(_Autoencode(vae))

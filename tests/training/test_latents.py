@@ -1,45 +1,168 @@
-"""The latent cache on disk, and cameras relative to the source."""
+"""The latent cache: what scenes become, how tracks come back, and what a damaged one says."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
 import torch
+from torch import Tensor
 
 from mv2v_engine.camera.poses import compose, relative_to
+from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
-from mv2v_engine.training.latents import LatentScene, load_latents
+from mv2v_engine.training.latents import LatentCache, encode_scenes, save_latents, trim_text
+from mv2v_engine.training.scenes import RenderedScenes, Scene, scene_path
+
+CPU = torch.device("cpu")
 
 
-def _scene(seed: int) -> LatentScene:
+def _poses(seed: int) -> Tensor:
     cameras = scene_cameras(seed, num_cameras=3, num_frames=9)
-    generator = torch.Generator().manual_seed(seed)
-    latents = torch.randn(3, 4, 3, 6, 10, generator=generator).half()
-    return LatentScene(latents, torch.stack([camera.poses for camera in cameras]))
+    return torch.stack([camera.poses for camera in cameras])
 
 
-def test_scenes_come_back_in_order(tmp_path: Path) -> None:
-    for seed in (2, 0, 1):
-        scene = _scene(seed)
-        tensors = {"latents": scene.latents, "poses": scene.poses}
-        save_tensors(tmp_path / f"scene_{seed:07d}.safetensors", tensors)
+def _latents(seed: int) -> Tensor:
+    return torch.randn(3, 4, 3, 6, 10, generator=torch.Generator().manual_seed(seed)).half()
+
+
+def _write(folder: Path, *seeds: int, poses: Tensor | None = None) -> Path:
+    for seed in seeds:
+        save_latents(
+            scene_path(folder, seed), _latents(seed), _poses(seed) if poses is None else poses
+        )
+    return folder
+
+
+@pytest.mark.parametrize("device", [CPU, None], ids=["resident", "from-disk"])
+def test_tracks_come_back_by_scene_and_number(tmp_path: Path, device: torch.device | None) -> None:
     (tmp_path / "notes.txt").write_text("not a scene")
-    loaded = load_latents(tmp_path)
-    assert len(loaded) == 3
-    for seed, scene in enumerate(loaded):
-        assert torch.equal(scene.latents, _scene(seed).latents)
-        assert torch.equal(scene.poses, _scene(seed).poses)
-    assert load_latents(tmp_path / "nowhere") == []
+    cache = LatentCache(_write(tmp_path, 2, 0, 1), device)
+    assert len(cache) == 3 and cache.latent_shape == (4, 3, 6, 10)
+    for seed in range(3):
+        assert cache.num_tracks(seed) == 3 and cache.still_track(seed) == 0
+        drawn = cache.draw(seed, [2, 0], 0)
+        assert torch.equal(drawn.latents, _latents(seed)[[2, 0]].float())
+        assert drawn.text is None
 
 
-def test_cameras_are_relative_to_the_sources_first_frame() -> None:
-    scene = _scene(0)
+def test_the_target_brings_its_own_caption(tmp_path: Path) -> None:
+    text = torch.arange(3).float()[:, None, None].expand(3, 2, 5)
+    save_latents(scene_path(tmp_path, 0), _latents(0), _poses(0), text)
+    for device in (CPU, None):
+        drawn = LatentCache(tmp_path, device).draw(0, [2, 1], 1)
+        assert drawn.text is not None and torch.equal(drawn.text.float(), text[2])
+
+
+def test_cameras_are_relative_to_the_sources_first_frame(tmp_path: Path) -> None:
+    poses = _poses(0)
     # as if the whole rig had been moved: relative poses do not notice
-    moved = LatentScene(scene.latents, compose(scene.poses[1, 4], scene.poses))
-    for rig in (scene, moved):
-        vectors = rig.cameras([2, 1], 1)
+    for name, rig in (("here", poses), ("moved", compose(poses[1, 4], poses))):
+        vectors = LatentCache(_write(tmp_path / name, 0, poses=rig)).draw(0, [2, 1], 1).cameras
         assert vectors.shape == (2, 3, 12)
-        expected = relative_to(scene.poses[2], scene.poses[1, 0])[::4].flatten(1)
+        expected = relative_to(poses[2], poses[1, 0])[::4].flatten(1)
         torch.testing.assert_close(vectors[0], expected, rtol=0, atol=1e-5)
         torch.testing.assert_close(vectors[1, 0], torch.eye(3, 4).flatten(), rtol=0, atol=1e-5)
+
+
+def test_where_every_camera_moves_none_stands_still(tmp_path: Path) -> None:
+    assert LatentCache(_write(tmp_path, 0, poses=_poses(0)[[1, 2, 1]])).still_track(0) is None
+
+
+def test_an_empty_cache_says_what_to_run(tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"mv2v_engine\.training\.latents"):
+        LatentCache(tmp_path)
+    with pytest.raises(TrainingError, match=r"mv2v_engine\.training\.scenes"):
+        RenderedScenes(tmp_path)
+
+
+def test_a_damaged_scene_is_named(tmp_path: Path) -> None:
+    path = scene_path(_write(tmp_path, 0, 1), 1)
+    whole = path.read_bytes()
+    for content in (whole[: len(whole) // 2], b"", b"not latents"):
+        path.write_bytes(content)
+        with pytest.raises(TrainingError, match=rf"{path.name} .*delete it"):
+            LatentCache(tmp_path)
+
+
+def test_poses_of_another_length_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path, 0, poses=_poses(0)[:, :5])
+    with pytest.raises(TrainingError, match=r"poses \[3, 5, 3, 4\] do not belong together"):
+        LatentCache(tmp_path)
+
+
+def test_scenes_of_different_shapes_are_refused(tmp_path: Path) -> None:
+    _write(tmp_path, 0)
+    save_latents(scene_path(tmp_path, 1), _latents(1)[..., :8], _poses(1))
+    with pytest.raises(TrainingError, match=r"scene_0000001.safetensors \[4, 3, 6, 8\]"):
+        LatentCache(tmp_path)
+
+
+class _Scenes:
+    """Four scenes: whole, without one camera, broken, whole."""
+
+    names: Sequence[str] = ("scene_a", "scene_b", "scene_c", "scene_d")
+    broken = "scene_c"
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def load(self, name: str) -> Scene:
+        self.loaded.append(name)
+        if name == self.broken:
+            raise TrainingError(f"{name} has no cameras")
+        skipped = ("cam02: cam02.mp4 is missing",) if name == "scene_b" else ()
+        frames = torch.zeros(3, 9, 48, 80, 3, dtype=torch.uint8)
+        return Scene(frames, _poses(0), skipped=skipped)
+
+
+def _encode(scene: Scene) -> tuple[Tensor, Tensor | None]:
+    return torch.zeros(len(scene.frames), 4, 3, 6, 10), None
+
+
+def test_what_is_left_out_is_reported_and_the_rest_encoded(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    source, report = _Scenes(), tmp_path / "skipped_0_of_1.json"
+    skipped = encode_scenes(source, source.names, tmp_path, _encode, report=report)
+    assert skipped == {
+        "scene_b": ["cam02: cam02.mp4 is missing"],
+        "scene_c": ["scene_c has no cameras"],
+    }
+    assert json.loads(report.read_text()) == skipped
+    assert "scene_c: left out scene_c has no cameras" in capsys.readouterr().out
+    assert len(LatentCache(tmp_path)) == 3
+
+    # again: what is there stays, what was broken is tried anew, and the report is kept up
+    again = _Scenes()
+    assert encode_scenes(again, again.names, tmp_path, _encode, report=report) == skipped
+    assert again.loaded == ["scene_c"]
+    mended = _Scenes()
+    mended.broken = ""
+    encode_scenes(mended, mended.names, tmp_path, _encode, report=report)
+    assert len(LatentCache(tmp_path)) == 4
+    assert list(json.loads(report.read_text())) == ["scene_b"]
+
+
+@pytest.mark.parametrize(("first", "message"), [(1, "cam02.mp4 is missing"), (2, "no cameras")])
+def test_strict_stops_at_the_first_thing_left_out(tmp_path: Path, first: int, message: str) -> None:
+    source, report = _Scenes(), tmp_path / "skipped.json"
+    with pytest.raises(TrainingError, match=message):
+        encode_scenes(source, source.names[first:], tmp_path, _encode, report=report, strict=True)
+
+
+def test_a_damaged_rendered_scene_is_named(tmp_path: Path) -> None:
+    path = scene_path(tmp_path, 0)
+    save_tensors(path, {"frames": torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8)})
+    with pytest.raises(TrainingError, match=rf"{path.name} .*render it again"):
+        RenderedScenes(tmp_path).load(path.stem)
+
+
+def test_text_is_kept_to_its_longest_prompt() -> None:
+    text = torch.zeros(2, 6, 5)
+    text[0, :2], text[1, :4] = 1, 1
+    assert torch.equal(trim_text(text), text[:, :4])
+    assert trim_text(torch.zeros(2, 6, 5)).shape == (2, 1, 5)

@@ -1,0 +1,205 @@
+"""What the recipe's samples hold, and in what shares."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine.config import TransformerConfig
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.testing import tiny_config
+from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.training.dit import TINY_RECIPE
+from mv2v_engine.training.latents import LatentCache
+from mv2v_engine.training.recipe import Batch, Recipe, SceneSampler, Tracks
+
+FRAMES = 3
+
+
+def _draws(source: LatentCache, count: int, recipe: Recipe | None = None) -> list[Batch]:
+    sampler = SceneSampler(source, tiny_config(), recipe or replace(TINY_RECIPE, batch=3))
+    return [sampler.draw(torch.Generator().manual_seed(seed)) for seed in range(count)]
+
+
+def _numbers(latents: Tensor) -> list[int]:
+    """Which track every sample of a batch is, seen through the noise on memory."""
+    return [round(value) for value in latents.mean((1, 2, 3, 4)).tolist()]
+
+
+def test_videos_of_a_sample_are_different_cameras_of_one_scene(cache: LatentCache) -> None:
+    for batch in _draws(cache, 60):
+        assert len(batch.latents) == len(batch.plan.segments)
+        tracks = torch.tensor([_numbers(latents) for latents in batch.latents]).T
+        assert tracks.shape[0] == 3
+        for sample in tracks.tolist():
+            assert len({number // 20 for number in sample}) == 1
+            assert len(set(sample)) == len(sample)
+
+
+def test_every_segment_gets_the_camera_of_its_own_video(cache: LatentCache) -> None:
+    for batch in _draws(cache, 60):
+        for latents, segment in zip(batch.latents, batch.plan.segments, strict=True):
+            assert segment.camera is not None
+            cameras = batch.cameras[:, segment.camera].unflatten(-1, (3, 4))
+            assert cameras.shape == (3, FRAMES, 3, 4)
+            # poses are relative to the source's first frame, whether or not it is shown
+            source = torch.tensor([0.0] * 3)
+            if len(batch.plan.segments) > 1 and batch.plan.segments[1].role == "source":
+                source = torch.tensor(_numbers(batch.latents[1])) % 20
+                place = torch.tensor(_numbers(latents)) % 20 - source
+                torch.testing.assert_close(cameras[:, 0, 0, 3], place.float())
+            assert torch.equal(cameras[:, 0, 1, 3], torch.zeros(3))
+
+
+def test_the_sources_own_camera_is_the_identity(cache: LatentCache) -> None:
+    for batch in _draws(cache, 20):
+        source = batch.cameras[:, 1].unflatten(-1, (3, 4))
+        torch.testing.assert_close(source, torch.eye(3, 4).expand_as(source))
+
+
+def test_the_odds_are_the_recipes(cache: LatentCache) -> None:
+    batches = _draws(cache, 600, replace(TINY_RECIPE, batch=1))
+    plans = [batch.plan for batch in batches]
+    counts = Counter(plan.num_memory for plan in plans)
+    assert set(counts) == {0, 1, 2, 3} and abs(counts[0] / 600 - 0.25) < 0.06
+    merging = [plan for plan in plans if plan.merge == "conv"]
+    assert abs(len(merging) / 600 - 0.5) < 0.07
+    assert all(0.3 <= plan.merge_fraction <= 0.7 for plan in plans)
+    assert len({plan.fraction for plan in plans}) > 20
+    with_memory = [plan for plan in plans if plan.num_memory]
+    dropped = [plan for plan in with_memory if plan.segments[1].role != "source"]
+    assert abs(len(dropped) / len(with_memory) - 0.1) < 0.05
+    assert all(plan.segments[1].role == "source" for plan in plans if not plan.num_memory)
+    rates = Counter(s.tokenizer for plan in with_memory for s in plan.segments if s.tau == 6)
+    assert set(rates) == {2, 4, 8} and rates[4] > rates[2] and rates[4] > rates[8]
+    static = [plan for plan in plans if plan.conditioning == "static"]
+    assert abs(len(static) / 600 - 0.5) < 0.07
+    # the modes mix with everything else: one checkpoint serves both
+    assert {plan.num_memory for plan in static} == {0, 1, 2, 3}
+    assert {plan.merge for plan in static} == {"conv", "off"}
+
+
+def test_the_source_stands_still_in_most_samples(cache: LatentCache) -> None:
+    # track 0 is a scene's static camera, as a user's clip of unknown camera is taken to be
+    shown = [batch for batch in _draws(cache, 150) if batch.plan.segments[-1].role != "target"]
+    sources = [
+        number % 20
+        for batch in shown
+        if batch.plan.segments[1].role == "source"
+        for number in _numbers(batch.latents[1])
+    ]
+    share = sources.count(0) / len(sources)
+    assert 0.76 < share < 0.87  # four fifths, and a tenth of the rest
+
+
+def test_memory_alone_is_perturbed_and_only_beside_a_source(cache: LatentCache) -> None:
+    for batch in _draws(cache, 60):
+        has_source = any(segment.role == "source" for segment in batch.plan.segments)
+        for latents, segment in zip(batch.latents, batch.plan.segments, strict=True):
+            spread = float(latents.flatten(1).std(1).mean())
+            expected = 0.1 if segment.role == "memory" and has_source else 0.0
+            assert spread == pytest.approx(expected, abs=0.01)
+
+
+def test_a_batch_follows_from_its_generator(cache: LatentCache) -> None:
+    for first, second in zip(_draws(cache, 10), _draws(cache, 10), strict=True):
+        assert first.plan == second.plan
+        assert torch.equal(first.cameras, second.cameras)
+        for a, b in zip(first.latents, second.latents, strict=True):
+            assert torch.equal(a, b)
+    drawn = {(batch.plan, *_numbers(batch.latents[0])) for batch in _draws(cache, 10)}
+    assert len(drawn) == 10
+
+
+def test_the_full_size_recipe_has_one_to_six_memories(cache: LatentCache) -> None:
+    sampler = SceneSampler(cache, tiny_config(), Recipe())
+    plans = [sampler.draw_plan(torch.Generator().manual_seed(seed)) for seed in range(300)]
+    counts = Counter(plan.num_memory for plan in plans)
+    assert set(counts) == {1, 2, 3, 4, 5, 6} and min(counts.values()) > 25
+    ranked = [plan for plan in plans if plan.num_memory == 6 and _rates(plan) == [4, 4, 4, 8, 8, 8]]
+    assert 0.3 < len(ranked) / counts[6] < 0.7
+
+
+def _rates(plan: TokenPlan) -> list[int]:
+    return [segment.tokenizer for segment in plan.segments if segment.role == "memory"]
+
+
+class _Filmed:
+    """A source of another kind than the cache: the sampler needs the protocol alone."""
+
+    latent_shape = (4, 2, 6, 10)
+
+    def __init__(self, cameras: Sequence[int], text: Tensor | None = None) -> None:
+        self.cameras, self.text = cameras, text
+        self.drawn: list[int] = []
+
+    def __len__(self) -> int:
+        return len(self.cameras)
+
+    def num_tracks(self, scene: int) -> int:
+        return self.cameras[scene]
+
+    def still_track(self, scene: int) -> int | None:
+        return None
+
+    def draw(self, scene: int, tracks: Sequence[int], source: int) -> Tracks:
+        self.drawn.append(scene)
+        assert tracks[1] == source
+        latents = torch.zeros(len(tracks), *self.latent_shape)
+        return Tracks(latents, torch.zeros(len(tracks), 2, 12), self.text)
+
+
+def test_scenes_of_too_few_cameras_are_left_out_and_counted(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    source = _Filmed([3, 8, 4, 9])
+    sampler = SceneSampler(source, tiny_config(), Recipe(batch=4))
+    assert "left out 2 of 4 scenes" in capsys.readouterr().err
+    for seed in range(8):
+        sampler.draw(torch.Generator().manual_seed(seed))
+    assert set(source.drawn) == {1, 3}
+
+
+def test_captions_are_padded_with_zeros_and_their_lack_is_the_empty_prompt() -> None:
+    shape = tiny_config()  # six text tokens of ten channels
+    caption, empty = torch.full((4, 10), 2.0), torch.full((1, 10), 3.0)
+    generator = torch.Generator().manual_seed(0)
+    for source, length, value in ((_Filmed([8], caption), 4, 2.0), (_Filmed([8]), 1, 3.0)):
+        batch = SceneSampler(source, shape, Recipe(), empty_text=empty).draw(generator)
+        assert batch.text.shape == (1, 6, 10)
+        assert bool((batch.text[0, :length] == value).all())
+        assert not batch.text[0, length:].any()
+    assert not SceneSampler(_Filmed([8]), shape, Recipe()).draw(generator).text.any()
+
+
+@pytest.mark.parametrize(
+    ("source", "shape", "message"),
+    [
+        (_Filmed([3, 5]), tiny_config(), "scenes of 8 cameras, the best of 2 scenes has 5"),
+        (_Filmed([8]), tiny_config(in_channels=16, out_channels=16), "latents have 4 channels"),
+        (_Filmed([8]), tiny_config(camera_conditioning="none"), "with cameras"),
+        (_Filmed([8]), tiny_config(in_channels=8), "8 channels in and 4 out"),
+    ],
+    ids=["cameras", "channels", "no-camera-modules", "source-on-channels"],
+)
+def test_a_source_that_does_not_fit_is_refused(
+    source: _Filmed, shape: TransformerConfig, message: str
+) -> None:
+    with pytest.raises(TrainingError, match=message):
+        SceneSampler(source, shape, Recipe())
+
+
+def test_a_caption_of_another_encoder_is_refused() -> None:
+    sampler = SceneSampler(_Filmed([8], torch.zeros(3, 7)), tiny_config(), Recipe())
+    with pytest.raises(TrainingError, match=r"shape \[3, 7\]"):
+        sampler.draw(torch.Generator())
+
+
+def test_a_recipe_without_memory_is_refused() -> None:
+    with pytest.raises(TrainingError, match="max_memory 0"):
+        Recipe(max_memory=0)
