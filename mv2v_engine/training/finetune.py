@@ -35,7 +35,7 @@ from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave, rank, world_size
 from mv2v_engine.training.latents import LatentCache, trim_text
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.losses import flow_step
+from mv2v_engine.training.losses import compute_dtype, flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
 from mv2v_engine.vae import sample_weights
 
@@ -180,7 +180,7 @@ def main() -> None:
     base = load_checkpoint(
         args.checkpoint,
         device=device,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+        dtype=compute_dtype(device),
         rename=args.rename,
     )
     model = base.transformer.train()

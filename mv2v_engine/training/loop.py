@@ -11,6 +11,7 @@ import math
 import pickle
 import sys
 import time
+import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -161,13 +162,15 @@ class TrainingLoop:
     def _resume(self) -> None:
         path = self.checkpoint
         advice = "delete it to start anew, or train into another folder"
+        if not zipfile.is_zipfile(path):  # which torch.save writes, its directory last
+            raise CheckpointError(
+                f"cannot resume from {path}: cut short or no training checkpoint; {advice}"
+            )
         try:
             state: dict[str, Any] = torch.load(path, weights_only=True, map_location="cpu")
         except (OSError, RuntimeError, ValueError, EOFError, pickle.UnpicklingError) as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise CheckpointError(
-                f"cannot resume from {path}: damaged or no training checkpoint ({reason}); {advice}"
-            ) from error
+            raise CheckpointError(f"cannot resume from {path}: {reason}; {advice}") from error
         try:
             self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
             self._load(state["model"], state["ema"])

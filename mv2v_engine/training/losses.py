@@ -18,10 +18,12 @@ def flow_loss(
     *,
     flow_shift: float,
     device: torch.device,
+    dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Mean squared error of the target's velocity at random noise levels, bf16 on a GPU.
+    """Mean squared error of the target's velocity at random noise levels.
 
-    A level is uniform, then shifted towards noise as the sampler's are; one a sample.
+    A level is uniform, then shifted towards noise as the sampler's are; one a sample. dtype: what
+    products are computed in, by autocast; the error is always float32.
     """
     clean = batch.latents[0].to(device)
     uniform = torch.rand(len(clean), generator=generator)
@@ -30,7 +32,7 @@ def flow_loss(
     level = sigma[:, None, None, None, None]
     noisy = (1 - level) * clean + level * noise
     others = [latents.to(device) for latents in batch.latents[1:]]
-    with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+    with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         velocity = model(
             [noisy, *others],
             sigma * 1000,
@@ -42,15 +44,24 @@ def flow_loss(
     return loss
 
 
+def compute_dtype(device: torch.device) -> torch.dtype:
+    """bfloat16 on a GPU; CPUs without it only get slower."""
+    return torch.bfloat16 if device.type == "cuda" else torch.float32
+
+
 def flow_step(
     model: nn.Module, sampler: SceneSampler, device: torch.device
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
-    """A step of the loop: a batch's loss, also under the name of its conditioning mode."""
+    """A step of the loop: a batch's loss, also under the name of its conditioning mode.
+
+    In bfloat16 on a GPU, in float32 elsewhere.
+    """
+    dtype, shift = compute_dtype(device), sampler.recipe.flow_shift
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         batch = sampler.draw(generator)
         own = own_generator(generator)
-        loss = flow_loss(model, batch, own, flow_shift=sampler.recipe.flow_shift, device=device)
+        loss = flow_loss(model, batch, own, flow_shift=shift, device=device, dtype=dtype)
         return {"loss": loss, f"loss_{batch.plan.conditioning}": loss}
 
     return step

@@ -12,7 +12,12 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from mv2v_engine.camera.files import load_trajectory, resolve_camera, save_trajectory
+from mv2v_engine.camera.files import (
+    load_rig,
+    load_trajectory,
+    resolve_camera,
+    save_trajectory,
+)
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.errors import CameraError
@@ -260,3 +265,30 @@ def test_recammaster_frame_counts(tmp_path: Path) -> None:
     path.write_text(json.dumps(content))
     with pytest.raises(CameraError, match=r"frame2 of cam01 must be text.*got None"):
         load_trajectory(path, num_frames=4, size=SIZE, camera="cam01")
+
+
+def test_a_rigs_cameras_are_in_one_world(tmp_path: Path) -> None:
+    """A second camera 50 cm ahead of the first, turned 90 degrees to the right, then back."""
+    yaw = math.radians(30)
+    ahead = (100 + 50 * math.cos(yaw), 200 + 50 * math.sin(yaw), 150.0)
+    path = write_recammaster(
+        tmp_path / "camera_extrinsics.json",
+        {
+            "cam01": [unreal_matrix(30.0, (100.0, 200.0, 150.0))] * 2,
+            "cam02": [unreal_matrix(120.0, ahead), unreal_matrix(30.0, ahead)],
+        },
+    )
+    rig = load_rig(path)
+    assert list(rig) == ["cam01", "cam02"]
+    torch.testing.assert_close(rig["cam01"], identity_poses(2), rtol=0, atol=1e-5)
+    place = torch.tensor([0.0, 0.0, 0.5]).expand(2, 3)
+    torch.testing.assert_close(rig["cam02"][:, :, 3], place, rtol=0, atol=1e-5)
+    forward = torch.tensor([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0]])
+    torch.testing.assert_close(rig["cam02"][:, :, 2], forward, rtol=0, atol=1e-5)
+
+
+def test_a_rig_of_our_own_format_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "camera.json"
+    path.write_text(json.dumps(own_json()))
+    with pytest.raises(CameraError, match=r"camera\.json holds no cameras of several videos"):
+        load_rig(path)

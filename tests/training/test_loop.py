@@ -6,13 +6,13 @@ import csv
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.errors import StorageError
+from mv2v_engine.errors import CheckpointError, StorageError
 from mv2v_engine.testing import randomise
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 
@@ -162,3 +162,94 @@ def test_the_log_has_a_row_every_few_steps(tmp_path: Path) -> None:
         rows = list(csv.DictReader(file))
     assert [int(row["step"]) for row in rows] == [2, 4, 6, 8]
     assert {"loss", "extra", "seconds", "steps_per_second", "lr_scale"} <= set(rows[0])
+    for row in rows:
+        # one process, one batch of one sample a step
+        assert float(row["samples_per_second"]) == float(row["steps_per_second"])
+        assert float(row["extra"]) == pytest.approx(2 * float(row["loss"]), rel=1e-5)
+
+
+def test_a_finished_run_leaves_a_plot(tmp_path: Path) -> None:
+    pytest.importorskip("matplotlib")
+    _train(_loop(tmp_path))
+    assert (tmp_path / "loss.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_accumulated_batches_make_one_step_of_their_mean(tmp_path: Path) -> None:
+    weights, rows = [], []
+    for accumulate, batch in ((2, 5), (1, 10)):
+        loop = _loop(tmp_path / str(accumulate))
+        loop.config = replace(loop.config, accumulate=accumulate, batch=batch, log_every=1)
+
+        def step(generator: torch.Generator, loop: TrainingLoop = loop, batch: int = batch) -> Any:
+            inputs = torch.rand(batch, 6, generator=generator)
+            return {"loss": (loop.model(inputs) - inputs[:, :3].sin()).pow(2).mean()}
+
+        loop.run(step)
+        weights.append(loop.model.state_dict())
+        with (loop.config.out / "log.csv").open() as file:
+            rows.append(list(csv.DictReader(file)))
+    for name, value in weights[0].items():
+        torch.testing.assert_close(value, weights[1][name], rtol=1e-4, atol=1e-5)
+    for row in (*rows[0], *rows[1]):
+        samples, steps = float(row["samples_per_second"]), float(row["steps_per_second"])
+        assert samples == pytest.approx(10 * steps, rel=0.01)
+
+
+def test_frozen_weights_are_neither_saved_nor_averaged(tmp_path: Path) -> None:
+    model = _model()
+    model.get_submodule("0").requires_grad_(False)
+
+    def loop() -> TrainingLoop:
+        trained = [p for p in model.parameters() if p.requires_grad]
+        config = LoopConfig(out=tmp_path, max_steps=2)
+        return TrainingLoop(model, [torch.optim.AdamW(trained)], config)
+
+    first = loop()
+    _train(first)
+    state = torch.load(first.checkpoint, weights_only=True)
+    assert set(state["model"]) == set(state["ema"]) == {"2.weight", "2.bias"}
+    assert set(first.averaged()) == set(model.state_dict())
+    assert loop().step == 2
+
+    # earlier versions saved and averaged frozen weights too
+    state["model"] = model.state_dict()
+    state["ema"] = {name: p.detach() for name, p in model.named_parameters()}
+    torch.save(state, first.checkpoint)
+    again = loop()
+    assert torch.equal(again.ema["2.weight"], state["ema"]["2.weight"])
+
+
+def _damage_checkpoint(path: Path, how: str) -> None:
+    content = path.read_bytes()
+    state = torch.load(path, weights_only=True)
+    if how == "cut":
+        path.write_bytes(content[: len(content) // 2])
+    elif how == "empty":
+        path.write_bytes(b"")
+    elif how == "text":
+        path.write_text("step,loss\n")
+    else:
+        if how == "keys":
+            del state["optimizers"]
+        elif how == "optimizers":
+            state["optimizers"].pop()
+        elif how == "shape":
+            state["model"]["0.weight"] = torch.zeros(2, 2)
+        elif how == "missing":
+            del state["model"]["0.weight"]
+        elif how == "average":
+            del state["ema"]["0.weight"]
+        torch.save(state, path)
+
+
+@pytest.mark.parametrize(
+    "how", ["cut", "empty", "text", "keys", "optimizers", "shape", "missing", "average"]
+)
+def test_a_checkpoint_that_cannot_be_resumed_from_is_named(tmp_path: Path, how: str) -> None:
+    loop = _loop(tmp_path)
+    _train(loop, killed_at=2)
+    _damage_checkpoint(loop.checkpoint, how)
+    before = loop.checkpoint.read_bytes()
+    with pytest.raises(CheckpointError, match=rf"{loop.checkpoint.name}: .*delete it to start"):
+        _loop(tmp_path)
+    assert loop.checkpoint.read_bytes() == before

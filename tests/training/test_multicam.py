@@ -2,61 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.training.multicam import MultiCamVideo
-from mv2v_engine.video.io import write_video
+from mv2v_engine.video.io import read_video, write_video
 
 FRAMES, SIZE = 5, (32, 48)
 CAMERAS = ("cam01", "cam02", "cam03")
-
-
-def _matrix(right: float) -> str:
-    """Unreal's text: row vectors, centimetres; x forward, y right, z up, turned by nothing."""
-    return f"[1 0 0 0] [0 1 0 0] [0 0 1 0] [0 {right:g} 150 1] "
-
-
-def _frames(camera: int, num_frames: int = FRAMES) -> Tensor:
-    """Grey by camera and frame, on a canvas that is cropped at the sides."""
-    grey = 40 * camera + 10 * torch.arange(num_frames)
-    return grey.to(torch.uint8)[:, None, None, None].expand(-1, 64, 128, 3).contiguous()
-
-
-@pytest.fixture(scope="module")
-def dataset(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two scenes of three cameras; camera i starts 10 i cm to the right and moves 4 cm a frame."""
-    root = tmp_path_factory.mktemp("MultiCamVideo")
-    for scene in ("scene2", "scene10"):
-        folder = root / "train" / "f24_aperture5" / scene
-        (folder / "cameras").mkdir(parents=True)
-        for number, camera in enumerate(CAMERAS, start=1):
-            write_video(folder / "videos" / f"{camera}.mp4", _frames(number), 15)
-        content = {
-            f"frame{t}": {name: _matrix(10 * i + 4 * t) for i, name in enumerate(CAMERAS, start=1)}
-            for t in range(FRAMES)
-        }
-        (folder / "cameras" / "camera_extrinsics.json").write_text(json.dumps(content))
-    return root
 
 
 def _open(root: Path, *, num_frames: int = FRAMES, captions: Path | None = None) -> MultiCamVideo:
     return MultiCamVideo(root, num_frames=num_frames, size=SIZE, captions=captions)
 
 
-def test_scenes_are_found_in_natural_order(dataset: Path) -> None:
-    assert _open(dataset).names == ("scene_f24_aperture5_scene2", "scene_f24_aperture5_scene10")
+def test_scenes_are_found_in_natural_order(multicam: Path) -> None:
+    assert _open(multicam).names == ("scene_f24_aperture5_scene2", "scene_f24_aperture5_scene10")
 
 
-def test_a_scene_has_its_videos_and_their_poses_in_one_world(dataset: Path) -> None:
-    scene = _open(dataset).load("scene_f24_aperture5_scene2")
+def test_a_scene_has_its_videos_and_their_poses_in_one_world(multicam: Path) -> None:
+    scene = _open(multicam).load("scene_f24_aperture5_scene2")
     assert scene.frames.shape == (3, FRAMES, *SIZE, 3) and scene.skipped == ()
     grey = scene.frames.float().mean((2, 3, 4))
     expected = 40 * torch.arange(1, 4)[:, None] + 10 * torch.arange(FRAMES)
@@ -68,21 +38,21 @@ def test_a_scene_has_its_videos_and_their_poses_in_one_world(dataset: Path) -> N
     torch.testing.assert_close(scene.poses[..., :3], torch.eye(3).expand(3, FRAMES, 3, 3))
 
 
-def test_a_window_is_the_first_frames_of_both(dataset: Path) -> None:
-    scene = _open(dataset, num_frames=1).load("scene_f24_aperture5_scene2")
+def test_a_window_is_the_first_frames_of_both(multicam: Path) -> None:
+    scene = _open(multicam, num_frames=1).load("scene_f24_aperture5_scene2")
     assert scene.frames.shape[1] == scene.poses.shape[1] == 1
     with pytest.raises(TrainingError, match="poses of 5 frames, the window is 9"):
-        _open(dataset, num_frames=9).load("scene_f24_aperture5_scene2")
+        _open(multicam, num_frames=9).load("scene_f24_aperture5_scene2")
 
 
-def test_captions_belong_to_their_videos(dataset: Path, tmp_path: Path) -> None:
+def test_captions_belong_to_their_videos(multicam: Path, tmp_path: Path) -> None:
     table = tmp_path / "metadata.csv"
     table.write_text('file_name,text\ntrain/f24_aperture5/scene2/videos/cam02.mp4,"a room, grey"\n')
-    scene = _open(dataset, captions=table).load("scene_f24_aperture5_scene2")
+    scene = _open(multicam, captions=table).load("scene_f24_aperture5_scene2")
     assert scene.captions == ("", "a room, grey", "")
     table.write_text("video,caption\nx,y\n")
     with pytest.raises(TrainingError, match="columns file_name and text"):
-        _open(dataset, captions=table)
+        _open(multicam, captions=table)
 
 
 def _remove_video(folder: Path) -> None:
@@ -90,7 +60,8 @@ def _remove_video(folder: Path) -> None:
 
 
 def _shorten_video(folder: Path) -> None:
-    write_video(folder / "videos" / "cam02.mp4", _frames(2, FRAMES - 1), 15)
+    path = folder / "videos" / "cam02.mp4"
+    write_video(path, read_video(path).frames[: FRAMES - 1], 15)
 
 
 def _cut_video(folder: Path) -> None:
@@ -108,10 +79,10 @@ def _cut_video(folder: Path) -> None:
     ids=["missing", "short", "corrupt"],
 )
 def test_an_unusable_video_is_left_out_with_its_reason(
-    dataset: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+    multicam: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
     root = tmp_path / "copy"
-    shutil.copytree(dataset, root)
+    shutil.copytree(multicam, root)
     damage(root / "train" / "f24_aperture5" / "scene2")
     source = _open(root)
     scene = source.load("scene_f24_aperture5_scene2")
@@ -122,9 +93,9 @@ def test_an_unusable_video_is_left_out_with_its_reason(
     assert source.load("scene_f24_aperture5_scene10").skipped == ()
 
 
-def test_a_video_without_poses_is_left_out_with_its_reason(dataset: Path, tmp_path: Path) -> None:
+def test_a_video_without_poses_is_left_out_with_its_reason(multicam: Path, tmp_path: Path) -> None:
     root = tmp_path / "copy"
-    shutil.copytree(dataset, root)
+    shutil.copytree(multicam, root)
     videos = root / "train" / "f24_aperture5" / "scene2" / "videos"
     shutil.copy(videos / "cam01.mp4", videos / "cam04.mp4")
     scene = _open(root).load("scene_f24_aperture5_scene2")
@@ -155,15 +126,15 @@ def _empty_videos(folder: Path) -> None:
     ids=["no-json", "cut-json", "one-video"],
 )
 def test_an_unusable_scene_is_an_error_of_its_own(
-    dataset: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+    multicam: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
 ) -> None:
     root = tmp_path / "copy"
-    shutil.copytree(dataset, root)
+    shutil.copytree(multicam, root)
     damage(root / "train" / "f24_aperture5" / "scene2")
     with pytest.raises(TrainingError, match=message):
         _open(root).load("scene_f24_aperture5_scene2")
 
 
 def test_another_folder_says_what_was_expected(tmp_path: Path) -> None:
-    with pytest.raises(TrainingError, match="train/f24_aperture5/scene1/videos/cam01.mp4"):
+    with pytest.raises(TrainingError, match=r"train/f24_aperture5/scene1/videos/cam01\.mp4"):
         _open(tmp_path)

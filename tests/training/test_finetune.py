@@ -1,0 +1,210 @@
+"""Fine-tuning a base: what moves and what does not, and one step of the full-size model."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
+from mv2v_engine.config import Conditioning, SamplingConfig
+from mv2v_engine.errors import CheckpointError
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.tokens.plan import novel_view_plan
+from mv2v_engine.training import finetune
+from mv2v_engine.training.finetune import (
+    add_memory_modules,
+    is_trained,
+    make_optimizer,
+    prepare,
+)
+from mv2v_engine.training.latents import LatentCache
+from mv2v_engine.training.losses import flow_loss, flow_step
+from mv2v_engine.training.recipe import Batch, Recipe, SceneSampler
+
+GIB = 1 << 30
+
+
+def _step(model: MV2VTransformer, cache: LatentCache, steps: int) -> None:
+    trained = prepare(model)
+    optimizer = make_optimizer(trained, 1e-2)
+    sampler = SceneSampler(cache, model.config, Recipe(batch=2, merging=1.0, uniform_tokenizer=0.8))
+    step = flow_step(model, sampler, torch.device("cpu"))
+    for seed in range(steps):
+        step(torch.Generator().manual_seed(seed))["loss"].backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def test_frozen_weights_stay_and_trained_ones_move(cache: LatentCache) -> None:
+    model = MV2VTransformer(tiny_config())
+    randomise(model)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    _step(model, cache, 8)
+    for name, parameter in model.named_parameters():
+        moved = not torch.equal(parameter.detach(), before[name])
+        assert moved == is_trained(name), name
+    kinds = {re.sub(r"\.\d+", "", name) for name in before if is_trained(name)}
+    assert {k.split(".")[1] for k in kinds if k.startswith("blocks")} == {
+        "attn1",
+        "cam_encoder",
+        "projector",
+    }
+    frozen = {name.split(".")[2] for name in before if name.startswith("blocks.0.")}
+    assert frozen - {"attn1", "cam_encoder", "projector"} == {
+        "attn2",
+        "ffn",
+        "norm2",
+        "scale_shift_table",
+    }
+
+
+@torch.no_grad()
+def test_a_base_is_completed_without_changing_what_it_says() -> None:
+    """A plain Wan gets cameras and mergers that leave its own tokens as they were."""
+    plain = tiny_config(camera_conditioning="none", merger=None)
+    model = MV2VTransformer(plain).eval()
+    randomise(model)
+    plan = novel_view_plan(memory=0, frames=5, size=(48, 80), shape=plain, merge="off")
+    latents = [torch.randn(1, 4, *segment.grid) for segment in plan.segments]
+    inputs = torch.tensor([500.0]), torch.randn(1, 6, 10)
+    before = model(latents, *inputs, plan=plan)
+    shape = add_memory_modules(model)
+    assert shape == model.config and shape.has_camera and shape.merger is not None
+    names = {name for name, _ in model.named_parameters()}
+    assert names == {name for name, _ in MV2VTransformer(shape).named_parameters()}
+    plan = novel_view_plan(memory=0, frames=5, size=(48, 80), shape=shape, merge="off")
+    after = model(latents, *inputs, plan=plan, cameras=torch.randn(1, 2, 2, 12))
+    torch.testing.assert_close(after, before)
+    merged = novel_view_plan(memory=2, frames=5, size=(48, 80), shape=shape, fraction=0.5)
+    latents = [torch.randn(1, 4, *segment.grid) for segment in merged.segments]
+    out = model(latents, *inputs, plan=merged, cameras=torch.randn(1, 4, 2, 12))
+    assert bool(out.isfinite().all())
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
+    monkeypatch.setattr("sys.argv", ["finetune", *map(str, arguments), "--device", "cpu"])
+    finetune.main()
+
+
+def _base(folder: Path, seed: int) -> Path:
+    """A base whose conditioning tokens take the target's camera, without mergers."""
+    config = tiny_config(camera_conditioning="target", merger=None)
+    model = MV2VTransformer(config)
+    randomise(model, seed=seed)
+    save_checkpoint(folder, model, config, SamplingConfig(), "base", torch.float32)
+    return folder
+
+
+def test_the_command_trains_resumes_and_writes_a_checkpoint(
+    tmp_path: Path, cache_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, base = tmp_path / "out", _base(tmp_path / "base", 0)
+    arguments = ["--checkpoint", base, "--latents", cache_folder, "--out", out, "--accumulate", 2]
+    _run(monkeypatch, *arguments, "--steps", 2)
+    _run(monkeypatch, *arguments, "--steps", 3)
+    state = torch.load(out / "checkpoint.pt", weights_only=True)
+    assert state["step"] == 3
+    assert all(is_trained(name) for name in [*state["model"], *state["ema"]])
+
+    result = load_checkpoint(out / "model")
+    assert result.config.camera_conditioning == "own" and result.config.merger is not None
+    assert not result.report.initialised
+    start = dict(load_checkpoint(base).transformer.named_parameters())
+    for name, parameter in result.transformer.named_parameters():
+        expected = state["ema"][name] if is_trained(name) else start[name].detach()
+        assert torch.equal(parameter.detach(), expected.to(parameter.dtype)), name
+
+    # another base's frozen weights are not these trained ones'
+    other = _base(tmp_path / "other", 1)
+    with pytest.raises(CheckpointError, match=r"frozen weights differ .*--out"):
+        _run(monkeypatch, "--checkpoint", other, *arguments[2:], "--steps", 4)
+
+
+class _PeakBytes(TorchDispatchMode):
+    """Bytes of the live storages made inside, and the most there were at once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: set[int] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(out):
+            if isinstance(tensor, Tensor):
+                self._see(tensor)
+        return out
+
+    def _see(self, tensor: Tensor) -> None:
+        storage = tensor.untyped_storage()
+        key, size = id(storage), storage.nbytes()
+        if key not in self._known:
+            self._known.add(key)
+            weakref.finalize(storage, self._freed, key, size)
+            self.now += size
+            self.peak = max(self.peak, self.now)
+
+    def _freed(self, key: int, size: int) -> None:
+        self._known.discard(key)
+        self.now -= size
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_a_full_size_step(conditioning: Conditioning) -> None:
+    """81 frames of 480x832 and six memory videos on fake tensors, in bytes and names."""
+    plan = novel_view_plan(memory=6, fraction=0.3, conditioning=conditioning)
+    shape, previous = plan.shape, torch.get_default_dtype()
+    with FakeTensorMode(), _PeakBytes() as memory:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = MV2VTransformer(shape)
+        finally:
+            torch.set_default_dtype(previous)
+        trained = prepare(model)
+        average = [parameter.detach().clone() for parameter in trained]
+        optimizer = make_optimizer(trained, 1e-4)
+        latents = [torch.empty(1, shape.in_channels, *s.grid) for s in plan.segments]
+        text = torch.empty(1, shape.text_len, shape.text_dim)
+        batch = Batch(plan, latents, torch.empty(1, 8, 21, 12), text)
+        generator, device = torch.Generator(), torch.device("cpu")
+        loss = flow_loss(
+            model, batch, generator, flow_shift=5.0, device=device, dtype=torch.bfloat16
+        )
+        loss.backward()  # type: ignore[no-untyped-call]
+        assert all(parameter.grad is not None for parameter in trained)
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 0.001)
+        del loss, batch, latents, text
+        held = memory.now
+    names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    count = sum(parameter.numel() for parameter in trained)
+    print(f"\n{conditioning}: {count:,} parameters train")
+    for kind, times in Counter(re.sub(r"(?<=\.)\d+", "*", name) for name in names).items():
+        print(f"  {times:3} x {kind}")
+    print(f"weights and states {held / GIB:.1f} GiB, peak {memory.peak / GIB:.1f} GiB")
+
+    width, depth = shape.dim, shape.num_layers
+    linear = width * width + width
+    by_hand = depth * (4 * linear + 2 * width)  # q, k, v, o and the norms of q and k
+    by_hand += depth * (linear + 12 * width + width)  # projector and camera encoder
+    by_hand += sum(16 * k * k * width + width for k in (2, 4, 8))
+    by_hand += 2 * (4 * width * width + width)  # mergers
+    assert count == by_hand and all(is_trained(name) for name in names)
+    frozen = sum(p.numel() for p in model.parameters()) - count
+    # float32 weights, their average and Adam's two moments; bfloat16 for what is frozen
+    assert held == pytest.approx(4 * 4 * count + 2 * frozen, rel=0.01)
+    # a block's input each and one block's own activations; all blocks' would be hundreds
+    assert memory.peak < 24 * GIB
