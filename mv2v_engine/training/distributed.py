@@ -5,9 +5,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any, TypeVar
+
 import torch
 import torch.distributed as dist
 from torch import nn
+
+T = TypeVar("T")
 
 
 def join(device: torch.device) -> None:
@@ -51,6 +56,15 @@ def first_says(value: float) -> float:
         tensor = tensor.cuda()
     dist.broadcast(tensor, 0)
     return float(tensor)
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives in process 0, which alone runs it, in every process."""
+    value: list[Any] = [make() if rank() == 0 else None]
+    if dist.is_initialized():
+        dist.broadcast_object_list(value, 0)
+    result: T = value[0]
+    return result
 
 
 def leave() -> None:

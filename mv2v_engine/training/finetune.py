@@ -4,8 +4,8 @@
 `torchrun --nproc-per-node 8 -m mv2v_engine.training.finetune ...`
 
 Self-attention, camera modules, tokenizers and mergers are trained in float32; everything else is
-frozen in what the base has, bfloat16 on a GPU. What a process holds besides activations, 11 GB
-for the 1.3B model, fits every GPU that the activations fit, so processes keep whole copies
+frozen in what the base has, bfloat16 on a GPU. Weights, gradients, average and moments are 10 GB
+for the 1.3B model, no more than one step's activations, so processes keep whole copies
 (DistributedDataParallel) and only gradients travel.
 """
 
@@ -32,7 +32,14 @@ from mv2v_engine.models.dit import Block, MV2VTransformer
 from mv2v_engine.models.token_merge import Merger
 from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.distributed import data_parallel, join, leave, rank, world_size
+from mv2v_engine.training.distributed import (
+    data_parallel,
+    from_first,
+    join,
+    leave,
+    rank,
+    world_size,
+)
 from mv2v_engine.training.latents import LatentCache, trim_text
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import compute_dtype, flow_step
@@ -148,6 +155,13 @@ def record_run(out: Path, record: dict[str, Any]) -> None:
         save_json(path, record)
 
 
+def _text_in_words(cache: LatentCache, text: Tensor | None) -> str:
+    if cache.has_captions:
+        return "all with text"
+    without = "zeros, for want of a text encoder" if text is None else "the empty prompt's"
+    return f"some without text: they get {without}"
+
+
 def _say(*lines: str) -> None:
     if rank() == 0:
         print("\n".join(lines), flush=True)
@@ -198,14 +212,16 @@ def main() -> None:
             "device": args.device,
         },
     )
-    text = empty_text(base, args.components)
+    text = None
+    if not cache.has_captions:
+        # one process loads the encoder: it is larger than the transformer
+        text = from_first(lambda: empty_text(base, args.components))
     sampler = SceneSampler(cache, shape, recipe, empty_text=text)
     count = sum(parameter.numel() for parameter in trained)
     _say(
         *base.report.lines(),
         f"trains {count:,} of {sum(p.numel() for p in model.parameters()):,} parameters",
-        f"{len(cache)} scenes; samples without a caption get "
-        + ("zeros: no text encoder was given" if text is None else "the empty prompt"),
+        f"{len(cache)} scenes, {_text_in_words(cache, text)}",
     )
     config = LoopConfig(
         out=args.out,

@@ -75,6 +75,11 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self._paths)
 
+    @property
+    def has_captions(self) -> bool:
+        """Whether every scene has text."""
+        return all(self._has_text)
+
     def num_tracks(self, scene: int) -> int:
         return len(self._poses[scene])
 
@@ -242,7 +247,7 @@ def main() -> None:
 
     device = torch.device(args.device)
     vae = load_vae(args.vae, device=device, dtype=torch.float32)
-    source: SceneSource
+    source: RenderedScenes | MultiCamVideo
     text = None
     if args.scenes is not None:
         if args.text or args.captions:
@@ -265,6 +270,8 @@ def main() -> None:
         f"{len(encoded)} of {len(names)} scenes are encoded in {args.out}; left out: "
         f"{len(names) - len(encoded)} scenes, {cameras} cameras of the others"
     )
+    if text is not None and isinstance(source, MultiCamVideo) and source.num_uncaptioned:
+        print(f"{source.num_uncaptioned} videos have no caption: they got the empty prompt")
     if not encoded:
         raise TrainingError(f"none of {len(names)} scenes could be encoded; {report} says why")
 

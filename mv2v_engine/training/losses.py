@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.tokens.flops import conditioning_flops
 from mv2v_engine.training.distributed import own_generator
 from mv2v_engine.training.recipe import Batch, SceneSampler
 
@@ -54,7 +55,8 @@ def flow_step(
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """A step of the loop: a batch's loss, also under the name of its conditioning mode.
 
-    In bfloat16 on a GPU, in float32 elsewhere.
+    In bfloat16 on a GPU, in float32 elsewhere. `forward_tflop` is one forward of the batch by the
+    plan's count; its backward costs twice as much where every parameter is trained.
     """
     dtype, shift = compute_dtype(device), sampler.recipe.flow_shift
 
@@ -62,6 +64,12 @@ def flow_step(
         batch = sampler.draw(generator)
         own = own_generator(generator)
         loss = flow_loss(model, batch, own, flow_shift=shift, device=device, dtype=dtype)
-        return {"loss": loss, f"loss_{batch.plan.conditioning}": loss}
+        plan = batch.plan
+        flops = len(batch.text) * (plan.flops() + conditioning_flops(plan))
+        return {
+            "loss": loss,
+            f"loss_{plan.conditioning}": loss,
+            "forward_tflop": torch.tensor(flops / 1e12),
+        }
 
     return step

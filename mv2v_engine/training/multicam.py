@@ -57,6 +57,8 @@ class MultiCamVideo:
                 f"{root} holds no scenes; expected MultiCamVideo's layout below it: {_LAYOUT}"
             )
         self._captions = {} if captions is None else _read_captions(captions)
+        # videos loaded so far whose caption is empty
+        self.num_uncaptioned = 0
 
     @property
     def names(self) -> Sequence[str]:
@@ -85,6 +87,7 @@ class MultiCamVideo:
             raise TrainingError(
                 f"{folder} has {len(frames)} usable videos, at least 2 are needed: {reasons}"
             )
+        self.num_uncaptioned += captions.count("")
         return Scene(torch.stack(frames), torch.stack(poses), tuple(captions), tuple(skipped))
 
     def _rig(self, folder: Path) -> dict[str, Tensor]:

@@ -20,11 +20,13 @@ class FilterMuon(torch.optim.Muon):
         matrices = [nn.Parameter(f.detach().view(len(f), -1)) for f in filters]
         super().__init__(matrices, adjust_lr_fn="match_rms_adamw", **options)
 
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(  # type: ignore[override]
+        self, closure: Callable[[], float] | None = None
+    ) -> float | None:
         """One update; a filter without a gradient stays as it is."""
         for matrix, source in zip(self.param_groups[0]["params"], self._filters, strict=True):
             matrix.grad = None if source.grad is None else source.grad.reshape(matrix.shape)
-        loss: float | None = super().step(closure)
+        loss: float | None = super().step(closure)  # type: ignore[no-untyped-call]
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:

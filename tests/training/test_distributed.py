@@ -27,7 +27,7 @@ from pathlib import Path
 import torch
 
 from mv2v_engine.training.distributed import (
-    data_parallel, first_says, join, leave, own_generator, rank,
+    data_parallel, first_says, from_first, join, leave, own_generator, rank,
 )
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 
@@ -61,7 +61,9 @@ def step(shared):
 
 loop.run(step)
 said = first_says(10.0 + rank())
-state = {"model": model.state_dict(), "drawn": drawn, "said": said, "elapsed": loop.elapsed}
+made = from_first(lambda: torch.tensor([rank() + 5.0]))
+state = {"model": model.state_dict(), "drawn": drawn, "elapsed": loop.elapsed}
+state |= {"said": said, "made": made}
 torch.save(state, out / f"rank{rank()}.pt")
 leave()
 """.replace("STEPS", str(STEPS))
@@ -113,8 +115,9 @@ def test_two_processes_fine_tune_a_base(tmp_path: Path, cache_folder: Path) -> N
         assert bool(parameter.isfinite().all())
         if not is_trained(name):
             assert stood, name
-    last = moved.get_parameter("blocks.2.attn1.to_q.weight")
-    assert not torch.equal(last, model.get_parameter("blocks.2.attn1.to_q.weight").bfloat16())
+    state = torch.load(tmp_path / "out" / "checkpoint.pt", weights_only=True)
+    last = "blocks.2.attn1.to_q.weight"
+    assert not torch.equal(state["model"][last], model.get_parameter(last))
 
 
 def test_two_processes_equal_one(tmp_path: Path) -> None:
@@ -128,6 +131,7 @@ def test_two_processes_equal_one(tmp_path: Path) -> None:
     assert not any(torch.equal(a, b) for a, b in zip(first["drawn"], second["drawn"], strict=True))
     assert first["said"] == second["said"] == 10.0
     assert first["elapsed"] == second["elapsed"]
+    assert float(first["made"]) == float(second["made"]) == 5.0
     both = [torch.cat(pair) for pair in zip(first["drawn"], second["drawn"], strict=True)]
     alone = _train_alone(both)
     for name, value in first["model"].items():

@@ -41,7 +41,7 @@ def _step(model: MV2VTransformer, cache: LatentCache, steps: int) -> None:
     sampler = SceneSampler(cache, model.config, Recipe(batch=2, merging=1.0, uniform_tokenizer=0.8))
     step = flow_step(model, sampler, torch.device("cpu"))
     for seed in range(steps):
-        step(torch.Generator().manual_seed(seed))["loss"].backward()  # type: ignore[no-untyped-call]
+        step(torch.Generator().manual_seed(seed))["loss"].backward()
         optimizer.step()
         optimizer.zero_grad()
 
@@ -131,6 +131,19 @@ def test_the_command_trains_resumes_and_writes_a_checkpoint(
         _run(monkeypatch, "--checkpoint", other, *arguments[2:], "--steps", 4)
 
 
+def test_the_empty_prompt_is_the_encoders(worded_checkpoint: Path, tmp_path: Path) -> None:
+    base = load_checkpoint(worded_checkpoint)
+    text = finetune.empty_text(base, None)
+    assert text is not None and text.shape == (1, base.config.text_dim)  # its end alone
+    assert text.abs().sum() > 0
+    again = finetune.empty_text(base, worded_checkpoint)
+    assert again is not None and torch.equal(text, again)
+    without = load_checkpoint(_base(tmp_path / "base", 0))
+    assert finetune.empty_text(without, None) is None
+    with pytest.raises(CheckpointError, match="text_encoder"):
+        finetune.empty_text(without, tmp_path)
+
+
 class _PeakBytes(TorchDispatchMode):
     """Bytes of the live storages made inside, and the most there were at once."""
 
@@ -181,7 +194,7 @@ def test_a_full_size_step(conditioning: Conditioning) -> None:
         loss = flow_loss(
             model, batch, generator, flow_shift=5.0, device=device, dtype=torch.bfloat16
         )
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         assert all(parameter.grad is not None for parameter in trained)
         nn.utils.clip_grad_norm_(trained, 1.0)
         optimizer.step()

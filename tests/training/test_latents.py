@@ -15,11 +15,11 @@ from mv2v_engine.camera.poses import compose, relative_to
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
+from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training import latents
 from mv2v_engine.training.latents import LatentCache, encode_scenes, save_latents, trim_text
 from mv2v_engine.training.multicam import MultiCamVideo
 from mv2v_engine.training.scenes import RenderedScenes, Scene, scene_path
-from mv2v_engine.training.vae import TINY_VAE
 from mv2v_engine.vae import load_vae
 
 CPU = torch.device("cpu")
@@ -180,25 +180,25 @@ def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
 
 def test_the_command_encodes_multicamvideo(
     multicam: Path,
+    worded_checkpoint: Path,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from diffusers import AutoencoderKLWan
-
-    torch.manual_seed(0)
-    small = {"base_dim": 8, "decoder_base_dim": 8}
-    AutoencoderKLWan(**TINY_VAE | small).save_pretrained(tmp_path / "vae")
     root, out = tmp_path / "set", tmp_path / "latents"
     shutil.copytree(multicam, root)
+    caption = "file_name,text\ntrain/f24_aperture5/scene2/videos/cam02.mp4,a red ball\n"
+    (root / "metadata.csv").write_text(caption)
     (root / "train/f24_aperture5/scene10/cameras/camera_extrinsics.json").unlink()
     (root / "train/f24_aperture5/scene2/videos/cam03.mp4").unlink()
-    arguments = ("--multicam", root, "--vae", tmp_path / "vae", "--out", out)
-    arguments += ("--frames", 5, "--size", 48, 64)
+    arguments: list[object] = ["--multicam", root, "--vae", worded_checkpoint, "--out", out]
+    arguments += ["--frames", 5, "--size", 48, 64, "--text", worded_checkpoint]
+    arguments += ["--text-length", 8]
     _main(monkeypatch, *arguments)
     said = capsys.readouterr().out
     assert "1 of 2 scenes are encoded" in said
     assert "left out: 1 scenes, 1 cameras of the others" in said
+    assert "1 videos have no caption" in said
     assert set(json.loads((out / "skipped_0_of_1.json").read_text())) == {
         "scene_f24_aperture5_scene2",
         "scene_f24_aperture5_scene10",
@@ -209,7 +209,12 @@ def test_the_command_encodes_multicamvideo(
     drawn = cache.draw(0, [1, 0], 0)
     # 10 cm beside the source's first frame, and 4 cm a frame: 16 between latent frames
     torch.testing.assert_close(drawn.cameras[0, :, 3], torch.tensor([0.1, 0.26]), rtol=0, atol=1e-5)
-    vae = load_vae(tmp_path / "vae", device=CPU, dtype=torch.float32)
+    folders = worded_checkpoint / "text_encoder", worded_checkpoint / "tokenizer"
+    encoder = load_text_encoder(*folders, max_length=8, device=CPU, dtype=torch.float32)
+    words = encoder.encode("a red ball")[0, :4]  # and the end of the prompt
+    assert drawn.text is not None and cache.has_captions
+    torch.testing.assert_close(drawn.text.float(), words, rtol=1e-2, atol=1e-2)
+    vae = load_vae(worded_checkpoint, device=CPU, dtype=torch.float32)
     scene = MultiCamVideo(root, num_frames=5, size=(48, 64)).load("scene_f24_aperture5_scene2")
     expected = torch.stack([vae.encode(scene.frames[1]), vae.encode(scene.frames[0])])
     torch.testing.assert_close(drawn.latents, expected, rtol=1e-2, atol=1e-2)
