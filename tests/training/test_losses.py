@@ -10,7 +10,7 @@ from torch import Tensor
 
 from mv2v_engine.config import Conditioning, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training.dit import TINY_RECIPE, initialise
 from mv2v_engine.training.latents import LatentCache
@@ -79,6 +79,25 @@ def test_gradients_do_not_depend_on_checkpointing(conditioning: Conditioning) ->
     kept, recomputed = gradients
     assert set(kept) == set(recomputed) and "mergers.1.weight" in kept
     assert all(torch.equal(kept[name], recomputed[name]) for name in kept)
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_autocast_keeps_every_gradient(conditioning: Conditioning) -> None:
+    """A merging block's queries are first used without gradients, to choose the frames."""
+    model = MV2VTransformer(tiny_config())
+    randomise(model)
+    batch, gradients = make_batch(model.config, conditioning), []
+    for dtype in (torch.float32, torch.bfloat16):
+        model.zero_grad(set_to_none=True)
+        generator = torch.Generator().manual_seed(0)
+        flow_loss(model, batch, generator, flow_shift=3.0, device=CPU, dtype=dtype).backward()
+        gradients.append({n: p.grad for n, p in model.named_parameters() if p.grad is not None})
+    exact, rounded = gradients
+    assert set(exact) == set(rounded)
+    for block in range(3):
+        for layer in ("to_q", "to_k", "to_v"):
+            name = f"blocks.{block}.attn1.{layer}.weight"
+            assert relative_error(rounded[name], exact[name]) < 0.2, name
 
 
 def test_a_step_says_which_mode_it_trained(cache: LatentCache) -> None:
