@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
-from mv2v_engine.config import Conditioning, SamplingConfig
+from mv2v_engine.config import SamplingConfig
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, tiny_config
@@ -173,10 +173,12 @@ class _PeakBytes(TorchDispatchMode):
         self.now -= size
 
 
-@pytest.mark.parametrize("conditioning", ["joint", "static"])
-def test_a_full_size_step(conditioning: Conditioning) -> None:
-    """81 frames of 480x832 and six memory videos on fake tensors, in bytes and names."""
-    plan = novel_view_plan(memory=6, fraction=0.3, conditioning=conditioning)
+def test_a_full_size_step() -> None:
+    """81 frames of 480x832 and six memory videos on fake tensors, in bytes and names.
+
+    Joint conditioning, which needs more than static does.
+    """
+    plan = novel_view_plan(memory=6, fraction=0.3)
     shape, previous = plan.shape, torch.get_default_dtype()
     with FakeTensorMode(), _PeakBytes() as memory:
         torch.set_default_dtype(torch.bfloat16)
@@ -204,7 +206,7 @@ def test_a_full_size_step(conditioning: Conditioning) -> None:
         held = memory.now
     names = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     count = sum(parameter.numel() for parameter in trained)
-    print(f"\n{conditioning}: {count:,} parameters train")
+    print(f"\n{count:,} parameters train")
     for kind, times in Counter(re.sub(r"(?<=\.)\d+", "*", name) for name in names).items():
         print(f"  {times:3} x {kind}")
     print(f"weights and states {held / GIB:.1f} GiB, peak {memory.peak / GIB:.1f} GiB")
