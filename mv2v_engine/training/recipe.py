@@ -169,7 +169,7 @@ class SceneSampler:
         num_memory = 0
         if not _chance(recipe.no_memory, generator):
             num_memory = _number(1, recipe.max_memory, generator)
-        tokenizers = memory_tokenizers(num_memory)
+        tokenizers = memory_tokenizers(num_memory, self.shape.tokenizers)
         if _chance(recipe.uniform_tokenizer, generator):
             choices = self.shape.tokenizers
             tokenizers = (choices[_number(0, len(choices) - 1, generator)],) * num_memory
