@@ -174,6 +174,7 @@ def rank_memory(
     top_k: int,
     radius: float = 4.0,
     blend: float = 0.5,
+    backend: fov_overlap.Backend = "auto",
 ) -> Retrieval:
     """The at most `top_k` entries that overlap the target's view, most relevant first.
 
@@ -186,11 +187,13 @@ def rank_memory(
     if not top_k:
         return _nothing(len(entries), "at most 0 memory videos were asked for")
     trajectories = [entry.trajectory for entry in entries]
-    scores = video_fov_scores(target, trajectories, radius=radius, blend=blend).tolist()
+    scores = video_fov_scores(
+        target, trajectories, radius=radius, blend=blend, backend=backend
+    ).tolist()
     order = sorted(zip(scores, entries, strict=True), key=lambda pair: (-pair[0], -pair[1].turn))
     ranked = [(score, entry) for score, entry in order if score > 0][:top_k]
     if not ranked:
-        if not video_fov_scores(target, [target], radius=radius):
+        if not video_fov_scores(target, [target], radius=radius, backend=backend):
             return _nothing(len(entries), "no point of the sphere lies in the target's view")
         return _nothing(len(entries), "no cached video overlaps the target's view")
     return Retrieval(

@@ -157,6 +157,4 @@ def _validate(name: str, tensor: Tensor, row: tuple[int, ...]) -> None:
         expected = ", ".join(map(str, row))
         raise ValueError(f"{name} must have shape [n, {expected}], got {list(tensor.shape)}")
     if tensor.numel() > _MAX_ELEMENTS:
-        raise ValueError(
-            f"{name} must have at most {_MAX_ELEMENTS} elements, got {tensor.numel()}"
-        )
+        raise ValueError(f"{name} must have at most {_MAX_ELEMENTS} elements, got {tensor.numel()}")
