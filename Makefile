@@ -28,11 +28,13 @@ $(RUN):
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot create $(VENV): install your system's python3-venv package" >&2; exit 1; }
 
-$(VENV)/.installed: pyproject.toml setup.py | $(RUN)
+NATIVE := $(wildcard csrc/*.h csrc/*/*)
+
+$(VENV)/.installed: pyproject.toml setup.py $(NATIVE) | $(RUN)
 	$(RUN) -m pip install -e .
 	@touch $@
 
-$(VENV)/.installed-dev: pyproject.toml setup.py | $(RUN)
+$(VENV)/.installed-dev: pyproject.toml setup.py $(NATIVE) | $(RUN)
 	$(RUN) -m pip install -e '.[dev]'
 	@touch $(VENV)/.installed $@
 
@@ -66,5 +68,6 @@ format: $(VENV)/.installed-dev
 .PHONY: clean
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo/clip.mp4 demo/out
+	rm -f mv2v_engine/ops/libmv2v_*
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find mv2v_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -10,6 +10,7 @@ import torch
 from mv2v_engine import __version__, envs
 from mv2v_engine.checkpoints import embedded_names
 from mv2v_engine.config import BackendName
+from mv2v_engine.ops import native
 from mv2v_engine.ops.backend import OPS, missing_reason, resolve
 
 _PACKAGES = (
@@ -34,6 +35,7 @@ def describe_machine() -> str:
         "packages": [f"{name} {_version(name)}" for name in _PACKAGES],
         "devices": _devices(),
         "backends": _backends(),
+        "native": [native.describe("cpu"), native.describe("cuda")],
         "checkpoints": list(embedded_names()) or ["none embedded"],
         "environment": _environment(),
     }

@@ -213,6 +213,8 @@ class Session:
             top_k=config.max_memory if self.engine.transformer.config.tokenizers else 0,
             radius=config.fov_radius,
             blend=config.fov_blend,
+            # trajectories lie on the CPU, whatever runs the model
+            backend="reference" if config.backend == "reference" else "auto",
         )
 
     def _plan(self, source: Tensor, retrieval: Retrieval) -> TokenPlan:

@@ -1,14 +1,15 @@
 """VideoFOV: which cached videos saw what the target will see (Memory-V2V, Algorithm 1; METHOD 9).
 
 A latitude-longitude sphere stands around the target's first camera; a video's field of view is
-the set of its points that any frame sees, and relevance is the overlap of two such sets. All
-trajectories share one world. Culling only skips points that no frame can see: counts are exact.
+the set of its points that any frame sees, and relevance is the overlap of two such sets, counted
+by `ops.fov_overlap`. All trajectories share one world.
 
-P points, T frames, M candidates.
+P points, F frames of all videos, V videos, M candidates.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,8 @@ from torch import Tensor
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.entry import MemoryEntry
+from mv2v_engine.ops import fov_overlap
 from mv2v_engine.tokens.plan import memory_tokenizers
-
-_BLOCK = 16  # neighbouring points that are culled together
-_CHUNK = 256  # blocks tested at once: 10 MiB of distances at 81 frames
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,77 +56,76 @@ class Retrieval:
         }
 
 
+@functools.lru_cache(maxsize=4)
+def _directions(grid: tuple[int, int]) -> Tensor:
+    """Centres of a (latitude, longitude) grid's cells on the unit sphere, float64 [P, 3].
+
+    In tiles of 16 x 32 cells, each in tiles of 4 x 4: neighbours are culled together.
+    """
+    rows, columns = grid
+    latitude = ((torch.arange(rows, dtype=torch.float64) + 0.5) / rows - 0.5)[:, None] * math.pi
+    longitude = ((torch.arange(columns, dtype=torch.float64) + 0.5) / columns - 0.5) * 2 * math.pi
+    x, y, z = torch.broadcast_tensors(
+        latitude.cos() * longitude.sin(), latitude.sin(), latitude.cos() * longitude.cos()
+    )
+    row, column = torch.arange(rows)[:, None], torch.arange(columns)
+    tile = row // 16 * columns + column // 32
+    tile = tile * 32 + row % 16 // 4 * 8 + column % 32 // 4
+    order = (tile * 16 + row % 4 * 4 + column % 4).flatten().argsort()
+    return torch.stack([x, y, z], dim=-1).flatten(0, 1)[order]
+
+
 def sphere_points(
     target: CameraTrajectory, *, radius: float = 4.0, grid: tuple[int, int] = (180, 360)
 ) -> Tensor:
     """World points [P, 3] on a sphere around the target's first camera.
 
-    Centres of `grid` (latitude, longitude) cells; the poles lie on that camera's y axis.
+    Centres of `grid` (latitude, longitude) cells, near ones near each other in the list; the poles
+    lie on that camera's y axis.
     """
-    rows, columns = grid
     if not (math.isfinite(radius) and radius > 0) or min(grid) < 1:
         raise RequestError(
             f"the sphere needs a positive radius and grid, got radius {radius} and grid {grid}"
         )
-    latitude = ((torch.arange(rows, dtype=torch.float64) + 0.5) / rows - 0.5) * math.pi
-    longitude = ((torch.arange(columns, dtype=torch.float64) + 0.5) / columns - 0.5) * 2 * math.pi
-    latitude, longitude = torch.meshgrid(latitude, longitude, indexing="ij")
-    x = latitude.cos() * longitude.sin()
-    z = latitude.cos() * longitude.cos()
-    directions_P3 = torch.stack([x, latitude.sin(), z], dim=-1).flatten(0, 1)
     pose = target.poses[0].to(torch.float64)
-    points: Tensor = radius * directions_P3 @ pose[:, :3].T + pose[:, 3]
+    points: Tensor = radius * _directions(grid) @ pose[:, :3].T + pose[:, 3]
     return points
 
 
-def _frustum_planes(trajectory: CameraTrajectory) -> Tensor:
-    """Image borders as planes [4, 4, T]: (left, top, right, bottom), (inward unit normal, offset).
+def frustum_planes(trajectories: Sequence[CameraTrajectory]) -> Tensor:
+    """Image borders of every frame of all videos, float64 [F, 4, 4].
 
-    In homogeneous pixels (x, y, z) of a frame, x >= 0, y >= 0, width z - x > 0, height z - y > 0.
-    The first and the third together need z > 0, so that depth has no plane of its own.
+    Left, top, right, bottom of a frame as (inward unit normal, offset) in world space.
+
+    In homogeneous pixels (x, y, z), x >= 0, y >= 0, width z - x > 0, height z - y > 0. The first
+    and the third together need z > 0, so that depth has no plane of its own.
     """
-    poses = trajectory.poses.to(torch.float64)
+    poses = torch.cat([each.poses for each in trajectories]).to(torch.float64)
+    counts = [each.num_frames for each in trajectories]
+    intrinsics = torch.cat(
+        [
+            each.intrinsics.expand(count, 3, 3)
+            for each, count in zip(trajectories, counts, strict=True)
+        ]
+    ).to(torch.float64)
+    sizes = torch.tensor([each.size for each in trajectories], dtype=torch.float64)
+    height, width = sizes.repeat_interleave(torch.tensor(counts), 0)[..., None].unbind(1)
     world_to_camera = poses[:, :, :3].transpose(1, 2)
     offset = -world_to_camera @ poses[:, :, 3:]
-    projection = trajectory.intrinsics.to(torch.float64) @ torch.cat(
-        [world_to_camera, offset], dim=-1
-    )
-    height, width = trajectory.size
-    x, y, z = projection.unbind(1)
-    planes = torch.stack([x, y, width * z - x, height * z - y])  # [4, T, 4]
-    length: Tensor = planes[..., :3].norm(dim=-1, keepdim=True)
-    return (planes / length).transpose(1, 2)
+    x, y, z = (intrinsics @ torch.cat([world_to_camera, offset], dim=-1)).unbind(1)
+    planes_F44 = torch.stack([x, y, width * z - x, height * z - y], dim=1)
+    length: Tensor = planes_F44[..., :3].norm(dim=-1, keepdim=True)
+    return planes_F44 / length
 
 
 def visible_points(trajectory: CameraTrajectory, points: Tensor) -> Tensor:
     """Which world points [P, 3] any frame sees: bool [P].
 
-    Seen means in front of the camera and inside [0, width) x [0, height). Points near each other
-    in the list are culled together, so a list ordered in space is faster; the answer is the same.
+    Seen means in front of the camera and inside [0, width) x [0, height).
     """
     if points.ndim != 2 or points.shape[1] != 3:
         raise RequestError(f"points must have shape [points, 3], got {list(points.shape)}")
-    num_points, num_frames = len(points), trajectory.num_frames
-    if not num_points:
-        return torch.zeros(0, dtype=torch.bool)
-    planes = _frustum_planes(trajectory).transpose(0, 1).flatten(1)
-    normals, offsets = planes[:3], planes[3]
-
-    short = -num_points % _BLOCK
-    last = points[-1:].expand(short, 3)
-    blocks = torch.cat([points, last]).to(torch.float64).unflatten(0, (-1, _BLOCK))
-    centre = blocks.mean(1)
-    reach = (blocks - centre[:, None]).norm(dim=-1).amax(1, keepdim=True)
-    # a plane at least `reach` behind the centre hides the whole block; the slack is for rounding
-    inside = centre @ normals + offsets >= -1.01 * reach - 1e-6
-    near = inside.unflatten(1, (4, num_frames)).all(1).any(1)
-
-    seen = torch.zeros(blocks.shape[:2], dtype=torch.bool)
-    for index in near.nonzero()[:, 0].split(_CHUNK):
-        distance = (blocks[index] @ normals + offsets).unflatten(-1, (2, 2, num_frames))
-        inside = (distance[:, :, 0] >= 0) & (distance[:, :, 1] > 0)
-        seen[index] = inside.all(2).any(-1)
-    return seen.flatten()[:num_points]
+    return fov_overlap.visible_points(points.to(torch.float64), frustum_planes([trajectory]))
 
 
 def video_fov_scores(
@@ -137,11 +135,12 @@ def video_fov_scores(
     radius: float = 4.0,
     blend: float = 0.5,
     grid: tuple[int, int] = (180, 360),
+    backend: fov_overlap.Backend = "auto",
 ) -> Tensor:
     """Relevance of each candidate to the target, float64 [M] in 0..1.
 
     s = blend |A & B| / |A | B| + (1 - blend) |A & B| / |A|, A the points that the target sees, B
-    the candidate's. All zero where the target sees none.
+    the candidate's. All zero where the target sees none. Every backend gives the same bits.
 
     Args:
         radius: metres from the target's first camera to the points; about the subject's distance.
@@ -153,17 +152,19 @@ def video_fov_scores(
     """
     if not 0 <= blend <= 1:
         raise RequestError(f"blend must lie in 0..1, got {blend}")
-    points = sphere_points(target, radius=radius, grid=grid)
-    if not candidates:
-        return torch.zeros(0, dtype=torch.float64)
-    wanted_P = visible_points(target, points)
-    total = int(wanted_P.sum())
+    points_P3 = sphere_points(target, radius=radius, grid=grid)
+    videos = [target, *candidates]
+    counts_V2 = fov_overlap.fov_overlap(
+        points_P3,
+        frustum_planes(videos),
+        frames=[each.num_frames for each in videos],
+        backend=backend,
+    )
+    total = counts_V2[0, 1]
     if not total:
         return torch.zeros(len(candidates), dtype=torch.float64)
-    seen_MP = torch.stack([visible_points(candidate, points) for candidate in candidates])
-    shared = (seen_MP & wanted_P).sum(1).to(torch.float64)
-    union = (seen_MP | wanted_P).sum(1)
-    return blend * shared / union + (1 - blend) * shared / total
+    shared, seen = counts_V2[1:].to(torch.float64).unbind(1)
+    return blend * shared / (total + seen - shared) + (1 - blend) * shared / total
 
 
 def rank_memory(
@@ -173,6 +174,7 @@ def rank_memory(
     top_k: int,
     radius: float = 4.0,
     blend: float = 0.5,
+    backend: fov_overlap.Backend = "auto",
 ) -> Retrieval:
     """The at most `top_k` entries that overlap the target's view, most relevant first.
 
@@ -185,11 +187,13 @@ def rank_memory(
     if not top_k:
         return _nothing(len(entries), "at most 0 memory videos were asked for")
     trajectories = [entry.trajectory for entry in entries]
-    scores = video_fov_scores(target, trajectories, radius=radius, blend=blend).tolist()
+    scores = video_fov_scores(
+        target, trajectories, radius=radius, blend=blend, backend=backend
+    ).tolist()
     order = sorted(zip(scores, entries, strict=True), key=lambda pair: (-pair[0], -pair[1].turn))
     ranked = [(score, entry) for score, entry in order if score > 0][:top_k]
     if not ranked:
-        if not bool(visible_points(target, sphere_points(target, radius=radius)).any()):
+        if not video_fov_scores(target, [target], radius=radius, backend=backend):
             return _nothing(len(entries), "no point of the sphere lies in the target's view")
         return _nothing(len(entries), "no cached video overlaps the target's view")
     return Retrieval(

@@ -1,7 +1,8 @@
 """Which implementation an operation runs on, decided once per engine and recorded.
 
-`reference` is torch; `triton` and `cuda` are launchers in the optional package `mv2v_kernels`,
-one module per operation. An explicit request that cannot be met raises and names the reason.
+`reference` is torch; `triton` is the optional package `mv2v_kernels`, one module per operation;
+`cuda` is the library of `csrc/cuda`, where an install has built it. An explicit request that cannot
+be met raises and names the reason.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ import torch
 
 from mv2v_engine.config import BackendName
 from mv2v_engine.errors import KernelUnavailableError
+from mv2v_engine.ops import native
 
 OPS = (
     "adaln",
@@ -31,16 +33,14 @@ def missing_reason(backend: BackendName, op: str, device: torch.device) -> str |
         return None
     if device.type != "cuda":
         return f"it needs a CUDA device, this engine runs on {device.type}"
-    if backend == "triton" and importlib.util.find_spec("triton") is None:
+    if backend == "cuda":
+        return native.missing_reason("cuda", op)
+    if importlib.util.find_spec("triton") is None:
         return "the package triton is not installed"
     if importlib.util.find_spec("mv2v_kernels") is None:
         return "no mv2v_kernels package is installed"
-    module = f"mv2v_kernels.{op}" if backend == "triton" else f"mv2v_kernels.native.{op}"
-    try:
-        found = importlib.util.find_spec(module)
-    except ModuleNotFoundError:
-        found = None
-    return None if found else f"mv2v_kernels has no {backend} version of {op}"
+    found = importlib.util.find_spec(f"mv2v_kernels.{op}")
+    return None if found else f"mv2v_kernels has no triton version of {op}"
 
 
 def resolve(backend: BackendName, device: torch.device) -> BackendName:

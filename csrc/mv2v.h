@@ -1,0 +1,58 @@
+/* The C ABI of the native libraries: raw pointers, sizes and strides in; an error code out.
+ *
+ * Nothing here knows torch or Python, allocates, or throws. Two libraries implement it, each
+ * optional: libmv2v_cpu from csrc/cpu and libmv2v_cuda from csrc/cuda. Whoever changes a signature
+ * or its meaning raises MV2V_ABI_VERSION here and in mv2v_engine/ops/native.py.
+ */
+#ifndef MV2V_H
+#define MV2V_H
+
+#include <stdint.h>
+
+#ifndef MV2V_ABI_VERSION
+#define MV2V_ABI_VERSION 1
+#endif
+
+#define MV2V_OK 0
+#define MV2V_INVALID_ARGUMENT (-1) /* positive codes of libmv2v_cuda are cudaError_t */
+
+#define MV2V_API __attribute__((visibility("default")))
+
+#ifdef __cplusplus
+extern "C" {
+#endif
+
+MV2V_API int mv2v_abi_version(void);
+MV2V_API const char* mv2v_error_string(int code);
+
+/* libmv2v_cpu: 1 if it was compiled with OpenMP, else it runs on the calling thread alone. */
+MV2V_API int mv2v_has_openmp(void);
+
+/* VideoFOV: which of the points does any frame of a video see, and how many of them does the first
+ * video see too (mv2v_engine/ops/fov_overlap.py).
+ *
+ * points         coordinate c of point i is points[i * point_stride + c * coordinate_stride]
+ * planes         16 rows of plane_stride values, one per frame: component c of plane p of frame f
+ *                is planes[(4 * p + c) * plane_stride + f]. A frame sees a point if
+ *                ((x * n0 + y * n1) + z * n2) + n3, each operation rounded to a double, is >= 0 for
+ *                planes 0 and 1, and > 0 for planes 2 and 3.
+ * first_frame    num_videos + 1 offsets, rising: video v has frames first_frame[v] up to
+ *                first_frame[v + 1]. In CUDA's case it lies on the device.
+ * counts         [num_videos, 2], written whole: points that the first video and v see, points
+ *                that v sees.
+ */
+MV2V_API int mv2v_fov_overlap_cpu(const double* points, int64_t num_points, int64_t point_stride,
+                                  int64_t coordinate_stride, const double* planes,
+                                  int64_t plane_stride, const int64_t* first_frame,
+                                  int64_t num_videos, int num_threads, int64_t* counts);
+
+/* All pointers on the current device; asynchronous on `stream`, a cudaStream_t. */
+MV2V_API int mv2v_fov_overlap_cuda(const double* points, int64_t num_points, int64_t point_stride,
+                                   int64_t coordinate_stride, const double* planes,
+                                   int64_t plane_stride, const int64_t* first_frame,
+                                   int64_t num_videos, int64_t* counts, void* stream);
+
+#ifdef __cplusplus
+}
+#endif
+#endif
