@@ -132,6 +132,21 @@ class Engine:
             )
         return cls(checkpoint, vae, text, device=place, config=config)
 
+    def reconfigured(self, config: EngineConfig) -> Engine:
+        """The same weights under another configuration, with a memory of its own.
+
+        Raises:
+            RequestError: the backend or the responsiveness heads differ, which the weights share.
+        """
+        for name in ("backend", "responsiveness_heads"):
+            own, asked = getattr(self.config, name), getattr(config, name)
+            if own != asked:
+                raise RequestError(
+                    f"{name} is shared by all engines on these weights: it is {own!r}, asked was "
+                    f"{asked!r}; load them again with from_pretrained"
+                )
+        return Engine(self.checkpoint, self.vae, self.text, device=self.device, config=config)
+
     def session(
         self,
         source: Path | str | Tensor | np.ndarray[Any, Any] | Source,
@@ -142,6 +157,7 @@ class Engine:
         store: Path | str | None = None,
         window: str | None = None,
         resume: bool = False,
+        source_latents: Tensor | None = None,
     ) -> Session:
         """Open a session on a source video.
 
@@ -152,6 +168,8 @@ class Engine:
             store: a folder that keeps the session; `resume` takes up what it holds.
             window: which frames of a clip of another length than the model's (first, middle,
                 last, even, pad, or a start); None insists on the model's length.
+            source_latents: the source as this engine's VAE encodes it [C, F, H, W], where
+                several sessions share it; None encodes it on first use.
 
         Raises:
             VideoError, CameraError, StorageError, RequestError: what does not fit.
@@ -181,6 +199,7 @@ class Engine:
             id=id or (manifest["id"] if manifest else uuid.uuid4().hex[:12]),
             cameras=cameras,
             store=folder,
+            source_latents=source_latents,
         )
         if folder is not None:
             identity = self._identity(loaded, cameras)
