@@ -12,6 +12,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
+from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -31,6 +32,20 @@ _TILE_STRIDE = 384
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FINGERPRINT_SAMPLES = 64
+
+
+def weights_fingerprint(weights: Mapping[str, Tensor], about: str = "") -> str:
+    """Identity of a set of weights, from samples of every one, and of what `about` says.
+
+    The same on every device, and for weights loaded in fp32 or bf16.
+    """
+    digest = hashlib.sha256(about.encode())
+    for name, weight in sorted(weights.items()):
+        flat = weight.flatten()
+        samples = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)]
+        digest.update(name.encode())
+        digest.update(samples.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 class VideoVAE:
@@ -77,15 +92,9 @@ class VideoVAE:
 
         Independent of device, and of loading the same weights in fp32 or bf16.
         """
-        digest = hashlib.sha256()
         config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        for name, weight in sorted(self.model.state_dict().items()):
-            flat = weight.flatten()
-            samples = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)]
-            digest.update(name.encode())
-            digest.update(samples.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-        return digest.hexdigest()[:16]
+        about = json.dumps(config, sort_keys=True, default=str)
+        return weights_fingerprint(self.model.state_dict(), about)
 
     def latent_shape(self, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(C, F, H, W) of a video of `num_frames` frames of `size` (height, width).

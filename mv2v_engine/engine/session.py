@@ -91,14 +91,13 @@ class Session:
             memory=memory,
             cancel=cancel,
         )
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as stop:
-                turn: Turn = stop.value
-                return turn
-            if on_progress is not None:
-                on_progress(event)
+        return _driven(events, on_progress)
+
+    def answer(
+        self, request: TurnRequest, on_progress: Callable[[Event], None] | None = None
+    ) -> Turn:
+        """As `render`, of a request that is already made."""
+        return _driven(self.perform(request), on_progress)
 
     def events(
         self,
@@ -353,6 +352,20 @@ class Session:
             "cache_bytes": self.engine.cache.bytes_used,
             **self.engine.describe(),
         }
+
+
+def _driven(
+    events: Generator[Event, None, Turn], on_progress: Callable[[Event], None] | None
+) -> Turn:
+    """Run a turn to its end."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            turn: Turn = stop.value
+            return turn
+        if on_progress is not None:
+            on_progress(event)
 
 
 def _staged(spans: Spans, name: str, work: Callable[[], Result]) -> Generator[Event, None, Result]:

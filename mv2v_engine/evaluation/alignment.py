@@ -2,8 +2,8 @@
 
 In a known world a frame of a turn is aligned photometrically with the true frame at the requested
 pose: direct alignment with exact depth, inverse compositional (Baker and Matthews 2004),
-Levenberg-Marquardt, from blurred to sharp, over the pixels whose content the source fixes. What
-is left between the pose found and the one asked is the error of the camera.
+Levenberg-Marquardt, from blurred to sharp, over pixels whose content the source fixes and which
+lie away from silhouettes. What is left between the pose found and the one asked is the error.
 
 N frames, P pixels of the sampling lattice.
 """
@@ -19,9 +19,11 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.evaluation.consistency import View
 from mv2v_engine.evaluation.visibility import camera_points, image_positions
 
-_STRIDES = (8, 4, 2)  # pixels between the samples of a level, and the width of its blur
+_STRIDES = (8, 4)  # pixels between the samples of a level, and the width of its blur
 _ITERATIONS = 8
 _HUBER = 0.1  # of full scale; larger differences are content, not camera
+_MARGIN = 8  # pixels around a silhouette, behind which another camera sees something else
+_SILHOUETTE = 1.25  # ratio of depths within the margin
 _FEWEST_PIXELS = 0.05  # share of a frame; fewer do not fix six numbers
 
 
@@ -45,10 +47,12 @@ def camera_error(frames: Tensor, view: View, *, every: int = 4) -> CameraError |
     left out. None where the source fixes too little of the picture.
     """
     chosen = torch.arange(every, len(frames), every)
-    chosen = chosen[view.seen[chosen].float().mean((1, 2)) >= _FEWEST_PIXELS]
+    usable = view.seen[chosen] & _is_smooth(view.truth.depth[chosen])
+    enough = usable.float().mean((1, 2)) >= _FEWEST_PIXELS
+    chosen, mask = chosen[enough], usable[enough]
     if not len(chosen):
         return None
-    camera, mask = _frames_of(view.camera, chosen), view.seen[chosen]
+    camera = _frames_of(view.camera, chosen)
     points = camera_points(camera, view.truth.depth[chosen])
     poses = _align(_image(frames[chosen]), _image(view.truth.frames[chosen]), points, mask, camera)
     moved = image_positions(_transform(_inverse(poses), points), camera)
@@ -171,6 +175,17 @@ def _blur(image: Tensor, width: int) -> Tensor:
     """Box blur over 2 * width - 1 pixels, the border replicated."""
     padded = torch.nn.functional.pad(image, (width - 1,) * 4, mode="replicate")
     return torch.nn.functional.avg_pool2d(padded, 2 * width - 1, stride=1)
+
+
+def _is_smooth(depth: Tensor) -> Tensor:
+    """Bool [N, height, width]: no silhouette within the margin."""
+    nearness = 1 / depth[:, None]
+    window = 2 * _MARGIN - 1
+    nearest, farthest = (
+        sign * torch.nn.functional.max_pool2d(sign * nearness, window, 1, padding=_MARGIN - 1)
+        for sign in (1, -1)
+    )
+    return (nearest <= _SILHOUETTE * farthest)[:, 0]
 
 
 def _exponential(twist_N6: Tensor) -> Tensor:

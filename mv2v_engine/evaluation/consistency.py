@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.evaluation.images import feature_distance, masked_l1
-from mv2v_engine.evaluation.visibility import Projection, project, seen_by
+from mv2v_engine.evaluation.visibility import Projection, project
 from mv2v_engine.synthetic.render import Rendering, render
 from mv2v_engine.synthetic.worlds import World
 
@@ -25,12 +25,14 @@ _FEWEST_PIXELS = 64  # of a whole video; fewer say nothing
 class View:
     """A camera in a known world and what it truly films.
 
-    seen: bool [T, height, width], which of its pixels show what the source shows too.
+    seen, invented: bool [T, height, width], which of its pixels show what the source shows too,
+    and which show what it never does; what is not sure is neither.
     """
 
     camera: CameraTrajectory
     truth: Rendering
     seen: Tensor
+    invented: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,15 +55,16 @@ def film(world: World, camera: CameraTrajectory, source: View | None = None) -> 
     """Film a world; without `source` this is the source's own view."""
     truth = render(world, camera)
     if source is None:
-        return View(camera, truth, torch.ones_like(truth.depth, dtype=torch.bool))
-    seen = seen_by(camera, truth.depth, source.camera, source.truth.depth)
-    return View(camera, truth, seen)
+        everywhere = torch.ones_like(truth.depth, dtype=torch.bool)
+        return View(camera, truth, everywhere, ~everywhere)
+    projection = project(camera, truth.depth, source.camera, source.truth.depth)
+    return View(camera, truth, projection.seen, projection.unseen)
 
 
 def overlap(later: View, earlier: View) -> Overlap:
     """The geometry of a pair of turns: the same for every method that is measured on it."""
     projection = project(later.camera, later.truth.depth, earlier.camera, earlier.truth.depth)
-    return Overlap(projection, projection.seen & ~later.seen)
+    return Overlap(projection, projection.seen & later.invented)
 
 
 def consistency(later: Tensor, earlier: Tensor, shared: Overlap) -> tuple[float, float]:

@@ -25,7 +25,7 @@ def masked_l1(first: Tensor, second: Tensor, mask: Tensor) -> float:
 
 
 def flicker(frames: Tensor) -> float:
-    """Temporal flickering as VBench scores it, (255 - mean |change|) / 255: 1 is a still picture."""
+    """VBench's temporal flickering, (255 - mean |change|) / 255: 1 is a still picture."""
     return float(1 - (frames[1:].float() - frames[:-1].float()).abs().mean() / 255)
 
 

@@ -23,11 +23,13 @@ class Projection:
     """Where the points of a camera's pixels fall in another camera.
 
     position: pixels (x, y) [T, height, width, 2], the centre of the first pixel at (0.5, 0.5).
-    seen: bool [T, height, width], whether the other camera sees the point.
+    seen, unseen: bool [T, height, width], the other camera surely sees the point, or surely does
+    not. Beside a silhouette and on the image's border neither is sure.
     """
 
     position: Tensor
     seen: Tensor
+    unseen: Tensor
 
     def sample(self, frames: Tensor) -> Tensor:
         """The other camera's frames [T, height, width, 3] at the points: float, bilinear.
@@ -67,9 +69,9 @@ def project(
 ) -> Projection:
     """Follow every pixel of `camera` into `other` at the same moment.
 
-    depth, other_depth: [T, height, width] metres along each camera's axis. A point counts as
-    seen if it projects inside the other image and lies at the depth recorded there, within
-    `tolerance` of that depth: neither hidden behind something nor beside a silhouette.
+    depth, other_depth: [T, height, width] metres along each camera's axis. A point is seen if it
+    projects inside the other image and lies at the depth recorded there, within `tolerance` of
+    that depth; it is unseen if it lies outside, or at no depth between those around that pixel.
     """
     move = compose(invert(other.poses), camera.poses)[:, None, None]
     points = camera_points(camera, depth)
@@ -79,19 +81,14 @@ def project(
     column, row = position.floor().long().unbind(-1)
     inside = (column >= 0) & (column < width) & (row >= 0) & (row < height)
     frame = torch.arange(len(points))[:, None, None]
-    recorded = other_depth[frame, row.clamp(0, height - 1), column.clamp(0, width - 1)]
-    z = points[..., 2]
-    near = (recorded - z).abs() <= tolerance * recorded
-    return Projection(position, inside & near & (z > 0))
-
-
-def seen_by(
-    camera: CameraTrajectory,
-    depth: Tensor,
-    other: CameraTrajectory,
-    other_depth: Tensor,
-    *,
-    tolerance: float = 0.05,
-) -> Tensor:
-    """Mask bool [T, height, width] of `camera`'s pixels whose point `other` sees (`project`)."""
-    return project(camera, depth, other, other_depth, tolerance=tolerance).seen
+    place = (frame, row.clamp(0, height - 1), column.clamp(0, width - 1))
+    recorded, z = other_depth[place], points[..., 2]
+    seen = inside & (z > 0) & ((recorded - z).abs() <= tolerance * recorded)
+    beside = (column >= -1) & (column <= width) & (row >= -1) & (row <= height) & (z > 0)
+    nearest, farthest = (
+        sign * torch.nn.functional.max_pool2d(sign * other_depth[:, None], 3, 1, padding=1)[:, 0]
+        for sign in (-1, 1)
+    )
+    between = z >= (1 - tolerance) * nearest[place]
+    between &= z <= (1 + tolerance) * farthest[place]
+    return Projection(position, seen, ~(beside & between))

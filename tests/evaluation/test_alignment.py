@@ -32,20 +32,21 @@ def test_the_requested_camera_has_no_error() -> None:
     _, view = _view("pan:10")
     error = camera_error(view.truth.frames, view, every=2)
     assert error is not None
-    assert error.pixels == pytest.approx(0, abs=1e-6)
-    assert (error.degrees, error.metres) == pytest.approx((0, 0), abs=1e-6)
+    assert error.pixels == pytest.approx(0, abs=1e-4)
+    assert (error.degrees, error.metres) == pytest.approx((0, 0), abs=1e-4)
 
 
 @pytest.mark.parametrize(
-    ("degrees", "shift"), [(2.0, (0.0, 0.0, 0.0)), (0.0, (0.15, 0.0, 0.0)), (-1.0, (0.1, 0.05, 0.2))]
+    ("degrees", "shift"),
+    [(2.0, (0.0, 0.0, 0.0)), (0.0, (0.15, 0.0, 0.0)), (-1.0, (0.1, 0.05, 0.2))],
 )
 def test_a_wrong_camera_is_found(degrees: float, shift: tuple[float, float, float]) -> None:
     world, view = _view("pan:10")
     frames = render(world, _moved(view.camera, degrees, *shift)).frames
     error = camera_error(frames, view, every=2)
     assert error is not None
-    assert error.degrees == pytest.approx(abs(degrees), abs=0.15)
-    assert error.metres == pytest.approx(torch.tensor(shift).norm().item(), abs=0.03)
+    assert error.degrees == pytest.approx(abs(degrees), abs=0.12)
+    assert error.metres == pytest.approx(torch.tensor(shift).norm().item(), abs=0.015)
     assert error.pixels > 2
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
-from mv2v_engine.evaluation.visibility import project, seen_by
+from mv2v_engine.evaluation.visibility import project
 from mv2v_engine.synthetic.render import Rendering, render
 from mv2v_engine.synthetic.worlds import NUM_WALLS, make_world
 
@@ -19,14 +19,16 @@ def _film(spec: str, seed: int = 5) -> tuple[CameraTrajectory, Rendering]:
 
 def test_a_camera_sees_all_of_itself() -> None:
     camera, film = _film("arc:20")
-    assert seen_by(camera, film.depth, camera, film.depth).all()
+    projection = project(camera, film.depth, camera, film.depth)
+    assert projection.seen.all() and not projection.unseen.any()
 
 
 def test_a_pan_hides_a_strip_of_known_width() -> None:
     camera, film = _film("pan:20")
     still, source = _film("static")
-    seen = seen_by(camera, film.depth, still, source.depth)
-    assert seen[0].all()
+    projection = project(camera, film.depth, still, source.depth)
+    seen, unseen = projection.seen, projection.unseen
+    assert seen[0].all() and not unseen[0].any()
     # a pure rotation: the columns whose ray leaves the still camera's image are known exactly
     focal = float(camera.intrinsics[0, 0])
     column = torch.arange(SIZE[1]) + 0.5 - SIZE[1] / 2
@@ -35,6 +37,9 @@ def test_a_pan_hides_a_strip_of_known_width() -> None:
     middle = SIZE[0] // 2
     assert not seen[2][middle, outside].any()
     assert seen[2][middle, ~outside].float().mean() > 0.9
+    # a turn hides nothing but the strip, of which the border's own pixel is not sure
+    assert not unseen[2][middle, ~outside].any()
+    assert unseen[2][middle, outside].sum() >= outside.sum() - 2
 
 
 def test_a_plane_shifts_by_the_disparity() -> None:
@@ -60,8 +65,11 @@ def test_what_lies_behind_a_nearer_plane_is_hidden() -> None:
     still = named_trajectory("static", 3, SIZE)
     wall, screen = torch.full((3, *SIZE), 3.0), torch.full((3, *SIZE), 3.0)
     screen[:, :, :40] = 1.0
-    seen = seen_by(still, wall, still, screen)
+    projection = project(still, wall, still, screen)
+    seen, unseen = projection.seen, projection.unseen
     assert not seen[:, :, :40].any() and seen[:, :, 40:].all()
+    # of the hidden half only the column at the screen's edge may be the wall's
+    assert unseen[:, :, :39].all() and not unseen[:, :, 39:].any()
 
 
 def test_what_is_seen_has_the_same_colour() -> None:
