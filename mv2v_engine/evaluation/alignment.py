@@ -195,7 +195,8 @@ def _exponential(twist_N6: Tensor) -> Tensor:
     generator = torch.zeros(len(twist_N6), 4, 4, dtype=twist_N6.dtype)
     generator[:, :3, :3] = torch.stack([zero, -c, b, c, zero, -a, -b, a, zero], -1).view(-1, 3, 3)
     generator[:, :3, 3] = v
-    return torch.linalg.matrix_exp(generator)
+    motions: Tensor = torch.linalg.matrix_exp(generator)
+    return motions
 
 
 def _inverse(poses_N44: Tensor) -> Tensor:
@@ -206,4 +207,5 @@ def _inverse(poses_N44: Tensor) -> Tensor:
 def _transform(poses_N44: Tensor, points: Tensor) -> Tensor:
     """Points [N, height, width, 3] moved by one rigid motion a frame."""
     pose = poses_N44[:, None, None]
-    return (pose[..., :3, :3] @ points.to(pose.dtype)[..., None])[..., 0] + pose[..., :3, 3]
+    moved: Tensor = (pose[..., :3, :3] @ points.to(pose.dtype)[..., None])[..., 0]
+    return moved + pose[..., :3, 3]

@@ -90,7 +90,7 @@ def save_consistency(path: Path, results: dict[str, Any]) -> None:
         ]
         # a little apart, so that intervals do not hide each other
         places = [number + 0.03 * (index - len(rows) / 2) for number in known]
-        style = {"color": "black", "linestyle": ":"} if name == "truth" else {}
+        style: dict[str, Any] = {"color": "black", "linestyle": ":"} if name == "truth" else {}
         axis.errorbar(places, values, errors, marker="o", capsize=2, label=_LABELS[name], **style)
     axis.set_xlabel("turn")
     axis.set_ylabel("L1 to earlier turns, unseen by the source")

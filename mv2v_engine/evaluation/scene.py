@@ -188,9 +188,9 @@ def _quality(frames: Tensor, view: View) -> Measures:
         "ssim": structural_similarity(frames, truth),
         "flicker": flicker(frames),
         "seen_fraction": float(view.seen.float().mean()),
-        "camera_error": error and error.pixels,
-        "rotation_error": error and error.degrees,
-        "translation_error": error and error.metres,
+        "camera_error": None if error is None else error.pixels,
+        "rotation_error": None if error is None else error.degrees,
+        "translation_error": None if error is None else error.metres,
     }
     finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
     return {"camera": view.camera.name, **finite}

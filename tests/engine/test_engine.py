@@ -132,5 +132,5 @@ def test_the_same_weights_under_another_configuration(
     turn = static.session(source_frames).render("pan_right")
     assert turn.report["plan"]["conditioning"] == "static"
     assert len(static.cache) == 1 and len(engine.cache) == 0
-    with pytest.raises(RequestError, match="responsiveness_heads is shared .* from_pretrained"):
+    with pytest.raises(RequestError, match=r"responsiveness_heads is shared .* from_pretrained"):
         engine.reconfigured(EngineConfig(responsiveness_heads="mean"))
