@@ -152,11 +152,13 @@ def evaluate(
             folder.keep(seed, settings, scene.measures, seconds)
             measures = {**scene.measures, "seconds": seconds}
         scenes.append(measures)
+    costs = _costs(engine)
     results = {
         "format": FORMAT,
         "version": VERSION,
         **summarise(scenes, protocol),
-        "cost": _costs(engine),
+        "cost": costs,
+        "merging_saves": {plan: _merging_saves(rows) for plan, rows in costs.items()},
         "seconds_by_memory": _seconds_by_memory(scenes),
         "settings": settings,
         "engine": engine.describe(),
@@ -189,7 +191,7 @@ def _settings(engine: Engine, protocol: Protocol) -> dict[str, Any]:
     }
 
 
-def _costs(engine: Engine) -> dict[str, Any]:
+def _costs(engine: Engine) -> dict[str, list[dict[str, Any]]]:
     """FLOPs by number of memory videos: on this checkpoint's plan and on the full-size one."""
     sampling = engine.sampling
     own = forward_costs(
@@ -203,6 +205,13 @@ def _costs(engine: Engine) -> dict[str, Any]:
     height, width = sampling.size
     name = f"{engine.checkpoint.name}: {sampling.num_frames} frames of {width}x{height}"
     return {name: own, "Wan2.1-1.3B: 81 frames of 832x480": full}
+
+
+def _merging_saves(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Share of a forward's FLOPs that merging saves, by number of memory videos."""
+    return {
+        str(row["memory"]): round(1 - row["flops_merged"] / row["flops_dynamic"], 4) for row in rows
+    }
 
 
 def _seconds_by_memory(scenes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:

@@ -243,6 +243,11 @@ def markdown(results: dict[str, Any]) -> str:
                 f"| {name} | {target['value']:.3f} | {low:.3f} to {high:.3f} "
                 f"| ≤ {target['at_most']:g} | {met} |"
             )
+    saved = [f"{100 * by['4']:.1f} % ({plan})" for plan, by in results["merging_saves"].items()]
+    lines += [
+        "",
+        f"Of a forward's FLOPs, merging saves with four memory videos: {', '.join(saved)}.",
+    ]
     if results["responsiveness"]:
         lines += ["", "| blocks | Pearson | Spearman | bottom-50 % overlap |", "|---|---|---|---|"]
         for group, values in results["responsiveness"].items():

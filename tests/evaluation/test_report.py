@@ -47,6 +47,7 @@ def _results(scenes: list[dict[str, Any]]) -> dict[str, Any]:
         **summarise(scenes, PROTOCOL),
         "settings": {"turns": 3, "steps": 10},
         "engine": {"checkpoint": "tiny", "device": "cpu"},
+        "merging_saves": {"small": {"4": 0.21}, "large": {"4": 0.328}},
     }
 
 
@@ -104,6 +105,7 @@ def test_the_table_shows_every_row_and_target() -> None:
     assert "| independent turns | 0.3000 (0.1" in text
     assert "| *truth* | 0.0100 (0.0100 to 0.0100) |" in text
     assert "| memory / independent | 0.400 | 0.400 to 0.400 | ≤ 0.5 | yes |" in text
+    assert "21.0 % (small)" in text and "32.8 % (large)" in text
     assert "| 1 vs 2-8 | 0.300 | 0.200 | 0.500 |" in text
     widths = {line.count("|") for line in text.splitlines()[2:9]}
     assert widths == {13}
