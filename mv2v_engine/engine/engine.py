@@ -185,6 +185,12 @@ class Engine:
                 fps=fps,
                 max_pixels=self.config.max_source_pixels,
             )
+        expected = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
+        if source_latents is not None and tuple(source_latents.shape) != expected:
+            raise RequestError(
+                f"source_latents must have shape {list(expected)}, got "
+                f"{list(source_latents.shape)}; encode the source with this engine's vae"
+            )
         if resume and store is None:
             raise RequestError("resume needs the session's folder: give a store")
         folder = None if store is None else SessionStore(Path(store))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from mv2v_engine.evaluation import bootstrap
@@ -117,72 +118,90 @@ def _row(row: _Row, *, has_cost: bool) -> dict[str, Any]:
     return summary
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class _Target:
+    """A comparison of two rows, value by value, that is met if it is at most a bound."""
+
+    name: str
+    rows: tuple[str, str]
+    values: Callable[[_Row], Values]
+    at_most: float
+    compare: Callable[[Values, Values], Estimate | None] = bootstrap.ratio
+
+
+def _three_turns(row: _Row) -> Values:
+    return row.pairs(_MAIN_PAIRS)
+
+
+def _first_third(row: _Row) -> Values:
+    return row.pairs(["1-3"])
+
+
+def _first_fifth(row: _Row) -> Values:
+    return row.pairs([_RETURN])
+
+
+def _from_the_third(row: _Row) -> Values:
+    """Where retrieval has a choice."""
+    return row.pairs([name for name in row.pair_names() if int(name[-1]) >= MAIN_TURNS])
+
+
+def _source_psnr(row: _Row) -> Values:
+    return row.turns("source_psnr")
+
+
+def _camera_error(row: _Row) -> Values:
+    return row.turns("camera_error")
+
+
+_GAIN, _MERGED = ("memory", "independent"), ("memory_merged", "memory")
+_FUSED, _STATIC = ("memory_merged", "discard"), ("static", "memory")
+_TARGETS = (
+    _Target(name="memory / independent", rows=_GAIN, values=_three_turns, at_most=0.5),
+    _Target(name="memory / independent, 1-5", rows=_GAIN, values=_first_fifth, at_most=0.5),
+    _Target(
+        name="memory / previous, 1-3",
+        rows=("memory", "previous"),
+        values=_first_third,
+        at_most=1,
+    ),
+    _Target(
+        name="independent - memory, source_psnr",
+        rows=("independent", "memory"),
+        values=_source_psnr,
+        at_most=0.2,
+        compare=bootstrap.difference,
+    ),
+    _Target(name="memory / independent, camera", rows=_GAIN, values=_camera_error, at_most=1),
+    _Target(name="merged / memory", rows=_MERGED, values=_three_turns, at_most=1.02),
+    _Target(name="merged / memory, 1-5", rows=_MERGED, values=_first_fifth, at_most=1.02),
+    _Target(name="static / memory", rows=_STATIC, values=_three_turns, at_most=1.05),
+    _Target(name="static / memory, 1-5", rows=_STATIC, values=_first_fifth, at_most=1.05),
+    _Target(name="merged / discard", rows=_FUSED, values=_three_turns, at_most=1),
+    _Target(name="merged / discard, 1-5", rows=_FUSED, values=_first_fifth, at_most=1),
+    _Target(
+        name="retrieved / random",
+        rows=("retrieved_1", "random_1"),
+        values=_from_the_third,
+        at_most=1,
+    ),
+)
+
+
 def targets(scenes: Scenes, protocol: Protocol) -> dict[str, Any]:
     """The comparisons that the method is judged by: value, interval, bound, whether it is met.
 
     A comparison is left out where its rows or turns were not measured.
     """
-
-    def row(name: str) -> _Row:
-        return _Row(scenes, "rows", name)
-
-    def mean_pairs(name: str) -> Values:
-        return row(name).pairs(_MAIN_PAIRS)
-
-    def last_pair(name: str) -> Values:
-        return row(name).pairs([_RETURN])
-
-    def first_third(name: str) -> Values:
-        return row(name).pairs(["1-3"])
-
-    def source_psnr(name: str) -> Values:
-        return row(name).turns("source_psnr")
-
-    def camera(name: str) -> Values:
-        return row(name).turns("camera_error")
-
-    def any_turn(name: str) -> Values:
-        """Where retrieval has a choice: every turn from the third on."""
-        numbers = range(MAIN_TURNS, protocol.turns + 1)
-        pairs = [pair_name((a, b)) for a, b in protocol.pairs if b in numbers]
-        return row(name).pairs(pairs)
-
-    Comparison = Callable[[Values, Values], Estimate | None]
-    wanted: list[tuple[str, Comparison, Callable[[str], Values], str, str, float]] = [
-        ("memory / independent", bootstrap.ratio, mean_pairs, "memory", "independent", 0.5),
-        ("memory / previous, 1-3", bootstrap.ratio, first_third, "memory", "previous", 1.0),
-        (
-            "independent - memory, source_psnr",
-            bootstrap.difference,
-            source_psnr,
-            "independent",
-            "memory",
-            0.2,
-        ),
-        ("memory / independent, camera", bootstrap.ratio, camera, "memory", "independent", 1.0),
-        ("static / memory", bootstrap.ratio, mean_pairs, "static", "memory", 1.05),
-        ("merged / memory", bootstrap.ratio, mean_pairs, "memory_merged", "memory", 1.02),
-        ("merged / discard", bootstrap.ratio, mean_pairs, "memory_merged", "discard", 1.0),
-        ("retrieved / random", bootstrap.ratio, any_turn, "retrieved_1", "random_1", 1.0),
-    ]
-    if protocol.turns > MAIN_TURNS:
-        wanted += [
-            ("merged / memory, 1-5", bootstrap.ratio, last_pair, "memory_merged", "memory", 1.02),
-            ("merged / discard, 1-5", bootstrap.ratio, last_pair, "memory_merged", "discard", 1.0),
-            ("static / memory, 1-5", bootstrap.ratio, last_pair, "static", "memory", 1.05),
-            ("memory / independent, 1-5", bootstrap.ratio, last_pair, "memory", "independent", 0.5),
-        ]
     table = {}
-    for name, compare, values, first, second, bound in wanted:
-        if first not in protocol.rows or second not in protocol.rows:
+    for target in _TARGETS:
+        if not set(target.rows) <= set(protocol.rows):
             continue
-        estimate = compare(values(first), values(second))
+        first, second = (target.values(_Row(scenes, "rows", name)) for name in target.rows)
+        estimate = target.compare(first, second)
         if estimate is not None:
-            table[name] = {
-                **_described(estimate),
-                "at_most": bound,
-                "met": estimate.value <= bound,
-            }
+            met = estimate.value <= target.at_most
+            table[target.name] = {**_described(estimate), "at_most": target.at_most, "met": met}
     return table
 
 
@@ -222,6 +241,7 @@ def markdown(results: dict[str, Any]) -> str:
         f"{results['scenes']} held-out scenes of {settings['turns']} turns, "
         f"{settings['steps']} denoising steps, checkpoint {results['engine']['checkpoint']} on "
         f"{results['engine']['device']}; 95 % bootstrap intervals over scenes.",
+        *([] if settings["trained_for_memory"] else ["These weights never learned to remember."]),
         "",
         "| | consistency ↓ | 1-2 | 1-3 | 2-3 | 1 - cosine ↓ | PSNR where seen ↑ "
         "| camera error, px ↓ | flicker ↑ | tokens | GFLOP a turn | seconds a turn |",

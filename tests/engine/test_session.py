@@ -154,6 +154,8 @@ def test_turns_are_adopted_in_order(engine: Engine, source_frames: Tensor) -> No
     # what is given need not be encoded again
     latents = engine.vae.encode(source_frames)
     other = engine.session(source_frames, source_latents=latents)
+    with pytest.raises(RequestError, match=r"must have shape \[16, 3, 6, 8\], got \[16, 2, 6, 8\]"):
+        engine.session(source_frames, source_latents=latents[:, 1:])
     with pytest.raises(RequestError, match="next turn is number 1, got a turn that was number 2"):
         other.adopt(turns[1])
     for turn in turns[:2]:

@@ -45,7 +45,7 @@ def _scenes() -> list[dict[str, Any]]:
 def _results(scenes: list[dict[str, Any]]) -> dict[str, Any]:
     return {
         **summarise(scenes, PROTOCOL),
-        "settings": {"turns": 3, "steps": 10},
+        "settings": {"turns": 3, "steps": 10, "trained_for_memory": True},
         "engine": {"checkpoint": "tiny", "device": "cpu"},
         "merging_saves": {"small": {"4": 0.21}, "large": {"4": 0.328}},
     }
