@@ -13,6 +13,7 @@ import platform
 import time
 from dataclasses import asdict
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -215,12 +216,12 @@ def _merging_saves(rows: list[dict[str, Any]]) -> dict[str, float]:
 
 
 def _seconds_by_memory(scenes: list[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """Mean seconds of denoising by row and number of memory videos."""
+    """Median seconds of denoising by row and number of memory videos."""
     table: dict[str, dict[str, float]] = {}
     for name in scenes[0]["rows"]:
         found: dict[int, list[float]] = {}
         for scene in scenes:
             for turn in scene["rows"][name]["turns"]:
                 found.setdefault(turn["memory"], []).append(turn["seconds"])
-        table[name] = {str(n): round(sum(v) / len(v), 4) for n, v in sorted(found.items())}
+        table[name] = {str(n): round(median(v), 4) for n, v in sorted(found.items())}
     return table

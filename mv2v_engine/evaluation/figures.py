@@ -123,6 +123,7 @@ def save_cost(path: Path, results: dict[str, Any]) -> None:
     axes[-1].set_ylim(bottom=0)
     for axis in axes:
         axis.set_xlabel("memory videos")
+        axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
     _save(figure, path)
