@@ -18,7 +18,9 @@ CameraConditioning = Literal["own", "target", "none"]
 RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
 BackendName = Literal["auto", "reference", "triton", "cuda"]
-MemoryMode = Literal["retrieved", "previous", "none"]
+MemoryMode = Literal["retrieved", "alone", "previous", "none"]
+MemoryRanking = Literal["fov", "random"]
+MemoryTokenizers = Literal["ranked", "uniform"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -154,6 +156,8 @@ class EngineConfig:
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
         them, else "none" and "off", so that a base without memory keeps its own quality.
     cache_bytes: budget of the latent memory. max_memory: most memory videos of one turn.
+    memory_ranking: "random" draws the videos by the turn's seed (the ablation).
+    memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
     max_source_pixels: larger frames are refused before they are decoded.
     """
@@ -161,6 +165,8 @@ class EngineConfig:
     backend: BackendName = "auto"
     memory: MemoryMode | None = None
     max_memory: int = 10
+    memory_ranking: MemoryRanking = "fov"
+    memory_tokenizers: MemoryTokenizers = "ranked"
     merge: MergeMode | None = None
     merge_scope: MergeScope = "group"
     merge_fraction: float | None = None

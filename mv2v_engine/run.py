@@ -1,4 +1,4 @@
-"""The command line: `python -m mv2v_engine.run novel-view | info | inspect`.
+"""The command line: `python -m mv2v_engine.run novel-view | evaluate | info | inspect`.
 
 Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, get_args
@@ -124,6 +125,45 @@ def novel_view(args: argparse.Namespace) -> int:
     return 0
 
 
+def evaluate(args: argparse.Namespace) -> int:
+    """Measure a checkpoint's turns on worlds of known geometry, into a folder."""
+    # what measuring needs is no part of what the other commands wait for
+    from mv2v_engine.evaluation import evaluate as evaluation
+    from mv2v_engine.evaluation.figures import require_matplotlib
+    from mv2v_engine.evaluation.protocol import QUICK, Protocol
+    from mv2v_engine.evaluation.report import markdown
+
+    require_matplotlib()
+    chosen = {
+        "scenes": args.scenes,
+        "turns": args.turns,
+        "steps": args.steps,
+        "rows": args.rows and tuple(args.rows.split(",")),
+    }
+    given = {name: value for name, value in chosen.items() if value is not None}
+    protocol = replace(QUICK if args.quick else Protocol(), **given)
+    _resolution(args)
+    ResultFolder(args.out).check_writable()
+    folder = evaluation.EvaluationFolder(args.out)
+    if not args.resume and not args.overwrite:
+        folder.check_free()
+    engine = Engine.from_pretrained(
+        args.checkpoint,
+        device=args.device,
+        dtype=_DTYPES.get(args.dtype),
+        config=EngineConfig(backend=args.backend),
+        components=args.components,
+        rename=args.rename,
+    )
+    if args.overwrite:
+        folder.clear()
+    results = evaluation.evaluate(engine, protocol, folder, is_quiet=args.quiet)
+    if not args.quiet:
+        print("\n" + markdown(results))
+    print(folder.results, folder.table, *folder.pictures, sep="\n")
+    return 0
+
+
 def info(args: argparse.Namespace) -> int:
     """Print versions, devices and backends."""
     print(describe_machine())
@@ -214,6 +254,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
+    _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
     command = commands.add_parser("info", help="versions, devices, backends")
     command.set_defaults(command=info)
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")
@@ -250,16 +291,37 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
     add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
+    _add_model(parser)
+    _add_folder(parser, "session")
+
+
+def _add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=evaluate)
+    add = parser.add_argument_group("the protocol").add_argument
+    add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
+    add("--scenes", type=int, metavar="N", help="held-out worlds, 40 if not given")
+    add("--turns", type=int, choices=(3, 5), help="of a scene; of five, the last meets the first")
+    add("--steps", type=int, metavar="N", help="denoising steps of a turn, 10 if not given")
+    add("--rows", metavar="A,B", help="methods to compare, all if not given")
+    add("--quick", action="store_true", help="4 scenes, 4 steps, the main rows: a check")
+    _add_model(parser)
+    _add_folder(parser, "evaluation")
+
+
+def _add_model(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the model").add_argument
     add("--checkpoint", default="tiny-nvs", metavar="NAME_OR_PATH")
     add("--components", type=Path, metavar="DIR", help="vae, text_encoder and tokenizer from here")
     add("--rename", type=Path, metavar="FILE", help="names that the checkpoint leaves open")
     add("--device", metavar="D", help="cpu, cuda or cuda:N")
     add("--dtype", choices=tuple(_DTYPES))
-    add("--backend", choices=get_args(BackendName), default=defaults.backend)
+    add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
+
+
+def _add_folder(parser: argparse.ArgumentParser, content: str) -> None:
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help="continue the session in DIR")
-    group.add_argument("--overwrite", action="store_true", help="replace the session in DIR")
+    group.add_argument("--resume", action="store_true", help=f"continue the {content} in DIR")
+    group.add_argument("--overwrite", action="store_true", help=f"replace the {content} in DIR")
     parser.add_argument("--quiet", action="store_true", help="print the written paths alone")
 
 

@@ -34,6 +34,20 @@ _WEIGHTS = "diffusion_pytorch_model.safetensors"
 _FINGERPRINT_SAMPLES = 64
 
 
+def weights_fingerprint(weights: Mapping[str, Tensor], about: str = "") -> str:
+    """Identity of a set of weights, from samples of every one, and of what `about` says.
+
+    The same on every device, and for weights loaded in fp32 or bf16.
+    """
+    digest = hashlib.sha256(about.encode())
+    for name, weight in sorted(weights.items()):
+        flat = weight.detach().flatten()
+        samples = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)]
+        digest.update(name.encode())
+        digest.update(samples.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]
+
+
 class VideoVAE:
     """Encoder and decoder of one latent space.
 
@@ -78,11 +92,9 @@ class VideoVAE:
 
         Independent of device, and of loading the same weights in fp32 or bf16.
         """
-        digest = hashlib.sha256()
         config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
-        digest.update(json.dumps(config, sort_keys=True, default=str).encode())
-        digest.update(sample_weights(self.model.state_dict()))
-        return digest.hexdigest()[:16]
+        about = json.dumps(config, sort_keys=True, default=str)
+        return weights_fingerprint(self.model.state_dict(), about)
 
     def latent_shape(self, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
         """(C, F, H, W) of a video of `num_frames` frames of `size` (height, width).
@@ -150,17 +162,6 @@ class VideoVAE:
         if pixels > self.tile_above:
             side, stride = _TILE // unit, _TILE_STRIDE // unit
             self.model.enable_tiling(side, side, stride, stride)
-
-
-def sample_weights(weights: Mapping[str, Tensor]) -> bytes:
-    """Names and a few values of every weight, rounded to bf16: material for a fingerprint."""
-    parts = []
-    for name, weight in sorted(weights.items()):
-        flat = weight.detach().flatten()
-        samples = flat[:: max(1, len(flat) // _FINGERPRINT_SAMPLES)]
-        parts.append(name.encode())
-        parts.append(samples.to("cpu", torch.bfloat16).view(torch.int16).numpy().tobytes())
-    return b"".join(parts)
 
 
 def load_vae(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> VideoVAE:

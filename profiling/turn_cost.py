@@ -12,27 +12,17 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from mv2v_engine.evaluation.cost import forward_costs
 from mv2v_engine.files import save_json
-from mv2v_engine.tokens.plan import novel_view_plan
 
 MEMORY = (0, 1, 3, 4, 6, 10, 16)
 
 
-def row(memory: int) -> dict[str, Any]:
-    """Tokens and PFLOP of a forward with `memory` videos remembered."""
-    uniform = novel_view_plan(memory=memory, merge="off", tokenizers="uniform")
-    dynamic = novel_view_plan(memory=memory, merge="off")
-    merged = novel_view_plan(memory=memory)
-    static = novel_view_plan(memory=memory, merge="off", conditioning="static")
+def in_pflop(costs: dict[str, Any]) -> dict[str, Any]:
+    """A row of `forward_costs` with its FLOPs in PFLOP."""
     return {
-        "memory": memory,
-        "tokens_uniform": uniform.length,
-        "tokens_dynamic": dynamic.length,
-        "tokens_last_block": merged.lengths_by_block()[-1],
-        "pflop_uniform": uniform.flops() / 1e15,
-        "pflop_dynamic": dynamic.flops() / 1e15,
-        "pflop_merged": merged.flops() / 1e15,
-        "pflop_static": static.flops() / 1e15,
+        name.replace("flops_", "pflop_"): value / 1e15 if name.startswith("flops_") else value
+        for name, value in costs.items()
     }
 
 
@@ -55,7 +45,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
-    rows = [row(memory) for memory in MEMORY]
+    rows = [in_pflop(costs) for costs in forward_costs(MEMORY)]
     print(markdown(rows))
     if args.out:
         save_json(args.out, {"shape": "WAN_1_3B", "frames": 81, "size": [480, 832], "rows": rows})

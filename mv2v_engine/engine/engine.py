@@ -132,6 +132,21 @@ class Engine:
             )
         return cls(checkpoint, vae, text, device=place, config=config)
 
+    def reconfigured(self, config: EngineConfig) -> Engine:
+        """The same weights under another configuration, with a memory of its own.
+
+        Raises:
+            RequestError: the backend or the responsiveness heads differ, which the weights share.
+        """
+        for name in ("backend", "responsiveness_heads"):
+            own, asked = getattr(self.config, name), getattr(config, name)
+            if own != asked:
+                raise RequestError(
+                    f"{name} is shared by all engines on these weights: it is {own!r}, asked was "
+                    f"{asked!r}; load them again with from_pretrained"
+                )
+        return Engine(self.checkpoint, self.vae, self.text, device=self.device, config=config)
+
     def session(
         self,
         source: Path | str | Tensor | np.ndarray[Any, Any] | Source,
@@ -142,6 +157,7 @@ class Engine:
         store: Path | str | None = None,
         window: str | None = None,
         resume: bool = False,
+        source_latents: Tensor | None = None,
     ) -> Session:
         """Open a session on a source video.
 
@@ -152,6 +168,8 @@ class Engine:
             store: a folder that keeps the session; `resume` takes up what it holds.
             window: which frames of a clip of another length than the model's (first, middle,
                 last, even, pad, or a start); None insists on the model's length.
+            source_latents: the source as this engine's VAE encodes it [C, F, H, W], where
+                several sessions share it; None encodes it on first use.
 
         Raises:
             VideoError, CameraError, StorageError, RequestError: what does not fit.
@@ -167,6 +185,12 @@ class Engine:
                 fps=fps,
                 max_pixels=self.config.max_source_pixels,
             )
+        expected = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
+        if source_latents is not None and tuple(source_latents.shape) != expected:
+            raise RequestError(
+                f"source_latents must have shape {list(expected)}, got "
+                f"{list(source_latents.shape)}; encode the source with this engine's vae"
+            )
         if resume and store is None:
             raise RequestError("resume needs the session's folder: give a store")
         folder = None if store is None else SessionStore(Path(store))
@@ -181,6 +205,7 @@ class Engine:
             id=id or (manifest["id"] if manifest else uuid.uuid4().hex[:12]),
             cameras=cameras,
             store=folder,
+            source_latents=source_latents,
         )
         if folder is not None:
             identity = self._identity(loaded, cameras)

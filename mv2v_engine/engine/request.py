@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
@@ -70,10 +70,9 @@ class TurnRequest:
             raise RequestError(
                 f"guidance_scale must be finite and not negative, got {self.guidance_scale}"
             )
-        if self.memory not in ("retrieved", "previous", "none"):
-            raise RequestError(
-                f"memory must be 'retrieved', 'previous' or 'none', got {self.memory!r}"
-            )
+        if self.memory not in get_args(MemoryMode):
+            known = ", ".join(map(repr, get_args(MemoryMode)))
+            raise RequestError(f"memory must be one of {known}, got {self.memory!r}")
         if not 0 <= self.seed < 2**63:
             raise RequestError(f"seed must lie in 0..2^63-1, got {self.seed}")
         if self.camera.num_frames != sampling.num_frames:

@@ -49,11 +49,12 @@ class Session:
         id: str,
         cameras: CameraTrajectory | None,
         store: SessionStore | None,
+        source_latents: Tensor | None = None,
     ) -> None:
         self.engine, self.source, self.id = engine, source, id
         self.turns: list[Turn] = []
         self._store = store
-        self._source_latents: Tensor | None = None
+        self._source_latents = source_latents
         self._source_camera = self._source_trajectory(cameras)
 
     def render(
@@ -73,8 +74,9 @@ class Session:
         Args:
             camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, or a trajectory
                 whose poses are relative to the source's first frame.
-            memory: "retrieved" by field-of-view overlap, "previous" takes the last turn as the
-                source, "none" forgets. None takes the engine's default (see `EngineConfig`).
+            memory: "retrieved" by field-of-view overlap; "alone" the same and no source, once
+                something is remembered; "previous" takes the last turn as the source; "none"
+                forgets. None takes the engine's default (see `EngineConfig`).
 
         Raises:
             CameraError, RequestError: the request does not fit the checkpoint.
@@ -89,14 +91,13 @@ class Session:
             memory=memory,
             cancel=cancel,
         )
-        while True:
-            try:
-                event = next(events)
-            except StopIteration as stop:
-                turn: Turn = stop.value
-                return turn
-            if on_progress is not None:
-                on_progress(event)
+        return _driven(events, on_progress)
+
+    def answer(
+        self, request: TurnRequest, on_progress: Callable[[Event], None] | None = None
+    ) -> Turn:
+        """As `render`, of a request that is already made."""
+        return _driven(self.perform(request), on_progress)
 
     def events(
         self,
@@ -127,6 +128,11 @@ class Session:
         """As `events`, of a request that is already made."""
         self.engine.check_text(request.prompt, request.guidance_scale)
         return self._turn(request, cancel or CancelToken())
+
+    def plan_turn(self, request: TurnRequest) -> tuple[Retrieval, TokenPlan]:
+        """What a turn would remember and the plan it would run, without running it."""
+        retrieval = self._retrieve(request)
+        return retrieval, self._plan(request, retrieval)
 
     def _turn(self, request: TurnRequest, cancel: CancelToken) -> Generator[Event, None, Turn]:
         engine, spans = self.engine, Spans(self.engine.device)
@@ -176,8 +182,7 @@ class Session:
         self, request: TurnRequest, source: Tensor
     ) -> tuple[Retrieval, TokenPlan, list[Tensor], Tensor | None]:
         """What is remembered, its plan, and latents [1, C, F, H, W] and cameras [1, V, F, 12]."""
-        retrieval = self._retrieve(request)
-        plan = self._plan(source, retrieval)
+        retrieval, plan = self.plan_turn(request)
         source_camera = self._source_camera
         if request.memory == "previous" and self.turns:
             source, source_camera = self.turns[-1].latents, self.turns[-1].trajectory
@@ -186,7 +191,8 @@ class Session:
             plan, [request.camera, source_camera, *(entry.trajectory for entry in entries)]
         )
         device = self.engine.device
-        videos = [source, *(entry.latents for entry in entries)]
+        has_source = any(segment.role == "source" for segment in plan.segments)
+        videos = [*([source] if has_source else []), *(entry.latents for entry in entries)]
         return (
             retrieval,
             plan,
@@ -197,7 +203,7 @@ class Session:
     def _retrieve(self, request: TurnRequest) -> Retrieval:
         """What this turn remembers, best first."""
         config = self.engine.config
-        if request.memory != "retrieved":
+        if request.memory not in ("retrieved", "alone"):
             reason = "memory is off"
             if request.memory == "previous":
                 reason = "the last turn is the source" if self.turns else "this is the first turn"
@@ -207,6 +213,9 @@ class Session:
             for entry in self.engine.cache.entries(self.engine.vae.key)
             if entry.id.startswith(f"{self.id}/")
         ]
+        shuffle = None
+        if config.memory_ranking == "random":
+            shuffle = torch.Generator().manual_seed(request.seed)
         return rank_memory(
             request.camera,
             held,
@@ -215,15 +224,19 @@ class Session:
             blend=config.fov_blend,
             # trajectories lie on the CPU, whatever runs the model
             backend="reference" if config.backend == "reference" else "auto",
+            tokenizers=config.memory_tokenizers,
+            shuffle=shuffle,
         )
 
-    def _plan(self, source: Tensor, retrieval: Retrieval) -> TokenPlan:
-        config = self.engine.config
-        frames, rows, columns = source.shape[1:]
+    def _plan(self, request: TurnRequest, retrieval: Retrieval) -> TokenPlan:
+        config, sampling = self.engine.config, self.engine.sampling
+        _, *grid = self.engine.vae.latent_shape(sampling.num_frames, sampling.size)
+        frames, rows, columns = grid
         return turn_plan(
             self.engine.transformer.config,
             (frames, rows, columns),
             retrieval.tokenizers,
+            source=not (request.memory == "alone" and retrieval.ids),
             merge=self.engine.merge,
             scope=config.merge_scope,
             fraction=config.merge_fraction,
@@ -263,6 +276,19 @@ class Session:
     ) -> Turn:
         decode = self.engine.vae.decode
         return Turn(number, trajectory, latents, self.source.fps, report, decode)
+
+    def adopt(self, turn: Turn) -> None:
+        """Take a finished turn of another session of the same source as this one's next turn.
+
+        Raises:
+            RequestError: it was another session's turn of another number.
+        """
+        if turn.number != len(self.turns) + 1:
+            raise RequestError(
+                f"this session's next turn is number {len(self.turns) + 1}, got a turn that was "
+                f"number {turn.number}; adopt turns in their order"
+            )
+        self._keep(turn)
 
     def _keep(self, turn: Turn) -> None:
         """Store, remember, list: a turn that cannot be stored is not remembered either."""
@@ -313,7 +339,11 @@ class Session:
             "prompt": request.prompt,
             "num_inference_steps": request.num_inference_steps,
             "guidance_scale": request.guidance_scale,
-            "memory": {"mode": request.memory, **retrieval.to_dict()},
+            "memory": {
+                "mode": request.memory,
+                "ranking": self.engine.config.memory_ranking,
+                **retrieval.to_dict(),
+            },
             "plan": plan.describe(),
             "merged_frames": merge_report(plan, denoised.records, retrieval.turns),
             "forwards": denoised.num_forwards,
@@ -324,6 +354,20 @@ class Session:
             "cache_bytes": self.engine.cache.bytes_used,
             **self.engine.describe(),
         }
+
+
+def _driven(
+    events: Generator[Event, None, Turn], on_progress: Callable[[Event], None] | None
+) -> Turn:
+    """Run a turn to its end."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            turn: Turn = stop.value
+            return turn
+        if on_progress is not None:
+            on_progress(event)
 
 
 def _staged(spans: Spans, name: str, work: Callable[[], Result]) -> Generator[Event, None, Result]:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.config import MemoryTokenizers
 from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.ops import fov_overlap
@@ -175,10 +176,16 @@ def rank_memory(
     radius: float = 4.0,
     blend: float = 0.5,
     backend: fov_overlap.Backend = "auto",
+    tokenizers: MemoryTokenizers = "ranked",
+    shuffle: torch.Generator | None = None,
 ) -> Retrieval:
     """The at most `top_k` entries that overlap the target's view, most relevant first.
 
     Entries without overlap are left out; of equal scores the most recent turn comes first.
+
+    Args:
+        tokenizers: spend tokens by rank, or the source's 1x2x2 on every video.
+        shuffle: draws from all entries in any order instead (the ablation); scores are reported.
     """
     if top_k < 0:
         raise RequestError(f"top_k must not be negative, got {top_k}")
@@ -190,8 +197,12 @@ def rank_memory(
     scores = video_fov_scores(
         target, trajectories, radius=radius, blend=blend, backend=backend
     ).tolist()
-    order = sorted(zip(scores, entries, strict=True), key=lambda pair: (-pair[0], -pair[1].turn))
-    ranked = [(score, entry) for score, entry in order if score > 0][:top_k]
+    pairs = list(zip(scores, entries, strict=True))
+    if shuffle is not None:
+        ranked = [pairs[i] for i in torch.randperm(len(pairs), generator=shuffle)][:top_k]
+    else:
+        order = sorted(pairs, key=lambda pair: (-pair[0], -pair[1].turn))
+        ranked = [(score, entry) for score, entry in order if score > 0][:top_k]
     if not ranked:
         if not video_fov_scores(target, [target], radius=radius, backend=backend):
             return _nothing(len(entries), "no point of the sphere lies in the target's view")
@@ -200,7 +211,7 @@ def rank_memory(
         ids=tuple(entry.id for _, entry in ranked),
         turns=tuple(entry.turn for _, entry in ranked),
         scores=tuple(score for score, _ in ranked),
-        tokenizers=memory_tokenizers(len(ranked)),
+        tokenizers=memory_tokenizers(len(ranked), mode=tokenizers),
         num_candidates=len(entries),
     )
 

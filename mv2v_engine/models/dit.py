@@ -318,7 +318,7 @@ class MV2VTransformer(nn.Module):
         if not layout.groups() or (plan.scope == "group" and not any(counts)):
             return sequence
         with torch.no_grad():
-            scores = self._responsiveness(block, sequence, temb_6, static_temb, rows)
+            scores = self.responsiveness(block, sequence, temb_6, static_temb, rows)
         if plan.scope == "joint":
             counts = joint_counts(scores, sequence, plan.merge_fraction)
         step = plan.step_at(index, layout, counts)
@@ -340,7 +340,7 @@ class MV2VTransformer(nn.Module):
             records.append(record)
         return sequence
 
-    def _responsiveness(
+    def responsiveness(
         self,
         block: Block,
         sequence: Sequence,
@@ -348,7 +348,10 @@ class MV2VTransformer(nn.Module):
         static_temb: Tensor | None,
         rows: Tensor | None,
     ) -> Tensor:
-        """R_t [B, F'] of the conditioning frames in this block (Eq. 4-5)."""
+        """R_t [B, F'] of the conditioning frames that enter this block (Eq. 4-5).
+
+        The other arguments are what the block itself is given.
+        """
         split, runs = sequence.layout.target_length, sequence.layout.runs[1:]
         hidden = block.attention_input(sequence, temb_6, rows)
         conditioning = hidden[:, split:]

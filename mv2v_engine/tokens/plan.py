@@ -19,6 +19,7 @@ from torch import Tensor
 from mv2v_engine.config import (
     WAN_1_3B,
     Conditioning,
+    MemoryTokenizers,
     MergeMode,
     MergerConfig,
     MergeScope,
@@ -262,9 +263,19 @@ class TokenPlan:
         }
 
 
-def memory_tokenizers(count: int, available: Sequence[int] = (2, 4, 8)) -> tuple[int, ...]:
-    """Tokenizers by rank: 1x4x4 for the first three memory videos, then 1x8x8 (METHOD 3)."""
-    chosen = tuple(4 if rank < 3 else 8 for rank in range(count))
+def memory_tokenizers(
+    count: int,
+    available: Sequence[int] = (2, 4, 8),
+    *,
+    mode: MemoryTokenizers = "ranked",
+) -> tuple[int, ...]:
+    """Tokenizers by rank: 1x4x4 for the first three memory videos, then 1x8x8 (METHOD 3).
+
+    mode: "uniform" is 1x2x2 for every one (the ablation).
+    """
+    chosen = (2,) * count
+    if mode == "ranked":
+        chosen = tuple(4 if rank < 3 else 8 for rank in range(count))
     missing = sorted(set(chosen) - set(available))
     if missing:
         raise RequestError(f"memory needs tokenizers {missing}; this model has {tuple(available)}")
@@ -343,7 +354,7 @@ def novel_view_plan(
     fraction: float | None = None,
     conditioning: Conditioning = "joint",
     shape: TransformerConfig = WAN_1_3B,
-    tokenizers: Literal["ranked", "uniform"] = "ranked",
+    tokenizers: MemoryTokenizers = "ranked",
     spatial_stride: int = 8,
 ) -> TokenPlan:
     """The plan of a turn with `memory` retrieved videos, without any weights (METHOD 16).
@@ -352,11 +363,10 @@ def novel_view_plan(
     """
     if memory < 0:
         raise RequestError(f"memory must be a count of videos, got {memory}")
-    chosen = memory_tokenizers(memory) if tokenizers == "ranked" else (2,) * memory
     return turn_plan(
         shape,
         latent_grid(frames, size, spatial_stride=spatial_stride),
-        chosen,
+        memory_tokenizers(memory, mode=tokenizers),
         merge=merge,
         fraction=fraction,
         conditioning=conditioning,

@@ -12,7 +12,6 @@ for the 1.3B model, no more than one step's activations, so processes keep whole
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import math
 from dataclasses import asdict, replace
@@ -44,7 +43,7 @@ from mv2v_engine.training.latents import LatentCache, trim_text
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import compute_dtype, flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
-from mv2v_engine.vae import sample_weights
+from mv2v_engine.vae import weights_fingerprint
 
 _TRAINED_IN_BLOCK = ("attn1", "projector", "cam_encoder")
 _TRAINED_MODULES = ("tokenizers", "mergers")
@@ -124,7 +123,7 @@ def empty_text(checkpoint: Checkpoint, components: Path | None) -> Tensor | None
 def frozen_fingerprint(model: nn.Module) -> str:
     """Identity of the frozen weights: what the trained ones belong to, and are not saved with."""
     frozen = {n: p for n, p in model.named_parameters() if not p.requires_grad}
-    return hashlib.sha256(sample_weights(frozen)).hexdigest()[:16]
+    return weights_fingerprint(frozen)
 
 
 def record_run(out: Path, record: dict[str, Any]) -> None:

@@ -121,3 +121,16 @@ def test_a_base_without_memory_keeps_its_own_quality(
     assert (load(base).merge, load(base, merge="conv").merge) == ("off", "conv")
     trained = load(tiny_checkpoint)
     assert (trained.memory, trained.merge) == ("retrieved", "conv")
+
+
+def test_the_same_weights_under_another_configuration(
+    tiny_checkpoint: Path, source_frames: Tensor
+) -> None:
+    engine = load(tiny_checkpoint)
+    static = engine.reconfigured(EngineConfig(conditioning="static"))
+    assert static.transformer is engine.transformer and static.vae is engine.vae
+    turn = static.session(source_frames).render("pan_right")
+    assert turn.report["plan"]["conditioning"] == "static"
+    assert len(static.cache) == 1 and len(engine.cache) == 0
+    with pytest.raises(RequestError, match=r"responsiveness_heads is shared .* from_pretrained"):
+        engine.reconfigured(EngineConfig(responsiveness_heads="mean"))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import math
 from collections.abc import Callable
@@ -13,6 +14,7 @@ from torch import Tensor
 
 from mv2v_engine import CameraTrajectory, CancelToken, Engine, EngineConfig, Session
 from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.errors import CameraError, CancelledError, RequestError
 from mv2v_engine.progress import Event, StageDone, StageStarted, StepDone
 from mv2v_engine.video.io import read_video
@@ -96,6 +98,72 @@ def test_memory_previous_takes_the_last_turn_as_source(
     other = engine.session(source_frames, cameras=first.trajectory)
     other._source_latents = first.latents
     assert torch.equal(other.render("arc_left").latents, second.latents)
+
+
+def test_memory_alone_drops_the_source_once_there_is_memory(
+    engine: Engine, source_frames: Tensor
+) -> None:
+    session = engine.session(source_frames)
+    first = session.render("pan_right", memory="alone")
+    assert torch.equal(first.latents, engine.session(source_frames).render("pan_right").latents)
+    second = session.render("arc_left", memory="alone")
+    assert second.report["plan"]["tokens_by_kind"] == {"target": 36, "source": 0, "memory": 12}
+    assert [row["turn"] for row in second.report["memory"]["retrieved"]] == [1]
+    # the source's pixels are out of reach, its camera still is the world's origin
+    other = engine.session(255 - source_frames)
+    other.adopt(first)
+    assert torch.equal(other.render("arc_left", memory="alone").latents, second.latents)
+    assert not torch.equal(other.render("arc_left").latents, second.latents)
+
+
+def test_uniform_tokens_and_random_retrieval(tiny_checkpoint: Path, source_frames: Tensor) -> None:
+    uniform = configured(tiny_checkpoint, memory_tokenizers="uniform").session(source_frames)
+    uniform.render("pan_right")
+    report = uniform.render("arc_left").report
+    assert report["plan"]["tokens_by_kind"] == {"target": 36, "source": 36, "memory": 36}
+    assert report["memory"]["retrieved"][0]["tokenizer"] == "1x2x2"
+
+    engine = configured(tiny_checkpoint, memory_ranking="random", max_memory=1)
+    session = engine.session(source_frames)
+    for camera in ("pan:10", "pan:-10", "tilt:5", "arc:12"):
+        session.render(camera, num_inference_steps=1)
+    request = functools.partial(TurnRequest.of, "pan:10", engine.sampling, memory="retrieved")
+    drawn = [session.plan_turn(request(seed=seed))[0] for seed in range(30)]
+    # by overlap it would always be the first turn
+    assert {retrieval.turns for retrieval in drawn} == {(1,), (2,), (3,), (4,)}
+    assert all(0 <= retrieval.scores[0] <= 1 for retrieval in drawn)
+    again = [session.plan_turn(request(seed=seed))[0].ids for seed in range(30)]
+    assert again == [retrieval.ids for retrieval in drawn]
+    assert session.render("tilt:1").report["memory"]["ranking"] == "random"
+
+
+def test_a_planned_turn_is_the_one_that_runs(engine: Engine, source_frames: Tensor) -> None:
+    session = engine.session(source_frames)
+    session.render("pan_right")
+    request = TurnRequest.of("arc_left", engine.sampling, memory="retrieved")
+    retrieval, plan = session.plan_turn(request)
+    assert len(session.turns) == 1
+    report = session.answer(request).report
+    assert report["plan"] == plan.describe()
+    assert report["memory"]["retrieved"] == retrieval.to_dict()["retrieved"]
+
+
+def test_turns_are_adopted_in_order(engine: Engine, source_frames: Tensor) -> None:
+    one = engine.session(source_frames)
+    turns = [one.render(camera) for camera in CAMERAS]
+    # what is given need not be encoded again
+    latents = engine.vae.encode(source_frames)
+    other = engine.session(source_frames, source_latents=latents)
+    with pytest.raises(RequestError, match=r"must have shape \[16, 3, 6, 8\], got \[16, 2, 6, 8\]"):
+        engine.session(source_frames, source_latents=latents[:, 1:])
+    with pytest.raises(RequestError, match="next turn is number 1, got a turn that was number 2"):
+        other.adopt(turns[1])
+    for turn in turns[:2]:
+        other.adopt(turn)
+    events: list[Event] = []
+    last = other.render(CAMERAS[2], on_progress=events.append)
+    assert torch.equal(last.latents, turns[2].latents)
+    assert events[0] == StageStarted("text")
 
 
 @pytest.mark.parametrize("count", [0, 1])

@@ -230,6 +230,7 @@ def test_memory_tokenizers_by_rank() -> None:
     assert memory_tokenizers(2) == (4, 4)
     assert memory_tokenizers(6) == (4, 4, 4, 8, 8, 8)
     assert memory_tokenizers(3, available=(2, 4)) == (4, 4, 4)
+    assert memory_tokenizers(4, mode="uniform") == (2, 2, 2, 2)
     with pytest.raises(RequestError, match=r"\[8\]"):
         memory_tokenizers(4, available=(2, 4))
 

@@ -1,0 +1,137 @@
+"""Pictures of an evaluation: frames side by side, consistency by turn, cost by memory count."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mv2v_engine.errors import RequestError
+from mv2v_engine.evaluation.protocol import ROWS
+from mv2v_engine.evaluation.scene import SceneResult
+from mv2v_engine.files import replacing
+
+SIDE_BY_SIDE, CONSISTENCY, COST = "side_by_side.png", "consistency.png", "cost.png"
+_LABELS = {"truth": "true view", **{row.name: row.label for row in ROWS}}
+_SHOWN = ("truth", "independent", "previous", "memory", "memory_merged", "static")
+_COSTS = {
+    "flops_uniform": "all videos 1x2x2",
+    "flops_dynamic": "tokenizers by rank",
+    "flops_merged": "by rank + merging",
+    "flops_static": "by rank, static",
+}
+_DPI = 110
+
+
+def require_matplotlib() -> None:
+    """Refuse before the work rather than after it.
+
+    Raises:
+        RequestError: matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError as error:
+        raise RequestError(
+            "the figures of an evaluation need matplotlib; install mv2v_engine[eval]"
+        ) from error
+    matplotlib.use("Agg")
+
+
+def save_side_by_side(path: Path, scene: SceneResult) -> None:
+    """The last frame of every turn, a row a method; an outline holds what the source never saw."""
+    from matplotlib import pyplot
+
+    rows = [name for name in _SHOWN if name in scene.frames]
+    columns = len(scene.views)
+    height, width = scene.views[0].camera.size
+    cell = 2.6
+    figure, axes = pyplot.subplots(
+        len(rows),
+        columns,
+        figsize=(cell * columns, cell * len(rows) * height / width + 0.5),
+        squeeze=False,
+        layout="constrained",
+    )
+    for name, line in zip(rows, axes, strict=True):
+        for number, (view, axis) in enumerate(zip(scene.views, line, strict=True), 1):
+            axis.imshow(scene.frames[name][number - 1][-1].numpy())
+            invented = view.invented[-1].float()
+            if 0 < invented.mean() < 1:
+                axis.contour(_smoothed(invented).numpy(), [0.5], colors="#ff2fd0", linewidths=1)
+            axis.set_xticks([])
+            axis.set_yticks([])
+            if name == rows[0]:
+                axis.set_title(f"turn {number}: {view.camera.name}", fontsize=9)
+        line[0].set_ylabel(_LABELS[name].replace(" as ", "\nas "), fontsize=8)
+    _save(figure, path)
+
+
+def _smoothed(mask: torch.Tensor) -> torch.Tensor:
+    """Single pixels of a mask would draw as confetti."""
+    return torch.nn.functional.avg_pool2d(mask[None, None], 5, stride=1, padding=2)[0, 0]
+
+
+def save_consistency(path: Path, results: dict[str, Any]) -> None:
+    """Difference from the turns before, where the source sees nothing, against the turn."""
+    from matplotlib import pyplot
+
+    figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
+    rows = {**results["rows"], "truth": results["references"]["truth"]}
+    for index, (name, row) in enumerate(rows.items()):
+        known = {int(n): v for n, v in row["by_turn"].items() if v["value"] is not None}
+        if not known:
+            continue
+        values = [v["value"] for v in known.values()]
+        errors = [
+            [max(v["value"] - v["ci"][0], 0) for v in known.values()],
+            [max(v["ci"][1] - v["value"], 0) for v in known.values()],
+        ]
+        # a little apart, so that intervals do not hide each other
+        places = [number + 0.03 * (index - len(rows) / 2) for number in known]
+        style: dict[str, Any] = {"color": "black", "linestyle": ":"} if name == "truth" else {}
+        axis.errorbar(places, values, errors, marker="o", capsize=2, label=_LABELS[name], **style)
+    axis.set_xlabel("turn")
+    axis.set_ylabel("L1 to earlier turns, unseen by the source")
+    axis.set_xticks(sorted({int(n) for row in rows.values() for n in row["by_turn"]}))
+    axis.set_ylim(bottom=0)
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def save_cost(path: Path, results: dict[str, Any]) -> None:
+    """FLOPs of a forward against the number of memory videos, on two plans; seconds as measured."""
+    from matplotlib import pyplot
+
+    panels = list(results["cost"].items())
+    figure, axes = pyplot.subplots(
+        1, len(panels) + 1, figsize=(4.2 * (len(panels) + 1), 3.6), layout="constrained"
+    )
+    for axis, (title, rows) in zip(axes, panels, strict=False):
+        for key, label in _COSTS.items():
+            axis.plot([r["memory"] for r in rows], [r[key] for r in rows], marker=".", label=label)
+        axis.set_title(title, fontsize=9)
+        axis.set_ylabel("FLOPs of a forward")
+        axis.set_yscale("log")
+    for name, points in results["seconds_by_memory"].items():
+        counts = [int(count) for count in points]
+        axes[-1].plot(counts, list(points.values()), marker=".", label=_LABELS[name])
+    axes[-1].set_title(f"measured on {results['engine']['device']}", fontsize=9)
+    axes[-1].set_ylabel("seconds of denoising a turn")
+    axes[-1].set_ylim(bottom=0)
+    for axis in axes:
+        axis.set_xlabel("memory videos")
+        axis.xaxis.get_major_locator().set_params(integer=True)
+        axis.grid(alpha=0.3)
+        axis.legend(fontsize=7)
+    _save(figure, path)
+
+
+def _save(figure: Any, path: Path) -> None:
+    from matplotlib import pyplot
+
+    with replacing(path) as temporary:
+        figure.savefig(temporary, dpi=_DPI)
+    pyplot.close(figure)

@@ -1,0 +1,111 @@
+"""Summaries of made-up scenes, whose answers are known."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+
+from mv2v_engine.evaluation.protocol import Protocol
+from mv2v_engine.evaluation.report import markdown, summarise
+
+ROWS = ("independent", "previous", "memory", "memory_merged")
+PROTOCOL = Protocol(scenes=4, rows=ROWS)
+
+
+def _turn(psnr: float, **changes: Any) -> dict[str, Any]:
+    names = ("psnr", "unseen_psnr", "ssim", "rotation_error", "translation_error", "flicker")
+    cost = {"tokens": 600, "flops": 10**9, "seconds": 0.5, "memory": 0}
+    plain = dict.fromkeys(names, 0.5) | {"source_psnr": psnr, "camera_error": 2.0} | cost
+    return plain | changes
+
+
+def _row(*l1: float, psnr: float = 20.0) -> dict[str, Any]:
+    names = ("1-2", "1-3", "2-3")
+    pairs = {n: {"l1": v, "features": 2 * v} for n, v in zip(names, l1, strict=True)}
+    return {"turns": [_turn(psnr)] * 3, "pairs": pairs}
+
+
+def _scenes() -> list[dict[str, Any]]:
+    scenes = []
+    for scale in (1.0, 2.0, 3.0, 6.0):
+        rows = {
+            "independent": _row(0.1 * scale, 0.1 * scale, 0.1 * scale),
+            "previous": _row(0.02 * scale, 0.1 * scale, 0.02 * scale),
+            "memory": _row(0.03 * scale, 0.05 * scale, 0.04 * scale, psnr=19.9),
+            "memory_merged": _row(0.03 * scale, 0.06 * scale, 0.04 * scale, psnr=19.9),
+        }
+        table = {"1 vs 2-8": {"pearson": 0.1 * scale, "spearman": 0.2, "bottom_half": 0.5}}
+        references = {"truth": _row(0.01, 0.01, 0.01)}
+        scenes.append({"rows": rows, "references": references, "responsiveness": table})
+    return scenes
+
+
+def _results(scenes: list[dict[str, Any]]) -> dict[str, Any]:
+    return {
+        **summarise(scenes, PROTOCOL),
+        "settings": {"turns": 3, "steps": 10, "trained_for_memory": True},
+        "engine": {"checkpoint": "tiny", "device": "cpu"},
+        "merging_saves": {"small": {"4": 0.21}, "large": {"4": 0.328}},
+    }
+
+
+def test_means_and_intervals() -> None:
+    results = _results(_scenes())
+    independent = results["rows"]["independent"]
+    assert results["scenes"] == 4 and list(results["rows"]) == list(ROWS)
+    assert independent["consistency"] == pytest.approx(0.3)
+    low, high = independent["consistency_ci"]
+    assert 0.1 <= low < 0.3 < high <= 0.6
+    assert independent["features"] == pytest.approx(0.6)
+    memory = results["rows"]["memory"]
+    assert memory["pairs"]["1-3"]["value"] == pytest.approx(0.15)
+    # turn 3 against turns 1 and 2
+    assert memory["by_turn"]["3"]["value"] == pytest.approx(0.135)
+    assert (memory["tokens"], memory["flops"], memory["seconds"]) == (600, 1e9, 0.5)
+    assert "tokens" not in results["references"]["truth"]
+    assert results["responsiveness"]["1 vs 2-8"]["pearson"]["value"] == pytest.approx(0.3)
+
+
+def test_targets_compare_scene_by_scene() -> None:
+    found = _results(_scenes())["targets"]
+    # every scene has the same ratio, however different the scenes are
+    ratio = found["memory / independent"]
+    assert ratio["value"] == pytest.approx(0.4) and ratio["ci"] == pytest.approx([0.4, 0.4])
+    assert ratio["met"] and ratio["at_most"] == 0.5
+    assert found["memory / previous, 1-3"]["value"] == pytest.approx(0.5)
+    assert found["independent - memory, source_psnr"]["value"] == pytest.approx(0.1)
+    merged = found["merged / memory"]
+    assert merged["value"] == pytest.approx(0.13 / 0.12, rel=1e-4) and not merged["met"]
+    assert "static / memory" not in found and "memory / independent, 1-5" not in found
+
+
+def test_a_scene_without_a_pair_is_left_out_of_it() -> None:
+    scenes = _scenes()
+    for scene in scenes[:3]:
+        for row in scene["rows"].values():
+            del row["pairs"]["1-3"]
+    results = _results(scenes)
+    pair = results["rows"]["memory"]["pairs"]["1-3"]
+    assert (pair["value"], pair["scenes"]) == (pytest.approx(0.3), 1)
+    assert results["targets"]["memory / previous, 1-3"]["scenes"] == 1
+    nothing = copy.deepcopy(scenes)
+    for scene in nothing:
+        for turn in scene["rows"]["memory"]["turns"]:
+            turn["camera_error"] = None
+    empty = _results(nothing)
+    assert empty["rows"]["memory"]["camera_error"] is None
+    assert "memory / independent, camera" not in empty["targets"]
+    assert "| - |" in markdown(empty)
+
+
+def test_the_table_shows_every_row_and_target() -> None:
+    text = markdown(_results(_scenes()))
+    assert "| independent turns | 0.3000 (0.1" in text
+    assert "| *truth* | 0.0100 (0.0100 to 0.0100) |" in text
+    assert "| memory / independent | 0.400 | 0.400 to 0.400 | ≤ 0.5 | yes |" in text
+    assert "21.0 % (small)" in text and "32.8 % (large)" in text
+    assert "| 1 vs 2-8 | 0.300 | 0.200 | 0.500 |" in text
+    widths = {line.count("|") for line in text.splitlines()[2:9]}
+    assert widths == {13}
