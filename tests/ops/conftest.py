@@ -21,8 +21,10 @@ from mv2v_engine.ops.backend import triton_launcher
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 OPS = (
     "adaln",
+    "frame_responsiveness",
     "gated_residual",
     "qk_norm_rope",
+    "token_merge",
 )
 GUARD = 512  # bytes on either side, all ones: NaN in every floating dtype, -1 in every integer one
 LARGE = 1 << 28  # bytes; the tests of large offsets pass tensors that cannot be copied

@@ -95,7 +95,7 @@ def test_rejects_bad_dtypes_and_devices() -> None:
         adaln(x, scale, shift.bool())
     with pytest.raises(TypeError, match=r"frame must be int32 or int64, got torch.float32"):
         adaln(x, scale, shift, camera=camera, frame=frame.float())  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="scale must be on cpu as x is, got meta"):
+    with pytest.raises(ValueError, match="scale must be on cpu as the first tensor is, got meta"):
         adaln(x, scale.to("meta"), shift)
     with pytest.raises(ValueError, match=r"x must have shape \[B, L, C\], got \(6, 10\)"):
         adaln(x[0], scale, shift)

@@ -89,7 +89,7 @@ def test_rejects_bad_dtypes_and_devices() -> None:
     x, weight, rope = _inputs(2, 5, 3, 4, 1, torch.float32)
     with pytest.raises(TypeError, match="weight must be of a floating dtype, got torch.int64"):
         qk_norm_rope(x, weight.long(), rope, num_heads=3)
-    with pytest.raises(ValueError, match="rope must be on cpu as x is, got meta"):
+    with pytest.raises(ValueError, match="rope must be on cpu as the first tensor is, got meta"):
         qk_norm_rope(x, weight, rope.to("meta"), num_heads=3)
     with pytest.raises(ValueError, match=r"x must have shape \[B, L, C\], got \(5, 12\)"):
         qk_norm_rope(x[0], weight, rope, num_heads=3)
