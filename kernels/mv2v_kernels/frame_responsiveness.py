@@ -66,6 +66,7 @@ def _frame_mean_kernel(
 def _scores(
     p_q,
     p_mean,
+    first,
     m_q,
     m_f,
     stride_qc,
@@ -78,15 +79,15 @@ def _scores(
     BLOCK_D: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    """scale * q . mean [BLOCK_Q, BLOCK_F]; pointers to the first channel of the rows and columns."""
+    """scale * q . mean [BLOCK_Q, BLOCK_F] over the D channels from `first`; pointers to channel 0."""
     o_d = tl.arange(0, BLOCK_D).to(tl.int64)
     b_s = tl.zeros([BLOCK_Q, BLOCK_F], tl.float32)
     for i_d in range(0, D, BLOCK_D):
         m_d = i_d + o_d < D
-        p_q_d = p_q[:, None] + (i_d + o_d)[None, :] * stride_qc
+        p_q_d = p_q[:, None] + (first + i_d + o_d)[None, :] * stride_qc
         b_q = tl.load(p_q_d, mask=m_q[:, None] & m_d[None, :], other=0.0)
         for i_part in tl.static_range(PARTS):
-            p_m_d = p_mean[None, :] + (i_d + o_d)[:, None] + i_part * stride_mp
+            p_m_d = p_mean[None, :] + (first + i_d + o_d)[:, None] + i_part * stride_mp
             b_mean = tl.load(p_m_d, mask=m_d[:, None] & m_f[None, :], other=0.0)
             b_s = dot(b_q, b_mean, b_s, EXACT)
     return b_s * scale
@@ -118,14 +119,14 @@ def _row_lse_kernel(
     i_b = tl.program_id(2).to(tl.int64)
     o_q = tl.program_id(0).to(tl.int64) * BLOCK_Q + tl.arange(0, BLOCK_Q)
     m_q = o_q < Q
-    p_q = q_ptr + i_b * stride_qb + o_q * stride_ql + i_n * D * stride_qc
+    p_q = q_ptr + i_b * stride_qb + o_q * stride_ql
     b_max = tl.full([BLOCK_Q], float("-inf"), tl.float32)
     b_sum = tl.zeros([BLOCK_Q], tl.float32)
     for i_f in range(0, F, BLOCK_F):
         o_f = (i_f + tl.arange(0, BLOCK_F)).to(tl.int64)
-        p_mean = mean_ptr + i_b * stride_mb + o_f * stride_mf + i_n * D
+        p_mean = mean_ptr + i_b * stride_mb + o_f * stride_mf
         b_s = _scores(
-            p_q, p_mean, m_q, o_f < F, stride_qc, stride_mp, scale * LOG2E,
+            p_q, p_mean, i_n * D, m_q, o_f < F, stride_qc, stride_mp, scale * LOG2E,
             D, PARTS, BLOCK_Q, BLOCK_F, BLOCK_D, EXACT,
         )  # fmt: skip
         b_s = tl.where((o_f < F)[None, :], b_s, float("-inf"))
@@ -163,11 +164,11 @@ def _share_max_kernel(
     o_f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     m_q, m_f = o_q < Q, o_f < F
     b_share = tl.zeros([BLOCK_Q, BLOCK_F], tl.float32)
+    p_q = q_ptr + i_b * stride_qb + o_q * stride_ql
+    p_mean = mean_ptr + i_b * stride_mb + o_f * stride_mf
     for i_n in range(N):
-        p_q = q_ptr + i_b * stride_qb + o_q * stride_ql + i_n * D * stride_qc
-        p_mean = mean_ptr + i_b * stride_mb + o_f * stride_mf + i_n * D
         b_s = _scores(
-            p_q, p_mean, m_q, m_f, stride_qc, stride_mp, scale * LOG2E,
+            p_q, p_mean, i_n * D, m_q, m_f, stride_qc, stride_mp, scale * LOG2E,
             D, PARTS, BLOCK_Q, BLOCK_F, BLOCK_D, EXACT,
         )  # fmt: skip
         b_lse = tl.load(lse_ptr + (i_b * N + i_n) * Q + o_q, mask=m_q, other=float("inf"))

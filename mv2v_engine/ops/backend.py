@@ -74,11 +74,16 @@ def triton_launcher(op: str) -> Callable[..., Any] | None:
 
 
 def define(
-    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
     """Register `mv2v::name`: the reference on CPU, the Triton launcher on CUDA where there is one.
 
-    The launcher is imported by the first call on CUDA, never before.
+    The launcher is imported by the first call on CUDA, never before. `cuda` stands in its place
+    for an operation that has more to choose from.
     """
 
     def on_cuda(*args: Any) -> Any:
@@ -87,7 +92,7 @@ def define(
     qualified = f"mv2v::{name}"
     torch.library.define(qualified, schema)
     torch.library.impl(qualified, "cpu", reference)
-    torch.library.impl(qualified, "cuda", on_cuda)
+    torch.library.impl(qualified, "cuda", cuda or on_cuda)
     torch.library.register_fake(qualified, fake)
     packet = getattr(torch.ops.mv2v, name)
     return packet.default  # type: ignore[no-any-return]

@@ -98,5 +98,10 @@ def launchers_on_the_cpu() -> Iterator[None]:
         launcher = triton_launcher(op)
         assert launcher is not None, f"no Triton launcher of {op}"
         library.impl(op, guarded(launcher), "CPU", allow_override=True)
+    packed = triton_launcher("attention")
+    assert packed is not None
+    launcher = guarded(packed)
+    # the longest keys and the choice of a library concern libraries alone
+    library.impl("attention_varlen", lambda *args: launcher(*args[:6]), "CPU", allow_override=True)
     yield
     library._destroy()
