@@ -16,7 +16,7 @@ from torch import Tensor
 from mv2v_kernels.common import capability, check_dtypes, check_grid, dot, is_exact, on_device
 
 LOG2E = tl.constexpr(1.4426950408889634)
-MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 128
 
 
 @triton.jit
@@ -129,14 +129,12 @@ def _attention_kernel(
     tl.store(lse_ptr + i_n * T + first_q + o_q, b_lse, mask=m_q)
 
 
-def _tile(dtype: torch.dtype, block_d: int) -> tuple[int, int, int, int]:
+def _tile(dtype: torch.dtype) -> tuple[int, int, int, int]:
     """Queries, keys, warps and stages that fit registers and shared memory."""
     if dtype == torch.float32:
         return 64, 32, 4, 1
-    if block_d > 128:
-        return 64, 32, 4, 2
-    # three stages of 128 channels need more shared memory than sm_86, 89 and 120 have
-    return 128, 64, 8, 3 if capability() in (80, 90, 100) else 2
+    # without Hopper's asynchronous products, 64 keys spill registers
+    return 128, 64 if capability() in (90, 100) else 32, 8, 3
 
 
 def launch_attention(
@@ -158,7 +156,7 @@ def launch_attention(
     if not out.numel():
         return out, lse
     block_d = max(triton.next_power_of_2(head_dim), 16)
-    block_q, block_k, num_warps, num_stages = _tile(q.dtype, block_d)
+    block_q, block_k, num_warps, num_stages = _tile(q.dtype)
     grid = (triton.cdiv(max_q, block_q), num_heads, cu_q.numel() - 1)
     check_grid("attention", *grid)
     with on_device(q):

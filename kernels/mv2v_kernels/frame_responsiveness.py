@@ -198,10 +198,17 @@ def launch_frame_responsiveness(
     lse = torch.empty((batch, num_heads, num_queries), dtype=torch.float32, device=q.device)
     with on_device(q):
         _launch_means(k, means, frames, tokens)
-        block = 64 if is_wide else 128
-        block_f = min(max(triton.next_power_of_2(num_frames), 32), block)
-        query_blocks, frame_blocks = triton.cdiv(num_queries, block), triton.cdiv(num_frames, block_f)
-        kernels = ((_row_lse_kernel, num_heads, (lse,)), (_share_max_kernel, frame_blocks, (lse, best)))
+        # two sums stand in registers where heads are averaged
+        block_q = 64 if is_wide or num_heads > 1 else 128
+        block_f = min(max(triton.next_power_of_2(num_frames), 32), 64 if is_wide else 128)
+        query_blocks, frame_blocks = (
+            triton.cdiv(num_queries, block_q),
+            triton.cdiv(num_frames, block_f),
+        )
+        kernels = (
+            (_row_lse_kernel, num_heads, (lse,)),
+            (_share_max_kernel, frame_blocks, (lse, best)),
+        )
         for kernel, columns, outputs in kernels:
             grid = (query_blocks, columns, batch)
             check_grid("frame_responsiveness", *grid)
@@ -217,7 +224,7 @@ def launch_frame_responsiveness(
                 N=num_heads,
                 D=head_dim,
                 PARTS=parts,
-                BLOCK_Q=block,
+                BLOCK_Q=block_q,
                 BLOCK_F=block_f,
                 BLOCK_D=32 if is_wide else 64,
                 EXACT=is_exact(q.dtype),

@@ -129,7 +129,9 @@ def _merge_kernel(
             b_mean = tl.zeros([BLOCK_J, BLOCK_K], tl.float32)
             for i_tap in tl.static_range(CELLS):
                 o_slot, o_p = _source(o_j, i_tap, GRID_H, GRID_W, KERNEL_H, KERNEL_W)
-                o_f = tl.load(p_index + o_slot.to(tl.int64) * stride_ik, mask=m_j, other=0).to(tl.int64)
+                o_f = tl.load(p_index + o_slot.to(tl.int64) * stride_ik, mask=m_j, other=0).to(
+                    tl.int64
+                )
                 p_row = p_x + o_f * stride_xf + o_p * stride_xp
                 p_cell = p_row[:, None] + ((i_k + o_k) * stride_xc)[None, :]
                 b_x = tl.load(p_cell, mask=m_j[:, None] & m_k[None, :], other=0.0)

@@ -146,4 +146,6 @@ def check_tensors(
             raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
     for name, tensor in {**(floating or {}), **(indices or {})}.items():
         if tensor is not None and tensor.device != x.device:
-            raise ValueError(f"{name} must be on {x.device} as the first tensor is, got {tensor.device}")
+            raise ValueError(
+                f"{name} must be on {x.device} as the first tensor is, got {tensor.device}"
+            )

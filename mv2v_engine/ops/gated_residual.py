@@ -35,8 +35,6 @@ def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "refere
             f"y must have shape {tuple(x.shape)} and gate {(x.shape[0], x.shape[2])}, "
             f"got {tuple(y.shape)} and {tuple(gate.shape)}"
         )
-    run = implementation(
-        backend, "gated_residual", x, gated_residual_reference, _gated_residual
-    )
+    run = implementation(backend, "gated_residual", x, gated_residual_reference, _gated_residual)
     result: Tensor = run(x, y, gate)
     return result

@@ -60,15 +60,15 @@ def qk_norm_rope(
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, L, C], got {tuple(x.shape)}")
     if num_heads < 1 or x.shape[-1] % (2 * num_heads):
-        raise ValueError(
-            f"{num_heads} heads of an even dim do not divide a width of {x.shape[-1]}"
-        )
+        raise ValueError(f"{num_heads} heads of an even dim do not divide a width of {x.shape[-1]}")
     head_dim = x.shape[-1] // num_heads
     if weight.shape != x.shape[-1:]:
-        raise ValueError(
-            f"weight must have shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}"
-        )
-    if rope.ndim != 3 or rope.shape[1:] != (x.shape[1], head_dim) or rope.shape[0] not in (1, x.shape[0]):
+        raise ValueError(f"weight must have shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    if (
+        rope.ndim != 3
+        or rope.shape[1:] != (x.shape[1], head_dim)
+        or rope.shape[0] not in (1, x.shape[0])
+    ):
         raise ValueError(
             f"rope must have shape [1 or {x.shape[0]}, {x.shape[1]}, {head_dim}], "
             f"got {tuple(rope.shape)}"

@@ -124,9 +124,7 @@ def token_merge(
         )
     for name, index in (("kept", kept), ("merged", merged)):
         if index.ndim != 2 or len(index) != len(x):
-            raise ValueError(
-                f"{name} must have shape [{len(x)}, frames], got {tuple(index.shape)}"
-            )
+            raise ValueError(f"{name} must have shape [{len(x)}, frames], got {tuple(index.shape)}")
     if min(*grid, *kernel) < 1:
         raise ValueError(f"grid and kernel must be positive, got {grid} and {kernel}")
     if x.shape[2] != grid[0] * grid[1] or rope.shape[1:3] != x.shape[1:3]:

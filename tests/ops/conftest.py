@@ -8,6 +8,7 @@ notice what is read or written outside a tensor.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator
 from typing import Any
 from unittest import mock
@@ -86,6 +87,14 @@ def guarded(launch: Callable[..., Any]) -> Callable[..., Any]:
         return result
 
     return run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The references gain nothing from a second run beside the interpreter."""
+    if IS_INTERPRETED:
+        again = [item for item in items if re.search(r"[\[-]reference[\]-]", item.name)]
+        config.hook.pytest_deselected(items=again)
+        items[:] = [item for item in items if item not in again]
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -89,9 +89,9 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_rejects_bad_dtypes_and_devices() -> None:
     x, scale, shift, camera, frame = _inputs(2, 6, 10, 3, torch.float32)
-    with pytest.raises(TypeError, match="x must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"x must be of a floating dtype, got torch.int64"):
         adaln(x.long(), scale, shift)
-    with pytest.raises(TypeError, match="shift must be of a floating dtype, got torch.bool"):
+    with pytest.raises(TypeError, match=r"shift must be of a floating dtype, got torch.bool"):
         adaln(x, scale, shift.bool())
     with pytest.raises(TypeError, match=r"frame must be int32 or int64, got torch.float32"):
         adaln(x, scale, shift, camera=camera, frame=frame.float())  # type: ignore[union-attr]
@@ -104,7 +104,7 @@ def test_rejects_bad_dtypes_and_devices() -> None:
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_an_explicit_backend_never_falls_back(backend: str) -> None:
     x, scale, shift, *_ = _inputs(2, 6, 10, 0, torch.float32)
-    with pytest.raises(KernelUnavailableError, match=f"{backend}.*needs a CUDA device"):
+    with pytest.raises(KernelUnavailableError, match=rf"{backend}.*needs a CUDA device"):
         adaln(x, scale, shift, backend=backend)
 
 

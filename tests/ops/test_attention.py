@@ -167,7 +167,9 @@ def test_disjoint_keys_merge_by_their_log_sum_exp(backend: str) -> None:
         parts.append(attention_varlen(q, k[keys], v[keys], **lengths | some, backend=backend))
     both = torch.stack([lse for _, lse in parts])
     share = both.softmax(0).transpose(1, 2)[..., None]
-    torch.testing.assert_close(sum(s * out for s, (out, _) in zip(share, parts, strict=True)), whole)
+    torch.testing.assert_close(
+        sum(s * out for s, (out, _) in zip(share, parts, strict=True)), whole
+    )
     torch.testing.assert_close(both.logsumexp(0), whole_lse)
 
 
@@ -229,11 +231,11 @@ def test_packed_rejects_bad_input(
 
 def test_rejects_bad_dtypes_devices_and_backends() -> None:
     q, k, v = _inputs(2, 5, 9, 3, 4, torch.float32)
-    with pytest.raises(TypeError, match="k must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"k must be of a floating dtype, got torch.int64"):
         attention(q, k.long(), v)
     with pytest.raises(ValueError, match="v must be on cpu as the first tensor is, got meta"):
         attention(q, k, v.to("meta"))
     with pytest.raises(ValueError, match=r"q must have shape \[B, L, N, D\]"):
         attention(q[0], k, v)
-    with pytest.raises(KernelUnavailableError, match="triton.*needs a CUDA device"):
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
         attention(q, k, v, backend="triton")

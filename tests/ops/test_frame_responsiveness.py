@@ -145,7 +145,7 @@ def test_compiles_without_graph_breaks() -> None:
 def test_rejects_bad_dtypes_devices_and_shapes() -> None:
     q, k = _inputs(1, 5, 8, [(2, 3)], torch.float32)
     runs: dict[str, list[int]] = {"frames": [2], "tokens": [3]}
-    with pytest.raises(TypeError, match="k must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"k must be of a floating dtype, got torch.int64"):
         frame_responsiveness(q, k.long(), **runs)
     with pytest.raises(ValueError, match="k must be on cpu as the first tensor is, got meta"):
         frame_responsiveness(q, k.to("meta"), **runs)
@@ -158,7 +158,7 @@ def test_rejects_bad_dtypes_devices_and_shapes() -> None:
     for frames, tokens in (([], []), ([2], [3, 0]), ([2, 0], [3, 3])):
         with pytest.raises(ValueError, match="equally many positive counts"):
             frame_responsiveness(q, k, frames=frames, tokens=tokens)
-    with pytest.raises(KernelUnavailableError, match="triton.*needs a CUDA device"):
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
         frame_responsiveness(q, k, **runs, backend="triton")
 
 

@@ -57,13 +57,13 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_rejects_bad_dtypes_and_devices() -> None:
     x, y, gate = _inputs((2, 7, 12), torch.float32)
-    with pytest.raises(TypeError, match="y must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"y must be of a floating dtype, got torch.int64"):
         gated_residual(x, y.long(), gate)
     with pytest.raises(ValueError, match="gate must be on cpu as the first tensor is, got meta"):
         gated_residual(x, y, gate.to("meta"))
     with pytest.raises(ValueError, match=r"x must have shape \[B, L, C\], got \(7, 12\)"):
         gated_residual(x[0], y[0], gate)
-    with pytest.raises(KernelUnavailableError, match="triton.*needs a CUDA device"):
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
         gated_residual(x, y, gate, backend="triton")
 
 

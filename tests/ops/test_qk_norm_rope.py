@@ -87,7 +87,7 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_rejects_bad_dtypes_and_devices() -> None:
     x, weight, rope = _inputs(2, 5, 3, 4, 1, torch.float32)
-    with pytest.raises(TypeError, match="weight must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"weight must be of a floating dtype, got torch.int64"):
         qk_norm_rope(x, weight.long(), rope, num_heads=3)
     with pytest.raises(ValueError, match="rope must be on cpu as the first tensor is, got meta"):
         qk_norm_rope(x, weight, rope.to("meta"), num_heads=3)
@@ -95,7 +95,7 @@ def test_rejects_bad_dtypes_and_devices() -> None:
         qk_norm_rope(x[0], weight, rope, num_heads=3)
     with pytest.raises(ValueError, match="4 heads of an even dim do not divide a width of 12"):
         qk_norm_rope(x, weight, rope, num_heads=4)
-    with pytest.raises(KernelUnavailableError, match="triton.*needs a CUDA device"):
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
         qk_norm_rope(x, weight, rope, num_heads=3, backend="triton")
 
 

@@ -219,13 +219,13 @@ def test_compiles_without_graph_breaks() -> None:
 
 def test_rejects_bad_dtypes_and_devices() -> None:
     x, rope, kept, merged = _inputs((3, 5), torch.float32)
-    with pytest.raises(TypeError, match="rope must be of a floating dtype, got torch.int64"):
+    with pytest.raises(TypeError, match=r"rope must be of a floating dtype, got torch.int64"):
         token_merge(x, rope.long(), kept, merged, grid=(3, 5))
-    with pytest.raises(TypeError, match="kept must be int32 or int64, got torch.bool"):
+    with pytest.raises(TypeError, match=r"kept must be int32 or int64, got torch.bool"):
         token_merge(x, rope, kept.bool(), merged, grid=(3, 5))
     with pytest.raises(ValueError, match="merged must be on cpu as the first tensor is, got meta"):
         token_merge(x, rope, kept, merged.to("meta"), grid=(3, 5))
-    with pytest.raises(KernelUnavailableError, match="triton.*needs a CUDA device"):
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
         token_merge(x, rope, kept, merged, grid=(3, 5), backend="triton")
 
 
@@ -238,9 +238,7 @@ def test_rejects_bad_weights_and_selections() -> None:
     with pytest.raises(ValueError, match=r"weight must have shape \[12, 12\] or"):
         token_merge(x, rope, kept, merged, grid=(3, 5), weight=torch.zeros(12, 5, 2, 2))
     with pytest.raises(ValueError, match=r"bias must have shape \(12,\), got \(4,\)"):
-        token_merge(
-            x, rope, kept, merged, grid=(3, 5), weight=torch.eye(12), bias=torch.zeros(4)
-        )
+        token_merge(x, rope, kept, merged, grid=(3, 5), weight=torch.eye(12), bias=torch.zeros(4))
 
 
 def test_rejects_bad_shapes() -> None:
