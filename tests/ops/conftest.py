@@ -41,7 +41,7 @@ class Guarded:
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         size = span * dtype.itemsize
         if not all(shape):
-            return torch.zeros(0, dtype=dtype).expand(shape)
+            return torch.ones(tuple(shape), dtype=dtype)
         buffer = torch.full((size + 2 * GUARD,), 255, dtype=torch.uint8)
         self.buffers.append((buffer, size))
         # a storage of its own, so that it starts at offset zero as a fresh tensor does
@@ -78,7 +78,10 @@ def guarded(launch: Callable[..., Any]) -> Callable[..., Any]:
         def new_like(like: Tensor) -> Tensor:
             return guard.empty(like.shape, empty_like(like).stride(), like.dtype)
 
-        with mock.patch("torch.empty", new), mock.patch("torch.empty_like", new_like):
+        def new_zeros(shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return new(shape, dtype=dtype, device=device).zero_()
+
+        with mock.patch.multiple("torch", empty=new, empty_like=new_like, zeros=new_zeros):
             result = launch(*copies)
         guard.check()
         for value, copy in zip(args, copies, strict=True):
