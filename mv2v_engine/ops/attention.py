@@ -127,8 +127,10 @@ def attention_varlen_reference(
     return out_TND, lse_NT
 
 
-def _torch_varlen_lacks(q: Tensor) -> str | None:
+def _torch_varlen_lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     """Why torch's packed attention (FlashAttention-2, or what replaced it) cannot serve."""
+    if any(t.stride(-1) != 1 for t in (q, k, v)):
+        return "it takes heads whose channels lie side by side"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"it takes bfloat16 and float16, not {q.dtype}"
     if q.shape[-1] > 256 or q.shape[-1] % 8:
@@ -147,7 +149,7 @@ def _varlen_on_cuda(
     max_k: int,
     use_libraries: bool,
 ) -> tuple[Tensor, Tensor]:
-    if use_libraries and _torch_varlen_lacks(q) is None:
+    if use_libraries and _torch_varlen_lacks(q, k, v) is None:
         # the module exists on every platform, its operators only where torch has CUDA
         from torch.nn.attention.varlen import AuxRequest, varlen_attn
 
