@@ -6,6 +6,7 @@ B batch, L tokens, F frames of the sequence, G frames of a group, P tokens of a 
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from itertools import accumulate
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +31,7 @@ class Sequence:
 
     def token_frames(self) -> Tensor:
         """Frame-table index [B, L] of every token."""
-        return self.frames[:, token_slots(self.layout).to(self.frames.device)]
+        return self.frames[:, token_slots(self.layout, self.frames.device)]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,13 +45,21 @@ class MergeRecord:
     frames: Tensor
 
 
-def token_slots(layout: Layout) -> Tensor:
-    """The layout's frame number of every token: int64 [L]."""
-    per_frame = [run.tokens_per_frame for run in layout.runs for _ in range(run.num_frames)]
-    # sizes are Python numbers, so nothing here waits for a device
-    return torch.repeat_interleave(
-        torch.arange(len(per_frame)), torch.tensor(per_frame), output_size=layout.length
-    )
+def token_slots(layout: Layout, device: torch.device) -> Tensor:
+    """The layout's frame number of every token: int64 [L].
+
+    Made on the device from Python numbers: a copy from the host would wait for it.
+    """
+    starts = _run_starts(layout)
+    numbers = [
+        torch.arange(start, start + run.num_frames, device=device)[:, None]
+        for start, run in zip(starts, layout.runs, strict=True)
+    ]
+    slots = [
+        number.expand(-1, run.tokens_per_frame).flatten()
+        for number, run in zip(numbers, layout.runs, strict=True)
+    ]
+    return torch.cat(slots)
 
 
 class Merger(nn.Module):
@@ -95,7 +104,8 @@ def joint_counts(scores_BF: Tensor, sequence: Sequence, fraction: float) -> tupl
     """
     layout = sequence.layout
     groups = layout.groups()
-    candidates = torch.cat([_group_slots(layout, group.runs) for group in groups])
+    host = torch.device("cpu")
+    candidates = torch.cat([_group_slots(layout, group.runs, host) for group in groups])
     owner = torch.cat(
         [torch.full((group.num_frames,), index) for index, group in enumerate(groups)]
     )
@@ -108,12 +118,20 @@ def joint_counts(scores_BF: Tensor, sequence: Sequence, fraction: float) -> tupl
     return tuple(int((owner[chosen] == index).sum()) for index in range(len(groups)))
 
 
-def _group_slots(layout: Layout, runs: tuple[int, ...]) -> Tensor:
-    """The layout's frame numbers of the given runs."""
-    starts = [0]
-    for run in layout.runs:
-        starts.append(starts[-1] + run.num_frames)
-    return torch.cat([torch.arange(starts[i], starts[i + 1]) for i in runs])
+def _run_starts(layout: Layout) -> list[int]:
+    """The layout's number of every run's first frame."""
+    return [0, *accumulate(run.num_frames for run in layout.runs)][:-1]
+
+
+def _group_slots(layout: Layout, runs: tuple[int, ...], device: torch.device) -> Tensor:
+    """The layout's frame numbers of the given runs, made on the device."""
+    starts = _run_starts(layout)
+    return torch.cat(
+        [
+            torch.arange(starts[i], starts[i] + layout.runs[i].num_frames, device=device)
+            for i in runs
+        ]
+    )
 
 
 def _runs_of(tensor_BL: Tensor, layout: Layout) -> tuple[Tensor, ...]:
@@ -143,10 +161,10 @@ def apply_merge(
     parts_x = [xs[index] for index in still]
     parts_rope = [ropes[index].expand(len(sequence.x), -1, -1) for index in still]
     device = sequence.frames.device
-    parts_frames = [sequence.frames[:, _group_slots(layout, tuple(still)).to(device)]]
+    parts_frames = [sequence.frames[:, _group_slots(layout, tuple(still), device)]]
     merged_frames = []
     for group in step.groups:
-        slots = _group_slots(layout, group.runs).to(device)
+        slots = _group_slots(layout, group.runs, device)
         order = merge_order(scores_BF[:, slots - num_target])
         merged = order[:, : group.num_merged].sort(1).values
         kept = order[:, group.num_merged :].sort(1).values

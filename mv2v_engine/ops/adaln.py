@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mv2v_engine.ops.backend import define
+from mv2v_engine.ops.backend import check_tensors, define, implementation
 
 
 def adaln_reference(
@@ -49,7 +49,16 @@ def adaln(
     """x [B, L, C] modulated by scale, shift [B, C]; camera [B, F, C] added by frame [B, L] (int64).
 
     The camera embedding joins the modulated state before q, k, v (METHOD 5).
+
+    Raises:
+        TypeError, ValueError: a dtype, device or shape is not the one above.
+        KernelUnavailableError: the backend was asked for by name and cannot run here.
     """
+    check_tensors(
+        x, floating={"scale": scale, "shift": shift, "camera": camera}, indices={"frame": frame}
+    )
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape [B, L, C], got {tuple(x.shape)}")
     if scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
         raise ValueError(
             f"scale and shift must have shape {(x.shape[0], x.shape[2])}, "
@@ -64,6 +73,6 @@ def adaln(
                 f"camera must have shape {expected} and frame {tuple(x.shape[:2])}, "
                 f"got {tuple(camera.shape)} and {tuple(frame.shape)}"
             )
-    run = adaln_reference if backend == "reference" else _adaln
+    run = implementation(backend, "adaln", x, adaln_reference, _adaln)
     result: Tensor = run(x, scale, shift, camera, frame, eps)
     return result

@@ -1,19 +1,21 @@
-"""Scaled dot-product attention of one packed sequence; never the math path on long ones.
+"""Scaled dot-product attention, dense or packed; never the math path on long sequences.
 
 The math path stores every score: 192 GiB on ReCamMaster's 65,520 tokens. Above 4,096 tokens it
-is refused and the message says what to install.
+is refused and the message says what to install. On CUDA the libraries come first (cuDNN, then
+FlashAttention; torch's own packed attention), the Triton kernel where they do not serve.
 
-B batch, L query and S key tokens, N heads, D head dim.
+B batch, L query and S key tokens, N heads, D head dim; packed: T queries and S keys of G sequences.
 """
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mv2v_engine.errors import KernelUnavailableError
-from mv2v_engine.ops.backend import define
+from mv2v_engine.ops.backend import check_tensors, define, implementation, triton_launcher
 
 MATH_LIMIT = 4096
 # cuDNN leads on Hopper; torch by itself would pick FlashAttention-2
@@ -41,22 +43,191 @@ def attention_reference(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tenso
     return out.transpose(1, 2)
 
 
+def _packed(t_BLND: Tensor) -> tuple[Tensor, Tensor]:
+    """A batch as one packed tensor [B * L, N, D], and where its samples begin, int32 [B + 1]."""
+    batch, length = t_BLND.shape[:2]
+    starts = torch.arange(batch + 1, dtype=torch.int32, device=t_BLND.device) * length
+    return t_BLND.flatten(0, 1), starts
+
+
+def _dense_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    try:
+        return attention_reference(q, k, v).contiguous()
+    except KernelUnavailableError:
+        launcher = triton_launcher("attention")
+        if launcher is None:
+            raise
+        (queries, cu_q), (keys, cu_k) = _packed(q), _packed(k)
+        out: Tensor = launcher(queries, keys, v.flatten(0, 1), cu_q, cu_k, q.shape[1])[0]
+        return out.unflatten(0, q.shape[:2])
+
+
 _attention = define(
     "attention",
     "(Tensor q, Tensor k, Tensor v) -> Tensor",
     # an operator may not return a view of something it does not own: keep the layout fixed
     lambda q, k, v: attention_reference(q, k, v).contiguous(),
     lambda q, k, v: q.new_empty(q.shape),
+    _dense_on_cuda,
 )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference") -> Tensor:
-    """q [B, L, N, D], k and v [B, S, N, D] -> [B, L, N, D]; every query sees every key."""
+    """q [B, L, N, D], k and v [B, S, N, D] -> [B, L, N, D]; every query sees every key.
+
+    `auto` is the best that is here; `triton` is this project's own kernel and nothing else.
+
+    Raises:
+        TypeError, ValueError: a dtype, device or shape is not the one above.
+        KernelUnavailableError: the backend cannot run here, or only the math path could.
+    """
+    check_tensors(q, floating={"k": k, "v": v})
+    if q.ndim != 4 or k.ndim != 4:
+        raise ValueError(
+            "q must have shape [B, L, N, D] and k [B, S, N, D], "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
     if k.shape != v.shape or q.shape[2:] != k.shape[2:] or q.shape[0] != k.shape[0]:
         raise ValueError(
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree in batch, "
             "heads and head dim, and k and v in length"
         )
-    run = attention_reference if backend == "reference" else _attention
+    run = implementation(backend, "attention", q, attention_reference, _attention)
+    if backend == "triton":
+        (queries, cu_q), (keys, cu_k) = _packed(q), _packed(k)
+        lengths = (q.shape[1], k.shape[1])
+        out: Tensor
+        out, _ = _attention_varlen(queries, keys, v.flatten(0, 1), cu_q, cu_k, *lengths, False)
+        return out.unflatten(0, q.shape[:2])
     result: Tensor = run(q, k, v)
+    return result
+
+
+def attention_varlen_reference(
+    q_TND: Tensor, k_SND: Tensor, v_SND: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
+) -> tuple[Tensor, Tensor]:
+    """One sequence after the other, scores in float32; reads the lengths on the host."""
+    out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
+    lse_NT = out_TND.new_full((q_TND.shape[1], len(q_TND)), float("-inf"), dtype=torch.float32)
+    starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
+    for index in range(len(starts_q) - 1):
+        rows = slice(starts_q[index], starts_q[index + 1])
+        keys = slice(starts_k[index], starts_k[index + 1])
+        q, k, v = (t.float().transpose(0, 1) for t in (q_TND[rows], k_SND[keys], v_SND[keys]))
+        if max(q.shape[1], k.shape[1]) > MATH_LIMIT:
+            raise KernelUnavailableError(
+                f"no fused attention takes packed sequences of {q_TND.dtype} on {q_TND.device}, "
+                f"and the math path is refused above {MATH_LIMIT} tokens, got {q.shape[1]} queries "
+                f"and {k.shape[1]} keys; use bfloat16 on CUDA, or install triton"
+            )
+        if q.shape[1] and k.shape[1]:
+            scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+            out_TND[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(out_TND.dtype)
+            lse_NT[:, rows] = scores.logsumexp(-1)
+    return out_TND, lse_NT
+
+
+def _torch_varlen_lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why torch's packed attention (FlashAttention-2, or what replaced it) cannot serve."""
+    if any(t.stride(-1) != 1 for t in (q, k, v)):
+        return "it takes heads whose channels lie side by side"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"it takes bfloat16 and float16, not {q.dtype}"
+    if q.shape[-1] > 256 or q.shape[-1] % 8:
+        return f"it takes head dims up to 256 that 8 divides, not {q.shape[-1]}"
+    major, minor = torch.cuda.get_device_capability(q.device)
+    return None if major >= 8 else f"it needs compute capability 8.0, this is {major}.{minor}"
+
+
+def _varlen_on_cuda(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_q: Tensor,
+    cu_k: Tensor,
+    max_q: int,
+    max_k: int,
+    use_libraries: bool,
+) -> tuple[Tensor, Tensor]:
+    if use_libraries and _torch_varlen_lacks(q, k, v) is None:
+        # the module exists on every platform, its operators only where torch has CUDA
+        from torch.nn.attention.varlen import AuxRequest, varlen_attn
+
+        aux = AuxRequest(lse=True)
+        out, lse = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, return_aux=aux)
+        return out, lse
+    launcher = triton_launcher("attention")
+    if launcher is None:
+        return attention_varlen_reference(q, k, v, cu_q, cu_k)
+    result: tuple[Tensor, Tensor] = launcher(q, k, v, cu_q, cu_k, max_q)
+    return result
+
+
+def _varlen_fake(
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, lib: bool
+) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
+
+
+_attention_varlen = define(
+    "attention_varlen",
+    "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
+    "SymInt max_seqlen_k, bool use_libraries) -> (Tensor, Tensor)",
+    lambda q, k, v, cu_q, cu_k, *_: attention_varlen_reference(q, k, v, cu_q, cu_k),
+    _varlen_fake,
+    _varlen_on_cuda,
+)
+
+
+def attention_varlen(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int,
+    max_seqlen_k: int,
+    backend: str = "reference",
+) -> tuple[Tensor, Tensor]:
+    """Packed q [T, N, D], k and v [S, N, D] -> [T, N, D] and the log-sum-exp, float32 [N, T].
+
+    Sequence g has queries cu_seqlens_q[g] to cu_seqlens_q[g + 1] and keys likewise: int32 [G + 1],
+    on the device; the kernels trust them. max_seqlen_q, max_seqlen_k: at least the longest, known
+    on the host. A sequence without keys gives zeros and -inf. Two results over disjoint keys merge
+    exactly: the weights are softmax(lse).
+
+    Raises:
+        TypeError, ValueError: a dtype, device or shape is not the one above.
+        KernelUnavailableError: the backend cannot run here, or only the math path could.
+    """
+    check_tensors(
+        q,
+        floating={"k": k, "v": v},
+        indices={"cu_seqlens_q": cu_seqlens_q, "cu_seqlens_k": cu_seqlens_k},
+    )
+    if q.ndim != 3 or k.ndim != 3 or k.shape != v.shape or q.shape[1:] != k.shape[1:]:
+        raise ValueError(
+            "q must have shape [T, N, D], k and v [S, N, D], "
+            f"got {tuple(q.shape)}, {tuple(k.shape)} and {tuple(v.shape)}"
+        )
+    for name, starts in (("cu_seqlens_q", cu_seqlens_q), ("cu_seqlens_k", cu_seqlens_k)):
+        if starts.ndim != 1 or starts.shape != cu_seqlens_q.shape or len(starts) < 2:
+            raise ValueError(
+                "cu_seqlens_q and cu_seqlens_k must have shape [sequences + 1], at least one "
+                f"sequence, got {tuple(cu_seqlens_q.shape)} and {tuple(cu_seqlens_k.shape)}"
+            )
+        if starts.dtype != torch.int32 or not starts.is_contiguous():
+            raise TypeError(f"{name} must be contiguous int32, got {starts.dtype}")
+    for name, longest, tokens in (("q", max_seqlen_q, len(q)), ("k", max_seqlen_k, len(k))):
+        if not 1 <= longest <= max(tokens, 1):
+            raise ValueError(f"max_seqlen_{name} must lie in 1..{tokens}, got {longest}")
+    lengths = (max_seqlen_q, max_seqlen_k)
+    reference = attention_varlen_reference
+    run = implementation(backend, "attention", q, reference, _attention_varlen)
+    result: tuple[Tensor, Tensor]
+    if run is reference:
+        result = reference(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    else:
+        result = run(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, backend != "triton")
     return result

@@ -7,11 +7,14 @@ be met raises and names the reason.
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
 from collections.abc import Callable
+from functools import cache
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from mv2v_engine.config import BackendName
 from mv2v_engine.errors import KernelUnavailableError
@@ -61,13 +64,88 @@ def resolve(backend: BackendName, device: torch.device) -> BackendName:
     return backend
 
 
+@cache
+def triton_launcher(op: str) -> Callable[..., Any] | None:
+    """`mv2v_kernels.<op>.launch_<op>`, imported when first asked for; None where it is missing."""
+    if missing_reason("triton", op, torch.device("cuda")):
+        return None
+    launcher = getattr(importlib.import_module(f"mv2v_kernels.{op}"), f"launch_{op}")
+    return launcher  # type: ignore[no-any-return]
+
+
 def define(
-    name: str, schema: str, reference: Callable[..., Any], fake: Callable[..., Any]
+    name: str,
+    schema: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    cuda: Callable[..., Any] | None = None,
 ) -> Callable[..., Any]:
-    """Register `mv2v::name`: the reference on every device, until a launcher takes CUDA's slot."""
+    """Register `mv2v::name`: the reference on CPU, the Triton launcher on CUDA where there is one.
+
+    The launcher is imported by the first call on CUDA, never before. `cuda` stands in its place
+    for an operation that has more to choose from.
+    """
+
+    def on_cuda(*args: Any) -> Any:
+        return (triton_launcher(name) or reference)(*args)
+
     qualified = f"mv2v::{name}"
     torch.library.define(qualified, schema)
-    torch.library.impl(qualified, ("cpu", "cuda"), reference)
+    torch.library.impl(qualified, "cpu", reference)
+    torch.library.impl(qualified, "cuda", cuda or on_cuda)
     torch.library.register_fake(qualified, fake)
     packet = getattr(torch.ops.mv2v, name)
     return packet.default  # type: ignore[no-any-return]
+
+
+def implementation(
+    backend: str, op: str, x: Tensor, reference: Callable[..., Any], registered: Callable[..., Any]
+) -> Callable[..., Any]:
+    """What a public operation calls for tensors like `x`.
+
+    Raises:
+        KernelUnavailableError: `backend` names kernels that cannot run on this device.
+    """
+    if backend == "reference":
+        return reference
+    if backend == "auto":
+        return registered
+    if backend not in ("triton", "cuda"):
+        raise ValueError(
+            f"backend must be 'auto', 'reference', 'triton' or 'cuda', got {backend!r}"
+        )
+    reason = _missing_on(backend, op, x.device.type)
+    if reason:
+        raise KernelUnavailableError(
+            f"{op} was asked for with backend {backend!r}, but {reason}; use 'auto' or 'reference'"
+        )
+    return registered
+
+
+@torch.compiler.assume_constant_result
+@cache
+def _missing_on(backend: BackendName, op: str, device_type: str) -> str | None:
+    """`missing_reason`, looked up once for each kind of device and a constant to torch.compile."""
+    return missing_reason(backend, op, torch.device(device_type))
+
+
+def check_tensors(
+    x: Tensor,
+    *,
+    floating: dict[str, Tensor | None] | None = None,
+    indices: dict[str, Tensor | None] | None = None,
+) -> None:
+    """Raise TypeError for wrong dtypes and ValueError for tensors on another device than x."""
+    if not x.is_floating_point():
+        raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
+    for name, tensor in (floating or {}).items():
+        if tensor is not None and not tensor.is_floating_point():
+            raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+    for name, tensor in (indices or {}).items():
+        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+            raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
+    for name, tensor in {**(floating or {}), **(indices or {})}.items():
+        if tensor is not None and tensor.device != x.device:
+            raise ValueError(
+                f"{name} must be on {x.device} as the first tensor is, got {tensor.device}"
+            )

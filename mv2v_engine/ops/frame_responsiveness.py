@@ -12,7 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mv2v_engine.ops.backend import define
+from mv2v_engine.ops.backend import check_tensors, define, implementation
 
 _CHUNK = 1024
 
@@ -65,10 +65,32 @@ def frame_responsiveness(
 
     frames, tokens: the runs of k, `frames[r]` frames of `tokens[r]` tokens. num_heads: 1 scores
     all channels as one vector, as Eq. 5 is written; more average the heads' softmaxes.
+
+    Raises:
+        TypeError, ValueError: a dtype, device or shape is not the one above, or there is no query,
+            no frame, or a frame of no token.
+        KernelUnavailableError: the backend was asked for by name and cannot run here.
     """
+    check_tensors(q, floating={"k": k})
+    if q.ndim != 3 or k.ndim != 3 or (q.shape[0], q.shape[2]) != (k.shape[0], k.shape[2]):
+        raise ValueError(
+            "q must have shape [B, Q, C] and k [B, L, C], "
+            f"got {tuple(q.shape)} and {tuple(k.shape)}"
+        )
+    if num_heads < 1 or q.shape[2] % num_heads:
+        raise ValueError(f"{num_heads} heads do not divide a width of {q.shape[2]}")
+    if not q.shape[1]:
+        raise ValueError("q must hold at least one query, got none")
+    if not frames or len(frames) != len(tokens) or min(*frames, *tokens) < 1:
+        raise ValueError(
+            "frames and tokens must be equally many positive counts, at least one, "
+            f"got {frames} and {tokens}"
+        )
     covered = sum(count * per_frame for count, per_frame in zip(frames, tokens, strict=True))
     if covered != k.shape[1]:
         raise ValueError(f"runs {frames} x {tokens} cover {covered} tokens, k has {k.shape[1]}")
-    run = frame_responsiveness_reference if backend == "reference" else _frame_responsiveness
+    run = implementation(
+        backend, "frame_responsiveness", q, frame_responsiveness_reference, _frame_responsiveness
+    )
     result: Tensor = run(q, k, frames, tokens, num_heads)
     return result

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mv2v_engine.ops.backend import define
+from mv2v_engine.ops.backend import check_tensors, define, implementation
 
 
 def gated_residual_reference(x_BLC: Tensor, y_BLC: Tensor, gate_BC: Tensor) -> Tensor:
@@ -21,12 +21,20 @@ _gated_residual = define(
 
 
 def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "reference") -> Tensor:
-    """x, y [B, L, C], gate [B, C] -> [B, L, C]."""
+    """x, y [B, L, C], gate [B, C] -> [B, L, C].
+
+    Raises:
+        TypeError, ValueError: a dtype, device or shape is not the one above.
+        KernelUnavailableError: the backend was asked for by name and cannot run here.
+    """
+    check_tensors(x, floating={"y": y, "gate": gate})
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape [B, L, C], got {tuple(x.shape)}")
     if y.shape != x.shape or gate.shape != (x.shape[0], x.shape[2]):
         raise ValueError(
             f"y must have shape {tuple(x.shape)} and gate {(x.shape[0], x.shape[2])}, "
             f"got {tuple(y.shape)} and {tuple(gate.shape)}"
         )
-    run = gated_residual_reference if backend == "reference" else _gated_residual
+    run = implementation(backend, "gated_residual", x, gated_residual_reference, _gated_residual)
     result: Tensor = run(x, y, gate)
     return result

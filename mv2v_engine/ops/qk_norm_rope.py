@@ -8,7 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mv2v_engine.ops.backend import define
+from mv2v_engine.ops.backend import check_tensors, define, implementation
 
 
 def rms_norm_reference(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -50,18 +50,29 @@ def qk_norm_rope(
     eps: float = 1e-6,
     backend: str = "reference",
 ) -> Tensor:
-    """x [B, L, C], weight [C], rope [1 or B, L, D] -> [B, L, N, D]."""
+    """x [B, L, C], weight [C], rope [1 or B, L, D] -> [B, L, N, D].
+
+    Raises:
+        TypeError, ValueError: a dtype, device or shape is not the one above.
+        KernelUnavailableError: the backend was asked for by name and cannot run here.
+    """
+    check_tensors(x, floating={"weight": weight, "rope": rope})
+    if x.ndim != 3:
+        raise ValueError(f"x must have shape [B, L, C], got {tuple(x.shape)}")
+    if num_heads < 1 or x.shape[-1] % (2 * num_heads):
+        raise ValueError(f"{num_heads} heads of an even dim do not divide a width of {x.shape[-1]}")
     head_dim = x.shape[-1] // num_heads
-    if weight.shape != x.shape[-1:] or x.shape[-1] % num_heads:
-        raise ValueError(
-            f"weight must have shape {tuple(x.shape[-1:])}, divisible by {num_heads} heads, "
-            f"got {tuple(weight.shape)}"
-        )
-    if rope.shape[1:] != (x.shape[1], head_dim) or rope.shape[0] not in (1, x.shape[0]):
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"weight must have shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
+    if (
+        rope.ndim != 3
+        or rope.shape[1:] != (x.shape[1], head_dim)
+        or rope.shape[0] not in (1, x.shape[0])
+    ):
         raise ValueError(
             f"rope must have shape [1 or {x.shape[0]}, {x.shape[1]}, {head_dim}], "
             f"got {tuple(rope.shape)}"
         )
-    run = qk_norm_rope_reference if backend == "reference" else _qk_norm_rope
+    run = implementation(backend, "qk_norm_rope", x, qk_norm_rope_reference, _qk_norm_rope)
     result: Tensor = run(x, weight, rope, num_heads, eps)
     return result

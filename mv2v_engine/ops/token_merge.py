@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mv2v_engine.ops.backend import define
+from mv2v_engine.ops.backend import check_tensors, define, implementation
 
 
 def _gather(frames_BFPC: Tensor, index_BK: Tensor) -> Tensor:
@@ -107,14 +107,46 @@ def token_merge(
     kept [B, K], merged [B, M]: frame indices (int64); an empty `merged` discards the frames
     not kept. weight: [C, C / groups, *kernel] convolves, [C, C] is a linear layer after average
     pooling, None is average pooling alone.
+
+    Raises:
+        TypeError, ValueError: a dtype, device or shape is not the one above.
+        KernelUnavailableError: the backend was asked for by name and cannot run here.
     """
+    check_tensors(
+        x,
+        floating={"rope": rope, "weight": weight, "bias": bias},
+        indices={"kept": kept, "merged": merged},
+    )
+    if x.ndim != 4 or rope.ndim != 4 or rope.shape[0] not in (1, x.shape[0]):
+        raise ValueError(
+            "x must have shape [B, F, P, C] and rope [1 or B, F, P, R], "
+            f"got {tuple(x.shape)} and {tuple(rope.shape)}"
+        )
+    for name, index in (("kept", kept), ("merged", merged)):
+        if index.ndim != 2 or len(index) != len(x):
+            raise ValueError(f"{name} must have shape [{len(x)}, frames], got {tuple(index.shape)}")
+    if min(*grid, *kernel) < 1:
+        raise ValueError(f"grid and kernel must be positive, got {grid} and {kernel}")
     if x.shape[2] != grid[0] * grid[1] or rope.shape[1:3] != x.shape[1:3]:
         raise ValueError(
             f"frames of {x.shape[2]} tokens (rope {rope.shape[2]}) do not form a grid {grid}"
         )
     if weight is not None and weight.ndim == 4 and tuple(weight.shape[2:]) != tuple(kernel):
         raise ValueError(f"weight has kernel {tuple(weight.shape[2:])}, expected {kernel}")
-    run = token_merge_reference if backend == "reference" else _token_merge
+    width = x.shape[3]
+    if weight is not None and (
+        weight.ndim not in (2, 4)
+        or len(weight) != width
+        or width % max(weight.shape[1], 1)
+        or (weight.ndim == 2 and weight.shape[1] != width)
+    ):
+        raise ValueError(
+            f"weight must have shape [{width}, {width}] or [{width}, {width} / groups, *kernel], "
+            f"got {tuple(weight.shape)}"
+        )
+    if bias is not None and bias.shape != (width,):
+        raise ValueError(f"bias must have shape ({width},), got {tuple(bias.shape)}")
+    run = implementation(backend, "token_merge", x, token_merge_reference, _token_merge)
     result: tuple[Tensor, Tensor] = run(
         x, rope, kept, merged, weight, bias, list(grid), list(kernel)
     )

@@ -19,6 +19,7 @@ from mv2v_engine.testing import tiny_config
 from mv2v_engine.tokens.layout import Layout
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
+CPU = torch.device("cpu")
 GRID = (3, 12, 20)
 ROTARY = 6
 
@@ -30,7 +31,7 @@ def _plan(fraction: float = 0.5, *tokenizers: int) -> TokenPlan:
 def _sequence(plan: TokenPlan, batch: int = 1) -> Sequence:
     """Tokens whose first channel is their frame's number, positions all different."""
     frames = torch.arange(len(plan.frame_table)).expand(batch, -1)
-    slots = token_slots(plan.layout).float()
+    slots = token_slots(plan.layout, CPU).float()
     torch.manual_seed(0)
     x = torch.randn(batch, plan.length, 24)
     x[..., 0] = slots
@@ -67,8 +68,8 @@ def test_order_is_the_same_for_every_run_and_copy() -> None:
 def test_token_slots_number_the_frames() -> None:
     plan = _plan()
     expected = [i for i, span in enumerate(plan.frame_table) for _ in range(span.start, span.stop)]
-    assert token_slots(plan.layout).tolist() == expected
-    assert token_slots(Layout(plan.layout.runs[:1])).tolist() == expected[: 3 * 60]
+    assert token_slots(plan.layout, CPU).tolist() == expected
+    assert token_slots(Layout(plan.layout.runs[:1]), CPU).tolist() == expected[: 3 * 60]
 
 
 def test_the_books_follow_the_frames() -> None:

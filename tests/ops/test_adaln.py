@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.testing import assert_within_budget
 
@@ -61,8 +62,8 @@ def test_matches_float64(
 def test_strided_input() -> None:
     x, scale, shift, camera, frame = _inputs(2, 6, 10, 3, torch.float32)
     turned = x.transpose(0, 1).contiguous().transpose(0, 1)
-    expected = adaln(x, scale, shift, camera=camera, frame=frame)
     for backend in ("reference", "auto"):
+        expected = adaln(x, scale, shift, camera=camera, frame=frame, backend=backend)
         got = adaln(turned, scale, shift, camera=camera, frame=frame, backend=backend)
         assert torch.equal(got, expected)
 
@@ -84,6 +85,27 @@ def test_compiles_without_graph_breaks() -> None:
 
     compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
     assert torch.equal(compiled(x), run(x))
+
+
+def test_rejects_bad_dtypes_and_devices() -> None:
+    x, scale, shift, camera, frame = _inputs(2, 6, 10, 3, torch.float32)
+    with pytest.raises(TypeError, match=r"x must be of a floating dtype, got torch.int64"):
+        adaln(x.long(), scale, shift)
+    with pytest.raises(TypeError, match=r"shift must be of a floating dtype, got torch.bool"):
+        adaln(x, scale, shift.bool())
+    with pytest.raises(TypeError, match=r"frame must be int32 or int64, got torch.float32"):
+        adaln(x, scale, shift, camera=camera, frame=frame.float())  # type: ignore[union-attr]
+    with pytest.raises(ValueError, match="scale must be on cpu as the first tensor is, got meta"):
+        adaln(x, scale.to("meta"), shift)
+    with pytest.raises(ValueError, match=r"x must have shape \[B, L, C\], got \(6, 10\)"):
+        adaln(x[0], scale, shift)
+
+
+@pytest.mark.parametrize("backend", ["triton", "cuda"])
+def test_an_explicit_backend_never_falls_back(backend: str) -> None:
+    x, scale, shift, *_ = _inputs(2, 6, 10, 0, torch.float32)
+    with pytest.raises(KernelUnavailableError, match=rf"{backend}.*needs a CUDA device"):
+        adaln(x, scale, shift, backend=backend)
 
 
 def test_rejects_bad_shapes() -> None:

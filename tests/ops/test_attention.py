@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
 
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops import attention as module
-from mv2v_engine.ops.attention import MATH_LIMIT, attention
+from mv2v_engine.ops.attention import MATH_LIMIT, attention, attention_varlen
 from mv2v_engine.testing import assert_within_budget
 
 CASES = [  # batch, queries, keys, heads, head dim
@@ -100,3 +102,140 @@ def test_rejects_bad_shapes(wrong: str) -> None:
         q = q[:1]
     with pytest.raises(ValueError, match="must agree"):
         attention(q, k, v)
+
+
+PACKS = [  # query and key lengths of every sequence, heads, head dim
+    ([1], [1], 1, 2),
+    ([37, 130, 1], [64, 5, 131], 2, 24),
+    ([0, 9, 3], [7, 128, 0], 1, 16),  # a sequence without queries, one without keys
+]
+
+
+def _pack(
+    queries: list[int], keys: list[int], heads: int, dim: int, dtype: torch.dtype
+) -> tuple[tuple[Tensor, Tensor, Tensor], dict[str, Any]]:
+    torch.manual_seed(sum(keys))
+    q = 2 * torch.randn(sum(queries), heads, dim)
+    k, v = torch.randn(2, sum(keys), heads, dim).unbind()
+    starts = [torch.tensor([0, *lengths]).cumsum(0).int() for lengths in (queries, keys)]
+    packed = {
+        "cu_seqlens_q": starts[0],
+        "cu_seqlens_k": starts[1],
+        "max_seqlen_q": max(queries),
+        "max_seqlen_k": max(keys),
+    }
+    return (q.to(dtype), k.to(dtype), v.to(dtype)), packed
+
+
+def _naive_varlen(q: Tensor, k: Tensor, v: Tensor, pack: dict[str, Any]) -> tuple[Tensor, Tensor]:
+    out, lse = torch.zeros_like(q), torch.full((q.shape[1], len(q)), -torch.inf, dtype=q.dtype)
+    starts = [pack["cu_seqlens_q"].tolist(), pack["cu_seqlens_k"].tolist()]
+    for a, b, c, d in zip(starts[0], starts[0][1:], starts[1], starts[1][1:], strict=False):
+        if b > a and d > c:
+            out[a:b] = _naive(q[None, a:b], k[None, c:d], v[None, c:d])[0]
+            scores = torch.einsum("lnd,snd->nls", q[a:b], k[c:d]) * q.shape[-1] ** -0.5
+            lse[:, a:b] = scores.logsumexp(-1)
+    return out, lse
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("pack", PACKS, ids=str)
+def test_packed_matches_float64(
+    pack: tuple[list[int], list[int], int, int], dtype: torch.dtype, backend: str
+) -> None:
+    (q, k, v), lengths = _pack(*pack, dtype)
+    oracle, oracle_lse = _naive_varlen(q.double(), k.double(), v.double(), lengths)
+    eager, _ = _naive_varlen(q, k, v, lengths)
+    _, eager_lse = _naive_varlen(q.float(), k.float(), v.float(), lengths)
+    out, lse = attention_varlen(q, k, v, **lengths, backend=backend)
+    assert_within_budget(out, oracle, eager)
+    # every dtype's scores are summed in float32; a query without keys has -inf
+    seen = oracle_lse.isfinite()
+    assert torch.equal(lse.isneginf(), ~seen)
+    assert_within_budget(lse[seen], oracle_lse[seen], eager_lse[seen])
+
+
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+def test_disjoint_keys_merge_by_their_log_sum_exp(backend: str) -> None:
+    (q, k, v), lengths = _pack([17], [70], 2, 8, torch.float32)
+    whole, whole_lse = attention_varlen(q, k, v, **lengths, backend=backend)
+    parts = []
+    for keys in (slice(0, 30), slice(30, 70)):
+        count = keys.stop - keys.start
+        some = {"cu_seqlens_k": torch.tensor([0, count]).int(), "max_seqlen_k": count}
+        parts.append(attention_varlen(q, k[keys], v[keys], **lengths | some, backend=backend))
+    both = torch.stack([lse for _, lse in parts])
+    share = both.softmax(0).transpose(1, 2)[..., None]
+    torch.testing.assert_close(
+        sum(s * out for s, (out, _) in zip(share, parts, strict=True)), whole
+    )
+    torch.testing.assert_close(both.logsumexp(0), whole_lse)
+
+
+def test_packed_takes_strided_heads() -> None:
+    (q, k, v), lengths = _pack([9, 3], [7, 65], 3, 6, torch.float32)
+    turned = [t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (q, k, v)]
+    got = attention_varlen(turned[0], turned[1], turned[2], **lengths, backend="auto")
+    expected = attention_varlen(q, k, v, **lengths, backend="auto")
+    for value, plain in zip(got, expected, strict=True):
+        torch.testing.assert_close(value, plain)
+
+
+def test_packed_opcheck() -> None:
+    (q, k, v), lengths = _pack([5, 2], [3, 9], 2, 4, torch.float32)
+    torch.library.opcheck(
+        torch.ops.mv2v.attention_varlen.default, (q, k, v, *lengths.values(), True)
+    )
+
+
+def test_packed_compiles_without_graph_breaks() -> None:
+    (q, k, v), lengths = _pack([5, 2], [3, 9], 2, 4, torch.float32)
+
+    def run(q: Tensor) -> tuple[Tensor, Tensor]:
+        return attention_varlen(q, k, v, **lengths, backend="auto")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for value, plain in zip(compiled(q), run(q), strict=True):
+        assert torch.equal(value, plain)
+
+
+def test_packed_math_path_is_refused_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MATH_LIMIT", 8)
+    (q, k, v), lengths = _pack([5, 2], [3, 9], 2, 4, torch.float32)
+    with pytest.raises(KernelUnavailableError, match="above 8 tokens, got 2 queries and 9 keys"):
+        attention_varlen(q, k, v, **lengths)
+
+
+BAD_PACKS: list[tuple[dict[str, Any], type[Exception], str]] = [
+    ({"cu_seqlens_q": torch.tensor([0, 7]).int()}, ValueError, r"got \(2,\) and \(3,\)"),
+    ({"cu_seqlens_k": torch.tensor([0, 3, 12])}, TypeError, "contiguous int32, got torch.int64"),
+    ({"cu_seqlens_k": torch.tensor([0.0, 3, 12])}, TypeError, "must be int32 or int64"),
+    ({"max_seqlen_q": 0}, ValueError, r"max_seqlen_q must lie in 1..7, got 0"),
+    ({"max_seqlen_k": 13}, ValueError, r"max_seqlen_k must lie in 1..12, got 13"),
+    ({"backend": "triton"}, KernelUnavailableError, "triton.*needs a CUDA device"),
+    ({"backend": "fastest"}, ValueError, "backend must be .* got 'fastest'"),
+]
+
+
+@pytest.mark.parametrize(("change", "error", "message"), BAD_PACKS)
+def test_packed_rejects_bad_input(
+    change: dict[str, Any], error: type[Exception], message: str
+) -> None:
+    (q, k, v), lengths = _pack([5, 2], [3, 9], 2, 4, torch.float32)
+    with pytest.raises(error, match=message):
+        attention_varlen(q, k, v, **lengths | change)
+    with pytest.raises(ValueError, match=r"k and v \[S, N, D\]"):
+        attention_varlen(q, k, v[:4], **lengths)
+
+
+def test_rejects_bad_dtypes_devices_and_backends() -> None:
+    q, k, v = _inputs(2, 5, 9, 3, 4, torch.float32)
+    with pytest.raises(TypeError, match=r"k must be of a floating dtype, got torch.int64"):
+        attention(q, k.long(), v)
+    with pytest.raises(ValueError, match="v must be on cpu as the first tensor is, got meta"):
+        attention(q, k, v.to("meta"))
+    with pytest.raises(ValueError, match=r"q must have shape \[B, L, N, D\]"):
+        attention(q[0], k, v)
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
+        attention(q, k, v, backend="triton")

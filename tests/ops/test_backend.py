@@ -28,7 +28,7 @@ def test_auto_on_a_cpu_is_the_reference() -> None:
 
 @pytest.mark.parametrize("backend", ["triton", "cuda"])
 def test_an_explicit_request_that_cannot_be_met_raises(backend: Any) -> None:
-    with pytest.raises(KernelUnavailableError, match=f"'{backend}'.*CUDA device.*runs on cpu"):
+    with pytest.raises(KernelUnavailableError, match=rf"'{backend}'.*CUDA device.*runs on cpu"):
         resolve(backend, CPU)
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops import frame_responsiveness as module
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.testing import assert_within_budget
@@ -70,6 +71,32 @@ def test_matches_a_loop(
     assert got.dtype == torch.float32 and bool(((got > 0) & (got <= 1)).all())
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_more_queries_and_frames_than_a_tile(dtype: torch.dtype, backend: str) -> None:
+    frames, tokens = [70, 61, 19], [1, 3, 2]
+    q, k = _inputs(1, 131, 20, list(zip(frames, tokens, strict=True)), dtype)
+    lengths = [per_frame for n, per_frame in zip(frames, tokens, strict=True) for _ in range(n)]
+    means = torch.stack([frame.mean(1) for frame in k.double().split(lengths, 1)], 1)
+    oracle = _shares(q.double(), means)
+    # kernels on 16-bit keys hold a mean as two 16-bit parts
+    first = _part(means, dtype)
+    eager = _shares(q.float(), (first + _part(means - first, dtype)).float())
+    got = frame_responsiveness(q, k, frames=frames, tokens=tokens, backend=backend)
+    assert_within_budget(got, oracle, eager)
+
+
+def _part(means: Tensor, dtype: torch.dtype) -> Tensor:
+    """What of the means a dtype holds; bfloat16 cut off, as the interpreter does (a GPU rounds)."""
+    if dtype != torch.bfloat16:
+        return means.to(dtype).double()
+    return (means.float().view(torch.int32) & ~0xFFFF).view(torch.float32).double()
+
+
+def _shares(q: Tensor, means: Tensor) -> Tensor:
+    return (q @ means.transpose(1, 2) * q.shape[-1] ** -0.5).softmax(-1).amax(1)
+
+
 def test_bfloat16_inputs_are_scored_in_float32() -> None:
     runs = [(3, 60), (3, 15)]
     q, k = _inputs(1, 11, 24, runs, torch.bfloat16)
@@ -103,6 +130,36 @@ def test_opcheck(num_heads: int) -> None:
     q, k = _inputs(2, 5, 8, [(2, 3), (1, 4)], torch.float32)
     operation = torch.ops.mv2v.frame_responsiveness.default
     torch.library.opcheck(operation, (q, k, [2, 1], [3, 4], num_heads))
+
+
+def test_compiles_without_graph_breaks() -> None:
+    q, k = _inputs(2, 5, 8, [(2, 3), (1, 4)], torch.float32)
+
+    def run(q: Tensor) -> Tensor:
+        return frame_responsiveness(q, k, frames=[2, 1], tokens=[3, 4], backend="auto")
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    assert torch.equal(compiled(q), run(q))
+
+
+def test_rejects_bad_dtypes_devices_and_shapes() -> None:
+    q, k = _inputs(1, 5, 8, [(2, 3)], torch.float32)
+    runs: dict[str, list[int]] = {"frames": [2], "tokens": [3]}
+    with pytest.raises(TypeError, match=r"k must be of a floating dtype, got torch.int64"):
+        frame_responsiveness(q, k.long(), **runs)
+    with pytest.raises(ValueError, match="k must be on cpu as the first tensor is, got meta"):
+        frame_responsiveness(q, k.to("meta"), **runs)
+    with pytest.raises(ValueError, match=r"k \[B, L, C\], got \(1, 5, 8\) and \(1, 6, 4\)"):
+        frame_responsiveness(q, k[..., :4], **runs)
+    with pytest.raises(ValueError, match="3 heads do not divide a width of 8"):
+        frame_responsiveness(q, k, **runs, num_heads=3)
+    with pytest.raises(ValueError, match="at least one query"):
+        frame_responsiveness(q[:, :0], k, **runs)
+    for frames, tokens in (([], []), ([2], [3, 0]), ([2, 0], [3, 3])):
+        with pytest.raises(ValueError, match="equally many positive counts"):
+            frame_responsiveness(q, k, frames=frames, tokens=tokens)
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
+        frame_responsiveness(q, k, **runs, backend="triton")
 
 
 def test_rejects_runs_that_do_not_cover_the_keys() -> None:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
+from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.token_merge import token_merge
 from mv2v_engine.testing import assert_within_budget
 
@@ -136,11 +137,22 @@ def test_matches_a_loop(kind: str, grid: tuple[int, int], backend: str) -> None:
     assert torch.equal(got[0][:, : 3 * grid[0] * grid[1]], eager[0][:, : 3 * grid[0] * grid[1]])
 
 
+@pytest.mark.parametrize("backend", ["reference", "auto"])
 @pytest.mark.parametrize("kind", ["dense", "pooled", "average"])
-def test_bfloat16(kind: str) -> None:
+def test_bfloat16(kind: str, backend: str) -> None:
     x, rope, kept, merged = _inputs((6, 10), torch.bfloat16)
     weight, bias, kernel = _weight(kind, torch.bfloat16)
-    got = token_merge(x, rope, kept, merged, grid=(6, 10), kernel=kernel, weight=weight, bias=bias)
+    got = token_merge(
+        x,
+        rope,
+        kept,
+        merged,
+        grid=(6, 10),
+        kernel=kernel,
+        weight=weight,
+        bias=bias,
+        backend=backend,
+    )
     wide = [None if t is None else t.double() for t in (weight, bias)]
     oracle = _naive(x.double(), rope.double(), kept, merged, (6, 10), kernel, *wide)
     eager = _eager(x, rope, kept, merged, (6, 10), kernel, weight, bias)
@@ -150,7 +162,7 @@ def test_bfloat16(kind: str) -> None:
 
 def test_an_empty_selection_discards() -> None:
     x, rope, kept, merged = _inputs((3, 5), torch.float32)
-    tokens, turns = token_merge(x, rope, kept, merged[:, :0], grid=(3, 5))
+    tokens, turns = token_merge(x, rope, kept, merged[:, :0], grid=(3, 5), backend="auto")
     assert tokens.shape == (2, 3 * 15, WIDTH) and turns.shape == (2, 3 * 15, ROTARY)
     assert torch.equal(tokens, torch.stack([x[b, kept[b]].flatten(0, 1) for b in range(2)]))
 
@@ -158,7 +170,7 @@ def test_an_empty_selection_discards() -> None:
 def test_all_frames_may_merge() -> None:
     x, rope, kept, _ = _inputs((3, 5), torch.float32)
     everything = torch.arange(5).expand(2, -1)
-    tokens, turns = token_merge(x, rope, kept[:, :0], everything, grid=(3, 5))
+    tokens, turns = token_merge(x, rope, kept[:, :0], everything, grid=(3, 5), backend="auto")
     assert tokens.shape == (2, 5 * 6, WIDTH) and turns.shape == (2, 5 * 6, ROTARY)
 
 
@@ -169,6 +181,64 @@ def test_opcheck(kind: str, num_merged: int) -> None:
     weight, bias, kernel = _weight(kind, torch.float32)
     arguments = (x, rope, kept, merged[:, :num_merged], weight, bias, [3, 5], list(kernel))
     torch.library.opcheck(torch.ops.mv2v.token_merge.default, arguments)
+
+
+def test_strided_inputs() -> None:
+    x, rope, kept, merged = _inputs((3, 5), torch.float32)
+    weight, bias, _ = _weight("dense", torch.float32)
+    turned = x.movedim(-1, 0).contiguous().movedim(0, -1)
+
+    def run(x: Tensor, rope: Tensor, kept: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:
+        return token_merge(
+            x, rope, kept, merged, grid=(3, 5), weight=weight, bias=bias, backend="auto"
+        )
+
+    assert weight is not None
+    expected = run(x, rope.repeat(2, 1, 1, 1), kept, weight)
+    for got in (
+        run(turned, rope, kept.t().contiguous().t(), weight.to(memory_format=torch.channels_last)),
+        run(x, rope.expand(2, -1, -1, -1), kept, weight),
+    ):
+        for value, plain in zip(got, expected, strict=True):
+            torch.testing.assert_close(value, plain)
+
+
+def test_compiles_without_graph_breaks() -> None:
+    x, rope, kept, merged = _inputs((3, 5), torch.float32)
+    weight, bias, _ = _weight("dense", torch.float32)
+
+    def run(x: Tensor) -> tuple[Tensor, Tensor]:
+        return token_merge(
+            x, rope, kept, merged, grid=(3, 5), weight=weight, bias=bias, backend="auto"
+        )
+
+    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
+    for value, plain in zip(compiled(x), run(x), strict=True):
+        assert torch.equal(value, plain)
+
+
+def test_rejects_bad_dtypes_and_devices() -> None:
+    x, rope, kept, merged = _inputs((3, 5), torch.float32)
+    with pytest.raises(TypeError, match=r"rope must be of a floating dtype, got torch.int64"):
+        token_merge(x, rope.long(), kept, merged, grid=(3, 5))
+    with pytest.raises(TypeError, match=r"kept must be int32 or int64, got torch.bool"):
+        token_merge(x, rope, kept.bool(), merged, grid=(3, 5))
+    with pytest.raises(ValueError, match="merged must be on cpu as the first tensor is, got meta"):
+        token_merge(x, rope, kept, merged.to("meta"), grid=(3, 5))
+    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
+        token_merge(x, rope, kept, merged, grid=(3, 5), backend="triton")
+
+
+def test_rejects_bad_weights_and_selections() -> None:
+    x, rope, kept, merged = _inputs((3, 5), torch.float32)
+    with pytest.raises(ValueError, match=r"x must have shape .* got \(5, 15, 12\)"):
+        token_merge(x[0], rope, kept, merged, grid=(3, 5))
+    with pytest.raises(ValueError, match=r"kept must have shape \[2, frames\], got \(3,\)"):
+        token_merge(x, rope, kept[0], merged, grid=(3, 5))
+    with pytest.raises(ValueError, match=r"weight must have shape \[12, 12\] or"):
+        token_merge(x, rope, kept, merged, grid=(3, 5), weight=torch.zeros(12, 5, 2, 2))
+    with pytest.raises(ValueError, match=r"bias must have shape \(12,\), got \(4,\)"):
+        token_merge(x, rope, kept, merged, grid=(3, 5), weight=torch.eye(12), bias=torch.zeros(4))
 
 
 def test_rejects_bad_shapes() -> None:

@@ -1,0 +1,81 @@
+"""x + y * gate in one pass: two reads and one write of the tokens.
+
+B batch, L tokens, C width.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from mv2v_kernels.common import ROWS, check_dtypes, check_grid, on_device, row_tile
+
+
+@triton.jit
+def _gated_residual_kernel(
+    x_ptr,
+    y_ptr,
+    gate_ptr,
+    out_ptr,
+    L,
+    stride_xb,
+    stride_xl,
+    stride_xc,
+    stride_yb,
+    stride_yl,
+    stride_yc,
+    stride_gate_b,
+    stride_gate_c,
+    stride_out_b,
+    stride_out_l,
+    stride_out_c,
+    C: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    i_b = tl.program_id(1).to(tl.int64)
+    o_c = tl.arange(0, BLOCK_C).to(tl.int64)
+    m_c = o_c < C
+    # [BLOCK_C]
+    p_gate = gate_ptr + i_b * stride_gate_b + o_c * stride_gate_c
+    b_gate = tl.load(p_gate, mask=m_c, other=0.0).to(tl.float32)
+    for i_row in tl.static_range(ROWS):
+        i_l = tl.program_id(0).to(tl.int64) * ROWS + i_row
+        m_x = m_c & (i_l < L)
+        p_x = x_ptr + i_b * stride_xb + i_l * stride_xl + o_c * stride_xc
+        p_y = y_ptr + i_b * stride_yb + i_l * stride_yl + o_c * stride_yc
+        b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
+        b_y = tl.load(p_y, mask=m_x, other=0.0).to(tl.float32)
+        p_out = out_ptr + i_b * stride_out_b + i_l * stride_out_l + o_c * stride_out_c
+        tl.store(p_out, (b_x + b_y * b_gate).to(out_ptr.dtype.element_ty), mask=m_x)
+
+
+def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """x, y [B, L, C], gate [B, C] -> [B, L, C], laid out as x."""
+    check_dtypes("gated_residual", x=x, y=y, gate=gate)
+    batch, length, width = x.shape
+    out = torch.empty_like(x)
+    if not out.numel():
+        return out
+    block, num_warps = row_tile("gated_residual", width)
+    grid = (triton.cdiv(length, ROWS), batch)
+    check_grid("gated_residual", *grid)
+    with on_device(x):
+        _gated_residual_kernel[grid](
+            x,
+            y,
+            gate,
+            out,
+            length,
+            *x.stride(),
+            *y.stride(),
+            *gate.stride(),
+            *out.stride(),
+            C=width,
+            BLOCK_C=block,
+            ROWS=ROWS,
+            num_warps=num_warps,
+        )
+    return out

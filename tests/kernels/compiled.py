@@ -1,0 +1,238 @@
+"""The public operations compiled for GPUs that are not here, and what the machine code shows.
+
+Run by `test_processes.py`, in a process of its own: the kernels must be compiled ones, and a
+stand-in driver takes Triton's. A launch then compiles just what it would run (the same
+specialisation, alignment, warps, stages) and runs nothing.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.backends.driver import DriverBase
+from triton.runtime.driver import driver
+from triton.runtime.jit import JITFunction
+
+from mv2v_engine.ops.adaln import adaln
+from mv2v_engine.ops.attention import attention_varlen
+from mv2v_engine.ops.backend import triton_launcher
+from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
+from mv2v_engine.ops.gated_residual import gated_residual
+from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
+from mv2v_engine.ops.token_merge import token_merge
+
+SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}  # what one block may ask for
+TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+MATRIX = {"_row_lse_kernel", "_share_max_kernel", "_merge_kernel", "_attention_kernel"}
+BF16 = torch.bfloat16
+
+
+class StandIn(DriverBase):  # type: ignore[misc]
+    """What Triton asks of a driver before a launch."""
+
+    def __init__(self, capability: int) -> None:
+        self.capability = capability
+
+    @classmethod
+    def is_active(cls) -> bool:
+        return True
+
+    def get_current_target(self) -> Any:
+        return GPUTarget("cuda", self.capability, 32)
+
+    def get_current_device(self) -> int:
+        return self.capability  # a cache of compiled kernels for each target
+
+    def set_current_device(self, device: int) -> None:
+        pass
+
+    def get_current_stream(self, device: int = 0) -> int:
+        return 0
+
+    def get_device_capability(self, device: int = 0) -> tuple[int, int]:
+        return divmod(self.capability, 10)
+
+    def get_active_torch_device(self) -> torch.device:
+        return torch.device("cpu")
+
+    def get_benchmarker(self) -> None:
+        return None
+
+    def map_python_to_cpp_type(self, ty: str) -> str:
+        return ty
+
+
+@dataclass(frozen=True)
+class Compiled:
+    name: str
+    shared: int
+    registers: int
+    stack: int
+    instructions: tuple[str, ...]
+
+    def count(self, *prefixes: str, part: str = "") -> int:
+        return sum(i.startswith(prefixes) and part in i for i in self.instructions)
+
+
+def inspect(name: str, kernel: Any, folder: Path) -> Compiled:
+    path = folder / f"{name}.cubin"
+    path.write_bytes(kernel.asm["cubin"])
+
+    def dump(flag: str) -> str:
+        tool = str(TOOLS / "cuobjdump")
+        return subprocess.run(
+            [tool, flag, str(path)], capture_output=True, check=True, text=True
+        ).stdout
+
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
+    assert usage, f"no resource usage of {name}"
+    pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
+    instructions = tuple(re.findall(pattern, dump("--dump-sass"), re.MULTILINE))
+    assert len(instructions) > 50, f"no machine code of {name}"
+    return Compiled(name, kernel.metadata.shared, int(usage[1]), int(usage[2]), instructions)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def launchers_on_the_cpu() -> Iterator[None]:
+    library = torch.library.Library("mv2v", "IMPL")
+    for op in (
+        "adaln",
+        "frame_responsiveness",
+        "gated_residual",
+        "qk_norm_rope",
+        "token_merge",
+    ):
+        launcher = triton_launcher(op)
+        assert launcher is not None
+        library.impl(op, launcher, "CPU", allow_override=True)
+    packed = triton_launcher("attention")
+    assert packed is not None
+    library.impl("attention_varlen", lambda *args: packed(*args[:6]), "CPU", allow_override=True)
+    yield
+    library._destroy()
+
+
+def _tokens(width: int, *, length: int = 2048, dtype: torch.dtype = BF16) -> Tensor:
+    return torch.empty(1, length, width, dtype=dtype)
+
+
+def _adaln(width: int) -> None:
+    vector, camera = torch.empty(1, width), torch.empty(1, 21, width, dtype=BF16)
+    frame = torch.empty(1, 2048, dtype=torch.int64)
+    adaln(_tokens(width), vector, vector, camera=camera, frame=frame, backend="auto")
+
+
+def _gated_residual(width: int) -> None:
+    gated_residual(_tokens(width), _tokens(width), torch.empty(1, width), backend="auto")
+
+
+def _qk_norm_rope(width: int) -> None:
+    weight, rope = torch.empty(width, dtype=BF16), torch.empty(1, 2048, 128)
+    qk_norm_rope(_tokens(width), weight, rope, num_heads=width // 128, backend="auto")
+
+
+def _responsiveness(width: int, num_heads: int) -> None:
+    frames, tokens = [21, 63, 147], [1560, 390, 104]
+    k = _tokens(width, length=21 * 1560 + 63 * 390 + 147 * 104)
+    frame_responsiveness(
+        _tokens(width), k, frames=frames, tokens=tokens, num_heads=num_heads, backend="auto"
+    )
+
+
+def _token_merge(width: int, *weight: int) -> None:
+    x, rope = torch.empty(1, 21, 390, width, dtype=BF16), torch.empty(1, 21, 390, 128)
+    kept, merged = torch.empty(2, 1, 10, dtype=torch.int64).unbind()
+    token_merge(
+        x,
+        rope,
+        kept,
+        merged,
+        grid=(15, 26),
+        weight=torch.empty(weight, dtype=BF16),
+        bias=torch.empty(width, dtype=BF16),
+        backend="auto",
+    )
+
+
+def _attention(head_dim: int) -> None:
+    q, starts = torch.empty(4096, 12, head_dim, dtype=BF16), torch.zeros(3, dtype=torch.int32)
+    attention_varlen(
+        q,
+        q,
+        q,
+        cu_seqlens_q=starts,
+        cu_seqlens_k=starts,
+        max_seqlen_q=4096,
+        max_seqlen_k=4096,
+        backend="auto",
+    )
+
+
+C = 1536
+CASES: dict[str, Callable[[], None]] = {
+    "adaln": lambda: _adaln(C),
+    "adaln-3072": lambda: _adaln(2 * C),
+    "gated_residual": lambda: _gated_residual(C),
+    "qk_norm_rope": lambda: _qk_norm_rope(C),
+    "qk_norm_rope-3072": lambda: _qk_norm_rope(2 * C),
+    "frame_responsiveness": lambda: _responsiveness(C, 1),
+    "frame_responsiveness-heads": lambda: _responsiveness(C, 12),
+    "token_merge": lambda: _token_merge(C, C, C, 2, 2),
+    "token_merge-pooled": lambda: _token_merge(C, C, C),
+    "attention_varlen": lambda: _attention(128),
+}
+
+
+def compile_for(
+    capability: int, run: Callable[[], None], folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> list[Compiled]:
+    """What the launches inside `run` would put on a GPU of this compute capability."""
+    built: dict[str, Any] = {}
+    real = JITFunction.run
+
+    def compile_only(self: Any, *args: Any, grid: Any, warmup: bool, **options: Any) -> Any:
+        kernel = real(self, *args, grid=grid, warmup=True, **options)
+        built[f"{self.__name__}.{kernel.hash}"] = kernel
+        return kernel
+
+    monkeypatch.setattr(JITFunction, "run", compile_only)
+    driver.set_active(StandIn(capability))
+    run()
+    return [inspect(name.split(".")[0], kernel, folder) for name, kernel in built.items()]
+
+
+@pytest.mark.parametrize("capability", SHARED_BYTES, ids="sm_{}".format)
+@pytest.mark.parametrize("case", CASES)
+def test_machine_code(
+    case: str, capability: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    built = compile_for(capability, CASES[case], tmp_path, monkeypatch)
+    assert built
+    for kernel in built:
+        print(
+            f"{kernel.name}: {kernel.registers} registers, {kernel.shared} B shared, "
+            f"{kernel.count('HGMMA')} HGMMA, {kernel.count('HMMA')} HMMA, "
+            f"{kernel.count('LDG', part='128')} wide loads"
+        )
+        spills = kernel.count("LDL", "STL")
+        assert kernel.stack == 0 and spills == 0, (
+            f"{kernel.name} spills: {kernel.stack} B of stack, {spills} local loads and stores"
+        )
+        assert kernel.shared <= SHARED_BYTES[capability], (
+            f"{kernel.name} needs {kernel.shared} B of shared memory, "
+            f"sm_{capability} has {SHARED_BYTES[capability]}"
+        )
+        assert kernel.count("LDG", part="128"), f"{kernel.name} has no 128-bit load"
+        if kernel.name in MATRIX:
+            unit = "HGMMA" if capability == 90 else "HMMA"
+            assert kernel.count(unit), f"{kernel.name} has no {unit} on sm_{capability}"

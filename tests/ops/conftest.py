@@ -1,0 +1,119 @@
+"""Under TRITON_INTERPRET=1 the Triton launchers stand in the operations' CPU slots.
+
+Every test of `backend="auto"` in this folder is then a test of a kernel's body. Their outputs
+come poisoned with NaN, and inputs and outputs lie between canaries: the interpreter does not
+notice what is read or written outside a tensor.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Iterator
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine.ops.backend import triton_launcher
+
+IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+OPS = (
+    "adaln",
+    "frame_responsiveness",
+    "gated_residual",
+    "qk_norm_rope",
+    "token_merge",
+)
+GUARD = 512  # bytes on either side, all ones: NaN in every floating dtype, -1 in every integer one
+LARGE = 1 << 28  # bytes; the tests of large offsets pass tensors that cannot be copied
+
+
+class Guarded:
+    """Tensors made between canaries, and what the canaries look like now."""
+
+    def __init__(self) -> None:
+        self.buffers: list[tuple[Tensor, int]] = []
+
+    def empty(self, shape: Any, strides: Any, dtype: torch.dtype) -> Tensor:
+        span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
+        size = span * dtype.itemsize
+        if not all(shape):
+            return torch.ones(tuple(shape), dtype=dtype)
+        buffer = torch.full((size + 2 * GUARD,), 255, dtype=torch.uint8)
+        self.buffers.append((buffer, size))
+        # a storage of its own, so that it starts at offset zero as a fresh tensor does
+        flat = torch.frombuffer(buffer.numpy(), dtype=dtype, count=span, offset=GUARD)
+        return flat.as_strided(tuple(shape), tuple(strides))
+
+    def copy(self, value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.untyped_storage().nbytes() > LARGE:
+            return value
+        copy = self.empty(value.shape, value.stride(), value.dtype)
+        # an expanded dimension is one element in memory, which may be written once
+        once = tuple(slice(0, 1 if stride == 0 else None) for stride in value.stride())
+        copy[once].copy_(value[once])
+        return copy
+
+    def check(self) -> None:
+        for buffer, size in self.buffers:
+            around = torch.cat([buffer[:GUARD], buffer[GUARD + size :]])
+            assert bool((around == 255).all()), "a kernel wrote outside its output"
+
+
+def guarded(launch: Callable[..., Any]) -> Callable[..., Any]:
+    """The launcher on copies of its inputs between canaries, with poisoned outputs."""
+    empty, empty_like = torch.empty, torch.empty_like
+
+    def run(*args: Any) -> Any:
+        guard = Guarded()
+        copies = [guard.copy(value) for value in args]
+
+        def new(shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+            assert device.type == "cpu"
+            return guard.empty(shape, empty(shape, device="meta").stride(), dtype)
+
+        def new_like(like: Tensor) -> Tensor:
+            return guard.empty(like.shape, empty_like(like).stride(), like.dtype)
+
+        def new_zeros(shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
+            return new(shape, dtype=dtype, device=device).zero_()
+
+        with mock.patch.multiple("torch", empty=new, empty_like=new_like, zeros=new_zeros):
+            result = launch(*copies)
+        guard.check()
+        for value, copy in zip(args, copies, strict=True):
+            if isinstance(value, Tensor):
+                assert torch.equal(value, copy), "a kernel wrote into its input"
+        return result
+
+    return run
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The references gain nothing from a second run beside the interpreter."""
+    if IS_INTERPRETED:
+        again = [item for item in items if re.search(r"[\[-]reference[\]-]", item.name)]
+        config.hook.pytest_deselected(items=again)
+        items[:] = [item for item in items if item not in again]
+
+
+@pytest.fixture(scope="session", autouse=True)
+def launchers_on_the_cpu() -> Iterator[None]:
+    if not IS_INTERPRETED:
+        yield
+        return
+    library = torch.library.Library("mv2v", "IMPL")
+    for op in OPS:
+        launcher = triton_launcher(op)
+        assert launcher is not None, f"no Triton launcher of {op}"
+        library.impl(op, guarded(launcher), "CPU", allow_override=True)
+    packed = triton_launcher("attention")
+    assert packed is not None
+    launcher = guarded(packed)
+    # the longest keys and the choice of a library concern libraries alone
+    library.impl("attention_varlen", lambda *args: launcher(*args[:6]), "CPU", allow_override=True)
+    yield
+    library._destroy()
