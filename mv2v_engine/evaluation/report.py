@@ -40,7 +40,7 @@ MEASURES = {
     "flicker": "(255 - mean |change between frames|) / 255; 1 is a still picture",
     "tokens": "of a turn's sequence before merging, mean over turns",
     "flops": "of all forwards of a turn, counted from its token plan, mean over turns",
-    "seconds": "of a turn's denoising alone: mean over turns, median over scenes",
+    "seconds": "of denoising a turn, without VAE and retrieval; mean over turns, median of scenes",
 }
 
 
