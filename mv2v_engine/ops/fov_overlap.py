@@ -56,7 +56,8 @@ def visible_points(points_P3: Tensor, planes_T44: Tensor) -> Tensor:
         distance = (x * normals[0]).add_(y * normals[1]).add_(z * normals[2]).add_(offsets)
         left, top, right, bottom = distance.unflatten(-1, (4, num_frames)).unbind(2)
         seen_KB[index] = ((left >= 0) & (top >= 0) & (right > 0) & (bottom > 0)).any(-1)
-    return seen_KB.flatten()[:num_points]
+    seen_P: Tensor = seen_KB.flatten()[:num_points]
+    return seen_P
 
 
 def fov_overlap_reference(points_P3: Tensor, planes_F44: Tensor, frames: list[int]) -> Tensor:
