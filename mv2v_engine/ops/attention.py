@@ -50,6 +50,11 @@ def _packed(t_BLND: Tensor) -> tuple[Tensor, Tensor]:
     return t_BLND.flatten(0, 1), starts
 
 
+def _unpacked(out_TND: Tensor, like_BLND: Tensor) -> Tensor:
+    out_BLND: Tensor = out_TND.unflatten(0, like_BLND.shape[:2])
+    return out_BLND
+
+
 def _dense_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     try:
         return attention_reference(q, k, v).contiguous()
@@ -58,8 +63,7 @@ def _dense_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         if launcher is None:
             raise
         (queries, cu_q), (keys, cu_k) = _packed(q), _packed(k)
-        out: Tensor = launcher(queries, keys, v.flatten(0, 1), cu_q, cu_k, q.shape[1])[0]
-        return out.unflatten(0, q.shape[:2])
+        return _unpacked(launcher(queries, keys, v.flatten(0, 1), cu_q, cu_k, q.shape[1])[0], q)
 
 
 _attention = define(
@@ -96,9 +100,8 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference") ->
     if backend == "triton":
         (queries, cu_q), (keys, cu_k) = _packed(q), _packed(k)
         lengths = (q.shape[1], k.shape[1])
-        out: Tensor
         out, _ = _attention_varlen(queries, keys, v.flatten(0, 1), cu_q, cu_k, *lengths, False)
-        return out.unflatten(0, q.shape[:2])
+        return _unpacked(out, q)
     result: Tensor = run(q, k, v)
     return result
 

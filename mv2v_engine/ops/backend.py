@@ -122,10 +122,14 @@ def implementation(
     return registered
 
 
-@torch.compiler.assume_constant_result
-@cache
+@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
 def _missing_on(backend: BackendName, op: str, device_type: str) -> str | None:
     """`missing_reason`, looked up once for each kind of device and a constant to torch.compile."""
+    return _looked_up(backend, op, device_type)
+
+
+@cache
+def _looked_up(backend: BackendName, op: str, device_type: str) -> str | None:
     return missing_reason(backend, op, torch.device(device_type))
 
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 from typing import Any
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mv2v_engine.errors import KernelUnavailableError
-from mv2v_engine.ops import (  # noqa: F401 - importing registers the operations
+from mv2v_engine.ops import (
     adaln,
     attention,
     frame_responsiveness,
@@ -16,7 +18,7 @@ from mv2v_engine.ops import (  # noqa: F401 - importing registers the operations
     qk_norm_rope,
     token_merge,
 )
-from mv2v_engine.ops.backend import OPS, missing_reason, resolve
+from mv2v_engine.ops.backend import OPS, _missing_on, missing_reason, resolve
 
 CPU = torch.device("cpu")
 
@@ -44,3 +46,36 @@ def test_every_operation_is_registered_and_says_why_it_lacks_a_backend(op: str) 
         assert reason is None or any(
             package in reason for package in ("triton", "mv2v_kernels", "libmv2v_cuda")
         )
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_lookup_is_a_constant_to_torch_compile(device: str) -> None:
+    def run(x: torch.Tensor) -> torch.Tensor:
+        return x + 1 if _missing_on("triton", "adaln", device) else x - 1
+
+    compiled = torch.compile(run, fullgraph=True, backend="eager")
+    assert compiled(torch.ones(())) == run(torch.ones(()))
+
+
+@pytest.mark.skipif(importlib.util.find_spec("triton") is None, reason="triton is not installed")
+def test_an_explicit_backend_takes_tensors_on_cuda() -> None:
+    assert resolve("triton", torch.device("cuda")) == "triton"
+    with FakeTensorMode():
+        x = torch.empty(2, 6, 12, device="cuda", dtype=torch.bfloat16)
+        vector, heads = torch.empty(2, 12, device="cuda"), x.unflatten(-1, (3, 4))
+        weight, rope = torch.empty(12, device="cuda"), torch.empty(1, 6, 4, device="cuda")
+        assert adaln.adaln(x, vector, vector, backend="triton").shape == x.shape
+        assert gated_residual.gated_residual(x, x, vector, backend="triton").shape == x.shape
+        turned = qk_norm_rope.qk_norm_rope(x, weight, rope, num_heads=3, backend="triton")
+        assert turned.shape == heads.shape
+        score = frame_responsiveness.frame_responsiveness(
+            x, x, frames=[3], tokens=[2], backend="triton"
+        )
+        assert score.shape == (2, 3) and score.dtype == torch.float32
+        frames, turns = x.unsqueeze(1), rope.unsqueeze(1)
+        kept, index = torch.empty(2, 1, device="cuda", dtype=torch.int64).split([0, 1], 1)
+        merged, _ = token_merge.token_merge(
+            frames, turns, kept, index, grid=(2, 3), backend="triton"
+        )
+        assert merged.shape == (2, 2, 12)
+        assert attention.attention(heads, heads, heads, backend="triton").shape == heads.shape
