@@ -11,7 +11,7 @@ import importlib
 import importlib.util
 from collections.abc import Callable
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -122,15 +122,19 @@ def implementation(
     return registered
 
 
-@torch.compiler.assume_constant_result  # type: ignore[untyped-decorator]
-def _missing_on(backend: BackendName, op: str, device_type: str) -> str | None:
+def _missing_on(backend: str, op: str, device_type: str) -> str | None:
     """`missing_reason`, looked up once for each kind of device and a constant to torch.compile."""
     return _looked_up(backend, op, device_type)
 
 
+# The mark that torch.compiler.assume_constant_result sets. Calling that would load the compiler,
+# and Triton with it, for everyone who imports the engine.
+_missing_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 @cache
-def _looked_up(backend: BackendName, op: str, device_type: str) -> str | None:
-    return missing_reason(backend, op, torch.device(device_type))
+def _looked_up(backend: str, op: str, device_type: str) -> str | None:
+    return missing_reason(cast(BackendName, backend), op, torch.device(device_type))
 
 
 def check_tensors(

@@ -194,8 +194,8 @@ def test_registered_operations_give_the_same_bits() -> None:
     model = _model(config)
     latents, timestep, text, cameras = _inputs(plan)
     reference = model(latents, timestep, text, plan=plan, cameras=cameras)
-    model.set_backend("triton")  # on a CPU the registered operations are the reference
-    assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"triton"}
+    model.set_backend("auto")  # on a CPU the registered operations are the reference
+    assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"auto"}
     assert torch.equal(model(latents, timestep, text, plan=plan, cameras=cameras), reference)
 
 
