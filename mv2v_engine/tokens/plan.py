@@ -393,12 +393,7 @@ def editing_plan(
         tau = frames if preceding and rank == 0 else 2 * frames
         segments.append(
             Segment(
-                role="memory",
-                grid=grid,
-                tokenizer=tokenizer,
-                tau=tau,
-                mergeable=True,
-                reverse=True,
+                role="memory", grid=grid, tokenizer=tokenizer, tau=tau, mergeable=True, reverse=True
             )
         )
     return TokenPlan(segments=tuple(segments), shape=shape, merge=merge, fraction=fraction)

@@ -1,4 +1,4 @@
-"""Assemble a checkpoint folder from a training run: averaged weights, VAE, loss curves.
+"""Assemble a checkpoint folder from a training run: averaged weights, VAE, logs and loss curves.
 
 `python -m mv2v_engine.training.package --vae runs/vae/vae --dit runs/dit --out FOLDER`
 
@@ -69,6 +69,8 @@ def main() -> None:
     package(args.vae, args.dit, args.out, args.name)
     plot_losses(args.vae_logs, args.dit / "log.csv", args.out / "loss.png")
     shutil.copyfile(args.dit / "log.csv", args.out / "training_log.csv")
+    for log in args.vae_logs:
+        shutil.copyfile(log, args.out / f"{log.parent.name}_training_log.csv")
 
 
 if __name__ == "__main__":
