@@ -43,6 +43,7 @@ from mv2v_engine.training.latents import LatentCache, trim_text
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import compute_dtype, flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
+from mv2v_engine.training.throughput import matmul_tflops
 from mv2v_engine.vae import weights_fingerprint
 
 _TRAINED_IN_BLOCK = ("attn1", "projector", "cam_encoder")
@@ -229,6 +230,7 @@ def main() -> None:
         save_seconds=60 * args.save_minutes,
         batch=args.batch,
         accumulate=args.accumulate,
+        peak_tflops=matmul_tflops(device, compute_dtype(device)),
     )
     loop = TrainingLoop(model, [make_optimizer(trained, args.learning_rate)], config)
     loop.run(flow_step(data_parallel(model), sampler, device))

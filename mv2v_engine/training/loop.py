@@ -27,6 +27,7 @@ from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import replacing
 from mv2v_engine.training.distributed import first_says, rank, world_size
 from mv2v_engine.training.log import TrainingLog, plot_curves
+from mv2v_engine.training.throughput import training_flops_factor
 
 StepFn = Callable[[torch.Generator], Mapping[str, Tensor]]
 
@@ -36,7 +37,9 @@ class LoopConfig:
     """minutes: time budget, counted over all resumptions; infinite with max_steps alone.
 
     ema_decay: reached after warm-up. batch: samples of one call of the step function in one
-    process. accumulate: calls whose gradients are averaged into one step.
+    process. accumulate: calls whose gradients are averaged into one step. peak_tflops: matrix
+    products of one process's device; with it, and a step that reports `forward_tflop`, the log
+    says what share of that the run gets.
     """
 
     out: Path
@@ -50,6 +53,7 @@ class LoopConfig:
     seed: int = 0
     batch: int = 1
     accumulate: int = 1
+    peak_tflops: float | None = None
 
 
 class TrainingLoop:
@@ -113,6 +117,10 @@ class TrainingLoop:
                     "steps_per_second": round(rate, 3),
                     "samples_per_second": round(samples, 3),
                 }
+                if config.peak_tflops is not None and "forward_tflop" in row:
+                    work = row["forward_tflop"] * training_flops_factor(self.model)
+                    share = work * config.accumulate * rate / config.peak_tflops
+                    row["peak_share"] = round(share, 4)
                 if self._log is not None:
                     self._log.append(row)
                 bar.update(self._progress() - bar.n)

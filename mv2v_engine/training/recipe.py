@@ -16,10 +16,15 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from mv2v_engine.camera.poses import default_intrinsics
+from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import TrainingError
+from mv2v_engine.memory.retrieval import video_fov_scores
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
 from mv2v_engine.training.distributed import own_generator, rank
+
+_FOV_GRID = (90, 180)  # ranks training videos as well as the engine's own grid, four times sooner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -28,9 +33,10 @@ class Recipe:
 
     no_memory: share of samples without memory, else 1 to max_memory videos. uniform_tokenizer:
     share with one tokenizer for all memory, else by rank. merge_fraction: bounds. memory_noise:
-    standard deviation, beside a source alone. static_source: share that takes the scene's camera
-    that does not move, if it has one, as the source. static_conditioning: share of METHOD 13's
-    mode. flow_shift: of the noise levels.
+    standard deviation, beside a source alone. revisited: share of samples with memory that hold
+    the target itself among it, as a session does whose camera returns. static_source: share that
+    takes the scene's camera that does not move, if it has one, as the source.
+    static_conditioning: share of METHOD 13's mode. flow_shift: of the noise levels.
     """
 
     batch: int = 1
@@ -41,6 +47,7 @@ class Recipe:
     merge_fraction: tuple[float, float] = (0.3, 0.7)
     memory_noise: float = 0.1
     source_dropped: float = 0.1
+    revisited: float = 0.0
     static_source: float = 0.0
     static_conditioning: float = 0.5
     flow_shift: float = 5.0
@@ -189,7 +196,7 @@ class SceneSampler:
         )
 
     def _sample(self, plan: TokenPlan, generator: torch.Generator) -> Tracks:
-        """Target, source, then memory: different videos of one scene in random order."""
+        """Target, source, then memory: videos of one scene, drawn at random."""
         scene = self._scenes[_number(0, len(self._scenes) - 1, generator)]
         order = torch.randperm(self.source.num_tracks(scene), generator=generator).tolist()
         still = self.source.still_track(scene)
@@ -197,7 +204,27 @@ class SceneSampler:
         if _chance(self.recipe.static_source, generator) and still is not None:
             order.remove(still)
             order.insert(1, still)
-        return self.source.draw(scene, order[: 2 + plan.num_memory], order[1])
+        if plan.num_memory and _chance(self.recipe.revisited, generator):
+            order.insert(2, order[0])
+        return self._by_relevance(
+            self.source.draw(scene, order[: 2 + plan.num_memory], order[1]), plan
+        )
+
+    def _by_relevance(self, tracks: Tracks, plan: TokenPlan) -> Tracks:
+        """Memory as retrieval would hand it over: the more a video shares with the target's field
+        of view, the earlier it comes and the finer its tokens.
+        """
+        if plan.num_memory < 2:
+            return tracks
+        size = plan.target.grid[1:]  # a field of view does not ask for the size of a pixel
+        intrinsics = default_intrinsics(*size)
+        target, _, *memory = (
+            CameraTrajectory(poses.unflatten(-1, (3, 4)), intrinsics, size)
+            for poses in tracks.cameras
+        )
+        order = video_fov_scores(target, memory, grid=_FOV_GRID).argsort(descending=True)
+        kept = torch.cat([torch.arange(2), 2 + order])
+        return Tracks(tracks.latents[kept], tracks.cameras[kept], tracks.text)
 
     def _padded(self, text: Tensor) -> Tensor:
         """Zeros past the prompt, as the text encoder leaves them (BASE_MODELS 2.3)."""

@@ -31,14 +31,46 @@ def _numbers(latents: Tensor) -> list[int]:
     return [round(value) for value in latents.mean((1, 2, 3, 4)).tolist()]
 
 
+def _samples(batch: Batch) -> list[list[int]]:
+    """The tracks of every sample, in the plan's order."""
+    samples: list[list[int]] = torch.tensor([_numbers(x) for x in batch.latents]).T.tolist()
+    return samples
+
+
 def test_videos_of_a_sample_are_different_cameras_of_one_scene(cache: LatentCache) -> None:
-    for batch in _draws(cache, 60):
+    for batch in _draws(cache, 60, replace(TINY_RECIPE, batch=3, revisited=0.0)):
         assert len(batch.latents) == len(batch.plan.segments)
-        tracks = torch.tensor([_numbers(latents) for latents in batch.latents]).T
-        assert tracks.shape[0] == 3
-        for sample in tracks.tolist():
+        assert len(_samples(batch)) == 3
+        for sample in _samples(batch):
             assert len({number // 20 for number in sample}) == 1
             assert len(set(sample)) == len(sample)
+
+
+def test_a_camera_returns_in_the_recipes_share(cache: LatentCache) -> None:
+    returned = total = 0
+    for batch in _draws(cache, 150, replace(TINY_RECIPE, batch=3, revisited=0.4)):
+        for target, *others in _samples(batch):
+            memory = others[len(others) - batch.plan.num_memory :]
+            if memory:
+                total += 1
+                returned += target in memory
+            # the same video is what retrieval finds most relevant
+            assert target not in memory[1:]
+            assert len(set(memory)) == len(memory)
+    assert abs(returned / total - 0.4) < 0.08
+
+
+def test_memory_comes_by_relevance(cache: LatentCache) -> None:
+    """Cameras of a scene stand side by side: what is near the target sees most of what it sees."""
+    recipe = Recipe(batch=3, max_memory=6, source_dropped=0.0)
+    checked = 0
+    for batch in _draws(cache, 40, recipe):
+        for target, _, *memory in _samples(batch):
+            distances = [abs(number - target) for number in memory]
+            if min(distances) <= 2:
+                checked += 1
+                assert distances[0] == min(distances)
+    assert checked > 60
 
 
 def test_every_segment_gets_the_camera_of_its_own_video(cache: LatentCache) -> None:
@@ -66,25 +98,25 @@ def test_the_odds_are_the_recipes(cache: LatentCache) -> None:
     batches = _draws(cache, 600, replace(TINY_RECIPE, batch=1))
     plans = [batch.plan for batch in batches]
     counts = Counter(plan.num_memory for plan in plans)
-    assert set(counts) == {0, 1, 2, 3} and abs(counts[0] / 600 - 0.25) < 0.06
+    assert set(counts) == {0, 1, 2, 3, 4} and abs(counts[0] / 600 - 0.2) < 0.06
     merging = [plan for plan in plans if plan.merge == "conv"]
     assert abs(len(merging) / 600 - 0.5) < 0.07
     assert all(0.3 <= plan.merge_fraction <= 0.7 for plan in plans)
     assert len({plan.fraction for plan in plans}) > 20
     with_memory = [plan for plan in plans if plan.num_memory]
     dropped = [plan for plan in with_memory if plan.segments[1].role != "source"]
-    assert abs(len(dropped) / len(with_memory) - 0.1) < 0.05
+    assert abs(len(dropped) / len(with_memory) - 0.3) < 0.06
     assert all(plan.segments[1].role == "source" for plan in plans if not plan.num_memory)
     rates = Counter(s.tokenizer for plan in with_memory for s in plan.segments if s.tau == 6)
     assert set(rates) == {2, 4, 8} and rates[4] > rates[2] and rates[4] > rates[8]
     static = [plan for plan in plans if plan.conditioning == "static"]
     assert abs(len(static) / 600 - 0.5) < 0.07
     # the modes mix with everything else: one checkpoint serves both
-    assert {plan.num_memory for plan in static} == {0, 1, 2, 3}
+    assert {plan.num_memory for plan in static} == {0, 1, 2, 3, 4}
     assert {plan.merge for plan in static} == {"conv", "off"}
 
 
-def test_the_source_stands_still_in_most_samples(cache: LatentCache) -> None:
+def test_the_source_stands_still_in_the_recipes_share(cache: LatentCache) -> None:
     # track 0 is a scene's static camera, as a user's clip of unknown camera is taken to be
     shown = [batch for batch in _draws(cache, 150) if batch.plan.segments[-1].role != "target"]
     sources = [
@@ -94,7 +126,7 @@ def test_the_source_stands_still_in_most_samples(cache: LatentCache) -> None:
         for number in _numbers(batch.latents[1])
     ]
     share = sources.count(0) / len(sources)
-    assert 0.76 < share < 0.87  # four fifths, and a tenth of the rest
+    assert 0.39 < share < 0.53  # two fifths, and a tenth of the rest
 
 
 def test_memory_alone_is_perturbed_and_only_beside_a_source(cache: LatentCache) -> None:
@@ -151,7 +183,8 @@ class _Filmed:
         self.drawn.append(scene)
         assert tracks[1] == source
         latents = torch.zeros(len(tracks), *self.latent_shape)
-        return Tracks(latents, torch.zeros(len(tracks), 2, 12), self.text)
+        still = torch.eye(3, 4).flatten().expand(len(tracks), 2, 12)
+        return Tracks(latents, still, self.text)
 
 
 def test_scenes_of_too_few_cameras_are_left_out_and_counted(

@@ -1,0 +1,43 @@
+"""The share of a device's rate that the log reports."""
+
+from __future__ import annotations
+
+import csv
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.training.loop import LoopConfig, TrainingLoop
+from mv2v_engine.training.throughput import matmul_tflops, training_flops_factor
+
+
+def test_frozen_weights_need_no_gradient() -> None:
+    model = nn.Sequential(nn.Linear(4, 8, bias=False), nn.Linear(8, 12, bias=False))
+    assert training_flops_factor(model) == 3
+    model[0].requires_grad_(False)
+    assert training_flops_factor(model) == pytest.approx(2 + 96 / 128)
+
+
+def test_a_products_rate_is_measured() -> None:
+    rate = matmul_tflops(torch.device("cpu"), torch.float32)
+    assert 1e-3 < rate < 100  # a slow core, a large server
+
+
+def test_the_log_says_what_share_a_run_gets(tmp_path: Path) -> None:
+    model = nn.Linear(3, 3)
+    config = LoopConfig(out=tmp_path, max_steps=4, log_every=2, accumulate=3, peak_tflops=2.0)
+    loop = TrainingLoop(model, [torch.optim.SGD(model.parameters(), lr=0.1)], config)
+
+    def step(generator: torch.Generator) -> dict[str, Tensor]:
+        loss = model(torch.randn(5, 3, generator=generator)).square().mean()
+        return {"loss": loss, "forward_tflop": torch.tensor(0.01)}
+
+    loop.run(step)
+    with (tmp_path / "log.csv").open(newline="") as file:
+        rows = list(csv.DictReader(file))
+    assert len(rows) == 2
+    for row in rows:
+        share = 0.01 * 3 * 3 * float(row["steps_per_second"]) / 2.0
+        assert float(row["peak_share"]) == pytest.approx(share, rel=1e-2)
