@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.errors import CheckpointError, VideoError
+from mv2v_engine.ops.conv3d import speed_up_conv3d
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKLWan
@@ -76,6 +77,7 @@ class VideoVAE:
         if self.model.dtype != dtype:
             self.model.to(dtype)
         self.model.eval().requires_grad_(False)
+        speed_up_conv3d(self.model)
         self.dtype = dtype
         self.tile_above = tile_above
         self.device: torch.device = self.model.device

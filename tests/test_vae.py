@@ -80,7 +80,8 @@ def test_encode_is_diffusers_mode_normalised(shape: str) -> None:
     vae = VideoVAE(model)
     latents = vae.encode(frames)
     assert latents.shape == expected.shape == vae.latent_shape(9, (32, 48))
-    torch.testing.assert_close(latents, expected, rtol=0, atol=0)
+    # on the CPU convolutions sum in another order than PyTorch's own
+    torch.testing.assert_close(latents, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", SHAPES)

@@ -1,0 +1,59 @@
+"""3-D convolution on the CPU as one 2-D convolution per temporal tap.
+
+PyTorch has no fast 3-D convolution for CPUs: oneDNN is not asked, and the fallback reaches a
+fifth of the 2-D path's rate at a video VAE's sizes. A kernel of three frames is the sum of three
+2-D kernels on shifted frames, which takes a whole decoder less than half the time
+(profiling/LOG.md).
+
+B batch, C O channels, T H W frames, rows, columns.
+"""
+
+from __future__ import annotations
+
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+def conv3d_by_taps(
+    x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, int, int] = (1, 1, 1)
+) -> Tensor:
+    """`conv3d` without padding: x [B, C, T, H, W], weight [O, C, t, h, w] -> [B, O, T', H', W']."""
+    batch, step, taps = len(x), stride[0], weight.shape[2]
+    num_frames = (x.shape[2] - taps) // step + 1
+    # frames lie one after the other with their channels innermost, what 2-D convolution is best at
+    frames = x.transpose(1, 2).flatten(0, 1).contiguous(memory_format=torch.channels_last)
+    frames = frames.unflatten(0, (batch, -1))
+    out: Tensor | None = None
+    for tap in range(taps):
+        shown = frames[:, tap : tap + (num_frames - 1) * step + 1 : step].flatten(0, 1)
+        part = F.conv2d(shown, weight[:, :, tap], bias if out is None else None, stride[1:])
+        if out is None:
+            out = part
+        elif torch.is_grad_enabled():
+            out = out + part
+        else:
+            out.add_(part)
+    assert out is not None  # a kernel has at least one tap
+    return out.unflatten(0, (batch, num_frames)).transpose(1, 2)
+
+
+def speed_up_conv3d(model: nn.Module) -> None:
+    """Let a model's plain 3-D convolutions run by taps wherever their input is on the CPU."""
+    for module in model.modules():
+        if isinstance(module, nn.Conv3d) and _is_plain(module):
+            module._conv_forward = MethodType(_conv_forward, module)  # type: ignore[method-assign]
+
+
+def _is_plain(module: nn.Conv3d) -> bool:
+    unpadded = module.padding in ((0, 0, 0), "valid")
+    return unpadded and module.groups == 1 and module.dilation == (1, 1, 1)
+
+
+def _conv_forward(module: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    if x.device.type != "cpu" or x.ndim != 5:
+        return nn.Conv3d._conv_forward(module, x, weight, bias)
+    step, down, across = module.stride
+    return conv3d_by_taps(x, weight, bias, (step, down, across))
