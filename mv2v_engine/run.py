@@ -14,6 +14,7 @@ import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import FrameType
 from typing import NoReturn, get_args
@@ -130,6 +131,7 @@ def evaluate(args: argparse.Namespace) -> int:
     # what measuring needs is no part of what the other commands wait for
     from mv2v_engine.evaluation import evaluate as evaluation
     from mv2v_engine.evaluation.figures import require_matplotlib
+    from mv2v_engine.evaluation.parallel import Processes, default_jobs
     from mv2v_engine.evaluation.protocol import QUICK, Protocol
     from mv2v_engine.evaluation.report import markdown
 
@@ -147,7 +149,8 @@ def evaluate(args: argparse.Namespace) -> int:
     folder = evaluation.EvaluationFolder(args.out)
     if not args.resume and not args.overwrite:
         folder.check_free()
-    engine = Engine.from_pretrained(
+    load = partial(
+        Engine.from_pretrained,
         args.checkpoint,
         device=args.device,
         dtype=_DTYPES.get(args.dtype),
@@ -155,9 +158,14 @@ def evaluate(args: argparse.Namespace) -> int:
         components=args.components,
         rename=args.rename,
     )
+    jobs = default_jobs(args.device) if args.jobs is None else args.jobs
+    processes = Processes(jobs=jobs, load=load)
+    engine = load()
     if args.overwrite:
         folder.clear()
-    results = evaluation.evaluate(engine, protocol, folder, is_quiet=args.quiet)
+    results = evaluation.evaluate(
+        engine, protocol, folder, processes=processes, is_quiet=args.quiet
+    )
     if not args.quiet:
         print("\n" + markdown(results))
     print(folder.results, folder.table, *folder.pictures, sep="\n")
@@ -304,6 +312,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="denoising steps of a turn, 10 if not given")
     add("--rows", metavar="A,B", help="methods to compare, all if not given")
     add("--quick", action="store_true", help="4 scenes, 4 steps, the main rows: a check")
+    add("--jobs", type=int, metavar="N", help="processes; one for every thread of a CPU, up to 8")
     _add_model(parser)
     _add_folder(parser, "evaluation")
 

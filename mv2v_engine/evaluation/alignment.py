@@ -17,6 +17,7 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.evaluation.consistency import View
+from mv2v_engine.evaluation.images import box_mean
 from mv2v_engine.evaluation.visibility import camera_points, image_positions
 
 _STRIDES = (8, 4)  # pixels between the samples of a level, and the width of its blur
@@ -174,7 +175,7 @@ class _Level:
 def _blur(image: Tensor, width: int) -> Tensor:
     """Box blur over 2 * width - 1 pixels, the border replicated."""
     padded = torch.nn.functional.pad(image, (width - 1,) * 4, mode="replicate")
-    return torch.nn.functional.avg_pool2d(padded, 2 * width - 1, stride=1)
+    return box_mean(padded, 2 * width - 1)
 
 
 def _is_smooth(depth: Tensor) -> Tensor:

@@ -8,10 +8,11 @@ Every file is whole or absent.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import platform
 import time
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -24,6 +25,7 @@ from mv2v_engine.engine.engine import Engine, default_memory
 from mv2v_engine.errors import CheckpointError, StorageError
 from mv2v_engine.evaluation import figures
 from mv2v_engine.evaluation.cost import forward_costs
+from mv2v_engine.evaluation.parallel import Processes, measure_all
 from mv2v_engine.evaluation.protocol import Protocol
 from mv2v_engine.evaluation.report import markdown, summarise
 from mv2v_engine.evaluation.scene import SceneEvaluator
@@ -121,10 +123,36 @@ class EvaluationFolder:
         return sorted(self.scenes.glob("scene_*.json"))
 
 
+@dataclass(frozen=True)
+class SceneJob:
+    """Measure a scene and write its file, and the picture if it is the protocol's first."""
+
+    protocol: Protocol
+    folder: EvaluationFolder
+    settings: dict[str, Any]
+
+    def __call__(self, engine: Engine, seed: int) -> dict[str, Any]:
+        began = time.monotonic()
+        scene = SceneEvaluator(engine, self.protocol).measure(seed)
+        seconds = round(time.monotonic() - began, 3)
+        if seed == self.protocol.first_scene:
+            figures.save_side_by_side(self.folder.folder / figures.SIDE_BY_SIDE, scene)
+        self.folder.keep(seed, self.settings, scene.measures, seconds)
+        return {**scene.measures, "seconds": seconds}
+
+
 def evaluate(
-    engine: Engine, protocol: Protocol, folder: EvaluationFolder, *, is_quiet: bool = False
+    engine: Engine,
+    protocol: Protocol,
+    folder: EvaluationFolder,
+    *,
+    processes: Processes | None = None,
+    is_quiet: bool = False,
 ) -> dict[str, Any]:
     """Measure what is missing of a protocol's scenes, and write the result.
+
+    Args:
+        processes: measure in several at once, with engines like this one.
 
     Returns:
         what `results.json` holds.
@@ -132,6 +160,7 @@ def evaluate(
     Raises:
         CheckpointError: a model without cameras has no views to evaluate.
         StorageError: the folder holds something else, or cannot be written.
+        MemoryBudgetError: one of the processes was killed.
     """
     shape = engine.transformer.config
     if not shape.has_camera:
@@ -140,19 +169,19 @@ def evaluate(
         )
     figures.require_matplotlib()
     settings = _settings(engine, protocol)
-    evaluator, scenes = SceneEvaluator(engine, protocol), []
-    for seed in tqdm(protocol.seeds, unit="scene", disable=is_quiet):
-        measures = folder.finished(seed, settings)
-        picture = folder.folder / figures.SIDE_BY_SIDE if seed == protocol.first_scene else None
-        if measures is None or (picture is not None and not picture.exists()):
-            began = time.monotonic()
-            scene = evaluator.measure(seed)
-            seconds = round(time.monotonic() - began, 3)
-            if picture is not None:
-                figures.save_side_by_side(picture, scene)
-            folder.keep(seed, settings, scene.measures, seconds)
-            measures = {**scene.measures, "seconds": seconds}
-        scenes.append(measures)
+    stored = {seed: folder.finished(seed, settings) for seed in protocol.seeds}
+    if not (folder.folder / figures.SIDE_BY_SIDE).exists():
+        stored[protocol.first_scene] = None
+    missing = [seed for seed, measures in stored.items() if measures is None]
+    job = SceneJob(protocol, folder, settings)
+    bar = tqdm(total=protocol.scenes, unit="scene", disable=is_quiet)
+    bar.update(protocol.scenes - len(missing))
+    with contextlib.closing(measure_all(engine, missing, job, processes)) as measured:
+        for seed, measures in zip(missing, measured, strict=True):
+            stored[seed] = measures
+            bar.update()
+    bar.close()
+    scenes = [measures for measures in stored.values() if measures is not None]
     costs = _costs(engine)
     results = {
         "format": FORMAT,
@@ -163,7 +192,11 @@ def evaluate(
         "seconds_by_memory": _seconds_by_memory(scenes),
         "settings": settings,
         "engine": engine.describe(),
-        "machine": {"cpu": platform.machine(), "threads": torch.get_num_threads()},
+        "machine": {
+            "cpu": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "processes": processes.jobs if processes is not None else 1,
+        },
         "seconds": round(sum(scene["seconds"] for scene in scenes), 1),
     }
     folder.publish(results)

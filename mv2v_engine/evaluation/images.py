@@ -63,5 +63,13 @@ def _channels(frames: Tensor) -> Tensor:
     return frames.permute(0, 3, 1, 2).float()
 
 
+def box_mean(image: Tensor, width: int, *, padding: int = 0) -> Tensor:
+    """Mean over `width` x `width` windows of [N, C, height, width]; pixels outside are zero."""
+    pool = torch.nn.functional.avg_pool2d
+    # one axis after the other: 2 * width terms a pixel instead of width squared
+    down = pool(image, (width, 1), stride=1, padding=(padding, 0))
+    return pool(down, (1, width), stride=1, padding=(0, padding))
+
+
 def _window_mean(image: Tensor, *, padding: int = 0) -> Tensor:
-    return torch.nn.functional.avg_pool2d(image, _WINDOW, stride=1, padding=padding)
+    return box_mean(image, _WINDOW, padding=padding)

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
 
 from mv2v_engine import run
+from mv2v_engine.errors import MemoryBudgetError
+from mv2v_engine.evaluation.parallel import Processes, measure_all
 from mv2v_engine.evaluation.protocol import FIRST_SCENE, MAIN_ROWS
 from mv2v_engine.evaluation.scene import SceneEvaluator
 
@@ -61,6 +66,35 @@ def test_quick_writes_everything(finished: Path) -> None:
     for name in PICTURES:
         with Image.open(finished / name) as picture:
             assert min(picture.size) > 200
+
+
+def test_several_processes_measure_what_one_does(
+    again: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    alone = tmp_path / "alone"
+    some = ["--quick", "--quiet", "--scenes", "2", "--rows", "independent,memory"]
+    assert run.main(command(tiny_checkpoint, alone, *some, "--jobs", "1")) == 0
+    together = tmp_path / "together"
+    assert run.main(command(tiny_checkpoint, together, *some, "--jobs", "2")) == 0
+    one, other = (json.loads((folder / "results.json").read_text()) for folder in (alone, together))
+    assert (one["machine"]["processes"], other["machine"]["processes"]) == (1, 2)
+    for name, row in one["rows"].items():
+        assert other["rows"][name]["consistency"] == pytest.approx(row["consistency"], rel=1e-3)
+        assert other["rows"][name]["flops"] == row["flops"]
+    assert (together / "side_by_side.png").exists()
+
+
+def test_jobs_are_counted(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run.main(command(tiny_checkpoint, tmp_path / "out", "--jobs", "0")) == 2
+    assert "at least 1 job, got 0" in capsys.readouterr().err
+
+
+def test_a_killed_process_is_said() -> None:
+    # each process "loads" its own number and is told to send itself signal 9
+    suicidal: Any = Processes(jobs=2, load=os.getpid)  # type: ignore[arg-type]
+    engine: Any = None
+    with pytest.raises(MemoryBudgetError, match="one of 2 measuring processes was killed"):
+        list(measure_all(engine, [signal.SIGKILL] * 2, os.kill, suicidal))  # type: ignore[arg-type]
 
 
 def test_resuming_measures_only_what_is_missing(
