@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import runpy
 from pathlib import Path
 
 import pytest
@@ -11,9 +13,12 @@ import mv2v_engine
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.evaluation.images import masked_psnr
+from mv2v_engine.evaluation.protocol import ROWS
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
+from mv2v_engine.vae import weights_fingerprint
 
+ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(mv2v_engine.__file__).parent / "assets"
 # never trained on, and none of the worlds that the published figures are measured on
 WORLDS = (3_000_001, 3_000_002, 3_000_003, 3_000_004)
@@ -37,6 +42,19 @@ def test_assets_stay_small() -> None:
 
 def test_the_model_card_is_there() -> None:
     assert (ASSETS / "tiny-nvs" / "MODEL_CARD.md").stat().st_size > 500
+
+
+def test_the_published_figures_are_of_these_weights(engine: Engine) -> None:
+    results = json.loads((ASSETS / "tiny-nvs" / "results.json").read_text())
+    assert results["settings"]["weights"] == weights_fingerprint(engine.transformer.state_dict())
+    assert results["settings"]["vae"] == engine.vae.key
+    assert results["scenes"] >= 40 and set(results["rows"]) == {row.name for row in ROWS}
+    for row in results["rows"].values():
+        low, high = row["consistency_ci"]
+        assert low < row["consistency"] < high
+    table = runpy.run_path(str(ROOT / "profiling" / "evaluation_table.py"))["markdown"](results)
+    for document in (ROOT / "README.md", ASSETS / "tiny-nvs" / "MODEL_CARD.md"):
+        assert table in document.read_text(encoding="utf-8"), document.name
 
 
 def test_vae_reconstructs_held_out_worlds(engine: Engine) -> None:

@@ -174,6 +174,7 @@ def evaluate(
         stored[protocol.first_scene] = None
     missing = [seed for seed, measures in stored.items() if measures is None]
     job = SceneJob(protocol, folder, settings)
+    began = time.monotonic()
     bar = tqdm(total=protocol.scenes, unit="scene", disable=is_quiet)
     bar.update(protocol.scenes - len(missing))
     with contextlib.closing(measure_all(engine, missing, job, processes)) as measured:
@@ -198,6 +199,8 @@ def evaluate(
             "processes": processes.jobs if processes is not None else 1,
         },
         "seconds": round(sum(scene["seconds"] for scene in scenes), 1),
+        # of this run alone, whose processes measured side by side what earlier ones had left
+        "this_run": {"scenes": len(missing), "seconds": round(time.monotonic() - began, 1)},
     }
     folder.publish(results)
     return results

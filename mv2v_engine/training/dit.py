@@ -1,7 +1,7 @@
 """Train a small memory transformer on cached latents of procedural worlds.
 
-`python -m mv2v_engine.training.dit --latents runs/latents --out runs/dit --minutes 60`
-`... --start-from tiny-nvs` goes on from a checkpoint's weights with a new schedule.
+`python -m mv2v_engine.training.dit --latents runs/latents --out runs/cameras --minutes 70`
+`... --start-from FOLDER --out runs/memory` goes on from a checkpoint and teaches it memory.
 
 The recipe and the loss are those of full-size fine-tuning; here every parameter is trained.
 """
@@ -34,17 +34,13 @@ TINY_SAMPLING = SamplingConfig(
     guidance_scale=1.0,
     flow_shift=3.0,
 )
-# The first turn of a session has no memory, and a source of unknown camera stands still. With no
-# more than that, so small a model takes what it can from the source and never learns to read
-# memory: sources that move and samples that memory alone explains teach it (profiling/LOG.md).
-TINY_RECIPE = Recipe(
-    batch=4,
-    max_memory=4,
-    no_memory=0.2,
-    source_dropped=0.3,
-    revisited=0.1,
-    static_source=0.4,
-    flow_shift=3.0,
+# From scratch, cameras first: the first turn of a session has no memory, a source of unknown
+# camera stands still, and only beside sources that mostly do is the camera learned at all.
+TINY_RECIPE = Recipe(batch=4, max_memory=4, no_memory=0.25, static_source=0.8, flow_shift=3.0)
+# Then memory. So small a model takes what it can from the source and never reads the rest, unless
+# many samples need it, and sources that move teach it to compare two cameras (profiling/LOG.md).
+TINY_MEMORY_RECIPE = replace(
+    TINY_RECIPE, no_memory=0.2, source_dropped=0.3, revisited=0.1, static_source=0.4
 )
 
 
@@ -91,7 +87,9 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
-        "--start-from", metavar="NAME_OR_PATH", help="a checkpoint's weights; default: none"
+        "--start-from",
+        metavar="NAME_OR_PATH",
+        help="a checkpoint that follows cameras, to learn memory; if not given, from scratch",
     )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=TINY_RECIPE.batch)
@@ -104,7 +102,8 @@ def main() -> None:
     torch.manual_seed(0)
     device = torch.device(args.device)
     join(device)
-    recipe = replace(TINY_RECIPE, batch=args.batch, max_memory=args.max_memory)
+    recipe = TINY_RECIPE if args.start_from is None else TINY_MEMORY_RECIPE
+    recipe = replace(recipe, batch=args.batch, max_memory=args.max_memory)
     if args.start_from is None:
         model = MV2VTransformer(TINY)
         initialise(model)

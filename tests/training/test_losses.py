@@ -12,7 +12,7 @@ from mv2v_engine.config import Conditioning, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
-from mv2v_engine.training.dit import TINY_RECIPE, initialise
+from mv2v_engine.training.dit import TINY_MEMORY_RECIPE, initialise
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.losses import flow_loss, flow_step
 from mv2v_engine.training.recipe import Batch, SceneSampler
@@ -102,7 +102,7 @@ def test_autocast_keeps_every_gradient(conditioning: Conditioning) -> None:
 
 def test_a_step_says_which_mode_it_trained(cache: LatentCache) -> None:
     model = MV2VTransformer(tiny_config())
-    step = flow_step(model, SceneSampler(cache, model.config, TINY_RECIPE), CPU)
+    step = flow_step(model, SceneSampler(cache, model.config, TINY_MEMORY_RECIPE), CPU)
     seen = set()
     for seed in range(6):
         metrics = step(torch.Generator().manual_seed(seed))

@@ -14,7 +14,7 @@ from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.testing import tiny_config
 from mv2v_engine.tokens.plan import TokenPlan
-from mv2v_engine.training.dit import TINY_RECIPE
+from mv2v_engine.training.dit import TINY_MEMORY_RECIPE
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.recipe import Batch, Recipe, SceneSampler, Tracks
 
@@ -22,7 +22,7 @@ FRAMES = 3
 
 
 def _draws(source: LatentCache, count: int, recipe: Recipe | None = None) -> list[Batch]:
-    sampler = SceneSampler(source, tiny_config(), recipe or replace(TINY_RECIPE, batch=3))
+    sampler = SceneSampler(source, tiny_config(), recipe or replace(TINY_MEMORY_RECIPE, batch=3))
     return [sampler.draw(torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
@@ -38,7 +38,7 @@ def _samples(batch: Batch) -> list[list[int]]:
 
 
 def test_videos_of_a_sample_are_different_cameras_of_one_scene(cache: LatentCache) -> None:
-    for batch in _draws(cache, 60, replace(TINY_RECIPE, batch=3, revisited=0.0)):
+    for batch in _draws(cache, 60, replace(TINY_MEMORY_RECIPE, batch=3, revisited=0.0)):
         assert len(batch.latents) == len(batch.plan.segments)
         assert len(_samples(batch)) == 3
         for sample in _samples(batch):
@@ -48,7 +48,7 @@ def test_videos_of_a_sample_are_different_cameras_of_one_scene(cache: LatentCach
 
 def test_a_camera_returns_in_the_recipes_share(cache: LatentCache) -> None:
     returned = total = 0
-    for batch in _draws(cache, 150, replace(TINY_RECIPE, batch=3, revisited=0.4)):
+    for batch in _draws(cache, 150, replace(TINY_MEMORY_RECIPE, batch=3, revisited=0.4)):
         for target, *others in _samples(batch):
             memory = others[len(others) - batch.plan.num_memory :]
             if memory:
@@ -95,7 +95,7 @@ def test_the_sources_own_camera_is_the_identity(cache: LatentCache) -> None:
 
 
 def test_the_odds_are_the_recipes(cache: LatentCache) -> None:
-    batches = _draws(cache, 600, replace(TINY_RECIPE, batch=1))
+    batches = _draws(cache, 600, replace(TINY_MEMORY_RECIPE, batch=1))
     plans = [batch.plan for batch in batches]
     counts = Counter(plan.num_memory for plan in plans)
     assert set(counts) == {0, 1, 2, 3, 4} and abs(counts[0] / 600 - 0.2) < 0.06
