@@ -40,7 +40,8 @@ def covered_cells(mask_Thw: Tensor, grid: tuple[int, int, int]) -> Tensor:
     first = mask_Thw[:1].expand(4, -1, -1)  # the first latent frame holds one pixel frame
     cells = torch.cat([first, mask_Thw[1:]]).float().unflatten(0, (frames, 4))
     cells = cells.unflatten(2, (rows, -1)).unflatten(4, (columns, -1))
-    return cells.mean((1, 3, 5)) > 0.75
+    covered: Tensor = cells.mean((1, 3, 5)) > 0.75
+    return covered
 
 
 class Scene:
@@ -54,9 +55,10 @@ class Scene:
         self.latents = [engine.vae.encode(view.truth.frames) for view in views]
         reference = source.camera.poses[0]
         self.cameras = [pose_vectors(relative_to(v.camera.poses, reference)) for v in views]
-        grid = tuple(self.latents[0].shape[1:])
+        _, *sides = self.latents[0].shape
+        self.grid = (sides[0], sides[1], sides[2])
         self.cells = {
-            pair: covered_cells(overlap(turns[pair[0]], turns[pair[1]]).mask, grid)
+            pair: covered_cells(overlap(turns[pair[0]], turns[pair[1]]).mask, self.grid)
             for pair in PAIRS
         }
 
@@ -75,9 +77,7 @@ def error(
     memory: (turn, tokenizer) of each video.
     """
     target = scene.latents[1 + pair[0]]
-    plan = turn_plan(
-        engine.transformer.config, tuple(target.shape[1:]), [k for _, k in memory], merge="off"
-    )
+    plan = turn_plan(engine.transformer.config, scene.grid, [k for _, k in memory], merge="off")
     noise = torch.randn(target.shape, generator=torch.Generator().manual_seed(pair[0]))
     noisy = (1 - sigma) * target + sigma * noise
     shown = [0, *(1 + turn for turn, _ in memory)]

@@ -5,7 +5,7 @@ On a CPU processes scale where threads do not: a small model's operations are to
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
@@ -43,7 +43,7 @@ def default_jobs(device: str | None) -> int:
 
 def measure_all(
     engine: Engine, seeds: Sequence[int], measure: MeasureFn, processes: Processes | None
-) -> Iterator[Measures]:
+) -> Generator[Measures]:
     """`measure(engine, seed)` of every seed, in order, as they become ready.
 
     Args:

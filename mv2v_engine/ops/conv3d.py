@@ -37,7 +37,8 @@ def conv3d_by_taps(
         else:
             out.add_(part)
     assert out is not None  # a kernel has at least one tap
-    return out.unflatten(0, (batch, num_frames)).transpose(1, 2)
+    video: Tensor = out.unflatten(0, (batch, num_frames)).transpose(1, 2)
+    return video
 
 
 def speed_up_conv3d(model: nn.Module) -> None:
@@ -54,6 +55,7 @@ def _is_plain(module: nn.Conv3d) -> bool:
 
 def _conv_forward(module: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     if x.device.type != "cpu" or x.ndim != 5:
-        return nn.Conv3d._conv_forward(module, x, weight, bias)
+        result: Tensor = nn.Conv3d._conv_forward(module, x, weight, bias)
+        return result
     step, down, across = module.stride
     return conv3d_by_taps(x, weight, bias, (step, down, across))
