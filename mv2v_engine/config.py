@@ -18,6 +18,9 @@ CameraConditioning = Literal["own", "target", "none"]
 RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
 BackendName = Literal["auto", "reference", "triton", "cuda"]
+AttentionName = Literal[
+    "auto", "reference", "fa3", "fa4", "cudnn", "fa2", "torch", "xformers", "triton"
+]
 MemoryMode = Literal["retrieved", "alone", "previous", "none"]
 MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
@@ -153,6 +156,7 @@ class SamplingConfig:
 class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
+    attention: the library; "auto" takes the fastest here, or what backend="reference" means.
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
         them, else "none" and "off", so that a base without memory keeps its own quality.
     cache_bytes: budget of the latent memory. max_memory: most memory videos of one turn.
@@ -163,6 +167,7 @@ class EngineConfig:
     """
 
     backend: BackendName = "auto"
+    attention: AttentionName = "auto"
     memory: MemoryMode | None = None
     max_memory: int = 10
     memory_ranking: MemoryRanking = "fov"

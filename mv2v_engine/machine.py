@@ -11,6 +11,7 @@ from mv2v_engine import __version__, envs
 from mv2v_engine.checkpoints import embedded_names
 from mv2v_engine.config import BackendName
 from mv2v_engine.ops import native
+from mv2v_engine.ops.attention_backends import availability
 from mv2v_engine.ops.backend import OPS, missing_reason, resolve
 
 _PACKAGES = (
@@ -35,6 +36,7 @@ def describe_machine() -> str:
         "packages": [f"{name} {_version(name)}" for name in _PACKAGES],
         "devices": _devices(),
         "backends": _backends(),
+        "attention": _attention(),
         "native": [native.describe("cpu"), native.describe("cuda")],
         "checkpoints": list(embedded_names()) or ["none embedded"],
         "environment": _environment(),
@@ -82,6 +84,29 @@ def _backends() -> list[str]:
             which = "every operation" if len(ops) == len(OPS) else ", ".join(ops)
             lines.append(f"{backend}: {which}" + (f" missing: {reason}" if reason else ""))
     return lines
+
+
+def _attention() -> list[str]:
+    """The library that each form of attention takes for Wan's heads, and what the others lack."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    dense, packed = (availability(device, packed=packed) for packed in (False, True))
+    taken = [
+        next((name for name, reason in found.items() if reason is None), "reference")
+        for found in (dense, packed)
+    ]
+    by_reason: dict[str, list[str]] = {}
+    for name in dense:
+        if dense[name] == packed[name]:
+            found = {name: dense[name]}
+        else:
+            found = {f"{name} (dense)": dense[name], f"{name} (packed)": packed[name]}
+        for which, reason in found.items():
+            if reason is not None:
+                by_reason.setdefault(reason, []).append(which)
+    return [
+        f"auto: {taken[0]} (dense), {taken[1]} (packed) on {device.type}",
+        *(f"{', '.join(names)} missing: {reason}" for reason, names in by_reason.items()),
+    ]
 
 
 def _environment() -> list[str]:

@@ -26,7 +26,7 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints import detect, inspect_checkpoint, render_inspection
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
-from mv2v_engine.config import BackendName, MemoryMode, MergeMode
+from mv2v_engine.config import AttentionName, BackendName, MemoryMode, MergeMode
 from mv2v_engine.engine.engine import default_memory, session_identity
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.results import ResultFolder
@@ -66,6 +66,7 @@ def novel_view(args: argparse.Namespace) -> int:
     """Re-render a clip from every camera in turn, into a session's folder."""
     config = EngineConfig(
         backend=args.backend,
+        attention=args.attention,
         memory=args.memory,
         max_memory=args.max_memory,
         merge=args.merge,
@@ -154,7 +155,7 @@ def evaluate(args: argparse.Namespace) -> int:
         args.checkpoint,
         device=args.device,
         dtype=_DTYPES.get(args.dtype),
-        config=EngineConfig(backend=args.backend),
+        config=EngineConfig(backend=args.backend, attention=args.attention),
         components=args.components,
         rename=args.rename,
     )
@@ -325,6 +326,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--device", metavar="D", help="cpu, cuda or cuda:N")
     add("--dtype", choices=tuple(_DTYPES))
     add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
+    add("--attention", choices=get_args(AttentionName), default=EngineConfig().attention)
 
 
 def _add_folder(parser: argparse.ArgumentParser, content: str) -> None:

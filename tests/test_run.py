@@ -318,6 +318,8 @@ def test_info(capsys: Capture) -> None:
     assert "MV2V_NUM_THREADS" in output
     if not torch.cuda.is_available():
         assert "triton: every operation missing: it needs a CUDA device" in output
+        assert "auto: reference (dense), reference (packed) on cpu" in output
+        assert "fa3, fa4, fa2, torch, cudnn (dense), xformers, triton missing" in output
 
 
 def test_inspect(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:

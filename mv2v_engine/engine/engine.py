@@ -21,6 +21,7 @@ from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError, StorageError
 from mv2v_engine.memory.cache import MemoryCache
+from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.text import TextEncoder, load_text_encoder
@@ -43,7 +44,15 @@ class Engine:
         self.device, self.config, self.sampling = device, config, checkpoint.sampling
         self.transformer = checkpoint.transformer
         self.backend = resolve(config.backend, device)
-        self.transformer.set_backend(self.backend)
+        shape = self.transformer.config
+        self.attention = resolve_attention(
+            config,
+            device,
+            self.dtype,
+            num_heads=shape.num_attention_heads,
+            head_dim=shape.attention_head_dim,
+        )
+        self.transformer.set_backend(self.backend, self.attention)
         self.transformer.responsiveness_heads = config.responsiveness_heads
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
         has_mergers = self.transformer.config.merger is not None
@@ -100,7 +109,9 @@ class Engine:
         """
         place, config = _usable_device(device), config or EngineConfig()
         dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-        resolve(config.backend, place)  # refuses before anything large is read
+        # refuse before anything large is read
+        resolve(config.backend, place)
+        resolve_attention(config, place, dtype)
         folder = None if components is None else Path(components)
         for part in ("vae", "text_encoder", "tokenizer"):
             _component(folder, part)
@@ -136,9 +147,10 @@ class Engine:
         """The same weights under another configuration, with a memory of its own.
 
         Raises:
-            RequestError: the backend or the responsiveness heads differ, which the weights share.
+            RequestError: the backend, the attention or the responsiveness heads differ, which the
+                weights share.
         """
-        for name in ("backend", "responsiveness_heads"):
+        for name in ("backend", "attention", "responsiveness_heads"):
             own, asked = getattr(self.config, name), getattr(config, name)
             if own != asked:
                 raise RequestError(
@@ -238,6 +250,11 @@ class Engine:
                 f"guidance_scale {guidance_scale}; use 1"
             )
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer's tokens."""
+        return self.transformer.patch_embedding.weight.dtype
+
     def text_embedding(self, prompt: str) -> Tensor:
         """[1, S, text_dim]; zeros for a checkpoint without text."""
         shape = self.transformer.config
@@ -250,8 +267,9 @@ class Engine:
         return {
             "checkpoint": self.checkpoint.name,
             "device": str(self.device),
-            "dtype": str(self.transformer.patch_embedding.weight.dtype).removeprefix("torch."),
+            "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend,
+            "attention": self.attention,
             "scheduler": self.config.scheduler,
             "torch": torch.__version__,
         }

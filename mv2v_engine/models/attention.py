@@ -31,10 +31,10 @@ class _Projections(nn.Module):
         self.norm_q = RMSNormWeight(dim)
         self.norm_k = RMSNormWeight(dim)
         self.backend = "reference"
+        self.attention_backend = "reference"
 
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """The best there is: libraries lead the fused operations' backends in attention."""
-        return attention(q, k, v, backend="reference" if self.backend == "reference" else "auto")
+        return attention(q, k, v, backend=self.attention_backend)
 
     def _out(self, attended_BLND: Tensor) -> Tensor:
         out: Tensor = self.to_out[0](attended_BLND.flatten(2))

@@ -212,11 +212,18 @@ class MV2VTransformer(nn.Module):
         # training: keep every block's input alone and compute the rest again on the way back
         self.gradient_checkpointing = False
 
-    def set_backend(self, backend: str) -> None:
-        """Run every operation on a resolved backend (`ops.backend.resolve`)."""
+    def set_backend(self, backend: str, attention: str | None = None) -> None:
+        """Run every operation on a resolved backend (`ops.backend.resolve`).
+
+        attention: a library (`ops.attention_backends.resolve_attention`); None takes the fastest,
+            or the reference under the reference.
+        """
+        attention = attention or ("reference" if backend == "reference" else "auto")
         for module in self.modules():
             if hasattr(module, "backend"):
                 module.backend = backend  # type: ignore[assignment]
+            if hasattr(module, "attention_backend"):
+                module.attention_backend = attention  # type: ignore[assignment]
 
     def forward(
         self,

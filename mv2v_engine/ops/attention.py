@@ -1,8 +1,8 @@
 """Scaled dot-product attention, dense or packed; never the math path on long sequences.
 
 The math path stores every score: 192 GiB on ReCamMaster's 65,520 tokens. Above 4,096 tokens it
-is refused and the message says what to install. On CUDA the libraries come first (cuDNN, then
-FlashAttention; torch's own packed attention), the Triton kernel where they do not serve.
+is refused and the message says what to install. On CUDA the libraries of `attention_backends` are
+asked in the order of their speed; where none serves, and on a CPU, torch chooses.
 
 B batch, L query and S key tokens, N heads, D head dim; packed: T queries and S keys of G sequences.
 """
@@ -15,7 +15,9 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from mv2v_engine.errors import KernelUnavailableError
-from mv2v_engine.ops.backend import check_tensors, define, implementation, triton_launcher
+from mv2v_engine.ops import attention_backends as backends
+from mv2v_engine.ops.attention_libraries import Pack
+from mv2v_engine.ops.backend import check_tensors, define
 
 MATH_LIMIT = 4096
 # cuDNN leads on Hopper; torch by itself would pick FlashAttention-2
@@ -38,48 +40,33 @@ def attention_reference(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tenso
             raise KernelUnavailableError(
                 f"no fused attention takes {k.shape[2]} tokens of {q.dtype} with head dim "
                 f"{q.shape[3]} on {q.device}, and the math path is refused above {MATH_LIMIT} "
-                "tokens; use bfloat16 or float16 on CUDA, or install flash-attn"
+                "tokens; use bfloat16 or float16 on CUDA, or install flash-attn or triton"
             ) from error
     return out.transpose(1, 2)
 
 
-def _packed(t_BLND: Tensor) -> tuple[Tensor, Tensor]:
-    """A batch as one packed tensor [B * L, N, D], and where its samples begin, int32 [B + 1]."""
-    batch, length = t_BLND.shape[:2]
-    starts = torch.arange(batch + 1, dtype=torch.int32, device=t_BLND.device) * length
-    return t_BLND.flatten(0, 1), starts
-
-
-def _unpacked(out_TND: Tensor, like_BLND: Tensor) -> Tensor:
-    out_BLND: Tensor = out_TND.unflatten(0, like_BLND.shape[:2])
-    return out_BLND
-
-
-def _dense_on_cuda(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    try:
-        return attention_reference(q, k, v).contiguous()
-    except KernelUnavailableError:
-        launcher = triton_launcher("attention")
-        if launcher is None:
-            raise
-        (queries, cu_q), (keys, cu_k) = _packed(q), _packed(k)
-        return _unpacked(launcher(queries, keys, v.flatten(0, 1), cu_q, cu_k, q.shape[1])[0], q)
+def _dense(q: Tensor, k: Tensor, v: Tensor, backend: str) -> Tensor:
+    library = backends.choose(backend, q, k, v)
+    if library is not None:
+        return backends.dense(library, q, k, v)
+    # an operator may not return a view of something it does not own: keep the layout fixed
+    return attention_reference(q, k, v).contiguous()
 
 
 _attention = define(
     "attention",
-    "(Tensor q, Tensor k, Tensor v) -> Tensor",
-    # an operator may not return a view of something it does not own: keep the layout fixed
-    lambda q, k, v: attention_reference(q, k, v).contiguous(),
-    lambda q, k, v: q.new_empty(q.shape),
-    _dense_on_cuda,
+    "(Tensor q, Tensor k, Tensor v, str backend) -> Tensor",
+    _dense,
+    lambda q, k, v, backend: q.new_empty(q.shape),
+    _dense,
 )
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference") -> Tensor:
     """q [B, L, N, D], k and v [B, S, N, D] -> [B, L, N, D]; every query sees every key.
 
-    `auto` is the best that is here; `triton` is this project's own kernel and nothing else.
+    backend: `auto` takes the fastest library that serves; a library by its name, such as `fa3`,
+    `cudnn` or this project's own `triton`, is used or refused; `reference` can be trained with.
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.
@@ -96,13 +83,10 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference") ->
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree in batch, "
             "heads and head dim, and k and v in length"
         )
-    run = implementation(backend, "attention", q, attention_reference, _attention)
-    if backend == "triton":
-        (queries, cu_q), (keys, cu_k) = _packed(q), _packed(k)
-        lengths = (q.shape[1], k.shape[1])
-        out, _ = _attention_varlen(queries, keys, v.flatten(0, 1), cu_q, cu_k, *lengths, False)
-        return _unpacked(out, q)
-    result: Tensor = run(q, k, v)
+    backends.check_name(backend)
+    if backend == "reference":
+        return attention_reference(q, k, v)
+    result: Tensor = _attention(q, k, v, backend)
     return result
 
 
@@ -121,7 +105,7 @@ def attention_varlen_reference(
             raise KernelUnavailableError(
                 f"no fused attention takes packed sequences of {q_TND.dtype} on {q_TND.device}, "
                 f"and the math path is refused above {MATH_LIMIT} tokens, got {q.shape[1]} queries "
-                f"and {k.shape[1]} keys; use bfloat16 on CUDA, or install triton"
+                f"and {k.shape[1]} keys; use bfloat16 or float16 on CUDA, or install triton"
             )
         if q.shape[1] and k.shape[1]:
             scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
@@ -130,19 +114,7 @@ def attention_varlen_reference(
     return out_TND, lse_NT
 
 
-def _torch_varlen_lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why torch's packed attention (FlashAttention-2, or what replaced it) cannot serve."""
-    if any(t.stride(-1) != 1 for t in (q, k, v)):
-        return "it takes heads whose channels lie side by side"
-    if q.dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes bfloat16 and float16, not {q.dtype}"
-    if q.shape[-1] > 256 or q.shape[-1] % 8:
-        return f"it takes head dims up to 256 that 8 divides, not {q.shape[-1]}"
-    major, minor = torch.cuda.get_device_capability(q.device)
-    return None if major >= 8 else f"it needs compute capability 8.0, this is {major}.{minor}"
-
-
-def _varlen_on_cuda(
+def _varlen(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -150,24 +122,16 @@ def _varlen_on_cuda(
     cu_k: Tensor,
     max_q: int,
     max_k: int,
-    use_libraries: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor]:
-    if use_libraries and _torch_varlen_lacks(q, k, v) is None:
-        # the module exists on every platform, its operators only where torch has CUDA
-        from torch.nn.attention.varlen import AuxRequest, varlen_attn
-
-        aux = AuxRequest(lse=True)
-        out, lse = varlen_attn(q, k, v, cu_q, cu_k, max_q, max_k, return_aux=aux)
-        return out, lse
-    launcher = triton_launcher("attention")
-    if launcher is None:
-        return attention_varlen_reference(q, k, v, cu_q, cu_k)
-    result: tuple[Tensor, Tensor] = launcher(q, k, v, cu_q, cu_k, max_q)
-    return result
+    library = backends.choose(backend, q, k, v, packed=True)
+    if library is not None:
+        return backends.packed(library, q, k, v, Pack(cu_q, cu_k, max_q, max_k))
+    return attention_varlen_reference(q, k, v, cu_q, cu_k)
 
 
 def _varlen_fake(
-    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, lib: bool
+    q: Tensor, k: Tensor, v: Tensor, cu_q: Tensor, cu_k: Tensor, max_q: int, max_k: int, name: str
 ) -> tuple[Tensor, Tensor]:
     return q.new_empty(q.shape), q.new_empty((q.shape[1], q.shape[0]), dtype=torch.float32)
 
@@ -175,10 +139,10 @@ def _varlen_fake(
 _attention_varlen = define(
     "attention_varlen",
     "(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k, SymInt max_seqlen_q, "
-    "SymInt max_seqlen_k, bool use_libraries) -> (Tensor, Tensor)",
-    lambda q, k, v, cu_q, cu_k, *_: attention_varlen_reference(q, k, v, cu_q, cu_k),
+    "SymInt max_seqlen_k, str backend) -> (Tensor, Tensor)",
+    _varlen,
     _varlen_fake,
-    _varlen_on_cuda,
+    _varlen,
 )
 
 
@@ -198,7 +162,7 @@ def attention_varlen(
     Sequence g has queries cu_seqlens_q[g] to cu_seqlens_q[g + 1] and keys likewise: int32 [G + 1],
     on the device; the kernels trust them. max_seqlen_q, max_seqlen_k: at least the longest, known
     on the host. A sequence without keys gives zeros and -inf. Two results over disjoint keys merge
-    exactly: the weights are softmax(lse).
+    exactly: the weights are softmax(lse). backend: as in `attention`.
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.
@@ -225,12 +189,10 @@ def attention_varlen(
     for name, longest, tokens in (("q", max_seqlen_q, len(q)), ("k", max_seqlen_k, len(k))):
         if not 1 <= longest <= max(tokens, 1):
             raise ValueError(f"max_seqlen_{name} must lie in 1..{tokens}, got {longest}")
-    lengths = (max_seqlen_q, max_seqlen_k)
-    reference = attention_varlen_reference
-    run = implementation(backend, "attention", q, reference, _attention_varlen)
-    result: tuple[Tensor, Tensor]
-    if run is reference:
-        result = reference(q, k, v, cu_seqlens_q, cu_seqlens_k)
-    else:
-        result = run(q, k, v, cu_seqlens_q, cu_seqlens_k, *lengths, backend != "triton")
+    backends.check_name(backend)
+    if backend == "reference":
+        return attention_varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k)
+    result: tuple[Tensor, Tensor] = _attention_varlen(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, backend
+    )
     return result

@@ -35,6 +35,7 @@ def test_what_an_engine_says_of_itself(tiny_checkpoint: Path) -> None:
         "device": "cpu",
         "dtype": "float32",
         "backend": "reference",
+        "attention": "reference",
         "scheduler": "euler",
         "torch": torch.__version__,
     }
@@ -55,6 +56,8 @@ def test_a_backend_that_cannot_run(tmp_path: Path) -> None:
     # before the checkpoint, which is not even there
     with pytest.raises(KernelUnavailableError, match="'triton' was asked for, but it needs a CUDA"):
         load(tmp_path / "none", backend="triton")
+    with pytest.raises(KernelUnavailableError, match=r"'fa3' was asked for.*needs a CUDA device"):
+        load(tmp_path / "none", attention="fa3")
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import MergerConfig, TransformerConfig
+from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.testing import randomise, relative_error, tiny_config
@@ -197,6 +198,9 @@ def test_registered_operations_give_the_same_bits() -> None:
     model.set_backend("auto")  # on a CPU the registered operations are the reference
     assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"auto"}
     assert torch.equal(model(latents, timestep, text, plan=plan, cameras=cameras), reference)
+    model.set_backend("auto", attention="fa3")
+    with pytest.raises(KernelUnavailableError, match="'fa3', but it needs a CUDA device"):
+        model(latents, timestep, text, plan=plan, cameras=cameras)
 
 
 def test_new_modules_start_as_the_base_model() -> None:

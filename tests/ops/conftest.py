@@ -96,7 +96,10 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """References gain nothing from a second run, and to a kernel float16 is another bfloat16."""
     if IS_INTERPRETED:
         again = [
-            item for item in items if re.search(r"[\[-](reference|torch\.float16)[\]-]", item.name)
+            item
+            for item in items
+            if re.search(r"[\[-](reference|torch\.float16)[\]-]", item.name)
+            or item.path.name == "test_attention_backends.py"  # no kernel of ours in it
         ]
         config.hook.pytest_deselected(items=again)
         items[:] = [item for item in items if item not in again]

@@ -78,7 +78,7 @@ def test_the_limit_counts_keys_as_well_as_queries(monkeypatch: pytest.MonkeyPatc
 
 def test_opcheck() -> None:
     q, k, v = _inputs(2, 5, 9, 3, 4, torch.float32)
-    torch.library.opcheck(torch.ops.mv2v.attention.default, (q, k, v))
+    torch.library.opcheck(torch.ops.mv2v.attention.default, (q, k, v, "auto"))
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -185,7 +185,7 @@ def test_packed_takes_strided_heads() -> None:
 def test_packed_opcheck() -> None:
     (q, k, v), lengths = _pack([5, 2], [3, 9], 2, 4, torch.float32)
     torch.library.opcheck(
-        torch.ops.mv2v.attention_varlen.default, (q, k, v, *lengths.values(), True)
+        torch.ops.mv2v.attention_varlen.default, (q, k, v, *lengths.values(), "auto")
     )
 
 
@@ -214,7 +214,7 @@ BAD_PACKS: list[tuple[dict[str, Any], type[Exception], str]] = [
     ({"max_seqlen_q": 0}, ValueError, r"max_seqlen_q must lie in 1..7, got 0"),
     ({"max_seqlen_k": 13}, ValueError, r"max_seqlen_k must lie in 1..12, got 13"),
     ({"backend": "triton"}, KernelUnavailableError, "triton.*needs a CUDA device"),
-    ({"backend": "fastest"}, ValueError, "backend must be .* got 'fastest'"),
+    ({"backend": "fastest"}, ValueError, "backend must be .*fa3.* got 'fastest'"),
 ]
 
 

@@ -1,0 +1,139 @@
+"""Which library attends: asked in the order of their speed, each refusal with its reason.
+
+B batch, L query and S key tokens, N heads, D head dim; packed: T queries and S keys of G sequences.
+"""
+
+from __future__ import annotations
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.config import AttentionName, EngineConfig
+from mv2v_engine.errors import KernelUnavailableError
+from mv2v_engine.ops import attention_libraries as libraries
+from mv2v_engine.ops.attention_libraries import DENSE, PACKED, Pack
+
+NAMES: tuple[str, ...] = get_args(AttentionName)
+
+
+def check_name(backend: str) -> None:
+    if backend not in NAMES:
+        raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
+
+
+def missing(name: str, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> str | None:
+    """Why a library cannot take q, k and v; None if it can."""
+    library = (PACKED if packed else DENSE).get(name)
+    if library is None:
+        return "it takes no packed sequences"
+    found = libraries.capability(q.device)
+    if found is None:
+        return f"it needs a CUDA device, not {q.device.type}"
+    reason = None if library.function is None else libraries.import_lacks(library.function)
+    if reason:
+        return reason
+    return library.lacks(q, k, v)
+
+
+def order(device: torch.device) -> tuple[str, ...]:
+    """The libraries in the order of their speed on a device."""
+    found = libraries.capability(device)
+    # on Ampere, Ada and consumer Blackwell cuDNN is behind FlashAttention-2
+    middle = (
+        ("cudnn", "fa2", "torch") if found and found[0] in (9, 10) else ("fa2", "torch", "cudnn")
+    )
+    return ("fa3", "fa4", *middle, "xformers", "triton")
+
+
+def choose(backend: str, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> str | None:
+    """The library that `auto` means for these tensors, None if none serves; or the one asked for.
+
+    Raises:
+        KernelUnavailableError: the library asked for by name cannot take these tensors.
+    """
+    if backend == "auto":
+        served = (n for n in order(q.device) if missing(n, q, k, v, packed=packed) is None)
+        return next(served, None)
+    reason = missing(backend, q, k, v, packed=packed)
+    if reason:
+        raise KernelUnavailableError(
+            f"{'packed ' if packed else ''}attention was asked for with backend {backend!r}, but "
+            f"{reason}; use 'auto' or 'reference'"
+        )
+    return backend
+
+
+def dense(name: str, q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
+    """What a library makes of tensors that it takes, [B, L, N, D]."""
+    with torch.no_grad(), _on_device(q_BLND):
+        out: Tensor = DENSE[name].run(q_BLND, k_BSND, v_BSND).contiguous()
+    return out
+
+
+def packed(
+    name: str, q_TND: Tensor, k_SND: Tensor, v_SND: Tensor, pack: Pack
+) -> tuple[Tensor, Tensor]:
+    """[T, N, D] and the log-sum-exp, float32 [N, T]; queries without keys have zeros and -inf."""
+    with torch.no_grad(), _on_device(q_TND):
+        out, lse = PACKED[name].run(q_TND, k_SND, v_SND, pack)
+    expected = (q_TND.shape[1], q_TND.shape[0])
+    if lse.shape != expected or lse.dtype != torch.float32:
+        raise KernelUnavailableError(
+            f"{name} gave a log-sum-exp of {lse.dtype} {tuple(lse.shape)}, expected float32 "
+            f"{expected}; update the package, or use another attention backend"
+        )
+    # FlashAttention-2 marks a query without keys by +inf
+    return out.contiguous(), lse.masked_fill(lse == float("inf"), float("-inf"))
+
+
+def availability(
+    device: torch.device,
+    *,
+    dtype: torch.dtype = torch.bfloat16,
+    num_heads: int = 12,
+    head_dim: int = 128,
+    packed: bool = False,
+) -> dict[str, str | None]:
+    """Every library in the order it is asked, with what it lacks for such heads; None: it serves.
+
+    The first that serves is what `auto` takes; if there is none, the reference.
+    """
+    shape = (64, num_heads, head_dim) if packed else (1, 64, num_heads, head_dim)
+    probe = torch.empty(shape, dtype=dtype, device=device)
+    return {name: missing(name, probe, probe, probe, packed=packed) for name in order(device)}
+
+
+def resolve_attention(
+    config: EngineConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    num_heads: int = 12,
+    head_dim: int = 128,
+) -> str:
+    """The library that `auto` means for these heads, `reference` if none; or the one asked for.
+
+    backend="reference" makes attention the reference too, unless a library is named.
+
+    Raises:
+        KernelUnavailableError: an explicit request cannot be met.
+    """
+    name = config.attention
+    if name == "reference" or (name == "auto" and config.backend == "reference"):
+        return "reference"
+    found = availability(device, dtype=dtype, num_heads=num_heads, head_dim=head_dim)
+    if name == "auto":
+        return next((each for each, reason in found.items() if reason is None), "reference")
+    if found[name]:
+        raise KernelUnavailableError(
+            f"attention {name!r} was asked for, but {found[name]}; use 'auto' or 'reference'"
+        )
+    return name
+
+
+def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
+    """Some libraries launch on the current device, which need not be the tensor's."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
