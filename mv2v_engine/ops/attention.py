@@ -83,7 +83,7 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference") ->
             f"q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} must agree in batch, "
             "heads and head dim, and k and v in length"
         )
-    backends.check_name(backend)
+    backends.check(backend, q.device)
     if backend == "reference":
         return attention_reference(q, k, v)
     result: Tensor = _attention(q, k, v, backend)
@@ -189,7 +189,7 @@ def attention_varlen(
     for name, longest, tokens in (("q", max_seqlen_q, len(q)), ("k", max_seqlen_k, len(k))):
         if not 1 <= longest <= max(tokens, 1):
             raise ValueError(f"max_seqlen_{name} must lie in 1..{tokens}, got {longest}")
-    backends.check_name(backend)
+    backends.check(backend, q.device)
     if backend == "reference":
         return attention_varlen_reference(q, k, v, cu_seqlens_q, cu_seqlens_k)
     result: tuple[Tensor, Tensor] = _attention_varlen(

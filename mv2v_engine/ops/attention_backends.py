@@ -19,9 +19,18 @@ from mv2v_engine.ops.attention_libraries import DENSE, PACKED, Pack
 NAMES: tuple[str, ...] = get_args(AttentionName)
 
 
-def check_name(backend: str) -> None:
+def check(backend: str, device: torch.device) -> None:
+    """Refuse an unknown name, and a library where there is no GPU: also under torch.compile.
+
+    Raises:
+        ValueError, KernelUnavailableError: as said.
+    """
     if backend not in NAMES:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
+    if backend in ("auto", "reference") or device.type == "cuda":
+        return
+    if libraries.capability(device) is None:
+        raise _unavailable(backend, f"it needs a CUDA device, not {device.type}")
 
 
 def missing(name: str, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False) -> str | None:
@@ -59,10 +68,7 @@ def choose(backend: str, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = Fals
         return next(served, None)
     reason = missing(backend, q, k, v, packed=packed)
     if reason:
-        raise KernelUnavailableError(
-            f"{'packed ' if packed else ''}attention was asked for with backend {backend!r}, but "
-            f"{reason}; use 'auto' or 'reference'"
-        )
+        raise _unavailable(backend, reason)
     return backend
 
 
@@ -128,10 +134,14 @@ def resolve_attention(
     if name == "auto":
         return next((each for each, reason in found.items() if reason is None), "reference")
     if found[name]:
-        raise KernelUnavailableError(
-            f"attention {name!r} was asked for, but {found[name]}; use 'auto' or 'reference'"
-        )
+        raise _unavailable(name, found[name])
     return name
+
+
+def _unavailable(backend: str, reason: str | None) -> KernelUnavailableError:
+    return KernelUnavailableError(
+        f"attention was asked for with backend {backend!r}, but {reason}; use 'auto' or 'reference'"
+    )
 
 
 def _on_device(tensor: Tensor) -> AbstractContextManager[object]:
