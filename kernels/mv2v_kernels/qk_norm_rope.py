@@ -1,4 +1,6 @@
-"""RMSNorm over the full width and the rotation of interleaved pairs: one read, one write.
+"""RMSNorm over the full width and the rotation of interleaved pairs, or the norm alone.
+
+One read and one write of the tokens.
 
 B batch, L tokens, N heads, D head dim, C = N * D.
 """
@@ -32,6 +34,7 @@ def _qk_norm_rope_kernel(
     HALF: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_ROPE: tl.constexpr,
 ):
     i_b = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C).to(tl.int64)
@@ -47,20 +50,21 @@ def _qk_norm_rope_kernel(
         p_x = x_ptr + i_b * stride_xb + i_l * stride_xl + o_c * stride_xc
         b_x = tl.load(p_x, mask=m_c & (i_l < L), other=0.0).to(tl.float32)
         b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / C + eps) * b_weight
-        # [BLOCK_C / 2]
-        b_even, b_odd = tl.split(tl.reshape(b_y, (BLOCK_C // 2, 2)))
-        p_cos = rope_ptr + i_b * stride_rope_b + i_l * stride_rope_l + o_angle * stride_rope_d
-        m_rope = m_p & (i_l < L)
-        b_cos = tl.load(p_cos, mask=m_rope, other=0.0).to(tl.float32)
-        b_sin = tl.load(p_cos + HALF * stride_rope_d, mask=m_rope, other=0.0).to(tl.float32)
-        b_turned = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
+        if HAS_ROPE:
+            # [BLOCK_C / 2]
+            b_even, b_odd = tl.split(tl.reshape(b_y, (BLOCK_C // 2, 2)))
+            p_cos = rope_ptr + i_b * stride_rope_b + i_l * stride_rope_l + o_angle * stride_rope_d
+            m_rope = m_p & (i_l < L)
+            b_cos = tl.load(p_cos, mask=m_rope, other=0.0).to(tl.float32)
+            b_sin = tl.load(p_cos + HALF * stride_rope_d, mask=m_rope, other=0.0).to(tl.float32)
+            b_turned = tl.join(b_even * b_cos - b_odd * b_sin, b_even * b_sin + b_odd * b_cos)
+            b_y = tl.reshape(b_turned, (BLOCK_C,))
         p_out = out_ptr + (i_b * L + i_l) * C + o_c
-        b_out = tl.reshape(b_turned, (BLOCK_C,)).to(out_ptr.dtype.element_ty)
-        tl.store(p_out, b_out, mask=m_c & (i_l < L))
+        tl.store(p_out, b_y.to(out_ptr.dtype.element_ty), mask=m_c & (i_l < L))
 
 
 def launch_qk_norm_rope(
-    x: Tensor, weight: Tensor, rope: Tensor, num_heads: int, eps: float
+    x: Tensor, weight: Tensor, rope: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
     """x [B, L, C], weight [C], rope [1 or B, L, D] -> [B, L, N, D]."""
     check_dtypes("qk_norm_rope", x=x, weight=weight, rope=rope)
@@ -69,6 +73,9 @@ def launch_qk_norm_rope(
     out = torch.empty((batch, length, num_heads, head_dim), dtype=x.dtype, device=x.device)
     if not out.numel():
         return out
+    rope_strides = (0, 0, 0)
+    if rope is not None:
+        rope_strides = (rope.stride(0) if len(rope) > 1 else 0, rope.stride(1), rope.stride(2))
     block, num_warps = row_tile("qk_norm_rope", width)
     grid = (triton.cdiv(length, ROWS), batch)
     check_grid("qk_norm_rope", *grid)
@@ -76,18 +83,18 @@ def launch_qk_norm_rope(
         _qk_norm_rope_kernel[grid](
             x,
             weight,
-            rope,
+            x if rope is None else rope,
             out,
             length,
             eps,
             *x.stride(),
             *weight.stride(),
-            rope.stride(0) if len(rope) > 1 else 0,
-            *rope.stride()[1:],
+            *rope_strides,
             C=width,
             HALF=head_dim // 2,
             BLOCK_C=block,
             ROWS=ROWS,
+            HAS_ROPE=rope is not None,
             num_warps=num_warps,
         )
     return out

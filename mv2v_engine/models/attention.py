@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.ops.attention import attention
-from mv2v_engine.ops.qk_norm_rope import qk_norm_rope, rms_norm_reference
+from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 
 
 class RMSNormWeight(nn.Module):
@@ -36,34 +36,8 @@ class _Projections(nn.Module):
     def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return attention(q, k, v, backend=self.attention_backend)
 
-    def _out(self, attended_BLND: Tensor) -> Tensor:
-        out: Tensor = self.to_out[0](attended_BLND.flatten(2))
-        return out
-
-
-class SelfAttention(_Projections):
-    """q and k are normalised and rotated, v is not."""
-
-    def queries(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> Tensor:
-        return self._norm_rope(self.to_q(hidden_BLC), self.norm_q.weight, rope_BLD)
-
-    def keys_values(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, L, N, D]: what static conditioning would keep across steps."""
-        keys = self._norm_rope(self.to_k(hidden_BLC), self.norm_k.weight, rope_BLD)
-        return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._out(self._attention(q, k, v))
-
-    def plain_queries(self, hidden_BLC: Tensor) -> Tensor:
-        """Normalised, unrotated queries [B, L, C] for responsiveness (METHOD 6)."""
-        return rms_norm_reference(self.to_q(hidden_BLC), self.norm_q.weight, self.eps)
-
-    def plain_keys(self, hidden_BLC: Tensor) -> Tensor:
-        """Normalised, unrotated keys [B, L, C]."""
-        return rms_norm_reference(self.to_k(hidden_BLC), self.norm_k.weight, self.eps)
-
-    def _norm_rope(self, x_BLC: Tensor, weight: Tensor, rope_BLD: Tensor) -> Tensor:
+    def _norm(self, x_BLC: Tensor, weight: Tensor, rope_BLD: Tensor | None = None) -> Tensor:
+        """[B, L, N, D], normalised over the full width, turned if there is a table."""
         return qk_norm_rope(
             x_BLC,
             weight,
@@ -73,14 +47,39 @@ class SelfAttention(_Projections):
             backend=self.backend,
         )
 
+    def _out(self, attended_BLND: Tensor) -> Tensor:
+        out: Tensor = self.to_out[0](attended_BLND.flatten(2))
+        return out
+
+
+class SelfAttention(_Projections):
+    """q and k are normalised and rotated, v is not."""
+
+    def queries(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> Tensor:
+        return self._norm(self.to_q(hidden_BLC), self.norm_q.weight, rope_BLD)
+
+    def keys_values(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> tuple[Tensor, Tensor]:
+        """k, v [B, L, N, D]: what static conditioning would keep across steps."""
+        keys = self._norm(self.to_k(hidden_BLC), self.norm_k.weight, rope_BLD)
+        return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return self._out(self._attention(q, k, v))
+
+    def plain_queries(self, hidden_BLC: Tensor) -> Tensor:
+        """Normalised, unrotated queries [B, L, C] for responsiveness (METHOD 6)."""
+        return self._norm(self.to_q(hidden_BLC), self.norm_q.weight).flatten(2)
+
+    def plain_keys(self, hidden_BLC: Tensor) -> Tensor:
+        """Normalised, unrotated keys [B, L, C]."""
+        return self._norm(self.to_k(hidden_BLC), self.norm_k.weight).flatten(2)
+
 
 class CrossAttention(_Projections):
     """Attention to the text context, without positions and without a mask, as Wan does."""
 
     def forward(self, hidden_BLC: Tensor, context_BSC: Tensor) -> Tensor:
-        heads = (self.num_heads, -1)
-        q = rms_norm_reference(self.to_q(hidden_BLC), self.norm_q.weight, self.eps)
-        k = rms_norm_reference(self.to_k(context_BSC), self.norm_k.weight, self.eps)
-        v = self.to_v(context_BSC)
-        q, k, v = (t.unflatten(-1, heads) for t in (q, k, v))
+        q = self._norm(self.to_q(hidden_BLC), self.norm_q.weight)
+        k = self._norm(self.to_k(context_BSC), self.norm_k.weight)
+        v = self.to_v(context_BSC).unflatten(-1, (self.num_heads, -1))
         return self._out(self._attention(q, k, v))

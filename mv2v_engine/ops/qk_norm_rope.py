@@ -1,4 +1,4 @@
-"""RMSNorm over the full width, then rotary embedding of interleaved pairs in each head.
+"""RMSNorm over the full width, then rotary embedding of interleaved pairs in each head, or none.
 
 B batch, L tokens, N heads, D head dim, C = N * D. The table holds cosines then sines, [., L, D].
 """
@@ -19,23 +19,25 @@ def rms_norm_reference(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 
 
 def qk_norm_rope_reference(
-    x_BLC: Tensor, weight_C: Tensor, rope_BLD: Tensor, num_heads: int, eps: float
+    x_BLC: Tensor, weight_C: Tensor, rope_BLD: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
     x_BLND = rms_norm_reference(x_BLC, weight_C, eps).unflatten(-1, (num_heads, -1))
+    if rope_BLD is None:
+        return x_BLND
     even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope_BLD[:, :, None].chunk(2, dim=-1)
     turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
     return turned.flatten(-2).to(x_BLC.dtype)
 
 
-def _fake(x: Tensor, weight: Tensor, rope: Tensor, num_heads: int, eps: float) -> Tensor:
+def _fake(x: Tensor, weight: Tensor, rope: Tensor | None, num_heads: int, eps: float) -> Tensor:
     batch, length, width = x.shape
     return x.new_empty(batch, length, num_heads, width // num_heads)
 
 
 _qk_norm_rope = define(
     "qk_norm_rope",
-    "(Tensor x, Tensor weight, Tensor rope, int num_heads, float eps) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor? rope, int num_heads, float eps) -> Tensor",
     qk_norm_rope_reference,
     _fake,
 )
@@ -44,13 +46,13 @@ _qk_norm_rope = define(
 def qk_norm_rope(
     x: Tensor,
     weight: Tensor,
-    rope: Tensor,
+    rope: Tensor | None,
     *,
     num_heads: int,
     eps: float = 1e-6,
     backend: str = "reference",
 ) -> Tensor:
-    """x [B, L, C], weight [C], rope [1 or B, L, D] -> [B, L, N, D].
+    """x [B, L, C], weight [C], rope [1 or B, L, D] or None -> [B, L, N, D].
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.
@@ -64,7 +66,7 @@ def qk_norm_rope(
     head_dim = x.shape[-1] // num_heads
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"weight must have shape {tuple(x.shape[-1:])}, got {tuple(weight.shape)}")
-    if (
+    if rope is not None and (
         rope.ndim != 3
         or rope.shape[1:] != (x.shape[1], head_dim)
         or rope.shape[0] not in (1, x.shape[0])

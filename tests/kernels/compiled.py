@@ -141,6 +141,11 @@ def _qk_norm_rope(width: int) -> None:
     qk_norm_rope(_tokens(width), weight, rope, num_heads=width // 128, backend="auto")
 
 
+def _qk_norm(width: int) -> None:
+    weight = torch.empty(width, dtype=BF16)
+    qk_norm_rope(_tokens(width), weight, None, num_heads=width // 128, backend="auto")
+
+
 def _responsiveness(width: int, num_heads: int) -> None:
     frames, tokens = [21, 63, 147], [1560, 390, 104]
     k = _tokens(width, length=21 * 1560 + 63 * 390 + 147 * 104)
@@ -185,6 +190,7 @@ CASES: dict[str, Callable[[], None]] = {
     "gated_residual": lambda: _gated_residual(C),
     "qk_norm_rope": lambda: _qk_norm_rope(C),
     "qk_norm_rope-3072": lambda: _qk_norm_rope(2 * C),
+    "qk_norm": lambda: _qk_norm(C),
     "frame_responsiveness": lambda: _responsiveness(C, 1),
     "frame_responsiveness-heads": lambda: _responsiveness(C, 12),
     "token_merge": lambda: _token_merge(C, C, C, 2, 2),

@@ -69,9 +69,27 @@ def test_the_norm_spans_all_heads() -> None:
     torch.testing.assert_close(whole, expected)
 
 
-@pytest.mark.parametrize("rope_batch", [1, 2])
-def test_opcheck(rope_batch: int) -> None:
-    x, weight, rope = _inputs(2, 5, 3, 4, rope_batch, torch.float32)
+@pytest.mark.parametrize("backend", ["reference", "auto"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_without_rope_is_the_norm_alone(
+    case: tuple[int, int, int, int, int], dtype: torch.dtype, backend: str
+) -> None:
+    x, weight, _ = _inputs(*case, dtype)
+    got = qk_norm_rope(x, weight, None, num_heads=case[2], backend=backend)
+    assert got.shape == (case[0], case[1], case[2], case[3]) and got.dtype == dtype
+    width = (x.shape[-1],)
+    oracle = torch.nn.functional.rms_norm(x.double(), width, weight.double(), 1e-6)
+    assert_within_budget(
+        got.flatten(2), oracle, torch.nn.functional.rms_norm(x, width, weight, 1e-6)
+    )
+
+
+@pytest.mark.parametrize("rope_batch", [1, 2, None])
+def test_opcheck(rope_batch: int | None) -> None:
+    x, weight, rope = _inputs(2, 5, 3, 4, rope_batch or 1, torch.float32)
+    if rope_batch is None:
+        rope = None
     torch.library.opcheck(torch.ops.mv2v.qk_norm_rope.default, (x, weight, rope, 3, 1e-6))
 
 
