@@ -22,7 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from mv2v_engine.config import HeadMode, TransformerConfig
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
 from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector, frame_cameras
-from mv2v_engine.models.modulation import ConditionEmbedder, split_modulation
+from mv2v_engine.models.feed_forward import FeedForward
+from mv2v_engine.models.modulation import ConditionEmbedder, Modulation, split_modulation
 from mv2v_engine.models.rope import rotary_table
 from mv2v_engine.models.token_merge import (
     Merger,
@@ -34,29 +35,9 @@ from mv2v_engine.models.token_merge import (
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.ops.gated_residual import gated_residual
+from mv2v_engine.ops.residual_norm import residual_norm
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
-
-
-class _GELU(nn.Module):
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.proj = nn.Linear(dim, hidden)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return nn.functional.gelu(self.proj(x), approximate="tanh")
-
-
-class FeedForward(nn.Module):
-    """Linear, tanh-GELU, Linear; the middle slot keeps diffusers' parameter names."""
-
-    def __init__(self, dim: int, hidden: int) -> None:
-        super().__init__()
-        self.net = nn.ModuleList([_GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net[2](self.net[0](x))
-        return out
 
 
 class Block(nn.Module):
@@ -90,15 +71,13 @@ class Block(nn.Module):
         attended = self.attn1.attend(
             self.attn1.queries(hidden, rope), *self.attn1.keys_values(hidden, rope)
         )
-        x = gated_residual(x, self._project(attended), modulation.gate, backend=self.backend)
+        x, hidden = self._add_norm2(x, self._project(attended), modulation)
 
         # 2. cross-attention
-        x = x + self.attn2(self._norm2(x), context_BSC)
+        x, hidden = self._add_adaln(x, self.attn2(hidden, context_BSC), ffn_modulation)
 
         # 3. feed-forward
-        return self._feed_forward(
-            x, ffn_modulation.scale, ffn_modulation.shift, ffn_modulation.gate
-        )
+        return gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
 
     def forward_static(
         self,
@@ -130,17 +109,15 @@ class Block(nn.Module):
             torch.cat([values_t, values_c], 1),
         )
         attended_c = self.attn1.attend(self.attn1.queries(h_c, rope_c), keys_c, values_c)
-        x_t = gated_residual(x_t, self._project(attended_t), modulation.gate, backend=self.backend)
-        x_c = gated_residual(x_c, self._project(attended_c), still.gate, backend=self.backend)
+        x_t, h_t = self._add_norm2(x_t, self._project(attended_t), modulation)
+        x_c, h_c = self._add_adaln(x_c, self._project(attended_c), ffn_still, gate=still.gate)
 
         # 2. cross-attention, the target alone
-        x_t = x_t + self.attn2(self._norm2(x_t), context_BSC)
+        x_t, h_t = self._add_adaln(x_t, self.attn2(h_t, context_BSC), ffn_modulation)
 
         # 3. feed-forward
-        x_t = self._feed_forward(
-            x_t, ffn_modulation.scale, ffn_modulation.shift, ffn_modulation.gate
-        )
-        x_c = self._feed_forward(x_c, ffn_still.scale, ffn_still.shift, ffn_still.gate)
+        x_t = gated_residual(x_t, self.ffn(h_t), ffn_modulation.gate, backend=self.backend)
+        x_c = gated_residual(x_c, self.ffn(h_c), ffn_still.gate, backend=self.backend)
         return torch.cat([x_t, x_c], 1)
 
     def attention_input(
@@ -170,14 +147,31 @@ class Block(nn.Module):
     def _project(self, attended: Tensor) -> Tensor:
         return attended if self.projector is None else self.projector(attended)
 
-    def _norm2(self, x: Tensor) -> Tensor:
-        weight, bias = self.norm2.weight.float(), self.norm2.bias.float()
-        normed = nn.functional.layer_norm(x.float(), (x.shape[-1],), weight, bias, self.eps)
-        return normed.to(x.dtype)
+    def _add_norm2(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """The gated sum, and what cross-attention is given."""
+        return residual_norm(
+            x,
+            y,
+            gate=modulation.gate,
+            weight=self.norm2.weight,
+            shift=self.norm2.bias,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
-    def _feed_forward(self, x: Tensor, scale: Tensor, shift: Tensor, gate: Tensor) -> Tensor:
-        hidden = adaln(x, scale, shift, eps=self.eps, backend=self.backend)
-        return gated_residual(x, self.ffn(hidden), gate, backend=self.backend)
+    def _add_adaln(
+        self, x: Tensor, y: Tensor, modulation: Modulation, *, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum, and what the feed-forward is given."""
+        return residual_norm(
+            x,
+            y,
+            gate=gate,
+            scale=modulation.scale,
+            shift=modulation.shift,
+            eps=self.eps,
+            backend=self.backend,
+        )
 
 
 class MV2VTransformer(nn.Module):

@@ -26,6 +26,7 @@ OPS = (
     "frame_responsiveness",
     "gated_residual",
     "qk_norm_rope",
+    "residual_norm",
     "token_merge",
 )
 

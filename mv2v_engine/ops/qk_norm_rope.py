@@ -21,7 +21,7 @@ def rms_norm_reference(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
 def qk_norm_rope_reference(
     x_BLC: Tensor, weight_C: Tensor, rope_BLD: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
-    x_BLND = rms_norm_reference(x_BLC, weight_C, eps).unflatten(-1, (num_heads, -1))
+    x_BLND: Tensor = rms_norm_reference(x_BLC, weight_C, eps).unflatten(-1, (num_heads, -1))
     if rope_BLD is None:
         return x_BLND
     even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)

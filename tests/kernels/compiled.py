@@ -29,6 +29,7 @@ from mv2v_engine.ops.backend import triton_launcher
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
+from mv2v_engine.ops.residual_norm import residual_norm
 from mv2v_engine.ops.token_merge import token_merge
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}  # what one block may ask for
@@ -110,6 +111,7 @@ def launchers_on_the_cpu() -> Iterator[None]:
         "frame_responsiveness",
         "gated_residual",
         "qk_norm_rope",
+        "residual_norm",
         "token_merge",
     ):
         launcher = triton_launcher(op)
@@ -134,6 +136,13 @@ def _adaln(width: int) -> None:
 
 def _gated_residual(width: int) -> None:
     gated_residual(_tokens(width), _tokens(width), torch.empty(1, width), backend="auto")
+
+
+def _residual_norm(width: int, *, is_affine: bool) -> None:
+    vector = torch.empty(1, width)
+    gain = {"weight": vector[0], "gate": vector} if is_affine else {"scale": vector}
+    shift = vector[0] if is_affine else vector
+    residual_norm(_tokens(width), _tokens(width), shift=shift, **gain, backend="auto")
 
 
 def _qk_norm_rope(width: int) -> None:
@@ -188,6 +197,8 @@ CASES: dict[str, Callable[[], None]] = {
     "adaln": lambda: _adaln(C),
     "adaln-3072": lambda: _adaln(2 * C),
     "gated_residual": lambda: _gated_residual(C),
+    "residual_norm": lambda: _residual_norm(C, is_affine=True),
+    "residual_norm-3072": lambda: _residual_norm(2 * C, is_affine=False),
     "qk_norm_rope": lambda: _qk_norm_rope(C),
     "qk_norm_rope-3072": lambda: _qk_norm_rope(2 * C),
     "qk_norm": lambda: _qk_norm(C),
@@ -222,7 +233,7 @@ TARGETS = [(case, 90) for case in CASES] + [
     (case, capability)
     for capability in (80, 120)
     for case in CASES
-    if case not in ("adaln-3072", "qk_norm_rope-3072", "frame_responsiveness", "token_merge-pooled")
+    if not case.endswith(("-3072", "-pooled")) and case not in ("qk_norm", "frame_responsiveness")
 ]
 
 

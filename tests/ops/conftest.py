@@ -25,6 +25,7 @@ OPS = (
     "frame_responsiveness",
     "gated_residual",
     "qk_norm_rope",
+    "residual_norm",
     "token_merge",
 )
 GUARD = 512  # bytes on either side, all ones: NaN in every floating dtype, -1 in every integer one

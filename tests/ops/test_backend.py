@@ -16,6 +16,7 @@ from mv2v_engine.ops import (
     frame_responsiveness,
     gated_residual,
     qk_norm_rope,
+    residual_norm,
     token_merge,
 )
 from mv2v_engine.ops.backend import OPS, _missing_on, missing_reason, resolve
@@ -66,6 +67,8 @@ def test_an_explicit_backend_takes_tensors_on_cuda() -> None:
         weight, rope = torch.empty(12, device="cuda"), torch.empty(1, 6, 4, device="cuda")
         assert adaln.adaln(x, vector, vector, backend="triton").shape == x.shape
         assert gated_residual.gated_residual(x, x, vector, backend="triton").shape == x.shape
+        add = residual_norm.residual_norm(x, x, scale=vector, shift=vector, backend="triton")
+        assert add[0].shape == add[1].shape == x.shape
         turned = qk_norm_rope.qk_norm_rope(x, weight, rope, num_heads=3, backend="triton")
         assert turned.shape == heads.shape
         score = frame_responsiveness.frame_responsiveness(
