@@ -52,7 +52,9 @@ class Engine:
             num_heads=shape.num_attention_heads,
             head_dim=shape.attention_head_dim,
         )
-        self.transformer.set_backend(self.backend, self.attention)
+        # under "auto" a call whose shape that library does not take goes to the next one
+        is_free = config.attention == "auto" and self.attention != "reference"
+        self.transformer.set_backend(self.backend, "auto" if is_free else self.attention)
         self.transformer.responsiveness_heads = config.responsiveness_heads
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
         has_mergers = self.transformer.config.merger is not None
