@@ -53,6 +53,11 @@ def plans(*, tiny: bool) -> list[TokenPlan]:
     ]
 
 
+def without_cameras(plan: TokenPlan) -> TokenPlan:
+    segments = tuple(replace(segment, camera=None) for segment in plan.segments)
+    return replace(plan, shape=replace(plan.shape, camera_conditioning="none"), segments=segments)
+
+
 class Bench:
     """One block on one plan, with everything that it is called with."""
 
@@ -167,11 +172,8 @@ def main() -> None:
     with torch.inference_mode():
         ceilings = measure_ceilings(timer, tiny=args.quick)
         for plan in plans(tiny=args.quick):
-            measure_plan(plan, timer, report, ceilings)
-            bare = replace(plan.shape, camera_conditioning="none")
-            segments = tuple(replace(segment, camera=None) for segment in plan.segments)
-            plain = replace(plan, shape=bare, segments=segments)
-            measure_plan(plain, timer, report, ceilings)
+            for variant in (plan, without_cameras(plan)):
+                measure_plan(variant, timer, report, ceilings)
     print(table(report.rows, COLUMNS))
     if not args.quick:
         found = targets(report.rows)

@@ -58,40 +58,49 @@ def plan(results: Path, commit: str) -> list[Stage]:
     ]
 
 
+def _run(
+    command: Sequence[str], environment: dict[str, str], seconds: float
+) -> tuple[int | None, str]:
+    """Exit status, None if it ran out of time, and what it printed; 127 if it cannot be started."""
+    try:
+        process = subprocess.Popen(
+            command,
+            cwd=ROOT,
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            errors="replace",
+            start_new_session=True,
+        )
+    except OSError as error:
+        return 127, f"{command[0]} cannot be started: {error.strerror}"
+    try:
+        said, _ = process.communicate(timeout=seconds)
+    except subprocess.TimeoutExpired:
+        # with the processes that it started: they would hold the device
+        os.killpg(process.pid, signal.SIGKILL)
+        said, _ = process.communicate()
+        return None, said
+    return process.returncode, said
+
+
 def run_stage(stage: Stage, seconds: float) -> dict[str, Any]:
     """The stage's row: how it ended, how long it took, and what it said if it failed."""
     path = os.pathsep.join([str(ROOT), str(ROOT / "kernels"), os.environ.get("PYTHONPATH", "")])
     environment = os.environ | {"PYTHONPATH": path.rstrip(os.pathsep), "PYTHONUNBUFFERED": "1"}
     began = time.monotonic()
-    process = subprocess.Popen(
-        stage.command,
-        cwd=ROOT,
-        env=environment,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        errors="replace",
-        start_new_session=True,
-    )
-    is_late = False
-    try:
-        said, _ = process.communicate(timeout=seconds)
-    except subprocess.TimeoutExpired:
-        is_late = True
-        # with the processes that it started: they would hold the device
-        os.killpg(process.pid, signal.SIGKILL)
-        said, _ = process.communicate()
+    returncode, said = _run(stage.command, environment, seconds)
     print(said, flush=True)
-    ok = not process.returncode and not is_late
-    row: dict[str, Any] = {"stage": stage.name, "ok": ok, "timed_out": is_late}
-    row |= {"returncode": process.returncode, "limit_s": round(seconds, 1)}
+    row: dict[str, Any] = {"stage": stage.name, "ok": returncode == 0}
+    row |= {"returncode": returncode, "timed_out": returncode is None, "limit_s": round(seconds, 1)}
     row["seconds"] = round(time.monotonic() - began, 1)
     if stage.name == "tests":
         counted = re.findall(r"(\d+) (passed|failed|skipped|errors?)\b", said)
         row["tests"] = {kind: int(count) for count, kind in counted}
     # what setup.py says of a library that it could not build
     row["warnings"] = re.findall(r"^warning: (.+)$", said, re.MULTILINE)
-    if not ok:
+    if not row["ok"]:
         row["said"] = said[-TAIL:]
     return row
 

@@ -29,7 +29,17 @@ def run_pytest(*arguments: str, **environment: str) -> int:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
     inherited["PYTHONPATH"] = os.pathsep.join(sys.path[1:])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-m", "not gpu", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not gpu",
+            *arguments,
+        ],
         cwd=ROOT,
         env=inherited | environment,
         capture_output=True,
