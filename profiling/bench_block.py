@@ -40,8 +40,8 @@ from mv2v_engine.tokens.flops import block_flops
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
 
 MAX_ERROR = 2e-2  # of bfloat16 blocks from the float32 one or from each other
-COLUMNS = ("workload", "implementation", "ms", "ms_low", "ms_high", "tflop_per_s", "speedup")
-COLUMNS += ("relative_error", "skipped")
+COLUMNS = "workload implementation ms ms_low ms_high tflop_per_s "
+COLUMNS += "speedup relative_error skipped"
 
 
 def plans(*, tiny: bool) -> list[TokenPlan]:
@@ -82,7 +82,8 @@ class Bench:
             for module in self.block.modules():
                 if hasattr(module, "backend"):
                     module.backend = backend  # type: ignore[assignment]
-            return self.block(self.sequence, self.temb, self.context, self.cameras)
+            out: Tensor = self.block(self.sequence, self.temb, self.context, self.cameras)
+            return out
 
         return run
 
@@ -179,7 +180,7 @@ def main() -> None:
         found = targets(report.rows)
         for row in found:
             report.add(**row)
-        print(f"\n{table(found, ('target', 'wanted', 'measured', 'met'))}")
+        print(f"\n{table(found, 'target wanted measured met')}")
 
 
 if __name__ == "__main__":

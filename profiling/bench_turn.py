@@ -27,8 +27,7 @@ from mv2v_engine.synthetic.worlds import make_world
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import novel_view_plan
 
-COLUMNS = ("what", "workload", "implementation", "ms", "ms_low", "ms_high", "tflop_per_s")
-COLUMNS += ("seconds", "skipped")
+COLUMNS = "what workload implementation ms ms_low ms_high tflop_per_s seconds skipped"
 WORLD = 3_000_001
 
 
@@ -47,7 +46,8 @@ def measure_forwards(checkpoint: Checkpoint, timer: Timer, report: Report, *, ti
         timestep = torch.full((1,), 500.0, device=timer.device)
         phases = ((0, sum(flop_table(plan).values())),)
         for backend in backends:
-            row = {"what": "forward", "workload": f"{memory} memory videos, {plan.length:,} tokens"}
+            row: dict[str, Any] = {"what": "forward"}
+            row |= {"workload": f"{memory} memory videos, {plan.length:,} tokens"}
             row |= {"tokens": plan.length, "implementation": backend}
             model.set_backend(backend)
             try:

@@ -30,7 +30,8 @@ class EagerBlock:
         self.width = (sequence.x.shape[-1],)
         self.frame_L = sequence.token_frames()[0]
         self.turn_BL1D = torch.complex(*sequence.rope.chunk(2, -1))[:, :, None]
-        self.norm2 = [p.to(self.dtype) for p in (block.norm2.weight, block.norm2.bias)]
+        self.norm2_weight = block.norm2.weight.to(self.dtype)
+        self.norm2_bias = block.norm2.bias.to(self.dtype)
 
     def __call__(
         self, x: Tensor, temb_B6C: Tensor, context_BSC: Tensor, cameras_BFP: Tensor | None
@@ -50,7 +51,7 @@ class EagerBlock:
         x = torch.addcmul(x, attended, gate)
 
         # 2. cross-attention
-        normed = F.layer_norm(x, self.width, *self.norm2, block.eps)
+        normed = F.layer_norm(x, self.width, self.norm2_weight, self.norm2_bias, block.eps)
         x = x + self._cross_attention(block.attn2, normed, context_BSC)
 
         # 3. feed-forward

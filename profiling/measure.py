@@ -72,10 +72,7 @@ class Timer:
 
     def _times_on_cuda(self, run: Callable[[], Any], runs: int) -> list[float]:
         """All calls are queued before the first result is read: nothing waits in between."""
-        pairs = [
-            [torch.cuda.Event(enable_timing=True) for _ in range(2)]  # type: ignore[no-untyped-call]
-            for _ in range(runs)
-        ]
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
         for began, ended in pairs:
             self._flush.zero_()
             began.record()
@@ -105,15 +102,15 @@ class Ceilings:
 
 def measure_ceilings(timer: Timer, *, tiny: bool) -> Ceilings:
     """Copies of 4 GiB and products of 8192 x 8192 matrices of random numbers; tiny: small ones."""
-    new = {"dtype": torch.bfloat16, "device": timer.device}
+    new: dict[str, Any] = {"dtype": torch.bfloat16, "device": timer.device}
 
     def copying(count: int) -> float:
-        source, target = torch.zeros(2, count, **new).unbind()  # type: ignore[arg-type]
-        return 2 * source.nbytes / timer(lambda: target.copy_(source)).median
+        source, target = torch.zeros(2, count, **new).unbind()
+        return 2 * int(source.nbytes) / timer(lambda: target.copy_(source)).median
 
     def multiplying(side: int) -> float:
         # zeros would draw less power, and so run faster than data does
-        a, b = torch.randn(2, side, side, **new).unbind()  # type: ignore[arg-type]
+        a, b = torch.randn(2, side, side, **new).unbind()
         return 2 * side**3 / timer(lambda: a @ b).median
 
     return Ceilings(copying(1 << 20 if tiny else 1 << 31), multiplying(256 if tiny else 8192))
@@ -195,7 +192,7 @@ class Report:
 
 def figures(
     timing: Timing, ceilings: Ceilings, phases: Sequence[tuple[int, int]]
-) -> dict[str, float | int | None]:
+) -> dict[str, Any]:
     """A row's numbers; None where the phases have no bytes or no FLOPs."""
     moved, flops = (sum(column) for column in zip(*phases, strict=True)) if phases else (0, 0)
     floor = ceilings.floor(phases)
@@ -215,10 +212,11 @@ def _digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
-def table(rows: Sequence[dict[str, Any]], columns: Sequence[str]) -> str:
-    """Rows as aligned text; what a row lacks is left empty."""
+def table(rows: Sequence[dict[str, Any]], names: str) -> str:
+    """Rows as aligned text, by the names of columns; what a row lacks is left empty."""
+    columns = names.split()
     cells = [["" if row.get(name) is None else str(row[name]) for name in columns] for row in rows]
-    titled = [list(columns), *cells]
+    titled = [columns, *cells]
     widths = [max(map(len, column)) for column in zip(*titled, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -201,7 +201,8 @@ def plain_frame_responsiveness(
     means = torch.cat([run.unflatten(0, (count, size)).mean(1) for run, count, size in runs])
     scores = q[0] @ means.T * q.shape[-1] ** -0.5
     wide = scores if q.dtype == torch.float64 else scores.float()
-    return wide.softmax(-1).amax(0)[None]
+    best: Tensor = wide.softmax(-1).amax(0)[None]
+    return best
 
 
 def frame_responsiveness_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:

@@ -12,7 +12,7 @@ import bench_ops
 import bench_turn
 import pytest
 import torch
-from bench_ops import measure_case
+from bench_ops import measure_all, measure_case
 from eager_block import EagerBlock
 from measure import Ceilings, Report, Timer, Timing, figures, table
 from op_cases import OpCase
@@ -20,7 +20,7 @@ from targets import op_targets, target
 
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.testing import relative_error
-from mv2v_engine.tokens.plan import novel_view_plan
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes_per_second=1e12, flops_per_second=1e15)
@@ -148,6 +148,16 @@ def test_what_fails_or_is_wrong_is_recorded_and_not_timed() -> None:
         assert triton["skipped"] == "no such kernel"
 
 
+def test_cases_that_cannot_be_made_or_come_too_late_are_recorded() -> None:
+    def make(plan: TokenPlan, device: torch.device) -> list[OpCase]:
+        raise torch.OutOfMemoryError("no room")
+
+    report, timer = Report(None, {}), Timer(CPU, seconds=0.0)
+    for seconds, said in ((60, "OutOfMemoryError: no room"), (-1, "-1 s were used up")):
+        measure_all({"toy": make}, timer, report, tiny=True, seconds=seconds)
+        assert report.rows[-1]["op"] == "toy" and report.rows[-1]["skipped"] == said
+
+
 def test_figures_and_floors() -> None:
     found = figures(Timing(2e-3, 1e-3, 3e-3, 5), CEILINGS, ((10**9, 0), (0, 5 * 10**11)))
     assert (found["ms"], found["ms_low"], found["ms_high"], found["runs"]) == (2.0, 1.0, 3.0, 5)
@@ -205,4 +215,4 @@ def test_block_targets_name_its_rows() -> None:
 
 
 def test_a_table_is_aligned() -> None:
-    assert table([{"a": 1, "b": None}, {"a": "long"}], ("a", "b")) == "a     b\n1\nlong"
+    assert table([{"a": 1, "b": None}, {"a": "long"}], "a b") == "a     b\n1\nlong"
