@@ -21,6 +21,7 @@ from measure import (
     TINY_NOTE,
     Report,
     Timer,
+    digits,
     figures,
     measure_ceilings,
     provenance,
@@ -136,7 +137,7 @@ def measure_plan(plan: TokenPlan, timer: Timer, report: Report, ceilings: Any) -
         fused = measured["ms"] if name == "fused" else fused
         # how much faster than this row the fused block is
         row["speedup"] = round(measured["ms"] / fused, 3) if fused else None
-        report.add(**row, **measured, relative_error=float(f"{error:.2g}"))
+        report.add(**row, **measured, relative_error=digits(error))
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

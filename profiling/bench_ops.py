@@ -25,6 +25,7 @@ from measure import (
     Ceilings,
     Report,
     Timer,
+    digits,
     figures,
     measure_ceilings,
     provenance,
@@ -49,11 +50,9 @@ def implementations(case: OpCase, *, compiled: bool) -> Iterator[tuple[str, Any]
         yield backend, missing or (lambda backend=backend: case.run(backend))
     if case.functional is not None:
         yield "functional", case.functional
-    if case.compilable is not None:
-        if compiled:
-            yield "compiled", torch.compile(case.compilable, dynamic=False)
-        else:
-            yield "compiled", "it is compiled for the first full-size shapes alone"
+    # seconds of the compiler for each of them
+    if compiled and case.compilable is not None:
+        yield "compiled", torch.compile(case.compilable, dynamic=False)
 
 
 def measure_case(
@@ -79,7 +78,7 @@ def _measure(
     error = relative_error(case.pick(run()), oracle)
     if not error <= MAX_ERROR:
         raise ValueError(f"it is off by {error:.3g} from float64: not timed")
-    return figures(timer(run), ceilings, case.phases) | {"relative_error": float(f"{error:.2g}")}
+    return figures(timer(run), ceilings, case.phases) | {"relative_error": digits(error)}
 
 
 def measure_all(
@@ -88,8 +87,9 @@ def measure_all(
     """All cases, the first plan's first; those that the time does not suffice for say so."""
     deadline = time.monotonic() + seconds
     ceilings = measure_ceilings(timer, tiny=tiny)
-    report.add(op="copy", implementation="torch", gb_per_s=ceilings.bytes_per_second / 1e9)
-    report.add(op="product", implementation="torch", tflop_per_s=ceilings.flops_per_second / 1e12)
+    copied, multiplied = ceilings.bytes_per_second / 1e9, ceilings.flops_per_second / 1e12
+    report.add(op="copy", implementation="torch", gb_per_s=digits(copied))
+    report.add(op="product", implementation="torch", tflop_per_s=digits(multiplied))
     for index, plan in enumerate(plans(tiny=tiny)):
         for name, make in makers.items():
             if index and name in ONCE:

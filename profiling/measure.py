@@ -197,18 +197,19 @@ def figures(
     moved, flops = (sum(column) for column in zip(*phases, strict=True)) if phases else (0, 0)
     floor = ceilings.floor(phases)
     return {
-        "ms": _digits(timing.median * 1e3),
-        "ms_low": _digits(timing.low * 1e3),
-        "ms_high": _digits(timing.high * 1e3),
+        "ms": digits(timing.median * 1e3),
+        "ms_low": digits(timing.low * 1e3),
+        "ms_high": digits(timing.high * 1e3),
         "runs": timing.runs,
-        "gb_per_s": _digits(moved / timing.median / 1e9) if moved else None,
-        "tflop_per_s": _digits(flops / timing.median / 1e12) if flops else None,
-        "floor_ms": _digits(floor * 1e3) if floor else None,
-        "percent_of_floor": _digits(100 * floor / timing.median) if floor else None,
+        "gb_per_s": digits(moved / timing.median / 1e9) if moved else None,
+        "tflop_per_s": digits(flops / timing.median / 1e12) if flops else None,
+        "floor_ms": digits(floor * 1e3) if floor else None,
+        "percent_of_floor": digits(100 * floor / timing.median) if floor else None,
     }
 
 
-def _digits(value: float) -> float:
+def digits(value: float) -> float:
+    """Four of them: more than a measurement has."""
     return float(f"{value:.4g}")
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from measure import Ceilings
+from measure import Ceilings, digits
 
 from mv2v_engine.tokens.plan import novel_view_plan
 
@@ -78,7 +78,7 @@ def target(
 ) -> Row:
     """One target's row: `pick` of a column of the rows that count."""
     values = [scale * row[column] for row in rows if row.get(column) is not None]
-    measured = float(f"{pick(values):.4g}") if values else None
+    measured = digits(pick(values)) if values else None
     met = None
     if measured is not None:
         met = measured <= wanted if at_most else measured >= wanted
