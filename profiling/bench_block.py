@@ -65,10 +65,9 @@ class Bench:
     def __init__(self, plan: TokenPlan, device: torch.device) -> None:
         shape, new = plan.shape, random_tensors(device)
         self.plan, width = plan, shape.dim
-        with torch.device(device):
-            self.block = Block(shape)
-        randomise_on(self.block, device)
-        half_precision(self.block).eval().requires_grad_(False)
+        self.block = Block(shape)
+        randomise(self.block, std=0.02)
+        half_precision(self.block.to(device)).eval().requires_grad_(False)
         angles = new(1, plan.length, shape.attention_head_dim // 2, dtype=torch.float32)
         rope = torch.cat([angles.cos(), angles.sin()], -1)
         frames = torch.arange(len(plan.frame_table), device=device)[None]
@@ -100,13 +99,6 @@ class Bench:
     @property
     def phases(self) -> tuple[tuple[int, int]]:
         return ((0, block_flops(self.plan) // self.plan.shape.num_layers),)
-
-
-def randomise_on(block: Block, device: torch.device) -> None:
-    """`randomise` draws on the CPU, so that every device has the same weights."""
-    block.cpu()
-    randomise(block, std=0.02)
-    block.to(device)
 
 
 def measure_plan(plan: TokenPlan, timer: Timer, report: Report, ceilings: Any) -> None:

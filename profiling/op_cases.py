@@ -89,8 +89,10 @@ def random_tensors(device: torch.device) -> Callable[..., Tensor]:
 
 
 def frame_numbers(plan: TokenPlan, device: torch.device) -> Tensor:
-    counts = torch.tensor([span.stop - span.start for span in plan.frame_table])
-    return torch.arange(len(counts)).repeat_interleave(counts)[None].to(device)
+    """Every token's frame in the frame table: int64 [1, L]."""
+    table = plan.frame_table
+    numbers = [index for index, span in enumerate(table) for _ in range(span.start, span.stop)]
+    return torch.tensor(numbers, device=device)[None]
 
 
 def plain_adaln(

@@ -9,6 +9,7 @@ import torch
 from attention_cases import ALL_MAKERS, ONCE
 from op_cases import DTYPE, OpCase, plans
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine.ops.backend import OPS
@@ -69,6 +70,21 @@ def test_bytes_are_inputs_and_outputs() -> None:
     assert moved["token_merge"] == weight + (inputs + out.shape[1]) * (
         DTYPE.itemsize * width + 4 * turns.shape[-1]
     )
+
+
+@pytest.mark.parametrize("width", [1536, 3072])
+def test_full_size_cases_fit_together(width: int) -> None:
+    """On fake tensors: what a GPU would run first, without one."""
+    plan = next(p for p in plans(tiny=False) if (p.num_memory, p.shape.dim) == (10, width))
+    with FakeTensorMode(), torch.inference_mode():
+        for op, make in ALL_MAKERS.items():
+            for case in make(plan, CPU):
+                assert (case.op.startswith(op), case.tokens, case.width) == (True, 105_378, width)
+                expected = case.expected(torch.float64)
+                backend = "auto" if "auto" in case.backends else "reference"
+                assert case.pick(case.run(backend)).shape == expected.shape
+                for whole in (case.functional, case.compilable):
+                    assert whole is None or case.pick(whole()).shape == expected.shape
 
 
 def test_full_size_plans_are_the_targets_shapes() -> None:
