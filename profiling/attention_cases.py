@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 from bench_retrieval import retrieval_inputs
-from op_cases import MAKERS, Make, OpCase, random_tensors, sample
+from op_cases import DTYPE, MAKERS, Make, OpCase, random_tensors, sample
 from torch import Tensor
 
 from mv2v_engine.ops.attention import attention, attention_varlen
+from mv2v_engine.ops.attention_backends import availability
 from mv2v_engine.ops.backend import missing_reason
 from mv2v_engine.ops.fov_overlap import fov_overlap
 from mv2v_engine.tokens.plan import TokenPlan
@@ -22,11 +23,6 @@ def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.einsum("nls,snd->lnd", scores.softmax(-1), v)
 
 
-def attention_backends(device: torch.device, *, packed: bool) -> dict[str, str | None]:
-    """Every backend, with the reason why it cannot run here."""
-    return {"auto": None, "triton": missing_reason("triton", "attention", device)}
-
-
 def attention_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
     """One sequence of the plan's length; and as many tokens as two unequal requests, packed."""
     heads, dim = plan.shape.num_attention_heads, plan.shape.attention_head_dim
@@ -34,6 +30,13 @@ def attention_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
     q, k, v = (new(plan.length, heads, dim) for _ in range(3))
     lengths = [plan.length - plan.length // 4, plan.length // 4]
     return [_dense_case(plan, q, k, v), _packed_case(plan, q, k, v, lengths)]
+
+
+def _backends(plan: TokenPlan, device: torch.device, *, packed: bool) -> dict[str, str | None]:
+    """Every library in the order in which it is asked; what `auto` falls back to if none serves."""
+    heads, dim = plan.shape.num_attention_heads, plan.shape.attention_head_dim
+    found = availability(device, dtype=DTYPE, num_heads=heads, head_dim=dim, packed=packed)
+    return found if None in found.values() else {"auto": None, **found}
 
 
 def _dense_case(plan: TokenPlan, q: Tensor, k: Tensor, v: Tensor) -> OpCase:
@@ -44,7 +47,7 @@ def _dense_case(plan: TokenPlan, q: Tensor, k: Tensor, v: Tensor) -> OpCase:
         tokens=plan.length,
         width=plan.shape.dim,
         phases=((4 * q.nbytes, 4 * len(q) ** 2 * plan.shape.dim),),
-        backends=attention_backends(q.device, packed=False),
+        backends=_backends(plan, q.device, packed=False),
         run=lambda backend: attention(q[None], k[None], v[None], backend=backend),
         expected=lambda dtype: plain_attention(q[rows].to(dtype), k.to(dtype), v.to(dtype)),
         pick=lambda out: out[0, rows],
@@ -81,7 +84,7 @@ def _packed_case(plan: TokenPlan, q: Tensor, k: Tensor, v: Tensor, lengths: list
         tokens=plan.length,
         width=plan.shape.dim,
         phases=((4 * q.nbytes, 4 * sum(size**2 for size in lengths) * plan.shape.dim),),
-        backends=attention_backends(q.device, packed=True),
+        backends=_backends(plan, q.device, packed=True),
         run=run,
         expected=expected,
         pick=lambda result: result[0][torch.cat(rows)],

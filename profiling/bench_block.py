@@ -33,15 +33,17 @@ from op_cases import random_tensors
 from targets import target
 from torch import Tensor
 
+from mv2v_engine.config import EngineConfig
 from mv2v_engine.models.dit import Block
 from mv2v_engine.models.token_merge import Sequence
+from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import block_flops
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
 
 MAX_ERROR = 2e-2  # of bfloat16 blocks from the float32 one or from each other
-COLUMNS = "workload implementation ms ms_low ms_high tflop_per_s "
+COLUMNS = "workload implementation attention ms ms_low ms_high tflop_per_s "
 COLUMNS += "speedup relative_error skipped"
 
 
@@ -76,20 +78,25 @@ class Bench:
         self.context = new(1, shape.text_len, width)
         self.cameras = new(1, len(plan.frame_table), 12) if shape.has_camera else None
         self.fused_backend = resolve("auto", device)
+        heads = {"num_heads": shape.num_attention_heads, "head_dim": shape.attention_head_dim}
+        self.attention = resolve_attention(EngineConfig(), device, torch.bfloat16, **heads)
 
     def ours(self, backend: str) -> Callable[[], Tensor]:
+        """The same attention whatever the backend of the other operations."""
+
         def run() -> Tensor:
             for module in self.block.modules():
                 if hasattr(module, "backend"):
                     module.backend = backend  # type: ignore[assignment]
+                if hasattr(module, "attention_backend"):
+                    module.attention_backend = self.attention  # type: ignore[assignment]
             out: Tensor = self.block(self.sequence, self.temb, self.context, self.cameras)
             return out
 
         return run
 
     def eager(self) -> Callable[[], Tensor]:
-        backend = "reference" if self.fused_backend == "reference" else "auto"
-        block = EagerBlock(self.block, self.sequence, backend=backend)
+        block = EagerBlock(self.block, self.sequence, attention_backend=self.attention)
         return lambda: block(self.sequence.x, self.temb, self.context, self.cameras)
 
     def diffusers(self) -> Callable[[], Tensor]:
@@ -116,6 +123,7 @@ def measure_plan(plan: TokenPlan, timer: Timer, report: Report, ceilings: Any) -
     for name, make in makers.items():
         row = {"bench": "block", "workload": workload, "tokens": plan.length}
         row |= {"implementation": name, "backend": bench.fused_backend}
+        row["attention"] = "diffusers' default" if name == "diffusers" else bench.attention
         try:
             run = make()
             error = relative_error(run() - bench.sequence.x, expected - bench.sequence.x)

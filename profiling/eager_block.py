@@ -24,8 +24,8 @@ from mv2v_engine.ops.attention import attention
 class EagerBlock:
     """A block's own parameters in plain torch; constants are cast once, before any call."""
 
-    def __init__(self, block: Block, sequence: Sequence, *, backend: str) -> None:
-        self.block, self.backend = block, backend
+    def __init__(self, block: Block, sequence: Sequence, *, attention_backend: str) -> None:
+        self.block, self.attention_backend = block, attention_backend
         self.dtype, self.heads = sequence.x.dtype, block.attn1.num_heads
         self.width = (sequence.x.shape[-1],)
         self.frame_L = sequence.token_frames()[0]
@@ -87,7 +87,8 @@ class EagerBlock:
     def _attended(
         self, attn: SelfAttention | CrossAttention, q: Tensor, k: Tensor, v: Tensor
     ) -> Tensor:
-        out: Tensor = attn.to_out[0](attention(q, k, v, backend=self.backend).flatten(2))
+        attended = attention(q, k, v, backend=self.attention_backend)
+        out: Tensor = attn.to_out[0](attended.flatten(2))
         return out
 
 

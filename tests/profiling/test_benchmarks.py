@@ -91,7 +91,7 @@ def test_the_eager_block_does_not_use_the_operations(monkeypatch: pytest.MonkeyP
     # the fused block would ask for kernels that are not here
     monkeypatch.setattr(bench.block, "backend", "triton")
     monkeypatch.setattr(bench.block.attn1, "backend", "triton")
-    block = EagerBlock(bench.block, bench.sequence, backend="reference")
+    block = EagerBlock(bench.block, bench.sequence, attention_backend="reference")
     with torch.inference_mode():
         assert block(bench.sequence.x, bench.temb, bench.context, bench.cameras).isfinite().all()
 
