@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from bench_retrieval import retrieval_inputs
+from fused_cases import FUSED
 from op_cases import DTYPE, MAKERS, Make, OpCase, random_tensors, sample
 from torch import Tensor
 
@@ -114,6 +115,6 @@ def fov_overlap_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
     ]
 
 
-ALL_MAKERS: dict[str, Make] = MAKERS | {"attention": attention_cases}
+ALL_MAKERS: dict[str, Make] = MAKERS | FUSED | {"attention": attention_cases}
 # what is the same for every plan is measured once
 ONCE: dict[str, Make] = {"fov_overlap": fov_overlap_cases}

@@ -285,12 +285,10 @@ def token_merge_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
     return [case(group.num_merged), case(group.num_frames)]
 
 
-ELEMENTWISE: dict[str, Make] = {
+MAKERS: dict[str, Make] = {
     "adaln": adaln_cases,
     "gated_residual": gated_residual_cases,
     "qk_norm_rope": qk_norm_rope_cases,
-}
-MAKERS: dict[str, Make] = ELEMENTWISE | {
     "frame_responsiveness": frame_responsiveness_cases,
     "token_merge": token_merge_cases,
 }

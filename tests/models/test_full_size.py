@@ -56,11 +56,16 @@ def _merge_flops(
     return int(2 * merged[0] * merged[1] * windows * math.prod(weight))
 
 
+def _linear_flops(x: Any, weight: Any, bias: Any, **kwargs: Any) -> int:
+    return int(2 * math.prod(x) * weight[0])
+
+
 # torch's own table leaves out the CPU's fused attention, and knows nothing of these operations
 FORMULAS = {
     torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
     torch.ops.mv2v.attention: _dense_flops,
     torch.ops.mv2v.frame_responsiveness: _responsiveness_flops,
+    torch.ops.mv2v.linear_gelu: _linear_flops,
     torch.ops.mv2v.token_merge: _merge_flops,
 }
 
@@ -112,5 +117,6 @@ def test_a_full_size_forward_never_waits_for_data(
     assert tuple(velocity.shape) == (1, shape.out_channels, *plan.target.grid)
     assert count.get_total_flops() == sum(flop_table(plan).values())
     counted = {str(name) for name in count.get_flop_counts()["Global"]}
-    ours = {"mv2v.attention", "mv2v.frame_responsiveness", "mv2v.token_merge"}
+    names = ("attention", "frame_responsiveness", "linear_gelu", "token_merge")
+    ours = {f"mv2v.{name}" for name in names}
     assert counted & ours == (ours if backend == "auto" else set())

@@ -40,7 +40,7 @@ def test_real_sizes_match_float64(op: str, width: int) -> None:
     for case in cases(op, TURNS[width]):
         oracle, eager = case.expected(torch.float64), case.expected(DTYPE)
         ran = [name for name, missing in case.backends.items() if missing is None]
-        assert "triton" in ran, case.backends["triton"]
+        assert "triton" in ran or "triton" not in case.backends, case.backends["triton"]
         for backend in ran:
             got = case.pick(case.run(backend))
             print(f"{case.op} {case.workload} {backend}")

@@ -196,6 +196,7 @@ def test_targets() -> None:
         "adaln: % of the copy bandwidth": (79.0, False),
         "gated_residual: % of the copy bandwidth": (None, None),
         "qk_norm_rope: % of the copy bandwidth": (None, None),
+        "residual_norm: % of the copy bandwidth": (None, None),
         "token_merge: % of the matrix rate": (65.0, True),
         "frame_responsiveness: % of its floor": (50.0, True),
         "frame_responsiveness: % of a forward": (share, False),
