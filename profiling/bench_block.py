@@ -4,7 +4,8 @@
 
 At 90,090 tokens (three memory videos) and 16,380 (240p, none), all with the same attention but
 diffusers, which takes its own default. Against diffusers the block is without the camera modules,
-which that one lacks. Needs CUDA; `--device cpu --quick` runs a tiny block, to see that it runs.
+which that one lacks. All are timed turn about; `speedup` is a row's time over the fused
+block's. Needs CUDA; `--device cpu --quick` runs a tiny block, to see that it runs.
 """
 
 from __future__ import annotations
@@ -119,25 +120,28 @@ def measure_plan(plan: TokenPlan, timer: Timer, report: Report, ceilings: Any) -
     }
     if not plan.shape.has_camera:
         makers["diffusers"] = bench.diffusers
-    fused, expected = None, bench.ours("reference")().clone()
+    common = {"bench": "block", "workload": workload, "tokens": plan.length}
+    common |= {"backend": bench.fused_backend}
+    ready: dict[str, tuple[Callable[[], Tensor], float]] = {}
+    expected = bench.ours("reference")().clone()
     for name, make in makers.items():
-        row = {"bench": "block", "workload": workload, "tokens": plan.length}
-        row |= {"implementation": name, "backend": bench.fused_backend}
-        row["attention"] = "diffusers' default" if name == "diffusers" else bench.attention
         try:
             run = make()
             error = relative_error(run() - bench.sequence.x, expected - bench.sequence.x)
             if not error <= MAX_ERROR:
                 raise ValueError(f"it is off by {error:.3g} from the reference: not timed")
-            measured = figures(timer(run), ceilings, bench.phases)
+            ready[name] = run, error
         # a library that is missing, or that refuses, is the result of its row
         except Exception as failed:
-            report.add(**row, skipped=reason(failed))
-            continue
-        fused = measured["ms"] if name == "fused" else fused
-        # how much faster than this row the fused block is
-        row["speedup"] = round(measured["ms"] / fused, 3) if fused else None
-        report.add(**row, **measured, relative_error=digits(error))
+            report.add(**common, implementation=name, skipped=reason(failed))
+    timings = timer.turn_about([run for run, _ in ready.values()])
+    timed = dict(zip(ready, timings, strict=True))
+    for name, timing in timed.items():
+        row = common | {"implementation": name, "relative_error": digits(ready[name][1])}
+        row["attention"] = "diffusers' default" if name == "diffusers" else bench.attention
+        if "fused" in timed:
+            row["speedup"] = round(timing.median / timed["fused"].median, 3)
+        report.add(**row, **figures(timing, ceilings, bench.phases))
 
 
 def targets(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:

@@ -52,28 +52,39 @@ class Timer:
         self._flush = torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
     def __call__(self, run: Callable[[], Any]) -> Timing:
-        run()  # compiles, and lets libraries choose their algorithms
-        estimate = statistics.median(self._times(run, 2))
-        runs = min(max(int(self.seconds / max(estimate, 1e-9)), MIN_RUNS), MAX_RUNS)
-        times = self._times(run, runs)
-        low, median, high = statistics.quantiles(times, n=4)
-        return Timing(median, low, high, runs)
+        return self.turn_about([run])[0]
 
-    def _times(self, run: Callable[[], Any], runs: int) -> list[float]:
+    def turn_about(self, rivals: Sequence[Callable[[], Any]]) -> list[Timing]:
+        """Of calls that are to be compared: each once, then each again, as often as the slowest.
+
+        What drifts meanwhile, clocks and temperature, drifts for all of them.
+        """
+        for run in rivals:
+            run()  # compiles, and lets libraries choose their algorithms
+        slowest = max(statistics.median(self._times([run] * 2)) for run in rivals)
+        runs = min(max(int(self.seconds / max(slowest, 1e-9)), MIN_RUNS), MAX_RUNS)
+        times = self._times([run for _ in range(runs) for run in rivals])
+        timings = []
+        for first in range(len(rivals)):
+            low, median, high = statistics.quantiles(times[first :: len(rivals)], n=4)
+            timings.append(Timing(median, low, high, runs))
+        return timings
+
+    def _times(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
         if self.device.type == "cuda":
-            return self._times_on_cuda(run, runs)
+            return self._times_on_cuda(calls)
         times = []
-        for _ in range(runs):
+        for run in calls:
             self._flush.zero_()
             began = time.perf_counter()
             run()
             times.append(time.perf_counter() - began)
         return times
 
-    def _times_on_cuda(self, run: Callable[[], Any], runs: int) -> list[float]:
+    def _times_on_cuda(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
         """All calls are queued before the first result is read: nothing waits in between."""
-        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(runs)]
-        for began, ended in pairs:
+        pairs = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in calls]
+        for run, (began, ended) in zip(calls, pairs, strict=True):
             self._flush.zero_()
             began.record()
             run()
