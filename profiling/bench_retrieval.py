@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.files import save_json
 from mv2v_engine.memory.retrieval import frustum_planes, sphere_points, video_fov_scores
 from mv2v_engine.ops import native
@@ -28,6 +28,22 @@ from mv2v_engine.ops.fov_overlap import Backend, fov_overlap
 
 FRAMES, SIZE, CANDIDATES = 81, (480, 832), 50
 BACKENDS: tuple[Backend, Backend] = ("reference", "auto")
+
+
+def retrieval_inputs(num_videos: int, num_frames: int) -> tuple[Tensor, Tensor, list[int]]:
+    """Points and image borders of a requested pan and of videos on arcs, as retrieval has them."""
+    target, candidates = _trajectories(num_videos, num_frames)
+    planes = frustum_planes([target, *candidates])
+    return sphere_points(target), planes, [num_frames] * (1 + num_videos)
+
+
+def _trajectories(
+    num_videos: int, num_frames: int
+) -> tuple[CameraTrajectory, list[CameraTrajectory]]:
+    step = 120 / num_videos
+    arcs = [f"arc:{-60 + step * index}" for index in range(num_videos)]
+    target = named_trajectory("pan_right", num_frames, SIZE)
+    return target, [named_trajectory(arc, num_frames, SIZE) for arc in arcs]
 
 
 def compare(run: Callable[[Backend], Tensor], runs: int) -> dict[str, object]:
@@ -63,13 +79,8 @@ def main() -> None:
     missing = native.missing_reason("cpu", "fov_overlap")
     if missing:
         sys.exit(f"nothing to compare: {missing}")
-    target = named_trajectory("pan_right", FRAMES, SIZE)
-    step = 120 / CANDIDATES
-    candidates = [
-        named_trajectory(f"arc:{-60 + step * index}", FRAMES, SIZE) for index in range(CANDIDATES)
-    ]
-    points, planes = sphere_points(target), frustum_planes([target, *candidates])
-    frames = [FRAMES] * (1 + CANDIDATES)
+    target, candidates = _trajectories(CANDIDATES, FRAMES)
+    points, planes, frames = retrieval_inputs(CANDIDATES, FRAMES)
     result = {
         "frames": FRAMES,
         "candidates": CANDIDATES,

@@ -103,6 +103,11 @@ def _save_text(folder: Path, dim: int) -> None:
         UMT5EncoderModel(config).eval().save_pretrained(folder / "text_encoder")
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+
+
 @pytest.fixture(scope="session")
 def make_checkpoint() -> Callable[..., Path]:
     return save_tiny

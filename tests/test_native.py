@@ -39,20 +39,27 @@ def project(tmp_path: Path) -> Path:
     return copy
 
 
-def install(project: Path, kind: str, **environment: str) -> Path:
-    """Build a `wheel` or an `editable` one as pip does, offline; a variable "" is unset."""
-    out = project / "out"
-    code = f"from setuptools import build_meta; build_meta.build_{kind}({str(out)!r})"
-    variables = {**os.environ, "CXX": "", "NVCC": "/nowhere/nvcc", **environment}
+def run_tool(project: Path, *arguments: str, **variables: str) -> str:
+    """What Python prints in the copy; CXX="" is unset, and PATH may be empty."""
+    chosen = {**os.environ, "CXX": "", "NVCC": "/nowhere/nvcc", **variables}
     done = subprocess.run(
-        [sys.executable, "-c", f"import os; os.mkdir({str(out)!r}); {code}"],
+        [sys.executable, *arguments],
         cwd=project,
-        env={name: value for name, value in variables.items() if value or name == "PATH"},
+        env={name: value for name, value in chosen.items() if value or name == "PATH"},
         capture_output=True,
         text=True,
         timeout=300,
     )
-    assert done.returncode == 0, done.stderr
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build_wheel(project: Path, **variables: str) -> Path:
+    """As pip does it, offline."""
+    out = project / "out"
+    out.mkdir()
+    code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"
+    run_tool(project, "-c", code, **variables)
     (wheel,) = out.glob("*.whl")
     return wheel
 
@@ -62,26 +69,35 @@ def test_the_abi_version_is_the_headers() -> None:
     assert re.findall(r"#define MV2V_ABI_VERSION (\d+)", header) == [str(native.ABI_VERSION)]
 
 
-def test_an_editable_install_without_any_tool_succeeds_and_keeps_the_reasons(
-    project: Path,
-) -> None:
+def test_pip_installs_without_any_tool_and_info_says_why_torch_works(project: Path) -> None:
+    ignored = shutil.ignore_patterns("libmv2v_*", "__pycache__", "assets")
+    shutil.copytree(
+        ROOT / "mv2v_engine", project / "mv2v_engine", ignore=ignored, dirs_exist_ok=True
+    )
     stale = project / OPS / "libmv2v_cpu.so"
     stale.write_bytes(b"from an earlier install")
-    install(project, "editable", PATH="")
+    # what this environment has installed stays as it is, and nothing is fetched
+    apart = ["--prefix", str(project / "prefix"), "--ignore-installed", "--no-index"]
+    offline = ["--no-deps", "--no-build-isolation", "--disable-pip-version-check"]
+    run_tool(project, "-m", "pip", "install", *apart, *offline, "-e", ".", PATH="")
     assert not stale.exists()
-    assert native.open_library(stale) == (
-        "libmv2v_cpu.so was not built: no C++ compiler (g++ or clang++) was found on the PATH"
-    )
-    assert native.open_library(project / OPS / "libmv2v_cuda.so") == (
-        "libmv2v_cuda.so was not built: /nowhere/nvcc cannot be run: No such file or directory"
-    )
+    assert list((project / "prefix").rglob("mv2v_engine-*.dist-info"))
+    said = run_tool(project, "-m", "mv2v_engine.run", "info", PATH="", PYTHONPATH=str(project))
+    assert (
+        "cpu: PyTorch is used, libmv2v_cpu.so was not built: "
+        "no C++ compiler (g++ or clang++) was found on the PATH"
+    ) in said
+    assert (
+        "cuda: PyTorch is used, libmv2v_cuda.so was not built: "
+        "/nowhere/nvcc cannot be run: No such file or directory"
+    ) in said
 
 
 def test_a_compiler_that_fails_is_quoted(project: Path) -> None:
     broken = project / "broken"
     broken.write_text("#!/bin/sh\necho out of cheese >&2\nexit 3\n", encoding="utf-8")
     broken.chmod(0o755)
-    with zipfile.ZipFile(install(project, "wheel", CXX=str(broken))) as wheel:
+    with zipfile.ZipFile(build_wheel(project, CXX=str(broken))) as wheel:
         names = set(wheel.namelist())
         reason = wheel.read((OPS / "libmv2v_cpu.skipped").as_posix()).decode()
     assert reason == f"{broken} failed: out of cheese\n"
@@ -90,7 +106,7 @@ def test_a_compiler_that_fails_is_quoted(project: Path) -> None:
 
 @needs_cxx
 def test_a_wheel_holds_the_library_and_the_other_ones_reason(project: Path) -> None:
-    with zipfile.ZipFile(install(project, "wheel", CXX=str(CXX))) as wheel:
+    with zipfile.ZipFile(build_wheel(project, CXX=str(CXX))) as wheel:
         names = {name for name in wheel.namelist() if "libmv2v" in name}
         extracted = wheel.extract((OPS / "libmv2v_cpu.so").as_posix(), project / "unpacked")
     assert names == {(OPS / name).as_posix() for name in ("libmv2v_cpu.so", "libmv2v_cuda.skipped")}

@@ -1,8 +1,9 @@
-"""Triton kernels without a GPU, in two processes of their own.
+"""Triton kernels in processes of their own, two of them without a GPU.
 
 One runs every kernel's body in the interpreter, one compiles the public operations for named GPUs
 and reads the machine code. Triton decides which of the two it is when it is imported, so neither
-can share a process with the other or with the rest of the tests.
+can share a process with the other or with the rest of the tests. The third runs the bodies on a
+GPU, with the launchers where the references stand elsewhere.
 """
 
 from __future__ import annotations
@@ -28,7 +29,17 @@ def run_pytest(*arguments: str, **environment: str) -> int:
     inherited = {k: v for k, v in os.environ.items() if not k.startswith(("PYTEST_", "TRITON_"))}
     inherited["PYTHONPATH"] = os.pathsep.join(sys.path[1:])
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *arguments],
+        [
+            sys.executable,
+            "-m",
+            "pytest",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-m",
+            "not gpu",
+            *arguments,
+        ],
         cwd=ROOT,
         env=inherited | environment,
         capture_output=True,
@@ -42,6 +53,14 @@ def run_pytest(*arguments: str, **environment: str) -> int:
 
 def test_bodies_in_the_interpreter() -> None:
     assert run_pytest("tests/ops", TRITON_INTERPRET="1") > 80
+
+
+@pytest.mark.gpu
+def test_bodies_on_the_gpu() -> None:
+    """Odd sizes, every dtype, strides, offsets beyond 2**31, canaries: all of `tests/ops`."""
+    workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
+    others = "--ignore=tests/ops/test_fov_overlap.py"  # no kernel of Triton's
+    assert run_pytest("tests/ops", others, *workers, MV2V_TEST_LAUNCHERS="cuda") > 80
 
 
 def test_machine_code(tmp_path: Path) -> None:

@@ -1,7 +1,13 @@
-"""The full-size configs run as they are: on fake tensors, with the FLOPs that the plan promises."""
+"""The full-size configs run as they are: on fake tensors, with the FLOPs that the plan promises.
+
+With the reference, torch's own operations are counted. With the kernels' backend each operation is
+one opaque call whose fake is all that there is, as it is to a compiler or a graph on a GPU.
+"""
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mv2v_engine.config import WAN_1_3B, WAN_5B, TransformerConfig
+from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import TokenPlan, editing_plan, novel_view_plan
@@ -20,15 +27,71 @@ def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
     return int(sdpa_flop_count(q, k, v))
 
 
+def _dense_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    """Of shapes [B, L, N, D], where torch's attention has [B, N, L, D]."""
+    return int(sdpa_flop_count(*((b, n, length, d) for b, length, n, d in (q, k, v))))
+
+
+def _responsiveness_flops(
+    q: Any, k: Any, frames: list[int], tokens: list[int], num_heads: int, **kwargs: Any
+) -> int:
+    """One product of every query and every frame's mean."""
+    batch, queries, width = q
+    return int(2 * batch * queries * sum(frames) * width)
+
+
+def _merge_flops(
+    x: Any,
+    rope: Any,
+    kept: Any,
+    merged: Any,
+    weight: Any,
+    bias: Any,
+    grid: list[int],
+    kernel: list[int],
+    **kwargs: Any,
+) -> int:
+    """One product for every merged token, of its window's cells and the weight."""
+    windows = -(-grid[0] // kernel[0]) * -(-grid[1] // kernel[1])
+    return int(2 * merged[0] * merged[1] * windows * math.prod(weight))
+
+
+def _linear_flops(x: Any, weight: Any, bias: Any, **kwargs: Any) -> int:
+    return int(2 * math.prod(x) * weight[0])
+
+
+# torch's own table leaves out the CPU's fused attention, and knows nothing of these operations
+FORMULAS = {
+    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+    torch.ops.mv2v.attention: _dense_flops,
+    torch.ops.mv2v.frame_responsiveness: _responsiveness_flops,
+    torch.ops.mv2v.linear_gelu: _linear_flops,
+    torch.ops.mv2v.token_merge: _merge_flops,
+}
+
+
+@pytest.fixture(autouse=True)
+def no_fake_tables() -> Iterator[None]:
+    """A table made under fake tensors is of no use to anyone else."""
+    dit._rotary_table.cache_clear()
+    yield
+    dit._rotary_table.cache_clear()
+
+
+TEN_MEMORIES = novel_view_plan(memory=10)
+EDITING = editing_plan(WAN_5B, (21, 30, 52), (4, 4, 4, 8))
+
+
 @pytest.mark.parametrize(
-    ("shape", "plan"),
+    ("shape", "plan", "backend"),
     [
-        pytest.param(WAN_1_3B, novel_view_plan(memory=10), id="1.3B-ten-memories"),
-        pytest.param(WAN_5B, editing_plan(WAN_5B, (21, 30, 52), (4, 4, 4, 8)), id="5B-editing"),
+        pytest.param(WAN_1_3B, TEN_MEMORIES, "reference", id="1.3B-ten-memories"),
+        pytest.param(WAN_1_3B, TEN_MEMORIES, "auto", id="1.3B-ten-memories-kernels"),
+        pytest.param(WAN_5B, EDITING, "reference", id="5B-editing"),
     ],
 )
 def test_a_full_size_forward_never_waits_for_data(
-    shape: TransformerConfig, plan: TokenPlan
+    shape: TransformerConfig, plan: TokenPlan, backend: str
 ) -> None:
     """A data-dependent shape or a host read raises under fake tensors."""
     previous = torch.get_default_dtype()
@@ -36,13 +99,12 @@ def test_a_full_size_forward_never_waits_for_data(
     try:
         with FakeTensorMode(), torch.no_grad():
             model = MV2VTransformer(shape)
+            model.set_backend(backend)
             latents = [torch.empty(1, shape.in_channels, *s.grid) for s in plan.segments]
             cameras: Tensor | None = None
             if shape.has_camera:
                 cameras = torch.empty(1, len(plan.segments), plan.target.num_frames, 12)
-            # torch's own table leaves the CPU's fused attention out
-            fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-            with FlopCounterMode(display=False, custom_mapping={fused: _attention_flops}) as count:
+            with FlopCounterMode(display=False, custom_mapping=FORMULAS) as count:
                 velocity = model(
                     latents,
                     torch.empty(1),
@@ -54,3 +116,7 @@ def test_a_full_size_forward_never_waits_for_data(
         torch.set_default_dtype(previous)
     assert tuple(velocity.shape) == (1, shape.out_channels, *plan.target.grid)
     assert count.get_total_flops() == sum(flop_table(plan).values())
+    counted = {str(name) for name in count.get_flop_counts()["Global"]}
+    names = ("attention", "frame_responsiveness", "linear_gelu", "token_merge")
+    ours = {f"mv2v.{name}" for name in names}
+    assert counted & ours == (ours if backend == "auto" else set())

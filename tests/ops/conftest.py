@@ -1,8 +1,9 @@
 """Under TRITON_INTERPRET=1 the Triton launchers stand in the operations' CPU slots.
 
 Every test of `backend="auto"` in this folder is then a test of a kernel's body. Their outputs
-come poisoned with NaN, and inputs and outputs lie between canaries: the interpreter does not
-notice what is read or written outside a tensor.
+come poisoned with NaN, and inputs and outputs lie between canaries: neither the interpreter nor a
+GPU notices what is read or written outside a tensor. Under MV2V_TEST_LAUNCHERS=cuda the same tests
+run the compiled kernels: the launchers get copies on the GPU, laid out alike.
 """
 
 from __future__ import annotations
@@ -20,6 +21,8 @@ from torch import Tensor
 from mv2v_engine.ops.backend import triton_launcher
 
 IS_INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
+IS_ON_GPU = os.environ.get("MV2V_TEST_LAUNCHERS") == "cuda"
+DEVICE = torch.device("cuda" if IS_ON_GPU else "cpu")
 OPS = (
     "adaln",
     "frame_responsiveness",
@@ -29,6 +32,7 @@ OPS = (
     "token_merge",
 )
 GUARD = 512  # bytes on either side, all ones: NaN in every floating dtype, -1 in every integer one
+SPACIOUS = 60 << 30  # bytes of a GPU on which tensors of 2**31 elements have room
 LARGE = 1 << 28  # bytes; the tests of large offsets pass tensors that cannot be copied
 
 
@@ -42,15 +46,19 @@ class Guarded:
         span = 1 + sum((n - 1) * s for n, s in zip(shape, strides, strict=True))
         size = span * dtype.itemsize
         if not all(shape):
-            return torch.ones(tuple(shape), dtype=dtype)
-        buffer = torch.full((size + 2 * GUARD,), 255, dtype=torch.uint8)
+            return torch.ones(tuple(shape), dtype=dtype, device=DEVICE)
+        buffer = torch.full((size + 2 * GUARD,), 255, dtype=torch.uint8, device=DEVICE)
         self.buffers.append((buffer, size))
-        # a storage of its own, so that it starts at offset zero as a fresh tensor does
-        flat = torch.frombuffer(buffer.numpy(), dtype=dtype, count=span, offset=GUARD)
+        flat = buffer[GUARD : GUARD + size].view(dtype)
+        if not IS_ON_GPU:
+            # a storage of its own, so that it starts at offset zero as a fresh tensor does
+            flat = torch.frombuffer(buffer.numpy(), dtype=dtype, count=span, offset=GUARD)
         return flat.as_strided(tuple(shape), tuple(strides))
 
     def copy(self, value: Any) -> Any:
-        if not isinstance(value, Tensor) or value.untyped_storage().nbytes() > LARGE:
+        if not isinstance(value, Tensor):
+            return value
+        if value.untyped_storage().nbytes() > LARGE and not IS_ON_GPU:
             return value
         copy = self.empty(value.shape, value.stride(), value.dtype)
         # an expanded dimension is one element in memory, which may be written once
@@ -64,6 +72,13 @@ class Guarded:
             assert bool((around == 255).all()), "a kernel wrote outside its output"
 
 
+def to_cpu(result: Any) -> Any:
+    """A launcher's tensor, or its tuple of tensors, where the tests expect it."""
+    if isinstance(result, tuple):
+        return tuple(to_cpu(each) for each in result)
+    return result.cpu()
+
+
 def guarded(launch: Callable[..., Any]) -> Callable[..., Any]:
     """The launcher on copies of its inputs between canaries, with poisoned outputs."""
     empty, empty_like = torch.empty, torch.empty_like
@@ -73,7 +88,7 @@ def guarded(launch: Callable[..., Any]) -> Callable[..., Any]:
         copies = [guard.copy(value) for value in args]
 
         def new(shape: Any, *, dtype: torch.dtype, device: torch.device) -> Tensor:
-            assert device.type == "cpu"
+            assert device.type == DEVICE.type
             return guard.empty(shape, empty(shape, device="meta").stride(), dtype)
 
         def new_like(like: Tensor) -> Tensor:
@@ -87,28 +102,34 @@ def guarded(launch: Callable[..., Any]) -> Callable[..., Any]:
         guard.check()
         for value, copy in zip(args, copies, strict=True):
             if isinstance(value, Tensor):
-                assert torch.equal(value, copy), "a kernel wrote into its input"
-        return result
+                assert torch.equal(value, copy.cpu()), "a kernel wrote into its input"
+        return to_cpu(result)
 
     return run
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """References gain nothing from a second run, and to a kernel float16 is another bfloat16."""
-    if IS_INTERPRETED:
+    """References gain nothing from a second run; in the interpreter float16 is like bfloat16."""
+    if IS_INTERPRETED or IS_ON_GPU:
+        told = r"reference" if IS_ON_GPU else r"reference|torch\.float16"
         again = [
             item
             for item in items
-            if re.search(r"[\[-](reference|torch\.float16)[\]-]", item.name)
+            if re.search(rf"[\[-]({told})[\]-]", item.name)
             or item.path.name == "test_attention_backends.py"  # no kernel of ours in it
         ]
         config.hook.pytest_deselected(items=again)
         items[:] = [item for item in items if item not in again]
+    if IS_ON_GPU and torch.cuda.get_device_properties(0).total_memory < SPACIOUS:
+        small = pytest.mark.skip(reason=f"needs a GPU of {SPACIOUS >> 30} GiB")
+        for item in items:
+            if item.path.stem == "test_large_offsets":
+                item.add_marker(small)
 
 
 @pytest.fixture(scope="session", autouse=True)
 def launchers_on_the_cpu() -> Iterator[None]:
-    if not IS_INTERPRETED:
+    if not (IS_INTERPRETED or IS_ON_GPU):
         yield
         return
     library = torch.library.Library("mv2v", "IMPL")

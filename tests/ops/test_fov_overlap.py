@@ -23,7 +23,7 @@ from mv2v_engine.ops.fov_overlap import fov_overlap, visible_points
 
 NOT_BUILT = native.missing_reason("cpu", "fov_overlap")
 needs_library = pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
-on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+NO_CUDA = native.missing_reason("cuda", "fov_overlap")
 
 
 def _random(seed: int, num_points: int, frames: list[int]) -> tuple[Tensor, Tensor]:
@@ -284,7 +284,7 @@ def test_an_explicit_backend_that_cannot_run_says_why(backend: Any) -> None:
 
 
 @pytest.mark.gpu
-@on_a_gpu
+@pytest.mark.skipif(NO_CUDA is not None, reason=str(NO_CUDA))
 def test_cuda_counts_like_the_cpu() -> None:
     for make in (_random, _lattice):
         points, planes = make(9, 70_001, [81, 81, 7])
