@@ -21,7 +21,7 @@ from mv2v_engine.files import replacing, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.dit import TINY_SAMPLING
-from mv2v_engine.training.log import plot_curves, read_curves
+from mv2v_engine.training.log import Curve, plot_curves, read_curves
 
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
@@ -44,18 +44,20 @@ def package(vae: Path, dit: Path, out: Path, name: str) -> None:
     save_checkpoint(out, model, TINY, TINY_SAMPLING, name, torch.float16)
 
 
-def plot_losses(vae_logs: list[Path], dit_log: Path, path: Path) -> None:
-    """Loss against step of both trainings."""
-    transformer = read_curves(dit_log)
+def plot_losses(vae_logs: list[Path], earlier: list[Path], dit_log: Path, path: Path) -> None:
+    """Loss against step of both trainings, every stage from its own step 0."""
     panels = {
         "VAE: squared error and terms": {
             log.parent.name: read_curves(log)["loss"] for log in vae_logs
         },
-        "transformer: flow loss": {
-            name: curve for name, curve in transformer.items() if name.startswith("loss")
-        },
+        **{f"transformer, {log.parent.name}: flow loss": _losses(log) for log in earlier},
+        "transformer: flow loss": _losses(dit_log),
     }
     plot_curves({title: curves for title, curves in panels.items() if curves}, path)
+
+
+def _losses(log: Path) -> dict[str, Curve]:
+    return {name: curve for name, curve in read_curves(log).items() if name.startswith("loss")}
 
 
 def main() -> None:
@@ -65,11 +67,14 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--name", default="tiny-nvs")
     parser.add_argument("--vae-logs", type=Path, nargs="*", default=[])
+    parser.add_argument(
+        "--earlier", type=Path, nargs="*", default=[], help="logs of the transformer's first stages"
+    )
     args = parser.parse_args()
     package(args.vae, args.dit, args.out, args.name)
-    plot_losses(args.vae_logs, args.dit / "log.csv", args.out / "loss.png")
+    plot_losses(args.vae_logs, args.earlier, args.dit / "log.csv", args.out / "loss.png")
     shutil.copyfile(args.dit / "log.csv", args.out / "training_log.csv")
-    for log in args.vae_logs:
+    for log in [*args.vae_logs, *args.earlier]:
         shutil.copyfile(log, args.out / f"{log.parent.name}_training_log.csv")
 
 
