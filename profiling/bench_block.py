@@ -35,7 +35,7 @@ from targets import target
 from torch import Tensor
 
 from mv2v_engine.config import EngineConfig
-from mv2v_engine.models.dit import Block
+from mv2v_engine.models.block import Block
 from mv2v_engine.models.token_merge import Sequence
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
-from mv2v_engine.models.dit import Block
+from mv2v_engine.models.block import Block
 from mv2v_engine.models.token_merge import Sequence
 from mv2v_engine.ops.attention import attention
 

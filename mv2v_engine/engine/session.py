@@ -20,13 +20,14 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Conditioning, Denoised, denoise
 from mv2v_engine.engine.source import Source
 from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.engine.turn import Turn, forward_flops, merge_report
+from mv2v_engine.engine.turn import Turn, merge_report, turn_flops
 from mv2v_engine.errors import CameraError, RequestError
 from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.memory.retrieval import Retrieval, rank_memory
 from mv2v_engine.progress import CancelToken, Event, Spans
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 if TYPE_CHECKING:
@@ -331,7 +332,7 @@ class Session:
         spans: Spans,
     ) -> dict[str, Any]:
         """Everything about a turn as plain data (ARCHITECTURE, contracts)."""
-        flops = forward_flops(plan, [record.step for record in denoised.records])
+        steps = [record.step for record in denoised.records]
         return {
             "turn": len(self.turns) + 1,
             "camera": request.camera.name,
@@ -347,8 +348,8 @@ class Session:
             "plan": plan.describe(),
             "merged_frames": merge_report(plan, denoised.records, retrieval.turns),
             "forwards": denoised.num_forwards,
-            "flops_per_forward": flops,
-            "flops": sum(flops.values()) * denoised.num_forwards,
+            **turn_flops(plan, steps, denoised.num_forwards),
+            "conditioning_bytes": conditioning_bytes(plan, self.engine.dtype.itemsize, steps),
             "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
             "peak_bytes": dict(spans.peak_bytes),
             "cache_bytes": self.engine.cache.bytes_used,

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.tokens.flops import block_flops, conditioning_flops, flop_table
+from mv2v_engine.tokens.flops import flop_table, kept_flop_table
 from mv2v_engine.tokens.layout import MergeStep
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.video.io import write_video
@@ -55,25 +55,26 @@ def segment_names(plan: TokenPlan, memory_turns: Sequence[int]) -> list[str]:
     ]
 
 
-def forward_flops(plan: TokenPlan, steps: Sequence[MergeStep]) -> dict[str, int]:
-    """FLOPs by part of one forward as it ran, with the merges that happened."""
-    table = flop_table(plan, steps)
-    if plan.conditioning == "joint":
-        return table
-    # the table's blocks are a joint forward's, where the conditioning sees the target too
-    for part in ("self_attention", "linear", "cross_attention"):
-        del table[part]
+def turn_flops(
+    plan: TokenPlan, steps: Sequence[MergeStep], num_forwards: int
+) -> dict[str, dict[str, int] | int]:
+    """FLOPs by part of a turn's first forward and of each later one, and of all forwards together.
+
+    With static conditioning the later ones run the target alone. steps: the merges that happened.
+    """
+    first = flop_table(plan, steps)
+    later = kept_flop_table(plan, steps) if plan.conditioning == "static" else first
     return {
-        "target_blocks": block_flops(plan, steps),
-        "conditioning_blocks": conditioning_flops(plan, steps),
-        **table,
+        "flops_first_forward": first,
+        "flops_per_forward": later,
+        "flops": sum(first.values()) + (num_forwards - 1) * sum(later.values()),
     }
 
 
 def merge_report(
     plan: TokenPlan, records: Sequence[MergeRecord], memory_turns: Sequence[int]
 ) -> list[dict[str, Any]]:
-    """Which latent frames each merging block fused in the last step, by video."""
+    """Which latent frames each merging block fused, by video: in the last step, or for good."""
     names, table = segment_names(plan, memory_turns), plan.frame_table
     rows = []
     for record in records:

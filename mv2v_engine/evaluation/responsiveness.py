@@ -14,7 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.models.dit import Block, MV2VTransformer
+from mv2v_engine.models.block import Block
+from mv2v_engine.models.dit import MV2VTransformer
 
 
 @contextmanager

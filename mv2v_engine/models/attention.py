@@ -59,7 +59,7 @@ class SelfAttention(_Projections):
         return self._norm(self.to_q(hidden_BLC), self.norm_q.weight, rope_BLD)
 
     def keys_values(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, L, N, D]: what static conditioning would keep across steps."""
+        """k, v [B, L, N, D]: what static conditioning keeps across steps."""
         keys = self._norm(self.to_k(hidden_BLC), self.norm_k.weight, rope_BLD)
         return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
 

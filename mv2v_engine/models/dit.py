@@ -4,7 +4,7 @@ Target, source and memory tokens are one sequence; every video has its own token
 ids and cameras; at the merging blocks the conditioning frames that the target ignores are fused
 before attention. A plan with a target alone is Wan's own model, parameter for parameter.
 
-B batch, L tokens, S text tokens, C width, N heads, D head dim, F frames.
+B batch, L tokens, S text tokens, C width, F H W latent grid.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mv2v_engine.config import HeadMode, TransformerConfig
-from mv2v_engine.models.attention import CrossAttention, SelfAttention
-from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector, frame_cameras
-from mv2v_engine.models.feed_forward import FeedForward
-from mv2v_engine.models.modulation import ConditionEmbedder, Modulation, split_modulation
+from mv2v_engine.models.block import Block
+from mv2v_engine.models.camera_encoder import frame_cameras
+from mv2v_engine.models.modulation import ConditionEmbedder
 from mv2v_engine.models.rope import rotary_table
+from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import (
     Merger,
     MergeRecord,
@@ -34,144 +34,9 @@ from mv2v_engine.models.token_merge import (
 )
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
-from mv2v_engine.ops.gated_residual import gated_residual
-from mv2v_engine.ops.residual_norm import residual_norm
+from mv2v_engine.tokens.layout import Layout
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
-
-
-class Block(nn.Module):
-    """One Wan block: self-attention with cameras, cross-attention, feed-forward."""
-
-    def __init__(self, config: TransformerConfig) -> None:
-        super().__init__()
-        dim, heads, self.eps = config.dim, config.num_attention_heads, config.eps
-        self.attn1 = SelfAttention(dim, heads, config.eps)
-        self.attn2 = CrossAttention(dim, heads, config.eps)
-        self.norm2 = nn.LayerNorm(dim, eps=config.eps)
-        self.ffn = FeedForward(dim, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
-        self.cam_encoder = camera_encoder(dim) if config.has_camera else None
-        self.projector = camera_projector(dim) if config.has_camera else None
-        self.backend = "reference"
-
-    def forward(
-        self,
-        sequence: Sequence,
-        temb_B6C: Tensor,
-        context_BSC: Tensor,
-        cameras_BFP: Tensor | None,
-    ) -> Tensor:
-        """New tokens [B, L, C]; every token sees every token."""
-        x, rope = sequence.x, sequence.rope
-        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
-
-        # 1. self-attention
-        hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
-        attended = self.attn1.attend(
-            self.attn1.queries(hidden, rope), *self.attn1.keys_values(hidden, rope)
-        )
-        x, hidden = self._add_norm2(x, self._project(attended), modulation)
-
-        # 2. cross-attention
-        x, hidden = self._add_adaln(x, self.attn2(hidden, context_BSC), ffn_modulation)
-
-        # 3. feed-forward
-        return gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
-
-    def forward_static(
-        self,
-        sequence: Sequence,
-        temb_B6C: Tensor,
-        static_temb_B6C: Tensor,
-        context_BSC: Tensor,
-        cameras_BFP: Tensor | None,
-    ) -> Tensor:
-        """As `forward`, with conditioning that sees only itself, at t = 0 and without text.
-
-        (METHOD 13.) Target queries see everything.
-        """
-        split = sequence.layout.target_length
-        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
-        still, ffn_still = split_modulation(self.scale_shift_table, static_temb_B6C)
-        frames = sequence.token_frames()
-        x_t, x_c = sequence.x[:, :split], sequence.x[:, split:]
-        rope_t, rope_c = sequence.rope[:, :split], sequence.rope[:, split:]
-
-        # 1. self-attention: the conditioning's keys and values do not depend on the target
-        h_t = self._modulate(x_t, temb_B6C, cameras_BFP, frames[:, :split])
-        h_c = self._modulate(x_c, static_temb_B6C, cameras_BFP, frames[:, split:])
-        keys_c, values_c = self.attn1.keys_values(h_c, rope_c)
-        keys_t, values_t = self.attn1.keys_values(h_t, rope_t)
-        attended_t = self.attn1.attend(
-            self.attn1.queries(h_t, rope_t),
-            torch.cat([keys_t, keys_c], 1),
-            torch.cat([values_t, values_c], 1),
-        )
-        attended_c = self.attn1.attend(self.attn1.queries(h_c, rope_c), keys_c, values_c)
-        x_t, h_t = self._add_norm2(x_t, self._project(attended_t), modulation)
-        x_c, h_c = self._add_adaln(x_c, self._project(attended_c), ffn_still, gate=still.gate)
-
-        # 2. cross-attention, the target alone
-        x_t, h_t = self._add_adaln(x_t, self.attn2(h_t, context_BSC), ffn_modulation)
-
-        # 3. feed-forward
-        x_t = gated_residual(x_t, self.ffn(h_t), ffn_modulation.gate, backend=self.backend)
-        x_c = gated_residual(x_c, self.ffn(h_c), ffn_still.gate, backend=self.backend)
-        return torch.cat([x_t, x_c], 1)
-
-    def attention_input(
-        self, sequence: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
-    ) -> Tensor:
-        """The modulated tokens, with their cameras, from which q, k and v are made."""
-        frames = None if cameras_BFP is None else sequence.token_frames()
-        return self._modulate(sequence.x, temb_B6C, cameras_BFP, frames)
-
-    def _modulate(
-        self, x: Tensor, temb_B6C: Tensor, cameras_BFP: Tensor | None, frames: Tensor | None
-    ) -> Tensor:
-        modulation, _ = split_modulation(self.scale_shift_table, temb_B6C)
-        camera = None
-        if self.cam_encoder is not None and cameras_BFP is not None:
-            camera = self.cam_encoder(cameras_BFP.to(self.cam_encoder.weight.dtype))
-        return adaln(
-            x,
-            modulation.scale,
-            modulation.shift,
-            camera=camera,
-            frame=None if camera is None else frames,
-            eps=self.eps,
-            backend=self.backend,
-        )
-
-    def _project(self, attended: Tensor) -> Tensor:
-        return attended if self.projector is None else self.projector(attended)
-
-    def _add_norm2(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
-        """The gated sum, and what cross-attention is given."""
-        return residual_norm(
-            x,
-            y,
-            gate=modulation.gate,
-            weight=self.norm2.weight,
-            shift=self.norm2.bias,
-            eps=self.eps,
-            backend=self.backend,
-        )
-
-    def _add_adaln(
-        self, x: Tensor, y: Tensor, modulation: Modulation, *, gate: Tensor | None = None
-    ) -> tuple[Tensor, Tensor]:
-        """The sum, and what the feed-forward is given."""
-        return residual_norm(
-            x,
-            y,
-            gate=gate,
-            scale=modulation.scale,
-            shift=modulation.shift,
-            eps=self.eps,
-            backend=self.backend,
-        )
 
 
 class MV2VTransformer(nn.Module):
@@ -228,6 +93,7 @@ class MV2VTransformer(nn.Module):
         plan: TokenPlan,
         cameras: Tensor | None = None,
         records: list[MergeRecord] | None = None,
+        keep: ConditioningCache | None = None,
     ) -> Tensor:
         """Velocity of the target latents [B, C_out, F, H, W].
 
@@ -238,10 +104,13 @@ class MV2VTransformer(nn.Module):
             cameras: tracks [B, V, F, 12], row-major [R|t] relative to the source's first frame;
                 None for a model without cameras.
             records: receives what every merge did.
+            keep: receives what `forward_target` needs, with static conditioning.
         """
         self._check(latents, plan, cameras)
-        sequence = self._embed(latents, plan)
         rows = None if cameras is None else frame_cameras(plan, cameras)
+        if keep is not None:
+            keep.start(plan, rows)
+        sequence = self._embed(latents, plan)
         temb, temb_6 = self.condition_embedder.time(timestep)
         static_temb = None
         if plan.conditioning == "static":
@@ -257,9 +126,43 @@ class MV2VTransformer(nn.Module):
             if static_temb is None:
                 x = self._run(block, sequence, temb_6, context, rows)
             else:
-                x = self._run(block.forward_static, sequence, temb_6, static_temb, context, rows)
+                x = self._run(
+                    block.forward_static, sequence, temb_6, static_temb, context, rows, keep
+                )
             sequence = replace(sequence, x=x)
         return self._head(sequence.x[:, : plan.target.length], temb, plan)
+
+    def forward_target(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        kept: ConditioningCache,
+    ) -> Tensor:
+        """`forward` for other target latents, timestep and text: conditioning as it was kept.
+
+        Args:
+            latents: the target's [B, C_in, F, H, W]; the rest as in `forward`.
+
+        Raises:
+            ValueError: no forward has filled the cache.
+        """
+        plan = kept.plan
+        if not kept.is_filled:
+            raise ValueError(
+                f"the cache holds {len(kept.blocks)} of {len(self.blocks)} blocks; fill it with "
+                "forward(..., keep=cache) first"
+            )
+        self._check_latents([latents], plan)
+        target = self._embed([latents], plan)
+        temb, temb_6 = self.condition_embedder.time(timestep)
+        context = self.condition_embedder.text(encoder_hidden_states)
+        for block, keys_values in zip(self.blocks, kept.blocks, strict=True):
+            assert isinstance(block, Block)
+            x = block.forward_target(target, temb_6, context, kept.cameras, keys_values)
+            target = replace(target, x=x)
+        return self._head(target.x, temb, plan)
 
     def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -273,13 +176,7 @@ class MV2VTransformer(nn.Module):
     def _check(self, latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | None) -> None:
         if len(latents) != len(plan.segments):
             raise ValueError(f"the plan has {len(plan.segments)} segments, got {len(latents)}")
-        for latent, segment in zip(latents, plan.segments, strict=True):
-            expected = (self.config.in_channels, *segment.grid)
-            if tuple(latent.shape[1:]) != expected:
-                raise ValueError(
-                    f"{segment.role} latents must have shape [B, {', '.join(map(str, expected))}], "
-                    f"got {list(latent.shape)}"
-                )
+        self._check_latents(latents, plan)
         if plan.scope == "joint" and len(latents[0]) > 1:
             raise ValueError(
                 f'scope="joint" merges other counts in every sample, got a batch of '
@@ -291,15 +188,25 @@ class MV2VTransformer(nn.Module):
                 f"camera_conditioning is {self.config.camera_conditioning!r}"
             )
 
+    def _check_latents(self, latents: Series[Tensor], plan: TokenPlan) -> None:
+        for latent, segment in zip(latents, plan.segments, strict=False):
+            expected = (self.config.in_channels, *segment.grid)
+            if tuple(latent.shape[1:]) != expected:
+                raise ValueError(
+                    f"{segment.role} latents must have shape [B, {', '.join(map(str, expected))}], "
+                    f"got {list(latent.shape)}"
+                )
+
     def _embed(self, latents: Series[Tensor], plan: TokenPlan) -> Sequence:
-        """Tokenize every segment, the target with the base model's own patch embedding."""
+        """Tokenize the plan's first segments, the target with the base model's patch embedding."""
         target = self.patch_embedding(latents[0].to(self.patch_embedding.weight.dtype))
         parts = [target.flatten(2).transpose(1, 2)]
-        for latent, segment in zip(latents[1:], plan.segments[1:], strict=True):
+        for latent, segment in zip(latents[1:], plan.segments[1:], strict=False):
             parts.append(self.tokenizers[str(segment.tokenizer)](latent))
-        x = torch.cat(parts, dim=1)
-        frames = torch.arange(len(plan.frame_table), device=x.device).expand(len(x), -1)
-        return Sequence(x, _rotary_table(plan, x.device)[None], frames, plan.layout)
+        x, layout = torch.cat(parts, dim=1), Layout(plan.layout.runs[: len(latents)])
+        frames = torch.arange(layout.num_frames, device=x.device).expand(len(x), -1)
+        rope = _rotary_table(plan, x.device)[None, : layout.length]
+        return Sequence(x, rope, frames, layout)
 
     def _merge(
         self,
@@ -354,13 +261,18 @@ class MV2VTransformer(nn.Module):
         The other arguments are what the block itself is given.
         """
         split, runs = sequence.layout.target_length, sequence.layout.runs[1:]
-        hidden = block.attention_input(sequence, temb_6, rows)
-        conditioning = hidden[:, split:]
-        if static_temb is not None:
-            conditioning = block.attention_input(sequence, static_temb, rows)[:, split:]
+        if static_temb is None:
+            hidden = block.attention_input(sequence, temb_6, rows)
+            target, conditioning = hidden[:, :split], hidden[:, split:]
+        else:
+            halves, modulations = sequence.halves(), (temb_6, static_temb)
+            target, conditioning = (
+                block.attention_input(half, temb, rows)
+                for half, temb in zip(halves, modulations, strict=True)
+            )
         heads = self.config.num_attention_heads if self.responsiveness_heads == "mean" else 1
         return frame_responsiveness(
-            block.attn1.plain_queries(hidden[:, :split]),
+            block.attn1.plain_queries(target),
             block.attn1.plain_keys(conditioning),
             frames=[run.num_frames for run in runs],
             tokens=[run.tokens_per_frame for run in runs],

@@ -33,6 +33,16 @@ class Sequence:
         """Frame-table index [B, L] of every token."""
         return self.frames[:, token_slots(self.layout, self.frames.device)]
 
+    def halves(self) -> tuple[Sequence, Sequence]:
+        """The target alone, and the conditioning alone; both count the plan's frames as before."""
+        length, runs = self.layout.target_length, self.layout.runs
+        count = runs[0].num_frames
+        x, rope, frames = self.x, self.rope, self.frames
+        return (
+            Sequence(x[:, :length], rope[:, :length], frames[:, :count], Layout(runs[:1])),
+            Sequence(x[:, length:], rope[:, length:], frames[:, count:], Layout(runs[1:])),
+        )
+
 
 @dataclass(frozen=True, eq=False)
 class MergeRecord:
@@ -50,6 +60,8 @@ def token_slots(layout: Layout, device: torch.device) -> Tensor:
 
     Made on the device from Python numbers: a copy from the host would wait for it.
     """
+    if not layout.runs:
+        return torch.empty(0, dtype=torch.int64, device=device)
     starts = _run_starts(layout)
     numbers = [
         torch.arange(start, start + run.num_frames, device=device)[:, None]

@@ -13,42 +13,53 @@ from typing import TYPE_CHECKING
 from mv2v_engine.tokens.layout import MergeStep
 
 if TYPE_CHECKING:
-    from mv2v_engine.tokens.plan import TokenPlan
+    from mv2v_engine.tokens.plan import Segment, TokenPlan
 
 _BLOCK_PARTS = ("self_attention", "linear", "cross_attention")
 
 
 def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dict[str, int]:
-    """FLOPs by part of one joint forward, matrix products and convolutions all counted.
+    """FLOPs by part of one whole forward, matrix products and convolutions all counted.
 
+    With static conditioning the blocks' parts are the target's and the conditioning's.
     steps: the merges that happened, where the plan cannot know them (scope "joint").
     """
-    shape = plan.shape
+    shape, width = plan.shape, plan.shape.dim
     steps = plan.merge_steps if steps is None else steps
-    lengths = plan.lengths_by_block(steps)
-    text, width = shape.text_len, shape.dim
-    frames = len(plan.frame_table)
-    table = _block_parts(plan, lengths, lengths)
-    table["tokenize"] = (
-        2
-        * width
-        * shape.in_channels
-        * sum(segment.length * segment.tokenizer**2 for segment in plan.segments)
-    )
-    table["camera"] = 2 * shape.num_layers * frames * 12 * width if shape.has_camera else 0
-    table["embedding"] = 2 * (shape.freq_dim * width + width**2 + 6 * width**2) + 2 * text * (
-        shape.text_dim * width + width**2
-    )
+    is_static = plan.conditioning == "static"
+    if is_static:
+        table = {
+            "target_blocks": block_flops(plan, steps),
+            "conditioning_blocks": conditioning_flops(plan, steps),
+        }
+    else:
+        lengths = plan.lengths_by_block(steps)
+        table = _block_parts(plan, lengths, lengths)
+    table["tokenize"] = _tokenize_flops(plan, plan.segments)
+    # a merging block adds its camera rows once more, for the keys that choose the frames; the
+    # halves of a static forward each encode all rows
+    blocks = (shape.num_layers + len(steps)) * (1 + is_static)
+    table["camera"] = _camera_flops(plan, blocks, len(plan.frame_table))
+    table["embedding"] = _embedding_flops(plan, timesteps=1 + is_static)
     table["head"] = 2 * plan.target.length * width * shape.out_channels * 4
     table["merge"] = sum(_merge_flops(plan, step) for step in steps)
-    # a merging block adds its camera rows once more, for the keys that choose the frames
-    if shape.has_camera:
-        table["camera"] += 2 * len(steps) * frames * 12 * width
     return table
 
 
+def kept_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dict[str, int]:
+    """FLOPs by part of one forward of the target over conditioning K/V kept by another."""
+    shape = plan.shape
+    return {
+        "target_blocks": block_flops(plan, steps),
+        "tokenize": _tokenize_flops(plan, plan.segments[:1]),
+        "camera": _camera_flops(plan, shape.num_layers, plan.target.num_frames),
+        "embedding": _embedding_flops(plan, timesteps=1),
+        "head": 2 * plan.target.length * shape.dim * shape.out_channels * 4,
+    }
+
+
 def block_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> int:
-    """The blocks' FLOPs of one forward as METHOD 16 counts them."""
+    """The blocks' FLOPs of one forward as METHOD 16 counts them; static: over kept K/V."""
     lengths = plan.lengths_by_block(steps)
     queries = lengths
     if plan.conditioning == "static":
@@ -70,6 +81,16 @@ def conditioning_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None
     return total
 
 
+def conditioning_bytes(
+    plan: TokenPlan, element_bytes: int, steps: Sequence[MergeStep] | None = None
+) -> int:
+    """What static conditioning keeps for a turn: every block's K and V of conditioning tokens."""
+    if plan.conditioning == "joint":
+        return 0
+    tokens = sum(length - plan.target.length for length in plan.lengths_by_block(steps))
+    return 2 * tokens * plan.shape.dim * element_bytes
+
+
 def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -> dict[str, int]:
     shape, width, text = plan.shape, plan.shape.dim, plan.shape.text_len
     per_token = (6 + shape.has_camera) * width**2 + 2 * width * shape.ffn_dim
@@ -79,6 +100,22 @@ def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -
         parts["linear"] += 2 * num_queries * per_token
         parts["cross_attention"] += 4 * num_queries * text * width + 4 * text * width**2
     return parts
+
+
+def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
+    cells = sum(segment.length * segment.tokenizer**2 for segment in segments)
+    return 2 * plan.shape.dim * plan.shape.in_channels * cells
+
+
+def _camera_flops(plan: TokenPlan, blocks: int, frames: int) -> int:
+    """Camera rows of so many frames, encoded by so many blocks."""
+    return 2 * blocks * frames * 12 * plan.shape.dim if plan.shape.has_camera else 0
+
+
+def _embedding_flops(plan: TokenPlan, timesteps: int) -> int:
+    shape, width = plan.shape, plan.shape.dim
+    time = shape.freq_dim * width + width**2 + 6 * width**2
+    return 2 * timesteps * time + 2 * shape.text_len * (shape.text_dim * width + width**2)
 
 
 def _merge_flops(plan: TokenPlan, step: MergeStep) -> int:

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.models.dit import Block, MV2VTransformer
+from mv2v_engine.models.block import Block
+from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
 

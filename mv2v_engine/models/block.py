@@ -1,0 +1,171 @@
+"""A transformer block: Wan's, with the camera, and its static form (METHOD 5 and 13).
+
+B batch, L tokens, S text tokens, C width, F frames of the plan, P numbers of a camera.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.config import TransformerConfig
+from mv2v_engine.models.attention import CrossAttention, SelfAttention
+from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
+from mv2v_engine.models.feed_forward import FeedForward
+from mv2v_engine.models.modulation import Modulation, split_modulation
+from mv2v_engine.models.static_cache import ConditioningCache, KeysValues
+from mv2v_engine.models.token_merge import Sequence
+from mv2v_engine.ops.adaln import adaln
+from mv2v_engine.ops.gated_residual import gated_residual
+from mv2v_engine.ops.residual_norm import residual_norm
+
+
+class Block(nn.Module):
+    """One Wan block: self-attention with cameras, cross-attention, feed-forward."""
+
+    def __init__(self, config: TransformerConfig) -> None:
+        super().__init__()
+        dim, heads, self.eps = config.dim, config.num_attention_heads, config.eps
+        self.attn1 = SelfAttention(dim, heads, config.eps)
+        self.attn2 = CrossAttention(dim, heads, config.eps)
+        self.norm2 = nn.LayerNorm(dim, eps=config.eps)
+        self.ffn = FeedForward(dim, config.ffn_dim)
+        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.cam_encoder = camera_encoder(dim) if config.has_camera else None
+        self.projector = camera_projector(dim) if config.has_camera else None
+        self.backend = "reference"
+
+    def forward(
+        self,
+        sequence: Sequence,
+        temb_B6C: Tensor,
+        context_BSC: Tensor,
+        cameras_BFP: Tensor | None,
+    ) -> Tensor:
+        """New tokens [B, L, C]; every token sees every token."""
+        x, rope = sequence.x, sequence.rope
+        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
+
+        # 1. self-attention
+        hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
+        attended = self.attn1.attend(
+            self.attn1.queries(hidden, rope), *self.attn1.keys_values(hidden, rope)
+        )
+        x, hidden = self._add_norm2(x, self._project(attended), modulation)
+
+        # 2. cross-attention
+        x, hidden = self._add_adaln(x, self.attn2(hidden, context_BSC), ffn_modulation)
+
+        # 3. feed-forward
+        return gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
+
+    def forward_static(
+        self,
+        sequence: Sequence,
+        temb_B6C: Tensor,
+        static_temb_B6C: Tensor,
+        context_BSC: Tensor,
+        cameras_BFP: Tensor | None,
+        keep: ConditioningCache | None = None,
+    ) -> Tensor:
+        """As `forward`, with conditioning that sees only itself, at t = 0 and without text.
+
+        (METHOD 13.) Target queries see everything. keep: receives the conditioning's K and V.
+        """
+        target, conditioning = sequence.halves()
+        x_c, keys_values = self._forward_conditioning(conditioning, static_temb_B6C, cameras_BFP)
+        if keep is not None:
+            keep.append(keys_values)
+        x_t = self.forward_target(target, temb_B6C, context_BSC, cameras_BFP, keys_values)
+        return torch.cat([x_t, x_c], 1)
+
+    def forward_target(
+        self,
+        target: Sequence,
+        temb_B6C: Tensor,
+        context_BSC: Tensor,
+        cameras_BFP: Tensor | None,
+        keys_values: KeysValues,
+    ) -> Tensor:
+        """New target tokens, which see themselves and the conditioning's K and V of this block."""
+        x, rope = target.x, target.rope
+        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
+
+        # 1. self-attention
+        hidden = self.attention_input(target, temb_B6C, cameras_BFP)
+        keys, values = self.attn1.keys_values(hidden, rope)
+        attended = self.attn1.attend(
+            self.attn1.queries(hidden, rope),
+            torch.cat([keys, keys_values[0]], 1),
+            torch.cat([values, keys_values[1]], 1),
+        )
+        x, hidden = self._add_norm2(x, self._project(attended), modulation)
+
+        # 2. cross-attention
+        x, hidden = self._add_adaln(x, self.attn2(hidden, context_BSC), ffn_modulation)
+
+        # 3. feed-forward
+        return gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
+
+    def _forward_conditioning(
+        self, conditioning: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
+    ) -> tuple[Tensor, KeysValues]:
+        """New conditioning tokens, and the K and V that they had: neither knows of the target."""
+        x, rope = conditioning.x, conditioning.rope
+        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
+        hidden = self.attention_input(conditioning, temb_B6C, cameras_BFP)
+        keys, values = self.attn1.keys_values(hidden, rope)
+        attended = self.attn1.attend(self.attn1.queries(hidden, rope), keys, values)
+        x, hidden = self._add_adaln(
+            x, self._project(attended), ffn_modulation, gate=modulation.gate
+        )
+        x = gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
+        return x, (keys, values)
+
+    def attention_input(
+        self, sequence: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
+    ) -> Tensor:
+        """The modulated tokens, with their cameras, from which q, k and v are made."""
+        modulation, _ = split_modulation(self.scale_shift_table, temb_B6C)
+        camera = frames = None
+        if self.cam_encoder is not None and cameras_BFP is not None:
+            camera = self.cam_encoder(cameras_BFP.to(self.cam_encoder.weight.dtype))
+            frames = sequence.token_frames()
+        return adaln(
+            sequence.x,
+            modulation.scale,
+            modulation.shift,
+            camera=camera,
+            frame=frames,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+    def _project(self, attended: Tensor) -> Tensor:
+        return attended if self.projector is None else self.projector(attended)
+
+    def _add_norm2(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+        """The gated sum, and what cross-attention is given."""
+        return residual_norm(
+            x,
+            y,
+            gate=modulation.gate,
+            weight=self.norm2.weight,
+            shift=self.norm2.bias,
+            eps=self.eps,
+            backend=self.backend,
+        )
+
+    def _add_adaln(
+        self, x: Tensor, y: Tensor, modulation: Modulation, *, gate: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """The sum, and what the feed-forward is given."""
+        return residual_norm(
+            x,
+            y,
+            gate=gate,
+            scale=modulation.scale,
+            shift=modulation.shift,
+            eps=self.eps,
+            backend=self.backend,
+        )
