@@ -212,7 +212,7 @@ def test_every_plan_runs(
     report = session.render("pan_left", num_inference_steps=2).report
     assert json.loads(json.dumps(report)) == report
     assert bool(report["merged_frames"]) == (merge != "off")
-    assert ("conditioning_blocks" in report["flops_per_forward"]) == (conditioning == "static")
+    assert ("conditioning_blocks" in report["flops_first_forward"]) == (conditioning == "static")
 
 
 def test_static_conditioning_costs_less(tiny_checkpoint: Path, source_frames: Tensor) -> None:

@@ -11,9 +11,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine.config import MergerConfig, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.testing import randomise, tiny_config
-from mv2v_engine.tokens.flops import block_flops, conditioning_flops, flop_table
+from mv2v_engine.tokens.flops import block_flops, conditioning_flops, flop_table, kept_flop_table
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 GRID = (3, 12, 20)
@@ -25,7 +26,10 @@ def _sdpa(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> 
     return 4 * int(batch * heads * queries * dim * k[2])
 
 
-def _counted(plan: TokenPlan, config: TransformerConfig) -> tuple[int, list[MergeRecord]]:
+def _counted(
+    plan: TokenPlan, config: TransformerConfig, keep: ConditioningCache | None = None
+) -> tuple[int, list[MergeRecord]]:
+    """FLOPs of a whole forward and its merges; of the target alone where `keep` is filled."""
     torch.manual_seed(0)
     model = MV2VTransformer(config)
     randomise(model)
@@ -35,7 +39,11 @@ def _counted(plan: TokenPlan, config: TransformerConfig) -> tuple[int, list[Merg
     text = torch.randn(1, config.text_len, config.text_dim)
     mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
     with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
-        model(latents, torch.tensor([500.0]), text, plan=plan, cameras=cameras, records=records)
+        timestep = torch.tensor([500.0])
+        if keep is not None and keep.is_filled:
+            model.forward_target(latents[0], timestep, text, kept=keep)
+        else:
+            model(latents, timestep, text, plan=plan, cameras=cameras, records=records, keep=keep)
     return int(counter.get_total_flops()), records
 
 
@@ -92,16 +100,32 @@ def test_joint_scope_is_counted_from_what_happened() -> None:
     assert sum(flop_table(plan, [record.step for record in records]).values()) == counted
 
 
-def test_static_steps_and_conditioning_add_up() -> None:
-    config = tiny_config()
-    plan = turn_plan(config, GRID, (4, 8), merge="off", conditioning="static")
-    counted, _ = _counted(plan, config)
-    joint = flop_table(plan)
-    # a full static forward embeds two timesteps, and its halves encode the cameras separately
-    time = 2 * (config.freq_dim * config.dim + 7 * config.dim**2)
-    rest = joint["tokenize"] + joint["embedding"] + time + 2 * joint["camera"] + joint["head"]
-    assert block_flops(plan) + conditioning_flops(plan) + rest == counted
-    assert conditioning_flops(replace(plan, conditioning="joint")) == 0
+STATIC: dict[str, tuple[Any, dict[str, Any]]] = {
+    "off": ("own", {"merge": "off"}),
+    "conv": ("own", {"fraction": 0.5}),
+    "discard": ("none", {"merge": "discard", "fraction": 0.7}),
+    "joint scope": ("own", {"fraction": 0.5, "scope": "joint"}),
+    "target alone": ("own", {"tokenizers": (), "source": False}),
+}
+
+
+@pytest.mark.parametrize("name", STATIC)
+def test_static_forwards_cost_what_the_plan_says(name: str) -> None:
+    camera, arguments = STATIC[name]
+    config = tiny_config(camera_conditioning=camera)
+    fields = {"tokenizers": (4, 8), "conditioning": "static"} | arguments
+    plan = turn_plan(config, GRID, **fields)
+    cache = ConditioningCache(plan)
+    whole, records = _counted(plan, config, cache)
+    steps = [record.step for record in records]
+    assert sum(flop_table(plan, steps).values()) == whole
+    later, none = _counted(plan, config, cache)
+    assert none == []
+    table = kept_flop_table(plan, steps)
+    assert sum(table.values()) == later < whole
+    # one count serves the turn's report and the cost against memory (METHOD 16)
+    assert table["target_blocks"] == plan.flops(steps) == block_flops(plan, steps)
+    assert conditioning_flops(replace(plan, conditioning="joint"), steps) == 0
 
 
 def test_the_blocks_are_the_tables_blocks() -> None:
