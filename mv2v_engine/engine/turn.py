@@ -55,9 +55,7 @@ def segment_names(plan: TokenPlan, memory_turns: Sequence[int]) -> list[str]:
     ]
 
 
-def turn_flops(
-    plan: TokenPlan, steps: Sequence[MergeStep], num_forwards: int
-) -> dict[str, dict[str, int] | int]:
+def turn_flops(plan: TokenPlan, steps: Sequence[MergeStep], num_forwards: int) -> dict[str, Any]:
     """FLOPs by part of a turn's first forward and of each later one, and of all forwards together.
 
     With static conditioning the later ones run the target alone. steps: the merges that happened.

@@ -10,6 +10,7 @@ from typing import Any
 
 import bench_block
 import bench_ops
+import bench_static
 import bench_turn
 import pytest
 import torch
@@ -108,6 +109,16 @@ def test_forwards_of_a_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None
         bench_turn.measure_forwards(checkpoint, Timer(CPU, seconds=0.0), report, tiny=True)
     assert [row["implementation"] for row in rows(tmp_path / "turn.jsonl")] == ["reference"] * 3
     assert all(row["ms"] > 0 and row["tflop_per_s"] > 0 for row in report.rows)
+
+
+def test_static_turns_against_a_joint_one(tiny_checkpoint: Path) -> None:
+    found = bench_static.compare(load_checkpoint(tiny_checkpoint), steps=3, rounds=2, memory=2)
+    kinds = [("joint", 0), ("static", 0), ("static", 2), ("joint", 2)]
+    assert [(row["conditioning"], row["memory"]) for row in found] == kinds * 2
+    for joint, alone, static, full in (found[:4], found[4:]):
+        assert joint["flop_ratio"] == joint["time_ratio"] == 1 > alone["flop_ratio"]
+        assert static["gflop"] < full["gflop"] and static["kept_mib"] > 0 == full["kept_mib"]
+        assert len(static["time_ratios"]) == 2 and static["seconds"] > 0
 
 
 def test_full_size_shapes_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
