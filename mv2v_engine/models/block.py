@@ -41,16 +41,18 @@ class Block(nn.Module):
         temb_B6C: Tensor,
         context_BSC: Tensor,
         cameras_BFP: Tensor | None,
+        kept: KeysValues | None = None,
     ) -> Tensor:
-        """New tokens [B, L, C]; every token sees every token."""
+        """New tokens [B, L, C]; every token sees every token, and those whose K and V are kept."""
         x, rope = sequence.x, sequence.rope
         modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
 
         # 1. self-attention
         hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
-        attended = self.attn1.attend(
-            self.attn1.queries(hidden, rope), *self.attn1.keys_values(hidden, rope)
-        )
+        keys, values = self.attn1.keys_values(hidden, rope)
+        if kept is not None:
+            keys, values = torch.cat([keys, kept[0]], 1), torch.cat([values, kept[1]], 1)
+        attended = self.attn1.attend(self.attn1.queries(hidden, rope), keys, values)
         x, hidden = self._add_norm2(x, self._project(attended), modulation)
 
         # 2. cross-attention
@@ -76,36 +78,8 @@ class Block(nn.Module):
         x_c, keys_values = self._forward_conditioning(conditioning, static_temb_B6C, cameras_BFP)
         if keep is not None:
             keep.append(keys_values)
-        x_t = self.forward_target(target, temb_B6C, context_BSC, cameras_BFP, keys_values)
+        x_t = self.forward(target, temb_B6C, context_BSC, cameras_BFP, keys_values)
         return torch.cat([x_t, x_c], 1)
-
-    def forward_target(
-        self,
-        target: Sequence,
-        temb_B6C: Tensor,
-        context_BSC: Tensor,
-        cameras_BFP: Tensor | None,
-        keys_values: KeysValues,
-    ) -> Tensor:
-        """New target tokens, which see themselves and the conditioning's K and V of this block."""
-        x, rope = target.x, target.rope
-        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
-
-        # 1. self-attention
-        hidden = self.attention_input(target, temb_B6C, cameras_BFP)
-        keys, values = self.attn1.keys_values(hidden, rope)
-        attended = self.attn1.attend(
-            self.attn1.queries(hidden, rope),
-            torch.cat([keys, keys_values[0]], 1),
-            torch.cat([values, keys_values[1]], 1),
-        )
-        x, hidden = self._add_norm2(x, self._project(attended), modulation)
-
-        # 2. cross-attention
-        x, hidden = self._add_adaln(x, self.attn2(hidden, context_BSC), ffn_modulation)
-
-        # 3. feed-forward
-        return gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
 
     def _forward_conditioning(
         self, conditioning: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None

@@ -159,8 +159,7 @@ class MV2VTransformer(nn.Module):
         temb, temb_6 = self.condition_embedder.time(timestep)
         context = self.condition_embedder.text(encoder_hidden_states)
         for block, keys_values in zip(self.blocks, kept.blocks, strict=True):
-            assert isinstance(block, Block)
-            x = block.forward_target(target, temb_6, context, kept.cameras, keys_values)
+            x = block(target, temb_6, context, kept.cameras, keys_values)
             target = replace(target, x=x)
         return self._head(target.x, temb, plan)
 

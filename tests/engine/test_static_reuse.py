@@ -152,7 +152,7 @@ def test_nothing_is_kept_after_a_turn(
     elif end == "closed":
         turn.close()
     elif end == "failed":
-        monkeypatch.setattr(model.blocks[1], "forward_target", lambda *_: 1 / 0)
+        monkeypatch.setattr(model.blocks[1], "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(turn)
     else:
