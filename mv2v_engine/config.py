@@ -160,6 +160,9 @@ class EngineConfig:
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
         them, else "none" and "off", so that a base without memory keeps its own quality.
     cache_bytes: budget of the latent memory. max_memory: most memory videos of one turn.
+    device_cache_bytes: how many of cache_bytes one arena on the device holds, allocated at once;
+        the rest is an arena on the host, pinned beside CUDA. None: tensors on the device, one by
+        one.
     memory_ranking: "random" draws the videos by the turn's seed (the ablation).
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
@@ -182,6 +185,7 @@ class EngineConfig:
     fov_radius: float = 4.0
     fov_blend: float = 0.5
     cache_bytes: int = 4 << 30
+    device_cache_bytes: int | None = None
     max_source_pixels: int = 3840 * 2160
 
     def __post_init__(self) -> None:
@@ -194,3 +198,8 @@ class EngineConfig:
             )
         if self.max_memory < 0 or self.cache_bytes < 0:
             raise RequestError("max_memory and cache_bytes must not be negative")
+        if not 0 <= (self.device_cache_bytes or 0) <= self.cache_bytes:
+            raise RequestError(
+                f"device_cache_bytes is the device's part of cache_bytes: give 0.."
+                f"{self.cache_bytes:,} or raise cache_bytes, got {self.device_cache_bytes:,}"
+            )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import tempfile
@@ -10,6 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mv2v_engine.errors import StorageError
@@ -60,6 +62,16 @@ def save_tensors(
             save_file(contiguous, str(temporary), metadata=dict(metadata) if metadata else None)
         except SafetensorError as error:  # how it tells of a full disk
             raise StorageError(f"cannot write {path}: {error}; choose another place") from error
+
+
+def tensor_digest(*tensors: Tensor) -> str:
+    """SHA-256 of the tensors' types, shapes and bits."""
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
+        flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
+        digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
 
 
 def save_json(path: Path, value: Any) -> None:

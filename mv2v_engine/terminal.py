@@ -111,4 +111,5 @@ def _count(frames: dict[str, list[int]]) -> int:
 
 def _retrieved(memory: dict[str, Any]) -> str:
     rows = [f"{row['turn']} ({row['score']:.2f})" for row in memory["retrieved"]]
-    return ", ".join(rows) or f"none: {memory['reason']}"
+    lost = f"; unreadable: {', '.join(memory['lost'])}" if memory.get("lost") else ""
+    return (", ".join(rows) or f"none: {memory['reason']}") + lost

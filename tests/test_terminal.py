@@ -131,6 +131,12 @@ def test_a_turn_in_a_row(flops: int, unit: str, shown: str) -> None:
     assert row.split() == [*cells, "0.00", "0.50", "0.00", "61.25"]
 
 
+def test_memory_that_disk_lost_is_named() -> None:
+    row = report(1, [])
+    row["memory"] = {"retrieved": [], "reason": "the cache is empty", "lost": {"s/1": "gone"}}
+    assert "none: the cache is empty; unreadable: s/1" in turn_table([row])
+
+
 def test_turns_that_merged_nothing() -> None:
     merged = [{"block": 3, "frames": {"source": [0]}}]
     _, plain, merging = turn_table([report(1, []), report(1, merged)]).splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import uuid
 from collections.abc import Iterable
@@ -21,6 +22,7 @@ from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError, StorageError
 from mv2v_engine.memory.cache import MemoryCache
+from mv2v_engine.memory.entry import LatentKind
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.sampling.guidance import needs_guidance
@@ -59,8 +61,13 @@ class Engine:
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
-        self.cache = MemoryCache(config.cache_bytes, device)
         self._check_parts()
+        self.cache = MemoryCache(
+            config.cache_bytes,
+            device,
+            device_bytes=config.device_cache_bytes,
+            page_bytes=self.video_bytes,
+        )
 
     def _check_parts(self) -> None:
         """Refuse parts that do not fit each other before a turn has been paid for."""
@@ -76,11 +83,16 @@ class Engine:
                 f"the text encoder gives embeddings of {self.text.dim}, the transformer takes "
                 f"{shape.text_dim}; give the text encoder that belongs to {name}"
             )
-        num_bytes = math.prod(latents) * torch.float32.itemsize
-        if num_bytes > self.config.cache_bytes:
+        if self.video_bytes > self.config.cache_bytes:
             raise MemoryBudgetError(
-                f"one video of {name} is {num_bytes:,} bytes of latents, cache_bytes allows "
+                f"one video of {name} is {self.video_bytes:,} bytes of latents, cache_bytes allows "
                 f"{self.config.cache_bytes:,}; raise it"
+            )
+        on_device = self.config.device_cache_bytes
+        if on_device is not None and self.video_bytes > on_device:
+            raise MemoryBudgetError(
+                f"one video of {name} is {self.video_bytes:,} bytes of latents, device_cache_bytes "
+                f"allows {on_device:,}; raise it, or leave it out"
             )
 
     @classmethod
@@ -251,6 +263,18 @@ class Engine:
                 f"{self.checkpoint.name} has no text encoder, so guidance changes nothing, got "
                 f"guidance_scale {guidance_scale}; use 1"
             )
+
+    @functools.cached_property
+    def latent_kind(self) -> LatentKind:
+        """The latents of this engine's turns: other ones in the cache are not candidates."""
+        shape = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
+        return LatentKind(self.vae.key, shape, torch.float32)
+
+    @property
+    def video_bytes(self) -> int:
+        """Bytes of one turn's latents."""
+        shape = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
+        return math.prod(shape) * torch.float32.itemsize
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,21 +7,22 @@ the source's first camera: every pose, asked or remembered, is relative to it (M
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor
 
-from mv2v_engine.camera.poses import default_intrinsics, identity_poses, pose_vectors, relative_to
+from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Conditioning, Denoised, denoise
-from mv2v_engine.engine.source import Source
+from mv2v_engine.engine.source import Source, source_trajectory
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.engine.turn import Turn, merge_report, turn_flops
-from mv2v_engine.errors import CameraError, RequestError
+from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.memory.retrieval import Retrieval, rank_memory
 from mv2v_engine.progress import CancelToken, Event, Spans
@@ -56,7 +57,9 @@ class Session:
         self.turns: list[Turn] = []
         self._store = store
         self._source_latents = source_latents
-        self._source_camera = self._source_trajectory(cameras)
+        self._source_camera = source_trajectory(
+            cameras, engine.sampling.num_frames, engine.sampling.size
+        )
 
     def render(
         self,
@@ -128,12 +131,18 @@ class Session:
     ) -> Generator[Event, None, Turn]:
         """As `events`, of a request that is already made."""
         self.engine.check_text(request.prompt, request.guidance_scale)
-        return self._turn(request, cancel or CancelToken())
+        return self._pinning(self._turn(request, cancel or CancelToken()))
 
     def plan_turn(self, request: TurnRequest) -> tuple[Retrieval, TokenPlan]:
         """What a turn would remember and the plan it would run, without running it."""
         retrieval = self._retrieve(request)
         return retrieval, self._plan(request, retrieval)
+
+    def _pinning(self, turn: Generator[Event, None, Turn]) -> Generator[Event, None, Turn]:
+        """Run a turn while the cache spares this session's entries, the coming one included."""
+        numbers = range(1, len(self.turns) + 2)
+        with self.engine.cache.pinned(self._entry_id(number) for number in numbers):
+            return (yield from turn)
 
     def _turn(self, request: TurnRequest, cancel: CancelToken) -> Generator[Event, None, Turn]:
         engine, spans = self.engine, Spans(self.engine.device)
@@ -183,11 +192,10 @@ class Session:
         self, request: TurnRequest, source: Tensor
     ) -> tuple[Retrieval, TokenPlan, list[Tensor], Tensor | None]:
         """What is remembered, its plan, and latents [1, C, F, H, W] and cameras [1, V, F, 12]."""
-        retrieval, plan = self.plan_turn(request)
+        retrieval, plan, entries = self._recall(request)
         source_camera = self._source_camera
         if request.memory == "previous" and self.turns:
             source, source_camera = self.turns[-1].latents, self.turns[-1].trajectory
-        entries = [self.engine.cache.get(id) for id in retrieval.ids]
         cameras = self._cameras(
             plan, [request.camera, source_camera, *(entry.trajectory for entry in entries)]
         )
@@ -201,6 +209,18 @@ class Session:
             None if cameras is None else cameras.to(device)[None],
         )
 
+    def _recall(self, request: TurnRequest) -> tuple[Retrieval, TokenPlan, list[MemoryEntry]]:
+        """What is remembered, its plan and its entries; what cannot be read again is left out."""
+        lost: dict[str, str] = {}
+        while True:
+            retrieval = self._retrieve(request)
+            self.engine.cache.prefetch(retrieval.ids)
+            plan = self._plan(request, retrieval)
+            entries, missing = self.engine.cache.gather(retrieval.ids)
+            if not missing:
+                return dataclasses.replace(retrieval, lost=tuple(lost.items())), plan, entries
+            lost |= missing  # the cache has forgotten them, so the ranking moves on
+
     def _retrieve(self, request: TurnRequest) -> Retrieval:
         """What this turn remembers, best first."""
         config = self.engine.config
@@ -211,7 +231,7 @@ class Session:
             return Retrieval((), (), (), (), len(self.turns), reason)
         held = [
             entry
-            for entry in self.engine.cache.entries(self.engine.vae.key)
+            for entry in self.engine.cache.entries(self.engine.latent_kind)
             if entry.id.startswith(f"{self.id}/")
         ]
         shuffle = None
@@ -257,21 +277,6 @@ class Session:
             return pose_vectors(relative_to(poses, poses[0]), stride=stride)[None]
         return torch.stack([pose_vectors(t.poses, stride=stride) for t in trajectories])
 
-    def _source_trajectory(self, cameras: CameraTrajectory | None) -> CameraTrajectory:
-        """The source's own path relative to its first frame; a static one if it is unknown."""
-        num_frames, size = self.engine.sampling.num_frames, self.engine.sampling.size
-        if cameras is None:
-            poses, intrinsics = identity_poses(num_frames), default_intrinsics(*size)
-            return CameraTrajectory(poses, intrinsics, size, "source")
-        if cameras.num_frames != num_frames:
-            raise CameraError(
-                f"the source's camera has {cameras.num_frames} poses, a window of this model has "
-                f"{num_frames} frames: give one pose a frame"
-            )
-        cameras = cameras.resized(size)
-        poses = relative_to(cameras.poses, cameras.poses[0])
-        return dataclasses.replace(cameras, poses=poses)
-
     def _turn_of(
         self, number: int, trajectory: CameraTrajectory, latents: Tensor, report: dict[str, Any]
     ) -> Turn:
@@ -293,18 +298,26 @@ class Session:
 
     def _keep(self, turn: Turn) -> None:
         """Store, remember, list: a turn that cannot be stored is not remembered either."""
+        digest = None
         if self._store is not None:
-            self._store.append(turn.number, turn.latents, turn.trajectory, turn.report)
-        self._remember(turn)
+            digest = self._store.append(turn.number, turn.latents, turn.trajectory, turn.report)
+        self._remember(turn, digest)
         self.turns.append(turn)
 
-    def _remember(self, turn: Turn) -> None:
+    def _entry_id(self, number: int) -> str:
+        return f"{self.id}/{number}"
+
+    def _remember(self, turn: Turn, digest: str | None) -> None:
+        reload = None
+        if self._store is not None and digest is not None:
+            reload = functools.partial(self._store.latents, turn.number, digest)
         entry = MemoryEntry(
-            id=f"{self.id}/{turn.number}",
+            id=self._entry_id(turn.number),
             turn=turn.number,
             latents=turn.latents,
             trajectory=turn.trajectory,
-            key=self.engine.vae.key,
+            key=self.engine.latent_kind.key,
+            reload=reload,
         )
         self.engine.cache.add(entry)
 
@@ -314,14 +327,14 @@ class Session:
             raise RequestError("this session has no folder to restore from; give it a store")
         for stored in self._store.turns():
             turn = self._turn_of(stored.number, stored.trajectory, stored.latents, stored.report)
-            self._remember(turn)
+            self._remember(turn, stored.digest)
             self.turns.append(turn)
 
     def close(self) -> None:
         """Forget this session's memory; its folder stays."""
         for turn in self.turns:
-            if f"{self.id}/{turn.number}" in self.engine.cache:
-                self.engine.cache.evict(f"{self.id}/{turn.number}")
+            if (id := self._entry_id(turn.number)) in self.engine.cache:
+                self.engine.cache.evict(id)
 
     def _report(
         self,
@@ -353,6 +366,7 @@ class Session:
             "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
             "peak_bytes": dict(spans.peak_bytes),
             "cache_bytes": self.engine.cache.bytes_used,
+            "cache_bytes_by_tier": self.engine.cache.bytes_by_tier(),
             **self.engine.describe(),
         }
 

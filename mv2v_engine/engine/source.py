@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mv2v_engine.errors import VideoError
+from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
+from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.errors import CameraError, VideoError
 from mv2v_engine.video.io import Clip, probe_video, read_video
 from mv2v_engine.video.transforms import cover_and_crop, select_window
 
@@ -72,6 +74,26 @@ def load_source(
         "fps": rate,
     }
     return Source(cropped.contiguous(), rate, description)
+
+
+def source_trajectory(
+    cameras: CameraTrajectory | None, num_frames: int, size: tuple[int, int]
+) -> CameraTrajectory:
+    """The source's own path relative to its first frame; a static one if it is unknown.
+
+    Raises:
+        CameraError: it has not one pose a frame.
+    """
+    if cameras is None:
+        poses, intrinsics = identity_poses(num_frames), default_intrinsics(*size)
+        return CameraTrajectory(poses, intrinsics, size, "source")
+    if cameras.num_frames != num_frames:
+        raise CameraError(
+            f"the source's camera has {cameras.num_frames} poses, a window of this model has "
+            f"{num_frames} frames: give one pose a frame"
+        )
+    cameras = cameras.resized(size)
+    return replace(cameras, poses=relative_to(cameras.poses, cameras.poses[0]))
 
 
 def _bare_frames(source: Tensor | np.ndarray[Any, Any], fps: float | None) -> Clip:

@@ -1,7 +1,8 @@
 """A session's folder: what survives the process.
 
 `session.json` lists the finished turns and is rewritten last, so a kill at any moment loses at
-most the turn under way. `turns/turn_NN.safetensors` holds a turn's latents and camera.
+most the turn under way. `turns/turn_NN.safetensors` holds a turn's latents and camera, and the
+list their digest, so that a damaged file is found out however it was damaged.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.files import save_json, save_tensors, tensor_digest
 
 FORMAT, VERSION = "mv2v-session", 1
 _TENSORS = ("latents", "poses", "intrinsics")
@@ -30,6 +31,7 @@ class StoredTurn:
     latents: Tensor
     trajectory: CameraTrajectory
     report: dict[str, Any]
+    digest: str
 
 
 class SessionStore:
@@ -88,9 +90,14 @@ class SessionStore:
 
     def append(
         self, number: int, latents: Tensor, trajectory: CameraTrajectory, report: dict[str, Any]
-    ) -> None:
-        """Keep a finished turn: its tensors first, then the manifest that names them."""
+    ) -> str:
+        """Keep a finished turn: its tensors first, then the manifest that names them.
+
+        Returns:
+            the digest that `latents` asks for.
+        """
         values = (latents.cpu(), trajectory.poses, trajectory.intrinsics)
+        digest = tensor_digest(*values)
         save_tensors(self.turn_path(number), dict(zip(_TENSORS, values, strict=True)))
         manifest = self.read()
         row = {
@@ -98,9 +105,26 @@ class SessionStore:
             "camera": trajectory.name,
             "size": list(trajectory.size),
             "report": report,
+            "sha256": digest,
         }
         turns = [turn for turn in manifest["turns"] if turn["number"] != number]
         self._write({**manifest, "turns": [*turns, row]})
+        return digest
+
+    def latents(self, number: int, digest: str) -> Tensor:
+        """A stored turn's latents, the very ones of which `digest` was taken.
+
+        Raises:
+            StorageError: the file is missing, damaged, or another turn's.
+        """
+        path = self.turn_path(number)
+        try:
+            tensors, _ = self._read(path, digest)
+            return tensors[0]
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"{path} cannot be read again ({error}); turn {number} is no longer remembered"
+            ) from error
 
     def turns(self) -> list[StoredTurn]:
         """Every finished turn in order.
@@ -116,17 +140,30 @@ class SessionStore:
 
     def _load(self, row: dict[str, Any]) -> StoredTurn:
         try:
+            # rows of before digests were kept have none
             path = self.turn_path(row["number"])
-            with safe_open(str(path), framework="pt") as file:
-                latents, poses, intrinsics = (file.get_tensor(name) for name in _TENSORS)
+            (latents, poses, intrinsics), digest = self._read(path, row.get("sha256"))
             height, width = row["size"]
             trajectory = CameraTrajectory(poses, intrinsics, (height, width), row["camera"])
-            return StoredTurn(row["number"], latents, trajectory, row["report"])
+            return StoredTurn(row["number"], latents, trajectory, row["report"], digest)
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StorageError(
                 f"{self.folder} holds a session whose turns cannot be read ({error}); "
                 "start again in another folder"
             ) from error
+
+    @staticmethod
+    def _read(path: Path, digest: str | None) -> tuple[list[Tensor], str]:
+        """A turn's tensors and their digest, which is the one given if one is."""
+        with safe_open(str(path), framework="pt") as file:
+            tensors = [file.get_tensor(name) for name in _TENSORS]
+        found = tensor_digest(*tensors)
+        if digest is not None and found != digest:
+            raise StorageError(
+                f"{path.name} holds other bits than were stored: sha256 {found[:12]}, expected "
+                f"{digest[:12]}"
+            )
+        return tensors, found
 
     def _write(self, manifest: dict[str, Any]) -> None:
         save_json(self.manifest, {**manifest, "format": FORMAT, "version": VERSION})

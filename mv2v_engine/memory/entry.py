@@ -5,13 +5,23 @@ C channels, F latent frames, H W latent rows and columns.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import RequestError
+
+
+class LatentKind(NamedTuple):
+    """Everything that shapes latents: entries of one kind may stand in for one another's."""
+
+    key: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,6 +34,8 @@ class MemoryEntry:
         latents: [C, F, H, W], normalised.
         trajectory: poses in the session's one world, the source's first camera.
         key: which VAE the latents belong to; latents of another VAE mean nothing to a model.
+        reload: reads the same latents from where they lie on disk, None if they do not; raises
+            StorageError if they are lost or damaged.
 
     Raises:
         RequestError: latents of another rank.
@@ -34,6 +46,7 @@ class MemoryEntry:
     latents: Tensor
     trajectory: CameraTrajectory
     key: str
+    reload: Callable[[], Tensor] | None = None
 
     def __post_init__(self) -> None:
         if self.latents.ndim != 4:
@@ -41,6 +54,11 @@ class MemoryEntry:
                 f"memory {self.id!r}: latents must have shape [C, F, H, W], "
                 f"got {list(self.latents.shape)}; pass one video, not a batch"
             )
+
+    @property
+    def kind(self) -> LatentKind:
+        """VAE, frames, size and dtype of the latents."""
+        return LatentKind(self.key, tuple(self.latents.shape), self.latents.dtype)
 
     @property
     def num_bytes(self) -> int:
@@ -55,4 +73,9 @@ class MemoryEntry:
         latents = self.latents.detach().to(device)
         if latents.untyped_storage().nbytes() != self.num_bytes:
             latents = latents.clone(memory_format=torch.contiguous_format)
+        return replace(self, latents=latents)
+
+    def outlined(self) -> MemoryEntry:
+        """The same entry with latents that have a shape and a dtype but no bits."""
+        latents = torch.empty(self.latents.shape, dtype=self.latents.dtype, device="meta")
         return replace(self, latents=latents)

@@ -32,6 +32,7 @@ class Retrieval:
 
     tokenizers: spatial patch of each video. num_candidates: videos that were ranked.
     reason: why nothing was retrieved, None if something was.
+    lost: id and reason of what would have been, and could not be read again.
     """
 
     ids: tuple[str, ...]
@@ -40,12 +41,13 @@ class Retrieval:
     tokenizers: tuple[int, ...]
     num_candidates: int
     reason: str | None = None
+    lost: tuple[tuple[str, str], ...] = ()
 
     def __len__(self) -> int:
         return len(self.ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a report: one row a video, and the reason if there is none."""
+        """For a report: one row a video, the reason if there is none, and what was lost if any."""
         rows = zip(self.ids, self.turns, self.scores, self.tokenizers, strict=True)
         return {
             "retrieved": [
@@ -54,6 +56,7 @@ class Retrieval:
             ],
             "num_candidates": self.num_candidates,
             "reason": self.reason,
+            **({"lost": dict(self.lost)} if self.lost else {}),
         }
 
 

@@ -140,6 +140,20 @@ def test_damaged_turns(folder: Path, engine: Engine, source_frames: Tensor) -> N
         engine.session(source_frames, store=folder, resume=True)
 
 
+def test_a_turned_bit_and_a_list_without_digests(
+    folder: Path, engine: Engine, source_frames: Tensor
+) -> None:
+    first, _ = sorted((folder / "turns").iterdir())
+    content = bytearray(first.read_bytes())
+    content[-1] ^= 1
+    first.write_bytes(content)
+    with pytest.raises(StorageError, match=r"turns cannot be read .*other bits than were stored"):
+        engine.session(source_frames, store=folder, resume=True)
+    # as an engine of before digests wrote it
+    change(folder, lambda manifest: [row.pop("sha256") for row in manifest["turns"]])
+    assert len(engine.session(source_frames, store=folder, resume=True).turns) == 2
+
+
 def test_a_full_disk_costs_the_turn_alone(
     folder: Path, engine: Engine, source_frames: Tensor
 ) -> None:
