@@ -10,6 +10,7 @@ N frames, P pixels of the sampling lattice.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
@@ -32,8 +33,8 @@ _FEWEST_PIXELS = 0.05  # share of a frame; fewer do not fix six numbers
 class CameraError:
     """Means over frames of the best pose against the requested one.
 
-    pixels: how far the pose moves the image, the one number that does not mix up small turns with
-    small shifts. degrees: of rotation. metres: of translation.
+    pixels: how far the pose moves the image, at most its diagonal, the one number that does not
+    mix up small turns with small shifts. degrees: of rotation. metres: of translation.
     """
 
     pixels: float
@@ -58,6 +59,7 @@ def camera_error(frames: Tensor, view: View, *, every: int = 4) -> CameraError |
     poses = _align(_image(frames[chosen]), _image(view.truth.frames[chosen]), points, mask, camera)
     moved = image_positions(_transform(_inverse(poses), points), camera)
     shift = (moved - image_positions(points, camera)).norm(dim=-1)
+    shift = shift.clamp_max(math.hypot(*camera.size))  # found nowhere: no number says how far off
     pixels = torch.stack([values[kept].mean() for values, kept in zip(shift, mask, strict=True)])
     trace = poses[:, :3, :3].diagonal(dim1=1, dim2=2).sum(1)
     angle = torch.rad2deg(((trace - 1) / 2).clamp(-1, 1).acos())
