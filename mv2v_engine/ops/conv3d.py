@@ -1,9 +1,8 @@
 """3-D convolution on the CPU as one 2-D convolution per temporal tap.
 
-PyTorch has no fast 3-D convolution for CPUs: oneDNN is not asked, and the fallback reaches a
-fifth of the 2-D path's rate at a video VAE's sizes. A kernel of three frames is the sum of three
-2-D kernels on shifted frames, which takes a whole decoder a third of the time
-(profiling/LOG.md).
+PyTorch has no fast 3-D convolution for CPUs: oneDNN is not asked. A kernel of three frames is the
+sum of three 2-D kernels on shifted frames, which takes a whole decoder a third of the time
+(`profiling/bench_vae.py`).
 
 B batch, C O channels, T H W frames, rows, columns.
 """

@@ -180,7 +180,7 @@ def test_listed_latents_have_a_kind_and_no_bits() -> None:
 def test_a_copy_that_fails_gives_its_pages_back() -> None:
     cpu = torch.device("cpu")
     arena = Arena("host", 2 * PAGE, PAGE, cpu, Lane(cpu))
-    with pytest.raises(NotImplementedError):  # there is nothing to copy from
+    with pytest.raises(RuntimeError, match="meta tensor; no data"):
         arena.keep(make_entry("a").outlined())
     assert arena.bytes_used == 0
     arena.keep(make_entry("a", 2, seed=3))
