@@ -21,8 +21,8 @@ from measure import digits, provenance, table
 from mv2v_engine import CancelToken
 from mv2v_engine.checkpoints import Checkpoint, load_checkpoint
 from mv2v_engine.config import MergeMode
-from mv2v_engine.engine.runner import Conditioning, Denoised, denoise
-from mv2v_engine.engine.turn import turn_flops
+from mv2v_engine.engine.report import turn_flops
+from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, denoise
 from mv2v_engine.files import save_json
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.tokens.flops import conditioning_bytes
@@ -58,15 +58,15 @@ def denoised(checkpoint: Checkpoint, plan: TokenPlan, steps: int) -> tuple[Denoi
     cameras = torch.randn(1, len(plan.segments), plan.target.num_frames, 12, generator=generator)
     text = torch.zeros(1, config.text_len, config.text_dim)
     began = time.process_time()
-    turn = denoise(
+    denoiser = Denoiser(
         checkpoint.transformer,
         plan,
         Conditioning(videos[1:], cameras, text, None),
         videos[0],
         make_solver("euler", steps, checkpoint.sampling.flow_shift),
         guidance_scale=1.0,
-        cancel=CancelToken(),
     )
+    turn = denoise(denoiser, CancelToken())
     while True:
         try:
             next(turn)

@@ -20,7 +20,7 @@ from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import Solver
-from mv2v_engine.sampling.guidance import guided_velocity, needs_guidance
+from mv2v_engine.sampling.guidance import guide, needs_guidance
 from mv2v_engine.tokens.plan import TokenPlan
 
 STAGE = "sampling"
@@ -49,60 +49,115 @@ class Conditioning:
     negative_text: Tensor | None
 
 
-def denoise(
-    transformer: MV2VTransformer,
-    plan: TokenPlan,
-    conditioning: Conditioning,
-    noise: Tensor,
-    solver: Solver,
-    *,
-    guidance_scale: float,
-    cancel: CancelToken,
-) -> Generator[StepDone, None, Denoised]:
-    """Denoise from `noise` [1, C, F, H, W]; yields after every step, returns `Denoised`.
+class Branch:
+    """One guidance branch of a turn: its text, and how its forwards are run."""
+
+    def __init__(
+        self,
+        transformer: MV2VTransformer,
+        plan: TokenPlan,
+        conditioning: Conditioning,
+        text: Tensor,
+        cache: ConditioningCache | None,
+    ) -> None:
+        self.transformer, self.plan, self.conditioning = transformer, plan, conditioning
+        self.text, self.cache = text, cache
+        self.records: list[MergeRecord] = []
+
+    def velocity(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """One forward: of the target alone once the conditioning is kept."""
+        if self.cache is not None and self.cache.is_filled:
+            return self.transformer.forward_target(noisy, timestep, self.text, kept=self.cache)
+        self.records.clear()
+        velocity: Tensor = self.transformer(
+            [noisy, *self.conditioning.latents],
+            timestep,
+            self.text,
+            plan=self.plan,
+            cameras=self.conditioning.cameras,
+            records=self.records,
+            keep=self.cache,
+        )
+        return velocity
+
+
+class Denoiser:
+    """One turn under way: its latents between two steps, and what the next step needs.
+
+    `step` runs a step alone. Whoever runs the branches' forwards elsewhere, in a pack with other
+    turns' or as a captured graph, hands their velocities to `advance`.
+    """
+
+    def __init__(
+        self,
+        transformer: MV2VTransformer,
+        plan: TokenPlan,
+        conditioning: Conditioning,
+        noise: Tensor,
+        solver: Solver,
+        *,
+        guidance_scale: float,
+    ) -> None:
+        device = next(transformer.parameters()).device
+        self.plan, self.solver, self.guidance_scale = plan, solver, guidance_scale
+        self.latents = noise.to(device, torch.float32)
+        self.timesteps = solver.timesteps.to(device)
+        self.index, self.total = 0, len(self.timesteps)
+        texts = [conditioning.text]
+        if conditioning.negative_text is not None and needs_guidance(guidance_scale):
+            texts.append(conditioning.negative_text)
+        # kept K and V depend on no text, so the branches share them
+        self.cache = ConditioningCache(plan) if plan.conditioning == "static" else None
+        self.branches = [
+            Branch(transformer, plan, conditioning, text, self.cache) for text in texts
+        ]
+
+    @property
+    def is_finished(self) -> bool:
+        return self.index == self.total
+
+    @property
+    def timestep(self) -> Tensor:
+        """Of the next step, [1]."""
+        return self.timesteps[self.index : self.index + 1]
+
+    @torch.no_grad()
+    def step(self) -> None:
+        """One step, alone."""
+        timestep = self.timestep
+        self.advance([branch.velocity(self.latents, timestep) for branch in self.branches])
+
+    @torch.no_grad()
+    def advance(self, velocities: Sequence[Tensor]) -> None:
+        """End a step with the velocities of its branches, in their order."""
+        velocity = guide(velocities, self.guidance_scale)
+        self.latents = self.solver.step(velocity, self.index, self.latents)
+        self.index += 1
+
+    def result(self) -> Denoised:
+        forwards = self.total * len(self.branches)
+        return Denoised(self.latents[0], tuple(self.branches[0].records), forwards)
+
+    def release(self) -> None:
+        """Let go of what is kept: an error's traceback would hold it as long as the error lives."""
+        if self.cache is not None:
+            self.cache.release()
+
+
+def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None, Denoised]:
+    """Run a turn to its end, alone; yields after every step.
 
     Raises:
         CancelledError: between two steps, if the token was set.
     """
-    device = next(transformer.parameters()).device
-    latents, timesteps = noise.to(device, torch.float32), solver.timesteps.to(device)
-    total, began = len(timesteps), time.monotonic()
-    records: list[MergeRecord] = []
-    cache = ConditioningCache(plan) if plan.conditioning == "static" else None
-
-    def velocity(noisy: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-        if cache is not None and cache.is_filled:
-            return transformer.forward_target(noisy, timestep, text, kept=cache)
-        records.clear()
-        return transformer(  # type: ignore[no-any-return]
-            [noisy, *conditioning.latents],
-            timestep,
-            text,
-            plan=plan,
-            cameras=conditioning.cameras,
-            records=records,
-            keep=cache,
-        )
-
+    began, total = time.monotonic(), denoiser.total
     try:
-        for index in range(total):
+        while not denoiser.is_finished:
             cancel.check()
-            with torch.no_grad():
-                predicted = guided_velocity(
-                    velocity,
-                    latents,
-                    timesteps[index : index + 1],
-                    conditioning.text,
-                    conditioning.negative_text,
-                    guidance_scale,
-                )
-                latents = solver.step(predicted, index, latents)
-            done = index + 1
+            denoiser.step()
+            done = denoiser.index
             yield StepDone(STAGE, done, total, (time.monotonic() - began) / done * (total - done))
         cancel.check()
     finally:
-        # an error's traceback would hold the K and V for as long as someone holds the error
-        if cache is not None:
-            cache.release()
-    branches = 2 if conditioning.negative_text is not None and needs_guidance(guidance_scale) else 1
-    return Denoised(latents[0], tuple(records), total * branches)
+        denoiser.release()
+    return denoiser.result()

@@ -6,30 +6,28 @@ the source's first camera: every pose, asked or remembered, is relative to it (M
 
 from __future__ import annotations
 
-import dataclasses
 import functools
 from collections.abc import Callable, Generator
 from typing import TYPE_CHECKING, Any, TypeVar
 
-import torch
 from torch import Tensor
 
-from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
+from mv2v_engine.engine.recall import Recall
+from mv2v_engine.engine.report import Prepared, turn_report
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.runner import Conditioning, Denoised, denoise
+from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, denoise
 from mv2v_engine.engine.source import Source, source_trajectory
 from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.engine.turn import Turn, merge_report, turn_flops
+from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.entry import MemoryEntry
-from mv2v_engine.memory.retrieval import Retrieval, rank_memory
+from mv2v_engine.memory.retrieval import Retrieval
 from mv2v_engine.progress import CancelToken, Event, Spans
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.sampling.guidance import needs_guidance
-from mv2v_engine.tokens.flops import conditioning_bytes
-from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from mv2v_engine.tokens.plan import TokenPlan
 
 if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
@@ -57,9 +55,8 @@ class Session:
         self.turns: list[Turn] = []
         self._store = store
         self._source_latents = source_latents
-        self._source_camera = source_trajectory(
-            cameras, engine.sampling.num_frames, engine.sampling.size
-        )
+        camera = source_trajectory(cameras, engine.sampling.num_frames, engine.sampling.size)
+        self._recall = Recall(engine, id, camera)
 
     def render(
         self,
@@ -135,17 +132,29 @@ class Session:
 
     def plan_turn(self, request: TurnRequest) -> tuple[Retrieval, TokenPlan]:
         """What a turn would remember and the plan it would run, without running it."""
-        retrieval = self._retrieve(request)
-        return retrieval, self._plan(request, retrieval)
+        retrieval = self._recall.rank(request, len(self.turns))
+        return retrieval, self._recall.plan(request, retrieval)
 
     def _pinning(self, turn: Generator[Event, None, Turn]) -> Generator[Event, None, Turn]:
         """Run a turn while the cache spares this session's entries, the coming one included."""
         numbers = range(1, len(self.turns) + 2)
-        with self.engine.cache.pinned(self._entry_id(number) for number in numbers):
+        with self.engine.cache.pinned(self._recall.entry_id(number) for number in numbers):
             return (yield from turn)
 
     def _turn(self, request: TurnRequest, cancel: CancelToken) -> Generator[Event, None, Turn]:
-        engine, spans = self.engine, Spans(self.engine.device)
+        spans = Spans(self.engine.device)
+        prepared = yield from self.prepare(request, cancel, spans)
+        with spans.stage("sampling") as started:
+            yield started
+            denoised = yield from denoise(prepared.denoiser, cancel)
+        yield spans.done("sampling")
+        return (yield from self.finish(prepared, denoised, spans))
+
+    def prepare(
+        self, request: TurnRequest, cancel: CancelToken, spans: Spans
+    ) -> Generator[Event, None, Prepared]:
+        """The part of a turn before its first step."""
+        engine = self.engine
         cancel.check()
         source = self._source_latents
         if source is None:
@@ -155,28 +164,29 @@ class Session:
         text, negative_text = yield from _staged(spans, "text", lambda: self._text(request))
         cancel.check()
         retrieval, plan, videos, cameras = yield from _staged(
-            spans, "memory", lambda: self._condition(request, source)
+            spans, "memory", lambda: self._recall.condition(request, source, self.turns)
         )
-        with spans.stage("sampling") as started:
-            yield started
-            denoised = yield from denoise(
-                engine.transformer,
-                plan,
-                Conditioning(videos, cameras, text, negative_text),
-                initial_noise((1, *source.shape), request.seed),
-                make_solver(
-                    engine.config.scheduler,
-                    request.num_inference_steps,
-                    engine.sampling.flow_shift,
-                ),
-                guidance_scale=request.guidance_scale,
-                cancel=cancel,
-            )
-        yield spans.done("sampling")
+        denoiser = Denoiser(
+            engine.transformer,
+            plan,
+            Conditioning(videos, cameras, text, negative_text),
+            initial_noise((1, *source.shape), request.seed),
+            make_solver(
+                engine.config.scheduler, request.num_inference_steps, engine.sampling.flow_shift
+            ),
+            guidance_scale=request.guidance_scale,
+        )
+        return Prepared(request, retrieval, denoiser)
+
+    def finish(
+        self, prepared: Prepared, denoised: Denoised, spans: Spans
+    ) -> Generator[Event, None, Turn]:
+        """The part of a turn after its last step: decode, store, remember."""
+        engine, number = self.engine, len(self.turns) + 1
         latents = denoised.latents.cpu()
         frames = yield from _staged(spans, "vae", lambda: engine.vae.decode(latents))
-        report = self._report(request, retrieval, plan, denoised, spans)
-        turn = self._turn_of(len(self.turns) + 1, request.camera, latents, report)
+        report = turn_report(engine, prepared, denoised, spans, number=number)
+        turn = self._turn_of(number, prepared.request.camera, latents, report)
         turn.__dict__["frames"] = frames  # decoded already
         self._keep(turn)
         return turn
@@ -187,95 +197,6 @@ class Session:
         if not needs_guidance(request.guidance_scale):
             return text, None
         return text, self.engine.text_embedding(self.engine.sampling.negative_prompt)
-
-    def _condition(
-        self, request: TurnRequest, source: Tensor
-    ) -> tuple[Retrieval, TokenPlan, list[Tensor], Tensor | None]:
-        """What is remembered, its plan, and latents [1, C, F, H, W] and cameras [1, V, F, 12]."""
-        retrieval, plan, entries = self._recall(request)
-        source_camera = self._source_camera
-        if request.memory == "previous" and self.turns:
-            source, source_camera = self.turns[-1].latents, self.turns[-1].trajectory
-        cameras = self._cameras(
-            plan, [request.camera, source_camera, *(entry.trajectory for entry in entries)]
-        )
-        device = self.engine.device
-        has_source = any(segment.role == "source" for segment in plan.segments)
-        videos = [*([source] if has_source else []), *(entry.latents for entry in entries)]
-        return (
-            retrieval,
-            plan,
-            [video.to(device)[None] for video in videos],
-            None if cameras is None else cameras.to(device)[None],
-        )
-
-    def _recall(self, request: TurnRequest) -> tuple[Retrieval, TokenPlan, list[MemoryEntry]]:
-        """What is remembered, its plan and its entries; what cannot be read again is left out."""
-        lost: dict[str, str] = {}
-        while True:
-            retrieval = self._retrieve(request)
-            self.engine.cache.prefetch(retrieval.ids)
-            plan = self._plan(request, retrieval)
-            entries, missing = self.engine.cache.gather(retrieval.ids)
-            if not missing:
-                return dataclasses.replace(retrieval, lost=tuple(lost.items())), plan, entries
-            lost |= missing  # the cache has forgotten them, so the ranking moves on
-
-    def _retrieve(self, request: TurnRequest) -> Retrieval:
-        """What this turn remembers, best first."""
-        config = self.engine.config
-        if request.memory not in ("retrieved", "alone"):
-            reason = "memory is off"
-            if request.memory == "previous":
-                reason = "the last turn is the source" if self.turns else "this is the first turn"
-            return Retrieval((), (), (), (), len(self.turns), reason)
-        held = [
-            entry
-            for entry in self.engine.cache.entries(self.engine.latent_kind)
-            if entry.id.startswith(f"{self.id}/")
-        ]
-        shuffle = None
-        if config.memory_ranking == "random":
-            shuffle = torch.Generator().manual_seed(request.seed)
-        return rank_memory(
-            request.camera,
-            held,
-            top_k=config.max_memory if self.engine.transformer.config.tokenizers else 0,
-            radius=config.fov_radius,
-            blend=config.fov_blend,
-            # trajectories lie on the CPU, whatever runs the model
-            backend="reference" if config.backend == "reference" else "auto",
-            tokenizers=config.memory_tokenizers,
-            shuffle=shuffle,
-        )
-
-    def _plan(self, request: TurnRequest, retrieval: Retrieval) -> TokenPlan:
-        config, sampling = self.engine.config, self.engine.sampling
-        _, *grid = self.engine.vae.latent_shape(sampling.num_frames, sampling.size)
-        frames, rows, columns = grid
-        return turn_plan(
-            self.engine.transformer.config,
-            (frames, rows, columns),
-            retrieval.tokenizers,
-            source=not (request.memory == "alone" and retrieval.ids),
-            merge=self.engine.merge,
-            scope=config.merge_scope,
-            fraction=config.merge_fraction,
-            conditioning=config.conditioning,
-            rope=config.rope,
-        )
-
-    def _cameras(self, plan: TokenPlan, trajectories: list[CameraTrajectory]) -> Tensor | None:
-        """Camera tracks [V, F, 12] in the order that the plan's segments name them."""
-        mode = plan.shape.camera_conditioning
-        if mode == "none":
-            return None
-        stride = self.engine.vae.temporal_stride
-        if mode == "target":
-            # stock ReCamMaster: the target's camera for all, relative to its own first frame
-            poses = trajectories[0].poses
-            return pose_vectors(relative_to(poses, poses[0]), stride=stride)[None]
-        return torch.stack([pose_vectors(t.poses, stride=stride) for t in trajectories])
 
     def _turn_of(
         self, number: int, trajectory: CameraTrajectory, latents: Tensor, report: dict[str, Any]
@@ -304,15 +225,12 @@ class Session:
         self._remember(turn, digest)
         self.turns.append(turn)
 
-    def _entry_id(self, number: int) -> str:
-        return f"{self.id}/{number}"
-
     def _remember(self, turn: Turn, digest: str | None) -> None:
         reload = None
         if self._store is not None and digest is not None:
             reload = functools.partial(self._store.latents, turn.number, digest)
         entry = MemoryEntry(
-            id=self._entry_id(turn.number),
+            id=self._recall.entry_id(turn.number),
             turn=turn.number,
             latents=turn.latents,
             trajectory=turn.trajectory,
@@ -333,42 +251,8 @@ class Session:
     def close(self) -> None:
         """Forget this session's memory; its folder stays."""
         for turn in self.turns:
-            if (id := self._entry_id(turn.number)) in self.engine.cache:
+            if (id := self._recall.entry_id(turn.number)) in self.engine.cache:
                 self.engine.cache.evict(id)
-
-    def _report(
-        self,
-        request: TurnRequest,
-        retrieval: Retrieval,
-        plan: TokenPlan,
-        denoised: Denoised,
-        spans: Spans,
-    ) -> dict[str, Any]:
-        """Everything about a turn as plain data (ARCHITECTURE, contracts)."""
-        steps = [record.step for record in denoised.records]
-        return {
-            "turn": len(self.turns) + 1,
-            "camera": request.camera.name,
-            "seed": request.seed,
-            "prompt": request.prompt,
-            "num_inference_steps": request.num_inference_steps,
-            "guidance_scale": request.guidance_scale,
-            "memory": {
-                "mode": request.memory,
-                "ranking": self.engine.config.memory_ranking,
-                **retrieval.to_dict(),
-            },
-            "plan": plan.describe(),
-            "merged_frames": merge_report(plan, denoised.records, retrieval.turns),
-            "forwards": denoised.num_forwards,
-            **turn_flops(plan, steps, denoised.num_forwards),
-            "conditioning_bytes": conditioning_bytes(plan, self.engine.dtype.itemsize, steps),
-            "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
-            "peak_bytes": dict(spans.peak_bytes),
-            "cache_bytes": self.engine.cache.bytes_used,
-            "cache_bytes_by_tier": self.engine.cache.bytes_by_tier(),
-            **self.engine.describe(),
-        }
 
 
 def _driven(

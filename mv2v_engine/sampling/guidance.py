@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from torch import Tensor
-
-Velocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def needs_guidance(guidance_scale: float) -> bool:
@@ -14,20 +12,12 @@ def needs_guidance(guidance_scale: float) -> bool:
     return guidance_scale != 1.0
 
 
-def guided_velocity(
-    velocity: Velocity,
-    latents: Tensor,
-    timestep: Tensor,
-    text: Tensor,
-    negative_text: Tensor | None,
-    guidance_scale: float,
-) -> Tensor:
-    """v_neg + scale (v_pos - v_neg), summed in float32.
+def guide(velocities: Sequence[Tensor], guidance_scale: float) -> Tensor:
+    """v_neg + scale (v_pos - v_neg), summed in float32; of one velocity, that one.
 
-    velocity(latents, timestep, text) is one forward. negative_text None: no guidance.
+    velocities: the positive branch's, then the negative's if there is one.
     """
-    positive = velocity(latents, timestep, text).float()
-    if negative_text is None or not needs_guidance(guidance_scale):
+    positive, *negative = (velocity.float() for velocity in velocities)
+    if not negative:
         return positive
-    negative = velocity(latents, timestep, negative_text).float()
-    return negative + guidance_scale * (positive - negative)
+    return negative[0] + guidance_scale * (positive - negative[0])
