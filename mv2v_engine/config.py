@@ -196,7 +196,7 @@ class EngineConfig:
     max_source_pixels: int = 3840 * 2160
     reuse: Reuse = "exact"
     reuse_refresh: int = 4
-    reuse_drift: float | None = 0.2
+    reuse_drift: float | None = 0.1
     step_cache: float | None = None
 
     def __post_init__(self) -> None:
