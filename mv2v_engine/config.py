@@ -14,6 +14,7 @@ from mv2v_engine.errors import RequestError
 MergeMode = Literal["conv", "discard", "off"]
 MergeScope = Literal["group", "joint"]
 Conditioning = Literal["joint", "static"]
+Reuse = Literal["exact", "approximate"]
 CameraConditioning = Literal["own", "target", "none"]
 RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
@@ -167,6 +168,12 @@ class EngineConfig:
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
     max_source_pixels: larger frames are refused before they are decoded.
+    reuse: "approximate" keeps the K and V of joint conditioning between whole forwards, at most
+        reuse_refresh steps apart; reuse_drift: a step makes one of its own once the first
+        block's conditioning output has changed by so much (relative L2) since the last; None
+        does not measure it.
+    step_cache: steps are skipped while the timestep's modulation has changed by less than this
+        (relative L1) since the last computed one; None computes all.
     """
 
     backend: BackendName = "auto"
@@ -187,8 +194,13 @@ class EngineConfig:
     cache_bytes: int = 4 << 30
     device_cache_bytes: int | None = None
     max_source_pixels: int = 3840 * 2160
+    reuse: Reuse = "exact"
+    reuse_refresh: int = 4
+    reuse_drift: float | None = 0.1
+    step_cache: float | None = None
 
     def __post_init__(self) -> None:
+        self._check_reuse()
         if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
         if not 0 < self.fov_radius < math.inf or not 0 <= self.fov_blend <= 1:
@@ -203,3 +215,16 @@ class EngineConfig:
                 f"device_cache_bytes is the device's part of cache_bytes: give 0.."
                 f"{self.cache_bytes:,} or raise cache_bytes, got {self.device_cache_bytes:,}"
             )
+
+    def _check_reuse(self) -> None:
+        if self.reuse == "approximate" and self.conditioning == "static":
+            raise RequestError(
+                'reuse="approximate" is for conditioning="joint": with "static" the conditioning '
+                'is kept exactly already; leave reuse at "exact"'
+            )
+        if self.reuse_refresh < 1:
+            raise RequestError(f"reuse_refresh counts steps, 1 or more, got {self.reuse_refresh}")
+        for name in ("reuse_drift", "step_cache"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise RequestError(f"{name} must be finite and not negative, or None, got {value}")

@@ -26,7 +26,14 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints import detect, inspect_checkpoint, render_inspection
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
-from mv2v_engine.config import AttentionName, BackendName, MemoryMode, MergeMode
+from mv2v_engine.config import (
+    AttentionName,
+    BackendName,
+    Conditioning,
+    MemoryMode,
+    MergeMode,
+    Reuse,
+)
 from mv2v_engine.engine.engine import default_memory, session_identity
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.results import ResultFolder
@@ -73,6 +80,11 @@ def novel_view(args: argparse.Namespace) -> int:
         merge_fraction=args.merge_fraction,
         scheduler=args.scheduler,
         fov_radius=args.fov_radius,
+        conditioning=args.conditioning,
+        reuse=args.reuse,
+        reuse_refresh=args.reuse_refresh,
+        reuse_drift=args.reuse_drift,
+        step_cache=args.step_cache,
     )
     resolution = _resolution(args)
     sampling = resolution.sampling
@@ -210,6 +222,8 @@ def _render(
             written = results.publish(session, version=__version__)
     if not is_quiet:
         print("\n" + turn_table([turn.report for turn in session.turns]) + "\n")
+        for words in session.turns[-1].report.get("approximations", ()):
+            print(f"approximate: {words}")
     print(*written, sep="\n")
 
 
@@ -300,8 +314,39 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
     add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
+    _add_reuse(parser, defaults)
     _add_model(parser)
     _add_folder(parser, "session")
+
+
+def _add_reuse(parser: argparse.ArgumentParser, defaults: EngineConfig) -> None:
+    add = parser.add_argument_group("reuse across steps").add_argument
+    add(
+        "--conditioning",
+        choices=get_args(Conditioning),
+        default=defaults.conditioning,
+        help="static is computed once a turn, on weights trained for it",
+    )
+    add("--reuse", choices=get_args(Reuse), default=defaults.reuse, help="of joint conditioning")
+    add(
+        "--reuse-refresh",
+        type=int,
+        default=defaults.reuse_refresh,
+        metavar="N",
+        help="steps from one whole forward to the next, at most",
+    )
+    add(
+        "--reuse-drift",
+        type=_drift,
+        default=defaults.reuse_drift,
+        metavar="D",
+        help="change of the first block's output that asks for one sooner; none: not measured",
+    )
+    add("--step-cache", type=float, metavar="D", help="skip steps that change by less than this")
+
+
+def _drift(text: str) -> float | None:
+    return None if text == "none" else float(text)
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

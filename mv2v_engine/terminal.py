@@ -81,6 +81,8 @@ def turn_table(reports: Sequence[dict[str, Any]]) -> str:
     scale, unit = next(((s, u) for s, u in _UNITS if most >= s), _UNITS[-1])
     headers = ["turn", "camera", "retrieved (score)", "target", "source", "memory"]
     headers += [f"merged at {block}" for block in blocks]
+    reusing = any("reuse" in report for report in reports)
+    headers += ["steps computed", "conditioning computed"] if reusing else []
     headers += [unit, *(f"{stage} s" for stage in _STAGES)]
     rows = []
     for report in reports:
@@ -93,6 +95,7 @@ def turn_table(reports: Sequence[dict[str, Any]]) -> str:
                 _retrieved(report["memory"]),
                 *(str(tokens[kind]) for kind in ("target", "source", "memory")),
                 *(str(merged.get(block, 0)) for block in blocks),
+                *(_reused(report) if reusing else []),
                 _short(report["flops"] / scale),
                 *(f"{report['seconds'].get(stage, 0):.2f}" for stage in _STAGES),
             ]
@@ -103,6 +106,15 @@ def turn_table(reports: Sequence[dict[str, Any]]) -> str:
 def _short(value: float) -> str:
     """Three digits, more only before the point."""
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def _reused(report: dict[str, Any]) -> list[str]:
+    """Steps that ran the blocks, and those that ran them over the conditioning too."""
+    total, reuse = report["num_inference_steps"], report.get("reuse", {})
+    computed = len(reuse.get("steps_computed", range(total)))
+    is_static = report["plan"]["conditioning"] == "static"
+    whole = len(reuse["refreshes"]) if "refreshes" in reuse else 1 if is_static else computed
+    return [f"{computed} of {total}", f"{whole} of {total}"]
 
 
 def _count(frames: dict[str, list[int]]) -> int:

@@ -10,16 +10,24 @@ C transformer width.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from mv2v_engine.checkpoints.detect import Detected, read_json
 from mv2v_engine.checkpoints.weights import TensorInfo
-from mv2v_engine.config import CameraConditioning, MergerConfig, SamplingConfig, TransformerConfig
+from mv2v_engine.config import (
+    CameraConditioning,
+    Conditioning,
+    MergerConfig,
+    SamplingConfig,
+    TransformerConfig,
+)
 from mv2v_engine.errors import CheckpointError, RequestError
 
 FORMAT, VERSION = "mv2v_engine", 1
+# what every published base is, and weights that say nothing
+TRAINED_FOR: tuple[Conditioning, ...] = ("joint",)
 _HEAD_DIM = 128
 _PATCH_CELLS = 4
 # both spellings of Wan's config files; each of our fields by the words it may have there
@@ -53,19 +61,35 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 
-def own_json(name: str, config: TransformerConfig, sampling: SamplingConfig) -> dict[str, Any]:
-    """The content of `mv2v.json`."""
+def own_json(
+    name: str,
+    config: TransformerConfig,
+    sampling: SamplingConfig,
+    conditioning: Sequence[Conditioning],
+) -> dict[str, Any]:
+    """The content of `mv2v.json`. conditioning: the modes that the weights were trained for."""
     return {
         "format": FORMAT,
         "version": VERSION,
         "name": name,
         "transformer": dataclasses.asdict(config),
         "sampling": dataclasses.asdict(sampling),
+        "conditioning": list(conditioning),
     }
 
 
-def read_own_config(path: Path) -> tuple[str, TransformerConfig, SamplingConfig]:
-    """Name and configs of `mv2v.json`.
+@dataclasses.dataclass(frozen=True)
+class OwnConfig:
+    """What `mv2v.json` says. conditioning: the modes that the weights were trained for."""
+
+    name: str
+    transformer: TransformerConfig
+    sampling: SamplingConfig
+    conditioning: tuple[Conditioning, ...]
+
+
+def read_own_config(path: Path) -> OwnConfig:
+    """Name, configs and modes of `mv2v.json`; a file without modes is of joint weights (METHOD 13).
 
     Raises:
         CheckpointError: another format or version, or fields that are missing, new or wrong.
@@ -82,11 +106,20 @@ def read_own_config(path: Path) -> tuple[str, TransformerConfig, SamplingConfig]
             merger = {k: _tupled(v) for k, v in transformer["merger"].items()}
             transformer["merger"] = MergerConfig(**merger)
         sampling = {k: _tupled(v) for k, v in value["sampling"].items()}
-        return str(value["name"]), TransformerConfig(**transformer), SamplingConfig(**sampling)
+        conditioning = tuple(value.get("conditioning", TRAINED_FOR))
+        if not conditioning or not set(conditioning) <= set(get_args(Conditioning)):
+            raise RequestError(f"conditioning is {list(conditioning)}")
+        return OwnConfig(
+            str(value["name"]),
+            TransformerConfig(**transformer),
+            SamplingConfig(**sampling),
+            conditioning,
+        )
     except (KeyError, TypeError, AttributeError, RequestError) as error:
         raise CheckpointError(
             f"{path} does not describe a checkpoint ({error}); expected the fields of "
-            "TransformerConfig and SamplingConfig, correct it or copy it again"
+            "TransformerConfig and SamplingConfig and what conditioning they were trained for, "
+            "correct it or copy it again"
         ) from error
 
 

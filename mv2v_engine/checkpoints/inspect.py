@@ -26,7 +26,8 @@ class Inspection:
     the model does not know. mismatched: (name, got, expected). initialised: parameters it need
     not have, and what fills them. inferred: one line for each tokenizer and merger found.
     undecided: modules whose role shapes leave open. dtypes: tensors by dtype. num_parameters: of
-    the model; num_stored: elements in the file. problem: why it cannot be loaded, or None.
+    the model; num_stored: elements in the file. conditioning: the modes that the weights were
+    trained for. problem: why it cannot be loaded, or None.
     """
 
     path: Path
@@ -46,6 +47,7 @@ class Inspection:
     dtypes: dict[str, int]
     num_parameters: int
     num_stored: int
+    conditioning: tuple[str, ...]
     problem: str | None
 
 
@@ -78,6 +80,7 @@ def inspect_checkpoint(path: Path | str, rename: Path | str | None = None) -> In
         dtypes=dict(dtypes.most_common()),
         num_parameters=sum(p.numel() for p in resolution.model.parameters()),
         num_stored=sum(i.num_elements for i in detected.tensors.values()),
+        conditioning=resolution.conditioning,
         problem=_problem(resolution),
     )
 
@@ -97,6 +100,7 @@ def render_inspection(inspection: Inspection) -> str:
         f"parameters   {inspection.num_parameters:,} in the model, "
         f"{inspection.num_stored:,} in the file",
         "config       " + "\n             ".join(_config_lines(inspection.config)),
+        f"trained for  {' and '.join(inspection.conditioning)} conditioning",
         f"matched      {len(inspection.matched)} of "
         f"{len(inspection.matched) + len(inspection.missing) + len(inspection.initialised)}",
     ]

@@ -6,19 +6,20 @@ read, so that the host never holds more than the model and a sixteenth of a file
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.checkpoints.configs import own_json
+from mv2v_engine.checkpoints.configs import TRAINED_FOR, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
-from mv2v_engine.config import SamplingConfig, TransformerConfig
+from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.files import save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
@@ -57,7 +58,8 @@ class Checkpoint:
     """A transformer ready to run, and where its VAE and text encoder lie.
 
     vae_path, text_path: diffusers and transformers folders. tokenizer_path: a transformers
-    folder. None where the checkpoint has none beside it.
+    folder. None where the checkpoint has none beside it. conditioning: the modes that the weights
+    were trained for (METHOD 13).
     """
 
     name: str
@@ -69,6 +71,7 @@ class Checkpoint:
     text_path: Path | None
     tokenizer_path: Path | None
     report: LoadReport
+    conditioning: tuple[Conditioning, ...]
 
 
 def load_checkpoint(
@@ -107,6 +110,7 @@ def load_checkpoint(
         text_path=_component(folder / "text_encoder"),
         tokenizer_path=tokenizer if tokenizer.is_dir() else None,
         report=_report(resolution),
+        conditioning=resolution.conditioning,
     )
 
 
@@ -117,8 +121,12 @@ def save_checkpoint(
     sampling: SamplingConfig,
     name: str,
     dtype: torch.dtype,
+    *,
+    conditioning: Sequence[Conditioning] = TRAINED_FOR,
 ) -> None:
     """Write `transformer.safetensors` and `mv2v.json`, each whole or not at all.
+
+    conditioning: the modes that the weights were trained for.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -130,7 +138,7 @@ def save_checkpoint(
     }
     save_tensors(folder / OWN_WEIGHTS, tensors, {"format": "pt"})
     # last, because a folder counts as a checkpoint once it has this file
-    save_json(folder / OWN_CONFIG, own_json(name, config, sampling))
+    save_json(folder / OWN_CONFIG, own_json(name, config, sampling, conditioning))
 
 
 def _fill(resolution: Resolution, device: torch.device, dtype: torch.dtype | None) -> None:

@@ -12,7 +12,12 @@ from dataclasses import dataclass
 
 import torch
 
-from mv2v_engine.checkpoints.configs import default_sampling, infer_config, read_own_config
+from mv2v_engine.checkpoints.configs import (
+    TRAINED_FOR,
+    default_sampling,
+    infer_config,
+    read_own_config,
+)
 from mv2v_engine.checkpoints.detect import Detected
 from mv2v_engine.checkpoints.modules import (
     Assignment,
@@ -23,7 +28,7 @@ from mv2v_engine.checkpoints.modules import (
     require_decided,
 )
 from mv2v_engine.checkpoints.weights import TensorInfo, file_kind
-from mv2v_engine.config import SamplingConfig, TransformerConfig
+from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
 
@@ -38,7 +43,7 @@ class Resolution:
     model: the transformer on the meta device. sources: the file's tensor of each parameter.
     missing, unknown, mismatched (name, got, expected), undecided: what forbids it. initialised:
     parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
-    merger found.
+    merger found. conditioning: the modes that the weights were trained for (METHOD 13).
     """
 
     detected: Detected
@@ -53,6 +58,7 @@ class Resolution:
     undecided: tuple[str, ...]
     initialised: dict[str, str]
     mapping: tuple[str, ...]
+    conditioning: tuple[Conditioning, ...]
 
     def require_loadable(self) -> None:
         """Raise `CheckpointError` for whatever forbids loading, the most telling thing first."""
@@ -95,9 +101,11 @@ def resolve(detected: Detected) -> Resolution:
     """
     infos = {name: detected.tensors[key] for key, name in detected.translation.names.items()}
     unknown = list(detected.translation.unknown)
-    found = Assignment()
+    found, conditioning = Assignment(), TRAINED_FOR
     if detected.format == "mv2v_engine" and detected.config_file is not None:
-        name, config, sampling = read_own_config(detected.config_file)
+        own = read_own_config(detected.config_file)
+        name, config, sampling = own.name, own.transformer, own.sampling
+        conditioning = own.conditioning
         sources = {name: Source(info, info.shape) for name, info in infos.items()}
     else:
         name = detected.path.stem if detected.path.is_file() else detected.path.resolve().name
@@ -131,6 +139,7 @@ def resolve(detected: Detected) -> Resolution:
         undecided=tuple(found.undecided),
         initialised=initialised,
         mapping=tuple(_mapping(sources)),
+        conditioning=conditioning,
     )
 
 

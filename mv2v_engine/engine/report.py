@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,7 +11,16 @@ from mv2v_engine.engine.runner import Denoised, Denoiser
 from mv2v_engine.memory.retrieval import Retrieval
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.progress import Spans
-from mv2v_engine.tokens.flops import conditioning_bytes, flop_table, kept_flop_table
+from mv2v_engine.tokens.flops import (
+    FORWARDS,
+    Work,
+    conditioning_bytes,
+    exact_work,
+    flop_table,
+    kept_flop_table,
+    residual_bytes,
+    work_flops,
+)
 from mv2v_engine.tokens.layout import MergeStep
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -49,8 +58,11 @@ def turn_report(
         "plan": plan.describe(),
         "merged_frames": merge_report(plan, denoised.records, retrieval.turns),
         "forwards": denoised.num_forwards,
-        **turn_flops(plan, steps, denoised.num_forwards),
-        "conditioning_bytes": conditioning_bytes(plan, engine.dtype.itemsize, steps),
+        **turn_flops(plan, steps, denoised.work),
+        **kept_bytes(engine, prepared.denoiser, steps),
+        "approximations": approximations(engine, plan),
+        "conditioning_is_trained": is_trained(engine, plan),
+        **({} if denoised.reuse is None else {"reuse": denoised.reuse}),
         "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
         "peak_bytes": dict(spans.peak_bytes),
         "cache_bytes": engine.cache.bytes_used,
@@ -68,18 +80,70 @@ def segment_names(plan: TokenPlan, memory_turns: Sequence[int]) -> list[str]:
     ]
 
 
-def turn_flops(plan: TokenPlan, steps: Sequence[MergeStep], num_forwards: int) -> dict[str, Any]:
-    """FLOPs by part of a turn's first forward and of each later one, and of all forwards together.
+def turn_flops(
+    plan: TokenPlan, steps: Sequence[MergeStep], work: int | Mapping[Work, int]
+) -> dict[str, Any]:
+    """FLOPs by part of a turn's first forward and of each later exact one, and of the whole turn.
 
-    With static conditioning the later ones run the target alone. steps: the merges that happened.
+    With static conditioning the later ones run the target alone. `flops_exact` is what the same
+    steps take without approximations. steps: the merges that happened. work: what was run, or how
+    many forwards of an exact turn.
     """
+    if isinstance(work, int):
+        work = exact_work(plan, work)
+    branches_times_steps = sum(work.get(kind, 0) for kind in (*FORWARDS, "residual"))
+    exact = exact_work(plan, branches_times_steps)
     first = flop_table(plan, steps)
     later = kept_flop_table(plan, steps) if plan.conditioning == "static" else first
+    totals = [
+        sum(count * work_flops(plan, kind, steps) for kind, count in counts.items() if count)
+        for counts in (work, exact)
+    ]
     return {
         "flops_first_forward": first,
         "flops_per_forward": later,
-        "flops": sum(first.values()) + (num_forwards - 1) * sum(later.values()),
+        "flops": totals[0],
+        "flops_exact": totals[1],
+        "work": dict(work),
     }
+
+
+def kept_bytes(engine: Engine, denoiser: Denoiser, steps: Sequence[MergeStep]) -> dict[str, int]:
+    """What a turn kept between its steps: conditioning, and what skipped steps add again."""
+    config, branches = engine.config, len(denoiser.branches)
+    element = engine.dtype.itemsize
+    is_approximate = config.reuse == "approximate"
+    kept = {
+        "conditioning_bytes": conditioning_bytes(
+            denoiser.plan,
+            element,
+            steps,
+            copies=branches if is_approximate else None,
+            probes=is_approximate and config.reuse_drift is not None,
+        )
+    }
+    if config.step_cache is not None:
+        kept["residual_bytes"] = branches * residual_bytes(denoiser.plan, element)
+    return kept
+
+
+def is_trained(engine: Engine, plan: TokenPlan) -> bool:
+    """Whether the weights are known to have been trained for the plan's conditioning."""
+    return plan.conditioning in engine.checkpoint.conditioning
+
+
+def approximations(engine: Engine, plan: TokenPlan) -> list[str]:
+    """In words, all in which a turn differs from what its weights were made for; mostly nothing."""
+    config, found = engine.config, []
+    if not is_trained(engine, plan):
+        trained = " and ".join(engine.checkpoint.conditioning)
+        found.append(f"{plan.conditioning} conditioning on weights trained for {trained}")
+    if config.reuse == "approximate":
+        gate = "" if config.reuse_drift is None else f", or at drift {config.reuse_drift:g}"
+        found.append(f"conditioning renewed every {config.reuse_refresh} steps{gate}")
+    if config.step_cache is not None:
+        found.append(f"steps skipped below a change of {config.step_cache:g}")
+    return found
 
 
 def merge_report(

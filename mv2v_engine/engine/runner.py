@@ -9,18 +9,21 @@ C latent channels, F H W latent grid, V camera tracks.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import Solver
 from mv2v_engine.sampling.guidance import guide, needs_guidance
+from mv2v_engine.tokens.flops import FORWARDS, Work, exact_work
 from mv2v_engine.tokens.plan import TokenPlan
 
 STAGE = "sampling"
@@ -28,11 +31,19 @@ STAGE = "sampling"
 
 @dataclass(frozen=True, eq=False)
 class Denoised:
-    """Latents float32 [C, F, H, W]; the last step's merges, or the kept ones; forwards run."""
+    """Latents float32 [C, F, H, W]; the last step's merges, or the kept ones; what was run.
+
+    reuse: what an approximation did, for the report; None for an exact turn.
+    """
 
     latents: Tensor
     records: tuple[MergeRecord, ...]
-    num_forwards: int
+    work: Mapping[Work, int]
+    reuse: dict[str, Any] | None = None
+
+    @property
+    def num_forwards(self) -> int:
+        return sum(self.work.get(kind, 0) for kind in FORWARDS)
 
 
 @dataclass(frozen=True, eq=False)
@@ -62,12 +73,23 @@ class Branch:
     ) -> None:
         self.transformer, self.plan, self.conditioning = transformer, plan, conditioning
         self.text, self.cache = text, cache
+        self.residual: TargetResidual | None = None
         self.records: list[MergeRecord] = []
 
     def velocity(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """One forward: of the target alone once the conditioning is kept."""
         if self.cache is not None and self.cache.is_filled:
-            return self.transformer.forward_target(noisy, timestep, self.text, kept=self.cache)
+            return self.kept(noisy, timestep, self.cache)
+        return self.whole(noisy, timestep)
+
+    def kept(self, noisy: Tensor, timestep: Tensor, cache: ConditioningCache) -> Tensor:
+        """A forward of the target alone."""
+        return self.transformer.forward_target(
+            noisy, timestep, self.text, kept=cache, residual=self.residual
+        )
+
+    def whole(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """A forward of everything, kept if there is a cache."""
         self.records.clear()
         velocity: Tensor = self.transformer(
             [noisy, *self.conditioning.latents],
@@ -77,8 +99,15 @@ class Branch:
             cameras=self.conditioning.cameras,
             records=self.records,
             keep=self.cache,
+            residual=self.residual,
         )
         return velocity
+
+    def release(self) -> None:
+        if self.cache is not None:
+            self.cache.release()
+        if self.residual is not None:
+            self.residual.release()
 
 
 class Denoiser:
@@ -134,14 +163,17 @@ class Denoiser:
         self.latents = self.solver.step(velocity, self.index, self.latents)
         self.index += 1
 
+    def work(self) -> dict[Work, int]:
+        """What the steps run, in all branches together."""
+        return exact_work(self.plan, self.total * len(self.branches))
+
     def result(self) -> Denoised:
-        forwards = self.total * len(self.branches)
-        return Denoised(self.latents[0], tuple(self.branches[0].records), forwards)
+        return Denoised(self.latents[0], tuple(self.branches[0].records), self.work())
 
     def release(self) -> None:
         """Let go of what is kept: an error's traceback would hold it as long as the error lives."""
-        if self.cache is not None:
-            self.cache.release()
+        for branch in self.branches:
+            branch.release()
 
 
 def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None, Denoised]:

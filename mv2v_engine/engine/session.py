@@ -17,7 +17,8 @@ from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, denoise
+from mv2v_engine.engine.reuse import make_denoiser
+from mv2v_engine.engine.runner import Conditioning, Denoised, denoise
 from mv2v_engine.engine.source import Source, source_trajectory
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.engine.turn import Turn
@@ -166,7 +167,8 @@ class Session:
         retrieval, plan, videos, cameras = yield from _staged(
             spans, "memory", lambda: self._recall.condition(request, source, self.turns)
         )
-        denoiser = Denoiser(
+        denoiser = make_denoiser(
+            engine.config,
             engine.transformer,
             plan,
             Conditioning(videos, cameras, text, negative_text),

@@ -12,6 +12,7 @@ from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
 from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
 from mv2v_engine.models.feed_forward import FeedForward
+from mv2v_engine.models.joint_cache import JointCache
 from mv2v_engine.models.modulation import Modulation, split_modulation
 from mv2v_engine.models.static_cache import ConditioningCache, KeysValues
 from mv2v_engine.models.token_merge import Sequence
@@ -42,14 +43,20 @@ class Block(nn.Module):
         context_BSC: Tensor,
         cameras_BFP: Tensor | None,
         kept: KeysValues | None = None,
+        keep: JointCache | None = None,
     ) -> Tensor:
-        """New tokens [B, L, C]; every token sees every token, and those whose K and V are kept."""
+        """New tokens [B, L, C]; every token sees every token, and those whose K and V are kept.
+
+        keep: receives the conditioning's own.
+        """
         x, rope = sequence.x, sequence.rope
         modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
 
         # 1. self-attention
         hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
         keys, values = self.attn1.keys_values(hidden, rope)
+        if keep is not None:
+            keep.refresh((keys, values), sequence)
         if kept is not None:
             keys, values = torch.cat([keys, kept[0]], 1), torch.cat([values, kept[1]], 1)
         attended = self.attn1.attend(self.attn1.queries(hidden, rope), keys, values)

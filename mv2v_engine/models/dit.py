@@ -22,6 +22,12 @@ from torch.utils.checkpoint import checkpoint
 from mv2v_engine.config import HeadMode, TransformerConfig
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import frame_cameras
+from mv2v_engine.models.forward_pass import (
+    ForwardPass,
+    TargetResidual,
+    check_inputs,
+    check_latents,
+)
 from mv2v_engine.models.modulation import ConditionEmbedder
 from mv2v_engine.models.rope import rotary_table
 from mv2v_engine.models.static_cache import ConditioningCache
@@ -94,6 +100,7 @@ class MV2VTransformer(nn.Module):
         cameras: Tensor | None = None,
         records: list[MergeRecord] | None = None,
         keep: ConditioningCache | None = None,
+        residual: TargetResidual | None = None,
     ) -> Tensor:
         """Velocity of the target latents [B, C_out, F, H, W].
 
@@ -104,33 +111,15 @@ class MV2VTransformer(nn.Module):
             cameras: tracks [B, V, F, 12], row-major [R|t] relative to the source's first frame;
                 None for a model without cameras.
             records: receives what every merge did.
-            keep: receives what `forward_target` needs, with static conditioning.
+            keep: receives what `forward_target` needs.
+            residual: receives what `forward_residual` needs.
         """
-        self._check(latents, plan, cameras)
-        rows = None if cameras is None else frame_cameras(plan, cameras)
+        given = (latents, timestep, encoder_hidden_states)
+        begun = self.begin(*given, plan=plan, cameras=cameras, residual=residual)
         if keep is not None:
-            keep.start(plan, rows)
-        sequence = self._embed(latents, plan)
-        temb, temb_6 = self.condition_embedder.time(timestep)
-        static_temb = None
-        if plan.conditioning == "static":
-            _, static_temb = self.condition_embedder.time(torch.zeros_like(timestep))
-        context = self.condition_embedder.text(encoder_hidden_states)
-        merging = () if plan.merge == "off" else self.config.merging_blocks
-        for index, block in enumerate(self.blocks):
-            assert isinstance(block, Block)
-            if index in merging:
-                sequence = self._merge(
-                    index, block, sequence, plan, temb_6, static_temb, rows, records
-                )
-            if static_temb is None:
-                x = self._run(block, sequence, temb_6, context, rows)
-            else:
-                x = self._run(
-                    block.forward_static, sequence, temb_6, static_temb, context, rows, keep
-                )
-            sequence = replace(sequence, x=x)
-        return self._head(sequence.x[:, : plan.target.length], temb, plan)
+            begun.keep_in(keep)
+        self.run_blocks(begun, records=records)
+        return self.finish(begun)
 
     def forward_target(
         self,
@@ -139,6 +128,7 @@ class MV2VTransformer(nn.Module):
         encoder_hidden_states: Tensor,
         *,
         kept: ConditioningCache,
+        residual: TargetResidual | None = None,
     ) -> Tensor:
         """`forward` for other target latents, timestep and text: conditioning as it was kept.
 
@@ -149,19 +139,90 @@ class MV2VTransformer(nn.Module):
             ValueError: no forward has filled the cache.
         """
         plan = kept.plan
-        if not kept.is_filled:
+        if len(kept.blocks) != len(self.blocks):
             raise ValueError(
                 f"the cache holds {len(kept.blocks)} of {len(self.blocks)} blocks; fill it with "
                 "forward(..., keep=cache) first"
             )
-        self._check_latents([latents], plan)
+        check_latents([latents], plan)
         target = self._embed([latents], plan)
         temb, temb_6 = self.condition_embedder.time(timestep)
         context = self.condition_embedder.text(encoder_hidden_states)
-        for block, keys_values in zip(self.blocks, kept.blocks, strict=True):
-            x = block(target, temb_6, context, kept.cameras, keys_values)
-            target = replace(target, x=x)
-        return self._head(target.x, temb, plan)
+        begun = ForwardPass(plan, target, temb, temb_6, None, context, kept.cameras, kept=kept)
+        if residual is not None:
+            begun.leave_in(residual)
+        self.run_blocks(begun)
+        return self.finish(begun)
+
+    def forward_residual(
+        self, latents: Tensor, timestep: Tensor, *, plan: TokenPlan, residual: TargetResidual
+    ) -> Tensor:
+        """No block runs: what they added to the target in another forward is added again.
+
+        Args:
+            latents: the target's [B, C_in, F, H, W]. residual: as `forward` of that plan left it.
+        """
+        check_latents([latents], plan)
+        target = self._embed([latents], plan)
+        temb = self.condition_embedder.time_embedding(timestep)
+        return self._head(target.x + residual.read(), temb, plan)
+
+    def begin(
+        self,
+        latents: Series[Tensor],
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        plan: TokenPlan,
+        cameras: Tensor | None = None,
+        residual: TargetResidual | None = None,
+    ) -> ForwardPass:
+        """A forward before its first block, for `run_blocks` and `finish`; as `forward`."""
+        check_inputs(latents, plan, cameras)
+        rows = None if cameras is None else frame_cameras(plan, cameras)
+        sequence = self._embed(latents, plan)
+        temb, temb_6 = self.condition_embedder.time(timestep)
+        static_temb = None
+        if plan.conditioning == "static":
+            _, static_temb = self.condition_embedder.time(torch.zeros_like(timestep))
+        context = self.condition_embedder.text(encoder_hidden_states)
+        begun = ForwardPass(plan, sequence, temb, temb_6, static_temb, context, rows)
+        if residual is not None:
+            begun.leave_in(residual)
+        return begun
+
+    def run_blocks(
+        self,
+        begun: ForwardPass,
+        *,
+        stop: int | None = None,
+        records: list[MergeRecord] | None = None,
+    ) -> None:
+        """Take a forward through its next blocks, up to block `stop` or to the end."""
+        is_merging = begun.plan.merge != "off" and begun.kept is None
+        for index in range(begun.depth, len(self.blocks) if stop is None else stop):
+            block = self.blocks[index]
+            assert isinstance(block, Block)
+            if is_merging and index in self.config.merging_blocks:
+                begun.sequence = self._merge(index, block, begun, records)
+            sequence, temb_6, rows = begun.sequence, begun.temb_6, begun.rows
+            given: tuple[Any, ...] = (sequence, temb_6, begun.context, rows)
+            layer: Callable[..., Tensor] = block
+            if begun.kept is not None:
+                given += (begun.kept.of_block(index),)
+            elif begun.static_temb is not None:
+                layer = block.forward_static
+                given = (sequence, temb_6, begun.static_temb, begun.context, rows, begun.keep)
+            elif begun.keep is not None:
+                given += (None, begun.keep)
+            begun.sequence = replace(sequence, x=self._run(layer, *given))
+            begun.depth = index + 1
+
+    def finish(self, begun: ForwardPass) -> Tensor:
+        """The velocity of a forward whose blocks have all run."""
+        hidden = begun.sequence.x[:, : begun.plan.target.length]
+        begun.fill_residual(hidden)
+        return self._head(hidden, begun.temb, begun.plan)
 
     def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
@@ -171,30 +232,6 @@ class MV2VTransformer(nn.Module):
             )
             return result
         return layer(*arguments)
-
-    def _check(self, latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | None) -> None:
-        if len(latents) != len(plan.segments):
-            raise ValueError(f"the plan has {len(plan.segments)} segments, got {len(latents)}")
-        self._check_latents(latents, plan)
-        if plan.scope == "joint" and len(latents[0]) > 1:
-            raise ValueError(
-                f'scope="joint" merges other counts in every sample, got a batch of '
-                f'{len(latents[0])}; run one sample at a time or use scope="group"'
-            )
-        if (cameras is None) == self.config.has_camera:
-            raise ValueError(
-                f"cameras are {'missing' if cameras is None else 'given'}, but the model's "
-                f"camera_conditioning is {self.config.camera_conditioning!r}"
-            )
-
-    def _check_latents(self, latents: Series[Tensor], plan: TokenPlan) -> None:
-        for latent, segment in zip(latents, plan.segments, strict=False):
-            expected = (self.config.in_channels, *segment.grid)
-            if tuple(latent.shape[1:]) != expected:
-                raise ValueError(
-                    f"{segment.role} latents must have shape [B, {', '.join(map(str, expected))}], "
-                    f"got {list(latent.shape)}"
-                )
 
     def _embed(self, latents: Series[Tensor], plan: TokenPlan) -> Sequence:
         """Tokenize the plan's first segments, the target with the base model's patch embedding."""
@@ -208,24 +245,18 @@ class MV2VTransformer(nn.Module):
         return Sequence(x, rope, frames, layout)
 
     def _merge(
-        self,
-        index: int,
-        block: Block,
-        sequence: Sequence,
-        plan: TokenPlan,
-        temb_6: Tensor,
-        static_temb: Tensor | None,
-        rows: Tensor | None,
-        records: list[MergeRecord] | None,
+        self, index: int, block: Block, begun: ForwardPass, records: list[MergeRecord] | None
     ) -> Sequence:
         """Fuse the frames that this block's own queries and keys show to be ignored."""
-        layout = sequence.layout
+        sequence, plan, layout = begun.sequence, begun.plan, begun.sequence.layout
         counts = plan.merge_counts(layout)
         # nothing to choose: the plan counts no responsiveness here either
         if not layout.groups() or (plan.scope == "group" and not any(counts)):
             return sequence
         with torch.no_grad():
-            scores = self.responsiveness(block, sequence, temb_6, static_temb, rows)
+            scores = self.responsiveness(
+                block, sequence, begun.temb_6, begun.static_temb, begun.rows
+            )
         if plan.scope == "joint":
             counts = joint_counts(scores, sequence, plan.merge_fraction)
         step = plan.step_at(index, layout, counts)

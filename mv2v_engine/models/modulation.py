@@ -73,11 +73,15 @@ class ConditionEmbedder(nn.Module):
 
     def time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         """temb [B, C] for the head and its projection [B, 6, C] for the blocks."""
+        temb = self.time_embedding(timestep_B)
+        return temb, self.time_proj(nn.functional.silu(temb)).unflatten(1, (6, -1))
+
+    def time_embedding(self, timestep_B: Tensor) -> Tensor:
+        """temb [B, C] alone."""
         embedding = sinusoidal_embedding(timestep_B, self.freq_dim)
         weight = self.time_embedder.linear_1.weight
-        temb = self.time_embedder(embedding.to(weight.dtype))
-        temb = temb.to(self.time_proj.weight.dtype)
-        return temb, self.time_proj(nn.functional.silu(temb)).unflatten(1, (6, -1))
+        temb: Tensor = self.time_embedder(embedding.to(weight.dtype))
+        return temb.to(self.time_proj.weight.dtype)
 
     def text(self, text_BSD: Tensor) -> Tensor:
         """Context [B, S, C] of text embeddings [B, S, text_dim]."""

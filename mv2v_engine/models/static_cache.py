@@ -12,6 +12,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mv2v_engine.config import Conditioning
 from mv2v_engine.tokens.plan import TokenPlan
 
 KeysValues = tuple[Tensor, Tensor]
@@ -24,19 +25,31 @@ class ConditioningCache:
     merges before it. cameras: [B, F, P] of the target's frames; None for a model without cameras.
     """
 
+    serves: Conditioning = "static"
+
     def __init__(self, plan: TokenPlan) -> None:
-        if plan.conditioning != "static":
+        if plan.conditioning != self.serves:
             raise ValueError(
-                f'only conditioning="static" can be kept, got a plan of {plan.conditioning!r}: '
-                "there the conditioning sees the target and changes with every step"
+                f"a {type(self).__name__} keeps conditioning={self.serves!r}, got a plan of "
+                f"{plan.conditioning!r}: what is exact for static conditioning is an "
+                "approximation for joint, which has a cache of its own"
             )
         self.plan = plan
         self.blocks: list[KeysValues] = []
         self.cameras: Tensor | None = None
 
     @property
+    def _is_taken(self) -> bool:
+        """Whether no other forward may be kept."""
+        return bool(self.blocks)
+
+    @property
     def is_filled(self) -> bool:
         return len(self.blocks) == self.plan.shape.num_layers
+
+    def of_block(self, index: int) -> KeysValues:
+        """What block `index` attends to."""
+        return self.blocks[index]
 
     def start(self, plan: TokenPlan, rows_BFP: Tensor | None) -> None:
         """Take up a forward's plan and the cameras of all its frames, before its first block.
@@ -44,7 +57,7 @@ class ConditioningCache:
         Raises:
             ValueError: it is another plan, gradients are on, or another forward was kept before.
         """
-        if plan != self.plan or self.blocks:
+        if plan != self.plan or self._is_taken:
             found = "holds another forward's" if self.blocks else "was made for another plan"
             raise ValueError(f"this cache {found}; make one for every turn")
         if torch.is_grad_enabled():

@@ -8,7 +8,7 @@ cross-attention and its text k, v. S text tokens.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mv2v_engine.tokens.layout import MergeStep
 
@@ -17,6 +17,31 @@ if TYPE_CHECKING:
 
 _BLOCK_PARTS = ("self_attention", "linear", "cross_attention")
 
+# What a step may run in each guidance branch: a whole forward; the target over kept K/V; the first
+# block whole and the rest as "kept"; no block. And once a turn, "schedule", for every timestep.
+Work = Literal["whole", "kept", "probed", "residual", "schedule"]
+FORWARDS: tuple[Work, ...] = ("whole", "kept", "probed")
+
+
+def exact_work(plan: TokenPlan, num_forwards: int) -> dict[Work, int]:
+    """What a turn of so many forwards runs: with static conditioning, one whole forward."""
+    if plan.conditioning == "joint" or not num_forwards:
+        return {"whole": num_forwards}
+    return {"whole": 1, "kept": num_forwards - 1}
+
+
+def work_flops(plan: TokenPlan, work: Work, steps: Sequence[MergeStep] | None = None) -> int:
+    """FLOPs of one piece of work. steps: as in `flop_table`."""
+    if work == "schedule":
+        return _time_flops(plan) + _time_projection_flops(plan)
+    tables = {
+        "whole": flop_table,
+        "kept": kept_flop_table,
+        "probed": probed_flop_table,
+        "residual": residual_flop_table,
+    }
+    return sum(tables[work](plan, steps).values())
+
 
 def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dict[str, int]:
     """FLOPs by part of one whole forward, matrix products and convolutions all counted.
@@ -24,7 +49,7 @@ def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dic
     With static conditioning the blocks' parts are the target's and the conditioning's.
     steps: the merges that happened, where the plan cannot know them (scope "joint").
     """
-    shape, width = plan.shape, plan.shape.dim
+    shape = plan.shape
     steps = plan.merge_steps if steps is None else steps
     is_static = plan.conditioning == "static"
     if is_static:
@@ -41,30 +66,63 @@ def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dic
     blocks = (shape.num_layers + len(steps)) * (1 + is_static)
     table["camera"] = _camera_flops(plan, blocks, len(plan.frame_table))
     table["embedding"] = _embedding_flops(plan, timesteps=1 + is_static)
-    table["head"] = 2 * plan.target.length * width * shape.out_channels * 4
+    table["head"] = _head_flops(plan)
     table["merge"] = sum(_merge_flops(plan, step) for step in steps)
     return table
 
 
 def kept_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dict[str, int]:
     """FLOPs by part of one forward of the target over conditioning K/V kept by another."""
-    shape = plan.shape
     return {
-        "target_blocks": block_flops(plan, steps),
+        "target_blocks": target_block_flops(plan, steps),
         "tokenize": _tokenize_flops(plan, plan.segments[:1]),
-        "camera": _camera_flops(plan, shape.num_layers, plan.target.num_frames),
+        "camera": _camera_flops(plan, plan.shape.num_layers, plan.target.num_frames),
         "embedding": _embedding_flops(plan, timesteps=1),
-        "head": 2 * plan.target.length * shape.dim * shape.out_channels * 4,
+        "head": _head_flops(plan),
+    }
+
+
+def probed_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dict[str, int]:
+    """FLOPs by part of one joint forward whose first block is whole and the others' target's."""
+    steps = plan.merge_steps if steps is None else steps
+    lengths, target = plan.lengths_by_block(steps), plan.target
+    first = [step for step in steps if step.block == 0]
+    kept = (target.length,) * (len(lengths) - 1)
+    camera = _camera_flops(plan, 1 + len(first), len(plan.frame_table))
+    return {
+        "first_block": sum(_block_parts(plan, lengths[:1], lengths[:1]).values()),
+        "target_blocks": sum(_block_parts(plan, kept, lengths[1:]).values()),
+        "tokenize": _tokenize_flops(plan, plan.segments),
+        "camera": camera + _camera_flops(plan, plan.shape.num_layers - 1, target.num_frames),
+        "embedding": _embedding_flops(plan, timesteps=1),
+        "head": _head_flops(plan),
+        "merge": sum(_merge_flops(plan, step) for step in first),
+    }
+
+
+def residual_flop_table(
+    plan: TokenPlan, steps: Sequence[MergeStep] | None = None
+) -> dict[str, int]:
+    """FLOPs by part of a step without blocks, which knows nothing of merges."""
+    return {
+        "tokenize": _tokenize_flops(plan, plan.segments[:1]),
+        "embedding": _time_flops(plan),
+        "head": _head_flops(plan),
     }
 
 
 def block_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> int:
     """The blocks' FLOPs of one forward as METHOD 16 counts them; static: over kept K/V."""
-    lengths = plan.lengths_by_block(steps)
-    queries = lengths
     if plan.conditioning == "static":
-        queries = (plan.target.length,) * len(lengths)
-    return sum(_block_parts(plan, queries, lengths).values())
+        return target_block_flops(plan, steps)
+    lengths = plan.lengths_by_block(steps)
+    return sum(_block_parts(plan, lengths, lengths).values())
+
+
+def target_block_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> int:
+    """The blocks' FLOPs of the target's queries alone, against all keys."""
+    lengths = plan.lengths_by_block(steps)
+    return sum(_block_parts(plan, (plan.target.length,) * len(lengths), lengths).values())
 
 
 def conditioning_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> int:
@@ -82,13 +140,30 @@ def conditioning_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None
 
 
 def conditioning_bytes(
-    plan: TokenPlan, element_bytes: int, steps: Sequence[MergeStep] | None = None
+    plan: TokenPlan,
+    element_bytes: int,
+    steps: Sequence[MergeStep] | None = None,
+    *,
+    copies: int | None = None,
+    probes: bool = False,
 ) -> int:
-    """What static conditioning keeps for a turn: every block's K and V of conditioning tokens."""
-    if plan.conditioning == "joint":
-        return 0
-    tokens = sum(length - plan.target.length for length in plan.lengths_by_block(steps))
-    return 2 * tokens * plan.shape.dim * element_bytes
+    """What is kept of the conditioning for a turn: every block's K and V of its tokens.
+
+    copies: None is what exact reuse keeps, one with static conditioning and nothing with joint;
+    approximate reuse keeps one a guidance branch. probes: the first block's output is kept in
+    place of its K and V.
+    """
+    if copies is None:
+        copies = int(plan.conditioning == "static")
+    tokens = [length - plan.target.length for length in plan.lengths_by_block(steps)]
+    # a K or V is as wide as an output
+    kept = 2 * sum(tokens[1:]) + tokens[0] if probes else 2 * sum(tokens)
+    return copies * kept * plan.shape.dim * element_bytes
+
+
+def residual_bytes(plan: TokenPlan, element_bytes: int) -> int:
+    """What a step that runs no block adds to the target's tokens, kept for each branch."""
+    return plan.target.length * plan.shape.dim * element_bytes
 
 
 def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -> dict[str, int]:
@@ -113,9 +188,22 @@ def _camera_flops(plan: TokenPlan, blocks: int, frames: int) -> int:
 
 
 def _embedding_flops(plan: TokenPlan, timesteps: int) -> int:
+    """Timesteps, and the text once."""
     shape, width = plan.shape, plan.shape.dim
-    time = shape.freq_dim * width + width**2 + 6 * width**2
-    return 2 * timesteps * time + 2 * shape.text_len * (shape.text_dim * width + width**2)
+    time = _time_flops(plan) + _time_projection_flops(plan)
+    return timesteps * time + 2 * shape.text_len * (shape.text_dim * width + width**2)
+
+
+def _time_flops(plan: TokenPlan) -> int:
+    return 2 * (plan.shape.freq_dim * plan.shape.dim + plan.shape.dim**2)
+
+
+def _time_projection_flops(plan: TokenPlan) -> int:
+    return 2 * 6 * plan.shape.dim**2
+
+
+def _head_flops(plan: TokenPlan) -> int:
+    return 2 * plan.target.length * plan.shape.dim * plan.shape.out_channels * 4
 
 
 def _merge_flops(plan: TokenPlan, step: MergeStep) -> int:

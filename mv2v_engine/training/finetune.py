@@ -240,7 +240,10 @@ def main() -> None:
     if is_first:
         model.load_state_dict(loop.averaged())
         name = f"{base.name}-memory"
-        save_checkpoint(args.out / "model", model, shape, base.sampling, name, torch.bfloat16)
+        save_checkpoint(
+            args.out / "model", model, shape, base.sampling, name, torch.bfloat16,
+            conditioning=recipe.conditioning,
+        )  # fmt: skip
         print(f"wrote {args.out / 'model'}: the averaged weights; run with --checkpoint")
 
 

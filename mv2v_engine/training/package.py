@@ -20,7 +20,7 @@ from mv2v_engine.config import TINY
 from mv2v_engine.files import replacing, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.dit import TINY_SAMPLING
+from mv2v_engine.training.dit import TINY_MEMORY_RECIPE, TINY_SAMPLING
 from mv2v_engine.training.log import Curve, plot_curves, read_curves
 
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -41,7 +41,8 @@ def package(vae: Path, dit: Path, out: Path, name: str) -> None:
     config.pop("_name_or_path", None)
     with replacing(out / "vae" / "config.json") as temporary:
         temporary.write_text(json.dumps(config, indent=2) + "\n")
-    save_checkpoint(out, model, TINY, TINY_SAMPLING, name, torch.float16)
+    conditioning = TINY_MEMORY_RECIPE.conditioning
+    save_checkpoint(out, model, TINY, TINY_SAMPLING, name, torch.float16, conditioning=conditioning)
 
 
 def plot_losses(vae_logs: list[Path], earlier: list[Path], dit_log: Path, path: Path) -> None:

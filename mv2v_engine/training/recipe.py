@@ -11,14 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, get_args
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.camera.poses import default_intrinsics
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.config import TransformerConfig
+from mv2v_engine.config import Conditioning, TransformerConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.memory.retrieval import video_fov_scores
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
@@ -58,6 +58,12 @@ class Recipe:
                 f"a batch and its memory need one video at least, got batch {self.batch} and "
                 f"max_memory {self.max_memory}"
             )
+
+    @property
+    def conditioning(self) -> tuple[Conditioning, ...]:
+        """The modes that it trains."""
+        shares = {"joint": 1 - self.static_conditioning, "static": self.static_conditioning}
+        return tuple(mode for mode in get_args(Conditioning) if shares[mode] > 0)
 
 
 @dataclass(frozen=True, eq=False)
