@@ -193,9 +193,9 @@ def rank_memory(
     if top_k < 0:
         raise RequestError(f"top_k must not be negative, got {top_k}")
     if not entries:
-        return _nothing(0, "the cache is empty")
+        return no_memory(0, "the cache is empty")
     if not top_k:
-        return _nothing(len(entries), "at most 0 memory videos were asked for")
+        return no_memory(len(entries), "at most 0 memory videos were asked for")
     trajectories = [entry.trajectory for entry in entries]
     scores = video_fov_scores(
         target, trajectories, radius=radius, blend=blend, backend=backend
@@ -208,8 +208,8 @@ def rank_memory(
         ranked = [(score, entry) for score, entry in order if score > 0][:top_k]
     if not ranked:
         if not video_fov_scores(target, [target], radius=radius, backend=backend):
-            return _nothing(len(entries), "no point of the sphere lies in the target's view")
-        return _nothing(len(entries), "no cached video overlaps the target's view")
+            return no_memory(len(entries), "no point of the sphere lies in the target's view")
+        return no_memory(len(entries), "no cached video overlaps the target's view")
     return Retrieval(
         ids=tuple(entry.id for _, entry in ranked),
         turns=tuple(entry.turn for _, entry in ranked),
@@ -219,5 +219,5 @@ def rank_memory(
     )
 
 
-def _nothing(num_candidates: int, reason: str) -> Retrieval:
+def no_memory(num_candidates: int, reason: str) -> Retrieval:
     return Retrieval((), (), (), (), num_candidates, reason)

@@ -2,15 +2,16 @@
 
 Any container and codec that PyAV reads. Frames come out as a viewer shows them: rotation flag and
 pixel aspect applied. A file is scanned first (see `scan`), so that the number of frames is exact
-and a truncated file is found before any work.
+and a truncated file is found before any work. `VideoReader` and `VideoWriter` hold no more of a
+long video than they are asked for or given.
 
 T frames; sizes are (height, width) in pixels.
 """
 
 from __future__ import annotations
 
-import io
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -25,7 +26,9 @@ from mv2v_engine.files import replacing
 from mv2v_engine.video.scan import Scan, VideoInfo, opened, scan_file, truncated
 
 if TYPE_CHECKING:
+    from av.container import OutputContainer
     from av.video.frame import VideoFrame
+    from av.video.stream import VideoStream
 
 DEFAULT_MAX_PIXELS = EngineConfig().max_source_pixels
 
@@ -63,75 +66,186 @@ def read_video(
     Raises:
         VideoError: as `probe_video`; frames larger than `max_pixels`; frames that do not exist.
     """
-    path = Path(path)
-    scan = scan_file(path, max_pixels=max_pixels)
-    available = scan.info.num_frames
+    reader = VideoReader(path, max_pixels=max_pixels)
     if indices is None:
-        stop = available if count is None else start + count
-        indices = range(start, stop)
-    if not indices or min(indices) < 0 or max(indices) >= available:
-        asked = f"{min(indices)} to {max(indices)}" if indices else "none"
-        raise VideoError(
-            f"{path.name} has {available} frames (0 to {available - 1}), but {asked} were asked "
-            "for; ask for frames that exist"
-        )
-    wanted = [scan.order[index] for index in indices]
-    return Clip(_decode(path, scan, wanted), scan.info.fps)
+        indices = range(start, reader.info.num_frames if count is None else start + count)
+    return Clip(reader.read(indices), reader.info.fps)
+
+
+class VideoReader:
+    """A video file that is scanned once and decoded where it is asked for.
+
+    Raises:
+        VideoError: as `probe_video`; frames larger than `max_pixels`.
+    """
+
+    def __init__(self, path: Path | str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
+        self.path = Path(path)
+        self._scan = scan_file(self.path, max_pixels=max_pixels)
+
+    @property
+    def info(self) -> VideoInfo:
+        return self._scan.info
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """The frames of these numbers, in any order and with repeats: uint8 [T, height, width, 3].
+
+        Raises:
+            VideoError: frames that do not exist, or that the file no longer has.
+        """
+        available = self.info.num_frames
+        if not indices or min(indices) < 0 or max(indices) >= available:
+            asked = f"{min(indices)} to {max(indices)}" if indices else "none"
+            raise VideoError(
+                f"{self.path.name} has {available} frames (0 to {available - 1}), but {asked} were "
+                "asked for; ask for frames that exist"
+            )
+        wanted = [self._scan.order[index] for index in indices]
+        return _decode(self.path, self._scan, wanted)
+
+    def frames(self) -> Iterator[Tensor]:
+        """All frames in order, uint8 [height, width, 3], decoded one after the other.
+
+        Raises:
+            VideoError: the file no longer has them all.
+        """
+        order, tick = self._scan.order, 0
+        for stored, frame in _stored_frames(self.path, self._scan, None):
+            if tick < len(order) and stored == order[tick]:
+                pixels = _pixels(self.path, self._scan, frame)
+                # a frame that is held longer fills several ticks of a constant rate
+                while tick < len(order) and order[tick] == stored:
+                    yield pixels
+                    tick += 1
+        if tick < len(order):
+            raise truncated(self.path, tick, len(order))
 
 
 def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf: int = 18) -> None:
-    """Write frames uint8 [T, height, width, 3] as h264 in mp4, whole or not at all.
-
-    Colours are BT.709, 4:2:0; odd sizes, which 4:2:0 cannot hold, are written as 4:4:4. The same
-    frames give the same bytes: one encoder thread, no time stamp.
+    """Write frames uint8 [T, height, width, 3] as `video_writer` does.
 
     Raises:
         VideoError: the frames are not such a tensor, or this PyAV cannot encode h264.
         StorageError: the place cannot be written; nothing is left behind.
     """
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or not len(frames):
-        raise VideoError(
-            "frames to write must be uint8 [T, height, width, 3] with T >= 1, "
-            f"got {frames.dtype} {list(frames.shape)}"
-        )
+    with video_writer(path, fps, crf=crf) as writer:
+        writer.add(frames)
+
+
+@contextmanager
+def video_writer(
+    path: Path | str, fps: float | Fraction, *, crf: int = 18
+) -> Iterator[VideoWriter]:
+    """A writer of h264 in mp4, whole or not at all: the file appears when the block has ended.
+
+    Colours are BT.709, 4:2:0; odd sizes, which 4:2:0 cannot hold, are written as 4:4:4. The same
+    frames give the same bytes, however they are cut: one encoder thread, no time stamp.
+
+    Raises:
+        VideoError: a rate out of range, no frames at all, or as `VideoWriter.add`.
+        StorageError: the place cannot be written; nothing is left behind.
+    """
     if not 0.01 <= fps <= 1000:
         raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
-    encoded = _encode(frames.cpu(), Fraction(fps).limit_denominator(1001), crf)
     with replacing(Path(path)) as temporary:
-        temporary.write_bytes(encoded)
+        writer = VideoWriter(temporary, Fraction(fps).limit_denominator(1001), crf)
+        try:
+            yield writer
+            writer.finish()
+        finally:
+            writer.close()
 
 
-def _encode(frames: Tensor, rate: Fraction, crf: int) -> bytes:
-    """The bytes of an mp4; in memory, so that a full disk is met in one place only."""
-    import av
+class VideoWriter:
+    """An mp4 under way; made by `video_writer`. num_frames: written so far."""
 
-    height, width = frames.shape[1:3]
-    pixel_format = "yuv444p" if height % 2 or width % 2 else "yuv420p"
-    buffer = io.BytesIO()
-    try:
-        with av.open(buffer, "w", format="mp4") as container:
-            # with its macroblock tree x264 reads memory that it never wrote: other bytes each run
-            options = {"crf": str(crf), "mbtree": "0"}
-            stream = container.add_stream("libx264", rate=rate, options=options)
-            stream.width, stream.height, stream.pix_fmt = width, height, pixel_format
-            stream.codec_context.thread_count = 1
-            stream.codec_context.color_range = 1  # limited
-            for name in ("colorspace", "color_primaries", "color_trc"):
-                setattr(stream.codec_context, name, 1)  # BT.709
-            for index, frame in enumerate(frames):
+    def __init__(self, path: Path, rate: Fraction, crf: int) -> None:
+        self.path, self.rate, self.crf = path, rate, crf
+        self.num_frames = 0
+        self._container: OutputContainer | None = None
+        self._stream: VideoStream | None = None
+
+    def add(self, frames: Tensor) -> None:
+        """Append frames uint8 [T, height, width, 3], all of one size.
+
+        Raises:
+            VideoError: other frames than these, or this PyAV cannot encode h264.
+            OSError: the place cannot be written; leaving the block makes it a StorageError.
+        """
+        import av
+
+        is_video = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == torch.uint8
+        if not is_video or not len(frames):
+            raise VideoError(
+                "frames to write must be uint8 [T, height, width, 3] with T >= 1, "
+                f"got {frames.dtype} {list(frames.shape)}"
+            )
+        height, width = frames.shape[1:3]
+        with _encoding():
+            stream = self._stream or self._open(height, width)
+            if (stream.height, stream.width) != (height, width):
+                raise VideoError(
+                    f"the video has frames of {stream.width}x{stream.height}, got {width}x{height};"
+                    " give all frames one size"
+                )
+            for frame in frames.cpu():
                 picture = av.VideoFrame.from_ndarray(frame.contiguous().numpy(), format="rgb24")
                 picture = picture.reformat(
-                    format=pixel_format, dst_colorspace="ITU709", dst_color_range="MPEG"
+                    format=stream.pix_fmt, dst_colorspace="ITU709", dst_color_range="MPEG"
                 )
-                picture.pts, picture.time_base = index, 1 / rate
-                container.mux(stream.encode(picture))
-            container.mux(stream.encode(None))
+                picture.pts, picture.time_base = self.num_frames, 1 / self.rate
+                self._mux(picture)
+                self.num_frames += 1
+
+    def finish(self) -> None:
+        """Write what the encoder still holds, and the index."""
+        if not self.num_frames:
+            raise VideoError("a video needs at least one frame, got none; add frames")
+        with _encoding():
+            self._mux(None)
+            self.close()
+
+    def close(self) -> None:
+        """Let go of the file, finished or not."""
+        container, self._container, self._stream = self._container, None, None
+        if container is not None:
+            container.close()
+
+    def _open(self, height: int, width: int) -> VideoStream:
+        import av
+
+        container = av.open(str(self.path), "w", format="mp4")
+        self._container = container
+        # with its macroblock tree x264 reads memory that it never wrote: other bytes each run
+        options = {"crf": str(self.crf), "mbtree": "0"}
+        stream = container.add_stream("libx264", rate=self.rate, options=options)
+        stream.width, stream.height = width, height
+        stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"
+        stream.codec_context.thread_count = 1
+        stream.codec_context.color_range = 1  # limited
+        for name in ("colorspace", "color_primaries", "color_trc"):
+            setattr(stream.codec_context, name, 1)  # BT.709
+        self._stream = stream
+        return stream
+
+    def _mux(self, picture: VideoFrame | None) -> None:
+        assert self._container is not None and self._stream is not None
+        self._container.mux(self._stream.encode(picture))
+
+
+@contextmanager
+def _encoding() -> Iterator[None]:
+    """PyAV's errors as ours; what the system refuses is left to whoever knows the place."""
+    import av
+
+    try:
+        yield
     except (av.FFmpegError, av.codec.codec.UnknownCodecError) as error:
+        if isinstance(error, OSError):
+            raise
         raise VideoError(
-            f"cannot encode {len(frames)} frames of {width}x{height} as h264 ({error}); "
-            "install a PyAV that has libx264"
+            f"cannot encode frames as h264 ({error}); install a PyAV that has libx264"
         ) from error
-    return buffer.getvalue()
 
 
 def _decode(path: Path, scan: Scan, wanted: Sequence[int]) -> Tensor:

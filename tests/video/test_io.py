@@ -14,7 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.video.io import probe_video, read_video, write_video
+from mv2v_engine.errors import VideoError
+from mv2v_engine.video.io import (
+    VideoReader,
+    probe_video,
+    read_video,
+    video_writer,
+    write_video,
+)
 
 Clips = Callable[..., Path]
 
@@ -205,6 +212,62 @@ def test_written_rate_is_exact(tmp_path: Path, rate: float | Fraction) -> None:
     write_video(tmp_path / "clip.mp4", smooth_frames(9, 16, 16), rate)
     info = probe_video(tmp_path / "clip.mp4")
     assert info.fps == float(rate) and info.num_frames == 9
+
+
+def test_pieces_make_the_same_file_as_the_whole(tmp_path: Path) -> None:
+    frames = smooth_frames(9, 48, 64)
+    write_video(tmp_path / "whole.mp4", frames, 25)
+    with video_writer(tmp_path / "pieces.mp4", 25) as writer:
+        for piece in frames.split([4, 1, 4]):
+            writer.add(piece)
+            assert not (tmp_path / "pieces.mp4").exists()
+    assert writer.num_frames == 9
+    assert (tmp_path / "pieces.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_an_unfinished_video_leaves_nothing(tmp_path: Path) -> None:
+    frames = smooth_frames(3, 48, 64)
+    write_video(tmp_path / "clip.mp4", frames, 25)
+    before = (tmp_path / "clip.mp4").read_bytes()
+    sizes = pytest.raises(VideoError, match=r"64x48, got 64x32; give all frames one size")
+    with sizes, video_writer(tmp_path / "clip.mp4", 25) as writer:
+        writer.add(frames)
+        writer.add(frames[:, :32])
+    with pytest.raises(VideoError, match="at least one frame"), video_writer(tmp_path / "b.mp4", 9):
+        pass
+    assert [path.name for path in tmp_path.iterdir()] == ["clip.mp4"]
+    assert (tmp_path / "clip.mp4").read_bytes() == before
+
+
+WRITE_TOO_MUCH = """
+import resource, sys, torch
+from mv2v_engine.video.io import video_writer
+resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, 20_000))
+with video_writer(sys.argv[1], 25, crf=1) as writer:
+    for seed in range(30):
+        noise = torch.Generator().manual_seed(seed)
+        writer.add(torch.randint(0, 256, (1, 96, 128, 3), generator=noise).to(torch.uint8))
+"""
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
+def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", WRITE_TOO_MUCH, str(tmp_path / "clip.mp4")]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert "StorageError: cannot write" in done.stderr and "choose another place" in done.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_frames_one_after_the_other_are_those_read_at_once(
+    tmp_path: Path, clip: Clips, level_step: int
+) -> None:
+    constant = clip(tmp_path / "constant.mp4")
+    held = clip(
+        tmp_path / "held.mkv", num_frames=8, stamps_ms=[0, 40, 80, 1080, 1120, 1160, 1200, 1240]
+    )
+    for path in (constant, held):
+        frames = list(VideoReader(path).frames())
+        assert torch.equal(torch.stack(frames), read_video(path).frames)
 
 
 def test_importing_needs_no_pyav() -> None:

@@ -1,0 +1,110 @@
+"""Which edited segments of a long video a new one remembers (Memory-V2V, Algorithm 2; METHOD 10).
+
+An instruction says too little to tell segments apart, so an edit is found by its source: segments
+whose sources look alike, by the cosine of their descriptors (`memory.descriptors`), and first of
+all the one edited last, onto which the new one has to follow.
+
+D numbers of a descriptor.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.config import MemoryTokenizers
+from mv2v_engine.errors import RequestError
+from mv2v_engine.memory.retrieval import Retrieval, no_memory
+from mv2v_engine.tokens.plan import memory_tokenizers
+
+
+@dataclass(frozen=True, eq=False)
+class SegmentKey:
+    """How an edited segment is found: its id in the cache, its number, its source and its shot.
+
+    descriptor: of the source segment, [D].
+    """
+
+    id: str
+    number: int
+    descriptor: Tensor
+    shot: int = 0
+
+
+def segment_scores(descriptor_D: Tensor, candidates: Sequence[SegmentKey]) -> Tensor:
+    """Cosine of the source's descriptor with each candidate's, float64 [M] in -1..1.
+
+    Raises:
+        RequestError: descriptors of another length, or one that is zero or not finite.
+    """
+    rows = [descriptor_D, *(candidate.descriptor for candidate in candidates)]
+    for row in rows:
+        if row.shape != descriptor_D.shape or descriptor_D.ndim != 1:
+            raise RequestError(
+                f"descriptors must be one vector each and of one length, got "
+                f"{list(descriptor_D.shape)} and {list(row.shape)}; "
+                "describe all segments of a video by one model"
+            )
+    units_VD = torch.stack([row.detach().cpu().to(torch.float64) for row in rows])
+    lengths = units_VD.norm(dim=1, keepdim=True)
+    if not bool(torch.isfinite(lengths).all() and (lengths > 0).all()):
+        raise RequestError(
+            "a descriptor is zero or not finite, so nothing is similar to it; check its model"
+        )
+    units_VD = units_VD / lengths
+    cosines: Tensor = units_VD[1:] @ units_VD[0]
+    return cosines.clamp(-1, 1)
+
+
+def rank_segments(
+    descriptor: Tensor,
+    candidates: Sequence[SegmentKey],
+    *,
+    top_k: int,
+    shot: int = 0,
+    recent_first: bool = True,
+    cross_shot_similarity: float | None = None,
+    tokenizers: MemoryTokenizers = "ranked",
+) -> Retrieval:
+    """The at most `top_k` edited segments that a new one remembers, most relevant first.
+
+    Args:
+        descriptor: of the new segment's source, [D].
+        shot: the new segment's.
+        recent_first: the last segment of the same shot leads, whatever it looks like.
+        cross_shot_similarity: cosine from which on segments of other shots count too; None leaves
+            them out, so that no object wanders over a cut.
+        tokenizers: spend tokens by rank, or 1x2x2 on every video.
+    """
+    if top_k < 0:
+        raise RequestError(f"top_k must not be negative, got {top_k}")
+    threshold = math.inf if cross_shot_similarity is None else cross_shot_similarity
+    if not candidates:
+        return no_memory(0, "no segment has been edited yet")
+    if not top_k:
+        return no_memory(len(candidates), "at most 0 memory videos were asked for")
+    pairs = [
+        (score, candidate)
+        for score, candidate in zip(
+            segment_scores(descriptor, candidates).tolist(), candidates, strict=True
+        )
+        if candidate.shot == shot or score >= threshold
+    ]
+    if not pairs:
+        return no_memory(len(candidates), "this is the first segment of its shot")
+    own = [candidate.number for _, candidate in pairs if candidate.shot == shot]
+    latest = max(own, default=None) if recent_first else None
+    # of equal scores the most recent comes first
+    pairs.sort(key=lambda pair: (pair[1].number != latest, -pair[0], -pair[1].number))
+    chosen = pairs[:top_k]
+    return Retrieval(
+        ids=tuple(candidate.id for _, candidate in chosen),
+        turns=tuple(candidate.number for _, candidate in chosen),
+        scores=tuple(score for score, _ in chosen),
+        tokenizers=memory_tokenizers(len(chosen), mode=tokenizers),
+        num_candidates=len(candidates),
+    )
