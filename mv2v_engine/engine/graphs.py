@@ -93,7 +93,7 @@ class Graphs:
 
     The budget covers the pool of all graphs, their buffers, and an arena for the K and V that
     static conditioning keeps, which all plans share: only one turn uses it at a time. An arena that
-    must grow takes the graphs along that point into it.
+    must grow takes the graphs along that point into it, and doubles.
     """
 
     def __init__(
@@ -246,13 +246,17 @@ class Graphs:
             MemoryBudgetError: there is none, with all else gone.
         """
         self._check_fits(buffers + arena)
-        if self._arena is not None and self._arena.nbytes < arena:
+        held = 0 if self._arena is None else self._arena.nbytes
+        if held < arena:
             for key in [key for key, entry in self._entries.items() if entry.kept is not None]:
                 self._drop(key)
         while self._entries and self._total(buffers, arena) > self.capacity_bytes:
             self._drop(next(iter(self._entries)))
         if arena and self._arena is None:
-            self._arena = torch.empty(arena, dtype=torch.uint8, device=device)
+            # a session's memory grows from turn to turn: grow seldom, if the budget lets us
+            size = max(arena, 2 * held)
+            size = size if self._total(buffers, size) <= self.capacity_bytes else arena
+            self._arena = torch.empty(size, dtype=torch.uint8, device=device)
 
     def _total(self, buffers: int, arena: int) -> int:
         """Bytes with new buffers, and with an arena if there is none yet."""
