@@ -25,6 +25,7 @@ AttentionName = Literal[
 MemoryMode = Literal["retrieved", "alone", "previous", "none"]
 MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
+GraphMode = Literal["auto", "on", "off"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,6 +168,8 @@ class EngineConfig:
     memory_ranking: "random" draws the videos by the turn's seed (the ablation).
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
+    graphs: replay captured steps; "auto" where launches and not products bound a step, "on" always
+        or an error. graph_bytes: most that graphs, their inputs and kept K and V may hold.
     max_source_pixels: larger frames are refused before they are decoded.
     reuse: "approximate" keeps the K and V of joint conditioning between whole forwards, at most
         reuse_refresh steps apart; reuse_drift: a step makes one of its own once the first
@@ -193,6 +196,8 @@ class EngineConfig:
     fov_blend: float = 0.5
     cache_bytes: int = 4 << 30
     device_cache_bytes: int | None = None
+    graphs: GraphMode = "auto"
+    graph_bytes: int = 4 << 30
     max_source_pixels: int = 3840 * 2160
     reuse: Reuse = "exact"
     reuse_refresh: int = 4
@@ -208,8 +213,18 @@ class EngineConfig:
                 f"fov_radius must be positive and fov_blend lie in 0..1, got {self.fov_radius} "
                 f"and {self.fov_blend}"
             )
-        if self.max_memory < 0 or self.cache_bytes < 0:
-            raise RequestError("max_memory and cache_bytes must not be negative")
+        if min(self.max_memory, self.cache_bytes, self.graph_bytes) < 0:
+            raise RequestError("max_memory, cache_bytes and graph_bytes must not be negative")
+        if self.graphs == "on" and self.merge_scope == "joint" and self.merge != "off":
+            raise RequestError(
+                'graphs="on" cannot be met with merge_scope="joint": there the data decide how '
+                'many tokens a block sees; use merge_scope="group", merge="off" or graphs="auto"'
+            )
+        if self.graphs == "on" and (self.reuse != "exact" or self.step_cache is not None):
+            raise RequestError(
+                'graphs="on" cannot be met with reuse="approximate" or a step_cache: their steps '
+                'find what earlier ones left; use graphs="auto"'
+            )
         if not 0 <= (self.device_cache_bytes or 0) <= self.cache_bytes:
             raise RequestError(
                 f"device_cache_bytes is the device's part of cache_bytes: give 0.."

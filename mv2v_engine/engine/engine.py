@@ -17,9 +17,11 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory
 from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode
+from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.warmup import warm_up
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError, StorageError
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
@@ -27,6 +29,7 @@ from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.vae import VideoVAE, load_vae
 
 
@@ -62,6 +65,7 @@ class Engine:
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
         self._check_parts()
+        self.graphs = open_graphs(config, device)
         self.cache = MemoryCache(
             config.cache_bytes,
             device,
@@ -126,6 +130,7 @@ class Engine:
         # refuse before anything large is read
         resolve(config.backend, place)
         resolve_attention(config, place, dtype)
+        open_graphs(config, place)
         folder = None if components is None else Path(components)
         for part in ("vae", "text_encoder", "tokenizer"):
             _component(folder, part)
@@ -172,6 +177,27 @@ class Engine:
                     f"{asked!r}; load them again with from_pretrained"
                 )
         return Engine(self.checkpoint, self.vae, self.text, device=self.device, config=config)
+
+    def warmup(
+        self, plans: Iterable[TokenPlan], *, guidance_scale: float | None = None
+    ) -> list[dict[str, Any]]:
+        """Run a step or two of each plan, so that no request pays for what comes but once.
+
+        Kernels are compiled and tuned, tables built, steps captured where graphs serve.
+
+        Args:
+            plans: as `Session.plan_turn` or `tokens.plan.novel_view_plan` give them.
+            guidance_scale: of the turns to come; None takes the checkpoint's default.
+
+        Returns:
+            A row a plan, the largest first: its tokens, the seconds it took, how its steps ran.
+
+        Raises:
+            RequestError: a plan is of another transformer.
+            KernelUnavailableError: graphs="on", and a plan cannot have any.
+        """
+        scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        return warm_up(self, plans, scale)
 
     def session(
         self,

@@ -63,6 +63,7 @@ def turn_report(
         "approximations": approximations(engine, plan),
         "conditioning_is_trained": is_trained(engine, plan),
         **({} if denoised.reuse is None else {"reuse": denoised.reuse}),
+        "graphs": denoised.graphs,
         "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
         "peak_bytes": dict(spans.peak_bytes),
         "cache_bytes": engine.cache.bytes_used,

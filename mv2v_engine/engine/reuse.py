@@ -8,14 +8,16 @@ same at a step: guidance would multiply the difference of their errors.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.config import EngineConfig
-from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser
+from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.graphs import Graphs
+from mv2v_engine.engine.runner import Denoised, Denoiser
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.joint_cache import JointCache
@@ -45,7 +47,13 @@ class ReuseStep:
 
 
 class ReusingDenoiser(Denoiser):
-    """A turn whose steps reuse what earlier ones computed, as the configuration asks."""
+    """A turn whose steps reuse what earlier ones computed, as the configuration asks.
+
+    They run eagerly: what a step leaves for later ones lies where it happens to, and a captured
+    step finds nothing but what lies where it did.
+    """
+
+    why_eager = "steps that reuse what earlier ones left run eagerly"
 
     def __init__(
         self,
@@ -57,11 +65,11 @@ class ReusingDenoiser(Denoiser):
         *,
         guidance_scale: float,
         config: EngineConfig,
+        graphs: Graphs | None = None,
     ) -> None:
-        super().__init__(
-            transformer, plan, conditioning, noise, solver, guidance_scale=guidance_scale
-        )
-        self.transformer, self.config = transformer, config
+        given = (transformer, plan, conditioning, noise, solver)
+        super().__init__(*given, guidance_scale=guidance_scale, graphs=graphs)
+        self.config = config
         self.computed: tuple[bool, ...] = (True,) * self.total
         self.done: list[ReuseStep] = []
         if config.step_cache is not None:
@@ -176,7 +184,7 @@ class ReusingDenoiser(Denoiser):
 
     def result(self) -> Denoised:
         exact = super().result()
-        return Denoised(exact.latents, exact.records, exact.work, self.describe())
+        return replace(exact, reuse=self.describe())
 
     def describe(self) -> dict[str, Any]:
         """The reuse of the steps so far, as plain data."""
@@ -219,12 +227,13 @@ def make_denoiser(
     solver: Solver,
     *,
     guidance_scale: float,
+    graphs: Graphs | None = None,
 ) -> Denoiser:
     """The denoiser of a turn as its engine is configured; exact unless reuse was asked for."""
     given = (transformer, plan, conditioning, noise, solver)
     if config.reuse == "exact" and config.step_cache is None:
-        return Denoiser(*given, guidance_scale=guidance_scale)
-    return ReusingDenoiser(*given, guidance_scale=guidance_scale, config=config)
+        return Denoiser(*given, guidance_scale=guidance_scale, graphs=graphs)
+    return ReusingDenoiser(*given, guidance_scale=guidance_scale, config=config, graphs=graphs)
 
 
 def _refresh_row(done: ReuseStep) -> dict[str, Any]:

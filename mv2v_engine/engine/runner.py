@@ -3,7 +3,7 @@
 With static conditioning the first forward keeps the conditioning's K and V, and every later one
 runs the target alone over them (METHOD 13).
 
-C latent channels, F H W latent grid, V camera tracks.
+C latent channels, F H W latent grid.
 """
 
 from __future__ import annotations
@@ -11,20 +11,25 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mv2v_engine.engine.buffers import Conditioning, StepBuffers, copied
+from mv2v_engine.engine.lease import Lease
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import Solver
-from mv2v_engine.sampling.guidance import guide, needs_guidance
+from mv2v_engine.sampling.guidance import guide
 from mv2v_engine.tokens.flops import FORWARDS, Work, exact_work
 from mv2v_engine.tokens.plan import TokenPlan
+
+if TYPE_CHECKING:
+    from mv2v_engine.engine.graphs import Graphs
 
 STAGE = "sampling"
 
@@ -33,31 +38,19 @@ STAGE = "sampling"
 class Denoised:
     """Latents float32 [C, F, H, W]; the last step's merges, or the kept ones; what was run.
 
-    reuse: what an approximation did, for the report; None for an exact turn.
+    graphs: how the steps ran. reuse: what an approximation did; None for an exact turn. Both are
+    plain data for the report.
     """
 
     latents: Tensor
     records: tuple[MergeRecord, ...]
     work: Mapping[Work, int]
+    graphs: dict[str, Any]
     reuse: dict[str, Any] | None = None
 
     @property
     def num_forwards(self) -> int:
         return sum(self.work.get(kind, 0) for kind in FORWARDS)
-
-
-@dataclass(frozen=True, eq=False)
-class Conditioning:
-    """What every step of a turn shares.
-
-    latents: [1, C, F, H, W] per conditioning segment. cameras: [1, V, F, 12] or None.
-    text, negative_text: [1, S, text_dim]; the latter only with guidance.
-    """
-
-    latents: Sequence[Tensor]
-    cameras: Tensor | None
-    text: Tensor
-    negative_text: Tensor | None
 
 
 class Branch:
@@ -75,6 +68,19 @@ class Branch:
         self.text, self.cache = text, cache
         self.residual: TargetResidual | None = None
         self.records: list[MergeRecord] = []
+
+    @property
+    def kind(self) -> str | None:
+        """What the next forward runs, which captured steps are told apart by.
+
+        A kind is a part of the whole forward, at the same shapes, and leaves nothing behind but its
+        velocity and records: a replay runs none of this class's code. None: it runs eagerly.
+        """
+        if self.residual is not None:
+            return None
+        if self.cache is None:
+            return "whole"
+        return "target" if self.cache.is_filled else None
 
     def velocity(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """One forward: of the target alone once the conditioning is kept."""
@@ -113,9 +119,12 @@ class Branch:
 class Denoiser:
     """One turn under way: its latents between two steps, and what the next step needs.
 
-    `step` runs a step alone. Whoever runs the branches' forwards elsewhere, in a pack with other
-    turns' or as a captured graph, hands their velocities to `advance`.
+    `step` runs a step alone, with graphs where they serve. Whoever runs the branches' forwards
+    elsewhere, in a pack with other turns', hands their velocities to `advance`.
+    why_eager: what a turn says that never asked for graphs.
     """
+
+    why_eager = "no step ran alone"
 
     def __init__(
         self,
@@ -126,24 +135,40 @@ class Denoiser:
         solver: Solver,
         *,
         guidance_scale: float,
+        graphs: Graphs | None = None,
     ) -> None:
         device = next(transformer.parameters()).device
-        self.plan, self.solver, self.guidance_scale = plan, solver, guidance_scale
-        self.latents = noise.to(device, torch.float32)
+        self.transformer, self.plan, self.solver = transformer, plan, solver
+        self.guidance_scale = guidance_scale
         self.timesteps = solver.timesteps.to(device)
         self.index, self.total = 0, len(self.timesteps)
-        texts = [conditioning.text]
-        if conditioning.negative_text is not None and needs_guidance(guidance_scale):
-            texts.append(conditioning.negative_text)
+        self._deltas = None if solver.deltas is None else solver.deltas.to(device)
+        self._graphs, self._asked = graphs, False
+        self._lease = Lease(graphs, None, "graphs are off" if graphs is None else self.why_eager)
         # kept K and V depend on no text, so the branches share them
         self.cache = ConditioningCache(plan) if plan.conditioning == "static" else None
+        has_deltas = self._deltas is not None
+        self._work_on(
+            StepBuffers.of_turn(
+                conditioning, noise, guidance_scale, device=device, moves_latents=has_deltas
+            )
+        )
+
+    def _work_on(self, buffers: StepBuffers) -> None:
+        self.buffers = buffers
         self.branches = [
-            Branch(transformer, plan, conditioning, text, self.cache) for text in texts
+            Branch(self.transformer, self.plan, buffers.conditioning, text, self.cache)
+            for text in buffers.texts
         ]
 
     @property
     def is_finished(self) -> bool:
         return self.index == self.total
+
+    @property
+    def latents(self) -> Tensor:
+        """Float32 [1, C, F, H, W], which the next step moves in place."""
+        return self.buffers.latents
 
     @property
     def timestep(self) -> Tensor:
@@ -153,14 +178,60 @@ class Denoiser:
     @torch.no_grad()
     def step(self) -> None:
         """One step, alone."""
-        timestep = self.timestep
-        self.advance([branch.velocity(self.latents, timestep) for branch in self.branches])
+        if self._graphs is not None and not self._asked:
+            self._take(self._graphs)
+        self._load_step()
+        kinds = tuple(branch.kind for branch in self.branches)
+        self._lease.run(None if None in kinds else kinds, self._forward)
+        self._end_step()
 
     @torch.no_grad()
     def advance(self, velocities: Sequence[Tensor]) -> None:
         """End a step with the velocities of its branches, in their order."""
-        velocity = guide(velocities, self.guidance_scale)
-        self.latents = self.solver.step(velocity, self.index, self.latents)
+        self._load_step()
+        self._guide(velocities)
+        self._end_step()
+
+    def _take(self, graphs: Graphs) -> None:
+        """Move to the buffers of captured steps, if graphs serve this turn."""
+        self._asked = True
+        if self.cache is not None and self.cache.is_filled:
+            self._lease = Lease(graphs, None, "its conditioning was kept before a step ran alone")
+            return
+        self._lease = graphs.lease(self.transformer, self.plan, self.buffers)
+        if self._lease.buffers is not None:
+            self._work_on(self._lease.buffers)
+        if self.cache is not None and self._lease.kept is not None:
+            self.cache.keep_in(self._lease.kept)
+
+    def _load_step(self) -> None:
+        self.buffers.timestep.copy_(self.timestep)
+        if self._deltas is not None:
+            self.buffers.delta.copy_(self._deltas[self.index : self.index + 1])
+
+    def _forward(self) -> None:
+        """All of a step that runs on the device: what is captured."""
+        noisy, timestep = self.buffers.latents, self.buffers.timestep
+        self._guide([branch.velocity(noisy, timestep) for branch in self.branches])
+        if self.buffers.records is not None and self.branches[0].records:
+            self.buffers.keep(self.branches[0].records)
+            for branch in self.branches:
+                branch.records.clear()
+
+    def _guide(self, velocities: Sequence[Tensor]) -> None:
+        """Guidance, and the latents' move unless the solver makes it."""
+        buffers = self.buffers
+        velocity = guide(velocities, buffers.guidance_scale)
+        if buffers.velocity is None:
+            buffers.latents.add_(velocity * buffers.delta)
+        else:
+            buffers.velocity.copy_(velocity)
+
+    def _end_step(self) -> None:
+        latents, velocity = self.buffers.latents, self.buffers.velocity
+        if velocity is not None:
+            # the solver remembers what it is given, the next step writes over it
+            latents.copy_(self.solver.step(velocity.clone(), self.index, latents.clone()))
         self.index += 1
 
     def work(self) -> dict[Work, int]:
@@ -168,12 +239,26 @@ class Denoiser:
         return exact_work(self.plan, self.total * len(self.branches))
 
     def result(self) -> Denoised:
-        return Denoised(self.latents[0], tuple(self.branches[0].records), self.work())
+        """What the steps made, no longer written to."""
+        # a forward that ran elsewhere has left its merges with the branch
+        records = tuple(self.branches[0].records) or copied(self.buffers.records or ())
+        latents = self.buffers.latents[0].clone()
+        return Denoised(latents, records, self.work(), self.graph_report())
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Whether a later step may be captured or replayed."""
+        return self._lease.buffers is not None and self._lease.reason is None
+
+    def graph_report(self) -> dict[str, Any]:
+        """How the steps so far ran, as plain data."""
+        return self._lease.report(self.index)
 
     def release(self) -> None:
         """Let go of what is kept: an error's traceback would hold it as long as the error lives."""
         for branch in self.branches:
             branch.release()
+        self._lease.release()
 
 
 def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None, Denoised]:
@@ -190,6 +275,6 @@ def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None
             done = denoiser.index
             yield StepDone(STAGE, done, total, (time.monotonic() - began) / done * (total - done))
         cancel.check()
+        return denoiser.result()
     finally:
         denoiser.release()
-    return denoiser.result()

@@ -14,11 +14,12 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
+from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.reuse import make_denoiser
-from mv2v_engine.engine.runner import Conditioning, Denoised, denoise
+from mv2v_engine.engine.runner import Denoised, denoise
 from mv2v_engine.engine.source import Source, source_trajectory
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.engine.turn import Turn
@@ -177,6 +178,7 @@ class Session:
                 engine.config.scheduler, request.num_inference_steps, engine.sampling.flow_shift
             ),
             guidance_scale=request.guidance_scale,
+            graphs=engine.graphs,
         )
         return Prepared(request, retrieval, denoiser)
 

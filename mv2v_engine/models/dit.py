@@ -224,6 +224,10 @@ class MV2VTransformer(nn.Module):
         begun.fill_residual(hidden)
         return self._head(hidden, begun.temb, begun.plan)
 
+    def constants(self, plan: TokenPlan, device: torch.device) -> tuple[Tensor, ...]:
+        """What a forward of the plan reads beside its arguments and the weights; made once."""
+        return (_rotary_table(plan, device),)
+
     def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
         if self.gradient_checkpointing and torch.is_grad_enabled():
             # nothing here draws random numbers, so their state need not be kept

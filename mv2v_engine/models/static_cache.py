@@ -9,13 +9,59 @@ B batch, L conditioning tokens of a block, N heads, D head dim, F frames, P numb
 
 from __future__ import annotations
 
+import math
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
 
 from mv2v_engine.config import Conditioning
+from mv2v_engine.models.camera_encoder import POSE_DIM
 from mv2v_engine.tokens.plan import TokenPlan
 
 KeysValues = tuple[Tensor, Tensor]
+# bytes: what CUDA's own allocations start at
+_ALIGNMENT = 512
+
+
+@dataclass(frozen=True, eq=False)
+class KeptStorage:
+    """Tensors that a cache keeps into, of one sample: k and v of every block, and the cameras."""
+
+    blocks: tuple[KeysValues, ...]
+    cameras: Tensor | None
+
+
+class KeptLayout:
+    """Where a plan's kept tensors lie in a buffer: in order of depth, at offsets fixed by the plan.
+
+    num_bytes: of the buffer, at least. cameras: their dtype, None without cameras.
+    """
+
+    def __init__(self, plan: TokenPlan, dtype: torch.dtype, cameras: torch.dtype | None) -> None:
+        heads = (plan.shape.num_attention_heads, plan.shape.attention_head_dim)
+        self._pieces: list[tuple[int, tuple[int, ...], torch.dtype]] = []
+        self.num_bytes = 0
+        for length in plan.lengths_by_block():
+            for _ in range(2):
+                self._place((1, length - plan.target.length, *heads), dtype)
+        self._has_cameras = cameras is not None
+        if cameras is not None:
+            self._place((1, plan.target.num_frames, POSE_DIM), cameras)
+
+    def _place(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+        self._pieces.append((self.num_bytes, shape, dtype))
+        size = math.prod(shape) * dtype.itemsize
+        self.num_bytes += -(-size // _ALIGNMENT) * _ALIGNMENT
+
+    def storage(self, buffer: Tensor) -> KeptStorage:
+        """Views of a buffer, uint8 [>= num_bytes]."""
+        views = [
+            buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
+            for start, shape, dtype in self._pieces
+        ]
+        cameras = views.pop() if self._has_cameras else None
+        return KeptStorage(tuple(zip(views[::2], views[1::2], strict=True)), cameras)
 
 
 class ConditioningCache:
@@ -23,6 +69,7 @@ class ConditioningCache:
 
     blocks: k (normalised, rotated) and v [B, L, N, D] of every block's conditioning, after the
     merges before it. cameras: [B, F, P] of the target's frames; None for a model without cameras.
+    `keep_in` gives it a place to keep them; without one it keeps the tensors that it is handed.
     """
 
     serves: Conditioning = "static"
@@ -37,6 +84,12 @@ class ConditioningCache:
         self.plan = plan
         self.blocks: list[KeysValues] = []
         self.cameras: Tensor | None = None
+        self._storage: KeptStorage | None = None
+
+    def keep_in(self, storage: KeptStorage) -> None:
+        """Copy what is kept into a storage made for the plan; before anything is kept."""
+        assert not self.blocks
+        self._storage = storage
 
     @property
     def _is_taken(self) -> bool:
@@ -66,12 +119,18 @@ class ConditioningCache:
                 "train without a cache"
             )
         self.cameras = None if rows_BFP is None else rows_BFP[:, : plan.target.num_frames]
+        if self._storage is not None and self.cameras is not None:
+            assert self._storage.cameras is not None
+            self.cameras = self._storage.cameras.copy_(self.cameras)
 
     def append(self, keys_values: KeysValues) -> None:
         """The next block's."""
+        if self._storage is not None:
+            keys, values = self._storage.blocks[len(self.blocks)]
+            keys_values = keys.copy_(keys_values[0]), values.copy_(keys_values[1])
         self.blocks.append(keys_values)
 
     def release(self) -> None:
         """Let go of every tensor, whoever still holds the cache."""
         self.blocks.clear()
-        self.cameras = None
+        self.cameras = self._storage = None

@@ -22,9 +22,13 @@ def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
 
 
 class Solver(Protocol):
-    """Integrates the flow; `timesteps` [num_steps] are what the model is told (0..1000)."""
+    """Integrates the flow; `timesteps` [num_steps] are what the model is told (0..1000).
+
+    deltas: [num_steps], if a step is no more than latents + velocity * delta; else None.
+    """
 
     timesteps: Tensor
+    deltas: Tensor | None
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """The latents after step `index`."""
@@ -36,6 +40,7 @@ class EulerSolver:
     def __init__(self, num_steps: int, shift: float) -> None:
         self.sigmas = shifted_sigmas(num_steps, shift)
         self.timesteps = self.sigmas[:-1] * 1000
+        self.deltas: Tensor | None = self.sigmas.diff()
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         delta = float(self.sigmas[index + 1] - self.sigmas[index])
@@ -43,7 +48,9 @@ class EulerSolver:
 
 
 class UniPCSolver:
-    """diffusers' UniPC on the same shifted schedule."""
+    """diffusers' UniPC on the same shifted schedule; it remembers the tensors of earlier steps."""
+
+    deltas: Tensor | None = None
 
     def __init__(self, num_steps: int, shift: float) -> None:
         from diffusers import UniPCMultistepScheduler

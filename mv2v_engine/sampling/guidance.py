@@ -12,10 +12,11 @@ def needs_guidance(guidance_scale: float) -> bool:
     return guidance_scale != 1.0
 
 
-def guide(velocities: Sequence[Tensor], guidance_scale: float) -> Tensor:
+def guide(velocities: Sequence[Tensor], guidance_scale: float | Tensor) -> Tensor:
     """v_neg + scale (v_pos - v_neg), summed in float32; of one velocity, that one.
 
-    velocities: the positive branch's, then the negative's if there is one.
+    velocities: the positive branch's, then the negative's if there is one. guidance_scale: a
+    number, or a float32 tensor of one.
     """
     positive, *negative = (velocity.float() for velocity in velocities)
     if not negative:

@@ -1,0 +1,165 @@
+"""What a step of a turn reads and writes, as tensors: the turn's own, or those of captured steps.
+
+A step runs the same function on either, so that a replayed step is an eager one bit for bit.
+C latent channels, F H W latent grid, V camera tracks, S text tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.tokens.plan import TokenPlan
+
+Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
+
+
+@dataclass(frozen=True, eq=False)
+class Conditioning:
+    """What every step of a turn shares.
+
+    latents: [1, C, F, H, W] per conditioning segment. cameras: [1, V, F, 12] or None.
+    text, negative_text: [1, S, text_dim]; the latter only with guidance.
+    """
+
+    latents: Sequence[Tensor]
+    cameras: Tensor | None
+    text: Tensor
+    negative_text: Tensor | None
+
+
+@dataclass(frozen=True, eq=False)
+class StepBuffers:
+    """A step's tensors; every step finds them at the same addresses.
+
+    latents: float32 [1, C, F, H, W], moved in place. timestep, delta: [1], of the step.
+    guidance_scale: float32 [1]. velocity: where the guided one is left [1, C, F, H, W], for a
+    solver that moves the latents itself; None where the step does. records: where merges are
+    written; None leaves them as the forward made them.
+    """
+
+    latents: Tensor
+    timestep: Tensor
+    delta: Tensor
+    guidance_scale: Tensor
+    velocity: Tensor | None
+    conditioning: Conditioning
+    records: tuple[MergeRecord, ...] | None = None
+
+    @classmethod
+    def of_turn(
+        cls,
+        conditioning: Conditioning,
+        noise: Tensor,
+        guidance_scale: float,
+        *,
+        device: torch.device,
+        moves_latents: bool,
+    ) -> StepBuffers:
+        """The turn's own tensors; text that guidance does not need is left out."""
+        if not needs_guidance(guidance_scale):
+            conditioning = Conditioning(
+                conditioning.latents, conditioning.cameras, conditioning.text, None
+            )
+        # a copy even where the noise lies right: it is moved in place
+        latents = noise.to(device, torch.float32, copy=True)
+        return cls(
+            latents,
+            torch.zeros(1, device=device),
+            torch.zeros(1, device=device),
+            torch.full((1,), guidance_scale, dtype=torch.float32, device=device),
+            None if moves_latents else torch.zeros_like(latents),
+            conditioning,
+        )
+
+    @property
+    def texts(self) -> list[Tensor]:
+        """One for each guidance branch, the positive one first."""
+        given = self.conditioning
+        return [given.text] if given.negative_text is None else [given.text, given.negative_text]
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All of them, in an order that equal signatures share."""
+        yield from (self.latents, self.timestep, self.delta, self.guidance_scale)
+        yield from () if self.velocity is None else (self.velocity,)
+        yield from self.conditioning.latents
+        yield from () if self.conditioning.cameras is None else (self.conditioning.cameras,)
+        yield from self.texts
+        for record in self.records or ():
+            yield from (record.merged, record.responsiveness, record.frames)
+
+    @property
+    def signature(self) -> Signature:
+        """Shapes and dtypes: they tell the number of branches, and whether the step moves the
+        latents."""
+        return tuple((tuple(tensor.shape), tensor.dtype) for tensor in self.tensors())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def reserved(self, plan: TokenPlan) -> StepBuffers:
+        """Empty ones of the same signature, with a place for the plan's merges."""
+        given = self.conditioning
+
+        def empty(tensor: Tensor) -> Tensor:
+            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
+
+        return StepBuffers(
+            empty(self.latents),
+            empty(self.timestep),
+            empty(self.delta),
+            empty(self.guidance_scale),
+            None if self.velocity is None else empty(self.velocity),
+            Conditioning(
+                [empty(latents) for latents in given.latents],
+                None if given.cameras is None else empty(given.cameras),
+                empty(given.text),
+                None if given.negative_text is None else empty(given.negative_text),
+            ),
+            _record_buffers(plan, self.latents.device),
+        )
+
+    def load(self, other: StepBuffers) -> None:
+        """Take another's values; its records are left out."""
+        # records come last
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=False):
+            mine.copy_(theirs)
+
+    def keep(self, records: Sequence[MergeRecord]) -> None:
+        """Write what a forward merged into the records."""
+        assert self.records is not None
+        for mine, theirs in zip(self.records, records, strict=True):
+            assert mine.step == theirs.step
+            mine.merged.copy_(theirs.merged)
+            mine.responsiveness.copy_(theirs.responsiveness)
+            mine.frames.copy_(theirs.frames)
+
+
+def _record_buffers(plan: TokenPlan, device: torch.device) -> tuple[MergeRecord, ...]:
+    records = []
+    for step in plan.merge_steps:
+        merged = sum(group.num_merged for group in step.groups)
+        conditioning = step.before.num_frames - step.before.runs[0].num_frames
+        records.append(
+            MergeRecord(
+                step,
+                torch.zeros(1, merged, dtype=torch.int64, device=device),
+                torch.zeros(1, conditioning, device=device),
+                torch.zeros(1, conditioning, dtype=torch.int64, device=device),
+            )
+        )
+    return tuple(records)
+
+
+def copied(records: Sequence[MergeRecord]) -> tuple[MergeRecord, ...]:
+    """Records that no later step writes to."""
+    return tuple(
+        MergeRecord(r.step, r.merged.clone(), r.responsiveness.clone(), r.frames.clone())
+        for r in records
+    )

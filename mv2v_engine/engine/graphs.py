@@ -1,0 +1,284 @@
+"""The captured sampler: a step recorded once for a token plan, replayed by every later step.
+
+A turn leases the graphs for as long as it runs; one turn at a time has them. The others meanwhile
+run eagerly, on tensors of their own, and their reports say so: waiting would let one long turn hold
+up all, and two turns of one thread that take steps by turns would wait for ever.
+
+A turn's first step on a new plan runs eagerly and makes ready what launches wait for: compiled and
+tuned kernels, tables, the libraries' own plans. Its second is captured. Later steps are replayed,
+and later turns on the same plan from their first step of that kind on. With static conditioning the
+step that fills the kept K and V is always eager.
+"""
+
+from __future__ import annotations
+
+import threading
+import traceback
+from collections import OrderedDict
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mv2v_engine.config import EngineConfig, GraphMode
+from mv2v_engine.engine.buffers import Signature, StepBuffers
+from mv2v_engine.engine.capture import Graph, Recorder, open_recorder
+from mv2v_engine.engine.lease import Lease
+from mv2v_engine.errors import KernelUnavailableError, MemoryBudgetError
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.static_cache import KeptLayout, KeptStorage
+from mv2v_engine.tokens.flops import flop_table, kept_flop_table
+from mv2v_engine.tokens.plan import TokenPlan
+
+# A forward of the 1.3B shape is 30 blocks of about 40 launches, which the host hands out in about
+# as long as an H200 takes for the products of 4,400 tokens: 15 TFLOP, 12.5 GFLOP a launch. Beyond,
+# the host is ahead of the device anyway and there is nothing to gain.
+LAUNCHES_PER_BLOCK = 40
+FLOPS_PER_LAUNCH = 12.5e9
+_BUSY = "another turn of this engine is replaying"
+
+
+@dataclass(frozen=True)
+class _Key:
+    """What a captured step depends on beyond the values of its buffers."""
+
+    plan: TokenPlan
+    dtype: torch.dtype
+    signature: Signature
+
+
+@dataclass(eq=False)
+class Entry:
+    """A key's buffers and graphs, one for each kind of step; what they read lives as long."""
+
+    key: _Key
+    buffers: StepBuffers
+    kept: KeptStorage | None
+    constants: tuple[Tensor, ...]
+    graphs: dict[Hashable, Graph] = field(default_factory=dict)
+    is_warm: bool = False
+
+    def reset(self) -> None:
+        while self.graphs:
+            self.graphs.popitem()[1].reset()
+
+
+def flops_per_launch(plan: TokenPlan) -> float:
+    """Of the forward that a plan's steps repeat."""
+    table = kept_flop_table(plan) if plan.conditioning == "static" else flop_table(plan)
+    return sum(table.values()) / (LAUNCHES_PER_BLOCK * plan.shape.num_layers)
+
+
+def open_graphs(config: EngineConfig, device: torch.device) -> Graphs:
+    """An engine's graphs, or none with the reason.
+
+    Raises:
+        KernelUnavailableError: graphs="on" where there are none.
+    """
+    if config.graphs == "off":
+        return Graphs("off", 0, None, "graphs are off")
+    try:
+        return Graphs(config.graphs, config.graph_bytes, open_recorder(device), None)
+    except KernelUnavailableError as error:
+        if config.graphs == "on":
+            raise KernelUnavailableError(
+                f'graphs="on" was asked for, but {error}; use "auto" or "off"'
+            ) from error
+        return Graphs("auto", 0, None, str(error))
+
+
+class Graphs:
+    """All graphs of an engine, least recently used first, under one byte budget.
+
+    The budget covers the pool of all graphs, their buffers, and an arena for the K and V that
+    static conditioning keeps, which all plans share: only one turn uses it at a time. An arena that
+    must grow takes the graphs along that point into it, and doubles.
+    """
+
+    def __init__(
+        self, mode: GraphMode, capacity_bytes: int, recorder: Recorder | None, reason: str | None
+    ) -> None:
+        self.mode, self.capacity_bytes = mode, capacity_bytes
+        self._recorder, self._reason = recorder, reason
+        self._entries: OrderedDict[_Key, Entry] = OrderedDict()
+        self._arena: Tensor | None = None
+        self._refused: dict[_Key, str] = {}
+        self._leased = threading.Lock()
+
+    def bytes(self) -> dict[str, int]:
+        """What is held on the device now: the pool, the arena, and the graphs' buffers."""
+        pool = 0 if self._recorder is None else self._recorder.pool_bytes()
+        arena = 0 if self._arena is None else self._arena.nbytes
+        buffers = sum(entry.buffers.num_bytes for entry in list(self._entries.values()))
+        return {"pool": pool, "arena": arena, "buffers": buffers}
+
+    def __len__(self) -> int:
+        """Captured steps."""
+        return sum(len(entry.graphs) for entry in list(self._entries.values()))
+
+    def clear(self) -> None:
+        """Give everything back, and try again what could not be captured. Waits for a lease."""
+        with self._leased:
+            self._refused.clear()
+            for key in list(self._entries):
+                self._drop(key)
+
+    def lease(self, transformer: MV2VTransformer, plan: TokenPlan, own: StepBuffers) -> Lease:
+        """A turn's way to its steps: buffers to work on and graphs to replay, or a reason why not.
+
+        own: the turn's tensors, whose values the leased buffers take.
+
+        Raises:
+            KernelUnavailableError: graphs="on", and this plan cannot have any.
+        """
+        key = _Key(plan, transformer.patch_embedding.weight.dtype, own.signature)
+        reason = self._reason or self._refusal(key)
+        if reason is not None:
+            self._require(reason)
+            return Lease(self, None, reason)
+        if not self._leased.acquire(blocking=False):
+            return Lease(self, None, _BUSY)
+        try:
+            assert self._recorder is not None
+            self._recorder.enter()
+            entry = self._entry(transformer, key, own)
+            entry.buffers.load(own)
+        except (RuntimeError, MemoryBudgetError) as error:
+            self._leased.release()
+            return Lease(self, None, self._refuse(key, error))
+        except BaseException:
+            self._leased.release()
+            raise
+        return Lease(self, entry, None)
+
+    def capture(self, entry: Entry, kind: Hashable, step: Callable[[], None]) -> str | None:
+        """Record a step of a leased entry; the reason why that cannot be, if graphs need not be.
+
+        Raises:
+            KernelUnavailableError: graphs="on", and it cannot be.
+        """
+        assert self._recorder is not None
+        try:
+            entry.graphs[kind] = self._recorder.capture(step)
+            if not self._shrink(entry):
+                # graphs that are gone may have sized the pool: begin one with this step's alone
+                entry.reset()
+                entry.graphs[kind] = self._recorder.capture(step)
+                self._check_fits(sum(self.bytes().values()))
+        except (RuntimeError, MemoryBudgetError) as error:
+            entry.reset()
+            return self._refuse(entry.key, error)
+        except BaseException:
+            entry.reset()
+            raise
+        return None
+
+    def replay(self, graph: Graph) -> None:
+        assert self._recorder is not None
+        graph.replay()
+        self._recorder.pace()
+
+    def release(self, entry: Entry) -> None:
+        """The turn that leased the entry has ended."""
+        assert self._recorder is not None
+        try:
+            self._recorder.leave()
+            if entry.key in self._refused and entry.key in self._entries:
+                self._drop(entry.key)
+        finally:
+            self._leased.release()
+
+    def _refusal(self, key: _Key) -> str | None:
+        plan = key.plan
+        if plan.scope == "joint" and plan.merge != "off":
+            return 'with scope="joint" the data decide how many tokens a block sees'
+        if self.mode == "auto" and (flops := flops_per_launch(plan)) > FLOPS_PER_LAUNCH:
+            return (
+                f"products bound a step of this plan, not launches: {flops / 1e9:,.1f} GFLOP a "
+                f"launch, graphs gain below {FLOPS_PER_LAUNCH / 1e9:g}"
+            )
+        return self._refused.get(key)
+
+    def _require(self, reason: str, cause: BaseException | None = None) -> None:
+        """Raise unless the mode leaves graphs to the engine."""
+        if self.mode == "on":
+            raise KernelUnavailableError(
+                f'graphs="on" was asked for, but {reason}; use "auto" or "off"'
+            ) from cause
+
+    def _refuse(self, key: _Key, error: RuntimeError | MemoryBudgetError) -> str:
+        """Why a key's steps stay eager from now on, until `clear`.
+
+        Raises:
+            KernelUnavailableError: graphs="on".
+        """
+        # the frames hold what the step had made until then
+        traceback.clear_frames(error.__traceback__)
+        said = " ".join(str(error).split())[:300] or type(error).__name__
+        self._refused[key] = reason = f"a step of this plan could not be captured ({said})"
+        self._require(reason, error)
+        return reason
+
+    def _entry(self, transformer: MV2VTransformer, key: _Key, own: StepBuffers) -> Entry:
+        if key in self._entries:
+            self._entries.move_to_end(key)
+            return self._entries[key]
+        layout = None
+        if key.plan.conditioning == "static":
+            cameras = own.conditioning.cameras
+            layout = KeptLayout(key.plan, key.dtype, None if cameras is None else cameras.dtype)
+        device = own.latents.device
+        self._make_room(own.num_bytes, 0 if layout is None else layout.num_bytes, device)
+        entry = Entry(
+            key,
+            own.reserved(key.plan),
+            None if layout is None or self._arena is None else layout.storage(self._arena),
+            transformer.constants(key.plan, device),
+        )
+        self._entries[key] = entry
+        return entry
+
+    def _make_room(self, buffers: int, arena: int, device: torch.device) -> None:
+        """Room for new buffers and an arena of so many bytes at least; and that arena.
+
+        Raises:
+            MemoryBudgetError: there is none, with all else gone.
+        """
+        self._check_fits(buffers + arena)
+        held = 0 if self._arena is None else self._arena.nbytes
+        if held < arena:
+            for key in [key for key, entry in self._entries.items() if entry.kept is not None]:
+                self._drop(key)
+        while self._entries and self._total(buffers, arena) > self.capacity_bytes:
+            self._drop(next(iter(self._entries)))
+        if arena and self._arena is None:
+            # a session's memory grows from turn to turn: grow seldom, if the budget lets us
+            size = max(arena, 2 * held)
+            size = size if self._total(buffers, size) <= self.capacity_bytes else arena
+            self._arena = torch.empty(size, dtype=torch.uint8, device=device)
+
+    def _total(self, buffers: int, arena: int) -> int:
+        """Bytes with new buffers, and with an arena if there is none yet."""
+        held = self.bytes()
+        return held["pool"] + held["buffers"] + buffers + (held["arena"] or arena)
+
+    def _check_fits(self, needed: int) -> None:
+        if needed > self.capacity_bytes:
+            raise MemoryBudgetError(
+                f"its graphs need {needed:,} bytes, graph_bytes allows {self.capacity_bytes:,}"
+            )
+
+    def _shrink(self, spared: Entry) -> bool:
+        """Drop the others, least recently used first, until the budget holds; whether it does."""
+        while sum(self.bytes().values()) > self.capacity_bytes:
+            key = next((key for key, entry in self._entries.items() if entry is not spared), None)
+            if key is None:
+                return False
+            self._drop(key)
+        return True
+
+    def _drop(self, key: _Key) -> None:
+        self._entries.pop(key).reset()
+        if not any(entry.kept is not None for entry in self._entries.values()):
+            self._arena = None

@@ -1,0 +1,83 @@
+"""Warm-up by plan: what only the first turn of a plan would pay for is paid before it.
+
+On CUDA that is compiling and tuning kernels, the libraries' plans, the rotary tables, and capture;
+on a CPU the tables and the thread pools.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.errors import RequestError
+from mv2v_engine.sampling.flow_match import make_solver
+from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.tokens.plan import TokenPlan
+
+if TYPE_CHECKING:
+    from mv2v_engine.engine.engine import Engine
+
+
+def warm_up(
+    engine: Engine, plans: Iterable[TokenPlan], guidance_scale: float
+) -> list[dict[str, Any]]:
+    """As `Engine.warmup`. Large plans first: they size the graphs' pool and arena for all."""
+    rows = []
+    for plan in sorted(dict.fromkeys(plans), key=lambda plan: -plan.length):
+        if plan.shape != engine.transformer.config:
+            raise RequestError(
+                "a plan to warm up is of another transformer than the engine's; make it with "
+                "Session.plan_turn, or novel_view_plan(shape=engine.transformer.config)"
+            )
+        began = time.perf_counter()
+        report = _run(engine, plan, guidance_scale)
+        seconds = round(time.perf_counter() - began, 4)
+        rows.append({"tokens": plan.length, "conditioning": plan.conditioning} | report)
+        rows[-1]["seconds"] = seconds
+    return rows
+
+
+def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, Any]:
+    """A turn of zeros, as long as it takes to run every kind of step; how its steps ran."""
+    denoiser = Denoiser(
+        engine.transformer,
+        plan,
+        _nothing(engine, plan, guidance_scale),
+        torch.zeros(1, plan.shape.in_channels, *plan.target.grid),
+        # the first step warms up, the second is captured; without graphs the first is enough
+        make_solver(engine.config.scheduler, 2, engine.sampling.flow_shift),
+        guidance_scale=guidance_scale,
+        graphs=engine.graphs,
+    )
+    try:
+        denoiser.step()
+        if denoiser.uses_graphs:
+            denoiser.step()
+        if engine.device.type == "cuda":
+            torch.cuda.synchronize(engine.device)
+        return denoiser.graph_report()
+    finally:
+        denoiser.release()
+
+
+def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditioning:
+    """Conditioning of a turn's shapes and dtypes; the text as of an empty prompt."""
+    new = {"dtype": torch.float32, "device": engine.device}
+    cameras = None
+    if plan.shape.has_camera:
+        tracks = 1 + max(segment.camera or 0 for segment in plan.segments)
+        cameras = torch.zeros(1, tracks, plan.target.num_frames, 12, **new)
+    negative_text = None
+    if needs_guidance(guidance_scale):
+        negative_text = engine.text_embedding(engine.sampling.negative_prompt)
+    return Conditioning(
+        [torch.zeros(1, plan.shape.in_channels, *s.grid, **new) for s in plan.segments[1:]],
+        cameras,
+        engine.text_embedding(""),
+        negative_text,
+    )

@@ -1,0 +1,418 @@
+"""Captured steps, on a CPU that acts CUDA's graphs out: replay is eager, nothing is baked in."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from mv2v_engine import CancelToken
+from mv2v_engine.config import WAN_1_3B, GraphMode
+from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.graphs import FLOPS_PER_LAUNCH, Graphs, flops_per_launch
+from mv2v_engine.engine.runner import Denoised, Denoiser, denoise
+from mv2v_engine.errors import CancelledError, KernelUnavailableError
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.sampling.flow_match import make_solver
+from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
+from tests.engine.graph_stand_in import StandIn, storage
+
+GRID = (3, 6, 10)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A turn: everything in it but the plan depends on the seed."""
+
+    seed: int = 0
+    steps: int = 3
+    scale: float = 1.0
+    solver: Any = "euler"
+
+
+class Turns:
+    """Turns of one small model on one set of graphs."""
+
+    def __init__(
+        self, mode: GraphMode = "on", capacity: int = 1 << 30, *, cameras: bool = True
+    ) -> None:
+        self.config = tiny_config(camera_conditioning="own" if cameras else "none")
+        self.model = MV2VTransformer(self.config).eval().requires_grad_(False)
+        self.model.set_backend("auto", "reference")
+        randomise(self.model)
+        self.recorder = StandIn()
+        self.graphs = Graphs(mode, capacity, self.recorder, None)
+
+    def plan(self, conditioning: Any = "joint", memory: int = 2, **changes: Any) -> TokenPlan:
+        fields = {"merge": "conv", "fraction": 0.5} | changes
+        return turn_plan(self.config, GRID, (4,) * memory, conditioning=conditioning, **fields)
+
+    def denoiser(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoiser:
+        generator = torch.Generator().manual_seed(asked.seed)
+        latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in plan.segments]
+        cameras = torch.randn(1, len(plan.segments), GRID[0], 12, generator=generator)
+        text, negative = torch.randn(2, 1, 6, 10, generator=generator).unbind()
+        given = cameras if plan.shape.has_camera else None
+        return Denoiser(
+            self.model,
+            plan,
+            Conditioning(latents[1:], given, text, negative),
+            latents[0],
+            make_solver(asked.solver, asked.steps, 3.0),
+            guidance_scale=asked.scale,
+            graphs=graphs,
+        )
+
+    def run(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoised:
+        turn = denoise(self.denoiser(plan, asked, graphs), CancelToken())
+        while True:
+            try:
+                next(turn)
+            except StopIteration as stop:
+                result: Denoised = stop.value
+                return result
+
+    def check(self, plan: TokenPlan, asked: Asked = Asked()) -> dict[str, Any]:
+        """Run a turn with graphs and without, to the same bits; how its steps ran."""
+        expected, got = self.run(plan, asked, None), self.run(plan, asked, self.graphs)
+        # neither the result nor a later turn may lean on what captured steps share
+        self.spoil()
+        assert torch.equal(got.latents, expected.latents) and got.latents.isfinite().all()
+        assert got.num_forwards == expected.num_forwards
+        for ours, theirs in zip(got.records, expected.records, strict=True):
+            assert ours.step == theirs.step
+            for name in ("merged", "responsiveness", "frames"):
+                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+        assert not self.recorder.turns
+        return got.graphs
+
+    def spoil(self) -> None:
+        """Overwrite with NaN all that captured steps read and a turn has to provide."""
+        for entry in self.graphs._entries.values():
+            for tensor in entry.buffers.tensors():
+                tensor.view(torch.uint8).fill_(0xFF)
+        if self.graphs._arena is not None:
+            self.graphs._arena.fill_(0xFF)
+
+
+def steps(report: dict[str, Any]) -> tuple[int, int, int]:
+    """Eager, captured and replayed ones."""
+    return (report["eager_steps"], report["captured_steps"], report["replayed_steps"])
+
+
+@pytest.mark.parametrize("scales", [(4.0, 4.0, 1.7), (1.0, 1.0, 1.0)], ids=["guided", "plain"])
+@pytest.mark.parametrize("merge", ["conv", "discard", "off"])
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_replay_equals_eager(conditioning: str, merge: str, scales: tuple[float, ...]) -> None:
+    """Over turns of one plan that share nothing else: nothing of a turn is baked in."""
+    turns = Turns()
+    plan = turns.plan(conditioning, merge=merge)
+    reports = []
+    for seed, scale in enumerate(scales):
+        reports.append(turns.check(plan, Asked(seed, 4 - seed, scale)))
+    first = int(conditioning == "static")
+    later = [(first, 0, count - first) for count in (3, 2)]
+    assert [steps(report) for report in reports] == [(1, 1, 2), *later]
+    assert turns.recorder.captures == 1 and turns.recorder.paced == turns.recorder.replays
+
+
+def test_everything_that_a_graph_reads_lives_with_it() -> None:
+    """A tensor that nobody holds is given to others, while a graph goes on to read its address."""
+    turns = Turns()
+    for conditioning in ("joint", "static"):
+        turns.check(turns.plan(conditioning))
+    held = [*turns.model.state_dict().values()]
+    assert turns.graphs._arena is not None
+    held.append(turns.graphs._arena)
+    for entry in turns.graphs._entries.values():
+        held += [*entry.buffers.tensors(), *entry.constants]
+    owned = {storage(tensor) for tensor in held}
+    for graph in turns.recorder.live:
+        strangers = [t.shape for key, t in graph.read.items() if key not in owned]
+        assert not strangers and graph.read
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_a_solver_on_the_host_moves_the_latents_itself(conditioning: str) -> None:
+    turns = Turns()
+    plan = turns.plan(conditioning)
+    for seed in (1, 2):
+        report = turns.check(plan, Asked(seed, 4, solver="unipc"))
+    assert report["replayed_steps"] == 4 - (conditioning == "static")
+    # the update is not in the graph, so Euler's has one of its own
+    assert turns.check(plan)["captured_steps"] == 1
+
+
+def test_a_solver_that_remembers_latents_is_given_copies() -> None:
+    """Steps move latents in place; the loop written out makes new ones."""
+    turns, asked = Turns(), Asked(1, 5, solver="unipc")
+    plan = turns.plan(merge="off")
+    given = turns.denoiser(plan, asked, None).buffers
+    solver, latents = make_solver("unipc", asked.steps, 3.0), given.latents.clone()
+    for index, timestep in enumerate(solver.timesteps):
+        with torch.no_grad():
+            velocity = turns.model(
+                [latents, *given.conditioning.latents],
+                timestep[None],
+                given.conditioning.text,
+                plan=plan,
+                cameras=given.conditioning.cameras,
+            )
+        latents = solver.step(velocity, index, latents)
+    assert torch.equal(turns.run(plan, asked, None).latents, latents[0])
+
+
+def test_a_model_without_cameras() -> None:
+    turns = Turns(cameras=False)
+    for conditioning in ("joint", "static"):
+        turns.check(turns.plan(conditioning))
+        assert turns.check(turns.plan(conditioning), Asked(5))["captured_steps"] == 0
+
+
+def test_plans_share_the_arena_and_a_larger_one_takes_it_over() -> None:
+    turns = Turns()
+    small, large = (turns.plan("static", memory) for memory in (1, 3))
+    turns.check(small)
+    before = turns.graphs.bytes()["arena"]
+    turns.check(large)
+    grown = turns.graphs.bytes()["arena"]
+    # the small plan's graph pointed into the arena that is gone
+    assert 0 < before < grown and len(turns.graphs) == 1
+    assert steps(turns.check(small)) == (1, 1, 1)
+    for seed, plan in enumerate((large, small, large, small)):
+        assert steps(turns.check(plan, Asked(seed))) == (1, 0, 2)
+    assert turns.graphs.bytes()["arena"] == grown and turns.recorder.captures == 3
+
+
+def test_the_least_recently_used_goes_when_bytes_run_out() -> None:
+    turns = Turns()
+    plans = [turns.plan(memory=memory) for memory in (1, 2, 3)]
+    for plan in plans:
+        turns.check(plan)
+    held = turns.graphs.bytes()
+    turns.graphs.clear()
+    assert set(turns.graphs.bytes().values()) == {0} and not turns.recorder.live
+
+    smallest = turns.denoiser(plans[0], Asked(), None).buffers.reserved(plans[0]).num_bytes
+    # all three but for a byte; the pool is as large as the largest needs
+    turns.graphs.capacity_bytes = sum(held.values()) - 1
+    for plan in (plans[2], plans[0], plans[2]):
+        turns.check(plan)
+    turns.check(plans[1])
+    assert sum(turns.graphs.bytes().values()) == sum(held.values()) - smallest
+    captures = turns.recorder.captures
+    assert steps(turns.check(plans[2])) == (0, 0, 3)
+    assert steps(turns.check(plans[0])) == (1, 1, 1) and turns.recorder.captures == captures + 1
+
+
+def test_a_plan_beyond_the_budget_runs_eagerly() -> None:
+    turns = Turns("auto")
+    small, large = turns.plan("static", 1), turns.plan("static", 3)
+    turns.check(small)
+    turns.graphs.capacity_bytes = sum(turns.graphs.bytes().values())
+    report = turns.check(large)
+    assert steps(report) == (3, 0, 0) and "bytes, graph_bytes allows" in report["reason"]
+    # what there was is back afterwards, and within the budget
+    assert turns.check(small)["reason"] is None
+    assert sum(turns.graphs.bytes().values()) <= turns.graphs.capacity_bytes
+    turns.graphs.mode = "on"
+    with pytest.raises(KernelUnavailableError, match=r'graphs="on" was asked for.*graph_bytes'):
+        turns.run(large, Asked(), turns.graphs)
+
+
+def test_a_pool_sized_by_graphs_that_are_gone_is_given_back() -> None:
+    turns = Turns()
+    small, large = turns.plan(memory=0, source=False), turns.plan(memory=3)
+    turns.check(small)
+    alone = sum(turns.graphs.bytes().values())
+    turns.check(large)
+    turns.graphs.capacity_bytes = alone
+    # the large plan's graph goes, and the pool is as large as it made it until the last one goes
+    turns.graphs._drop(next(iter(turns.graphs._entries)))
+    assert steps(turns.check(small)) == (1, 1, 1)
+    assert sum(turns.graphs.bytes().values()) == alone
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail
+
+
+def test_a_capture_that_fails_leaves_an_eager_turn() -> None:
+    turns = Turns("auto")
+    plan = turns.plan("static")
+    turns.recorder.fail = raising(torch.OutOfMemoryError("CUDA out of memory:\n 2 GiB"))
+    report = turns.check(plan)
+    assert steps(report) == (3, 0, 0)
+    assert report["reason"].endswith("could not be captured (CUDA out of memory: 2 GiB)")
+    assert set(turns.graphs.bytes().values()) == {0} and not turns.recorder.live
+    # it is not tried again before someone asks, and other plans are served
+    turns.recorder.fail = None
+    assert turns.check(plan)["reason"] == report["reason"] and turns.recorder.captures == 1
+    assert turns.check(turns.plan("joint"))["captured_steps"] == 1
+    turns.graphs.clear()
+    assert steps(turns.check(plan)) == (1, 1, 1)
+
+
+def test_a_capture_that_was_asked_for_fails_aloud() -> None:
+    turns = Turns("on")
+    plan = turns.plan()
+    turns.recorder.fail = raising(RuntimeError("operation not permitted"))
+    with pytest.raises(KernelUnavailableError, match=r"could not be captured \(operation not perm"):
+        turns.run(plan, Asked(), turns.graphs)
+    assert set(turns.graphs.bytes().values()) == {0} and not turns.recorder.turns
+    turns.recorder.fail = None
+    turns.graphs.clear()
+    assert turns.check(plan)["captured_steps"] == 1
+
+
+@pytest.mark.parametrize("error", [ZeroDivisionError(), KeyboardInterrupt()])
+def test_other_errors_of_a_capture_are_the_turns(error: BaseException) -> None:
+    turns = Turns("auto")
+    plan = turns.plan("static")
+    turns.recorder.fail = raising(error)
+    with pytest.raises(type(error)):
+        turns.run(plan, Asked(), turns.graphs)
+    assert not turns.recorder.live and not turns.recorder.turns
+    turns.recorder.fail = None
+    assert steps(turns.check(plan)) == (1, 1, 1)
+
+
+def test_a_step_that_waits_for_data_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = Turns("auto")
+    plan = turns.plan(merge="off")
+    head = turns.model._head
+    monkeypatch.setattr(turns.model, "_head", lambda x, *rest: head(x * float(x.any()), *rest))
+    report = turns.check(plan)
+    assert "_local_scalar_dense" in report["reason"] and steps(report) == (3, 0, 0)
+
+
+@pytest.mark.parametrize("moment", ["capture", "replay"])
+@pytest.mark.parametrize("end", ["cancelled", "closed", "dropped"])
+def test_a_turn_that_ends_early_leaves_nothing(moment: str, end: str) -> None:
+    turns, token = Turns(), CancelToken()
+    plan = turns.plan("static")
+    if moment == "replay":
+        turns.check(plan)
+    elif end == "cancelled":
+        turns.recorder.fail = token.cancel
+    denoiser = turns.denoiser(plan, Asked(steps=9), turns.graphs)
+    cache = denoiser.cache
+    assert cache is not None
+    turn = denoise(denoiser, token)
+    next(turn)
+    next(turn)
+    assert cache.is_filled and turns.recorder.turns == 1
+    if end == "cancelled":
+        token.cancel()
+        with pytest.raises(CancelledError):
+            next(turn)
+    elif end == "closed":
+        turn.close()
+    else:
+        del turn
+    assert denoiser.index == 2 and not turns.recorder.turns
+    assert cache.blocks == [] and cache.cameras is None
+    turns.recorder.fail = None
+    assert steps(turns.check(plan, Asked(7))) == (1, 0, 2)
+
+
+def test_two_turns_that_take_steps_by_turns() -> None:
+    """The second finds the graphs in use, runs eagerly, and says so."""
+    turns = Turns()
+    plan = turns.plan("static")
+    turns.check(plan)
+    expected = [turns.run(plan, Asked(seed), None) for seed in (1, 2)]
+    pair = [turns.denoiser(plan, Asked(seed), turns.graphs) for seed in (1, 2)]
+    for _ in range(3):
+        for denoiser in pair:
+            denoiser.step()
+    results = [denoiser.result() for denoiser in pair]
+    for denoiser in pair:
+        denoiser.release()
+    for got, alone in zip(results, expected, strict=True):
+        assert torch.equal(got.latents, alone.latents)
+        for ours, theirs in zip(got.records, alone.records, strict=True):
+            assert torch.equal(ours.merged, theirs.merged)
+    first, second = (result.graphs for result in results)
+    assert steps(first) == (1, 0, 2) and first["reason"] is None
+    assert steps(second) == (3, 0, 0) and "another turn" in second["reason"]
+
+
+def test_threads_share_the_graphs() -> None:
+    turns = Turns()
+    plans = [turns.plan(conditioning) for conditioning in ("joint", "static")]
+    expected = [turns.run(plan, Asked(seed), None) for seed, plan in enumerate(plans)]
+    wrong: list[str] = []
+
+    def work(seed: int, plan: TokenPlan) -> None:
+        for _ in range(4):
+            got = turns.run(plan, Asked(seed), turns.graphs)
+            if not torch.equal(got.latents, expected[seed].latents):
+                wrong.append(f"{seed}: {got.graphs}")
+
+    threads = [threading.Thread(target=work, args=pair) for pair in enumerate(plans)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert wrong == [] and not turns.recorder.turns
+
+
+def test_steps_that_run_elsewhere_need_no_graphs() -> None:
+    """A turn whose velocities others compute, and one that goes on alone after such a step."""
+    turns = Turns()
+    for conditioning in ("joint", "static"):
+        plan = turns.plan(conditioning)
+        denoiser = turns.denoiser(plan, Asked(), turns.graphs)
+        with torch.no_grad():
+            while denoiser.index < 2:
+                velocities = [
+                    branch.velocity(denoiser.latents, denoiser.timestep)
+                    for branch in denoiser.branches
+                ]
+                denoiser.advance(velocities)
+        denoiser.step()
+        result = denoiser.result()
+        denoiser.release()
+        assert torch.equal(result.latents, turns.run(plan, Asked(), None).latents)
+        assert steps(result.graphs) == (3, 0, 0) and result.num_forwards == 3
+        kept_before = conditioning == "static"
+        assert (result.graphs["reason"] is not None) == kept_before
+    assert not turns.recorder.captures and not turns.recorder.turns
+
+
+def test_merging_by_data_stays_eager() -> None:
+    turns = Turns("auto")
+    report = turns.check(turns.plan(scope="joint"))
+    assert steps(report) == (3, 0, 0) and "the data decide" in report["reason"]
+    turns.graphs.mode = "on"
+    with pytest.raises(KernelUnavailableError, match="the data decide"):
+        turns.run(turns.plan(scope="joint"), Asked(), turns.graphs)
+
+
+def test_where_graphs_gain() -> None:
+    """At the 1.3B shape below about 4,400 tokens: the break-even is where both take 20 ms."""
+
+    def tokens_and_flops(frames: int, size: tuple[int, int]) -> tuple[int, float]:
+        plan = novel_view_plan(memory=0, frames=frames, size=size, merge="off", shape=WAN_1_3B)
+        return plan.length, flops_per_launch(plan)
+
+    below, above = tokens_and_flops(17, (320, 320)), tokens_and_flops(21, (320, 320))
+    assert 3900 < below[0] < 4100 and below[1] < FLOPS_PER_LAUNCH
+    assert 4700 < above[0] < 4900 and above[1] > FLOPS_PER_LAUNCH
+
+    turns = Turns("auto")
+    assert turns.check(turns.plan())["captured_steps"] == 1
+    full = novel_view_plan(memory=0)
+    denoiser = turns.denoiser(turns.plan(), Asked(), None)
+    lease = turns.graphs.lease(turns.model, full, denoiser.buffers)
+    assert lease.buffers is None and lease.reason is not None
+    assert "products bound a step of this plan, not launches: 679" in lease.reason
