@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import (
+    LUCY_5B,
     WAN_1_3B,
     WAN_5B,
     MergerConfig,
@@ -327,6 +328,7 @@ COUNTS = {
     "Wan2.1 1.3B": (WAN_1_3B, {"camera_conditioning": "none"}, 1_418_996_800),
     "ReCamMaster": (WAN_1_3B, {}, 1_490_420_800),
     "Wan2.2 5B": (WAN_5B, {}, 4_999_787_712),
+    "Lucy-Edit": (LUCY_5B, {}, 5_000_377_536),
 }
 
 

@@ -9,10 +9,10 @@ import pytest
 from mv2v_engine.config import WAN_1_3B, WAN_5B, MergerConfig, TransformerConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.testing import tiny_config
+from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import (
     Segment,
     TokenPlan,
-    editing_plan,
     latent_grid,
     memory_tokenizers,
     novel_view_plan,
