@@ -180,6 +180,8 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1:
             raise RequestError(f"num_frames must be 4n+1, got {self.num_frames}")
+        if not self.fps > 0:
+            raise RequestError(f"fps must be positive, got {self.fps}")
         if self.scheduler not in get_args(SchedulerName):
             known = ", ".join(get_args(SchedulerName))
             raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")

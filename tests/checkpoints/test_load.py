@@ -307,6 +307,8 @@ def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> Non
         ({"transformer": {"num_layers": 3}}, "does not describe a checkpoint"),
         ({"sampling": {"num_frames": 16}}, "4n"),
         ({"sampling": {"frames": 17}}, "frames"),
+        ({"sampling": {"scheduler": "ddim"}}, "scheduler must be one of euler, unipc, got 'ddim'"),
+        ({"sampling": {"fps": 0}}, "fps must be positive, got 0"),
         ({"sampling": None}, "does not describe a checkpoint"),
     ],
 )
