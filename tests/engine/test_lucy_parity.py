@@ -12,11 +12,13 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.engine.reuse import make_denoiser
 from mv2v_engine.engine.runner import Conditioning, Denoiser
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.editing import editing_plan
+from mv2v_engine.tokens.flops import Work
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 SIZE, STEPS, PROMPT, NEGATIVE = (64, 96), 6, "a  red ball", "the floor rolls"
@@ -42,7 +44,9 @@ def frames() -> Tensor:
     return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
-def _denoiser(editor: Engine, frames: Tensor, plan: TokenPlan | None = None) -> Denoiser:
+def _denoiser(
+    editor: Engine, frames: Tensor, plan: TokenPlan | None = None, **reuse: Any
+) -> Denoiser:
     """A window's denoiser; memory is other clips' latents."""
     source = editor.vae.encode(frames)
     plan = plan or editing_plan(editor.transformer.config, GRID, ())
@@ -58,7 +62,15 @@ def _denoiser(editor: Engine, frames: Tensor, plan: TokenPlan | None = None) -> 
     )
     solver = make_solver(editor.scheduler, STEPS, editor.sampling.flow_shift)
     noise = initial_noise((1, *source.shape), 3)
-    return Denoiser(editor.transformer, plan, conditioning, noise, solver, guidance_scale=5.0)
+    return make_denoiser(
+        EngineConfig(**reuse),
+        editor.transformer,
+        plan,
+        conditioning,
+        noise,
+        solver,
+        guidance_scale=5.0,
+    )
 
 
 def _pipeline_run(folder: Path, frames: Tensor) -> tuple[list[Tensor], Tensor]:
@@ -149,6 +161,43 @@ def test_kept_conditioning_is_exact(editor: Engine, frames: Tensor) -> None:
         again.step()
     assert kept.cache is not None and kept.cache.is_filled
     assert relative_error(kept.latents, again.latents) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "reuse",
+    [
+        {"reuse": "approximate", "reuse_refresh": 1},
+        {"reuse": "approximate", "reuse_drift": 1e-9},
+        {"step_cache": 1e-9},
+    ],
+    ids=["interval", "drift", "step cache"],
+)
+def test_reuse_of_nothing_is_exact(editor: Engine, frames: Tensor, reuse: dict[str, Any]) -> None:
+    """Every way of running a step is given the source."""
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8), fraction=0.5)
+    exact, reusing = _denoiser(editor, frames, plan), _denoiser(editor, frames, plan, **reuse)
+    while not exact.is_finished:
+        exact.step()
+        reusing.step()
+    assert relative_error(reusing.latents, exact.latents) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("reuse", "kind"),
+    [
+        ({"reuse": "approximate", "reuse_drift": None}, "kept"),
+        ({"step_cache": 10.0}, "residual"),
+    ],
+    ids=["kept", "residual"],
+)
+def test_steps_that_reuse(
+    editor: Engine, frames: Tensor, reuse: dict[str, Any], kind: Work
+) -> None:
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8), fraction=0.5)
+    denoiser = _denoiser(editor, frames, plan, **reuse)
+    while not denoiser.is_finished:
+        denoiser.step()
+    assert denoiser.latents.isfinite().all() and denoiser.result().work[kind] > 0
 
 
 def test_the_folders_solver_is_a_default(editor: Engine) -> None:
