@@ -67,7 +67,7 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
 
 def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditioning:
     """Conditioning of a turn's shapes and dtypes; the text as of an empty prompt."""
-    new = {"dtype": torch.float32, "device": engine.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": engine.device}
     cameras = None
     if plan.shape.has_camera:
         tracks = 1 + max(segment.camera or 0 for segment in plan.segments)

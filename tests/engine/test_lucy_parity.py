@@ -12,14 +12,17 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.engine.reuse import make_denoiser
-from mv2v_engine.engine.runner import Conditioning, Denoiser
+from mv2v_engine.engine.runner import Denoiser
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.flops import Work
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.engine.graph_stand_in import StandIn
 
 SIZE, STEPS, PROMPT, NEGATIVE = (64, 96), 6, "a  red ball", "the floor rolls"
 # 9 frames of 64 x 96 pixels, stride 4 and 16
@@ -45,7 +48,12 @@ def frames() -> Tensor:
 
 
 def _denoiser(
-    editor: Engine, frames: Tensor, plan: TokenPlan | None = None, **reuse: Any
+    editor: Engine,
+    frames: Tensor,
+    plan: TokenPlan | None = None,
+    *,
+    graphs: Graphs | None = None,
+    **reuse: Any,
 ) -> Denoiser:
     """A window's denoiser; memory is other clips' latents."""
     source = editor.vae.encode(frames)
@@ -70,6 +78,7 @@ def _denoiser(
         noise,
         solver,
         guidance_scale=5.0,
+        graphs=graphs,
     )
 
 
@@ -198,6 +207,29 @@ def test_steps_that_reuse(
     while not denoiser.is_finished:
         denoiser.step()
     assert denoiser.latents.isfinite().all() and denoiser.result().work[kind] > 0
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_captured_steps_read_the_turns_source(
+    editor: Engine, frames: Tensor, conditioning: Any
+) -> None:
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8), conditioning=conditioning)
+    graphs = Graphs("on", 1 << 30, StandIn(), None)
+    editor.transformer.set_backend("auto", "reference")
+    for window in (frames, frames.flip(2)):
+        eager, captured = (_denoiser(editor, window, plan, graphs=each) for each in (None, graphs))
+        while not eager.is_finished:
+            eager.step()
+            captured.step()
+        assert torch.equal(captured.latents, eager.latents)
+        report = captured.graph_report()
+        captured.release()
+    assert report["replayed_steps"] == STEPS - (conditioning == "static")
+
+
+def test_warm_up_runs_a_windows_plan(editor: Engine) -> None:
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8))
+    assert editor.warmup([plan])[0]["tokens"] == plan.length
 
 
 def test_the_folders_solver_is_a_default(editor: Engine) -> None:
