@@ -5,9 +5,10 @@ C transformer width, k spatial patch of a tokenizer.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mv2v_engine.errors import RequestError
 
@@ -26,6 +27,7 @@ MemoryMode = Literal["retrieved", "alone", "previous", "none"]
 MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
+SchedulerName = Literal["euler", "unipc"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,6 +54,8 @@ class MergerConfig:
 class TransformerConfig:
     """Shape of an `MV2VTransformer`; the words are diffusers' `WanTransformer3DModel`'s.
 
+    source_channels: how many of in_channels, the last ones, hold the source's latents beside the
+        target's (Lucy-Edit); 0 where a source is tokens of its own.
     tokenizers: spatial patches k of the conditioning tokenizers, empty for a base without them.
     merge_blocks: 0-indexed blocks before whose attention tokens merge; None takes METHOD 7's
         thirds. camera_conditioning: whose camera a conditioning token gets (METHOD 5); "none"
@@ -64,6 +68,7 @@ class TransformerConfig:
     ffn_dim: int
     in_channels: int
     out_channels: int
+    source_channels: int = 0
     text_dim: int = 4096
     text_len: int = 512
     freq_dim: int = 256
@@ -79,6 +84,14 @@ class TransformerConfig:
             raise RequestError(f"attention_head_dim must be even, got {self.attention_head_dim}")
         if any(k % 2 or k < 2 for k in self.tokenizers):
             raise RequestError(f"tokenizer patches must be even, got {self.tokenizers}")
+        if self.source_channels and not (
+            self.source_channels == self.out_channels == self.latent_channels
+        ):
+            raise RequestError(
+                "a source on channels has as many as the target: expected in_channels twice "
+                f"out_channels, got {self.in_channels} in, {self.out_channels} out and "
+                f"source_channels {self.source_channels}"
+            )
         depth = self.num_layers
         if self.merge_blocks is None:
             blocks = (depth // 3, 2 * depth // 3) if depth >= 3 else ()
@@ -90,6 +103,15 @@ class TransformerConfig:
     def dim(self) -> int:
         """C, the transformer width."""
         return self.num_attention_heads * self.attention_head_dim
+
+    @property
+    def latent_channels(self) -> int:
+        """Of one video's latents."""
+        return self.in_channels - self.source_channels
+
+    def channels_of(self, role: str) -> int:
+        """Of a segment's latents: the target's carry the source's as well, if it is on channels."""
+        return self.in_channels if role == "target" else self.latent_channels
 
     @property
     def has_camera(self) -> bool:
@@ -110,7 +132,7 @@ WAN_1_3B = TransformerConfig(
     out_channels=16,
 )
 
-# Wan2.2-TI2V-5B, as Lucy-Edit uses it: the source on channels, memory as extra tokens, no camera.
+# Wan2.2-TI2V-5B with Memory-V2V's tokenizers and mergers, no camera.
 WAN_5B = TransformerConfig(
     num_layers=30,
     num_attention_heads=24,
@@ -120,6 +142,9 @@ WAN_5B = TransformerConfig(
     out_channels=48,
     camera_conditioning="none",
 )
+
+# Lucy-Edit: the same with the source on the target's channels; memory is extra tokens.
+LUCY_5B = dataclasses.replace(WAN_5B, in_channels=96, source_channels=48)
 
 # The embedded default's transformer, small enough to be trained and run on two CPU cores.
 TINY = TransformerConfig(
@@ -139,7 +164,8 @@ TINY = TransformerConfig(
 class SamplingConfig:
     """What a checkpoint was made for: the window, its size and the sampler's defaults (METHOD 8).
 
-    num_frames: pixel frames of one window, 4n+1. size: (height, width) in pixels.
+    num_frames: pixel frames of one window, 4n+1. size: (height, width) in pixels. fps: the rate
+    that it was made at, for frames that come without one.
     """
 
     num_frames: int = 81
@@ -148,16 +174,24 @@ class SamplingConfig:
     guidance_scale: float = 5.0
     flow_shift: float = 5.0
     negative_prompt: str = ""
+    fps: float = 16.0
+    scheduler: SchedulerName = "euler"
 
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1:
             raise RequestError(f"num_frames must be 4n+1, got {self.num_frames}")
+        if not self.fps > 0:
+            raise RequestError(f"fps must be positive, got {self.fps}")
+        if self.scheduler not in get_args(SchedulerName):
+            known = ", ".join(get_args(SchedulerName))
+            raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
+    scheduler: None takes the checkpoint's.
     attention: the library; "auto" takes the fastest here, or what backend="reference" means.
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
         them, else "none" and "off", so that a base without memory keeps its own quality.
@@ -191,7 +225,7 @@ class EngineConfig:
     rope: RopeMode = "pooled"
     responsiveness_heads: HeadMode = "concat"
     conditioning: Conditioning = "joint"
-    scheduler: Literal["euler", "unipc"] = "euler"
+    scheduler: SchedulerName | None = None
     fov_radius: float = 4.0
     fov_blend: float = 0.5
     cache_bytes: int = 4 << 30

@@ -33,9 +33,10 @@ from mv2v_engine.config import (
     MemoryMode,
     MergeMode,
     Reuse,
+    SchedulerName,
 )
 from mv2v_engine.engine.engine import default_memory, session_identity
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import load_source
@@ -87,6 +88,7 @@ def novel_view(args: argparse.Namespace) -> int:
         step_cache=args.step_cache,
     )
     resolution = _resolution(args)
+    require_novel_view(resolution.config, resolution.name)
     sampling = resolution.sampling
     requests = [
         TurnRequest.of(
@@ -307,7 +309,7 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--seed", type=int, default=0, metavar="N", help="of every turn's noise")
     add("--steps", type=int, metavar="N", help="denoising steps of a turn")
     add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
-    add("--scheduler", choices=("euler", "unipc"), default=defaults.scheduler)
+    add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
     add = parser.add_argument_group("the memory").add_argument
     add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
     add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help="videos a turn")

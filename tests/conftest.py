@@ -49,6 +49,27 @@ VAE = {
     "latents_std": [0.3] * 16,
 }
 WORDS = ("a", "red", "ball", "rolls", "the", "floor")
+# Lucy-Edit's pipeline: Wan2.2's VAE of 48 channels and stride 16, 96 channels into the transformer
+LUCY_TRANSFORMER = {
+    "num_layers": 3,
+    "num_attention_heads": 2,
+    "attention_head_dim": 12,
+    "ffn_dim": 48,
+    "in_channels": 96,
+    "out_channels": 48,
+    "text_dim": 16,
+    "freq_dim": 32,
+    "rope_max_seq_len": 64,
+}
+LUCY_VAE = VAE | {
+    "decoder_base_dim": 16,
+    "z_dim": 48,
+    "dim_mult": [1, 2, 2, 2],
+    "temperal_downsample": [False, True, True],
+    "scale_factor_spatial": 16,
+    "latents_mean": [0.01 * i for i in range(48)],
+    "latents_std": [0.2 + 0.01 * i for i in range(48)],
+}
 
 
 def save_tiny(
@@ -103,6 +124,34 @@ def _save_text(folder: Path, dim: int) -> None:
         UMT5EncoderModel(config).eval().save_pretrained(folder / "text_encoder")
 
 
+def save_lucy(folder: Path) -> Path:
+    """A whole `LucyEditPipeline` folder as diffusers writes it, random but the same each time."""
+    from diffusers import (
+        AutoencoderKLWan,
+        LucyEditPipeline,
+        UniPCMultistepScheduler,
+        WanTransformer3DModel,
+    )
+    from transformers import AutoTokenizer, UMT5EncoderModel
+
+    _save_text(folder, LUCY_TRANSFORMER["text_dim"])
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLWan(**LUCY_VAE)
+        transformer = WanTransformer3DModel(**LUCY_TRANSFORMER)
+    randomise(transformer)
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 4.0}
+    LucyEditPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(folder / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(folder / "text_encoder"),
+        vae=vae,
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(**flow),
+        expand_timesteps=True,
+    ).save_pretrained(folder)
+    return folder
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
@@ -122,6 +171,12 @@ def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def worded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The same with a text encoder and its tokenizer."""
     return save_tiny(tmp_path_factory.mktemp("checkpoint") / "worded", name="worded", has_text=True)
+
+
+@pytest.fixture(scope="session")
+def lucy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A `LucyEditPipeline` folder of tiny random components."""
+    return save_lucy(tmp_path_factory.mktemp("checkpoint") / "lucy")
 
 
 @pytest.fixture

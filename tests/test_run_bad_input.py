@@ -69,6 +69,12 @@ def test_truncated_clip(refused: Refused, tmp_path: Path, source_clip: Path) -> 
     assert "give a whole video file" in refused(clip=tmp_path / "cut.mp4")
 
 
+def test_editing_model(refused: Refused, lucy_folder: Path, tmp_path: Path) -> None:
+    # before the clip is looked at
+    said = refused(checkpoint=lucy_folder, clip=tmp_path / "none.mp4")
+    assert "lucy edits by instruction" in said and "give a checkpoint for novel views" in said
+
+
 def test_no_video(refused: Refused, tmp_path: Path) -> None:
     (tmp_path / "notes.mp4").write_text("not a video at all\n" * 50)
     assert "not a video" in refused(clip=tmp_path / "notes.mp4")

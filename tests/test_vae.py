@@ -140,6 +140,22 @@ def test_tiles_agree_with_the_whole(shape: str) -> None:
     assert not model.use_tiling
 
 
+def test_tiles_of_wan22_lie_where_they_belong() -> None:
+    """Beside the blended columns 384 to 512, a tile is what its own strip of the video gives."""
+    model = tiny_model("z48-stride16-residual")
+    frames = random_frames(5, 32, 768)
+    whole, tiled = VideoVAE(model), VideoVAE(model, tile_above=32 * 512)
+    latents = tiled.encode(frames)
+    assert model.use_tiling and latents.shape == tiled.latent_shape(5, (32, 768))
+    left, right = whole.encode(frames[:, :, :512]), whole.encode(frames[:, :, 384:])
+    torch.testing.assert_close(latents[..., :24], left[..., :24])
+    torch.testing.assert_close(latents[..., 32:], right[..., 8:])
+    decoded = tiled.decode(latents)
+    left, right = whole.decode(latents[..., :32]), whole.decode(latents[..., 24:])
+    assert (decoded[:, :, :384].int() - left[:, :, :384].int()).abs().max() <= 1
+    assert (decoded[:, :, 512:].int() - right[:, :, 128:].int()).abs().max() <= 1
+
+
 @pytest.mark.parametrize(
     ("num_frames", "size", "message"),
     [

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from mv2v_engine.checkpoints.detect import Detected, read_json
+from mv2v_engine.checkpoints.detect import PATCH_CELLS, Detected, read_json
 from mv2v_engine.checkpoints.weights import TensorInfo
 from mv2v_engine.config import (
     CameraConditioning,
@@ -29,7 +29,6 @@ FORMAT, VERSION = "mv2v_engine", 1
 # what every published base is, and weights that say nothing
 TRAINED_FOR: tuple[Conditioning, ...] = ("joint",)
 _HEAD_DIM = 128
-_PATCH_CELLS = 4
 # both spellings of Wan's config files; each of our fields by the words it may have there
 _WORDS = {
     "num_layers": ("num_layers",),
@@ -140,15 +139,17 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
     if detected.format in ("recammaster", "memory_v2v"):
         camera = "target" if detected.format == "recammaster" else "own"
     optional = {k: said[k] for k in ("text_len", "eps") if k in said}
+    channels = said.get("in_channels") or shapes.axis("patch_embedding.weight", 1)
+    outputs = said.get("out_channels") or shapes.axis("proj_out.weight", 0) // PATCH_CELLS
     try:
         return TransformerConfig(
             num_layers=said.get("num_layers") or shapes.depth(),
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             ffn_dim=said.get("ffn_dim") or shapes.axis("blocks.0.ffn.net.0.proj.weight", 0),
-            in_channels=said.get("in_channels") or shapes.axis("patch_embedding.weight", 1),
-            out_channels=said.get("out_channels")
-            or shapes.axis("proj_out.weight", 0) // _PATCH_CELLS,
+            in_channels=channels,
+            out_channels=outputs,
+            source_channels=channels - outputs,
             text_dim=said.get("text_dim")
             or shapes.axis("condition_embedder.text_embedder.linear_1.weight", 1),
             freq_dim=said.get("freq_dim")
@@ -164,20 +165,22 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
 def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingConfig:
     """Window, size and sampler defaults of a base checkpoint (BASE_MODELS 3.1, 4).
 
-    The 48-channel models were made for 121 frames at 704x1280, Lucy-Edit (source on channels)
-    for 81 frames at 480x832; a scheduler folder's shift wins.
+    The 48-channel models were made for 24 frames a second: 121 at 704x1280, Lucy-Edit (source on
+    channels) 81 at 480x832. A scheduler folder's kind and shift win.
     """
     sampling = SamplingConfig(negative_prompt=WAN_NEGATIVE_PROMPT)
-    if config.in_channels != config.out_channels:
-        sampling = SamplingConfig()
+    if config.source_channels:
+        sampling = SamplingConfig(fps=24.0)
     elif config.out_channels == 48:
-        sampling = dataclasses.replace(sampling, num_frames=121, size=(704, 1280))
+        sampling = dataclasses.replace(sampling, num_frames=121, size=(704, 1280), fps=24.0)
     scheduler = detected.folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         said = read_json(scheduler)
         shift = said.get("flow_shift", said.get("shift"))
         if isinstance(shift, int | float) and shift > 0:
             sampling = dataclasses.replace(sampling, flow_shift=float(shift))
+        if said.get("_class_name") == "UniPCMultistepScheduler":
+            sampling = dataclasses.replace(sampling, scheduler="unipc")
     return sampling
 
 

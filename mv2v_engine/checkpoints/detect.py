@@ -6,6 +6,7 @@
 | wan_original  | a file, shards or a folder with original Wan names                        |
 | recammaster | either naming, plus `cam_encoder` and `projector` in the blocks             |
 | memory_v2v  | recammaster plus conditioning tokenizers and token mergers of any name      |
+| lucy_edit   | either naming, with the source's latents on the target's channels           |
 """
 
 from __future__ import annotations
@@ -20,10 +21,14 @@ from mv2v_engine.checkpoints.names import Naming, Renames, Translation, translat
 from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header
 from mv2v_engine.errors import CheckpointError, nearest_names
 
-Format = Literal["mv2v_engine", "wan_diffusers", "wan_original", "recammaster", "memory_v2v"]
+Format = Literal[
+    "mv2v_engine", "wan_diffusers", "wan_original", "recammaster", "memory_v2v", "lucy_edit"
+]
 
 OWN_CONFIG = "mv2v.json"
 OWN_WEIGHTS = "transformer.safetensors"
+# latent cells of a token: Wan's patches are 1x2x2
+PATCH_CELLS = 4
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 # weights that lie beside a transformer in original Wan folders
@@ -90,7 +95,7 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
         tensors |= read_header(file)
     translation = translate(tensors, renames)
     _require_supported(root, tensors, translation.naming)
-    format_, reason = _classify(found, translation)
+    format_, reason = _classify(found, translation, tensors)
     return Detected(
         format_, root, found.folder, found.files, found.config_file, tensors, translation, reason
     )
@@ -250,7 +255,9 @@ def _require_supported(root: Path, tensors: dict[str, TensorInfo], naming: Namin
         )
 
 
-def _classify(found: _Found, translation: Translation) -> tuple[Format, str]:
+def _classify(
+    found: _Found, translation: Translation, tensors: dict[str, TensorInfo]
+) -> tuple[Format, str]:
     names = set(translation.names.values())
     cameras = sum(name.endswith(".cam_encoder.weight") for name in names)
     memory = sorted(name for name in names if name.startswith(("tokenizers.", "mergers.")))
@@ -263,7 +270,20 @@ def _classify(found: _Found, translation: Translation) -> tuple[Format, str]:
         says.append(f"{len(memory)} keys of tokenizers and mergers")
     if translation.unknown:
         says.append(f"{len(translation.unknown)} keys of unknown modules")
+    channels, outputs = _channels(translation, tensors)
+    if channels == 2 * outputs and not cameras:
+        says.append(f"the source on {outputs} of the target's {channels} channels")
+        return "lucy_edit", ", ".join(says)
     reason = ", ".join(says)
     if cameras:
         return ("memory_v2v" if memory or translation.unknown else "recammaster"), reason
     return ("wan_diffusers" if translation.naming == "diffusers" else "wan_original"), reason
+
+
+def _channels(translation: Translation, tensors: dict[str, TensorInfo]) -> tuple[int, int]:
+    """Latent channels in and out, (0, -1) where no tensor tells."""
+    shapes = {ours: tensors[key].shape for key, ours in translation.names.items()}
+    embedding, head = shapes.get("patch_embedding.weight", ()), shapes.get("proj_out.weight", ())
+    if len(embedding) != 5 or not head:
+        return 0, -1
+    return embedding[1], head[0] // PATCH_CELLS

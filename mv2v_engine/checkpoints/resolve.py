@@ -150,7 +150,7 @@ def _assign(detected: Detected, base: TransformerConfig) -> Assignment:
     found = assign_modules(
         unknown,
         width=base.dim,
-        in_channels=base.in_channels,
+        in_channels=base.latent_channels,
         merge_blocks=base.merging_blocks,
         ordered=all(file_kind(file) == "archive" for file in detected.files),
     )

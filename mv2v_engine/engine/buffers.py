@@ -7,7 +7,7 @@ C latent channels, F H W latent grid, V camera tracks, S text tokens.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -24,13 +24,15 @@ class Conditioning:
     """What every step of a turn shares.
 
     latents: [1, C, F, H, W] per conditioning segment. cameras: [1, V, F, 12] or None.
-    text, negative_text: [1, S, text_dim]; the latter only with guidance.
+    text, negative_text: [1, S, text_dim]; the latter only with guidance. source: [1, C, F, H, W]
+    for a model that takes it on the target's channels, else None.
     """
 
     latents: Sequence[Tensor]
     cameras: Tensor | None
     text: Tensor
     negative_text: Tensor | None
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -63,9 +65,7 @@ class StepBuffers:
     ) -> StepBuffers:
         """The turn's own tensors; text that guidance does not need is left out."""
         if not needs_guidance(guidance_scale):
-            conditioning = Conditioning(
-                conditioning.latents, conditioning.cameras, conditioning.text, None
-            )
+            conditioning = replace(conditioning, negative_text=None)
         # a copy even where the noise lies right: it is moved in place
         latents = noise.to(device, torch.float32, copy=True)
         return cls(
@@ -83,11 +83,18 @@ class StepBuffers:
         given = self.conditioning
         return [given.text] if given.negative_text is None else [given.text, given.negative_text]
 
+    @property
+    def noisy(self) -> Tensor:
+        """The target as a forward takes it [1, C_in, F, H, W]: a source on channels follows."""
+        source = self.conditioning.source
+        return self.latents if source is None else torch.cat([self.latents, source], dim=1)
+
     def tensors(self) -> Iterator[Tensor]:
         """All of them, in an order that equal signatures share."""
         yield from (self.latents, self.timestep, self.delta, self.guidance_scale)
         yield from () if self.velocity is None else (self.velocity,)
         yield from self.conditioning.latents
+        yield from () if self.conditioning.source is None else (self.conditioning.source,)
         yield from () if self.conditioning.cameras is None else (self.conditioning.cameras,)
         yield from self.texts
         for record in self.records or ():
@@ -121,6 +128,7 @@ class StepBuffers:
                 None if given.cameras is None else empty(given.cameras),
                 empty(given.text),
                 None if given.negative_text is None else empty(given.negative_text),
+                None if given.source is None else empty(given.source),
             ),
             _record_buffers(plan, self.latents.device),
         )

@@ -47,6 +47,7 @@ class Engine:
     ) -> None:
         self.checkpoint, self.vae, self.text = checkpoint, vae, text
         self.device, self.config, self.sampling = device, config, checkpoint.sampling
+        self.scheduler = config.scheduler or self.sampling.scheduler
         self.transformer = checkpoint.transformer
         self.backend = resolve(config.backend, device)
         shape = self.transformer.config
@@ -77,10 +78,10 @@ class Engine:
         """Refuse parts that do not fit each other before a turn has been paid for."""
         name, shape = self.checkpoint.name, self.transformer.config
         latents = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
-        if latents[0] != shape.in_channels:
+        if latents[0] != shape.latent_channels:
             raise CheckpointError(
                 f"the VAE has {latents[0]} latent channels, the transformer takes "
-                f"{shape.in_channels}; give the VAE that belongs to {name}"
+                f"{shape.latent_channels}; give the VAE that belongs to {name}"
             )
         if self.text is not None and self.text.dim != shape.text_dim:
             raise CheckpointError(
@@ -215,7 +216,7 @@ class Engine:
 
         Args:
             source: a video file, frames uint8 [T, height, width, 3], or what `load_source` gave.
-            fps: of the turns; None keeps the source's.
+            fps: of the turns; None keeps the source's, of bare frames the checkpoint's.
             cameras: the source's own path; unknown means static.
             store: a folder that keeps the session; `resume` takes up what it holds.
             window: which frames of a clip of another length than the model's (first, middle,
@@ -236,6 +237,7 @@ class Engine:
                 window=window,
                 fps=fps,
                 max_pixels=self.config.max_source_pixels,
+                own_fps=self.sampling.fps,
             )
         expected = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
         if source_latents is not None and tuple(source_latents.shape) != expected:
@@ -322,7 +324,7 @@ class Engine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend,
             "attention": self.attention,
-            "scheduler": self.config.scheduler,
+            "scheduler": self.scheduler,
             "torch": torch.__version__,
         }
 

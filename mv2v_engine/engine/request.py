@@ -10,7 +10,7 @@ import torch
 
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.config import MemoryMode, SamplingConfig
+from mv2v_engine.config import MemoryMode, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import CameraError, RequestError
 
 _MAX_STEPS = 1000
@@ -98,3 +98,16 @@ class TurnRequest:
         if not torch.equal(trajectory.poses, self.camera.poses):
             return f"other poses under the name {self.camera.name!r}"
         return None
+
+
+def require_novel_view(config: TransformerConfig, name: str) -> None:
+    """Refuse turns with a camera of a model that edits by instruction.
+
+    Raises:
+        RequestError: it takes the source on the target's channels.
+    """
+    if config.source_channels:
+        raise RequestError(
+            f"{name} edits by instruction: its source lies on the target's channels, frame by "
+            "frame, and no camera moves it; give a checkpoint for novel views, such as tiny-nvs"
+        )

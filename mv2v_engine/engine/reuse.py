@@ -99,14 +99,14 @@ class ReusingDenoiser(Denoiser):
         if kind == "residual":
             velocities = [
                 self.transformer.forward_residual(
-                    self.latents, timestep, plan=self.plan, residual=branch.residual
+                    self.noisy, timestep, plan=self.plan, residual=branch.residual
                 )
                 for branch in self.branches
                 if branch.residual is not None
             ]
             done = ReuseStep(self.index, kind)
         elif not self.caches:
-            velocities = [branch.velocity(self.latents, timestep) for branch in self.branches]
+            velocities = [branch.velocity(self.noisy, timestep) for branch in self.branches]
             done = ReuseStep(self.index, kind)
         elif self.config.reuse_drift is None:
             velocities, done = self._by_interval(timestep)
@@ -125,9 +125,9 @@ class ReusingDenoiser(Denoiser):
     def _by_interval(self, timestep: Tensor) -> tuple[list[Tensor], ReuseStep]:
         reason = self._refresh_is_due()
         if reason is None:
-            velocities = [branch.velocity(self.latents, timestep) for branch in self.branches]
+            velocities = [branch.velocity(self.noisy, timestep) for branch in self.branches]
             return velocities, ReuseStep(self.index, "kept")
-        velocities = [branch.whole(self.latents, timestep) for branch in self.branches]
+        velocities = [branch.whole(self.noisy, timestep) for branch in self.branches]
         return velocities, self._refreshed(reason, None)
 
     def _by_drift(self, timestep: Tensor, gate: float) -> tuple[list[Tensor], ReuseStep]:
@@ -136,7 +136,7 @@ class ReusingDenoiser(Denoiser):
         begun, records = [], []
         for branch in self.branches:
             given = branch.conditioning
-            inputs = ([self.latents, *given.latents], timestep, branch.text)
+            inputs = ([self.noisy, *given.latents], timestep, branch.text)
             begun.append(
                 model.begin(
                     *inputs, plan=self.plan, cameras=given.cameras, residual=branch.residual

@@ -83,7 +83,10 @@ class Branch:
         return "target" if self.cache.is_filled else None
 
     def velocity(self, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """One forward: of the target alone once the conditioning is kept."""
+        """One forward: of the target alone once the conditioning is kept.
+
+        noisy: the target as the model takes it, `StepBuffers.noisy`.
+        """
         if self.cache is not None and self.cache.is_filled:
             return self.kept(noisy, timestep, self.cache)
         return self.whole(noisy, timestep)
@@ -171,6 +174,11 @@ class Denoiser:
         return self.buffers.latents
 
     @property
+    def noisy(self) -> Tensor:
+        """The target as the next step's forwards take it, `StepBuffers.noisy`."""
+        return self.buffers.noisy
+
+    @property
     def timestep(self) -> Tensor:
         """Of the next step, [1]."""
         return self.timesteps[self.index : self.index + 1]
@@ -211,7 +219,7 @@ class Denoiser:
 
     def _forward(self) -> None:
         """All of a step that runs on the device: what is captured."""
-        noisy, timestep = self.buffers.latents, self.buffers.timestep
+        noisy, timestep = self.noisy, self.buffers.timestep
         self._guide([branch.velocity(noisy, timestep) for branch in self.branches])
         if self.buffers.records is not None and self.branches[0].records:
             self.buffers.keep(self.branches[0].records)

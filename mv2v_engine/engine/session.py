@@ -17,7 +17,7 @@ from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.reuse import make_denoiser
 from mv2v_engine.engine.runner import Denoised, denoise
 from mv2v_engine.engine.source import Source, source_trajectory
@@ -129,6 +129,7 @@ class Session:
         self, request: TurnRequest, cancel: CancelToken | None = None
     ) -> Generator[Event, None, Turn]:
         """As `events`, of a request that is already made."""
+        require_novel_view(self.engine.transformer.config, self.engine.checkpoint.name)
         self.engine.check_text(request.prompt, request.guidance_scale)
         return self._pinning(self._turn(request, cancel or CancelToken()))
 
@@ -174,9 +175,7 @@ class Session:
             plan,
             Conditioning(videos, cameras, text, negative_text),
             initial_noise((1, *source.shape), request.seed),
-            make_solver(
-                engine.config.scheduler, request.num_inference_steps, engine.sampling.flow_shift
-            ),
+            make_solver(engine.scheduler, request.num_inference_steps, engine.sampling.flow_shift),
             guidance_scale=request.guidance_scale,
             graphs=engine.graphs,
         )

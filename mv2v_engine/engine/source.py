@@ -40,13 +40,14 @@ def load_source(
     window: str | None,
     fps: float | None,
     max_pixels: int,
+    own_fps: float = 16.0,
 ) -> Source:
     """Read, window and crop a source.
 
     Args:
         source: a video file, or frames uint8 [T, height, width, 3].
         window: see `video.transforms.select_window`; None needs exactly `num_frames`.
-        fps: of the result; None keeps the file's (16 for bare frames, Wan's own rate).
+        fps: of the result; None keeps the file's. own_fps: of bare frames, which have none.
 
     Raises:
         VideoError: the file or the frames cannot be used as asked.
@@ -62,7 +63,7 @@ def load_source(
         clip = read_video(path, max_pixels=max_pixels, indices=chosen.indices)
         frames, name = clip.frames, path.name
     else:
-        clip = _bare_frames(source, fps)
+        clip = _bare_frames(source, fps or own_fps)
         chosen = select_window(len(clip.frames), num_frames, window)
         frames, name = clip.frames[torch.tensor(chosen.indices)], "frames"
     rate = fps or clip.fps
@@ -96,11 +97,11 @@ def source_trajectory(
     return replace(cameras, poses=relative_to(cameras.poses, cameras.poses[0]))
 
 
-def _bare_frames(source: Tensor | np.ndarray[Any, Any], fps: float | None) -> Clip:
+def _bare_frames(source: Tensor | np.ndarray[Any, Any], fps: float) -> Clip:
     frames = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or len(frames) < 2:
         raise VideoError(
             "source frames must be uint8 [frames, height, width, 3] with at least 2 frames, "
             f"got {frames.dtype} {list(frames.shape)}"
         )
-    return Clip(frames.cpu(), fps or 16.0)
+    return Clip(frames.cpu(), fps)

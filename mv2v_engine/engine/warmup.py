@@ -48,9 +48,9 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
         engine.transformer,
         plan,
         _nothing(engine, plan, guidance_scale),
-        torch.zeros(1, plan.shape.in_channels, *plan.target.grid),
+        torch.zeros(1, plan.shape.latent_channels, *plan.target.grid),
         # the first step warms up, the second is captured; without graphs the first is enough
-        make_solver(engine.config.scheduler, 2, engine.sampling.flow_shift),
+        make_solver(engine.scheduler, 2, engine.sampling.flow_shift),
         guidance_scale=guidance_scale,
         graphs=engine.graphs,
     )
@@ -67,7 +67,7 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
 
 def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditioning:
     """Conditioning of a turn's shapes and dtypes; the text as of an empty prompt."""
-    new = {"dtype": torch.float32, "device": engine.device}
+    new: dict[str, Any] = {"dtype": torch.float32, "device": engine.device}
     cameras = None
     if plan.shape.has_camera:
         tracks = 1 + max(segment.camera or 0 for segment in plan.segments)
@@ -75,9 +75,13 @@ def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditio
     negative_text = None
     if needs_guidance(guidance_scale):
         negative_text = engine.text_embedding(engine.sampling.negative_prompt)
+    channels, source = plan.shape.latent_channels, None
+    if plan.shape.source_channels:
+        source = torch.zeros(1, channels, *plan.target.grid, **new)
     return Conditioning(
-        [torch.zeros(1, plan.shape.in_channels, *s.grid, **new) for s in plan.segments[1:]],
+        [torch.zeros(1, channels, *s.grid, **new) for s in plan.segments[1:]],
         cameras,
         engine.text_embedding(""),
         negative_text,
+        source,
     )

@@ -216,7 +216,7 @@ def _settings(engine: Engine, protocol: Protocol) -> dict[str, Any]:
         "rows": [row.name for row in protocol.chosen_rows],
         "steps": protocol.steps or sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
-        "scheduler": config.scheduler,
+        "scheduler": engine.scheduler,
         "merge_fraction": config.merge_fraction,
         "checkpoint": engine.checkpoint.name,
         "weights": weights_fingerprint(engine.transformer.state_dict()),

@@ -59,7 +59,7 @@ class MV2VTransformer(nn.Module):
         dim = config.dim
         self.patch_embedding = nn.Conv3d(config.in_channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.tokenizers = nn.ModuleDict(
-            {str(k): Tokenizer(config.in_channels, dim, k) for k in config.tokenizers}
+            {str(k): Tokenizer(config.latent_channels, dim, k) for k in config.tokenizers}
         )
         for tokenizer in self.tokenizers.values():
             init_from_base(tokenizer, self.patch_embedding)  # type: ignore[arg-type]
@@ -105,7 +105,8 @@ class MV2VTransformer(nn.Module):
         """Velocity of the target latents [B, C_out, F, H, W].
 
         Args:
-            latents: one tensor [B, C_in, F, H, W] per segment of the plan, the target first.
+            latents: one tensor [B, C, F, H, W] per segment of the plan, the target first. The
+                target's has C_in channels: with `source_channels` the source follows the noise.
             timestep: [B], in 0..1000.
             encoder_hidden_states: text embeddings [B, S, text_dim].
             cameras: tracks [B, V, F, 12], row-major [R|t] relative to the source's first frame;

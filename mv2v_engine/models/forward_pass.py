@@ -108,13 +108,17 @@ def check_inputs(latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | Non
 def check_latents(latents: Series[Tensor], plan: TokenPlan) -> None:
     """Refuse latents [B, C, F, H, W] that are not those of the plan's first segments.
 
+    The target's hold the source's as well for a model that takes it on channels.
+
     Raises:
         ValueError: a shape.
     """
     for latent, segment in zip(latents, plan.segments, strict=False):
-        expected = (plan.shape.in_channels, *segment.grid)
+        expected = (plan.shape.channels_of(segment.role), *segment.grid)
         if tuple(latent.shape[1:]) != expected:
+            source = plan.shape.source_channels if segment.role == "target" else 0
+            carries = f", the last {source} channels the source's" if source else ""
             raise ValueError(
-                f"{segment.role} latents must have shape [B, {', '.join(map(str, expected))}], "
-                f"got {list(latent.shape)}"
+                f"{segment.role} latents must have shape [B, {', '.join(map(str, expected))}]"
+                f"{carries}, got {list(latent.shape)}"
             )

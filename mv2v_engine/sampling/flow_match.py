@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
+
+from mv2v_engine.config import SchedulerName
 
 
 def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
@@ -69,6 +71,10 @@ class UniPCSolver:
         return stepped
 
 
-def make_solver(name: Literal["euler", "unipc"], num_steps: int, shift: float) -> Solver:
+def make_solver(name: SchedulerName, num_steps: int, shift: float) -> Solver:
     """The solver of a turn: fresh, since UniPC remembers earlier steps."""
-    return EulerSolver(num_steps, shift) if name == "euler" else UniPCSolver(num_steps, shift)
+    solvers: dict[SchedulerName, type[EulerSolver | UniPCSolver]] = {
+        "euler": EulerSolver,
+        "unipc": UniPCSolver,
+    }
+    return solvers[name](num_steps, shift)

@@ -178,8 +178,11 @@ def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -
 
 
 def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
-    cells = sum(segment.length * segment.tokenizer**2 for segment in segments)
-    return 2 * plan.shape.dim * plan.shape.in_channels * cells
+    values = sum(
+        segment.length * segment.tokenizer**2 * plan.shape.channels_of(segment.role)
+        for segment in segments
+    )
+    return 2 * plan.shape.dim * values
 
 
 def _camera_flops(plan: TokenPlan, blocks: int, frames: int) -> int:

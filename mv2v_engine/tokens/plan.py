@@ -107,6 +107,11 @@ class TokenPlan:
             raise RequestError(
                 f"a plan needs one target, then sources, then memory; got {roles or 'no segments'}"
             )
+        if self.shape.source_channels and "source" in roles:
+            raise RequestError(
+                "this model takes the source on the target's channels and a plan without a source "
+                f"segment (tokens.editing.editing_plan), got {roles}"
+            )
         for segment in self.segments:
             if min(segment.grid) < 1:
                 raise RequestError(f"a segment's grid must be positive, got {segment.grid}")
@@ -371,29 +376,3 @@ def novel_view_plan(
         fraction=fraction,
         conditioning=conditioning,
     )
-
-
-def editing_plan(
-    shape: TransformerConfig,
-    grid: tuple[int, int, int],
-    tokenizers: Sequence[int],
-    *,
-    preceding: bool = True,
-    merge: MergeMode = "conv",
-    fraction: float | None = None,
-) -> TokenPlan:
-    """The plan of one window of long editing, whose source rides on the target's channels.
-
-    With `preceding` the first memory video is the segment just before and takes T..2T-1; all
-    other memory shares 2T..3T-1. Memory frames run backwards (METHOD 4).
-    """
-    frames = grid[0]
-    segments = [Segment(role="target", grid=grid)]
-    for rank, tokenizer in enumerate(tokenizers):
-        tau = frames if preceding and rank == 0 else 2 * frames
-        segments.append(
-            Segment(
-                role="memory", grid=grid, tokenizer=tokenizer, tau=tau, mergeable=True, reverse=True
-            )
-        )
-    return TokenPlan(segments=tuple(segments), shape=shape, merge=merge, fraction=fraction)

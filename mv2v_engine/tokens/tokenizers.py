@@ -34,10 +34,12 @@ def init_from_base(tokenizer: Tokenizer, base: nn.Conv3d) -> None:
     """Initialise a tokenizer from the base 1x2x2 patch embedding, as FramePack does (METHOD 3).
 
     The kernel is repeated spatially and divided by (k/2)^2, so that a constant latent embeds
-    the same at every rate; the bias is copied.
+    the same at every rate; the bias is copied. Of a base with the source on further channels,
+    the target's own are taken.
     """
     repeat = tokenizer.patch // 2
-    weight = base.weight.repeat_interleave(repeat, dim=3).repeat_interleave(repeat, dim=4)
+    weight = base.weight[:, : tokenizer.in_channels]
+    weight = weight.repeat_interleave(repeat, dim=3).repeat_interleave(repeat, dim=4)
     tokenizer.weight.copy_(weight / repeat**2)
     if tokenizer.bias is not None and base.bias is not None:
         tokenizer.bias.copy_(base.bias)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import (
+    LUCY_5B,
     WAN_1_3B,
     WAN_5B,
     MergerConfig,
@@ -306,6 +307,8 @@ def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> Non
         ({"transformer": {"num_layers": 3}}, "does not describe a checkpoint"),
         ({"sampling": {"num_frames": 16}}, "4n"),
         ({"sampling": {"frames": 17}}, "frames"),
+        ({"sampling": {"scheduler": "ddim"}}, "scheduler must be one of euler, unipc, got 'ddim'"),
+        ({"sampling": {"fps": 0}}, "fps must be positive, got 0"),
         ({"sampling": None}, "does not describe a checkpoint"),
     ],
 )
@@ -327,6 +330,7 @@ COUNTS = {
     "Wan2.1 1.3B": (WAN_1_3B, {"camera_conditioning": "none"}, 1_418_996_800),
     "ReCamMaster": (WAN_1_3B, {}, 1_490_420_800),
     "Wan2.2 5B": (WAN_5B, {}, 4_999_787_712),
+    "Lucy-Edit": (LUCY_5B, {}, 5_000_377_536),
 }
 
 

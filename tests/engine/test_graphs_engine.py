@@ -46,7 +46,7 @@ def _latents(engine: Engine, frames: Tensor, cameras: tuple[str, ...] = CAMERAS)
 def test_turns_with_graphs_are_those_without(
     worded_checkpoint: Path, source_frames: Tensor, recorder: StandIn, conditioning: Conditioning
 ) -> None:
-    """Each turn has a plan of its own, since the memory grows; later sessions find them captured."""
+    """Each turn has a plan of its own, as memory grows; later sessions find them captured."""
     plain, engine = _engines(worded_checkpoint, conditioning)
     expected = _latents(plain, source_frames)
     # the arena grows once, and the first static plan's graph goes with the old one

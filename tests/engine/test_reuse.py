@@ -51,7 +51,7 @@ def _denoiser(
         plan,
         Conditioning(latents, cameras, text, negative),
         torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1)),
-        make_solver(config.scheduler, STEPS, 3.0),
+        make_solver(config.scheduler or "euler", STEPS, 3.0),
         guidance_scale=scale,
     )
 

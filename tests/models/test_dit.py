@@ -15,7 +15,8 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.testing import randomise, relative_error, tiny_config
-from mv2v_engine.tokens.plan import TokenPlan, editing_plan, turn_plan
+from mv2v_engine.tokens.editing import editing_plan
+from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 GRID = (3, 12, 20)
 SMALL = (3, 6, 10)
@@ -35,7 +36,7 @@ def _inputs(
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    latents = [draw(batch, plan.shape.in_channels, *segment.grid) for segment in plan.segments]
+    latents = [draw(batch, plan.shape.channels_of(s.role), *s.grid) for s in plan.segments]
     text = draw(batch, plan.shape.text_len, plan.shape.text_dim)
     cameras = None
     if plan.shape.has_camera:
@@ -112,16 +113,25 @@ def test_head_mean_equals_the_explicit_transformer(explicit: Callable[..., Any])
     assert not torch.allclose(records[0].responsiveness, concat[0].responsiveness, rtol=1e-2)
 
 
-def test_editing_plan_equals_the_explicit_transformer(explicit: Callable[..., Any]) -> None:
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_editing_plan_equals_the_explicit_transformer(
+    explicit: Callable[..., Any], conditioning: Any
+) -> None:
     # the source rides on the target's channels; memory runs backwards in time
-    config = tiny_config(camera_conditioning="none", in_channels=8, out_channels=4)
-    plan = editing_plan(config, SMALL, (4, 4), fraction=0.5)
+    config = tiny_config(camera_conditioning="none", in_channels=8, source_channels=4)
+    plan = editing_plan(config, SMALL, (4, 4, 8), fraction=0.5, conditioning=conditioning)
     model = _model(config)
     latents, timestep, text, _ = _inputs(plan)
-    got = model(latents, timestep, text, plan=plan)
+    assert [latent.shape[1] for latent in latents] == [8, 4, 4, 4]
+    records: list[MergeRecord] = []
+    got = model(latents, timestep, text, plan=plan, records=records)
     expected = explicit(model, latents, float(timestep), text, plan, None)
     assert got.shape == (1, 4, *SMALL)
     assert relative_error(got[0], expected.velocity) < 1e-5
+    merged = {r.step.block: sorted(r.merged[0].tolist()) for r in records}
+    assert merged == expected.merged and len(merged) == 2
+    with pytest.raises(ValueError, match=r"\[B, 8, 3, 6, 10\], the last 4 channels the source's"):
+        model([latents[0][:, :4], *latents[1:]], timestep, text, plan=plan)
 
 
 def test_every_video_has_its_own_camera() -> None:

@@ -16,11 +16,12 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from mv2v_engine.config import WAN_1_3B, WAN_5B, TransformerConfig
+from mv2v_engine.config import LUCY_5B, WAN_1_3B, TransformerConfig
 from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.tokens.editing import window_plan
 from mv2v_engine.tokens.flops import flop_table
-from mv2v_engine.tokens.plan import TokenPlan, editing_plan, novel_view_plan
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
 
 
 def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -79,7 +80,8 @@ def no_fake_tables() -> Iterator[None]:
 
 
 TEN_MEMORIES = novel_view_plan(memory=10)
-EDITING = editing_plan(WAN_5B, (21, 30, 52), (4, 4, 4, 8))
+EDITING = window_plan(memory=4)
+STATIC_EDITING = window_plan(memory=4, conditioning="static")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +89,8 @@ EDITING = editing_plan(WAN_5B, (21, 30, 52), (4, 4, 4, 8))
     [
         pytest.param(WAN_1_3B, TEN_MEMORIES, "reference", id="1.3B-ten-memories"),
         pytest.param(WAN_1_3B, TEN_MEMORIES, "auto", id="1.3B-ten-memories-kernels"),
-        pytest.param(WAN_5B, EDITING, "reference", id="5B-editing"),
+        pytest.param(LUCY_5B, EDITING, "reference", id="5B-editing"),
+        pytest.param(LUCY_5B, STATIC_EDITING, "auto", id="5B-editing-static-kernels"),
     ],
 )
 def test_a_full_size_forward_never_waits_for_data(
@@ -100,7 +103,7 @@ def test_a_full_size_forward_never_waits_for_data(
         with FakeTensorMode(), torch.no_grad():
             model = MV2VTransformer(shape)
             model.set_backend(backend)
-            latents = [torch.empty(1, shape.in_channels, *s.grid) for s in plan.segments]
+            latents = [torch.empty(1, shape.channels_of(s.role), *s.grid) for s in plan.segments]
             cameras: Tensor | None = None
             if shape.has_camera:
                 cameras = torch.empty(1, len(plan.segments), plan.target.num_frames, 12)

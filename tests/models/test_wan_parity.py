@@ -13,6 +13,7 @@ from mv2v_engine.checkpoints.load import load_checkpoint
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import turn_plan
 
 # frames, rows, columns of the latent grid: token grids of odd and prime sides among them
@@ -22,7 +23,7 @@ SHAPES = {
     "head dim 20": {"num_attention_heads": 3, "attention_head_dim": 20},
     # spatial halves of 42 channels, as in the full-size model
     "head dim 128": {"num_attention_heads": 1, "attention_head_dim": 128, "num_layers": 2},
-    "more channels in": {"in_channels": 8},
+    "source on channels": {"in_channels": 96, "out_channels": 48, "source_channels": 48},
 }
 
 
@@ -68,8 +69,10 @@ def _theirs(model: Any, latents: Tensor, timestep: Tensor, text: Tensor) -> Tens
 
 
 def _ours(model: MV2VTransformer, latents: Tensor, timestep: Tensor, text: Tensor) -> Tensor:
-    grid = tuple(latents.shape[2:])
-    plan = turn_plan(model.config, (grid[0], grid[1], grid[2]), (), source=False)
+    frames, rows, columns = latents.shape[2:]
+    # with a source on channels, the plan of an edit that remembers nothing
+    plan = editing_plan(model.config, (frames, rows, columns), ())
+    assert plan == turn_plan(model.config, (frames, rows, columns), (), source=False)
     result: Tensor = model([latents], timestep, text, plan=plan)
     return result
 
@@ -85,6 +88,20 @@ def test_float32_forward(shape: str, grid: tuple[int, int, int]) -> None:
     got, expected = _ours(model, *inputs), _theirs(reference, *inputs)
     assert got.shape == expected.shape
     assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:3], ids=str)
+def test_a_timestep_for_every_token_is_one_for_all(grid: tuple[int, int, int]) -> None:
+    """Lucy-Edit's pipeline expands t to every token, the same t: one a sample does as well."""
+    config = _config(**SHAPES["source on channels"])
+    reference = _diffusers(config)
+    model = MV2VTransformer(config).eval().requires_grad_(False)
+    model.load_state_dict(reference.state_dict(), strict=True)
+    latents, timestep, text = _inputs(config, grid)
+    tokens = grid[0] * (grid[1] // 2) * (grid[2] // 2)
+    expanded = _theirs(reference, latents, timestep[:, None].expand(-1, tokens), text)
+    assert relative_error(_theirs(reference, latents, timestep, text), expanded) <= 1e-6
+    assert relative_error(_ours(model, latents, timestep, text), expanded) <= 1e-5
 
 
 def test_parameter_names_and_shapes_are_diffusers() -> None:

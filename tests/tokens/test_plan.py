@@ -9,10 +9,10 @@ import pytest
 from mv2v_engine.config import WAN_1_3B, WAN_5B, MergerConfig, TransformerConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.testing import tiny_config
+from mv2v_engine.tokens.editing import editing_plan, window_plan
 from mv2v_engine.tokens.plan import (
     Segment,
     TokenPlan,
-    editing_plan,
     latent_grid,
     memory_tokenizers,
     novel_view_plan,
@@ -294,6 +294,38 @@ def test_merging_blocks_are_the_thirds(depth: int, blocks: tuple[int, ...]) -> N
     assert tiny_config(num_layers=depth).merging_blocks == blocks
     assert tiny_config(num_layers=depth, merge_blocks=(0,)).merging_blocks == (0,)
     assert tiny_config(num_layers=depth, merge_blocks=()).merging_blocks == ()
+
+
+# memory videos; tokens and PFLOP with uniform and with dynamic tokens, merged, static (METHOD 16)
+WINDOWS = [
+    (0, 8_190, 0.098, 8_190, 0.098, 0.098, 0.098),
+    (1, 16_380, 0.245, 10_374, 0.132, 0.126, 0.105),
+    (4, 40_950, 0.982, 15_330, 0.223, 0.180, 0.120),
+    (10, 90_090, 3.792, 18_858, 0.299, 0.215, 0.130),
+]
+
+
+@pytest.mark.parametrize("row", WINDOWS, ids=lambda row: f"M={row[0]}")
+def test_counts_of_an_editing_window(row: tuple[float, ...]) -> None:
+    memory, *expected = int(row[0]), *row[1:]
+    uniform = window_plan(memory=memory, tokenizers="uniform", merge="off")
+    dynamic = window_plan(memory=memory, merge="off")
+    static = window_plan(memory=memory, merge="off", conditioning="static")
+    plans = (dynamic, window_plan(memory=memory), static)
+    pflop = [round(plan.flops() / 1e15, 3) for plan in plans]
+    got = [uniform.length, round(uniform.flops() / 1e15, 3), dynamic.length, *pflop]
+    assert got == expected
+
+
+def test_memory_of_an_editing_window_merges_alone() -> None:
+    plan = window_plan(memory=4)
+    assert plan.lengths_by_kind == {"target": 8190, "source": 0, "memory": 3 * 2184 + 588}
+    # no source among the tokens: at both depths 54 % of the memory frames that are left
+    first, second = plan.merge_steps
+    assert [(g.num_frames, g.num_merged) for g in first.groups] == [(63, 34), (21, 11)]
+    assert [(g.num_frames, g.num_merged) for g in second.groups] == [(29, 15), (10, 5)]
+    with pytest.raises(RequestError, match="memory must be a count"):
+        window_plan(memory=-1)
 
 
 def test_editing_plan_orders_time() -> None:

@@ -9,7 +9,8 @@ import torch
 
 from mv2v_engine.config import WAN_5B
 from mv2v_engine.testing import tiny_config
-from mv2v_engine.tokens.plan import TokenPlan, editing_plan, novel_view_plan, turn_plan
+from mv2v_engine.tokens.editing import editing_plan
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
 from mv2v_engine.tokens.positions import covered_cells
 
 

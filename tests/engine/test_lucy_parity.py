@@ -1,0 +1,252 @@
+"""The whole editing loop against diffusers' `LucyEditPipeline`: same folder, noise and solver."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.graphs import Graphs
+from mv2v_engine.engine.reuse import make_denoiser
+from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.errors import CheckpointError, RequestError
+from mv2v_engine.sampling.flow_match import initial_noise, make_solver
+from mv2v_engine.testing import relative_error
+from mv2v_engine.tokens.editing import editing_plan
+from mv2v_engine.tokens.flops import Work
+from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.engine.graph_stand_in import StandIn
+
+SIZE, STEPS, PROMPT, NEGATIVE = (64, 96), 6, "a  red ball", "the floor rolls"
+# 9 frames of 64 x 96 pixels, stride 4 and 16
+GRID = (3, 4, 6)
+
+
+@pytest.fixture(scope="module")
+def editor(lucy_folder: Path) -> Engine:
+    """The folder's engine for a small window."""
+    loaded = Engine.from_pretrained(lucy_folder, device="cpu")
+    sampling = replace(loaded.sampling, num_frames=9, size=SIZE)
+    checkpoint = replace(loaded.checkpoint, sampling=sampling)
+    return Engine(checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config)
+
+
+@pytest.fixture(scope="module")
+def frames() -> Tensor:
+    """uint8 [9, 64, 96, 3]."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(9, 3, 4, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def _denoiser(
+    editor: Engine,
+    frames: Tensor,
+    plan: TokenPlan | None = None,
+    *,
+    graphs: Graphs | None = None,
+    **reuse: Any,
+) -> Denoiser:
+    """A window's denoiser; memory is other clips' latents."""
+    source = editor.vae.encode(frames)
+    plan = plan or editing_plan(editor.transformer.config, GRID, ())
+    memory = [
+        editor.vae.encode(frames.roll(shift + 1, 1))[None] for shift in range(plan.num_memory)
+    ]
+    conditioning = Conditioning(
+        memory,
+        None,
+        editor.text_embedding(PROMPT),
+        editor.text_embedding(NEGATIVE),
+        source[None],
+    )
+    solver = make_solver(editor.scheduler, STEPS, editor.sampling.flow_shift)
+    noise = initial_noise((1, *source.shape), 3)
+    return make_denoiser(
+        EngineConfig(**reuse),
+        editor.transformer,
+        plan,
+        conditioning,
+        noise,
+        solver,
+        guidance_scale=5.0,
+        graphs=graphs,
+    )
+
+
+def _pipeline_run(folder: Path, frames: Tensor) -> tuple[list[Tensor], Tensor]:
+    """Latents after every step, and the video [T, height, width, 3] in 0..1."""
+    from diffusers import LucyEditPipeline
+    from PIL import Image
+
+    pipeline = LucyEditPipeline.from_pretrained(folder)
+    pipeline.set_progress_bar_config(disable=True)
+    latents: list[Tensor] = []
+
+    def keep(_: Any, step: int, timestep: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:
+        latents.append(given["latents"].clone())
+        return {}
+
+    video = pipeline(
+        video=[Image.fromarray(frame.numpy()) for frame in frames],
+        prompt=PROMPT,
+        negative_prompt=NEGATIVE,
+        height=SIZE[0],
+        width=SIZE[1],
+        num_frames=len(frames),
+        num_inference_steps=STEPS,
+        guidance_scale=5.0,
+        latents=initial_noise((1, 48, *GRID), 3),
+        callback_on_step_end=keep,
+    ).frames[0]
+    return latents, torch.from_numpy(video)
+
+
+def test_latents_and_frames_are_the_pipelines(
+    editor: Engine, lucy_folder: Path, frames: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # an optional package of theirs that mends broken Unicode, of which these prompts have none
+    module = "diffusers.pipelines.lucy.pipeline_lucy_edit"
+    monkeypatch.setattr(f"{module}.ftfy", SimpleNamespace(fix_text=str), raising=False)
+    expected, video = _pipeline_run(lucy_folder, frames)
+    denoiser = _denoiser(editor, frames)
+    assert editor.scheduler == "unipc" and editor.sampling.flow_shift == 4.0
+    assert len(denoiser.branches) == 2
+    errors = []
+    while not denoiser.is_finished:
+        denoiser.step()
+        errors.append(relative_error(denoiser.latents, expected[denoiser.index - 1]))
+    print(f"relative error of the latents by step: {', '.join(f'{e:.1e}' for e in errors)}")
+    assert len(errors) == STEPS and max(errors) < 1e-5
+    decoded = editor.vae.decode(denoiser.latents[0]).float()
+    assert decoded.shape == video.shape and float(video.std()) > 0.01
+    # ours are rounded to whole values
+    assert float((decoded - video * 255).abs().max()) <= 0.55
+
+
+@pytest.mark.parametrize("merge", ["off", "conv"])
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_memory_steps_through_the_same_loop(
+    editor: Engine, frames: Tensor, merge: Any, conditioning: Any
+) -> None:
+    plan = editing_plan(
+        editor.transformer.config,
+        GRID,
+        (4, 4, 4, 8),
+        merge=merge,
+        fraction=0.5,
+        conditioning=conditioning,
+    )
+    # a grid of 4 x 6: 1x4x4 pads the columns, 1x8x8 both sides
+    assert [s.token_grid for s in plan.segments] == [(2, 3), (1, 2), (1, 2), (1, 2), (1, 1)]
+    denoiser = _denoiser(editor, frames, plan)
+    forgetful = _denoiser(editor, frames)
+    while not denoiser.is_finished:
+        denoiser.step()
+        forgetful.step()
+    result = denoiser.result()
+    assert result.latents.isfinite().all() and result.latents.shape == (48, *GRID)
+    assert len(result.records) == (0 if merge == "off" else 2)
+    assert relative_error(denoiser.latents, forgetful.latents) > 1e-3
+
+
+def test_kept_conditioning_is_exact(editor: Engine, frames: Tensor) -> None:
+    """Static: the source is in every step's own forward, so what is kept never knows of it."""
+    shape = editor.transformer.config
+    plan = editing_plan(shape, GRID, (4, 8), merge="off", conditioning="static")
+    kept, again = _denoiser(editor, frames, plan), _denoiser(editor, frames, plan)
+    for branch in again.branches:
+        branch.cache = None
+    while not kept.is_finished:
+        kept.step()
+        again.step()
+    assert kept.cache is not None and kept.cache.is_filled
+    assert relative_error(kept.latents, again.latents) < 1e-5
+
+
+@pytest.mark.parametrize(
+    "reuse",
+    [
+        {"reuse": "approximate", "reuse_refresh": 1},
+        {"reuse": "approximate", "reuse_drift": 1e-9},
+        {"step_cache": 1e-9},
+    ],
+    ids=["interval", "drift", "step cache"],
+)
+def test_reuse_of_nothing_is_exact(editor: Engine, frames: Tensor, reuse: dict[str, Any]) -> None:
+    """Every way of running a step is given the source."""
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8), fraction=0.5)
+    exact, reusing = _denoiser(editor, frames, plan), _denoiser(editor, frames, plan, **reuse)
+    while not exact.is_finished:
+        exact.step()
+        reusing.step()
+    assert relative_error(reusing.latents, exact.latents) < 1e-5
+
+
+@pytest.mark.parametrize(
+    ("reuse", "kind"),
+    [
+        ({"reuse": "approximate", "reuse_drift": None}, "kept"),
+        ({"step_cache": 10.0}, "residual"),
+    ],
+    ids=["kept", "residual"],
+)
+def test_steps_that_reuse(
+    editor: Engine, frames: Tensor, reuse: dict[str, Any], kind: Work
+) -> None:
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8), fraction=0.5)
+    denoiser = _denoiser(editor, frames, plan, **reuse)
+    while not denoiser.is_finished:
+        denoiser.step()
+    assert denoiser.latents.isfinite().all() and denoiser.result().work[kind] > 0
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_captured_steps_read_the_turns_source(
+    editor: Engine, frames: Tensor, conditioning: Any
+) -> None:
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8), conditioning=conditioning)
+    graphs = Graphs("on", 1 << 30, StandIn(), None)
+    editor.transformer.set_backend("auto", "reference")
+    for window in (frames, frames.flip(2)):
+        eager, captured = (_denoiser(editor, window, plan, graphs=each) for each in (None, graphs))
+        while not eager.is_finished:
+            eager.step()
+            captured.step()
+        assert torch.equal(captured.latents, eager.latents)
+        report = captured.graph_report()
+        captured.release()
+    assert report["replayed_steps"] == STEPS - (conditioning == "static")
+
+
+def test_warm_up_runs_a_windows_plan(editor: Engine) -> None:
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8))
+    assert editor.warmup([plan])[0]["tokens"] == plan.length
+
+
+def test_the_folders_solver_is_a_default(editor: Engine) -> None:
+    assert editor.describe()["scheduler"] == "unipc"
+    euler = editor.reconfigured(EngineConfig(scheduler="euler"))
+    assert euler.describe()["scheduler"] == "euler"
+
+
+def test_a_camera_is_refused_before_anything_runs(editor: Engine, frames: Tensor) -> None:
+    session = editor.session(frames)
+    assert session.source.fps == 24.0
+    with pytest.raises(RequestError, match=r"lucy edits by instruction.*such as tiny-nvs"):
+        session.render("pan_right", prompt="a red ball")
+    with pytest.raises(RequestError, match="a plan without a source segment"):
+        turn_plan(editor.transformer.config, GRID, (4,))
+
+
+def test_a_vae_of_other_channels_is_refused(worded_checkpoint: Path, lucy_folder: Path) -> None:
+    with pytest.raises(CheckpointError, match="VAE has 16 latent channels, the transformer takes"):
+        Engine.from_pretrained(lucy_folder, device="cpu", components=worded_checkpoint)
