@@ -240,6 +240,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_reuse()
+        self._check_graphs()
         if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
         if not 0 < self.fov_radius < math.inf or not 0 <= self.fov_blend <= 1:
@@ -249,16 +250,6 @@ class EngineConfig:
             )
         if min(self.max_memory, self.cache_bytes, self.graph_bytes) < 0:
             raise RequestError("max_memory, cache_bytes and graph_bytes must not be negative")
-        if self.graphs == "on" and self.merge_scope == "joint" and self.merge != "off":
-            raise RequestError(
-                'graphs="on" cannot be met with merge_scope="joint": there the data decide how '
-                'many tokens a block sees; use merge_scope="group", merge="off" or graphs="auto"'
-            )
-        if self.graphs == "on" and (self.reuse != "exact" or self.step_cache is not None):
-            raise RequestError(
-                'graphs="on" cannot be met with reuse="approximate" or a step_cache: their steps '
-                'find what earlier ones left; use graphs="auto"'
-            )
         if not 0 <= (self.device_cache_bytes or 0) <= self.cache_bytes:
             raise RequestError(
                 f"device_cache_bytes is the device's part of cache_bytes: give 0.."
@@ -277,3 +268,15 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise RequestError(f"{name} must be finite and not negative, or None, got {value}")
+
+    def _check_graphs(self) -> None:
+        if self.graphs == "on" and self.merge_scope == "joint" and self.merge != "off":
+            raise RequestError(
+                'graphs="on" cannot be met with merge_scope="joint": there the data decide how '
+                'many tokens a block sees; use merge_scope="group", merge="off" or graphs="auto"'
+            )
+        if self.graphs == "on" and (self.reuse != "exact" or self.step_cache is not None):
+            raise RequestError(
+                'graphs="on" cannot be met with reuse="approximate" or a step_cache: their steps '
+                'find what earlier ones left; use graphs="auto"'
+            )

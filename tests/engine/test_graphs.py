@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -12,97 +11,26 @@ import torch
 
 from mv2v_engine import CancelToken
 from mv2v_engine.config import WAN_1_3B, GraphMode
-from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.graphs import FLOPS_PER_LAUNCH, Graphs, flops_per_launch
-from mv2v_engine.engine.runner import Denoised, Denoiser, denoise
+from mv2v_engine.engine.graphs import FLOPS_PER_LAUNCH, flops_per_launch
+from mv2v_engine.engine.runner import denoise
 from mv2v_engine.errors import CancelledError, KernelUnavailableError
-from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
-from mv2v_engine.testing import randomise, tiny_config
-from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
 from tests.engine.graph_stand_in import StandIn, storage
-
-GRID = (3, 6, 10)
-
-
-@dataclass(frozen=True)
-class Asked:
-    """A turn: everything in it but the plan depends on the seed."""
-
-    seed: int = 0
-    steps: int = 3
-    scale: float = 1.0
-    solver: Any = "euler"
+from tests.engine.graphed_turns import PLAIN, Asked, GraphedTurns, steps
 
 
-class Turns:
-    """Turns of one small model on one set of graphs."""
+class Turns(GraphedTurns):
+    """On the stand-in."""
 
-    def __init__(
-        self, mode: GraphMode = "on", capacity: int = 1 << 30, *, cameras: bool = True
-    ) -> None:
-        self.config = tiny_config(camera_conditioning="own" if cameras else "none")
-        self.model = MV2VTransformer(self.config).eval().requires_grad_(False)
-        self.model.set_backend("auto", "reference")
-        randomise(self.model)
+    def __init__(self, mode: GraphMode = "on", **shape: Any) -> None:
         self.recorder = StandIn()
-        self.graphs = Graphs(mode, capacity, self.recorder, None)
+        super().__init__(self.recorder, mode, **shape)
 
-    def plan(self, conditioning: Any = "joint", memory: int = 2, **changes: Any) -> TokenPlan:
-        fields = {"merge": "conv", "fraction": 0.5} | changes
-        return turn_plan(self.config, GRID, (4,) * memory, conditioning=conditioning, **fields)
-
-    def denoiser(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoiser:
-        generator = torch.Generator().manual_seed(asked.seed)
-        latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in plan.segments]
-        cameras = torch.randn(1, len(plan.segments), GRID[0], 12, generator=generator)
-        text, negative = torch.randn(2, 1, 6, 10, generator=generator).unbind()
-        given = cameras if plan.shape.has_camera else None
-        return Denoiser(
-            self.model,
-            plan,
-            Conditioning(latents[1:], given, text, negative),
-            latents[0],
-            make_solver(asked.solver, asked.steps, 3.0),
-            guidance_scale=asked.scale,
-            graphs=graphs,
-        )
-
-    def run(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoised:
-        turn = denoise(self.denoiser(plan, asked, graphs), CancelToken())
-        while True:
-            try:
-                next(turn)
-            except StopIteration as stop:
-                result: Denoised = stop.value
-                return result
-
-    def check(self, plan: TokenPlan, asked: Asked = Asked()) -> dict[str, Any]:
-        """Run a turn with graphs and without, to the same bits; how its steps ran."""
-        expected, got = self.run(plan, asked, None), self.run(plan, asked, self.graphs)
-        # neither the result nor a later turn may lean on what captured steps share
-        self.spoil()
-        assert torch.equal(got.latents, expected.latents) and got.latents.isfinite().all()
-        assert got.num_forwards == expected.num_forwards
-        for ours, theirs in zip(got.records, expected.records, strict=True):
-            assert ours.step == theirs.step
-            for name in ("merged", "responsiveness", "frames"):
-                assert torch.equal(getattr(ours, name), getattr(theirs, name))
+    def check(self, plan: TokenPlan, asked: Asked = PLAIN) -> dict[str, Any]:
+        report = super().check(plan, asked)
         assert not self.recorder.turns
-        return got.graphs
-
-    def spoil(self) -> None:
-        """Overwrite with NaN all that captured steps read and a turn has to provide."""
-        for entry in self.graphs._entries.values():
-            for tensor in entry.buffers.tensors():
-                tensor.view(torch.uint8).fill_(0xFF)
-        if self.graphs._arena is not None:
-            self.graphs._arena.fill_(0xFF)
-
-
-def steps(report: dict[str, Any]) -> tuple[int, int, int]:
-    """Eager, captured and replayed ones."""
-    return (report["eager_steps"], report["captured_steps"], report["replayed_steps"])
+        return report
 
 
 @pytest.mark.parametrize("scales", [(4.0, 4.0, 1.7), (1.0, 1.0, 1.0)], ids=["guided", "plain"])
@@ -168,7 +96,7 @@ def test_a_solver_that_remembers_latents_is_given_copies() -> None:
 
 
 def test_a_model_without_cameras() -> None:
-    turns = Turns(cameras=False)
+    turns = Turns(camera_conditioning="none")
     for conditioning in ("joint", "static"):
         turns.check(turns.plan(conditioning))
         assert turns.check(turns.plan(conditioning), Asked(5))["captured_steps"] == 0
