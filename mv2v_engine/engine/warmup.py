@@ -51,14 +51,14 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
         plan,
         _nothing(engine, plan, guidance_scale),
         torch.zeros(1, plan.shape.latent_channels, *plan.target.grid),
-        # the first step warms up, the second is captured; without graphs the first is enough
-        make_solver(engine.scheduler, 2, engine.sampling.flow_shift),
+        # without guidance a static turn's first step runs no forward of the target alone
+        make_solver(engine.scheduler, 3, engine.sampling.flow_shift),
         guidance_scale=guidance_scale,
         graphs=engine.graphs,
     )
     try:
         denoiser.step()
-        if denoiser.uses_graphs:
+        while denoiser.awaits_capture and not denoiser.is_finished:
             denoiser.step()
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
