@@ -136,7 +136,7 @@ class Graphs:
             KernelUnavailableError: graphs="on", and this plan cannot have any.
         """
         key = _Key(plan, transformer.patch_embedding.weight.dtype, own.signature)
-        reason = self._reason or self._refusal(key)
+        reason = self._reason or self._unserved(plan) or self._refused.get(key)
         if reason is not None:
             self._require(reason)
             return Lease(self, None, reason)
@@ -194,8 +194,15 @@ class Graphs:
         finally:
             self._leased.release()
 
-    def _refusal(self, key: _Key) -> str | None:
-        plan = key.plan
+    def serves(self, plan: TokenPlan) -> bool:
+        """Whether steps of the plan are captured, as far as a plan can tell.
+
+        They then hold a pool of about what an eager step makes, and the arena
+        (`KeptLayout.num_bytes`) in the place of the turn's own K and V.
+        """
+        return (self._reason or self._unserved(plan)) is None
+
+    def _unserved(self, plan: TokenPlan) -> str | None:
         if plan.scope == "joint" and plan.merge != "off":
             return 'with scope="joint" the data decide how many tokens a block sees'
         if self.mode == "auto" and (flops := flops_per_launch(plan)) > FLOPS_PER_LAUNCH:
@@ -203,7 +210,7 @@ class Graphs:
                 f"products bound a step of this plan, not launches: {flops / 1e9:,.1f} GFLOP a "
                 f"launch, graphs gain below {FLOPS_PER_LAUNCH / 1e9:g}"
             )
-        return self._refused.get(key)
+        return None
 
     def _require(self, reason: str, cause: BaseException | None = None) -> None:
         """Raise unless the mode leaves graphs to the engine."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import random
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -166,6 +168,35 @@ def test_a_pool_sized_by_graphs_that_are_gone_is_given_back() -> None:
     turns.graphs._drop(next(iter(turns.graphs._entries)))
     assert steps(turns.check(small)) == (1, 1, 1)
     assert sum(turns.graphs.bytes().values()) == alone
+
+
+def test_any_order_of_turns_keeps_the_budget() -> None:
+    """Random plans, ends and failures: never over budget, never a graph too many, always right."""
+    turns, choice = Turns("auto"), random.Random(3)
+    turns.check(turns.plan("static", 3))
+    # the largest plan fits alone, but not beside the others
+    turns.graphs.capacity_bytes = int(1.2 * sum(turns.graphs.bytes().values()))
+    captured = 0
+    for number in range(24):
+        plan = turns.plan(choice.choice(["joint", "static"]), choice.randrange(4))
+        end = choice.choice(["whole", "whole", "cancelled", "failed"])
+        if end == "whole":
+            captured += turns.check(plan, Asked(number))["captured_steps"]
+        elif end == "failed":
+            turns.recorder.fail = raising(ZeroDivisionError())
+            with suppress(ZeroDivisionError):
+                turns.run(plan, Asked(number), turns.graphs)
+            turns.recorder.fail = None
+        else:
+            denoiser = turns.denoiser(plan, Asked(number), turns.graphs)
+            for _ in range(choice.randrange(3)):
+                denoiser.step()
+            denoiser.release()
+        held, entries = turns.graphs.bytes(), turns.graphs._entries.values()
+        assert sum(held.values()) <= turns.graphs.capacity_bytes and not turns.recorder.turns
+        assert len(turns.graphs) == len(turns.recorder.live)
+        assert (held["arena"] > 0) == any(entry.kept is not None for entry in entries)
+    assert captured > 3
 
 
 def raising(error: BaseException) -> Callable[[], None]:
