@@ -202,8 +202,9 @@ class EngineConfig:
     memory_ranking: "random" draws the videos by the turn's seed (the ablation).
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
-    graphs: replay captured steps; "auto" where launches and not products bound a step, "on" always
-        or an error. graph_bytes: most that graphs, their inputs and kept K and V may hold.
+    graphs: replay captured steps; "auto" where launches and not products bound a step, "on" for
+        every plan or an error. A turn beside one that replays is eager in any case.
+    graph_bytes: most that graphs, their inputs and their kept K and V may hold.
     max_source_pixels: larger frames are refused before they are decoded.
     reuse: "approximate" keeps the K and V of joint conditioning between whole forwards, at most
         reuse_refresh steps apart; reuse_drift: a step makes one of its own once the first

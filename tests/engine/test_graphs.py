@@ -17,6 +17,7 @@ from mv2v_engine.engine.graphs import FLOPS_PER_LAUNCH, flops_per_launch
 from mv2v_engine.engine.runner import denoise
 from mv2v_engine.errors import CancelledError, KernelUnavailableError
 from mv2v_engine.sampling.flow_match import make_solver
+from mv2v_engine.sampling.guidance import guide
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
 from tests.engine.graph_stand_in import StandIn, storage
 from tests.engine.graphed_turns import PLAIN, Asked, GraphedTurns, steps
@@ -80,22 +81,21 @@ def test_a_solver_on_the_host_moves_the_latents_itself(conditioning: str) -> Non
     assert turns.check(plan)["captured_steps"] == 1
 
 
-def test_a_solver_that_remembers_latents_is_given_copies() -> None:
-    """Steps move latents in place; the loop written out makes new ones."""
-    turns, asked = Turns(), Asked(1, 5, solver="unipc")
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+def test_steps_in_place_are_the_loop_written_out(solver: Any) -> None:
+    """To the bit; UniPC remembers the tensors that it is given, and would see them change."""
+    turns, asked = Turns(), Asked(1, 5, 3.0, solver)
     plan = turns.plan(merge="off")
     given = turns.denoiser(plan, asked, None).buffers
-    solver, latents = make_solver("unipc", asked.steps, 3.0), given.latents.clone()
-    for index, timestep in enumerate(solver.timesteps):
+    loop, latents = make_solver(solver, asked.steps, 3.0), given.latents.clone()
+    for index, timestep in enumerate(loop.timesteps):
+        inputs = ([latents, *given.conditioning.latents], timestep[None])
         with torch.no_grad():
-            velocity = turns.model(
-                [latents, *given.conditioning.latents],
-                timestep[None],
-                given.conditioning.text,
-                plan=plan,
-                cameras=given.conditioning.cameras,
-            )
-        latents = solver.step(velocity, index, latents)
+            velocities = [
+                turns.model(*inputs, text, plan=plan, cameras=given.conditioning.cameras)
+                for text in given.texts
+            ]
+        latents = loop.step(guide(velocities, asked.scale), index, latents)
     assert torch.equal(turns.run(plan, asked, None).latents, latents[0])
 
 
