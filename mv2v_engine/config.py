@@ -202,8 +202,9 @@ class EngineConfig:
     memory_ranking: "random" draws the videos by the turn's seed (the ablation).
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
-    graphs: replay captured steps; "auto" where launches and not products bound a step, "on" always
-        or an error. graph_bytes: most that graphs, their inputs and kept K and V may hold.
+    graphs: replay captured steps; "auto" where launches and not products bound a step, "on" for
+        every plan or an error. A turn beside one that replays is eager in any case.
+    graph_bytes: most that graphs, their inputs and their kept K and V may hold.
     max_source_pixels: larger frames are refused before they are decoded.
     reuse: "approximate" keeps the K and V of joint conditioning between whole forwards, at most
         reuse_refresh steps apart; reuse_drift: a step makes one of its own once the first
@@ -240,6 +241,7 @@ class EngineConfig:
 
     def __post_init__(self) -> None:
         self._check_reuse()
+        self._check_graphs()
         if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
         if not 0 < self.fov_radius < math.inf or not 0 <= self.fov_blend <= 1:
@@ -249,16 +251,6 @@ class EngineConfig:
             )
         if min(self.max_memory, self.cache_bytes, self.graph_bytes) < 0:
             raise RequestError("max_memory, cache_bytes and graph_bytes must not be negative")
-        if self.graphs == "on" and self.merge_scope == "joint" and self.merge != "off":
-            raise RequestError(
-                'graphs="on" cannot be met with merge_scope="joint": there the data decide how '
-                'many tokens a block sees; use merge_scope="group", merge="off" or graphs="auto"'
-            )
-        if self.graphs == "on" and (self.reuse != "exact" or self.step_cache is not None):
-            raise RequestError(
-                'graphs="on" cannot be met with reuse="approximate" or a step_cache: their steps '
-                'find what earlier ones left; use graphs="auto"'
-            )
         if not 0 <= (self.device_cache_bytes or 0) <= self.cache_bytes:
             raise RequestError(
                 f"device_cache_bytes is the device's part of cache_bytes: give 0.."
@@ -277,3 +269,15 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise RequestError(f"{name} must be finite and not negative, or None, got {value}")
+
+    def _check_graphs(self) -> None:
+        if self.graphs == "on" and self.merge_scope == "joint" and self.merge != "off":
+            raise RequestError(
+                'graphs="on" cannot be met with merge_scope="joint": there the data decide how '
+                'many tokens a block sees; use merge_scope="group", merge="off" or graphs="auto"'
+            )
+        if self.graphs == "on" and (self.reuse != "exact" or self.step_cache is not None):
+            raise RequestError(
+                'graphs="on" cannot be met with reuse="approximate" or a step_cache: their steps '
+                'find what earlier ones left; use graphs="auto"'
+            )

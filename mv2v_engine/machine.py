@@ -10,6 +10,8 @@ import torch
 from mv2v_engine import __version__, envs
 from mv2v_engine.checkpoints import embedded_names
 from mv2v_engine.config import BackendName
+from mv2v_engine.engine.capture import open_recorder
+from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops import native
 from mv2v_engine.ops.attention_backends import availability
 from mv2v_engine.ops.backend import OPS, missing_reason, resolve
@@ -37,6 +39,7 @@ def describe_machine() -> str:
         "devices": _devices(),
         "backends": _backends(),
         "attention": _attention(),
+        "graphs": [_graphs()],
         "native": [native.describe("cpu"), native.describe("cuda")],
         "checkpoints": list(embedded_names()) or ["none embedded"],
         "environment": _environment(),
@@ -107,6 +110,16 @@ def _attention() -> list[str]:
         f"auto: {taken[0]} (dense), {taken[1]} (packed) on {device.type}",
         *(f"{', '.join(names)} missing: {reason}" for reason, names in by_reason.items()),
     ]
+
+
+def _graphs() -> str:
+    """Whether steps can be captured here."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        open_recorder(device)
+    except KernelUnavailableError as error:
+        return f"auto: no step is captured: {error}"
+    return "auto: steps are captured where launches and not products bound them"
 
 
 def _environment() -> list[str]:

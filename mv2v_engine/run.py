@@ -30,6 +30,7 @@ from mv2v_engine.config import (
     AttentionName,
     BackendName,
     Conditioning,
+    GraphMode,
     MemoryMode,
     MergeMode,
     Reuse,
@@ -80,6 +81,7 @@ def novel_view(args: argparse.Namespace) -> int:
         merge=args.merge,
         merge_fraction=args.merge_fraction,
         scheduler=args.scheduler,
+        graphs=args.graphs,
         fov_radius=args.fov_radius,
         conditioning=args.conditioning,
         reuse=args.reuse,
@@ -169,7 +171,7 @@ def evaluate(args: argparse.Namespace) -> int:
         args.checkpoint,
         device=args.device,
         dtype=_DTYPES.get(args.dtype),
-        config=EngineConfig(backend=args.backend, attention=args.attention),
+        config=EngineConfig(backend=args.backend, attention=args.attention, graphs=args.graphs),
         components=args.components,
         rename=args.rename,
     )
@@ -374,6 +376,7 @@ def _add_model(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=tuple(_DTYPES))
     add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
     add("--attention", choices=get_args(AttentionName), default=EngineConfig().attention)
+    add("--graphs", choices=get_args(GraphMode), default=EngineConfig().graphs, help="CUDA graphs")
 
 
 def _add_folder(parser: argparse.ArgumentParser, content: str) -> None:

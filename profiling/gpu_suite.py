@@ -53,8 +53,9 @@ def plan(results: Path, commit: str) -> list[Stage]:
         # a file that cannot be collected, for want of a package, must not hide the others
         Stage("tests", (*tests, "--continue-on-collection-errors", *gpu_tests()), 180),
         Stage("block", bench("block"), 50),
-        Stage("ops", bench("ops", "--seconds", "110"), 160),
+        Stage("ops", bench("ops", "--seconds", "60"), 100),
         Stage("turn", bench("turn"), 50),
+        Stage("graphs", bench("graphs"), 60),
     ]
 
 

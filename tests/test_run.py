@@ -320,6 +320,7 @@ def test_info(capsys: Capture) -> None:
         assert "triton: every operation missing: it needs a CUDA device" in output
         assert "auto: reference (dense), reference (packed) on cpu" in output
         assert "fa3, fa4, fa2, torch, cudnn (dense), xformers, triton missing" in output
+        assert "no step is captured: graphs need a CUDA device" in output
 
 
 def test_inspect(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None:

@@ -27,7 +27,7 @@ class Graph(Protocol):
 class Recorder(Protocol):
     """Captures functions that launch work and neither read nor allocate on the host."""
 
-    def capture(self, run: Callable[[], None]) -> Graph:
+    def capture(self, run: Callable[[], object]) -> Graph:
         """Record what `run` launches, without executing it.
 
         Raises:
@@ -75,7 +75,7 @@ class CudaRecorder:
         # torch's allocator keeps a pointer to each of these
         self._abandoned: list[torch.cuda.CUDAGraph] = []
 
-    def capture(self, run: Callable[[], None]) -> Graph:
+    def capture(self, run: Callable[[], object]) -> Graph:
         pool = torch.cuda.graph_pool_handle() if self._pool is None else self._pool
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.device(self.device):

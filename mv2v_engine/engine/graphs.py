@@ -4,10 +4,10 @@ A turn leases the graphs for as long as it runs; one turn at a time has them. Th
 run eagerly, on tensors of their own, and their reports say so: waiting would let one long turn hold
 up all, and two turns of one thread that take steps by turns would wait for ever.
 
-A turn's first step on a new plan runs eagerly and makes ready what launches wait for: compiled and
-tuned kernels, tables, the libraries' own plans. Its second is captured. Later steps are replayed,
-and later turns on the same plan from their first step of that kind on. With static conditioning the
-step that fills the kept K and V is always eager.
+A forward's first run on a new plan is eager and makes ready what launches wait for: compiled and
+tuned kernels, tables, the libraries' own plans. A step of forwards that have all run is captured,
+and later ones are replayed: joint turns from the second step on, later turns on the same plan from
+the first. With static conditioning the step that fills the kept K and V is always eager.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable, Hashable
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -50,14 +50,17 @@ class _Key:
 
 @dataclass(eq=False)
 class Entry:
-    """A key's buffers and graphs, one for each kind of step; what they read lives as long."""
+    """A key's buffers and graphs, one for each kind of step; what they read lives as long.
+
+    warm: the kinds of forwards that have run eagerly.
+    """
 
     key: _Key
     buffers: StepBuffers
     kept: KeptStorage | None
     constants: tuple[Tensor, ...]
-    graphs: dict[Hashable, Graph] = field(default_factory=dict)
-    is_warm: bool = False
+    graphs: dict[tuple[str, ...], Graph] = field(default_factory=dict)
+    warm: set[str] = field(default_factory=set)
 
     def reset(self) -> None:
         while self.graphs:
@@ -133,7 +136,7 @@ class Graphs:
             KernelUnavailableError: graphs="on", and this plan cannot have any.
         """
         key = _Key(plan, transformer.patch_embedding.weight.dtype, own.signature)
-        reason = self._reason or self._refusal(key)
+        reason = self._reason or self._unserved(plan) or self._refused.get(key)
         if reason is not None:
             self._require(reason)
             return Lease(self, None, reason)
@@ -152,7 +155,9 @@ class Graphs:
             raise
         return Lease(self, entry, None)
 
-    def capture(self, entry: Entry, kind: Hashable, step: Callable[[], None]) -> str | None:
+    def capture(
+        self, entry: Entry, kinds: tuple[str, ...], step: Callable[[], object]
+    ) -> str | None:
         """Record a step of a leased entry; the reason why that cannot be, if graphs need not be.
 
         Raises:
@@ -160,11 +165,11 @@ class Graphs:
         """
         assert self._recorder is not None
         try:
-            entry.graphs[kind] = self._recorder.capture(step)
+            entry.graphs[kinds] = self._recorder.capture(step)
             if not self._shrink(entry):
                 # graphs that are gone may have sized the pool: begin one with this step's alone
                 entry.reset()
-                entry.graphs[kind] = self._recorder.capture(step)
+                entry.graphs[kinds] = self._recorder.capture(step)
                 self._check_fits(sum(self.bytes().values()))
         except (RuntimeError, MemoryBudgetError) as error:
             entry.reset()
@@ -189,8 +194,15 @@ class Graphs:
         finally:
             self._leased.release()
 
-    def _refusal(self, key: _Key) -> str | None:
-        plan = key.plan
+    def serves(self, plan: TokenPlan) -> bool:
+        """Whether steps of the plan are captured, as far as a plan can tell.
+
+        They then hold a pool of about what an eager step makes, and the arena
+        (`KeptLayout.num_bytes`) in the place of the turn's own K and V.
+        """
+        return (self._reason or self._unserved(plan)) is None
+
+    def _unserved(self, plan: TokenPlan) -> str | None:
         if plan.scope == "joint" and plan.merge != "off":
             return 'with scope="joint" the data decide how many tokens a block sees'
         if self.mode == "auto" and (flops := flops_per_launch(plan)) > FLOPS_PER_LAUNCH:
@@ -198,7 +210,7 @@ class Graphs:
                 f"products bound a step of this plan, not launches: {flops / 1e9:,.1f} GFLOP a "
                 f"launch, graphs gain below {FLOPS_PER_LAUNCH / 1e9:g}"
             )
-        return self._refused.get(key)
+        return None
 
     def _require(self, reason: str, cause: BaseException | None = None) -> None:
         """Raise unless the mode leaves graphs to the engine."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from mv2v_engine.engine.buffers import StepBuffers
@@ -29,8 +29,18 @@ class Lease:
         """Where conditioning has to be kept; None: anywhere."""
         return None if self._entry is None else self._entry.kept
 
-    def run(self, kind: Hashable, step: Callable[[], None]) -> None:
-        """Run a step. kind: equal for steps that launch the same; None for one that stays eager.
+    @property
+    def awaits_capture(self) -> bool:
+        """Whether steps are eager so far, but need not stay so."""
+        return self._entry is not None and self.reason is None and not self._entry.graphs
+
+    def run(self, kinds: tuple[str, ...] | None, step: Callable[[], Iterable[str]]) -> None:
+        """Run a step.
+
+        Args:
+            kinds: of its forwards, equal for steps that launch the same; None for one that cannot
+                be repeated as it is.
+            step: gives the kinds of the forwards that it ran.
 
         Raises:
             KernelUnavailableError: graphs="on", and it cannot be captured.
@@ -39,19 +49,18 @@ class Lease:
         if graphs is None or entry is None or self.reason is not None:
             step()
             return
-        if kind is None or not entry.is_warm:
-            step()
-            entry.is_warm = True
+        if kinds is None or not entry.warm.issuperset(kinds):
+            entry.warm.update(step())
             return
-        if kind in entry.graphs:
+        if kinds in entry.graphs:
             self._replayed += 1
         else:
-            self.reason = graphs.capture(entry, kind, step)
+            self.reason = graphs.capture(entry, kinds, step)
             if self.reason is not None:
                 step()
                 return
             self._captured += 1
-        graphs.replay(entry.graphs[kind])
+        graphs.replay(entry.graphs[kinds])
 
     def report(self, total: int) -> dict[str, Any]:
         """How a turn of so many steps ran, and what all graphs hold."""

@@ -11,7 +11,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from mv2v_engine.engine.graphs import Graphs
 
 STAGE = "sampling"
+ForwardKind = Literal["whole", "target"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,17 +71,15 @@ class Branch:
         self.records: list[MergeRecord] = []
 
     @property
-    def kind(self) -> str | None:
-        """What the next forward runs, which captured steps are told apart by.
+    def kind(self) -> ForwardKind:
+        """What the next forward runs."""
+        return "target" if self.cache is not None and self.cache.is_filled else "whole"
 
-        A kind is a part of the whole forward, at the same shapes, and leaves nothing behind but its
-        velocity and records: a replay runs none of this class's code. None: it runs eagerly.
-        """
-        if self.residual is not None:
-            return None
-        if self.cache is None:
-            return "whole"
-        return "target" if self.cache.is_filled else None
+    @property
+    def is_repeatable(self) -> bool:
+        """Whether the next forward may be captured: it leaves nothing behind but its velocity and
+        records, because a replay runs none of this class's code."""
+        return self.residual is None and (self.cache is None or self.cache.is_filled)
 
     def velocity(self, noisy: Tensor, timestep: Tensor) -> Tensor:
         """One forward: of the target alone once the conditioning is kept.
@@ -190,7 +189,8 @@ class Denoiser:
             self._take(self._graphs)
         self._load_step()
         kinds = tuple(branch.kind for branch in self.branches)
-        self._lease.run(None if None in kinds else kinds, self._forward)
+        is_repeatable = all(branch.is_repeatable for branch in self.branches)
+        self._lease.run(kinds if is_repeatable else None, self._forward)
         self._end_step()
 
     @torch.no_grad()
@@ -217,14 +217,19 @@ class Denoiser:
         if self._deltas is not None:
             self.buffers.delta.copy_(self._deltas[self.index : self.index + 1])
 
-    def _forward(self) -> None:
-        """All of a step that runs on the device: what is captured."""
+    def _forward(self) -> list[ForwardKind]:
+        """All of a step that runs on the device: what is captured. The forwards that it ran."""
         noisy, timestep = self.noisy, self.buffers.timestep
-        self._guide([branch.velocity(noisy, timestep) for branch in self.branches])
+        kinds, velocities = list[ForwardKind](), []
+        for branch in self.branches:
+            kinds.append(branch.kind)
+            velocities.append(branch.velocity(noisy, timestep))
+        self._guide(velocities)
         if self.buffers.records is not None and self.branches[0].records:
             self.buffers.keep(self.branches[0].records)
             for branch in self.branches:
                 branch.records.clear()
+        return kinds
 
     def _guide(self, velocities: Sequence[Tensor]) -> None:
         """Guidance, and the latents' move unless the solver makes it."""
@@ -254,9 +259,9 @@ class Denoiser:
         return Denoised(latents, records, self.work(), self.graph_report())
 
     @property
-    def uses_graphs(self) -> bool:
-        """Whether a later step may be captured or replayed."""
-        return self._lease.buffers is not None and self._lease.reason is None
+    def awaits_capture(self) -> bool:
+        """Whether a later step will be captured, as far as is known."""
+        return self._lease.awaits_capture
 
     def graph_report(self) -> dict[str, Any]:
         """How the steps so far ran, as plain data."""

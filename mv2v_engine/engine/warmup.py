@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.reuse import make_denoiser
 from mv2v_engine.errors import RequestError
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.sampling.guidance import needs_guidance
@@ -44,19 +45,20 @@ def warm_up(
 
 def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, Any]:
     """A turn of zeros, as long as it takes to run every kind of step; how its steps ran."""
-    denoiser = Denoiser(
+    denoiser = make_denoiser(
+        engine.config,
         engine.transformer,
         plan,
         _nothing(engine, plan, guidance_scale),
         torch.zeros(1, plan.shape.latent_channels, *plan.target.grid),
-        # the first step warms up, the second is captured; without graphs the first is enough
-        make_solver(engine.scheduler, 2, engine.sampling.flow_shift),
+        # without guidance a static turn's first step runs no forward of the target alone
+        make_solver(engine.scheduler, 3, engine.sampling.flow_shift),
         guidance_scale=guidance_scale,
         graphs=engine.graphs,
     )
     try:
         denoiser.step()
-        if denoiser.uses_graphs:
+        while denoiser.awaits_capture and not denoiser.is_finished:
             denoiser.step()
         if engine.device.type == "cuda":
             torch.cuda.synchronize(engine.device)
@@ -67,19 +69,19 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
 
 def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditioning:
     """Conditioning of a turn's shapes and dtypes; the text as of an empty prompt."""
-    new: dict[str, Any] = {"dtype": torch.float32, "device": engine.device}
+    zeros = partial(torch.zeros, dtype=torch.float32, device=engine.device)
     cameras = None
     if plan.shape.has_camera:
         tracks = 1 + max(segment.camera or 0 for segment in plan.segments)
-        cameras = torch.zeros(1, tracks, plan.target.num_frames, 12, **new)
+        cameras = zeros(1, tracks, plan.target.num_frames, 12)
     negative_text = None
     if needs_guidance(guidance_scale):
         negative_text = engine.text_embedding(engine.sampling.negative_prompt)
     channels, source = plan.shape.latent_channels, None
     if plan.shape.source_channels:
-        source = torch.zeros(1, channels, *plan.target.grid, **new)
+        source = zeros(1, channels, *plan.target.grid)
     return Conditioning(
-        [torch.zeros(1, channels, *s.grid, **new) for s in plan.segments[1:]],
+        [zeros(1, channels, *s.grid) for s in plan.segments[1:]],
         cameras,
         engine.text_embedding(""),
         negative_text,

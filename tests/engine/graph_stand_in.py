@@ -133,7 +133,7 @@ class StandIn:
         self.pool = self.captures = self.replays = self.paced = 0
         self.turns = 0
 
-    def capture(self, run: Callable[[], None]) -> StandInGraph:
+    def capture(self, run: Callable[[], object]) -> StandInGraph:
         self.captures += 1
         recording = Recording()
         try:

@@ -69,6 +69,9 @@ def test_a_report_says_how_the_steps_ran(
     assert [second[name] for name in counts] == [0, 0, 3]
     assert second["mode"] == "auto" and second["reason"] is None
     assert second["bytes"]["pool"] == recorder.pool > 0 and second["bytes"]["buffers"] > 0
+    reusing = engine.reconfigured(EngineConfig(step_cache=0.1)).session(source_frames)
+    report = reusing.render("pan_left").report["graphs"]
+    assert report["eager_steps"] == 3 and "what earlier ones left" in report["reason"]
     off = engine.reconfigured(EngineConfig(graphs="off")).session(source_frames)
     report = off.render("pan_left").report["graphs"]
     assert (report["eager_steps"], report["reason"]) == (3, "graphs are off")
@@ -125,6 +128,9 @@ def test_what_cannot_be_met_is_refused(engine: Engine) -> None:
     with pytest.raises(RequestError, match=r'graphs="on" cannot be met with merge_scope="joint"'):
         EngineConfig(graphs="on", merge_scope="joint")
     EngineConfig(graphs="on", merge_scope="joint", merge="off")
+    for fields in ({"reuse": "approximate"}, {"step_cache": 0.1}):
+        with pytest.raises(RequestError, match="find what earlier ones left"):
+            EngineConfig(graphs="on", **fields)  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="graph_bytes must not be negative"):
         EngineConfig(graph_bytes=-1)
     with pytest.raises(RequestError, match="of another transformer than the engine's"):

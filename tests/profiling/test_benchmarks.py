@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import bench_block
+import bench_graphs
 import bench_ops
 import bench_static
 import bench_turn
@@ -23,6 +24,7 @@ from targets import op_targets, target
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
+from tests.engine.graph_stand_in import StandIn
 
 CPU = torch.device("cpu")
 CEILINGS = Ceilings(bytes_per_second=1e12, flops_per_second=1e15)
@@ -250,3 +252,23 @@ def test_block_targets_name_its_rows() -> None:
 
 def test_a_table_is_aligned() -> None:
     assert table([{"a": 1, "b": None}, {"a": "long"}], "a b") == "a     b\n1\nlong"
+
+
+def test_graphs_against_launches(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Without a GPU the eager half runs; a recorder that acts one out makes the other run too."""
+    out = tmp_path / "graphs.jsonl"
+    run(bench_graphs, monkeypatch, "--quick", "--rounds", "2", "--out", str(out))
+    for row in rows(out):
+        assert row["eager_ms"] >= row["host_ms"] > 0 and "need a CUDA device" in row["skipped"]
+    assert "nothing to compare" in capsys.readouterr().out
+    monkeypatch.setattr(bench_graphs, "open_recorder", lambda device: StandIn())
+    run(bench_graphs, monkeypatch, "--quick", "--rounds", "2", "--out", str(out))
+    joint, static = rows(out)
+    assert joint["equal"] and static["equal"] and joint["auto"] == "captured"
+    assert static["arena_mib"] > joint["arena_mib"] == 0 and joint["pool_mib"] > 0
+    for row in (joint, static):
+        assert len(row["speedups"]) == 2 and row["replay_ms"] > 0
+    assert "auto agrees" in bench_graphs.verdict([joint | {"speedup": 1.5}])
+    assert "no gain" in bench_graphs.verdict([joint | {"speedup": 1.0}])
