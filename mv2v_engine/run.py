@@ -350,7 +350,10 @@ def _add_reuse(parser: argparse.ArgumentParser, defaults: EngineConfig) -> None:
 
 
 def _drift(text: str) -> float | None:
-    return None if text == "none" else float(text)
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or none, got {text!r}") from None
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

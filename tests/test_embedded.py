@@ -16,6 +16,7 @@ from mv2v_engine.evaluation.images import masked_psnr
 from mv2v_engine.evaluation.protocol import ROWS
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
+from mv2v_engine.training.dit import TINY_MEMORY_RECIPE
 from mv2v_engine.vae import weights_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -48,6 +49,7 @@ def test_the_published_figures_are_of_these_weights(engine: Engine) -> None:
     results = json.loads((ASSETS / "tiny-nvs" / "results.json").read_text())
     assert results["settings"]["weights"] == weights_fingerprint(engine.transformer.state_dict())
     assert results["settings"]["vae"] == engine.vae.key
+    assert engine.checkpoint.conditioning == TINY_MEMORY_RECIPE.conditioning
     assert results["scenes"] >= 40 and set(results["rows"]) == {row.name for row in ROWS}
     for row in results["rows"].values():
         low, high = row["consistency_ci"]

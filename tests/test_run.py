@@ -141,6 +141,12 @@ def test_seeds(finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoin
         (["--scheduler", "unipc", "--fov-radius", "2"], {"scheduler": "unipc"}),
         (["--source-camera", "zoom_in", "--guidance", "1"], {}),
         (["--dtype", "bfloat16", "--backend", "reference"], {"dtype": "bfloat16"}),
+        (["--conditioning", "static"], {"conditioning": "static", "whole": 1}),
+        (
+            ["--reuse", "approximate", "--reuse-refresh", "2", "--reuse-drift", "none"],
+            {"reuse": "approximate", "drift_gate": None, "whole": 2, "computed": 3},
+        ),
+        (["--step-cache", "9"], {"reuse": "exact", "whole": 2, "computed": 2}),
     ],
 )
 def test_options_reach_the_turns(
@@ -150,6 +156,7 @@ def test_options_reach_the_turns(
     finished: Path,
     options: list[str],
     expected: dict[str, Any],
+    capsys: Capture,
 ) -> None:
     out = tmp_path / "out"
     assert run.main([*novel_view(source_clip, tiny_checkpoint, out), *options]) == 0
@@ -161,9 +168,15 @@ def test_options_reach_the_turns(
         "fraction": turn["plan"]["merge_fraction"],
         "merged": len(turn["merged_frames"]),
         "scheduler": turn["scheduler"],
+        "conditioning": turn["plan"]["conditioning"],
+        "reuse": turn.get("reuse", {}).get("conditioning"),
+        "drift_gate": turn.get("reuse", {}).get("drift_gate"),
+        "computed": len(turn.get("reuse", {}).get("steps_computed", ())),
+        "whole": turn["work"]["whole"],
         "dtype": turn["dtype"],
     }
     assert found | expected == found
+    assert ("approximate:" in capsys.readouterr().out) == bool(turn["approximations"])
     assert not torch.equal(latents(out)[2], latents(finished)[2])
 
 

@@ -134,6 +134,19 @@ def test_cameras(refused: Refused, camera: str, words: str) -> None:
     assert words in refused("--source-camera", camera)
 
 
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (["--reuse", "approximate", "--conditioning", "static"], "kept exactly already"),
+        (["--reuse-refresh", "0"], "reuse_refresh counts steps, 1 or more, got 0"),
+        (["--reuse-drift", "little"], "--reuse-drift: a number or none, got 'little'"),
+        (["--step-cache", "-1"], "step_cache must be finite and not negative"),
+    ],
+)
+def test_reuse(refused: Refused, more: list[str], words: str) -> None:
+    assert words in refused(*more)
+
+
 def bent(poses: list[Any]) -> None:
     poses[4][0][0] = 2.0
 

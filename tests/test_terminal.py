@@ -137,6 +137,24 @@ def test_memory_that_disk_lost_is_named() -> None:
     assert "none: the cache is empty; unreadable: s/1" in turn_table([row])
 
 
+def test_reuse_is_told_beside_turns_without_it() -> None:
+    exact, kept, static = (report(1, []) for _ in range(3))
+    for row in (exact, kept, static):
+        row["num_inference_steps"] = 20
+        row["plan"] |= {"conditioning": "joint"}  # type: ignore[operator]
+    kept["reuse"] = {"steps_computed": [0, 1, 5, 19], "refreshes": [{"step": 0}, {"step": 5}]}
+    static["plan"] |= {"conditioning": "static"}  # type: ignore[operator]
+    static["reuse"] = {"steps_computed": [0, 1, 5, 19]}
+    header, *rows = turn_table([exact, kept, static]).splitlines()
+    assert "steps computed  conditioning computed" in header
+    cells = [row.split("8190")[1].split()[:6] for row in rows]
+    assert [" ".join(each) for each in cells] == [
+        "20 of 20 20 of 20",
+        "4 of 20 2 of 20",
+        "4 of 20 1 of 20",
+    ]
+
+
 def test_turns_that_merged_nothing() -> None:
     merged = [{"block": 3, "frames": {"source": [0]}}]
     _, plain, merging = turn_table([report(1, []), report(1, merged)]).splitlines()

@@ -50,7 +50,8 @@ class ReusingDenoiser(Denoiser):
     """A turn whose steps reuse what earlier ones computed, as the configuration asks.
 
     They run eagerly: what a step leaves for later ones lies where it happens to, and a captured
-    step finds nothing but what lies where it did.
+    step finds nothing but what lies where it did. `kind` says what a step runs; all but "probed",
+    whose gate is read on the host, are known before the turn begins.
     """
 
     why_eager = "steps that reuse what earlier ones left run eagerly"
@@ -183,8 +184,7 @@ class ReusingDenoiser(Denoiser):
         return work
 
     def result(self) -> Denoised:
-        exact = super().result()
-        return replace(exact, reuse=self.describe())
+        return replace(super().result(), reuse=self.describe())
 
     def describe(self) -> dict[str, Any]:
         """The reuse of the steps so far, as plain data."""

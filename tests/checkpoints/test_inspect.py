@@ -32,7 +32,7 @@ def test_a_base_says_what_is_initialised(tmp_path: Path, wan: State) -> None:
     path = tmp_path / "wan.safetensors"
     save_file(wan, str(path))
     text = render_inspection(inspect_checkpoint(path))
-    assert "merger none, average pooling" in text
+    assert "merger none, average pooling" in text and "trained for  joint conditioning" in text
     assert "tokenizers.8.weight: from patch_embedding" in text
 
 

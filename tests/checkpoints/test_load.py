@@ -214,11 +214,29 @@ def test_own_folder(tmp_path: Path, small: TransformerConfig, merger: MergerConf
         loaded = load_checkpoint(path)
         assert (loaded.name, loaded.config, loaded.sampling) == ("my name", config, sampling)
         assert loaded.format == "mv2v_engine" and not loaded.report.initialised
+        assert loaded.conditioning == ("joint",)
         assert_holds(loaded.transformer, model.state_dict())
     assert sorted(p.name for p in (tmp_path / "mine").iterdir()) == [
         "mv2v.json",
         "transformer.safetensors",
     ]
+
+
+def test_a_checkpoint_says_what_it_was_trained_for(
+    tmp_path: Path, small: TransformerConfig, wan: State
+) -> None:
+    save_checkpoint(
+        tmp_path, MV2VTransformer(small), small, SamplingConfig(), "x", torch.float32,
+        conditioning=("joint", "static"),
+    )  # fmt: skip
+    assert load_checkpoint(tmp_path).conditioning == ("joint", "static")
+    # from before it was written there: nothing is claimed
+    path = tmp_path / "mv2v.json"
+    manifest = json.loads(path.read_text())
+    del manifest["conditioning"]
+    path.write_text(json.dumps(manifest))
+    assert load_checkpoint(tmp_path).conditioning == ("joint",)
+    assert load_checkpoint(write(tmp_path, "wan.safetensors", wan)).conditioning == ("joint",)
 
 
 def test_half_precision_keeps_what_the_model_asks_for(tmp_path: Path, wan: State) -> None:
@@ -310,6 +328,7 @@ def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> Non
         ({"sampling": {"scheduler": "ddim"}}, "scheduler must be one of euler, unipc, got 'ddim'"),
         ({"sampling": {"fps": 0}}, "fps must be positive, got 0"),
         ({"sampling": None}, "does not describe a checkpoint"),
+        ({"conditioning": ["statik"]}, r"conditioning is \['statik'\]"),
     ],
 )
 def test_bad_own_configs(

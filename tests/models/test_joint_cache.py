@@ -7,8 +7,10 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mv2v_engine.config import TransformerConfig
+from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.joint_cache import JointCache
@@ -161,3 +163,26 @@ def test_misuse_is_refused() -> None:
         model.run_blocks(begun, stop=2)
     with torch.no_grad(), pytest.raises(ValueError, match="holds another forward's"):
         model(*given, **keywords, keep=half)
+
+
+def test_nothing_waits_for_data() -> None:
+    """A data-dependent shape or a host read raises under fake tensors."""
+    config = tiny_config()
+    plan = _plan(config)
+    # a table made under fake tensors is of no use to anyone else
+    dit._rotary_table.cache_clear()
+    try:
+        with FakeTensorMode(), torch.no_grad():
+            model = MV2VTransformer(config)
+            latents = [torch.empty(1, 4, *segment.grid) for segment in plan.segments]
+            cameras = torch.empty(1, len(plan.segments), GRID[0], 12)
+            given = (torch.empty(1), torch.empty(1, 6, 10))
+            cache, residual = JointCache(plan, probes=False), TargetResidual()
+            for _ in range(2):
+                model(latents, *given, plan=plan, cameras=cameras, keep=cache, residual=residual)
+            kept = model.forward_target(latents[0], *given, kept=cache)
+            again = model.forward_residual(latents[0], given[0], plan=plan, residual=residual)
+    finally:
+        dit._rotary_table.cache_clear()
+    assert cache.drifts is not None and cache.drifts.shape == (config.num_layers, 3)
+    assert kept.shape == again.shape == latents[0].shape

@@ -119,7 +119,7 @@ def test_the_command_trains_resumes_and_writes_a_checkpoint(
 
     result = load_checkpoint(out / "model")
     assert result.config.camera_conditioning == "own" and result.config.merger is not None
-    assert not result.report.initialised
+    assert not result.report.initialised and result.conditioning == ("joint", "static")
     start = dict(load_checkpoint(base).transformer.named_parameters())
     for name, parameter in result.transformer.named_parameters():
         expected = state["ema"][name] if is_trained(name) else start[name].detach()
