@@ -218,6 +218,7 @@ class MV2VTransformer(nn.Module):
                 given += (None, begun.keep)
             begun.sequence = replace(sequence, x=self._run(layer, *given))
             begun.depth = index + 1
+            del sequence, given  # a merge before the next block does not need them
 
     def finish(self, begun: ForwardPass) -> Tensor:
         """The velocity of a forward whose blocks have all run."""
@@ -326,7 +327,8 @@ class MV2VTransformer(nn.Module):
         return video
 
 
-@lru_cache(maxsize=32)
+# a plan of 100,000 tokens has a table of 50 MB
+@lru_cache(maxsize=4)
 def _rotary_table(plan: TokenPlan, device: torch.device) -> Tensor:
     """The plan's table on a device; plans repeat over every step of a turn."""
     # made under inference mode, a cached table could never be trained with again
