@@ -7,6 +7,7 @@ allocates inside an operation is not seen.
 from __future__ import annotations
 
 import weakref
+from functools import lru_cache
 from typing import Any
 
 from torch import Tensor
@@ -26,11 +27,11 @@ class LiveBytes(TorchDispatchMode):
         self._known: set[int] = set()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {id(leaf.untyped_storage()) for leaf in tree_leaves(args) if _is_stored(leaf)}
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if _is_stored(leaf) and id(leaf.untyped_storage()) not in given:
-                self._see(leaf)
+        if not _gives_its_input(func):
+            for leaf in [out] if isinstance(out, Tensor) else tree_leaves(out):
+                if isinstance(leaf, Tensor):
+                    self._see(leaf)
         return out
 
     def _see(self, tensor: Tensor) -> None:
@@ -47,5 +48,7 @@ class LiveBytes(TorchDispatchMode):
         self.now -= size
 
 
-def _is_stored(leaf: Any) -> bool:
-    return isinstance(leaf, Tensor)
+@lru_cache(maxsize=4096)
+def _gives_its_input(func: Any) -> bool:
+    """Whether an operation returns a view of what it was given, or that itself."""
+    return any(value.alias_info is not None for value in func._schema.returns)

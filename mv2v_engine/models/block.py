@@ -94,9 +94,7 @@ class Block(nn.Module):
         attended = self.attn1.attend(queries, keys, values)
         del queries
         attended = self._project(attended)
-        x, hidden = self._add_adaln(
-            conditioning.x, attended, ffn_modulation, gate=modulation.gate
-        )
+        x, hidden = self._add_adaln(conditioning.x, attended, ffn_modulation, gate=modulation.gate)
         del attended
         x = gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
         return x, (keys, values)

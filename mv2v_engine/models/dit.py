@@ -90,6 +90,11 @@ class MV2VTransformer(nn.Module):
             if hasattr(module, "attention_backend"):
                 module.attention_backend = attention  # type: ignore[assignment]
 
+    def set_feed_forward_chunk(self, chunk: int | None) -> None:
+        """Tokens that a block's feed-forward takes at once without gradients; None takes all."""
+        for block in self.blocks:
+            block.ffn.chunk = chunk  # type: ignore[union-attr,assignment]
+
     def forward(
         self,
         latents: Series[Tensor],
