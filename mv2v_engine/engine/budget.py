@@ -200,7 +200,7 @@ class Budget:
         )
 
     def advice(self, plan: TokenPlan, limit: int) -> str:
-        """The single changes that bring a turn's peak to a limit; or what comes nearest to it."""
+        """The single settings that bring a turn's peak to a limit, or what comes nearest."""
         parts = self.parts()
         peaks = {
             words: predict(*changed).peak for words, changed in self._changes(parts, plan, limit)
@@ -209,9 +209,11 @@ class Budget:
         if enough:
             return f"try {' or '.join(enough)}"
         words = min(peaks, key=lambda name: peaks[name])
+        if peaks[words] == predict(parts, plan).peak:
+            return "no setting lowers it: use a larger device, or a smaller model"
         return (
-            f"no single change brings it there, {words} comes nearest ({peaks[words]:,}): use "
-            "several, or a larger device"
+            f"no single setting brings it there, {words} comes nearest ({peaks[words]:,}): change "
+            "several, or use a larger device"
         )
 
     def _changes(

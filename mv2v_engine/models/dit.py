@@ -93,7 +93,7 @@ class MV2VTransformer(nn.Module):
     def set_feed_forward_chunk(self, chunk: int | None) -> None:
         """Tokens that a block's feed-forward takes at once without gradients; None takes all."""
         for block in self.blocks:
-            block.ffn.chunk = chunk  # type: ignore[union-attr,assignment]
+            block.ffn.chunk = chunk  # type: ignore[assignment]
 
     def forward(
         self,

@@ -47,4 +47,5 @@ class FeedForward(nn.Module):
         for start in range(0, len(rows_RC), self.chunk):
             rows = slice(start, start + self.chunk)
             torch.addmm(last.bias, self.net[0](rows_RC[rows]), last.weight.t(), out=out_RC[rows])
-        return out_RC.unflatten(0, x.shape[:-1])
+        out: Tensor = out_RC.unflatten(0, x.shape[:-1])
+        return out

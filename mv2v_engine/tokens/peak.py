@@ -38,7 +38,8 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     What a turn keeps of the conditioning is part of it; weights and inputs are not. With scope
     "joint" the lengths depend on data, so that of no merge is taken.
     """
-    lengths = plan.lengths_by_block(() if plan.scope == "joint" else None)
+    steps = () if plan.scope == "joint" else plan.merge_steps
+    lengths = plan.lengths_by_block(steps)
     block = _Block(plan, execution)
     if plan.conditioning == "joint":
         peak = max(block.joint(length) + _merged_table(plan, length) for length in lengths)
@@ -49,8 +50,9 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
             before + block.static(count) + _merged_table(plan, length)
             for before, count, length in zip(kept, own, lengths, strict=False)
         )
+        chosen = (kept[step.block] + block.choose(step.before.length) for step in steps)
         later = (kept[-1] + block.over_kept(count) for count in own)
-        peak = max(*first, *later)
+        peak = max(*first, *chosen, *later)
     table = plan.length * plan.shape.attention_head_dim * 4
     return peak + table + plan.shape.text_len * block.row
 
@@ -67,9 +69,11 @@ class _Block:
         self.target, self.run = plan.target.length, execution
         self.row = plan.shape.dim * execution.element_bytes
         self.hidden_row = plan.shape.ffn_dim * execution.element_bytes
-        # RMSNorm and rotation by the reference: their input widened, two half products, the result
+        # by the reference, in float32: rotation's input widened, two half products, its result;
+        # a LayerNorm's result, scaled, shifted
         wide = 4 if execution.element_bytes < 4 else 0
         self.rotating = 0 if execution.is_fused else plan.shape.dim * (wide + 8)
+        self.norming = 0 if execution.is_fused else plan.shape.dim * 12
 
     def joint(self, length: int) -> int:
         """All tokens together."""
@@ -80,7 +84,7 @@ class _Block:
         length, kept = self.target + own, 2 * own * self.row
         conditioning = max(
             self._attend(own),
-            kept + 4 * own * self.row,
+            kept + own * max(4 * self.row, 2 * self.row + self.norming),
             kept + self._feed_forward(own) - own * self.row,
         )
         after = own * self.row + kept
@@ -88,6 +92,12 @@ class _Block:
         forward = self._feed_forward(self.target) - self.target * self.row
         target = max(self._attend(self.target), joined, forward)
         return length * self.row + max(conditioning, after + target)
+
+    def choose(self, length: int) -> int:
+        """Before a merge: the target's queries and the conditioning's keys, without positions."""
+        own = length - self.target
+        keys = own * max(self.row, self.rotating)
+        return (2 * length + self.target + own) * self.row + keys
 
     def over_kept(self, own: int) -> int:
         """The target alone, over what was kept."""
