@@ -45,15 +45,18 @@ def _counted(
     size: tuple[int, int],
 ) -> tuple[int, int]:
     twin = _twin(json.loads(config), dtype, tile_above, by_taps)
+    values = ((num_latents - 1) * twin.temporal_stride + 1) * size[0] * size[1] * 3
+    # the frames' bytes come to a GPU first
+    copied = 0 if by_taps else values
     if num_latents < sum(_LATENTS):  # all of them are less work
-        return _run(twin, num_latents, size)
+        encode, decode = _run(twin, num_latents, size)
+        return encode + copied, decode
     before, after = (_run(twin, count, size) for count in _LATENTS)
     further = num_latents - _LATENTS[-1]
     encode, decode = (b + further * (b - a) for a, b in zip(before, after, strict=True))
-    # of a long or narrow model's video the pixels as such weigh more: bytes, float32 before and
-    # after an operation, and what the model computes in
-    values = ((num_latents - 1) * twin.temporal_stride + 1) * size[0] * size[1] * 3
-    return max(encode, 9 * values), max(decode, (9 + dtype.itemsize) * values)
+    # of a long or narrow model's video the pixels as such weigh more: float32 before and after an
+    # operation; on the way out bytes too, and what the model computes in
+    return max(encode, 8 * values) + copied, max(decode, (9 + dtype.itemsize) * values)
 
 
 def _twin(config: dict[str, Any], dtype: torch.dtype, tile_above: int, by_taps: bool) -> VideoVAE:
@@ -75,8 +78,6 @@ def _run(twin: VideoVAE, num_latents: int, size: tuple[int, int]) -> tuple[int, 
     frames = torch.empty(num_frames, *size, 3, dtype=torch.uint8, device="meta")
     with LiveBytes() as encoding:
         latents = twin.encode(frames)
-    # on a GPU the frames are copied to it first
-    copied = 0 if twin.device.type == "cpu" else frames.numel()
     with LiveBytes() as decoding:
         twin.decode_on_device(latents)
-    return encoding.peak + copied, decoding.peak
+    return encoding.peak, decoding.peak
