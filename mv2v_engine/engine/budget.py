@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from mv2v_engine.engine.vae_bytes import vae_peak_bytes
 from mv2v_engine.errors import MemoryBudgetError
 from mv2v_engine.text import TextEncoder
+from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
 
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
 _CUBLAS_WORKSPACE = 32 << 20
 # beside what the forwards make: the noisy latents, the positive branch's velocity, the next latents
 _STEP_VIDEOS = 3
+# with guidance
+_BRANCHES = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,7 +37,8 @@ class Parts:
     transformer, vae, text: weights. is_text_offloaded: the last are there for the stage "text"
     alone. cache: the latent memory's share. video: latents of one. copies_memory: remembered
     videos are copied out of an arena. embedding: of one prompt. encode, decode, embed: the most
-    that the VAE and the text encoder make. workspace: what libraries keep.
+    that the VAE and the text encoder make. workspace: what libraries and captured steps keep;
+    arena: for these, what static conditioning keeps.
     """
 
     transformer: int
@@ -49,13 +53,14 @@ class Parts:
     decode: int
     embed: int
     workspace: int
+    arena: int
     execution: Execution
 
     @property
     def resident(self) -> int:
         """There all the time."""
         text = 0 if self.is_text_offloaded else self.text
-        return self.transformer + self.vae + text + self.cache + self.workspace
+        return self.transformer + self.vae + text + self.cache + self.workspace + self.arena
 
 
 @dataclass(frozen=True)
@@ -89,11 +94,14 @@ def predict(parts: Parts, plan: TokenPlan) -> Prediction:
     inputs = source + copied * parts.video + 2 * parts.embedding
     table = plan.length * plan.shape.attention_head_dim * 4
     arriving = parts.text if parts.is_text_offloaded else 0
+    forward = forward_peak_bytes(plan, parts.execution)
+    steps = () if plan.scope == "joint" else None
+    in_arena = min(parts.arena, conditioning_bytes(plan, parts.execution.element_bytes, steps))
     own = {
         "vae encode": parts.encode,
         "text": source + arriving + parts.embed,
         "memory": inputs,
-        "sampling": inputs + _STEP_VIDEOS * parts.video + forward_peak_bytes(plan, parts.execution),
+        "sampling": inputs + _STEP_VIDEOS * parts.video + forward - in_arena,
         "vae decode": inputs + table + parts.decode,
     }
     return Prediction({name: parts.resident + count for name, count in own.items()})
@@ -110,7 +118,7 @@ class Budget:
         engine, config = self.engine, self.engine.config
         shape, text, sampling = engine.transformer.config, engine.text, engine.sampling
         encode, decode = vae_peak_bytes(engine.vae, sampling.num_frames, sampling.size)
-        on_gpu = engine.device.type == "cuda"
+        on_gpu, held = engine.device.type == "cuda", engine.graphs.bytes()
         return Parts(
             transformer=module_bytes(engine.transformer),
             vae=module_bytes(engine.vae.model),
@@ -123,11 +131,15 @@ class Budget:
             encode=encode,
             decode=decode,
             embed=0 if text is None else embed_bytes(text),
-            workspace=_CUBLAS_WORKSPACE if on_gpu else 0,
+            workspace=held["pool"] + held["buffers"] + (_CUBLAS_WORKSPACE if on_gpu else 0),
+            arena=held["arena"],
             execution=Execution(
                 engine.dtype.itemsize,
                 config.feed_forward_chunk,
                 is_fused=engine.backend != "reference",
+                copies=_BRANCHES if config.reuse == "approximate" else 0,
+                probes=config.reuse_drift is not None,
+                residuals=_BRANCHES if config.step_cache is not None else 0,
             ),
         )
 
@@ -147,6 +159,7 @@ class Budget:
             own = module_bytes(engine.transformer) + module_bytes(engine.vae.model)
             if engine.text is not None and not engine.text.is_offloaded:
                 own += module_bytes(engine.text.model)
+            own += sum(engine.graphs.bytes().values())
             limits.append(free + unused + own + self._cache_bytes())
         return min(limits, default=None)
 

@@ -333,7 +333,7 @@ class MV2VTransformer(nn.Module):
 
 
 # a plan of 100,000 tokens has a table of 50 MB
-@lru_cache(maxsize=4)
+@lru_cache(maxsize=8)
 def _rotary_table(plan: TokenPlan, device: torch.device) -> Tensor:
     """The plan's table on a device; plans repeat over every step of a turn."""
     # made under inference mode, a cached table could never be trained with again

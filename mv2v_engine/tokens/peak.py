@@ -12,9 +12,12 @@ an operation is not seen. t target tokens, c conditioning tokens, L = t + c.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
+from mv2v_engine.tokens.flops import conditioning_bytes, residual_bytes
+from mv2v_engine.tokens.layout import MergeStep
 from mv2v_engine.tokens.plan import TokenPlan
 
 
@@ -24,12 +27,16 @@ class Execution:
 
     element_bytes: of a token's element. chunk: the feed-forward's tokens at once, None for all.
     is_fused: operations are kernels, without intermediates of their own; the reference has
-    float32 ones.
+    float32 ones. copies: of joint conditioning's K and V that approximate reuse keeps, one a
+    guidance branch; probes: as `conditioning_bytes` has it. residuals: of skipped steps.
     """
 
     element_bytes: int
     chunk: int | None = None
     is_fused: bool = True
+    copies: int = 0
+    probes: bool = False
+    residuals: int = 0
 
 
 def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
@@ -43,6 +50,7 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     block = _Block(plan, execution)
     if plan.conditioning == "joint":
         peak = max(block.joint(length) + _merged_table(plan, length) for length in lengths)
+        peak += block.kept_by_branches(steps)
     else:
         own = [length - plan.target.length for length in lengths]
         kept = [0, *accumulate(2 * block.row * count for count in own)]
@@ -54,7 +62,9 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
         later = (kept[-1] + block.over_kept(count) for count in own)
         peak = max(*first, *chosen, *later)
     table = plan.length * plan.shape.attention_head_dim * 4
-    return peak + table + plan.shape.text_len * block.row
+    # what a branch's blocks added to the target's tokens, and those as they were before
+    residuals = 2 * execution.residuals * residual_bytes(plan, execution.element_bytes)
+    return peak + residuals + table + plan.shape.text_len * block.row
 
 
 def _merged_table(plan: TokenPlan, length: int) -> int:
@@ -66,18 +76,33 @@ class _Block:
     """The fullest moments of a block in bytes."""
 
     def __init__(self, plan: TokenPlan, execution: Execution) -> None:
-        self.target, self.run = plan.target.length, execution
+        self.plan, self.run, self.target = plan, execution, plan.target.length
         self.row = plan.shape.dim * execution.element_bytes
         self.hidden_row = plan.shape.ffn_dim * execution.element_bytes
         # by the reference, in float32: rotation's input widened, two half products, its result;
         # a LayerNorm's result, scaled, shifted
-        wide = 4 if execution.element_bytes < 4 else 0
-        self.rotating = 0 if execution.is_fused else plan.shape.dim * (wide + 8)
+        self.widened = 4 * plan.shape.dim if execution.element_bytes < 4 else 0
+        self.rotating = 0 if execution.is_fused else self.widened + plan.shape.dim * 8
         self.norming = 0 if execution.is_fused else plan.shape.dim * 12
 
     def joint(self, length: int) -> int:
         """All tokens together."""
-        return max(length * self.row + self._attend(length), self._feed_forward(length))
+        fullest = max(length * self.row + self._attend(length), self._feed_forward(length))
+        if self.run.copies:
+            # beside q, k and v: fresh copies, and their difference from those kept before
+            own, merges = length - self.target, self.plan.merge != "off"
+            compared = own * ((3 + 2 * merges) * self.row + self.widened)
+            fullest = max(fullest, 4 * length * self.row + compared)
+        return fullest
+
+    def kept_by_branches(self, steps: Sequence[MergeStep]) -> int:
+        """For approximate reuse; to be probed, every branch's first block runs before the rest."""
+        run, plan = self.run, self.plan
+        kept = conditioning_bytes(
+            plan, run.element_bytes, steps, copies=run.copies, probes=run.probes
+        )
+        waiting = max(run.copies - 1, 0) * plan.length * self.row if run.probes else 0
+        return kept + waiting
 
     def static(self, own: int) -> int:
         """The conditioning by itself, whose K and V stay, then the target over both."""

@@ -133,6 +133,7 @@ def full_size() -> Parts:
         decode=decode,
         embed=embed_bytes(encoder),
         workspace=32 << 20,
+        arena=0,
         execution=Execution(2, EngineConfig().feed_forward_chunk),
     )
 
