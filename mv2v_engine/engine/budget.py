@@ -186,10 +186,8 @@ class Budget:
             return
         if mode != "auto":
             text.offload(mode == "always")
-        else:
-            # a CPU engine's device is the host
-            limit = self.limit() if self.engine.device.type == "cuda" else None
-            parts = replace(self.parts(), is_text_offloaded=False)
+        elif self.engine.device.type == "cuda":  # a CPU engine's device is the host
+            limit, parts = self.limit(), replace(self.parts(), is_text_offloaded=False)
             text.offload(limit is not None and predict(parts, self.largest_plan()).peak > limit)
 
     def largest_plan(self) -> TokenPlan:
@@ -206,6 +204,7 @@ class Budget:
                 shape.tokenizers,
                 mode=config.memory_tokenizers,
             ),
+            source=not shape.source_channels,
             merge=engine.merge,
             scope=config.merge_scope,
             fraction=config.merge_fraction,
