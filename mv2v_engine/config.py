@@ -28,6 +28,7 @@ MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
 SchedulerName = Literal["euler", "unipc"]
+TextOffload = Literal["auto", "always", "never"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -212,6 +213,13 @@ class EngineConfig:
         does not measure it.
     step_cache: steps are skipped while the timestep's modulation has changed by less than this
         (relative L1) since the last computed one; None computes all.
+    feed_forward_chunk: tokens that a block's feed-forward takes at once, which bounds its hidden
+        rows; None takes all together.
+    memory_limit_bytes: what weights, memory and a turn's tensors may take of the device together;
+        a turn that is predicted to need more is refused. None: what a GPU has free; no limit on
+        a CPU.
+    text_offload: whether the text encoder's weights wait on the host. "auto": where a turn with
+        max_memory videos would not fit beside them.
     """
 
     backend: BackendName = "auto"
@@ -238,6 +246,9 @@ class EngineConfig:
     reuse_refresh: int = 4
     reuse_drift: float | None = 0.1
     step_cache: float | None = None
+    feed_forward_chunk: int | None = 16_384
+    memory_limit_bytes: int | None = None
+    text_offload: TextOffload = "auto"
 
     def __post_init__(self) -> None:
         self._check_reuse()
@@ -251,6 +262,10 @@ class EngineConfig:
             )
         if min(self.max_memory, self.cache_bytes, self.graph_bytes) < 0:
             raise RequestError("max_memory, cache_bytes and graph_bytes must not be negative")
+        for name in ("feed_forward_chunk", "memory_limit_bytes"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} must be positive, or None for no bound, got {value}")
         if not 0 <= (self.device_cache_bytes or 0) <= self.cache_bytes:
             raise RequestError(
                 f"device_cache_bytes is the device's part of cache_bytes: give 0.."

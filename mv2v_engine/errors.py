@@ -5,6 +5,8 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterable
 
+import torch
+
 
 class MV2VError(Exception):
     """Base of every error that the engine raises on purpose; `run` prints it as one line."""
@@ -27,7 +29,7 @@ class RequestError(MV2VError, ValueError):
 
 
 class MemoryBudgetError(MV2VError, ValueError):
-    """An entry cannot fit the byte budget of the memory cache."""
+    """Bytes that do not fit: an entry the memory cache's budget, or a turn the device."""
 
 
 class StorageError(MV2VError, OSError):
@@ -44,6 +46,17 @@ class KernelUnavailableError(MV2VError, RuntimeError):
 
 class CancelledError(MV2VError, RuntimeError):
     """The caller cancelled the turn; the session is as it was before the turn."""
+
+
+# torch reports a full host, and a library its own failed allocation, as a plain RuntimeError
+_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether an error says that the device or the host has no memory left."""
+    if isinstance(error, MemoryError | torch.OutOfMemoryError):
+        return True
+    return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
 
 
 def nearest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:

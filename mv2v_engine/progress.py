@@ -74,16 +74,19 @@ class Spans:
     """Seconds and peak bytes per stage of one turn, on the device that does the work.
 
     On a GPU the bytes are a stage's own peak; on a CPU the process's, up to the stage's end.
+    current: the stage under way, or the last one.
     """
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
+        self.current = ""
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageStarted]:
         """Time a stage; yields its event for the caller to pass on. Stages of one name add up."""
+        self.current = name
         on_gpu = self.device.type == "cuda"
         if on_gpu:
             torch.cuda.nvtx.range_push(name)

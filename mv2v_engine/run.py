@@ -42,7 +42,7 @@ from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import load_source
 from mv2v_engine.envs import num_threads
-from mv2v_engine.errors import CancelledError, MV2VError, RequestError
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
 from mv2v_engine.machine import describe_machine
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.terminal import turn_progress, turn_table
@@ -65,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except MV2VError as error:
         return _say(f"error: {error}", REFUSED)
     except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
+        if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "the host has none left"
         return _say(f"error: out of memory: {reason}; use a smaller clip or model", REFUSED)
@@ -257,12 +257,6 @@ def _cancel_on_interrupt() -> Iterator[CancelToken]:
         yield token
     finally:
         signal.signal(signal.SIGINT, previous)
-
-
-def _is_out_of_memory(error: Exception) -> bool:
-    # torch reports a full host as a plain RuntimeError
-    wanted = "can't allocate memory"
-    return isinstance(error, MemoryError | torch.OutOfMemoryError) or wanted in str(error)
 
 
 def _say(message: str, code: int) -> int:

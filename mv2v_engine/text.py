@@ -10,8 +10,11 @@ from __future__ import annotations
 
 import html
 import re
+import threading
 import warnings
 from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -35,9 +38,12 @@ class TextEncoder:
     """Prompts to embeddings, with the last few prompts kept.
 
     Args:
-        model: the encoder, already on `device` in `dtype`.
+        model: the encoder, anywhere; its weights take `dtype`.
         tokenizer: any transformers tokenizer with a padding token.
         max_length: S, tokens that the transformer expects.
+        device: where prompts are encoded and embeddings lie.
+        is_offloaded: the weights stay on the host; a prompt that is not kept brings a copy to
+            the device, which is gone when it is encoded. The same bits either way.
     """
 
     def __init__(
@@ -47,6 +53,8 @@ class TextEncoder:
         max_length: int,
         device: torch.device,
         dtype: torch.dtype,
+        *,
+        is_offloaded: bool = False,
     ) -> None:
         if tokenizer.pad_token_id is None:
             raise CheckpointError("the tokenizer has no padding token; use the one of UMT5")
@@ -57,12 +65,21 @@ class TextEncoder:
             )
         # transformers' models are only partly typed
         self.model = cast(Any, model)
-        self.model.to(device=device, dtype=dtype).eval().requires_grad_(False)
+        self.model.to(dtype=dtype).eval().requires_grad_(False)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.device = device
         self.dtype = dtype
         self._cache: OrderedDict[str, Tensor] = OrderedDict()
+        # sessions of several threads share the weights, of which there may be one copy for a while
+        self._lock = threading.RLock()
+        self.offload(is_offloaded)
+
+    def offload(self, is_offloaded: bool) -> None:
+        """Let the weights live on the host, or on the device."""
+        with self._lock:
+            self.is_offloaded = is_offloaded
+            self.model.to("cpu" if is_offloaded else self.device)
 
     @property
     def dim(self) -> int:
@@ -74,13 +91,40 @@ class TextEncoder:
 
         A prompt of more than `max_length` tokens is cut, with a warning.
         """
-        prompt = clean_prompt(prompt)
-        if prompt not in self._cache:
-            self._cache[prompt] = self._embed(prompt)
-            if len(self._cache) > _CACHED_PROMPTS:
+        return self.encode_all([prompt])[0]
+
+    def encode_all(self, prompts: Sequence[str]) -> list[Tensor]:
+        """`encode` of several, for which offloaded weights travel once, and not for kept ones."""
+        prompts = [clean_prompt(prompt) for prompt in prompts]
+        with self._lock:
+            found = {prompt: self._cache[prompt] for prompt in prompts if prompt in self._cache}
+            if len(found) < len(set(prompts)):
+                with self._on_device():
+                    for prompt in prompts:
+                        if prompt not in found:
+                            found[prompt] = self._embed(prompt)
+            for prompt in prompts:
+                self._cache[prompt] = found[prompt]
+                self._cache.move_to_end(prompt)
+            while len(self._cache) > _CACHED_PROMPTS:
                 self._cache.popitem(last=False)
-        self._cache.move_to_end(prompt)
-        return self._cache[prompt]
+        return [found[prompt] for prompt in prompts]
+
+    @contextmanager
+    def _on_device(self) -> Iterator[None]:
+        """The weights where prompts are encoded, for as long as the block runs."""
+        if not self.is_offloaded:
+            yield
+            return
+        homes = [(t, t.data) for t in (*self.model.parameters(), *self.model.buffers())]
+        try:
+            for tensor, home in homes:
+                tensor.data = home.to(self.device, copy=True)
+            yield
+        finally:
+            # the weights never change, so the copies need no way back
+            for tensor, home in homes:
+                tensor.data = home
 
     @torch.no_grad()
     def _embed(self, prompt: str) -> Tensor:
@@ -106,7 +150,7 @@ class TextEncoder:
             warnings.warn(
                 f"the prompt has {length} tokens, the model reads {self.max_length}; "
                 "the rest is ignored: shorten it",
-                stacklevel=4,
+                stacklevel=5,
             )
 
 
@@ -117,8 +161,11 @@ def load_text_encoder(
     max_length: int,
     device: torch.device,
     dtype: torch.dtype,
+    is_offloaded: bool = False,
 ) -> TextEncoder:
     """Load a transformers UMT5 folder and its tokenizer folder, without any network access.
+
+    The arguments are `TextEncoder`'s.
 
     Raises:
         CheckpointError: a folder is missing or incomplete, or holds another kind of model.
@@ -153,4 +200,4 @@ def load_text_encoder(
             f"{text_path} lacks {len(missing)} tensors of its config, first {missing[0]}; "
             "give the complete folder of a UMT5 encoder"
         )
-    return TextEncoder(model, tokenizer, max_length, device, dtype)
+    return TextEncoder(model, tokenizer, max_length, device, dtype, is_offloaded=is_offloaded)

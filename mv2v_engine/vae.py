@@ -12,7 +12,8 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -77,7 +78,8 @@ class VideoVAE:
         if self.model.dtype != dtype:
             self.model.to(dtype)
         self.model.eval().requires_grad_(False)
-        speed_up_conv3d(self.model)
+        if self.model.device.type == "cpu":
+            speed_up_conv3d(self.model)
         self.dtype = dtype
         self.tile_above = tile_above
         self.device: torch.device = self.model.device
@@ -137,7 +139,8 @@ class VideoVAE:
         pixels = (pixels.to(torch.float32) / 127.5 - 1).to(self.dtype)
         # diffusers measures an encoder's tiles in patches, a decoder's in pixels
         self._set_tiling(height * width, unit=self.model.config.patch_size or 1)
-        latents_CFHW: Tensor = self.model.encode(pixels[None]).latent_dist.mode()[0].float()
+        with self._clearing():
+            latents_CFHW: Tensor = self.model.encode(pixels[None]).latent_dist.mode()[0].float()
         return (latents_CFHW - self._mean_C111) / self._std_C111
 
     @torch.no_grad()
@@ -147,6 +150,11 @@ class VideoVAE:
         Raises:
             VideoError: the latents have another number of axes or channels.
         """
+        return self.decode_on_device(latents_CFHW).cpu()
+
+    @torch.no_grad()
+    def decode_on_device(self, latents_CFHW: Tensor) -> Tensor:
+        """As `decode`, with the frames left on the model's device."""
         if latents_CFHW.ndim != 4 or len(latents_CFHW) != self.latent_channels:
             raise VideoError(
                 f"latents must have shape [{self.latent_channels}, F, H, W], "
@@ -155,9 +163,18 @@ class VideoVAE:
         rows, columns = latents_CFHW.shape[2:]
         self._set_tiling(rows * columns * self.spatial_stride**2, unit=1)
         latents = latents_CFHW.to(self.device, torch.float32) * self._std_C111 + self._mean_C111
-        decoded: Tensor = self.model.decode(latents[None].to(self.dtype)).sample[0]
+        with self._clearing():
+            decoded: Tensor = self.model.decode(latents[None].to(self.dtype)).sample[0]
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
-        return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous().cpu()
+        return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+    @contextmanager
+    def _clearing(self) -> Iterator[None]:
+        """A model that fails between two chunks would keep the last one's features."""
+        try:
+            yield
+        finally:
+            self.model.clear_cache()
 
     def _set_tiling(self, pixels: int, *, unit: int) -> None:
         self.model.use_tiling = False

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 import warnings
+import weakref
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,47 @@ def test_unusable_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
     (text / "config.json").write_text(json.dumps({**config, "d_ff": 64}))
     with pytest.raises(CheckpointError, match="cannot load the text encoder"):
         load(folders)
+
+
+def test_offloaded_weights_travel_once_and_say_the_same(folders: tuple[Path, Path]) -> None:
+    """The device is this CPU's memory too, but a copy of the weights all the same."""
+    resident = load(folders)
+    encoder = load_text_encoder(
+        *folders, max_length=12, device=CPU, dtype=torch.float32, is_offloaded=True
+    )
+    home = {name: weight.data_ptr() for name, weight in encoder.model.named_parameters()}
+    used: list[dict[str, int]] = []
+    copies: list[weakref.ref[torch.UntypedStorage]] = []
+
+    def look(model: UMT5EncoderModel, *_: object) -> None:
+        used.append({name: weight.data_ptr() for name, weight in model.named_parameters()})
+        copies.extend(weakref.ref(w.untyped_storage()) for w in model.parameters())
+
+    encoder.model.register_forward_hook(look)
+    prompts = ["a red ball", "", "a red ball"]
+    embeddings = encoder.encode_all(prompts)
+    assert embeddings[0] is embeddings[2]
+    for prompt, embedding in zip(prompts, embeddings, strict=True):
+        assert torch.equal(embedding, resident.encode(prompt))
+    # two prompts, one journey; afterwards the copies are gone
+    assert len(used) == 2 and used[0] == used[1]
+    assert not set(used[0].values()) & set(home.values())
+    assert copies and not any(copy() for copy in copies)
+    assert home == {name: w.data_ptr() for name, w in encoder.model.named_parameters()}
+    encoder.encode_all(prompts)
+    assert len(used) == 2  # kept prompts need no weights
+
+
+def test_weights_come_home_after_a_failure(folders: tuple[Path, Path]) -> None:
+    encoder = load(folders)
+    encoder.offload(True)
+    home = [weight.data_ptr() for weight in encoder.model.parameters()]
+    handle = encoder.model.register_forward_pre_hook(lambda *_: [][0])
+    with pytest.raises(IndexError):
+        encoder.encode("a ball")
+    handle.remove()
+    assert home == [weight.data_ptr() for weight in encoder.model.parameters()]
+    assert torch.equal(encoder.encode("a ball"), load(folders).encode("a ball"))
 
 
 def test_tokenizer_must_belong_to_the_encoder() -> None:

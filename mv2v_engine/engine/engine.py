@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory
 from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode
+from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source, load_source
@@ -31,6 +32,15 @@ from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.vae import VideoVAE, load_vae
+
+# settings that all engines on the same weights share
+_OF_THE_WEIGHTS = (
+    "backend",
+    "attention",
+    "responsiveness_heads",
+    "feed_forward_chunk",
+    "text_offload",
+)
 
 
 class Engine:
@@ -62,6 +72,7 @@ class Engine:
         is_free = config.attention == "auto" and self.attention != "reference"
         self.transformer.set_backend(self.backend, "auto" if is_free else self.attention)
         self.transformer.responsiveness_heads = config.responsiveness_heads
+        self.transformer.set_feed_forward_chunk(config.feed_forward_chunk)
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
@@ -73,6 +84,7 @@ class Engine:
             device_bytes=config.device_cache_bytes,
             page_bytes=self.video_bytes,
         )
+        self.budget = Budget(self)
 
     def _check_parts(self) -> None:
         """Refuse parts that do not fit each other before a turn has been paid for."""
@@ -155,22 +167,25 @@ class Engine:
                 max_length=checkpoint.config.text_len,
                 device=place,
                 dtype=dtype,
+                # on the host until it is known what else a turn needs
+                is_offloaded=config.text_offload != "never" and place.type == "cuda",
             )
         elif checkpoint.format != "mv2v_engine":
             raise CheckpointError(
                 f"{checkpoint.name} ({checkpoint.format}) holds no text encoder; give a Wan "
                 "diffusers folder with text_encoder and tokenizer as components (--components)"
             )
-        return cls(checkpoint, vae, text, device=place, config=config)
+        engine = cls(checkpoint, vae, text, device=place, config=config)
+        engine.budget.place_text()
+        return engine
 
     def reconfigured(self, config: EngineConfig) -> Engine:
         """The same weights under another configuration, with a memory of its own.
 
         Raises:
-            RequestError: the backend, the attention or the responsiveness heads differ, which the
-                weights share.
+            RequestError: a setting differs that belongs to the weights.
         """
-        for name in ("backend", "attention", "responsiveness_heads"):
+        for name in _OF_THE_WEIGHTS:
             own, asked = getattr(self.config, name), getattr(config, name)
             if own != asked:
                 raise RequestError(
@@ -311,10 +326,16 @@ class Engine:
 
     def text_embedding(self, prompt: str) -> Tensor:
         """[1, S, text_dim]; zeros for a checkpoint without text."""
+        return self.text_embeddings([prompt])[0]
+
+    def text_embeddings(self, prompts: Sequence[str]) -> list[Tensor]:
+        """`text_embedding` of several, for which an offloaded encoder travels once."""
         shape = self.transformer.config
         if self.text is None:
-            return torch.zeros(1, shape.text_len, shape.text_dim, device=self.device)
-        return self.text.encode(prompt)
+            return [torch.zeros(1, shape.text_len, shape.text_dim, device=self.device)] * len(
+                prompts
+            )
+        return self.text.encode_all(prompts)
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the engine."""

@@ -66,6 +66,7 @@ def turn_report(
         "graphs": denoised.graphs,
         "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
         "peak_bytes": dict(spans.peak_bytes),
+        "predicted_peak_bytes": engine.budget.predict(plan).by_span(),
         "cache_bytes": engine.cache.bytes_used,
         "cache_bytes_by_tier": engine.cache.bytes_by_tier(),
         **engine.describe(),

@@ -15,6 +15,7 @@ from torch import Tensor
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.overflow import guarded
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
@@ -83,6 +84,8 @@ class Session:
 
         Raises:
             CameraError, RequestError: the request does not fit the checkpoint.
+            MemoryBudgetError: it cannot fit the device, or the memory ended in the middle; the
+                session is as it was.
             CancelledError: the token was set; the session is as it was.
         """
         events = self.events(
@@ -146,6 +149,12 @@ class Session:
 
     def _turn(self, request: TurnRequest, cancel: CancelToken) -> Generator[Event, None, Turn]:
         spans = Spans(self.engine.device)
+        stages = self._stages(request, cancel, spans)
+        return (yield from guarded(self.engine, stages, spans, lambda: self.plan_turn(request)[1]))
+
+    def _stages(
+        self, request: TurnRequest, cancel: CancelToken, spans: Spans
+    ) -> Generator[Event, None, Turn]:
         prepared = yield from self.prepare(request, cancel, spans)
         with spans.stage("sampling") as started:
             yield started
@@ -156,9 +165,15 @@ class Session:
     def prepare(
         self, request: TurnRequest, cancel: CancelToken, spans: Spans
     ) -> Generator[Event, None, Prepared]:
-        """The part of a turn before its first step."""
+        """The part of a turn before its first step.
+
+        Raises:
+            MemoryBudgetError: the turn cannot fit the device; nothing has run.
+        """
         engine = self.engine
         cancel.check()
+        if engine.budget.limit() is not None:
+            engine.budget.check(self.plan_turn(request)[1])
         source = self._source_latents
         if source is None:
             source = yield from _staged(spans, "vae", lambda: engine.vae.encode(self.source.frames))
@@ -196,10 +211,11 @@ class Session:
 
     def _text(self, request: TurnRequest) -> tuple[Tensor, Tensor | None]:
         """Embeddings of the prompt and, with guidance, of the negative prompt."""
-        text = self.engine.text_embedding(request.prompt)
-        if not needs_guidance(request.guidance_scale):
-            return text, None
-        return text, self.engine.text_embedding(self.engine.sampling.negative_prompt)
+        prompts = [request.prompt]
+        if needs_guidance(request.guidance_scale):
+            prompts.append(self.engine.sampling.negative_prompt)
+        text, *negative = self.engine.text_embeddings(prompts)
+        return text, negative[0] if negative else None
 
     def _turn_of(
         self, number: int, trajectory: CameraTrajectory, latents: Tensor, report: dict[str, Any]

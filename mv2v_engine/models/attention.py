@@ -47,7 +47,8 @@ class _Projections(nn.Module):
             backend=self.backend,
         )
 
-    def _out(self, attended_BLND: Tensor) -> Tensor:
+    def out(self, attended_BLND: Tensor) -> Tensor:
+        """The output projection [B, L, C]."""
         out: Tensor = self.to_out[0](attended_BLND.flatten(2))
         return out
 
@@ -64,7 +65,8 @@ class SelfAttention(_Projections):
         return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return self._out(self._attention(q, k, v))
+        """[B, L, N, D], before the output projection."""
+        return self._attention(q, k, v)
 
     def plain_queries(self, hidden_BLC: Tensor) -> Tensor:
         """Normalised, unrotated queries [B, L, C] for responsiveness (METHOD 6)."""
@@ -79,7 +81,9 @@ class CrossAttention(_Projections):
     """Attention to the text context, without positions and without a mask, as Wan does."""
 
     def forward(self, hidden_BLC: Tensor, context_BSC: Tensor) -> Tensor:
-        q = self._norm(self.to_q(hidden_BLC), self.norm_q.weight)
         k = self._norm(self.to_k(context_BSC), self.norm_k.weight)
         v = self.to_v(context_BSC).unflatten(-1, (self.num_heads, -1))
-        return self._out(self._attention(q, k, v))
+        return self.out(self._attention(self._queries(hidden_BLC), k, v))
+
+    def _queries(self, hidden_BLC: Tensor) -> Tensor:
+        return self._norm(self.to_q(hidden_BLC), self.norm_q.weight)

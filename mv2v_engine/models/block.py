@@ -49,21 +49,18 @@ class Block(nn.Module):
 
         keep: receives the conditioning's own.
         """
-        x, rope = sequence.x, sequence.rope
         modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
 
         # 1. self-attention
-        hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
-        keys, values = self.attn1.keys_values(hidden, rope)
-        if keep is not None:
-            keep.refresh((keys, values), sequence)
-        if kept is not None:
-            keys, values = torch.cat([keys, kept[0]], 1), torch.cat([values, kept[1]], 1)
-        attended = self.attn1.attend(self.attn1.queries(hidden, rope), keys, values)
-        x, hidden = self._add_norm2(x, self._project(attended), modulation)
+        attended = self._attend(sequence, temb_B6C, cameras_BFP, kept, keep)
+        x, hidden = self._add_norm2(sequence.x, attended, modulation)
+        del attended  # at full size every tensor of all tokens counts: nothing outlives its use
 
         # 2. cross-attention
-        x, hidden = self._add_adaln(x, self.attn2(hidden, context_BSC), ffn_modulation)
+        attended = self.attn2(hidden, context_BSC)
+        del hidden
+        x, hidden = self._add_adaln(x, attended, ffn_modulation)
+        del attended
 
         # 3. feed-forward
         return gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
@@ -92,16 +89,42 @@ class Block(nn.Module):
         self, conditioning: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
     ) -> tuple[Tensor, KeysValues]:
         """New conditioning tokens, and the K and V that they had: neither knows of the target."""
-        x, rope = conditioning.x, conditioning.rope
         modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
-        hidden = self.attention_input(conditioning, temb_B6C, cameras_BFP)
-        keys, values = self.attn1.keys_values(hidden, rope)
-        attended = self.attn1.attend(self.attn1.queries(hidden, rope), keys, values)
-        x, hidden = self._add_adaln(
-            x, self._project(attended), ffn_modulation, gate=modulation.gate
-        )
+        queries, keys, values = self._queries_keys_values(conditioning, temb_B6C, cameras_BFP)
+        attended = self.attn1.attend(queries, keys, values)
+        del queries
+        attended = self._project(attended)
+        x, hidden = self._add_adaln(conditioning.x, attended, ffn_modulation, gate=modulation.gate)
+        del attended
         x = gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
         return x, (keys, values)
+
+    def _attend(
+        self,
+        sequence: Sequence,
+        temb_B6C: Tensor,
+        cameras_BFP: Tensor | None,
+        kept: KeysValues | None,
+        keep: JointCache | None,
+    ) -> Tensor:
+        """What self-attention adds [B, L, C], over kept K and V too; its q, k and v go with it."""
+        queries, keys, values = self._queries_keys_values(sequence, temb_B6C, cameras_BFP)
+        if keep is not None:
+            keep.refresh((keys, values), sequence)
+        if kept is not None:
+            keys = torch.cat([keys, kept[0]], 1)  # one after the other: half the copies at once
+            values = torch.cat([values, kept[1]], 1)
+        attended = self.attn1.attend(queries, keys, values)
+        del queries, keys, values
+        return self._project(attended)
+
+    def _queries_keys_values(
+        self, sequence: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k, v [B, L, N, D] of the sequence's own tokens."""
+        hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
+        queries = self.attn1.queries(hidden, sequence.rope)
+        return queries, *self.attn1.keys_values(hidden, sequence.rope)
 
     def attention_input(
         self, sequence: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
@@ -122,8 +145,10 @@ class Block(nn.Module):
             backend=self.backend,
         )
 
-    def _project(self, attended: Tensor) -> Tensor:
-        return attended if self.projector is None else self.projector(attended)
+    def _project(self, attended_BLND: Tensor) -> Tensor:
+        """The output projection, and the camera's after it (METHOD 5)."""
+        out = self.attn1.out(attended_BLND)
+        return out if self.projector is None else self.projector(out)
 
     def _add_norm2(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """The gated sum, and what cross-attention is given."""

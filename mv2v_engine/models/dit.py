@@ -90,6 +90,11 @@ class MV2VTransformer(nn.Module):
             if hasattr(module, "attention_backend"):
                 module.attention_backend = attention  # type: ignore[assignment]
 
+    def set_feed_forward_chunk(self, chunk: int | None) -> None:
+        """Tokens that a block's feed-forward takes at once without gradients; None takes all."""
+        for block in self.blocks:
+            block.ffn.chunk = chunk  # type: ignore[assignment]
+
     def forward(
         self,
         latents: Series[Tensor],
@@ -218,6 +223,7 @@ class MV2VTransformer(nn.Module):
                 given += (None, begun.keep)
             begun.sequence = replace(sequence, x=self._run(layer, *given))
             begun.depth = index + 1
+            del sequence, given  # a merge before the next block does not need them
 
     def finish(self, begun: ForwardPass) -> Tensor:
         """The velocity of a forward whose blocks have all run."""
@@ -326,7 +332,8 @@ class MV2VTransformer(nn.Module):
         return video
 
 
-@lru_cache(maxsize=32)
+# a plan of 100,000 tokens has a table of 50 MB
+@lru_cache(maxsize=8)
 def _rotary_table(plan: TokenPlan, device: torch.device) -> Tensor:
     """The plan's table on a device; plans repeat over every step of a turn."""
     # made under inference mode, a cached table could never be trained with again

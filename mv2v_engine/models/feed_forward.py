@@ -1,7 +1,11 @@
-"""The feed-forward of a Wan block. C width."""
+"""The feed-forward of a Wan block, in chunks of tokens where no gradient is asked for.
+
+C width, H hidden width, R rows: the tokens of all samples.
+"""
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from mv2v_engine.ops.linear_gelu import linear_gelu
@@ -18,12 +22,30 @@ class _GELU(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """Linear, tanh-GELU, Linear; the middle slot keeps diffusers' parameter names."""
+    """Linear, tanh-GELU, Linear; the middle slot keeps diffusers' parameter names.
+
+    chunk: tokens whose hidden rows [chunk, H] are alive at once; None takes all together. A graph
+    for gradients keeps every hidden row anyway, and a compiler fuses for itself: both take all.
+    """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
         self.net = nn.ModuleList([_GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
+        self.chunk: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.net[2](self.net[0](x))
+        is_whole = self.chunk is None or x.shape[:-1].numel() <= self.chunk
+        if is_whole or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            out: Tensor = self.net[2](self.net[0](x))
+            return out
+        return self._by_chunks(x)
+
+    def _by_chunks(self, x: Tensor) -> Tensor:
+        rows_RC, last = x.reshape(-1, x.shape[-1]), self.net[2]
+        assert isinstance(last, nn.Linear) and self.chunk is not None
+        out_RC = rows_RC.new_empty(len(rows_RC), last.out_features)
+        for start in range(0, len(rows_RC), self.chunk):
+            rows = slice(start, start + self.chunk)
+            torch.addmm(last.bias, self.net[0](rows_RC[rows]), last.weight.t(), out=out_RC[rows])
+        out: Tensor = out_RC.unflatten(0, x.shape[:-1])
         return out

@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from mv2v_engine.errors import KernelUnavailableError
+from mv2v_engine.errors import KernelUnavailableError, is_out_of_memory
 from mv2v_engine.ops import attention_backends as backends
 from mv2v_engine.ops.attention_libraries import Pack
 from mv2v_engine.ops.backend import check_tensors, define
@@ -37,6 +37,8 @@ def attention_reference(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tenso
             with sdpa_kernel(_FUSED, set_priority=True):
                 out = F.scaled_dot_product_attention(q, k, v)
         except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
             raise KernelUnavailableError(
                 f"no fused attention takes {k.shape[2]} tokens of {q.dtype} with head dim "
                 f"{q.shape[3]} on {q.device}, and the math path is refused above {MATH_LIMIT} "

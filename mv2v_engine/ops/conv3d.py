@@ -53,7 +53,8 @@ def _is_plain(module: nn.Conv3d) -> bool:
 
 
 def _conv_forward(module: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    if x.device.type != "cpu" or x.ndim != 5:
+    # tensors without memory stand for a CPU's
+    if x.device.type not in ("cpu", "meta") or x.ndim != 5:
         result: Tensor = nn.Conv3d._conv_forward(module, x, weight, bias)
         return result
     step, down, across = module.stride

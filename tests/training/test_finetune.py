@@ -3,20 +3,17 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import SamplingConfig
+from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, tiny_config
@@ -144,35 +141,6 @@ def test_the_empty_prompt_is_the_encoders(worded_checkpoint: Path, tmp_path: Pat
         finetune.empty_text(without, tmp_path)
 
 
-class _PeakBytes(TorchDispatchMode):
-    """Bytes of the live storages made inside, and the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = self.peak = 0
-        self._known: set[int] = set()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for tensor in tree_leaves(out):
-            if isinstance(tensor, Tensor):
-                self._see(tensor)
-        return out
-
-    def _see(self, tensor: Tensor) -> None:
-        storage = tensor.untyped_storage()
-        key, size = id(storage), storage.nbytes()
-        if key not in self._known:
-            self._known.add(key)
-            weakref.finalize(storage, self._freed, key, size)
-            self.now += size
-            self.peak = max(self.peak, self.now)
-
-    def _freed(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.now -= size
-
-
 def test_a_full_size_step() -> None:
     """81 frames of 480x832 and six memory videos on fake tensors, in bytes and names.
 
@@ -180,7 +148,7 @@ def test_a_full_size_step() -> None:
     """
     plan = novel_view_plan(memory=6, fraction=0.3)
     shape, previous = plan.shape, torch.get_default_dtype()
-    with FakeTensorMode(), _PeakBytes() as memory:
+    with FakeTensorMode(), LiveBytes() as memory:
         torch.set_default_dtype(torch.bfloat16)
         try:
             model = MV2VTransformer(shape)

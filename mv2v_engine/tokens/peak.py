@@ -1,0 +1,145 @@
+"""Peak bytes of a turn's forwards from the plan alone: the tensors alive at once, batch of one.
+
+Counted in rows: a row is one token's C elements. A block that enters with L tokens holds, beside
+the L rows that it was given, at its fullest moments
+    the modulated rows, q, k's projection and k;  or q, k, v and what attention makes of them:  5 L
+    the next sum and its norm, the feed-forward's result and the hidden rows of one chunk:
+    4 L rows and chunk H.
+With static conditioning the target's moments come on top of the conditioning's K and V of all
+blocks so far, and of one copy that joins them to the target's own. What a library allocates inside
+an operation is not seen. t target tokens, c conditioning tokens, L = t + c.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+from mv2v_engine.tokens.flops import conditioning_bytes, residual_bytes
+from mv2v_engine.tokens.layout import MergeStep
+from mv2v_engine.tokens.plan import TokenPlan
+
+
+@dataclass(frozen=True, slots=True)
+class Execution:
+    """What the arithmetic must know of the way a forward runs.
+
+    element_bytes: of a token's element. chunk: the feed-forward's tokens at once, None for all.
+    is_fused: operations are kernels, without intermediates of their own; the reference has
+    float32 ones. copies: of joint conditioning's K and V that approximate reuse keeps, one a
+    guidance branch; probes: as `conditioning_bytes` has it. residuals: of skipped steps.
+    """
+
+    element_bytes: int
+    chunk: int | None = None
+    is_fused: bool = True
+    copies: int = 0
+    probes: bool = False
+    residuals: int = 0
+
+
+def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
+    """The most that a forward has made and not freed, and with static conditioning a whole turn.
+
+    What a turn keeps of the conditioning is part of it; weights and inputs are not. With scope
+    "joint" the lengths depend on data, so that of no merge is taken.
+    """
+    steps = () if plan.scope == "joint" else plan.merge_steps
+    lengths = plan.lengths_by_block(steps)
+    block = _Block(plan, execution)
+    if plan.conditioning == "joint":
+        peak = max(block.joint(length) + _merged_table(plan, length) for length in lengths)
+        peak += block.kept_by_branches(steps)
+    else:
+        own = [length - plan.target.length for length in lengths]
+        kept = [0, *accumulate(2 * block.row * count for count in own)]
+        first = (
+            before + block.static(count) + _merged_table(plan, length)
+            for before, count, length in zip(kept, own, lengths, strict=False)
+        )
+        chosen = (kept[step.block] + block.choose(step.before.length) for step in steps)
+        later = (kept[-1] + block.over_kept(count) for count in own)
+        peak = max(*first, *chosen, *later)
+    table = plan.length * plan.shape.attention_head_dim * 4
+    # what a branch's blocks added to the target's tokens, and those as they were before
+    residuals = 2 * execution.residuals * residual_bytes(plan, execution.element_bytes)
+    return peak + residuals + table + plan.shape.text_len * block.row
+
+
+def _merged_table(plan: TokenPlan, length: int) -> int:
+    """The float32 rotary table of tokens that have merged, beside the plan's."""
+    return length * plan.shape.attention_head_dim * 4 if length < plan.length else 0
+
+
+class _Block:
+    """The fullest moments of a block in bytes."""
+
+    def __init__(self, plan: TokenPlan, execution: Execution) -> None:
+        self.plan, self.run, self.target = plan, execution, plan.target.length
+        self.row = plan.shape.dim * execution.element_bytes
+        self.hidden_row = plan.shape.ffn_dim * execution.element_bytes
+        # by the reference, in float32: rotation's input widened, two half products, its result;
+        # a LayerNorm's result, scaled, shifted
+        self.widened = 4 * plan.shape.dim if execution.element_bytes < 4 else 0
+        self.rotating = 0 if execution.is_fused else self.widened + plan.shape.dim * 8
+        self.norming = 0 if execution.is_fused else plan.shape.dim * 12
+
+    def joint(self, length: int) -> int:
+        """All tokens together."""
+        fullest = max(length * self.row + self._attend(length), self._feed_forward(length))
+        if self.run.copies:
+            # beside q, k and v: fresh copies, and their difference from those kept before
+            own, merges = length - self.target, self.plan.merge != "off"
+            compared = own * ((3 + 2 * merges) * self.row + self.widened)
+            fullest = max(fullest, 4 * length * self.row + compared)
+        return fullest
+
+    def kept_by_branches(self, steps: Sequence[MergeStep]) -> int:
+        """For approximate reuse; to be probed, every branch's first block runs before the rest."""
+        run, plan = self.run, self.plan
+        kept = conditioning_bytes(
+            plan, run.element_bytes, steps, copies=run.copies, probes=run.probes
+        )
+        waiting = max(run.copies - 1, 0) * plan.length * self.row if run.probes else 0
+        return kept + waiting
+
+    def static(self, own: int) -> int:
+        """The conditioning by itself, whose K and V stay, then the target over both."""
+        length, kept = self.target + own, 2 * own * self.row
+        conditioning = max(
+            self._attend(own),
+            kept + own * max(4 * self.row, 2 * self.row + self.norming),
+            kept + self._feed_forward(own) - own * self.row,
+        )
+        after = own * self.row + kept
+        joined = (2 * self.target + 2 * length) * self.row
+        forward = self._feed_forward(self.target) - self.target * self.row
+        target = max(self._attend(self.target), joined, forward)
+        return length * self.row + max(conditioning, after + target)
+
+    def choose(self, length: int) -> int:
+        """Before a merge: the target's queries and the conditioning's keys, without positions."""
+        own = length - self.target
+        keys = own * max(self.row, self.rotating)
+        return (2 * length + self.target + own) * self.row + keys
+
+    def over_kept(self, own: int) -> int:
+        """The target alone, over what was kept."""
+        joined = (2 * self.target + 2 * (self.target + own)) * self.row
+        attend = self.target * self.row + max(self._attend(self.target), joined)
+        return max(attend, self._feed_forward(self.target))
+
+    def _attend(self, length: int) -> int:
+        """q, k and v of so many tokens, beside the tokens."""
+        return length * (4 * self.row + self.rotating)
+
+    def _feed_forward(self, length: int) -> int:
+        """The feed-forward of so many tokens, which it counts too."""
+        at_once = min(length, self.run.chunk or length)
+        hidden = at_once * self.hidden_row
+        if self.run.is_fused:
+            return 4 * length * self.row + hidden
+        # the GELU's input and output; in one piece, the result comes after
+        made = 4 if at_once < length else 3
+        return max(made * length * self.row + 2 * hidden, 4 * length * self.row + hidden)
