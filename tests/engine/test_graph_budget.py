@@ -77,6 +77,22 @@ def test_a_pool_sized_by_graphs_that_are_gone_is_given_back() -> None:
     assert sum(turns.graphs.bytes().values()) == alone
 
 
+def test_wanted_memory_is_given_back_unless_it_is_in_use() -> None:
+    turns = Turns()
+    plan = turns.plan("static")
+    denoiser = turns.denoiser(plan, Asked(steps=4), turns.graphs)
+    for _ in range(3):
+        denoiser.step()
+    turns.graphs.trim()
+    assert len(turns.graphs) == 1
+    denoiser.step()
+    assert denoiser.graph_report()["replayed_steps"] == 1
+    denoiser.release()
+    turns.graphs.trim()
+    assert set(turns.graphs.bytes().values()) == {0} and not turns.recorder.live
+    turns.check(plan)
+
+
 def test_any_order_of_turns_keeps_the_budget() -> None:
     """Random plans, ends and failures: never over budget, never a graph too many, always right."""
     turns, choice = Turns("auto"), random.Random(3)
