@@ -124,8 +124,15 @@ class Graphs:
         """Give everything back, and try again what could not be captured. Waits for a lease."""
         with self._leased:
             self._refused.clear()
-            for key in list(self._entries):
-                self._drop(key)
+            self._drop_all()
+
+    def trim(self) -> None:
+        """Give everything back, unless a turn has the graphs: memory is wanted now."""
+        if self._leased.acquire(blocking=False):
+            try:
+                self._drop_all()
+            finally:
+                self._leased.release()
 
     def lease(self, transformer: MV2VTransformer, plan: TokenPlan, own: StepBuffers) -> Lease:
         """A turn's way to its steps: buffers to work on and graphs to replay, or a reason why not.
@@ -289,6 +296,10 @@ class Graphs:
                 return False
             self._drop(key)
         return True
+
+    def _drop_all(self) -> None:
+        for key in list(self._entries):
+            self._drop(key)
 
     def _drop(self, key: _Key) -> None:
         self._entries.pop(key).reset()

@@ -45,6 +45,7 @@ def guarded(
 def overflow_error(engine: Engine, spans: Spans, plan: TokenPlan, reason: str) -> MemoryBudgetError:
     """Give back what a failed turn held, and say what happened. Call it outside the handler."""
     gc.collect()
+    engine.graphs.trim()
     holder = "the process"
     if engine.device.type == "cuda":
         torch.cuda.empty_cache()

@@ -160,3 +160,10 @@ class StandIn:
 
     def leave(self) -> None:
         self.turns -= 1
+
+
+def raising(error: BaseException) -> Callable[[], None]:
+    def fail() -> None:
+        raise error
+
+    return fail

@@ -17,6 +17,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.engine.graph_stand_in import StandIn
 
 GRID = (3, 6, 10)
 
@@ -110,3 +111,16 @@ class GraphedTurns:
 def steps(report: dict[str, Any]) -> tuple[int, int, int]:
     """Eager, captured and replayed ones."""
     return (report["eager_steps"], report["captured_steps"], report["replayed_steps"])
+
+
+class StandInTurns(GraphedTurns):
+    """On the stand-in."""
+
+    def __init__(self, mode: GraphMode = "on", **shape: Any) -> None:
+        self.recorder = StandIn()
+        super().__init__(self.recorder, mode, **shape)
+
+    def check(self, plan: TokenPlan, asked: Asked = PLAIN) -> dict[str, Any]:
+        report = super().check(plan, asked)
+        assert not self.recorder.turns
+        return report

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.static_cache import ConditioningCache, KeptLayout
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import conditioning_bytes
@@ -190,3 +190,24 @@ def test_bytes_of_a_full_size_turn() -> None:
     merged = novel_view_plan(memory=10, conditioning="static")
     assert conditioning_bytes(merged, 2) < 0.7 * conditioning_bytes(plan, 2)
     assert conditioning_bytes(novel_view_plan(memory=10), 2) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layout_places_all_that_is_kept(dtype: torch.dtype) -> None:
+    """Disjoint, on CUDA's own alignment, and as it would be kept anywhere."""
+    config = tiny_config()
+    plan, model = _plan(config, fraction=0.5), _model(config, dtype)
+    cache, _ = _filled(model, plan)
+    layout = KeptLayout(plan, dtype, torch.float32)
+    buffer = torch.zeros(layout.num_bytes, dtype=torch.uint8)
+    storage = layout.storage(buffer)
+    placed = [tensor for pair in storage.blocks for tensor in pair]
+    kept = [tensor for pair in cache.blocks for tensor in pair]
+    assert storage.cameras is not None and cache.cameras is not None
+    for ours, theirs in zip([*placed, storage.cameras], [*kept, cache.cameras], strict=True):
+        assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
+        assert (ours.data_ptr() - buffer.data_ptr()) % 512 == 0
+        before = int(buffer.count_nonzero())
+        ours.view(torch.uint8).fill_(1)
+        assert int(buffer.count_nonzero()) == before + ours.nbytes
+    assert layout.num_bytes < conditioning_bytes(plan, dtype.itemsize) + 512 * (len(kept) + 2)
