@@ -88,7 +88,7 @@ class Prediction:
 
 
 def predict(parts: Parts, plan: TokenPlan) -> Prediction:
-    """A turn's stages, with guidance."""
+    """A turn's stages, with guidance; a prompt whose embedding is kept takes less of "text"."""
     source = parts.video
     copied = plan.num_memory if parts.copies_memory else 0
     inputs = source + copied * parts.video + 2 * parts.embedding
@@ -108,7 +108,7 @@ def predict(parts: Parts, plan: TokenPlan) -> Prediction:
 
 
 class Budget:
-    """The bytes of an engine's turns."""
+    """The bytes of an engine's turns: what they will take, may take, and how to take less."""
 
     def __init__(self, engine: Engine) -> None:
         self.engine = engine
@@ -239,7 +239,9 @@ class Budget:
         yield f"feed_forward_chunk={smaller}", (replace(parts, execution=execution), plan)
         if parts.cache > parts.video:
             less = replace(parts, cache=parts.video, copies_memory=True)
-            yield f"device_cache_bytes={parts.video}", (less, plan)
+            # a CPU's arenas are one memory
+            name = "cache_bytes" if self.engine.device.type == "cpu" else "device_cache_bytes"
+            yield f"{name}={parts.video}", (less, plan)
         if plan.merge == "off" and plan.shape.merger is not None:
             yield 'merge="conv"', (parts, replace(plan, merge="conv"))
         if plan.conditioning == "static":
