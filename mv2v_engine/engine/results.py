@@ -1,4 +1,4 @@
-"""A session's folder as its user sees it: videos, a picture of all turns, and the report.
+"""A session's folder as its user sees it: videos, a picture of the newest turns, and the report.
 
     session.json  turns/turn_01.safetensors ...     what a session is resumed from (store.py)
     turn_01_pan_right.mp4 ...  overview.png  report.json
