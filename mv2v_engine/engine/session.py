@@ -250,7 +250,8 @@ class Session:
     def adopt(self, turn: Turn) -> None:
         """Take a finished turn of another session of the same source as this one's next turn.
 
-        If this one's folder does not take it, it is in `unstored`.
+        Its latents stay where they are, in memory or in the other session's folder. If this one's
+        folder does not take it, it is in `unstored`.
 
         Raises:
             RequestError: it was another session's turn of another number.

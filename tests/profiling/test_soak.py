@@ -13,6 +13,9 @@ import soak
 from mv2v_engine.models import dit
 
 
+pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
+
+
 def run(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *more: str) -> int:
     arguments = ["--checkpoint", str(checkpoint), "--device", "cpu", "--steps", "1", *more]
     monkeypatch.setattr(sys, "argv", ["soak", "--commit", "abc", *arguments])
