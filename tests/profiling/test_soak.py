@@ -12,7 +12,6 @@ import soak
 
 from mv2v_engine.models import dit
 
-
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 
 
