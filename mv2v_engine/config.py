@@ -200,6 +200,8 @@ class EngineConfig:
     device_cache_bytes: how many of cache_bytes one arena on the device holds, allocated at once;
         the rest is an arena on the host, pinned beside CUDA. None: tensors on the device, one by
         one.
+    frames_bytes: budget of decoded frames that turns hold, of all sessions together; older ones
+        are decoded again when they are asked for. The turn used last holds its own in any case.
     memory_ranking: "random" draws the videos by the turn's seed (the ablation).
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
@@ -241,6 +243,7 @@ class EngineConfig:
     device_cache_bytes: int | None = None
     graphs: GraphMode = "auto"
     graph_bytes: int = 4 << 30
+    frames_bytes: int = 1 << 30
     max_source_pixels: int = 3840 * 2160
     reuse: Reuse = "exact"
     reuse_refresh: int = 4
@@ -260,8 +263,9 @@ class EngineConfig:
                 f"fov_radius must be positive and fov_blend lie in 0..1, got {self.fov_radius} "
                 f"and {self.fov_blend}"
             )
-        if min(self.max_memory, self.cache_bytes, self.graph_bytes) < 0:
-            raise RequestError("max_memory, cache_bytes and graph_bytes must not be negative")
+        for name in ("max_memory", "cache_bytes", "frames_bytes", "graph_bytes"):
+            if getattr(self, name) < 0:
+                raise RequestError(f"{name} must not be negative, got {getattr(self, name)}")
         for name in ("feed_forward_chunk", "memory_limit_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:

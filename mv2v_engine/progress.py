@@ -39,11 +39,22 @@ class StageDone:
     seconds: float
 
 
-Event = StageStarted | StepDone | StageDone
+@dataclass(frozen=True, slots=True)
+class TurnNotStored:
+    """The turn is finished, and the session's folder did not take it; it is tried again later."""
+
+    turn: int
+    reason: str
+
+
+Event = StageStarted | StepDone | StageDone | TurnNotStored
 
 
 class CancelToken:
-    """Set from any thread; the turn under way raises `CancelledError` at its next step."""
+    """Set from any thread; the turn under way raises `CancelledError` at its next step.
+
+    While the VAE works, at its next chunk of frames.
+    """
 
     def __init__(self) -> None:
         self._event = threading.Event()

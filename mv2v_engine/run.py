@@ -2,21 +2,18 @@
 
 Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
-exits with 130.
+exits with 130. Results that cannot be written are tried again after every turn; if some are
+missing in the end, the exit code is 3, and `--resume` makes them.
 """
 
 from __future__ import annotations
 
 import argparse
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from types import FrameType
 from typing import NoReturn, get_args
 
 import torch
@@ -39,15 +36,14 @@ from mv2v_engine.config import (
 from mv2v_engine.engine.engine import default_memory, session_identity
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
-from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import load_source
 from mv2v_engine.envs import num_threads
 from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
 from mv2v_engine.machine import describe_machine
-from mv2v_engine.progress import CancelToken
-from mv2v_engine.terminal import turn_progress, turn_table
+from mv2v_engine.rendering import render
+from mv2v_engine.terminal import num_bytes, say
 
-REFUSED, INTERRUPTED = 2, 130
+REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
@@ -61,14 +57,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         code: int = args.command(args)
         return code
     except (KeyboardInterrupt, CancelledError):
-        return _say("interrupted: finished turns are kept; continue with --resume", INTERRUPTED)
+        return _said("interrupted: finished turns are kept; continue with --resume", INTERRUPTED)
     except MV2VError as error:
-        return _say(f"error: {error}", REFUSED)
+        return _said(f"error: {error}", REFUSED)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "the host has none left"
-        return _say(f"error: out of memory: {reason}; use a smaller clip or model", REFUSED)
+        return _said(f"error: out of memory: {reason}; use a smaller clip or model", REFUSED)
 
 
 def novel_view(args: argparse.Namespace) -> int:
@@ -88,6 +84,8 @@ def novel_view(args: argparse.Namespace) -> int:
         reuse_refresh=args.reuse_refresh,
         reuse_drift=args.reuse_drift,
         step_cache=args.step_cache,
+        cache_bytes=args.cache_bytes,
+        device_cache_bytes=args.device_cache_bytes,
     )
     resolution = _resolution(args)
     require_novel_view(resolution.config, resolution.name)
@@ -139,8 +137,7 @@ def novel_view(args: argparse.Namespace) -> int:
     if args.overwrite:
         results.clear()
     session = engine.session(source, cameras=source_camera, store=args.out, resume=resume)
-    _render(session, requests, results, is_quiet=args.quiet)
-    return 0
+    return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -201,34 +198,7 @@ def inspect(args: argparse.Namespace) -> int:
     print(render_inspection(inspection))
     if inspection.problem is None:
         return 0
-    return _say(f"error: {inspection.problem.removeprefix('no: ')}", REFUSED)
-
-
-def _render(
-    session: Session, requests: Sequence[TurnRequest], results: ResultFolder, *, is_quiet: bool
-) -> None:
-    """Run the requests that the session has not answered; results are complete after each."""
-    done, total = len(session.turns), len(requests)
-    written = results.publish(session, version=__version__) if done else []
-    if not is_quiet:
-        about = session.source.description
-        print(f"source {about['name']}: {about['window']}; {about['crop']}")
-        if done:
-            print(f"resumed after {done} finished turns")
-    with _cancel_on_interrupt() as cancel:
-        for number, request in enumerate(requests[done:], done + 1):
-            title = f"turn {number}/{total} {request.camera.name}"
-            shown = turn_progress(title, request.num_inference_steps)
-            with nullcontext() if is_quiet else shown as show:
-                for event in session.perform(request, cancel):
-                    if show is not None:
-                        show(event)
-            written = results.publish(session, version=__version__)
-    if not is_quiet:
-        print("\n" + turn_table([turn.report for turn in session.turns]) + "\n")
-        for words in session.turns[-1].report.get("approximations", ()):
-            print(f"approximate: {words}")
-    print(*written, sep="\n")
+    return _said(f"error: {inspection.problem.removeprefix('no: ')}", REFUSED)
 
 
 def _resolution(args: argparse.Namespace) -> Resolution:
@@ -239,29 +209,8 @@ def _resolution(args: argparse.Namespace) -> Resolution:
     return resolution
 
 
-@contextmanager
-def _cancel_on_interrupt() -> Iterator[CancelToken]:
-    """A token that Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    token = CancelToken()
-    if threading.current_thread() is not threading.main_thread():
-        yield token
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if token.cancelled:
-            raise KeyboardInterrupt
-        token.cancel()
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield token
-    finally:
-        signal.signal(signal.SIGINT, previous)
-
-
-def _say(message: str, code: int) -> int:
-    """One line on stderr, whatever the message holds."""
-    print(" ".join(message.split()), file=sys.stderr)
+def _said(message: str, code: int) -> int:
+    say(message)
     return code
 
 
@@ -309,6 +258,19 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("the memory").add_argument
     add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
     add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help="videos a turn")
+    add(
+        "--cache-bytes",
+        type=num_bytes,
+        default=defaults.cache_bytes,
+        metavar="N",
+        help="of remembered latents, as 4GiB or 500MB",
+    )
+    add(
+        "--device-cache-bytes",
+        type=num_bytes,
+        metavar="N",
+        help="how many of these one arena on the device holds; the rest is one on the host",
+    )
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
     add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")

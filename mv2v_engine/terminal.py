@@ -5,6 +5,8 @@ Both are adapters: the bar over progress events, the table over finished turns' 
 
 from __future__ import annotations
 
+import argparse
+import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -49,6 +51,26 @@ def _print_event(title: str, event: Event) -> None:
         if now > before:
             left = clock(event.seconds_left)
             print(f"{title}  {event.stage} {event.step}/{event.total}, {left} left", flush=True)
+
+
+def say(message: str) -> None:
+    """One line on stderr, whatever the message holds."""
+    print(" ".join(message.split()), file=sys.stderr)
+
+
+def num_bytes(text: str) -> int:
+    """A number of bytes as a user writes it: 4GiB, 1.5 GB, 500m, 1048576.
+
+    Raises:
+        ArgumentTypeError: it is no such number.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; give bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+        )
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def clock(seconds: float) -> str:

@@ -7,6 +7,8 @@ already costs. Oracles are written in float64 by the tests.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -89,3 +91,16 @@ def randomise(module: nn.Module, *, seed: int = 0, std: float = 0.2) -> None:
             parameter.copy_(noise / parameter[0].numel() ** 0.5)
         else:
             parameter.copy_(std * noise)
+
+
+@contextmanager
+def largest_file(num_bytes: int) -> Iterator[None]:
+    """The operating system refuses to let a file grow further, as a full disk does; POSIX alone."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))

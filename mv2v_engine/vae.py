@@ -12,14 +12,15 @@ from __future__ import annotations
 import hashlib
 import json
 import pickle
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mv2v_engine.errors import CheckpointError, VideoError
 from mv2v_engine.ops.conv3d import speed_up_conv3d
@@ -82,6 +83,7 @@ class VideoVAE:
             speed_up_conv3d(self.model)
         self.dtype = dtype
         self.tile_above = tile_above
+        self._lock = threading.Lock()
         self.device: torch.device = self.model.device
         self.temporal_stride = int(config.scale_factor_temporal)
         self.spatial_stride = int(config.scale_factor_spatial)
@@ -122,8 +124,10 @@ class VideoVAE:
         return self.latent_channels, frames, size[0] // stride, size[1] // stride
 
     @torch.no_grad()
-    def encode(self, frames: Tensor) -> Tensor:
+    def encode(self, frames: Tensor, *, check: Callable[[], None] | None = None) -> Tensor:
         """Frames uint8 [T, height, width, 3] to normalised fp32 latents [C, F, H, W].
+
+        check: called before every chunk of frames, of every tile; what it raises ends the work.
 
         Raises:
             VideoError: other frames than these, or a size as in `latent_shape`.
@@ -137,23 +141,27 @@ class VideoVAE:
         self.latent_shape(num_frames, (height, width))
         pixels = frames.to(self.device).permute(3, 0, 1, 2)
         pixels = (pixels.to(torch.float32) / 127.5 - 1).to(self.dtype)
-        # diffusers measures an encoder's tiles in patches, a decoder's in pixels
-        self._set_tiling(height * width, unit=self.model.config.patch_size or 1)
-        with self._clearing():
+        with self._walking(self.model.encoder, check):
+            # diffusers measures an encoder's tiles in patches, a decoder's in pixels
+            self._set_tiling(height * width, unit=self.model.config.patch_size or 1)
             latents_CFHW: Tensor = self.model.encode(pixels[None]).latent_dist.mode()[0].float()
         return (latents_CFHW - self._mean_C111) / self._std_C111
 
     @torch.no_grad()
-    def decode(self, latents_CFHW: Tensor) -> Tensor:
+    def decode(self, latents_CFHW: Tensor, *, check: Callable[[], None] | None = None) -> Tensor:
         """Normalised latents [C, F, H, W] to frames uint8 [T, height, width, 3] on the CPU.
+
+        check: as for `encode`, before every latent frame.
 
         Raises:
             VideoError: the latents have another number of axes or channels.
         """
-        return self.decode_on_device(latents_CFHW).cpu()
+        return self.decode_on_device(latents_CFHW, check=check).cpu()
 
     @torch.no_grad()
-    def decode_on_device(self, latents_CFHW: Tensor) -> Tensor:
+    def decode_on_device(
+        self, latents_CFHW: Tensor, *, check: Callable[[], None] | None = None
+    ) -> Tensor:
         """As `decode`, with the frames left on the model's device."""
         if latents_CFHW.ndim != 4 or len(latents_CFHW) != self.latent_channels:
             raise VideoError(
@@ -161,20 +169,28 @@ class VideoVAE:
                 f"got {list(latents_CFHW.shape)}"
             )
         rows, columns = latents_CFHW.shape[2:]
-        self._set_tiling(rows * columns * self.spatial_stride**2, unit=1)
         latents = latents_CFHW.to(self.device, torch.float32) * self._std_C111 + self._mean_C111
-        with self._clearing():
+        with self._walking(self.model.decoder, check):
+            self._set_tiling(rows * columns * self.spatial_stride**2, unit=1)
             decoded: Tensor = self.model.decode(latents[None].to(self.dtype)).sample[0]
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
 
     @contextmanager
-    def _clearing(self) -> Iterator[None]:
-        """A model that fails between two chunks would keep the last one's features."""
-        try:
-            yield
-        finally:
-            self.model.clear_cache()
+    def _walking(self, part: nn.Module, check: Callable[[], None] | None) -> Iterator[None]:
+        """Call `check` before every call of a part of the model, which runs once a chunk.
+
+        One video at a time: the model keeps the features of the chunks before.
+        """
+        with self._lock, ExitStack() as stack:
+            if check is not None:
+                hook = part.register_forward_pre_hook(lambda module, args: check())
+                stack.callback(hook.remove)
+            try:
+                yield
+            except BaseException:
+                self.model.clear_cache()  # which only a finished walk does
+                raise
 
     def _set_tiling(self, pixels: int, *, unit: int) -> None:
         self.model.use_tiling = False

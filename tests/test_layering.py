@@ -36,7 +36,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"__init__"}),
     frozenset({"machine", "terminal"}),
-    frozenset({"serving", "training", "evaluation"}),
+    frozenset({"serving", "training", "evaluation", "rendering"}),
     frozenset({"run"}),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}

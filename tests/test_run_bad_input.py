@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from mv2v_engine import run
 from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.testing import largest_file
 from mv2v_engine.video.io import write_video
 
 Capture = pytest.CaptureFixture[str]
@@ -250,9 +250,12 @@ def test_rename_file(refused: Refused, tmp_path: Path) -> None:
         (["--guidance", "5"], "has no text encoder, so guidance changes nothing"),
         (["--prompt", "a ball"], "has no text encoder, got the prompt 'a ball'"),
         (["--memory", "all"], "--memory: invalid choice: 'all'"),
-        (["--max-memory", "-1"], "max_memory and cache_bytes must not be negative"),
+        (["--max-memory", "-1"], "max_memory must not be negative, got -1"),
         (["--merge-fraction", "1.5"], "merge_fraction must lie in 0..1, got 1.5"),
         (["--fov-radius", "0"], "fov_radius must be positive"),
+        (["--cache-bytes", "4 apples"], "--cache-bytes: '4 apples' is no size; give bytes, or"),
+        (["--cache-bytes", "1KiB"], "9,216 bytes of latents, cache_bytes allows 1,024; raise it"),
+        (["--device-cache-bytes", "8GiB"], "give 0..4,294,967,296 or raise cache_bytes, got 8,589"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--dtype", "int8"], "--dtype: invalid choice"),
         (["--backend", "triton"], "backend 'triton' was asked for, but it needs a CUDA device"),
@@ -330,12 +333,12 @@ def test_a_damaged_session(refused: Refused, session: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("limit", "file"),
+    ("limit", "code", "file"),
     [
-        (100, "session.json"),
-        (6_000, "turn_01.safetensors"),
-        (11_000, "turn_01_pan_right.mp4"),
-        (60_000, "overview.png"),
+        (100, 2, "session.json"),
+        (6_000, 3, "turn_01.safetensors"),
+        (11_000, 3, "turn_01_pan_right.mp4"),
+        (60_000, 3, "overview.png"),
     ],
 )
 def test_full_disk(
@@ -344,18 +347,15 @@ def test_full_disk(
     tiny_checkpoint: Path,
     capsys: Capture,
     limit: int,
+    code: int,
     file: str,
 ) -> None:
     out = tmp_path / "out"
     cameras = ["--camera", "pan_right", "--camera", "arc_left"]
     where = ["--out", str(out), "--checkpoint", str(tiny_checkpoint), "--device", "cpu"]
     arguments = ["novel-view", str(source_clip), *cameras, *where]
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-    try:
-        assert run.main(arguments) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with largest_file(limit):
+        assert run.main(arguments) == code
     errors = capsys.readouterr().err
     assert errors.startswith("error: cannot write") and errors.count("\n") == 1
     assert file in errors and "File too large" in errors

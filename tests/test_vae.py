@@ -6,6 +6,7 @@ import json
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +16,7 @@ from diffusers import AutoencoderKLWan
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from mv2v_engine.errors import CheckpointError, VideoError
+from mv2v_engine.errors import CancelledError, CheckpointError, VideoError
 from mv2v_engine.vae import VideoVAE, load_vae
 
 CPU = torch.device("cpu")
@@ -111,6 +112,46 @@ def test_encode_is_repeatable_and_takes_one_frame() -> None:
     frames = random_frames(1, 16, 16)
     assert torch.equal(vae.encode(frames), vae.encode(frames))
     assert vae.decode(vae.encode(frames)).shape == (1, 16, 16, 3)
+
+
+def test_a_check_is_called_before_every_chunk_and_ends_the_work() -> None:
+    vae, frames = VideoVAE(tiny_model()), random_frames(9, 32, 48)
+    expected, calls = vae.encode(frames), []
+
+    def check() -> None:
+        calls.append(1)
+        if len(calls) == 2:
+            raise CancelledError("enough")
+
+    latents = vae.encode(frames)
+    for work in (lambda: vae.encode(frames, check=check), lambda: vae.decode(latents, check=check)):
+        calls.clear()
+        with pytest.raises(CancelledError):
+            work()
+        # nothing of the chunks before is left, and nobody asks any longer
+        assert not any(vae.model._enc_feat_map) and not any(vae.model._feat_map)
+        assert torch.equal(vae.encode(frames), expected) and len(calls) == 2
+    calls[:] = [1, 1]
+    vae.encode(frames, check=check)
+    vae.decode(latents, check=check)
+    assert len(calls) == 2 + 3 + 3
+    # every tile is walked by itself
+    vae.tile_above, calls[:] = 0, [1, 1]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mv2v_engine.vae._TILE", 32)
+        patch.setattr("mv2v_engine.vae._TILE_STRIDE", 24)
+        vae.decode(latents, check=check)
+    assert len(calls) == 2 + 3 * 2 * 2
+
+
+def test_two_threads_take_turns() -> None:
+    vae = VideoVAE(tiny_model())
+    clips = [random_frames(9, 32, 48), 255 - random_frames(9, 32, 48)]
+    expected = [vae.encode(clip) for clip in clips]
+    with ThreadPoolExecutor(2) as pool:
+        for _ in range(3):
+            for found, one in zip(pool.map(vae.encode, clips), expected, strict=True):
+                assert torch.equal(found, one)
 
 
 def test_first_latent_frame_is_causal() -> None:

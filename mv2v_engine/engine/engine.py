@@ -18,6 +18,7 @@ from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory
 from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode
 from mv2v_engine.engine.budget import Budget
+from mv2v_engine.engine.footage import RecentFrames
 from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source, load_source
@@ -85,6 +86,7 @@ class Engine:
             page_bytes=self.video_bytes,
         )
         self.budget = Budget(self)
+        self.recent_frames = RecentFrames(config.frames_bytes)
 
     def _check_parts(self) -> None:
         """Refuse parts that do not fit each other before a turn has been paid for."""

@@ -24,10 +24,15 @@ if TYPE_CHECKING:
 
 
 class Recall:
-    """One session's way to its memory. camera: the source's own path."""
+    """One session's way to its memory. camera: the source's own path.
+
+    owner: whose entries in the cache are this session's; another one under the same id has its
+        own.
+    """
 
     def __init__(self, engine: Engine, session_id: str, camera: CameraTrajectory) -> None:
         self.engine, self.session_id, self.camera = engine, session_id, camera
+        self.owner = object()
 
     def entry_id(self, number: int) -> str:
         """What the cache calls a turn of this session."""
@@ -44,7 +49,7 @@ class Recall:
         held = [
             entry
             for entry in self.engine.cache.entries(self.engine.latent_kind)
-            if entry.id.startswith(f"{self.session_id}/")
+            if entry.owner is self.owner
         ]
         shuffle = None
         if config.memory_ranking == "random":

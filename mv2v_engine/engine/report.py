@@ -10,7 +10,7 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoised, Denoiser
 from mv2v_engine.memory.retrieval import Retrieval
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.progress import Spans
+from mv2v_engine.progress import CancelToken, Spans
 from mv2v_engine.tokens.flops import (
     FORWARDS,
     Work,
@@ -35,6 +35,7 @@ class Prepared:
     request: TurnRequest
     retrieval: Retrieval
     denoiser: Denoiser
+    cancel: CancelToken
 
 
 def turn_report(
@@ -69,6 +70,8 @@ def turn_report(
         "predicted_peak_bytes": engine.budget.predict(plan).by_span(),
         "cache_bytes": engine.cache.bytes_used,
         "cache_bytes_by_tier": engine.cache.bytes_by_tier(),
+        # of all the engine's sessions since it was made
+        "cache_counters": engine.cache.counters(),
         **engine.describe(),
     }
 

@@ -1,4 +1,4 @@
-"""A session's folder as its user sees it: videos, a picture of all turns, and the report.
+"""A session's folder as its user sees it: videos, a picture of the newest turns, and the report.
 
     session.json  turns/turn_01.safetensors ...     what a session is resumed from (store.py)
     turn_01_pan_right.mp4 ...  overview.png  report.json
@@ -8,22 +8,29 @@ Every file is whole or absent, and all but the first line can be made again from
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json
 from mv2v_engine.progress import peak_host_bytes
-from mv2v_engine.video.contact_sheet import save_contact_sheet
+from mv2v_engine.video.contact_sheet import Strip, make_strip, save_contact_sheet
 
 FORMAT, VERSION = "mv2v-report", 1
 _MAX_NAME = 60
+# newest turns that the overview shows, so that neither it nor its making grows without end
+MAX_ROWS = 24
+_VIDEO = re.compile(r"turn_\d+_[A-Za-z0-9._-]*\.mp4")
 # what files.replacing leaves behind when the process is killed while it writes
 _UNFINISHED = re.compile(
     r"\.(session|report|overview|turn_\d+.*)-\w{8}\.(json|png|mp4|safetensors)"
@@ -36,6 +43,8 @@ class ResultFolder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, SessionStore(folder)
         self.overview, self.report = folder / "overview.png", folder / "report.json"
+        # what the overview shows of a turn does not change, and decoding it again is dear
+        self._strips: WeakKeyDictionary[Turn, Strip] = WeakKeyDictionary()
 
     def check_writable(self) -> None:
         """Try to write in the folder, or in what it would be made in; leaves nothing.
@@ -80,7 +89,7 @@ class ResultFolder:
             StorageError: another clip or checkpoint, or turns that answer other requests.
         """
         self.store.check_identity(self.store.read(), identity)
-        turns = self.store.turns()
+        turns = [turn for turn, _ in self.store.turns()]
         if len(turns) > len(requests):
             names = ", ".join(turn.trajectory.name for turn in turns)
             raise StorageError(
@@ -125,29 +134,72 @@ class ResultFolder:
                 f"cannot remove earlier results: {error}; choose another folder"
             ) from error
 
-    def publish(self, session: Session, *, version: str) -> list[Path]:
-        """Write what is missing of the session's videos, and the overview and report anew.
+    def publish(
+        self, session: Session, *, version: str, check: Callable[[], None] | None = None
+    ) -> list[Path]:
+        """Write what lacks of the session's turns and videos, and the overview and report anew.
+
+        check: called before every file; what it raises ends the work.
 
         Returns:
             every file a user may want to open.
 
         Raises:
-            StorageError: the disk is full or the folder cannot be written.
+            StorageError: the disk is full or the folder cannot be written; all that could be
+                written is, and the next call writes the rest.
         """
-        videos = []
-        for turn in session.turns:
-            video = self._video(turn.number, turn.trajectory.name)
-            videos.append(video)
+        failures: list[StorageError] = []
+
+        @contextmanager
+        def attempt() -> Iterator[None]:
+            if check is not None:
+                check()
+            try:
+                yield
+            except StorageError as error:
+                failures.append(error)
+
+        with attempt():
+            session.store_missing()
+        videos = self.videos(session)
+        for turn, video in zip(session.turns, videos, strict=True):
             if not video.exists():
-                turn.save(video)
-        rows = [(f"source  {session.source.description['name']}", session.source.frames)]
-        rows += [(_label(turn.report), turn.frames) for turn in session.turns]
-        save_contact_sheet(self.overview, rows)
+                with attempt():
+                    turn.save(video)
+        with attempt():
+            save_contact_sheet(self.overview, self._rows(session))
+        with attempt():
+            save_json(self.report, self._content(session, videos, version))
+        if failures:
+            raise failures[0]
+        return [*videos, self.overview, self.report]
+
+    def videos(self, session: Session) -> list[Path]:
+        """Where each turn's video is written."""
+        return [self._video(turn.number, turn.trajectory.name) for turn in session.turns]
+
+    def _rows(self, session: Session) -> list[Strip]:
+        """The overview: the source, and the newest turns."""
+        hidden = max(len(session.turns) - MAX_ROWS, 0)
+        name = f"source  {session.source.description['name']}"
+        name += f"  (turns 1 to {hidden} are not shown)" if hidden else ""
+        shown = session.turns[hidden:]
+        strips = WeakKeyDictionary(
+            {
+                turn: self._strips.get(turn) or make_strip(_label(turn.report), turn.frames)
+                for turn in shown
+            }
+        )
+        self._strips = strips
+        return [make_strip(name, session.source.frames), *(strips[turn] for turn in shown)]
+
+    def _content(self, session: Session, videos: list[Path], version: str) -> dict[str, Any]:
+        """The report."""
         reports = [
             {**turn.report, "file": video.name}
             for turn, video in zip(session.turns, videos, strict=True)
         ]
-        content = {
+        return {
             "format": FORMAT,
             "version": VERSION,
             "session": session.id,
@@ -157,8 +209,6 @@ class ResultFolder:
             "seconds": round(sum(sum(report["seconds"].values()) for report in reports), 3),
             "peak_host_bytes": peak_host_bytes(),
         }
-        save_json(self.report, content)
-        return [*videos, self.overview, self.report]
 
     def remove_unfinished(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
@@ -180,9 +230,19 @@ class ResultFolder:
             # and the one whose writing a kill may have cut off from the manifest
             for number in range(1, len(rows) + 2):
                 yield self.store.turn_path(number)
+        yield from self._reported_videos()
         yield self.overview
         yield self.report
         yield self.store.manifest
+
+    def _reported_videos(self) -> Iterator[Path]:
+        """Those of turns that had no room beside their videos are in the report alone."""
+        try:
+            content = json.loads(self.report.read_text(encoding="utf-8"))
+            names = [turn["file"] for turn in content["turns"] if content["format"] == FORMAT]
+        except (OSError, ValueError, KeyError, TypeError):
+            return
+        yield from (self.folder / name for name in names if _VIDEO.fullmatch(str(name)))
 
 
 def _label(report: dict[str, Any]) -> str:

@@ -6,15 +6,17 @@ the source's first camera: every pose, asked or remembered, is relative to it (M
 
 from __future__ import annotations
 
-import functools
+import weakref
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.footage import Footage
+from mv2v_engine.engine.keeper import Keeper
 from mv2v_engine.engine.overflow import guarded
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
@@ -22,12 +24,11 @@ from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.reuse import make_denoiser
 from mv2v_engine.engine.runner import Denoised, denoise
 from mv2v_engine.engine.source import Source, source_trajectory
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.store import SessionStore, StoredTurn
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import RequestError
-from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.memory.retrieval import Retrieval
-from mv2v_engine.progress import CancelToken, Event, Spans
+from mv2v_engine.progress import CancelToken, Event, Spans, TurnNotStored
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.plan import TokenPlan
@@ -41,7 +42,11 @@ Result = TypeVar("Result")
 class Session:
     """Made by `Engine.session`; not thread-safe, one turn at a time.
 
-    turns: finished ones in order. source: what the model sees of the clip.
+    With a folder, a session's turns keep their latents there and a session stays as small as its
+    reports; without one, every turn's latents stay in memory. Dropped or closed, it takes its
+    entries in the engine's memory with it.
+
+    source: what the model sees of the clip.
     """
 
     def __init__(
@@ -55,11 +60,22 @@ class Session:
         source_latents: Tensor | None = None,
     ) -> None:
         self.engine, self.source, self.id = engine, source, id
-        self.turns: list[Turn] = []
-        self._store = store
         self._source_latents = source_latents
         camera = source_trajectory(cameras, engine.sampling.num_frames, engine.sampling.size)
         self._recall = Recall(engine, id, camera)
+        self._keeper = Keeper(engine, self._recall, store)
+        # one that is dropped without `close`, wherever its last reference goes
+        weakref.finalize(self, engine.cache.abandon, self._recall.owner).atexit = False
+
+    @property
+    def turns(self) -> list[Turn]:
+        """Finished turns in order."""
+        return self._keeper.turns
+
+    @property
+    def unstored(self) -> tuple[Turn, ...]:
+        """Finished turns that the session's folder has not taken yet."""
+        return tuple(self._keeper.unstored)
 
     def render(
         self,
@@ -87,6 +103,10 @@ class Session:
             MemoryBudgetError: it cannot fit the device, or the memory ended in the middle; the
                 session is as it was.
             CancelledError: the token was set; the session is as it was.
+
+        A turn that the session's folder does not take is returned and remembered all the same: it
+        is in `unstored`, its report has a `storage_error`, a `TurnNotStored` event says so, and
+        the end of the next turn, or `store_missing`, tries again.
         """
         events = self.events(
             camera,
@@ -176,7 +196,10 @@ class Session:
             engine.budget.check(self.plan_turn(request)[1])
         source = self._source_latents
         if source is None:
-            source = yield from _staged(spans, "vae", lambda: engine.vae.encode(self.source.frames))
+            frames = self.source.frames
+            source = yield from _staged(
+                spans, "vae", lambda: engine.vae.encode(frames, check=cancel.check)
+            )
             self._source_latents = source
             cancel.check()
         text, negative_text = yield from _staged(spans, "text", lambda: self._text(request))
@@ -194,7 +217,7 @@ class Session:
             guidance_scale=request.guidance_scale,
             graphs=engine.graphs,
         )
-        return Prepared(request, retrieval, denoiser)
+        return Prepared(request, retrieval, denoiser, cancel)
 
     def finish(
         self, prepared: Prepared, denoised: Denoised, spans: Spans
@@ -202,11 +225,18 @@ class Session:
         """The part of a turn after its last step: decode, store, remember."""
         engine, number = self.engine, len(self.turns) + 1
         latents = denoised.latents.cpu()
-        frames = yield from _staged(spans, "vae", lambda: engine.vae.decode(latents))
+        cancel = prepared.cancel
+        frames = yield from _staged(
+            spans, "vae", lambda: engine.vae.decode(latents, check=cancel.check)
+        )
+        cancel.check()
         report = turn_report(engine, prepared, denoised, spans, number=number)
-        turn = self._turn_of(number, prepared.request.camera, latents, report)
-        turn.__dict__["frames"] = frames  # decoded already
-        self._keep(turn)
+        footage = Footage(latents, engine.vae.decode, engine.recent_frames)
+        footage.decoded(frames)
+        turn = Turn(number, prepared.request.camera, footage, self.source.fps, report)
+        failure = self._keeper.keep(turn)
+        if failure is not None:
+            yield TurnNotStored(number, str(failure))
         return turn
 
     def _text(self, request: TurnRequest) -> tuple[Tensor, Tensor | None]:
@@ -217,14 +247,11 @@ class Session:
         text, *negative = self.engine.text_embeddings(prompts)
         return text, negative[0] if negative else None
 
-    def _turn_of(
-        self, number: int, trajectory: CameraTrajectory, latents: Tensor, report: dict[str, Any]
-    ) -> Turn:
-        decode = self.engine.vae.decode
-        return Turn(number, trajectory, latents, self.source.fps, report, decode)
-
     def adopt(self, turn: Turn) -> None:
         """Take a finished turn of another session of the same source as this one's next turn.
+
+        Its latents stay where they are, in memory or in the other session's folder. If this one's
+        folder does not take it, it is in `unstored`.
 
         Raises:
             RequestError: it was another session's turn of another number.
@@ -234,44 +261,33 @@ class Session:
                 f"this session's next turn is number {len(self.turns) + 1}, got a turn that was "
                 f"number {turn.number}; adopt turns in their order"
             )
-        self._keep(turn)
+        self._keeper.keep(turn)
 
-    def _keep(self, turn: Turn) -> None:
-        """Store, remember, list: a turn that cannot be stored is not remembered either."""
-        digest = None
-        if self._store is not None:
-            digest = self._store.append(turn.number, turn.latents, turn.trajectory, turn.report)
-        self._remember(turn, digest)
-        self.turns.append(turn)
+    def store_missing(self) -> None:
+        """Try again to store what the session's folder has not taken, in order.
 
-    def _remember(self, turn: Turn, digest: str | None) -> None:
-        reload = None
-        if self._store is not None and digest is not None:
-            reload = functools.partial(self._store.latents, turn.number, digest)
-        entry = MemoryEntry(
-            id=self._recall.entry_id(turn.number),
-            turn=turn.number,
-            latents=turn.latents,
-            trajectory=turn.trajectory,
-            key=self.engine.latent_kind.key,
-            reload=reload,
-        )
-        self.engine.cache.add(entry)
+        Raises:
+            StorageError: it does not take the first of them.
+        """
+        self._keeper.store_missing()
 
     def restore(self) -> None:
-        """Take up the turns of the session's folder."""
-        if self._store is None:
-            raise RequestError("this session has no folder to restore from; give it a store")
-        for stored in self._store.turns():
-            turn = self._turn_of(stored.number, stored.trajectory, stored.latents, stored.report)
-            self._remember(turn, stored.digest)
-            self.turns.append(turn)
+        """Take up the turns of the session's folder; of their latents as many as memory holds.
+
+        Raises:
+            RequestError: there is no folder.
+            StorageError: it cannot be read.
+        """
+        self._keeper.restore(self._restored)
+
+    def _restored(self, stored: StoredTurn, read: Callable[[], Tensor]) -> Turn:
+        engine = self.engine
+        footage = Footage(None, engine.vae.decode, engine.recent_frames, read)
+        return Turn(stored.number, stored.trajectory, footage, self.source.fps, stored.report)
 
     def close(self) -> None:
         """Forget this session's memory; its folder stays."""
-        for turn in self.turns:
-            if (id := self._recall.entry_id(turn.number)) in self.engine.cache:
-                self.engine.cache.evict(id)
+        self.engine.cache.forget(self._recall.owner)
 
 
 def _driven(

@@ -8,6 +8,8 @@ list their digest, so that a damaged file is found out however it was damaged.
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,10 +27,9 @@ _TENSORS = ("latents", "poses", "intrinsics")
 
 @dataclass(frozen=True, eq=False)
 class StoredTurn:
-    """A turn as it lies on disk."""
+    """A turn as it lies on disk, its latents apart."""
 
     number: int
-    latents: Tensor
     trajectory: CameraTrajectory
     report: dict[str, Any]
     digest: str
@@ -95,11 +96,15 @@ class SessionStore:
 
         Returns:
             the digest that `latents` asks for.
+
+        Raises:
+            StorageError: the folder does not take it, and is as it was.
         """
+        manifest = self.read()
         values = (latents.cpu(), trajectory.poses, trajectory.intrinsics)
         digest = tensor_digest(*values)
-        save_tensors(self.turn_path(number), dict(zip(_TENSORS, values, strict=True)))
-        manifest = self.read()
+        path = self.turn_path(number)
+        save_tensors(path, dict(zip(_TENSORS, values, strict=True)))
         row = {
             "number": number,
             "camera": trajectory.name,
@@ -108,7 +113,13 @@ class SessionStore:
             "sha256": digest,
         }
         turns = [turn for turn in manifest["turns"] if turn["number"] != number]
-        self._write({**manifest, "turns": [*turns, row]})
+        try:
+            self._write({**manifest, "turns": [*turns, row]})
+        except StorageError:
+            if len(turns) == len(manifest["turns"]):
+                with suppress(OSError):
+                    path.unlink()
+            raise
         return digest
 
     def latents(self, number: int, digest: str) -> Tensor:
@@ -123,29 +134,31 @@ class SessionStore:
             return tensors[0]
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"{path} cannot be read again ({error}); turn {number} is no longer remembered"
+                f"{path} cannot be read again ({error}); restore the file, or go on without what "
+                f"turn {number} remembers"
             ) from error
 
-    def turns(self) -> list[StoredTurn]:
-        """Every finished turn in order.
+    def turns(self) -> Iterator[tuple[StoredTurn, Tensor]]:
+        """Every finished turn in order with its latents, read one by one.
 
         Raises:
             StorageError: a turn that the manifest names is missing or damaged.
         """
-        return [self._load(row) for row in self.read()["turns"]]
+        for row in self.read()["turns"]:
+            yield self._load(row)
 
     def turn_path(self, number: int) -> Path:
         """Where a turn's tensors lie."""
         return self.turns_folder / f"turn_{number:02d}.safetensors"
 
-    def _load(self, row: dict[str, Any]) -> StoredTurn:
+    def _load(self, row: dict[str, Any]) -> tuple[StoredTurn, Tensor]:
         try:
             # rows of before digests were kept have none
             path = self.turn_path(row["number"])
             (latents, poses, intrinsics), digest = self._read(path, row.get("sha256"))
             height, width = row["size"]
             trajectory = CameraTrajectory(poses, intrinsics, (height, width), row["camera"])
-            return StoredTurn(row["number"], latents, trajectory, row["report"], digest)
+            return StoredTurn(row["number"], trajectory, row["report"], digest), latents
         except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
             raise StorageError(
                 f"{self.folder} holds a session whose turns cannot be read ({error}); "

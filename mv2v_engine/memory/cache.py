@@ -6,31 +6,22 @@ not run out while an entry is added.
 
 from __future__ import annotations
 
-import math
 import threading
-from collections import Counter, OrderedDict
+from collections import Counter, OrderedDict, deque
 from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.errors import MemoryBudgetError, RequestError, StorageError
 from mv2v_engine.memory.entry import LatentKind, MemoryEntry
+from mv2v_engine.memory.placement import Held, Placement
 from mv2v_engine.memory.tiers import Arena, Lane, Loose, Tier
 
-_Rank = tuple[bool, float]
-_HIGHEST: _Rank = (True, math.inf)
-
-
-@dataclass(eq=False)
-class _Held:
-    """An entry, its tier (None: on disk alone) and when it was last used."""
-
-    entry: MemoryEntry
-    level: int | None
-    used: int
+# what `MemoryCache.counters` counts
+COUNTERS = ("hits", "misses", "reloads", "demotions", "evictions")
 
 
 class MemoryCache:
@@ -86,8 +77,11 @@ class MemoryCache:
                 Arena("device", device_bytes, page_bytes, self.device, self._lane),
                 Arena("host", host_bytes, page_bytes, host, self._lane),
             ]
-        self._entries: OrderedDict[str, _Held] = OrderedDict()
+        self._entries: OrderedDict[str, Held] = OrderedDict()
         self._pins: Counter[str] = Counter()
+        self._placement = Placement(self._tiers, self._entries, self._pins)
+        self._counts = dict.fromkeys(COUNTERS, 0)
+        self._abandoned: deque[object] = deque()
         self._clock = 0
         # moves call back into `evict`; a disk read holds up the other sessions for milliseconds
         self._lock = threading.RLock()
@@ -95,13 +89,24 @@ class MemoryCache:
     @property
     def bytes_used(self) -> int:
         """Bytes that latents occupy in memory, at most `capacity_bytes`."""
-        with self._lock:
+        with self._swept():
             return sum(tier.bytes_used for tier in self._tiers)
 
     def bytes_by_tier(self) -> dict[str, int]:
         """Bytes occupied in each tier, fastest first."""
-        with self._lock:
+        with self._swept():
             return {tier.name: tier.bytes_used for tier in self._tiers}
+
+    def counters(self) -> dict[str, int]:
+        """What has happened since the cache was made.
+
+        hits, misses: entries asked of `get` or `gather` that memory had, and had not; a miss was
+        read from disk, or could not be had. reloads: entries read from disk, by those or ahead of
+        them by `prefetch`. demotions: moves to a slower tier or to disk alone, evictions: entries
+        forgotten, both to make room.
+        """
+        with self._lock:
+            return dict(self._counts)
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -111,7 +116,7 @@ class MemoryCache:
 
     def ids(self) -> tuple[str, ...]:
         """Ids from the least to the most recently used: the order of eviction."""
-        with self._lock:
+        with self._swept():
             return tuple(self._entries)
 
     def entries(self, key: str | LatentKind | None = None) -> tuple[MemoryEntry, ...]:
@@ -119,7 +124,7 @@ class MemoryCache:
 
         Latents in an arena or on disk are on the meta device: shape and dtype, no bits.
         """
-        with self._lock:
+        with self._swept():
             held = [held.entry for held in self._entries.values()]
         if isinstance(key, LatentKind):
             return tuple(entry for entry in held if entry.kind == key)
@@ -151,7 +156,7 @@ class MemoryCache:
                 f"memory {entry.id!r} is a listed entry without bits; "
                 f"add what get({entry.id!r}) gives"
             )
-        with self._lock:
+        with self._swept():
             largest = max(tier.capacity_bytes for tier in self._tiers)
             if self._tiers[0].size_of(entry) > largest:
                 raise MemoryBudgetError(
@@ -161,11 +166,11 @@ class MemoryCache:
             if entry.id in self:
                 self.evict(entry.id)
             evicted: list[str] = []
-            level, victims = self._place(entry)
+            level, victims = self._placement.place(entry)
             for victim in victims:
                 self._demote(victim, evicted)
             kept = self._tiers[level].keep(entry)
-            self._entries[entry.id] = _Held(kept, level, self._now())
+            self._entries[entry.id] = Held(kept, level, self._now())
             return tuple(evicted)
 
     def get(self, id: str) -> MemoryEntry:
@@ -208,7 +213,7 @@ class MemoryCache:
                 if id not in self._entries:
                     continue
                 held = self._use(id)
-                place = self._promotion(held, ids)
+                place = self._placement.promotion(held, ids)
                 if place is not None:
                     with suppress(StorageError):
                         self._promote(held, self._read(held), place)
@@ -240,7 +245,31 @@ class MemoryCache:
             if held.level is not None:
                 self._tiers[held.level].drop(held.entry)
 
-    def _find(self, id: str) -> _Held:
+    def forget(self, owner: object) -> None:
+        """Evict every entry of an owner."""
+        with self._lock:
+            self._evict_of(owner)
+
+    def abandon(self, owner: object) -> None:
+        """As `forget`, but when the cache is next used.
+
+        Takes no lock: a finalizer may call it while this very thread is in the midst of a move.
+        """
+        self._abandoned.append(owner)
+
+    @contextmanager
+    def _swept(self) -> Iterator[None]:
+        """Hold the lock, with nothing left of owners that are gone."""
+        with self._lock:
+            while self._abandoned:
+                self._evict_of(self._abandoned.popleft())
+            yield
+
+    def _evict_of(self, owner: object) -> None:
+        for id in [id for id, held in self._entries.items() if held.entry.owner is owner]:
+            self.evict(id)
+
+    def _find(self, id: str) -> Held:
         if id not in self._entries:
             held = ", ".join(self._entries) or "nothing"
             raise RequestError(
@@ -252,13 +281,15 @@ class MemoryCache:
         self._clock += 1
         return self._clock
 
-    def _use(self, id: str) -> _Held:
+    def _use(self, id: str) -> Held:
         held = self._entries[id]
         held.used = self._now()
         self._entries.move_to_end(id)
         return held
 
     def _get(self, id: str, keep: Collection[str]) -> MemoryEntry:
+        in_memory = id in self._entries and self._entries[id].level is not None
+        self._counts["hits" if in_memory else "misses"] += 1
         held = self._find(id)
         try:
             bits = self._read(held)
@@ -266,12 +297,12 @@ class MemoryCache:
             self.evict(id)
             raise
         self._use(id)
-        place = self._promotion(held, keep)
+        place = self._placement.promotion(held, keep)
         if place is not None:
             self._promote(held, bits, place)
         return replace(held.entry, latents=self._lane.hand_over(bits))
 
-    def _read(self, held: _Held) -> Tensor:
+    def _read(self, held: Held) -> Tensor:
         """The latents on the device, queued on the lane."""
         if held.level is not None:
             return self._tiers[held.level].read(held.entry)
@@ -285,48 +316,19 @@ class MemoryCache:
                 f"memory {held.entry.id!r} was {kind.dtype} {list(kind.shape)}, its file holds "
                 f"{latents.dtype} {list(latents.shape)}; it is left out"
             )
+        self._counts["reloads"] += 1
         with self._lane.moving():
             return latents.to(self.device, non_blocking=True)
 
-    def _rank(self, held: _Held) -> _Rank:
-        """What goes first has the lowest."""
-        return held.entry.id in self._pins, held.used
-
-    def _victims(
-        self, level: int, num_bytes: int, than: _Rank, keep: Collection[str] = ()
-    ) -> list[_Held] | None:
-        """Who leaves a tier so that `num_bytes` are free, lowest rank first, all below `than`.
-
-        None if that does not suffice.
-        """
-        tier, victims = self._tiers[level], []
-        missing = num_bytes - (tier.capacity_bytes - tier.bytes_used)
-        if missing > 0:
-            here = [held for held in self._entries.values() if held.level == level]
-            for held in sorted(here, key=self._rank):
-                if missing <= 0 or self._rank(held) >= than:
-                    break
-                if held.entry.id not in keep:
-                    victims.append(held)
-                    missing -= tier.size_of(held.entry)
-        return victims if missing <= 0 else None
-
-    def _place(self, entry: MemoryEntry) -> tuple[int, list[_Held]]:
-        """The fastest tier for a new entry, and who leaves it; pinned ones only if they must."""
-        for than in ((entry.id in self._pins, math.inf), _HIGHEST):
-            for level, tier in enumerate(self._tiers):
-                victims = self._victims(level, tier.size_of(entry), than)
-                if victims is not None:
-                    return level, victims
-        raise AssertionError("an entry that fits alone finds no room")
-
-    def _demote(self, held: _Held, evicted: list[str]) -> None:
+    def _demote(self, held: Held, evicted: list[str]) -> None:
         """Move an entry to the next tier that takes it, else to disk, else out."""
         assert held.level is not None
         above = self._tiers[held.level]
         for level in range(held.level + 1, len(self._tiers)):
             below = self._tiers[level]
-            victims = self._victims(level, below.size_of(held.entry), self._rank(held))
+            victims = self._placement.victims(
+                level, below.size_of(held.entry), self._placement.rank(held)
+            )
             if victims is None:
                 continue
             for victim in victims:
@@ -335,36 +337,18 @@ class MemoryCache:
             below.take_over(held.entry, above)
             above.drop(held.entry)
             held.level = level
+            self._counts["demotions"] += 1
             return
         if held.entry.reload is None:
             self.evict(held.entry.id)
             evicted.append(held.entry.id)
+            self._counts["evictions"] += 1
         else:
+            self._counts["demotions"] += 1
             above.drop(held.entry)
             held.entry, held.level = held.entry.outlined(), None
 
-    def _promotion(self, held: _Held, keep: Collection[str]) -> tuple[int, list[_Held]] | None:
-        """The fastest tier above an entry's own that takes it without any loss, and who leaves."""
-        own = len(self._tiers) if held.level is None else held.level
-        for level in range(own):
-            num_bytes = self._tiers[level].size_of(held.entry)
-            victims = self._victims(level, num_bytes, self._rank(held), keep)
-            if victims is not None and self._loses_nothing(victims, level, held):
-                return level, victims
-        return None
-
-    def _loses_nothing(self, victims: list[_Held], level: int, leaving: _Held) -> bool:
-        """Whether the tiers below take the victims into free room, or all there can be reread."""
-        below = range(level + 1, len(self._tiers))
-        free = sum(self._tiers[i].capacity_bytes - self._tiers[i].bytes_used for i in below)
-        if leaving.level is not None:
-            free += self._tiers[leaving.level].size_of(leaving.entry)
-        if sum(self._tiers[level].size_of(victim.entry) for victim in victims) <= free:
-            return True
-        concerned = [*victims, *(held for held in self._entries.values() if held.level in below)]
-        return all(held.entry.reload is not None for held in concerned)
-
-    def _promote(self, held: _Held, bits: Tensor, place: tuple[int, list[_Held]]) -> None:
+    def _promote(self, held: Held, bits: Tensor, place: tuple[int, list[Held]]) -> None:
         """Move an entry up; its own pages are free for those that leave in its place."""
         level, victims = place
         if held.level is not None:

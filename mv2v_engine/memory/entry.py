@@ -34,6 +34,8 @@ class MemoryEntry:
         latents: [C, F, H, W], normalised.
         trajectory: poses in the session's one world, the source's first camera.
         key: which VAE the latents belong to; latents of another VAE mean nothing to a model.
+        owner: whoever can say that it is needed no longer (`MemoryCache.forget`), compared by
+            identity.
         reload: reads the same latents from where they lie on disk, None if they do not; raises
             StorageError if they are lost or damaged.
 
@@ -47,6 +49,7 @@ class MemoryEntry:
     trajectory: CameraTrajectory
     key: str
     reload: Callable[[], Tensor] | None = None
+    owner: object = None
 
     def __post_init__(self) -> None:
         if self.latents.ndim != 4:

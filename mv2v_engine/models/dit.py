@@ -252,7 +252,9 @@ class MV2VTransformer(nn.Module):
             parts.append(self.tokenizers[str(segment.tokenizer)](latent))
         x, layout = torch.cat(parts, dim=1), Layout(plan.layout.runs[: len(latents)])
         frames = torch.arange(layout.num_frames, device=x.device).expand(len(x), -1)
-        rope = _rotary_table(plan, x.device)[None, : layout.length]
+        # a fake tensor's table has no bits: kept, it would be served to real forwards
+        make = _rotary_table if type(x) is Tensor else _rotary_table.__wrapped__
+        rope = make(plan, x.device)[None, : layout.length]
         return Sequence(x, rope, frames, layout)
 
     def _merge(

@@ -6,7 +6,9 @@ T frames.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -14,6 +16,9 @@ from torch import Tensor
 
 from mv2v_engine.errors import VideoError
 from mv2v_engine.files import replacing
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 _CELL_WIDTH = 320  # pixels of a frame on the sheet, about
 _GAP = 4
@@ -28,48 +33,76 @@ def spaced_frames(num_frames: int, count: int) -> list[int]:
     return [round(i * (num_frames - 1) / max(count - 1, 1)) for i in range(count)]
 
 
-def save_contact_sheet(
-    path: Path | str, rows: Sequence[tuple[str, Tensor]], *, columns: int = 5
-) -> None:
+@dataclass(frozen=True, eq=False)
+class Strip:
+    """A row of a sheet: pictures of one size, and which of the video's frames they are."""
+
+    label: str
+    pictures: tuple[Image, ...]
+    frames: tuple[int, ...]
+
+
+def make_strip(label: str, frames: Tensor, *, columns: int = 5) -> Strip:
+    """What a sheet shows of a video.
+
+    Args:
+        frames: uint8 [T, height, width, 3].
+        columns: frames shown.
+
+    Raises:
+        VideoError: other frames than these.
+    """
+    from PIL import Image
+
+    if frames.ndim != 4 or frames.shape[3] != 3 or frames.dtype != torch.uint8 or not len(frames):
+        raise VideoError(
+            "a contact sheet needs rows of uint8 frames [T, height, width, 3], got "
+            f"{frames.dtype} {list(frames.shape)}"
+        )
+    height, width = frames.shape[1:3]
+    # whole factors keep the pixels of a small video as they are
+    factor = _CELL_WIDTH / width if width > _CELL_WIDTH else _CELL_WIDTH // width
+    cell = (round(width * factor), round(height * factor))
+    filter_ = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
+    indices = spaced_frames(len(frames), columns)
+    pictures = tuple(
+        Image.fromarray(np.ascontiguousarray(frames[index].numpy())).resize(cell, filter_)
+        for index in indices
+    )
+    return Strip(label, pictures, tuple(indices))
+
+
+def save_contact_sheet(path: Path | str, rows: Sequence[Strip]) -> None:
     """Write a PNG, whole or not at all.
 
     Args:
-        rows: (label, frames uint8 [T, height, width, 3]); all of one size.
-        columns: frames shown of each row.
+        rows: all of one size; the first one's frames give the columns their names.
 
     Raises:
-        VideoError: no rows, or frames that are not such tensors of one size.
+        VideoError: no rows, or rows of different sizes.
         StorageError: the place cannot be written.
     """
     from PIL import Image, ImageDraw, ImageFont
 
-    sizes = {tuple(frames.shape[1:]) for _, frames in rows}
-    is_video = all(f.ndim == 4 and f.shape[3] == 3 and f.dtype == torch.uint8 for _, f in rows)
-    if len(sizes) != 1 or not is_video:
-        got = ", ".join(f"{frames.dtype} {list(frames.shape)}" for _, frames in rows)
-        raise VideoError(
-            "a contact sheet needs rows of uint8 frames [T, height, width, 3] of one size, got "
-            f"{got or 'no rows'}"
-        )
-    height, width, _ = sizes.pop()
-    # whole factors keep the pixels of a small video as they are
-    factor = _CELL_WIDTH / width if width > _CELL_WIDTH else _CELL_WIDTH // width
-    cell = (round(width * factor), round(height * factor))
-    columns = min(columns, max(len(frames) for _, frames in rows))
+    sizes = {row.pictures[0].size for row in rows}
+    if len(sizes) != 1:
+        got = ", ".join(f"{width}x{height}" for width, height in sorted(sizes))
+        raise VideoError(f"a contact sheet needs rows of one size, got {got or 'no rows'}")
+    cell = sizes.pop()
+    columns = max(len(row.pictures) for row in rows)
     sheet_width = columns * (cell[0] + _GAP) + _GAP
     sheet = Image.new("RGB", (sheet_width, len(rows) * (_STRIP + cell[1] + _GAP)), _PAPER)
     draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(_FONT_SIZE)
     small = ImageFont.load_default(_FONT_SIZE - 4)
-    filter_ = Image.Resampling.NEAREST if factor >= 1 else Image.Resampling.LANCZOS
-    for row, (label, frames) in enumerate(rows):
+    for row, strip in enumerate(rows):
         top = row * (_STRIP + cell[1] + _GAP)
-        draw.text((_GAP, top + _STRIP / 2), label, _INK, font, anchor="lm")
-        for column, index in enumerate(spaced_frames(len(frames), columns)):
+        draw.text((_GAP, top + _STRIP / 2), strip.label, _INK, font, anchor="lm")
+        for column, picture in enumerate(strip.pictures):
             left = _GAP + column * (cell[0] + _GAP)
-            picture = Image.fromarray(np.ascontiguousarray(frames[index].numpy()))
-            sheet.paste(picture.resize(cell, filter_), (left, top + _STRIP))
+            sheet.paste(picture, (left, top + _STRIP))
             if row == 0 and column:
                 place = (left + cell[0], top + _STRIP / 2)
-                draw.text(place, f"frame {index + 1}", _FAINT, small, anchor="rm")
+                name = f"frame {strip.frames[column] + 1}"
+                draw.text(place, name, _FAINT, small, anchor="rm")
     with replacing(Path(path)) as temporary:
         sheet.save(temporary, format="PNG")

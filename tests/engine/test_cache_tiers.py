@@ -82,13 +82,14 @@ def test_a_running_sessions_turns_stay_near(tiny_checkpoint: Path, source_frames
     running.render("pan_right")
     events = running.events("arc_left")
     next(events)
-    for number in range(3):
-        engine.session(source_frames, id=f"other{number}").render("tilt_up")
+    others = [engine.session(source_frames, id=f"other{number}") for number in range(4)]
+    for other in others[:3]:
+        other.render("tilt_up")
     assert engine.cache.tier_of("running/1") == "device"
     events.close()
     assert not engine.cache._pins
     # nobody's now, and the least recently used
-    engine.session(source_frames, id="last").render("tilt_up")
+    others[3].render("tilt_up")
     assert "running/1" not in engine.cache
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 from PIL import Image
 from torch import Tensor
@@ -57,6 +58,20 @@ def test_everything_is_written(results: ResultFolder, session: Session) -> None:
     assert [turn["file"] for turn in report["turns"]] == [path.name for path in written[:2]]
     assert report["turns"][1]["memory"]["retrieved"][0]["turn"] == 1
     assert report["seconds"] > 0 and report["peak_host_bytes"] > 1 << 20
+
+
+def test_the_overview_shows_the_newest_turns(
+    results: ResultFolder, session: Session, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results.publish(session, version="0")
+    both = np.asarray(Image.open(results.overview))
+    monkeypatch.setattr("mv2v_engine.engine.results.MAX_ROWS", 1)
+    results.publish(session, version="0")
+    newest = np.asarray(Image.open(results.overview))
+    row = 26 + 240 + 4
+    assert len(newest) == 2 * row and (newest[row:] == both[2 * row :]).all()
+    # the source's label says what is missing
+    assert (newest[:26] != both[:26]).any() and (newest[26:row] == both[26:row]).all()
 
 
 def test_missing_videos_are_made_again(results: ResultFolder, session: Session) -> None:

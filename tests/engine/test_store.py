@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import json
-import resource
 import shutil
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +17,6 @@ from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.errors import RequestError, StorageError
 
 CAMERAS = ("pan_right", "arc_left", "pan_right")
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """The operating system refuses to let a file grow further, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
 @pytest.fixture
@@ -152,16 +139,3 @@ def test_a_turned_bit_and_a_list_without_digests(
     # as an engine of before digests wrote it
     change(folder, lambda manifest: [row.pop("sha256") for row in manifest["turns"]])
     assert len(engine.session(source_frames, store=folder, resume=True).turns) == 2
-
-
-def test_a_full_disk_costs_the_turn_alone(
-    folder: Path, engine: Engine, source_frames: Tensor
-) -> None:
-    session = engine.session(source_frames, store=folder, resume=True)
-    files = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    ids = engine.cache.ids()
-    with largest_file(500), pytest.raises(StorageError, match=r"cannot write .*File too large"):
-        session.render(CAMERAS[2])
-    assert len(session.turns) == 2 and engine.cache.ids() == ids
-    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == files
-    assert session.render(CAMERAS[2]).number == 3

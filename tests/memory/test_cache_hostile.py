@@ -47,12 +47,14 @@ class HostileUse(RuleBasedStateMachine):
         self.disk: dict[str, Tensor | None] = {}
         self.seed = 0
         self.pins: list[tuple[tuple[str, ...], ExitStack]] = []
+        self.asked = self.reloads = self.evictions = 0
 
     def _reload(self, id: str) -> Callable[[], Tensor]:
         def read() -> Tensor:
             kept = self.disk[id]
             if kept is None:
                 raise StorageError("damaged")
+            self.reloads += 1
             return kept.clone()
 
         return read
@@ -75,6 +77,7 @@ class HostileUse(RuleBasedStateMachine):
             assert self.cache.ids() == before
             return
         evicted = self.cache.add(entry)
+        self.evictions += len(evicted)
         for other in evicted:
             # nothing that can be read again is forgotten
             assert other != id and other not in self.disk
@@ -87,6 +90,7 @@ class HostileUse(RuleBasedStateMachine):
 
     @rule(id=IDS)
     def get(self, id: str) -> None:
+        self.asked += 1
         if id not in self.bits:
             with pytest.raises(RequestError):
                 self.cache.get(id)
@@ -110,6 +114,7 @@ class HostileUse(RuleBasedStateMachine):
             for id in ids
             if id not in self.bits or (self.cache.tier_of(id) == "disk" and self.disk[id] is None)
         }
+        self.asked += len(ids)
         entries, missing = self.cache.gather(ids)
         assert set(missing) == lost
         assert [entry.id for entry in entries] == [id for id in ids if id not in lost]
@@ -156,6 +161,12 @@ class HostileUse(RuleBasedStateMachine):
         assert self.cache.bytes_by_tier() == expected
         assert expected["device"] <= 4 * PAGE and expected["host"] <= 3 * PAGE
         assert self.cache.bytes_used == sum(expected.values()) <= self.cache.capacity_bytes
+
+    @invariant()
+    def uses_are_counted(self) -> None:
+        counters = self.cache.counters()
+        assert counters["hits"] + counters["misses"] == self.asked
+        assert (counters["reloads"], counters["evictions"]) == (self.reloads, self.evictions)
 
     @invariant()
     def pins_are_counted(self) -> None:

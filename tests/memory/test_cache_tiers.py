@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 from collections.abc import Callable, Iterator
 
@@ -307,3 +308,53 @@ def test_bits_survive_moves_that_overlap_the_callers_work(cuda_cache: MemoryCach
             assert torch.equal(doubled.cpu(), originals[id] * 2)
     assert cache.bytes_by_tier() == {"device": 2 << 20, "host": 2 << 20}
     assert cache._tiers[1]._buffer.is_pinned()
+
+
+def test_every_move_is_counted() -> None:
+    cache = make_cache(1, 1)
+    counted = cache.counters()
+    assert set(counted) == {"hits", "misses", "reloads", "demotions", "evictions"}
+
+    def changes() -> dict[str, int]:
+        before = dict(counted)
+        counted.update(cache.counters())
+        return {
+            name: counted[name] - before[name] for name in counted if counted[name] > before[name]
+        }
+
+    bits = random_latents(1, 0)
+    cache.add(make_entry("a", reload=lambda: bits))
+    assert changes() == {}
+    cache.add(make_entry("b"))  # "a" to the host
+    assert changes() == {"demotions": 1}
+    cache.add(make_entry("c"))  # "b" to the host, "a" to disk alone
+    assert changes() == {"demotions": 2}
+    cache.add(make_entry("d"))  # "c" to the host, "b" nowhere
+    assert changes() == {"demotions": 1, "evictions": 1}
+    cache.get("d")
+    assert changes() == {"hits": 1}
+    cache.get("a")  # from disk; moving it up would lose another
+    assert changes() == {"misses": 1, "reloads": 1}
+    with pytest.raises(RequestError):
+        cache.get("b")
+    assert changes() == {"misses": 1}
+    cache.evict("c")
+    cache.prefetch(["a"])  # there is room on the host, so up it goes, and "d" down
+    cache.get("a")
+    found = changes()
+    assert found["reloads"] == found["hits"] == 1 and "misses" not in found
+    cache.evict("a")
+    assert changes() == {}
+
+
+def test_an_owners_entries_go_together() -> None:
+    cache, mine = make_cache(2, 2), object()
+    for seed, id in enumerate("abc"):
+        entry = make_entry(id, seed=seed)
+        cache.add(dataclasses.replace(entry, owner=mine if id != "b" else object()))
+    # as a finalizer does it, in the midst of another use
+    cache.abandon(mine)
+    assert "a" in cache and cache.ids() == ("b",) and cache.bytes_used == PAGE
+    cache.add(dataclasses.replace(make_entry("d"), owner=mine))
+    cache.forget(mine)
+    assert cache.ids() == ("b",)

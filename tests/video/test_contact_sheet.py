@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from mv2v_engine.errors import StorageError, VideoError
-from mv2v_engine.video.contact_sheet import save_contact_sheet, spaced_frames
+from mv2v_engine.video.contact_sheet import make_strip, save_contact_sheet, spaced_frames
 
 GAP, STRIP = 4, 26
 
@@ -27,36 +27,37 @@ def test_frames_are_spaced_from_first_to_last() -> None:
 
 
 def test_every_cell_shows_its_frame(tmp_path: Path) -> None:
-    rows = [("source", grey([10, 20, 30, 40, 50])), ("turn 1", grey([110, 120, 130, 140, 150]))]
-    save_contact_sheet(tmp_path / "sheet.png", rows, columns=3)
+    levels = {"source": [10, 20, 30, 40, 50], "turn 1": [110, 120, 130, 140, 150]}
+    rows = [make_strip(label, grey(of_row), columns=3) for label, of_row in levels.items()]
+    assert rows[0].frames == (0, 2, 4)
+    save_contact_sheet(tmp_path / "sheet.png", rows)
     sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
     width, height = 320, 120  # five times as large
     assert sheet.shape == (2 * (STRIP + height + GAP), 3 * (width + GAP) + GAP, 3)
-    for row, levels in enumerate([(10, 30, 50), (110, 130, 150)]):
+    for row, shown in enumerate([(10, 30, 50), (110, 130, 150)]):
         top = row * (STRIP + height + GAP) + STRIP
         # the label is there: dark ink on white paper
         strip = sheet[top - STRIP : top, : width // 2]
         assert strip.min() < 100 and strip.max() == 255
-        for column, level in enumerate(levels):
+        for column, level in enumerate(shown):
             left = GAP + column * (width + GAP)
             assert (sheet[top : top + height, left : left + width] == level).all()
 
 
 def test_large_frames_are_shrunk(tmp_path: Path) -> None:
-    save_contact_sheet(tmp_path / "sheet.png", [("source", grey([9] * 6, (480, 640)))])
+    save_contact_sheet(tmp_path / "sheet.png", [make_strip("source", grey([9] * 6, (480, 640)))])
     assert Image.open(tmp_path / "sheet.png").size == (5 * 324 + 4, STRIP + 240 + GAP)
 
 
 def test_what_cannot_be_shown(tmp_path: Path) -> None:
-    for rows in (
-        [],
-        [("a", grey([1])), ("b", grey([1], (8, 8)))],
-        [("a", grey([1]).float())],
-        [("a", grey([1])[0])],
-    ):
+    for frames in (grey([1]).float(), grey([1])[0], grey([])):
+        with pytest.raises(VideoError, match="a contact sheet needs rows"):
+            make_strip("a", frames)
+    row = make_strip("a", grey([1]))
+    for rows in ([], [row, make_strip("b", grey([1], (8, 8)))]):
         with pytest.raises(VideoError, match="a contact sheet needs rows"):
             save_contact_sheet(tmp_path / "sheet.png", rows)
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write"):
-        save_contact_sheet(tmp_path / "file" / "sheet.png", [("a", grey([1]))])
+        save_contact_sheet(tmp_path / "file" / "sheet.png", [row])
     assert [path.name for path in tmp_path.iterdir()] == ["file"]

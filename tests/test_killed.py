@@ -1,0 +1,82 @@
+"""A process killed at any moment: what it had finished is there, and the rest goes on bit for bit.
+
+A process of its own loads all libraries once and forks for every run, so that a run costs what its
+turns cost. It has one thread: threads do not survive a fork.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+NUM_KILLS = 5
+CAMERAS = ("pan_right", "arc_left", "pan:8")
+
+FORKS = """
+import json, os, random, signal, sys, time
+from pathlib import Path
+import av, PIL.Image, torch
+torch.set_num_threads(1)
+from mv2v_engine import Engine, run
+from mv2v_engine.engine.store import SessionStore
+
+clip, checkpoint, unbroken, out, kills, *cameras = sys.argv[1:]
+
+def child(folder):
+    asked = [word for camera in cameras for word in ("--camera", camera)]
+    arguments = ["novel-view", clip, *asked, "--out", folder, "--checkpoint", checkpoint,
+                 "--device", "cpu", "--quiet", "--resume"]
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        os._exit(run.main(arguments))
+    return pid
+
+def finished(pid):
+    return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+
+Engine.from_pretrained(checkpoint, device="cpu")
+began = time.monotonic()
+assert finished(child(unbroken)) == 0
+whole = time.monotonic() - began
+choose, counts = random.Random(5), []
+while len(counts) < int(kills):
+    pid = child(out)
+    time.sleep(whole * choose.uniform(0.2, 0.8))
+    os.kill(pid, signal.SIGKILL)
+    if finished(pid) == 0:
+        break  # it was through
+    store = SessionStore(Path(out))
+    counts.append(len(list(store.turns())) if store.exists() else 0)
+print(json.dumps([counts, finished(child(out))]))
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_killed_again_and_again(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
+    folders = [str(tmp_path / name) for name in ("unbroken", "out")]
+    arguments = [str(source_clip), str(tiny_checkpoint), *folders, str(NUM_KILLS), *CAMERAS]
+    done = subprocess.run(
+        [sys.executable, "-c", FORKS, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "MV2V_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    counts, code = json.loads(done.stdout.splitlines()[-1])
+    # every finished turn could be read after every kill, and none was lost again
+    assert code == 0 and counts and counts == sorted(counts)
+    unbroken, out = map(Path, folders)
+    made = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
+    assert made == {path.relative_to(unbroken) for path in unbroken.rglob("*") if path.is_file()}
+    for path in made:
+        if path.suffix in (".mp4", ".safetensors", ".png"):
+            assert (out / path).read_bytes() == (unbroken / path).read_bytes()
