@@ -31,8 +31,8 @@ def split_modulation(
 
     row: which of the B timesteps modulates a token; None is its sample's.
     """
-    parts = (table_16C.float() + temb_B6C.float()).unbind(1)
-    return Modulation(*parts[:3], row_BL), Modulation(*parts[3:], row_BL)
+    shift, scale, gate, *ffn = (table_16C.float() + temb_B6C.float()).unbind(1)
+    return Modulation(shift, scale, gate, row_BL), Modulation(ffn[0], ffn[1], ffn[2], row_BL)
 
 
 def sinusoidal_embedding(timestep_B: Tensor, dim: int) -> Tensor:
