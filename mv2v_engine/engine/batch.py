@@ -20,13 +20,18 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
-from mv2v_engine.errors import CancelledError, RequestError
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.progress import CancelToken, Event
 from mv2v_engine.sampling.guidance import needs_guidance
 
 if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
+
+
+# what a request, a file or a device may bring about; anything else is a fault of the program, and
+# ends the batch
+FAILURES = (MV2VError, RuntimeError, ValueError, OSError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -228,7 +233,7 @@ class TurnBatch:
         except torch.OutOfMemoryError:
             self.token_budget = max(sum(sample.num_tokens for sample in everything) // 2, 1)
             return False
-        except Exception:
+        except FAILURES:
             return False
         for turn, samples in packed.items():
             denoiser, own = self._due[turn], list(islice(velocities, len(samples)))
@@ -240,7 +245,7 @@ class TurnBatch:
         """Whether a turn's work is done; its error ends that turn alone."""
         try:
             work()
-        except Exception as error:
+        except FAILURES as error:
             self._go_on(turn, error)
             return False
         return True
@@ -249,7 +254,7 @@ class TurnBatch:
         """Take a turn to its next step; whether it has one."""
         try:
             denoiser = turn.go_on(error)
-        except Exception as failure:
+        except FAILURES as failure:
             self._fail(turn, failure)
             return False
         if denoiser is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine, EngineConfig, Session, Turn
+from mv2v_engine.engine import graphs
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser
@@ -18,6 +19,7 @@ from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.progress import StepDone
 from mv2v_engine.testing import relative_error
+from tests.engine.graph_stand_in import StandIn
 
 # cameras of earlier turns, the camera asked for, steps, guidance scale
 TURNS: list[tuple[tuple[str, ...], str, int, float]] = [
@@ -74,7 +76,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[list[Sample]]:
 def test_each_turn_is_what_it_is_alone(
     conditioning: Any, worded_checkpoint: Path, source_frames: Tensor, packs: list[list[Sample]]
 ) -> None:
-    config = EngineConfig(conditioning=conditioning)
+    config = EngineConfig(conditioning=conditioning, merge_fraction=0.5)
     engine = Engine.from_pretrained(worded_checkpoint, device="cpu", config=config)
     batched, alone = (
         [_session(engine, source_frames, earlier) for earlier, *_ in TURNS] for _ in range(2)
@@ -88,7 +90,7 @@ def test_each_turn_is_what_it_is_alone(
         assert session.turns[-1] is turn and turn.number == expected.number
         same = ("forwards", "flops", "merged_frames", "plan", "conditioning_bytes")
         assert {k: turn.report[k] for k in same} == {k: expected.report[k] for k in same}
-        assert expected.report["packed_steps"] == 0
+        assert expected.report["packed_steps"] == 0 and turn.report["merged_frames"]
     # the last of four steps is alone; a first static step keeps K and V, and is alone too
     packed = [_turn(result).report["packed_steps"] for result in results]
     assert packed == ([3, 2, 3, 1] if conditioning == "joint" else [2, 1, 2, 0])
@@ -265,14 +267,61 @@ def test_rejects_what_it_cannot_batch(
     assert engine.answer_all([]) == []
 
 
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_packed_and_captured_steps_make_one_turn(
+    conditioning: Any, engine: Engine, source_frames: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The longer turn is packed with the shorter one first, then runs alone: replayed."""
+    monkeypatch.setattr(graphs, "open_recorder", lambda device: StandIn())
+    config = EngineConfig(conditioning=conditioning, graphs="on", merge_fraction=0.5)
+    captured = engine.reconfigured(config)
+    plain = engine.reconfigured(replace(config, graphs="off"))
+    requests = [_request(engine, "pan_left", steps) for steps in (6, 2)]
+    sessions = [_session(captured, source_frames, ("tilt_up",)) for _ in requests]
+    for result, request in zip(
+        captured.answer_all(list(zip(sessions, requests, strict=True))), requests, strict=True
+    ):
+        turn = _turn(result)
+        expected = _session(plain, source_frames, ("tilt_up",)).answer(request)
+        assert relative_error(turn.latents, expected.latents) < ROUNDING
+        assert turn.report["merged_frames"] == expected.report["merged_frames"] != []
+        if request.num_inference_steps == 6:
+            assert turn.report["graphs"]["replayed_steps"] > 0 < turn.report["packed_steps"]
+
+
+def test_steps_that_reuse_earlier_ones_run_alone(engine: Engine, source_frames: Tensor) -> None:
+    reusing = engine.reconfigured(EngineConfig(reuse="approximate"))
+    sessions = [reusing.session(source_frames) for _ in range(2)]
+    request = _request(engine, "pan_left", 4)
+    expected = reusing.session(source_frames).answer(request)
+    for result in reusing.answer_all([(session, request) for session in sessions]):
+        assert torch.equal(_turn(result).latents, expected.latents)
+        assert _turn(result).report["reuse"] == expected.report["reuse"]
+
+
+def test_a_fault_of_the_program_ends_the_batch(engine: Engine, source_frames: Tensor) -> None:
+    def broken(event: TurnEvent) -> None:
+        raise KeyError("no such thing")
+
+    batch = TurnBatch(engine)
+    turns = [
+        batch.add(engine.session(source_frames), _request(engine, "pan_left"), on_progress=listen)
+        for listen in (None, broken)
+    ]
+    with pytest.raises(KeyError):
+        batch.run()
+    assert all(isinstance(turn.result, CancelledError) for turn in turns)
+    assert not engine.cache._pins
+
+
 def test_an_engine_on_the_same_weights_shares_a_batch(
     engine: Engine, source_frames: Tensor
 ) -> None:
     other = engine.reconfigured(EngineConfig(conditioning="static", merge="off"))
-    request: Callable[[Engine], TurnRequest] = lambda own: _request(own, "pan_left", 3)  # noqa: E731
-    turns = [(own.session(source_frames), request(own)) for own in (engine, other)]
+    request = _request(engine, "pan_left", 3)
+    turns = [(own.session(source_frames), request) for own in (engine, other)]
     results = engine.answer_all(turns)
     for result, own in zip(results, (engine, other), strict=True):
-        expected = own.session(source_frames).answer(request(own))
+        expected = own.session(source_frames).answer(request)
         assert relative_error(_turn(result).latents, expected.latents) < ROUNDING
     assert [_turn(result).report["packed_steps"] for result in results] == [2, 2]
