@@ -7,12 +7,14 @@ B batch, L tokens, C width, R rows.
 from __future__ import annotations
 
 from torch import Tensor
+from torch.nn import functional as F
 
 
 def per_token(vector: Tensor, row_BL: Tensor | None) -> Tensor:
     """float32, to be broadcast over tokens: [B, 1, C], or [B, L, C] by rows."""
     wide = vector.float()
-    return wide[:, None] if row_BL is None else wide[row_BL]
+    # on a CPU an embedding copies whole rows, an index element by element
+    return wide[:, None] if row_BL is None else F.embedding(row_BL, wide)
 
 
 def check_vectors(x: Tensor, row: Tensor | None, **vectors: Tensor | None) -> None:
