@@ -218,8 +218,8 @@ class Denoiser:
 
     def samples(self) -> list[Sample] | None:
         """The next step's forwards for a pack, one a branch; None if the step has to run alone."""
-        timestep = self.timestep
-        samples = [branch.sample(self.latents, timestep) for branch in self.branches]
+        noisy, timestep = self.noisy, self.timestep
+        samples = [branch.sample(noisy, timestep) for branch in self.branches]
         ready = [sample for sample in samples if sample is not None]
         return ready if len(ready) == len(samples) else None
 

@@ -168,7 +168,7 @@ def _break_step(monkeypatch: pytest.MonkeyPatch, engine: Engine, steps: int) -> 
     monkeypatch.setattr(Denoiser, "advance", advance)
 
 
-@pytest.mark.parametrize("fault", ["prepare", "step", "progress", "pack", "store", "cancel"])
+@pytest.mark.parametrize("fault", ["prepare", "step", "progress", "pack", "finish", "cancel"])
 def test_a_failing_turn_leaves_the_others_as_they_are(
     fault: str,
     engine: Engine,
@@ -195,8 +195,8 @@ def test_a_failing_turn_leaves_the_others_as_they_are(
         _break_step(monkeypatch, engine, 4)
     elif fault == "pack":
         monkeypatch.setattr(engine.transformer, "forward_packed", _raise)
-    elif fault == "store":
-        monkeypatch.setattr(sessions[1], "_keep", _raise)
+    elif fault == "finish":
+        monkeypatch.setattr(sessions[1], "finish", _raise)
     else:
         error = CancelledError if fault == "cancel" else RuntimeError
     turns = [*zip(sessions, requests, strict=True), again]
