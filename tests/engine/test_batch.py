@@ -14,7 +14,7 @@ from mv2v_engine import CancelToken, Engine, EngineConfig, Session, Turn
 from mv2v_engine.engine import graphs
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.progress import StepDone
@@ -287,6 +287,27 @@ def test_packed_and_captured_steps_make_one_turn(
         assert turn.report["merged_frames"] == expected.report["merged_frames"] != []
         if request.num_inference_steps == 6:
             assert turn.report["graphs"]["replayed_steps"] > 0 < turn.report["packed_steps"]
+
+
+def test_a_replayed_step_forgets_the_merges_of_a_packed_one(
+    engine: Engine, source_frames: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(graphs, "open_recorder", lambda device: StandIn())
+    captured = engine.reconfigured(EngineConfig(graphs="on", merge_fraction=0.5))
+    turn = captured.session(source_frames).hand_over(_request(captured, "pan_left", 4))
+    due = next(event for event in turn if isinstance(event, StepDue)).denoiser
+    for index in range(4):
+        if index == 2:
+            own = due.samples()
+            assert own is not None
+            due.advance(captured.transformer.forward_packed([*own, *own])[:1])
+            stale = list(due.branches[0].records)
+        else:
+            due.step()
+    assert due.graph_report()["replayed_steps"] == 1 and stale
+    records = due.result().records
+    assert len(records) == 2 and not any(record is old for record in records for old in stale)
+    turn.close()
 
 
 def test_steps_that_reuse_earlier_ones_run_alone(engine: Engine, source_frames: Tensor) -> None:
