@@ -20,7 +20,7 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
-from mv2v_engine.errors import CancelledError, MV2VError, RequestError
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.progress import CancelToken, Event
 from mv2v_engine.sampling.guidance import needs_guidance
@@ -29,9 +29,11 @@ if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
 
 
+# of one forward on a GPU: a full-size target by itself, or a hundred small turns
+TOKENS = 32_768
 # what a request, a file or a device may bring about; anything else is a fault of the program, and
 # ends the batch
-FAILURES = (MV2VError, RuntimeError, ValueError, OSError)
+FAILURES = (MV2VError, RuntimeError, ValueError, OSError, MemoryError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,7 +116,11 @@ class TurnBatch:
 
     def __init__(self, engine: Engine, token_budget: int | None = None) -> None:
         self.engine = engine
-        self.token_budget = engine.config.batch_tokens if token_budget is None else token_budget
+        if token_budget is None:
+            token_budget = engine.config.batch_tokens
+        if token_budget is None:
+            token_budget = TOKENS if engine.device.type == "cuda" else 1
+        self.token_budget = token_budget
         if self.token_budget < 1:
             raise RequestError(f"token_budget must be at least 1, got {self.token_budget}")
         self._turns: list[BatchedTurn] = []  # not done yet, oldest first
@@ -230,10 +236,9 @@ class TurnBatch:
         everything = [sample for samples in packed.values() for sample in samples]
         try:
             velocities = iter(self.engine.transformer.forward_packed(everything))
-        except torch.OutOfMemoryError:
-            self.token_budget = max(sum(sample.num_tokens for sample in everything) // 2, 1)
-            return False
-        except FAILURES:
+        except FAILURES as error:
+            if is_out_of_memory(error):
+                self.token_budget = max(sum(sample.num_tokens for sample in everything) // 2, 1)
             return False
         for turn, samples in packed.items():
             denoiser, own = self._due[turn], list(islice(velocities, len(samples)))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine, EngineConfig, Session, Turn
 from mv2v_engine.engine import graphs
-from mv2v_engine.engine.batch import TurnBatch, TurnEvent
+from mv2v_engine.engine.batch import TOKENS, TurnBatch, TurnEvent
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.errors import CancelledError, RequestError
@@ -30,6 +30,12 @@ TURNS: list[tuple[tuple[str, ...], str, int, float]] = [
 ]
 # float32 sums in another order, through the blocks, three steps and guidance
 ROUNDING = 1e-4
+
+
+@pytest.fixture
+def engine(tiny_checkpoint: Path) -> Engine:
+    config = EngineConfig(batch_tokens=TOKENS)
+    return Engine.from_pretrained(tiny_checkpoint, device="cpu", config=config)
 
 
 def _request(engine: Engine, camera: str, steps: int = 2, scale: float = 1.0) -> TurnRequest:
@@ -76,7 +82,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[list[Sample]]:
 def test_each_turn_is_what_it_is_alone(
     conditioning: Any, worded_checkpoint: Path, source_frames: Tensor, packs: list[list[Sample]]
 ) -> None:
-    config = EngineConfig(conditioning=conditioning, merge_fraction=0.5)
+    config = EngineConfig(conditioning=conditioning, merge_fraction=0.5, batch_tokens=TOKENS)
     engine = Engine.from_pretrained(worded_checkpoint, device="cpu", config=config)
     batched, alone = (
         [_session(engine, source_frames, earlier) for earlier, *_ in TURNS] for _ in range(2)
@@ -126,6 +132,25 @@ def test_packs_keep_the_budget(
         ):
             _turn(result)
         assert [[s.num_tokens for s in pack] for pack in packs] == expected
+
+
+def test_on_a_cpu_turns_run_one_after_the_other_unless_told_otherwise(
+    engine: Engine, source_frames: Tensor, packs: list[list[Sample]]
+) -> None:
+    plain = engine.reconfigured(EngineConfig())
+    sessions = [plain.session(source_frames) for _ in range(2)]
+    ended: list[int] = []
+
+    def listen(event: TurnEvent) -> None:
+        if isinstance(event.event, StepDone):
+            ended.append(event.turn)
+
+    request = _request(plain, "pan_left")
+    turns = [(session, request) for session in sessions]
+    expected = plain.session(source_frames).answer(request)
+    for result in plain.answer_all(turns, on_progress=listen):
+        assert torch.equal(_turn(result).latents, expected.latents)
+    assert ended == [0, 0, 1, 1] and not packs
 
 
 def test_a_turn_can_be_added_while_others_run(engine: Engine, source_frames: Tensor) -> None:
@@ -279,7 +304,9 @@ def test_packed_and_captured_steps_make_one_turn(
     requests = [_request(engine, "pan_left", steps) for steps in (6, 2)]
     sessions = [_session(captured, source_frames, ("tilt_up",)) for _ in requests]
     for result, request in zip(
-        captured.answer_all(list(zip(sessions, requests, strict=True))), requests, strict=True
+        captured.answer_all(list(zip(sessions, requests, strict=True)), token_budget=TOKENS),
+        requests,
+        strict=True,
     ):
         turn = _turn(result)
         expected = _session(plain, source_frames, ("tilt_up",)).answer(request)
@@ -315,7 +342,8 @@ def test_steps_that_reuse_earlier_ones_run_alone(engine: Engine, source_frames: 
     sessions = [reusing.session(source_frames) for _ in range(2)]
     request = _request(engine, "pan_left", 4)
     expected = reusing.session(source_frames).answer(request)
-    for result in reusing.answer_all([(session, request) for session in sessions]):
+    turns = [(session, request) for session in sessions]
+    for result in reusing.answer_all(turns, token_budget=TOKENS):
         assert torch.equal(_turn(result).latents, expected.latents)
         assert _turn(result).report["reuse"] == expected.report["reuse"]
 
