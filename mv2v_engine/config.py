@@ -222,6 +222,8 @@ class EngineConfig:
         a CPU.
     text_offload: whether the text encoder's weights wait on the host. "auto": where a turn with
         max_memory videos would not fit beside them.
+    batch_tokens: how many tokens the turns of a batch share in one forward; a longer turn runs
+        alone. None: 32,768 on CUDA; on a CPU, where sharing saves nothing, turn after turn.
     """
 
     backend: BackendName = "auto"
@@ -252,6 +254,7 @@ class EngineConfig:
     feed_forward_chunk: int | None = 16_384
     memory_limit_bytes: int | None = None
     text_offload: TextOffload = "auto"
+    batch_tokens: int | None = None
 
     def __post_init__(self) -> None:
         self._check_reuse()
@@ -266,7 +269,7 @@ class EngineConfig:
         for name in ("max_memory", "cache_bytes", "frames_bytes", "graph_bytes"):
             if getattr(self, name) < 0:
                 raise RequestError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("feed_forward_chunk", "memory_limit_bytes"):
+        for name in ("batch_tokens", "feed_forward_chunk", "memory_limit_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} must be positive, or None for no bound, got {value}")

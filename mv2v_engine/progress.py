@@ -12,6 +12,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 
@@ -81,12 +82,23 @@ def peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+@dataclass(eq=False)
+class _Peak:
+    """A stage under way on a GPU: the most it has seen before the device's peak was reset."""
+
+    device: torch.device
+    bytes: int = 0
+
+
 class Spans:
     """Seconds and peak bytes per stage of one turn, on the device that does the work.
 
-    On a GPU the bytes are a stage's own peak; on a CPU the process's, up to the stage's end.
+    On a GPU the bytes are the most that was allocated while the stage ran, by whomever: stages of
+    turns that run together overlap. On a CPU they are the process's, up to the stage's end.
     current: the stage under way, or the last one.
     """
+
+    _peaks: ClassVar[list[_Peak]] = []
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -100,21 +112,34 @@ class Spans:
         self.current = name
         on_gpu = self.device.type == "cuda"
         if on_gpu:
-            torch.cuda.nvtx.range_push(name)
-            torch.cuda.reset_peak_memory_stats(self.device)
+            # not a stack: stages of turns that run together end in any order
+            span = torch.cuda.nvtx.range_start(name)
+            seen = self._watch_peak()
         began = time.perf_counter()
         try:
             yield StageStarted(name)
         finally:
             if on_gpu:
                 torch.cuda.synchronize(self.device)
-                peak = torch.cuda.max_memory_allocated(self.device)
-                torch.cuda.nvtx.range_pop()
+                peak = max(seen.bytes, torch.cuda.max_memory_allocated(self.device))
+                self._peaks.remove(seen)
+                torch.cuda.nvtx.range_end(span)
             else:
                 peak = peak_host_bytes()
             self.peak_bytes[name] = max(peak, self.peak_bytes.get(name, 0))
             spent = time.perf_counter() - began
             self.seconds[name] = self.seconds.get(name, 0.0) + spent
+
+    def _watch_peak(self) -> _Peak:
+        """Begin a stage's peak without losing what the others under way have seen."""
+        highest = torch.cuda.max_memory_allocated(self.device)
+        for other in list(self._peaks):
+            if other.device == self.device:
+                other.bytes = max(other.bytes, highest)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        own = _Peak(self.device)
+        self._peaks.append(own)
+        return own
 
     def done(self, name: str) -> StageDone:
         """The closing event of a stage."""

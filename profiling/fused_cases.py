@@ -60,7 +60,9 @@ def residual_norm_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
             expected=expected,
             pick=lambda result: torch.cat([part[:, rows] for part in result], -1),
             functional=lambda: plain_residual_norm(x, y, gate, scale, shift, weight),
-            compilable=lambda: residual_norm_reference(x, y, gate, scale, norm_weight, shift, EPS),
+            compilable=lambda: residual_norm_reference(
+                x, y, gate, scale, norm_weight, shift, None, EPS
+            ),
         )
 
     return [

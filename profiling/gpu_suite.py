@@ -51,11 +51,12 @@ def plan(results: Path, commit: str) -> list[Stage]:
     return [
         Stage("build", python("setup.py", "-q", "build_ext", "--inplace"), 40),
         # a file that cannot be collected, for want of a package, must not hide the others
-        Stage("tests", (*tests, "--continue-on-collection-errors", *gpu_tests()), 180),
+        Stage("tests", (*tests, "--continue-on-collection-errors", *gpu_tests()), 170),
         Stage("block", bench("block"), 50),
         Stage("ops", bench("ops", "--seconds", "60"), 100),
-        Stage("turn", bench("turn"), 50),
-        Stage("graphs", bench("graphs"), 60),
+        Stage("turn", bench("turn"), 40),
+        Stage("graphs", bench("graphs"), 50),
+        Stage("batch", bench("batch", "--rounds", "5"), 30),
     ]
 
 

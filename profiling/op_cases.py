@@ -127,7 +127,7 @@ def adaln_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
             x, scale, shift, camera=camera, frame=frame, eps=EPS, backend=backend
         ),
         functional=lambda: plain_adaln(x, scale, shift, camera, frame, EPS),
-        compilable=lambda: adaln_reference(x, scale, shift, camera, frame, EPS),
+        compilable=lambda: adaln_reference(x, scale, shift, camera, frame, None, EPS),
         expected=expected,
         pick=lambda out: out[:, rows],
     )
@@ -151,7 +151,7 @@ def gated_residual_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
         backends=backends_of("gated_residual", device),
         run=lambda backend: gated_residual(x, y, gate, backend=backend),
         functional=lambda: plain_gated_residual(x, y, gate),
-        compilable=lambda: gated_residual_reference(x, y, gate),
+        compilable=lambda: gated_residual_reference(x, y, gate, None),
         expected=lambda dtype: plain_gated_residual(
             x[:, rows].to(dtype), y[:, rows].to(dtype), gate.to(dtype)
         ),

@@ -46,6 +46,47 @@ def test_nested_stages_are_timed_separately() -> None:
     assert spans.seconds["sampling"] >= spans.seconds["models"] >= 0.01
 
 
+def test_stages_that_overlap_each_see_the_peak_of_their_own_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Against a stand-in for the GPU's counters: the highest since the last reset."""
+    allocated, highest, ranges = 0, 0, list[str]()
+
+    def allocate(number: int) -> None:
+        nonlocal allocated, highest
+        allocated, highest = number, max(highest, number)
+
+    def reset(device: torch.device) -> None:
+        nonlocal highest
+        highest = allocated
+
+    def begin(name: str) -> str:
+        ranges.append(name)
+        return name
+
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda device: None)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: highest)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", reset)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_start", begin)
+    monkeypatch.setattr(torch.cuda.nvtx, "range_end", ranges.remove)
+    allocate(50)
+    first, second = (Spans(torch.device("cuda", 0)) for _ in range(2))
+    one, two = first.stage("sampling"), second.stage("vae")
+    allocate(10)
+    one.__enter__()
+    allocate(30)
+    allocate(20)
+    two.__enter__()
+    allocate(25)
+    one.__exit__(None, None, None)
+    allocate(40)
+    two.__exit__(None, None, None)
+    assert first.peak_bytes == {"sampling": 30} and second.peak_bytes == {"vae": 40}
+    with first.stage("sampling"), first.stage("models"):
+        allocate(60)
+    assert first.peak_bytes == {"sampling": 60, "models": 60} and not ranges
+
+
 def test_a_token_cancels_at_the_next_check() -> None:
     token = CancelToken()
     token.check()

@@ -1,6 +1,6 @@
 """LayerNorm, scale and shift, camera add: one read and one write of the tokens.
 
-B batch, L tokens, C width, F frames.
+B batch, L tokens, C width, F frames, R rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def _adaln_kernel(
     shift_ptr,
     camera_ptr,
     frame_ptr,
+    row_ptr,
     out_ptr,
     L,
     eps,
@@ -35,22 +36,33 @@ def _adaln_kernel(
     stride_camera_c,
     stride_frame_b,
     stride_frame_l,
+    stride_row_b,
+    stride_row_l,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
     HAS_CAMERA: tl.constexpr,
+    HAS_ROW: tl.constexpr,
 ):
     i_b = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C).to(tl.int64)
     m_c = o_c < C
     # [BLOCK_C]
-    p_scale = scale_ptr + i_b * stride_scale_b + o_c * stride_scale_c
-    p_shift = shift_ptr + i_b * stride_shift_b + o_c * stride_shift_c
-    b_gain = 1 + tl.load(p_scale, mask=m_c, other=0.0).to(tl.float32)
-    b_shift = tl.load(p_shift, mask=m_c, other=0.0).to(tl.float32)
+    if not HAS_ROW:
+        p_scale = scale_ptr + i_b * stride_scale_b + o_c * stride_scale_c
+        p_shift = shift_ptr + i_b * stride_shift_b + o_c * stride_shift_c
+        b_gain = 1 + tl.load(p_scale, mask=m_c, other=0.0).to(tl.float32)
+        b_shift = tl.load(p_shift, mask=m_c, other=0.0).to(tl.float32)
     for i_row in tl.static_range(ROWS):
         i_l = tl.program_id(0).to(tl.int64) * ROWS + i_row
         m_x = m_c & (i_l < L)
+        if HAS_ROW:
+            p_row = row_ptr + i_b * stride_row_b + i_l * stride_row_l
+            i_r = tl.load(p_row, mask=i_l < L, other=0).to(tl.int64)
+            p_scale = scale_ptr + i_r * stride_scale_b + o_c * stride_scale_c
+            p_shift = shift_ptr + i_r * stride_shift_b + o_c * stride_shift_c
+            b_gain = 1 + tl.load(p_scale, mask=m_x, other=0.0).to(tl.float32)
+            b_shift = tl.load(p_shift, mask=m_x, other=0.0).to(tl.float32)
         p_x = x_ptr + i_b * stride_xb + i_l * stride_xl + o_c * stride_xc
         b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
         mean = tl.sum(b_x, 0) / C
@@ -72,9 +84,13 @@ def launch_adaln(
     shift: Tensor,
     camera: Tensor | None,
     frame: Tensor | None,
+    row: Tensor | None,
     eps: float,
 ) -> Tensor:
-    """x [B, L, C], scale and shift [B, C], camera [B, F, C] by frame [B, L] -> [B, L, C]."""
+    """x [B, L, C], scale and shift [B, C], camera [B, F, C] by frame [B, L] -> [B, L, C].
+
+    With row [B, L], scale and shift [R, C].
+    """
     check_dtypes("adaln", x=x, scale=scale, shift=shift, camera=camera)
     batch, length, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
@@ -90,6 +106,7 @@ def launch_adaln(
             shift,
             x if camera is None else camera,
             x if frame is None else frame,
+            x if row is None else row,
             out,
             length,
             eps,
@@ -98,10 +115,12 @@ def launch_adaln(
             *shift.stride(),
             *((0, 0, 0) if camera is None else camera.stride()),
             *((0, 0) if frame is None else frame.stride()),
+            *((0, 0) if row is None else row.stride()),
             C=width,
             BLOCK_C=block,
             ROWS=ROWS,
             HAS_CAMERA=camera is not None,
+            HAS_ROW=row is not None,
             num_warps=num_warps,
         )
     return out

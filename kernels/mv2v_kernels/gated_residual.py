@@ -1,6 +1,6 @@
 """x + y * gate in one pass: two reads and one write of the tokens.
 
-B batch, L tokens, C width.
+B batch, L tokens, C width, R rows.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ def _gated_residual_kernel(
     x_ptr,
     y_ptr,
     gate_ptr,
+    row_ptr,
     out_ptr,
     L,
     stride_xb,
@@ -28,22 +29,31 @@ def _gated_residual_kernel(
     stride_yc,
     stride_gate_b,
     stride_gate_c,
+    stride_row_b,
+    stride_row_l,
     stride_out_b,
     stride_out_l,
     stride_out_c,
     C: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_ROW: tl.constexpr,
 ):
     i_b = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C).to(tl.int64)
     m_c = o_c < C
     # [BLOCK_C]
-    p_gate = gate_ptr + i_b * stride_gate_b + o_c * stride_gate_c
-    b_gate = tl.load(p_gate, mask=m_c, other=0.0).to(tl.float32)
+    if not HAS_ROW:
+        p_gate = gate_ptr + i_b * stride_gate_b + o_c * stride_gate_c
+        b_gate = tl.load(p_gate, mask=m_c, other=0.0).to(tl.float32)
     for i_row in tl.static_range(ROWS):
         i_l = tl.program_id(0).to(tl.int64) * ROWS + i_row
         m_x = m_c & (i_l < L)
+        if HAS_ROW:
+            p_row = row_ptr + i_b * stride_row_b + i_l * stride_row_l
+            i_r = tl.load(p_row, mask=i_l < L, other=0).to(tl.int64)
+            p_gate = gate_ptr + i_r * stride_gate_b + o_c * stride_gate_c
+            b_gate = tl.load(p_gate, mask=m_x, other=0.0).to(tl.float32)
         p_x = x_ptr + i_b * stride_xb + i_l * stride_xl + o_c * stride_xc
         p_y = y_ptr + i_b * stride_yb + i_l * stride_yl + o_c * stride_yc
         b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
@@ -52,8 +62,8 @@ def _gated_residual_kernel(
         tl.store(p_out, (b_x + b_y * b_gate).to(out_ptr.dtype.element_ty), mask=m_x)
 
 
-def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
-    """x, y [B, L, C], gate [B, C] -> [B, L, C], laid out as x."""
+def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor, row: Tensor | None) -> Tensor:
+    """x, y [B, L, C], gate [B, C] -> [B, L, C], laid out as x. With row [B, L], gate [R, C]."""
     check_dtypes("gated_residual", x=x, y=y, gate=gate)
     batch, length, width = x.shape
     out = torch.empty_like(x)
@@ -67,15 +77,18 @@ def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
             x,
             y,
             gate,
+            x if row is None else row,
             out,
             length,
             *x.stride(),
             *y.stride(),
             *gate.stride(),
+            *((0, 0) if row is None else row.stride()),
             *out.stride(),
             C=width,
             BLOCK_C=block,
             ROWS=ROWS,
+            HAS_ROW=row is not None,
             num_warps=num_warps,
         )
     return out

@@ -1,6 +1,6 @@
 """Residual and the next sublayer's LayerNorm: two reads and two writes of the tokens.
 
-B batch, L tokens, C width.
+B batch, L tokens, C width, R rows.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ def _residual_norm_kernel(
     gate_ptr,
     gain_ptr,
     shift_ptr,
+    row_ptr,
     sum_ptr,
     out_ptr,
     L,
@@ -36,6 +37,8 @@ def _residual_norm_kernel(
     stride_gain_c,
     stride_shift_b,
     stride_shift_c,
+    stride_row_b,
+    stride_row_l,
     stride_sum_b,
     stride_sum_l,
     stride_sum_c,
@@ -44,23 +47,36 @@ def _residual_norm_kernel(
     ROWS: tl.constexpr,
     HAS_GATE: tl.constexpr,
     IS_SCALE: tl.constexpr,
+    HAS_ROW: tl.constexpr,
 ):
     i_b = tl.program_id(1).to(tl.int64)
     o_c = tl.arange(0, BLOCK_C).to(tl.int64)
     m_c = o_c < C
-    # [BLOCK_C]
-    p_gain = gain_ptr + i_b * stride_gain_b + o_c * stride_gain_c
-    p_shift = shift_ptr + i_b * stride_shift_b + o_c * stride_shift_c
-    b_gain = tl.load(p_gain, mask=m_c, other=0.0).to(tl.float32)
-    b_shift = tl.load(p_shift, mask=m_c, other=0.0).to(tl.float32)
-    if IS_SCALE:
-        b_gain += 1
-    if HAS_GATE:
+    # [BLOCK_C]; a LayerNorm's vectors serve every token, with rows or without
+    if not (HAS_ROW and IS_SCALE):
+        p_gain = gain_ptr + i_b * stride_gain_b + o_c * stride_gain_c
+        p_shift = shift_ptr + i_b * stride_shift_b + o_c * stride_shift_c
+        b_gain = tl.load(p_gain, mask=m_c, other=0.0).to(tl.float32)
+        b_shift = tl.load(p_shift, mask=m_c, other=0.0).to(tl.float32)
+        if IS_SCALE:
+            b_gain += 1
+    if HAS_GATE and not HAS_ROW:
         p_gate = gate_ptr + i_b * stride_gate_b + o_c * stride_gate_c
         b_gate = tl.load(p_gate, mask=m_c, other=0.0).to(tl.float32)
     for i_row in tl.static_range(ROWS):
         i_l = tl.program_id(0).to(tl.int64) * ROWS + i_row
         m_x = m_c & (i_l < L)
+        if HAS_ROW:
+            p_row = row_ptr + i_b * stride_row_b + i_l * stride_row_l
+            i_r = tl.load(p_row, mask=i_l < L, other=0).to(tl.int64)
+            if IS_SCALE:
+                p_gain = gain_ptr + i_r * stride_gain_b + o_c * stride_gain_c
+                p_shift = shift_ptr + i_r * stride_shift_b + o_c * stride_shift_c
+                b_gain = 1 + tl.load(p_gain, mask=m_x, other=0.0).to(tl.float32)
+                b_shift = tl.load(p_shift, mask=m_x, other=0.0).to(tl.float32)
+            if HAS_GATE:
+                p_gate = gate_ptr + i_r * stride_gate_b + o_c * stride_gate_c
+                b_gate = tl.load(p_gate, mask=m_x, other=0.0).to(tl.float32)
         p_x = x_ptr + i_b * stride_xb + i_l * stride_xl + o_c * stride_xc
         p_y = y_ptr + i_b * stride_yb + i_l * stride_yl + o_c * stride_yc
         b_x = tl.load(p_x, mask=m_x, other=0.0).to(tl.float32)
@@ -85,15 +101,21 @@ def launch_residual_norm(
     scale: Tensor | None,
     weight: Tensor | None,
     shift: Tensor,
+    row: Tensor | None,
     eps: float,
 ) -> tuple[Tensor, Tensor]:
-    """x, y [B, L, C], gate [B, C], scale and shift [B, C] or weight and shift [C] -> s, h."""
+    """x, y [B, L, C], gate [B, C], scale and shift [B, C] or weight and shift [C] -> s, h.
+
+    With row [B, L], gate, scale and the shift beside a scale are [R, C].
+    """
     check_dtypes("residual_norm", x=x, y=y, gate=gate, scale=scale, weight=weight, shift=shift)
     batch, length, width = x.shape
     total, out = torch.empty_like(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if not out.numel():
         return total, out
-    gain = scale if weight is None else weight
+    # a LayerNorm's vectors serve every sample
+    gain = scale if weight is None else weight.expand(batch, -1)
+    shift = shift if weight is None else shift.expand(batch, -1)
     assert gain is not None
     block, num_warps = row_tile("residual_norm", width)
     grid = (triton.cdiv(length, ROWS), batch)
@@ -105,6 +127,7 @@ def launch_residual_norm(
             x if gate is None else gate,
             gain,
             shift,
+            x if row is None else row,
             total,
             out,
             length,
@@ -112,15 +135,16 @@ def launch_residual_norm(
             *x.stride(),
             *y.stride(),
             *((0, 0) if gate is None else gate.stride()),
-            # a LayerNorm's vectors serve every sample
-            *(gain.expand(batch, -1).stride()),
-            *(shift.expand(batch, -1).stride()),
+            *gain.stride(),
+            *shift.stride(),
+            *((0, 0) if row is None else row.stride()),
             *total.stride(),
             C=width,
             BLOCK_C=block,
             ROWS=ROWS,
             HAS_GATE=gate is not None,
             IS_SCALE=scale is not None,
+            HAS_ROW=row is not None,
             num_warps=num_warps,
         )
     return total, out

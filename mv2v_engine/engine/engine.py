@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import math
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,18 +17,23 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory
 from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode
+from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.footage import RecentFrames
 from mv2v_engine.engine.graphs import open_graphs
+from mv2v_engine.engine.places import component, usable_device
+from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.warmup import warm_up
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError, StorageError
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
+from mv2v_engine.progress import CancelToken
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.tokens.plan import TokenPlan
@@ -140,7 +145,7 @@ class Engine:
             RequestError: no such device.
             KernelUnavailableError: the configured backend cannot run here.
         """
-        place, config = _usable_device(device), config or EngineConfig()
+        place, config = usable_device(device), config or EngineConfig()
         dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
         # refuse before anything large is read
         resolve(config.backend, place)
@@ -148,9 +153,9 @@ class Engine:
         open_graphs(config, place)
         folder = None if components is None else Path(components)
         for part in ("vae", "text_encoder", "tokenizer"):
-            _component(folder, part)
+            component(folder, part)
         checkpoint = load_checkpoint(path_or_name, device=place, dtype=dtype, rename=rename)
-        vae_path = _component(folder, "vae") or checkpoint.vae_path
+        vae_path = component(folder, "vae") or checkpoint.vae_path
         if vae_path is None:
             raise CheckpointError(
                 f"{checkpoint.name} ({checkpoint.format}) holds no VAE; give a Wan diffusers "
@@ -159,8 +164,8 @@ class Engine:
         # convolutions in half precision are slow or missing on a CPU
         vae_dtype = torch.float32 if place.type == "cpu" else dtype
         vae = load_vae(vae_path, device=place, dtype=vae_dtype)
-        text_path = _component(folder, "text_encoder") or checkpoint.text_path
-        tokenizer_path = _component(folder, "tokenizer") or checkpoint.tokenizer_path
+        text_path = component(folder, "text_encoder") or checkpoint.text_path
+        tokenizer_path = component(folder, "tokenizer") or checkpoint.tokenizer_path
         text = None
         if text_path is not None and tokenizer_path is not None:
             text = load_text_encoder(
@@ -287,6 +292,18 @@ class Engine:
                 session.restore()
         return session
 
+    def answer_all(
+        self,
+        turns: Sequence[tuple[Session, TurnRequest]],
+        *,
+        token_budget: int | None = None,
+        cancels: Sequence[CancelToken | None] | None = None,
+        on_progress: Callable[[TurnEvent], None] | None = None,
+    ) -> list[Turn | Exception]:
+        """Answer requests of several sessions together; see `TurnBatch.answer_all`."""
+        batch = TurnBatch(self, token_budget)
+        return batch.answer_all(turns, cancels=cancels, on_progress=on_progress)
+
     def _identity(self, source: Source, cameras: CameraTrajectory | None) -> dict[str, str]:
         """What a resumed session must agree on."""
         return {
@@ -366,27 +383,3 @@ def session_identity(
         "source camera": cameras.name if cameras else "static",
         "checkpoint": checkpoint,
     }
-
-
-def _usable_device(device: torch.device | str | None) -> torch.device:
-    """The device to run on, tried with an allocation."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        place = torch.device(name)
-        torch.empty(0, device=place)
-    except (RuntimeError, AssertionError) as error:
-        reason = str(error).splitlines()[0]
-        raise RequestError(
-            f"device {str(name)!r} cannot be used ({reason}); give cpu, cuda or cuda:N"
-        ) from error
-    return place
-
-
-def _component(folder: Path | None, name: str) -> Path | None:
-    """A sub-folder of the given components, which must exist if a folder was given."""
-    if folder is None:
-        return None
-    path = folder / name
-    if not path.is_dir():
-        raise CheckpointError(f"{folder} has no folder {name!r}; expected a Wan diffusers folder")
-    return path

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import gc
 from collections.abc import Callable, Generator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
-from mv2v_engine.progress import Event, Spans
+from mv2v_engine.progress import Spans
 from mv2v_engine.tokens.plan import TokenPlan
 
 if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
 
+
+Happening = TypeVar("Happening")
 
 # what a failed turn is advised to save, of what was predicted
 _LESS = 0.9
@@ -23,10 +25,10 @@ _LESS = 0.9
 
 def guarded(
     engine: Engine,
-    turn: Generator[Event, None, Turn],
+    turn: Generator[Happening, None, Turn],
     spans: Spans,
     plan: Callable[[], TokenPlan],
-) -> Generator[Event, None, Turn]:
+) -> Generator[Happening, None, Turn]:
     """A turn whose want of memory becomes an error with the numbers, and leaves nothing behind.
 
     Raises:

@@ -59,6 +59,7 @@ def turn_report(
         "plan": plan.describe(),
         "merged_frames": merge_report(plan, denoised.records, retrieval.turns),
         "forwards": denoised.num_forwards,
+        "packed_steps": prepared.denoiser.packed_steps,
         **turn_flops(plan, steps, denoised.work),
         **kept_bytes(engine, prepared.denoiser, steps),
         "approximations": approximations(engine, plan),

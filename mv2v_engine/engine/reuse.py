@@ -94,6 +94,10 @@ class ReusingDenoiser(Denoiser):
             return "whole"
         return "kept" if self.config.reuse_drift is None else "probed"
 
+    def samples(self) -> None:
+        """Its steps run alone: what the next one runs is decided by what this one finds."""
+        return None
+
     @torch.no_grad()
     def step(self) -> None:
         kind, timestep = self.kind, self.timestep

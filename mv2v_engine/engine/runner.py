@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,6 +21,7 @@ from mv2v_engine.engine.buffers import Conditioning, StepBuffers, copied
 from mv2v_engine.engine.lease import Lease
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.forward_pass import TargetResidual
+from mv2v_engine.models.packed import Sample
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.progress import CancelToken, StepDone
@@ -117,12 +119,30 @@ class Branch:
         if self.residual is not None:
             self.residual.release()
 
+    def sample(self, noisy: Tensor, timestep: Tensor) -> Sample | None:
+        """The same forward for a pack; None if it has to run alone, since it keeps K and V."""
+        if self.cache is not None and not self.cache.is_filled:
+            return None
+        is_kept = self.cache is not None
+        if not is_kept:
+            self.records.clear()
+        return Sample(
+            latents=[noisy] if is_kept else [noisy, *self.conditioning.latents],
+            timestep=timestep,
+            encoder_hidden_states=self.text,
+            plan=self.plan,
+            cameras=self.conditioning.cameras,
+            records=self.records,
+            kept=self.cache,
+        )
+
 
 class Denoiser:
     """One turn under way: its latents between two steps, and what the next step needs.
 
     `step` runs a step alone, with graphs where they serve. Whoever runs the branches' forwards
     elsewhere, in a pack with other turns', hands their velocities to `advance`.
+    packed_steps: how many were run in a pack; counted by who packs.
     why_eager: what a turn says that never asked for graphs.
     """
 
@@ -143,7 +163,7 @@ class Denoiser:
         self.transformer, self.plan, self.solver = transformer, plan, solver
         self.guidance_scale = guidance_scale
         self.timesteps = solver.timesteps.to(device)
-        self.index, self.total = 0, len(self.timesteps)
+        self.index, self.total, self.packed_steps = 0, len(self.timesteps), 0
         self._deltas = None if solver.deltas is None else solver.deltas.to(device)
         self._graphs, self._asked = graphs, False
         self._lease = Lease(graphs, None, "graphs are off" if graphs is None else self.why_eager)
@@ -187,11 +207,21 @@ class Denoiser:
         """One step, alone."""
         if self._graphs is not None and not self._asked:
             self._take(self._graphs)
+        for branch in self.branches:
+            if branch.cache is None:
+                branch.records.clear()  # of a step in a pack: a replay leaves none with the branch
         self._load_step()
         kinds = tuple(branch.kind for branch in self.branches)
         is_repeatable = all(branch.is_repeatable for branch in self.branches)
         self._lease.run(kinds if is_repeatable else None, self._forward)
         self._end_step()
+
+    def samples(self) -> list[Sample] | None:
+        """The next step's forwards for a pack, one a branch; None if the step has to run alone."""
+        noisy, timestep = self.noisy, self.timestep
+        samples = [branch.sample(noisy, timestep) for branch in self.branches]
+        ready = [sample for sample in samples if sample is not None]
+        return ready if len(ready) == len(samples) else None
 
     @torch.no_grad()
     def advance(self, velocities: Sequence[Tensor]) -> None:
@@ -274,17 +304,41 @@ class Denoiser:
         self._lease.release()
 
 
+@dataclass(frozen=True, eq=False)
+class StepDue:
+    """A turn waits until its next step has been run by whoever drives it."""
+
+    denoiser: Denoiser
+
+
 def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None, Denoised]:
     """Run a turn to its end, alone; yields after every step.
 
     Raises:
         CancelledError: between two steps, if the token was set.
     """
+    with closing(stepwise(denoiser, cancel)) as turn:
+        while True:
+            try:
+                event = next(turn)
+            except StopIteration as stop:
+                denoised: Denoised = stop.value
+                return denoised
+            if isinstance(event, StepDue):
+                denoiser.step()
+            else:
+                yield event
+
+
+def stepwise(
+    denoiser: Denoiser, cancel: CancelToken
+) -> Generator[StepDone | StepDue, None, Denoised]:
+    """As `denoise`, with every step left to the caller."""
     began, total = time.monotonic(), denoiser.total
     try:
         while not denoiser.is_finished:
             cancel.check()
-            denoiser.step()
+            yield StepDue(denoiser)
             done = denoiser.index
             yield StepDone(STAGE, done, total, (time.monotonic() - began) / done * (total - done))
         cancel.check()

@@ -22,7 +22,7 @@ from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.reuse import make_denoiser
-from mv2v_engine.engine.runner import Denoised, denoise
+from mv2v_engine.engine.runner import Denoised, Denoiser, StepDue, denoise, stepwise
 from mv2v_engine.engine.source import Source, source_trajectory
 from mv2v_engine.engine.store import SessionStore, StoredTurn
 from mv2v_engine.engine.turn import Turn
@@ -37,6 +37,8 @@ if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
 
 Result = TypeVar("Result")
+Happening = TypeVar("Happening", bound="Event | StepDue")
+Steps = Callable[[Denoiser, CancelToken], Generator[Happening, None, Denoised]]
 
 
 class Session:
@@ -152,33 +154,50 @@ class Session:
         self, request: TurnRequest, cancel: CancelToken | None = None
     ) -> Generator[Event, None, Turn]:
         """As `events`, of a request that is already made."""
-        require_novel_view(self.engine.transformer.config, self.engine.checkpoint.name)
-        self.engine.check_text(request.prompt, request.guidance_scale)
-        return self._pinning(self._turn(request, cancel or CancelToken()))
+        return self._begin(request, cancel or CancelToken(), denoise)
+
+    def hand_over(
+        self, request: TurnRequest, cancel: CancelToken | None = None
+    ) -> Generator[Event | StepDue, None, Turn]:
+        """As `perform`, with every step left to the caller: it is due where a `StepDue` comes."""
+        return self._begin(request, cancel or CancelToken(), stepwise)
 
     def plan_turn(self, request: TurnRequest) -> tuple[Retrieval, TokenPlan]:
         """What a turn would remember and the plan it would run, without running it."""
         retrieval = self._recall.rank(request, len(self.turns))
         return retrieval, self._recall.plan(request, retrieval)
 
-    def _pinning(self, turn: Generator[Event, None, Turn]) -> Generator[Event, None, Turn]:
+    def _pinning(self, turn: Generator[Happening, None, Turn]) -> Generator[Happening, None, Turn]:
         """Run a turn while the cache spares this session's entries, the coming one included."""
         numbers = range(1, len(self.turns) + 2)
         with self.engine.cache.pinned(self._recall.entry_id(number) for number in numbers):
             return (yield from turn)
 
-    def _turn(self, request: TurnRequest, cancel: CancelToken) -> Generator[Event, None, Turn]:
+    def _begin(
+        self, request: TurnRequest, cancel: CancelToken, steps: Steps[Happening]
+    ) -> Generator[Event | Happening, None, Turn]:
+        require_novel_view(self.engine.transformer.config, self.engine.checkpoint.name)
+        self.engine.check_text(request.prompt, request.guidance_scale)
+        return self._pinning(self._turn(request, cancel, steps))
+
+    def _turn(
+        self, request: TurnRequest, cancel: CancelToken, steps: Steps[Happening]
+    ) -> Generator[Event | Happening, None, Turn]:
         spans = Spans(self.engine.device)
-        stages = self._stages(request, cancel, spans)
+        stages = self._stages(request, cancel, spans, steps)
         return (yield from guarded(self.engine, stages, spans, lambda: self.plan_turn(request)[1]))
 
     def _stages(
-        self, request: TurnRequest, cancel: CancelToken, spans: Spans
-    ) -> Generator[Event, None, Turn]:
+        self,
+        request: TurnRequest,
+        cancel: CancelToken,
+        spans: Spans,
+        steps: Steps[Happening],
+    ) -> Generator[Event | Happening, None, Turn]:
         prepared = yield from self.prepare(request, cancel, spans)
         with spans.stage("sampling") as started:
             yield started
-            denoised = yield from denoise(prepared.denoiser, cancel)
+            denoised = yield from steps(prepared.denoiser, cancel)
         yield spans.done("sampling")
         return (yield from self.finish(prepared, denoised, spans))
 

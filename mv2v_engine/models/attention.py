@@ -8,7 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.ops.attention import attention
+from mv2v_engine.ops.attention import attention, attention_varlen
+from mv2v_engine.ops.attention_libraries import Pack
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 
 
@@ -33,8 +34,20 @@ class _Projections(nn.Module):
         self.backend = "reference"
         self.attention_backend = "reference"
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return attention(q, k, v, backend=self.attention_backend)
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack | None) -> Tensor:
+        if pack is None:
+            return attention(q, k, v, backend=self.attention_backend)
+        out, _ = attention_varlen(
+            q[0],
+            k[0],
+            v[0],
+            cu_seqlens_q=pack.cu_q,
+            cu_seqlens_k=pack.cu_k,
+            max_seqlen_q=pack.max_q,
+            max_seqlen_k=pack.max_k,
+            backend=self.attention_backend,
+        )
+        return out[None]
 
     def _norm(self, x_BLC: Tensor, weight: Tensor, rope_BLD: Tensor | None = None) -> Tensor:
         """[B, L, N, D], normalised over the full width, turned if there is a table."""
@@ -64,9 +77,12 @@ class SelfAttention(_Projections):
         keys = self._norm(self.to_k(hidden_BLC), self.norm_k.weight, rope_BLD)
         return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """[B, L, N, D], before the output projection."""
-        return self._attention(q, k, v)
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> Tensor:
+        """[B, L, N, D], before the output projection.
+
+        pack: the samples of one packed sequence, each of which attends to itself alone.
+        """
+        return self._attention(q, k, v, pack)
 
     def plain_queries(self, hidden_BLC: Tensor) -> Tensor:
         """Normalised, unrotated queries [B, L, C] for responsiveness (METHOD 6)."""
@@ -80,10 +96,10 @@ class SelfAttention(_Projections):
 class CrossAttention(_Projections):
     """Attention to the text context, without positions and without a mask, as Wan does."""
 
-    def forward(self, hidden_BLC: Tensor, context_BSC: Tensor) -> Tensor:
+    def forward(self, hidden_BLC: Tensor, context_BSC: Tensor, pack: Pack | None = None) -> Tensor:
         k = self._norm(self.to_k(context_BSC), self.norm_k.weight)
         v = self.to_v(context_BSC).unflatten(-1, (self.num_heads, -1))
-        return self.out(self._attention(self._queries(hidden_BLC), k, v))
+        return self.out(self._attention(self._queries(hidden_BLC), k, v, pack))
 
     def _queries(self, hidden_BLC: Tensor) -> Tensor:
         return self._norm(self.to_q(hidden_BLC), self.norm_q.weight)

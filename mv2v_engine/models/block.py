@@ -1,9 +1,14 @@
 """A transformer block: Wan's, with the camera, and its static form (METHOD 5 and 13).
 
+A packed sequence passes like any other: its tokens name their timestep, and attention stays within
+each of its samples.
+
 B batch, L tokens, S text tokens, C width, F frames of the plan, P numbers of a camera.
 """
 
 from __future__ import annotations
+
+from collections.abc import Sequence as Series
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +19,7 @@ from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
 from mv2v_engine.models.feed_forward import FeedForward
 from mv2v_engine.models.joint_cache import JointCache
 from mv2v_engine.models.modulation import Modulation, split_modulation
+from mv2v_engine.models.packed import PackedSequence
 from mv2v_engine.models.static_cache import ConditioningCache, KeysValues
 from mv2v_engine.models.token_merge import Sequence
 from mv2v_engine.ops.adaln import adaln
@@ -38,18 +44,20 @@ class Block(nn.Module):
 
     def forward(
         self,
-        sequence: Sequence,
+        sequence: Sequence | PackedSequence,
         temb_B6C: Tensor,
         context_BSC: Tensor,
         cameras_BFP: Tensor | None,
-        kept: KeysValues | None = None,
+        kept: Series[KeysValues | None] | None = None,
         keep: JointCache | None = None,
     ) -> Tensor:
-        """New tokens [B, L, C]; every token sees every token, and those whose K and V are kept.
+        """New tokens [B, L, C]; every token sees its sample's, and those whose K and V are kept.
 
-        keep: receives the conditioning's own.
+        kept: one for every sample of a pack, otherwise one. keep: receives the conditioning's own.
         """
-        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
+        modulation, ffn_modulation = split_modulation(
+            self.scale_shift_table, temb_B6C, sequence.row
+        )
 
         # 1. self-attention
         attended = self._attend(sequence, temb_B6C, cameras_BFP, kept, keep)
@@ -57,13 +65,13 @@ class Block(nn.Module):
         del attended  # at full size every tensor of all tokens counts: nothing outlives its use
 
         # 2. cross-attention
-        attended = self.attn2(hidden, context_BSC)
+        attended = self.attn2(hidden, context_BSC, sequence.text)
         del hidden
         x, hidden = self._add_adaln(x, attended, ffn_modulation)
         del attended
 
         # 3. feed-forward
-        return gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
+        return self._add_gated(x, self.ffn(hidden), ffn_modulation)
 
     def forward_static(
         self,
@@ -82,7 +90,7 @@ class Block(nn.Module):
         x_c, keys_values = self._forward_conditioning(conditioning, static_temb_B6C, cameras_BFP)
         if keep is not None:
             keep.append(keys_values)
-        x_t = self.forward(target, temb_B6C, context_BSC, cameras_BFP, keys_values)
+        x_t = self.forward(target, temb_B6C, context_BSC, cameras_BFP, [keys_values])
         return torch.cat([x_t, x_c], 1)
 
     def _forward_conditioning(
@@ -96,30 +104,34 @@ class Block(nn.Module):
         attended = self._project(attended)
         x, hidden = self._add_adaln(conditioning.x, attended, ffn_modulation, gate=modulation.gate)
         del attended
-        x = gated_residual(x, self.ffn(hidden), ffn_modulation.gate, backend=self.backend)
-        return x, (keys, values)
+        return self._add_gated(x, self.ffn(hidden), ffn_modulation), (keys, values)
 
     def _attend(
         self,
-        sequence: Sequence,
+        sequence: Sequence | PackedSequence,
         temb_B6C: Tensor,
         cameras_BFP: Tensor | None,
-        kept: KeysValues | None,
+        kept: Series[KeysValues | None] | None,
         keep: JointCache | None,
     ) -> Tensor:
         """What self-attention adds [B, L, C], over kept K and V too; its q, k and v go with it."""
         queries, keys, values = self._queries_keys_values(sequence, temb_B6C, cameras_BFP)
         if keep is not None:
+            assert isinstance(sequence, Sequence)
             keep.refresh((keys, values), sequence)
         if kept is not None:
-            keys = torch.cat([keys, kept[0]], 1)  # one after the other: half the copies at once
-            values = torch.cat([values, kept[1]], 1)
-        attended = self.attn1.attend(queries, keys, values)
+            # one after the other: half the copies at once
+            keys = sequence.followed_by(keys, [pair and pair[0] for pair in kept])
+            values = sequence.followed_by(values, [pair and pair[1] for pair in kept])
+        attended = self.attn1.attend(queries, keys, values, sequence.pack_over(kept))
         del queries, keys, values
         return self._project(attended)
 
     def _queries_keys_values(
-        self, sequence: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
+        self,
+        sequence: Sequence | PackedSequence,
+        temb_B6C: Tensor,
+        cameras_BFP: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, L, N, D] of the sequence's own tokens."""
         hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
@@ -127,10 +139,13 @@ class Block(nn.Module):
         return queries, *self.attn1.keys_values(hidden, sequence.rope)
 
     def attention_input(
-        self, sequence: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
+        self,
+        sequence: Sequence | PackedSequence,
+        temb_B6C: Tensor,
+        cameras_BFP: Tensor | None,
     ) -> Tensor:
         """The modulated tokens, with their cameras, from which q, k and v are made."""
-        modulation, _ = split_modulation(self.scale_shift_table, temb_B6C)
+        modulation, _ = split_modulation(self.scale_shift_table, temb_B6C, sequence.row)
         camera = frames = None
         if self.cam_encoder is not None and cameras_BFP is not None:
             camera = self.cam_encoder(cameras_BFP.to(self.cam_encoder.weight.dtype))
@@ -141,6 +156,7 @@ class Block(nn.Module):
             modulation.shift,
             camera=camera,
             frame=frames,
+            row=modulation.row,
             eps=self.eps,
             backend=self.backend,
         )
@@ -156,6 +172,7 @@ class Block(nn.Module):
             x,
             y,
             gate=modulation.gate,
+            row=modulation.row,
             weight=self.norm2.weight,
             shift=self.norm2.bias,
             eps=self.eps,
@@ -170,8 +187,12 @@ class Block(nn.Module):
             x,
             y,
             gate=gate,
+            row=modulation.row,
             scale=modulation.scale,
             shift=modulation.shift,
             eps=self.eps,
             backend=self.backend,
         )
+
+    def _add_gated(self, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
+        return gated_residual(x, y, modulation.gate, row=modulation.row, backend=self.backend)

@@ -29,6 +29,7 @@ from mv2v_engine.models.forward_pass import (
     check_latents,
 )
 from mv2v_engine.models.modulation import ConditionEmbedder
+from mv2v_engine.models.packed import Sample, run_packed
 from mv2v_engine.models.rope import rotary_table
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import (
@@ -144,6 +145,21 @@ class MV2VTransformer(nn.Module):
         Raises:
             ValueError: no forward has filled the cache.
         """
+        given = (latents, timestep, encoder_hidden_states)
+        begun = self.begin_target(*given, kept=kept, residual=residual)
+        self.run_blocks(begun)
+        return self.finish(begun)
+
+    def begin_target(
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        encoder_hidden_states: Tensor,
+        *,
+        kept: ConditioningCache,
+        residual: TargetResidual | None = None,
+    ) -> ForwardPass:
+        """A forward before its first block, for `run_blocks` and `finish`; as `forward_target`."""
         plan = kept.plan
         if len(kept.blocks) != len(self.blocks):
             raise ValueError(
@@ -157,8 +173,24 @@ class MV2VTransformer(nn.Module):
         begun = ForwardPass(plan, target, temb, temb_6, None, context, kept.cameras, kept=kept)
         if residual is not None:
             begun.leave_in(residual)
-        self.run_blocks(begun)
-        return self.finish(begun)
+        return begun
+
+    def forward_packed(self, samples: Series[Sample]) -> list[Tensor]:
+        """Velocities [1, C_out, F, H, W] of samples whose tokens run as one sequence.
+
+        Each is what `forward`, or `forward_target` where K and V are kept, gives for it alone,
+        within rounding; a single one is run so.
+
+        Raises:
+            ValueError: a sample is no batch of one, is static without K and V, or does not fit
+                the model.
+        """
+        begun = [sample.begin(self) for sample in samples]
+        if len(samples) == 1:
+            self.run_blocks(begun[0], records=samples[0].records)
+        else:
+            run_packed(self, begun, [sample.records for sample in samples])
+        return [self.finish(each) for each in begun]
 
     def forward_residual(
         self, latents: Tensor, timestep: Tensor, *, plan: TokenPlan, residual: TargetResidual
@@ -205,17 +237,16 @@ class MV2VTransformer(nn.Module):
         records: list[MergeRecord] | None = None,
     ) -> None:
         """Take a forward through its next blocks, up to block `stop` or to the end."""
-        is_merging = begun.plan.merge != "off" and begun.kept is None
         for index in range(begun.depth, len(self.blocks) if stop is None else stop):
             block = self.blocks[index]
             assert isinstance(block, Block)
-            if is_merging and index in self.config.merging_blocks:
-                begun.sequence = self._merge(index, block, begun, records)
+            if begun.is_merging and index in self.config.merging_blocks:
+                begun.sequence = self.merge(index, block, begun, records)
             sequence, temb_6, rows = begun.sequence, begun.temb_6, begun.rows
             given: tuple[Any, ...] = (sequence, temb_6, begun.context, rows)
             layer: Callable[..., Tensor] = block
             if begun.kept is not None:
-                given += (begun.kept.of_block(index),)
+                given += ([begun.kept.of_block(index)],)
             elif begun.static_temb is not None:
                 layer = block.forward_static
                 given = (sequence, temb_6, begun.static_temb, begun.context, rows, begun.keep)
@@ -257,7 +288,7 @@ class MV2VTransformer(nn.Module):
         rope = make(plan, x.device)[None, : layout.length]
         return Sequence(x, rope, frames, layout)
 
-    def _merge(
+    def merge(
         self, index: int, block: Block, begun: ForwardPass, records: list[MergeRecord] | None
     ) -> Sequence:
         """Fuse the frames that this block's own queries and keys show to be ignored."""

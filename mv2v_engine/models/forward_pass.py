@@ -62,6 +62,11 @@ class ForwardPass:
     _residual: TargetResidual | None = None
     _embedded: Tensor | None = None
 
+    @property
+    def is_merging(self) -> bool:
+        """Whether the merging blocks have anything to do; what is kept has merged before."""
+        return self.plan.merge != "off" and self.kept is None
+
     def keep_in(self, cache: ConditioningCache) -> None:
         """Keep the conditioning's K and V of the blocks to come."""
         cache.start(self.plan, self.rows)

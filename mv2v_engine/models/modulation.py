@@ -1,6 +1,6 @@
 """Timestep and text conditioning: what modulates a block, and the context it attends to.
 
-Names follow diffusers' `condition_embedder`. B batch, S text tokens, C width.
+Names follow diffusers' `condition_embedder`. B batch, L tokens, S text tokens, C width.
 """
 
 from __future__ import annotations
@@ -16,17 +16,23 @@ from mv2v_engine.config import TransformerConfig
 
 @dataclass(frozen=True, slots=True)
 class Modulation:
-    """One sublayer's shift, scale and gate, float32 [B, C]."""
+    """One sublayer's shift, scale and gate, float32 [B, C]; with row [B, L] rows by token."""
 
     shift: Tensor
     scale: Tensor
     gate: Tensor
+    row: Tensor | None
 
 
-def split_modulation(table_16C: Tensor, temb_B6C: Tensor) -> tuple[Modulation, Modulation]:
-    """The attention's and the feed-forward's modulation, summed in float32."""
-    parts = (table_16C.float() + temb_B6C.float()).unbind(1)
-    return Modulation(*parts[:3]), Modulation(*parts[3:])
+def split_modulation(
+    table_16C: Tensor, temb_B6C: Tensor, row_BL: Tensor | None = None
+) -> tuple[Modulation, Modulation]:
+    """The attention's and the feed-forward's modulation, summed in float32.
+
+    row: which of the B timesteps modulates a token; None is its sample's.
+    """
+    shift, scale, gate, *ffn = (table_16C.float() + temb_B6C.float()).unbind(1)
+    return Modulation(shift, scale, gate, row_BL), Modulation(ffn[0], ffn[1], ffn[2], row_BL)
 
 
 def sinusoidal_embedding(timestep_B: Tensor, dim: int) -> Tensor:

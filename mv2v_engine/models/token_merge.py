@@ -5,13 +5,16 @@ B batch, L tokens, F frames of the sequence, G frames of a group, P tokens of a 
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Series
 from dataclasses import dataclass, replace
 from itertools import accumulate
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from mv2v_engine.config import MergerConfig
+from mv2v_engine.models.static_cache import KeysValues
 from mv2v_engine.ops.token_merge import token_merge
 from mv2v_engine.tokens.layout import Layout, MergeStep
 
@@ -28,6 +31,16 @@ class Sequence:
     rope: Tensor
     frames: Tensor
     layout: Layout
+    # modulation is a sample's and attention dense: other than in a PackedSequence
+    row: ClassVar[None] = None
+    text: ClassVar[None] = None
+
+    def followed_by(self, own: Tensor, kept: Series[Tensor | None]) -> Tensor:
+        """K or V of the sequence's tokens [B, L, N, D], then those kept for it."""
+        return torch.cat([own, *(more for more in kept if more is not None)], 1)
+
+    def pack_over(self, kept: Series[KeysValues | None] | None) -> None:
+        return None
 
     def token_frames(self) -> Tensor:
         """Frame-table index [B, L] of every token."""

@@ -1,6 +1,8 @@
 """Adaptive LayerNorm with the camera: y = LN(x) * (1 + scale) + shift + camera[frame].
 
-Statistics and sums in float32, one rounding at the end. B batch, L tokens, C width, F frames.
+Statistics and sums in float32, one rounding at the end.
+
+B batch, L tokens, C width, F frames, R rows.
 """
 
 from __future__ import annotations
@@ -9,18 +11,20 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.ops.backend import check_tensors, define, implementation
+from mv2v_engine.ops.rows import check_vectors, per_token
 
 
 def adaln_reference(
     x_BLC: Tensor,
-    scale_BC: Tensor,
-    shift_BC: Tensor,
+    scale: Tensor,
+    shift: Tensor,
     camera_BFC: Tensor | None,
     frame_BL: Tensor | None,
+    row_BL: Tensor | None,
     eps: float,
 ) -> Tensor:
     normed = torch.nn.functional.layer_norm(x_BLC.float(), (x_BLC.shape[-1],), eps=eps)
-    y_BLC = normed * (1 + scale_BC.float()[:, None]) + shift_BC.float()[:, None]
+    y_BLC = normed * (1 + per_token(scale, row_BL)) + per_token(shift, row_BL)
     if camera_BFC is not None and frame_BL is not None:
         batch = torch.arange(len(camera_BFC), device=x_BLC.device)[:, None]
         y_BLC = y_BLC + camera_BFC[batch, frame_BL].float()
@@ -29,10 +33,11 @@ def adaln_reference(
 
 _adaln = define(
     "adaln",
-    "(Tensor x, Tensor scale, Tensor shift, Tensor? camera, Tensor? frame, float eps) -> Tensor",
+    "(Tensor x, Tensor scale, Tensor shift, Tensor? camera, Tensor? frame, Tensor? row, float eps) "
+    "-> Tensor",
     adaln_reference,
     # layer_norm lays its result out afresh, whatever the strides of x
-    lambda x, scale, shift, camera, frame, eps: x.new_empty(x.shape),
+    lambda x, scale, shift, camera, frame, row, eps: x.new_empty(x.shape),
 )
 
 
@@ -43,27 +48,26 @@ def adaln(
     *,
     camera: Tensor | None = None,
     frame: Tensor | None = None,
+    row: Tensor | None = None,
     eps: float = 1e-6,
     backend: str = "reference",
 ) -> Tensor:
     """x [B, L, C] modulated by scale, shift [B, C]; camera [B, F, C] added by frame [B, L] (int64).
 
-    The camera embedding joins the modulated state before q, k, v (METHOD 5).
+    The camera embedding joins the modulated state before q, k, v (METHOD 5). With row [B, L]
+    (int64) scale and shift are rows [R, C], and every token names its own; kernels trust it, as
+    they trust frame.
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.
         KernelUnavailableError: the backend was asked for by name and cannot run here.
     """
     check_tensors(
-        x, floating={"scale": scale, "shift": shift, "camera": camera}, indices={"frame": frame}
+        x,
+        floating={"scale": scale, "shift": shift, "camera": camera},
+        indices={"frame": frame, "row": row},
     )
-    if x.ndim != 3:
-        raise ValueError(f"x must have shape [B, L, C], got {tuple(x.shape)}")
-    if scale.shape != (x.shape[0], x.shape[2]) or shift.shape != scale.shape:
-        raise ValueError(
-            f"scale and shift must have shape {(x.shape[0], x.shape[2])}, "
-            f"got {tuple(scale.shape)} and {tuple(shift.shape)}"
-        )
+    check_vectors(x, row, scale=scale, shift=shift)
     if (camera is None) != (frame is None):
         raise ValueError("camera and frame belong together: pass both or neither")
     if camera is not None and frame is not None:
@@ -74,5 +78,5 @@ def adaln(
                 f"got {tuple(camera.shape)} and {tuple(frame.shape)}"
             )
     run = implementation(backend, "adaln", x, adaln_reference, _adaln)
-    result: Tensor = run(x, scale, shift, camera, frame, eps)
+    result: Tensor = run(x, scale, shift, camera, frame, row, eps)
     return result

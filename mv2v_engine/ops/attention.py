@@ -95,25 +95,40 @@ def attention(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "reference") ->
 def attention_varlen_reference(
     q_TND: Tensor, k_SND: Tensor, v_SND: Tensor, cu_seqlens_q: Tensor, cu_seqlens_k: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """One sequence after the other, scores in float32; reads the lengths on the host."""
+    """One sequence after the other; reads the lengths on the host.
+
+    In float32 at least. On a CPU as `attention` does it; elsewhere all scores are formed.
+    """
     out_TND = torch.zeros(q_TND.shape, dtype=q_TND.dtype, device=q_TND.device)
     lse_NT = out_TND.new_full((q_TND.shape[1], len(q_TND)), float("-inf"), dtype=torch.float32)
     starts_q, starts_k = cu_seqlens_q.tolist(), cu_seqlens_k.tolist()
     for index in range(len(starts_q) - 1):
         rows = slice(starts_q[index], starts_q[index + 1])
         keys = slice(starts_k[index], starts_k[index + 1])
-        q, k, v = (t.float().transpose(0, 1) for t in (q_TND[rows], k_SND[keys], v_SND[keys]))
-        if max(q.shape[1], k.shape[1]) > MATH_LIMIT:
-            raise KernelUnavailableError(
-                f"no fused attention takes packed sequences of {q_TND.dtype} on {q_TND.device}, "
-                f"and the math path is refused above {MATH_LIMIT} tokens, got {q.shape[1]} queries "
-                f"and {k.shape[1]} keys; use bfloat16 or float16 on CUDA, or install triton"
-            )
+        q, k, v = (t.transpose(0, 1) for t in (q_TND[rows], k_SND[keys], v_SND[keys]))
         if q.shape[1] and k.shape[1]:
-            scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
-            out_TND[rows] = (scores.softmax(-1) @ v).transpose(0, 1).to(out_TND.dtype)
-            lse_NT[:, rows] = scores.logsumexp(-1)
+            out, lse_NT[:, rows] = _one_of_a_pack(q, k, v)
+            out_TND[rows] = out.transpose(0, 1).to(out_TND.dtype)
     return out_TND, lse_NT
+
+
+def _one_of_a_pack(q_NLD: Tensor, k_NSD: Tensor, v_NSD: Tensor) -> tuple[Tensor, Tensor]:
+    """[N, L, D] and the log-sum-exp [N, L] of one sequence, neither empty, in float32 at least."""
+    wide = torch.promote_types(q_NLD.dtype, torch.float32)
+    q, k, v = (t.to(wide) for t in (q_NLD, k_NSD, v_NSD))
+    if q.device.type == "cpu" and q.stride(-1) == k.stride(-1) == v.stride(-1) == 1:
+        # what scaled_dot_product_attention calls here; it keeps the log-sum-exp to itself
+        fused = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
+        out, lse = fused(q[None], k[None], v[None])
+        return out[0], lse[0]
+    if max(q.shape[1], k.shape[1]) > MATH_LIMIT:
+        raise KernelUnavailableError(
+            f"no fused attention takes packed sequences of {q_NLD.dtype} on {q.device}, and the "
+            f"math path is refused above {MATH_LIMIT} tokens, got {q.shape[1]} queries and "
+            f"{k.shape[1]} keys; use bfloat16 or float16 on CUDA, or install triton"
+        )
+    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    return scores.softmax(-1) @ v, scores.logsumexp(-1)
 
 
 def _varlen(
@@ -164,7 +179,7 @@ def attention_varlen(
     Sequence g has queries cu_seqlens_q[g] to cu_seqlens_q[g + 1] and keys likewise: int32 [G + 1],
     on the device; the kernels trust them. max_seqlen_q, max_seqlen_k: at least the longest, known
     on the host. A sequence without keys gives zeros and -inf. Two results over disjoint keys merge
-    exactly: the weights are softmax(lse). backend: as in `attention`.
+    exactly: the weights are softmax(lse), which has no gradient. backend: as in `attention`.
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.

@@ -1,4 +1,4 @@
-"""Gated residual: x + y * gate, summed in float32. B batch, L tokens, C width."""
+"""Gated residual: x + y * gate, summed in float32. B batch, L tokens, C width, R rows."""
 
 from __future__ import annotations
 
@@ -6,35 +6,41 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.ops.backend import check_tensors, define, implementation
+from mv2v_engine.ops.rows import check_vectors, per_token
 
 
-def gated_residual_reference(x_BLC: Tensor, y_BLC: Tensor, gate_BC: Tensor) -> Tensor:
-    return (x_BLC.float() + y_BLC.float() * gate_BC.float()[:, None]).to(x_BLC.dtype)
+def gated_residual_reference(
+    x_BLC: Tensor, y_BLC: Tensor, gate: Tensor, row_BL: Tensor | None
+) -> Tensor:
+    return (x_BLC.float() + y_BLC.float() * per_token(gate, row_BL)).to(x_BLC.dtype)
 
 
 _gated_residual = define(
     "gated_residual",
-    "(Tensor x, Tensor y, Tensor gate) -> Tensor",
+    "(Tensor x, Tensor y, Tensor gate, Tensor? row) -> Tensor",
     gated_residual_reference,
-    lambda x, y, gate: torch.empty_like(x),
+    lambda x, y, gate, row: torch.empty_like(x),
 )
 
 
-def gated_residual(x: Tensor, y: Tensor, gate: Tensor, *, backend: str = "reference") -> Tensor:
-    """x, y [B, L, C], gate [B, C] -> [B, L, C].
+def gated_residual(
+    x: Tensor,
+    y: Tensor,
+    gate: Tensor,
+    *,
+    row: Tensor | None = None,
+    backend: str = "reference",
+) -> Tensor:
+    """x, y [B, L, C], gate [B, C] -> [B, L, C]; with row [B, L] (int64) gate [R, C] by token.
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.
         KernelUnavailableError: the backend was asked for by name and cannot run here.
     """
-    check_tensors(x, floating={"y": y, "gate": gate})
-    if x.ndim != 3:
-        raise ValueError(f"x must have shape [B, L, C], got {tuple(x.shape)}")
-    if y.shape != x.shape or gate.shape != (x.shape[0], x.shape[2]):
-        raise ValueError(
-            f"y must have shape {tuple(x.shape)} and gate {(x.shape[0], x.shape[2])}, "
-            f"got {tuple(y.shape)} and {tuple(gate.shape)}"
-        )
+    check_tensors(x, floating={"y": y, "gate": gate}, indices={"row": row})
+    check_vectors(x, row, gate=gate)
+    if y.shape != x.shape:
+        raise ValueError(f"y must have shape {tuple(x.shape)}, got {tuple(y.shape)}")
     run = implementation(backend, "gated_residual", x, gated_residual_reference, _gated_residual)
-    result: Tensor = run(x, y, gate)
+    result: Tensor = run(x, y, gate, row)
     return result

@@ -227,6 +227,28 @@ def test_captured_steps_read_the_turns_source(
     assert report["replayed_steps"] == STEPS - (conditioning == "static")
 
 
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_packed_steps_read_each_turns_source(
+    editor: Engine, frames: Tensor, conditioning: Any
+) -> None:
+    plan = editing_plan(editor.transformer.config, GRID, (4, 8), conditioning=conditioning)
+    windows = (frames, frames.flip(2))
+    alone, packed = ([_denoiser(editor, window, plan) for window in windows] for _ in range(2))
+    for _ in range(STEPS):
+        samples = [denoiser.samples() for denoiser in packed]
+        everything = [sample for own in samples if own is not None for sample in own]
+        velocities = editor.transformer.forward_packed(everything)
+        for denoiser in packed:
+            if everything:
+                denoiser.advance([velocities.pop(0) for _ in denoiser.branches])
+            else:
+                denoiser.step()
+        for denoiser in alone:
+            denoiser.step()
+    for got, expected in zip(packed, alone, strict=True):
+        assert relative_error(got.latents, expected.latents) < 1e-4
+
+
 def test_warm_up_runs_a_windows_plan(editor: Engine) -> None:
     plan = editing_plan(editor.transformer.config, GRID, (4, 8))
     assert editor.warmup([plan])[0]["tokens"] == plan.length

@@ -128,21 +128,25 @@ def _tokens(width: int, *, length: int = 2048, dtype: torch.dtype = BF16) -> Ten
     return torch.empty(1, length, width, dtype=dtype)
 
 
-def _adaln(width: int) -> None:
+def _numbers() -> Tensor:
+    return torch.empty(1, 2048, dtype=torch.int64)
+
+
+def _adaln(width: int, *, row: Tensor | None = None) -> None:
     vector, camera = torch.empty(1, width), torch.empty(1, 21, width, dtype=BF16)
-    frame = torch.empty(1, 2048, dtype=torch.int64)
-    adaln(_tokens(width), vector, vector, camera=camera, frame=frame, backend="auto")
+    adaln(_tokens(width), vector, vector, camera=camera, frame=_numbers(), row=row, backend="auto")
 
 
-def _gated_residual(width: int) -> None:
-    gated_residual(_tokens(width), _tokens(width), torch.empty(1, width), backend="auto")
+def _gated_residual(width: int, *, row: Tensor | None = None) -> None:
+    gate = torch.empty(1, width)
+    gated_residual(_tokens(width), _tokens(width), gate, row=row, backend="auto")
 
 
-def _residual_norm(width: int, *, is_affine: bool) -> None:
+def _residual_norm(width: int, *, is_affine: bool, row: Tensor | None = None) -> None:
     vector = torch.empty(1, width)
     gain = {"weight": vector[0], "gate": vector} if is_affine else {"scale": vector}
     shift = vector[0] if is_affine else vector
-    residual_norm(_tokens(width), _tokens(width), shift=shift, **gain, backend="auto")
+    residual_norm(_tokens(width), _tokens(width), shift=shift, **gain, row=row, backend="auto")
 
 
 def _qk_norm_rope(width: int) -> None:
@@ -196,9 +200,13 @@ C = 1536
 CASES: dict[str, Callable[[], None]] = {
     "adaln": lambda: _adaln(C),
     "adaln-3072": lambda: _adaln(2 * C),
+    "adaln-rows": lambda: _adaln(C, row=_numbers()),
     "gated_residual": lambda: _gated_residual(C),
+    "gated_residual-rows": lambda: _gated_residual(C, row=_numbers()),
     "residual_norm": lambda: _residual_norm(C, is_affine=True),
     "residual_norm-3072": lambda: _residual_norm(2 * C, is_affine=False),
+    "residual_norm-rows": lambda: _residual_norm(C, is_affine=False, row=_numbers()),
+    "residual_norm-rows-affine": lambda: _residual_norm(C, is_affine=True, row=_numbers()),
     "qk_norm_rope": lambda: _qk_norm_rope(C),
     "qk_norm_rope-3072": lambda: _qk_norm_rope(2 * C),
     "qk_norm": lambda: _qk_norm(C),

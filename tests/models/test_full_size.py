@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 from mv2v_engine.config import LUCY_5B, WAN_1_3B, TransformerConfig
 from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.packed import Sample
 from mv2v_engine.tokens.editing import window_plan
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
@@ -123,3 +125,22 @@ def test_a_full_size_forward_never_waits_for_data(
     names = ("attention", "frame_responsiveness", "linear_gelu", "token_merge")
     ours = {f"mv2v.{name}" for name in names}
     assert counted & ours == (ours if backend == "auto" else set())
+
+
+def test_a_full_size_pack_never_waits_for_data() -> None:
+    """Ten memory videos beside two and none, on the kernels' operations."""
+    with FakeTensorMode(), torch.no_grad():
+        model = MV2VTransformer(replace(WAN_1_3B, num_layers=3, merge_blocks=None))
+        model.set_backend("auto")
+        samples = [
+            Sample(
+                latents=[torch.empty(1, 16, *segment.grid) for segment in plan.segments],
+                timestep=torch.empty(1),
+                encoder_hidden_states=torch.empty(1, 512, 4096),
+                plan=plan,
+                cameras=torch.empty(1, len(plan.segments), 21, 12),
+            )
+            for plan in (novel_view_plan(memory=n, shape=model.config) for n in (10, 2, 0))
+        ]
+        velocities = model.forward_packed(samples)
+    assert [tuple(v.shape) for v in velocities] == [(1, 16, 21, 60, 104)] * 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.checkpoints import Checkpoint, load_checkpoint
+from mv2v_engine.models.packed import Sample
+from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.testing import FACTOR, relative_error
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
@@ -77,6 +80,75 @@ def test_bfloat16_is_as_exact_as_eager_torch() -> None:
     error, plain = relative_error(got, exact), relative_error(eager, exact)
     print(f"bfloat16: kernels {error:.3g}, eager torch {plain:.3g}")
     assert 0 < error <= FACTOR * plain
+
+
+@torch.inference_mode()
+def _pack(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Sample]:
+    """The next step of three joint and two static turns, the same on every device."""
+    model, config, sampling = checkpoint.transformer, checkpoint.config, checkpoint.sampling
+    device = model.patch_embedding.weight.device
+    generator = torch.Generator().manual_seed(0)
+
+    def new(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator).bfloat16().to(device, dtype)
+
+    samples = []
+    for memory, mode in ((4, "joint"), (0, "joint"), (1, "joint"), (2, "static"), (0, "static")):
+        plan = novel_view_plan(
+            memory=memory,
+            frames=sampling.num_frames,
+            size=sampling.size,
+            shape=config,
+            merge="off",
+            conditioning=mode,
+        )
+        sample = Sample(
+            latents=[new(1, config.in_channels, *segment.grid) for segment in plan.segments],
+            timestep=torch.tensor([900.0 - 150 * memory], device=device),
+            encoder_hidden_states=new(1, config.text_len, config.text_dim),
+            plan=plan,
+            cameras=new(1, len(plan.segments), plan.target.num_frames, 12),
+        )
+        if mode == "static":
+            cache = ConditioningCache(plan)
+            inputs = sample.latents, sample.timestep, sample.encoder_hidden_states
+            with torch.backends.cudnn.flags(allow_tf32=False):
+                model(*inputs, plan=plan, cameras=sample.cameras, keep=cache)
+            sample = replace(sample, latents=sample.latents[:1], kept=cache)
+        samples.append(sample)
+    return samples
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@torch.inference_mode()
+def test_a_pack_is_as_exact_as_its_samples_alone(dtype: torch.dtype) -> None:
+    checkpoint = _load("cuda", dtype)
+    wide = _widened(checkpoint)
+    run, exactly = checkpoint.transformer.forward_packed, wide.transformer.forward_packed
+    wide.transformer.set_backend("reference")
+    checkpoint.transformer.set_backend("triton")
+    samples, oracles = _pack(checkpoint, dtype), _pack(wide, torch.float64)
+    with torch.backends.cudnn.flags(allow_tf32=False):
+        packed, alone = run(samples), [run([sample])[0] for sample in samples]
+    for value, own, oracle in zip(packed, alone, oracles, strict=True):
+        exact = exactly([oracle])[0]
+        error, plain = relative_error(value.cpu(), exact), relative_error(own.cpu(), exact)
+        print(f"{dtype}: packed {error:.3g}, alone {plain:.3g}")
+        assert error <= FACTOR * plain + 1e-6
+
+
+@torch.inference_mode()
+def test_a_pack_never_waits_for_the_device() -> None:
+    checkpoint = _load("cuda", torch.bfloat16)
+    checkpoint.transformer.set_backend("triton")
+    samples = _pack(checkpoint, torch.bfloat16)
+    checkpoint.transformer.forward_packed(samples)  # compiles; makes the tables of positions
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        checkpoint.transformer.forward_packed(samples)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
 
 
 def _widened(checkpoint: Checkpoint) -> Checkpoint:

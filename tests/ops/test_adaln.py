@@ -74,7 +74,7 @@ def test_opcheck(frames: int, is_strided: bool) -> None:
     x, *rest = _inputs(2, 6, 10, frames, torch.float32)
     if is_strided:
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    torch.library.opcheck(torch.ops.mv2v.adaln.default, (x, *rest, 1e-6))
+    torch.library.opcheck(torch.ops.mv2v.adaln.default, (x, *rest, None, 1e-6))
 
 
 def test_compiles_without_graph_breaks() -> None:

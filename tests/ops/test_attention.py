@@ -203,8 +203,31 @@ def test_packed_compiles_without_graph_breaks() -> None:
 def test_packed_math_path_is_refused_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "MATH_LIMIT", 8)
     (q, k, v), lengths = _pack([5, 2], [3, 9], 2, 4, torch.float32)
+    attention_varlen(q, k, v, **lengths)  # as fused as dense attention is here
+    q, k, v = (t.permute(2, 0, 1).contiguous().permute(1, 2, 0) for t in (q, k, v))
     with pytest.raises(KernelUnavailableError, match="above 8 tokens, got 2 queries and 9 keys"):
         attention_varlen(q, k, v, **lengths)
+
+
+def test_packed_sequences_have_the_bits_of_dense_ones_on_a_cpu() -> None:
+    (q, k, v), lengths = _pack([5, 70], [3, 9], 2, 4, torch.float32)
+    out, _ = attention_varlen(q, k, v, **lengths)
+    for rows, keys in ((slice(0, 5), slice(0, 3)), (slice(5, 75), slice(3, 12))):
+        assert torch.equal(out[rows], attention(q[None, rows], k[None, keys], v[None, keys])[0])
+
+
+def test_the_packed_reference_can_be_trained_with() -> None:
+    (q, k, v), lengths = _pack([5], [9], 2, 4, torch.float32)
+    gradients = []
+    for is_packed in (True, False):
+        inputs = [t.clone().requires_grad_() for t in (q, k, v)]
+        if is_packed:
+            out, _ = attention_varlen(*inputs, **lengths)
+        else:
+            out = attention(*(t[None] for t in inputs))[0]
+        gradients.append(torch.autograd.grad(out.square().sum(), inputs))
+    for packed, dense in zip(*gradients, strict=True):
+        torch.testing.assert_close(packed, dense)
 
 
 BAD_PACKS: list[tuple[dict[str, Any], type[Exception], str]] = [

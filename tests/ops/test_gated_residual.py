@@ -42,7 +42,7 @@ def test_opcheck(is_strided: bool) -> None:
     x, y, gate = _inputs((2, 7, 12), torch.float32)
     if is_strided:
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
-    torch.library.opcheck(torch.ops.mv2v.gated_residual.default, (x, y, gate))
+    torch.library.opcheck(torch.ops.mv2v.gated_residual.default, (x, y, gate, None))
 
 
 def test_compiles_without_graph_breaks() -> None:

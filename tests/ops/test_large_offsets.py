@@ -70,6 +70,21 @@ def test_camera_rows(backend: str) -> None:
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
+def test_modulation_rows(backend: str) -> None:
+    x, row = torch.randn(1, 3, 16).half(), torch.tensor([[0, 2, 1]])
+    by_row = {"row": row, "backend": backend}
+
+    def norm(vector: Tensor) -> Tensor:
+        add = {"gate": vector, "scale": vector, "shift": vector}
+        return residual_norm(x, x, **add, **by_row)[1]
+
+    rows = torch.randn(3, 16).half()
+    agree(lambda vector: adaln(x, vector, vector, **by_row), rows, 0)
+    agree(lambda vector: gated_residual(x, x, vector, **by_row), rows, 0)
+    agree(norm, rows, 0)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_responsiveness(backend: str) -> None:
     rows = torch.randn(1, 3, 16).half()
 

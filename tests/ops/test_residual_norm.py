@@ -82,7 +82,7 @@ def test_strided_tokens(backend: str) -> None:
 def test_opcheck(form: str) -> None:
     x, y, vectors = _inputs((2, 7, 12), form)
     names = ("gate", "scale", "weight", "shift")
-    arguments = (x, y, *(vectors.get(name) for name in names), 1e-6)
+    arguments = (x, y, *(vectors.get(name) for name in names), None, 1e-6)
     torch.library.opcheck(torch.ops.mv2v.residual_norm.default, arguments)
     strided = x.transpose(0, 1).contiguous().transpose(0, 1)
     torch.library.opcheck(torch.ops.mv2v.residual_norm.default, (strided, *arguments[1:]))

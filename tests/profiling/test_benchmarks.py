@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import bench_batch
 import bench_block
 import bench_graphs
 import bench_ops
@@ -74,6 +75,35 @@ def test_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for row in found:
         ratio = row["ms"] / fused[row["workload"]]
         assert row["speedup"] == pytest.approx(ratio, rel=0.01, abs=1e-3)
+
+
+def test_packed_turns(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out, threads = tmp_path / "batch.jsonl", torch.get_num_threads()
+    run(bench_batch, monkeypatch, "--turns", "2", "9", "--rounds", "1", "--out", str(out))
+    torch.set_num_threads(threads)
+    found = rows(out)
+    # nine turns are more than there is time for
+    asked = [("joint", 2), ("static", 2)]
+    assert [(row["conditioning"], row["turns"]) for row in found] == asked
+    # 300 tokens of a target each; joint turns have a source too, and one of them three memories
+    assert [row["tokens"] for row in found] == [1425, 600]
+    for row in found:
+        assert (
+            row["speedup"]
+            == row["speedups"][0]
+            == pytest.approx(row["alone_ms"] / row["packed_ms"], rel=1e-2)
+        )
+        assert row["error"] < 1e-5 and row["clip"] == "17x96x160" and row["commit"] == "abc"
+    assert capsys.readouterr().out.splitlines()[-1].startswith("packing pays")
+
+
+def test_the_verdict_on_packing_names_where_it_pays() -> None:
+    row = {"model": "m", "clip": "c", "conditioning": "joint", "turns": 2, "speedup": 1.2}
+    assert bench_batch.verdict([row]).endswith("for 2 x m c joint (1.2x)")
+    others = [row | {"turns": 1}, row | {"speedup": 1.01}, {**row, "speedup": 0}]
+    assert "pays nowhere" in bench_batch.verdict(others)
 
 
 @pytest.mark.parametrize("has_camera", [True, False])

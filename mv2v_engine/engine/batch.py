@@ -1,0 +1,277 @@
+"""Turns of several sessions at once: every tick packs their next steps into one forward.
+
+A turn enters when there is room for its tokens and leaves when it is done, whatever the others do.
+What it does besides its steps (encode, recall, decode, store) runs between two ticks, one turn
+after the other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Generator, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import count, islice
+from typing import TYPE_CHECKING
+
+import torch
+
+from mv2v_engine.engine.admission import admit
+from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.runner import Denoiser, StepDue
+from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.turn import Turn
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
+from mv2v_engine.models.packed import Sample
+from mv2v_engine.progress import CancelToken, Event
+from mv2v_engine.sampling.guidance import needs_guidance
+
+if TYPE_CHECKING:
+    from mv2v_engine.engine.engine import Engine
+
+
+# of one forward on a GPU: a full-size target by itself, or a hundred small turns
+TOKENS = 32_768
+# what a request, a file or a device may bring about; anything else is a fault of the program, and
+# ends the batch
+FAILURES = (MV2VError, RuntimeError, ValueError, OSError, MemoryError)
+
+
+@dataclass(frozen=True, slots=True)
+class TurnEvent:
+    """What happened to one turn. turn: its number in the batch, from 0; session: its id."""
+
+    turn: int
+    session: str
+    event: Event
+
+
+class BatchedTurn:
+    """One turn of a batch, from `TurnBatch.add` on.
+
+    result: the `Turn`, or what it failed with; None until it is done. tokens: its part of a pack,
+    0 until it is known.
+    """
+
+    def __init__(
+        self,
+        number: int,
+        session: Session,
+        request: TurnRequest,
+        cancel: CancelToken,
+        on_progress: Callable[[TurnEvent], None] | None,
+    ) -> None:
+        self.number, self.session, self.request = number, session, request
+        self.cancel, self._on_progress = cancel, on_progress
+        self.result: Turn | Exception | None = None
+        self.tokens = 0
+        self._events: Generator[Event | StepDue, None, Turn] | None = None
+
+    @property
+    def is_done(self) -> bool:
+        return self.result is not None
+
+    def plan(self) -> None:
+        """Find out how many tokens its forwards have in one step; a first static one runs alone."""
+        if not self.tokens:
+            _, plan = self.session.plan_turn(self.request)
+            length = plan.length if plan.conditioning == "joint" else plan.target.length
+            self.tokens = length * (2 if needs_guidance(self.request.guidance_scale) else 1)
+
+    def go_on(self, error: Exception | None = None) -> Denoiser | None:
+        """To its next step, which is the caller's to run, or to its end (None).
+
+        error: what the step failed with; the turn raises it as its own.
+        """
+        if self._events is None:
+            if error is not None:
+                raise error
+            self._events = self.session.hand_over(self.request, self.cancel)
+        try:
+            event = next(self._events) if error is None else self._events.throw(error)
+            while not isinstance(event, StepDue):
+                if self._on_progress is not None:
+                    self._on_progress(TurnEvent(self.number, self.session.id, event))
+                event = next(self._events)
+        except StopIteration as stop:
+            self.result = stop.value
+            return None
+        return event.denoiser
+
+    def fail(self, error: Exception) -> None:
+        """Let go of everything; the error is the result."""
+        self.result = error
+        if self._events is not None:
+            self._events.close()
+
+
+class TurnBatch:
+    """Of one engine's sessions. One thread ticks; turns may be added from any, at any time.
+
+    token_budget: of one forward; None takes the configuration's `batch_tokens`. Halved when a
+    forward of several turns runs out of device memory.
+
+    Turns of one session run in the order in which they were added, each remembering the ones
+    before. One that fails or is cancelled leaves the others, its session's too, as they were.
+    """
+
+    def __init__(self, engine: Engine, token_budget: int | None = None) -> None:
+        self.engine = engine
+        if token_budget is None:
+            token_budget = engine.config.batch_tokens
+        if token_budget is None:
+            token_budget = TOKENS if engine.device.type == "cuda" else 1
+        self.token_budget = token_budget
+        if self.token_budget < 1:
+            raise RequestError(f"token_budget must be at least 1, got {self.token_budget}")
+        self._turns: list[BatchedTurn] = []  # not done yet, oldest first
+        self._due: dict[BatchedTurn, Denoiser] = {}  # those under way
+        self._numbers = count()
+
+    def add(
+        self,
+        session: Session,
+        request: TurnRequest,
+        *,
+        cancel: CancelToken | None = None,
+        on_progress: Callable[[TurnEvent], None] | None = None,
+    ) -> BatchedTurn:
+        """Queue a turn.
+
+        Raises:
+            RequestError: the session is of an engine with other weights.
+        """
+        if session.engine.transformer is not self.engine.transformer:
+            raise RequestError(
+                f"session {session.id} runs on {session.engine.checkpoint.name} as another engine "
+                "loaded it; a batch takes sessions of one engine"
+            )
+        turn = BatchedTurn(
+            next(self._numbers), session, request, cancel or CancelToken(), on_progress
+        )
+        self._turns.append(turn)
+        return turn
+
+    def answer_all(
+        self,
+        turns: Sequence[tuple[Session, TurnRequest]],
+        *,
+        cancels: Sequence[CancelToken | None] | None = None,
+        on_progress: Callable[[TurnEvent], None] | None = None,
+    ) -> list[Turn | Exception]:
+        """Add turns and run everything: each gets what `Session.answer` gives it, within rounding.
+
+        Args:
+            cancels: a token for each turn.
+
+        Returns:
+            In the order of the requests, the turn, or the error that it failed with.
+
+        Raises:
+            RequestError: a session is of another engine, or there are other than one token a turn.
+        """
+        tokens = [None] * len(turns) if cancels is None else cancels
+        if len(tokens) != len(turns):
+            raise RequestError(f"{len(turns)} turns need as many cancel tokens, got {len(tokens)}")
+        added = [
+            self.add(session, request, cancel=cancel, on_progress=on_progress)
+            for (session, request), cancel in zip(turns, tokens, strict=True)
+        ]
+        self.run()
+        return [turn.result for turn in added if turn.result is not None]
+
+    def run(self) -> None:
+        """Tick until every turn is done."""
+        try:
+            while self.tick():
+                pass
+        finally:
+            self.close()
+
+    def tick(self) -> bool:
+        """One step of every turn that has room; whether turns are left."""
+        for turn in list(self._turns):
+            self._attempt(turn, turn.cancel.check)
+        self._step([turn for turn in self._admitted() if turn in self._due or self._go_on(turn)])
+        return bool(self._turns)
+
+    def close(self) -> None:
+        """Give up what is not done."""
+        for turn in list(self._turns):
+            self._fail(turn, CancelledError(f"turn {turn.number} was given up: the batch closed"))
+
+    def _admitted(self) -> list[BatchedTurn]:
+        """The turns whose next step runs now."""
+        seen: list[BatchedTurn] = []
+
+        def sizes() -> Iterator[int]:
+            for turn in self._heads():
+                if self._attempt(turn, turn.plan):
+                    seen.append(turn)
+                    yield turn.tokens
+
+        return [seen[place] for place in admit(sizes(), self.token_budget)]
+
+    def _heads(self) -> Iterator[BatchedTurn]:
+        """The oldest turn of each session, oldest first."""
+        sessions: set[int] = set()
+        for turn in list(self._turns):
+            if id(turn.session) not in sessions:
+                sessions.add(id(turn.session))
+                yield turn
+
+    def _step(self, turns: list[BatchedTurn]) -> None:
+        """The next step of each, in one pack as far as they can be packed."""
+        samples = {turn: self._due[turn].samples() for turn in turns}
+        packed = {turn: own for turn, own in samples.items() if own is not None}
+        if len(packed) < 2 or not self._step_packed(packed):
+            packed = {}
+        for turn in turns:
+            if turn.is_done or not (turn in packed or self._attempt(turn, self._due[turn].step)):
+                continue
+            self._go_on(turn)
+
+    @torch.no_grad()
+    def _step_packed(self, packed: dict[BatchedTurn, list[Sample]]) -> bool:
+        """Whether the pack ran; if not, each turn's own step shows which of them is at fault."""
+        everything = [sample for samples in packed.values() for sample in samples]
+        try:
+            velocities = iter(self.engine.transformer.forward_packed(everything))
+        except FAILURES as error:
+            if is_out_of_memory(error):
+                self.token_budget = max(sum(sample.num_tokens for sample in everything) // 2, 1)
+            return False
+        for turn, samples in packed.items():
+            denoiser, own = self._due[turn], list(islice(velocities, len(samples)))
+            denoiser.packed_steps += 1
+            self._attempt(turn, partial(denoiser.advance, own))
+        return True
+
+    def _attempt(self, turn: BatchedTurn, work: Callable[[], object]) -> bool:
+        """Whether a turn's work is done; its error ends that turn alone."""
+        try:
+            work()
+        except FAILURES as error:
+            self._go_on(turn, error)
+            return False
+        return True
+
+    def _go_on(self, turn: BatchedTurn, error: Exception | None = None) -> bool:
+        """Take a turn to its next step; whether it has one."""
+        try:
+            denoiser = turn.go_on(error)
+        except FAILURES as failure:
+            self._fail(turn, failure)
+            return False
+        if denoiser is None:
+            self._forget(turn)
+            return False
+        self._due[turn] = denoiser
+        return True
+
+    def _fail(self, turn: BatchedTurn, error: Exception) -> None:
+        turn.fail(error)
+        self._forget(turn)
+
+    def _forget(self, turn: BatchedTurn) -> None:
+        self._turns.remove(turn)
+        self._due.pop(turn, None)
