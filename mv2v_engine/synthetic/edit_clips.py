@@ -16,14 +16,14 @@ from torch import Tensor
 
 from mv2v_engine.camera.poses import invert
 from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.synthetic.colours import COLOUR_NAMES, colour_index
 from mv2v_engine.synthetic.edit_worlds import (
     WINDOW,
     EditWorld,
-    Look,
     edit_camera,
     make_edit_world,
 )
-from mv2v_engine.synthetic.edits import Edit, apply_edit
+from mv2v_engine.synthetic.edits import TARGET, Edit, apply_edit
 from mv2v_engine.synthetic.instructions import (
     KINDS,
     TEMPLATES,
@@ -43,7 +43,8 @@ from mv2v_engine.synthetic.render import (
 from mv2v_engine.synthetic.worlds import NUM_WALLS, World
 
 _WALL_SHARE = 0.35  # of recolouring instructions that are about a wall or the floor
-_CHOICES_FROM = 1 << 40  # apart from the seeds of worlds
+# apart from the seeds of worlds
+_INSTRUCTIONS_FROM, _CHOICES_FROM = 1 << 40, 1 << 41
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,7 +102,7 @@ def grown(mask: Tensor, pixels: int) -> Tensor:
 
 def draw_instruction(edit_world: EditWorld, seed: int, kind: EditKind | None = None) -> Instruction:
     """An instruction that the world can follow; all kinds are equally likely."""
-    generator = torch.Generator().manual_seed(seed + 2)
+    generator = torch.Generator().manual_seed(_INSTRUCTIONS_FROM + seed)
 
     def pick(count: int) -> int:
         return int(torch.randint(count, (1,), generator=generator))
@@ -115,8 +116,11 @@ def draw_instruction(edit_world: EditWorld, seed: int, kind: EditKind | None = N
     target = targets[pick(len(targets))]
     values = values_of(kind)
     if kind == "colour":
-        # an object that is already red is not asked to become red
-        values = tuple(value for value in values if value != edit_world.looks[0].colour)
+        # what is already red, even in part, is not asked to become red
+        textures, surface = edit_world.world.textures, WALL_NOUNS.get(target, TARGET)
+        tones = torch.stack([textures.colour_a_S3[surface], textures.colour_b_S3[surface]])
+        has = colour_index(tones).tolist()
+        values = tuple(value for i, value in enumerate(COLOUR_NAMES) if i not in has)
     return Instruction(
         kind=kind,
         target=target,
@@ -156,19 +160,15 @@ def make_cut_clip(
 ) -> tuple[EditClip, ...]:
     """Shots of several worlds with one prompt, each shot with a target and a choice of its own.
 
-    lengths: frames of each shot. The clip is the shots' frames one after the other.
+    lengths: frames of each shot; the first is of the seed's world, the next of the next seed's, and
+    so on. The clip is the shots' frames one after the other.
     """
-    generator = torch.Generator().manual_seed(seed)
-    first = make_edit_world(seed, num_frames=lengths[0]).looks[0]
-    look = Look(kind=first.kind, colour=first.colour, tall=first.tall)
+    look = make_edit_world(seed, num_frames=lengths[0]).looks[0]
     shots: list[EditClip] = []
-    instruction: Instruction | None = None
-    for index, num_frames in enumerate(lengths):
-        own_seed = seed + index * int(1e7) + int(torch.randint(1000, (1,), generator=generator))
+    for own_seed, num_frames in enumerate(lengths, start=seed):
         edit_world = make_edit_world(own_seed, num_frames=num_frames, target=look)
-        if instruction is None:
-            instruction = draw_instruction(edit_world, seed, kind)
-        shots.append(_filmed(own_seed, edit_world, instruction, num_frames, size, "cpu"))
+        said = shots[0].instruction if shots else draw_instruction(edit_world, seed, kind)
+        shots.append(_filmed(own_seed, edit_world, said, num_frames, size, "cpu"))
     return tuple(shots)
 
 

@@ -25,6 +25,7 @@ WINDOW = 17  # frames that rates of motion refer to
 
 _APART = 13.0  # degrees between objects as the first camera sees them
 _TRIES = 40
+_CAMERAS_FROM = 1 << 42  # apart from the seeds of worlds
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -226,7 +227,7 @@ def edit_camera(
     On half of the clips it looks away from the target and back ("look away"); on the others the
     target is in half of the frames or more. A still camera films moving targets only.
     """
-    generator = torch.Generator().manual_seed(seed + 1)
+    generator = torch.Generator().manual_seed(_CAMERAS_FROM + seed)
     is_still = not bool(edit_world.world.swing_N3[0].any())
     intrinsics = default_intrinsics(*size)
     kind = "look away" if _chance(generator, 0.5) else PATHS[1 + _pick(generator, 3 - is_still)]

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.synthetic.worlds import CYLINDER, NUM_WALLS, SPHERE, World
+from mv2v_engine.synthetic.worlds import BOX, CYLINDER, NUM_WALLS, SPHERE, World
 
 _FAR = 1e4
 
@@ -53,35 +53,48 @@ def _walls(world: World, origin_3: Tensor, rays_P3: Tensor) -> Tensor:
     return torch.where(distance > 1e-4, distance, _FAR)
 
 
-def _objects(world: World, origin_P: Tensor, rays_P: Tensor) -> Tensor:
+def _objects(world: World, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
     """Distances [P, N] in object axes: spheres and cylinders by a quadratic, boxes by slabs."""
-    half = world.half_size_N3
-    safe = torch.where(rays_P.abs() < 1e-9, torch.full_like(rays_P, 1e-9), rays_P)
-    near = (-half - origin_P) / safe
-    far = (half - origin_P) / safe
-    enter, leave = torch.minimum(near, far), torch.maximum(near, far)
-    box = torch.where(enter.amax(-1) <= leave.amin(-1), enter.amax(-1), _FAR)
-
-    def quadratic(axes: list[int]) -> tuple[Tensor, Tensor]:
-        ray, origin = rays_P[..., axes], origin_P[..., axes]
-        a = (ray * ray).sum(-1).clamp_min(1e-12)
-        b = (ray * origin).sum(-1)
-        c = (origin * origin).sum(-1) - half[:, 0] ** 2
-        root = (b * b - a * c).clamp_min(0).sqrt()
-        missed = b * b - a * c < 0
-        return (
-            torch.where(missed, _FAR, (-b - root) / a),
-            torch.where(missed, -_FAR, (-b + root) / a),
-        )
-
-    sphere, _ = quadratic([0, 1, 2])
-    side_in, side_out = quadratic([0, 2])
-    enter_c = torch.maximum(side_in, enter[..., 1])
-    leave_c = torch.minimum(side_out, leave[..., 1])
-    cylinder = torch.where(enter_c <= leave_c, enter_c, _FAR)
-    distance = torch.where(world.kind_N == SPHERE, sphere, box)
-    distance = torch.where(world.kind_N == CYLINDER, cylinder, distance)
+    distance = torch.full(rays_PN3.shape[:2], _FAR, device=rays_PN3.device)
+    for kind, meet in ((SPHERE, _spheres), (BOX, _boxes), (CYLINDER, _cylinders)):
+        which = (world.kind_N == kind).nonzero()[:, 0]
+        if len(which):
+            met = meet(world.half_size_N3[which], origin_N3[which], rays_PN3[:, which])
+            distance[:, which] = met
     return torch.where(distance > 1e-3, distance, _FAR)
+
+
+def _slabs(half: Tensor, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays enter and leave the slabs -half..half, axis by axis."""
+    safe = torch.where(rays.abs() < 1e-9, 1e-9, rays)
+    near, far = (-half - origin) / safe, (half - origin) / safe
+    return torch.minimum(near, far), torch.maximum(near, far)
+
+
+def _round(radius_N: Tensor, origin_N: Tensor, rays_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays enter and leave |x| <= radius in the axes given; never, if they miss it."""
+    a = (rays_P * rays_P).sum(-1).clamp_min(1e-12)
+    b = (rays_P * origin_N).sum(-1)
+    c = (origin_N * origin_N).sum(-1) - radius_N**2
+    square = b * b - a * c
+    root, missed = square.clamp_min(0).sqrt(), square < 0
+    return torch.where(missed, _FAR, (-b - root) / a), torch.where(missed, -_FAR, (-b + root) / a)
+
+
+def _spheres(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
+    return _round(half_N3[:, 0], origin_N3, rays_PN3)[0]
+
+
+def _boxes(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
+    enter, leave = _slabs(half_N3, origin_N3, rays_PN3)
+    return torch.where(enter.amax(-1) <= leave.amin(-1), enter.amax(-1), _FAR)
+
+
+def _cylinders(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
+    side_in, side_out = _round(half_N3[:, 0], origin_N3[:, [0, 2]], rays_PN3[..., [0, 2]])
+    cap_in, cap_out = _slabs(half_N3[:, 1], origin_N3[:, 1], rays_PN3[..., 1])
+    enter, leave = torch.maximum(side_in, cap_in), torch.minimum(side_out, cap_out)
+    return torch.where(enter <= leave, enter, _FAR)
 
 
 def object_normals(kind_P: Tensor, half_P3: Tensor, point_P3: Tensor) -> Tensor:
@@ -105,13 +118,14 @@ def object_index(surface: Tensor) -> Tensor:
 
 def surface_normals(world: World, yaw_N: Tensor, surface_P: Tensor, local_P3: Tensor) -> Tensor:
     """World normals [P, 3], towards the camera's side; local points matter for objects only."""
-    index = object_index(surface_P)
-    local = object_normals(world.kind_N[index], world.half_size_N3[index], local_P3)
-    outward = _to_local(local[:, None], -yaw_N[index][:, None])[:, 0]
-    wall = surface_P.clamp_max(NUM_WALLS - 1)
-    axis = torch.nn.functional.one_hot(wall % 3, 3).to(local_P3.dtype)
-    inward = torch.where(surface_P < 3, 1.0, -1.0)[:, None] * axis
-    return torch.where((surface_P >= NUM_WALLS)[:, None], outward, inward)
+    inward = torch.eye(3, device=local_P3.device).repeat(2, 1)
+    inward[3:] *= -1
+    normal = inward[surface_P.clamp_max(NUM_WALLS - 1)]
+    is_object = surface_P >= NUM_WALLS
+    index = object_index(surface_P[is_object])
+    own = object_normals(world.kind_N[index], world.half_size_N3[index], local_P3[is_object])
+    normal[is_object] = _to_local(own[:, None], -yaw_N[index][:, None])[:, 0]
+    return normal
 
 
 def shading(world: World, normal_P3: Tensor) -> Tensor:
@@ -143,13 +157,13 @@ def _trace(
     local_origin = _to_local((origin - centre)[None], yaw)
     local_rays = _to_local(rays[:, None].expand(-1, len(centre), -1), yaw)
     walls = _walls(world, origin, rays)
-    objects = _objects(world, local_origin, local_rays)
+    objects = _objects(world, local_origin[0], local_rays)
     depth, surface = torch.cat([walls, objects], dim=-1).min(-1)
     point = origin + depth[:, None] * rays
 
     is_object = (surface >= NUM_WALLS)[:, None]
     rows, index = torch.arange(len(rays), device=rays.device), object_index(surface)
-    local_point = (local_origin + depth[:, None, None] * local_rays)[rows, index]
+    local_point = local_origin[0, index] + depth[:, None] * local_rays[rows, index]
     normal = surface_normals(world, yaw, surface, local_point)
     colour = _shade(world, surface, torch.where(is_object, local_point, point), normal)
     return colour, depth, surface

@@ -86,7 +86,7 @@ def test_instructions_are_of_every_kind_and_fit_the_world() -> None:
         if clip.instruction.target not in ("back wall", "floor"):
             assert clip.instruction.target in clip.edit_world.target_phrases
             assert clip.edit.changed in ((), (NUM_WALLS,))
-        assert clip.instruction.value != clip.edit_world.looks[0].colour
+            assert clip.instruction.value != clip.edit_world.looks[0].colour
     assert {instruction.kind for instruction in instructions} == set(KINDS)
     assert {instruction.phrasing for instruction in instructions} == {0, 1, 2, 3}
 
