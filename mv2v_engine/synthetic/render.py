@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.synthetic.worlds import CYLINDER, NUM_WALLS, SPHERE, World
+from mv2v_engine.synthetic.worlds import BOX, CYLINDER, NUM_WALLS, SPHERE, World
 
 _FAR = 1e4
 
@@ -53,38 +53,51 @@ def _walls(world: World, origin_3: Tensor, rays_P3: Tensor) -> Tensor:
     return torch.where(distance > 1e-4, distance, _FAR)
 
 
-def _objects(world: World, origin_P: Tensor, rays_P: Tensor) -> Tensor:
+def _objects(world: World, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
     """Distances [P, N] in object axes: spheres and cylinders by a quadratic, boxes by slabs."""
-    half = world.half_size_N3
-    safe = torch.where(rays_P.abs() < 1e-9, torch.full_like(rays_P, 1e-9), rays_P)
-    near = (-half - origin_P) / safe
-    far = (half - origin_P) / safe
-    enter, leave = torch.minimum(near, far), torch.maximum(near, far)
-    box = torch.where(enter.amax(-1) <= leave.amin(-1), enter.amax(-1), _FAR)
-
-    def quadratic(axes: list[int]) -> tuple[Tensor, Tensor]:
-        ray, origin = rays_P[..., axes], origin_P[..., axes]
-        a = (ray * ray).sum(-1).clamp_min(1e-12)
-        b = (ray * origin).sum(-1)
-        c = (origin * origin).sum(-1) - half[:, 0] ** 2
-        root = (b * b - a * c).clamp_min(0).sqrt()
-        missed = b * b - a * c < 0
-        return (
-            torch.where(missed, _FAR, (-b - root) / a),
-            torch.where(missed, -_FAR, (-b + root) / a),
-        )
-
-    sphere, _ = quadratic([0, 1, 2])
-    side_in, side_out = quadratic([0, 2])
-    enter_c = torch.maximum(side_in, enter[..., 1])
-    leave_c = torch.minimum(side_out, leave[..., 1])
-    cylinder = torch.where(enter_c <= leave_c, enter_c, _FAR)
-    distance = torch.where(world.kind_N == SPHERE, sphere, box)
-    distance = torch.where(world.kind_N == CYLINDER, cylinder, distance)
+    distance = torch.full(rays_PN3.shape[:2], _FAR, device=rays_PN3.device)
+    for kind, meet in ((SPHERE, _spheres), (BOX, _boxes), (CYLINDER, _cylinders)):
+        which = (world.kind_N == kind).nonzero()[:, 0]
+        if len(which):
+            met = meet(world.half_size_N3[which], origin_N3[which], rays_PN3[:, which])
+            distance[:, which] = met
     return torch.where(distance > 1e-3, distance, _FAR)
 
 
-def _object_normals(kind_P: Tensor, half_P3: Tensor, point_P3: Tensor) -> Tensor:
+def _slabs(half: Tensor, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays enter and leave the slabs -half..half, axis by axis."""
+    safe = torch.where(rays.abs() < 1e-9, 1e-9, rays)
+    near, far = (-half - origin) / safe, (half - origin) / safe
+    return torch.minimum(near, far), torch.maximum(near, far)
+
+
+def _round(radius_N: Tensor, origin_N: Tensor, rays_P: Tensor) -> tuple[Tensor, Tensor]:
+    """Where rays enter and leave |x| <= radius in the axes given; never, if they miss it."""
+    a = (rays_P * rays_P).sum(-1).clamp_min(1e-12)
+    b = (rays_P * origin_N).sum(-1)
+    c = (origin_N * origin_N).sum(-1) - radius_N**2
+    square = b * b - a * c
+    root, missed = square.clamp_min(0).sqrt(), square < 0
+    return torch.where(missed, _FAR, (-b - root) / a), torch.where(missed, -_FAR, (-b + root) / a)
+
+
+def _spheres(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
+    return _round(half_N3[:, 0], origin_N3, rays_PN3)[0]
+
+
+def _boxes(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
+    enter, leave = _slabs(half_N3, origin_N3, rays_PN3)
+    return torch.where(enter.amax(-1) <= leave.amin(-1), enter.amax(-1), _FAR)
+
+
+def _cylinders(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
+    side_in, side_out = _round(half_N3[:, 0], origin_N3[:, [0, 2]], rays_PN3[..., [0, 2]])
+    cap_in, cap_out = _slabs(half_N3[:, 1], origin_N3[:, 1], rays_PN3[..., 1])
+    enter, leave = torch.maximum(side_in, cap_in), torch.minimum(side_out, cap_out)
+    return torch.where(enter <= leave, enter, _FAR)
+
+
+def object_normals(kind_P: Tensor, half_P3: Tensor, point_P3: Tensor) -> Tensor:
     """Outward normals [P, 3] at points on objects, in object axes."""
     scaled = point_P3 / half_P3
     face = torch.nn.functional.one_hot(scaled.abs().argmax(-1), 3) * scaled.sign()
@@ -98,6 +111,28 @@ def _object_normals(kind_P: Tensor, half_P3: Tensor, point_P3: Tensor) -> Tensor
     return torch.nn.functional.normalize(normal, dim=-1)
 
 
+def object_index(surface: Tensor) -> Tensor:
+    """Which object a surface is; 0 for walls."""
+    return (surface - NUM_WALLS).clamp_min(0)
+
+
+def surface_normals(world: World, yaw_N: Tensor, surface_P: Tensor, local_P3: Tensor) -> Tensor:
+    """World normals [P, 3], towards the camera's side; local points matter for objects only."""
+    inward = torch.eye(3, device=local_P3.device).repeat(2, 1)
+    inward[3:] *= -1
+    normal = inward[surface_P.clamp_max(NUM_WALLS - 1)]
+    is_object = surface_P >= NUM_WALLS
+    index = object_index(surface_P[is_object])
+    own = object_normals(world.kind_N[index], world.half_size_N3[index], local_P3[is_object])
+    normal[is_object] = _to_local(own[:, None], -yaw_N[index][:, None])[:, 0]
+    return normal
+
+
+def shading(world: World, normal_P3: Tensor) -> Tensor:
+    """How much of a surface's own colour is seen [P], 0.55 to 1.05, by its world normal."""
+    return 0.55 + 0.5 * (normal_P3 @ world.light_3).clamp_min(0)
+
+
 def _shade(world: World, surface_P: Tensor, local_P3: Tensor, normal_P3: Tensor) -> Tensor:
     """Colours [P, 3] in 0..1 from the texture at a surface's local point and its world normal."""
     textures = world.textures
@@ -109,8 +144,7 @@ def _shade(world: World, surface_P: Tensor, local_P3: Tensor, normal_P3: Tensor)
     colour = torch.lerp(
         textures.colour_a_S3[surface_P], textures.colour_b_S3[surface_P], mix[:, None]
     )
-    lambert = (normal_P3 @ world.light_3).clamp_min(0)
-    return colour * (0.55 + 0.5 * lambert)[:, None]
+    return colour * shading(world, normal_P3)[:, None]
 
 
 def _trace(
@@ -123,19 +157,14 @@ def _trace(
     local_origin = _to_local((origin - centre)[None], yaw)
     local_rays = _to_local(rays[:, None].expand(-1, len(centre), -1), yaw)
     walls = _walls(world, origin, rays)
-    objects = _objects(world, local_origin, local_rays)
+    objects = _objects(world, local_origin[0], local_rays)
     depth, surface = torch.cat([walls, objects], dim=-1).min(-1)
     point = origin + depth[:, None] * rays
 
-    index = (surface - NUM_WALLS).clamp_min(0)
     is_object = (surface >= NUM_WALLS)[:, None]
-    rows = torch.arange(len(rays), device=rays.device)
-    local_point = (local_origin + depth[:, None, None] * local_rays)[rows, index]
-    local_normal = _object_normals(world.kind_N[index], world.half_size_N3[index], local_point)
-    object_normal = _to_local(local_normal[:, None], -yaw[index][:, None])[:, 0]
-    axis = torch.nn.functional.one_hot(surface.clamp_max(NUM_WALLS - 1) % 3, 3).to(rays.dtype)
-    inward = torch.where(surface < 3, 1.0, -1.0)[:, None] * axis
-    normal = torch.where(is_object, object_normal, inward)
+    rows, index = torch.arange(len(rays), device=rays.device), object_index(surface)
+    local_point = local_origin[0, index] + depth[:, None] * local_rays[rows, index]
+    normal = surface_normals(world, yaw, surface, local_point)
     colour = _shade(world, surface, torch.where(is_object, local_point, point), normal)
     return colour, depth, surface
 
@@ -165,6 +194,36 @@ def _edges(surface: Tensor) -> Tensor:
     return edge
 
 
+def _soften(
+    world: World,
+    trajectory: CameraTrajectory,
+    frame: int,
+    edge_P: Tensor,
+    samples: int,
+) -> Tensor:
+    """Colours [number of edges, 3] of a frame's edge pixels, each the mean of `samples` squared."""
+    device = edge_P.device
+    offset = (torch.arange(samples, device=device) + 0.5) / samples - 0.5
+    offsets_Q2 = torch.cartesian_prod(offset, offset)
+    k = _intrinsics(trajectory, frame)
+    step = torch.stack([offsets_Q2[:, 1] / k[0, 0], offsets_Q2[:, 0] / k[1, 1]], dim=-1)
+    directions = pixel_directions(trajectory, frame).to(device).flatten(0, 1)
+    fine = directions[edge_P][:, None].repeat(1, len(step), 1)
+    fine[..., :2] += step
+    pose = trajectory.poses[frame].to(device)
+    colour = _trace(world, frame_time(trajectory, frame), pose, fine.flatten(0, 1))[0]
+    return colour.view(-1, len(step), 3).mean(1)
+
+
+def frame_time(trajectory: CameraTrajectory, frame: int) -> float:
+    """When a frame is filmed: 0 at the first, 1 at the last."""
+    return frame / max(trajectory.num_frames - 1, 1)
+
+
+def _to_uint8(colour: Tensor) -> Tensor:
+    return (colour.clamp(0, 1) * 255).round().to(torch.uint8)
+
+
 def render(
     world: World,
     trajectory: CameraTrajectory,
@@ -178,26 +237,51 @@ def render(
     """
     world = world.to(device)
     height, width = trajectory.size
-    offset = (torch.arange(samples, device=device) + 0.5) / samples - 0.5
-    offsets_Q2 = torch.cartesian_prod(offset, offset)
     frames, depths, surfaces = [], [], []
     for frame in range(trajectory.num_frames):
-        time = frame / max(trajectory.num_frames - 1, 1)
         pose = trajectory.poses[frame].to(device)
         directions = pixel_directions(trajectory, frame).to(device).flatten(0, 1)
-        colour, depth, surface = _trace(world, time, pose, directions)
+        colour, depth, surface = _trace(world, frame_time(trajectory, frame), pose, directions)
         surface = surface.view(height, width)
         if samples > 1:
             edge = _edges(surface).flatten()
-            k = _intrinsics(trajectory, frame)
-            step = torch.stack([offsets_Q2[:, 1] / k[0, 0], offsets_Q2[:, 0] / k[1, 1]], dim=-1)
-            fine = directions[edge][:, None].repeat(1, len(step), 1)
-            fine[..., :2] += step
-            colour[edge] = (
-                _trace(world, time, pose, fine.flatten(0, 1))[0].view(-1, len(step), 3).mean(1)
-            )
-        image = (colour.clamp(0, 1) * 255).round().to(torch.uint8)
-        frames.append(image.view(height, width, 3))
+            colour[edge] = _soften(world, trajectory, frame, edge, samples)
+        frames.append(_to_uint8(colour).view(height, width, 3))
         depths.append(depth.view(height, width))
         surfaces.append(surface)
     return Rendering(torch.stack(frames), torch.stack(depths), torch.stack(surfaces))
+
+
+def render_changes(
+    world: World,
+    trajectory: CameraTrajectory,
+    before: Rendering,
+    where: Tensor,
+    *,
+    samples: int = 3,
+) -> Rendering:
+    """Film what an edit changed, and take the rest from `before`: what `render` gives, but faster.
+
+    where: bool [T, height, width], every pixel whose surface or colour may differ from `before`
+    and those beside it. Elsewhere a sliver of a changed surface that no pixel's centre meets keeps
+    its old colour.
+    """
+    world = world.to(before.frames.device)
+    after = Rendering(before.frames.clone(), before.depth.clone(), before.surface.clone())
+    for frame in range(trajectory.num_frames):
+        changed = where[frame].flatten()
+        if not bool(changed.any()):
+            continue
+        pose = trajectory.poses[frame].to(changed.device)
+        directions = pixel_directions(trajectory, frame).to(changed.device).flatten(0, 1)
+        colour, depth, surface = _trace(
+            world, frame_time(trajectory, frame), pose, directions[changed]
+        )
+        image = after.frames[frame].view(-1, 3)
+        image[changed] = _to_uint8(colour)
+        after.depth[frame].view(-1)[changed] = depth
+        after.surface[frame].view(-1)[changed] = surface
+        edge = _edges(after.surface[frame]).flatten() & changed
+        if samples > 1 and bool(edge.any()):
+            image[edge] = _to_uint8(_soften(world, trajectory, frame, edge, samples))
+    return after

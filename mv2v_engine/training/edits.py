@@ -1,0 +1,120 @@
+"""Editing pairs rendered ahead, one safetensors file a clip.
+
+`python -m mv2v_engine.training.edits --out runs/edits --clips 0:2000` renders them; several
+processes may share a folder if their ranges do not overlap, and what is there is kept.
+
+T frames.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from tqdm import tqdm
+
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.files import save_tensors
+from mv2v_engine.synthetic.edit_clips import make_edit_clip
+from mv2v_engine.synthetic.edit_worlds import WINDOW
+from mv2v_engine.synthetic.worlds import HELD_OUT
+from mv2v_engine.training.command import run_command
+
+_FEWEST_WINDOWS, _MOST_WINDOWS = 5, 8
+
+
+@dataclass(frozen=True, eq=False)
+class EditPair:
+    """source, edited: uint8 [T, height, width, 3]. mask: bool [T, height, width], what is edited
+    in either. A window is 17 frames; T is a multiple of it."""
+
+    source: Tensor
+    edited: Tensor
+    mask: Tensor
+    prompt: str
+    kind: str
+
+
+class RenderedEdits:
+    """The folder that this module's command fills."""
+
+    def __init__(self, folder: Path) -> None:
+        self._paths = {path.stem: path for path in sorted(folder.glob("edit_*.safetensors"))}
+        if not self._paths:
+            raise TrainingError(
+                f"{folder} holds no edit_*.safetensors; render some with "
+                "python -m mv2v_engine.training.edits"
+            )
+
+    @property
+    def names(self) -> Sequence[str]:
+        return tuple(self._paths)
+
+    def load(self, name: str) -> EditPair:
+        """One pair.
+
+        Raises:
+            TrainingError: the file is damaged or holds something else.
+        """
+        path = self._paths[name]
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                said = file.metadata() or {}
+                source, edited, mask = map(file.get_tensor, ("source", "edited", "mask"))
+                return EditPair(source, edited, mask, said["prompt"], said["kind"])
+        except (OSError, SafetensorError, KeyError) as error:
+            raise TrainingError(
+                f"{path} is no rendered editing pair ({error}): damaged or of another kind; "
+                "delete it and render it again"
+            ) from error
+
+
+def pair_path(folder: Path, seed: int) -> Path:
+    return folder / f"edit_{seed:07d}.safetensors"
+
+
+def num_windows(seed: int) -> int:
+    """Windows of a seed's clip: 5 to 8."""
+    return _FEWEST_WINDOWS + seed % (_MOST_WINDOWS - _FEWEST_WINDOWS + 1)
+
+
+def render_pair(path: Path, seed: int, *, device: str = "cpu") -> None:
+    """Render the editing pair of a seed into a file."""
+    clip = make_edit_clip(seed, num_frames=WINDOW * num_windows(seed), device=device)
+    tensors = {"source": clip.source.frames, "edited": clip.edited.frames, "mask": clip.mask}
+    save_tensors(
+        path,
+        {name: tensor.cpu() for name, tensor in tensors.items()},
+        {"prompt": clip.prompt, "kind": clip.instruction.kind},
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--clips", default="0:2000", help="first:last seed")
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
+    args = parser.parse_args()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    try:
+        first, last = (int(part) for part in args.clips.split(":"))
+    except ValueError:
+        parser.error(f"--clips takes first:last, two seeds, got {args.clips!r}")
+    if not 0 <= first < last or last > HELD_OUT:
+        parser.error(f"clips from {HELD_OUT} on are held out for measuring, got {args.clips}")
+    args.out.mkdir(parents=True, exist_ok=True)
+    for seed in tqdm(range(first, last), unit="clip"):
+        path = pair_path(args.out, seed)
+        if not path.exists():
+            render_pair(path, seed, device=args.device)
+
+
+if __name__ == "__main__":
+    run_command(main)
