@@ -20,7 +20,13 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
-from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
+from mv2v_engine.errors import (
+    CancelledError,
+    KernelUnavailableError,
+    MV2VError,
+    RequestError,
+    is_out_of_memory,
+)
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.progress import CancelToken, Event
 from mv2v_engine.sampling.guidance import needs_guidance
@@ -108,7 +114,8 @@ class TurnBatch:
     """Of one engine's sessions. One thread ticks; turns may be added from any, at any time.
 
     token_budget: of one forward; None takes the configuration's `batch_tokens`. Halved when a
-    forward of several turns runs out of device memory.
+    forward of several turns runs out of device memory, 1 where the attention library that was
+    asked for by name takes no packs. pack_failure: what the last pack that did not run said.
 
     Turns of one session run in the order in which they were added, each remembering the ones
     before. One that fails or is cancelled leaves the others, its session's too, as they were.
@@ -126,6 +133,7 @@ class TurnBatch:
         self._turns: list[BatchedTurn] = []  # not done yet, oldest first
         self._due: dict[BatchedTurn, Denoiser] = {}  # those under way
         self._numbers = count()
+        self.pack_failure: str | None = None
 
     def add(
         self,
@@ -237,6 +245,9 @@ class TurnBatch:
         try:
             velocities = iter(self.engine.transformer.forward_packed(everything))
         except FAILURES as error:
+            self.pack_failure = str(error)
+            if isinstance(error, KernelUnavailableError):
+                self.token_budget = 1
             if is_out_of_memory(error):
                 self.token_budget = max(sum(sample.num_tokens for sample in everything) // 2, 1)
             return False

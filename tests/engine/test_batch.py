@@ -15,7 +15,7 @@ from mv2v_engine.engine import graphs
 from mv2v_engine.engine.batch import TOKENS, TurnBatch, TurnEvent
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
-from mv2v_engine.errors import CancelledError, RequestError
+from mv2v_engine.errors import CancelledError, KernelUnavailableError, RequestError
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.progress import StepDone
 from mv2v_engine.testing import relative_error
@@ -253,8 +253,25 @@ def test_a_pack_that_does_not_fit_runs_apart_and_halves_the_budget(
     turns = [(engine.session(source_frames), _request(engine, "pan_left")) for _ in range(3)]
     results = batch.answer_all(turns)
     # 3 x 72 tokens, then 72 + ... no two fit
-    assert batch.token_budget == 108
+    assert batch.token_budget == 108 and batch.pack_failure == "CUDA out of memory"
     assert [_turn(result).report["packed_steps"] for result in results] == [0, 0, 0]
+
+
+def test_a_library_that_takes_no_packs_is_asked_once(
+    engine: Engine, source_frames: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refuse(samples: list[Sample]) -> None:
+        asked.append(len(samples))
+        raise KernelUnavailableError("cudnn takes no packed sequences")
+
+    monkeypatch.setattr(engine.transformer, "forward_packed", refuse)
+    batch = TurnBatch(engine)
+    turns = [(engine.session(source_frames), _request(engine, "pan_left", 3)) for _ in range(2)]
+    for result in batch.answer_all(turns):
+        _turn(result)
+    assert asked == [2] and batch.pack_failure == "cudnn takes no packed sequences"
 
 
 def test_cancelled_and_abandoned_turns_end(engine: Engine, source_frames: Tensor) -> None:
