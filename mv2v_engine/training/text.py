@@ -11,12 +11,14 @@ cross-attention knows no word order, and "the red box blue" must not be "the blu
 from __future__ import annotations
 
 import argparse
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import nn
 
+from mv2v_engine.files import save_json
 from mv2v_engine.synthetic.instructions import all_prompts
 from mv2v_engine.training.command import run_command
 
@@ -105,6 +107,11 @@ def write_text_encoder(out: Path, *, seed: int = 0) -> None:
     cast(nn.Module, model).half()
     model.save_pretrained(out / "text_encoder")
     build_tokenizer().save_pretrained(out / "tokenizer")
+    path = out / "tokenizer" / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    # transformers 5 writes names that 4 does not know; both know this one
+    config.pop("backend", None)
+    save_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
 
 
 def main() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -57,6 +58,9 @@ def test_the_folder_is_small_and_the_same_every_time(
     for name in files:
         assert (folder / name).read_bytes() == (tmp_path / name).read_bytes()
     assert sum((folder / name).stat().st_size for name in files) < 400_000
+    said = json.loads((folder / "tokenizer" / "tokenizer_config.json").read_text())
+    # a name that transformers 4 and 5 both know
+    assert said["tokenizer_class"] == "PreTrainedTokenizerFast"
     other = tmp_path / "other"
     write_text_encoder(other, seed=1)
     weights = Path("text_encoder") / "model.safetensors"
