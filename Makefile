@@ -14,6 +14,8 @@ DEMO_CAMERAS := pan_right arc_left pan_right
 help:
 	@echo "make demo     re-render a clip from three cameras with the embedded model"
 	@echo "make test     run all tests"
+	@echo "make bench    measure tiny-nvs on this CPU, some minutes; results, plot and README follow"
+	@echo "make gate     this checkout's hot paths against the baseline's, in one run"
 	@echo "make check    lint, format, types, layering"
 	@echo "make format   format the code"
 	@echo "make venv     create $(VENV) with everything the above need"
@@ -52,6 +54,24 @@ demo: $(VENV)/.installed demo/clip.mp4
 .PHONY: test
 test: $(VENV)/.installed-dev
 	$(RUN) -m pytest $(PYTEST_ARGS)
+
+RESULTS := profiling/results
+BENCH := $(RUN) profiling
+
+.PHONY: bench
+bench: $(VENV)/.installed-dev
+	$(BENCH)/bench_memory.py --out $(RESULTS)/memory.jsonl
+	$(BENCH)/compare_peers.py --out $(RESULTS)/peers.jsonl
+	$(BENCH)/roofline.py --out $(RESULTS)/roofline.jsonl
+	$(BENCH)/bench_engine.py --out $(RESULTS)/engine.jsonl
+	$(BENCH)/bench_stages.py --engine $(RESULTS)/engine.jsonl --out $(RESULTS)/stages.jsonl
+	$(RUN) -m pytest -q profiling/test_hot_paths.py --benchmark-json $(RESULTS)/hot_paths.json
+	$(BENCH)/memory_plot.py
+	$(BENCH)/readme_numbers.py --write
+
+.PHONY: gate
+gate: $(VENV)/.installed-dev
+	$(BENCH)/gate.py
 
 .PHONY: check
 check: $(VENV)/.installed-dev

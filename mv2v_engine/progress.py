@@ -1,7 +1,7 @@
 """Progress as typed events from one iterator; bars, streams and callbacks are adapters over it.
 
-A turn is a generator of events. `Spans` opens a stage's NVTX range, its timer and its event in
-one place, under the folder's name (video, vae, text, memory, sampling).
+A turn is a generator of events. `Spans` opens a stage's ranges (NVTX's and torch's profiler's), its
+timer and its event in one place, under the folder's name (video, vae, text, memory, sampling).
 """
 
 from __future__ import annotations
@@ -117,7 +117,9 @@ class Spans:
             seen = self._watch_peak()
         began = time.perf_counter()
         try:
-            yield StageStarted(name)
+            # what torch's profiler shows, on any device
+            with torch.profiler.record_function(name):
+                yield StageStarted(name)
         finally:
             if on_gpu:
                 torch.cuda.synchronize(self.device)

@@ -7,16 +7,34 @@ already costs. Oracles are written in float64 by the tests.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.flop_counter import sdpa_flop_count
 
 from mv2v_engine.config import TransformerConfig
 
 FACTOR = 2.0
+
+
+def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
+    return int(sdpa_flop_count(q, k, v))
+
+
+def _linear_flops(x: Any, weight: Any, bias: Any, **kwargs: Any) -> int:
+    return int(2 * math.prod(x) * weight[0])
+
+
+def cpu_flops() -> dict[Any, Callable[..., int]]:
+    """For FlopCounterMode, whose own table lacks what a forward on a CPU calls."""
+    return {
+        torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+        torch.ops.mv2v.linear_gelu: _linear_flops,
+    }
 
 
 def max_error(value: Tensor, oracle: Tensor) -> float:

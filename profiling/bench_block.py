@@ -17,7 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from eager_block import EagerBlock, diffusers_block, half_precision
+from eager_block import EagerBlock, diffusers_block
+from forwards import half_precision
 from measure import (
     TINY_NOTE,
     Report,

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
@@ -118,11 +118,3 @@ def diffusers_block(block: Block, sequence: Sequence) -> Callable[[Tensor, Tenso
         return out
 
     return run
-
-
-def half_precision(block: Block) -> nn.Module:
-    """bfloat16 but for what the transformer keeps in float32."""
-    block.to(torch.bfloat16)
-    block.scale_shift_table.data = block.scale_shift_table.data.float()
-    block.norm2.float()
-    return block

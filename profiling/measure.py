@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +40,18 @@ class Timing:
 class Timer:
     """Times calls one by one; before each, a buffer larger than the caches is overwritten.
 
-    seconds: how long the calls of one measurement take in all, about.
+    seconds: how long the calls of one measurement take in all, about. clock: of a CPU; a single
+    thread's `time.process_time` leaves out what else the machine does.
     """
 
-    def __init__(self, device: torch.device, *, seconds: float) -> None:
-        self.device, self.seconds = device, seconds
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        seconds: float,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self.device, self.seconds, self.clock = device, seconds, clock
         num_bytes = 1 << 22
         if device.type == "cuda":
             # many times the L2, so that the host also gets ahead of the device meanwhile
@@ -70,15 +78,23 @@ class Timer:
             timings.append(Timing(median, low, high, runs))
         return timings
 
+    def rounds(self, rivals: Sequence[Callable[[], Any]], count: int) -> list[list[float]]:
+        """Seconds of every call in each of `count` rounds; all have been called before.
+
+        Ratios within a round are freer of drift than those of medians.
+        """
+        times = self._times([run for _ in range(count) for run in rivals])
+        return [times[first : first + len(rivals)] for first in range(0, len(times), len(rivals))]
+
     def _times(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
         if self.device.type == "cuda":
             return self._times_on_cuda(calls)
         times = []
         for run in calls:
             self._flush.zero_()
-            began = time.perf_counter()
+            began = self.clock()
             run()
-            times.append(time.perf_counter() - began)
+            times.append(self.clock() - began)
         return times
 
     def _times_on_cuda(self, calls: Sequence[Callable[[], Any]]) -> list[float]:
@@ -127,11 +143,40 @@ def measure_ceilings(timer: Timer, *, tiny: bool) -> Ceilings:
     return Ceilings(copying(1 << 20 if tiny else 1 << 31), multiplying(256 if tiny else 8192))
 
 
-def usable_device(name: str, *, quick: bool) -> torch.device:
-    """The device to measure on; a CPU takes tiny shapes alone."""
+def peak_bytes(run: Callable[[], Any], device: torch.device) -> int:
+    """The most that a call holds at once beyond what was held before it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        run()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        run()
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    held = accumulate(event.nbytes() for event in sorted(events, key=lambda e: e.start_ns()))
+    return max(held, default=0)
+
+
+def held_mib(device: torch.device) -> float | None:
+    """What lies on a GPU between two calls; a CPU does not say."""
+    if device.type != "cuda":
+        return None
+    return digits(torch.cuda.memory_allocated(device) / 2**20)
+
+
+def existing_device(name: str, otherwise: str = "--device cpu") -> torch.device:
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit(f"no CUDA device was found, got --device {name}; use --device cpu --quick")
+        raise SystemExit(f"no CUDA device was found, got --device {name}; use {otherwise}")
+    return device
+
+
+def usable_device(name: str, *, quick: bool) -> torch.device:
+    """The device to measure on; a CPU takes tiny shapes alone."""
+    device = existing_device(name, "--device cpu --quick")
     if device.type == "cpu" and not quick:
         raise SystemExit("full-size shapes need --device cuda; on a CPU add --quick")
     return device
@@ -199,6 +244,11 @@ class Report:
         lines = [json.dumps(row | self.common, ensure_ascii=False) for row in self.rows]
         with replacing(self.out) as temporary:
             temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def read_rows(path: Path) -> list[dict[str, Any]]:
+    """A report's rows, as `Report` wrote them."""
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
 
 
 def figures(

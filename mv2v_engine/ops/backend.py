@@ -147,14 +147,23 @@ def check_tensors(
     """Raise TypeError for wrong dtypes and ValueError for tensors on another device than x."""
     if not x.is_floating_point():
         raise TypeError(f"x must be of a floating dtype, got {x.dtype}")
+    # on a small model's CPU turn these few lines are a part of the time
+    device = x.device
     for name, tensor in (floating or {}).items():
-        if tensor is not None and not tensor.is_floating_point():
+        if tensor is None:
+            continue
+        if not tensor.is_floating_point():
             raise TypeError(f"{name} must be of a floating dtype, got {tensor.dtype}")
+        if tensor.device != device:
+            raise _elsewhere(name, tensor, device)
     for name, tensor in (indices or {}).items():
-        if tensor is not None and tensor.dtype not in (torch.int32, torch.int64):
+        if tensor is None:
+            continue
+        if tensor.dtype not in (torch.int32, torch.int64):
             raise TypeError(f"{name} must be int32 or int64, got {tensor.dtype}")
-    for name, tensor in {**(floating or {}), **(indices or {})}.items():
-        if tensor is not None and tensor.device != x.device:
-            raise ValueError(
-                f"{name} must be on {x.device} as the first tensor is, got {tensor.device}"
-            )
+        if tensor.device != device:
+            raise _elsewhere(name, tensor, device)
+
+
+def _elsewhere(name: str, tensor: Tensor, device: torch.device) -> ValueError:
+    return ValueError(f"{name} must be on {device} as the first tensor is, got {tensor.device}")

@@ -12,7 +12,8 @@ from mv2v_engine.ops.rows import check_vectors, per_token
 def gated_residual_reference(
     x_BLC: Tensor, y_BLC: Tensor, gate: Tensor, row_BL: Tensor | None
 ) -> Tensor:
-    return (x_BLC.float() + y_BLC.float() * per_token(gate, row_BL)).to(x_BLC.dtype)
+    out = torch.addcmul(x_BLC.float(), y_BLC.float(), per_token(gate, row_BL))
+    return out.to(x_BLC.dtype)
 
 
 _gated_residual = define(

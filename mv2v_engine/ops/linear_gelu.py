@@ -1,8 +1,8 @@
 """Linear, then the tanh GELU, in the product's epilogue where the library has one.
 
-On CUDA torch hands both to cuBLASLt, whose GELU is the tanh approximation; torch's own operator is
-the exact GELU on a CPU, so it serves on CUDA alone. The epilogue sees float32 sums: the reference
-rounds once more, before the GELU.
+On CUDA torch hands both to cuBLASLt, whose GELU is the tanh approximation, on a CPU to oneDNN in
+float32; neither has a gradient. An epilogue sees float32 sums: the reference rounds once more,
+before the GELU.
 
 ... any leading dims, C width, H hidden width.
 """
@@ -15,6 +15,8 @@ from torch.nn import functional as F
 
 from mv2v_engine.ops.backend import check_tensors, define
 
+_HAS_ONEDNN = torch.backends.mkldnn.is_available()
+
 
 def linear_gelu_reference(x: Tensor, weight_HC: Tensor, bias_H: Tensor) -> Tensor:
     return F.gelu(F.linear(x, weight_HC, bias_H), approximate="tanh")
@@ -26,17 +28,25 @@ def _on_cuda(x: Tensor, weight_HC: Tensor, bias_H: Tensor) -> Tensor:
     return out.unflatten(0, x.shape[:-1])  # type: ignore[no-any-return]
 
 
+def _on_cpu(x: Tensor, weight_HC: Tensor, bias_H: Tensor) -> Tensor:
+    if not (_HAS_ONEDNN and x.dtype == weight_HC.dtype == bias_H.dtype == torch.float32):
+        return linear_gelu_reference(x, weight_HC, bias_H)
+    out = torch.ops.mkldnn._linear_pointwise(x, weight_HC, bias_H, "gelu", [], "tanh")
+    return out  # type: ignore[no-any-return]
+
+
 _linear_gelu = define(
     "linear_gelu",
     "(Tensor x, Tensor weight, Tensor bias) -> Tensor",
-    linear_gelu_reference,
+    _on_cpu,
     lambda x, weight, bias: x.new_empty(*x.shape[:-1], weight.shape[0]),
     _on_cuda,
 )
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "reference") -> Tensor:
-    """x [..., C], weight [H, C], bias [H] -> [..., H]. All backends but the reference are one.
+    """x [..., C], weight [H, C], bias [H] -> [..., H]. All backends but the reference are one;
+    on a CPU in float32, where nothing is trained, the reference is that one too.
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.
@@ -47,6 +57,8 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "refe
             "x must have shape [..., C], weight [H, C] and bias [H], "
             f"got {tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
-    run = linear_gelu_reference if backend == "reference" else _linear_gelu
+    is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+    is_onednns = x.device.type == "cpu" and x.dtype == torch.float32 and not is_trained
+    run = _linear_gelu if backend != "reference" or is_onednns else linear_gelu_reference
     result: Tensor = run(x, weight, bias)
     return result

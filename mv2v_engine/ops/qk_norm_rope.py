@@ -14,7 +14,9 @@ from mv2v_engine.ops.backend import check_tensors, define, implementation
 def rms_norm_reference(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
     """x / rms(x) * weight: the statistics in float32, the scale in x's dtype as Wan does."""
     wide = x_BLC.float()
-    normed = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    # one pass over the tokens where a mean of squares takes two
+    norm = torch.linalg.vector_norm(wide, dim=-1, keepdim=True)
+    normed = wide * torch.rsqrt(norm * norm / wide.shape[-1] + eps)
     return normed.to(weight_C.dtype).mul(weight_C).to(x_BLC.dtype)
 
 
@@ -24,10 +26,10 @@ def qk_norm_rope_reference(
     x_BLND: Tensor = rms_norm_reference(x_BLC, weight_C, eps).unflatten(-1, (num_heads, -1))
     if rope_BLD is None:
         return x_BLND
-    even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
-    cos, sin = rope_BLD[:, :, None].chunk(2, dim=-1)
-    turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-    return turned.flatten(-2).to(x_BLC.dtype)
+    # a pair is a complex number: one product instead of four and a strided copy of their sums
+    pairs = torch.view_as_complex(x_BLND.float().unflatten(-1, (-1, 2)))
+    turn = torch.complex(*rope_BLD[:, :, None].float().chunk(2, dim=-1))
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x_BLC.dtype)
 
 
 def _fake(x: Tensor, weight: Tensor, rope: Tensor | None, num_heads: int, eps: float) -> Tensor:

@@ -19,7 +19,7 @@ from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, denoise
 from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
-from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import conditioning_bytes, residual_bytes
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
@@ -142,11 +142,6 @@ def test_every_branch_keeps_its_own(model: MV2VTransformer) -> None:
     assert not torch.equal(pairs[1][0][0], pairs[1][1][0])
 
 
-def _sdpa(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    batch, heads, queries, dim = q
-    return 4 * int(batch * heads * queries * dim * k[2])
-
-
 COSTS: dict[str, tuple[EngineConfig, dict[str, Any]]] = {
     "interval": (_approximate(3, None), {}),
     "gate": (_approximate(4, 0.3), {}),
@@ -164,8 +159,7 @@ def test_a_turns_flops_are_the_counted_ones(
 ) -> None:
     config, arguments = COSTS[name]
     plan = _plan(conditioning=config.conditioning, **arguments)
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
         turn = _finished(_denoiser(model, plan, config, scale=scale))
     assert turn.reuse is not None
     table = turn_flops(plan, [record.step for record in turn.records], turn.work)
@@ -180,8 +174,7 @@ def test_a_turns_flops_are_the_counted_ones(
 def test_merging_before_the_first_block_is_probed_too() -> None:
     model = _merged_first()
     plan = turn_plan(model.config, GRID, (4, 4), merge="conv", fraction=0.5)
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
         turn = _finished(_denoiser(model, plan, _approximate(3, 1e9)))
     assert turn.work["probed"] == 6 and len(turn.records) == 2
     steps = [record.step for record in turn.records]

@@ -19,7 +19,7 @@ from mv2v_engine.errors import CancelledError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.sampling.flow_match import make_solver
-from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 GRID, STEPS, SCALE = (3, 6, 10), 3, 4.0
@@ -114,16 +114,10 @@ def test_conditioning_is_computed_once_a_turn(model: MV2VTransformer) -> None:
     assert calls == expected
 
 
-def _sdpa(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    batch, heads, queries, dim = q
-    return 4 * int(batch * heads * queries * dim * k[2])
-
-
 @pytest.mark.parametrize("conditioning", ["static", "joint"])
 def test_a_turns_flops_are_the_counted_ones(model: MV2VTransformer, conditioning: str) -> None:
     plan = _plan("conv", conditioning)
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter:
+    with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
         turn = _finished(model, plan)
     table = turn_flops(plan, [record.step for record in turn.records], turn.num_forwards)
     assert table["flops"] == counter.get_total_flops()

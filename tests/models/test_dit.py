@@ -246,7 +246,8 @@ def test_training_after_inference_on_one_plan() -> None:
         before = model(latents, timestep, text, plan=plan, cameras=cameras)
     after = model(latents, timestep, text, plan=plan, cameras=cameras)
     after.mean().backward()
-    assert torch.equal(before, after)
+    # what is trained goes without epilogues
+    assert relative_error(after.detach(), before) < 1e-5
 
 
 def test_rejects_inputs_that_do_not_fit_the_plan() -> None:

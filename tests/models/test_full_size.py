@@ -21,13 +21,10 @@ from mv2v_engine.config import LUCY_5B, WAN_1_3B, TransformerConfig
 from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.packed import Sample
+from mv2v_engine.testing import cpu_flops
 from mv2v_engine.tokens.editing import window_plan
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
-
-
-def _attention_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    return int(sdpa_flop_count(q, k, v))
 
 
 def _dense_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -59,16 +56,10 @@ def _merge_flops(
     return int(2 * merged[0] * merged[1] * windows * math.prod(weight))
 
 
-def _linear_flops(x: Any, weight: Any, bias: Any, **kwargs: Any) -> int:
-    return int(2 * math.prod(x) * weight[0])
-
-
-# torch's own table leaves out the CPU's fused attention, and knows nothing of these operations
-FORMULAS = {
-    torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
+# torch's own table knows nothing of these operations
+FORMULAS = cpu_flops() | {
     torch.ops.mv2v.attention: _dense_flops,
     torch.ops.mv2v.frame_responsiveness: _responsiveness_flops,
-    torch.ops.mv2v.linear_gelu: _linear_flops,
     torch.ops.mv2v.token_merge: _merge_flops,
 }
 

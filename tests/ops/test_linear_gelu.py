@@ -73,3 +73,14 @@ def test_rejects_bad_input() -> None:
         linear_gelu(x, weight, bias[:24])
     with pytest.raises(TypeError, match=r"bias must be of a floating dtype, got torch.int64"):
         linear_gelu(x, weight, bias.long())
+
+
+def test_cpus_have_an_epilogue_where_nothing_is_trained() -> None:
+    x, weight, bias = _inputs(torch.float32)
+    with torch.profiler.profile() as profile:
+        linear_gelu(x, weight, bias)
+        linear_gelu(x.requires_grad_(), weight, bias).sum().backward()
+        linear_gelu(x.detach().bfloat16(), weight.bfloat16(), bias.bfloat16())
+    calls = {event.key: event.count for event in profile.key_averages()}
+    assert calls["mkldnn::_linear_pointwise"] == 1 and calls["aten::gelu"] == 2
+    assert x.grad is not None and x.grad.isfinite().all()

@@ -12,17 +12,14 @@ import bench_batch
 import bench_block
 import bench_graphs
 import bench_ops
-import bench_static
-import bench_turn
 import pytest
 import torch
 from bench_ops import measure_all, measure_case
 from eager_block import EagerBlock
-from measure import Ceilings, Report, Timer, Timing, figures, table
+from measure import Ceilings, Report, Timer, Timing, figures, peak_bytes, table
 from op_cases import OpCase
 from targets import op_targets, target
 
-from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
 from tests.engine.graph_stand_in import StandIn
@@ -134,25 +131,6 @@ def test_the_eager_block_does_not_use_the_operations(monkeypatch: pytest.MonkeyP
         assert block(bench.sequence.x, bench.temb, bench.context, bench.cameras).isfinite().all()
 
 
-def test_forwards_of_a_checkpoint(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    report = Report(tmp_path / "turn.jsonl", {})
-    checkpoint = load_checkpoint(tiny_checkpoint)
-    with torch.inference_mode():
-        bench_turn.measure_forwards(checkpoint, Timer(CPU, seconds=0.0), report, tiny=True)
-    assert [row["implementation"] for row in rows(tmp_path / "turn.jsonl")] == ["reference"] * 3
-    assert all(row["ms"] > 0 and row["tflop_per_s"] > 0 for row in report.rows)
-
-
-def test_static_turns_against_a_joint_one(tiny_checkpoint: Path) -> None:
-    found = bench_static.compare(load_checkpoint(tiny_checkpoint), steps=3, rounds=2, memory=2)
-    kinds = [("joint", 0), ("static", 0), ("static", 2), ("joint", 2)]
-    assert [(row["conditioning"], row["memory"]) for row in found] == kinds * 2
-    for joint, alone, static, full in (found[:4], found[4:]):
-        assert joint["flop_ratio"] == joint["time_ratio"] == 1 > alone["flop_ratio"]
-        assert static["gflop"] < full["gflop"] and static["kept_mib"] > 0 == full["kept_mib"]
-        assert len(static["time_ratios"]) == 2 and static["seconds"] > 0
-
-
 def test_full_size_shapes_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(SystemExit, match="on a CPU add --quick"):
         run(bench_ops, monkeypatch)
@@ -160,7 +138,7 @@ def test_full_size_shapes_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
 def test_a_device_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    for script in (bench_ops, bench_block, bench_turn):
+    for script in (bench_ops, bench_block):
         monkeypatch.setattr(sys, "argv", ["bench"])
         with pytest.raises(SystemExit, match="no CUDA device was found"):
             script.main()
@@ -181,6 +159,26 @@ def test_rivals_are_timed_turn_about() -> None:
     assert "".join(order) == "ab" + "aabb" + "ab" * 5
     assert quick.runs == slow.runs == 5 and quick.median < slow.median
     assert quick.low <= quick.median <= quick.high and slow.median >= 0.02
+
+
+def test_rounds_are_whole() -> None:
+    order: list[str] = []
+    clock = iter(range(100))
+    timer = Timer(CPU, seconds=0.0, clock=lambda: float(next(clock)))
+    found = timer.rounds([lambda: order.append("a"), lambda: order.append("b")], 3)
+    assert "".join(order) == "ab" * 3 and found == [[1.0, 1.0]] * 3
+
+
+def test_peak_bytes_are_what_a_call_held_at_once() -> None:
+    size, count = 1 << 20, 3
+
+    def run() -> None:
+        for _ in range(count):
+            torch.zeros(size, dtype=torch.uint8)
+        both = torch.zeros(size, dtype=torch.uint8), torch.zeros(2 * size, dtype=torch.uint8)
+        del both
+
+    assert 3 * size <= peak_bytes(run, CPU) < 3.1 * size
 
 
 def _case(run: Any) -> OpCase:

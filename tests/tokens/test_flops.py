@@ -13,17 +13,11 @@ from mv2v_engine.config import MergerConfig, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.testing import cpu_flops, randomise, tiny_config
 from mv2v_engine.tokens.flops import block_flops, conditioning_flops, flop_table, kept_flop_table
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 GRID = (3, 12, 20)
-
-
-def _sdpa(q: Any, k: Any, v: Any, *_: Any, out_shape: Any = None, **__: Any) -> int:
-    """4 Lq Lk D of every head: the CPU kernel has no formula in torch's own table."""
-    batch, heads, queries, dim = q
-    return 4 * int(batch * heads * queries * dim * k[2])
 
 
 def _counted(
@@ -37,8 +31,7 @@ def _counted(
     latents = [torch.randn(1, config.in_channels, *s.grid) for s in plan.segments]
     cameras = torch.randn(1, len(plan.segments) + 1, GRID[0], 12) if config.has_camera else None
     text = torch.randn(1, config.text_len, config.text_dim)
-    mapping = {torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _sdpa}
-    with FlopCounterMode(display=False, custom_mapping=mapping) as counter, torch.no_grad():
+    with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter, torch.no_grad():
         timestep = torch.tensor([500.0])
         if keep is not None and keep.is_filled:
             model.forward_target(latents[0], timestep, text, kept=keep)

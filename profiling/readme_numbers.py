@@ -1,0 +1,118 @@
+"""The README's tables of times, from the committed results: prints them, or writes them in.
+
+`python profiling/readme_numbers.py [--write]`
+
+Each table stands in the README between `<!-- numbers: NAME -->` and `<!-- end -->`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from measure import ROOT, read_rows
+
+RESULTS = ROOT / "profiling" / "results"
+README = ROOT / "README.md"
+Row = dict[str, Any]
+
+
+def memory(rows: Sequence[Row]) -> str:
+    """What a forward costs by count of memory videos: counted at full size, measured small."""
+    timed = {(row["kind"], row["memory"]): row for row in rows if "time_ratio" in row}
+    lines = [
+        "| memory videos | tokens: all 1x2x2 | by rank | PFLOP: all 1x2x2 | by rank | + merging "
+        "| static step | time: all 1x2x2 | by rank | + merging | static turn |",
+        "|---|" + "---|" * 10,
+    ]
+    for row in rows:
+        if row["what"] != "counted":
+            continue
+        count = row["memory"]
+        times = []
+        for kind, column in (
+            ("uniform", "time_ratio"),
+            ("dynamic", "time_ratio"),
+            ("merged", "time_ratio"),
+            ("static", "turn_time_ratio"),
+        ):
+            found = timed.get((kind, count))
+            times.append(f"{found[column]:.2f}" if found else "")
+        pflop = [f"{row[f'pflop_{kind}']:.3f}" for kind in ("uniform", "dynamic", "merged")]
+        cells = [str(count), f"{row['tokens_uniform']:,}", f"{row['tokens_dynamic']:,}", *pflop]
+        cells += [f"{row['pflop_static']:.3f}", *times]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def peers(rows: Sequence[Row]) -> str:
+    """Our forward beside others', by threads."""
+    lines = [
+        "| against | our forward | GFLOP: theirs | ours | threads | ms: theirs | ours | speed-up |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [
+        f"| {row['peer']} | {row['ours']} | {row['gflop']:.2f} | {row['our_gflop']:.2f} "
+        f"| {row['threads']} | {row['ms']:.1f} | {row['our_ms']:.1f} | {row['speedup']:.2f} |"
+        for row in rows
+        if "speedup" in row
+    ]
+    return "\n".join(lines)
+
+
+def turns(rows: Sequence[Row]) -> str:
+    """Seconds of whole turns by stage."""
+    stages = ("vae encode", "memory", "sampling", "vae decode")
+    lines = [
+        f"| turn | memory videos | steps | GFLOP | seconds | {' | '.join(stages)} |",
+        "|---|" + "---|" * (4 + len(stages)),
+    ]
+    for row in rows:
+        if not row.get("stages"):
+            continue
+        spent = [f"{row['stages'].get(stage, 0):.2f}" for stage in stages]
+        cells = [row["config"], str(row["memory"]), str(row["steps"])]
+        cells += [f"{row['tflop'] * 1e3:.1f}", f"{row['seconds']:.1f}", *spent]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+# a table's name, the result that it is made of, and how
+TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+    "memory": ("memory.jsonl", memory),
+    "peers": ("peers.jsonl", peers),
+    "turns": ("engine.jsonl", turns),
+}
+
+
+def block(name: str) -> str:
+    """A table between its marks, as the README has it."""
+    file, markdown = TABLES[name]
+    return f"<!-- numbers: {name} -->\n{markdown(read_rows(RESULTS / file))}\n<!-- end -->"
+
+
+def written(text: str) -> str:
+    """The README's text with every table as the results have it now."""
+    for name in TABLES:
+        marks = re.compile(rf"<!-- numbers: {name} -->\n.*?<!-- end -->", re.DOTALL)
+        if not marks.search(text):
+            raise SystemExit(f"{README.name} has no place for the table {name!r}")
+        text = marks.sub(lambda _, name=name: block(name), text)  # type: ignore[misc]
+    return text
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--write", action="store_true", help="into the README")
+    args = parser.parse_args()
+    if args.write:
+        README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+        return
+    for name in TABLES:
+        print(f"{block(name)}\n")
+
+
+if __name__ == "__main__":
+    main()
