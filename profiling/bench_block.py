@@ -75,7 +75,7 @@ class Bench:
         angles = new(1, plan.length, shape.attention_head_dim // 2, dtype=torch.float32)
         rope = torch.cat([angles.cos(), angles.sin()], -1)
         frames = torch.arange(len(plan.frame_table), device=device)[None]
-        self.sequence = Sequence(new(1, plan.length, width), rope, frames, plan.layout)
+        self.sequence = Sequence.of(new(1, plan.length, width), rope, frames, plan.layout)
         self.temb = new(1, 6, width, dtype=torch.float32)
         self.context = new(1, shape.text_len, width)
         self.cameras = new(1, len(plan.frame_table), 12) if shape.has_camera else None

@@ -28,7 +28,7 @@ class EagerBlock:
         self.block, self.attention_backend = block, attention_backend
         self.dtype, self.heads = sequence.x.dtype, block.attn1.num_heads
         self.width = (sequence.x.shape[-1],)
-        self.frame_L = sequence.token_frames()[0]
+        self.frame_L = sequence.token_frames[0]
         self.turn_BL1D = torch.complex(*sequence.rope.chunk(2, -1))[:, :, None]
         self.norm2_weight = block.norm2.weight.to(self.dtype)
         self.norm2_bias = block.norm2.bias.to(self.dtype)

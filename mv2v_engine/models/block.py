@@ -149,7 +149,7 @@ class Block(nn.Module):
         camera = frames = None
         if self.cam_encoder is not None and cameras_BFP is not None:
             camera = self.cam_encoder(cameras_BFP.to(self.cam_encoder.weight.dtype))
-            frames = sequence.token_frames()
+            frames = sequence.token_frames
         return adaln(
             sequence.x,
             modulation.scale,

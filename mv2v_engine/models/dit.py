@@ -286,7 +286,7 @@ class MV2VTransformer(nn.Module):
         # a fake tensor's table has no bits: kept, it would be served to real forwards
         make = _rotary_table if type(x) is Tensor else _rotary_table.__wrapped__
         rope = make(plan, x.device)[None, : layout.length]
-        return Sequence(x, rope, frames, layout)
+        return Sequence.of(x, rope, frames, layout)
 
     def merge(
         self, index: int, block: Block, begun: ForwardPass, records: list[MergeRecord] | None

@@ -82,7 +82,7 @@ class Sample:
 class PackedSequence:
     """The tokens x [1, L, C] of all samples; a block takes it as it takes a `Sequence`.
 
-    rope [1, L, D]; row [1, L]: the sample of every token; frames [1, L]: its place among the
+    rope [1, L, D]; row [1, L]: the sample of every token; token_frames [1, L]: its place among the
     cameras of all samples. parts: the samples' own sequences as they entered, or as a merge left
     them. text: which text each sample attends to. packs: which keys, by their numbers.
     """
@@ -90,7 +90,7 @@ class PackedSequence:
     x: Tensor
     rope: Tensor
     row: Tensor
-    frames: Tensor
+    token_frames: Tensor
     text: Pack
     parts: tuple[Sequence, ...]
     packs: dict[tuple[int, ...], Pack] = field(default_factory=dict)
@@ -102,7 +102,7 @@ class PackedSequence:
         """num_frames: rows of each sample's cameras. All is made on the device, without a wait."""
         device, first = parts[0].x.device, [0, *accumulate(num_frames)]
         lengths = [part.layout.length for part in parts]
-        numbers = [part.token_frames() + start for part, start in zip(parts, first, strict=False)]
+        numbers = [part.token_frames + start for part, start in zip(parts, first, strict=False)]
         return cls(
             torch.cat([part.x for part in parts], 1),
             torch.cat([part.rope for part in parts], 1),
@@ -115,9 +115,6 @@ class PackedSequence:
     @property
     def lengths(self) -> list[int]:
         return [part.layout.length for part in self.parts]
-
-    def token_frames(self) -> Tensor:
-        return self.frames
 
     def split(self) -> list[Sequence]:
         """Every sample's sequence with its tokens of now."""

@@ -6,7 +6,7 @@ B batch, L tokens, F frames of the sequence, G frames of a group, P tokens of a 
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import accumulate
 from typing import ClassVar
 
@@ -23,17 +23,23 @@ from mv2v_engine.tokens.layout import Layout, MergeStep
 class Sequence:
     """Tokens with everything that travels with them.
 
-    x [B, L, C]; rope [1 or B, L, D]; frames [B, F] says which frame of the plan's frame table
-    each frame of the layout is.
+    x [B, L, C]; rope [1 or B, L, D]; frames [B, F] and token_frames [B, L] say which frame of the
+    plan's frame table each frame of the layout, and each token, is. Made by `of`.
     """
 
     x: Tensor
     rope: Tensor
     frames: Tensor
+    token_frames: Tensor
     layout: Layout
     # modulation is a sample's and attention dense: other than in a PackedSequence
     row: ClassVar[None] = None
     text: ClassVar[None] = None
+
+    @classmethod
+    def of(cls, x: Tensor, rope: Tensor, frames: Tensor, layout: Layout) -> Sequence:
+        """A sequence from one merge to the next; every block reads what is worked out here."""
+        return cls(x, rope, frames, frames[:, token_slots(layout, frames.device)], layout)
 
     def followed_by(self, own: Tensor, kept: Series[Tensor | None]) -> Tensor:
         """K or V of the sequence's tokens [B, L, N, D], then those kept for it."""
@@ -42,19 +48,15 @@ class Sequence:
     def pack_over(self, kept: Series[KeysValues | None] | None) -> None:
         return None
 
-    def token_frames(self) -> Tensor:
-        """Frame-table index [B, L] of every token."""
-        return self.frames[:, token_slots(self.layout, self.frames.device)]
-
     def halves(self) -> tuple[Sequence, Sequence]:
         """The target alone, and the conditioning alone; both count the plan's frames as before."""
         length, runs = self.layout.target_length, self.layout.runs
         count = runs[0].num_frames
-        x, rope, frames = self.x, self.rope, self.frames
-        return (
-            Sequence(x[:, :length], rope[:, :length], frames[:, :count], Layout(runs[:1])),
-            Sequence(x[:, length:], rope[:, length:], frames[:, count:], Layout(runs[1:])),
-        )
+        by_token = (self.x, self.rope, self.token_frames)
+        x, rope, token_frames = (tensor[:, :length] for tensor in by_token)
+        target = Sequence(x, rope, self.frames[:, :count], token_frames, Layout(runs[:1]))
+        x, rope, token_frames = (tensor[:, length:] for tensor in by_token)
+        return target, Sequence(x, rope, self.frames[:, count:], token_frames, Layout(runs[1:]))
 
 
 @dataclass(frozen=True, eq=False)
@@ -212,12 +214,8 @@ def apply_merge(
         parts_frames.append(ids.gather(1, kept))
         if not discard:
             parts_frames.append(ids.gather(1, merged))
-    merged_sequence = replace(
-        sequence,
-        x=torch.cat(parts_x, 1),
-        rope=torch.cat(parts_rope, 1),
-        frames=torch.cat(parts_frames, 1),
-        layout=step.after,
+    merged_sequence = Sequence.of(
+        torch.cat(parts_x, 1), torch.cat(parts_rope, 1), torch.cat(parts_frames, 1), step.after
     )
     before = sequence.frames[:, num_target:]
     record = MergeRecord(step, torch.cat(merged_frames, 1), scores_BF, before)

@@ -79,10 +79,12 @@ class _Block:
         self.plan, self.run, self.target = plan, execution, plan.target.length
         self.row = plan.shape.dim * execution.element_bytes
         self.hidden_row = plan.shape.ffn_dim * execution.element_bytes
-        # by the reference, in float32: rotation's input widened, two half products, its result;
-        # a LayerNorm's result, scaled, shifted
         self.widened = 4 * plan.shape.dim if execution.element_bytes < 4 else 0
-        self.rotating = 0 if execution.is_fused else self.widened + plan.shape.dim * 8
+        # by the reference: q or k normalised in float32; narrow ones are widened before and
+        # rounded, and scaled, after. A LayerNorm's result, scaled, shifted
+        self.rotating = 0 if execution.is_fused else plan.shape.dim * 4
+        if self.rotating and self.widened:
+            self.rotating += self.widened + 2 * self.row
         self.norming = 0 if execution.is_fused else plan.shape.dim * 12
 
     def joint(self, length: int) -> int:
@@ -138,8 +140,8 @@ class _Block:
         """The feed-forward of so many tokens, which it counts too."""
         at_once = min(length, self.run.chunk or length)
         hidden = at_once * self.hidden_row
-        if self.run.is_fused:
+        if self.run.is_fused or not self.widened:
             return 4 * length * self.row + hidden
-        # the GELU's input and output; in one piece, the result comes after
+        # the GELU's input and output, of narrow elements; in one piece, the result comes after
         made = 4 if at_once < length else 3
         return max(made * length * self.row + 2 * hidden, 4 * length * self.row + hidden)

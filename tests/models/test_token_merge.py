@@ -36,7 +36,7 @@ def _sequence(plan: TokenPlan, batch: int = 1) -> Sequence:
     x = torch.randn(batch, plan.length, 24)
     x[..., 0] = slots
     rope = torch.randn(1, plan.length, ROTARY)
-    return Sequence(x, rope, frames, plan.layout)
+    return Sequence.of(x, rope, frames, plan.layout)
 
 
 def _merge(
@@ -83,7 +83,7 @@ def test_the_books_follow_the_frames() -> None:
     # the target, then each group's kept and merged frames in their order
     assert merged.frames[0].tolist() == [0, 1, 2, 3, 5, 10, 4, 9, 11, 6, 7, 8]
     # every token still carries its frame's number, averages of equal numbers included
-    assert torch.equal(merged.x[0, :, 0].round().long(), merged.token_frames()[0])
+    assert torch.equal(merged.x[0, :, 0].round().long(), merged.token_frames[0])
 
 
 def test_merged_positions_are_the_mean_of_their_parents() -> None:
@@ -94,7 +94,7 @@ def test_merged_positions_are_the_mean_of_their_parents() -> None:
     assert chosen[0].tolist() == [4, 6]
     span = plan.frame_table[4]
     parents = sequence.rope[0, span.start : span.stop].reshape(6, 10, ROTARY)
-    place = int((merged.token_frames()[0] == 4).nonzero()[0])
+    place = int((merged.token_frames[0] == 4).nonzero()[0])
     for row in range(3):
         for column in range(5):
             window = parents[2 * row : 2 * row + 2, 2 * column : 2 * column + 2]
@@ -103,7 +103,7 @@ def test_merged_positions_are_the_mean_of_their_parents() -> None:
     # 3 x 5 does not divide by two: the last row and column stand twice in their windows
     span = plan.frame_table[6]
     parents = sequence.rope[0, span.start : span.stop].reshape(3, 5, ROTARY)
-    place = int((merged.token_frames()[0] == 6).nonzero()[0])
+    place = int((merged.token_frames[0] == 6).nonzero()[0])
     torch.testing.assert_close(merged.rope[0, place + 5], parents[2, 4])
     torch.testing.assert_close(merged.rope[0, place + 2], parents[:2, 4].mean(0))
 
@@ -112,7 +112,7 @@ def test_merging_an_average_keeps_a_constant_frame() -> None:
     plan = _plan(1.0, 4)
     sequence = _sequence(plan)
     merged, _ = _merge(plan, sequence, torch.rand(1, 6))
-    numbers = merged.token_frames()[0].float()
+    numbers = merged.token_frames[0].float()
     torch.testing.assert_close(merged.x[0, :, 0], numbers)
 
 
@@ -123,7 +123,7 @@ def test_discarded_frames_are_gone() -> None:
     )
     assert chosen[0].tolist() == [4, 6]
     assert merged.frames[0].tolist() == [0, 1, 2, 3, 5, 7, 8]
-    assert torch.equal(merged.x[0, :, 0].long(), merged.token_frames()[0])
+    assert torch.equal(merged.x[0, :, 0].long(), merged.token_frames[0])
 
 
 def test_the_target_and_merged_frames_are_no_candidates() -> None:
@@ -138,7 +138,7 @@ def test_samples_choose_for_themselves() -> None:
     scores = torch.tensor([[0.1, 0.2, 0.3, 0.1, 0.2, 0.3], [0.3, 0.2, 0.1, 0.3, 0.2, 0.1]])
     merged, chosen = _merge(plan, _sequence(plan, 2), scores)
     assert chosen.tolist() == [[3, 6], [5, 8]]
-    assert torch.allclose(merged.x[..., 0], merged.token_frames().float())
+    assert torch.allclose(merged.x[..., 0], merged.token_frames.float())
 
 
 def test_joint_scope_counts_across_groups() -> None:
