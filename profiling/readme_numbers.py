@@ -79,11 +79,27 @@ def turns(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def peaks(rows: Sequence[Row]) -> str:
+    """Predicted GiB of a full-size turn, by where the text encoder waits."""
+    lines = [
+        "| memory videos | conditioning | merging | kept K and V, GiB "
+        "| peak with the text encoder | peak without |",
+        "|---|---|---|---|---|---|",
+    ]
+    for resident, offloaded in zip(rows[::2], rows[1::2], strict=True):
+        both = [f"{row['peak_gib']:.1f} ({row['fullest']})" for row in (resident, offloaded)]
+        cells = [str(resident["memory"]), resident["conditioning"], resident["merge"]]
+        cells += [f"{resident['kept_gib']:.1f}", *both]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # a table's name, the result that it is made of, and how
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "memory": ("memory.jsonl", memory),
     "peers": ("peers.jsonl", peers),
     "turns": ("engine.jsonl", turns),
+    "peaks": ("peak_memory.jsonl", peaks),
 }
 
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
 
 # torch keeps this much for cuBLAS on Hopper, and less elsewhere
-_CUBLAS_WORKSPACE = 32 << 20
+CUBLAS_WORKSPACE = 32 << 20
 # beside what the forwards make: the noisy latents, the positive branch's velocity, the next latents
 _STEP_VIDEOS = 3
 # with guidance
@@ -131,7 +131,7 @@ class Budget:
             encode=encode,
             decode=decode,
             embed=0 if text is None else embed_bytes(text),
-            workspace=held["pool"] + held["buffers"] + (_CUBLAS_WORKSPACE if on_gpu else 0),
+            workspace=held["pool"] + held["buffers"] + (CUBLAS_WORKSPACE if on_gpu else 0),
             arena=held["arena"],
             execution=Execution(
                 engine.dtype.itemsize,

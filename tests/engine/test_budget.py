@@ -9,23 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from diffusers import AutoencoderKLWan
-from torch import Tensor, nn
+from peak_memory import full_size_parts
+from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.config import WAN_1_3B
-from mv2v_engine.engine.budget import Budget, Parts, embed_bytes, module_bytes, predict
+from mv2v_engine.engine.budget import Budget, Parts, predict
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.vae_bytes import vae_peak_bytes
 from mv2v_engine.errors import MemoryBudgetError, RequestError
-from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.progress import StageDone, StageStarted
-from mv2v_engine.text import TextEncoder
-from mv2v_engine.tokens.peak import Execution
 from mv2v_engine.tokens.plan import novel_view_plan
-from mv2v_engine.vae import VideoVAE
 
 GIB = 1 << 30
 
@@ -103,39 +96,7 @@ def test_what_a_refusal_advises(full_size: Parts) -> None:
 
 @pytest.fixture(scope="module")
 def full_size() -> Parts:
-    """Wan 1.3B with cameras and memory, its VAE and UMT5-XXL in bfloat16, without their memory."""
-    with torch.device("meta"):
-        text = transformers.UMT5EncoderModel(
-            transformers.UMT5Config(
-                vocab_size=256_384, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64
-            )
-        )
-        vae = VideoVAE(AutoencoderKLWan())
-        transformer = MV2VTransformer(replace(WAN_1_3B, num_layers=3, merge_blocks=None))
-    for module in (text, transformer, vae.model):
-        nn.Module.to(module, dtype=torch.bfloat16)
-    vae.dtype = torch.bfloat16
-    encoder = TextEncoder.__new__(TextEncoder)
-    encoder.model, encoder.max_length, encoder.dtype = text, 512, torch.bfloat16
-    encode, decode = vae_peak_bytes(vae, 81, (480, 832))
-    blocks = module_bytes(transformer.blocks)
-    video = 16 * 21 * 60 * 104 * 4
-    return Parts(
-        transformer=module_bytes(transformer) + 9 * blocks,
-        vae=module_bytes(vae.model),
-        text=module_bytes(text),
-        is_text_offloaded=False,
-        cache=11 * video,
-        video=video,
-        copies_memory=False,
-        embedding=512 * 4096 * 2,
-        encode=encode,
-        decode=decode,
-        embed=embed_bytes(encoder),
-        workspace=32 << 20,
-        arena=0,
-        execution=Execution(2, EngineConfig().feed_forward_chunk),
-    )
+    return full_size_parts()
 
 
 class _Device:
