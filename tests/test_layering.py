@@ -25,6 +25,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "video",
             "vae",
             "text",
+            "vision",
             "camera",
             "memory",
             "tokens",

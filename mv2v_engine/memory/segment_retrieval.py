@@ -1,10 +1,11 @@
 """Which edited segments of a long video a new one remembers (Memory-V2V, Algorithm 2; METHOD 10).
 
 An instruction says too little to tell segments apart, so an edit is found by its source: segments
-whose sources look alike, by the cosine of their descriptors (`memory.descriptors`), and first of
-all the one edited last, onto which the new one has to follow.
+whose sources look alike, by the cosine of their descriptors, and first of all the one edited last,
+onto which the new one has to follow. A descriptor is the mean of a segment's DINOv2 embeddings
+(`vision`), or, where no such weights are at hand, `latent_descriptor`; the two do not compare.
 
-D numbers of a descriptor.
+C F H W latents, D numbers of a descriptor.
 """
 
 from __future__ import annotations
@@ -15,11 +16,28 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from mv2v_engine.config import MemoryTokenizers
 from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.retrieval import Retrieval, no_memory
 from mv2v_engine.tokens.plan import memory_tokenizers
+
+_LATENT_GRID = (4, 4)
+
+
+def latent_descriptor(latents_CFHW: Tensor) -> Tensor:
+    """Latents averaged over time and over a 4x4 grid, float32 [16 C] on the CPU.
+
+    Normalised latents have a mean near zero, so that their cosine tells segments apart.
+
+    Raises:
+        RequestError: latents of another rank.
+    """
+    if latents_CFHW.ndim != 4:
+        raise RequestError(f"latents must have shape [C, F, H, W], got {list(latents_CFHW.shape)}")
+    pooled = F.adaptive_avg_pool2d(latents_CFHW.float().mean(1), _LATENT_GRID)
+    return pooled.flatten().cpu()
 
 
 @dataclass(frozen=True, eq=False)

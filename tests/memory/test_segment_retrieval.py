@@ -9,9 +9,22 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn import functional as F
 
+from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.errors import RequestError
-from mv2v_engine.memory.segment_retrieval import SegmentKey, rank_segments, segment_scores
+from mv2v_engine.memory.segment_retrieval import (
+    SegmentKey,
+    latent_descriptor,
+    rank_segments,
+    segment_scores,
+)
+from mv2v_engine.synthetic.render import render
+from mv2v_engine.synthetic.worlds import make_world
+
+
+def _clip(seed: int, camera: str) -> Tensor:
+    return render(make_world(seed), named_trajectory(camera, 9, (48, 80))).frames
 
 
 def at(degrees: float) -> Tensor:
@@ -88,3 +101,22 @@ def test_descriptors_that_cannot_be_compared(wrong: Tensor, message: str) -> Non
         segment_scores(at(0), [SegmentKey("s/1", 1, wrong)])
     with pytest.raises(RequestError, match="top_k must not be negative, got -1"):
         rank_segments(at(0), [], top_k=-1)
+
+
+def test_two_views_of_a_world_are_more_alike_than_two_worlds() -> None:
+    means = [
+        F.avg_pool2d(c.permute(3, 0, 1, 2).float() - 128, 8)
+        for c in (_clip(1, "static"), _clip(1, "tilt_up"), _clip(2, "static"))
+    ]
+    one, other_view, other_world = (latent_descriptor(m) for m in means)
+    alike = F.cosine_similarity(one, other_view, dim=0)
+    assert alike > F.cosine_similarity(one, other_world, dim=0)
+
+
+def test_latents_of_any_length_and_size_compare() -> None:
+    assert latent_descriptor(torch.randn(16, 5, 12, 20)).shape == (256,)
+    assert latent_descriptor(torch.randn(16, 1, 3, 5)).shape == (256,)
+    constant = torch.arange(3.0).reshape(3, 1, 1, 1).expand(3, 2, 8, 8)
+    assert torch.equal(latent_descriptor(constant), torch.arange(3.0).repeat_interleave(16))
+    with pytest.raises(RequestError, match=r"\[C, F, H, W\], got \[1, 2, 3\]"):
+        latent_descriptor(torch.zeros(1, 2, 3))
