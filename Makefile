@@ -1,7 +1,7 @@
 # make demo and make test each work alone: they create .venv, install, and run.
 
 PYTHON ?= python3
-PYTEST_ARGS ?=
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO_CAMERAS := pan_right arc_left pan_right

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import WAN_1_3B
-from mv2v_engine.engine.budget import _CUBLAS_WORKSPACE, module_bytes
+from mv2v_engine.engine.budget import CUBLAS_WORKSPACE, module_bytes
 from mv2v_engine.engine.vae_bytes import vae_peak_bytes
 from mv2v_engine.errors import MemoryBudgetError
 from mv2v_engine.models.dit import MV2VTransformer
@@ -70,7 +70,7 @@ def test_a_full_size_forward(
     measured = torch.cuda.max_memory_allocated() - before
     is_fused = model.backend != "reference"
     execution = Execution(2, EngineConfig().feed_forward_chunk, is_fused)
-    found = forward_peak_bytes(plan, execution) + _CUBLAS_WORKSPACE
+    found = forward_peak_bytes(plan, execution) + CUBLAS_WORKSPACE
     print(f"\n{measured:,} bytes measured, {found / measured:.3f} of them predicted")
     assert found == pytest.approx(measured, rel=0.1)
 
