@@ -51,9 +51,10 @@ demo: $(VENV)/.installed demo/clip.mp4
 	$(RUN) -m mv2v_engine.run novel-view demo/clip.mp4 \
 	  $(addprefix --camera ,$(DEMO_CAMERAS)) --out demo/out --overwrite
 
+# processes rather than threads: these spin while they wait, beside each other
 .PHONY: test
 test: $(VENV)/.installed-dev
-	$(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
 
 RESULTS := profiling/results
 BENCH := $(RUN) profiling
