@@ -21,15 +21,13 @@ from statistics import median
 from typing import Any
 
 import torch
+from forwards import Setting, embedded, full_size
 from measure import Report, digits, provenance, reason, table
 from op_cases import random_tensors
 
-from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.config import WAN_1_3B, Conditioning, SamplingConfig
-from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.config import Conditioning, SamplingConfig
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.ops.backend import resolve
 from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.plan import novel_view_plan
 
@@ -43,33 +41,28 @@ MODES: tuple[Conditioning, ...] = ("joint", "static")
 class Case:
     """Turns of one kind. most: how many of them there is time for."""
 
-    name: str
-    model: MV2VTransformer
-    sampling: SamplingConfig
+    setting: Setting
     conditioning: Conditioning
     most: int
-
-    @property
-    def device(self) -> torch.device:
-        return self.model.patch_embedding.weight.device
 
     @torch.no_grad()
     def samples(self, count: int) -> list[Sample]:
         """The next step of so many turns; static ones have their K and V."""
-        config, new = self.model.config, random_tensors(self.device)
+        setting = self.setting
+        config, new = setting.transformer.config, random_tensors(setting.device)
         samples = []
         for index in range(count):
             plan = novel_view_plan(
                 memory=MEMORY[index % len(MEMORY)],
-                frames=self.sampling.num_frames,
-                size=self.sampling.size,
+                frames=setting.sampling.num_frames,
+                size=setting.sampling.size,
                 shape=config,
                 conditioning=self.conditioning,
             )
             size = (len(plan.segments), plan.target.num_frames, 12)
             sample = Sample(
                 latents=[new(1, config.in_channels, *segment.grid) for segment in plan.segments],
-                timestep=torch.full((1,), 900.0 - 100 * index, device=self.device),
+                timestep=torch.full((1,), 900.0 - 100 * index, device=setting.device),
                 encoder_hidden_states=new(1, config.text_len, config.text_dim),
                 plan=plan,
                 cameras=new(1, *size, dtype=torch.float32),
@@ -79,7 +72,7 @@ class Case:
 
     def _kept(self, sample: Sample) -> Sample:
         cache = ConditioningCache(sample.plan)
-        self.model(
+        self.setting.transformer(
             sample.latents,
             sample.timestep,
             sample.encoder_hidden_states,
@@ -91,24 +84,16 @@ class Case:
 
 
 def cases(device: torch.device, *, with_large: bool) -> Iterator[Case]:
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    backend = resolve("auto", device)
-    tiny = load_checkpoint("tiny-nvs", device=device, dtype=dtype)
-    tiny.transformer.set_backend(backend)
+    tiny = embedded(device)
     for mode in MODES:
-        yield Case("tiny-nvs", tiny.transformer, tiny.sampling, mode, 8)
+        yield Case(tiny, mode, 8)
     if not with_large:
         return
-    with torch.device(device):
-        model = MV2VTransformer(WAN_1_3B).to(dtype).eval().requires_grad_(False)
-    for name, parameter in model.named_parameters():
-        if any(kept in name for kept in MV2VTransformer.keep_in_fp32_modules):
-            parameter.data = parameter.data.float()
-    model.set_backend(backend)
-    short = SamplingConfig(num_frames=17, size=(240, 416))
+    large = full_size(device)
+    short = replace(large, sampling=SamplingConfig(num_frames=17, size=(240, 416)))
     for mode in MODES:
-        yield Case("1.3B", model, short, mode, 8)
-    yield Case("1.3B", model, SamplingConfig(), "static", 2)
+        yield Case(short, mode, 8)
+    yield Case(large, "static", 2)
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
@@ -128,12 +113,12 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def compare(case: Case, count: int, rounds: int) -> dict[str, Any]:
     """A row's figures; ratios within a round are freer of drift than those of medians."""
     samples = case.samples(count)
-    run = case.model.forward_packed
+    run = case.setting.transformer.forward_packed
     alone, packed = [run([sample])[0] for sample in samples], run(samples)
     error = max(relative_error(ours, own) for ours, own in zip(packed, alone, strict=True))
     del alone, packed
     ways = [lambda: [run([sample]) for sample in samples], partial(run, samples)]
-    times = [[seconds(way, case.device) for way in ways] for _ in range(rounds + 1)][1:]
+    times = [[seconds(way, case.setting.device) for way in ways] for _ in range(rounds + 1)][1:]
     ratios = [alone / packed for alone, packed in times]
     return {
         "tokens": sum(sample.num_tokens for sample in samples),
@@ -175,11 +160,11 @@ def main() -> None:
         torch.set_num_threads(1)
     report = Report(args.out, provenance(device, args.commit))
     for case in cases(device, with_large=is_cuda):
-        frames, (height, width) = case.sampling.num_frames, case.sampling.size
+        frames, (height, width) = case.setting.sampling.num_frames, case.setting.sampling.size
         for count in args.turns:
             if count > case.most:
                 continue
-            row: dict[str, Any] = {"model": case.name, "clip": f"{frames}x{height}x{width}"}
+            row: dict[str, Any] = {"model": case.setting.name, "clip": f"{frames}x{height}x{width}"}
             row |= {"conditioning": case.conditioning, "turns": count}
             try:
                 report.add(**row, **compare(case, count, args.rounds))

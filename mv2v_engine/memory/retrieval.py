@@ -13,7 +13,7 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,6 +24,15 @@ from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.ops import fov_overlap
 from mv2v_engine.tokens.plan import memory_tokenizers
+
+
+class Found(Protocol):
+    """What a ranking is of: its id in the cache, and the turn or segment that made it."""
+
+    @property
+    def id(self) -> str: ...
+    @property
+    def turn(self) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +51,24 @@ class Retrieval:
     num_candidates: int
     reason: str | None = None
     lost: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def of(
+        cls, ranked: Sequence[tuple[float, Found]], num_candidates: int, mode: MemoryTokenizers
+    ) -> Retrieval:
+        """Scores and what they are of, best first; tokens are spent by rank, or as `mode` says."""
+        return cls(
+            ids=tuple(found.id for _, found in ranked),
+            turns=tuple(found.turn for _, found in ranked),
+            scores=tuple(score for score, _ in ranked),
+            tokenizers=memory_tokenizers(len(ranked), mode=mode),
+            num_candidates=num_candidates,
+        )
+
+    @classmethod
+    def nothing(cls, num_candidates: int, reason: str) -> Retrieval:
+        """Why nothing is remembered."""
+        return cls((), (), (), (), num_candidates, reason)
 
     def __len__(self) -> int:
         return len(self.ids)
@@ -193,9 +220,9 @@ def rank_memory(
     if top_k < 0:
         raise RequestError(f"top_k must not be negative, got {top_k}")
     if not entries:
-        return no_memory(0, "the cache is empty")
+        return Retrieval.nothing(0, "the cache is empty")
     if not top_k:
-        return no_memory(len(entries), "at most 0 memory videos were asked for")
+        return Retrieval.nothing(len(entries), "at most 0 memory videos were asked for")
     trajectories = [entry.trajectory for entry in entries]
     scores = video_fov_scores(
         target, trajectories, radius=radius, blend=blend, backend=backend
@@ -208,16 +235,8 @@ def rank_memory(
         ranked = [(score, entry) for score, entry in order if score > 0][:top_k]
     if not ranked:
         if not video_fov_scores(target, [target], radius=radius, backend=backend):
-            return no_memory(len(entries), "no point of the sphere lies in the target's view")
-        return no_memory(len(entries), "no cached video overlaps the target's view")
-    return Retrieval(
-        ids=tuple(entry.id for _, entry in ranked),
-        turns=tuple(entry.turn for _, entry in ranked),
-        scores=tuple(score for score, _ in ranked),
-        tokenizers=memory_tokenizers(len(ranked), mode=tokenizers),
-        num_candidates=len(entries),
-    )
-
-
-def no_memory(num_candidates: int, reason: str) -> Retrieval:
-    return Retrieval((), (), (), (), num_candidates, reason)
+            return Retrieval.nothing(
+                len(entries), "no point of the sphere lies in the target's view"
+            )
+        return Retrieval.nothing(len(entries), "no cached video overlaps the target's view")
+    return Retrieval.of(ranked, len(entries), tokenizers)

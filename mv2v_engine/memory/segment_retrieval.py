@@ -20,8 +20,7 @@ from torch.nn import functional as F
 
 from mv2v_engine.config import MemoryTokenizers
 from mv2v_engine.errors import RequestError
-from mv2v_engine.memory.retrieval import Retrieval, no_memory
-from mv2v_engine.tokens.plan import memory_tokenizers
+from mv2v_engine.memory.retrieval import Retrieval
 
 _LATENT_GRID = (4, 4)
 
@@ -42,13 +41,13 @@ def latent_descriptor(latents_CFHW: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class SegmentKey:
-    """How an edited segment is found: its id in the cache, its number, its source and its shot.
+    """How an edited segment is found: its id in the cache, its source and its shot.
 
-    descriptor: of the source segment, [D].
+    turn: its number. descriptor: of the source segment, [D].
     """
 
     id: str
-    number: int
+    turn: int
     descriptor: Tensor
     shot: int = 0
 
@@ -102,9 +101,9 @@ def rank_segments(
         raise RequestError(f"top_k must not be negative, got {top_k}")
     threshold = math.inf if cross_shot_similarity is None else cross_shot_similarity
     if not candidates:
-        return no_memory(0, "no segment has been edited yet")
+        return Retrieval.nothing(0, "no segment has been edited yet")
     if not top_k:
-        return no_memory(len(candidates), "at most 0 memory videos were asked for")
+        return Retrieval.nothing(len(candidates), "at most 0 memory videos were asked for")
     pairs = [
         (score, candidate)
         for score, candidate in zip(
@@ -113,16 +112,9 @@ def rank_segments(
         if candidate.shot == shot or score >= threshold
     ]
     if not pairs:
-        return no_memory(len(candidates), "this is the first segment of its shot")
-    own = [candidate.number for _, candidate in pairs if candidate.shot == shot]
+        return Retrieval.nothing(len(candidates), "this is the first segment of its shot")
+    own = [candidate.turn for _, candidate in pairs if candidate.shot == shot]
     latest = max(own, default=None) if recent_first else None
     # of equal scores the most recent comes first
-    pairs.sort(key=lambda pair: (pair[1].number != latest, -pair[0], -pair[1].number))
-    chosen = pairs[:top_k]
-    return Retrieval(
-        ids=tuple(candidate.id for _, candidate in chosen),
-        turns=tuple(candidate.number for _, candidate in chosen),
-        scores=tuple(score for score, _ in chosen),
-        tokenizers=memory_tokenizers(len(chosen), mode=tokenizers),
-        num_candidates=len(candidates),
-    )
+    pairs.sort(key=lambda pair: (pair[1].turn != latest, -pair[0], -pair[1].turn))
+    return Retrieval.of(pairs[:top_k], len(candidates), tokenizers)
