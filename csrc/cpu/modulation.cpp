@@ -15,12 +15,23 @@ struct Arguments {
   float *summed, *normed;
 };
 
-// LN(x) * (gain + one) + shift + added; `added` may be null.
-MV2V_INLINE void normalise(const float* x, int64_t width, float eps, const float* gain, float one,
-                           const float* shift, const float* added, float* out) {
-  const float count = static_cast<float>(width);
-  const float mean = sum(x, width) / count;
-  const float scale = 1 / __builtin_sqrtf(squares(x, width, mean) / count + eps);
+struct Statistics {
+  float mean[kBlock], scale[kBlock];
+};
+
+MV2V_INLINE void measure(const float* x, int64_t rows, const Arguments& a, Statistics& of) {
+  const float count = static_cast<float>(a.width);
+  for (int64_t r = 0; r < rows; r++) of.mean[r] = sum(x + r * a.width, a.width) / count;
+  for (int64_t r = 0; r < rows; r++) {
+    const float variance = squares(x + r * a.width, a.width, of.mean[r]) / count;
+    of.scale[r] = 1 / __builtin_sqrtf(variance + a.eps);
+  }
+}
+
+// (x - mean) * scale * (gain + one) + shift + added; `added` may be null.
+MV2V_INLINE void modulate(const float* x, float mean, float scale, int64_t width,
+                          const float* gain, float one, const float* shift, const float* added,
+                          float* out) {
   int64_t c = 0;
   for (; c + kLanes <= width; c += kLanes) {
     Lanes value, by, plus;
@@ -63,25 +74,35 @@ MV2V_INLINE int64_t vector_of(const Arguments& a, int64_t token) {
 }
 
 MV2V_CLONES void adaln(const Arguments& a, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; t++) {
-    const int64_t vector = vector_of(a, t);
-    const float* camera = nullptr;
-    if (a.camera) camera = a.camera + a.width * (t / a.length * a.num_frames + a.frame[t]);
-    normalise(a.x + t * a.width, a.width, a.eps, a.scale + vector, 1, a.shift + vector, camera,
-              a.normed + t * a.width);
+  Statistics of;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t rows = end - first < kBlock ? end - first : kBlock;
+    measure(a.x + first * a.width, rows, a, of);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t t = first + r, at = t * a.width, vector = vector_of(a, t);
+      const float* camera = nullptr;
+      if (a.camera) camera = a.camera + a.width * (t / a.length * a.num_frames + a.frame[t]);
+      modulate(a.x + at, of.mean[r], of.scale[r], a.width, a.scale + vector, 1, a.shift + vector,
+               camera, a.normed + at);
+    }
   }
 }
 
 MV2V_CLONES void residual_norm(const Arguments& a, int64_t begin, int64_t end) {
-  for (int64_t t = begin; t < end; t++) {
-    const int64_t vector = vector_of(a, t), at = t * a.width;
-    float* summed = a.summed + at;
-    add(a.x + at, a.y + at, a.gate ? a.gate + vector : nullptr, a.width, summed);
-    if (a.weight)
-      normalise(summed, a.width, a.eps, a.weight, 0, a.shift, nullptr, a.normed + at);
-    else
-      normalise(summed, a.width, a.eps, a.scale + vector, 1, a.shift + vector, nullptr,
-                a.normed + at);
+  Statistics of;
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t rows = end - first < kBlock ? end - first : kBlock;
+    for (int64_t t = first; t < first + rows; t++) {
+      const int64_t at = t * a.width;
+      add(a.x + at, a.y + at, a.gate ? a.gate + vector_of(a, t) : nullptr, a.width, a.summed + at);
+    }
+    measure(a.summed + first * a.width, rows, a, of);
+    for (int64_t r = 0; r < rows; r++) {
+      const int64_t t = first + r, at = t * a.width, vector = a.weight ? 0 : vector_of(a, t);
+      const float* gain = a.weight ? a.weight : a.scale + vector;
+      modulate(a.summed + at, of.mean[r], of.scale[r], a.width, gain, a.weight ? 0 : 1,
+               a.shift + vector, nullptr, a.normed + at);
+    }
   }
 }
 

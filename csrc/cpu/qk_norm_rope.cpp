@@ -72,20 +72,27 @@ MV2V_INLINE void scale_row(const float* x, const float* weight, float scale, int
   for (; c < width; c++) out[c] = x[c] * scale * weight[c];
 }
 
+MV2V_INLINE void normalise(const Arguments& a, int64_t token, float scale) {
+  const int64_t width = a.num_heads * a.head_dim;
+  const float* x = a.x + token * width;
+  float* out = a.out + token * width;
+  if (!a.rope) return scale_row(x, a.weight, scale, width, out);
+  const float* table = a.rope + (a.rope_batch == 1 ? token % a.length : token) * a.head_dim;
+  for (int64_t c = 0; c < width; c += a.head_dim)
+    turn_head(x + c, a.weight + c, scale, table, a.head_dim, out + c);
+}
+
 MV2V_CLONES void qk_norm_rope(const Arguments& a, int64_t begin, int64_t end) {
   const int64_t width = a.num_heads * a.head_dim;
-  for (int64_t t = begin; t < end; t++) {
-    const float* x = a.x + t * width;
-    float* out = a.out + t * width;
-    const float mean = squares(x, width, 0) / static_cast<float>(width);
-    const float scale = 1 / __builtin_sqrtf(mean + a.eps);
-    if (!a.rope) {
-      scale_row(x, a.weight, scale, width, out);
-      continue;
+  const float count = static_cast<float>(width);
+  for (int64_t first = begin; first < end; first += kBlock) {
+    const int64_t rows = end - first < kBlock ? end - first : kBlock;
+    float scale[kBlock];
+    for (int64_t r = 0; r < rows; r++) {
+      const float mean = squares(a.x + (first + r) * width, width, 0) / count;
+      scale[r] = 1 / __builtin_sqrtf(mean + a.eps);
     }
-    const float* table = a.rope + (a.rope_batch == 1 ? t % a.length : t) * a.head_dim;
-    for (int64_t c = 0; c < width; c += a.head_dim)
-      turn_head(x + c, a.weight + c, scale, table, a.head_dim, out + c);
+    for (int64_t r = 0; r < rows; r++) normalise(a, first + r, scale[r]);
   }
 }
 

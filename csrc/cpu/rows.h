@@ -76,6 +76,8 @@ MV2V_INLINE float squares(const float* x, int64_t count, float centre) {
   return total(part, rest);
 }
 
+constexpr int64_t kBlock = 8;  // rows whose statistics are taken together: their latencies overlap
+
 // run(arguments, begin, end) for all rows, each of them by one thread.
 template <class Arguments>
 void divide_rows(void (*run)(const Arguments&, int64_t, int64_t), const Arguments& arguments,

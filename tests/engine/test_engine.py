@@ -34,7 +34,7 @@ def test_what_an_engine_says_of_itself(tiny_checkpoint: Path) -> None:
         "checkpoint": "tiny",
         "device": "cpu",
         "dtype": "float32",
-        "backend": "reference",
+        "backend": BACKEND,
         "attention": "reference",
         "scheduler": "euler",
         "torch": torch.__version__,
