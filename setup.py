@@ -19,7 +19,7 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).resolve().parent
-HEADER = "csrc/mv2v.h"
+HEADERS = ["csrc/mv2v.h"]
 WARNINGS = ["-Wall", "-Wextra"]
 
 
@@ -126,13 +126,13 @@ setup(
         Extension(
             "mv2v_engine.ops.libmv2v_cpu",
             sources("csrc/cpu", ".cpp"),
-            depends=[HEADER],
+            depends=[*HEADERS, *sources("csrc/cpu", ".h")],
             optional=True,
         ),
         Extension(
             "mv2v_engine.ops.libmv2v_cuda",
             sources("csrc/cuda", ".cu"),
-            depends=[HEADER],
+            depends=HEADERS,
             optional=True,
         ),
     ],

@@ -10,11 +10,12 @@
 #include <stdint.h>
 
 #ifndef MV2V_ABI_VERSION
-#define MV2V_ABI_VERSION 1
+#define MV2V_ABI_VERSION 2
 #endif
 
 #define MV2V_OK 0
 #define MV2V_INVALID_ARGUMENT (-1) /* positive codes of libmv2v_cuda are cudaError_t */
+#define MV2V_INVALID_INDEX (-2)
 
 #define MV2V_API __attribute__((visibility("default")))
 
@@ -51,6 +52,46 @@ MV2V_API int mv2v_fov_overlap_cuda(const double* points, int64_t num_points, int
                                    int64_t coordinate_stride, const double* planes,
                                    int64_t plane_stride, const int64_t* first_frame,
                                    int64_t num_videos, int64_t* counts, void* stream);
+
+/* Operations on rows of tokens: float32, dense, C contiguous values a token, float32 statistics.
+ * Results are equal to the last bit for any num_threads.
+ *
+ * x, y, outputs        [batch, length, width]
+ * gate, scale, shift   [num_vectors, width]: of a sample, so that num_vectors is batch, or with
+ *                      `row` [batch, length] of the rows that tokens name. An index outside the
+ *                      table is MV2V_INVALID_INDEX, and nothing is written.
+ * NULL                 where an operation does without: gate, row, camera and frame, rope, and one
+ *                      of scale and weight.
+ */
+
+/* out = LN(x) * (1 + scale) + shift + camera[frame] (mv2v_engine/ops/adaln.py); camera is
+ * [batch, num_frames, width], frame [batch, length]. */
+MV2V_API int mv2v_adaln_cpu(const float* x, const float* scale, const float* shift,
+                            const float* camera, const int64_t* frame, const int64_t* row,
+                            int64_t batch, int64_t length, int64_t width, int64_t num_frames,
+                            int64_t num_vectors, double eps, int num_threads, float* out);
+
+/* summed = x + y * gate; normed = LN(summed) * (1 + scale) + shift, or with weight [width] and
+ * shift [width] LN(summed) * weight + shift (mv2v_engine/ops/residual_norm.py). */
+MV2V_API int mv2v_residual_norm_cpu(const float* x, const float* y, const float* gate,
+                                    const float* scale, const float* weight, const float* shift,
+                                    const int64_t* row, int64_t batch, int64_t length,
+                                    int64_t width, int64_t num_vectors, double eps,
+                                    int num_threads, float* summed, float* normed);
+
+/* out = x + y * gate (mv2v_engine/ops/gated_residual.py) */
+MV2V_API int mv2v_gated_residual_cpu(const float* x, const float* y, const float* gate,
+                                     const int64_t* row, int64_t batch, int64_t length,
+                                     int64_t width, int64_t num_vectors, int num_threads,
+                                     float* out);
+
+/* RMSNorm over width = num_heads * head_dim, times weight [width], then the rotation of interleaved
+ * pairs by rope [rope_batch, length, head_dim], cosines before sines; rope_batch is 1 or batch
+ * (mv2v_engine/ops/qk_norm_rope.py). */
+MV2V_API int mv2v_qk_norm_rope_cpu(const float* x, const float* weight, const float* rope,
+                                   int64_t batch, int64_t length, int64_t num_heads,
+                                   int64_t head_dim, int64_t rope_batch, double eps,
+                                   int num_threads, float* out);
 
 #ifdef __cplusplus
 }

@@ -19,7 +19,7 @@ Reuse = Literal["exact", "approximate"]
 CameraConditioning = Literal["own", "target", "none"]
 RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
-BackendName = Literal["auto", "reference", "triton", "cuda"]
+BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
 AttentionName = Literal[
     "auto", "reference", "fa3", "fa4", "cudnn", "fa2", "torch", "xformers", "triton"
 ]
@@ -193,7 +193,8 @@ class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
     scheduler: None takes the checkpoint's.
-    attention: the library; "auto" takes the fastest here, or what backend="reference" means.
+    attention: the library; "auto" takes the fastest here, or what backend="reference" or
+        "native" means.
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
         them, else "none" and "off", so that a base without memory keeps its own quality.
     cache_bytes: budget of the latent memory. max_memory: most memory videos of one turn.

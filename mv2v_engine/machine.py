@@ -78,7 +78,7 @@ def _backends() -> list[str]:
     """Each backend with what it lacks; operations that lack the same thing share a line."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     lines = [f"auto: {resolve('auto', device)} on {device.type}", "reference: every operation"]
-    backends: tuple[BackendName, ...] = ("triton", "cuda")
+    backends: tuple[BackendName, ...] = ("native", "triton", "cuda")
     for backend in backends:
         by_reason: dict[str | None, list[str]] = {}
         for op in OPS:

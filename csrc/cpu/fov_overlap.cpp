@@ -8,6 +8,7 @@
 // twice, which moves points that lie on the border of an image.
 
 #include "../mv2v.h"
+#include "clones.h"
 
 namespace {
 
@@ -18,14 +19,6 @@ constexpr int kWords = kChunk / 64;
 constexpr uint64_t kAll = (uint64_t{1} << kBlock) - 1;
 constexpr int kFrames = 128;        // frames whose culling is decided at once
 constexpr double kSlack = 1e-12;    // of the terms' magnitude; a distance is off by 1e-15 of it
-
-// The wider instruction sets are chosen when the library is loaded, so that it runs anywhere.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GLIBC__)
-#define MV2V_CLONES __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define MV2V_CLONES
-#endif
-#define MV2V_INLINE inline __attribute__((always_inline))
 
 struct Frames {
   const double* planes;

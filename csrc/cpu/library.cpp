@@ -12,6 +12,8 @@ const char* mv2v_error_string(int code) {
       return "no error";
     case MV2V_INVALID_ARGUMENT:
       return "invalid argument";
+    case MV2V_INVALID_INDEX:
+      return "an index lies outside of its table";
     default:
       return "unknown error";
   }

@@ -65,7 +65,7 @@ class Engine:
         self.device, self.config, self.sampling = device, config, checkpoint.sampling
         self.scheduler = config.scheduler or self.sampling.scheduler
         self.transformer = checkpoint.transformer
-        self.backend = resolve(config.backend, device)
+        self.backend = resolve(config.backend, device, self.dtype)
         shape = self.transformer.config
         self.attention = resolve_attention(
             config,

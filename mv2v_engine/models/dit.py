@@ -82,9 +82,9 @@ class MV2VTransformer(nn.Module):
         """Run every operation on a resolved backend (`ops.backend.resolve`).
 
         attention: a library (`ops.attention_backends.resolve_attention`); None takes the fastest,
-            or the reference under the reference.
+            or the reference under the reference and native.
         """
-        attention = attention or ("reference" if backend == "reference" else "auto")
+        attention = attention or ("reference" if backend in ("reference", "native") else "auto")
         for module in self.modules():
             if hasattr(module, "backend"):
                 module.backend = backend  # type: ignore[assignment]

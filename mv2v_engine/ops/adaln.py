@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mv2v_engine.ops import native
 from mv2v_engine.ops.backend import check_tensors, define, implementation
 from mv2v_engine.ops.rows import check_vectors, per_token
 
@@ -40,13 +41,45 @@ def adaln_reference(
     return y_BLC.to(x_BLC.dtype)
 
 
+def _native(
+    out_BLC: Tensor,
+    x_BLC: Tensor,
+    scale: Tensor,
+    shift: Tensor,
+    camera_BFC: Tensor | None,
+    frame_BL: Tensor | None,
+    row_BL: Tensor | None,
+    eps: float,
+) -> None:
+    batch, length, width = x_BLC.shape
+    native.bound("adaln", "ppppppnnnnndtp")(
+        x_BLC.data_ptr(),
+        scale.data_ptr(),
+        shift.data_ptr(),
+        native.address(camera_BFC),
+        native.address(frame_BL),
+        native.address(row_BL),
+        batch,
+        length,
+        width,
+        0 if camera_BFC is None else camera_BFC.shape[1],
+        len(scale),
+        eps,
+        torch.get_num_threads(),
+        out_BLC.data_ptr(),
+    )
+
+
 _adaln = define(
     "adaln",
     "(Tensor x, Tensor scale, Tensor shift, Tensor? camera, Tensor? frame, Tensor? row, float eps) "
     "-> Tensor",
     adaln_reference,
     # layer_norm lays its result out afresh, whatever the strides of x
-    lambda x, scale, shift, camera, frame, row, eps: x.new_empty(x.shape),
+    lambda x, scale, shift, camera, frame, row, eps: torch.empty_like(
+        x, memory_format=torch.contiguous_format
+    ),
+    native=_native,
 )
 
 

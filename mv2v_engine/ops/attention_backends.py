@@ -122,13 +122,13 @@ def resolve_attention(
 ) -> str:
     """The library that `auto` means for these heads, `reference` if none; or the one asked for.
 
-    backend="reference" makes attention the reference too, unless a library is named.
+    backend="reference" or "native" makes attention the reference too, unless a library is named.
 
     Raises:
         KernelUnavailableError: an explicit request cannot be met.
     """
     name = config.attention
-    if name == "reference" or (name == "auto" and config.backend == "reference"):
+    if name == "reference" or (name == "auto" and config.backend in ("reference", "native")):
         return "reference"
     found = availability(device, dtype=dtype, num_heads=num_heads, head_dim=head_dim)
     if name == "auto":

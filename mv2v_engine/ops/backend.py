@@ -1,8 +1,9 @@
 """Which implementation an operation runs on, decided once per engine and recorded.
 
-`reference` is torch; `triton` is the optional package `mv2v_kernels`, one module per operation;
-`cuda` is the library of `csrc/cuda`, where an install has built it. An explicit request that cannot
-be met raises and names the reason.
+`reference` is torch; `native` is the library of `csrc/cpu` for four operations, float32 without
+gradients on a CPU, and torch for the others; `triton` is the optional package `mv2v_kernels`, one
+module per operation; `cuda` is the library of `csrc/cuda`, where an install has built it. An
+explicit request that cannot be met raises and names the reason.
 """
 
 from __future__ import annotations
@@ -29,12 +30,17 @@ OPS = (
     "residual_norm",
     "token_merge",
 )
+NATIVE_OPS = ("adaln", "gated_residual", "qk_norm_rope", "residual_norm")
 
 
 def missing_reason(backend: BackendName, op: str, device: torch.device) -> str | None:
     """Why a backend cannot run an operation on a device; None if it can."""
     if backend in ("auto", "reference"):
         return None
+    if backend == "native":
+        if device.type != "cpu":
+            return f"it needs a CPU, this engine runs on {device.type}"
+        return native.missing_reason("cpu", op) if op in NATIVE_OPS else "torch does them"
     if device.type != "cuda":
         return f"it needs a CUDA device, this engine runs on {device.type}"
     if backend == "cuda":
@@ -47,22 +53,34 @@ def missing_reason(backend: BackendName, op: str, device: torch.device) -> str |
     return None if found else f"mv2v_kernels has no triton version of {op}"
 
 
-def resolve(backend: BackendName, device: torch.device) -> BackendName:
+def resolve(
+    backend: BackendName, device: torch.device, dtype: torch.dtype = torch.float32
+) -> BackendName:
     """The backend that `auto` means here, or the requested one if every operation has it.
+
+    dtype: of the tokens; `native` takes float32 alone.
 
     Raises:
         KernelUnavailableError: an explicit request cannot be met.
     """
     if backend == "auto":
-        able = all(missing_reason("triton", op, device) is None for op in OPS)
-        return "triton" if able else "reference"
-    for op in OPS:
-        reason = missing_reason(backend, op, device)
-        if reason:
-            raise KernelUnavailableError(
-                f"backend {backend!r} was asked for, but {reason}; use 'auto' or 'reference'"
-            )
+        fastest: BackendName = "native" if device.type == "cpu" else "triton"
+        return "reference" if _why_not(fastest, device, dtype) else fastest
+    reason = _why_not(backend, device, dtype)
+    if reason:
+        raise KernelUnavailableError(
+            f"backend {backend!r} was asked for, but {reason}; use 'auto' or 'reference'"
+        )
     return backend
+
+
+def _why_not(backend: BackendName, device: torch.device, dtype: torch.dtype) -> str | None:
+    ops = NATIVE_OPS if backend == "native" else OPS
+    reasons = (missing_reason(backend, op, device) for op in ops)
+    reason = next((each for each in reasons if each), None)
+    if reason is None and backend == "native" and dtype != torch.float32:
+        return f"it needs float32, this engine runs in {str(dtype).removeprefix('torch.')}"
+    return reason
 
 
 @cache
@@ -80,23 +98,72 @@ def define(
     reference: Callable[..., Any],
     fake: Callable[..., Any],
     cuda: Callable[..., Any] | None = None,
+    native: Callable[..., None] | None = None,
 ) -> Callable[..., Any]:
     """Register `mv2v::name`: the reference on CPU, the Triton launcher on CUDA where there is one.
 
     The launcher is imported by the first call on CUDA, never before. `cuda` stands in its place
-    for an operation that has more to choose from.
+    for an operation that has more to choose from. `native` fills outputs that `fake` lays out, on
+    a CPU where the library has the operation (`_natively`).
     """
 
     def on_cuda(*args: Any) -> Any:
         return (triton_launcher(name) or reference)(*args)
 
+    on_cpu = reference
+    if native is not None:
+        on_cpu = _natively(name, reference, fake, native)
     qualified = f"mv2v::{name}"
     torch.library.define(qualified, schema)
-    torch.library.impl(qualified, "cpu", reference)
+    torch.library.impl(qualified, "cpu", on_cpu)
     torch.library.impl(qualified, "cuda", cuda or on_cuda)
     torch.library.register_fake(qualified, fake)
     packet = getattr(torch.ops.mv2v, name)
     return packet.default  # type: ignore[no-any-return]
+
+
+_ON_CPU: dict[str, Callable[..., Any]] = {}  # of NATIVE_OPS, once the library is known to be there
+
+
+def _natively(
+    name: str,
+    reference: Callable[..., Any],
+    fake: Callable[..., Any],
+    fill: Callable[..., None],
+) -> Callable[..., Any]:
+    """What the CPU slot holds: `fill(*outputs, *args)` with dense tensors, or the reference.
+
+    The reference has gradients and takes every other floating dtype.
+    """
+
+    def run(*args: Any) -> Any:
+        dense = []
+        for value in args:
+            if isinstance(value, Tensor):
+                if value.dtype is not torch.float32 and value.dtype is not torch.int64:
+                    if value.dtype is not torch.int32:
+                        return reference(*args)
+                    value = value.long()
+                value = value.contiguous()
+            dense.append(value)
+        if torch.is_grad_enabled() and any(
+            isinstance(value, Tensor) and value.requires_grad for value in args
+        ):
+            return reference(*args)
+        result = fake(*args)
+        if isinstance(result, Tensor) and result.is_contiguous():
+            fill(result, *dense)
+            return result
+        outputs = result if isinstance(result, tuple) else (result,)
+        filled = [each.contiguous() for each in outputs]
+        fill(*filled, *dense)
+        for output, values in zip(outputs, filled, strict=True):
+            if output is not values:
+                output.copy_(values)
+        return result
+
+    _ON_CPU[name] = run
+    return lambda *args: (reference if native.missing_reason("cpu", name) else run)(*args)
 
 
 def implementation(
@@ -111,16 +178,25 @@ def implementation(
         return reference
     if backend == "auto":
         return registered
-    if backend not in ("triton", "cuda"):
+    if backend == "native" and op not in NATIVE_OPS:
+        return reference
+    if backend not in ("native", "triton", "cuda"):
         raise ValueError(
-            f"backend must be 'auto', 'reference', 'triton' or 'cuda', got {backend!r}"
+            f"backend must be 'auto', 'reference', 'native', 'triton' or 'cuda', got {backend!r}"
         )
     reason = _missing_on(backend, op, x.device.type)
     if reason:
         raise KernelUnavailableError(
             f"{op} was asked for with backend {backend!r}, but {reason}; use 'auto' or 'reference'"
         )
+    if backend == "native" and type(x) is Tensor and not _is_watched():
+        return _ON_CPU[op]  # without the dispatcher, which takes as long as a small call
     return registered
+
+
+def _is_watched() -> bool:
+    """Does a compiler or a dispatch mode have to see every operation?"""
+    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _missing_on(backend: str, op: str, device_type: str) -> str | None:

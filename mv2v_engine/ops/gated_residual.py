@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mv2v_engine.ops import native
 from mv2v_engine.ops.backend import check_tensors, define, implementation
 from mv2v_engine.ops.rows import check_vectors, per_token
 
@@ -16,11 +17,27 @@ def gated_residual_reference(
     return out.to(x_BLC.dtype)
 
 
+def _native(
+    out_BLC: Tensor, x_BLC: Tensor, y_BLC: Tensor, gate: Tensor, row_BL: Tensor | None
+) -> None:
+    native.bound("gated_residual", "ppppnnnntp")(
+        x_BLC.data_ptr(),
+        y_BLC.data_ptr(),
+        gate.data_ptr(),
+        native.address(row_BL),
+        *x_BLC.shape,
+        len(gate),
+        torch.get_num_threads(),
+        out_BLC.data_ptr(),
+    )
+
+
 _gated_residual = define(
     "gated_residual",
     "(Tensor x, Tensor y, Tensor gate, Tensor? row) -> Tensor",
     gated_residual_reference,
     lambda x, y, gate, row: torch.empty_like(x),
+    native=_native,
 )
 
 

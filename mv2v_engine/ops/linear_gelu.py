@@ -45,8 +45,10 @@ _linear_gelu = define(
 
 
 def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "reference") -> Tensor:
-    """x [..., C], weight [H, C], bias [H] -> [..., H]. All backends but the reference are one;
-    on a CPU in float32, where nothing is trained, the reference is that one too.
+    """x [..., C], weight [H, C], bias [H] -> [..., H].
+
+    All backends but reference and native are one; on a CPU in float32, where nothing is trained,
+    these are that one too.
 
     Raises:
         TypeError, ValueError: a dtype, device or shape is not the one above.
@@ -59,6 +61,7 @@ def linear_gelu(x: Tensor, weight: Tensor, bias: Tensor, *, backend: str = "refe
         )
     is_trained = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
     is_onednns = x.device.type == "cpu" and x.dtype == torch.float32 and not is_trained
-    run = _linear_gelu if backend != "reference" or is_onednns else linear_gelu_reference
+    is_fused = is_onednns or backend not in ("reference", "native")
+    run = _linear_gelu if is_fused else linear_gelu_reference
     result: Tensor = run(x, weight, bias)
     return result

@@ -8,15 +8,25 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
+
+from torch import Tensor
 
 from mv2v_engine.errors import KernelUnavailableError
 
 LibraryName = Literal["cpu", "cuda"]
 
-ABI_VERSION = 1  # csrc/mv2v.h
+ABI_VERSION = 2  # csrc/mv2v.h
+_INVALID_INDEX = -2
 _FOLDER = Path(__file__).resolve().parent
+_TYPES = {
+    "p": ctypes.c_void_p,
+    "n": ctypes.c_int64,
+    "d": ctypes.c_double,
+    "t": ctypes.c_int,
+}
 _INSTALL = "install again with `pip install -e .`"
 
 
@@ -64,8 +74,44 @@ def call(name: LibraryName, op: str, *arguments: Any) -> None:
         raise KernelUnavailableError(f"{op} cannot run natively: {library}")
     code = library[f"mv2v_{op}_{name}"](*arguments)
     if code:
-        said = library.mv2v_error_string(code).decode()
-        raise KernelUnavailableError(f"{op} failed in libmv2v_{name}: {said} (code {code})")
+        raise _failed(library, name, op, code)
+
+
+@functools.cache
+def bound(op: str, signature: str) -> Callable[..., None]:
+    """`mv2v_<op>_cpu` to be called with plain numbers, cheap enough for calls of microseconds.
+
+    signature: a letter an argument, "p" an address (None is NULL), "n" an int64, "d" a double and
+        "t" a number of threads.
+
+    Raises:
+        KernelUnavailableError: the library is missing; or, from the function, an error code.
+        IndexError: from the function, an index lies outside of its table.
+    """
+    library = _library("cpu")
+    if isinstance(library, str):
+        raise KernelUnavailableError(f"{op} cannot run natively: {library}")
+    function = getattr(library, f"mv2v_{op}_cpu")
+    function.argtypes = [_TYPES[letter] for letter in signature]
+
+    def run(*arguments: int | float | None) -> None:
+        code = function(*arguments)
+        if code:
+            raise _failed(library, "cpu", op, code)
+
+    return run
+
+
+def _failed(library: ctypes.CDLL, name: LibraryName, op: str, code: int) -> Exception:
+    said = f"{op} failed in libmv2v_{name}: {library.mv2v_error_string(code).decode()}"
+    if code == _INVALID_INDEX:
+        return IndexError(said)
+    return KernelUnavailableError(f"{said} (code {code})")
+
+
+def address(tensor: Tensor | None) -> int | None:
+    """Where a tensor's values lie, NULL for none."""
+    return None if tensor is None else tensor.data_ptr()
 
 
 def describe(name: LibraryName) -> str:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mv2v_engine.ops import native
 from mv2v_engine.ops.backend import check_tensors, define, implementation
 
 
@@ -32,6 +33,31 @@ def qk_norm_rope_reference(
     return torch.view_as_real(pairs * turn).flatten(-2).to(x_BLC.dtype)
 
 
+def _native(
+    out_BLND: Tensor,
+    x_BLC: Tensor,
+    weight_C: Tensor,
+    rope_BLD: Tensor | None,
+    num_heads: int,
+    eps: float,
+) -> None:
+    batch, length, width = x_BLC.shape
+    head_dim = width // num_heads
+    native.bound("qk_norm_rope", "pppnnnnndtp")(
+        x_BLC.data_ptr(),
+        weight_C.data_ptr(),
+        native.address(rope_BLD),
+        batch,
+        length,
+        num_heads,
+        head_dim,
+        1 if rope_BLD is None else len(rope_BLD),
+        eps,
+        torch.get_num_threads(),
+        out_BLND.data_ptr(),
+    )
+
+
 def _fake(x: Tensor, weight: Tensor, rope: Tensor | None, num_heads: int, eps: float) -> Tensor:
     batch, length, width = x.shape
     return x.new_empty(batch, length, num_heads, width // num_heads)
@@ -42,6 +68,7 @@ _qk_norm_rope = define(
     "(Tensor x, Tensor weight, Tensor? rope, int num_heads, float eps) -> Tensor",
     qk_norm_rope_reference,
     _fake,
+    native=_native,
 )
 
 

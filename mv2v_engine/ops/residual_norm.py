@@ -11,6 +11,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from mv2v_engine.ops import native
 from mv2v_engine.ops.adaln import adaln_reference
 from mv2v_engine.ops.backend import check_tensors, define, implementation
 from mv2v_engine.ops.gated_residual import gated_residual_reference
@@ -39,6 +40,40 @@ def residual_norm_reference(
     return s_BLC, h_BLC.to(x_BLC.dtype)
 
 
+def _native(
+    s_BLC: Tensor,
+    h_BLC: Tensor,
+    x_BLC: Tensor,
+    y_BLC: Tensor,
+    gate: Tensor | None,
+    scale: Tensor | None,
+    weight_C: Tensor | None,
+    shift: Tensor,
+    row_BL: Tensor | None,
+    eps: float,
+) -> None:
+    batch, length, width = x_BLC.shape
+    vectors = gate if scale is None else scale
+    native.bound("residual_norm", "pppppppnnnndtpp")(
+        x_BLC.data_ptr(),
+        y_BLC.data_ptr(),
+        native.address(gate),
+        native.address(scale),
+        native.address(weight_C),
+        shift.data_ptr(),
+        # without a gate or a scale no vector is a row's
+        None if vectors is None else native.address(row_BL),
+        batch,
+        length,
+        width,
+        batch if vectors is None else len(vectors),
+        eps,
+        torch.get_num_threads(),
+        s_BLC.data_ptr(),
+        h_BLC.data_ptr(),
+    )
+
+
 _residual_norm = define(
     "residual_norm",
     "(Tensor x, Tensor y, Tensor? gate, Tensor? scale, Tensor? weight, Tensor shift, Tensor? row, "
@@ -46,8 +81,9 @@ _residual_norm = define(
     residual_norm_reference,
     lambda x, y, gate, scale, weight, shift, row, eps: (
         torch.empty_like(x),
-        x.new_empty(x.shape),
+        torch.empty_like(x, memory_format=torch.contiguous_format),
     ),
+    native=_native,
 )
 
 

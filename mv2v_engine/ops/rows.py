@@ -21,7 +21,7 @@ def check_vectors(x: Tensor, row: Tensor | None, **vectors: Tensor | None) -> No
     """Raise ValueError unless x is [B, L, C], row [B, L] and all vectors [B, C], or [R, C]."""
     if x.ndim != 3:
         raise ValueError(f"x must have shape [B, L, C], got {tuple(x.shape)}")
-    given = {name: tuple(vector.shape) for name, vector in vectors.items() if vector is not None}
+    given = {name: vector.shape for name, vector in vectors.items() if vector is not None}
     if row is None:
         expected: tuple[int, ...] = (x.shape[0], x.shape[2])
     else:
@@ -32,4 +32,4 @@ def check_vectors(x: Tensor, row: Tensor | None, **vectors: Tensor | None) -> No
     for name, shape in given.items():
         if shape != expected:
             meaning = "" if row is None else ", all of as many rows"
-            raise ValueError(f"{name} must have shape {expected}{meaning}, got {shape}")
+            raise ValueError(f"{name} must have shape {expected}{meaning}, got {tuple(shape)}")

@@ -19,8 +19,11 @@ from mv2v_engine.errors import (
     RequestError,
     VideoError,
 )
+from mv2v_engine.ops import native
+from mv2v_engine.testing import relative_error
 
 Make = Callable[..., Path]
+BACKEND = "reference" if native.missing_reason("cpu") else "native"
 
 
 def load(path: Path | str, **settings: object) -> Engine:
@@ -34,11 +37,34 @@ def test_what_an_engine_says_of_itself(tiny_checkpoint: Path) -> None:
         "checkpoint": "tiny",
         "device": "cpu",
         "dtype": "float32",
-        "backend": "reference",
+        "backend": BACKEND,
         "attention": "reference",
         "scheduler": "euler",
         "torch": torch.__version__,
     }
+
+
+@pytest.mark.skipif(BACKEND == "reference", reason="libmv2v_cpu was not built")
+def test_a_native_turn_is_the_references_but_for_rounding(
+    tiny_checkpoint: Path, source_frames: Tensor
+) -> None:
+    latents = []
+    for backend in ("native", "reference"):
+        engine = load(tiny_checkpoint, backend=backend, merge="conv", memory="retrieved")
+        session = engine.session(source_frames)
+        for seed, camera in enumerate(("pan_right", "arc_left")):
+            result = session.render(camera, seed=seed)
+        assert result.report["backend"] == engine.describe()["backend"] == backend
+        latents.append(session.turns[-1].latents)
+    # the second turn reads the first one's video: two chains of rounding
+    assert 0 < relative_error(*latents) < 1e-4
+    with pytest.raises(KernelUnavailableError, match="needs float32, this engine runs in bfloat16"):
+        Engine.from_pretrained(
+            tiny_checkpoint,
+            device="cpu",
+            dtype=torch.bfloat16,
+            config=EngineConfig(backend="native"),
+        )
 
 
 def test_a_misspelt_name() -> None:

@@ -199,15 +199,16 @@ def test_a_run_repeats_bit_for_bit() -> None:
     assert torch.equal(first, second)
 
 
-def test_registered_operations_give_the_same_bits() -> None:
+def test_registered_operations_give_the_same() -> None:
     config = tiny_config()
     plan = turn_plan(config, GRID, (4, 8), fraction=0.5)
     model = _model(config)
     latents, timestep, text, cameras = _inputs(plan)
     reference = model(latents, timestep, text, plan=plan, cameras=cameras)
-    model.set_backend("auto")  # on a CPU the registered operations are the reference
+    model.set_backend("auto")  # on a CPU those of csrc/cpu, where built, else the reference
     assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"auto"}
-    assert torch.equal(model(latents, timestep, text, plan=plan, cameras=cameras), reference)
+    registered = model(latents, timestep, text, plan=plan, cameras=cameras)
+    assert relative_error(registered, reference) < 1e-5
     model.set_backend("auto", attention="fa3")
     with pytest.raises(KernelUnavailableError, match="'fa3', but it needs a CUDA device"):
         model(latents, timestep, text, plan=plan, cameras=cameras)

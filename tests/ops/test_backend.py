@@ -24,8 +24,7 @@ from mv2v_engine.ops.backend import OPS, _missing_on, missing_reason, resolve
 CPU = torch.device("cpu")
 
 
-def test_auto_on_a_cpu_is_the_reference() -> None:
-    assert resolve("auto", CPU) == "reference"
+def test_the_reference_stays_what_it_is() -> None:
     assert resolve("reference", CPU) == "reference"
 
 
