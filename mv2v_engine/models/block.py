@@ -55,12 +55,10 @@ class Block(nn.Module):
 
         kept: one for every sample of a pack, otherwise one. keep: receives the conditioning's own.
         """
-        modulation, ffn_modulation = split_modulation(
-            self.scale_shift_table, temb_B6C, sequence.row
-        )
+        modulation, ffn_modulation = self.modulations(temb_B6C, sequence.row)
 
         # 1. self-attention
-        attended = self._attend(sequence, temb_B6C, cameras_BFP, kept, keep)
+        attended = self._attend(sequence, modulation, cameras_BFP, kept, keep)
         x, hidden = self._add_norm2(sequence.x, attended, modulation)
         del attended  # at full size every tensor of all tokens counts: nothing outlives its use
 
@@ -72,6 +70,12 @@ class Block(nn.Module):
 
         # 3. feed-forward
         return self._add_gated(x, self.ffn(hidden), ffn_modulation)
+
+    def modulations(
+        self, temb_B6C: Tensor, row_BL: Tensor | None = None
+    ) -> tuple[Modulation, Modulation]:
+        """The attention's and the feed-forward's."""
+        return split_modulation(self.scale_shift_table, temb_B6C, row_BL)
 
     def forward_static(
         self,
@@ -97,8 +101,8 @@ class Block(nn.Module):
         self, conditioning: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
     ) -> tuple[Tensor, KeysValues]:
         """New conditioning tokens, and the K and V that they had: neither knows of the target."""
-        modulation, ffn_modulation = split_modulation(self.scale_shift_table, temb_B6C)
-        queries, keys, values = self._queries_keys_values(conditioning, temb_B6C, cameras_BFP)
+        modulation, ffn_modulation = self.modulations(temb_B6C)
+        queries, keys, values = self._queries_keys_values(conditioning, modulation, cameras_BFP)
         attended = self.attn1.attend(queries, keys, values)
         del queries
         attended = self._project(attended)
@@ -109,13 +113,13 @@ class Block(nn.Module):
     def _attend(
         self,
         sequence: Sequence | PackedSequence,
-        temb_B6C: Tensor,
+        modulation: Modulation,
         cameras_BFP: Tensor | None,
         kept: Series[KeysValues | None] | None,
         keep: JointCache | None,
     ) -> Tensor:
         """What self-attention adds [B, L, C], over kept K and V too; its q, k and v go with it."""
-        queries, keys, values = self._queries_keys_values(sequence, temb_B6C, cameras_BFP)
+        queries, keys, values = self._queries_keys_values(sequence, modulation, cameras_BFP)
         if keep is not None:
             assert isinstance(sequence, Sequence)
             keep.refresh((keys, values), sequence)
@@ -130,22 +134,21 @@ class Block(nn.Module):
     def _queries_keys_values(
         self,
         sequence: Sequence | PackedSequence,
-        temb_B6C: Tensor,
+        modulation: Modulation,
         cameras_BFP: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """q, k, v [B, L, N, D] of the sequence's own tokens."""
-        hidden = self.attention_input(sequence, temb_B6C, cameras_BFP)
+        hidden = self.attention_input(sequence, modulation, cameras_BFP)
         queries = self.attn1.queries(hidden, sequence.rope)
         return queries, *self.attn1.keys_values(hidden, sequence.rope)
 
     def attention_input(
         self,
         sequence: Sequence | PackedSequence,
-        temb_B6C: Tensor,
+        modulation: Modulation,
         cameras_BFP: Tensor | None,
     ) -> Tensor:
         """The modulated tokens, with their cameras, from which q, k and v are made."""
-        modulation, _ = split_modulation(self.scale_shift_table, temb_B6C, sequence.row)
         camera = frames = None
         if self.cam_encoder is not None and cameras_BFP is not None:
             camera = self.cam_encoder(cameras_BFP.to(self.cam_encoder.weight.dtype))

@@ -336,12 +336,12 @@ class MV2VTransformer(nn.Module):
         """
         split, runs = sequence.layout.target_length, sequence.layout.runs[1:]
         if static_temb is None:
-            hidden = block.attention_input(sequence, temb_6, rows)
+            hidden = block.attention_input(sequence, block.modulations(temb_6)[0], rows)
             target, conditioning = hidden[:, :split], hidden[:, split:]
         else:
             halves, modulations = sequence.halves(), (temb_6, static_temb)
             target, conditioning = (
-                block.attention_input(half, temb, rows)
+                block.attention_input(half, block.modulations(temb)[0], rows)
                 for half, temb in zip(halves, modulations, strict=True)
             )
         heads = self.config.num_attention_heads if self.responsiveness_heads == "mean" else 1
