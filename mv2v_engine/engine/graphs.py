@@ -31,10 +31,10 @@ from mv2v_engine.models.static_cache import KeptLayout, KeptStorage
 from mv2v_engine.tokens.flops import flop_table, kept_flop_table
 from mv2v_engine.tokens.plan import TokenPlan
 
-# A forward of the 1.3B shape is 30 blocks of about 40 launches, which the host hands out in about
-# as long as an H200 takes for the products of 4,400 tokens: 15 TFLOP, 12.5 GFLOP a launch. Beyond,
+# A forward of the 1.3B shape is 30 blocks of about 30 launches, which the host hands out in about
+# as long as an H200 takes for the products of 3,300 tokens: 11 TFLOP, 12.5 GFLOP a launch. Beyond,
 # the host is ahead of the device anyway and there is nothing to gain.
-LAUNCHES_PER_BLOCK = 40
+LAUNCHES_PER_BLOCK = 30
 FLOPS_PER_LAUNCH = 12.5e9
 _BUSY = "another turn of this engine is replaying"
 
