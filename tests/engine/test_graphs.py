@@ -262,4 +262,4 @@ def test_where_graphs_gain() -> None:
     denoiser = turns.denoiser(turns.plan(), Asked(), None)
     lease = turns.graphs.lease(turns.model, full, denoiser.buffers)
     assert lease.buffers is None and lease.reason is not None
-    assert "products bound a step of this plan, not launches: 679" in lease.reason
+    assert "products bound a step of this plan, not launches: 905.6" in lease.reason
