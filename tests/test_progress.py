@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 import threading
 import time
 
@@ -29,6 +31,21 @@ def test_spans_of_one_name_add_up() -> None:
     # on a CPU the process's own peak, which no stage can be below
     assert list(spans.peak_bytes) == ["vae", "text"]
     assert 1 << 20 < spans.peak_bytes["vae"] <= spans.peak_bytes["text"] <= peak_host_bytes()
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="what it started from is told on Linux alone")
+def test_a_process_does_not_count_its_parents_memory() -> None:
+    held = torch.ones(1 << 28, dtype=torch.uint8)  # 256 MiB
+    code = "from mv2v_engine.progress import peak_host_bytes as p; b = bytes(1 << 26); print(p())"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    alone = subprocess.run(
+        ["sh", "-c", f"{sys.executable} -c '{code}'; true"],
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert int(held.sum()) == 1 << 28
+    assert 1 << 26 < int(done.stdout) < int(alone.stdout) + (1 << 26)
 
 
 def test_a_failed_stage_is_timed_too() -> None:
