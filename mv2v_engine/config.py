@@ -160,6 +160,21 @@ TINY = TransformerConfig(
     freq_dim=128,
 )
 
+# The embedded editing model's transformer: the same for instructions, the source on channels.
+TINY_EDIT = TransformerConfig(
+    num_layers=6,
+    num_attention_heads=4,
+    attention_head_dim=48,
+    ffn_dim=768,
+    in_channels=32,
+    out_channels=16,
+    source_channels=16,
+    text_dim=64,
+    text_len=16,
+    freq_dim=128,
+    camera_conditioning="none",
+)
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
