@@ -4,12 +4,10 @@ from __future__ import annotations
 
 import functools
 import math
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -21,14 +19,15 @@ from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.footage import RecentFrames
 from mv2v_engine.engine.graphs import open_graphs
+from mv2v_engine.engine.opening import AnySource, view_session
 from mv2v_engine.engine.places import component, usable_device
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.session import Session
-from mv2v_engine.engine.source import Source, load_source
-from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.source import Source
+from mv2v_engine.engine.turn import ViewTurn
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.engine.warmup import warm_up
-from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError, StorageError
+from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
 from mv2v_engine.ops.attention_backends import resolve_attention
@@ -224,7 +223,7 @@ class Engine:
 
     def session(
         self,
-        source: Path | str | Tensor | np.ndarray[Any, Any] | Source,
+        source: AnySource | Source,
         *,
         id: str | None = None,
         fps: float | None = None,
@@ -234,7 +233,31 @@ class Engine:
         resume: bool = False,
         source_latents: Tensor | None = None,
     ) -> Session:
-        """Open a session on a source video.
+        """Open a session of the kind that the model serves: see `view_session`."""
+        return self.view_session(
+            source,
+            id=id,
+            fps=fps,
+            cameras=cameras,
+            store=store,
+            window=window,
+            resume=resume,
+            source_latents=source_latents,
+        )
+
+    def view_session(
+        self,
+        source: AnySource | Source,
+        *,
+        id: str | None = None,
+        fps: float | None = None,
+        cameras: CameraTrajectory | None = None,
+        store: Path | str | None = None,
+        window: str | None = None,
+        resume: bool = False,
+        source_latents: Tensor | None = None,
+    ) -> ViewSession:
+        """Open a session that renders a source video from other cameras.
 
         Args:
             source: a video file, frames uint8 [T, height, width, 3], or what `load_source` gave.
@@ -247,69 +270,32 @@ class Engine:
                 several sessions share it; None encodes it on first use.
 
         Raises:
-            VideoError, CameraError, StorageError, RequestError: what does not fit.
+            VideoError, CameraError, StorageError: what does not fit.
+            RequestError: so too, or the model edits by instruction.
         """
-        if isinstance(source, Source):
-            loaded = source
-        else:
-            loaded = load_source(
-                source,
-                num_frames=self.sampling.num_frames,
-                size=self.sampling.size,
-                window=window,
-                fps=fps,
-                max_pixels=self.config.max_source_pixels,
-                own_fps=self.sampling.fps,
-            )
-        expected = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
-        if source_latents is not None and tuple(source_latents.shape) != expected:
-            raise RequestError(
-                f"source_latents must have shape {list(expected)}, got "
-                f"{list(source_latents.shape)}; encode the source with this engine's vae"
-            )
-        if resume and store is None:
-            raise RequestError("resume needs the session's folder: give a store")
-        folder = None if store is None else SessionStore(Path(store))
-        if folder is not None and folder.exists() != resume:
-            found = "already holds a session" if folder.exists() else "holds no session"
-            advice = "resume it, or choose another folder" if folder.exists() else "start one there"
-            raise StorageError(f"{folder.folder} {found}; {advice}")
-        manifest = folder.read() if folder is not None and resume else None
-        session = Session(
+        return view_session(
             self,
-            loaded,
-            id=id or (manifest["id"] if manifest else uuid.uuid4().hex[:12]),
+            source,
+            id=id,
+            fps=fps,
             cameras=cameras,
-            store=folder,
+            store=store,
+            window=window,
+            resume=resume,
             source_latents=source_latents,
         )
-        if folder is not None:
-            identity = self._identity(loaded, cameras)
-            if manifest is None:
-                folder.create(session.id, identity)
-            else:
-                folder.check_identity(manifest, identity)
-                session.restore()
-        return session
 
     def answer_all(
         self,
-        turns: Sequence[tuple[Session, TurnRequest]],
+        turns: Sequence[tuple[ViewSession, TurnRequest]],
         *,
         token_budget: int | None = None,
         cancels: Sequence[CancelToken | None] | None = None,
         on_progress: Callable[[TurnEvent], None] | None = None,
-    ) -> list[Turn | Exception]:
+    ) -> list[ViewTurn | Exception]:
         """Answer requests of several sessions together; see `TurnBatch.answer_all`."""
         batch = TurnBatch(self, token_budget)
         return batch.answer_all(turns, cancels=cancels, on_progress=on_progress)
-
-    def _identity(self, source: Source, cameras: CameraTrajectory | None) -> dict[str, str]:
-        """What a resumed session must agree on."""
-        return {
-            **session_identity(source, self.checkpoint.name, cameras),
-            "vae": self.vae.key,
-        }
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:
         """Refuse a prompt that nothing here could read, and guidance towards nothing."""
@@ -372,14 +358,3 @@ class Engine:
 def default_memory(initialised: Iterable[str]) -> MemoryMode:
     """What a turn remembers unless it is told: nothing, on weights that never learned to."""
     return "retrieved" if is_trained_for_memory(initialised) else "none"
-
-
-def session_identity(
-    source: Source, checkpoint: str, cameras: CameraTrajectory | None
-) -> dict[str, str]:
-    """The part of a session's identity that is known before the weights are loaded."""
-    return {
-        "source": source.fingerprint,
-        "source camera": cameras.name if cameras else "static",
-        "checkpoint": checkpoint,
-    }

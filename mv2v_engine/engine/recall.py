@@ -14,7 +14,7 @@ from torch import Tensor
 from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.memory.retrieval import Retrieval, rank_memory
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -83,7 +83,7 @@ class Recall:
         )
 
     def condition(
-        self, request: TurnRequest, source: Tensor, turns: list[Turn]
+        self, request: TurnRequest, source: Tensor, turns: list[ViewTurn]
     ) -> tuple[Retrieval, TokenPlan, list[Tensor], Tensor | None]:
         """What is remembered, its plan, and latents [1, C, F, H, W] and cameras [1, V, F, 12].
 

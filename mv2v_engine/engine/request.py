@@ -13,7 +13,16 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import CameraError, RequestError
 
-_MAX_STEPS = 1000
+MAX_STEPS = 1000
+# what follows a checkpoint's name where it is asked for what it cannot do
+NO_VIEWS = (
+    "edits by instruction: its source lies on the target's channels, frame by frame, and no camera "
+    "moves it; edit with it, or give a checkpoint for novel views, such as tiny-nvs"
+)
+NO_EDITS = (
+    "renders novel views and takes no instruction; render with it, or give a checkpoint that "
+    "edits: one whose source lies on the target's channels, as Lucy-Edit's does"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,9 +71,9 @@ class TurnRequest:
         return request
 
     def _check(self, sampling: SamplingConfig) -> None:
-        if not 1 <= self.num_inference_steps <= _MAX_STEPS:
+        if not 1 <= self.num_inference_steps <= MAX_STEPS:
             raise RequestError(
-                f"num_inference_steps must lie in 1..{_MAX_STEPS}, got {self.num_inference_steps}"
+                f"num_inference_steps must lie in 1..{MAX_STEPS}, got {self.num_inference_steps}"
             )
         if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
             raise RequestError(
@@ -107,7 +116,14 @@ def require_novel_view(config: TransformerConfig, name: str) -> None:
         RequestError: it takes the source on the target's channels.
     """
     if config.source_channels:
-        raise RequestError(
-            f"{name} edits by instruction: its source lies on the target's channels, frame by "
-            "frame, and no camera moves it; give a checkpoint for novel views, such as tiny-nvs"
-        )
+        raise RequestError(f"{name} {NO_VIEWS}")
+
+
+def require_editing(config: TransformerConfig, name: str) -> None:
+    """Refuse edits of a model that renders novel views.
+
+    Raises:
+        RequestError: its source is tokens of its own.
+    """
+    if not config.source_channels:
+        raise RequestError(f"{name} {NO_EDITS}")

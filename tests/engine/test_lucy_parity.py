@@ -261,10 +261,8 @@ def test_the_folders_solver_is_a_default(editor: Engine) -> None:
 
 
 def test_a_camera_is_refused_before_anything_runs(editor: Engine, frames: Tensor) -> None:
-    session = editor.session(frames)
-    assert session.source.fps == 24.0
     with pytest.raises(RequestError, match=r"lucy edits by instruction.*such as tiny-nvs"):
-        session.render("pan_right", prompt="a red ball")
+        editor.view_session(frames)
     with pytest.raises(RequestError, match="a plan without a source segment"):
         turn_plan(editor.transformer.config, GRID, (4,))
 
