@@ -13,7 +13,7 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import CameraError, RequestError
 
-MAX_STEPS = 1000
+_MAX_STEPS = 1000
 # what follows a checkpoint's name where it is asked for what it cannot do
 NO_VIEWS = (
     "edits by instruction: its source lies on the target's channels, frame by frame, and no camera "
@@ -71,19 +71,10 @@ class TurnRequest:
         return request
 
     def _check(self, sampling: SamplingConfig) -> None:
-        if not 1 <= self.num_inference_steps <= MAX_STEPS:
-            raise RequestError(
-                f"num_inference_steps must lie in 1..{MAX_STEPS}, got {self.num_inference_steps}"
-            )
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise RequestError(
-                f"guidance_scale must be finite and not negative, got {self.guidance_scale}"
-            )
+        check_sampling(self.num_inference_steps, self.guidance_scale, self.seed)
         if self.memory not in get_args(MemoryMode):
             known = ", ".join(map(repr, get_args(MemoryMode)))
             raise RequestError(f"memory must be one of {known}, got {self.memory!r}")
-        if not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed must lie in 0..2^63-1, got {self.seed}")
         if self.camera.num_frames != sampling.num_frames:
             raise CameraError(
                 f"the camera has {self.camera.num_frames} poses, a window of this model has "
@@ -107,6 +98,22 @@ class TurnRequest:
         if not torch.equal(trajectory.poses, self.camera.poses):
             return f"other poses under the name {self.camera.name!r}"
         return None
+
+
+def check_sampling(num_inference_steps: int, guidance_scale: float, seed: int) -> None:
+    """Refuse numbers that no checkpoint can serve.
+
+    Raises:
+        RequestError: one is out of its range.
+    """
+    if not 1 <= num_inference_steps <= _MAX_STEPS:
+        raise RequestError(
+            f"num_inference_steps must lie in 1..{_MAX_STEPS}, got {num_inference_steps}"
+        )
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise RequestError(f"guidance_scale must be finite and not negative, got {guidance_scale}")
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed must lie in 0..2^63-1, got {seed}")
 
 
 def require_novel_view(config: TransformerConfig, name: str) -> None:
