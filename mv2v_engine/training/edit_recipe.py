@@ -127,8 +127,8 @@ class EditSampler:
         self, num_memory: int, follows: bool, generator: torch.Generator
     ) -> tuple[int, list[int]]:
         """A clip, and which of its windows are target and memory, in the plan's order."""
-        # one window more than needed, so that those that do not follow can leave out the one before
-        clips = [i for i, p in enumerate(self.latents.pairs) if p.num_windows >= num_memory + 2]
+        needed = 1 + num_memory + (num_memory > 0 and not follows)  # that one lacks the one before
+        clips = [i for i, p in enumerate(self.latents.pairs) if p.num_windows >= needed]
         clip = pick(clips, generator)
         total = self.latents.pairs[clip].num_windows
         target = number(1 if num_memory else 0, total - 1, generator)
