@@ -11,6 +11,8 @@ import torch
 
 import mv2v_engine
 from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.checkpoints import inspect_checkpoint
+from mv2v_engine.checkpoints.detect import embedded_names
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.evaluation.images import masked_psnr
 from mv2v_engine.evaluation.protocol import ROWS
@@ -41,8 +43,10 @@ def test_assets_stay_small() -> None:
     assert size <= 24 * 2**20
 
 
-def test_the_model_card_is_there() -> None:
-    assert (ASSETS / "tiny-nvs" / "MODEL_CARD.md").stat().st_size > 500
+@pytest.mark.parametrize("name", embedded_names())
+def test_every_checkpoint_is_whole(name: str) -> None:
+    assert inspect_checkpoint(name).problem is None
+    assert (ASSETS / name / "MODEL_CARD.md").stat().st_size > 500
 
 
 def test_the_published_figures_are_of_these_weights(engine: Engine) -> None:

@@ -65,8 +65,14 @@ def own_json(
     config: TransformerConfig,
     sampling: SamplingConfig,
     conditioning: Sequence[Conditioning],
+    vae: str | None = None,
 ) -> dict[str, Any]:
-    """The content of `mv2v.json`. conditioning: the modes that the weights were trained for."""
+    """The content of `mv2v.json`.
+
+    conditioning: the modes that the weights were trained for. vae: the VAE's folder relative to
+    the checkpoint's, where it is another one's; None: `vae/` beside the file.
+    """
+    shared = {} if vae is None else {"vae": vae}
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -74,17 +80,19 @@ def own_json(
         "transformer": dataclasses.asdict(config),
         "sampling": dataclasses.asdict(sampling),
         "conditioning": list(conditioning),
+        **shared,
     }
 
 
 @dataclasses.dataclass(frozen=True)
 class OwnConfig:
-    """What `mv2v.json` says. conditioning: the modes that the weights were trained for."""
+    """What `mv2v.json` says; see `own_json`."""
 
     name: str
     transformer: TransformerConfig
     sampling: SamplingConfig
     conditioning: tuple[Conditioning, ...]
+    vae: str | None = None
 
 
 def read_own_config(path: Path) -> OwnConfig:
@@ -108,11 +116,15 @@ def read_own_config(path: Path) -> OwnConfig:
         conditioning = tuple(value.get("conditioning", TRAINED_FOR))
         if not conditioning or not set(conditioning) <= set(get_args(Conditioning)):
             raise RequestError(f"conditioning is {list(conditioning)}")
+        vae = value.get("vae")
+        if vae is not None and (not isinstance(vae, str) or not vae or Path(vae).is_absolute()):
+            raise RequestError(f"vae is {vae!r}, no path relative to the folder")
         return OwnConfig(
             str(value["name"]),
             TransformerConfig(**transformer),
             SamplingConfig(**sampling),
             conditioning,
+            vae,
         )
     except (KeyError, TypeError, AttributeError, RequestError) as error:
         raise CheckpointError(

@@ -27,7 +27,8 @@ class Inspection:
     not have, and what fills them. inferred: one line for each tokenizer and merger found.
     undecided: modules whose role shapes leave open. dtypes: tensors by dtype. num_parameters: of
     the model; num_stored: elements in the file. conditioning: the modes that the weights were
-    trained for. problem: why it cannot be loaded, or None.
+    trained for. vae_path: the VAE's folder, None without one. problem: why it cannot be loaded,
+    or None.
     """
 
     path: Path
@@ -48,6 +49,7 @@ class Inspection:
     num_parameters: int
     num_stored: int
     conditioning: tuple[str, ...]
+    vae_path: Path | None
     problem: str | None
 
 
@@ -81,6 +83,7 @@ def inspect_checkpoint(path: Path | str, rename: Path | str | None = None) -> In
         num_parameters=sum(p.numel() for p in resolution.model.parameters()),
         num_stored=sum(i.num_elements for i in detected.tensors.values()),
         conditioning=resolution.conditioning,
+        vae_path=resolution.vae_path,
         problem=_problem(resolution),
     )
 
@@ -101,6 +104,7 @@ def render_inspection(inspection: Inspection) -> str:
         f"{inspection.num_stored:,} in the file",
         "config       " + "\n             ".join(_config_lines(inspection.config)),
         f"trained for  {' and '.join(inspection.conditioning)} conditioning",
+        f"vae          {inspection.vae_path or 'none beside it: give --components'}",
         f"matched      {len(inspection.matched)} of "
         f"{len(inspection.matched) + len(inspection.missing) + len(inspection.initialised)}",
     ]

@@ -17,7 +17,7 @@ from mv2v_engine.checkpoints.configs import TRAINED_FOR, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
-from mv2v_engine.checkpoints.resolve import Resolution, resolve
+from mv2v_engine.checkpoints.resolve import Resolution, beside, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
 from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.files import save_json, save_tensors
@@ -58,7 +58,7 @@ class Checkpoint:
     """A transformer ready to run, and where its VAE and text encoder lie.
 
     vae_path, text_path: diffusers and transformers folders. tokenizer_path: a transformers
-    folder. None where the checkpoint has none beside it. conditioning: the modes that the weights
+    folder. None where the checkpoint has none. conditioning: the modes that the weights
     were trained for (METHOD 13).
     """
 
@@ -106,8 +106,8 @@ def load_checkpoint(
         transformer=resolution.model,
         config=resolution.config,
         sampling=resolution.sampling,
-        vae_path=_component(folder / "vae"),
-        text_path=_component(folder / "text_encoder"),
+        vae_path=resolution.vae_path,
+        text_path=beside(resolution.detected, "text_encoder"),
         tokenizer_path=tokenizer if tokenizer.is_dir() else None,
         report=_report(resolution),
         conditioning=resolution.conditioning,
@@ -123,10 +123,12 @@ def save_checkpoint(
     dtype: torch.dtype,
     *,
     conditioning: Sequence[Conditioning] = TRAINED_FOR,
+    vae: str | None = None,
 ) -> None:
     """Write `transformer.safetensors` and `mv2v.json`, each whole or not at all.
 
-    conditioning: the modes that the weights were trained for.
+    conditioning: the modes that the weights were trained for. vae: the folder of a VAE that is
+    shared with another checkpoint, relative to this one; None where it has its own, `vae/`.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -138,7 +140,7 @@ def save_checkpoint(
     }
     save_tensors(folder / OWN_WEIGHTS, tensors, {"format": "pt"})
     # last, because a folder counts as a checkpoint once it has this file
-    save_json(folder / OWN_CONFIG, own_json(name, config, sampling, conditioning))
+    save_json(folder / OWN_CONFIG, own_json(name, config, sampling, conditioning, vae))
 
 
 def _fill(resolution: Resolution, device: torch.device, dtype: torch.dtype | None) -> None:
@@ -183,10 +185,6 @@ def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtyp
     kept: tuple[str, ...] = getattr(model, "keep_in_fp32_modules", ())
     is_half = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if is_half and set(name.split(".")) & set(kept) else dtype
-
-
-def _component(folder: Path) -> Path | None:
-    return folder if (folder / "config.json").is_file() else None
 
 
 def _report(resolution: Resolution) -> LoadReport:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -43,7 +44,8 @@ class Resolution:
     model: the transformer on the meta device. sources: the file's tensor of each parameter.
     missing, unknown, mismatched (name, got, expected), undecided: what forbids it. initialised:
     parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
-    merger found. conditioning: the modes that the weights were trained for (METHOD 13).
+    merger found. conditioning: the modes that the weights were trained for (METHOD 13). vae_path:
+    the VAE's folder, its own or the one that its config names; None where there is none.
     """
 
     detected: Detected
@@ -59,6 +61,7 @@ class Resolution:
     initialised: dict[str, str]
     mapping: tuple[str, ...]
     conditioning: tuple[Conditioning, ...]
+    vae_path: Path | None
 
     def require_loadable(self) -> None:
         """Raise `CheckpointError` for whatever forbids loading, the most telling thing first."""
@@ -91,6 +94,11 @@ class Resolution:
                 f'{_first(self.unknown)}; rename them or leave them out ("key": null) with '
                 "--rename FILE"
             )
+        if self.vae_path is not None and not _is_component(self.vae_path):
+            raise CheckpointError(
+                f"{self.detected.config_file} names {self.vae_path} as its VAE, and no VAE is "
+                'there; copy the folder there, or correct "vae" in that file'
+            )
 
 
 def resolve(detected: Detected) -> Resolution:
@@ -102,10 +110,13 @@ def resolve(detected: Detected) -> Resolution:
     infos = {name: detected.tensors[key] for key, name in detected.translation.names.items()}
     unknown = list(detected.translation.unknown)
     found, conditioning = Assignment(), TRAINED_FOR
+    vae_path = beside(detected, "vae")
     if detected.format == "mv2v_engine" and detected.config_file is not None:
         own = read_own_config(detected.config_file)
         name, config, sampling = own.name, own.transformer, own.sampling
         conditioning = own.conditioning
+        if own.vae is not None:
+            vae_path = (detected.folder / own.vae).resolve()
         sources = {name: Source(info, info.shape) for name, info in infos.items()}
     else:
         name = detected.path.stem if detected.path.is_file() else detected.path.resolve().name
@@ -140,7 +151,18 @@ def resolve(detected: Detected) -> Resolution:
         initialised=initialised,
         mapping=tuple(_mapping(sources)),
         conditioning=conditioning,
+        vae_path=vae_path,
     )
+
+
+def beside(detected: Detected, component: str) -> Path | None:
+    """The folder of a component that lies in the checkpoint's own; None if there is none."""
+    folder = detected.folder / component
+    return folder if _is_component(folder) else None
+
+
+def _is_component(folder: Path) -> bool:
+    return (folder / "config.json").is_file()
 
 
 def _assign(detected: Detected, base: TransformerConfig) -> Assignment:

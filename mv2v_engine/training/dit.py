@@ -2,6 +2,7 @@
 
 `python -m mv2v_engine.training.dit --latents runs/latents --out runs/cameras --minutes 70`
 `... --start-from FOLDER --out runs/memory` goes on from a checkpoint and teaches it memory.
+`... --edits runs/edit_latents --text runs/edit_text --out runs/edit` trains long editing.
 
 The recipe and the loss are those of full-size fine-tuning; here every parameter is trained.
 """
@@ -16,14 +17,17 @@ import torch
 from torch import nn
 
 from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.config import TINY, SamplingConfig
+from mv2v_engine.config import TINY, TINY_EDIT, SamplingConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.rope import axis_dims
+from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave
+from mv2v_engine.training.edit_latents import EditLatents
+from mv2v_engine.training.edit_recipe import EditRecipe, EditSampler
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.losses import compute_dtype, flow_step
+from mv2v_engine.training.losses import Sampler, compute_dtype, flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
 from mv2v_engine.training.throughput import matmul_tflops
 
@@ -41,6 +45,16 @@ TINY_RECIPE = Recipe(batch=4, max_memory=4, no_memory=0.25, static_source=0.8, f
 # many samples need it, and sources that move teach it to compare two cameras (profiling/LOG.md).
 TINY_MEMORY_RECIPE = replace(
     TINY_RECIPE, no_memory=0.2, source_dropped=0.3, revisited=0.1, static_source=0.4
+)
+# A clip's own windows are all alike beside a world's cameras: memory of full tokens, which only the
+# ablation uses, is drawn less often, and a first window, which has none, as often as in a clip.
+TINY_EDIT_RECIPE = EditRecipe(
+    batch=4,
+    max_memory=4,
+    no_memory=0.25,
+    uniform_tokenizer=0.2,
+    static_conditioning=0.3,
+    flow_shift=3.0,
 )
 
 
@@ -84,12 +98,16 @@ def make_optimizers(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--latents", type=Path, required=True)
+    task = parser.add_mutually_exclusive_group(required=True)
+    task.add_argument("--latents", type=Path, help="scenes, to learn novel views")
+    task.add_argument("--edits", type=Path, help="encoded editing pairs, to learn long editing")
+    parser.add_argument("--text", type=Path, help="with --edits: folder of training.text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
         "--start-from",
         metavar="NAME_OR_PATH",
-        help="a checkpoint that follows cameras, to learn memory; if not given, from scratch",
+        help="a checkpoint that follows cameras, to learn memory, or one that edits, to go on; "
+        "if not given, from scratch",
     )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--batch", type=int, default=TINY_RECIPE.batch)
@@ -98,20 +116,14 @@ def main() -> None:
     parser.add_argument("--matrix-learning-rate", type=float, default=5e-3, help="of Muon")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
+    if (args.edits is None) != (args.text is None):
+        parser.error("--edits and --text belong together")
 
     torch.manual_seed(0)
     device = torch.device(args.device)
     join(device)
-    recipe = TINY_RECIPE if args.start_from is None else TINY_MEMORY_RECIPE
-    recipe = replace(recipe, batch=args.batch, max_memory=args.max_memory)
-    if args.start_from is None:
-        model = MV2VTransformer(TINY)
-        initialise(model)
-        model.to(device)
-    else:
-        model = load_checkpoint(args.start_from, device=device, dtype=torch.float32).transformer
-        model.train()
-    sampler = SceneSampler(LatentCache(args.latents, device), model.config, recipe)
+    model = _model(args, device)
+    sampler = _sampler(args, model, device)
     optimizers = make_optimizers(model, args.learning_rate, args.matrix_learning_rate)
     config = LoopConfig(
         out=args.out,
@@ -122,6 +134,37 @@ def main() -> None:
     loop = TrainingLoop(model, optimizers, config)
     loop.run(flow_step(data_parallel(model), sampler, device))
     leave()
+
+
+def _model(args: argparse.Namespace, device: torch.device) -> MV2VTransformer:
+    if args.start_from is not None:
+        checkpoint = load_checkpoint(args.start_from, device=device, dtype=torch.float32)
+        return checkpoint.transformer.train()
+    model = MV2VTransformer(TINY if args.edits is None else TINY_EDIT)
+    initialise(model)
+    return model.to(device)
+
+
+def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.device) -> Sampler:
+    odds = {"batch": args.batch, "max_memory": args.max_memory}
+    if args.edits is None:
+        recipe = TINY_RECIPE if args.start_from is None else TINY_MEMORY_RECIPE
+        return SceneSampler(
+            LatentCache(args.latents, device), model.config, replace(recipe, **odds)
+        )
+    text = load_text_encoder(
+        args.text / "text_encoder",
+        args.text / "tokenizer",
+        max_length=model.config.text_len,
+        device=torch.device("cpu"),
+        dtype=torch.float32,
+    )
+    return EditSampler(
+        EditLatents(args.edits),
+        model.config,
+        replace(TINY_EDIT_RECIPE, **odds),
+        empty_text=text.encode("")[0],
+    )
 
 
 if __name__ == "__main__":

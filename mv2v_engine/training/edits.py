@@ -1,7 +1,8 @@
 """Editing pairs rendered ahead, one safetensors file a clip.
 
 `python -m mv2v_engine.training.edits --out runs/edits --clips 0:2000` renders them; several
-processes may share a folder if their ranges do not overlap, and what is there is kept.
+processes may share a folder if their ranges do not overlap, and what is there is kept. Short clips
+(`--windows 2`) show more instructions for the same work, long ones more of a memory.
 
 T frames.
 """
@@ -83,9 +84,10 @@ def num_windows(seed: int) -> int:
     return _FEWEST_WINDOWS + seed % (_MOST_WINDOWS - _FEWEST_WINDOWS + 1)
 
 
-def render_pair(path: Path, seed: int, *, device: str = "cpu") -> None:
-    """Render the editing pair of a seed into a file."""
-    clip = make_edit_clip(seed, num_frames=WINDOW * num_windows(seed), device=device)
+def render_pair(path: Path, seed: int, *, windows: int | None = None, device: str = "cpu") -> None:
+    """Render the editing pair of a seed into a file. windows: None takes `num_windows`."""
+    num_frames = WINDOW * (num_windows(seed) if windows is None else windows)
+    clip = make_edit_clip(seed, num_frames=num_frames, device=device)
     tensors = {"source": clip.source.frames, "edited": clip.edited.frames, "mask": clip.mask}
     save_tensors(
         path,
@@ -98,6 +100,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", default="0:2000", help="first:last seed")
+    parser.add_argument("--windows", type=int, help="of every clip; not given: 5 to 8 by seed")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     args = parser.parse_args()
@@ -109,11 +112,13 @@ def main() -> None:
         parser.error(f"--clips takes first:last, two seeds, got {args.clips!r}")
     if not 0 <= first < last or last > HELD_OUT:
         parser.error(f"clips from {HELD_OUT} on are held out for measuring, got {args.clips}")
+    if args.windows is not None and args.windows < 1:
+        parser.error(f"--windows must be at least 1, got {args.windows}")
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in tqdm(range(first, last), unit="clip"):
         path = pair_path(args.out, seed)
         if not path.exists():
-            render_pair(path, seed, device=args.device)
+            render_pair(path, seed, windows=args.windows, device=args.device)
 
 
 if __name__ == "__main__":

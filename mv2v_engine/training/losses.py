@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
 from mv2v_engine.tokens.flops import conditioning_flops
 from mv2v_engine.training.distributed import own_generator
-from mv2v_engine.training.recipe import Batch, SceneSampler
+from mv2v_engine.training.odds import MemoryRecipe
+from mv2v_engine.training.recipe import Batch
+
+
+class Sampler(Protocol):
+    """Where batches come from."""
+
+    @property
+    def recipe(self) -> MemoryRecipe: ...
+
+    def draw(self, generator: torch.Generator) -> Batch: ...
 
 
 def flow_loss(
@@ -21,7 +32,7 @@ def flow_loss(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
 ) -> Tensor:
-    """Mean squared error of the target's velocity at random noise levels.
+    """Mean squared error of the target's velocity at random noise levels, by the batch's weights.
 
     A level is uniform, then shifted towards noise as the sampler's are; one a sample. dtype: what
     products are computed in, by autocast; the error is always float32.
@@ -33,16 +44,19 @@ def flow_loss(
     level = sigma[:, None, None, None, None]
     noisy = (1 - level) * clean + level * noise
     others = [latents.to(device) for latents in batch.latents[1:]]
+    target = noisy if batch.source is None else torch.cat([noisy, batch.source.to(device)], dim=1)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         velocity = model(
-            [noisy, *others],
+            [target, *others],
             sigma * 1000,
             batch.text.to(device),
             plan=batch.plan,
-            cameras=batch.cameras.to(device),
+            cameras=None if batch.cameras is None else batch.cameras.to(device),
         )
-    loss: Tensor = (velocity.float() - (noise - clean)).pow(2).mean()
-    return loss
+    error: Tensor = (velocity.float() - (noise - clean)).pow(2).mean(1)
+    if batch.weight is not None:
+        error = error * batch.weight.to(device)
+    return error.mean()
 
 
 def compute_dtype(device: torch.device) -> torch.dtype:
@@ -51,7 +65,7 @@ def compute_dtype(device: torch.device) -> torch.dtype:
 
 
 def flow_step(
-    model: nn.Module, sampler: SceneSampler, device: torch.device
+    model: nn.Module, sampler: Sampler, device: torch.device
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """A step of the loop: a batch's loss, also under the name of its conditioning mode.
 

@@ -1,6 +1,7 @@
-"""Assemble a checkpoint folder from a training run: averaged weights, VAE, logs and loss curves.
+"""Assemble a checkpoint folder from a training run: averaged weights, parts, logs, loss curves.
 
 `python -m mv2v_engine.training.package --vae runs/vae/vae --dit runs/dit --out FOLDER`
+`... --name tiny-edit --shared-vae ../tiny-nvs/vae --text runs/text --dit runs/edit --out FOLDER`
 
 Weights are stored in float16 and computed in whatever the engine asks for.
 """
@@ -10,43 +11,121 @@ from __future__ import annotations
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors.torch import load_file
 
+from mv2v_engine.checkpoints.detect import detect
 from mv2v_engine.checkpoints.load import save_checkpoint
-from mv2v_engine.config import TINY
-from mv2v_engine.files import replacing, save_tensors
+from mv2v_engine.checkpoints.resolve import resolve
+from mv2v_engine.config import TINY, TINY_EDIT, Conditioning, SamplingConfig, TransformerConfig
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.files import replacing, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.dit import TINY_MEMORY_RECIPE, TINY_SAMPLING
+from mv2v_engine.training.dit import TINY_EDIT_RECIPE, TINY_MEMORY_RECIPE, TINY_SAMPLING
 from mv2v_engine.training.log import Curve, plot_curves, read_curves
 
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
+_TEXT_PARTS = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
 
 
-def package(vae: Path, dit: Path, out: Path, name: str) -> None:
-    """Write the folder: transformer, VAE."""
+@dataclass(frozen=True, kw_only=True)
+class Model:
+    """An embedded checkpoint's shape, sampler and the modes that it was trained for."""
+
+    transformer: TransformerConfig
+    sampling: SamplingConfig
+    conditioning: tuple[Conditioning, ...]
+
+
+MODELS = {
+    "tiny-nvs": Model(
+        transformer=TINY,
+        sampling=TINY_SAMPLING,
+        conditioning=TINY_MEMORY_RECIPE.conditioning,
+    ),
+    "tiny-edit": Model(
+        transformer=TINY_EDIT,
+        sampling=TINY_SAMPLING,
+        conditioning=TINY_EDIT_RECIPE.conditioning,
+    ),
+}
+
+
+def package(
+    name: str,
+    dit: Path,
+    out: Path,
+    *,
+    vae: Path | None = None,
+    shared_vae: str | None = None,
+    text: Path | None = None,
+    conditioning: Sequence[Conditioning] | None = None,
+) -> None:
+    """Write the folder: transformer, VAE or another checkpoint's, text encoder and tokenizer.
+
+    Args:
+        name: one of MODELS.
+        dit: a finished training's folder.
+        vae: the VAE's folder, which is copied. shared_vae: a folder relative to `out` instead,
+            which `mv2v.json` then names.
+        text: a folder with text_encoder and tokenizer.
+        conditioning: the modes that were trained; None takes the model's own.
+
+    Raises:
+        TrainingError: a part is not where it was said to be.
+        CheckpointError: what was written would not load.
+    """
+    model = MODELS[name]
+    _require(dit / "checkpoint.pt", "a training's --out folder")
+    text_parts = {} if text is None else {name: text / name for name in _TEXT_PARTS}
+    for part, folder in text_parts.items():
+        _require(folder / _TEXT_PARTS[part], "what mv2v_engine.training.text writes")
+    if shared_vae is not None:
+        _require((out / shared_vae).resolve() / "config.json", "a VAE's folder, relative to --out")
     state = torch.load(dit / "checkpoint.pt", weights_only=True, map_location="cpu")
-    model = MV2VTransformer(TINY)
-    model.load_state_dict({**state["model"], **state["ema"]})
+    transformer = MV2VTransformer(model.transformer)
+    transformer.load_state_dict({**state["model"], **state["ema"]})
     out.mkdir(parents=True, exist_ok=True)
-    (out / "vae").mkdir(exist_ok=True)
-    weights = load_file(vae / _VAE_WEIGHTS)
-    half = {key: tensor.half() for key, tensor in weights.items()}
-    save_tensors(out / "vae" / _VAE_WEIGHTS, half, {"format": "pt"})
+    if vae is not None:
+        _copy_vae(vae, out / "vae")
+    for part, folder in text_parts.items():
+        shutil.copytree(folder, out / part, dirs_exist_ok=True)
+    save_checkpoint(
+        out,
+        transformer,
+        model.transformer,
+        model.sampling,
+        name,
+        torch.float16,
+        conditioning=conditioning or model.conditioning,
+        vae=shared_vae,
+    )
+    resolve(detect(out)).require_loadable()
+
+
+def _copy_vae(vae: Path, out: Path) -> None:
+    _require(vae / _VAE_WEIGHTS, "a VAE's folder")
+    half = {key: tensor.half() for key, tensor in load_file(vae / _VAE_WEIGHTS).items()}
+    save_tensors(out / _VAE_WEIGHTS, half, {"format": "pt"})
     config = json.loads((vae / "config.json").read_text())
     # where it was trained is of no use to anyone who loads it
     config.pop("_name_or_path", None)
-    with replacing(out / "vae" / "config.json") as temporary:
-        temporary.write_text(json.dumps(config, indent=2) + "\n")
-    conditioning = TINY_MEMORY_RECIPE.conditioning
-    save_checkpoint(out, model, TINY, TINY_SAMPLING, name, torch.float16, conditioning=conditioning)
+    save_json(out / "config.json", config)
+
+
+def _require(path: Path, expected: str) -> None:
+    if not path.is_file():
+        raise TrainingError(f"{path} does not exist; expected {expected}")
 
 
 def plot_losses(vae_logs: list[Path], earlier: list[Path], dit_log: Path, path: Path) -> None:
-    """Loss against step of both trainings, every stage from its own step 0."""
+    """Loss against step of all trainings, every stage from its own step 0."""
     panels = {
         "VAE: squared error and terms": {
             log.parent.name: read_curves(log)["loss"] for log in vae_logs
@@ -61,22 +140,46 @@ def _losses(log: Path) -> dict[str, Curve]:
     return {name: curve for name, curve in read_curves(log).items() if name.startswith("loss")}
 
 
+def copy_logs(logs: Sequence[Path], dit_log: Path, out: Path) -> None:
+    """The CSV of every stage, named after its run's folder; the last one's plainly."""
+    for log in [*logs, dit_log]:
+        name = "training_log.csv" if log == dit_log else f"{log.parent.name}_training_log.csv"
+        with replacing(out / name) as temporary:
+            shutil.copyfile(log, temporary)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--vae", type=Path, required=True)
-    parser.add_argument("--dit", type=Path, required=True)
+    parser.add_argument("--name", choices=tuple(MODELS), default="tiny-nvs")
+    vae = parser.add_mutually_exclusive_group(required=True)
+    vae.add_argument("--vae", type=Path, help="the VAE's folder, copied")
+    vae.add_argument("--shared-vae", metavar="PATH", help="another checkpoint's, relative to --out")
+    parser.add_argument("--text", type=Path, help="a folder with text_encoder and tokenizer")
+    parser.add_argument("--dit", type=Path, required=True, help="the transformer's --out folder")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--name", default="tiny-nvs")
+    parser.add_argument(
+        "--conditioning",
+        nargs="+",
+        choices=get_args(Conditioning),
+        help="the modes that were trained, if not the recipe's",
+    )
     parser.add_argument("--vae-logs", type=Path, nargs="*", default=[])
     parser.add_argument(
         "--earlier", type=Path, nargs="*", default=[], help="logs of the transformer's first stages"
     )
     args = parser.parse_args()
-    package(args.vae, args.dit, args.out, args.name)
-    plot_losses(args.vae_logs, args.earlier, args.dit / "log.csv", args.out / "loss.png")
-    shutil.copyfile(args.dit / "log.csv", args.out / "training_log.csv")
-    for log in [*args.vae_logs, *args.earlier]:
-        shutil.copyfile(log, args.out / f"{log.parent.name}_training_log.csv")
+    package(
+        args.name,
+        args.dit,
+        args.out,
+        vae=args.vae,
+        shared_vae=args.shared_vae,
+        text=args.text,
+        conditioning=args.conditioning,
+    )
+    log = args.dit / "log.csv"
+    plot_losses(args.vae_logs, args.earlier, log, args.out / "loss.png")
+    copy_logs([*args.vae_logs, *args.earlier], log, args.out)
 
 
 if __name__ == "__main__":

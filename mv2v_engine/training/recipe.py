@@ -1,4 +1,4 @@
-"""The recipe of memory weights (METHOD 12 and 13): what a training sample holds, and its odds.
+"""The recipe of memory weights for novel views (METHOD 12): what a training sample holds.
 
 The samples of a batch share one token plan, so a step is one forward; under torchrun every
 process has a batch of its own of that plan.
@@ -11,59 +11,36 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol, get_args
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.camera.poses import default_intrinsics
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.config import Conditioning, TransformerConfig
+from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.memory.retrieval import video_fov_scores
-from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
+from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 from mv2v_engine.training.distributed import own_generator, rank
+from mv2v_engine.training.odds import MemoryRecipe, chance, padded_text, pick
 
 _FOV_GRID = (90, 180)  # ranks training videos as well as the engine's own grid, four times sooner
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class Recipe:
-    """The odds of METHOD 12 and 13; the defaults are those of a full-size model.
+class Recipe(MemoryRecipe):
+    """The odds of novel views.
 
-    no_memory: share of samples without memory, else 1 to max_memory videos. uniform_tokenizer:
-    share with one tokenizer for all memory, else by rank. merge_fraction: bounds. memory_noise:
-    standard deviation, beside a source alone. revisited: share of samples with memory that hold
-    the target itself among it, as a session does whose camera returns. static_source: share that
-    takes the scene's camera that does not move, if it has one, as the source.
-    static_conditioning: share of METHOD 13's mode. flow_shift: of the noise levels.
+    source_dropped: share of samples with memory that have no source. revisited: share of samples
+    with memory that hold the target itself among it, as a session does whose camera returns.
+    static_source: share that takes the scene's camera that does not move, if it has one, as the
+    source.
     """
 
-    batch: int = 1
-    max_memory: int = 6
-    no_memory: float = 0.0
-    uniform_tokenizer: float = 0.5
-    merging: float = 0.5
-    merge_fraction: tuple[float, float] = (0.3, 0.7)
-    memory_noise: float = 0.1
     source_dropped: float = 0.1
     revisited: float = 0.0
     static_source: float = 0.0
-    static_conditioning: float = 0.5
-    flow_shift: float = 5.0
-
-    def __post_init__(self) -> None:
-        if self.batch < 1 or self.max_memory < 1:
-            raise TrainingError(
-                f"a batch and its memory need one video at least, got batch {self.batch} and "
-                f"max_memory {self.max_memory}"
-            )
-
-    @property
-    def conditioning(self) -> tuple[Conditioning, ...]:
-        """The modes that it trains."""
-        shares = {"joint": 1 - self.static_conditioning, "static": self.static_conditioning}
-        return tuple(mode for mode in get_args(Conditioning) if shares[mode] > 0)
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,12 +76,15 @@ class TrackSource(Protocol):
 @dataclass(frozen=True, eq=False)
 class Batch:
     """latents: one [B, C, F, H, W] per segment of the plan, the target's still clean;
-    cameras [B, V, F, 12]; text [B, S, text_dim]."""
+    cameras [B, V, F, 12] or None; text [B, S, text_dim]. source: [B, C, F, H, W] of a model that
+    takes it on the target's channels. weight: [B, F, H, W], of the squared error; None is 1."""
 
     plan: TokenPlan
     latents: list[Tensor]
-    cameras: Tensor
+    cameras: Tensor | None
     text: Tensor
+    source: Tensor | None = None
+    weight: Tensor | None = None
 
 
 class SceneSampler:
@@ -155,7 +135,7 @@ class SceneSampler:
             )
         self._empty_text = torch.zeros(shape.text_len, shape.text_dim)
         if empty_text is not None:
-            self._empty_text = self._padded(empty_text)
+            self._empty_text = padded_text(empty_text, shape)
 
     def draw(self, generator: torch.Generator) -> Batch:
         """One batch of one plan; the plan is the same in all processes, the samples are not."""
@@ -169,48 +149,38 @@ class SceneSampler:
         videos = [latents[:, index] for index in kept]
         for index, segment in enumerate(plan.segments):
             if segment.role == "memory" and has_source:
-                noise = torch.randn(videos[index].shape, generator=generator)
-                noise = noise.to(videos[index].device)
-                videos[index] = videos[index] + self.recipe.memory_noise * noise
+                videos[index] = self.recipe.perturbed(videos[index], generator)
         cameras = torch.stack([sample.cameras for sample in samples])
-        texts = [self._empty_text if s.text is None else self._padded(s.text) for s in samples]
+        texts = [
+            self._empty_text if s.text is None else padded_text(s.text, self.shape) for s in samples
+        ]
         return Batch(plan, videos, cameras, torch.stack(texts))
 
     def draw_plan(self, generator: torch.Generator) -> TokenPlan:
-        """Memory videos, tokenizers, merging, source and conditioning mode by the odds."""
-        recipe = self.recipe
-        num_memory = 0
-        if not _chance(recipe.no_memory, generator):
-            num_memory = _number(1, recipe.max_memory, generator)
-        tokenizers = memory_tokenizers(num_memory, self.shape.tokenizers)
-        if _chance(recipe.uniform_tokenizer, generator):
-            choices = self.shape.tokenizers
-            tokenizers = (choices[_number(0, len(choices) - 1, generator)],) * num_memory
-        low, high = recipe.merge_fraction
-        fraction = low + (high - low) * float(torch.rand((), generator=generator))
-        source = not (num_memory and _chance(recipe.source_dropped, generator))
-        is_static = _chance(recipe.static_conditioning, generator)
+        """A plan by the odds."""
+        drawn = self.recipe.draw(self.shape, generator)
+        source = not (drawn.tokenizers and chance(self.recipe.source_dropped, generator))
         _, frames, rows, columns = self.source.latent_shape
         return turn_plan(
             self.shape,
             (frames, rows, columns),
-            tokenizers,
+            drawn.tokenizers,
             source=source,
-            merge="conv" if _chance(recipe.merging, generator) else "off",
-            fraction=round(fraction, 2),
-            conditioning="static" if is_static else "joint",
+            merge=drawn.merge,
+            fraction=drawn.fraction,
+            conditioning=drawn.conditioning,
         )
 
     def _sample(self, plan: TokenPlan, generator: torch.Generator) -> Tracks:
         """Target, source, then memory: videos of one scene, drawn at random."""
-        scene = self._scenes[_number(0, len(self._scenes) - 1, generator)]
+        scene = pick(self._scenes, generator)
         order = torch.randperm(self.source.num_tracks(scene), generator=generator).tolist()
         still = self.source.still_track(scene)
         # a user's clip is of unknown camera, hence static (METHOD 5)
-        if _chance(self.recipe.static_source, generator) and still is not None:
+        if chance(self.recipe.static_source, generator) and still is not None:
             order.remove(still)
             order.insert(1, still)
-        if plan.num_memory and _chance(self.recipe.revisited, generator):
+        if plan.num_memory and chance(self.recipe.revisited, generator):
             order.insert(2, order[0])
         return self._by_relevance(
             self.source.draw(scene, order[: 2 + plan.num_memory], order[1]), plan
@@ -231,21 +201,3 @@ class SceneSampler:
         order = video_fov_scores(target, memory, grid=_FOV_GRID).argsort(descending=True)
         kept = torch.cat([torch.arange(2), 2 + order])
         return Tracks(tracks.latents[kept], tracks.cameras[kept], tracks.text)
-
-    def _padded(self, text: Tensor) -> Tensor:
-        """Zeros past the prompt, as the text encoder leaves them (BASE_MODELS 2.3)."""
-        shape = (self.shape.text_len, self.shape.text_dim)
-        if text.ndim != 2 or len(text) > shape[0] or text.shape[1] != shape[1]:
-            raise TrainingError(
-                f"text embeddings have shape {list(text.shape)}, the transformer takes at most "
-                f"{list(shape)}; encode the captions with the text encoder that belongs to it"
-            )
-        return torch.nn.functional.pad(text.float(), (0, 0, 0, shape[0] - len(text)))
-
-
-def _chance(probability: float, generator: torch.Generator) -> bool:
-    return float(torch.rand((), generator=generator)) < probability
-
-
-def _number(low: int, high: int, generator: torch.Generator) -> int:
-    return int(torch.randint(low, high + 1, (), generator=generator))

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 
 from mv2v_engine.synthetic import demo_clip
-from mv2v_engine.video.io import read_video
+from mv2v_engine.synthetic.edit_worlds import edit_camera, make_edit_world, target_in_view
+from mv2v_engine.synthetic.instructions import all_prompts
+from mv2v_engine.video.io import probe_video, read_video
 
 
 def test_the_clip(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,3 +37,20 @@ def test_an_unwritable_place(
     assert demo_clip.main() == 2
     error = capsys.readouterr().err
     assert error.startswith("error: cannot write") and error.count("\n") == 1
+
+
+def test_the_clip_to_edit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "long.mp4"
+    monkeypatch.setattr("sys.argv", ["demo_clip", "--edit", "--out", str(path)])
+    assert demo_clip.main() == 0
+    assert probe_video(path).num_frames == 5 * 17 and probe_video(path).fps == 8
+    words = shlex.split(capsys.readouterr().out)
+    assert words[3:5] == ["edit", str(path)] and words[words.index("--prompt") + 1] in all_prompts()
+    # the prompt names one thing, which is of another colour and is gone for two windows
+    world = make_edit_world(demo_clip.EDIT_WORLD, num_frames=85)
+    assert "sphere" in world.target_phrases and world.looks[0].colour != "red"
+    camera = edit_camera(world, demo_clip.EDIT_WORLD, num_frames=85, size=(96, 160))
+    seen = target_in_view(world.world, camera)
+    assert bool(seen[0]) and not bool(seen[15:49].any()) and bool(seen[60])

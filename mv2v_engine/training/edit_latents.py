@@ -1,0 +1,163 @@
+"""Editing pairs as latents, window by window, so that training never runs the VAE.
+
+`python -m mv2v_engine.training.edit_latents --edits runs/edits --vae VAE --text runs/edit_text
+--out runs/edit_latents` encodes them; several processes may share a folder, each with its shard.
+
+W windows of a clip, C F H W latents, S' text tokens.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.files import save_tensors
+from mv2v_engine.synthetic.edit_worlds import WINDOW
+from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.training.command import run_command
+from mv2v_engine.training.edits import EditPair, RenderedEdits
+from mv2v_engine.vae import VideoVAE, load_vae
+
+_TENSORS = ("source", "edited", "mask", "text")
+
+
+@dataclass(frozen=True, eq=False)
+class EncodedPair:
+    """source, edited: float16 [W, C, F, H, W]. mask: float16 [W, F, H, W], the share of a latent
+    cell's pixels that is edited, at most over its frames. text: bfloat16 [S', text_dim]."""
+
+    source: Tensor
+    edited: Tensor
+    mask: Tensor
+    text: Tensor
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.source)
+
+
+class EditLatents:
+    """A folder of encoded pairs, all in memory.
+
+    Raises:
+        TrainingError: nothing there, a damaged file, or clips of different shapes.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        paths = sorted(folder.glob("edit_*.safetensors"))
+        if not paths:
+            raise TrainingError(
+                f"{folder} holds no edit_*.safetensors; encode some with "
+                "python -m mv2v_engine.training.edit_latents"
+            )
+        self.pairs = tuple(_read(path) for path in paths)
+        shapes = {
+            (tuple(pair.source.shape[1:]), pair.text.shape[1]): path
+            for pair, path in zip(self.pairs, paths, strict=True)
+        }
+        if len(shapes) > 1:
+            listed = "; ".join(f"{path.name} {list(shape)}" for (shape, _), path in shapes.items())
+            raise TrainingError(
+                f"{folder} mixes clips of different shapes ({listed}); encode each into a folder "
+                "of its own"
+            )
+
+    def __len__(self) -> int:
+        return len(self.pairs)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """(C, F, H, W) of every window."""
+        channels, frames, rows, columns = self.pairs[0].source.shape[1:]
+        return channels, frames, rows, columns
+
+
+def encode_pair(pair: EditPair, vae: VideoVAE, text: TextEncoder) -> EncodedPair:
+    """A rendered pair, window by window."""
+    embedding = text.encode(pair.prompt)[0]
+    used = int(embedding.abs().amax(-1).nonzero()[-1]) + 1
+    return EncodedPair(
+        source=_encoded(pair.source, vae),
+        edited=_encoded(pair.edited, vae),
+        mask=torch.stack([latent_mask(m, vae) for m in pair.mask.split(WINDOW)]).half(),
+        text=embedding[:used].bfloat16(),
+    )
+
+
+def latent_mask(mask: Tensor, vae: VideoVAE) -> Tensor:
+    """A mask [T, height, width] on the latent grid, float32 [F, H, W].
+
+    The first latent frame is of one pixel frame, every other one of `temporal_stride`.
+    """
+    _, _, rows, columns = vae.latent_shape(len(mask), (mask.shape[1], mask.shape[2]))
+    share = F.adaptive_avg_pool2d(mask[:, None].float(), (rows, columns))[:, 0]
+    rest = share[1:].unflatten(0, (-1, vae.temporal_stride)).amax(1)
+    return torch.cat([share[:1], rest])
+
+
+def _encoded(frames: Tensor, vae: VideoVAE) -> Tensor:
+    return torch.stack([vae.encode(window).cpu() for window in frames.split(WINDOW)]).half()
+
+
+def _read(path: Path) -> EncodedPair:
+    try:
+        with safe_open(str(path), framework="pt") as file:
+            pair = EncodedPair(*map(file.get_tensor, _TENSORS))
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+    cells = (pair.num_windows, *pair.source.shape[2:])
+    if pair.source.ndim != 5 or pair.edited.shape != pair.source.shape or pair.mask.shape != cells:
+        listed = {name: list(getattr(pair, name).shape) for name in _TENSORS}
+        raise _damaged(path, f"its tensors do not belong together: {listed}")
+    return pair
+
+
+def _damaged(path: Path, reason: object) -> TrainingError:
+    return TrainingError(
+        f"{path} is no encoded editing pair ({reason}): damaged or of another kind; delete it and "
+        "run mv2v_engine.training.edit_latents again"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--edits", type=Path, required=True, help="of mv2v_engine.training.edits")
+    parser.add_argument("--vae", type=Path, required=True)
+    parser.add_argument("--text", type=Path, required=True, help="of mv2v_engine.training.text")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th clip from the i-th")
+    parser.add_argument("--text-length", type=int, default=16, help="tokens of the transformer")
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+
+    device = torch.device(args.device)
+    vae = load_vae(args.vae, device=device, dtype=torch.float32)
+    text = load_text_encoder(
+        args.text / "text_encoder",
+        args.text / "tokenizer",
+        max_length=args.text_length,
+        device=device,
+        dtype=torch.float32,
+    )
+    try:
+        first, step = (int(part) for part in args.shard.split("/"))
+    except ValueError:
+        parser.error(f"--shard takes i/n, got {args.shard!r}")
+    source = RenderedEdits(args.edits)
+    for name in tqdm(source.names[first::step], unit="clip"):
+        path = args.out / f"{name}.safetensors"
+        if not path.exists():
+            encoded = encode_pair(source.load(name), vae, text)
+            save_tensors(path, {n: getattr(encoded, n).contiguous() for n in _TENSORS})
+
+
+if __name__ == "__main__":
+    run_command(main)
