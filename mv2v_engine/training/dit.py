@@ -52,7 +52,7 @@ TINY_EDIT_RECIPE = EditRecipe(
     batch=4,
     max_memory=4,
     no_memory=0.25,
-    uniform_tokenizer=0.2,
+    uniform_tokenizer=0.1,
     static_conditioning=0.3,
     flow_shift=3.0,
 )

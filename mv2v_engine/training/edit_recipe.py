@@ -35,7 +35,7 @@ class EditRecipe(MemoryRecipe):
 
     not_following: float = 0.1
     text_dropped: float = 0.1
-    edit_weight: float = 10.0
+    edit_weight: float = 15.0
 
 
 class EditSampler:
