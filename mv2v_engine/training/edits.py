@@ -84,9 +84,11 @@ def num_windows(seed: int) -> int:
     return _FEWEST_WINDOWS + seed % (_MOST_WINDOWS - _FEWEST_WINDOWS + 1)
 
 
-def render_pair(path: Path, seed: int, *, windows: int | None = None, device: str = "cpu") -> None:
-    """Render the editing pair of a seed into a file. windows: None takes `num_windows`."""
-    num_frames = WINDOW * (num_windows(seed) if windows is None else windows)
+def render_pair(
+    path: Path, seed: int, *, num_frames: int | None = None, device: str = "cpu"
+) -> None:
+    """Render the editing pair of a seed into a file. num_frames: None takes `num_windows`."""
+    num_frames = num_frames or WINDOW * num_windows(seed)
     clip = make_edit_clip(seed, num_frames=num_frames, device=device)
     tensors = {"source": clip.source.frames, "edited": clip.edited.frames, "mask": clip.mask}
     save_tensors(
