@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from mv2v_engine.errors import RequestError
@@ -220,6 +221,11 @@ class EngineConfig:
         are decoded again when they are asked for. The turn used last holds its own in any case.
     memory_ranking: "random" draws the videos by the turn's seed (the ablation).
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
+    descriptor: a DINOv2 folder of transformers, by which the segments of a long edit are compared,
+        descriptor_batch frames at once on descriptor_device (None: the engine's); None compares
+        the pooled latents of their sources.
+    cross_shot_similarity: cosine from which on an edit's segments of other shots are remembered
+        too; None keeps every shot to itself.
     merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
     graphs: replay captured steps; "auto" where launches and not products bound a step, "on" for
         every plan or an error. A turn beside one that replays is eager in any case.
@@ -248,6 +254,10 @@ class EngineConfig:
     max_memory: int = 10
     memory_ranking: MemoryRanking = "fov"
     memory_tokenizers: MemoryTokenizers = "ranked"
+    descriptor: Path | str | None = None
+    descriptor_batch: int = 16
+    descriptor_device: str | None = None
+    cross_shot_similarity: float | None = None
     merge: MergeMode | None = None
     merge_scope: MergeScope = "group"
     merge_fraction: float | None = None
@@ -282,6 +292,13 @@ class EngineConfig:
                 f"fov_radius must be positive and fov_blend lie in 0..1, got {self.fov_radius} "
                 f"and {self.fov_blend}"
             )
+        similarity = self.cross_shot_similarity
+        if similarity is not None and not -1 <= similarity <= 1:
+            raise RequestError(
+                f"cross_shot_similarity is a cosine, -1..1 or None, got {similarity}"
+            )
+        if self.descriptor_batch < 1:
+            raise RequestError(f"descriptor_batch must be at least 1, got {self.descriptor_batch}")
         for name in ("max_memory", "cache_bytes", "frames_bytes", "graph_bytes"):
             if getattr(self, name) < 0:
                 raise RequestError(f"{name} must not be negative, got {getattr(self, name)}")

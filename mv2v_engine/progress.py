@@ -9,15 +9,17 @@ from __future__ import annotations
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, TypeVar
 
 import torch
 
 from mv2v_engine.errors import CancelledError
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +51,27 @@ class TurnNotStored:
     reason: str
 
 
-Event = StageStarted | StepDone | StageDone | TurnNotStored
+@dataclass(frozen=True, slots=True)
+class WindowStarted:
+    """Window `number` of a long edit's `total` begins, counted from 1."""
+
+    number: int
+    total: int
+
+
+@dataclass(frozen=True, slots=True)
+class WindowDone:
+    """Window `number` of `total` is finished and kept.
+
+    seconds_left: of all the windows to come, extrapolated from those of this run.
+    """
+
+    number: int
+    total: int
+    seconds_left: float
+
+
+Event = StageStarted | StepDone | StageDone | TurnNotStored | WindowStarted | WindowDone
 
 
 class CancelToken:
@@ -153,3 +175,26 @@ class Spans:
     def done(self, name: str) -> StageDone:
         """The closing event of a stage."""
         return StageDone(name, self.seconds[name])
+
+
+def driven(
+    events: Generator[Event, None, Result], on_progress: Callable[[Event], None] | None
+) -> Result:
+    """Run a turn to its end; what it returns."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            result: Result = stop.value
+            return result
+        if on_progress is not None:
+            on_progress(event)
+
+
+def staged(spans: Spans, name: str, work: Callable[[], Result]) -> Generator[Event, None, Result]:
+    """Do a stage's work between its two events."""
+    with spans.stage(name) as started:
+        yield started
+        result = work()
+    yield spans.done(name)
+    return result

@@ -15,7 +15,7 @@ from types import FrameType
 from mv2v_engine import __version__
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.results import ResultFolder
-from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import StorageError
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.terminal import say, turn_progress, turn_table
@@ -24,7 +24,7 @@ _ADVICE = "free some space and run the same command with --resume, which makes w
 
 
 def render(
-    session: Session, requests: Sequence[TurnRequest], results: ResultFolder, *, is_quiet: bool
+    session: ViewSession, requests: Sequence[TurnRequest], results: ResultFolder, *, is_quiet: bool
 ) -> StorageError | None:
     """Run the requests that the session has not answered; results are complete after each.
 
@@ -64,7 +64,7 @@ def render(
 
 
 def _publish(
-    session: Session, results: ResultFolder, cancel: CancelToken, *, is_quiet: bool
+    session: ViewSession, results: ResultFolder, cancel: CancelToken, *, is_quiet: bool
 ) -> StorageError | None:
     """Write the results; returns what could not be, which the next call tries again."""
     try:
@@ -77,7 +77,7 @@ def _publish(
 
 
 @contextmanager
-def _saying_what_is_lost(session: Session) -> Iterator[None]:
+def _saying_what_is_lost(session: ViewSession) -> Iterator[None]:
     """If the block fails, store what the session still holds, or say that it goes."""
     is_through = False
     try:

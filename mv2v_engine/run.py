@@ -33,7 +33,8 @@ from mv2v_engine.config import (
     Reuse,
     SchedulerName,
 )
-from mv2v_engine.engine.engine import default_memory, session_identity
+from mv2v_engine.engine.engine import default_memory
+from mv2v_engine.engine.opening import session_identity
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.source import load_source
@@ -136,7 +137,7 @@ def novel_view(args: argparse.Namespace) -> int:
     results.remove_unfinished()
     if args.overwrite:
         results.clear()
-    session = engine.session(source, cameras=source_camera, store=args.out, resume=resume)
+    session = engine.view_session(source, cameras=source_camera, store=args.out, resume=resume)
     return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
 
 

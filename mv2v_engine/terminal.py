@@ -15,7 +15,7 @@ from typing import Any
 from tqdm import tqdm
 
 from mv2v_engine.envs import is_ci
-from mv2v_engine.progress import Event, StageStarted, StepDone
+from mv2v_engine.progress import Event, StageStarted, StepDone, WindowDone, WindowStarted
 
 _STAGES = ("vae", "text", "memory", "sampling")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -23,34 +23,69 @@ _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
 @contextmanager
 def turn_progress(title: str, num_steps: int) -> Iterator[Callable[[Event], None]]:
-    """A function to give a turn's events to: a bar on a terminal, plain lines elsewhere."""
+    """A function to give a turn's events to: a bar on a terminal, plain lines elsewhere.
+
+    num_steps: of a turn, of an edit in windows those of one window; the bar runs over all of them.
+    """
     if not sys.stderr.isatty() or is_ci():
-        yield lambda event: _print_event(title, event)
+        yield _Lines(title).show
         return
     layout = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
     with tqdm(total=num_steps, bar_format=layout, desc=title, dynamic_ncols=True) as bar:
-
-        def show(event: Event) -> None:
-            if isinstance(event, StageStarted):
-                bar.set_description_str(f"{title}  {event.stage}")
-            elif isinstance(event, StepDone):
-                bar.set_postfix_str(f"{clock(event.seconds_left)} left", refresh=False)
-                bar.update(event.step - bar.n)
-
-        yield show
+        shown = _Bar(bar, title, num_steps)
+        yield shown.show
         bar.set_description_str(f"{title}  done")
         bar.set_postfix_str("")
 
 
-def _print_event(title: str, event: Event) -> None:
-    """A line a stage, and at most ten for the steps."""
-    if isinstance(event, StageStarted):
-        print(f"{title}  {event.stage}", flush=True)
-    elif isinstance(event, StepDone):
-        before, now = (10 * step // event.total for step in (event.step - 1, event.step))
-        if now > before:
+class _Bar:
+    """The bar of a turn, or of all the windows of an edit."""
+
+    def __init__(self, bar: Any, title: str, num_steps: int) -> None:
+        self._bar, self._title, self._num_steps = bar, title, num_steps
+        self._before, self._place, self._is_edit = 0, "", False
+
+    def show(self, event: Event) -> None:
+        bar = self._bar
+        if isinstance(event, WindowStarted):
+            self._is_edit, self._before = True, (event.number - 1) * self._num_steps
+            self._place = f"window {event.number}/{event.total}  "
+            bar.total = event.total * self._num_steps
+            bar.update(self._before - bar.n)
+        elif isinstance(event, WindowDone):
+            bar.set_postfix_str(f"{clock(event.seconds_left)} left")
+        elif isinstance(event, StageStarted):
+            bar.set_description_str(f"{self._title}  {self._place}{event.stage}")
+        elif isinstance(event, StepDone):
+            if not self._is_edit:  # else of the window alone
+                bar.set_postfix_str(f"{clock(event.seconds_left)} left", refresh=False)
+            bar.update(self._before + event.step - bar.n)
+
+
+class _Lines:
+    """A line a stage and at most ten for the steps; of an edit, a line a window."""
+
+    def __init__(self, title: str) -> None:
+        self._title, self._is_edit = title, False
+
+    def show(self, event: Event) -> None:
+        if isinstance(event, WindowStarted):
+            self._is_edit = True
+        elif isinstance(event, WindowDone):
             left = clock(event.seconds_left)
-            print(f"{title}  {event.stage} {event.step}/{event.total}, {left} left", flush=True)
+            self._print(f"window {event.number}/{event.total}, {left} left")
+        elif self._is_edit:
+            return
+        elif isinstance(event, StageStarted):
+            self._print(event.stage)
+        elif isinstance(event, StepDone):
+            before, now = (10 * step // event.total for step in (event.step - 1, event.step))
+            if now > before:
+                left = clock(event.seconds_left)
+                self._print(f"{event.stage} {event.step}/{event.total}, {left} left")
+
+    def _print(self, words: str) -> None:
+        print(f"{self._title}  {words}", flush=True)
 
 
 def say(message: str) -> None:

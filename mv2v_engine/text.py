@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from mv2v_engine.errors import CheckpointError
+from mv2v_engine.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -145,12 +145,28 @@ class TextEncoder:
         return embedding.to(self.dtype) * kept
 
     def _warn_if_cut(self, prompt: str) -> None:
-        length = len(self.tokenizer(prompt, verbose=False)["input_ids"])
+        length = self.num_tokens(prompt)
         if length > self.max_length:
             warnings.warn(
                 f"the prompt has {length} tokens, the model reads {self.max_length}; "
                 "the rest is ignored: shorten it",
                 stacklevel=5,
+            )
+
+    def num_tokens(self, prompt: str) -> int:
+        """Tokens of a prompt, its end included, however many the model reads."""
+        return len(self.tokenizer(clean_prompt(prompt), verbose=False)["input_ids"])
+
+    def require_whole(self, prompt: str) -> None:
+        """Refuse a prompt of which `encode` would read only the beginning.
+
+        Raises:
+            RequestError: it has more than `max_length` tokens.
+        """
+        length = self.num_tokens(prompt)
+        if length > self.max_length:
+            raise RequestError(
+                f"the prompt has {length} tokens, the model reads {self.max_length}; shorten it"
             )
 
 

@@ -82,6 +82,21 @@ class FrameEncoder:
         return found.float().cpu()
 
 
+def frame_encoder_kind(folder: Path | str, kinds: tuple[str, ...] = DINO + CLIP) -> str:
+    """Which of `kinds` a transformers folder holds, before any weights are read.
+
+    Raises:
+        CheckpointError: missing, or of another kind.
+    """
+    folder, wanted = Path(folder), " or ".join(kinds)
+    kind = _read_json(folder, "config.json", wanted).get("model_type")
+    if kind not in kinds:
+        raise CheckpointError(
+            f"{folder} holds a model of type {kind!r}, expected {wanted}; give such a folder"
+        )
+    return str(kind)
+
+
 def load_frame_encoder(
     folder: Path | str,
     *,
@@ -96,11 +111,7 @@ def load_frame_encoder(
         CheckpointError: missing, of another kind, or incomplete.
     """
     folder, wanted = Path(folder), " or ".join(kinds)
-    kind = _read_json(folder, "config.json", wanted).get("model_type")
-    if kind not in kinds:
-        raise CheckpointError(
-            f"{folder} holds a model of type {kind!r}, expected {wanted}; give such a folder"
-        )
+    kind = frame_encoder_kind(folder, kinds)
     from transformers import AutoModel, CLIPVisionModelWithProjection
 
     loader = cast(Any, CLIPVisionModelWithProjection if kind in CLIP else AutoModel)

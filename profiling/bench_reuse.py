@@ -109,7 +109,9 @@ class Scene:
             {i: pair for i, pair in shared.items() if pair.is_measurable},
             engine.vae.encode(source.truth.frames),
         )
-        session = engine.session(source.truth.frames, fps=8.0, source_latents=scene.source_latents)
+        session = engine.view_session(
+            source.truth.frames, fps=8.0, source_latents=scene.source_latents
+        )
         for number in range(1, TURNS):
             scene.turns.append(session.answer(scene.request(engine, number, steps)))
         session.close()
@@ -127,7 +129,7 @@ class Scene:
     def last_turn(self, engine: Engine, steps: int) -> tuple[Turn, float]:
         """The last turn and the seconds of its denoising."""
         frames = self.source.truth.frames
-        session = engine.session(frames, fps=8.0, source_latents=self.source_latents)
+        session = engine.view_session(frames, fps=8.0, source_latents=self.source_latents)
         for turn in self.turns:
             session.adopt(turn)
         marks: list[float] = []

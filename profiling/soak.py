@@ -32,9 +32,10 @@ import torch
 from measure import ROOT, provenance, table
 from torch import Tensor
 
-from mv2v_engine import CancelToken, Engine, Session
+from mv2v_engine import CancelToken, Engine
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.results import ResultFolder
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import CancelledError
 from mv2v_engine.files import save_json
 from mv2v_engine.models import dit
@@ -87,7 +88,7 @@ class Soak:
         self.engines = [engine.reconfigured(one) for one in (loose, tiers, static)]
         self.source, self.folder, self.steps = source, folder, steps
         self.random = random.Random(seed)
-        self.open: list[tuple[Session, ResultFolder | None]] = []
+        self.open: list[tuple[ViewSession, ResultFolder | None]] = []
         self.done: Counter[str] = Counter()
         self.num_folders = 0
 
@@ -121,12 +122,12 @@ class Soak:
         """Everything once: libraries load and pools fill on first use."""
         for engine in self.engines:
             for folder in (None, self.folder / f"warm{self.engines.index(engine)}"):
-                session = engine.session(self.source, store=folder)
+                session = engine.view_session(self.source, store=folder)
                 self._turn(session)
                 self._turn(session)
                 if folder is not None:
                     ResultFolder(folder).publish(session, version="soak")
-                    session = engine.session(self.source, store=folder, resume=True)
+                    session = engine.view_session(self.source, store=folder, resume=True)
                     with largest_file(100):
                         self._turn(session)
                     self._cancelled(session)
@@ -141,7 +142,7 @@ class Soak:
     def _begin(self) -> None:
         engine = self.random.choice(self.engines)
         if self.random.random() < 0.4:
-            self.open.append((engine.session(self.source), None))
+            self.open.append((engine.view_session(self.source), None))
             self.done["opened"] += 1
             return
         kept = sorted(self.folder.iterdir())
@@ -154,18 +155,18 @@ class Soak:
                 shutil.rmtree(old)
             self.num_folders += 1
             folder, resume = self.folder / f"{self.num_folders:05d}", False
-        session = engine.session(self.source, store=folder, resume=resume)
+        session = engine.view_session(self.source, store=folder, resume=resume)
         self.open.append((session, ResultFolder(folder)))
         self.done["resumed" if resume else "opened with a folder"] += 1
 
-    def _end(self, session: Session) -> None:
+    def _end(self, session: ViewSession) -> None:
         if self.random.random() < 0.5:
             session.close()
             self.done["closed"] += 1
         else:
             self.done["dropped"] += 1
 
-    def _request(self, session: Session) -> TurnRequest:
+    def _request(self, session: ViewSession) -> TurnRequest:
         pick = self.random
         memory = pick.choices(("retrieved", "none", "previous", "alone"), (8, 1, 1, 1))[0]
         return TurnRequest.of(
@@ -176,13 +177,13 @@ class Soak:
             memory=memory,
         )
 
-    def _turn(self, session: Session) -> None:
+    def _turn(self, session: ViewSession) -> None:
         turn = session.answer(self._request(session))
         self.done["turns"] += 1
         self.done["memory videos"] += len(turn.report["memory"]["retrieved"])
         self.done["not stored at first"] += "storage_error" in turn.report
 
-    def _cancelled(self, session: Session) -> None:
+    def _cancelled(self, session: ViewSession) -> None:
         num_turns = len(session.turns)
         turn = session.perform(self._request(session), Countdown(self.random.randint(1, 20)))
         try:

@@ -18,8 +18,8 @@ import torch
 from mv2v_engine.engine.admission import admit
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
-from mv2v_engine.engine.session import Session
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.turn import ViewTurn
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import (
     CancelledError,
     KernelUnavailableError,
@@ -61,16 +61,16 @@ class BatchedTurn:
     def __init__(
         self,
         number: int,
-        session: Session,
+        session: ViewSession,
         request: TurnRequest,
         cancel: CancelToken,
         on_progress: Callable[[TurnEvent], None] | None,
     ) -> None:
         self.number, self.session, self.request = number, session, request
         self.cancel, self._on_progress = cancel, on_progress
-        self.result: Turn | Exception | None = None
+        self.result: ViewTurn | Exception | None = None
         self.tokens = 0
-        self._events: Generator[Event | StepDue, None, Turn] | None = None
+        self._events: Generator[Event | StepDue, None, ViewTurn] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -137,7 +137,7 @@ class TurnBatch:
 
     def add(
         self,
-        session: Session,
+        session: ViewSession,
         request: TurnRequest,
         *,
         cancel: CancelToken | None = None,
@@ -161,12 +161,12 @@ class TurnBatch:
 
     def answer_all(
         self,
-        turns: Sequence[tuple[Session, TurnRequest]],
+        turns: Sequence[tuple[ViewSession, TurnRequest]],
         *,
         cancels: Sequence[CancelToken | None] | None = None,
         on_progress: Callable[[TurnEvent], None] | None = None,
-    ) -> list[Turn | Exception]:
-        """Add turns and run everything: each gets what `Session.answer` gives it, within rounding.
+    ) -> list[ViewTurn | Exception]:
+        """Add turns and run everything: each gets what its own `answer` gives, within rounding.
 
         Args:
             cancels: a token for each turn.

@@ -4,40 +4,45 @@ from __future__ import annotations
 
 import functools
 import math
-import uuid
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
+from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory
 from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
+from mv2v_engine.engine.editing.descriptors import (
+    SegmentDescriber,
+    open_describer,
+)
+from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.footage import RecentFrames
 from mv2v_engine.engine.graphs import open_graphs
-from mv2v_engine.engine.places import component, usable_device
+from mv2v_engine.engine.loading import check_parts, load_parts
+from mv2v_engine.engine.opening import AnySource, open_edit_session, open_view_session
+from mv2v_engine.engine.places import usable_device
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.session import Session
-from mv2v_engine.engine.source import Source, load_source
-from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.source import Source
+from mv2v_engine.engine.turn import ViewTurn
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.engine.warmup import warm_up
-from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError, StorageError
+from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.sampling.guidance import needs_guidance
-from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.text import TextEncoder
 from mv2v_engine.tokens.plan import TokenPlan
-from mv2v_engine.vae import VideoVAE, load_vae
+from mv2v_engine.vae import VideoVAE
 
 # settings that all engines on the same weights share
 _OF_THE_WEIGHTS = (
@@ -82,7 +87,7 @@ class Engine:
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
-        self._check_parts()
+        check_parts(self)
         self.graphs = open_graphs(config, device)
         self.cache = MemoryCache(
             config.cache_bytes,
@@ -92,32 +97,6 @@ class Engine:
         )
         self.budget = Budget(self)
         self.recent_frames = RecentFrames(config.frames_bytes)
-
-    def _check_parts(self) -> None:
-        """Refuse parts that do not fit each other before a turn has been paid for."""
-        name, shape = self.checkpoint.name, self.transformer.config
-        latents = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
-        if latents[0] != shape.latent_channels:
-            raise CheckpointError(
-                f"the VAE has {latents[0]} latent channels, the transformer takes "
-                f"{shape.latent_channels}; give the VAE that belongs to {name}"
-            )
-        if self.text is not None and self.text.dim != shape.text_dim:
-            raise CheckpointError(
-                f"the text encoder gives embeddings of {self.text.dim}, the transformer takes "
-                f"{shape.text_dim}; give the text encoder that belongs to {name}"
-            )
-        if self.video_bytes > self.config.cache_bytes:
-            raise MemoryBudgetError(
-                f"one video of {name} is {self.video_bytes:,} bytes of latents, cache_bytes allows "
-                f"{self.config.cache_bytes:,}; raise it"
-            )
-        on_device = self.config.device_cache_bytes
-        if on_device is not None and self.video_bytes > on_device:
-            raise MemoryBudgetError(
-                f"one video of {name} is {self.video_bytes:,} bytes of latents, device_cache_bytes "
-                f"allows {on_device:,}; raise it, or leave it out"
-            )
 
     @classmethod
     def from_pretrained(
@@ -146,42 +125,14 @@ class Engine:
             KernelUnavailableError: the configured backend cannot run here.
         """
         place, config = usable_device(device), config or EngineConfig()
-        dtype = dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32)
-        # refuse before anything large is read
-        resolve(config.backend, place)
-        resolve_attention(config, place, dtype)
-        open_graphs(config, place)
-        folder = None if components is None else Path(components)
-        for part in ("vae", "text_encoder", "tokenizer"):
-            component(folder, part)
-        checkpoint = load_checkpoint(path_or_name, device=place, dtype=dtype, rename=rename)
-        vae_path = component(folder, "vae") or checkpoint.vae_path
-        if vae_path is None:
-            raise CheckpointError(
-                f"{checkpoint.name} ({checkpoint.format}) holds no VAE; give a Wan diffusers "
-                "folder with vae, text_encoder and tokenizer as components (--components)"
-            )
-        # convolutions in half precision are slow or missing on a CPU
-        vae_dtype = torch.float32 if place.type == "cpu" else dtype
-        vae = load_vae(vae_path, device=place, dtype=vae_dtype)
-        text_path = component(folder, "text_encoder") or checkpoint.text_path
-        tokenizer_path = component(folder, "tokenizer") or checkpoint.tokenizer_path
-        text = None
-        if text_path is not None and tokenizer_path is not None:
-            text = load_text_encoder(
-                text_path,
-                tokenizer_path,
-                max_length=checkpoint.config.text_len,
-                device=place,
-                dtype=dtype,
-                # on the host until it is known what else a turn needs
-                is_offloaded=config.text_offload != "never" and place.type == "cuda",
-            )
-        elif checkpoint.format != "mv2v_engine":
-            raise CheckpointError(
-                f"{checkpoint.name} ({checkpoint.format}) holds no text encoder; give a Wan "
-                "diffusers folder with text_encoder and tokenizer as components (--components)"
-            )
+        checkpoint, vae, text = load_parts(
+            path_or_name,
+            place,
+            dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32),
+            config,
+            components=None if components is None else Path(components),
+            rename=rename,
+        )
         engine = cls(checkpoint, vae, text, device=place, config=config)
         engine.budget.place_text()
         return engine
@@ -224,7 +175,7 @@ class Engine:
 
     def session(
         self,
-        source: Path | str | Tensor | np.ndarray[Any, Any] | Source,
+        source: AnySource | Source,
         *,
         id: str | None = None,
         fps: float | None = None,
@@ -233,8 +184,74 @@ class Engine:
         window: str | None = None,
         resume: bool = False,
         source_latents: Tensor | None = None,
+        cuts: Sequence[int] | None = None,
     ) -> Session:
-        """Open a session on a source video.
+        """Open a session of the kind that the model serves: see `view_session`, `edit_session`.
+
+        Raises:
+            RequestError: an argument of the other kind; else as those two.
+        """
+        views: dict[str, Any] = {
+            "cameras": cameras,
+            "window": window,
+            "source_latents": source_latents,
+        }
+        edits: dict[str, Any] = {"cuts": cuts}
+        is_editor = bool(self.transformer.config.source_channels)
+        if other := [k for k, v in (views if is_editor else edits).items() if v is not None]:
+            kind = "edits by instruction" if is_editor else "renders novel views"
+            raise RequestError(f"{self.checkpoint.name} {kind}, leave out {' and '.join(other)}")
+        common: dict[str, Any] = {"id": id, "fps": fps, "store": store, "resume": resume}
+        if not is_editor:
+            return self.view_session(source, **common, **views)
+        if isinstance(source, Source):
+            raise RequestError(
+                f"{self.checkpoint.name} edits long videos, got one window that is already read; "
+                "give the file or its frames"
+            )
+        return self.edit_session(source, **common, **edits)
+
+    def edit_session(
+        self,
+        source: AnySource,
+        *,
+        id: str | None = None,
+        fps: float | None = None,
+        cuts: Sequence[int] | None = None,
+        store: Path | str | None = None,
+        resume: bool = False,
+    ) -> EditSession:
+        """Open a session that edits a video of any length by instruction.
+
+        Args:
+            source: a video file, which is streamed, or frames uint8 [T, height, width, 3].
+            fps: of the edits; None keeps the source's, of bare frames the checkpoint's.
+            cuts: first frames of the video's shots but the first; () says that it is one shot,
+                None looks for cuts in one pass over the video. No window straddles a cut: with a
+                cut at every frame, every frame is a window.
+            store: a folder that keeps the session; `resume` takes up what it holds.
+
+        Raises:
+            VideoError, StorageError: what does not fit.
+            RequestError: so too, or the model renders novel views.
+        """
+        return open_edit_session(
+            self, source, id=id, fps=fps, cuts=cuts, store=store, resume=resume
+        )
+
+    def view_session(
+        self,
+        source: AnySource | Source,
+        *,
+        id: str | None = None,
+        fps: float | None = None,
+        cameras: CameraTrajectory | None = None,
+        store: Path | str | None = None,
+        window: str | None = None,
+        resume: bool = False,
+        source_latents: Tensor | None = None,
+    ) -> ViewSession:
+        """Open a session that renders a source video from other cameras.
 
         Args:
             source: a video file, frames uint8 [T, height, width, 3], or what `load_source` gave.
@@ -247,69 +264,32 @@ class Engine:
                 several sessions share it; None encodes it on first use.
 
         Raises:
-            VideoError, CameraError, StorageError, RequestError: what does not fit.
+            VideoError, CameraError, StorageError: what does not fit.
+            RequestError: so too, or the model edits by instruction.
         """
-        if isinstance(source, Source):
-            loaded = source
-        else:
-            loaded = load_source(
-                source,
-                num_frames=self.sampling.num_frames,
-                size=self.sampling.size,
-                window=window,
-                fps=fps,
-                max_pixels=self.config.max_source_pixels,
-                own_fps=self.sampling.fps,
-            )
-        expected = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
-        if source_latents is not None and tuple(source_latents.shape) != expected:
-            raise RequestError(
-                f"source_latents must have shape {list(expected)}, got "
-                f"{list(source_latents.shape)}; encode the source with this engine's vae"
-            )
-        if resume and store is None:
-            raise RequestError("resume needs the session's folder: give a store")
-        folder = None if store is None else SessionStore(Path(store))
-        if folder is not None and folder.exists() != resume:
-            found = "already holds a session" if folder.exists() else "holds no session"
-            advice = "resume it, or choose another folder" if folder.exists() else "start one there"
-            raise StorageError(f"{folder.folder} {found}; {advice}")
-        manifest = folder.read() if folder is not None and resume else None
-        session = Session(
+        return open_view_session(
             self,
-            loaded,
-            id=id or (manifest["id"] if manifest else uuid.uuid4().hex[:12]),
+            source,
+            id=id,
+            fps=fps,
             cameras=cameras,
-            store=folder,
+            store=store,
+            window=window,
+            resume=resume,
             source_latents=source_latents,
         )
-        if folder is not None:
-            identity = self._identity(loaded, cameras)
-            if manifest is None:
-                folder.create(session.id, identity)
-            else:
-                folder.check_identity(manifest, identity)
-                session.restore()
-        return session
 
     def answer_all(
         self,
-        turns: Sequence[tuple[Session, TurnRequest]],
+        turns: Sequence[tuple[ViewSession, TurnRequest]],
         *,
         token_budget: int | None = None,
         cancels: Sequence[CancelToken | None] | None = None,
         on_progress: Callable[[TurnEvent], None] | None = None,
-    ) -> list[Turn | Exception]:
+    ) -> list[ViewTurn | Exception]:
         """Answer requests of several sessions together; see `TurnBatch.answer_all`."""
         batch = TurnBatch(self, token_budget)
         return batch.answer_all(turns, cancels=cancels, on_progress=on_progress)
-
-    def _identity(self, source: Source, cameras: CameraTrajectory | None) -> dict[str, str]:
-        """What a resumed session must agree on."""
-        return {
-            **session_identity(source, self.checkpoint.name, cameras),
-            "vae": self.vae.key,
-        }
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:
         """Refuse a prompt that nothing here could read, and guidance towards nothing."""
@@ -331,6 +311,11 @@ class Engine:
         """The latents of this engine's turns: other ones in the cache are not candidates."""
         shape = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
         return LatentKind(self.vae.key, shape, torch.float32)
+
+    @functools.cached_property
+    def describer(self) -> SegmentDescriber:
+        """What compares the segments of a long edit."""
+        return open_describer(self.config, self.device)
 
     @property
     def video_bytes(self) -> int:
@@ -372,14 +357,3 @@ class Engine:
 def default_memory(initialised: Iterable[str]) -> MemoryMode:
     """What a turn remembers unless it is told: nothing, on weights that never learned to."""
     return "retrieved" if is_trained_for_memory(initialised) else "none"
-
-
-def session_identity(
-    source: Source, checkpoint: str, cameras: CameraTrajectory | None
-) -> dict[str, str]:
-    """The part of a session's identity that is known before the weights are loaded."""
-    return {
-        "source": source.fingerprint,
-        "source camera": cameras.name if cameras else "static",
-        "checkpoint": checkpoint,
-    }

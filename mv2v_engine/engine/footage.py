@@ -11,7 +11,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 from torch import Tensor
 
@@ -119,6 +119,10 @@ class Footage:
             frames = self._decode(self.latents())
         self.decoded(frames)
         return frames
+
+    def parts(self) -> Iterator[Tensor]:
+        """The frames, which one window's memory holds."""
+        yield self.frames()
 
     def decoded(self, frames: Tensor) -> None:
         """The frames, now the last used."""

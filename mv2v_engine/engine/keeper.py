@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.memory.entry import MemoryEntry
 
@@ -30,10 +30,10 @@ class Keeper:
 
     def __init__(self, engine: Engine, recall: Recall, store: SessionStore | None) -> None:
         self.engine, self._recall, self.store = engine, recall, store
-        self.turns: list[Turn] = []
-        self.unstored: list[Turn] = []
+        self.turns: list[ViewTurn] = []
+        self.unstored: list[ViewTurn] = []
 
-    def keep(self, turn: Turn) -> StorageError | None:
+    def keep(self, turn: ViewTurn) -> StorageError | None:
         """Store, remember, list; what the folder said if it does not take the turn."""
         if self.store is None:
             self._remember(turn, turn.latents, None)
@@ -77,7 +77,7 @@ class Keeper:
             turn.footage.stored(read)
             self.unstored.pop(0)
 
-    def restore(self, make_turn: Callable[[StoredTurn, Callable[[], Tensor]], Turn]) -> None:
+    def restore(self, make_turn: Callable[[StoredTurn, Callable[[], Tensor]], ViewTurn]) -> None:
         """Take up the turns of the session's folder, one after another's latents in memory.
 
         Raises:
@@ -92,7 +92,9 @@ class Keeper:
             self._remember(turn, latents, read)
             self.turns.append(turn)
 
-    def _remember(self, turn: Turn, latents: Tensor, reload: Callable[[], Tensor] | None) -> None:
+    def _remember(
+        self, turn: ViewTurn, latents: Tensor, reload: Callable[[], Tensor] | None
+    ) -> None:
         entry = MemoryEntry(
             id=self._recall.entry_id(turn.number),
             turn=turn.number,

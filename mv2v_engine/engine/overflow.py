@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
 from mv2v_engine.progress import Spans
 from mv2v_engine.tokens.plan import TokenPlan
@@ -18,18 +17,24 @@ if TYPE_CHECKING:
 
 
 Happening = TypeVar("Happening")
+Result = TypeVar("Result")
 
 # what a failed turn is advised to save, of what was predicted
 _LESS = 0.9
+TURN_DROPPED = "the turn is dropped, earlier ones are kept"
 
 
 def guarded(
     engine: Engine,
-    turn: Generator[Happening, None, Turn],
+    turn: Generator[Happening, None, Result],
     spans: Spans,
     plan: Callable[[], TokenPlan],
-) -> Generator[Happening, None, Turn]:
+    *,
+    outcome: str = TURN_DROPPED,
+) -> Generator[Happening, None, Result]:
     """A turn whose want of memory becomes an error with the numbers, and leaves nothing behind.
+
+    outcome: what becomes of the turn, for the message.
 
     Raises:
         MemoryBudgetError: the device or the host had no memory left.
@@ -41,10 +46,12 @@ def guarded(
             raise
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     # with the error gone, no traceback holds the turn's tensors any more
-    raise overflow_error(engine, spans, plan(), reason)
+    raise overflow_error(engine, spans, plan(), reason, outcome)
 
 
-def overflow_error(engine: Engine, spans: Spans, plan: TokenPlan, reason: str) -> MemoryBudgetError:
+def overflow_error(
+    engine: Engine, spans: Spans, plan: TokenPlan, reason: str, outcome: str = TURN_DROPPED
+) -> MemoryBudgetError:
     """Give back what a failed turn held, and say what happened. Call it outside the handler."""
     gc.collect()
     engine.graphs.trim()
@@ -56,6 +63,6 @@ def overflow_error(engine: Engine, spans: Spans, plan: TokenPlan, reason: str) -
     return MemoryBudgetError(
         f"{engine.device} had no memory left in the stage {stage!r} ({reason}): "
         f"{spans.peak_bytes.get(stage, 0):,} bytes were held by {holder}, "
-        f"{found.by_span().get(stage, found.peak):,} predicted for this engine's tensors; the turn "
-        f"is dropped, earlier ones are kept; {engine.budget.advice(plan, int(_LESS * found.peak))}"
+        f"{found.by_span().get(stage, found.peak):,} predicted for this engine's tensors; "
+        f"{outcome}; {engine.budget.advice(plan, int(_LESS * found.peak))}"
     )

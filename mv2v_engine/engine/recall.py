@@ -6,6 +6,7 @@ C latent channels, F H W latent grid, V camera tracks.
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -14,7 +15,8 @@ from torch import Tensor
 from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.turn import ViewTurn
+from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.memory.retrieval import Retrieval, rank_memory
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -83,18 +85,22 @@ class Recall:
         )
 
     def condition(
-        self, request: TurnRequest, source: Tensor, turns: list[Turn]
+        self, request: TurnRequest, source: Tensor, turns: list[ViewTurn]
     ) -> tuple[Retrieval, TokenPlan, list[Tensor], Tensor | None]:
         """What is remembered, its plan, and latents [1, C, F, H, W] and cameras [1, V, F, 12].
 
         source: the source's latents [C, F, H, W]. turns: the session's finished ones.
         """
-        retrieval, plan, entries = self._gather(request, len(turns))
+        retrieval, plan, entries = gathered(
+            self.engine.cache,
+            lambda: self.rank(request, len(turns)),
+            lambda ranked: self.plan(request, ranked),
+        )
         source_camera = self.camera
         if request.memory == "previous" and turns:
             source, source_camera = turns[-1].latents, turns[-1].trajectory
         cameras = self._cameras(
-            plan, [request.camera, source_camera, *(entry.trajectory for entry in entries)]
+            plan, [request.camera, source_camera, *(entry.camera for entry in entries)]
         )
         device = self.engine.device
         has_source = any(segment.role == "source" for segment in plan.segments)
@@ -105,20 +111,6 @@ class Recall:
             [video.to(device)[None] for video in videos],
             None if cameras is None else cameras.to(device)[None],
         )
-
-    def _gather(
-        self, request: TurnRequest, num_turns: int
-    ) -> tuple[Retrieval, TokenPlan, list[MemoryEntry]]:
-        """What is remembered, its plan and its entries; what cannot be read again is left out."""
-        lost: dict[str, str] = {}
-        while True:
-            retrieval = self.rank(request, num_turns)
-            self.engine.cache.prefetch(retrieval.ids)
-            plan = self.plan(request, retrieval)
-            entries, missing = self.engine.cache.gather(retrieval.ids)
-            if not missing:
-                return dataclasses.replace(retrieval, lost=tuple(lost.items())), plan, entries
-            lost |= missing  # the cache has forgotten them, so the ranking moves on
 
     def _cameras(self, plan: TokenPlan, trajectories: list[CameraTrajectory]) -> Tensor | None:
         """Camera tracks [V, F, 12] in the order that the plan's segments name them."""
@@ -131,3 +123,20 @@ class Recall:
             poses = trajectories[0].poses
             return pose_vectors(relative_to(poses, poses[0]), stride=stride)[None]
         return torch.stack([pose_vectors(t.poses, stride=stride) for t in trajectories])
+
+
+def gathered(
+    cache: MemoryCache,
+    rank: Callable[[], Retrieval],
+    make_plan: Callable[[Retrieval], TokenPlan],
+) -> tuple[Retrieval, TokenPlan, list[MemoryEntry]]:
+    """What is remembered, its plan and its entries; what cannot be read again is left out."""
+    lost: dict[str, str] = {}
+    while True:
+        retrieval = rank()
+        cache.prefetch(retrieval.ids)
+        plan = make_plan(retrieval)
+        entries, missing = cache.gather(retrieval.ids)
+        if not missing:
+            return dataclasses.replace(retrieval, lost=tuple(lost.items())), plan, entries
+        lost |= missing  # the cache has forgotten them, so the ranking moves on

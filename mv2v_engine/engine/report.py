@@ -43,7 +43,6 @@ def turn_report(
 ) -> dict[str, Any]:
     """Everything about a turn (ARCHITECTURE, contracts)."""
     request, retrieval, plan = prepared.request, prepared.retrieval, prepared.denoiser.plan
-    steps = [record.step for record in denoised.records]
     return {
         "turn": number,
         "camera": request.camera.name,
@@ -56,32 +55,67 @@ def turn_report(
             "ranking": engine.config.memory_ranking,
             **retrieval.to_dict(),
         },
-        "plan": plan.describe(),
-        "merged_frames": merge_report(plan, denoised.records, retrieval.turns),
-        "forwards": denoised.num_forwards,
-        "packed_steps": prepared.denoiser.packed_steps,
-        **turn_flops(plan, steps, denoised.work),
-        **kept_bytes(engine, prepared.denoiser, steps),
+        **run_report(engine, prepared.denoiser, denoised, retrieval),
         "approximations": approximations(engine, plan),
         "conditioning_is_trained": is_trained(engine, plan),
-        **({} if denoised.reuse is None else {"reuse": denoised.reuse}),
-        "graphs": denoised.graphs,
-        "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
-        "peak_bytes": dict(spans.peak_bytes),
-        "predicted_peak_bytes": engine.budget.predict(plan).by_span(),
-        "cache_bytes": engine.cache.bytes_used,
-        "cache_bytes_by_tier": engine.cache.bytes_by_tier(),
-        # of all the engine's sessions since it was made
-        "cache_counters": engine.cache.counters(),
+        **spent(engine, plan, spans),
+        **cache_report(engine),
         **engine.describe(),
     }
 
 
-def segment_names(plan: TokenPlan, memory_turns: Sequence[int]) -> list[str]:
+def run_report(
+    engine: Engine,
+    denoiser: Denoiser,
+    denoised: Denoised,
+    retrieval: Retrieval,
+    *,
+    memory_name: str = "turn",
+) -> dict[str, Any]:
+    """One denoising run: its plan, what it merged, what it computed and kept.
+
+    memory_name: what made the remembered videos, turns or windows.
+    """
+    plan, steps = denoiser.plan, [record.step for record in denoised.records]
+    names = segment_names(plan, retrieval.turns, memory_name)
+    return {
+        "plan": plan.describe(),
+        "merged_frames": merge_report(plan, denoised.records, names),
+        "forwards": denoised.num_forwards,
+        "packed_steps": denoiser.packed_steps,
+        **turn_flops(plan, steps, denoised.work),
+        **kept_bytes(engine, denoiser, steps),
+        **({} if denoised.reuse is None else {"reuse": denoised.reuse}),
+        "graphs": denoised.graphs,
+    }
+
+
+def spent(engine: Engine, plan: TokenPlan, spans: Spans) -> dict[str, Any]:
+    """Seconds and bytes by stage."""
+    return {
+        "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
+        "peak_bytes": dict(spans.peak_bytes),
+        "predicted_peak_bytes": engine.budget.predict(plan).by_span(),
+    }
+
+
+def cache_report(engine: Engine) -> dict[str, Any]:
+    """The memory as it is now."""
+    return {
+        "cache_bytes": engine.cache.bytes_used,
+        "cache_bytes_by_tier": engine.cache.bytes_by_tier(),
+        # of all the engine's sessions since it was made
+        "cache_counters": engine.cache.counters(),
+    }
+
+
+def segment_names(
+    plan: TokenPlan, memory_turns: Sequence[int], memory_name: str = "turn"
+) -> list[str]:
     """What a report calls each segment: target, source, turn N."""
     turns = iter(memory_turns)
     return [
-        f"turn {next(turns)}" if segment.role == "memory" else segment.role
+        f"{memory_name} {next(turns)}" if segment.role == "memory" else segment.role
         for segment in plan.segments
     ]
 
@@ -153,11 +187,13 @@ def approximations(engine: Engine, plan: TokenPlan) -> list[str]:
 
 
 def merge_report(
-    plan: TokenPlan, records: Sequence[MergeRecord], memory_turns: Sequence[int]
+    plan: TokenPlan, records: Sequence[MergeRecord], names: Sequence[str]
 ) -> list[dict[str, Any]]:
-    """Which latent frames each merging block fused, by video: in the last step, or for good."""
-    names, table = segment_names(plan, memory_turns), plan.frame_table
-    rows = []
+    """Which latent frames each merging block fused, by video: in the last step, or for good.
+
+    names: of the plan's segments.
+    """
+    table, rows = plan.frame_table, []
     for record in records:
         by_video: dict[str, list[int]] = {}
         for index in sorted(record.merged[0].tolist()):

@@ -14,6 +14,15 @@ from mv2v_engine.config import MemoryMode, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import CameraError, RequestError
 
 _MAX_STEPS = 1000
+# what follows a checkpoint's name where it is asked for what it cannot do
+NO_VIEWS = (
+    "edits by instruction: its source lies on the target's channels, frame by frame, and no camera "
+    "moves it; edit with it, or give a checkpoint for novel views, such as tiny-nvs"
+)
+NO_EDITS = (
+    "renders novel views and takes no instruction; render with it, or give a checkpoint that "
+    "edits: one whose source lies on the target's channels, as Lucy-Edit's does"
+)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -62,19 +71,10 @@ class TurnRequest:
         return request
 
     def _check(self, sampling: SamplingConfig) -> None:
-        if not 1 <= self.num_inference_steps <= _MAX_STEPS:
-            raise RequestError(
-                f"num_inference_steps must lie in 1..{_MAX_STEPS}, got {self.num_inference_steps}"
-            )
-        if not (math.isfinite(self.guidance_scale) and self.guidance_scale >= 0):
-            raise RequestError(
-                f"guidance_scale must be finite and not negative, got {self.guidance_scale}"
-            )
+        check_sampling(self.num_inference_steps, self.guidance_scale, self.seed)
         if self.memory not in get_args(MemoryMode):
             known = ", ".join(map(repr, get_args(MemoryMode)))
             raise RequestError(f"memory must be one of {known}, got {self.memory!r}")
-        if not 0 <= self.seed < 2**63:
-            raise RequestError(f"seed must lie in 0..2^63-1, got {self.seed}")
         if self.camera.num_frames != sampling.num_frames:
             raise CameraError(
                 f"the camera has {self.camera.num_frames} poses, a window of this model has "
@@ -100,6 +100,22 @@ class TurnRequest:
         return None
 
 
+def check_sampling(num_inference_steps: int, guidance_scale: float, seed: int) -> None:
+    """Refuse numbers that no checkpoint can serve.
+
+    Raises:
+        RequestError: one is out of its range.
+    """
+    if not 1 <= num_inference_steps <= _MAX_STEPS:
+        raise RequestError(
+            f"num_inference_steps must lie in 1..{_MAX_STEPS}, got {num_inference_steps}"
+        )
+    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
+        raise RequestError(f"guidance_scale must be finite and not negative, got {guidance_scale}")
+    if not 0 <= seed < 2**63:
+        raise RequestError(f"seed must lie in 0..2^63-1, got {seed}")
+
+
 def require_novel_view(config: TransformerConfig, name: str) -> None:
     """Refuse turns with a camera of a model that edits by instruction.
 
@@ -107,7 +123,14 @@ def require_novel_view(config: TransformerConfig, name: str) -> None:
         RequestError: it takes the source on the target's channels.
     """
     if config.source_channels:
-        raise RequestError(
-            f"{name} edits by instruction: its source lies on the target's channels, frame by "
-            "frame, and no camera moves it; give a checkpoint for novel views, such as tiny-nvs"
-        )
+        raise RequestError(f"{name} {NO_VIEWS}")
+
+
+def require_editing(config: TransformerConfig, name: str) -> None:
+    """Refuse edits of a model that renders novel views.
+
+    Raises:
+        RequestError: its source is tokens of its own.
+    """
+    if not config.source_channels:
+        raise RequestError(f"{name} {NO_EDITS}")

@@ -18,9 +18,9 @@ from typing import Any
 from weakref import WeakKeyDictionary
 
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.turn import ViewTurn
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json
 from mv2v_engine.progress import peak_host_bytes
@@ -44,7 +44,7 @@ class ResultFolder:
         self.folder, self.store = folder, SessionStore(folder)
         self.overview, self.report = folder / "overview.png", folder / "report.json"
         # what the overview shows of a turn does not change, and decoding it again is dear
-        self._strips: WeakKeyDictionary[Turn, Strip] = WeakKeyDictionary()
+        self._strips: WeakKeyDictionary[ViewTurn, Strip] = WeakKeyDictionary()
 
     def check_writable(self) -> None:
         """Try to write in the folder, or in what it would be made in; leaves nothing.
@@ -135,7 +135,7 @@ class ResultFolder:
             ) from error
 
     def publish(
-        self, session: Session, *, version: str, check: Callable[[], None] | None = None
+        self, session: ViewSession, *, version: str, check: Callable[[], None] | None = None
     ) -> list[Path]:
         """Write what lacks of the session's turns and videos, and the overview and report anew.
 
@@ -174,11 +174,11 @@ class ResultFolder:
             raise failures[0]
         return [*videos, self.overview, self.report]
 
-    def videos(self, session: Session) -> list[Path]:
+    def videos(self, session: ViewSession) -> list[Path]:
         """Where each turn's video is written."""
         return [self._video(turn.number, turn.trajectory.name) for turn in session.turns]
 
-    def _rows(self, session: Session) -> list[Strip]:
+    def _rows(self, session: ViewSession) -> list[Strip]:
         """The overview: the source, and the newest turns."""
         hidden = max(len(session.turns) - MAX_ROWS, 0)
         name = f"source  {session.source.description['name']}"
@@ -193,7 +193,7 @@ class ResultFolder:
         self._strips = strips
         return [make_strip(name, session.source.frames), *(strips[turn] for turn in shown)]
 
-    def _content(self, session: Session, videos: list[Path], version: str) -> dict[str, Any]:
+    def _content(self, session: ViewSession, videos: list[Path], version: str) -> dict[str, Any]:
         """The report."""
         reports = [
             {**turn.report, "file": video.name}

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -21,7 +21,6 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json, save_tensors, tensor_digest
 
-FORMAT, VERSION = "mv2v-session", 1
 _TENSORS = ("latents", "poses", "intrinsics")
 
 
@@ -35,8 +34,14 @@ class StoredTurn:
     digest: str
 
 
-class SessionStore:
-    """The folder of one session. `identity` is what a resumed session must agree with."""
+class SessionFolder:
+    """What every session's folder has: a manifest that is rewritten last, and tensors beside it.
+
+    `identity` is what a resumed session must agree with.
+    """
+
+    format: ClassVar[str]
+    version: ClassVar[int]
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -58,14 +63,14 @@ class SessionStore:
             raise StorageError(
                 f"{self.manifest} cannot be read ({error}); choose another folder"
             ) from error
-        if not isinstance(manifest, dict) or manifest.get("format") != FORMAT:
+        if not isinstance(manifest, dict) or manifest.get("format") != self.format:
             raise StorageError(
                 f"{self.manifest} is no session of this engine; choose another folder"
             )
-        if manifest.get("version") != VERSION:
+        if manifest.get("version") != self.version:
             raise StorageError(
                 f"{self.manifest} has version {manifest.get('version')}, this engine reads "
-                f"{VERSION}; continue it with the engine that wrote it"
+                f"{self.version}; continue it with the engine that wrote it"
             )
         kinds = {"id": str, "identity": dict, "turns": list}
         for name, kind in kinds.items():
@@ -88,6 +93,25 @@ class SessionStore:
                     f"{self.folder} holds a session whose {name} is {stored!r}, this one's is "
                     f"{value!r}; give the same input, or choose another folder"
                 )
+
+    def _write(self, manifest: dict[str, Any]) -> None:
+        save_json(self.manifest, {**manifest, "format": self.format, "version": self.version})
+
+    def _list(self, manifest: dict[str, Any], path: Path, *, is_listed: bool) -> None:
+        """Rewrite the manifest that names a file; one that it never named goes if it fails."""
+        try:
+            self._write(manifest)
+        except StorageError:
+            if not is_listed:
+                with suppress(OSError):
+                    path.unlink()
+            raise
+
+
+class SessionStore(SessionFolder):
+    """The folder of one session of novel views."""
+
+    format, version = "mv2v-session", 1
 
     def append(
         self, number: int, latents: Tensor, trajectory: CameraTrajectory, report: dict[str, Any]
@@ -113,13 +137,8 @@ class SessionStore:
             "sha256": digest,
         }
         turns = [turn for turn in manifest["turns"] if turn["number"] != number]
-        try:
-            self._write({**manifest, "turns": [*turns, row]})
-        except StorageError:
-            if len(turns) == len(manifest["turns"]):
-                with suppress(OSError):
-                    path.unlink()
-            raise
+        is_listed = len(turns) < len(manifest["turns"])
+        self._list({**manifest, "turns": [*turns, row]}, path, is_listed=is_listed)
         return digest
 
     def latents(self, number: int, digest: str) -> Tensor:
@@ -171,12 +190,14 @@ class SessionStore:
         with safe_open(str(path), framework="pt") as file:
             tensors = [file.get_tensor(name) for name in _TENSORS]
         found = tensor_digest(*tensors)
-        if digest is not None and found != digest:
-            raise StorageError(
-                f"{path.name} holds other bits than were stored: sha256 {found[:12]}, expected "
-                f"{digest[:12]}"
-            )
+        check_digest(path, found, digest)
         return tensors, found
 
-    def _write(self, manifest: dict[str, Any]) -> None:
-        save_json(self.manifest, {**manifest, "format": FORMAT, "version": VERSION})
+
+def check_digest(path: Path, found: str, expected: str | None) -> None:
+    """Refuse a file of other bits than were stored; of before digests were kept, none is known."""
+    if expected is not None and found != expected:
+        raise StorageError(
+            f"{path.name} holds other bits than were stored: sha256 {found[:12]}, expected "
+            f"{expected[:12]}"
+        )

@@ -1,41 +1,49 @@
 """A finished turn.
 
-T pixel frames, C latent channels, F H W latent grid.
+T pixel frames, C latent channels, F H W latent grid, W windows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.footage import Footage
-from mv2v_engine.video.io import write_video
+from mv2v_engine.video.io import video_writer
+
+
+class Video(Protocol):
+    """Where a turn's latents and frames come from."""
+
+    def latents(self) -> Tensor: ...
+    def frames(self) -> Tensor: ...
+    def parts(self) -> Iterator[Tensor]:
+        """The frames in order, in as many pieces as are worth holding at once."""
 
 
 @dataclass(frozen=True, eq=False)
 class Turn:
-    """One edit.
+    """One edit of a session's source.
 
-    footage: the video, of which memory holds no more than it must: `latents` are read from the
-        session's folder if it has one, `frames` are decoded again if they were let go of
-        (`EngineConfig.frames_bytes`), to the same bits. Keep the tensor to have it at hand.
-    report: what was asked, remembered and spent; `storage_error` while the session's folder lacks
-        the turn.
+    trajectory: the camera that filmed it; None for an edit, which keeps the source's.
+    footage: the video, of which memory holds no more than it must.
+    report: what was asked, remembered and spent.
     """
 
     number: int
-    trajectory: CameraTrajectory
-    footage: Footage = field(repr=False)
+    trajectory: CameraTrajectory | None
+    footage: Video = field(repr=False)
     fps: float
     report: dict[str, Any]
 
     @property
     def latents(self) -> Tensor:
-        """float32 [C, F, H, W] on the CPU.
+        """float32 on the CPU: [C, F, H, W], of an edit in windows [W, C, F, H, W].
 
         Raises:
             StorageError: the session's folder no longer has them.
@@ -44,7 +52,7 @@ class Turn:
 
     @property
     def frames(self) -> Tensor:
-        """uint8 [T, height, width, 3] on the CPU.
+        """uint8 [T, height, width, 3] on the CPU, the whole video.
 
         Raises:
             StorageError: as `latents`.
@@ -54,7 +62,25 @@ class Turn:
     def save(self, path: Path | str) -> None:
         """Write the frames as H.264 mp4, whole or not at all.
 
+        An edit is decoded window by window, so that it is never in memory whole.
+
         Raises:
-            StorageError: the place cannot be written.
+            StorageError: the place cannot be written, or as `latents`.
         """
-        write_video(path, self.frames, self.fps)
+        with video_writer(path, self.fps) as writer:
+            for frames in self.footage.parts():
+                writer.add(frames)
+
+
+@dataclass(frozen=True, eq=False)
+class ViewTurn(Turn):
+    """A turn from another camera.
+
+    footage: `latents` are read from the session's folder if it has one, `frames` are decoded again
+        if they were let go of (`EngineConfig.frames_bytes`), to the same bits. Keep the tensor to
+        have it at hand.
+    report: has a `storage_error` while the session's folder lacks the turn.
+    """
+
+    trajectory: CameraTrajectory
+    footage: Footage = field(repr=False)

@@ -20,8 +20,8 @@ from torch import Tensor
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.session import Session
-from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.turn import ViewTurn
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.evaluation.alignment import camera_error
 from mv2v_engine.evaluation.consistency import Overlap, View, consistency, film, overlap
 from mv2v_engine.evaluation.images import flicker, masked_psnr, structural_similarity
@@ -80,7 +80,7 @@ class SceneEvaluator:
         rows: dict[str, Measures] = {}
         agreement: dict[str, dict[str, float]] = {}
         for row in protocol.chosen_rows:
-            session = self.engines[row.name].session(
+            session = self.engines[row.name].view_session(
                 source.truth.frames, fps=_FPS, source_latents=latents
             )
             for number in range(1, protocol.turns + 1):
@@ -136,10 +136,10 @@ class _Scene:
             shared = overlap(views[later - 1], views[earlier - 1])
             if shared.is_measurable:
                 self.overlaps[earlier, later] = shared
-        self._answers: dict[tuple[object, ...], Turn] = {}
-        self._measured: dict[Turn, Measures] = {}
+        self._answers: dict[tuple[object, ...], ViewTurn] = {}
+        self._measured: dict[ViewTurn, Measures] = {}
 
-    def answer(self, session: Session, request: TurnRequest) -> None:
+    def answer(self, session: ViewSession, request: TurnRequest) -> None:
         """The session's next turn, adopted where another row has made the same one."""
         retrieval, plan = session.plan_turn(request)
         turns = session.turns
@@ -151,7 +151,7 @@ class _Scene:
         else:
             self._answers[key] = session.answer(request)
 
-    def measure(self, turns: Sequence[Turn]) -> Measures:
+    def measure(self, turns: Sequence[ViewTurn]) -> Measures:
         """A row: quality and cost of every turn, consistency of every pair."""
         for turn, view in zip(turns, self.views, strict=True):
             if turn not in self._measured:
@@ -196,7 +196,7 @@ def _quality(frames: Tensor, view: View) -> Measures:
     return {"camera": view.camera.name, **finite}
 
 
-def _cost(turn: Turn) -> Measures:
+def _cost(turn: ViewTurn) -> Measures:
     report = turn.report
     return {
         "tokens": report["plan"]["tokens"],
@@ -207,7 +207,7 @@ def _cost(turn: Turn) -> Measures:
     }
 
 
-def _agreement(session: Session, request: TurnRequest) -> dict[str, dict[str, float]]:
+def _agreement(session: ViewSession, request: TurnRequest) -> dict[str, dict[str, float]]:
     """How the blocks agree in a turn that is given up before it is decoded, to time none of it."""
     few = dataclasses.replace(request, num_inference_steps=_RECORDED_STEPS)
     with recorded_responsiveness(session.engine.transformer) as forwards:

@@ -32,7 +32,8 @@ class MemoryEntry:
         id: unique within a cache.
         turn: number of the turn that made it; later turns win ties of relevance.
         latents: [C, F, H, W], normalised.
-        trajectory: poses in the session's one world, the source's first camera.
+        trajectory: poses in the session's one world, the source's first camera; None for an edited
+            segment, which is found by its source instead.
         key: which VAE the latents belong to; latents of another VAE mean nothing to a model.
         owner: whoever can say that it is needed no longer (`MemoryCache.forget`), compared by
             identity.
@@ -46,7 +47,7 @@ class MemoryEntry:
     id: str
     turn: int
     latents: Tensor
-    trajectory: CameraTrajectory
+    trajectory: CameraTrajectory | None
     key: str
     reload: Callable[[], Tensor] | None = None
     owner: object = None
@@ -57,6 +58,20 @@ class MemoryEntry:
                 f"memory {self.id!r}: latents must have shape [C, F, H, W], "
                 f"got {list(self.latents.shape)}; pass one video, not a batch"
             )
+
+    @property
+    def camera(self) -> CameraTrajectory:
+        """The trajectory of a video that has one.
+
+        Raises:
+            RequestError: it is an edited segment.
+        """
+        if self.trajectory is None:
+            raise RequestError(
+                f"memory {self.id!r} is an edited segment and has no camera; "
+                "rank it by its source (memory.segment_retrieval)"
+            )
+        return self.trajectory
 
     @property
     def kind(self) -> LatentKind:

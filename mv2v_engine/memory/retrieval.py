@@ -223,7 +223,7 @@ def rank_memory(
         return Retrieval.nothing(0, "the cache is empty")
     if not top_k:
         return Retrieval.nothing(len(entries), "at most 0 memory videos were asked for")
-    trajectories = [entry.trajectory for entry in entries]
+    trajectories = [entry.camera for entry in entries]
     scores = video_fov_scores(
         target, trajectories, radius=radius, blend=blend, backend=backend
     ).tolist()

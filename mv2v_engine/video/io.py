@@ -103,19 +103,24 @@ class VideoReader:
         wanted = [self._scan.order[index] for index in indices]
         return _decode(self.path, self._scan, wanted)
 
-    def frames(self) -> Iterator[Tensor]:
-        """All frames in order, uint8 [height, width, 3], decoded one after the other.
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames from `start` on in order, uint8 [height, width, 3], one after the other.
+
+        The file is decoded from its beginning: a file that lies about its key frames does no harm.
 
         Raises:
             VideoError: the file no longer has them all.
         """
         order, tick = self._scan.order, 0
+        first = order[start] if start < len(order) else len(order)
         for stored, frame in _stored_frames(self.path, self._scan, None):
             if tick < len(order) and stored == order[tick]:
-                pixels = _pixels(self.path, self._scan, frame)
+                is_wanted = stored >= first
+                pixels = _pixels(self.path, self._scan, frame) if is_wanted else None
                 # a frame that is held longer fills several ticks of a constant rate
                 while tick < len(order) and order[tick] == stored:
-                    yield pixels
+                    if pixels is not None and tick >= start:
+                        yield pixels
                     tick += 1
         if tick < len(order):
             raise truncated(self.path, tick, len(order))

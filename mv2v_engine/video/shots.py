@@ -18,6 +18,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mv2v_engine.errors import VideoError
+
 _Picture: TypeAlias = "np.ndarray[tuple[int, ...], np.dtype[np.uint8]]"
 
 # longer sides are scaled down: a cut shows at any size, and detection takes a fraction of the time
@@ -42,8 +44,17 @@ def find_cuts(
 
     frames: uint8 [height, width, 3] (RGB) in order, of which only the last few are held. Fewer
     than `min_shot_frames` frames are no shot: a flash leaves no cut, a short shot leaves one.
+
+    Raises:
+        VideoError: PySceneDetect is not installed.
     """
-    from scenedetect import AdaptiveDetector, FrameTimecode
+    try:
+        from scenedetect import AdaptiveDetector, FrameTimecode
+    except ImportError as error:
+        raise VideoError(
+            f"cuts are found by PySceneDetect, which cannot be imported ({error}); install "
+            "scenedetect-headless, or give the cuts yourself (none: the video is one shot)"
+        ) from error
 
     rate = Fraction(fps).limit_denominator(1001)
     # short shots are judged below: the detector would drop the second of two near cuts

@@ -22,6 +22,7 @@ from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.flops import Work
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from mv2v_engine.video.windows import edit_windows
 from tests.engine.graph_stand_in import StandIn
 
 SIZE, STEPS, PROMPT, NEGATIVE = (64, 96), 6, "a  red ball", "the floor rolls"
@@ -261,8 +262,10 @@ def test_the_folders_solver_is_a_default(editor: Engine) -> None:
 
 
 def test_a_camera_is_refused_before_anything_runs(editor: Engine, frames: Tensor) -> None:
+    with pytest.raises(RequestError, match=r"lucy edits by instruction.*such as tiny-nvs"):
+        editor.view_session(frames)
     session = editor.session(frames)
-    assert session.source.fps == 24.0
+    assert session.windows == edit_windows(9, 9) and session.source.fps == 24.0
     with pytest.raises(RequestError, match=r"lucy edits by instruction.*such as tiny-nvs"):
         session.render("pan_right", prompt="a red ball")
     with pytest.raises(RequestError, match="a plan without a source segment"):

@@ -14,7 +14,7 @@ from torch import Tensor
 from mv2v_engine import Engine
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
 from mv2v_engine.models import dit
 from mv2v_engine.ops import attention as attention_op
@@ -55,12 +55,12 @@ class _Allocations(LiveBytes):
         return [storage.nbytes() for each in self.made if (storage := each()) is not None]
 
 
-def _request(session: Session) -> TurnRequest:
+def _request(session: ViewSession) -> TurnRequest:
     return TurnRequest.of("arc_left", session.engine.sampling, memory="retrieved")
 
 
 def _fail(
-    session: Session, failure: Failure, when: Callable[[Event], bool], *, skip: int = 60
+    session: ViewSession, failure: Failure, when: Callable[[Event], bool], *, skip: int = 60
 ) -> str:
     """Let an operation fail soon after an event; what the turn says, when it has left nothing."""
     request, allocations = _request(session), _Allocations()

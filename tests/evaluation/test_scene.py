@@ -10,7 +10,7 @@ import torch
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import named_trajectory
-from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.evaluation.images import masked_psnr
 from mv2v_engine.evaluation.protocol import (
     FIRST_SCENE,
@@ -40,13 +40,13 @@ def answered() -> list[str]:
 @pytest.fixture(scope="module")
 def scene(loaded: Engine, answered: list[str]) -> Iterator[SceneResult]:
     with pytest.MonkeyPatch.context() as patch:
-        plain = Session.answer
+        plain = ViewSession.answer
 
-        def counted(session: Session, *arguments: object) -> object:
+        def counted(session: ViewSession, *arguments: object) -> object:
             answered.append(f"{len(session.turns) + 1}")
             return plain(session, *arguments)  # type: ignore[arg-type]
 
-        patch.setattr(Session, "answer", counted)
+        patch.setattr(ViewSession, "answer", counted)
         yield SceneEvaluator(loaded, PROTOCOL).measure(FIRST_SCENE)
 
 

@@ -1,0 +1,93 @@
+"""What an edit is asked for, checked before anything is computed."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from mv2v_engine.config import MemoryMode, SamplingConfig
+from mv2v_engine.engine.request import check_sampling
+from mv2v_engine.errors import RequestError
+
+if TYPE_CHECKING:
+    from mv2v_engine.engine.engine import Engine
+
+_MODES: tuple[MemoryMode, ...] = ("retrieved", "none")
+# the engine's settings on which an edit's latents depend, beside its own weights
+_SETTINGS = (
+    "max_memory",
+    "cross_shot_similarity",
+    "memory_tokenizers",
+    "merge_scope",
+    "merge_fraction",
+    "rope",
+    "responsiveness_heads",
+    "conditioning",
+    "reuse",
+    "reuse_refresh",
+    "reuse_drift",
+    "step_cache",
+)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EditRequest:
+    """One instruction for the whole of a video. Two equal requests give the same edit."""
+
+    prompt: str
+    seed: int
+    num_inference_steps: int
+    guidance_scale: float
+    memory: MemoryMode
+
+    @classmethod
+    def of(
+        cls,
+        prompt: str,
+        sampling: SamplingConfig,
+        *,
+        memory: MemoryMode,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> EditRequest:
+        """A request as a user makes it; None takes the checkpoint's default.
+
+        Raises:
+            RequestError: no instruction, or what no checkpoint can serve.
+        """
+        steps, guidance = num_inference_steps, guidance_scale
+        request = cls(
+            prompt=prompt,
+            seed=seed,
+            num_inference_steps=sampling.num_inference_steps if steps is None else steps,
+            guidance_scale=sampling.guidance_scale if guidance is None else guidance,
+            memory=memory,
+        )
+        if not prompt.strip():
+            raise RequestError(
+                f"an edit needs an instruction, got the prompt {prompt!r}; say what to change"
+            )
+        check_sampling(request.num_inference_steps, request.guidance_scale, seed)
+        if memory not in _MODES:
+            known = " or ".join(map(repr, _MODES))
+            raise RequestError(f"memory of an edit must be {known}, got {memory!r}")
+        return request
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for a report and a folder's manifest."""
+        return asdict(self)
+
+    def difference(self, report: dict[str, Any]) -> str | None:
+        """How an edit's report differs from this request, in words; None if it answers it."""
+        for name, value in self.to_dict().items():
+            done = report["memory"]["mode"] if name == "memory" else report[name]
+            if done != value:
+                return f"{name} {done!r} instead of {value!r}"
+        return None
+
+
+def engine_settings(engine: Engine) -> dict[str, Any]:
+    """What an edit's latents depend on beside its request; windows of one edit share it."""
+    settings = {name: getattr(engine.config, name) for name in _SETTINGS}
+    return {**settings, "merge": engine.merge, "scheduler": engine.scheduler}

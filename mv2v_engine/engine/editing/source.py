@@ -1,0 +1,154 @@
+"""The source of a long edit, of which memory holds one window at a time.
+
+h w pixels of the source, T frames of a window.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import deque
+from collections.abc import Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mv2v_engine.errors import VideoError
+from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.transforms import cover_and_crop
+from mv2v_engine.video.windows import EditWindow
+
+_BLOCK = 1 << 20
+
+
+class LongSource:
+    """A video that is read from its beginning to its end, at the model's size.
+
+    A file is decoded as windows are asked for; bare frames lie in memory as they were given.
+
+    Args:
+        video: a reader, or frames uint8 [T, h, w, 3].
+        size: the model's (height, width).
+        name: for reports.
+    """
+
+    def __init__(
+        self, video: VideoReader | Tensor, *, fps: float, size: tuple[int, int], name: str
+    ) -> None:
+        self._video, self.fps, self.size, self.name = video, fps, size, name
+        if isinstance(video, VideoReader):
+            self.num_frames = video.info.num_frames
+            self.source_size = (video.info.height, video.info.width)
+        else:
+            self.num_frames = len(video)
+            self.source_size = (video.shape[1], video.shape[2])
+        self._stream: Iterator[Tensor] | None = None
+        self._held: deque[Tensor] = deque()
+        self._next = 0  # the frame that the stream gives next; those held come just before
+
+    def frames(self, start: int = 0) -> Iterator[Tensor]:
+        """Frames from `start` on as they lie in the source, uint8 [h, w, 3], one by one.
+
+        Raises:
+            VideoError: the file no longer has them all, or a frame of another size.
+        """
+        if isinstance(self._video, VideoReader):
+            yield from self._video.frames(start)
+        else:
+            yield from self._video[start:]
+
+    def window(self, window: EditWindow) -> Tensor:
+        """What the model sees in a window, uint8 [T, height, width, 3] of its own size.
+
+        Windows are asked for in order, or from any of them on; what lies before is let go of.
+
+        Raises:
+            VideoError: as `frames`.
+        """
+        try:
+            self._advance(window)
+        except BaseException:
+            self.close()  # a stream that failed is over, and a retry begins a new one
+            raise
+        first = self._next - len(self._held)
+        return torch.stack([self._held[index - first] for index in window.indices])
+
+    def _advance(self, window: EditWindow) -> None:
+        """Hold the window's frames and no others."""
+        first = self._next - len(self._held)
+        if self._stream is None or not first <= window.start <= self._next:
+            self.close()
+            self._stream, self._next, first = self.frames(window.start), window.start, window.start
+        for _ in range(window.start - first):
+            self._held.popleft()
+        while self._next < window.stop:
+            frame = next(self._stream)
+            self._held.append(cover_and_crop(frame[None], self.size)[0][0])
+            self._next += 1
+
+    def close(self) -> None:
+        """Let go of the file and of the frames that are held."""
+        self._stream = None
+        self._held.clear()
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Identity of the video, for resuming.
+
+        Of a file's bytes, not of its pixels: they would all have to be decoded before the first
+        window, and the same bytes are the same pixels.
+        """
+        digest = hashlib.sha256()
+        if isinstance(self._video, VideoReader):
+            with self._video.path.open("rb") as file:
+                while block := file.read(_BLOCK):
+                    digest.update(block)
+        else:
+            digest.update(str(list(self._video.shape)).encode())
+            for frame in self._video:
+                digest.update(frame.contiguous().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the source."""
+        blank = torch.zeros(1, *self.source_size, 3, dtype=torch.uint8)
+        return {
+            "name": self.name,
+            "frames": self.num_frames,
+            "fps": self.fps,
+            "size": list(self.source_size),
+            "crop": cover_and_crop(blank, self.size)[1].description,
+        }
+
+
+def open_long_source(
+    source: Path | str | Tensor | np.ndarray[Any, Any],
+    *,
+    size: tuple[int, int],
+    fps: float | None,
+    own_fps: float,
+    max_pixels: int,
+) -> LongSource:
+    """Open a video file, or take frames uint8 [T, h, w, 3] as they are; one frame is enough.
+
+    fps: of the result; None keeps the file's. own_fps: of bare frames, which have none.
+
+    Raises:
+        VideoError: the file or the frames cannot be used as asked.
+    """
+    if fps is not None and not 0.01 <= fps <= 1000:
+        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
+    if isinstance(source, str | Path):
+        reader = VideoReader(source, max_pixels=max_pixels)
+        return LongSource(reader, fps=fps or reader.info.fps, size=size, name=reader.path.name)
+    frames = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
+    is_video = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == torch.uint8
+    if not is_video or not frames.numel():
+        raise VideoError(
+            "source frames must be uint8 [frames, height, width, 3] with at least 1 frame, "
+            f"got {frames.dtype} {list(frames.shape)}"
+        )
+    return LongSource(frames.cpu(), fps=fps or own_fps, size=size, name="frames")

@@ -1,0 +1,147 @@
+"""A folder of long edits: every finished window survives the process.
+
+    session.json                            the edits, with the digest of each of their windows
+    turns/turn_01/window_00001.safetensors  latents, the source's descriptor, and the report
+
+The manifest is rewritten last, so a kill at any moment loses at most the window under way.
+
+C F H W latents, D numbers of a descriptor.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from mv2v_engine.engine.editing.edit import Edit, KeptWindow
+from mv2v_engine.engine.editing.request import EditRequest
+from mv2v_engine.engine.store import SessionFolder, check_digest
+from mv2v_engine.errors import StorageError
+from mv2v_engine.files import save_tensors, tensor_digest
+
+_TENSORS = ("latents", "descriptor")
+# what files.replacing leaves behind when the process is killed while it writes
+_UNFINISHED = re.compile(r"\.(session-\w{8}\.json|window_\d+-\w{8}\.safetensors)")
+
+
+class EditStore(SessionFolder):
+    """The folder of one session of edits."""
+
+    format, version = "mv2v-edit-session", 1
+
+    def append(
+        self, edit: Edit, window: int, latents: Tensor, descriptor: Tensor, report: dict[str, Any]
+    ) -> str:
+        """Keep a finished window, counted from 1: its tensors first, then the manifest.
+
+        Returns:
+            the digest that `latents` asks for.
+
+        Raises:
+            StorageError: the folder does not take it, and is as it was.
+        """
+        manifest, words = self.read(), json.dumps(report)
+        digest = _digest(latents, descriptor, words)
+        path = self.window_path(edit.number, window)
+        values = dict(zip(_TENSORS, (latents.cpu(), descriptor), strict=True))
+        save_tensors(path, values, {"report": words})
+        row = self._row(manifest, edit)
+        is_listed = len(row["windows"]) >= window
+        row["windows"] = [*row["windows"][: window - 1], digest]
+        self._list(manifest, path, is_listed=is_listed)
+        return digest
+
+    def finish(self, edit: Edit, report: dict[str, Any]) -> None:
+        """Keep the report of an edit whose windows are all there.
+
+        Raises:
+            StorageError: the folder does not take it.
+        """
+        manifest = self.read()
+        self._row(manifest, edit)["report"] = report
+        self._write(manifest)
+
+    def edits(self) -> Iterator[Edit]:
+        """Every edit, its windows read once and checked, one after the other.
+
+        Raises:
+            StorageError: a window that the manifest names is missing or damaged, or the manifest.
+        """
+        for row in self.read()["turns"]:
+            try:
+                number, digests, report = row["number"], row["windows"], row["report"]
+                edit = Edit(number, EditRequest(**row["request"]), row["settings"], report=report)
+            except (KeyError, TypeError) as error:
+                raise StorageError(
+                    f"{self.manifest} is damaged: an edit's row lacks or misnames {error}; "
+                    "edit the video once more in another folder"
+                ) from error
+            for window, digest in enumerate(digests, 1):
+                _, descriptor, words = self.window(number, window, digest)
+                read = partial(self.latents, number, window, digest)
+                edit.windows.append(KeptWindow(words, descriptor, None, read))
+            yield edit
+
+    def latents(self, number: int, window: int, digest: str) -> Tensor:
+        """A stored window's latents [C, F, H, W], the very ones of which `digest` was taken.
+
+        Raises:
+            StorageError: the file is missing, damaged, or another window's.
+        """
+        return self.window(number, window, digest)[0]
+
+    def window(self, number: int, window: int, digest: str) -> tuple[Tensor, Tensor, Any]:
+        """As `latents`, with the descriptor [D] and the report."""
+        path = self.window_path(number, window)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                latents, descriptor = (file.get_tensor(name) for name in _TENSORS)
+                words = (file.metadata() or {})["report"]
+            check_digest(path, _digest(latents, descriptor, words), digest)
+            return latents, descriptor, json.loads(words)
+        except (OSError, SafetensorError, KeyError, ValueError) as error:
+            raise StorageError(
+                f"{path} cannot be read again ({error}); restore the file, or edit the video once "
+                "more in another folder"
+            ) from error
+
+    def window_path(self, number: int, window: int) -> Path:
+        """Where a window of an edit lies."""
+        return self.turns_folder / f"turn_{number:02d}" / f"window_{window:05d}.safetensors"
+
+    def remove_unfinished(self) -> None:
+        """Remove the temporary files of a process that was killed while it wrote."""
+        for folder in (self.folder, *self.turns_folder.glob("turn_*")):
+            for path in folder.iterdir():
+                if _UNFINISHED.fullmatch(path.name):
+                    path.unlink(missing_ok=True)
+
+    @staticmethod
+    def _row(manifest: dict[str, Any], edit: Edit) -> dict[str, Any]:
+        """The edit's row of a manifest, new if there is none."""
+        for row in manifest["turns"]:
+            if row["number"] == edit.number:
+                found: dict[str, Any] = row
+                return found
+        fresh: dict[str, Any] = {
+            "number": edit.number,
+            "request": edit.request.to_dict(),
+            "settings": edit.settings,
+            "windows": [],
+            "report": None,
+        }
+        manifest["turns"].append(fresh)
+        return fresh
+
+
+def _digest(latents: Tensor, descriptor: Tensor, report: str) -> str:
+    tensors = tensor_digest(latents, descriptor)
+    return hashlib.sha256(f"{tensors} {report}".encode()).hexdigest()

@@ -1,0 +1,97 @@
+"""The parts of an engine: read from their folders, and whether they belong together."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
+from mv2v_engine.config import EngineConfig
+from mv2v_engine.engine.editing.descriptors import check_descriptor
+from mv2v_engine.engine.graphs import open_graphs
+from mv2v_engine.engine.places import component
+from mv2v_engine.errors import CheckpointError, MemoryBudgetError
+from mv2v_engine.ops.attention_backends import resolve_attention
+from mv2v_engine.ops.backend import resolve
+from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.vae import VideoVAE, load_vae
+
+if TYPE_CHECKING:
+    from mv2v_engine.engine.engine import Engine
+
+
+def load_parts(
+    path_or_name: Path | str,
+    place: torch.device,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    *,
+    components: Path | None,
+    rename: Path | str | None,
+) -> tuple[Checkpoint, VideoVAE, TextEncoder | None]:
+    """As `Engine.from_pretrained`, up to the engine."""
+    # refuse before anything large is read
+    resolve(config.backend, place)
+    resolve_attention(config, place, dtype)
+    open_graphs(config, place)
+    check_descriptor(config)
+    for part in ("vae", "text_encoder", "tokenizer"):
+        component(components, part)
+    checkpoint = load_checkpoint(path_or_name, device=place, dtype=dtype, rename=rename)
+    vae_path = component(components, "vae") or checkpoint.vae_path
+    if vae_path is None:
+        raise CheckpointError(
+            f"{checkpoint.name} ({checkpoint.format}) holds no VAE; give a Wan diffusers "
+            "folder with vae, text_encoder and tokenizer as components (--components)"
+        )
+    # convolutions in half precision are slow or missing on a CPU
+    vae_dtype = torch.float32 if place.type == "cpu" else dtype
+    vae = load_vae(vae_path, device=place, dtype=vae_dtype)
+    text_path = component(components, "text_encoder") or checkpoint.text_path
+    tokenizer_path = component(components, "tokenizer") or checkpoint.tokenizer_path
+    text = None
+    if text_path is not None and tokenizer_path is not None:
+        text = load_text_encoder(
+            text_path,
+            tokenizer_path,
+            max_length=checkpoint.config.text_len,
+            device=place,
+            dtype=dtype,
+            # on the host until it is known what else a turn needs
+            is_offloaded=config.text_offload != "never" and place.type == "cuda",
+        )
+    elif checkpoint.format != "mv2v_engine":
+        raise CheckpointError(
+            f"{checkpoint.name} ({checkpoint.format}) holds no text encoder; give a Wan "
+            "diffusers folder with text_encoder and tokenizer as components (--components)"
+        )
+    return checkpoint, vae, text
+
+
+def check_parts(engine: Engine) -> None:
+    """Refuse parts that do not fit each other before a turn has been paid for."""
+    name, shape = engine.checkpoint.name, engine.transformer.config
+    latents = engine.vae.latent_shape(engine.sampling.num_frames, engine.sampling.size)
+    if latents[0] != shape.latent_channels:
+        raise CheckpointError(
+            f"the VAE has {latents[0]} latent channels, the transformer takes "
+            f"{shape.latent_channels}; give the VAE that belongs to {name}"
+        )
+    if engine.text is not None and engine.text.dim != shape.text_dim:
+        raise CheckpointError(
+            f"the text encoder gives embeddings of {engine.text.dim}, the transformer takes "
+            f"{shape.text_dim}; give the text encoder that belongs to {name}"
+        )
+    if engine.video_bytes > engine.config.cache_bytes:
+        raise MemoryBudgetError(
+            f"one video of {name} is {engine.video_bytes:,} bytes of latents, cache_bytes allows "
+            f"{engine.config.cache_bytes:,}; raise it"
+        )
+    on_device = engine.config.device_cache_bytes
+    if on_device is not None and engine.video_bytes > on_device:
+        raise MemoryBudgetError(
+            f"one video of {name} is {engine.video_bytes:,} bytes of latents, device_cache_bytes "
+            f"allows {on_device:,}; raise it, or leave it out"
+        )

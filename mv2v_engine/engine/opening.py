@@ -1,0 +1,170 @@
+"""How a session is opened: its source is read, its folder taken up, its identity compared."""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+from torch import Tensor
+
+from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.engine.editing.session import EditSession
+from mv2v_engine.engine.editing.source import open_long_source
+from mv2v_engine.engine.editing.store import EditStore
+from mv2v_engine.engine.request import require_editing, require_novel_view
+from mv2v_engine.engine.source import Source, load_source
+from mv2v_engine.engine.store import SessionFolder, SessionStore
+from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.errors import RequestError, StorageError
+from mv2v_engine.video.shots import find_cuts
+
+if TYPE_CHECKING:
+    from mv2v_engine.engine.engine import Engine
+
+AnySource: TypeAlias = "Path | str | Tensor | np.ndarray[Any, Any]"
+
+
+def open_view_session(
+    engine: Engine,
+    source: AnySource | Source,
+    *,
+    id: str | None = None,
+    fps: float | None = None,
+    cameras: CameraTrajectory | None = None,
+    store: Path | str | None = None,
+    window: str | None = None,
+    resume: bool = False,
+    source_latents: Tensor | None = None,
+) -> ViewSession:
+    """As `Engine.view_session`."""
+    require_novel_view(engine.transformer.config, engine.checkpoint.name)
+    sampling = engine.sampling
+    if isinstance(source, Source):
+        loaded = source
+    else:
+        loaded = load_source(
+            source,
+            num_frames=sampling.num_frames,
+            size=sampling.size,
+            window=window,
+            fps=fps,
+            max_pixels=engine.config.max_source_pixels,
+            own_fps=sampling.fps,
+        )
+    expected = engine.vae.latent_shape(sampling.num_frames, sampling.size)
+    if source_latents is not None and tuple(source_latents.shape) != expected:
+        raise RequestError(
+            f"source_latents must have shape {list(expected)}, got "
+            f"{list(source_latents.shape)}; encode the source with this engine's vae"
+        )
+    folder = None if store is None else SessionStore(Path(store))
+    _check_folder(folder, resume)
+    manifest = folder.read() if folder is not None and resume else None
+    session = ViewSession(
+        engine,
+        loaded,
+        id=id or (manifest["id"] if manifest else new_id()),
+        cameras=cameras,
+        store=folder,
+        source_latents=source_latents,
+    )
+    if folder is not None:
+        identity = session_identity(loaded, engine.checkpoint.name, cameras)
+        identity["vae"] = engine.vae.key
+        if manifest is None:
+            folder.create(session.id, identity)
+        else:
+            folder.check_identity(manifest, identity)
+            session.restore()
+    return session
+
+
+def open_edit_session(
+    engine: Engine,
+    source: AnySource,
+    *,
+    id: str | None = None,
+    fps: float | None = None,
+    cuts: Sequence[int] | None = None,
+    store: Path | str | None = None,
+    resume: bool = False,
+) -> EditSession:
+    """As `Engine.edit_session`."""
+    name, sampling = engine.checkpoint.name, engine.sampling
+    require_editing(engine.transformer.config, name)
+    if engine.text is None:
+        raise RequestError(
+            f"{name} has no text encoder, and an edit needs its instruction read; give the folder "
+            "that has text_encoder and tokenizer"
+        )
+    video = open_long_source(
+        source,
+        size=sampling.size,
+        fps=fps,
+        own_fps=sampling.fps,
+        max_pixels=engine.config.max_source_pixels,
+    )
+    folder = None if store is None else EditStore(Path(store))
+    _check_folder(folder, resume)
+    manifest = folder.read() if folder is not None and resume else None
+    identity: dict[str, Any] = {
+        "source": video.fingerprint,
+        "checkpoint": name,
+        "vae": engine.vae.key,
+        "descriptor": engine.describer.key,
+    }
+    if folder is not None and manifest is not None:
+        folder.check_identity(manifest, identity)
+        # found once, they are what the finished windows follow
+        cuts = manifest["identity"].get("cuts") if cuts is None else cuts
+    if cuts is None:
+        cuts = find_cuts(video.frames(), video.fps)
+    identity["cuts"] = list(cuts)
+    session = EditSession(
+        engine,
+        video,
+        id=id or (manifest["id"] if manifest else new_id()),
+        cuts=cuts,
+        store=folder,
+    )
+    if folder is not None and manifest is None:
+        folder.create(session.id, identity)
+    elif folder is not None and manifest is not None:
+        folder.check_identity(manifest, identity)
+        folder.remove_unfinished()
+        session.restore()
+    return session
+
+
+def session_identity(
+    source: Source, checkpoint: str, cameras: CameraTrajectory | None
+) -> dict[str, str]:
+    """The part of a session's identity that is known before the weights are loaded."""
+    return {
+        "source": source.fingerprint,
+        "source camera": cameras.name if cameras else "static",
+        "checkpoint": checkpoint,
+    }
+
+
+def new_id() -> str:
+    """Of a session that was given none."""
+    return uuid.uuid4().hex[:12]
+
+
+def _check_folder(folder: SessionFolder | None, resume: bool) -> None:
+    """Refuse a folder that does not hold what is to be resumed, or that holds a session already.
+
+    Raises:
+        RequestError, StorageError: what there is instead.
+    """
+    if folder is None:
+        if resume:
+            raise RequestError("resume needs the session's folder: give a store")
+    elif folder.exists() != resume:
+        found = "already holds a session" if folder.exists() else "holds no session"
+        advice = "resume it, or choose another folder" if folder.exists() else "start one there"
+        raise StorageError(f"{folder.folder} {found}; {advice}")

@@ -1,0 +1,201 @@
+"""A folder of edits: killed at any window it goes on bit for bit, and nothing finished is lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.engine.editing.store import EditStore
+from mv2v_engine.errors import StorageError
+from mv2v_engine.progress import Event, WindowDone
+from mv2v_engine.testing import largest_file
+from mv2v_engine.video.io import write_video
+from tests.engine.editing.conftest import long_clip
+
+PROMPT, ROOT = "a red ball", Path(__file__).resolve().parents[3]
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    paths = [path for path in folder.rglob("*") if path.is_file()]
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+
+
+def without_times(report: dict[str, Any]) -> dict[str, Any]:
+    """What does not depend on the process that made it."""
+    spent = ("seconds", "peak_bytes", "cache_counters", "cache_bytes", "cache_bytes_by_tier")
+    kept = {name: value for name, value in report.items() if name not in spent}
+    if "windows" in kept:
+        kept["windows"] = [without_times(row) for row in kept["windows"]]
+    return kept
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from mv2v_engine import Engine
+from mv2v_engine.progress import StepDone, WindowDone
+
+clip, checkpoint, store, out, prompt = sys.argv[1:]
+engine = Engine.from_pretrained(checkpoint, device="cpu")
+# a process for every kill: each forks from one that has loaded everything
+for number, last in enumerate((1, 3)):
+    pid = os.fork()
+    if pid == 0:
+        session = engine.edit_session(clip, store=store, resume=number > 0)
+        done = 0
+        for event in session.edit_events(prompt, out=out):
+            done += isinstance(event, WindowDone)
+            # in the midst of the window after
+            if isinstance(event, StepDone) and done == last - number:
+                os.kill(os.getpid(), signal.SIGKILL)
+        os._exit(1)
+    assert os.WTERMSIG(os.waitpid(pid, 0)[1]) == signal.SIGKILL
+    # as a kill leaves it that comes while a file is written
+    Path(store, "turns", "turn_01", ".window_00009-abcdefgh.safetensors").write_bytes(b"half")
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
+def test_killed_in_any_window_it_goes_on_to_the_same_bits(
+    editor: Engine, edit_checkpoint: Path, tmp_path: Path
+) -> None:
+    clip = tmp_path / "clip.mp4"
+    write_video(clip, long_clip(23), 12)
+    folder, outs = tmp_path / "out", [tmp_path / "one.mp4", tmp_path / "two.mp4"]
+    unbroken = editor.edit_session(clip, id="s", store=tmp_path / "whole")
+    expected = unbroken.edit(PROMPT, out=outs[0])
+    arguments = [str(each) for each in (clip, edit_checkpoint, folder, outs[1], PROMPT)]
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env={**os.environ, "MV2V_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    session = editor.edit_session(clip, store=folder, resume=True)
+    ((request, num_done),) = session.unfinished
+    assert request.prompt == PROMPT and num_done == 3 and not session.turns
+    assert not outs[1].exists()
+    events: list[Event] = []
+    turn = session.edit(PROMPT, out=outs[1], on_progress=events.append)
+    assert [event.number for event in events if isinstance(event, WindowDone)] == [4, 5]
+    assert torch.equal(turn.latents, expected.latents)
+    assert outs[1].read_bytes() == outs[0].read_bytes()
+    own, other = (
+        json.loads(json.dumps(without_times(each.report)).replace(f'"{each_session.id}/', '"'))
+        for each, each_session in ((turn, session), (expected, unbroken))
+    )
+    assert own == other
+    made = {name for name in contents(folder) if not name.startswith(".")}
+    assert made == set(contents(tmp_path / "whole"))
+    assert not list(folder.rglob(".*"))
+
+
+def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path) -> None:
+    frames = long_clip(8)
+    session = editor.edit_session(frames, store=tmp_path)
+    first = session.edit(PROMPT, num_inference_steps=1)
+    events = session.edit_events("the floor", num_inference_steps=1)
+    while not isinstance(next(events), WindowDone):
+        pass
+    events.close()
+    # the folder has the latents, memory does not
+    assert all(kept.latents is None for edit in session._edits for kept in edit.windows)
+    again = editor.edit_session(frames, store=tmp_path, resume=True)
+    assert again.id == session.id and len(again.turns) == 1
+    assert [(request.prompt, done) for request, done in again.unfinished] == [("the floor", 1)]
+    restored = again.turns[0]
+    assert torch.equal(restored.latents, first.latents) and restored.report == first.report
+    assert torch.equal(restored.frames, first.frames)
+    # finished, it is given again; the other goes on; a third has windows of its own
+    assert again.edit(PROMPT, num_inference_steps=1) is restored
+    assert again.edit("the ball", num_inference_steps=1).number == 3
+    second = again.edit("the floor", num_inference_steps=1)
+    assert [turn.number for turn in again.turns] == [1, 2, 3]
+    alone = editor.edit_session(frames).edit("the floor", num_inference_steps=1)
+    assert torch.equal(second.latents, alone.latents)
+    # under other settings it is another edit, not half of this one
+    config = EngineConfig(max_memory=0)
+    other = editor.reconfigured(config).edit_session(frames, store=tmp_path, resume=True)
+    assert other.edit(PROMPT, num_inference_steps=1).number == 4
+
+
+def test_only_what_was_begun_is_resumed(
+    editor: Engine, engine: Engine, edit_checkpoint: Path, tmp_path: Path
+) -> None:
+    frames, folder = long_clip(6), tmp_path / "edits"
+    editor.edit_session(frames, cuts=(3,), store=folder).edit(PROMPT, num_inference_steps=1)
+    before = contents(folder)
+    with pytest.raises(StorageError, match="already holds a session; resume it"):
+        editor.edit_session(frames, store=folder)
+    with pytest.raises(StorageError, match="holds a session whose source is"):
+        editor.edit_session(long_clip(6, seed=1), store=folder, resume=True)
+    with pytest.raises(StorageError, match=r"holds a session whose cuts is \[3\], this one's"):
+        editor.edit_session(frames, cuts=(), store=folder, resume=True)
+    assert editor.edit_session(frames, store=folder, resume=True).cuts == (3,)
+    views = tmp_path / "views"
+    engine.session(long_clip(9, size=(48, 64)), store=views)
+    with pytest.raises(StorageError, match=r"session\.json is no session of this engine"):
+        editor.edit_session(frames, store=views, resume=True)
+    with pytest.raises(StorageError, match=r"session\.json is no session of this engine"):
+        engine.session(long_clip(9, size=(48, 64)), store=folder, resume=True)
+    assert contents(folder) == before
+    path = EditStore(folder).window_path(1, 2)
+    for damaged in (path.read_bytes().replace(b'"memory', b'"mamory'), path.read_bytes()[:-7]):
+        assert damaged != before[path.relative_to(folder).as_posix()]
+        path.write_bytes(damaged)
+        words = r"window_00002\.safetensors cannot be read again .*restore the file, or edit"
+        with pytest.raises(StorageError, match=words):
+            editor.edit_session(frames, store=folder, resume=True)
+        path.write_bytes(before[path.relative_to(folder).as_posix()])
+    manifest = json.loads((folder / "session.json").read_text())
+    manifest["turns"][0]["request"].pop("seed")
+    (folder / "session.json").write_text(json.dumps(manifest))
+    with pytest.raises(StorageError, match="is damaged: an edit's row lacks or misnames"):
+        editor.edit_session(frames, store=folder, resume=True)
+
+
+def test_a_full_disk_ends_the_edit_and_keeps_its_windows(editor: Engine, tmp_path: Path) -> None:
+    frames = long_clip(13)
+    expected = editor.edit_session(frames).edit(PROMPT, num_inference_steps=1)
+    session = editor.edit_session(frames, store=tmp_path)
+    events = session.edit_events(PROMPT, num_inference_steps=1)
+    while not isinstance(next(events), WindowDone):
+        pass
+    before = contents(tmp_path)
+    with largest_file(500), pytest.raises(StorageError, match=r"window_00002.*File too large"):
+        list(events)
+    # the second one waits in this process
+    assert contents(tmp_path) == before and session.unfinished[0][1] == 2
+    done = []
+    turn = session.edit(
+        PROMPT,
+        num_inference_steps=1,
+        on_progress=lambda event: done.append(event) if isinstance(event, WindowDone) else None,
+    )
+    assert [event.number for event in done] == [3]
+    assert torch.equal(turn.latents, expected.latents)
+    resumed = editor.edit_session(frames, store=tmp_path, resume=True)
+    assert torch.equal(resumed.turns[0].latents, expected.latents)
+
+
+def test_a_video_that_finds_no_room_leaves_nothing_but_the_windows(
+    editor: Engine, tmp_path: Path
+) -> None:
+    noise = torch.randint(0, 255, (10, 32, 48, 3), dtype=torch.uint8)
+    session = editor.edit_session(noise, cuts=())
+    with largest_file(300), pytest.raises(StorageError, match=r"cannot write .*out\.mp4"):
+        session.edit(PROMPT, num_inference_steps=1, out=tmp_path / "out.mp4")
+    assert not list(tmp_path.iterdir())
+    session.edit(PROMPT, num_inference_steps=1, out=tmp_path / "out.mp4")
+    assert [path.name for path in tmp_path.iterdir()] == ["out.mp4"]
