@@ -1,4 +1,4 @@
-"""What the command line shows: a bar for the turn under way, and plain aligned tables.
+"""What the command line shows: a bar for the turn under way, plain aligned tables; and Ctrl-C.
 
 Both are adapters: the bar over progress events, the table over finished turns' reports.
 """
@@ -7,15 +7,18 @@ from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
 from mv2v_engine.envs import is_ci
-from mv2v_engine.progress import Event, StageStarted, StepDone, WindowDone, WindowStarted
+from mv2v_engine.progress import CancelToken, Event, StageStarted, StepDone, WindowDone, WindowStarted
 
 _STAGES = ("vae", "text", "memory", "sampling")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -86,6 +89,26 @@ class _Lines:
 
     def _print(self, words: str) -> None:
         print(f"{self._title}  {words}", flush=True)
+
+
+@contextmanager
+def cancel_on_interrupt() -> Iterator[CancelToken]:
+    """A token that Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    token = CancelToken()
+    if threading.current_thread() is not threading.main_thread():
+        yield token
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if token.cancelled:
+            raise KeyboardInterrupt
+        token.cancel()
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield token
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def say(message: str) -> None:
