@@ -12,7 +12,14 @@ import torch
 from mv2v_engine.checkpoints import detect
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
-from mv2v_engine.config import AttentionName, BackendName, EngineConfig, GraphMode
+from mv2v_engine.config import (
+    AttentionName,
+    BackendName,
+    Conditioning,
+    EngineConfig,
+    GraphMode,
+    Reuse,
+)
 from mv2v_engine.errors import RequestError
 
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
@@ -24,6 +31,41 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def add_reuse(parser: argparse.ArgumentParser) -> None:
+    """What later steps take over from earlier ones."""
+    defaults = EngineConfig()
+    add = parser.add_argument_group("reuse across steps").add_argument
+    add(
+        "--conditioning",
+        choices=get_args(Conditioning),
+        default=defaults.conditioning,
+        help="static is computed once a turn, on weights trained for it",
+    )
+    add("--reuse", choices=get_args(Reuse), default=defaults.reuse, help="of joint conditioning")
+    add(
+        "--reuse-refresh",
+        type=int,
+        default=defaults.reuse_refresh,
+        metavar="N",
+        help="steps from one whole forward to the next, at most",
+    )
+    add(
+        "--reuse-drift",
+        type=_drift,
+        default=defaults.reuse_drift,
+        metavar="D",
+        help="change of the first block's output that asks for one sooner; none: not measured",
+    )
+    add("--step-cache", type=float, metavar="D", help="skip steps that change by less than this")
+
+
+def _drift(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or none, got {text!r}") from None
 
 
 def add_model(parser: argparse.ArgumentParser, default: str) -> None:

@@ -22,10 +22,8 @@ from mv2v_engine import Engine, EngineConfig, __version__
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
 from mv2v_engine.config import (
-    Conditioning,
     MemoryMode,
     MergeMode,
-    Reuse,
     SchedulerName,
 )
 from mv2v_engine.engine.engine import default_memory
@@ -43,6 +41,7 @@ from mv2v_engine.options import (
     Parser,
     add_folder,
     add_model,
+    add_reuse,
     loading,
     read_resolution,
 )
@@ -251,42 +250,9 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
     add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
-    _add_reuse(parser, defaults)
+    add_reuse(parser)
     add_model(parser, "tiny-nvs")
     add_folder(parser, "session")
-
-
-def _add_reuse(parser: argparse.ArgumentParser, defaults: EngineConfig) -> None:
-    add = parser.add_argument_group("reuse across steps").add_argument
-    add(
-        "--conditioning",
-        choices=get_args(Conditioning),
-        default=defaults.conditioning,
-        help="static is computed once a turn, on weights trained for it",
-    )
-    add("--reuse", choices=get_args(Reuse), default=defaults.reuse, help="of joint conditioning")
-    add(
-        "--reuse-refresh",
-        type=int,
-        default=defaults.reuse_refresh,
-        metavar="N",
-        help="steps from one whole forward to the next, at most",
-    )
-    add(
-        "--reuse-drift",
-        type=_drift,
-        default=defaults.reuse_drift,
-        metavar="D",
-        help="change of the first block's output that asks for one sooner; none: not measured",
-    )
-    add("--step-cache", type=float, metavar="D", help="skip steps that change by less than this")
-
-
-def _drift(text: str) -> float | None:
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a number or none, got {text!r}") from None
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
