@@ -1,4 +1,4 @@
-"""The command line: `python -m mv2v_engine.run novel-view | evaluate | info | inspect`.
+"""The command line: `python -m mv2v_engine.run novel-view | edit | evaluate | info | inspect`.
 
 Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
@@ -26,6 +26,7 @@ from mv2v_engine.config import (
     MergeMode,
     SchedulerName,
 )
+from mv2v_engine.editing import add_edit
 from mv2v_engine.engine.engine import default_memory
 from mv2v_engine.engine.opening import session_identity
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
@@ -200,6 +201,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
+    add_edit(commands.add_parser("edit", help="edit a long clip by instruction"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
     command = commands.add_parser("info", help="versions, devices, backends")
     command.set_defaults(command=info)
