@@ -219,7 +219,7 @@ class EngineConfig:
         one.
     frames_bytes: budget of decoded frames that turns hold, of all sessions together; older ones
         are decoded again when they are asked for. The turn used last holds its own in any case.
-    memory_ranking: "random" draws the videos by the turn's seed (the ablation).
+    memory_ranking: "random" draws the videos by the turn's seed (the ablation, of novel views).
     memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
     descriptor: a DINOv2 folder of transformers, by which the segments of a long edit are compared,
         descriptor_batch frames at once on descriptor_device (None: the engine's); None compares

@@ -17,7 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
-from mv2v_engine.errors import CheckpointError
+from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.text import TextEncoder, clean_prompt, load_text_encoder
 
 CPU = torch.device("cpu")
@@ -102,6 +102,10 @@ def test_long_prompts_are_cut_with_a_warning(folders: tuple[Path, Path]) -> None
         warnings.simplefilter("error")
         full = encoder.encode("a red ball rolls over")  # exactly six with its end
     assert bool(full.any(-1).all())
+    encoder.require_whole("a red  ball rolls &amp;amp;")
+    assert encoder.num_tokens("a red  ball rolls &amp;amp;") == 6
+    with pytest.raises(RequestError, match=r"8 tokens, the model reads 6; shorten it"):
+        encoder.require_whole("a red ball rolls over the floor")
 
 
 def test_dtype_is_the_one_asked_for(folders: tuple[Path, Path]) -> None:

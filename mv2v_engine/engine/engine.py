@@ -160,7 +160,8 @@ class Engine:
         Kernels are compiled and tuned, tables built, steps captured where graphs serve.
 
         Args:
-            plans: as `Session.plan_turn` or `tokens.plan.novel_view_plan` give them.
+            plans: as `ViewSession.plan_turn`, `EditSession.plans`, `tokens.plan.novel_view_plan`
+                or `tokens.editing.editing_plan` give them.
             guidance_scale: of the turns to come; None takes the checkpoint's default.
 
         Returns:

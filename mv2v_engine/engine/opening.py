@@ -100,6 +100,11 @@ def open_edit_session(
             f"{name} has no text encoder, and an edit needs its instruction read; give the folder "
             "that has text_encoder and tokenizer"
         )
+    if engine.config.memory_ranking != "fov":
+        raise RequestError(
+            f"memory_ranking={engine.config.memory_ranking!r} draws novel views; an edit's windows "
+            "are ranked by their sources: leave it out"
+        )
     video = open_long_source(
         source,
         size=sampling.size,
@@ -109,20 +114,23 @@ def open_edit_session(
     )
     folder = None if store is None else EditStore(Path(store))
     _check_folder(folder, resume)
-    manifest = folder.read() if folder is not None and resume else None
-    identity: dict[str, Any] = {
-        "source": video.fingerprint,
-        "checkpoint": name,
-        "vae": engine.vae.key,
-        "descriptor": engine.describer.key,
-    }
-    if folder is not None and manifest is not None:
-        folder.check_identity(manifest, identity)
-        # found once, they are what the finished windows follow
-        cuts = manifest["identity"].get("cuts") if cuts is None else cuts
+    identity: dict[str, Any] = {}
+    manifest = None
+    if folder is not None:
+        identity = {
+            "source": video.fingerprint,
+            "checkpoint": name,
+            "vae": engine.vae.key,
+            "descriptor": engine.describer.key,
+        }
+        if resume:
+            manifest = folder.read()
+            folder.check_identity(manifest, identity)
+            # found once, they are what the finished windows follow
+            cuts = manifest["identity"].get("cuts") if cuts is None else cuts
     if cuts is None:
         cuts = find_cuts(video.frames(), video.fps)
-    identity["cuts"] = list(cuts)
+    cuts = [int(cut) for cut in cuts]
     session = EditSession(
         engine,
         video,
@@ -131,9 +139,9 @@ def open_edit_session(
         store=folder,
     )
     if folder is not None and manifest is None:
-        folder.create(session.id, identity)
+        folder.create(session.id, identity | {"cuts": cuts})
     elif folder is not None and manifest is not None:
-        folder.check_identity(manifest, identity)
+        folder.check_identity(manifest, {"cuts": cuts})
         folder.remove_unfinished()
         session.restore()
     return session

@@ -33,7 +33,8 @@ def warm_up(
         if plan.shape != engine.transformer.config:
             raise RequestError(
                 "a plan to warm up is of another transformer than the engine's; make it with "
-                "Session.plan_turn, or novel_view_plan(shape=engine.transformer.config)"
+                "ViewSession.plan_turn, EditSession.plans, or a plan of tokens.plan or "
+                "tokens.editing with shape=engine.transformer.config"
             )
         began = time.perf_counter()
         report = _run(engine, plan, guidance_scale)

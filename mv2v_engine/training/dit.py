@@ -46,7 +46,6 @@ TINY_RECIPE = Recipe(batch=4, max_memory=4, no_memory=0.25, static_source=0.8, f
 TINY_MEMORY_RECIPE = replace(
     TINY_RECIPE, no_memory=0.2, source_dropped=0.3, revisited=0.1, static_source=0.4
 )
-_COMMON_SIGMA = 0.9
 # A clip's own windows are all alike beside a world's cameras: memory of full tokens, which only the
 # ablation uses, is drawn less often, and a first window, which has none, as often as in a clip.
 TINY_EDIT_RECIPE = EditRecipe(
@@ -61,8 +60,7 @@ TINY_EDIT_RECIPE = EditRecipe(
 
 @torch.no_grad()
 def initialise(model: MV2VTransformer) -> None:
-    """From scratch: cameras that speak at once, attention that begins local, a head that is zero,
-    or keeps the source where that lies on the target's channels.
+    """From scratch: cameras that speak at once, attention that begins local, a zero head.
 
     Equal constants in the spatial channels of queries and keys make their rotary product peak
     where row and column agree, so a target token first looks at its own place in every frame;
@@ -79,26 +77,6 @@ def initialise(model: MV2VTransformer) -> None:
             parameter.copy_(spatial.flatten())
     nn.init.zeros_(model.proj_out.weight)
     nn.init.zeros_(model.proj_out.bias)
-    if model.config.source_channels:
-        _keep_the_source(model)
-
-
-def _keep_the_source(model: MV2VTransformer) -> None:
-    """A head that says (noisy - source) / sigma of a common sigma: the velocity of no edit.
-
-    The patches are embedded without loss, so the head can read both; all that is left to learn is
-    how the factor depends on sigma, and the edit.
-    """
-    embedding = model.patch_embedding
-    assert isinstance(embedding, nn.Conv3d) and embedding.bias is not None
-    nn.init.orthogonal_(embedding.weight.flatten(1))
-    nn.init.zeros_(embedding.bias)
-    noisy, source = embedding.weight.split(model.config.latent_channels, dim=1)
-    # the head's norm divides by the spread of a token, whose inputs have about unit variance
-    spread = (embedding.weight[0].numel() / model.config.dim) ** 0.5
-    # rows of the head: patch row, patch column, channel
-    difference = (noisy - source).squeeze(2).permute(2, 3, 1, 0).flatten(0, 2)
-    model.proj_out.weight.copy_(spread / _COMMON_SIGMA * difference)
 
 
 def make_optimizers(

@@ -44,3 +44,10 @@ def test_latents_that_own_their_storage_are_not_copied() -> None:
 def test_stored_latents_carry_no_graph() -> None:
     latents = torch.zeros(16, 2, 6, 10, requires_grad=True) * 2
     assert not make_entry(latents).stored_on(torch.device("cpu")).latents.requires_grad
+
+
+def test_an_edited_segment_has_no_camera() -> None:
+    segment = MemoryEntry("a", 1, torch.zeros(16, 2, 6, 10), None, "vae")
+    with pytest.raises(RequestError, match=r"memory 'a' is an edited segment.*by its source"):
+        _ = segment.camera
+    assert make_entry(segment.latents).camera is TRAJECTORY

@@ -15,7 +15,7 @@ from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import tiny_config
-from mv2v_engine.training.dit import TINY_EDIT_RECIPE, initialise
+from mv2v_engine.training.dit import TINY_EDIT_RECIPE
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditSampler
 from mv2v_engine.training.losses import flow_loss, flow_step
@@ -109,7 +109,9 @@ def test_the_edited_part_counts_more_and_every_sample_the_same(sampler: EditSamp
         for weight, number in zip(batch.weight, _numbers(batch.latents[0]), strict=True):
             rows = number // 20 + 1
             seen.add(rows)
-            torch.testing.assert_close(weight[:, 0, 0] / weight[:, -1, 0], torch.full((2,), 6.0))
+            torch.testing.assert_close(
+                weight[:, 0, 0] / weight[:, -1, 0], torch.full((2,), 1 + RECIPE.edit_weight / 2)
+            )
             assert torch.equal(weight[:, rows - 1], weight[:, 0])
     assert seen == {1, 2, 3}
 
@@ -133,7 +135,6 @@ def test_a_batch_follows_from_its_generator(sampler: EditSampler) -> None:
 def test_the_loss_is_the_weighted_error_and_trains_everything(sampler: EditSampler) -> None:
     torch.manual_seed(0)
     model = MV2VTransformer(SHAPE)
-    initialise(model)  # a zero head: the velocity is zero, the error the true velocity's own
     batch = next(b for b in _draws(sampler, 60) if b.plan.num_memory == 2 and b.plan.merge_steps)
     device = torch.device("cpu")
 
@@ -150,7 +151,6 @@ def test_the_loss_is_the_weighted_error_and_trains_everything(sampler: EditSampl
     assert loss(first) + loss(rest) == pytest.approx(loss(ones))
     assert loss(2 * first) == pytest.approx(2 * loss(first))
 
-    torch.nn.init.normal_(model.proj_out.weight)
     metrics = flow_step(model, sampler, device)(torch.Generator().manual_seed(3))
     metrics["loss"].backward()  # type: ignore[no-untyped-call]
     patches = model.patch_embedding.weight.grad

@@ -200,6 +200,9 @@ def test_what_an_editor_refuses(editor: Engine, engine: Engine, tmp_path: Path) 
         editor.edit_session(long_clip(5), cuts=(5,))
     with pytest.raises(RequestError, match="resume needs the session's folder"):
         editor.edit_session(long_clip(5), resume=True)
+    drawing = editor.reconfigured(EngineConfig(memory_ranking="random"))
+    with pytest.raises(RequestError, match="memory_ranking='random' draws novel views"):
+        drawing.session(long_clip(5))
     with pytest.raises(VideoError, match="does not exist"):
         editor.edit_session(tmp_path / "none.mp4")
 
