@@ -161,12 +161,12 @@ TINY = TransformerConfig(
     freq_dim=128,
 )
 
-# The embedded editing model's transformer: the same for instructions, the source on channels.
+# The embedded editing model's: for instructions. Wider, for target and source share a token.
 TINY_EDIT = TransformerConfig(
-    num_layers=6,
-    num_attention_heads=4,
+    num_layers=5,
+    num_attention_heads=5,
     attention_head_dim=48,
-    ffn_dim=768,
+    ffn_dim=720,
     in_channels=32,
     out_channels=16,
     source_channels=16,
@@ -174,6 +174,7 @@ TINY_EDIT = TransformerConfig(
     text_len=16,
     freq_dim=128,
     camera_conditioning="none",
+    merger=MergerConfig(shared=True),
 )
 
 

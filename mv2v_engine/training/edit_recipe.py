@@ -69,7 +69,7 @@ class EditSampler:
                 f"{shape.latent_channels}; encode the clips with the VAE that belongs to it"
             )
         most = max(pair.num_windows for pair in latents.pairs)
-        if most < recipe.max_memory + 2:
+        if recipe.no_memory < 1 and most < recipe.max_memory + 2:
             raise TrainingError(
                 f"{recipe.max_memory} memory videos need clips of {recipe.max_memory + 2} windows, "
                 f"the longest of {len(latents)} clips has {most}; lower --max-memory"

@@ -2,7 +2,7 @@
 
 `python -m mv2v_engine.training.edits --out runs/edits --clips 0:2000` renders them; several
 processes may share a folder if their ranges do not overlap, and what is there is kept. Short clips
-(`--windows 2`) show more instructions for the same work, long ones more of a memory.
+(`--frames 5`) show more instructions for the same work, whole ones have a memory.
 
 T frames.
 """
@@ -32,7 +32,7 @@ _FEWEST_WINDOWS, _MOST_WINDOWS = 5, 8
 @dataclass(frozen=True, eq=False)
 class EditPair:
     """source, edited: uint8 [T, height, width, 3]. mask: bool [T, height, width], what is edited
-    in either. A window is 17 frames; T is a multiple of it."""
+    in either. A window is 17 frames; the last one may have fewer."""
 
     source: Tensor
     edited: Tensor
@@ -84,9 +84,11 @@ def num_windows(seed: int) -> int:
     return _FEWEST_WINDOWS + seed % (_MOST_WINDOWS - _FEWEST_WINDOWS + 1)
 
 
-def render_pair(path: Path, seed: int, *, windows: int | None = None, device: str = "cpu") -> None:
-    """Render the editing pair of a seed into a file. windows: None takes `num_windows`."""
-    num_frames = WINDOW * (num_windows(seed) if windows is None else windows)
+def render_pair(
+    path: Path, seed: int, *, num_frames: int | None = None, device: str = "cpu"
+) -> None:
+    """Render the editing pair of a seed into a file. num_frames: None takes `num_windows`."""
+    num_frames = num_frames or WINDOW * num_windows(seed)
     clip = make_edit_clip(seed, num_frames=num_frames, device=device)
     tensors = {"source": clip.source.frames, "edited": clip.edited.frames, "mask": clip.mask}
     save_tensors(
@@ -100,7 +102,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", default="0:2000", help="first:last seed")
-    parser.add_argument("--windows", type=int, help="of every clip; not given: 5 to 8 by seed")
+    parser.add_argument(
+        "--frames", type=int, help=f"of every clip; not given: 5 to 8 windows of {WINDOW} by seed"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     args = parser.parse_args()
@@ -112,13 +116,13 @@ def main() -> None:
         parser.error(f"--clips takes first:last, two seeds, got {args.clips!r}")
     if not 0 <= first < last or last > HELD_OUT:
         parser.error(f"clips from {HELD_OUT} on are held out for measuring, got {args.clips}")
-    if args.windows is not None and args.windows < 1:
-        parser.error(f"--windows must be at least 1, got {args.windows}")
+    if args.frames is not None and args.frames < 1:
+        parser.error(f"--frames must be at least 1, got {args.frames}")
     args.out.mkdir(parents=True, exist_ok=True)
     for seed in tqdm(range(first, last), unit="clip"):
         path = pair_path(args.out, seed)
         if not path.exists():
-            render_pair(path, seed, windows=args.windows, device=args.device)
+            render_pair(path, seed, num_frames=args.frames, device=args.device)
 
 
 if __name__ == "__main__":

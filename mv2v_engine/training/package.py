@@ -27,7 +27,7 @@ from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import replacing, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.dit import TINY_EDIT_RECIPE, TINY_MEMORY_RECIPE, TINY_SAMPLING
+from mv2v_engine.training.dit import TINY_EDIT_MEMORY_RECIPE, TINY_MEMORY_RECIPE, TINY_SAMPLING
 from mv2v_engine.training.log import Curve, plot_curves, read_curves
 
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
@@ -52,7 +52,7 @@ MODELS = {
     "tiny-edit": Model(
         transformer=TINY_EDIT,
         sampling=TINY_SAMPLING,
-        conditioning=TINY_EDIT_RECIPE.conditioning,
+        conditioning=TINY_EDIT_MEMORY_RECIPE.conditioning,
     ),
 }
 

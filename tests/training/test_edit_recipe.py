@@ -15,7 +15,7 @@ from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import tiny_config
-from mv2v_engine.training.dit import TINY_EDIT_RECIPE
+from mv2v_engine.training.dit import TINY_EDIT_MEMORY_RECIPE
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditSampler
 from mv2v_engine.training.losses import flow_loss, flow_step
@@ -24,7 +24,7 @@ from mv2v_engine.training.recipe import Batch
 WINDOWS = (5, 6, 8)
 GRID = (2, 6, 10)
 SHAPE = tiny_config(in_channels=8, source_channels=4, camera_conditioning="none")
-RECIPE = replace(TINY_EDIT_RECIPE, batch=3)
+RECIPE = replace(TINY_EDIT_MEMORY_RECIPE, batch=3)
 EMPTY = torch.full((1, SHAPE.text_dim), 7.0)
 
 

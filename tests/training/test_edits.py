@@ -49,7 +49,7 @@ def test_pairs_are_rendered_once_and_read_back(
     assert pair.prompt in all_prompts()
     _run(monkeypatch, "--out", str(tmp_path), "--clips", "3:7", "--threads", "1")
     assert len(small_clips) == 4  # one more
-    _run(monkeypatch, "--out", str(tmp_path), "--clips", "7:8", "--windows", "2")
+    _run(monkeypatch, "--out", str(tmp_path), "--clips", "7:8", "--frames", "34")
     assert small_clips[4:] == [34]
 
 
