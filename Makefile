@@ -12,14 +12,15 @@ DEMO_CAMERAS := pan_right arc_left pan_right
 
 .PHONY: help
 help:
-	@echo "make demo     re-render a clip from three cameras with the embedded model"
-	@echo "make test     run all tests"
-	@echo "make bench    measure tiny-nvs on this CPU, some minutes; results, plot and README follow"
-	@echo "make gate     this checkout's hot paths against the baseline's, in one run"
-	@echo "make check    lint, format, types, layering"
-	@echo "make format   format the code"
-	@echo "make venv     create $(VENV) with everything the above need"
-	@echo "make clean    remove what the above made"
+	@echo "make demo       re-render a clip from three cameras with the embedded model"
+	@echo "make demo-edit  edit a long clip by instruction with the embedded model"
+	@echo "make test       run all tests"
+	@echo "make bench      measure tiny-nvs on this CPU, some minutes; results, plot and README follow"
+	@echo "make gate       this checkout's hot paths against the baseline's, in one run"
+	@echo "make check      lint, format, types, layering"
+	@echo "make format     format the code"
+	@echo "make venv       create $(VENV) with everything the above need"
+	@echo "make clean      remove what the above made"
 
 # A half-made environment would look finished to the next run, so a failure removes it.
 $(RUN):
@@ -50,6 +51,14 @@ demo/clip.mp4: | $(VENV)/.installed
 demo: $(VENV)/.installed demo/clip.mp4
 	$(RUN) -m mv2v_engine.run novel-view demo/clip.mp4 \
 	  $(addprefix --camera ,$(DEMO_CAMERAS)) --out demo/out --overwrite
+
+demo/long.mp4: | $(VENV)/.installed
+	$(RUN) -m mv2v_engine.synthetic.demo_clip --edit --out $@
+
+.PHONY: demo-edit
+demo-edit: $(VENV)/.installed demo/long.mp4
+	$(RUN) -m mv2v_engine.run edit demo/long.mp4 --prompt "make the sphere red" \
+	  --out demo/edited.mp4 --overwrite
 
 # processes rather than threads: these spin while they wait, beside each other
 .PHONY: test
@@ -90,6 +99,7 @@ format: $(VENV)/.installed-dev
 .PHONY: clean
 clean:
 	rm -rf $(VENV) build dist *.egg-info demo/clip.mp4 demo/out
+	rm -rf demo/long.mp4 demo/edited.mp4 demo/edited.edit
 	rm -f mv2v_engine/ops/libmv2v_*
 	rm -rf .mypy_cache .pytest_cache .ruff_cache .hypothesis .benchmarks
 	find mv2v_engine tests -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -17,6 +17,24 @@ from torch import Tensor
 from mv2v_engine.errors import StorageError
 
 
+def require_writable(folder: Path) -> None:
+    """Try to write in a folder, or in what it would be made in; leaves nothing.
+
+    Raises:
+        StorageError: that is not possible.
+    """
+    try:
+        place = folder.absolute()
+        while not place.exists():
+            place = place.parent
+        with tempfile.TemporaryFile(dir=place):
+            pass
+    except OSError as error:
+        raise StorageError(
+            f"cannot write into {folder}: {error.strerror}; choose another folder"
+        ) from error
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path of the same suffix; rename it to `path` if the block succeeds.

@@ -23,6 +23,7 @@ _PACKAGES = (
     "safetensors",
     "numpy",
     "av",
+    "scenedetect-headless",
     "triton",
     "flash_attn",
     "xformers",

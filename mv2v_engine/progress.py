@@ -95,6 +95,20 @@ class CancelToken:
             raise CancelledError("the turn was cancelled; the session keeps its earlier turns")
 
 
+@contextmanager
+def without_bars() -> Iterator[None]:
+    """Keep transformers from drawing bars of its own while it loads."""
+    from transformers.utils import logging
+
+    was_shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if was_shown:
+            logging.enable_progress_bar()
+
+
 def peak_host_bytes() -> int:
     """The most memory that this process has held so far; 0 where the system does not say."""
     if sys.platform == "win32":

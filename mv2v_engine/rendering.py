@@ -6,11 +6,8 @@ goes on and tries again after every turn.
 
 from __future__ import annotations
 
-import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from types import FrameType
 
 from mv2v_engine import __version__
 from mv2v_engine.engine.request import TurnRequest
@@ -18,7 +15,7 @@ from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import StorageError
 from mv2v_engine.progress import CancelToken
-from mv2v_engine.terminal import say, turn_progress, turn_table
+from mv2v_engine.terminal import cancel_on_interrupt, say, turn_progress, turn_table
 
 _ADVICE = "free some space and run the same command with --resume, which makes what is missing"
 
@@ -41,7 +38,7 @@ def render(
         print(f"source {about['name']}: {about['window']}; {about['crop']}")
         if done:
             print(f"resumed after {done} finished turns")
-    with _cancel_on_interrupt() as cancel, _saying_what_is_lost(session):
+    with cancel_on_interrupt() as cancel, _saying_what_is_lost(session):
         if done:
             failure = _publish(session, results, cancel, is_quiet=is_quiet)
         for number, request in enumerate(requests[done:], done + 1):
@@ -90,23 +87,3 @@ def _saying_what_is_lost(session: ViewSession) -> Iterator[None]:
             except StorageError as error:
                 numbers = ", ".join(str(turn.number) for turn in session.unstored)
                 say(f"error: finished turns that are not kept: {numbers}; {error}; {_ADVICE}")
-
-
-@contextmanager
-def _cancel_on_interrupt() -> Iterator[CancelToken]:
-    """A token that Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    token = CancelToken()
-    if threading.current_thread() is not threading.main_thread():
-        yield token
-        return
-
-    def interrupt(number: int, frame: FrameType | None) -> None:
-        if token.cancelled:
-            raise KeyboardInterrupt
-        token.cancel()
-
-    previous = signal.signal(signal.SIGINT, interrupt)
-    try:
-        yield token
-    finally:
-        signal.signal(signal.SIGINT, previous)

@@ -1,4 +1,4 @@
-"""The command line: `python -m mv2v_engine.run novel-view | evaluate | info | inspect`.
+"""The command line: `python -m mv2v_engine.run novel-view | edit | evaluate | info | inspect`.
 
 Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
@@ -14,44 +14,47 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import NoReturn, get_args
+from typing import get_args
 
 import torch
 
 from mv2v_engine import Engine, EngineConfig, __version__
 from mv2v_engine.camera.files import resolve_camera
-from mv2v_engine.checkpoints import detect, inspect_checkpoint, render_inspection
-from mv2v_engine.checkpoints.names import read_renames
-from mv2v_engine.checkpoints.resolve import Resolution, resolve
+from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
 from mv2v_engine.config import (
-    AttentionName,
-    BackendName,
-    Conditioning,
-    GraphMode,
     MemoryMode,
     MergeMode,
-    Reuse,
     SchedulerName,
 )
+from mv2v_engine.editing import add_edit
 from mv2v_engine.engine.engine import default_memory
 from mv2v_engine.engine.opening import session_identity
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.source import load_source
 from mv2v_engine.envs import num_threads
-from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
+from mv2v_engine.errors import CancelledError, MV2VError, is_out_of_memory
 from mv2v_engine.machine import describe_machine
+from mv2v_engine.options import (
+    INTERRUPTED,
+    PARTIAL,
+    REFUSED,
+    Parser,
+    add_folder,
+    add_model,
+    add_reuse,
+    loading,
+    read_resolution,
+)
 from mv2v_engine.rendering import render
 from mv2v_engine.terminal import num_bytes, say
-
-REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
     try:
-        args = _parser().parse_args(argv)
+        words = sys.argv[1:] if argv is None else list(argv)
+        args = _parser().parse_args(words, argparse.Namespace(words=words))
         threads = num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
@@ -88,7 +91,7 @@ def novel_view(args: argparse.Namespace) -> int:
         cache_bytes=args.cache_bytes,
         device_cache_bytes=args.device_cache_bytes,
     )
-    resolution = _resolution(args)
+    resolution = read_resolution(args)
     require_novel_view(resolution.config, resolution.name)
     sampling = resolution.sampling
     requests = [
@@ -124,14 +127,7 @@ def novel_view(args: argparse.Namespace) -> int:
     else:
         results.check_free()
 
-    engine = Engine.from_pretrained(
-        args.checkpoint,
-        device=args.device,
-        dtype=_DTYPES.get(args.dtype),
-        config=config,
-        components=args.components,
-        rename=args.rename,
-    )
+    engine = Engine.from_pretrained(args.checkpoint, **loading(args, config))
     for request in requests:
         engine.check_text(request.prompt, request.guidance_scale)
     results.remove_unfinished()
@@ -159,20 +155,13 @@ def evaluate(args: argparse.Namespace) -> int:
     }
     given = {name: value for name, value in chosen.items() if value is not None}
     protocol = replace(QUICK if args.quick else Protocol(), **given)
-    _resolution(args)
+    read_resolution(args)
     ResultFolder(args.out).check_writable()
     folder = evaluation.EvaluationFolder(args.out)
     if not args.resume and not args.overwrite:
         folder.check_free()
-    load = partial(
-        Engine.from_pretrained,
-        args.checkpoint,
-        device=args.device,
-        dtype=_DTYPES.get(args.dtype),
-        config=EngineConfig(backend=args.backend, attention=args.attention, graphs=args.graphs),
-        components=args.components,
-        rename=args.rename,
-    )
+    config = EngineConfig(backend=args.backend, attention=args.attention, graphs=args.graphs)
+    load = partial(Engine.from_pretrained, args.checkpoint, **loading(args, config))
     jobs = default_jobs(args.device) if args.jobs is None else args.jobs
     processes = Processes(jobs=jobs, load=load)
     engine = load()
@@ -202,29 +191,17 @@ def inspect(args: argparse.Namespace) -> int:
     return _said(f"error: {inspection.problem.removeprefix('no: ')}", REFUSED)
 
 
-def _resolution(args: argparse.Namespace) -> Resolution:
-    """What the checkpoint is, from its headers alone."""
-    renames = None if args.rename is None else read_renames(args.rename)
-    resolution = resolve(detect(args.checkpoint, renames))
-    resolution.require_loadable()
-    return resolution
-
-
 def _said(message: str, code: int) -> int:
     say(message)
     return code
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}; see {self.prog} --help")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(prog="mv2v_engine.run", description="Multi-turn video-to-video generation.")
+    parser = Parser(prog="mv2v_engine.run", description="Multi-turn video-to-video generation.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
+    add_edit(commands.add_parser("edit", help="edit a long clip by instruction"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
     command = commands.add_parser("info", help="versions, devices, backends")
     command.set_defaults(command=info)
@@ -275,42 +252,9 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
     add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
-    _add_reuse(parser, defaults)
-    _add_model(parser)
-    _add_folder(parser, "session")
-
-
-def _add_reuse(parser: argparse.ArgumentParser, defaults: EngineConfig) -> None:
-    add = parser.add_argument_group("reuse across steps").add_argument
-    add(
-        "--conditioning",
-        choices=get_args(Conditioning),
-        default=defaults.conditioning,
-        help="static is computed once a turn, on weights trained for it",
-    )
-    add("--reuse", choices=get_args(Reuse), default=defaults.reuse, help="of joint conditioning")
-    add(
-        "--reuse-refresh",
-        type=int,
-        default=defaults.reuse_refresh,
-        metavar="N",
-        help="steps from one whole forward to the next, at most",
-    )
-    add(
-        "--reuse-drift",
-        type=_drift,
-        default=defaults.reuse_drift,
-        metavar="D",
-        help="change of the first block's output that asks for one sooner; none: not measured",
-    )
-    add("--step-cache", type=float, metavar="D", help="skip steps that change by less than this")
-
-
-def _drift(text: str) -> float | None:
-    try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a number or none, got {text!r}") from None
+    add_reuse(parser)
+    add_model(parser, "tiny-nvs")
+    add_folder(parser, "session")
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:
@@ -323,27 +267,8 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--rows", metavar="A,B", help="methods to compare, all if not given")
     add("--quick", action="store_true", help="4 scenes, 4 steps, the main rows: a check")
     add("--jobs", type=int, metavar="N", help="processes; one for every thread of a CPU, up to 8")
-    _add_model(parser)
-    _add_folder(parser, "evaluation")
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("the model").add_argument
-    add("--checkpoint", default="tiny-nvs", metavar="NAME_OR_PATH")
-    add("--components", type=Path, metavar="DIR", help="vae, text_encoder and tokenizer from here")
-    add("--rename", type=Path, metavar="FILE", help="names that the checkpoint leaves open")
-    add("--device", metavar="D", help="cpu, cuda or cuda:N")
-    add("--dtype", choices=tuple(_DTYPES))
-    add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
-    add("--attention", choices=get_args(AttentionName), default=EngineConfig().attention)
-    add("--graphs", choices=get_args(GraphMode), default=EngineConfig().graphs, help="CUDA graphs")
-
-
-def _add_folder(parser: argparse.ArgumentParser, content: str) -> None:
-    group = parser.add_mutually_exclusive_group()
-    group.add_argument("--resume", action="store_true", help=f"continue the {content} in DIR")
-    group.add_argument("--overwrite", action="store_true", help=f"replace the {content} in DIR")
-    parser.add_argument("--quiet", action="store_true", help="print the written paths alone")
+    add_model(parser, "tiny-nvs")
+    add_folder(parser, "evaluation")
 
 
 if __name__ == "__main__":

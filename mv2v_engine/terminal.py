@@ -1,21 +1,32 @@
-"""What the command line shows: a bar for the turn under way, and plain aligned tables.
+"""What the command line shows, and Ctrl-C.
 
-Both are adapters: the bar over progress events, the table over finished turns' reports.
+Bars and lines are adapters over progress events, tables over the reports of what is finished.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from types import FrameType
 from typing import Any
 
 from tqdm import tqdm
 
 from mv2v_engine.envs import is_ci
-from mv2v_engine.progress import Event, StageStarted, StepDone, WindowDone, WindowStarted
+from mv2v_engine.progress import (
+    CancelToken,
+    Event,
+    StageStarted,
+    StepDone,
+    WindowDone,
+    WindowStarted,
+)
 
 _STAGES = ("vae", "text", "memory", "sampling")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -43,12 +54,14 @@ class _Bar:
 
     def __init__(self, bar: Any, title: str, num_steps: int) -> None:
         self._bar, self._title, self._num_steps = bar, title, num_steps
-        self._before, self._place, self._is_edit = 0, "", False
+        self._before, self._place = 0, ""
+        self._began: tuple[float, int] | None = None  # of an edit: when, and behind which step
 
     def show(self, event: Event) -> None:
         bar = self._bar
         if isinstance(event, WindowStarted):
-            self._is_edit, self._before = True, (event.number - 1) * self._num_steps
+            self._before = (event.number - 1) * self._num_steps
+            self._began = self._began or (time.monotonic(), self._before)
             self._place = f"window {event.number}/{event.total}  "
             bar.total = event.total * self._num_steps
             bar.update(self._before - bar.n)
@@ -57,9 +70,12 @@ class _Bar:
         elif isinstance(event, StageStarted):
             bar.set_description_str(f"{self._title}  {self._place}{event.stage}")
         elif isinstance(event, StepDone):
-            if not self._is_edit:  # else of the window alone
-                bar.set_postfix_str(f"{clock(event.seconds_left)} left", refresh=False)
-            bar.update(self._before + event.step - bar.n)
+            done, left = self._before + event.step, event.seconds_left
+            if self._began is not None:  # the event's is of the window alone
+                began, first = self._began
+                left = (time.monotonic() - began) / (done - first) * (bar.total - done)
+            bar.set_postfix_str(f"{clock(left)} left", refresh=False)
+            bar.update(done - bar.n)
 
 
 class _Lines:
@@ -86,6 +102,26 @@ class _Lines:
 
     def _print(self, words: str) -> None:
         print(f"{self._title}  {words}", flush=True)
+
+
+@contextmanager
+def cancel_on_interrupt() -> Iterator[CancelToken]:
+    """A token that Ctrl-C sets; a second Ctrl-C interrupts at once."""
+    token = CancelToken()
+    if threading.current_thread() is not threading.main_thread():
+        yield token
+        return
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        if token.cancelled:
+            raise KeyboardInterrupt
+        token.cancel()
+
+    previous = signal.signal(signal.SIGINT, interrupt)
+    try:
+        yield token
+    finally:
+        signal.signal(signal.SIGINT, previous)
 
 
 def say(message: str) -> None:
@@ -133,28 +169,51 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def turn_table(reports: Sequence[dict[str, Any]]) -> str:
     """One row a turn: what it remembered, tokens by kind, merged frames, work, seconds by stage."""
+    names = [[str(report["turn"]), report["camera"]] for report in reports]
+    kinds = ("target", "source", "memory")
+    return _run_table(reports, ["turn", "camera"], names, kinds=kinds, stages=_STAGES)
+
+
+def edit_table(reports: Sequence[dict[str, Any]]) -> str:
+    """As `turn_table`, a row a window of an edit."""
+    names = []
+    for report in reports:
+        first, stop = report["new_frames"]
+        names.append([str(report["window"]), str(report["shot"]), f"{first}-{stop - 1}"])
+    headers, kinds = ["window", "shot", "frames"], ("target", "memory")
+    return _run_table(reports, headers, names, kinds=kinds, stages=("video", *_STAGES))
+
+
+def _run_table(
+    reports: Sequence[dict[str, Any]],
+    headers: list[str],
+    names: Sequence[list[str]],
+    *,
+    kinds: Sequence[str],
+    stages: Sequence[str],
+) -> str:
+    """A row a run of the model. headers, names: the columns that tell which it is."""
     blocks = sorted({merge["block"] for report in reports for merge in report["merged_frames"]})
     most = max(report["flops"] for report in reports)
     scale, unit = next(((s, u) for s, u in _UNITS if most >= s), _UNITS[-1])
-    headers = ["turn", "camera", "retrieved (score)", "target", "source", "memory"]
+    headers = [*headers, "retrieved (score)", *kinds]
     headers += [f"merged at {block}" for block in blocks]
     reusing = any("reuse" in report for report in reports)
     headers += ["steps computed", "conditioning computed"] if reusing else []
-    headers += [unit, *(f"{stage} s" for stage in _STAGES)]
+    headers += [unit, *(f"{stage} s" for stage in stages)]
     rows = []
-    for report in reports:
+    for report, name in zip(reports, names, strict=True):
         merged = {merge["block"]: _count(merge["frames"]) for merge in report["merged_frames"]}
         tokens = report["plan"]["tokens_by_kind"]
         rows.append(
             [
-                str(report["turn"]),
-                report["camera"],
+                *name,
                 _retrieved(report["memory"]),
-                *(str(tokens[kind]) for kind in ("target", "source", "memory")),
+                *(str(tokens.get(kind, 0)) for kind in kinds),
                 *(str(merged.get(block, 0)) for block in blocks),
                 *(_reused(report) if reusing else []),
                 _short(report["flops"] / scale),
-                *(f"{report['seconds'].get(stage, 0):.2f}" for stage in _STAGES),
+                *(f"{report['seconds'].get(stage, 0):.2f}" for stage in stages),
             ]
         )
     return table(headers, rows)

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.errors import CheckpointError, RequestError
+from mv2v_engine.progress import without_bars
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
@@ -198,9 +199,10 @@ def load_text_encoder(
                 "writes it"
             )
     try:
-        model, loading = encoder.from_pretrained(
-            str(text_path), local_files_only=True, dtype=dtype, output_loading_info=True
-        )
+        with without_bars():
+            model, loading = encoder.from_pretrained(
+                str(text_path), local_files_only=True, dtype=dtype, output_loading_info=True
+            )
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             str(tokenizer_path), local_files_only=True
         )

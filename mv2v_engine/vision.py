@@ -18,6 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mv2v_engine.errors import CheckpointError, RequestError, VideoError
+from mv2v_engine.progress import without_bars
 
 DINO, CLIP = ("dinov2", "dinov2_with_registers"), ("clip",)
 
@@ -116,9 +117,10 @@ def load_frame_encoder(
 
     loader = cast(Any, CLIPVisionModelWithProjection if kind in CLIP else AutoModel)
     try:
-        model, info = loader.from_pretrained(
-            str(folder), local_files_only=True, output_loading_info=True
-        )
+        with without_bars():
+            model, info = loader.from_pretrained(
+                str(folder), local_files_only=True, output_loading_info=True
+            )
     except (OSError, ValueError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise CheckpointError(

@@ -1,7 +1,9 @@
-"""A small random checkpoint of our own format, an engine on it, and a clip to edit."""
+"""Small random checkpoints of both tasks, an engine, clips, and a long one's finished edit."""
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine import Engine
+from mv2v_engine import Engine, run
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints import save_checkpoint
 from mv2v_engine.config import SamplingConfig, TransformerConfig
@@ -196,3 +198,60 @@ def source_clip(tmp_path_factory: pytest.TempPathFactory, source_frames: Tensor)
     path = tmp_path_factory.mktemp("source") / "clip.mp4"
     write_video(path, source_frames, FPS)
     return path
+
+
+# a model that edits, in windows of 5 frames, and a video of five windows, the last of which
+# begins within the fourth
+EDIT_WINDOW, EDIT_SIZE, EDIT_FRAMES, EDIT_FPS = 5, (32, 48), 23, 12.5
+
+
+@pytest.fixture(scope="session")
+def moving_frames() -> Callable[..., Tensor]:
+    """Makes uint8 [T, 32, 48, 3]: a smooth picture that moves."""
+
+    def make(num_frames: int, seed: int = 0) -> Tensor:
+        generator = torch.Generator().manual_seed(seed)
+        coarse = torch.rand(1, 3, 4, 6, generator=generator)
+        (picture,) = torch.nn.functional.interpolate(coarse, EDIT_SIZE, mode="bilinear")
+        frames = torch.stack([picture.roll(number, -1) for number in range(num_frames)])
+        return (frames * 255).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def long_clip(
+    tmp_path_factory: pytest.TempPathFactory, moving_frames: Callable[..., Tensor]
+) -> Path:
+    path = tmp_path_factory.mktemp("clips") / "long.mp4"
+    write_video(path, moving_frames(EDIT_FRAMES), EDIT_FPS)
+    return path
+
+
+@pytest.fixture(scope="session")
+def editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random model that takes windows of 5 frames and reads 8 tokens."""
+    return save_tiny(
+        tmp_path_factory.mktemp("checkpoint") / "editor",
+        name="editor",
+        has_text=True,
+        sampling={"num_frames": EDIT_WINDOW, "size": EDIT_SIZE, "num_inference_steps": 2},
+        in_channels=32,
+        source_channels=16,
+        camera_conditioning="none",
+    )
+
+
+@pytest.fixture(scope="session")
+def finished_edit(
+    tmp_path_factory: pytest.TempPathFactory, long_clip: Path, editor_folder: Path
+) -> tuple[Path, str]:
+    """The folder of an unbroken edit, "a red ball" into edited.mp4, and what `run` printed."""
+    folder = tmp_path_factory.mktemp("finished")
+    where = ["--out", str(folder / "edited.mp4"), "--checkpoint", str(editor_folder)]
+    said, errors = io.StringIO(), io.StringIO()
+    with contextlib.redirect_stdout(said), contextlib.redirect_stderr(errors):
+        words = ["edit", str(long_clip), "--prompt", "a red ball", *where, "--device", "cpu"]
+        assert run.main(words) == 0
+    assert errors.getvalue() == ""
+    return folder, said.getvalue()

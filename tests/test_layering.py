@@ -36,8 +36,8 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"synthetic"}),
     frozenset({"engine"}),
     frozenset({"__init__"}),
-    frozenset({"machine", "terminal"}),
-    frozenset({"serving", "training", "evaluation", "rendering"}),
+    frozenset({"machine", "terminal", "options"}),
+    frozenset({"serving", "training", "evaluation", "rendering", "editing"}),
     frozenset({"run"}),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}

@@ -346,7 +346,7 @@ def test_threads_come_from_the_environment(
 
 
 def test_help_and_version(capsys: Capture) -> None:
-    for arguments in (["--help"], ["novel-view", "--help"], ["--version"]):
+    for arguments in (["--help"], ["edit", "--help"], ["novel-view", "--help"], ["--version"]):
         with pytest.raises(SystemExit) as stop:
             run.main(arguments)
         assert stop.value.code == 0

@@ -11,11 +11,13 @@ import sys
 import termios
 from argparse import ArgumentTypeError
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from mv2v_engine.progress import StageDone, StageStarted, StepDone
-from mv2v_engine.terminal import clock, num_bytes, table, turn_progress, turn_table
+from mv2v_engine.progress import StageDone, StageStarted, StepDone, WindowDone, WindowStarted
+from mv2v_engine.terminal import clock, edit_table, num_bytes, table, turn_progress, turn_table
 
 STAGES = "vae s text s memory s sampling s"
 ROOT = Path(__file__).resolve().parents[1]
@@ -87,6 +89,72 @@ def test_many_steps_make_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
     assert len(lines) == 11 and lines[-1] == "turn  sampling 57/57, 0:01 left"
 
 
+WINDOWS = [
+    WindowStarted(3, 5),
+    StageStarted("sampling"),
+    StepDone("sampling", 1, 2, 3.0),
+    StepDone("sampling", 2, 2, 0.0),
+    WindowDone(3, 5, 14.0),
+    WindowStarted(4, 5),
+    StepDone("sampling", 1, 2, 3.0),
+]
+
+
+class Bar:
+    """tqdm's, without a terminal."""
+
+    def __init__(self, total: int, **kwargs: Any) -> None:
+        self.n, self.total, self.said, self.left = 0, total, "", ""
+
+    def __enter__(self) -> Bar:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def update(self, steps: int) -> None:
+        self.n += steps
+
+    def set_description_str(self, said: str) -> None:
+        self.said = said
+
+    def set_postfix_str(self, left: str, refresh: bool = True) -> None:
+        self.left = left
+
+
+def test_a_bar_runs_over_all_windows(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Resumed at the third of five windows of two steps, three seconds a step."""
+    bars: list[Bar] = []
+    now = iter(range(0, 100, 3))
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setattr("mv2v_engine.terminal.is_ci", lambda: False)
+    monkeypatch.setattr(
+        "mv2v_engine.terminal.tqdm", lambda **given: bars.append(Bar(**given)) or bars[0]
+    )
+    monkeypatch.setattr("mv2v_engine.terminal.time", SimpleNamespace(monotonic=lambda: next(now)))
+    states = []
+    with turn_progress("edit", 2) as show:
+        for event in WINDOWS:
+            show(event)
+            states.append((bars[0].n, bars[0].left))
+        assert bars[0].total == 10 and bars[0].said == "edit  window 3/5  sampling"
+    assert states == [
+        (4, ""),
+        (4, ""),
+        (5, "0:15 left"),
+        (6, "0:12 left"),
+        (6, "0:14 left"),
+        (6, "0:14 left"),
+        (7, "0:09 left"),
+    ]
+
+
+def test_windows_make_a_line_each(capsys: pytest.CaptureFixture[str]) -> None:
+    with turn_progress("edit", 2) as show:
+        for event in WINDOWS:
+            show(event)
+    assert capsys.readouterr().out == "edit  window 3/5, 0:14 left\n"
+
+
 def test_clock() -> None:
     assert [clock(s) for s in (0, 9.6, 61, 3600, 7325)] == [
         "0:00",
@@ -112,6 +180,14 @@ def report(flops: int, merged: list[dict[str, object]]) -> dict[str, object]:
         "flops": flops,
         "seconds": {"text": 0.5, "sampling": 61.25},
     }
+
+
+def test_a_window_in_a_row() -> None:
+    row = report(10**12, []) | {"window": 3, "shot": 2, "new_frames": [40, 57]}
+    header, cells = edit_table([row]).splitlines()
+    kinds = "window shot frames retrieved (score) target memory"
+    assert " ".join(header.split()) == f"{kinds} TFLOP video s {STAGES}"
+    assert cells.split()[:7] == ["3", "2", "40-56", "1", "(0.88)", "32760", "8190"]
 
 
 @pytest.mark.parametrize(

@@ -104,6 +104,7 @@ def render_inspection(inspection: Inspection) -> str:
         f"{inspection.num_stored:,} in the file",
         "config       " + "\n             ".join(_config_lines(inspection.config)),
         f"trained for  {' and '.join(inspection.conditioning)} conditioning",
+        f"for          run {'edit' if inspection.config.source_channels else 'novel-view'}",
         f"vae          {inspection.vae_path or 'none beside it: give --components'}",
         f"matched      {len(inspection.matched)} of "
         f"{len(inspection.matched) + len(inspection.missing) + len(inspection.initialised)}",

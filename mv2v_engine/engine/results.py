@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import json
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,7 +21,7 @@ from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import save_json
+from mv2v_engine.files import require_writable, save_json
 from mv2v_engine.progress import peak_host_bytes
 from mv2v_engine.video.contact_sheet import Strip, make_strip, save_contact_sheet
 
@@ -52,16 +51,7 @@ class ResultFolder:
         Raises:
             StorageError: that is not possible.
         """
-        try:
-            place = self.folder.absolute()
-            while not place.exists():
-                place = place.parent
-            with tempfile.TemporaryFile(dir=place):
-                pass
-        except OSError as error:
-            raise StorageError(
-                f"cannot write into {self.folder}: {error.strerror}; choose another folder"
-            ) from error
+        require_writable(self.folder)
 
     def check_free(self) -> None:
         """Refuse a folder that already holds results.

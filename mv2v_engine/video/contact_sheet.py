@@ -5,7 +5,7 @@ T frames.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -42,12 +42,15 @@ class Strip:
     frames: tuple[int, ...]
 
 
-def make_strip(label: str, frames: Tensor, *, columns: int = 5) -> Strip:
+def make_strip(
+    label: str, frames: Tensor, *, columns: int = 5, numbers: Sequence[int] | None = None
+) -> Strip:
     """What a sheet shows of a video.
 
     Args:
         frames: uint8 [T, height, width, 3].
         columns: frames shown.
+        numbers: of the frames in the video that they are cut from; None: they are all of it.
 
     Raises:
         VideoError: other frames than these.
@@ -69,14 +72,18 @@ def make_strip(label: str, frames: Tensor, *, columns: int = 5) -> Strip:
         Image.fromarray(np.ascontiguousarray(frames[index].numpy())).resize(cell, filter_)
         for index in indices
     )
-    return Strip(label, pictures, tuple(indices))
+    numbers = range(len(frames)) if numbers is None else numbers
+    return Strip(label, pictures, tuple(numbers[index] for index in indices))
 
 
-def save_contact_sheet(path: Path | str, rows: Sequence[Strip]) -> None:
+def save_contact_sheet(
+    path: Path | str, rows: Sequence[Strip], *, named: Collection[int] = (0,)
+) -> None:
     """Write a PNG, whole or not at all.
 
     Args:
-        rows: all of one size; the first one's frames give the columns their names.
+        rows: all of one size.
+        named: rows whose frames have their numbers, from 1, above them.
 
     Raises:
         VideoError: no rows, or rows of different sizes.
@@ -100,7 +107,7 @@ def save_contact_sheet(path: Path | str, rows: Sequence[Strip]) -> None:
         for column, picture in enumerate(strip.pictures):
             left = _GAP + column * (cell[0] + _GAP)
             sheet.paste(picture, (left, top + _STRIP))
-            if row == 0 and column:
+            if row in named and column:
                 place = (left + cell[0], top + _STRIP / 2)
                 name = f"frame {strip.frames[column] + 1}"
                 draw.text(place, name, _FAINT, small, anchor="rm")

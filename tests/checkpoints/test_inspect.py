@@ -26,6 +26,7 @@ def test_a_whole_memory_checkpoint(tmp_path: Path, memory: State) -> None:
     text = render_inspection(found)
     assert "downsampler.weight [128, 128, 2, 2] -> mergers.1.weight" in text
     assert "camera_conditioning own" in text and text.endswith("yes")
+    assert "for          run novel-view" in text and "vae          none beside it" in text
 
 
 def test_a_base_says_what_is_initialised(tmp_path: Path, wan: State) -> None:

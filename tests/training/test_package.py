@@ -73,7 +73,8 @@ def test_an_editing_checkpoint_shares_its_vae(
         torch.testing.assert_close(parameter, average[name], rtol=1e-3, atol=1e-4)
     found = inspect_checkpoint(out)
     assert set(found.dtypes) == {"float16", "float32"}
-    assert f"vae          {NVS / 'vae'}" in render_inspection(found)
+    text = render_inspection(found)
+    assert f"vae          {NVS / 'vae'}" in text and "for          run edit" in text
 
 
 def test_a_shared_vae_that_is_not_there(runs: Path, assets: Path) -> None:

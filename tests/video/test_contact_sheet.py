@@ -44,6 +44,19 @@ def test_every_cell_shows_its_frame(tmp_path: Path) -> None:
             assert (sheet[top : top + height, left : left + width] == level).all()
 
 
+def test_rows_cut_from_a_video_say_where(tmp_path: Path) -> None:
+    frames, numbers = grey([9, 9, 9, 9]), range(20, 24)
+    rows = [make_strip("", frames, columns=2, numbers=numbers) for _ in range(3)]
+    assert rows[0].frames == (20, 23)
+    sheets = []
+    for named in ((), (0, 2), range(3)):
+        save_contact_sheet(tmp_path / "sheet.png", rows, named=named)
+        sheet = np.asarray(Image.open(tmp_path / "sheet.png"))
+        labels = sheet.reshape(3, -1, *sheet.shape[1:])[:, :STRIP]
+        sheets.append([bool((label < 200).any()) for label in labels])
+    assert sheets == [[False] * 3, [True, False, True], [True] * 3]
+
+
 def test_large_frames_are_shrunk(tmp_path: Path) -> None:
     save_contact_sheet(tmp_path / "sheet.png", [make_strip("source", grey([9] * 6, (480, 640)))])
     assert Image.open(tmp_path / "sheet.png").size == (5 * 324 + 4, STRIP + 240 + GAP)

@@ -1,0 +1,231 @@
+"""`run edit`: one instruction for a long video, window by window, into an mp4 and its folder.
+
+Windows are kept as they finish. Whatever ends an edit early, an error, a full disk or Ctrl-C, says
+how many are kept and the command that goes on behind them.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import get_args
+
+from mv2v_engine import Engine, EngineConfig, __version__
+from mv2v_engine.config import MergeMode, SchedulerName
+from mv2v_engine.engine.editing.descriptors import check_descriptor
+from mv2v_engine.engine.editing.request import EditRequest, engine_settings
+from mv2v_engine.engine.editing.results import EditResults
+from mv2v_engine.engine.editing.session import EditSession
+from mv2v_engine.engine.engine import default_memory
+from mv2v_engine.engine.request import require_editing
+from mv2v_engine.errors import CancelledError, MV2VError
+from mv2v_engine.options import (
+    INTERRUPTED,
+    PARTIAL,
+    add_folder,
+    add_model,
+    add_reuse,
+    loading,
+    read_resolution,
+    resuming_line,
+)
+from mv2v_engine.progress import driven
+from mv2v_engine.terminal import cancel_on_interrupt, edit_table, num_bytes, say, turn_progress
+from mv2v_engine.video.io import probe_video
+from mv2v_engine.video.windows import edit_windows
+
+# rows of the table on the terminal, and cuts on its line; the report has all
+_MAX_ROWS, _SHOWN_CUTS = 24, 12
+
+
+def edit(args: argparse.Namespace) -> int:
+    """Edit a video of any length by one instruction."""
+    config = EngineConfig(
+        backend=args.backend,
+        attention=args.attention,
+        memory=args.memory,
+        max_memory=args.max_memory,
+        descriptor=args.descriptor,
+        cross_shot_similarity=args.cross_shot_similarity,
+        merge=args.merge,
+        merge_fraction=args.merge_fraction,
+        scheduler=args.scheduler,
+        graphs=args.graphs,
+        conditioning=args.conditioning,
+        reuse=args.reuse,
+        reuse_refresh=args.reuse_refresh,
+        reuse_drift=args.reuse_drift,
+        step_cache=args.step_cache,
+        cache_bytes=args.cache_bytes,
+        device_cache_bytes=args.device_cache_bytes,
+    )
+    resolution = read_resolution(args)
+    require_editing(resolution.config, resolution.name)
+    request = EditRequest.of(
+        args.prompt,
+        resolution.sampling,
+        seed=args.seed,
+        num_inference_steps=args.steps,
+        guidance_scale=args.guidance,
+        memory=args.memory or default_memory(resolution.initialised),
+    )
+    check_descriptor(config)
+    results = EditResults(args.out)
+    about = probe_video(args.clip)
+    if args.cuts is not None:
+        edit_windows(about.num_frames, resolution.sampling.num_frames, cuts=args.cuts)
+    results.check_writable(args.clip)
+    resume = args.resume and results.store.exists()
+    if resume:
+        results.check_resumable(request)
+    elif args.overwrite:
+        results.check_replaceable(args.clip)
+    else:
+        results.check_free()
+
+    engine = Engine.from_pretrained(args.checkpoint, **loading(args, config))
+    engine.check_text(request.prompt, request.guidance_scale)
+    if engine.text is not None:
+        engine.text.require_whole(request.prompt)
+    if resume:
+        results.check_settings(engine_settings(engine))
+    results.remove_unfinished()
+    if args.overwrite:
+        results.clear()
+    session = engine.edit_session(args.clip, cuts=args.cuts, store=results.folder, resume=resume)
+    return _finish(args, session, request, results)
+
+
+def _finish(
+    args: argparse.Namespace, session: EditSession, request: EditRequest, results: EditResults
+) -> int:
+    """Run the windows that are not there yet; returns the exit code."""
+    if not args.quiet:
+        _say_source(session, results.num_kept)
+    # an mp4 beside a finished edit is its own
+    out = None if results.video.exists() else results.video
+    shown = nullcontext() if args.quiet else turn_progress("edit", request.num_inference_steps)
+    try:
+        with cancel_on_interrupt() as cancel, shown as show:
+            turn = driven(session.perform(request, cancel, out=out), show)
+        written = results.publish(session, turn, args.clip, version=__version__)
+    except (KeyboardInterrupt, CancelledError):
+        return _cut_off("interrupted", args, session, results, INTERRUPTED)
+    except MV2VError as error:
+        if not results.num_kept:
+            results.clear()
+            raise
+        return _cut_off(f"error: {error}", args, session, results, PARTIAL)
+    if not args.quiet:
+        rows = turn.report["windows"]
+        print("\n" + edit_table(rows[:_MAX_ROWS]))
+        if len(rows) > _MAX_ROWS:
+            print(f"and {len(rows) - _MAX_ROWS} windows more in {results.report}")
+        print()
+        for words in turn.report["approximations"]:
+            print(f"approximate: {words}")
+    print(*written, sep="\n")
+    return 0
+
+
+def _say_source(session: EditSession, num_kept: int) -> None:
+    about, cuts = session.source.describe(), session.cuts
+    print(f"source {about['name']}: {about['frames']} frames at {about['fps']:g} a second", end="")
+    print(f"; {about['crop']}")
+    shots = f"{len(cuts) + 1} shots, cuts at {_listed(cuts)}" if cuts else "one shot"
+    print(f"{len(session.windows)} windows of {session.engine.sampling.num_frames} frames, {shots}")
+    if num_kept:
+        print(f"resumed after {num_kept} finished windows")
+
+
+def _listed(cuts: Sequence[int]) -> str:
+    """The first few of the cuts."""
+    more = f" and {len(cuts) - _SHOWN_CUTS} more" if len(cuts) > _SHOWN_CUTS else ""
+    return ", ".join(str(cut) for cut in cuts[:_SHOWN_CUTS]) + more
+
+
+def _cut_off(
+    why: str, args: argparse.Namespace, session: EditSession, results: EditResults, code: int
+) -> int:
+    kept, total = results.num_kept, len(session.windows)
+    say(f"{why}: {kept} of {total} windows are kept; continue with: {resuming_line(args)}")
+    return code
+
+
+def add_edit(parser: argparse.ArgumentParser) -> None:
+    """The options of `run edit`."""
+    defaults = EngineConfig()
+    parser.set_defaults(command=edit)
+    parser.add_argument("clip", type=Path, help="the source video, of any length")
+    add = parser.add_argument_group("the edit").add_argument
+    add("--prompt", required=True, metavar="TEXT", help="the instruction")
+    add(
+        "--out",
+        type=Path,
+        required=True,
+        metavar="FILE.mp4",
+        help="the edited video; FILE.edit beside it keeps windows, overview.png and report.json",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the noise of every window")
+    add("--steps", type=int, metavar="N", help="denoising steps of a window")
+    add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
+    add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
+    add(
+        "--cuts",
+        type=_cuts,
+        metavar="C",
+        help="first frames of the shots but the first, from 0, as 40,85; none: one shot; "
+        "auto, if not given: PySceneDetect finds them",
+    )
+    add = parser.add_argument_group("the memory").add_argument
+    add(
+        "--memory",
+        choices=("retrieved", "none"),
+        help="none: every window alone; retrieved if the weights learned to",
+    )
+    add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help="windows a window")
+    add(
+        "--descriptor",
+        type=Path,
+        metavar="DIR",
+        help="a DINOv2 folder of transformers that tells which windows look alike; "
+        "pooled latents if not given",
+    )
+    add(
+        "--cross-shot-similarity",
+        type=float,
+        metavar="S",
+        help="cosine from which on windows of other shots are remembered; never if not given",
+    )
+    add(
+        "--cache-bytes",
+        type=num_bytes,
+        default=defaults.cache_bytes,
+        metavar="N",
+        help="of remembered latents, as 4GiB or 500MB",
+    )
+    add(
+        "--device-cache-bytes",
+        type=num_bytes,
+        metavar="N",
+        help="how many of these one arena on the device holds; the rest is one on the host",
+    )
+    add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
+    add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
+    add_reuse(parser)
+    add_model(parser, "tiny-edit")
+    add_folder(parser, "edit", "FILE.edit")
+
+
+def _cuts(text: str) -> tuple[int, ...] | None:
+    """First frames of shots; None asks for them to be found."""
+    if text in ("auto", "none"):
+        return None if text == "auto" else ()
+    try:
+        return tuple(int(part) for part in text.split(","))
+    except ValueError:
+        raise argparse.ArgumentTypeError(
+            f"auto, none or frame numbers as 40,85, got {text!r}"
+        ) from None

@@ -1,0 +1,123 @@
+"""What the commands share on the command line: options of the model and the folder, exit codes."""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+from typing import Any, NoReturn, get_args
+
+import torch
+
+from mv2v_engine.checkpoints import detect
+from mv2v_engine.checkpoints.names import read_renames
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
+from mv2v_engine.config import (
+    AttentionName,
+    BackendName,
+    Conditioning,
+    EngineConfig,
+    GraphMode,
+    Reuse,
+)
+from mv2v_engine.errors import RequestError
+
+REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
+_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+
+class Parser(argparse.ArgumentParser):
+    """Whose errors are `RequestError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def add_reuse(parser: argparse.ArgumentParser) -> None:
+    """What later steps take over from earlier ones."""
+    defaults = EngineConfig()
+    add = parser.add_argument_group("reuse across steps").add_argument
+    add(
+        "--conditioning",
+        choices=get_args(Conditioning),
+        default=defaults.conditioning,
+        help="static is computed once a turn, on weights trained for it",
+    )
+    add("--reuse", choices=get_args(Reuse), default=defaults.reuse, help="of joint conditioning")
+    add(
+        "--reuse-refresh",
+        type=int,
+        default=defaults.reuse_refresh,
+        metavar="N",
+        help="steps from one whole forward to the next, at most",
+    )
+    add(
+        "--reuse-drift",
+        type=_drift,
+        default=defaults.reuse_drift,
+        metavar="D",
+        help="change of the first block's output that asks for one sooner; none: not measured",
+    )
+    add("--step-cache", type=float, metavar="D", help="skip steps that change by less than this")
+
+
+def _drift(text: str) -> float | None:
+    try:
+        return None if text == "none" else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"a number or none, got {text!r}") from None
+
+
+def add_model(parser: argparse.ArgumentParser, default: str) -> None:
+    """The checkpoint and where it runs. default: an embedded checkpoint's name."""
+    add = parser.add_argument_group("the model").add_argument
+    add(
+        "--checkpoint",
+        default=default,
+        metavar="NAME_OR_PATH",
+        help=f"a file, a folder or an embedded name; {default} if not given",
+    )
+    add("--components", type=Path, metavar="DIR", help="vae, text_encoder and tokenizer from here")
+    add("--rename", type=Path, metavar="FILE", help="names that the checkpoint leaves open")
+    add("--device", metavar="D", help="cpu, cuda or cuda:N")
+    add("--dtype", choices=tuple(_DTYPES))
+    add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
+    add("--attention", choices=get_args(AttentionName), default=EngineConfig().attention)
+    add("--graphs", choices=get_args(GraphMode), default=EngineConfig().graphs, help="CUDA graphs")
+
+
+def add_folder(parser: argparse.ArgumentParser, content: str, place: str = "DIR") -> None:
+    """What to do with results that are there already. content: what they are called."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--resume", action="store_true", help=f"continue the {content} in {place}")
+    group.add_argument("--overwrite", action="store_true", help=f"replace the {content} in {place}")
+    parser.add_argument("--quiet", action="store_true", help="print the written paths alone")
+
+
+def read_resolution(args: argparse.Namespace) -> Resolution:
+    """What the checkpoint is, from its headers alone.
+
+    Raises:
+        CheckpointError: it cannot be loaded.
+    """
+    renames = None if args.rename is None else read_renames(args.rename)
+    resolution = resolve(detect(args.checkpoint, renames))
+    resolution.require_loadable()
+    return resolution
+
+
+def loading(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
+    """The arguments of `Engine.from_pretrained`, the checkpoint itself apart."""
+    return {
+        "device": args.device,
+        "dtype": _DTYPES.get(args.dtype),
+        "config": config,
+        "components": args.components,
+        "rename": args.rename,
+    }
+
+
+def resuming_line(args: argparse.Namespace) -> str:
+    """The command under way once more, to continue it. args.words: what `run` was given."""
+    words = [word for word in args.words if word not in ("--resume", "--overwrite")]
+    return shlex.join(["python", "-m", "mv2v_engine.run", *words, "--resume"])

@@ -1,0 +1,306 @@
+"""`run edit` end to end: a long video in, one of the same length out; resumed and cut off."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+
+from mv2v_engine import run
+from mv2v_engine.progress import Event, WindowStarted
+from mv2v_engine.testing import largest_file
+from mv2v_engine.video.io import probe_video, read_video, write_video
+
+ROOT = Path(__file__).resolve().parents[1]
+# of the fixtures' clip and model
+WINDOW, SIZE = 5, (32, 48)
+NUM_FRAMES, FPS = 23, 12.5
+PROMPT = "a red ball"
+KEPT = {f"turns/turn_01/window_{number:05d}.safetensors" for number in range(1, 6)}
+
+Capture = pytest.CaptureFixture[str]
+
+
+def words(clip: Path, out: Path, checkpoint: Path | str, *more: str) -> list[str]:
+    where = ["--out", str(out), "--checkpoint", str(checkpoint), "--device", "cpu"]
+    return ["edit", str(clip), "--prompt", PROMPT, *where, *more]
+
+
+def files(folder: Path) -> set[str]:
+    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+
+
+def report_of(out: Path) -> dict[str, Any]:
+    report: dict[str, Any] = json.loads((out.with_suffix(".edit") / "report.json").read_text())
+    return report
+
+
+def test_five_windows(finished_edit: tuple[Path, str], long_clip: Path) -> None:
+    folder, _ = finished_edit
+    kept = {f"edited.edit/{name}" for name in (*KEPT, "session.json", "overview.png")}
+    assert files(folder) == {"edited.mp4", "edited.edit/report.json", *kept}
+    made, source = probe_video(folder / "edited.mp4"), probe_video(long_clip)
+    assert (made.num_frames, made.fps) == (source.num_frames, source.fps) == (NUM_FRAMES, FPS)
+    report = report_of(folder / "edited.mp4")
+    assert (report["format"], report["version"]) == ("mv2v-edit-report", 1)
+    assert report["file"] == "edited.mp4" and report["prompt"] == PROMPT
+    assert report["engine"]["checkpoint"] == "editor" and report["peak_host_bytes"] > 1 << 20
+    assert [row["new_frames"] for row in report["windows"]] == [
+        [start, min(start + WINDOW, NUM_FRAMES)] for start in range(0, NUM_FRAMES, WINDOW)
+    ]
+    remembered = [[row["turn"] for row in w["memory"]["retrieved"]] for w in report["windows"]]
+    assert [sorted(row) for row in remembered] == [list(range(1, n)) for n in range(1, 6)]
+    assert [row[0] for row in remembered[1:]] == [1, 2, 3, 4]  # the one just before leads
+
+
+def test_the_overview(finished_edit: tuple[Path, str], long_clip: Path) -> None:
+    """Two rows a window, its source above its edit, each cell the frame that it says."""
+    folder, _ = finished_edit
+    sheet = np.asarray(Image.open(folder / "edited.edit" / "overview.png"))
+    scale, label = 320 // SIZE[1], 26
+    height, width = SIZE[0] * scale, SIZE[1] * scale
+    assert sheet.shape == (10 * (label + height + 4), 5 * (width + 4) + 4, 3)
+    for line, video in enumerate((long_clip, folder / "edited.mp4")):
+        frames = read_video(video).frames.numpy()
+        for window, shown in ((0, (0, 1, 2, 3, 4)), (4, (20, 21, 22))):
+            top = (2 * window + line) * (label + height + 4) + label
+            for column, frame in enumerate(shown):
+                left = 4 + column * (width + 4)
+                cell = sheet[top : top + height : scale, left : left + width : scale]
+                assert (cell == frames[frame]).all()
+
+
+def test_what_is_printed(finished_edit: tuple[Path, str]) -> None:
+    folder, said = finished_edit
+    lines = said.splitlines()
+    assert lines[0].startswith("source long.mp4: 23 frames at 12.5 a second; 48x32 to 48x32: ")
+    assert lines[1] == "5 windows of 5 frames, one shot"
+    assert re.search(r"^edit  window 4/5, 0:\d\d left$", said, re.M)
+    header = next(line for line in lines if line.startswith("window  shot  frames"))
+    for title in ("retrieved (score)", "target", "memory", "merged at 1", "video s", "sampling s"):
+        assert title in header
+    assert re.search(r"^ +5 +1 +20-22 +4 \(\d\.\d\d\), \d \(", said, re.M)
+    written = ["edited.mp4", "edited.edit/overview.png", "edited.edit/report.json"]
+    assert lines[-3:] == [str(folder / name) for name in written]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (
+            ["--memory", "none", "--seed", "3", "--cuts", "none", "--cross-shot-similarity", "0.5"],
+            {"most": 0, "seed": 3, "shots": 1, "similarity": 0.5},
+        ),
+        (["--max-memory", "1", "--conditioning", "static"], {"most": 1, "mode": "static"}),
+        (["--cuts", "10", "--steps", "1", "--guidance", "2"], {"shots": 2, "steps": 1}),
+    ],
+)
+def test_options_reach_the_windows(
+    tmp_path: Path,
+    long_clip: Path,
+    editor_folder: Path,
+    finished_edit: tuple[Path, str],
+    options: list[str],
+    expected: dict[str, Any],
+) -> None:
+    out = tmp_path / "out.mp4"
+    assert run.main(words(long_clip, out, editor_folder, *options, "--quiet")) == 0
+    report = report_of(out)
+    windows = report["windows"]
+    found = {
+        "most": max(len(window["memory"]["retrieved"]) for window in windows),
+        "seed": report["seed"],
+        "mode": windows[0]["plan"]["conditioning"],
+        "shots": report["shots"],
+        "steps": report["num_inference_steps"],
+        "similarity": report["memory"]["cross_shot_similarity"],
+    }
+    assert found | expected == found
+    if found["shots"] == 2:
+        # a window begins with the second shot, and remembers nothing before it
+        assert next(w["frames"][0] for w in windows if w["shot"] == 2) == 10
+        assert windows[2]["memory"]["retrieved"] == []
+
+
+def test_short_videos(
+    tmp_path: Path, editor_folder: Path, moving_frames: Callable[..., Tensor]
+) -> None:
+    """Shorter than a window, down to one frame: repeated for the model, and cut back."""
+    for count in (1, 3):
+        clip, out = tmp_path / f"{count}.mp4", tmp_path / f"{count}_edited.mp4"
+        write_video(clip, moving_frames(count), FPS)
+        assert run.main(words(clip, out, editor_folder, "--quiet")) == 0
+        assert probe_video(out).num_frames == count
+        assert report_of(out)["num_windows"] == 1
+
+
+def test_quiet_and_overwriting(
+    tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "edited.mp4"
+    assert run.main(words(long_clip, out, editor_folder, "--steps", "1", "--quiet")) == 0
+    first, folder = out.read_bytes(), tmp_path / "edited.edit"
+    (folder / "mine.txt").write_text("mine")
+    capsys.readouterr()
+    assert (
+        run.main(words(long_clip, out, editor_folder, "--cuts", "6", "--overwrite", "--quiet")) == 0
+    )
+    captured = capsys.readouterr()
+    assert captured.out.split() == [
+        str(out),
+        str(folder / "overview.png"),
+        str(folder / "report.json"),
+    ]
+    assert captured.err == "" and out.read_bytes() != first
+    assert {"session.json", "overview.png", "report.json", "mine.txt"} <= files(folder)
+    assert report_of(out)["shots"] == 2
+
+
+@contextlib.contextmanager
+def interrupting(title: str, num_steps: int) -> Iterator[Callable[[Event], None]]:
+    """Progress that presses Ctrl-C when the third window begins."""
+
+    def show(event: Event) -> None:
+        if isinstance(event, WindowStarted) and event.number == 3:
+            signal.raise_signal(signal.SIGINT)
+
+    yield show
+
+
+def test_interrupting_keeps_windows_and_says_how_to_go_on(
+    tmp_path: Path,
+    long_clip: Path,
+    editor_folder: Path,
+    finished_edit: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: Capture,
+) -> None:
+    out = tmp_path / "a folder" / "edited.mp4"
+    with monkeypatch.context() as patch:
+        patch.setattr("mv2v_engine.editing.turn_progress", interrupting)
+        assert run.main(words(long_clip, out, editor_folder)) == 130
+    errors = capsys.readouterr().err
+    said, _, command = errors.partition("; continue with: ")
+    assert said == "interrupted: 2 of 5 windows are kept" and errors.count("\n") == 1
+    assert files(out.parent) == {
+        f"edited.edit/{name}" for name in ("session.json", *sorted(KEPT)[:2])
+    }
+    python, *module, name = shlex.split(command)[:3]
+    assert [python, *module, name] == ["python", "-m", "mv2v_engine.run"]
+    assert run.main(shlex.split(command)[3:]) == 0
+    assert "resumed after 2 finished windows" in capsys.readouterr().out
+    assert out.read_bytes() == (finished_edit[0] / "edited.mp4").read_bytes()
+
+
+KILLED = """
+import contextlib, os, signal, sys
+from mv2v_engine import editing, run
+from mv2v_engine.progress import StepDone, WindowStarted
+
+@contextlib.contextmanager
+def killing(title, num_steps):
+    windows = []
+    def show(event):
+        if isinstance(event, WindowStarted):
+            windows.append(event.number)
+        if isinstance(event, StepDone) and windows[-1] == 4:
+            os.kill(os.getpid(), signal.SIGKILL)
+    yield show
+
+editing.turn_progress = killing
+run.main(sys.argv[1:])
+"""
+
+
+def test_killed_and_resumed(
+    tmp_path: Path, long_clip: Path, editor_folder: Path, finished_edit: tuple[Path, str]
+) -> None:
+    out = tmp_path / "edited.mp4"
+    arguments = words(long_clip, out, editor_folder)
+    process = subprocess.run(
+        [sys.executable, "-c", KILLED, *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        timeout=300,
+        env={**os.environ, "MV2V_NUM_THREADS": str(torch.get_num_threads())},
+    )
+    assert process.returncode == -signal.SIGKILL, process.stderr
+    assert KEPT & files(tmp_path / "edited.edit") == set(sorted(KEPT)[:3])
+    # of the mp4 under way, a temporary file is left
+    assert not out.exists() and any(path.name.startswith(".") for path in tmp_path.iterdir())
+    assert run.main([*arguments, "--resume", "--quiet"]) == 0
+    assert files(tmp_path) == files(finished_edit[0])
+    assert (tmp_path / "edited.mp4").read_bytes() == (finished_edit[0] / "edited.mp4").read_bytes()
+
+
+@pytest.mark.parametrize(("limit", "code"), [(100, 2), (9_000, 3)])
+def test_full_disk(
+    tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Capture, limit: int, code: int
+) -> None:
+    out = tmp_path / "edited.mp4"
+    with largest_file(limit):
+        assert run.main(words(long_clip, out, editor_folder, "--quiet")) == code
+    errors = capsys.readouterr().err
+    assert errors.startswith("error: cannot write") and errors.count("\n") == 1
+    assert not [name for name in files(tmp_path) if Path(name).name.startswith(".")]
+    if code == 2:
+        assert not files(tmp_path)
+        return
+    assert "windows are kept; continue with: python -m mv2v_engine.run edit" in errors
+    assert run.main(words(long_clip, out, editor_folder, "--quiet", "--resume")) == 0
+    assert probe_video(out).num_frames == NUM_FRAMES
+
+
+def test_resuming_a_finished_edit_makes_what_is_missing(
+    tmp_path: Path, long_clip: Path, editor_folder: Path, finished_edit: tuple[Path, str]
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_edit[0], folder)
+    for name in ("edited.mp4", "edited.edit/overview.png", "edited.edit/report.json"):
+        (folder / name).unlink()
+    assert (
+        run.main(words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")) == 0
+    )
+    assert files(folder) == files(finished_edit[0])
+    assert (folder / "edited.mp4").read_bytes() == (finished_edit[0] / "edited.mp4").read_bytes()
+
+
+def test_the_overview_of_a_long_video_is_capped(
+    tmp_path: Path,
+    long_clip: Path,
+    editor_folder: Path,
+    finished_edit: tuple[Path, str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_edit[0], folder)
+    overview = folder / "edited.edit" / "overview.png"
+    whole = np.asarray(Image.open(overview))
+    overview.unlink()
+    written = (folder / "edited.mp4").stat().st_mtime_ns
+    monkeypatch.setattr("mv2v_engine.engine.editing.results.MAX_WINDOWS", 2)
+    assert (
+        run.main(words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")) == 0
+    )
+    # the video that is there is not made again
+    assert (folder / "edited.mp4").stat().st_mtime_ns == written
+    capped, row = np.asarray(Image.open(overview)), len(whole) // 10
+    assert len(capped) == 4 * row
+    assert (capped[26 : 2 * row] == whole[26 : 2 * row]).all()  # the first window
+    assert (capped[2 * row :] == whole[8 * row :]).all()  # and the last
+    assert (capped[:26] < 100).sum() > (whole[:26] < 100).sum()  # it says what is missing
