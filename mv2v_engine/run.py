@@ -11,7 +11,6 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import get_args
@@ -138,41 +137,16 @@ def novel_view(args: argparse.Namespace) -> int:
 
 
 def evaluate(args: argparse.Namespace) -> int:
-    """Measure a checkpoint's turns on worlds of known geometry, into a folder."""
+    """Measure a checkpoint's turns, or edits, on worlds of known geometry, into a folder."""
     # what measuring needs is no part of what the other commands wait for
-    from mv2v_engine.evaluation import evaluate as evaluation
-    from mv2v_engine.evaluation.figures import require_matplotlib
-    from mv2v_engine.evaluation.parallel import Processes, default_jobs
-    from mv2v_engine.evaluation.protocol import QUICK, Protocol
-    from mv2v_engine.evaluation.report import markdown
+    from mv2v_engine.evaluation.command import evaluate_checkpoint, task_of
 
-    require_matplotlib()
-    chosen = {
-        "scenes": args.scenes,
-        "turns": args.turns,
-        "steps": args.steps,
-        "rows": args.rows and tuple(args.rows.split(",")),
-    }
-    given = {name: value for name, value in chosen.items() if value is not None}
-    protocol = replace(QUICK if args.quick else Protocol(), **given)
-    read_resolution(args)
-    ResultFolder(args.out).check_writable()
-    folder = evaluation.EvaluationFolder(args.out)
-    if not args.resume and not args.overwrite:
-        folder.check_free()
+    if args.checkpoint is None:
+        args.checkpoint = "tiny-edit" if args.task == "edit" else "tiny-nvs"
+    resolution = read_resolution(args)
     config = EngineConfig(backend=args.backend, attention=args.attention, graphs=args.graphs)
     load = partial(Engine.from_pretrained, args.checkpoint, **loading(args, config))
-    jobs = default_jobs(args.device) if args.jobs is None else args.jobs
-    processes = Processes(jobs=jobs, load=load)
-    engine = load()
-    if args.overwrite:
-        folder.clear()
-    results = evaluation.evaluate(
-        engine, protocol, folder, processes=processes, is_quiet=args.quiet
-    )
-    if not args.quiet:
-        print("\n" + markdown(results))
-    print(folder.results, folder.table, *folder.pictures, sep="\n")
+    evaluate_checkpoint(args, task_of(resolution.config, args.task, resolution.name), load)
     return 0
 
 
@@ -261,13 +235,32 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(command=evaluate)
     add = parser.add_argument_group("the protocol").add_argument
     add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
-    add("--scenes", type=int, metavar="N", help="held-out worlds, 40 if not given")
-    add("--turns", type=int, choices=(3, 5), help="of a scene; of five, the last meets the first")
-    add("--steps", type=int, metavar="N", help="denoising steps of a turn, 10 if not given")
-    add("--rows", metavar="A,B", help="methods to compare, all if not given")
-    add("--quick", action="store_true", help="4 scenes, 4 steps, the main rows: a check")
+    add(
+        "--task",
+        choices=("novel-view", "edit"),
+        help="the checkpoint's if not given; edit alone takes tiny-edit",
+    )
+    add(
+        "--scenes",
+        "--clips",
+        dest="scenes",
+        type=int,
+        metavar="N",
+        help="held-out worlds, 40 if not given",
+    )
+    add("--steps", type=int, metavar="N", help="denoising steps, 10 if not given")
+    add("--rows", metavar="A,B", help="methods to compare, all or the main ones if not given")
+    add("--quick", action="store_true", help="a few scenes, steps and rows: a check")
     add("--jobs", type=int, metavar="N", help="processes; one for every thread of a CPU, up to 8")
+    add = parser.add_argument_group("novel views alone").add_argument
+    add("--turns", type=int, choices=(3, 5), help="of a scene; of five, the last meets the first")
+    add = parser.add_argument_group("edits alone").add_argument
+    add("--windows", type=int, metavar="N", help="of every clip; 5, and 8 for some, if not given")
+    add("--dino", metavar="DIR", help="measure frame consistency by this DINOv2 too")
+    add("--clip", metavar="DIR", help="measure frame consistency by this CLIP too")
     add_model(parser, "tiny-nvs")
+    # without one, the task tells
+    parser.set_defaults(checkpoint=None)
     add_folder(parser, "evaluation")
 
 

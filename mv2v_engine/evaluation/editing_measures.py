@@ -42,45 +42,63 @@ MEASURES = {
 
 
 def measure_edit(frames: Tensor, clip: EditClip, starts: Sequence[int]) -> dict[str, float | None]:
-    """Everything of `MEASURES`; None where the clip has nothing to measure it on.
+    """Everything of `MEASURES` for one edit; see `EditMeasurer`."""
+    return EditMeasurer(clip, starts).measure(frames)
 
-    frames: the edit, uint8 [T, height, width, 3]. starts: the windows' first new frames, the
-    first 0: what a window made and stitching dropped does not count.
 
-    Raises:
-        VideoError: the frames are not of the clip's shape.
+class EditMeasurer:
+    """Measures edits of one clip; what is true of the clip is worked out once.
+
+    starts: the windows' first new frames, the first 0: what a window made and stitching dropped
+    does not count.
     """
-    if frames.shape != clip.source.frames.shape or frames.dtype != torch.uint8:
-        raise VideoError(
-            f"an edit of this clip is uint8 {list(clip.source.frames.shape)}, got "
-            f"{frames.dtype} {list(frames.shape)}"
-        )
-    frames, source, truth = (
-        video.cpu() for video in (frames, clip.source.frames, clip.edited.frames)
-    )
-    window_T = window_of_frame(clip.num_frames, starts)
-    points = surface_points(clip.edit.world, clip.camera, clip.edited)
-    outside = ~grown(clip.mask.cpu(), _BESIDE)
-    subject: float | None = None
-    crown = None
-    if clip.instruction.kind == "hat":
-        crown = crown_of(clip)
-        # a hat of another shape is as valid
-        outside &= ~crown.box
-        subject = crown_disagreement(frames, clip, crown, window_T)
-    elif clip.instruction.is_open:
-        subject = surface_disagreement(frames, points, clip.edited_mask.cpu(), window_T)
-    walls = outside & (points.surface < NUM_WALLS)
-    seams = seam_flicker(frames, source, starts)
-    psnr = masked_psnr(frames, truth, outside) if bool(outside.any()) else math.nan
-    return {
-        "subject_error": subject,
-        "background_error": surface_disagreement(frames, points, walls, window_T),
-        "agreement": instruction_agreement(frames, clip, points, window_T, crown),
-        "background_psnr": psnr if math.isfinite(psnr) else None,
-        "psnr": masked_psnr(frames, truth),
-        "flicker": flicker(frames),
-        "seam_ratio": seams.ratio if seams else None,
-        "seam_flicker": seams.seam if seams else None,
-        "inner_flicker": seams.inside if seams else None,
-    }
+
+    def __init__(self, clip: EditClip, starts: Sequence[int]) -> None:
+        self.clip, self.starts = clip, starts
+        self._window_T = window_of_frame(clip.num_frames, starts)
+        self._points = surface_points(clip.edit.world, clip.camera, clip.edited)
+        self._outside = ~grown(clip.mask.cpu(), _BESIDE)
+        self._crown = None
+        if clip.instruction.kind == "hat":
+            self._crown = crown_of(clip)
+            # a hat of another shape is as valid
+            self._outside &= ~self._crown.box
+        self._walls = self._outside & (self._points.surface < NUM_WALLS)
+
+    def measure(self, frames: Tensor) -> dict[str, float | None]:
+        """Everything of `MEASURES`; None where the clip has nothing to measure it on.
+
+        frames: the edit, uint8 [T, height, width, 3].
+
+        Raises:
+            VideoError: the frames are not of the clip's shape.
+        """
+        clip, window_T, points = self.clip, self._window_T, self._points
+        if frames.shape != clip.source.frames.shape or frames.dtype != torch.uint8:
+            raise VideoError(
+                f"an edit of this clip is uint8 {list(clip.source.frames.shape)}, got "
+                f"{frames.dtype} {list(frames.shape)}"
+            )
+        frames, truth = frames.cpu(), clip.edited.frames.cpu()
+        seams = seam_flicker(frames, clip.source.frames.cpu(), self.starts)
+        outside = self._outside
+        psnr = masked_psnr(frames, truth, outside) if bool(outside.any()) else math.nan
+        return {
+            "subject_error": self._subject_error(frames),
+            "background_error": surface_disagreement(frames, points, self._walls, window_T),
+            "agreement": instruction_agreement(frames, clip, points, window_T, self._crown),
+            "background_psnr": psnr if math.isfinite(psnr) else None,
+            "psnr": masked_psnr(frames, truth),
+            "flicker": flicker(frames),
+            "seam_ratio": seams.ratio if seams else None,
+            "seam_flicker": seams.seam if seams else None,
+            "inner_flicker": seams.inside if seams else None,
+        }
+
+    def _subject_error(self, frames: Tensor) -> float | None:
+        clip, window_T = self.clip, self._window_T
+        if self._crown is not None:
+            return crown_disagreement(frames, clip, self._crown, window_T)
+        if not clip.instruction.is_open:
+            return None
+        return surface_disagreement(frames, self._points, clip.edited_mask.cpu(), window_T)

@@ -65,7 +65,7 @@ def save_side_by_side(path: Path, scene: SceneResult) -> None:
             if name == rows[0]:
                 axis.set_title(f"turn {number}: {view.camera.name}", fontsize=9)
         line[0].set_ylabel(_LABELS[name].replace(" as ", "\nas "), fontsize=8)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _smoothed(mask: torch.Tensor) -> torch.Tensor:
@@ -98,7 +98,7 @@ def save_consistency(path: Path, results: dict[str, Any]) -> None:
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def save_cost(path: Path, results: dict[str, Any]) -> None:
@@ -126,10 +126,11 @@ def save_cost(path: Path, results: dict[str, Any]) -> None:
         axis.xaxis.get_major_locator().set_params(integer=True)
         axis.grid(alpha=0.3)
         axis.legend(fontsize=7)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_figure(figure: Any, path: Path) -> None:
+    """Write a figure and forget it."""
     from matplotlib import pyplot
 
     with replacing(path) as temporary:

@@ -8,6 +8,7 @@ three-turn protocol is the first three of the five.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
 from typing import Literal
@@ -99,13 +100,7 @@ class Protocol:
             raise RequestError(
                 f"scenes from {HELD_OUT} on are never trained on, got {self.first_scene}"
             )
-        known = {row.name for row in ROWS}
-        for name in self.rows:
-            if name not in known:
-                near = nearest_names(name, known)
-                raise RequestError(f"no row {name!r}; nearest: {near}")
-        if not self.rows or len(set(self.rows)) != len(self.rows):
-            raise RequestError(f"rows must be named once each, got {self.rows}")
+        check_rows(self.rows, ROWS)
 
     @property
     def chosen_rows(self) -> tuple[Row, ...]:
@@ -120,6 +115,17 @@ class Protocol:
     def pairs(self) -> tuple[tuple[int, int], ...]:
         """Pairs of turns, the earlier first, numbered from 1."""
         return tuple(combinations(range(1, self.turns + 1), 2))
+
+
+def check_rows(names: tuple[str, ...], rows: Sequence[Row]) -> None:
+    """Refuse names that are none of the rows', and a name twice."""
+    known = {row.name for row in rows}
+    for name in names:
+        if name not in known:
+            near = nearest_names(name, known)
+            raise RequestError(f"no row {name!r}; nearest: {near}")
+    if not names or len(set(names)) != len(names):
+        raise RequestError(f"rows must be named once each, got {names}")
 
 
 # The protocol of `--quick`: a check that everything runs, not a measurement.

@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
 from statistics import median
 from typing import Any
 
 from mv2v_engine.evaluation import bootstrap
-from mv2v_engine.evaluation.bootstrap import Estimate
+from mv2v_engine.evaluation.comparisons import (
+    Target,
+    Values,
+    add,
+    compared,
+    described,
+    number,
+    rounded,
+    targets_table,
+    with_interval,
+)
 from mv2v_engine.evaluation.protocol import MAIN_TURNS, ROWS, Protocol, pair_name
 
 Scenes = Sequence[dict[str, Any]]
-Values = list[float | None]
 
 _LABELS = {row.name: row.label for row in ROWS}
 _QUALITY = (
@@ -97,41 +105,25 @@ def _mean(values: Sequence[float | None]) -> float | None:
 def _row(row: _Row, *, has_cost: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {}
 
-    def add(name: str, values: Values) -> None:
-        estimate = bootstrap.mean(values)
-        summary[name] = estimate and _rounded(estimate.value)
-        summary[f"{name}_ci"] = estimate and [_rounded(estimate.low), _rounded(estimate.high)]
-
-    add("consistency", row.pairs(_MAIN_PAIRS))
-    add("features", row.pairs(_MAIN_PAIRS, "features"))
+    add(summary, "consistency", row.pairs(_MAIN_PAIRS))
+    add(summary, "features", row.pairs(_MAIN_PAIRS, "features"))
     for measure in _QUALITY:
-        add(measure, row.turns(measure))
+        add(summary, measure, row.turns(measure))
     for measure in _COST if has_cost else ():
         estimate = bootstrap.mean(row.turns(measure))
-        summary[measure] = estimate and _rounded(estimate.value)
+        summary[measure] = estimate and rounded(estimate.value)
     if has_cost:
         known = [value for value in row.turns("seconds") if value is not None]
         # the median, since the first scene also pays for warming up
-        summary["seconds"] = _rounded(median(known))
+        summary["seconds"] = rounded(median(known))
     summary["pairs"] = {
-        name: _described(bootstrap.mean(row.pairs([name]))) for name in row.pair_names()
+        name: described(bootstrap.mean(row.pairs([name]))) for name in row.pair_names()
     }
     summary["by_turn"] = {
-        str(number): _described(bootstrap.mean(row.against_earlier(number)))
+        str(number): described(bootstrap.mean(row.against_earlier(number)))
         for number in range(2, len(row.scenes[0]["turns"]) + 1)
     }
     return summary
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class _Target:
-    """A comparison of two rows, value by value, that is met if it is at most a bound."""
-
-    name: str
-    rows: tuple[str, str]
-    values: Callable[[_Row], Values]
-    at_most: float
-    compare: Callable[[Values, Values], Estimate | None] = bootstrap.ratio
 
 
 def _three_turns(row: _Row) -> Values:
@@ -162,29 +154,29 @@ def _camera_error(row: _Row) -> Values:
 _GAIN, _MERGED = ("memory", "independent"), ("memory_merged", "memory")
 _FUSED, _STATIC = ("memory_merged", "discard"), ("static", "memory")
 _TARGETS = (
-    _Target(name="memory / independent", rows=_GAIN, values=_three_turns, at_most=0.5),
-    _Target(name="memory / independent, 1-5", rows=_GAIN, values=_first_fifth, at_most=0.5),
-    _Target(
+    Target(name="memory / independent", rows=_GAIN, values=_three_turns, at_most=0.5),
+    Target(name="memory / independent, 1-5", rows=_GAIN, values=_first_fifth, at_most=0.5),
+    Target(
         name="memory / previous, 1-3",
         rows=("memory", "previous"),
         values=_first_third,
         at_most=1,
     ),
-    _Target(
+    Target(
         name="independent - memory, source_psnr",
         rows=("independent", "memory"),
         values=_source_psnr,
         at_most=0.2,
         compare=bootstrap.difference,
     ),
-    _Target(name="memory / independent, camera", rows=_GAIN, values=_camera_error, at_most=1),
-    _Target(name="merged / memory", rows=_MERGED, values=_three_turns, at_most=1.02),
-    _Target(name="merged / memory, 1-5", rows=_MERGED, values=_first_fifth, at_most=1.02),
-    _Target(name="static / memory", rows=_STATIC, values=_three_turns, at_most=1.05),
-    _Target(name="static / memory, 1-5", rows=_STATIC, values=_first_fifth, at_most=1.05),
-    _Target(name="merged / discard", rows=_FUSED, values=_three_turns, at_most=1),
-    _Target(name="merged / discard, 1-5", rows=_FUSED, values=_first_fifth, at_most=1),
-    _Target(
+    Target(name="memory / independent, camera", rows=_GAIN, values=_camera_error, at_most=1),
+    Target(name="merged / memory", rows=_MERGED, values=_three_turns, at_most=1.02),
+    Target(name="merged / memory, 1-5", rows=_MERGED, values=_first_fifth, at_most=1.02),
+    Target(name="static / memory", rows=_STATIC, values=_three_turns, at_most=1.05),
+    Target(name="static / memory, 1-5", rows=_STATIC, values=_first_fifth, at_most=1.05),
+    Target(name="merged / discard", rows=_FUSED, values=_three_turns, at_most=1),
+    Target(name="merged / discard, 1-5", rows=_FUSED, values=_first_fifth, at_most=1),
+    Target(
         name="retrieved / random",
         rows=("retrieved_1", "random_1"),
         values=_from_the_third,
@@ -198,31 +190,12 @@ def targets(scenes: Scenes, protocol: Protocol) -> dict[str, Any]:
 
     A comparison is left out where its rows or turns were not measured.
     """
-    table = {}
-    for target in _TARGETS:
-        if not set(target.rows) <= set(protocol.rows):
-            continue
-        first, second = (target.values(_Row(scenes, "rows", name)) for name in target.rows)
-        estimate = target.compare(first, second)
-        if estimate is not None:
-            met = estimate.value <= target.at_most
-            table[target.name] = {**_described(estimate), "at_most": target.at_most, "met": met}
-    return table
 
+    def values(target: Target, name: str) -> Values | None:
+        is_measured = name in protocol.rows
+        return target.values(_Row(scenes, "rows", name)) if is_measured else None
 
-def _described(estimate: Estimate | None) -> dict[str, Any]:
-    if estimate is None:
-        return {"value": None, "ci": None, "scenes": 0}
-    return {
-        "value": _rounded(estimate.value),
-        "ci": [_rounded(estimate.low), _rounded(estimate.high)],
-        "scenes": estimate.count,
-    }
-
-
-def _rounded(value: float) -> float:
-    """Six significant digits: more says nothing and makes files that differ by nothing."""
-    return float(f"{value:.6g}")
+    return compared(_TARGETS, values)
 
 
 def _responsiveness(scenes: Scenes) -> dict[str, Any]:
@@ -232,7 +205,7 @@ def _responsiveness(scenes: Scenes) -> dict[str, Any]:
         return {}
     return {
         group: {
-            name: _described(bootstrap.mean([table[group][name] for table in tables]))
+            name: described(bootstrap.mean([table[group][name] for table in tables]))
             for name in measures
         }
         for group, measures in tables[0].items()
@@ -255,19 +228,7 @@ def markdown(results: dict[str, Any]) -> str:
     named = [(_LABELS[name], row) for name, row in results["rows"].items()]
     named += [(f"*{name}*", row) for name, row in results["references"].items()]
     lines += [_markdown_row(label, row) for label, row in named]
-    if results["targets"]:
-        lines += [
-            "",
-            "| comparison | value | 95 % interval | target | met |",
-            "|---|---|---|---|---|",
-        ]
-        for name, target in results["targets"].items():
-            low, high = target["ci"]
-            met = "yes" if target["met"] else "no"
-            lines.append(
-                f"| {name} | {target['value']:.3f} | {low:.3f} to {high:.3f} "
-                f"| ≤ {target['at_most']:g} | {met} |"
-            )
+    lines += targets_table(results["targets"])
     saved = [f"{100 * by['4']:.1f} % ({plan})" for plan, by in results["merging_saves"].items()]
     lines += [
         "",
@@ -282,24 +243,15 @@ def markdown(results: dict[str, Any]) -> str:
 
 
 def _markdown_row(label: str, row: dict[str, Any]) -> str:
-    def number(value: float | None, digits: int) -> str:
-        return "-" if value is None else f"{value:,.{digits}f}"
-
-    def with_interval(name: str, digits: int) -> str:
-        if row[name] is None:
-            return "-"
-        low, high = row[f"{name}_ci"]
-        return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
     pairs = [number(row["pairs"].get(name, {}).get("value"), 4) for name in _MAIN_PAIRS]
     flops = row.get("flops")
     cells = [
         label,
-        with_interval("consistency", 4),
+        with_interval(row, "consistency", 4),
         *pairs,
         number(row["features"], 4),
-        with_interval("source_psnr", 2),
-        with_interval("camera_error", 2),
+        with_interval(row, "source_psnr", 2),
+        with_interval(row, "camera_error", 2),
         number(row["flicker"], 4),
         number(row.get("tokens"), 0),
         number(None if flops is None else flops / 1e9, 1),

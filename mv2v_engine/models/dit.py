@@ -27,6 +27,7 @@ from mv2v_engine.models.forward_pass import (
     TargetResidual,
     check_inputs,
     check_latents,
+    check_timestep,
 )
 from mv2v_engine.models.modulation import ConditionEmbedder
 from mv2v_engine.models.packed import Sample, run_packed
@@ -113,7 +114,7 @@ class MV2VTransformer(nn.Module):
         Args:
             latents: one tensor [B, C, F, H, W] per segment of the plan, the target first. The
                 target's has C_in channels: with `source_channels` the source follows the noise.
-            timestep: [B], in 0..1000.
+            timestep: [B], in 0..1000; or [B, F], one a target frame, for a plan of a target alone.
             encoder_hidden_states: text embeddings [B, S, text_dim].
             cameras: tracks [B, V, F, 12], row-major [R|t] relative to the source's first frame;
                 None for a model without cameras.
@@ -218,8 +219,11 @@ class MV2VTransformer(nn.Module):
         """A forward before its first block, for `run_blocks` and `finish`; as `forward`."""
         check_inputs(latents, plan, cameras)
         rows = None if cameras is None else frame_cameras(plan, cameras)
+        check_timestep(timestep, plan)
         sequence = self._embed(latents, plan)
-        temb, temb_6 = self.condition_embedder.time(timestep)
+        if timestep.ndim == 2:
+            sequence = sequence.with_frame_timesteps()
+        temb, temb_6 = self.condition_embedder.time(timestep.flatten())
         static_temb = None
         if plan.conditioning == "static":
             _, static_temb = self.condition_embedder.time(torch.zeros_like(timestep))
@@ -260,7 +264,7 @@ class MV2VTransformer(nn.Module):
         """The velocity of a forward whose blocks have all run."""
         hidden = begun.sequence.x[:, : begun.plan.target.length]
         begun.fill_residual(hidden)
-        return self._head(hidden, begun.temb, begun.plan)
+        return self._head(hidden, begun.temb, begun.plan, begun.sequence.row)
 
     def constants(self, plan: TokenPlan, device: torch.device) -> tuple[Tensor, ...]:
         """What a forward of the plan reads beside its arguments and the weights; made once."""
@@ -354,10 +358,12 @@ class MV2VTransformer(nn.Module):
             backend=self.backend,
         )
 
-    def _head(self, x_BLC: Tensor, temb_BC: Tensor, plan: TokenPlan) -> Tensor:
+    def _head(
+        self, x_BLC: Tensor, temb_BC: Tensor, plan: TokenPlan, row_BL: Tensor | None = None
+    ) -> Tensor:
         """Normalise, modulate, project and unpatch the target tokens."""
         shift, scale = (self.scale_shift_table.float() + temb_BC.float()[:, None]).unbind(1)
-        x = adaln(x_BLC, scale, shift, eps=self.config.eps, backend=self.backend)
+        x = adaln(x_BLC, scale, shift, row=row_BL, eps=self.config.eps, backend=self.backend)
         patches = self.proj_out(x)
         frames, (rows, columns) = plan.target.num_frames, plan.target.token_grid
         patches = patches.unflatten(1, (frames, rows, columns)).unflatten(-1, (2, 2, -1))

@@ -43,7 +43,8 @@ class TargetResidual:
 class ForwardPass:
     """A forward under way.
 
-    sequence: the tokens that enter block `depth`. temb [B, C] and temb_6 [B, 6, C]: timestep;
+    sequence: the tokens that enter block `depth`. temb [B, C] and temb_6 [B, 6, C]: timestep, of
+    every sample or, where the sequence has rows, of every target frame of each;
     static_temb: at t = 0, of static conditioning. context [B, S, C]. rows [B, F, P]: cameras of
     the frame table. keep: receives the conditioning's K and V of every block; kept: theirs are
     taken from here, and the sequence is the target alone.
@@ -107,6 +108,28 @@ def check_inputs(latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | Non
         raise ValueError(
             f"cameras are {'missing' if cameras is None else 'given'}, but the model's "
             f"camera_conditioning is {plan.shape.camera_conditioning!r}"
+        )
+
+
+def check_timestep(timestep: Tensor, plan: TokenPlan) -> None:
+    """Refuse timesteps that are neither [B] nor [B, F] of a target alone.
+
+    Raises:
+        ValueError: another shape, or conditioning beside frames of different timesteps.
+    """
+    if timestep.ndim == 1:
+        return
+    frames = plan.target.num_frames
+    if timestep.ndim != 2 or timestep.shape[1] != frames:
+        raise ValueError(
+            f"timestep must have shape [B], or [B, {frames}] for one a target frame, got "
+            f"{list(timestep.shape)}"
+        )
+    if len(plan.segments) > 1 or plan.conditioning != "joint":
+        raise ValueError(
+            "a timestep for every frame leaves open which one conditioning tokens have: give a "
+            f'plan of a target alone, conditioning="joint"; got {len(plan.segments)} segments, '
+            f"{plan.conditioning!r}"
         )
 
 

@@ -54,6 +54,11 @@ class Sample:
         Raises:
             ValueError: what a pack cannot hold, or what does not fit the model.
         """
+        if self.timestep.ndim != 1:
+            raise ValueError(
+                f"a sample of a pack has one timestep [1], got {list(self.timestep.shape)}; run "
+                "frames of different timesteps alone"
+            )
         batches = [len(self.timestep), len(self.encoder_hidden_states)]
         batches += [len(latent) for latent in self.latents]
         if batches.count(1) != len(batches):

@@ -6,7 +6,7 @@ B batch, L tokens, F frames of the sequence, G frames of a group, P tokens of a 
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import ClassVar
 
@@ -25,6 +25,7 @@ class Sequence:
 
     x [B, L, C]; rope [1 or B, L, D]; frames [B, F] and token_frames [B, L] say which frame of the
     plan's frame table each frame of the layout, and each token, is. Made by `of`.
+    row [B, L]: which timestep modulates a token; None is its sample's.
     """
 
     x: Tensor
@@ -32,14 +33,19 @@ class Sequence:
     frames: Tensor
     token_frames: Tensor
     layout: Layout
-    # modulation is a sample's and attention dense: other than in a PackedSequence
-    row: ClassVar[None] = None
+    row: Tensor | None = None
+    # attention is dense: other than in a PackedSequence
     text: ClassVar[None] = None
 
     @classmethod
     def of(cls, x: Tensor, rope: Tensor, frames: Tensor, layout: Layout) -> Sequence:
         """A sequence from one merge to the next; every block reads what is worked out here."""
         return cls(x, rope, frames, frames[:, token_slots(layout, frames.device)], layout)
+
+    def with_frame_timesteps(self) -> Sequence:
+        """The same, modulated frame by frame: a sample's timesteps are rows, one a frame."""
+        first = torch.arange(len(self.x), device=self.x.device) * self.layout.num_frames
+        return replace(self, row=self.token_frames + first[:, None])
 
     def followed_by(self, own: Tensor, kept: Series[Tensor | None]) -> Tensor:
         """K or V of the sequence's tokens [B, L, N, D], then those kept for it."""

@@ -2,8 +2,8 @@
 
 A queue holds S frames, one at every noise level, the cleanest first. An iteration takes every
 frame one step down; then the first, now clean, leaves, and a new one of pure noise enters behind.
-A model of n frames denoises the queue in blocks; with lookahead a block's second half alone is
-kept, so that every frame is denoised behind cleaner ones.
+A model of n frames denoises the queue in blocks; with lookahead a block's last half alone is
+kept, rounded down, so that every frame is denoised behind as many cleaner ones at least.
 
 S steps and places of the queue, n frames of a model's forward.
 """
@@ -44,26 +44,29 @@ class FifoIteration:
     finished: int | None
 
 
+def fifo_stride(model_frames: int, *, lookahead: bool = False) -> int:
+    """Places of the queue that one forward moves: the queue is a multiple of it long."""
+    return max(model_frames // 2, 1) if lookahead else model_frames
+
+
 def fifo_schedule(
     num_frames: int, num_steps: int, model_frames: int, *, lookahead: bool = False
 ) -> Iterator[FifoIteration]:
     """Iterations that make a video of `num_frames`, each in order: num_frames + num_steps - 1.
 
-    num_steps: S, a multiple of `model_frames`, of half of it with lookahead. Before the first
+    num_steps: S, a multiple of `fifo_stride`, of `model_frames` at least. Before the first
     iteration the places other than the last hold padding: frames of number 0 at their levels,
     which an editor makes from the source by adding noise.
 
     Raises:
         ValueError: lengths that do not fit.
     """
-    stride = model_frames // 2 if lookahead else model_frames
+    stride = fifo_stride(model_frames, lookahead=lookahead)
     if num_frames < 1 or model_frames < 1 or num_steps < 1:
         raise ValueError(
             "num_frames, num_steps and model_frames must be at least 1, got "
             f"{num_frames}, {num_steps} and {model_frames}"
         )
-    if lookahead and model_frames % 2:
-        raise ValueError(f"lookahead halves model_frames, which must be even, got {model_frames}")
     if num_steps % stride or num_steps < model_frames:
         raise ValueError(
             f"a queue of {num_steps} steps must be cut into blocks of {stride} and hold a "
@@ -76,9 +79,8 @@ def fifo_schedule(
         forwards = []
         for start in range(num_steps - stride, -1, -stride):
             # nothing cleaner lies before the first block
-            is_second_half = lookahead and start > 0
-            first = start - stride if is_second_half else start
-            kept = everything[stride:] if is_second_half else everything[:stride]
+            first = max(start + stride - model_frames, 0)
+            kept = everything[start - first : start - first + stride]
             places = tuple(range(first, first + model_frames))
             forwards.append(
                 FifoForward(

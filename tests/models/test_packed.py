@@ -208,6 +208,7 @@ def test_rejects_what_a_pack_cannot_hold() -> None:
         (replace(kept, plan=replace(static.plan, fraction=0.1)), "1 videos and another plan"),
         (replace(kept, latents=static.latents), "alone, .* got 4 videos and the plan"),
         (replace(good, timestep=torch.ones(2)), r"batch of one, got batches of \[1, 2\]"),
+        (replace(good, timestep=torch.ones(1, 3)), r"one timestep \[1\], got \[1, 3\]"),
         (replace(good, latents=good.latents[:2]), "the plan has 4 segments, got 2"),
         (replace(kept, latents=[good.latents[0][..., :4]]), "target latents must have shape"),
         (replace(good, cameras=None), "cameras are missing"),

@@ -140,3 +140,45 @@ def test_bfloat16_is_as_exact_as_diffusers(grid: tuple[int, int, int], tmp_path:
         error = relative_error(_ours(ours, latents, timestep, text), oracle)
     print(f"bf16 error: ours {error:.3g}, diffusers {plain:.3g}")
     assert 0 < error <= 2 * plain
+
+
+@pytest.mark.parametrize("grid", GRIDS[1:3], ids=str)
+def test_a_timestep_for_every_frame(grid: tuple[int, int, int]) -> None:
+    """Frames at noise levels of their own, as Wan2.2 takes them: a timestep for every token."""
+    config = _config(**SHAPES["source on channels"])
+    reference = _diffusers(config)
+    model = MV2VTransformer(config).eval().requires_grad_(False)
+    model.load_state_dict(reference.state_dict(), strict=True)
+    latents, timestep, text = _inputs(config, grid)
+    generator = torch.Generator().manual_seed(1)
+    by_frame = 1000 * torch.rand(2, grid[0], generator=generator)
+    by_token = by_frame.repeat_interleave(grid[1] // 2 * (grid[2] // 2), dim=1)
+    expected = _theirs(reference, latents, by_token, text)
+    assert relative_error(_ours(model, latents, by_frame, text), expected) <= 1e-5
+    equal = timestep[:, None].expand(-1, grid[0])
+    one = _ours(model, latents, timestep, text)
+    assert relative_error(one, expected) > 1e-3
+    for backend in ("reference", "auto"):
+        model.set_backend(backend)
+        one = _ours(model, latents, timestep, text)
+        # products of more rows may round otherwise
+        assert relative_error(_ours(model, latents, equal, text), one) <= 1e-6
+
+
+@pytest.mark.parametrize(
+    ("shape", "message"),
+    [((2, 4), r"\[B, 3\] for one a target frame, got \[2, 4\]"), ((2, 3, 1), r"got \[2, 3, 1\]")],
+)
+def test_timesteps_of_other_shapes(shape: tuple[int, ...], message: str) -> None:
+    model = MV2VTransformer(_config())
+    latents, _, text = _inputs(model.config, (3, 6, 10))
+    with pytest.raises(ValueError, match=message):
+        _ours(model, latents, torch.zeros(shape), text)
+
+
+def test_conditioning_has_no_timesteps_by_frame() -> None:
+    model = MV2VTransformer(tiny_config(camera_conditioning="none"))
+    latents, _, text = _inputs(model.config, (3, 6, 10))
+    plan = turn_plan(model.config, (3, 6, 10), ())
+    with pytest.raises(ValueError, match="got 2 segments"):
+        model([latents, latents], torch.zeros(2, 3), text, plan=plan)

@@ -7,6 +7,7 @@ import pytest
 from mv2v_engine.sampling.fifo import fifo_schedule
 
 CASES = [(22, 10, 5, False), (3, 10, 5, False), (1, 4, 4, False), (7, 8, 4, True), (5, 4, 4, True)]
+CASES += [(7, 10, 5, True), (4, 6, 3, True), (3, 2, 1, True)]
 
 
 @pytest.mark.parametrize(("frames", "steps", "model", "lookahead"), CASES)
@@ -59,6 +60,9 @@ def test_lookahead_keeps_what_lies_behind_cleaner_frames() -> None:
     plain = next(iter(fifo_schedule(9, 8, 4)))
     ahead = next(iter(fifo_schedule(9, 8, 4, lookahead=True)))
     assert len(plain.forwards) == 2 and len(ahead.forwards) == 4
+    odd = next(iter(fifo_schedule(9, 6, 5, lookahead=True)))
+    assert [forward.places[0] for forward in odd.forwards] == [1, 0, 0]
+    assert [forward.kept for forward in odd.forwards] == [(3, 4), (2, 3), (0, 1)]
     for forward in ahead.forwards[:-1]:
         assert forward.kept == (2, 3)
     assert ahead.forwards[-1].places == (0, 1, 2, 3) and ahead.forwards[-1].kept == (0, 1)
@@ -70,7 +74,7 @@ def test_lookahead_keeps_what_lies_behind_cleaner_frames() -> None:
         ((0, 4, 4), False, "must be at least 1, got 0, 4 and 4"),
         ((9, 10, 4), False, "a queue of 10 steps must be cut into blocks of 4"),
         ((9, 2, 4), True, "hold a forward's 4"),
-        ((9, 10, 5), True, "must be even, got 5"),
+        ((9, 9, 5), True, "cut into blocks of 2"),
     ],
 )
 def test_lengths_that_do_not_fit(

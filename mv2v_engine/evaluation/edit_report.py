@@ -1,0 +1,275 @@
+"""From clips to a result: means with bootstrap intervals, by kind, targets, Markdown tables."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from statistics import median
+from typing import Any
+
+from mv2v_engine.evaluation import bootstrap
+from mv2v_engine.evaluation.comparisons import (
+    Target,
+    Values,
+    add,
+    compared,
+    described,
+    number,
+    rounded,
+    targets_table,
+    with_interval,
+)
+from mv2v_engine.evaluation.edit_protocol import EDIT_ROWS, EditProtocol
+from mv2v_engine.evaluation.editing_measures import MEASURES
+from mv2v_engine.synthetic.instructions import KINDS
+
+Clips = Sequence[dict[str, Any]]
+
+_LABELS = {row.name: row.label for row in EDIT_ROWS} | {
+    "source": "*the source itself*",
+    "truth": "*the true edit*",
+    "vae": "*the true edit through the VAE*",
+}
+_FEATURES = {
+    "dino_f": "frame consistency by DINOv2, 1 is best",
+    "clip_f": "the same by CLIP",
+}
+_COST = {
+    "flops": "of all forwards of a clip, counted from token plans; mean over clips",
+    "seconds": "of denoising a clip, without VAE and retrieval; median of clips",
+}
+_BY_KIND = ("subject_error", "background_error", "agreement", "background_psnr")
+
+# The true edit's own changes at seams are no fault of an editor's, so that the target is relative.
+_SEAMS = 0.05
+_FOLLOWS_FROM = 0.5  # agreement
+
+
+def _of(measure: str) -> Any:
+    def values(clips: Clips) -> Values:
+        return [clip[measure] for clip in clips]
+
+    return values
+
+
+def _followed(clips: Clips) -> Values:
+    """Subject error of clips that mostly show what was asked: no edit agrees with itself too."""
+    return [
+        clip["subject_error"] if (clip["agreement"] or 0) >= _FOLLOWS_FROM else None
+        for clip in clips
+    ]
+
+
+_SUBJECT, _AGREEMENT = _of("subject_error"), _of("agreement")
+_TARGETS = (
+    Target(
+        name="subject error, memory / independent",
+        rows=("memory", "independent"),
+        values=_SUBJECT,
+        at_most=0.5,
+    ),
+    Target(
+        name="subject error, merged / independent",
+        rows=("memory_merged", "independent"),
+        values=_SUBJECT,
+        at_most=0.5,
+    ),
+    Target(
+        name="subject error, memory / independent, where both follow the words",
+        rows=("memory", "independent"),
+        values=_followed,
+        at_most=0.5,
+    ),
+    Target(
+        name="seam ratio, memory / truth",
+        rows=("memory", "truth"),
+        values=_of("seam_ratio"),
+        at_least=1 - _SEAMS,
+        at_most=1 + _SEAMS,
+    ),
+    Target(
+        name="seam ratio, merged / truth",
+        rows=("memory_merged", "truth"),
+        values=_of("seam_ratio"),
+        at_least=1 - _SEAMS,
+        at_most=1 + _SEAMS,
+    ),
+    Target(
+        name="seam ratio, memory / truth through the VAE",
+        rows=("memory", "vae"),
+        values=_of("seam_ratio"),
+        at_most=1 + _SEAMS,
+    ),
+    Target(
+        name="background PSNR, memory - independent",
+        rows=("memory", "independent"),
+        values=_of("background_psnr"),
+        at_least=0,
+        compare=bootstrap.difference,
+    ),
+    Target(
+        name="agreement, memory - independent",
+        rows=("memory", "independent"),
+        values=_AGREEMENT,
+        at_least=-0.02,
+        compare=bootstrap.difference,
+    ),
+    Target(
+        name="background error, memory / independent",
+        rows=("memory", "independent"),
+        values=_of("background_error"),
+        at_most=1,
+    ),
+    Target(
+        name="subject error, memory / one noise, where both follow the words",
+        rows=("memory", "one_noise"),
+        values=_followed,
+        at_most=1,
+    ),
+    Target(
+        name="subject error, memory / FIFO, where both follow the words",
+        rows=("memory", "fifo"),
+        values=_followed,
+        at_most=1,
+    ),
+    Target(
+        name="subject error, merged / memory",
+        rows=("memory_merged", "memory"),
+        values=_SUBJECT,
+        at_most=1.02,
+    ),
+    Target(
+        name="subject error, static / memory",
+        rows=("static", "memory"),
+        values=_SUBJECT,
+        at_most=1.05,
+    ),
+    Target(
+        name="subject error, all windows / the most recent",
+        rows=("memory", "recent_1"),
+        values=_SUBJECT,
+        at_most=1,
+    ),
+    Target(
+        name="subject error, four windows / the most recent",
+        rows=("recent_4", "recent_1"),
+        values=_SUBJECT,
+        at_most=1,
+    ),
+)
+
+
+def summarise_edits(clips: Clips, protocol: EditProtocol) -> dict[str, Any]:
+    """Everything that follows from the clips' measures (see `measures` in it for units)."""
+    features = {name: words for name, words in _FEATURES.items() if _has(clips, name)}
+    measures = MEASURES | features
+    columns: dict[str, list[dict[str, Any]]] = {
+        name: [clip["references"][name] for clip in clips] for name in clips[0]["references"]
+    }
+    columns |= {
+        row.name: [clip["rows"][row.name] for clip in clips] for row in protocol.chosen_rows
+    }
+    kinds = [clip["kind"] for clip in clips]
+    lengths = [clip["windows"] for clip in clips]
+    rows = {name: _row(values, measures, kinds, lengths) for name, values in columns.items()}
+    references = {name: rows.pop(name) for name in clips[0]["references"]}
+    return {
+        "clips": len(clips),
+        "clips_by_kind": {kind: kinds.count(kind) for kind in KINDS if kind in kinds},
+        "clips_by_windows": {str(n): lengths.count(n) for n in sorted(set(lengths))},
+        "rows": rows,
+        "references": references,
+        "targets": compared(
+            _TARGETS, lambda target, name: target.values(columns[name]) if name in columns else None
+        ),
+        "measures": measures | _COST,
+    }
+
+
+def _has(clips: Clips, measure: str) -> bool:
+    return measure in clips[0]["references"]["truth"]
+
+
+def _row(
+    values: list[dict[str, Any]],
+    measures: dict[str, str],
+    kinds: Sequence[str],
+    lengths: Sequence[int],
+) -> dict[str, Any]:
+    """One method's summary. values: its measures, one a clip."""
+    summary: dict[str, Any] = {}
+    for name in measures:
+        add(summary, name, _of(name)(values))
+    if "flops" in values[0]:
+        summary["flops"] = rounded(sum(row["flops"] for row in values) / len(values))
+        # the median, since the first clip also pays for warming up
+        summary["seconds"] = rounded(median(row["seconds"] for row in values))
+    summary["by_kind"] = {
+        kind: _some(values, [own == kind for own in kinds]) for kind in KINDS if kind in kinds
+    }
+    summary["by_windows"] = {
+        str(length): _some(values, [own == length for own in lengths])
+        for length in sorted(set(lengths))
+    }
+    return summary
+
+
+def _some(values: list[dict[str, Any]], chosen: list[bool]) -> dict[str, Any]:
+    some = [row for row, counts in zip(values, chosen, strict=True) if counts]
+    return {name: described(bootstrap.mean(_of(name)(some))) for name in _BY_KIND}
+
+
+def edits_markdown(results: dict[str, Any]) -> str:
+    """The result as tables that a README or a model card can show."""
+    settings = results["settings"]
+    lengths = [f"{count} of {n} windows" for n, count in results["clips_by_windows"].items()]
+    features = [name for name in _FEATURES if name in results["measures"]]
+    titles = ["", "subject error ↓", "background error ↓", "agreement ↑", "background PSNR ↑"]
+    titles += ["PSNR ↑", "flicker ↑", "seam ratio", *(name.upper() for name in features)]
+    titles += ["GFLOP a clip", "seconds a clip"]
+    lines = [
+        f"{results['clips']} held-out clips ({', '.join(lengths)}), {settings['steps']} denoising "
+        f"steps, checkpoint {results['engine']['checkpoint']} on {results['engine']['device']}; "
+        "95 % bootstrap intervals over clips.",
+        *([] if settings["trained_for_memory"] else ["These weights never learned to remember."]),
+        "",
+        f"| {' | '.join(titles)} |",
+        "|---" * len(titles) + "|",
+    ]
+    rows = results["rows"] | results["references"]
+    lines += [_markdown_row(_LABELS[name], row, features) for name, row in rows.items()]
+    lines += targets_table(results["targets"])
+    kinds = list(results["clips_by_kind"])
+    lines += [
+        "",
+        "Subject error and, in brackets, agreement by kind of instruction:",
+        "",
+        f"| | {' | '.join(kinds)} |",
+        "|---" * (len(kinds) + 1) + "|",
+    ]
+    for name, row in rows.items():
+        cells = [_kind_cell(row["by_kind"][kind]) for kind in kinds]
+        lines.append(f"| {_LABELS[name]} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _markdown_row(label: str, row: dict[str, Any], features: Sequence[str]) -> str:
+    flops = row.get("flops")
+    cells = [
+        label,
+        with_interval(row, "subject_error", 4),
+        with_interval(row, "background_error", 4),
+        with_interval(row, "agreement", 3),
+        with_interval(row, "background_psnr", 2),
+        number(row["psnr"], 2),
+        number(row["flicker"], 4),
+        with_interval(row, "seam_ratio", 3),
+        *(number(row[name], 4) for name in features),
+        number(None if flops is None else flops / 1e9, 1),
+        number(row.get("seconds"), 1),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+def _kind_cell(values: dict[str, Any]) -> str:
+    subject, agreement = values["subject_error"]["value"], values["agreement"]["value"]
+    return f"{number(subject, 4)} ({number(agreement, 2)})"
