@@ -63,8 +63,8 @@ def test_an_editing_checkpoint_shares_its_vae(
         "training_log.csv",
         "loss.png",
     }
-    # beside 13 MB of tiny-nvs in 24 MiB
-    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) < 10e6
+    # beside 13.5 MB of tiny-nvs in 24 MiB
+    assert sum(path.stat().st_size for path in out.rglob("*") if path.is_file()) < 11e6
     engine = Engine.from_pretrained(out, device="cpu")
     assert engine.text is not None and engine.checkpoint.name == "tiny-edit"
     assert engine.vae.key == Engine.from_pretrained("tiny-nvs", device="cpu").vae.key
