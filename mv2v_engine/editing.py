@@ -10,10 +10,8 @@ import argparse
 from collections.abc import Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import get_args
 
-from mv2v_engine import Engine, EngineConfig, __version__
-from mv2v_engine.config import MergeMode, SchedulerName
+from mv2v_engine import Engine, __version__
 from mv2v_engine.engine.editing.descriptors import check_descriptor
 from mv2v_engine.engine.editing.request import EditRequest, engine_settings
 from mv2v_engine.engine.editing.results import EditResults
@@ -25,14 +23,17 @@ from mv2v_engine.options import (
     INTERRUPTED,
     PARTIAL,
     add_folder,
+    add_memory_bounds,
     add_model,
     add_reuse,
+    add_sampler,
+    engine_config,
     loading,
     read_resolution,
     resuming_line,
 )
 from mv2v_engine.progress import driven
-from mv2v_engine.terminal import cancel_on_interrupt, edit_table, num_bytes, say, turn_progress
+from mv2v_engine.terminal import cancel_on_interrupt, edit_table, say, turn_progress
 from mv2v_engine.video.io import probe_video
 from mv2v_engine.video.windows import edit_windows
 
@@ -42,24 +43,8 @@ _MAX_ROWS, _SHOWN_CUTS = 24, 12
 
 def edit(args: argparse.Namespace) -> int:
     """Edit a video of any length by one instruction."""
-    config = EngineConfig(
-        backend=args.backend,
-        attention=args.attention,
-        memory=args.memory,
-        max_memory=args.max_memory,
-        descriptor=args.descriptor,
-        cross_shot_similarity=args.cross_shot_similarity,
-        merge=args.merge,
-        merge_fraction=args.merge_fraction,
-        scheduler=args.scheduler,
-        graphs=args.graphs,
-        conditioning=args.conditioning,
-        reuse=args.reuse,
-        reuse_refresh=args.reuse_refresh,
-        reuse_drift=args.reuse_drift,
-        step_cache=args.step_cache,
-        cache_bytes=args.cache_bytes,
-        device_cache_bytes=args.device_cache_bytes,
+    config = engine_config(
+        args, descriptor=args.descriptor, cross_shot_similarity=args.cross_shot_similarity
     )
     resolution = read_resolution(args)
     require_editing(resolution.config, resolution.name)
@@ -156,10 +141,10 @@ def _cut_off(
 
 def add_edit(parser: argparse.ArgumentParser) -> None:
     """The options of `run edit`."""
-    defaults = EngineConfig()
     parser.set_defaults(command=edit)
     parser.add_argument("clip", type=Path, help="the source video, of any length")
-    add = parser.add_argument_group("the edit").add_argument
+    group = parser.add_argument_group("the edit")
+    add = group.add_argument
     add("--prompt", required=True, metavar="TEXT", help="the instruction")
     add(
         "--out",
@@ -168,10 +153,7 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.mp4",
         help="the edited video; FILE.edit beside it keeps windows, overview.png and report.json",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the noise of every window")
-    add("--steps", type=int, metavar="N", help="denoising steps of a window")
-    add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
-    add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
+    add_sampler(group, "every window", "a window")
     add(
         "--cuts",
         type=_cuts,
@@ -179,13 +161,14 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         help="first frames of the shots but the first, from 0, as 40,85; none: one shot; "
         "auto, if not given: PySceneDetect finds them",
     )
-    add = parser.add_argument_group("the memory").add_argument
+    group = parser.add_argument_group("the memory")
+    add = group.add_argument
     add(
         "--memory",
         choices=("retrieved", "none"),
         help="none: every window alone; retrieved if the weights learned to",
     )
-    add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help="windows a window")
+    add_memory_bounds(group, "windows a window")
     add(
         "--descriptor",
         type=Path,
@@ -199,21 +182,6 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         metavar="S",
         help="cosine from which on windows of other shots are remembered; never if not given",
     )
-    add(
-        "--cache-bytes",
-        type=num_bytes,
-        default=defaults.cache_bytes,
-        metavar="N",
-        help="of remembered latents, as 4GiB or 500MB",
-    )
-    add(
-        "--device-cache-bytes",
-        type=num_bytes,
-        metavar="N",
-        help="how many of these one arena on the device holds; the rest is one on the host",
-    )
-    add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
-    add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
     add_reuse(parser)
     add_model(parser, "tiny-edit")
     add_folder(parser, "edit", "FILE.edit")

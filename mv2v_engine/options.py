@@ -18,12 +18,34 @@ from mv2v_engine.config import (
     Conditioning,
     EngineConfig,
     GraphMode,
+    MergeMode,
     Reuse,
+    SchedulerName,
 )
 from mv2v_engine.errors import RequestError
+from mv2v_engine.terminal import num_bytes
 
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+
+# what both editing commands can set of an engine, by the names of EngineConfig
+_SETTINGS = (
+    "backend",
+    "attention",
+    "memory",
+    "max_memory",
+    "merge",
+    "merge_fraction",
+    "scheduler",
+    "graphs",
+    "conditioning",
+    "reuse",
+    "reuse_refresh",
+    "reuse_drift",
+    "step_cache",
+    "cache_bytes",
+    "device_cache_bytes",
+)
 
 
 class Parser(argparse.ArgumentParser):
@@ -31,6 +53,41 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}; see {self.prog} --help")
+
+
+def engine_config(args: argparse.Namespace, **own: Any) -> EngineConfig:
+    """An engine's configuration from what the commands share, and the settings of one's own."""
+    return EngineConfig(**{name: getattr(args, name) for name in _SETTINGS}, **own)
+
+
+def add_sampler(group: argparse._ArgumentGroup, noise: str, steps: str) -> None:
+    """How the denoising runs. noise, steps: what the seed and the steps are of."""
+    add = group.add_argument
+    add("--seed", type=int, default=0, metavar="N", help=f"of the noise of {noise}")
+    add("--steps", type=int, metavar="N", help=f"denoising steps of {steps}")
+    add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
+    add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
+
+
+def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:
+    """How much is remembered, and what merges. most: what --max-memory counts."""
+    defaults, add = EngineConfig(), group.add_argument
+    add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help=most)
+    add(
+        "--cache-bytes",
+        type=num_bytes,
+        default=defaults.cache_bytes,
+        metavar="N",
+        help="of remembered latents, as 4GiB or 500MB",
+    )
+    add(
+        "--device-cache-bytes",
+        type=num_bytes,
+        metavar="N",
+        help="how many of these one arena on the device holds; the rest is one on the host",
+    )
+    add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
+    add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
 
 
 def add_reuse(parser: argparse.ArgumentParser) -> None:

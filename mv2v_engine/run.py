@@ -20,11 +20,7 @@ import torch
 from mv2v_engine import Engine, EngineConfig, __version__
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
-from mv2v_engine.config import (
-    MemoryMode,
-    MergeMode,
-    SchedulerName,
-)
+from mv2v_engine.config import MemoryMode
 from mv2v_engine.editing import add_edit
 from mv2v_engine.engine.engine import default_memory
 from mv2v_engine.engine.opening import session_identity
@@ -40,13 +36,16 @@ from mv2v_engine.options import (
     REFUSED,
     Parser,
     add_folder,
+    add_memory_bounds,
     add_model,
     add_reuse,
+    add_sampler,
+    engine_config,
     loading,
     read_resolution,
 )
 from mv2v_engine.rendering import render
-from mv2v_engine.terminal import num_bytes, say
+from mv2v_engine.terminal import say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -72,24 +71,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def novel_view(args: argparse.Namespace) -> int:
     """Re-render a clip from every camera in turn, into a session's folder."""
-    config = EngineConfig(
-        backend=args.backend,
-        attention=args.attention,
-        memory=args.memory,
-        max_memory=args.max_memory,
-        merge=args.merge,
-        merge_fraction=args.merge_fraction,
-        scheduler=args.scheduler,
-        graphs=args.graphs,
-        fov_radius=args.fov_radius,
-        conditioning=args.conditioning,
-        reuse=args.reuse,
-        reuse_refresh=args.reuse_refresh,
-        reuse_drift=args.reuse_drift,
-        step_cache=args.step_cache,
-        cache_bytes=args.cache_bytes,
-        device_cache_bytes=args.device_cache_bytes,
-    )
+    config = engine_config(args, fov_radius=args.fov_radius)
     resolution = read_resolution(args)
     require_novel_view(resolution.config, resolution.name)
     sampling = resolution.sampling
@@ -190,7 +172,8 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     defaults = EngineConfig()
     parser.set_defaults(command=novel_view)
     parser.add_argument("clip", type=Path, help="the source video")
-    add = parser.add_argument_group("the turns").add_argument
+    group = parser.add_argument_group("the turns")
+    add = group.add_argument
     add(
         "--camera",
         action="append",
@@ -203,29 +186,12 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--window", metavar="W", help="first, middle, last, even, pad, or the frame to start at")
     add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
     add("--prompt", default="", metavar="TEXT")
-    add("--seed", type=int, default=0, metavar="N", help="of every turn's noise")
-    add("--steps", type=int, metavar="N", help="denoising steps of a turn")
-    add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
-    add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
-    add = parser.add_argument_group("the memory").add_argument
+    add_sampler(group, "every turn", "a turn")
+    group = parser.add_argument_group("the memory")
+    add = group.add_argument
     add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
-    add("--max-memory", type=int, default=defaults.max_memory, metavar="N", help="videos a turn")
-    add(
-        "--cache-bytes",
-        type=num_bytes,
-        default=defaults.cache_bytes,
-        metavar="N",
-        help="of remembered latents, as 4GiB or 500MB",
-    )
-    add(
-        "--device-cache-bytes",
-        type=num_bytes,
-        metavar="N",
-        help="how many of these one arena on the device holds; the rest is one on the host",
-    )
+    add_memory_bounds(group, "videos a turn")
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
-    add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
-    add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
     add_reuse(parser)
     add_model(parser, "tiny-nvs")
     add_folder(parser, "session")
