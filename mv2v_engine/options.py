@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 from pathlib import Path
 from typing import Any, NoReturn, get_args
@@ -23,7 +24,6 @@ from mv2v_engine.config import (
     SchedulerName,
 )
 from mv2v_engine.errors import RequestError
-from mv2v_engine.terminal import num_bytes
 
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
 _DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -88,6 +88,21 @@ def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:
     )
     add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
     add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
+
+
+def num_bytes(text: str) -> int:
+    """A number of bytes as a user writes it: 4GiB, 1.5 GB, 500m, 1048576.
+
+    Raises:
+        ArgumentTypeError: it is no such number.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
+    if match is None or (match[3] and not match[2]):
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is no size; give bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
+        )
+    power = " kmgt".index(match[2].lower() or " ")
+    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def add_reuse(parser: argparse.ArgumentParser) -> None:

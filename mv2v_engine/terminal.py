@@ -5,8 +5,6 @@ Bars and lines are adapters over progress events, tables over the reports of wha
 
 from __future__ import annotations
 
-import argparse
-import re
 import signal
 import sys
 import threading
@@ -127,21 +125,6 @@ def cancel_on_interrupt() -> Iterator[CancelToken]:
 def say(message: str) -> None:
     """One line on stderr, whatever the message holds."""
     print(" ".join(message.split()), file=sys.stderr)
-
-
-def num_bytes(text: str) -> int:
-    """A number of bytes as a user writes it: 4GiB, 1.5 GB, 500m, 1048576.
-
-    Raises:
-        ArgumentTypeError: it is no such number.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; give bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
-        )
-    power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
 
 
 def clock(seconds: float) -> str:

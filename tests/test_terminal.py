@@ -9,7 +9,6 @@ import struct
 import subprocess
 import sys
 import termios
-from argparse import ArgumentTypeError
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +16,7 @@ from typing import Any
 import pytest
 
 from mv2v_engine.progress import StageDone, StageStarted, StepDone, WindowDone, WindowStarted
-from mv2v_engine.terminal import clock, edit_table, num_bytes, table, turn_progress, turn_table
+from mv2v_engine.terminal import clock, edit_table, table, turn_progress, turn_table
 
 STAGES = "vae s text s memory s sampling s"
 ROOT = Path(__file__).resolve().parents[1]
@@ -236,26 +235,3 @@ def test_turns_that_merged_nothing() -> None:
     merged = [{"block": 3, "frames": {"source": [0]}}]
     _, plain, merging = turn_table([report(1, []), report(1, merged)]).splitlines()
     assert plain.split()[7] == "0" and merging.split()[7] == "1"
-
-
-@pytest.mark.parametrize(
-    ("text", "value"),
-    [
-        ("0", 0),
-        ("1048576", 1 << 20),
-        ("4GiB", 4 << 30),
-        ("1.5 gb", 1_500_000_000),
-        ("500M", 500_000_000),
-        ("2Ki", 2048),
-        (" 3 TiB ", 3 << 40),
-        ("7b", 7),
-    ],
-)
-def test_sizes(text: str, value: int) -> None:
-    assert num_bytes(text) == value
-
-
-@pytest.mark.parametrize("text", ["", "-1", "GiB", "4XB", "1e9", "4 GiB more", "iB", "nan"])
-def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match="is no size; give bytes, or a number with KB"):
-        num_bytes(text)
