@@ -21,7 +21,6 @@ from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.config import TINY, TINY_EDIT, SamplingConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.rope import axis_dims
-from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave
 from mv2v_engine.training.edit_latents import EditLatents
@@ -30,6 +29,7 @@ from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Sampler, compute_dtype, flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
+from mv2v_engine.training.text import read_text_encoder
 from mv2v_engine.training.throughput import matmul_tflops
 
 TINY_SAMPLING = SamplingConfig(
@@ -150,13 +150,7 @@ def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.dev
         views = TINY_RECIPE if args.start_from is None else TINY_MEMORY_RECIPE
         return SceneSampler(LatentCache(args.latents, device), model.config, replace(views, **odds))
     recipe = TINY_EDIT_RECIPE if args.start_from is None else TINY_EDIT_MEMORY_RECIPE
-    text = load_text_encoder(
-        args.text / "text_encoder",
-        args.text / "tokenizer",
-        max_length=model.config.text_len,
-        device=torch.device("cpu"),
-        dtype=torch.float32,
-    )
+    text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))
     return EditSampler(
         EditLatents(args.edits),
         model.config,

@@ -21,9 +21,10 @@ from tqdm import tqdm
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.synthetic.edit_worlds import WINDOW
-from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.edits import EditPair, RenderedEdits
+from mv2v_engine.training.text import read_text_encoder, trim_text
 from mv2v_engine.vae import VideoVAE, load_vae
 
 _TENSORS = ("source", "edited", "mask", "text")
@@ -82,13 +83,11 @@ class EditLatents:
 
 def encode_pair(pair: EditPair, vae: VideoVAE, text: TextEncoder) -> EncodedPair:
     """A rendered pair, window by window."""
-    embedding = text.encode(pair.prompt)[0]
-    used = int(embedding.abs().amax(-1).nonzero()[-1]) + 1
     return EncodedPair(
         source=_encoded(pair.source, vae),
         edited=_encoded(pair.edited, vae),
         mask=torch.stack([latent_mask(m, vae) for m in pair.mask.split(WINDOW)]).half(),
-        text=embedding[:used].bfloat16(),
+        text=trim_text(text.encode(pair.prompt))[0].bfloat16(),
     )
 
 
@@ -140,13 +139,7 @@ def main() -> None:
 
     device = torch.device(args.device)
     vae = load_vae(args.vae, device=device, dtype=torch.float32)
-    text = load_text_encoder(
-        args.text / "text_encoder",
-        args.text / "tokenizer",
-        max_length=args.text_length,
-        device=device,
-        dtype=torch.float32,
-    )
+    text = read_text_encoder(args.text, args.text_length, device)
     try:
         first, step = (int(part) for part in args.shard.split("/"))
     except ValueError:

@@ -23,11 +23,12 @@ from tqdm import tqdm
 from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_json, save_tensors
-from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.multicam import MultiCamVideo
 from mv2v_engine.training.recipe import Tracks
 from mv2v_engine.training.scenes import RenderedScenes, Scene, SceneSource
+from mv2v_engine.training.text import read_text_encoder, trim_text
 from mv2v_engine.vae import VideoVAE, load_vae
 
 _STILL_METRES = 1e-4
@@ -211,22 +212,6 @@ def _encoder(
     return encode
 
 
-def trim_text(text: Tensor) -> Tensor:
-    """Embeddings [K, S, dim] without the zeros past the longest prompt: [K, S', dim]."""
-    used = text.abs().amax((0, 2)).nonzero()
-    return text[:, : int(used[-1]) + 1] if len(used) else text[:, :1]
-
-
-def _text_encoder(folder: Path, length: int, device: torch.device) -> TextEncoder:
-    return load_text_encoder(
-        folder / "text_encoder",
-        folder / "tokenizer",
-        max_length=length,
-        device=device,
-        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
-    )
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     sources = parser.add_mutually_exclusive_group(required=True)
@@ -258,7 +243,7 @@ def main() -> None:
             parser.error("--captions needs --text, the folder of the encoder that reads them")
         source = _multicam(args, vae)
         if args.text is not None:
-            text = _text_encoder(args.text, args.text_length, device)
+            text = read_text_encoder(args.text, args.text_length, device)
     first, step = (int(part) for part in args.shard.split("/"))
     names = source.names[first::step]
     report = args.out / f"skipped_{first}_of_{step}.json"

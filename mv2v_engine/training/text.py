@@ -16,10 +16,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from mv2v_engine.files import save_json
 from mv2v_engine.synthetic.instructions import all_prompts
+from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.training.command import run_command
 
 if TYPE_CHECKING:
@@ -112,6 +113,27 @@ def write_text_encoder(out: Path, *, seed: int = 0) -> None:
     # transformers 5 writes names that 4 does not know; both know this one
     config.pop("backend", None)
     save_json(path, {**config, "tokenizer_class": "PreTrainedTokenizerFast"})
+
+
+def read_text_encoder(folder: Path, max_length: int, device: torch.device) -> TextEncoder:
+    """The encoder of a folder with text_encoder and tokenizer, in bfloat16 on a GPU.
+
+    Raises:
+        CheckpointError: a part is missing, or of another kind.
+    """
+    return load_text_encoder(
+        folder / "text_encoder",
+        folder / "tokenizer",
+        max_length=max_length,
+        device=device,
+        dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
+    )
+
+
+def trim_text(text: Tensor) -> Tensor:
+    """Embeddings [K, S, dim] without the zeros past the longest prompt: [K, S', dim]."""
+    used = text.abs().amax((0, 2)).nonzero()
+    return text[:, : int(used[-1]) + 1] if len(used) else text[:, :1]
 
 
 def main() -> None:
