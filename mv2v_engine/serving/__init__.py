@@ -1,1 +1,1 @@
-"""The engine as a service: sessions, turns and jobs over HTTP, durable, and a page to work in."""
+"""The service: durable sessions behind HTTP, one worker process that owns the engine."""

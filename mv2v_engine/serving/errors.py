@@ -11,8 +11,6 @@ from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
 
-from mv2v_engine.errors import MV2VError
-
 INVALID, AUTHENTICATION, RATE, SERVER = (
     "invalid_request_error",
     "authentication_error",
@@ -35,12 +33,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "malformed_request": Kind(400, INVALID, "no readable HTTP, JSON or multipart body"),
         "wrong_host": Kind(400, INVALID, "the Host header names another host than the service's"),
         "authentication_required": Kind(401, AUTHENTICATION, "no bearer token, or a wrong one"),
+        "request_timeout": Kind(408, INVALID, "the body stopped coming"),
         "not_found": Kind(404, INVALID, "no such route, session, turn, job or file for this token"),
         "method_not_allowed": Kind(405, INVALID, "the route has other methods"),
-        "busy": Kind(409, INVALID, "the session or the job is not in a state for this"),
-        "idempotency_conflict": Kind(409, INVALID, "the Idempotency-Key came with another request"),
+        "conflict": Kind(409, INVALID, "the key or the state of a thing is in the way of this"),
         "not_finished": Kind(409, INVALID, "the turn has no result yet, or will have none"),
-        "too_many_sessions": Kind(409, INVALID, "the store holds as many sessions as it may"),
         "too_large": Kind(413, INVALID, "the body or the file has too many bytes"),
         "unsupported_media": Kind(415, INVALID, "the body is of another content type"),
         "range_not_satisfiable": Kind(416, INVALID, "the byte range lies outside the file"),
@@ -50,6 +47,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "too_many_frames": Kind(422, INVALID, "the video has too many frames"),
         "too_many_pixels": Kind(422, INVALID, "the frames of the video are too large"),
         "unprocessable_turn": Kind(422, INVALID, "the model or the session cannot do this turn"),
+        "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
         "queue_full": Kind(429, RATE, "as many turns wait as may; Retry-After says for how long"),
         "internal": Kind(500, SERVER, "a fault of the service"),
         "not_ready": Kind(503, SERVER, "the service is starting or stopping"),
@@ -62,7 +60,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-class ApiError(MV2VError):
+class ApiError(Exception):
     """An answer other than success. code: of `KINDS`, which gives its status and type.
 
     param: the field of the request that is at fault, if one is. headers: of the answer.
