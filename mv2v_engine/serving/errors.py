@@ -46,6 +46,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "video_too_long": Kind(422, INVALID, "the video lasts too many seconds"),
         "too_many_frames": Kind(422, INVALID, "the video has too many frames"),
         "too_many_pixels": Kind(422, INVALID, "the frames of the video are too large"),
+        "video_too_slow": Kind(422, INVALID, "decoding the video takes too long or too much"),
         "unprocessable_turn": Kind(422, INVALID, "the model or the session cannot do this turn"),
         "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
         "queue_full": Kind(429, RATE, "as many turns wait as may; Retry-After says for how long"),
