@@ -24,8 +24,7 @@ _SLACK_SECONDS = 60.0
 class Prober:
     """Decodes uploads in a process apart, `at_once` at a time; started again if it dies."""
 
-    def __init__(self, limits: Limits, *, at_once: int = 2) -> None:
-        self._limits = limits
+    def __init__(self, *, at_once: int = 2) -> None:
         self._room = asyncio.Semaphore(at_once)
         self._starting = asyncio.Lock()
         self._process: Process | None = None
@@ -60,7 +59,7 @@ class Prober:
             if self._reading is not None:
                 await self._reading
 
-    async def probe(self, path: Path) -> ProbedVideo:
+    async def probe(self, path: Path, limits: Limits) -> ProbedVideo:
         """What a video holds, decoded to its end.
 
         Raises:
@@ -72,8 +71,8 @@ class Prober:
             answer = asyncio.get_running_loop().create_future()
             self._waiting[number] = answer
             try:
-                await self._ask(number, path)
-                said = await asyncio.wait_for(answer, self._limits.probe_seconds + _SLACK_SECONDS)
+                await self._ask({"id": number, "path": str(path), "limits": limits.to_dict()})
+                said = await asyncio.wait_for(answer, limits.probe_seconds + _SLACK_SECONDS)
             except asyncio.TimeoutError:
                 raise ApiError(
                     "video_too_slow", "decoding the video does not end; re-encode it", param="video"
@@ -84,8 +83,7 @@ class Prober:
             raise ApiError(said["code"], said["message"], param="video")
         return ProbedVideo(**said["video"])
 
-    async def _ask(self, number: int, path: Path) -> None:
-        request = {"id": number, "path": str(path), "limits": self._limits.to_dict()}
+    async def _ask(self, request: dict[str, Any]) -> None:
         process = self._process
         if process is None or process.stdin is None:
             raise _gone()
