@@ -32,6 +32,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "malformed_request": Kind(400, INVALID, "no readable HTTP, JSON or multipart body"),
         "wrong_host": Kind(400, INVALID, "the Host header names another host than the service's"),
+        "wrong_origin": Kind(403, INVALID, "the request comes from another site's page"),
         "authentication_required": Kind(401, AUTHENTICATION, "no bearer token, or a wrong one"),
         "request_timeout": Kind(408, INVALID, "the body stopped coming"),
         "not_found": Kind(404, INVALID, "no such route, session, turn, job or file for this token"),
