@@ -20,3 +20,9 @@ def num_threads() -> int | None:
 def is_ci() -> bool:
     """CI: set by continuous integration; progress bars then print lines instead of redrawing."""
     return os.environ.get("CI", "") not in ("", "0", "false")
+
+
+def traces_exporter() -> str | None:
+    """OTEL_TRACES_EXPORTER: where OpenTelemetry sends spans; unset and "none" are no traces."""
+    text = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    return None if text in ("", "none") else text
