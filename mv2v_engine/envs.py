@@ -31,3 +31,9 @@ def serving_tokens() -> tuple[str, ...]:
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with some variables set, for a process to start."""
     return {**os.environ, **changes}
+
+
+def traces_exporter() -> str | None:
+    """OTEL_TRACES_EXPORTER: where OpenTelemetry sends spans; unset and "none" are no traces."""
+    text = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    return None if text in ("", "none") else text
