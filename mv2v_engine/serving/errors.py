@@ -37,7 +37,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "request_timeout": Kind(408, INVALID, "the body stopped coming"),
         "not_found": Kind(404, INVALID, "no such route, session, turn, job or file for this token"),
         "method_not_allowed": Kind(405, INVALID, "the route has other methods"),
-        "conflict": Kind(409, INVALID, "the state of the session or the job does not allow this"),
+        "busy": Kind(409, INVALID, "the state of the session or the job does not allow this"),
         "idempotency_conflict": Kind(409, INVALID, "the Idempotency-Key came with another request"),
         "not_finished": Kind(409, INVALID, "the turn has no result yet, or will have none"),
         "too_large": Kind(413, INVALID, "the body or the file has too many bytes"),

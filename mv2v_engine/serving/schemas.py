@@ -94,10 +94,12 @@ class RemixRequest(TurnRequest):
 
     model: str | None = Field(default=None, description="the checkpoint's name, as /v1/models says")
     seconds: str | None = Field(
-        default=None, description="of the result; the model and the video decide, others are refused"
+        default=None,
+        description="of the result, which model and video decide: others are refused",
     )
     size: str | None = Field(
-        default=None, description="WIDTHxHEIGHT of the result; the model decides, others are refused"
+        default=None,
+        description="WIDTHxHEIGHT of the result, which the model decides: others are refused",
     )
 
     def turn(self, kind: SessionKind) -> dict[str, Any]:

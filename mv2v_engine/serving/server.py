@@ -154,7 +154,7 @@ async def serve(
         async with running_app(config, backend, listeners) as app:
 
             async def drain() -> None:
-                await app.state.service.stop()
+                await app.state.service.drain()
                 app.state.stopping.set()
 
             server = DrainingServer(app, drain)

@@ -65,6 +65,7 @@ class Service:
         self._probe = probe
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_stopping, self._restarts = False, 0
+        self._draining: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
         """Lock the store, recover what a kill left behind, and begin to load the engine.
@@ -99,16 +100,28 @@ class Service:
         self._publisher.start()
         self._retention.start()
 
+    async def drain(self) -> None:
+        """Take no more turns, give the one under way its grace, then put it back in the queue.
+
+        What there is can be read until `stop`.
+        """
+        if self._draining is None:
+            self._is_stopping = True
+            self._draining = asyncio.create_task(self._drain())
+        await asyncio.shield(self._draining)
+
     async def stop(self) -> None:
-        """Take no more turns, give the one under way its grace, then put it back in the queue."""
-        self._is_stopping = True
+        """Drain, then close the database and let go of the store."""
+        await self.drain()
+        await asyncio.to_thread(self._database.close)
+        self.store.unlock()
+
+    async def _drain(self) -> None:
         await self._retention.stop()
         await self._publisher.stop()
         await self._scheduler.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
-        await asyncio.to_thread(self._database.close)
-        self.store.unlock()
 
     @property
     def ready(self) -> bool:

@@ -28,7 +28,8 @@ def make_request(asked: dict[str, Any], about: dict[str, Any]) -> TurnRequest | 
         CameraError, RequestError: the model cannot serve it.
     """
     name = about["engine"]["checkpoint"]
-    known = {"camera", "prompt", "memory", *_COMMON}
+    # the last one is of no matter to the model: OpenAI's clients ask what a video was made after
+    known = {"camera", "prompt", "memory", *_COMMON, "remixed_from"}
     if unknown := sorted(set(asked) - known):
         raise RequestError(f"a turn has no {', '.join(unknown)}; leave it out")
     common = {key: asked[key] for key in _COMMON if asked.get(key) is not None}

@@ -61,7 +61,7 @@ def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> N
 def test_broken_videos_are_refused_or_decode(source_clip: Path, tmp_path: Path) -> None:
     # one that decodes to its end in the probe does so in the engine, and no other is taken
     async def check(prober: Prober) -> None:
-        for number, (what, data) in enumerate(broken_videos(source_clip.read_bytes(), 40)):
+        for number, (what, data) in enumerate(broken_videos(source_clip.read_bytes(), 30)):
             path = tmp_path / f"upload{number}"
             path.write_bytes(data)
             try:
@@ -81,7 +81,7 @@ def test_no_other_file_is_opened(source_clip: Path, tmp_path: Path) -> None:
     beside.write_bytes(source_clip.read_bytes())
     lists = {
         "concat": b"ffconcat version 1.0\nfile clip.mp4\n",
-        "playlist.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nclip.mp4\n#EXT-X-ENDLIST\n",
+        "playlist.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nclip.mp4\n",
     }
     for name, content in lists.items():
         (tmp_path / name).write_bytes(content)

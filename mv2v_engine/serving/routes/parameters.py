@@ -42,9 +42,7 @@ SessionId = Annotated[
     str,
     Path(examples=[SESSION_ID], json_schema_extra={"pattern": "^session_[0-9a-f]{24}$"}),
 ]
-JobId = Annotated[
-    str, Path(examples=[JOB_ID], json_schema_extra={"pattern": "^job_[0-9a-f]{24}$"})
-]
+JobId = Annotated[str, Path(examples=[JOB_ID], json_schema_extra={"pattern": "^job_[0-9a-f]{24}$"})]
 TurnNumber = Annotated[int, Path(ge=1, le=2**31 - 1, examples=[1])]
 
 Limit = Annotated[int, Query(ge=1, le=100, description="how many at most")]

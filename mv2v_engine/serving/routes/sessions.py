@@ -138,9 +138,7 @@ async def list_sessions(
     order: Order = "desc",
 ) -> Sessions:
     """Sessions by creation."""
-    page = await service.sessions(
-        owner, limit=limit, after=after, is_newest_first=order == "desc"
-    )
+    page = await service.sessions(owner, limit=limit, after=after, is_newest_first=order == "desc")
     data = [session_of(record) for record in page.items]
     return Sessions(
         data=data,
@@ -183,7 +181,7 @@ async def delete_session(service: Serving, owner: Owner, session_id: SessionId) 
     status_code=status.HTTP_201_CREATED,
     response_model=Session,
     responses=refusals(
-        *ANY, *BODY, "not_found", "too_many_sessions", "disk_full", "conflict", "not_ready"
+        *ANY, *BODY, "not_found", "too_many_sessions", "disk_full", "busy", "not_ready"
     ),
 )
 async def branch_session(

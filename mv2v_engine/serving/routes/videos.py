@@ -135,9 +135,9 @@ def _check_seconds(asked: RemixRequest, session: SessionRecord, about: dict[str,
         )
 
 
-async def _asked(request: Request, stack: AsyncExitStack, service: Service, limit: int) -> tuple[
-    VideoRequest, Form
-]:
+async def _asked(
+    request: Request, stack: AsyncExitStack, service: Service, limit: int
+) -> tuple[VideoRequest, Form]:
     """What a body asks for, a form or JSON alike."""
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
@@ -259,14 +259,14 @@ async def get_video(request: Request, service: Serving, owner: Owner, video_id: 
 @router.delete(
     "/{video_id}",
     response_model=DeletedVideo,
-    responses=refusals(*ANY, "wrong_origin", "not_found", "conflict"),
+    responses=refusals(*ANY, "wrong_origin", "not_found", "busy"),
 )
 async def delete_video(service: Serving, owner: Owner, video_id: JobId) -> DeletedVideo:
     """Remove a video and its session, if it is the session's only one."""
     job = await service.job(owner, video_id)
     if len((await service.jobs(owner, session=job.session, limit=2)).items) > 1:
         raise ApiError(
-            "conflict",
+            "busy",
             f"other videos were made in the same session, {job.session}, and remember this one; "
             f"delete them all with DELETE /v1/sessions/{job.session}",
         )
@@ -292,17 +292,15 @@ async def get_video_content(
     job = await service.job(owner, video_id)
     if job.state != "finished" or job.number is None:
         raise ApiError(
-            "not_finished", f"this video is {_STATUS[job.state]}; its content is there once it is "
-            "completed"
+            "not_finished",
+            f"this video is {_STATUS[job.state]}; its content is there once it is completed",
         )
     path = await service.turn_file(owner, job.session, job.number, variant)
     suffix, kind = ("mp4", "video/mp4") if variant == "video" else ("jpg", "image/jpeg")
     return await answer_file(request, path, name=f"{video_id}.{suffix}", media_type=kind)
 
 
-@router.post(
-    "/{video_id}/remix", response_model=Video, responses=refusals(*ANY, *BODY, *SUBMIT)
-)
+@router.post("/{video_id}/remix", response_model=Video, responses=refusals(*ANY, *BODY, *SUBMIT))
 async def remix_video(
     request: Request,
     service: Serving,
@@ -317,5 +315,6 @@ async def remix_video(
     session = await service.session(owner, origin.session)
     _check_model(body, about)
     _check_seconds(body, session, about)
-    job, _ = await service.submit(owner, session.id, body.turn(session.kind), key=key)
+    turn = body.turn(session.kind) | {"remixed_from": video_id}
+    job, _ = await service.submit(owner, session.id, turn, key=key)
     return _video(request, job, session, about)
