@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Match, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mv2v_engine import __version__
@@ -147,8 +148,19 @@ async def _of_framework(request: Request, error: Exception) -> Response:
     if code == "not_found":
         message = f"there is nothing at {request.url.path[:200]!r}; /openapi.json lists the routes"
     elif code == "method_not_allowed":
-        message = f"{request.url.path[:200]!r} takes other methods than {request.method[:20]!r}"
+        allowed = ", ".join(_methods(request))
+        message = f"{request.url.path[:200]!r} takes {allowed}, not {request.method[:20]!r}"
+        return refusal(ApiError(code, message, headers={"Allow": allowed}))
     return refusal(ApiError(code, message, headers=error.headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """What an address can be asked; the framework's own answer names its first route's alone."""
+    methods: set[str] = set()
+    for route in request.app.routes:
+        if isinstance(route, Route) and route.matches(request.scope)[0] is not Match.NONE:
+            methods |= route.methods or set()
+    return sorted(methods)
 
 
 async def _broken(request: Request, error: Exception) -> Response:

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
-from mv2v_engine.serving.routes.parameters import ANY, Owner, Serving
+from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
 from mv2v_engine.serving.schemas import Health, Model, Models, Sampling, refusals
 
 router = APIRouter()
@@ -14,6 +14,7 @@ router = APIRouter()
     "/v1/models",
     response_model=Models,
     tags=["system"],
+    dependencies=[Depends(BEARER)],
     responses=refusals(*ANY, "not_ready"),
 )
 async def list_models(service: Serving, owner: Owner) -> Models:
