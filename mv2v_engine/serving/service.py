@@ -64,7 +64,8 @@ class Service:
         self.config, self.backend, self.listeners = config, backend, tuple(listeners)
         self._probe = probe
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._is_stopping, self._restarts = False, 0
+        self._is_stopping = self._is_stopped = False
+        self._restarts = 0
 
     async def start(self) -> None:
         """Lock the store, recover what a kill left behind, and begin to load the engine.
@@ -101,12 +102,15 @@ class Service:
 
     async def stop(self) -> None:
         """Take no more turns, give the one under way its grace, then put it back in the queue."""
+        if self._is_stopping:
+            return
         self._is_stopping = True
         await self._retention.stop()
         await self._publisher.stop()
         await self._scheduler.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
+        self._is_stopped = True
         await asyncio.to_thread(self._database.close)
         self.store.unlock()
 
@@ -383,9 +387,13 @@ class Service:
         await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
 
     async def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        if self._is_stopped:
+            raise ApiError("not_ready", "the service has stopped; ask again when it is back")
         return await self._database.read(work)
 
     async def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        if self._is_stopped:
+            raise ApiError("not_ready", "the service has stopped; ask again when it is back")
         with disk_errors():
             return await self._database.write(work)
 
