@@ -1,7 +1,8 @@
 """Progress as typed events from one iterator; bars, streams and callbacks are adapters over it.
 
-A turn is a generator of events. `Spans` opens a stage's ranges (NVTX's and torch's profiler's), its
-timer and its event in one place, under the folder's name (video, vae, text, memory, sampling).
+A turn is a generator of events. `Spans` opens a stage's ranges (NVTX's, torch's profiler's and
+those of `watching_stages`), its timer and its event in one place, under the folder's name (video,
+vae, text, memory, sampling).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -125,6 +127,24 @@ def peak_host_bytes() -> int:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
+OpenRange = Callable[[str], AbstractContextManager[object]]
+_RANGES: ContextVar[tuple[OpenRange, ...]] = ContextVar("ranges", default=())
+
+
+@contextmanager
+def watching_stages(open_range: OpenRange) -> Iterator[None]:
+    """Around every stage that this thread runs in the block, a range of the caller's own.
+
+    open_range: makes the range of a stage's name; ranges of turns that run together end in any
+        order. An exception that ends a stage passes through its range.
+    """
+    token = _RANGES.set((*_RANGES.get(), open_range))
+    try:
+        yield
+    finally:
+        _RANGES.reset(token)
+
+
 @dataclass(eq=False)
 class _Peak:
     """A stage under way on a GPU: the most it has seen before the device's peak was reset."""
@@ -160,8 +180,10 @@ class Spans:
             seen = self._watch_peak()
         began = time.perf_counter()
         try:
-            # what torch's profiler shows, on any device
-            with torch.profiler.record_function(name):
+            with ExitStack() as ranges:
+                # what torch's profiler shows, on any device, and whoever watches
+                for open_range in (torch.profiler.record_function, *_RANGES.get()):
+                    ranges.enter_context(open_range(name))
                 yield StageStarted(name)
         finally:
             if on_gpu:
