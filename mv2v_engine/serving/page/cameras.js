@@ -121,16 +121,20 @@ export class CameraPicker {
 
   #draw() {
     const [height, width] = this.model.size;
-    const others = this.earlier.flatMap(({ number, camera }) => {
+    // turns with the same camera lie on one another, under all of their numbers
+    const others = new Map();
+    for (const { number, camera } of this.earlier) {
       const poses = pathOf(camera, this.presets);
-      return poses ? [{ poses, label: String(number) }] : [];
-    });
+      const key = JSON.stringify(camera);
+      const label = others.has(key) ? `${others.get(key).label}, ${number}` : String(number);
+      if (poses) others.set(key, { poses, label });
+    }
     this.preview.show({
       path: pathOf(this.camera, this.presets),
-      others,
+      others: [...others.values()],
       aspect: height / width,
       words: `Preview of the camera: ${this.words.textContent}, beside the source's camera and `
-        + `${others.length} earlier turns. Arrow keys turn the view.`,
+        + `${this.earlier.length} earlier turns. Arrow keys turn the view.`,
     });
   }
 

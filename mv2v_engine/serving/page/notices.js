@@ -1,7 +1,6 @@
 // What every part of the page says alike: errors, words for a screen reader, small buttons.
 
 import { $, h, replace } from "./dom.js";
-import { seconds } from "./format.js";
 import { icon } from "./icons.js";
 
 /** A small button; `name` is of an icon. */
@@ -11,11 +10,10 @@ export function button(label, onclick, name = null) {
 
 /** Shows an error where it happened, with the server's own words. `again`: what a retry does. */
 export function problem(place, error, again = null) {
-  const wait = error.retryAfter ? ` Try again in ${seconds(error.retryAfter)}.` : "";
   replace(
     place,
     h("div", { class: "problem", role: "alert" },
-      h("p", null, error.message + wait, error.code && h("code", null, error.code)),
+      h("p", null, error.message, error.code && h("code", null, error.code)),
       h("div", { class: "row" },
         again && button("Try again", again), button("Dismiss", () => replace(place)))),
   );

@@ -44,7 +44,7 @@ function stackedBar(parts, words) {
 
 function retrievedRow(row, index, report, { noun, latentFrames, open }) {
   const { turn } = row;
-  const tokens = report.plan.memory_tokens?.[index];
+  const tokens = report.plan.memory_tokens[index];
   const merged = mergedShare(report, `${noun} ${turn}`, latentFrames);
   const name = `${noun === "turn" ? "Turn" : "Window"} ${turn}`;
   return h("li", { "data-turn": turn },
@@ -55,8 +55,8 @@ function retrievedRow(row, index, report, { noun, latentFrames, open }) {
     h("div", { class: "meter", "aria-hidden": "true" },
       h("span", { vars: { "--share": Math.max(0, Math.min(1, row.score)) } })),
     h("p", { class: "fine" },
-      [tokens !== undefined && plural(tokens, "token"), row.tokenizer.replaceAll("x", "×"),
-        `${percent(merged)} merged`].filter(Boolean).join(" · ")));
+      `${plural(tokens, "token")} (${row.tokenizer.replaceAll("x", "×")}), `
+      + `${percent(merged)} merged`));
 }
 
 /** Which videos a turn or a window remembered, and why. */
