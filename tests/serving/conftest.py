@@ -13,103 +13,40 @@ import httpx
 import pytest
 
 from mv2v_engine.serving.config import Limits, ServingConfig
-from mv2v_engine.serving.folders import result_path
 from mv2v_engine.serving.records import JobRecord, SessionRecord
-from mv2v_engine.serving.server import DrainingServer, bound_socket, address_of, running_app
+from mv2v_engine.serving.server import DrainingServer, address_of, bound_socket, running_app
+from tests.serving.fake_backend import FakeBackend
 
-ABOUT: dict[str, Any] = {
-    "kind": "views",
-    "engine": {"checkpoint": "fake", "device": "cpu", "dtype": "float32"},
-    "has_text": False,
-    "memory": "retrieved",
-    "presets": ["pan_right", "arc_left"],
-    "sampling": {
-        "num_frames": 9,
-        "size": [48, 64],
-        "fps": 8.0,
-        "num_inference_steps": 3,
-        "guidance_scale": 1.0,
-    },
+# what the metrics read of a turn
+REPORT: dict[str, Any] = {
+    "plan": {"tokens_by_kind": {"target": 10}, "merges": []},
+    "cache_bytes_by_tier": {},
+    "cache_counters": dict.fromkeys(("hits", "misses", "reloads", "demotions", "evictions"), 0),
 }
-THUMBNAIL = b"\xff\xd8 a picture \xff\xd9"
 
 
-class FakeBackend:
-    """Makes turns without an engine. A turn's video is the session's source.
-
-    hold: turns begin and then wait for `let_go`. Everything but `let_go` belongs to the loop.
-    """
-
-    capacity, restarts, pid = 1, 0, None
-
-    def __init__(self) -> None:
-        self.ready, self.reason = True, ""
-        self.about: dict[str, Any] | None = ABOUT
-        self.hold = False
-        self._go = asyncio.Event()
-        self._cancelled: set[str] = set()
-
-    def watch(self, changed: Callable[[], None]) -> None:
-        self._changed = changed
+class HeldBackend(FakeBackend):
+    """Whose turns can be held up from another thread, and report what the metrics read."""
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._changed()
+        await super().start()
 
-    async def stop(self, grace: float) -> None:
-        self._go.set()
+    def hold(self) -> None:
+        """Every step waits from now on."""
+        self._loop.call_soon_threadsafe(self.go.clear)
 
     def let_go(self) -> None:
-        """From any thread: no turn waits any more."""
-        self.hold = False
-        self._loop.call_soon_threadsafe(self._go.set)
+        """No step waits any more."""
+        self._loop.call_soon_threadsafe(self.go.set)
 
     async def run(
         self, job: JobRecord, session: SessionRecord, folder: Path
     ) -> AsyncIterator[dict[str, Any]]:
-        number = len(list(folder.glob("results/*.mp4"))) + 1
-        yield {"type": "started", "number": number}
-        yield {"type": "stage_started", "stage": "sampling"}
-        for step in (1, 2):
-            if self.hold:
-                self._go.clear()
-                await self._go.wait()
-            if job.id in self._cancelled:
-                yield {"type": "cancelled"}
-                return
-            left = 2.0 - step
-            progress = {"stage": "sampling", "step": step, "total": 2, "seconds_left": left}
-            yield {"type": "step_done", **progress}
-        yield {"type": "stage_done", "stage": "sampling", "seconds": 0.5}
-        video = result_path(folder, number, "video")
-        video.parent.mkdir(exist_ok=True)
-        video.write_bytes((folder / "source").read_bytes())
-        result_path(folder, number, "thumbnail").write_bytes(THUMBNAIL)
-        report = {"turn": number, "camera": str(job.request.get("camera")), "seconds": {}}
-        plan = {"tokens_by_kind": {"target": 10}, "merges": []}
-        counters = dict.fromkeys(("hits", "misses", "reloads", "demotions", "evictions"), 0)
-        report |= {"plan": plan, "cache_bytes_by_tier": {}, "cache_counters": counters}
-        memory = {"bytes": 1000 * number, "next_turn_tokens": {"target": 10, "memory": number}}
-        yield {
-            "type": "done",
-            "number": number,
-            "report": report,
-            "bytes": video.stat().st_size,
-            "published": True,
-            "memory": memory,
-        }
-
-    def cancel(self, job_id: str) -> None:
-        self._cancelled.add(job_id)
-        self._go.set()
-
-    async def publish(
-        self, session: SessionRecord, folder: Path, number: int
-    ) -> dict[str, Any]:
-        return {"type": "failed", "code": "internal", "message": "not here"}
-
-    async def release(self, session_id: str) -> None:
-        pass
+        async for event in super().run(job, session, folder):
+            if event["type"] == "done":
+                event = event | {"report": REPORT | event["report"]}
+            yield event
 
 
 class Live:
@@ -155,8 +92,8 @@ class Live:
 
 
 @pytest.fixture(scope="session")
-def serving_backend() -> type[FakeBackend]:
-    return FakeBackend
+def serving_backend() -> type[HeldBackend]:
+    return HeldBackend
 
 
 @pytest.fixture(scope="session")
@@ -166,12 +103,12 @@ def serving() -> Callable[..., Any]:
     @contextmanager
     def live(store: Path, backend: Any = None, **settings: Any) -> Iterator[Live]:
         settings = {"min_free_bytes": 0, "grace": 60.0} | settings
-        service = Live(ServingConfig(store=store, **settings), backend or FakeBackend())
+        service = Live(ServingConfig(store=store, **settings), backend or HeldBackend())
         service.start()
         try:
             yield service
         finally:
-            if isinstance(service.backend, FakeBackend):
+            if isinstance(service.backend, HeldBackend):
                 service.backend.let_go()
             service.drain()
             service.thread.join(120)

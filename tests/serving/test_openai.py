@@ -11,6 +11,7 @@ import pytest
 
 openai = pytest.importorskip("openai")
 
+FIRST = b"frames of turn 1"
 Events = Callable[..., list[tuple[int, str, dict[str, Any]]]]
 
 
@@ -39,9 +40,10 @@ def test_create_retrieve_list_download_remix_delete(
     done = videos.retrieve(video.id)
     assert (done.status, done.progress) == ("completed", 100)
     assert done.completed_at >= done.created_at
-    assert videos.download_content(video.id).read() == source_clip.read_bytes()
+    content = videos.download_content(video.id)
+    assert (content.read(), content.response.headers["content-type"]) == (FIRST, "video/mp4")
     picture = videos.download_content(video.id, variant="thumbnail")
-    assert picture.read().startswith(b"\xff\xd8")
+    assert picture.response.headers["content-type"] == "image/jpeg"
 
     remix = videos.remix(video.id, prompt="pan_right", extra_body={"seed": 5})
     events_of(client, remix.id)

@@ -102,10 +102,10 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
     with serving(tmp_path / "store") as service, service.client() as client:
         session = upload(client)["id"]
         path = f"/v1/sessions/{session}/turns"
-        service.backend.hold = True
+        service.backend.hold()
         job = client.post(path, json={"camera": "pan:5"}).json()["id"]
         with client.stream("GET", f"/v1/jobs/{job}/events") as answer:
-            next(line for line in answer.iter_lines() if line == "event: stage_started")
+            next(line for line in answer.iter_lines() if line == "event: started")
             service.drain()
             with service.client() as other:
                 while other.get("/readyz").status_code == 200:
