@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from store_check import check_store
 
 from mv2v_engine.serving import jobs
 from mv2v_engine.serving.folders import Lock, worker_lock
@@ -22,7 +23,6 @@ from tests.serving.in_process import (
     started,
     until,
 )
-from tests.serving.store_check import check_store
 
 
 @pytest.mark.parametrize("moment", ["begun", "half", "unlisted", "stored", "written"])
