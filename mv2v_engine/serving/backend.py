@@ -13,11 +13,14 @@ Events of a job are JSON objects, told apart by "type":
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from pathlib import Path
 from typing import Any, Protocol
 
 from mv2v_engine.serving.records import JobRecord, SessionRecord
+
+# the events that end a turn
+LAST_OF_BACKEND = frozenset({"done", "failed", "cancelled"})
 
 
 class Backend(Protocol):
@@ -47,6 +50,9 @@ class Backend(Protocol):
     @property
     def restarts(self) -> int:
         """How often a worker was started again."""
+
+    def watch(self, changed: Callable[[], None]) -> None:
+        """Call `changed` on the event loop whenever ready, about or restarts have changed."""
 
     async def start(self) -> None:
         """Begin to load; returns before it is ready."""

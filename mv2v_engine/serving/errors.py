@@ -32,11 +32,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "malformed_request": Kind(400, INVALID, "no readable HTTP, JSON or multipart body"),
         "wrong_host": Kind(400, INVALID, "the Host header names another host than the service's"),
+        "wrong_origin": Kind(403, INVALID, "the request comes from another site's page"),
         "authentication_required": Kind(401, AUTHENTICATION, "no bearer token, or a wrong one"),
         "request_timeout": Kind(408, INVALID, "the body stopped coming"),
         "not_found": Kind(404, INVALID, "no such route, session, turn, job or file for this token"),
         "method_not_allowed": Kind(405, INVALID, "the route has other methods"),
-        "conflict": Kind(409, INVALID, "the state of the session or the job does not allow this"),
+        "busy": Kind(409, INVALID, "the state of the session or the job does not allow this"),
         "idempotency_conflict": Kind(409, INVALID, "the Idempotency-Key came with another request"),
         "not_finished": Kind(409, INVALID, "the turn has no result yet, or will have none"),
         "too_large": Kind(413, INVALID, "the body or the file has too many bytes"),
