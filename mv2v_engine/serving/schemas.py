@@ -321,13 +321,17 @@ class Sampling(BaseModel):
 
     num_frames: int
     size: list[int]
-    fps: float | None
+    fps: float
     num_inference_steps: int
     guidance_scale: float
 
 
 class Model(BaseModel):
-    """What this service runs. engine: device, types and backends; presets: names of cameras."""
+    """What this service runs.
+
+    engine: device, types and backends. presets: names of cameras. preset_poses: the path of each,
+    sampled evenly from its first frame to its last, as a trajectory's poses.
+    """
 
     object: Literal["model"] = "model"
     id: str
@@ -337,6 +341,7 @@ class Model(BaseModel):
     has_text: bool
     memory: MemoryMode
     presets: list[str]
+    preset_poses: dict[str, list[Pose]]
     sampling: Sampling
     engine: dict[str, Any]
 

@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
-from fastapi import APIRouter, Request, Response
+import functools
+from typing import Any
 
-from mv2v_engine.serving.routes.parameters import ANY, Owner, Serving
+from fastapi import APIRouter, Depends, Request, Response
+
+from mv2v_engine.camera.trajectories import named_poses
+from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
 from mv2v_engine.serving.schemas import Health, Model, Models, Sampling, refusals
 
 router = APIRouter()
+# enough to draw a preset's path
+_SAMPLES = 9
 
 
 @router.get(
     "/v1/models",
     response_model=Models,
     tags=["system"],
-    responses=refusals(*ANY, "not_ready"),
+    dependencies=[Depends(BEARER)],
+    responses=refusals(*ANY),
 )
 async def list_models(service: Serving, owner: Owner) -> Models:
     """The one model that this service runs, what it makes and by default how."""
@@ -28,10 +35,16 @@ async def list_models(service: Serving, owner: Owner) -> Models:
         has_text=about["has_text"],
         memory=about["memory"],
         presets=list(about["presets"]),
+        preset_poses={name: _sampled_path(name) for name in about["presets"]},
         sampling=Sampling(**about["sampling"]),
         engine=about["engine"],
     )
     return Models(data=[model])
+
+
+@functools.cache
+def _sampled_path(preset: str) -> list[Any]:
+    return named_poses(preset, _SAMPLES).tolist()
 
 
 @router.get("/healthz", response_model=Health, tags=["system"], responses=refusals("wrong_host"))
