@@ -13,17 +13,19 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from types import MappingProxyType
 from typing import Any
 
 from mv2v_engine.serving.listener import Listener
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 
 _OWN = logging.getLogger("mv2v_engine.serving")
-_IDS: ContextVar[dict[str, str]] = ContextVar("ids", default={})
+_NONE: Mapping[str, str] = MappingProxyType({})
+_IDS: ContextVar[Mapping[str, str]] = ContextVar("ids", default=_NONE)
 _ID_IN_TEXT = re.compile(r"(?<![0-9a-z_])(session|job)_[0-9a-f]{24}(?![0-9a-f])")
 # asked every few seconds by whoever watches the service
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
@@ -34,8 +36,7 @@ _PATH_LENGTH = 200
 def log_ids(*, session: str | None = None, job: str | None = None) -> Iterator[None]:
     """Every line that this thread or task logs in the block carries the ids that are given."""
     given = {"session": session, "job": job}
-    ids = _IDS.get() | {name: id for name, id in given.items() if id is not None}
-    token = _IDS.set(ids)
+    token = _IDS.set({**_IDS.get(), **{name: id for name, id in given.items() if id is not None}})
     try:
         yield
     finally:

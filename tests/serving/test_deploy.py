@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 pytest.importorskip("prometheus_client", reason="the extra [serve] is not installed")
-yaml = pytest.importorskip("yaml")
+pytest.importorskip("yaml", reason="PyYAML is not installed")
+import yaml
 
 from mv2v_engine.options import Parser
 from mv2v_engine.serving.command import add_serve
@@ -89,7 +90,9 @@ def test_every_metric_and_label_exists(place: str, expression: str) -> None:
     used = re.findall(r"(mv2v_\w+)(?:\{([^}]*)\})?", bare)
     assert used or bare.startswith("up{")
     grouped = {
-        name.strip() for names in re.findall(r"(?:by|on) \(([^)]*)\)", bare) for name in names.split(",")
+        name.strip()
+        for names in re.findall(r"(?:by|on) \(([^)]*)\)", bare)
+        for name in names.split(",")
     }
     labels: set[str] = set()
     for name, matchers in used:
@@ -103,7 +106,9 @@ def test_every_metric_and_label_exists(place: str, expression: str) -> None:
 
 def test_every_metric_is_on_the_dashboard_or_in_a_rule() -> None:
     shown = " ".join(expression for _, expression in ALL)
-    families = {re.sub(r"_(bucket|sum|count|total|created)$", "", name) for name in labels_by_sample()}
+    families = {
+        re.sub(r"_(bucket|sum|count|total|created)$", "", name) for name in labels_by_sample()
+    }
     families = {name for name in families if not name.startswith("mv2v_process")}
     assert not {name for name in families if name not in shown}
 
@@ -126,9 +131,7 @@ def test_routes_in_expressions_are_the_applications() -> None:
     from mv2v_engine.serving.routes import jobs
 
     paths = {route.path for route in jobs.router.routes}
-    used = {
-        route for _, text in ALL for route in re.findall(r'route!?="([^"]*)"', text)
-    }
+    used = {route for _, text in ALL for route in re.findall(r'route!?="([^"]*)"', text)}
     assert used and used <= paths
 
 
