@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mv2v_engine import __version__
@@ -37,6 +38,8 @@ from mv2v_engine.serving.routes.parameters import BEARER
 from mv2v_engine.serving.service import Service
 
 PAGE = Path(__file__).with_name("page")
+OWNED = (sessions.router, turns.router, jobs.router, videos.router)
+ROUTERS = (*OWNED, system.router)
 # codes of what the framework itself refuses
 _CODES = {
     404: "not_found",
@@ -105,8 +108,8 @@ def create_app(
     app.state.service, app.state.config = service, config
     app.state.metrics, app.state.percentages = metrics, percentages
     app.state.stopping = asyncio.Event()
-    for part in (sessions, turns, jobs, videos):
-        app.include_router(part.router, dependencies=[Depends(BEARER)])
+    for router in OWNED:
+        app.include_router(router, dependencies=[Depends(BEARER)])
     app.include_router(system.router)
     app.mount("/page", StaticFiles(directory=PAGE))
     app.get("/", include_in_schema=False)(_page)
@@ -147,8 +150,21 @@ async def _of_framework(request: Request, error: Exception) -> Response:
     if code == "not_found":
         message = f"there is nothing at {request.url.path[:200]!r}; /openapi.json lists the routes"
     elif code == "method_not_allowed":
-        message = f"{request.url.path[:200]!r} takes other methods than {request.method[:20]!r}"
+        allowed = ", ".join(_methods(request))
+        message = f"{request.url.path[:200]!r} takes {allowed}, not {request.method[:20]!r}"
+        return refusal(ApiError(code, message, headers={"Allow": allowed}))
     return refusal(ApiError(code, message, headers=error.headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """What an address can be asked; the framework's own answer names its first route's alone."""
+    path = request.url.path
+    methods: set[str] = set()
+    for router in ROUTERS:
+        for route in router.routes:
+            if isinstance(route, Route) and route.path_regex.match(path):
+                methods |= route.methods or set()
+    return sorted(methods or {"GET"})
 
 
 async def _broken(request: Request, error: Exception) -> Response:

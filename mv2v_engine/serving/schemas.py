@@ -321,7 +321,7 @@ class Sampling(BaseModel):
 
     num_frames: int
     size: list[int]
-    fps: float | None
+    fps: float
     num_inference_steps: int
     guidance_scale: float
 

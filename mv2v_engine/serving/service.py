@@ -64,7 +64,8 @@ class Service:
         self.config, self.backend, self.listeners = config, backend, tuple(listeners)
         self._probe = probe
         self._tasks: set[asyncio.Task[Any]] = set()
-        self._is_stopping, self._restarts = False, 0
+        self._is_stopping = self._is_stopped = False
+        self._restarts = 0
         self._draining: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
@@ -113,6 +114,9 @@ class Service:
     async def stop(self) -> None:
         """Drain, then close the database and let go of the store."""
         await self.drain()
+        if self._is_stopped:
+            return
+        self._is_stopped = True
         await asyncio.to_thread(self._database.close)
         self.store.unlock()
 
@@ -396,9 +400,13 @@ class Service:
         await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
 
     async def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        if self._is_stopped:
+            raise ApiError("not_ready", "the service has stopped; ask again when it is back")
         return await self._database.read(work)
 
     async def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        if self._is_stopped:
+            raise ApiError("not_ready", "the service has stopped; ask again when it is back")
         with disk_errors():
             return await self._database.write(work)
 

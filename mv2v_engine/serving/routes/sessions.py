@@ -44,7 +44,6 @@ UPLOAD = (
     "unprocessable_turn",
     "too_many_sessions",
     "idempotency_conflict",
-    "not_ready",
     "disk_full",
 )
 _NAME_LENGTH = 200
@@ -181,7 +180,7 @@ async def delete_session(service: Serving, owner: Owner, session_id: SessionId) 
     status_code=status.HTTP_201_CREATED,
     response_model=Session,
     responses=refusals(
-        *ANY, *BODY, "not_found", "too_many_sessions", "disk_full", "busy", "not_ready"
+        *ANY, *BODY, "not_found", "too_many_sessions", "disk_full", "busy"
     ),
 )
 async def branch_session(

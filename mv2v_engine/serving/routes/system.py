@@ -5,10 +5,10 @@ from __future__ import annotations
 import functools
 from typing import Any
 
-from fastapi import APIRouter, Request, Response
+from fastapi import APIRouter, Depends, Request, Response
 
 from mv2v_engine.camera.trajectories import named_poses
-from mv2v_engine.serving.routes.parameters import ANY, Owner, Serving
+from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
 from mv2v_engine.serving.schemas import Health, Model, Models, Sampling, refusals
 
 router = APIRouter()
@@ -20,7 +20,8 @@ _SAMPLES = 9
     "/v1/models",
     response_model=Models,
     tags=["system"],
-    responses=refusals(*ANY, "not_ready"),
+    dependencies=[Depends(BEARER)],
+    responses=refusals(*ANY),
 )
 async def list_models(service: Serving, owner: Owner) -> Models:
     """The one model that this service runs, what it makes and by default how."""

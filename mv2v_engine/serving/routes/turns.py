@@ -19,7 +19,7 @@ from mv2v_engine.serving.schemas import Job, Turn, TurnRequest, Turns, refusals
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/turns", tags=["turns"])
 # what a turn may be refused for
-SUBMIT = ("unprocessable_turn", "queue_full", "idempotency_conflict", "not_ready", "not_found")
+SUBMIT = ("unprocessable_turn", "queue_full", "idempotency_conflict", "not_found")
 
 
 def job_of(record: JobRecord) -> Job:

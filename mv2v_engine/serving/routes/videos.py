@@ -219,7 +219,7 @@ async def _forget_unused(service: Service, owner: str, session_id: str) -> None:
         await service.delete_session(owner, session_id)
 
 
-@router.get("", response_model=Videos, responses=refusals(*ANY, "not_found", "not_ready"))
+@router.get("", response_model=Videos, responses=refusals(*ANY, "not_found"))
 async def list_videos(
     request: Request,
     service: Serving,
@@ -248,7 +248,7 @@ async def list_videos(
     )
 
 
-@router.get("/{video_id}", response_model=Video, responses=refusals(*ANY, "not_found", "not_ready"))
+@router.get("/{video_id}", response_model=Video, responses=refusals(*ANY, "not_found"))
 async def get_video(request: Request, service: Serving, owner: Owner, video_id: JobId) -> Video:
     """A video's status and progress."""
     about = service.require_about()
