@@ -92,10 +92,14 @@ export function memorySection(report, { numFrames, open }) {
       memoryOf(row, { noun: "window", latentFrames, open: null }))));
 }
 
-function mergeFacts(plan) {
-  return plan.merges.map((merge) => [`Merged at block ${merge.block}`,
-    `${merge.frames} of ${merge.of} frames, `
-    + `${count(merge.tokens_before)} → ${count(merge.tokens_after)} tokens`]);
+function mergeFacts({ tokens, merges }) {
+  if (!merges.length) return [];
+  const lengths = [tokens, ...merges.map((merge) => merge.tokens_after)];
+  return [
+    ...merges.map(({ block, frames, of }) =>
+      [`Merged at block ${block}`, `${frames} of ${of} frames`]),
+    ["Tokens after merging", lengths.map(count).join(" → ")],
+  ];
 }
 
 /** What a finished turn cost: one line, and everything under it. */

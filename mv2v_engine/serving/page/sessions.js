@@ -60,10 +60,11 @@ export class Uploader {
       announce(`${file.name} is ready`);
       this.onsession(session);
     } catch (error) {
+      if (this.current !== leaving) return; // another file has taken its place
       if (error.name === "AbortError") clear(this.state);
       else problem(this.state, error, () => this.take(file, key));
     } finally {
-      this.zone.removeAttribute("aria-busy");
+      if (this.current === leaving) this.zone.removeAttribute("aria-busy");
     }
   }
 }
