@@ -57,8 +57,10 @@ def test_create_retrieve_list_download_remix_delete(
     with pytest.raises(openai.ConflictError, match="remember this one"):
         videos.delete(video.id)
     alone = videos.create(
-        prompt="", input_reference=source_clip, extra_body={"camera": "tilt_up", "memory": "none"}
+        prompt="", input_reference=source_clip, extra_body={"camera": "tilt_up", "seed": 4}
     )
+    # numbers are text in a form
+    assert client.get(f"/v1/jobs/{alone.id}").json()["request"] == {"camera": "tilt_up", "seed": 4}
     events_of(client, alone.id)
     deleted = videos.delete(alone.id)
     assert (deleted.id, deleted.deleted) == (alone.id, True)
