@@ -46,6 +46,18 @@ def open_traces() -> OpenJob:
     return job_spans(provider)
 
 
+def flush_traces(milliseconds: int = 2000) -> None:
+    """Send the spans that still wait, for a process that ends without Python's own end."""
+    if traces_exporter() is None:
+        return
+    from opentelemetry import trace
+
+    # the SDK's alone can
+    flush = getattr(trace.get_tracer_provider(), "force_flush", None)
+    if flush is not None:
+        flush(milliseconds)
+
+
 def job_spans(provider: TracerProvider) -> OpenJob:
     """Spans of a provider's: the job's, with the ids, and its stages' as children of it."""
     from opentelemetry import trace

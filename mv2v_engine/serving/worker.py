@@ -28,7 +28,7 @@ from mv2v_engine.serving.folders import Lock, worker_lock
 from mv2v_engine.serving.host import Host
 from mv2v_engine.serving.logs import configure_logs, log_ids
 from mv2v_engine.serving.protocol import decode, encode, engine_arguments
-from mv2v_engine.serving.tracing import OpenJob, open_traces
+from mv2v_engine.serving.tracing import OpenJob, flush_traces, open_traces
 
 log = logging.getLogger("mv2v_engine.serving.worker")
 
@@ -126,6 +126,7 @@ def main() -> int:
     except BrokenPipeError:
         return 1  # the server is gone, and so is the turn under way
     host.close()
+    flush_traces()
     return 0
 
 

@@ -21,7 +21,7 @@ from mv2v_engine.serving.protocol import decode
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
-from opentelemetry.sdk.trace.export import SimpleSpanProcessor
+from opentelemetry.sdk.trace.export import BatchSpanProcessor, SimpleSpanProcessor
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
 from opentelemetry.trace import StatusCode
 
@@ -149,6 +149,7 @@ def test_nothing_is_traced_unless_asked(monkeypatch: pytest.MonkeyPatch, value: 
     monkeypatch.setitem(__import__("sys").modules, "opentelemetry", None)
     with tracing.open_traces()("session_1", "job_1"):
         pass
+    tracing.flush_traces()
 
 
 def test_traces_that_cannot_be_had_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -166,7 +167,8 @@ def test_the_installed_configurator_is_used(monkeypatch: pytest.MonkeyPatch) -> 
 
     provider = TracerProvider(shutdown_on_exit=False)
     exporter = InMemorySpanExporter()
-    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    # an hour's spans are sent together
+    provider.add_span_processor(BatchSpanProcessor(exporter, schedule_delay_millis=3_600_000))
 
     class Configurator:
         def configure(self) -> None:
@@ -180,5 +182,8 @@ def test_the_installed_configurator_is_used(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(tracing, "entry_points", lambda group: [EntryPoint()])
     with tracing.open_traces()("session_1", "job_1"):
         pass
+    assert not exporter.get_finished_spans()
+    tracing.flush_traces()
     (span,) = exporter.get_finished_spans()
     assert span.name == "job"
+    provider.shutdown()
