@@ -111,7 +111,7 @@ def create_app(
     for router in OWNED:
         app.include_router(router, dependencies=[Depends(BEARER)])
     app.include_router(system.router)
-    app.mount("/page", StaticFiles(directory=PAGE))
+    app.mount("/page", PageFiles(directory=PAGE))
     app.get("/", include_in_schema=False)(_page)
     return app
 
@@ -173,6 +173,16 @@ async def _broken(request: Request, error: Exception) -> Response:
     # sent from outside of all that adds headers
     answer.headers.update(SECURITY)
     return answer
+
+
+class PageFiles(StaticFiles):
+    """Asked for each time, though rarely sent again: modules of two versions do not fit."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """With the header that says so."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
 
 
 class Observed:

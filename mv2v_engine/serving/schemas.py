@@ -33,6 +33,8 @@ Row4 = Annotated[list[Finite], Field(min_length=4, max_length=4)]
 Intrinsics = Annotated[list[Row3], Field(min_length=3, max_length=3)]
 Pose = Annotated[list[Row4], Field(min_length=3, max_length=3)]
 MAX_POSES = 4096
+# what a route says of its answers, by status
+Answers = dict[int | str, dict[str, Any]]
 
 
 def example(*values: Mapping[str, Any]) -> dict[str, Any]:
@@ -309,9 +311,9 @@ class ErrorBody(BaseModel):
     error: ErrorFields
 
 
-def refusals(*codes: str) -> dict[int | str, dict[str, Any]]:
+def refusals(*codes: str) -> Answers:
     """A route's error answers for its OpenAPI, by status, with an example of each code."""
-    answers: dict[int | str, dict[str, Any]] = {}
+    answers: Answers = {}
     for code in codes:
         kind = KINDS[code]
         assert kind.status is not None, code

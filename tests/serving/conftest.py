@@ -108,9 +108,10 @@ def serving() -> Callable[..., Any]:
         try:
             yield service
         finally:
-            if isinstance(service.backend, HeldBackend):
-                service.backend.let_go()
-            service.drain()
+            if service.thread.is_alive():
+                if isinstance(service.backend, HeldBackend):
+                    service.backend.let_go()
+                service.drain()
             service.thread.join(120)
             assert not service.thread.is_alive()
 

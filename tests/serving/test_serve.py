@@ -32,16 +32,16 @@ def parsed(*words: str) -> argparse.Namespace:
 def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert serving_config(parsed("--store", "s")) == ServingConfig(store=Path("s"))
     tokens = tmp_path / "tokens"
-    tokens.write_text("# of the team\n  one # for Ada\n\ntwo\n")
+    tokens.write_text("# of the team\n  ada-1815 # for Ada\n\ntwo\n")
     words = ["--store", "s", "--host", "0.0.0.0", "--tokens", str(tokens)]
     words += ["--max-upload", "1MiB", "--max-frames", "9", "--cors-origin", "https://a.example"]
     config = serving_config(parsed(*words, "--keep-days", "2", "--fov-radius", "3"))
-    assert config.tokens == ("one", "two")
+    assert config.tokens == ("ada-1815", "two")
     assert (config.limits.upload_bytes, config.limits.frames) == (1 << 20, 9)
     assert (config.keep_days, config.engine.fov_radius) == (2, 3)
     assert config.cors_origins == ("https://a.example",)
     # what is printed of it names no token
-    assert "one" not in repr(config)
+    assert "ada-1815" not in repr(config)
     monkeypatch.setenv("MV2V_TOKENS", "three, four")
     assert serving_config(parsed("--store", "s")).tokens == ("three", "four")
 
@@ -98,7 +98,8 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
         service.backend.hold()
         job = client.post(path, json={"camera": "pan:5"}).json()["id"]
         with client.stream("GET", f"/v1/jobs/{job}/events") as answer:
-            next(line for line in answer.iter_lines() if line == "event: started")
+            lines = answer.iter_lines()
+            next(line for line in lines if line == "event: started")
             service.drain()
             with service.client() as other:
                 while other.get("/readyz").status_code == 200:
@@ -108,7 +109,7 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
                 assert other.get(f"/v1/jobs/{job}").json()["state"] == "running"
                 service.backend.let_go()
             # the reader still hears the end
-            assert "event: finished" in answer.read().decode()
+            assert "event: finished" in list(lines)
         service.thread.join(120)
         assert not service.thread.is_alive()
     # the next one on the same store has it

@@ -16,7 +16,7 @@ export class Player {
     this.frame = 0;
     this.isPlaying = false;
     this.run = 0; // which playing it is: an older one's clock stops by itself
-    this.toggleButton = this.#button("play", "Play all", () => this.toggle());
+    this.toggleButton = this.#button("play", "Play all", () => this.toggle(), "Space");
     this.toggleButton.classList.add("primary", "round");
     this.rateButton = h("button", {
       type: "button", class: "button small rate", onclick: () => this.#nextRate(),
@@ -27,16 +27,19 @@ export class Player {
     });
     this.readout = h("output", { class: "readout" });
     replace(root,
-      this.#button("previous", "Previous frame", () => this.step(-1)),
+      this.#button("previous", "Previous frame", () => this.step(-1), ","),
       this.toggleButton,
-      this.#button("next", "Next frame", () => this.step(1)),
+      this.#button("next", "Next frame", () => this.step(1), "."),
       this.range, this.readout, this.rateButton);
     this.rate = 1;
     this.#showRate();
   }
 
-  #button(name, label, onclick) {
-    return h("button", { type: "button", class: "icon", "aria-label": label, onclick }, icon(name));
+  /** key: that does the same where nothing else takes it. */
+  #button(name, label, onclick, key = null) {
+    return h("button", {
+      type: "button", class: "icon", "aria-label": label, title: key, onclick,
+    }, icon(name));
   }
 
   /** What is played: so many frames at a rate. */

@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -22,7 +22,7 @@ from mv2v_engine.serving.routes.parameters import (
     Serving,
 )
 from mv2v_engine.serving.routes.turns import job_of
-from mv2v_engine.serving.schemas import SESSION_ID, Job, Jobs, refusals
+from mv2v_engine.serving.schemas import SESSION_ID, Answers, Job, Jobs, refusals
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 # proxies close a connection that is silent for longer
@@ -51,7 +51,7 @@ _EVENT = {
         }
     ],
 }
-_STREAM: dict[int | str, dict[str, Any]] = {
+_STREAM: Answers = {
     200: {
         "description": "every event of the job, numbered, until its end; a comment line when "
         "nothing happens",

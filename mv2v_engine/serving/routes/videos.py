@@ -218,7 +218,7 @@ async def _forget_unused(service: Service, owner: str, session_id: str) -> None:
         await service.delete_session(owner, session_id)
 
 
-@router.get("", response_model=Videos, responses=refusals(*ANY, "not_found"))
+@router.get("", response_model=Videos, responses=refusals(*ANY, "not_found", "invalid_request"))
 async def list_videos(
     request: Request,
     service: Serving,
