@@ -24,7 +24,7 @@ def is_ci() -> bool:
 
 
 def serving_tokens() -> tuple[str, ...]:
-    """MV2V_TOKENS: bearer tokens of the service, apart by spaces, commas or lines; unset is none."""
+    """MV2V_TOKENS: bearer tokens of the service, apart by spaces or commas; unset is none."""
     return tuple(filter(None, re.split(r"[\s,]+", os.environ.get("MV2V_TOKENS", ""))))
 
 
