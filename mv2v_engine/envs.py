@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 
 from mv2v_engine.errors import RequestError
 
@@ -20,3 +21,19 @@ def num_threads() -> int | None:
 def is_ci() -> bool:
     """CI: set by continuous integration; progress bars then print lines instead of redrawing."""
     return os.environ.get("CI", "") not in ("", "0", "false")
+
+
+def serving_tokens() -> tuple[str, ...]:
+    """MV2V_TOKENS: bearer tokens of the service, apart by spaces or commas; unset is none."""
+    return tuple(filter(None, re.split(r"[\s,]+", os.environ.get("MV2V_TOKENS", ""))))
+
+
+def child_environment(**changes: str) -> dict[str, str]:
+    """This process's environment with some variables set, for a process to start."""
+    return {**os.environ, **changes}
+
+
+def traces_exporter() -> str | None:
+    """OTEL_TRACES_EXPORTER: where OpenTelemetry sends spans; unset and "none" are no traces."""
+    text = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
+    return None if text in ("", "none") else text

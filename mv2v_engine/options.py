@@ -26,7 +26,7 @@ from mv2v_engine.config import (
 from mv2v_engine.errors import RequestError
 
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
-_DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
+DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
 # what both editing commands can set of an engine, by the names of EngineConfig
 _SETTINGS = (
@@ -152,7 +152,7 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     add("--components", type=Path, metavar="DIR", help="vae, text_encoder and tokenizer from here")
     add("--rename", type=Path, metavar="FILE", help="names that the checkpoint leaves open")
     add("--device", metavar="D", help="cpu, cuda or cuda:N")
-    add("--dtype", choices=tuple(_DTYPES))
+    add("--dtype", choices=tuple(DTYPES))
     add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
     add("--attention", choices=get_args(AttentionName), default=EngineConfig().attention)
     add("--graphs", choices=get_args(GraphMode), default=EngineConfig().graphs, help="CUDA graphs")
@@ -182,7 +182,7 @@ def loading(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
     """The arguments of `Engine.from_pretrained`, the checkpoint itself apart."""
     return {
         "device": args.device,
-        "dtype": _DTYPES.get(args.dtype),
+        "dtype": DTYPES.get(args.dtype),
         "config": config,
         "components": args.components,
         "rename": args.rename,

@@ -1,7 +1,8 @@
 """Progress as typed events from one iterator; bars, streams and callbacks are adapters over it.
 
-A turn is a generator of events. `Spans` opens a stage's ranges (NVTX's and torch's profiler's), its
-timer and its event in one place, under the folder's name (video, vae, text, memory, sampling).
+A turn is a generator of events. `Spans` opens a stage's ranges (NVTX's, torch's profiler's and
+those of `watching_stages`), its timer and its event in one place, under the folder's name (video,
+vae, text, memory, sampling).
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, TypeVar
@@ -109,20 +111,50 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def host_bytes(pid: int | None = None) -> int:
+    """The memory that a process, or this one, holds now; 0 where the system does not say."""
+    try:
+        return _status_bytes("VmRSS", "self" if pid is None else str(pid))
+    except (OSError, ValueError):
+        return 0
+
+
+def _status_bytes(name: str, process: str = "self") -> int:
+    fields = Path(f"/proc/{process}/status").read_text(encoding="ascii").split()
+    return int(fields[fields.index(f"{name}:") + 1]) * 1024
+
+
 def peak_host_bytes() -> int:
     """The most memory that this process has held so far; 0 where the system does not say."""
     if sys.platform == "win32":
         return 0
     try:
         # getrusage also counts what the process was before its program began: its parent's memory
-        fields = Path("/proc/self/status").read_text(encoding="ascii").split()
-        return int(fields[fields.index("VmHWM:") + 1]) * 1024
+        return _status_bytes("VmHWM")
     except (OSError, ValueError):
         pass  # no Linux, or one without /proc
     import resource
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+OpenRange = Callable[[str], AbstractContextManager[object]]
+_RANGES: ContextVar[tuple[OpenRange, ...]] = ContextVar("ranges", default=())
+
+
+@contextmanager
+def watching_stages(open_range: OpenRange) -> Iterator[None]:
+    """Around every stage that this thread runs in the block, a range of the caller's own.
+
+    open_range: makes the range of a stage's name; ranges of turns that run together end in any
+        order. An exception that ends a stage passes through its range.
+    """
+    token = _RANGES.set((*_RANGES.get(), open_range))
+    try:
+        yield
+    finally:
+        _RANGES.reset(token)
 
 
 @dataclass(eq=False)
@@ -160,8 +192,10 @@ class Spans:
             seen = self._watch_peak()
         began = time.perf_counter()
         try:
-            # what torch's profiler shows, on any device
-            with torch.profiler.record_function(name):
+            with ExitStack() as ranges:
+                # what torch's profiler shows, on any device, and whoever watches
+                for open_range in (torch.profiler.record_function, *_RANGES.get()):
+                    ranges.enter_context(open_range(name))
                 yield StageStarted(name)
         finally:
             if on_gpu:

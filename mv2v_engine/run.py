@@ -1,4 +1,4 @@
-"""The command line: `python -m mv2v_engine.run novel-view | edit | evaluate | info | inspect`.
+"""The command line: `python -m mv2v_engine.run novel-view | edit | evaluate | serve | ...`.
 
 Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
@@ -45,6 +45,7 @@ from mv2v_engine.options import (
     read_resolution,
 )
 from mv2v_engine.rendering import render
+from mv2v_engine.serving.command import add_serve
 from mv2v_engine.terminal import say
 
 
@@ -159,6 +160,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
     add_edit(commands.add_parser("edit", help="edit a long clip by instruction"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
+    add_serve(commands.add_parser("serve", help="sessions and turns over HTTP, and a page"))
     command = commands.add_parser("info", help="versions, devices, backends")
     command.set_defaults(command=info)
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")

@@ -41,6 +41,16 @@ def test_heavy_libraries_are_not_loaded() -> None:
     assert in_fresh_process(code) == ""
 
 
+def test_commands_load_nothing_of_the_service() -> None:
+    web = {"fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn"}
+    # some of them may come with torch or diffusers, where these are installed
+    code = (
+        "import sys, torch; before = set(sys.modules); import mv2v_engine.run; "
+        f"print(*({web} & (set(sys.modules) - before)))"
+    )
+    assert in_fresh_process(code) == ""
+
+
 def test_nothing_is_left_behind() -> None:
     code = (
         "import os, torch; before = dict(os.environ); threads = torch.get_num_threads(); "

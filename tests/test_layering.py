@@ -63,6 +63,7 @@ HEAVY = frozenset(
         "flash_attn",
         "matplotlib",
         "nvtx",
+        "opentelemetry",
         "scenedetect",
         "transformers",
         "triton",
@@ -70,6 +71,10 @@ HEAVY = frozenset(
     }
 )
 HEAVY_ALLOWED = frozenset({"training", "evaluation"})
+# what the extra `serve` brings
+WEB = frozenset(
+    {"fastapi", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn"}
+)
 ENVIRONMENT = frozenset({"environ", "environb", "getenv", "putenv", "unsetenv"})
 BROAD = frozenset({"Exception", "BaseException"})
 
@@ -178,6 +183,8 @@ def violations(source: str, path: str) -> list[str]:
                 error = direction_error(unit, target if is_unit else "__init__")
             elif name[0] == "mv2v_kernels" and in_engine and unit != "ops":
                 error = "only ops may import mv2v_kernels"
+            elif name[0] in WEB and in_engine and unit != "serving":
+                error = f"only serving may import {name[0]}"
             if error:
                 found.append((node.lineno, error))
 
@@ -233,6 +240,7 @@ FORBIDDEN = [
     ("vae.py", "from diffusers import AutoencoderKLWan", "import diffusers inside"),
     ("video/io.py", "try:\n    import av\nexcept ImportError:\n    pass", "import av inside"),
     ("run.py", "class A:\n    import PIL.Image", "import PIL inside"),
+    ("run.py", "def f():\n    import uvicorn", "only serving may import uvicorn"),
     ("run.py", "if True:\n    import matplotlib", "import matplotlib inside"),
     ("run.py", "import os\nx = os.environ['A']", "outside envs.py"),
     ("run.py", "from os import getenv", "outside envs.py"),
@@ -261,7 +269,7 @@ ALLOWED = [
     ("synthetic/a.py", "from mv2v_engine.video.io import write_video"),
     ("engine/a.py", "from mv2v_engine.sampling import flow_match\nfrom mv2v_engine import vae"),
     ("__init__.py", "from mv2v_engine.engine.engine import Engine\n__version__ = '0'"),
-    ("serving/a.py", "from mv2v_engine import Engine, __version__"),
+    ("serving/a.py", "from mv2v_engine import Engine, __version__\nimport fastapi"),
     ("run.py", "import mv2v_engine.training.loop\nfrom mv2v_engine import Engine"),
     ("training/a.py", "from diffusers import AutoencoderKLWan\nimport matplotlib"),
     ("vae.py", "def f():\n    from diffusers import AutoencoderKLWan"),

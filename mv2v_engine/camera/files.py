@@ -78,6 +78,21 @@ def load_trajectory(
     raise CameraError(f"{path.name} is no camera file: {_EXPECTED}")
 
 
+def parse_trajectory(
+    content: Any, *, num_frames: int, size: tuple[int, int], name: str = "custom"
+) -> CameraTrajectory:
+    """A camera path from our own format's JSON, as it comes without a file; see the module.
+
+    `format`, `version` and `convention` may be left out.
+
+    Raises:
+        CameraError: as `load_trajectory`.
+    """
+    if not isinstance(content, dict) or content.get("format", FORMAT) != FORMAT:
+        raise CameraError(f"a trajectory is an object of format {FORMAT!r}, with poses")
+    return _own_trajectory(Path(name), {"version": VERSION} | content, num_frames, size)
+
+
 def load_rig(path: Path | str) -> dict[str, Tensor]:
     """Every camera of a ReCamMaster file in one world: poses [T, 3, 4] by the camera's name.
 
@@ -155,7 +170,7 @@ def _numbers(path: Path, name: str, value: Any, shapes: tuple[str, ...]) -> Tens
     """A nested list of numbers as float64."""
     try:
         return torch.tensor(value, dtype=torch.float64)
-    except (TypeError, ValueError, RuntimeError) as error:
+    except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CameraError(
             f"{path.name}: {name} must be numbers of shape {' or '.join(shapes)}; {error}"
         ) from error

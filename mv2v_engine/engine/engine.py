@@ -27,7 +27,7 @@ from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.loading import check_parts, load_parts
 from mv2v_engine.engine.opening import AnySource, open_edit_session, open_view_session
 from mv2v_engine.engine.places import usable_device
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import TurnRequest, check_text
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source
 from mv2v_engine.engine.turn import ViewTurn
@@ -39,7 +39,6 @@ from mv2v_engine.memory.entry import LatentKind
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.progress import CancelToken
-from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.vae import VideoVAE
@@ -294,18 +293,7 @@ class Engine:
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:
         """Refuse a prompt that nothing here could read, and guidance towards nothing."""
-        if self.text is not None:
-            return
-        if prompt.strip():
-            raise RequestError(
-                f"{self.checkpoint.name} was trained without text and has no text encoder, "
-                f"got the prompt {prompt!r}; leave it out"
-            )
-        if needs_guidance(guidance_scale):
-            raise RequestError(
-                f"{self.checkpoint.name} has no text encoder, so guidance changes nothing, got "
-                f"guidance_scale {guidance_scale}; use 1"
-            )
+        check_text(self.checkpoint.name, prompt, guidance_scale, has_text=self.text is not None)
 
     @functools.cached_property
     def latent_kind(self) -> LatentKind:

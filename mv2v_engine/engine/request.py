@@ -12,6 +12,7 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import CameraError, RequestError
+from mv2v_engine.sampling.guidance import needs_guidance
 
 _MAX_STEPS = 1000
 # what follows a checkpoint's name where it is asked for what it cannot do
@@ -114,6 +115,28 @@ def check_sampling(num_inference_steps: int, guidance_scale: float, seed: int) -
         raise RequestError(f"guidance_scale must be finite and not negative, got {guidance_scale}")
     if not 0 <= seed < 2**63:
         raise RequestError(f"seed must lie in 0..2^63-1, got {seed}")
+
+
+def check_text(name: str, prompt: str, guidance_scale: float, *, has_text: bool) -> None:
+    """Refuse a prompt that nothing could read, and guidance towards nothing.
+
+    name: the checkpoint's. has_text: whether it has a text encoder.
+
+    Raises:
+        RequestError: it has none, and one is asked for.
+    """
+    if has_text:
+        return
+    if prompt.strip():
+        raise RequestError(
+            f"{name} was trained without text and has no text encoder, got the prompt {prompt!r}; "
+            "leave it out"
+        )
+    if needs_guidance(guidance_scale):
+        raise RequestError(
+            f"{name} has no text encoder, so guidance changes nothing, got guidance_scale "
+            f"{guidance_scale}; use 1"
+        )
 
 
 def require_novel_view(config: TransformerConfig, name: str) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import save_json, save_tensors, tensor_digest
+from mv2v_engine.files import save_json, save_tensors, share_file, tensor_digest
 
 _TENSORS = ("latents", "poses", "intrinsics")
 
@@ -83,6 +83,14 @@ class SessionFolder:
 
     def create(self, id: str, identity: dict[str, Any]) -> None:
         self._write({"id": id, "identity": identity, "turns": []})
+
+    def listed_files(self) -> set[Path]:
+        """The files of tensors that the manifest names.
+
+        Raises:
+            StorageError: as `read`.
+        """
+        raise NotImplementedError
 
     def check_identity(self, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
         """Refuse to continue a session of another clip or checkpoint."""
@@ -165,6 +173,24 @@ class SessionStore(SessionFolder):
         """
         for row in self.read()["turns"]:
             yield self._load(row)
+
+    def branch(self, folder: Path, *, id: str, count: int) -> None:
+        """Begin another session in an empty folder with this one's first turns, their files shared.
+
+        Raises:
+            FileNotFoundError: one of the files is not there.
+            StorageError: there are fewer turns, or the folder cannot be written.
+        """
+        manifest, other = self.read(), SessionStore(folder)
+        turns = manifest["turns"][:count]
+        if len(turns) < count:
+            raise StorageError(f"{self.folder} holds {len(turns)} turns, asked were {count}")
+        for turn in turns:
+            share_file(self.turn_path(turn["number"]), other.turn_path(turn["number"]))
+        other._write({"id": id, "identity": manifest["identity"], "turns": turns})
+
+    def listed_files(self) -> set[Path]:
+        return {self.turn_path(row["number"]) for row in self.read()["turns"]}
 
     def turn_path(self, number: int) -> Path:
         """Where a turn's tensors lie."""

@@ -252,6 +252,7 @@ class TokenPlan:
             "tokens": self.length,
             "tokens_by_kind": self.lengths_by_kind,
             "memory_tokenizers": [s.tokenizer for s in self.segments if s.role == "memory"],
+            "memory_tokens": [s.length for s in self.segments if s.role == "memory"],
             "merge": self.merge,
             "merge_fraction": self.fraction,
             "merges": [

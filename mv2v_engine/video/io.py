@@ -125,6 +125,19 @@ class VideoReader:
         if tick < len(order):
             raise truncated(self.path, tick, len(order))
 
+    def check(self) -> None:
+        """Decode every frame and keep none.
+
+        Raises:
+            VideoError: the file does not hold all that its scan found, or changes its frame size.
+        """
+        missing = set(self._scan.order)
+        for stored, frame in _stored_frames(self.path, self._scan, None):
+            _check_size(self.path, self._scan, frame)
+            missing.discard(stored)
+        if missing:
+            raise truncated(self.path, min(missing), self.info.num_frames)
+
 
 def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf: int = 18) -> None:
     """Write frames uint8 [T, height, width, 3] as `video_writer` does.
@@ -290,13 +303,17 @@ def _stored_frames(path: Path, scan: Scan, seek: int | None) -> Iterator[tuple[i
                 yield number[frame.pts], frame
 
 
-def _pixels(path: Path, scan: Scan, frame: VideoFrame) -> Tensor:
-    """One frame as uint8 [height, width, 3], upright."""
+def _check_size(path: Path, scan: Scan, frame: VideoFrame) -> None:
     if (frame.height, frame.width) != scan.coded_size:
         raise VideoError(
             f"{path.name} changes its frame size from {scan.coded_size[1]}x{scan.coded_size[0]} to "
             f"{frame.width}x{frame.height}; re-encode it at one size"
         )
+
+
+def _pixels(path: Path, scan: Scan, frame: VideoFrame) -> Tensor:
+    """One frame as uint8 [height, width, 3], upright."""
+    _check_size(path, scan, frame)
     height, width = scan.square_size
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height))
     return torch.rot90(pixels, scan.info.rotation // 90, (0, 1))

@@ -199,6 +199,8 @@ def test_describe_is_plain_data() -> None:
     report = novel_view_plan(memory=4).describe()
     assert report["tokens"] == 92_274
     assert report["memory_tokenizers"] == [4, 4, 4, 8]
+    # 21 latent frames of 60 x 104, in patches of 4 x 4 or 8 x 8 and padded to whole ones
+    assert report["memory_tokens"] == [21 * 15 * 26] * 3 + [21 * 8 * 13]
     assert [(m["block"], m["frames"], m["of"]) for m in report["merges"]] == [
         (10, 56, 105),
         (20, 25, 49),

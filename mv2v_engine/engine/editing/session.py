@@ -204,6 +204,10 @@ class EditSession(Session):
                 yield WindowDone(window.number + 1, len(self.windows), pace * left)
             return self._finish(edit, decoding)
 
+    def number_of(self, request: EditRequest) -> int:
+        """The number of the turn that a request has begun, or would."""
+        return self._take_up(request).number
+
     def _take_up(self, request: EditRequest) -> Edit:
         """The edit that a request has begun, or a new one."""
         settings = engine_settings(self.engine)

@@ -113,6 +113,13 @@ class EditStore(SessionFolder):
                 "more in another folder"
             ) from error
 
+    def listed_files(self) -> set[Path]:
+        return {
+            self.window_path(row["number"], window)
+            for row in self.read()["turns"]
+            for window in range(1, len(row["windows"]) + 1)
+        }
+
     def window_path(self, number: int, window: int) -> Path:
         """Where a window of an edit lies."""
         return self.turns_folder / f"turn_{number:02d}" / f"window_{window:05d}.safetensors"

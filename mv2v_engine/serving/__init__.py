@@ -1,0 +1,1 @@
+"""The service: durable sessions behind HTTP, one worker process that owns the engine."""

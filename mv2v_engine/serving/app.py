@@ -1,0 +1,212 @@
+"""The HTTP application: the routes, what stands before them, and how errors leave."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+from fastapi import Depends, FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import FileResponse
+from fastapi.routing import APIRoute
+from fastapi.staticfiles import StaticFiles
+from starlette.exceptions import HTTPException
+from starlette.middleware import Middleware
+from starlette.middleware.cors import CORSMiddleware
+from starlette.routing import Route
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mv2v_engine import __version__
+from mv2v_engine.serving.auth import Authentication
+from mv2v_engine.serving.bodies import BodyLimit
+from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.headers import (
+    SECURITY,
+    SecurityHeaders,
+    SiteGuard,
+    cors_options,
+    refusal,
+)
+from mv2v_engine.serving.metrics import Metrics
+from mv2v_engine.serving.percent import Percentages
+from mv2v_engine.serving.routes import jobs, sessions, system, turns, videos
+from mv2v_engine.serving.routes.parameters import BEARER
+from mv2v_engine.serving.service import Service
+
+PAGE = Path(__file__).with_name("page")
+OWNED = (sessions.router, turns.router, jobs.router, videos.router)
+ROUTERS = (*OWNED, system.router)
+# codes of what the framework itself refuses
+_CODES = {
+    404: "not_found",
+    405: "method_not_allowed",
+    408: "request_timeout",
+    413: "too_large",
+    415: "unsupported_media",
+}
+
+
+class Application(FastAPI):
+    """Whose schema knows the service's errors alone."""
+
+    def openapi(self) -> dict[str, Any]:
+        """The schema, without the framework's own shape of validation errors."""
+        if self.openapi_schema is None:
+            schema = super().openapi()
+            for operations in schema["paths"].values():
+                for operation in operations.values():
+                    _drop_framework_errors(operation["responses"])
+            for name in ("HTTPValidationError", "ValidationError"):
+                schema["components"]["schemas"].pop(name, None)
+        assert self.openapi_schema is not None
+        return self.openapi_schema
+
+
+def _drop_framework_errors(responses: dict[str, Any]) -> None:
+    """It promises 422 wherever a path has a parameter, also where any text will do."""
+    said = json.dumps(responses.get("422", {}))
+    if "HTTPValidationError" in said:
+        del responses["422"]
+
+
+def create_app(
+    service: Service, config: ServingConfig, metrics: Metrics, percentages: Percentages
+) -> Application:
+    """The application over a service that somebody else starts and stops.
+
+    metrics, percentages: listeners of the service. state.stopping ends all streams of events.
+    """
+    before = [
+        Middleware(Observed, metrics=metrics),
+        Middleware(SecurityHeaders),
+        Middleware(SiteGuard, config=config),
+        Middleware(Authentication, tokens=config.tokens),
+        Middleware(BodyLimit, upload_bytes=config.limits.upload_bytes),
+    ]
+    if config.cors_origins:
+        before.insert(2, Middleware(CORSMiddleware, **cors_options(config.cors_origins)))
+    app = Application(
+        title="mv2v_engine",
+        summary="Multi-turn video-to-video generation that remembers its own earlier turns",
+        version=__version__,
+        docs_url=None,
+        redoc_url=None,
+        middleware=before,
+        redirect_slashes=False,
+        generate_unique_id_function=_operation_id,
+        exception_handlers={
+            ApiError: _refused,
+            RequestValidationError: _invalid,
+            HTTPException: _of_framework,
+            Exception: _broken,
+        },
+    )
+    app.state.service, app.state.config = service, config
+    app.state.metrics, app.state.percentages = metrics, percentages
+    app.state.stopping = asyncio.Event()
+    for router in OWNED:
+        app.include_router(router, dependencies=[Depends(BEARER)])
+    app.include_router(system.router)
+    app.mount("/page", PageFiles(directory=PAGE))
+    app.get("/", include_in_schema=False)(_page)
+    return app
+
+
+def _operation_id(route: APIRoute) -> str:
+    return route.name
+
+
+async def _page() -> FileResponse:
+    return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, ApiError)
+    return refusal(error)
+
+
+async def _invalid(request: Request, error: Exception) -> Response:
+    """The first field that is wrong, in one line; what was sent is not sent back."""
+    assert isinstance(error, RequestValidationError)
+    first = error.errors()[0]
+    place = [str(part) for part in first["loc"]]
+    if first["type"] == "json_invalid":
+        message = f"the body is no JSON: {first['ctx']['error']} at byte {place[-1]}"
+        return refusal(ApiError("malformed_request", message))
+    # where it was looked for is said only if there is no field to name
+    param = ".".join(place[1:]) or None
+    said = f"{param or 'the ' + place[0]}: {first['msg']}"
+    return refusal(ApiError("invalid_request", said, param=param))
+
+
+async def _of_framework(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    code = _CODES.get(error.status_code, "malformed_request")
+    message = error.detail
+    if code == "not_found":
+        message = f"there is nothing at {request.url.path[:200]!r}; /openapi.json lists the routes"
+    elif code == "method_not_allowed":
+        allowed = ", ".join(_methods(request))
+        message = f"{request.url.path[:200]!r} takes {allowed}, not {request.method[:20]!r}"
+        return refusal(ApiError(code, message, headers={"Allow": allowed}))
+    return refusal(ApiError(code, message, headers=error.headers))
+
+
+def _methods(request: Request) -> list[str]:
+    """What an address can be asked; the framework's own answer names its first route's alone."""
+    path = request.url.path
+    methods: set[str] = set()
+    for router in ROUTERS:
+        for route in router.routes:
+            if isinstance(route, Route) and route.path_regex.match(path):
+                methods |= route.methods or set()
+    return sorted(methods or {"GET"})
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """A fault of ours. The framework raises it once more, for the log; the client learns none."""
+    answer = refusal(ApiError("internal", "a fault of the service; its log says more"))
+    # sent from outside of all that adds headers
+    answer.headers.update(SECURITY)
+    return answer
+
+
+class PageFiles(StaticFiles):
+    """Asked for each time, though rarely sent again: modules of two versions do not fit."""
+
+    def file_response(self, *args: Any, **kwargs: Any) -> Response:
+        """With the header that says so."""
+        response = super().file_response(*args, **kwargs)
+        response.headers["Cache-Control"] = "no-cache"
+        return response
+
+
+class Observed:
+    """Counts and times requests by route, never by address."""
+
+    def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
+        self._app, self._metrics = app, metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        # what it stays if the application fails before it answers
+        status = 500
+
+        async def noting(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        began = time.perf_counter()
+        try:
+            await self._app(scope, receive, noting)
+        finally:
+            route = getattr(scope.get("route"), "path", "other")
+            self._metrics.observe_request(route, status, time.perf_counter() - began)

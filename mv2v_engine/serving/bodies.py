@@ -1,0 +1,83 @@
+"""Request bodies: bounded in bytes and in the time between them, whoever reads them."""
+
+from __future__ import annotations
+
+import asyncio
+
+from starlette.datastructures import Headers
+from starlette.exceptions import HTTPException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.headers import refusal
+
+JSON_BYTES = 2 << 20
+# what a form has around its file: boundaries, headers, other fields
+FORM_BYTES = 1 << 20
+UPLOADS = frozenset({"/v1/sessions", "/v1/videos"})
+# a client that is refused still sends; it reads the answer only if it is let finish a little
+_DRAINED_BYTES, _DRAINED_SECONDS = 16 << 20, 5.0
+
+
+class BodyLimit:
+    """Refuses bodies that are too large, or that stop coming for `idle_seconds`.
+
+    Routes that take uploads may have `upload_bytes` and a form around them, others a little JSON.
+    """
+
+    def __init__(self, app: ASGIApp, upload_bytes: int, idle_seconds: float = 30.0) -> None:
+        self._app = app
+        self._upload_bytes, self._idle_seconds = upload_bytes, idle_seconds
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        is_upload = scope["method"] == "POST" and scope["path"] in UPLOADS
+        most = self._upload_bytes + FORM_BYTES if is_upload else JSON_BYTES
+        length = Headers(scope=scope).get("content-length", "")
+        if length.isdecimal() and int(length[:20]) > most:
+            await _drain(receive)
+            await refusal(ApiError("too_large", _too_large(most)))(scope, receive, send)
+            return
+        seen, is_whole = 0, False
+
+        async def bounded() -> Message:
+            nonlocal seen, is_whole
+            if is_whole:
+                # whoever asks now waits for the client to leave, for as long as that takes
+                return await receive()
+            try:
+                message = await asyncio.wait_for(receive(), self._idle_seconds)
+            except asyncio.TimeoutError:
+                raise HTTPException(
+                    408,
+                    f"no byte of the body came for {self._idle_seconds:g} s; send it again",
+                ) from None
+            is_whole = not message.get("more_body", False)
+            seen += len(message.get("body", b""))
+            if seen > most:
+                if not is_whole:
+                    await _drain(receive)
+                raise HTTPException(413, _too_large(most))
+            return message
+
+        await self._app(scope, bounded, send)
+
+
+def _too_large(most: int) -> str:
+    return f"the body has more than {most} bytes, which is all that this route takes; send less"
+
+
+async def _drain(receive: Receive) -> None:
+    """Let the client send on for a little."""
+    seen, loop = 0, asyncio.get_running_loop()
+    ends = loop.time() + _DRAINED_SECONDS
+    while seen < _DRAINED_BYTES:
+        try:
+            message = await asyncio.wait_for(receive(), ends - loop.time())
+        except asyncio.TimeoutError:
+            return
+        seen += len(message.get("body", b""))
+        if not message.get("more_body", False):
+            return

@@ -1,0 +1,180 @@
+"""`run serve`: its options, read without loading what only the service needs."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+from pathlib import Path
+from typing import get_args
+
+from mv2v_engine.config import EngineConfig, MemoryMode, SchedulerName
+from mv2v_engine.envs import serving_tokens
+from mv2v_engine.errors import RequestError
+from mv2v_engine.options import (
+    add_memory_bounds,
+    add_model,
+    add_reuse,
+    engine_config,
+    num_bytes,
+    read_resolution,
+)
+from mv2v_engine.serving.config import Limits, ServingConfig
+
+_NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
+
+
+def serve(args: argparse.Namespace) -> int:
+    """Serve a checkpoint over HTTP until a signal ends it."""
+    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RequestError(
+            f"serving needs {', '.join(missing)}, which this Python does not have; "
+            "pip install 'mv2v_engine[serve]'"
+        )
+    config = serving_config(args)
+    # whatever is wrong with the checkpoint is said before anything listens
+    read_resolution(args)
+
+    import asyncio
+
+    from mv2v_engine.serving.local import LocalBackend
+    from mv2v_engine.serving.logs import LogListener, configure_logs
+    from mv2v_engine.serving.server import serve as serve_http
+
+    configure_logs()
+    backend = LocalBackend(config)
+    asyncio.run(serve_http(config, backend, (LogListener(),), on_listening=_announce))
+    return 0
+
+
+def _announce(address: str) -> None:
+    # flushed, for whoever started this waits for the line
+    print(f"listening on {address}", flush=True)
+
+
+def serving_config(args: argparse.Namespace) -> ServingConfig:
+    """What was asked for.
+
+    Raises:
+        RequestError: a value out of its range, or a service that anybody could reach.
+    """
+    return ServingConfig(
+        store=args.store,
+        checkpoint=args.checkpoint,
+        components=args.components,
+        rename=args.rename,
+        device=args.device,
+        dtype=args.dtype,
+        engine=engine_config(args, fov_radius=args.fov_radius),
+        host=args.host,
+        port=args.port,
+        tokens=() if args.no_auth else read_tokens(args.tokens),
+        allow_anonymous=args.no_auth,
+        cors_origins=tuple(args.cors_origin),
+        max_queue=args.max_queue,
+        max_sessions_open=args.max_sessions_open,
+        limits=Limits(
+            upload_bytes=args.max_upload,
+            frames=args.max_frames,
+            pixels=args.max_pixels,
+            seconds=args.max_seconds,
+            sessions=args.max_sessions,
+        ),
+        keep_days=args.keep_days,
+        keep_bytes=args.keep_bytes,
+        min_free_bytes=args.min_free,
+        grace=args.grace,
+    )
+
+
+def read_tokens(path: Path | None) -> tuple[str, ...]:
+    """The tokens of a file, one a line, '#' begins a comment; without one, of the environment.
+
+    Raises:
+        RequestError: the file cannot be read, or holds no token.
+    """
+    if path is None:
+        return serving_tokens()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise RequestError(f"cannot read tokens from {path}: {error}; give a text file") from error
+    tokens = tuple(filter(None, (line.partition("#")[0].strip() for line in lines)))
+    if not tokens:
+        raise RequestError(f"{path} holds no tokens; write one on each line")
+    return tokens
+
+
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    """The command's options."""
+    parser.set_defaults(command=serve)
+    add = parser.add_argument
+    add("--store", type=Path, required=True, metavar="DIR", help="sessions, videos and database")
+    _add_listening(parser)
+    _add_limits(parser)
+    group = parser.add_argument_group("the memory")
+    add = group.add_argument
+    add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
+    add_memory_bounds(group, "videos a turn")
+    add("--fov-radius", type=float, default=EngineConfig().fov_radius, metavar="R", help="metres")
+    group = parser.add_argument_group("sampling")
+    group.add_argument(
+        "--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given"
+    )
+    add_reuse(parser)
+    add_model(parser, "tiny-nvs")
+
+
+def _add_listening(parser: argparse.ArgumentParser) -> None:
+    defaults = ServingConfig
+    add = parser.add_argument_group("who may connect").add_argument
+    add("--host", default=defaults.host, metavar="H", help="this machine alone if not given")
+    add("--port", type=int, default=defaults.port, metavar="N", help="0 takes a free one")
+    add(
+        "--tokens",
+        type=Path,
+        metavar="FILE",
+        help="bearer tokens, one a line, each with sessions of its own; MV2V_TOKENS if not given",
+    )
+    add("--no-auth", action="store_true", help="anybody who can connect may do anything")
+    add(
+        "--cors-origin",
+        action="append",
+        default=[],
+        metavar="ORIGIN",
+        help="a site whose pages may use the service, such as https://example.org",
+    )
+
+
+def _add_limits(parser: argparse.ArgumentParser) -> None:
+    defaults, limits = ServingConfig, Limits()
+    add = parser.add_argument_group("limits").add_argument
+    add("--max-queue", type=int, default=defaults.max_queue, metavar="N", help="turns that wait")
+    add(
+        "--max-sessions-open",
+        type=int,
+        default=defaults.max_sessions_open,
+        metavar="N",
+        help="in the engine's memory at once",
+    )
+    add("--max-sessions", type=int, default=limits.sessions, metavar="N", help="of a token")
+    add("--max-upload", type=num_bytes, default=limits.upload_bytes, metavar="N", help="as 256MiB")
+    add("--max-frames", type=int, default=limits.frames, metavar="N", help="of an upload")
+    add("--max-pixels", type=int, default=limits.pixels, metavar="N", help="of its frames")
+    add("--max-seconds", type=float, default=limits.seconds, metavar="S", help="of its length")
+    add("--keep-days", type=float, metavar="D", help="sessions not touched for longer are removed")
+    add("--keep-bytes", type=num_bytes, metavar="N", help="the oldest go when all take more")
+    add(
+        "--min-free",
+        type=num_bytes,
+        default=defaults.min_free_bytes,
+        metavar="N",
+        help="of the disk, below which uploads are refused",
+    )
+    add(
+        "--grace",
+        type=float,
+        default=defaults.grace,
+        metavar="S",
+        help="seconds that the turn under way has when the service is stopped",
+    )

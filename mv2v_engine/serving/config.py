@@ -1,0 +1,100 @@
+"""How a service runs: where it keeps its store, what it serves, and every limit it has."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from mv2v_engine.config import EngineConfig
+from mv2v_engine.errors import RequestError
+
+_LOOPBACK = ("127.0.0.1", "::1", "localhost")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Limits:
+    """What an upload may be, and how many sessions one token may hold.
+
+    pixels: of one frame. seconds: of the video. probe_seconds: that decoding it may take.
+    """
+
+    upload_bytes: int = 256 << 20
+    frames: int = 20_000
+    pixels: int = 3840 * 2160
+    seconds: float = 600.0
+    sessions: int = 10_000
+    probe_seconds: float = 60.0
+
+    def __post_init__(self) -> None:
+        for name in (limit.name for limit in dataclasses.fields(self)):
+            if not getattr(self, name) > 0:
+                raise RequestError(f"limit {name} must be positive, got {getattr(self, name)}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """As plain data, for the process that decodes uploads."""
+        return dataclasses.asdict(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServingConfig:
+    """One service.
+
+    store: the folder of the database, the sessions and their files.
+    checkpoint, components, rename, device, dtype, engine: as `Engine.from_pretrained` takes them;
+        dtype is a name, such as "bfloat16".
+    tokens: bearer tokens, each with sessions of its own; none leaves the service open.
+    allow_anonymous: whether a service without tokens may listen beyond loopback.
+    max_queue: turns that wait, of all tokens together; one more is refused.
+    max_sessions_open: that the worker keeps in memory, the least recently used going first.
+    keep_days, keep_bytes: sessions that were not touched for so long, or that exceed so many bytes
+        together, are removed, the least recently touched first; None keeps them.
+    min_free_bytes: of the store's disk, below which uploads are refused.
+    grace: seconds that the turn under way has when the service is stopped.
+    max_attempts: how often a turn is begun that takes the process down each time.
+    """
+
+    store: Path
+    checkpoint: str = "tiny-nvs"
+    components: Path | None = None
+    rename: Path | None = None
+    device: str | None = None
+    dtype: str | None = None
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    host: str = "127.0.0.1"
+    port: int = 8000
+    tokens: tuple[str, ...] = field(default=(), repr=False)
+    allow_anonymous: bool = False
+    cors_origins: tuple[str, ...] = ()
+    max_queue: int = 32
+    max_sessions_open: int = 8
+    limits: Limits = field(default_factory=Limits)
+    keep_days: float | None = None
+    keep_bytes: int | None = None
+    min_free_bytes: int = 1 << 30
+    grace: float = 30.0
+    max_attempts: int = 2
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.port < 65536:
+            raise RequestError(f"port must lie in 0..65535, got {self.port}")
+        for name in ("max_queue", "max_sessions_open", "max_attempts"):
+            if getattr(self, name) < 1:
+                raise RequestError(f"{name} must be at least 1, got {getattr(self, name)}")
+        for name in ("keep_days", "keep_bytes", "min_free_bytes", "grace"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise RequestError(f"{name} must not be negative, got {value}")
+        if any(not token.strip() for token in self.tokens):
+            raise RequestError("a bearer token is empty; leave it out or give it characters")
+        if not (self.tokens or self.allow_anonymous or self.is_loopback):
+            raise RequestError(
+                f"host {self.host} is reachable by others and no tokens are configured, so anyone "
+                "could use the service; give tokens, listen on 127.0.0.1, or say --no-auth"
+            )
+
+    @property
+    def is_loopback(self) -> bool:
+        """Whether only this machine can connect."""
+        return self.host in _LOOPBACK or self.host.startswith("127.")

@@ -1,0 +1,112 @@
+"""What the service refuses and how a job fails: one table of codes, one shape on the wire.
+
+`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it. A code has one HTTP
+status; those that only jobs have are never an answer's own and carry none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+from typing import Any
+
+INVALID, AUTHENTICATION, RATE, SERVER = (
+    "invalid_request_error",
+    "authentication_error",
+    "rate_limit_error",
+    "server_error",
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """What a code stands for. status: of the HTTP answer, None if only jobs fail with it."""
+
+    status: int | None
+    type: str
+    meaning: str
+
+
+KINDS: Mapping[str, Kind] = MappingProxyType(
+    {
+        "malformed_request": Kind(400, INVALID, "no readable HTTP, JSON or multipart body"),
+        "wrong_host": Kind(400, INVALID, "the Host header names another host than the service's"),
+        "wrong_origin": Kind(403, INVALID, "the request comes from another site's page"),
+        "authentication_required": Kind(401, AUTHENTICATION, "no bearer token, or a wrong one"),
+        "request_timeout": Kind(408, INVALID, "the body stopped coming"),
+        "not_found": Kind(404, INVALID, "no such route, session, turn, job or file for this token"),
+        "method_not_allowed": Kind(405, INVALID, "the route has other methods"),
+        "busy": Kind(409, INVALID, "the state of the session or the job does not allow this"),
+        "idempotency_conflict": Kind(409, INVALID, "the Idempotency-Key came with another request"),
+        "not_finished": Kind(409, INVALID, "the turn has no result yet, or will have none"),
+        "too_large": Kind(413, INVALID, "the body or the file has too many bytes"),
+        "unsupported_media": Kind(415, INVALID, "the body is of another content type"),
+        "range_not_satisfiable": Kind(416, INVALID, "the byte range lies outside the file"),
+        "invalid_request": Kind(422, INVALID, "a field is missing, unknown, or out of range"),
+        "unreadable_video": Kind(422, INVALID, "the file cannot be decoded as a video"),
+        "video_too_long": Kind(422, INVALID, "the video lasts too many seconds"),
+        "too_many_frames": Kind(422, INVALID, "the video has too many frames"),
+        "too_many_pixels": Kind(422, INVALID, "the frames of the video are too large"),
+        "video_too_slow": Kind(422, INVALID, "decoding the video takes too long or too much"),
+        "unprocessable_turn": Kind(422, INVALID, "the model or the session cannot do this turn"),
+        "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
+        "queue_full": Kind(429, RATE, "as many turns wait as may; Retry-After says for how long"),
+        "internal": Kind(500, SERVER, "a fault of the service"),
+        "not_ready": Kind(503, SERVER, "the service is starting or stopping"),
+        "disk_full": Kind(507, SERVER, "the disk has no room for another upload"),
+        "cancelled": Kind(None, INVALID, "the turn was cancelled; the session is as before"),
+        "worker_crashed": Kind(None, SERVER, "the process that rendered the turn died"),
+        "out_of_memory": Kind(None, SERVER, "the device or the host has too little memory"),
+        "timeout": Kind(None, SERVER, "the turn took longer than it may"),
+    }
+)
+
+
+class ApiError(Exception):
+    """An answer other than success. code: of `KINDS`, which gives its status and type.
+
+    param: the field of the request that is at fault, if one is. headers: of the answer.
+    """
+
+    def __init__(
+        self,
+        code: str,
+        message: str,
+        *,
+        param: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.code, self.message, self.param = code, message, param
+        self.headers = dict(headers or {})
+
+    @property
+    def status(self) -> int:
+        status = KINDS[self.code].status
+        assert status is not None, f"{self.code} is for jobs alone"
+        return status
+
+    @property
+    def type(self) -> str:
+        return KINDS[self.code].type
+
+    def to_dict(self) -> dict[str, Any]:
+        """The body of the answer."""
+        return error_body(self.code, self.message, self.param)
+
+
+def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
+    """An error in the shape that OpenAI's clients read."""
+    fields = {"message": message, "type": KINDS[code].type, "param": param, "code": code}
+    return {"error": fields}
+
+
+def queue_full(seconds: float, waiting: int) -> ApiError:
+    """Refuse a turn for now. seconds: after which it may be worth another try."""
+    wait = max(1, round(seconds))
+    return ApiError(
+        "queue_full",
+        f"{waiting} turns are waiting and no more may; try again in {wait} s",
+        headers={"Retry-After": str(wait)},
+    )

@@ -1,0 +1,296 @@
+"""An engine and its open sessions, and how a job is done with them: one event after another.
+
+It knows no process, queue or database: a worker process drives it over a pipe, as a replica would.
+Everything it writes into a session's folder is whole or absent, and a job that is done twice gives
+the same turn once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import errno
+from collections import OrderedDict
+from collections.abc import Generator, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+
+from mv2v_engine import Engine
+from mv2v_engine.camera.trajectories import PRESETS
+from mv2v_engine.engine.editing.request import EditRequest
+from mv2v_engine.engine.editing.session import EditSession
+from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.turn import Turn
+from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.errors import (
+    CameraError,
+    CancelledError,
+    MemoryBudgetError,
+    MV2VError,
+    RequestError,
+    StorageError,
+    VideoError,
+    is_out_of_memory,
+)
+from mv2v_engine.files import replacing
+from mv2v_engine.progress import (
+    CancelToken,
+    Event,
+    StageDone,
+    StageStarted,
+    StepDone,
+    TurnNotStored,
+    WindowDone,
+    WindowStarted,
+)
+from mv2v_engine.serving.folders import result_path, source_path, turn_bytes
+from mv2v_engine.serving.turn_request import make_request, session_window
+from mv2v_engine.video.io import probe_video, read_video
+
+Json: TypeAlias = dict[str, Any]
+
+_NAMES: dict[type[Any], str] = {
+    StageStarted: "stage_started",
+    StepDone: "step_done",
+    StageDone: "stage_done",
+    WindowStarted: "window_started",
+    WindowDone: "window_done",
+}
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_JPEG_QUALITY = 88
+
+
+class Host:
+    """Not thread-safe; one job at a time.
+
+    max_open: sessions kept in memory; the least recently used one is closed first.
+    """
+
+    def __init__(self, engine: Engine, *, max_open: int) -> None:
+        self.engine, self.max_open = engine, max_open
+        self._open: OrderedDict[str, ViewSession | EditSession] = OrderedDict()
+        self.about = _describe(engine)
+
+    def warm_up(self) -> None:
+        """Make a short turn of nothing, so that no request pays for what comes but once."""
+        sampling = self.engine.sampling
+        frames = torch.zeros(sampling.num_frames, *sampling.size, 3, dtype=torch.uint8)
+        session = self.engine.session(frames, cuts=() if self._is_editor else None)
+        try:
+            if self._is_editor:
+                session.edit("-", num_inference_steps=2)
+            else:
+                session.render("static", num_inference_steps=2)
+        finally:
+            session.close()
+
+    def run(self, job: Json, session: Json, folder: Path, cancel: CancelToken) -> Iterator[Json]:
+        """Make a job's turn: the events that `backend` lists, the last one included.
+
+        job: "number" and "request". session: "id" and "frames". folder: the session's.
+        """
+        try:
+            yield from self._run(job, session, folder, cancel)
+        except CancelledError:
+            yield {"type": "cancelled"}
+        except MV2VError as error:
+            yield _failure(error)
+        except (MemoryError, RuntimeError) as error:
+            if not is_out_of_memory(error):
+                raise
+            self.release(session["id"])
+            yield _failed("out_of_memory", f"the memory ended: {error}")
+
+    def publish(self, session: Json, folder: Path, number: int) -> Json:
+        """Write a finished turn's video and thumbnail again; `Backend.publish`'s answer."""
+        try:
+            opened = self._session(session, folder)
+            turn = next((turn for turn in opened.turns if turn.number == number), None)
+            if turn is None:
+                return _failed("internal", f"the folder has no finished turn {number}")
+            publish_turn(turn, folder)
+        except MV2VError as error:
+            return _failure(error)
+        return {"type": "published", "bytes": turn_bytes(folder, number)}
+
+    def release(self, session_id: str) -> None:
+        """Forget a session's memory; its folder stays."""
+        session = self._open.pop(session_id, None)
+        if session is not None:
+            session.close()
+
+    def close(self) -> None:
+        for session_id in list(self._open):
+            self.release(session_id)
+
+    @property
+    def _is_editor(self) -> bool:
+        return bool(self.about["kind"] == "edits")
+
+    def _run(
+        self, job: Json, session: Json, folder: Path, cancel: CancelToken
+    ) -> Generator[Json, None, None]:
+        request = make_request(job["request"], self.about)
+        cancel.check()
+        opened = self._session(session, folder)
+        if isinstance(opened, EditSession):
+            assert isinstance(request, EditRequest)
+            turn: Turn = yield from _edited(opened, request, folder, cancel)
+        else:
+            assert isinstance(request, TurnRequest)
+            turn = yield from self._rendered(opened, request, session["id"], job["number"], cancel)
+        # from here on the turn is finished, whatever becomes of its files
+        is_published, reason = True, ""
+        try:
+            publish_turn(turn, folder)
+        except StorageError as error:
+            is_published, reason = False, str(error)
+        yield {
+            "type": "done",
+            "number": turn.number,
+            "report": turn.report,
+            "bytes": turn_bytes(folder, turn.number),
+            "published": is_published,
+            "reason": reason,
+            "memory": self._memory(opened, request),
+        }
+
+    def _rendered(
+        self,
+        opened: ViewSession,
+        request: TurnRequest,
+        session_id: str,
+        number: int,
+        cancel: CancelToken,
+    ) -> Generator[Json, None, Turn]:
+        """The turn of a number: made, or as an earlier attempt left it."""
+        yield {"type": "started", "number": number}
+        done = len(opened.turns)
+        if done >= number:
+            turn = opened.turns[number - 1]
+            difference = request.difference(turn.trajectory, turn.report)
+            if difference:
+                raise StorageError(
+                    f"the session's folder has another turn {number}: {difference}; branch from "
+                    f"turn {number - 1}"
+                )
+            return turn
+        if done < number - 1:
+            raise StorageError(
+                f"the session's folder has {done} turns, and turn {number} is to be made; restore "
+                "the folder"
+            )
+        made = yield from _translated(opened.perform(request, cancel))
+        try:
+            opened.store_missing()
+        except StorageError:
+            # only this process has the turn: it never was
+            self.release(session_id)
+            raise
+        return made
+
+    def _session(self, session: Json, folder: Path) -> ViewSession | EditSession:
+        """A session, opened again from its folder if it is not in memory."""
+        opened = self._open.pop(session["id"], None)
+        if opened is None:
+            resume = (folder / "session.json").exists()
+            common: Json = {"id": session["id"], "store": folder, "resume": resume}
+            source = source_path(folder)
+            if self._is_editor:
+                opened = self.engine.edit_session(source, **common)
+            else:
+                window = session_window(session["frames"], self.engine.sampling.num_frames)
+                opened = self.engine.view_session(source, window=window, **common)
+        self._open[session["id"]] = opened
+        while len(self._open) > self.max_open:
+            self.release(next(iter(self._open)))
+        return opened
+
+    def _memory(self, opened: ViewSession | EditSession, request: Any) -> Json:
+        """What a session holds, and what a turn like the last one would be made of."""
+        entries = self.engine.cache.entries()
+        num_bytes = sum(
+            entry.num_bytes for entry in entries if entry.id.startswith(f"{opened.id}/")
+        )
+        tokens = None
+        if isinstance(opened, ViewSession):
+            tokens = opened.plan_turn(request)[1].lengths_by_kind
+        return {"bytes": num_bytes, "next_turn_tokens": tokens}
+
+
+def _edited(
+    opened: EditSession, request: EditRequest, folder: Path, cancel: CancelToken
+) -> Generator[Json, None, Turn]:
+    """An edit, behind the windows that an earlier attempt has kept."""
+    number = opened.number_of(request)
+    yield {"type": "started", "number": number}
+    video = result_path(folder, number, "video")
+    out = None if video.exists() else video
+    return (yield from _translated(opened.perform(request, cancel, out=out)))
+
+
+def publish_turn(turn: Turn, folder: Path) -> None:
+    """Write a turn's video and thumbnail, those of the two that lack.
+
+    Raises:
+        StorageError: the place cannot be written, or the latents are lost.
+    """
+    video = result_path(folder, turn.number, "video")
+    thumbnail = result_path(folder, turn.number, "thumbnail")
+    if not video.exists():
+        turn.save(video)
+    if not thumbnail.exists():
+        _save_thumbnail(video, thumbnail)
+
+
+def _save_thumbnail(video: Path, path: Path) -> None:
+    """The frame in the middle: the first ones of turns with moving cameras look alike."""
+    from PIL import Image
+
+    middle = probe_video(video).num_frames // 2
+    frame = read_video(video, indices=[middle]).frames[0]
+    with replacing(path) as temporary:
+        Image.fromarray(frame.numpy()).save(temporary, "JPEG", quality=_JPEG_QUALITY)
+
+
+def _translated(events: Generator[Event, None, Turn]) -> Generator[Json, None, Turn]:
+    """A turn's events as JSON."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            turn: Turn = stop.value
+            return turn
+        if not isinstance(event, TurnNotStored):
+            yield {"type": _NAMES[type(event)], **asdict(event)}
+
+
+def _describe(engine: Engine) -> Json:
+    """As `Backend.about`."""
+    sampling = dataclasses.asdict(engine.sampling)
+    return {
+        "kind": "edits" if engine.transformer.config.source_channels else "views",
+        "engine": engine.describe(),
+        "has_text": engine.text is not None,
+        "memory": engine.memory,
+        "presets": list(PRESETS),
+        "sampling": sampling | {"size": list(engine.sampling.size)},
+    }
+
+
+def _failure(error: MV2VError) -> Json:
+    """What an error of the engine makes of a job."""
+    if isinstance(error, MemoryBudgetError):
+        return _failed("out_of_memory", str(error))
+    if isinstance(error, RequestError | CameraError | VideoError):
+        return _failed("unprocessable_turn", str(error))
+    cause = error.__cause__
+    if isinstance(error, StorageError) and isinstance(cause, OSError) and cause.errno in _FULL:
+        return _failed("disk_full", str(error))
+    return _failed("internal", str(error))
+
+
+def _failed(code: str, message: str) -> Json:
+    return {"type": "failed", "code": code, "message": message}

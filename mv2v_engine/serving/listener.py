@@ -1,0 +1,35 @@
+"""Who wants to know what the service does: metrics, logs and traces implement this."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mv2v_engine.serving.records import JobRecord, SessionRecord
+
+
+class Listener:
+    """Called on the service's event loop, after the fact is in the database; must not block.
+
+    Every method does nothing here, so that one overrides what one needs.
+    """
+
+    def job_queued(self, job: JobRecord) -> None:
+        """A turn was asked for, or was put back into the queue."""
+
+    def job_started(self, job: JobRecord) -> None:
+        """A turn is begun: job.started - job.created seconds after it was asked for."""
+
+    def job_event(self, job: JobRecord, event: dict[str, Any]) -> None:
+        """A stage, a step or a window of a running job (`backend` lists them)."""
+
+    def job_ended(self, job: JobRecord, report: dict[str, Any] | None) -> None:
+        """It finished, failed or was cancelled. report: the turn's, if there is one."""
+
+    def session_created(self, session: SessionRecord) -> None:
+        """A video was uploaded, or a session branched."""
+
+    def session_deleted(self, session_id: str) -> None:
+        """A session is gone: deleted by its owner or by retention."""
+
+    def worker_restarted(self, reason: str) -> None:
+        """The worker ended and is started again."""

@@ -1,0 +1,225 @@
+// The page: what the address names is shown; the theme, the token and the model around it.
+
+import * as api from "./api.js";
+import { pathOf } from "./camera.js";
+import { $, h, replace } from "./dom.js";
+import { plural } from "./format.js";
+import { Preview } from "./frustum.js";
+import { icon } from "./icons.js";
+import { announce, clear, problem } from "./notices.js";
+import { SessionList, Uploader } from "./sessions.js";
+import { Workspace } from "./workspace.js";
+
+const THEMES = { auto: "system", light: "light", dark: "dark" };
+
+let workspace = null;
+let list = null;
+let hero = null;
+
+/** What the address names: #session=…&frame=8&hide=source.1 */
+function readHash() {
+  const values = new URLSearchParams(location.hash.slice(1));
+  return {
+    session: values.get("session"),
+    frame: Number(values.get("frame")) || 0,
+    hidden: (values.get("hide") ?? "").split(".").filter(Boolean),
+  };
+}
+
+function hashOf(session, { frame, hidden }) {
+  const values = new URLSearchParams({ session });
+  if (frame) values.set("frame", frame);
+  if (hidden.length) values.set("hide", hidden.join("."));
+  return `#${values}`;
+}
+
+async function show() {
+  if (!workspace) return;
+  const { session, ...view } = readHash();
+  if (session && workspace.session?.id === session) return;
+  $("welcome").hidden = Boolean(session);
+  $("session").hidden = !session;
+  list.mark(session);
+  clear($("page-state"));
+  if (!session) {
+    document.title = "mv2v";
+    workspace.close();
+    return;
+  }
+  try {
+    await workspace.open(session, view);
+    if (workspace.session) document.title = `${workspace.session.name || "Untitled"} – mv2v`;
+  } catch (error) {
+    $("welcome").hidden = false;
+    $("session").hidden = true;
+    problem($("page-state"), error, show);
+  }
+}
+
+/** The room as one will meet it: the source's camera, and three that were asked for. */
+function drawHero() {
+  const path = (camera) => pathOf(camera, new Map());
+  const others = ["arc:55", "crane:2.2"].map((camera, index) =>
+    ({ poses: path(camera), label: String(index + 1) }));
+  const hero = new Preview($("hero"));
+  hero.view = { yaw: 24, pitch: 30 };
+  hero.show({
+    path: path("arc:-70"), others, aspect: 0.6,
+    words: "A camera before a subject, and three paths that other cameras take around it",
+  });
+  return hero;
+}
+
+function goTo(session) {
+  location.hash = session ? `session=${session.id}` : "";
+}
+
+function confirmed({ title, words, yes }) {
+  const dialog = $("confirm");
+  $("confirm-title").textContent = title;
+  $("confirm-words").textContent = words;
+  $("confirm-yes").textContent = yes;
+  dialog.returnValue = "no";
+  dialog.showModal();
+  return new Promise((resolve) => {
+    dialog.addEventListener("close", () => resolve(dialog.returnValue === "yes"), { once: true });
+  });
+}
+
+async function deleteSession(session) {
+  const isSure = await confirmed({
+    title: `Delete ${session.name || "this session"}?`,
+    words: `The video and ${plural(session.num_turns, "turn")} are removed from the service. `
+      + "Branches of it stay.",
+    yes: "Delete it",
+  });
+  if (!isSure) return;
+  await api.remove(session.id);
+  announce("The session is deleted");
+  goTo(null);
+  list.refresh();
+}
+
+function setUpTheme() {
+  const button = $("theme");
+  const order = Object.keys(THEMES);
+  const showTheme = () => {
+    const theme = document.documentElement.dataset.theme ?? "auto";
+    replace(button, icon(theme));
+    button.setAttribute("aria-label", `Theme: ${THEMES[theme]}. Change it`);
+    button.title = `Theme: ${THEMES[theme]}`;
+    workspace?.redraw();
+    hero.draw();
+    return theme;
+  };
+  button.addEventListener("click", () => {
+    const next = order[(order.indexOf(showTheme()) + 1) % order.length];
+    if (next === "auto") {
+      delete document.documentElement.dataset.theme;
+      localStorage.removeItem("mv2v-theme");
+    } else {
+      document.documentElement.dataset.theme = next;
+      localStorage.setItem("mv2v-theme", next);
+    }
+    showTheme();
+  });
+  showTheme();
+}
+
+function setUpAccess() {
+  const dialog = $("access");
+  replace($("access-open"), icon("key"));
+  $("access-open").addEventListener("click", askForToken);
+  dialog.addEventListener("close", () => {
+    if (dialog.returnValue !== "yes") return;
+    api.setToken($("token").value.trim());
+    location.reload();
+  });
+}
+
+function askForToken() {
+  $("token").value = api.getToken();
+  $("access").returnValue = "no";
+  $("access").showModal();
+}
+
+/** The model, once it is loaded: a service that has just started needs a while. */
+async function loadModel() {
+  const place = $("page-state");
+  for (;;) {
+    try {
+      const model = await api.model();
+      clear(place);
+      return model;
+    } catch (error) {
+      if (error.status === 401) askForToken();
+      if (error.code !== "not_ready") throw error;
+      replace(place, h("div", { class: "note", role: "status" }, error.message),
+        h("div", { class: "progress waiting" }, h("span")));
+      await new Promise((resolve) => { setTimeout(resolve, 1000 * (error.retryAfter ?? 2)); });
+    }
+  }
+}
+
+function setUpKeys() {
+  $("skip").addEventListener("click", (event) => {
+    event.preventDefault(); // the hash is the view's
+    $("main").focus();
+  });
+  document.addEventListener("keydown", (event) => {
+    const isElsewhere = event.target.closest(
+      "input, textarea, select, button, a, summary, dialog, [role=slider], canvas");
+    const isCommand = event.ctrlKey || event.altKey || event.metaKey;
+    if (isElsewhere || isCommand || !workspace?.session) return;
+    const actions = {
+      " ": () => workspace.player.toggle(),
+      ",": () => workspace.player.step(-1),
+      ".": () => workspace.player.step(1),
+    };
+    if (!(event.key in actions)) return;
+    event.preventDefault();
+    actions[event.key]();
+  });
+}
+
+async function start() {
+  let model;
+  try {
+    model = await loadModel();
+  } catch (error) {
+    problem($("page-state"), error, start);
+    return;
+  }
+  const edits = model.kind === "edits";
+  $("model").textContent = `${model.id} · ${model.engine.device}`;
+  $("welcome-words").textContent = edits
+    ? "Drop a video, say what to change, and change it again: each part remembers what came before."
+    : "Drop a video, pick a camera, and watch it from there. Every further turn remembers the ones "
+      + "that saw the same things, so that what they made up stays as it was.";
+  workspace = new Workspace(model, {
+    onview: (view) => history.replaceState(null, "", hashOf(workspace.session.id, view)),
+    onbranch: async (session) => {
+      await list.refresh();
+      announce("Branched into a new session");
+      goTo(session);
+    },
+    onchange: () => list.refresh(),
+    ondelete: deleteSession,
+  });
+  await list.refresh();
+  await show();
+}
+
+list = new SessionList();
+hero = drawHero();
+new Uploader((session) => {
+  goTo(session);
+  list.refresh();
+});
+setUpTheme();
+setUpAccess();
+setUpKeys();
+window.addEventListener("hashchange", show);
+$("home").addEventListener("click", () => goTo(null));
+$("welcome").hidden = Boolean(readHash().session);
+start();

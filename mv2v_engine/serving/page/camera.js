@@ -1,0 +1,146 @@
+// Camera moves: how they are written, and the path that one takes, for the preview.
+//
+// A pose is [R | t] as 12 numbers, row by row: camera-to-world, OpenCV axes (x right, y down,
+// z forward), metres, relative to the source's first frame. The engine's own are in
+// mv2v_engine/camera/trajectories.py; a move alone is sent by name and made there, a combination is
+// made here and sent as poses.
+
+import { signed } from "./format.js";
+
+export const SUBJECT_DISTANCE = 4; // metres; what arcs turn about
+
+/** The free moves, in the order they are applied. positive, negative: what the directions mean. */
+export const AXES = {
+  arc: { name: "Arc", unit: "°", limit: 120, step: 1, positive: "right", negative: "left" },
+  pan: { name: "Pan", unit: "°", limit: 90, step: 1, positive: "right", negative: "left" },
+  tilt: { name: "Tilt", unit: "°", limit: 45, step: 1, positive: "up", negative: "down" },
+  zoom: { name: "Zoom", unit: " m", limit: 4, step: 0.1, positive: "in", negative: "out" },
+};
+
+const IDENTITY = [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0];
+const radians = (degrees) => (degrees * Math.PI) / 180;
+
+function compose(a, b) {
+  const result = new Array(12);
+  for (let row = 0; row < 3; row += 1) {
+    for (let column = 0; column < 4; column += 1) {
+      let sum = column === 3 ? a[row * 4 + 3] : 0;
+      for (let k = 0; k < 3; k += 1) sum += a[row * 4 + k] * b[k * 4 + column];
+      result[row * 4 + column] = sum;
+    }
+  }
+  return result;
+}
+
+const moved = (x, y, z) => [1, 0, 0, x, 0, 1, 0, y, 0, 0, 1, z];
+
+function yaw(degrees) {
+  const [c, s] = [Math.cos(radians(degrees)), Math.sin(radians(degrees))];
+  return [c, 0, s, 0, 0, 1, 0, 0, -s, 0, c, 0];
+}
+
+function pitch(degrees) {
+  const [c, s] = [Math.cos(radians(degrees)), Math.sin(radians(degrees))];
+  return [1, 0, 0, 0, 0, c, -s, 0, 0, s, c, 0];
+}
+
+function arc(degrees, radius = SUBJECT_DISTANCE) {
+  const angle = radians(degrees);
+  const around = moved(Math.sin(angle) * radius, 0, (1 - Math.cos(angle)) * radius);
+  return compose(around, yaw(-degrees));
+}
+
+function crane(rise, progress) {
+  const turn = -Math.atan2(rise, SUBJECT_DISTANCE) * (180 / Math.PI);
+  return compose(moved(0, -rise * progress, 0), pitch(turn * progress));
+}
+
+// (progress from 0 to 1, amounts) -> pose
+const MOVES = {
+  static: () => IDENTITY,
+  pan: (p, degrees) => yaw(p * degrees),
+  tilt: (p, degrees) => pitch(p * degrees),
+  zoom: (p, metres) => moved(0, 0, p * metres),
+  translate: (p, x, y, z) => moved(p * x, p * y, p * z),
+  crane: (p, rise) => crane(rise, p),
+  arc: (p, degrees, radius) => arc(p * degrees, radius),
+};
+
+function sampled(pose, count) {
+  return Array.from({ length: count }, (_, index) => pose(count > 1 ? index / (count - 1) : 0));
+}
+
+/** The free moves of some amounts, together. */
+function combined(amounts, count) {
+  return sampled((p) => {
+    const pose = compose(arc(p * amounts.arc), moved(0, 0, p * amounts.zoom));
+    return compose(compose(pose, yaw(p * amounts.pan)), pitch(p * amounts.tilt));
+  }, count);
+}
+
+export const still = () => ({ arc: 0, pan: 0, tilt: 0, zoom: 0 });
+
+/**
+ * What to ask the service for: a move's name, or poses where several are combined.
+ *
+ * The model gives the number of frames and the size, [height, width] in pixels.
+ */
+export function cameraOf(amounts, { num_frames: frames, size }) {
+  const used = Object.keys(AXES).filter((axis) => amounts[axis] !== 0);
+  if (used.length === 0) return "static";
+  if (used.length === 1) return `${used[0]}:${amounts[used[0]]}`;
+  const rows = (pose) => [pose.slice(0, 4), pose.slice(4, 8), pose.slice(8, 12)];
+  return {
+    format: "mv2v-camera",
+    version: 1,
+    convention: "opencv camera-to-world, metres",
+    size,
+    poses: combined(amounts, frames).map(rows),
+  };
+}
+
+/**
+ * The poses of a camera as it was asked for, at most `count` of them; null if it is unknown here.
+ *
+ * presets: by name, the poses that the service gave for each.
+ */
+export function pathOf(camera, presets, count = 17) {
+  if (camera && typeof camera === "object") {
+    const poses = (camera.poses ?? []).map((pose) => pose.flat());
+    const stride = Math.max(1, Math.floor((poses.length - 1) / (count - 1)));
+    return poses.filter((_, index) => index % stride === 0 || index === poses.length - 1);
+  }
+  if (presets.has(camera)) return presets.get(camera).map((pose) => pose.flat());
+  const [kind, text] = String(camera).split(":");
+  const amounts = text ? text.split(",").map(Number) : [];
+  if (!(kind in MOVES) || amounts.some(Number.isNaN)) return null;
+  return sampled((p) => MOVES[kind](p, ...amounts), count);
+}
+
+/** A move in words: "Arc left 40°". */
+function axisWords(axis, amount) {
+  const { name, unit, positive, negative } = AXES[axis];
+  return `${name} ${amount < 0 ? negative : positive} ${signed(Math.abs(amount))}${unit}`;
+}
+
+export function amountsWords(amounts) {
+  const used = Object.keys(AXES).filter((axis) => amounts[axis] !== 0);
+  return used.map((axis) => axisWords(axis, amounts[axis])).join(", ") || "The source's own camera";
+}
+
+/** What a turn's request is called on the page. */
+export function requestWords(request) {
+  if (request.prompt && !request.camera) return request.prompt;
+  const camera = request.camera;
+  if (camera && typeof camera === "object") return "Combined move";
+  const [kind, text] = String(camera).split(":");
+  if (kind in AXES && text && !text.includes(",")) return axisWords(kind, Number(text));
+  if (kind === "static") return "The source's own camera";
+  if (text) return `${kind} ${text}`;
+  return presetWords(kind);
+}
+
+export function presetWords(name) {
+  const words = name.replaceAll("_", " ");
+  return words[0].toUpperCase() + words.slice(1);
+}

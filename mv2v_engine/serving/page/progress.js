@@ -1,0 +1,155 @@
+// The card of a turn under way: every stage and step as the service tells them, and a way out.
+
+import * as api from "./api.js";
+import { requestWords } from "./camera.js";
+import { h, replace, setVars } from "./dom.js";
+import { seconds } from "./format.js";
+import { announce, button, clear, problem } from "./notices.js";
+import { stageWords } from "./report.js";
+import { follow } from "./stream.js";
+
+const ENDS = new Set(["finished", "failed", "cancelled"]);
+
+export class JobCard {
+  /**
+   * onfinished: (turn's number); onagain: (request) asks for it once more; ongone: () once the card
+   * may go.
+   */
+  constructor(job, { onfinished, onagain, ongone }) {
+    Object.assign(this, { job, onfinished, onagain, ongone });
+    this.leaving = new AbortController();
+    this.stages = new Map();
+    this.words = h("p", { class: "job-words" });
+    this.link = h("p", { class: "fine job-link" });
+    this.bar = h("div", {
+      class: "progress waiting", role: "progressbar", "aria-label": "Progress of the turn",
+      "aria-valuemin": 0, "aria-valuemax": 100,
+    }, h("span"));
+    this.list = h("ol", { class: "stages" });
+    this.state = h("div", { class: "card-state" });
+    this.stop = button("Cancel", () => this.cancel(), "close");
+    this.element = h("article", {
+      class: "card job", id: `card-${job.id}`, "data-job": job.id, tabindex: "-1",
+    },
+    h("header", { class: "card-head" },
+      h("h3", null, "Next turn"),
+      h("p", { class: "card-words" }, requestWords(job.request))),
+    this.words, this.bar, this.list, this.link, this.state,
+    h("div", { class: "row tools" }, this.stop));
+    if (job.state === "queued" || job.state === "running") {
+      this.#say(job.state === "queued" ? queueWords(job.position) : "Starting");
+      this.#follow();
+    } else this.#end({ type: job.state, error: job.error });
+  }
+
+  async #follow() {
+    try {
+      await follow(api.eventsPath(this.job.id), {
+        signal: this.leaving.signal,
+        onlink: (isUp) => {
+          this.link.textContent = isUp ? "" : "Connection lost; trying again…";
+        },
+        onevent: (event) => this.#take(event),
+      });
+    } catch (error) {
+      problem(this.state, error, () => {
+        clear(this.state);
+        this.#follow();
+      });
+    }
+  }
+
+  /** Shows an event; true after the last one. */
+  #take(event) {
+    const shown = {
+      queued: () => this.#say(queueWords(event.position)),
+      started: () => this.#say("Starting"),
+      stage_started: () => this.#stage(event.stage),
+      stage_done: () => this.#stage(event.stage, event.seconds),
+      step_done: () => this.#step(event),
+      window_started: () => this.#say(`Window ${event.number} of ${event.total}`),
+      window_done: () => this.#window(event),
+    };
+    shown[event.type]?.();
+    if (ENDS.has(event.type)) this.#end(event);
+    return ENDS.has(event.type);
+  }
+
+  #say(words, share = null, isSpoken = true) {
+    this.words.textContent = words;
+    this.bar.classList.toggle("waiting", share === null);
+    if (share === null) this.bar.removeAttribute("aria-valuenow");
+    else {
+      this.bar.setAttribute("aria-valuenow", Math.round(100 * share));
+      setVars(this.bar, { "--share": share });
+    }
+    this.bar.setAttribute("aria-valuetext", words);
+    if (isSpoken) announce(words);
+  }
+
+  #stage(stage, spent = null) {
+    const known = this.stages.get(stage);
+    const total = spent === null ? known?.spent : spent;
+    const item = known?.item ?? h("li");
+    replace(item, h("span", null, stageWords(stage)),
+      total !== undefined && h("span", { class: "fine" }, seconds(total)));
+    item.className = spent === null ? "current" : "done";
+    if (!known) this.list.append(item);
+    this.stages.set(stage, { item, spent: total });
+    if (spent === null) this.#say(stageWords(stage));
+  }
+
+  #step({ stage, step, total, seconds_left: left }) {
+    const rest = step < total ? `, ${seconds(left)} left` : "";
+    // a screen reader hears of quarters, not of fifty steps
+    const isQuarter = Math.floor((4 * step) / total) > Math.floor((4 * (step - 1)) / total);
+    this.#say(`${stageWords(stage)}: step ${step} of ${total}${rest}`, step / total, isQuarter);
+  }
+
+  #window({ number, total, seconds_left: left }) {
+    this.#say(`Window ${number} of ${total} done, ${seconds(left)} left`, number / total);
+  }
+
+  #end(event) {
+    this.ended = event.type;
+    this.element.classList.add("ended");
+    this.link.textContent = "";
+    if (event.type === "finished") {
+      announce(`Turn ${event.turn} is finished`);
+      this.onfinished(event.turn);
+      return;
+    }
+    const again = () => this.onagain(this.job.request);
+    if (event.type === "failed") {
+      this.#say("Failed");
+      problem(this.state, event.error, again);
+    } else this.#say("Cancelled. The session is as it was before.");
+    this.bar.hidden = true;
+    const gone = button("Put away", () => this.ongone());
+    // a failure's own box has the other one
+    this.stop.replaceWith(
+      ...(event.type === "failed" ? [gone] : [button("Try again", again), gone]));
+  }
+
+  async cancel() {
+    this.stop.disabled = true;
+    clear(this.state);
+    this.words.textContent = "Cancelling at the next step…";
+    try {
+      await api.cancel(this.job.id);
+    } catch (error) {
+      this.stop.disabled = false;
+      problem(this.state, error);
+    }
+  }
+
+  remove() {
+    this.leaving.abort();
+    this.element.remove();
+  }
+}
+
+function queueWords(position) {
+  if (!position || position === 1) return "Waiting for its turn";
+  return `Waiting, ${position - 1} before it`;
+}

@@ -1,0 +1,118 @@
+// The list of sessions, and how a video gets into it.
+
+import * as api from "./api.js";
+import { $, h, replace, setVars } from "./dom.js";
+import { ago, bytes, percent, plural } from "./format.js";
+import { announce, button, clear, problem } from "./notices.js";
+
+export class Uploader {
+  /** onsession: (session) that the video became. */
+  constructor(onsession) {
+    this.onsession = onsession;
+    this.zone = $("drop");
+    this.input = $("file");
+    this.state = $("drop-state");
+    this.current = null;
+    this.input.addEventListener("change", () => {
+      if (this.input.files.length) this.take(this.input.files[0]);
+      this.input.value = "";
+    });
+    // the whole page takes a drop: a video that misses the zone would replace the page
+    let depth = 0;
+    const light = (step) => {
+      depth = Math.max(0, depth + step);
+      document.body.classList.toggle("dropping", depth > 0);
+    };
+    window.addEventListener("dragenter", (event) => hasFiles(event) && light(1));
+    window.addEventListener("dragleave", (event) => hasFiles(event) && light(-1));
+    window.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
+    window.addEventListener("drop", (event) => {
+      if (!hasFiles(event)) return;
+      event.preventDefault();
+      light(-depth);
+      this.take(event.dataTransfer.files[0]);
+    });
+  }
+
+  /** Uploads a file; sent again after an error, it is still one session: the key stays. */
+  async take(file, key = api.newKey()) {
+    this.current?.abort();
+    const leaving = new AbortController();
+    this.current = leaving;
+    const words = h("span", { class: "fine" }, `${file.name}, ${bytes(file.size)}`);
+    const bar = h("div", {
+      class: "progress", role: "progressbar", "aria-label": "Upload",
+      "aria-valuemin": 0, "aria-valuemax": 100,
+    }, h("span"));
+    replace(this.state, h("div", { class: "uploading" }, words, bar,
+      button("Stop", () => leaving.abort())));
+    this.zone.setAttribute("aria-busy", "true");
+    announce(`Uploading ${file.name}`);
+    const onprogress = (share) => {
+      setVars(bar, { "--share": share });
+      bar.setAttribute("aria-valuenow", Math.round(100 * share));
+      bar.classList.toggle("waiting", share === 1);
+      words.textContent = share < 1 ? `${file.name}, ${percent(share)}` : "Looking at the video…";
+    };
+    try {
+      const session = await api.upload(file, { key, onprogress, signal: leaving.signal });
+      clear(this.state);
+      announce(`${file.name} is ready`);
+      this.onsession(session);
+    } catch (error) {
+      if (this.current !== leaving) return; // another file has taken its place
+      if (error.name === "AbortError") clear(this.state);
+      else problem(this.state, error, () => this.take(file, key));
+    } finally {
+      if (this.current === leaving) this.zone.removeAttribute("aria-busy");
+    }
+  }
+}
+
+function hasFiles(event) {
+  return event.dataTransfer?.types.includes("Files");
+}
+
+export class SessionList {
+  constructor() {
+    this.list = $("sessions");
+    this.state = $("sessions-state");
+    this.current = null;
+  }
+
+  async refresh() {
+    try {
+      const sessions = await api.sessions();
+      clear(this.state);
+      this.#show(sessions);
+      return sessions;
+    } catch (error) {
+      problem(this.state, error, () => this.refresh());
+      return null;
+    }
+  }
+
+  #show(sessions) {
+    replace(this.list, sessions.map((session) => h("li", null,
+      h("a", { href: `#session=${session.id}`, class: "session-link", "data-session": session.id },
+        h("span", { class: "session-title" }, session.name || "Untitled"),
+        h("span", { class: "fine" }, [
+          plural(session.num_turns, "turn"),
+          session.parent && `branched at turn ${session.parent_turn}`,
+          ago(session.created),
+        ].filter(Boolean).join(" · "))))));
+    if (!sessions.length) {
+      replace(this.list,
+        h("li", { class: "fine empty" }, "Nothing yet. The first video starts one."));
+    }
+    this.mark(this.current);
+  }
+
+  mark(id) {
+    this.current = id;
+    for (const link of this.list.querySelectorAll(".session-link")) {
+      if (link.dataset.session === id) link.setAttribute("aria-current", "page");
+      else link.removeAttribute("aria-current");
+    }
+  }
+}

@@ -1,0 +1,117 @@
+"""Videos and thumbnails of turns that a crash or a full disk left without: made again.
+
+A turn is finished once the engine's store has it, and only then are its files written; so they
+can lack, and the database says of which turns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Iterable
+from contextlib import suppress
+from functools import partial
+
+from mv2v_engine.serving import tables
+from mv2v_engine.serving.backend import Backend
+from mv2v_engine.serving.database import Database
+from mv2v_engine.serving.folders import Store, sweep_results
+
+log = logging.getLogger("mv2v_engine.serving")
+
+RETRY_SECONDS = 30.0
+# what may be otherwise the next time
+_PASSING = ("disk_full", "worker_crashed", "out_of_memory", "cancelled")
+
+
+class Publisher:
+    """One task that goes through the turns without files whenever there may be some.
+
+    refused: why the files of a turn cannot be made, such as damaged latents.
+    """
+
+    def __init__(self, store: Store, database: Database, backend: Backend) -> None:
+        self.store, self.database, self.backend = store, database, backend
+        self.refused: dict[tuple[str, int], str] = {}
+        self._gone: set[str] = set()
+        self._current = ""
+        self._woken, self._published = asyncio.Event(), asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    def start(self) -> None:
+        self._task = asyncio.create_task(self._run(), name="publisher")
+        self.wake()
+
+    def wake(self) -> None:
+        """There may be turns without files, or the backend has become ready."""
+        self._woken.set()
+
+    async def stop(self) -> None:
+        """The turn under way is published at the next start."""
+        if self._task is not None:
+            self._task.cancel()
+            await asyncio.wait([self._task])
+
+    async def leave(self, session_id: str) -> None:
+        """Write nothing more into a session's folder; returns when that is so."""
+        self._gone.add(session_id)
+        while self._current == session_id:
+            await self._published.wait()
+
+    def forget(self, session_id: str) -> None:
+        """A session is gone for good."""
+        self._gone.discard(session_id)
+        for session, number in list(self.refused):
+            if session == session_id:
+                del self.refused[session, number]
+
+    async def _run(self) -> None:
+        while True:
+            await self._woken.wait()
+            self._woken.clear()
+            if not self.backend.ready:
+                continue
+            waiting = await self.database.read(tables.unpublished_turns)
+            if not await self._publish_all(waiting):
+                await self._sleep()
+
+    async def _sleep(self) -> None:
+        """Until something happens, or it is worth another try."""
+        with suppress(asyncio.TimeoutError):
+            await asyncio.wait_for(self._woken.wait(), RETRY_SECONDS)
+        self.wake()
+
+    async def _publish_all(self, turns: Iterable[tuple[str, int]]) -> bool:
+        """Whether none is left that another try might make."""
+        is_done = True
+        for session_id, number in turns:
+            if (session_id, number) in self.refused:
+                continue
+            session = await self.database.read(partial(tables.session_by_id, session_id=session_id))
+            if session is None or session_id in self._gone:
+                continue
+            self._current, folder = session_id, self.store.session(session_id)
+            try:
+                answer = await self.backend.publish(session, folder, number)
+                if answer.get("code") == "worker_crashed":
+                    await asyncio.to_thread(sweep_results, folder, number)
+            finally:
+                self._current = ""
+                published, self._published = self._published, asyncio.Event()
+                published.set()
+            if answer["type"] == "published":
+                await self.database.write(
+                    partial(
+                        tables.set_published,
+                        session_id=session_id,
+                        number=number,
+                        num_bytes=answer["bytes"],
+                    )
+                )
+                continue
+            log.error("turn %d of %s has no files: %s", number, session_id, answer["message"])
+            if answer["code"] in _PASSING:
+                is_done = False
+            else:
+                self.refused[session_id, number] = answer["message"]
+        return is_done

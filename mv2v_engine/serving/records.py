@@ -1,0 +1,166 @@
+"""What the service keeps: sessions, turns and jobs, as its database holds them.
+
+Times are unix seconds. `owner` is the SHA-256 of the bearer token, "" without tokens.
+"""
+
+from __future__ import annotations
+
+import re
+import secrets
+import time
+from dataclasses import dataclass, field
+from typing import Any, Generic, Literal, TypeVar
+
+Kind = Literal["views", "edits"]
+JobState = Literal["queued", "running", "finished", "failed", "cancelled"]
+TurnFile = Literal["video", "thumbnail"]
+Record = TypeVar("Record")
+
+ENDED: frozenset[JobState] = frozenset({"finished", "failed", "cancelled"})
+# event types that end a job, and its stream of events
+LAST_EVENTS = frozenset({"finished", "failed", "cancelled"})
+
+_ID = {kind: re.compile(rf"{kind}_[0-9a-f]{{24}}") for kind in ("session", "job")}
+
+
+def new_id(kind: Literal["session", "job"]) -> str:
+    """A name that nobody can guess, and that is a safe file name."""
+    return f"{kind}_{secrets.token_hex(12)}"
+
+
+def is_id(kind: Literal["session", "job"], text: str) -> bool:
+    """Whether a name from outside is one that `new_id` could have given."""
+    return _ID[kind].fullmatch(text) is not None
+
+
+@dataclass(frozen=True, slots=True)
+class ProbedVideo:
+    """What an upload was found to be. seconds: its duration."""
+
+    frames: int
+    width: int
+    height: int
+    fps: float
+    seconds: float
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class SessionRecord:
+    """One source and its turns.
+
+    kind: "views" takes cameras, "edits" instructions. name: for people, never a path.
+    frames, width, height, fps: of the uploaded video. bytes: of the upload and all turns.
+    parent, parent_turn: the session and turn that this one branched from.
+    warnings: what the user should know of the source, such as frames that the model does not see.
+    """
+
+    id: str
+    owner: str = field(repr=False)
+    kind: Kind
+    name: str
+    checkpoint: str
+    frames: int
+    width: int
+    height: int
+    fps: float
+    created: float
+    touched: float
+    bytes: int
+    num_turns: int
+    parent: str | None = None
+    parent_turn: int | None = None
+    warnings: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TurnRecord:
+    """One finished turn.
+
+    number: from 1. job: that made it; None in a branch, whose turns another session's jobs made.
+    request: as it was asked. report: as the engine gave it. bytes: of its files.
+    is_published: whether its mp4 and thumbnail are written; if not, they are made again soon.
+    """
+
+    session: str
+    number: int
+    job: str | None
+    request: dict[str, Any]
+    report: dict[str, Any]
+    created: float
+    bytes: int
+    is_published: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class JobRecord:
+    """One turn that was asked for.
+
+    request: camera (text or a trajectory's JSON) or prompt, and what else was set of seed,
+        num_inference_steps, guidance_scale and memory.
+    number: the turn's, once it is known. attempts: how often it was begun.
+    error: {"code", "message"} of a job that failed or was cancelled.
+    progress: the last event. position: in the queue, from 1, while it waits.
+    """
+
+    id: str
+    session: str
+    owner: str = field(repr=False)
+    state: JobState
+    request: dict[str, Any]
+    number: int | None
+    created: float
+    started: float | None = None
+    ended: float | None = None
+    attempts: int = 0
+    error: dict[str, str] | None = None
+    progress: dict[str, Any] | None = None
+    position: int | None = None
+    is_cancelling: bool = False
+
+    @property
+    def is_ended(self) -> bool:
+        return self.state in ENDED
+
+
+def new_job(session: SessionRecord, request: dict[str, Any]) -> JobRecord:
+    """A turn that is asked for."""
+    return JobRecord(
+        id=new_id("job"),
+        session=session.id,
+        owner=session.owner,
+        state="queued",
+        request=request,
+        number=None,
+        created=time.time(),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class JobEvent:
+    """Something that happened to a job. number: increases; kind: is data["type"]."""
+
+    number: int
+    kind: str
+    data: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Page(Generic[Record]):
+    """A part of a list. has_more: whether records follow the last of these."""
+
+    items: tuple[Record, ...]
+    has_more: bool
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """What a session takes.
+
+    disk_bytes: of its files. memory_bytes: of its latents in the engine's memory.
+    next_turn_tokens: by kind, of a turn with the last one's camera; None until the worker has made
+        a turn in it, or once it has let go of it.
+    """
+
+    disk_bytes: int
+    memory_bytes: int
+    next_turn_tokens: dict[str, int] | None

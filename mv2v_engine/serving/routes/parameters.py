@@ -1,0 +1,66 @@
+"""What routes take from a request, declared once."""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal
+
+from fastapi import Depends, Header, Path, Query, Request
+from fastapi.security import HTTPBearer
+
+from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.schemas import JOB_ID, SESSION_ID
+from mv2v_engine.serving.service import Service
+
+# for the schema alone: `auth` has decided before a route is reached
+BEARER = HTTPBearer(auto_error=False, description="needed where the service has tokens")
+# what any route under /v1 may answer, and any that reads a body
+ANY = ("wrong_host", "authentication_required", "internal", "not_ready")
+BODY = ("malformed_request", "wrong_origin", "request_timeout", "too_large", "invalid_request")
+
+
+async def _owner(request: Request) -> str:
+    owner: str = request.state.owner
+    return owner
+
+
+async def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+async def _config(request: Request) -> ServingConfig:
+    config: ServingConfig = request.app.state.config
+    return config
+
+
+Owner = Annotated[str, Depends(_owner)]
+Serving = Annotated[Service, Depends(_service)]
+Configured = Annotated[ServingConfig, Depends(_config)]
+
+# a name of another form is simply not found, so the pattern is for the schema alone
+SessionId = Annotated[
+    str,
+    Path(examples=[SESSION_ID], json_schema_extra={"pattern": "^session_[0-9a-f]{24}$"}),
+]
+JobId = Annotated[str, Path(examples=[JOB_ID], json_schema_extra={"pattern": "^job_[0-9a-f]{24}$"})]
+TurnNumber = Annotated[int, Path(ge=1, le=2**31 - 1, examples=[1])]
+
+Limit = Annotated[int, Query(ge=1, le=100, description="how many at most")]
+Order = Annotated[Literal["asc", "desc"], Query(description="by creation; desc is newest first")]
+AfterSession = Annotated[
+    str | None,
+    Query(pattern="^session_[0-9a-f]{24}$", description="those that follow this one"),
+]
+AfterJob = Annotated[
+    str | None, Query(pattern="^job_[0-9a-f]{24}$", description="those that follow this one")
+]
+Key = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=200,
+        pattern="^[!-~]+$",
+        description="the same key and request are done once, however often they are sent",
+    ),
+]

@@ -1,0 +1,86 @@
+"""What the service is and how it does: models, health, metrics."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+from fastapi import APIRouter, Depends, Request, Response
+
+from mv2v_engine.camera.trajectories import named_poses
+from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
+from mv2v_engine.serving.schemas import Answers, Health, Model, Models, Sampling, refusals
+
+router = APIRouter()
+# enough to draw a preset's path
+_SAMPLES = 9
+_NOT_READY: Answers = {503: {"model": Health, "description": "why not yet, or why no longer"}}
+_TEXT: Answers = {
+    200: {
+        "description": "everything that is counted and timed, for Prometheus",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+}
+
+
+@router.get(
+    "/v1/models",
+    response_model=Models,
+    tags=["system"],
+    dependencies=[Depends(BEARER)],
+    responses=refusals(*ANY),
+)
+async def list_models(service: Serving, owner: Owner) -> Models:
+    """The one model that this service runs, what it makes and by default how."""
+    about = service.require_about()
+    model = Model(
+        id=about["engine"]["checkpoint"],
+        # its weights have no date; OpenAI's clients want one
+        created=0,
+        owned_by="mv2v_engine",
+        kind=about["kind"],
+        has_text=about["has_text"],
+        memory=about["memory"],
+        presets=list(about["presets"]),
+        preset_poses={name: _sampled_path(name) for name in about["presets"]},
+        sampling=Sampling(**about["sampling"]),
+        engine=about["engine"],
+    )
+    return Models(data=[model])
+
+
+@functools.cache
+def _sampled_path(preset: str) -> list[Any]:
+    return named_poses(preset, _SAMPLES).tolist()
+
+
+@router.get("/healthz", response_model=Health, tags=["system"], responses=refusals("wrong_host"))
+async def health() -> Health:
+    """Whether the service answers at all."""
+    return Health(status="ok")
+
+
+@router.get(
+    "/readyz",
+    response_model=Health,
+    tags=["system"],
+    responses=_NOT_READY | refusals("wrong_host"),
+)
+async def readiness(service: Serving, response: Response) -> Health:
+    """Whether turns are made: the engine is loaded and warm, the service is not stopping."""
+    if service.ready:
+        return Health(status="ok")
+    response.status_code = 503
+    return Health(status="not_ready", reason=service.reason)
+
+
+@router.get(
+    "/metrics",
+    response_class=Response,
+    tags=["system"],
+    responses=_TEXT | refusals("wrong_host"),
+)
+async def metrics(request: Request) -> Response:
+    """Queue, stages and steps, tokens, cache, requests."""
+    found = request.app.state.metrics
+    return Response(found.render(), media_type=found.content_type)

@@ -1,0 +1,164 @@
+"""A service from its configuration to its last answer: started, listened for, drained, stopped."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from contextlib import asynccontextmanager
+from types import FrameType
+
+import uvicorn
+from fastapi import FastAPI
+
+from mv2v_engine.errors import RequestError
+from mv2v_engine.serving.app import create_app
+from mv2v_engine.serving.backend import Backend
+from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.listener import Listener
+from mv2v_engine.serving.metrics import Metrics
+from mv2v_engine.serving.percent import Percentages
+from mv2v_engine.serving.prober import Prober
+from mv2v_engine.serving.service import Service
+
+_BACKLOG = 512
+# a connection that asks for nothing more; and what open answers may still take at the end
+_KEEP_ALIVE_SECONDS, _CLOSING_SECONDS = 30, 5
+
+
+@asynccontextmanager
+async def running_app(
+    config: ServingConfig, backend: Backend, listeners: Sequence[Listener] = ()
+) -> AsyncIterator[FastAPI]:
+    """The application over a service that runs as long as the block.
+
+    Raises:
+        StorageError: another service runs on the store, or it cannot be written.
+    """
+    metrics = Metrics(queue_capacity=config.max_queue, store=config.store)
+    percentages = Percentages()
+    prober = Prober()
+    service = Service(config, backend, prober.probe, (metrics, percentages, *listeners))
+    metrics.watch_ready(lambda: service.ready)
+    await service.start()
+    try:
+        await prober.start()
+        app = create_app(service, config, metrics, percentages)
+        try:
+            yield app
+        finally:
+            app.state.stopping.set()
+    finally:
+        await service.stop()
+        await prober.stop()
+
+
+def bound_socket(host: str, port: int) -> socket.socket:
+    """A socket that listens at an address; port 0 takes any that is free.
+
+    Raises:
+        RequestError: the address is taken or not this machine's.
+    """
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+        bound = socket.socket(family, kind, protocol)
+    except OSError as error:
+        raise RequestError(
+            f"cannot listen on {host}: {error.strerror}; give an address of this machine as --host"
+        ) from error
+    try:
+        bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        bound.bind(address)
+        bound.listen(_BACKLOG)
+    except OSError as error:
+        bound.close()
+        raise RequestError(
+            f"cannot listen on port {port} of {host}: {error.strerror}; give another --port or "
+            "--host"
+        ) from error
+    return bound
+
+
+def address_of(bound: socket.socket) -> str:
+    """Where a browser finds what listens there."""
+    host, port = bound.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+class DrainingServer(uvicorn.Server):
+    """Answers on while it drains: the first signal starts that, the second cuts it short."""
+
+    def __init__(self, app: FastAPI, drain: Callable[[], Awaitable[None]]) -> None:
+        super().__init__(
+            uvicorn.Config(
+                app,
+                lifespan="off",
+                loop="asyncio",
+                http="h11",
+                ws="none",
+                log_config=None,
+                proxy_headers=False,
+                server_header=False,
+                timeout_keep_alive=_KEEP_ALIVE_SECONDS,
+                timeout_graceful_shutdown=_CLOSING_SECONDS,
+            )
+        )
+        self._drain = drain
+        self._draining: asyncio.Task[None] | None = None
+
+    def begin_drain(self) -> None:
+        """Drain, then stop listening. From the loop's own thread."""
+        if self._draining is None:
+            self._draining = asyncio.get_running_loop().create_task(self._drained())
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """What a signal does."""
+        if self._draining is not None:
+            super().handle_exit(sig, frame)
+            return
+        # signals come between any two instructions; the loop takes it up where it is safe
+        self._loop.call_soon_threadsafe(self.begin_drain)
+
+    async def serve(self, sockets: list[socket.socket] | None = None) -> None:
+        """Listen until it is told to end."""
+        self._loop = asyncio.get_running_loop()
+        await super().serve(sockets)
+        if self._draining is not None:
+            self._draining.cancel()
+
+    async def _drained(self) -> None:
+        try:
+            await self._drain()
+        finally:
+            self.should_exit = True
+
+
+async def serve(
+    config: ServingConfig,
+    backend: Backend,
+    listeners: Sequence[Listener] = (),
+    *,
+    on_listening: Callable[[str], None],
+) -> None:
+    """Serve until a signal has ended it: then the turn under way has its grace.
+
+    on_listening: called with the address once requests are answered.
+
+    Raises:
+        StorageError, RequestError: the store or the address cannot be used.
+    """
+    bound = bound_socket(config.host, config.port)
+    try:
+        async with running_app(config, backend, listeners) as app:
+
+            async def drain() -> None:
+                await app.state.service.drain()
+                app.state.stopping.set()
+
+            server = DrainingServer(app, drain)
+            on_listening(address_of(bound))
+            await server.serve([bound])
+    finally:
+        bound.close()

@@ -1,0 +1,413 @@
+"""The service without HTTP: what routes call. Owners come first, and refusals are `ApiError`s.
+
+A session of another owner does not exist. All methods belong to one event loop; SQLite and files
+are worked on by other threads. What changes something is done to its end even if the caller is
+cancelled.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import sqlite3
+import time
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from mv2v_engine.errors import CameraError, MV2VError
+from mv2v_engine.serving import jobs, tables
+from mv2v_engine.serving.backend import Backend
+from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.events import EventLogs, last_event
+from mv2v_engine.serving.folders import Store, is_published, result_path, source_path
+from mv2v_engine.serving.listener import Listener
+from mv2v_engine.serving.publishing import Publisher
+from mv2v_engine.serving.records import (
+    Footprint,
+    JobEvent,
+    JobRecord,
+    Page,
+    SessionRecord,
+    TurnFile,
+    TurnRecord,
+    new_job,
+)
+from mv2v_engine.serving.recovery import recover
+from mv2v_engine.serving.retention import Retention
+from mv2v_engine.serving.scheduler import Scheduler, with_progress
+from mv2v_engine.serving.sessions import Probe, Sessions, disk_errors
+from mv2v_engine.serving.turn_request import make_request
+
+Result = TypeVar("Result")
+_RETRY_SECONDS = 5
+_RETRY = {"Retry-After": str(_RETRY_SECONDS)}
+# a session that is only looked at is touched no more often than that
+_TOUCH_SECONDS = 3600.0
+
+
+class Service:
+    """One store, one backend. Its methods raise `ApiError` with the code that its docstring names.
+
+    probe: decodes an upload within the limits. listeners: told of everything that happens.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        backend: Backend,
+        probe: Probe,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.config, self.backend, self.listeners = config, backend, tuple(listeners)
+        self._probe = probe
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_stopping = self._is_stopped = False
+        self._restarts = 0
+        self._draining: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Lock the store, recover what a kill left behind, and begin to load the engine.
+
+        Raises:
+            StorageError: another service runs on the store, or it cannot be written.
+        """
+        self.store = await asyncio.to_thread(Store, self.config.store)
+        await asyncio.to_thread(self.store.lock)
+        try:
+            self._database = await asyncio.to_thread(self.store.open_database)
+        except BaseException:
+            self.store.unlock()
+            raise
+        self._assemble()
+        most = self.config.max_attempts
+        try:
+            await recover(self.store, self._database, self._scheduler, max_attempts=most)
+        except BaseException:
+            self._database.close()
+            self.store.unlock()
+            raise
+        self.backend.watch(self._backend_changed)
+        await self.backend.start()
+        self._scheduler.start()
+        self._publisher.start()
+        self._retention.start()
+
+    def _assemble(self) -> None:
+        """The service's parts over its open store."""
+        config, store, database = self.config, self.store, self._database
+        self._logs = EventLogs()
+        self._publisher = Publisher(store, database, self.backend)
+        self._scheduler = Scheduler(
+            config, store, database, self.backend, self._logs, self.listeners
+        )
+        self._scheduler.turns_to_publish = self._publisher.wake
+        self._sessions = Sessions(
+            config, store, database, self._scheduler, self._publisher, self._probe
+        )
+        self._retention = Retention(config, database, self._expire)
+
+    async def drain(self) -> None:
+        """Take no more turns, give the one under way its grace, then put it back in the queue.
+
+        What there is can be read until `stop`.
+        """
+        if self._draining is None:
+            self._is_stopping = True
+            self._draining = asyncio.create_task(self._drain())
+        await asyncio.shield(self._draining)
+
+    async def stop(self) -> None:
+        """Drain, then close the database and let go of the store."""
+        await self.drain()
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        await asyncio.to_thread(self._database.close)
+        self.store.unlock()
+
+    async def _drain(self) -> None:
+        await self._retention.stop()
+        await self._publisher.stop()
+        await self._scheduler.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @property
+    def ready(self) -> bool:
+        """Whether turns are made: the engine is warm and the service is not stopping."""
+        return self.backend.ready and not self._is_stopping
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, in words."""
+        return "the service is stopping" if self._is_stopping else self.backend.reason
+
+    @property
+    def about(self) -> dict[str, Any] | None:
+        """What the engine is, as `Backend.about`; None until it was ready once."""
+        return self.backend.about
+
+    @property
+    def num_running(self) -> int:
+        """Turns that are being made."""
+        return self._scheduler.num_running
+
+    async def queue_depth(self) -> int:
+        """Turns that wait."""
+        return await self._read(jobs.queue_depth)
+
+    def require_about(self) -> dict[str, Any]:
+        """As `about`. Raises not_ready while it is stopping, and before it was ready."""
+        about = self.backend.about
+        if about is None or self._is_stopping:
+            message = f"no work is taken now: {self.reason}; try again in {_RETRY_SECONDS} s"
+            raise ApiError("not_ready", message, headers=_RETRY)
+        return about
+
+    async def upload_path(self) -> Path:
+        """A new path for a body to be streamed to; whoever asked removes it if it is not used.
+
+        What a kill leaves there is removed at the next start. Raises disk_full, not_ready.
+        """
+        self.require_about()
+        self.store.require_free(self.config.min_free_bytes)
+        return self.store.new_upload()
+
+    async def create_session(
+        self, owner: str, upload: Path, name: str, *, key: str | None = None
+    ) -> SessionRecord:
+        """Make a session of an uploaded video, which is moved into it, or removed on a refusal.
+
+        key: of idempotency; the same key, name and file give the same session again.
+
+        Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict.
+        """
+        try:
+            about = self.require_about()
+        except ApiError:
+            await asyncio.to_thread(upload.unlink, missing_ok=True)
+            raise
+        return await self._whole(self._sessions.create(owner, upload, name, key, about))
+
+    async def sessions(
+        self, owner: str, *, limit: int = 20, after: str | None = None, is_newest_first: bool = True
+    ) -> Page[SessionRecord]:
+        """Sessions in order of creation, those behind `after`. Raises not_found: no such one."""
+        how: dict[str, Any] = {"limit": limit, "after": after, "is_newest_first": is_newest_first}
+        return await self._read(partial(tables.list_sessions, owner=owner, **how))
+
+    async def session(self, owner: str, session_id: str) -> SessionRecord:
+        """Raises not_found."""
+        session = await self._find(owner, session_id)
+        now = time.time()
+        if now - session.touched > _TOUCH_SECONDS:
+            await self._write(partial(tables.touch, session_id=session_id, now=now))
+        return session
+
+    async def source(self, owner: str, session_id: str) -> Path:
+        """The uploaded file. Raises not_found."""
+        return source_path(self.store.session((await self.session(owner, session_id)).id))
+
+    async def turns(self, owner: str, session_id: str) -> tuple[TurnRecord, ...]:
+        """Finished turns in order. Raises not_found."""
+        await self.session(owner, session_id)
+        return await self._read(partial(tables.list_turns, session_id=session_id))
+
+    async def turn(self, owner: str, session_id: str, number: int) -> TurnRecord:
+        """Raises not_found."""
+        await self.session(owner, session_id)
+        return await self._read(partial(tables.find_turn, session_id=session_id, number=number))
+
+    async def turn_file(self, owner: str, session_id: str, number: int, which: TurnFile) -> Path:
+        """A turn's mp4 or thumbnail.
+
+        Raises not_found; not_finished with Retry-After while it is made again after a crash.
+        """
+        turn = await self.turn(owner, session_id, number)
+        folder = self.store.session(session_id)
+        if turn.is_published and is_published(folder, number):
+            return result_path(folder, number, which)
+        if turn.is_published:
+            lost = partial(tables.set_unpublished, session_id=session_id, number=number)
+            await self._write(lost)
+        self._publisher.wake()
+        refused = self._publisher.refused.get((session_id, number))
+        if refused is not None:
+            raise ApiError("internal", f"turn {number} is kept, and has no {which}: {refused}")
+        message = f"the {which} of turn {number} is being written again; try in {_RETRY_SECONDS} s"
+        raise ApiError("not_finished", message, headers=_RETRY)
+
+    async def footprint(self, owner: str, session_id: str) -> Footprint:
+        """Raises not_found."""
+        session = await self.session(owner, session_id)
+        memory = self._scheduler.memory.get(session_id, {})
+        return Footprint(
+            disk_bytes=session.bytes,
+            memory_bytes=memory.get("bytes", 0),
+            next_turn_tokens=memory.get("next_turn_tokens"),
+        )
+
+    async def delete_session(self, owner: str, session_id: str) -> None:
+        """Cancel its jobs, wait until they have ended, remove everything.
+
+        It does not exist for anybody from the beginning of the call on. Raises not_found.
+        """
+        await self._whole(self._sessions.remove(owner, session_id, is_idle=False))
+
+    async def branch(self, owner: str, session_id: str, number: int) -> SessionRecord:
+        """A new session of the same source with turns 1 to `number` (0: none).
+
+        A session of edits branches with number 0 alone, for its turns do not build on each other.
+
+        Raises not_ready, not_found, invalid_request, disk_full, too_many_sessions.
+        """
+        self.require_about()
+        parent = await self._find(owner, session_id)
+        return await self._whole(self._sessions.branch(parent, number))
+
+    async def export(self, owner: str, session_id: str) -> Path:
+        """A zip of its videos and reports; the caller removes it. Raises not_found, disk_full."""
+        return await self._sessions.export(await self.session(owner, session_id))
+
+    async def submit(
+        self, owner: str, session_id: str, request: dict[str, Any], *, key: str | None = None
+    ) -> tuple[JobRecord, bool]:
+        """Ask for a turn.
+
+        request: "camera" (a preset, a move, or a trajectory's JSON) or "prompt", and of "seed",
+            "num_inference_steps", "guidance_scale", "memory" those that were set.
+        key: of idempotency; the same key and request give the same job again.
+
+        Returns:
+            the job, and whether it is new.
+
+        Raises not_found, not_ready, unprocessable_turn, queue_full, idempotency_conflict.
+        """
+        about = self.require_about()
+        session = await self._find(owner, session_id)
+        name = about["engine"]["checkpoint"]
+        if (session.checkpoint, session.kind) != (name, about["kind"]):
+            raise ApiError(
+                "unprocessable_turn",
+                f"the session was made for {session.checkpoint}, this service runs {name}; make a "
+                "session of the same video",
+            )
+        request = {name: value for name, value in request.items() if value is not None}
+        try:
+            await asyncio.to_thread(make_request, request, about)
+        except MV2VError as error:
+            param = "camera" if isinstance(error, CameraError) else None
+            raise ApiError("unprocessable_turn", str(error), param=param) from error
+        return await self._whole(self._submit(new_job(session, request), key))
+
+    async def job(self, owner: str, job_id: str) -> JobRecord:
+        """With its newest progress, and its position while it waits. Raises not_found."""
+        find = partial(jobs.find_job, owner=owner, job_id=job_id)
+        return with_progress(await self._read(find), self._logs)
+
+    async def jobs(
+        self,
+        owner: str,
+        *,
+        session: str | None = None,
+        limit: int = 20,
+        after: str | None = None,
+        is_newest_first: bool = True,
+    ) -> Page[JobRecord]:
+        """Jobs in order of creation, of one session or of all. Raises not_found."""
+        how: dict[str, Any] = {"limit": limit, "after": after, "is_newest_first": is_newest_first}
+        page = await self._read(partial(jobs.list_jobs, owner=owner, session=session, **how))
+        return Page(tuple(with_progress(job, self._logs) for job in page.items), page.has_more)
+
+    async def cancel(self, owner: str, job_id: str) -> JobRecord:
+        """Cancel a job that waits at once, one that runs at its next step; nothing if it ended.
+
+        Returns the job as it is then. Raises not_found.
+        """
+        return await self._whole(self._cancel(owner, job_id))
+
+    async def events(self, owner: str, job_id: str, *, after: int = 0) -> AsyncIterator[JobEvent]:
+        """A job's events behind number `after`, then as they happen, to the job's end.
+
+        Raises not_found when it is awaited, before the first event. A reader that leaves changes
+        nothing.
+        """
+        job = await self.job(owner, job_id)
+        found = self._logs.find(job_id)
+        if found is None:
+            # it ended before this process began, or long ago
+            job = await self.job(owner, job_id)
+            assert job.is_ended, f"{job_id} is {job.state} and has no log"
+            return _ended(job, after)
+        return found.follow(after)
+
+    async def _submit(self, job: JobRecord, key: str | None) -> tuple[JobRecord, bool]:
+        text = json.dumps([job.session, job.request], sort_keys=True)
+        insert = partial(
+            jobs.submit,
+            job=job,
+            key=key,
+            digest=hashlib.sha256(text.encode()).hexdigest(),
+            max_queue=self.config.max_queue,
+            turn_seconds=self._scheduler.turn_seconds,
+        )
+        async with self._scheduler.queueing:
+            kept, is_new = await self._write(insert)
+            if is_new:
+                self._scheduler.queued(kept, is_new=True)
+        return with_progress(kept, self._logs), is_new
+
+    async def _cancel(self, owner: str, job_id: str) -> JobRecord:
+        cancel = partial(jobs.cancel, owner=owner, job_id=job_id, now=time.time())
+        job, is_ended_now = await self._write(cancel)
+        if is_ended_now:
+            self._scheduler.ended(job)
+            await self._scheduler.announce_positions()
+        elif job.state == "running":
+            self._scheduler.cancel(job_id)
+        return with_progress(job, self._logs)
+
+    async def _find(self, owner: str, session_id: str) -> SessionRecord:
+        return await self._read(partial(tables.find_session, owner=owner, session_id=session_id))
+
+    async def _expire(self, owner: str, session_id: str) -> None:
+        """Remove a session that nobody uses; raises busy if somebody does."""
+        await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
+
+    async def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        self._require_running()
+        return await self._database.read(work)
+
+    async def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        self._require_running()
+        with disk_errors():
+            return await self._database.write(work)
+
+    def _require_running(self) -> None:
+        if self._is_stopped:
+            raise ApiError("not_ready", "the service has stopped; ask when it is back")
+
+    async def _whole(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do work to its end, whether or not somebody still waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    def _backend_changed(self) -> None:
+        restarts, reason = self.backend.restarts, self.backend.reason
+        for _ in range(self._restarts, restarts):
+            self._scheduler.tell(lambda listener: listener.worker_restarted(reason))
+        self._restarts = restarts
+        self._scheduler.wake()
+        self._publisher.wake()
+
+
+async def _ended(job: JobRecord, after: int) -> AsyncIterator[JobEvent]:
+    event = last_event(job)
+    if event.number > after:
+        yield event

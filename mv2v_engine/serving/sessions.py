@@ -1,0 +1,319 @@
+"""Sessions made of an upload, branched, exported, removed: their folders and their rows.
+
+What is made is built in uploads and moved into place whole, before its row; what is removed is
+marked in the database first. A kill in between leaves nothing that the next start does not know.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import hashlib
+import json
+import shutil
+import sqlite3
+import time
+import zipfile
+from collections.abc import Awaitable, Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from pathlib import Path
+from typing import Any, get_args
+
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import StorageError, VideoError
+from mv2v_engine.files import share_file
+from mv2v_engine.serving import jobs, tables
+from mv2v_engine.serving.config import Limits, ServingConfig
+from mv2v_engine.serving.database import Database
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.folders import Store, result_path, source_path
+from mv2v_engine.serving.publishing import Publisher
+from mv2v_engine.serving.records import ProbedVideo, SessionRecord, TurnFile, TurnRecord, new_id
+from mv2v_engine.serving.scheduler import Scheduler
+from mv2v_engine.serving.turn_request import session_window
+from mv2v_engine.video.transforms import select_window
+
+# decodes an upload within the limits; raises ApiError with the limit's own code
+Probe = Callable[[Path, Limits], Awaitable[ProbedVideo]]
+
+_MAX_NAME = 200
+_CHUNK = 1 << 20
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+class Sessions:
+    """What `Service` does to whole sessions, each method from its beginning to its end."""
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        store: Store,
+        database: Database,
+        scheduler: Scheduler,
+        publisher: Publisher,
+        probe: Probe,
+    ) -> None:
+        self.config, self.store, self.database = config, store, database
+        self.scheduler, self.publisher, self.probe = scheduler, publisher, probe
+
+    async def create(
+        self, owner: str, upload: Path, name: str, key: str | None, about: dict[str, Any]
+    ) -> SessionRecord:
+        """As `Service.create_session`; the upload is moved or removed in any case."""
+        try:
+            with disk_errors():
+                return await self._create(owner, upload, name, key, about)
+        finally:
+            await asyncio.to_thread(upload.unlink, missing_ok=True)
+
+    async def _create(
+        self, owner: str, upload: Path, name: str, key: str | None, about: dict[str, Any]
+    ) -> SessionRecord:
+        self.store.require_free(self.config.min_free_bytes)
+        digest = None
+        if key is not None:
+            digest = await asyncio.to_thread(_upload_digest, upload, name)
+            look_up = partial(tables.session_of_key, owner=owner, key=key, digest=digest)
+            known = await self.database.read(look_up)
+            if known is not None:
+                return known
+        most = self.config.limits.sessions
+        await self.database.read(partial(tables.require_room, owner=owner, most=most))
+        video = await self.probe(upload, self.config.limits)
+        session = _new_session(owner, name, upload, video, about)
+        await asyncio.to_thread(_place_upload, self.store, upload, session.id)
+        add = partial(_add_session, session=session, key=key, digest=digest, most=most)
+        kept = await self._added(add, session.id)
+        if kept.id != session.id:
+            # the same request was a little faster
+            await asyncio.to_thread(self._discard, session.id)
+        else:
+            self.scheduler.tell(lambda listener: listener.session_created(session))
+        return kept
+
+    async def branch(self, parent: SessionRecord, number: int) -> SessionRecord:
+        """As `Service.branch`."""
+        branch = _branch_record(parent, number)
+        self.store.require_free(self.config.min_free_bytes)
+        with disk_errors():
+            source_bytes = await asyncio.to_thread(_place_branch, self.store, parent, branch)
+            add = partial(
+                _add_branch,
+                branch=replace(branch, bytes=source_bytes),
+                most=self.config.limits.sessions,
+            )
+            made = await self._added(add, branch.id)
+        self.publisher.wake()
+        self.scheduler.tell(lambda listener: listener.session_created(made))
+        return made
+
+    async def _added(
+        self, add: Callable[[sqlite3.Connection], SessionRecord], session_id: str
+    ) -> SessionRecord:
+        """Add the row of a folder that is in place; without the row, the folder goes again."""
+        try:
+            return await self.database.write(add)
+        except (ApiError, sqlite3.Error):
+            await asyncio.to_thread(self._discard, session_id)
+            raise
+
+    async def remove(self, owner: str, session_id: str, *, is_idle: bool) -> None:
+        """As `Service.delete_session`. is_idle: only if it has no turn that waits or runs."""
+        now = time.time()
+        begin = partial(
+            jobs.delete_session, owner=owner, session_id=session_id, now=now, is_idle=is_idle
+        )
+        with disk_errors():
+            ended, running = await self.database.write(begin)
+        for job in ended:
+            self.scheduler.ended(job)
+        for job in running:
+            self.scheduler.cancel(job.id)
+        await self.scheduler.announce_positions()
+        await self.scheduler.session_idle(session_id)
+        await self.publisher.leave(session_id)
+        await self.scheduler.backend.release(session_id)
+        self.scheduler.memory.pop(session_id, None)
+        await asyncio.to_thread(self._discard, session_id)
+        await self.scheduler.written(partial(tables.remove_session, session_id=session_id))
+        self.publisher.forget(session_id)
+        self.scheduler.tell(lambda listener: listener.session_deleted(session_id))
+
+    async def export(self, session: SessionRecord) -> Path:
+        """As `Service.export`."""
+        self.store.require_free(self.config.min_free_bytes + session.bytes)
+        turns = await self.database.read(partial(tables.list_turns, session_id=session.id))
+        path, folder = self.store.new_upload(), self.store.session(session.id)
+        with disk_errors():
+            await asyncio.to_thread(_write_export, path, folder, session, turns)
+        return path
+
+    def _discard(self, session_id: str) -> None:
+        """Take a session's folder out of its place at once, then from the disk."""
+        self.store.discard(self.store.session(session_id))
+        self.store.empty_trash()
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full disk as disk_full, whoever found out."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" not in str(error):
+            raise
+        raise _disk_full() from error
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        if not isinstance(cause, OSError) or cause.errno not in _FULL:
+            raise
+        raise _disk_full() from error
+
+
+def _disk_full() -> ApiError:
+    return ApiError("disk_full", "the store's disk is full; delete sessions, or make room")
+
+
+def _upload_digest(upload: Path, name: str) -> str:
+    """Of an upload's name and bytes, for idempotency."""
+    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass") + b"\0")
+    with upload.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _new_session(
+    owner: str, name: str, upload: Path, video: ProbedVideo, about: dict[str, Any]
+) -> SessionRecord:
+    """The record of a session to come. Raises unreadable_video: the model cannot take it."""
+    now = time.time()
+    return SessionRecord(
+        id=new_id("session"),
+        owner=owner,
+        kind=about["kind"],
+        name="".join(c for c in name if c.isprintable())[:_MAX_NAME],
+        checkpoint=about["engine"]["checkpoint"],
+        frames=video.frames,
+        width=video.width,
+        height=video.height,
+        fps=video.fps,
+        created=now,
+        touched=now,
+        bytes=upload.stat().st_size,
+        num_turns=0,
+        warnings=_warnings(about, video.frames),
+    )
+
+
+def _warnings(about: dict[str, Any], num_frames: int) -> tuple[str, ...]:
+    """What the model does not see of a video, in words."""
+    if num_frames < 2:
+        raise ApiError(
+            "unreadable_video", f"the video has {num_frames} frame, at least 2 are needed"
+        )
+    wanted = about["sampling"]["num_frames"]
+    if about["kind"] == "edits" or num_frames == wanted:
+        return ()
+    try:
+        chosen = select_window(num_frames, wanted, session_window(num_frames, wanted))
+    except VideoError as error:
+        raise ApiError("unreadable_video", str(error)) from error
+    return (f"the model takes {wanted} frames: {chosen.description}",)
+
+
+def _place_upload(store: Store, upload: Path, session_id: str) -> None:
+    """Move an upload into its session's folder, which appears whole."""
+    staging = store.new_upload()
+    staging.mkdir()
+    upload.replace(source_path(staging))
+    staging.rename(store.session(session_id))
+
+
+def _add_session(
+    db: sqlite3.Connection, session: SessionRecord, key: str | None, digest: str | None, most: int
+) -> SessionRecord:
+    """Add a session's row; another session, if its idempotency key has made that."""
+    if key is not None and digest is not None:
+        known = tables.session_of_key(db, session.owner, key, digest)
+        if known is not None:
+            return known
+    tables.add_session(db, session, key=key, digest=digest, most=most)
+    return session
+
+
+def _branch_record(parent: SessionRecord, number: int) -> SessionRecord:
+    """The record of a branch to come. Raises not_found, invalid_request."""
+    if not 0 <= number <= parent.num_turns:
+        raise ApiError(
+            "not_found", f"session {parent.id} has {parent.num_turns} turns, asked was {number}"
+        )
+    if parent.kind == "edits" and number:
+        raise ApiError(
+            "invalid_request",
+            "edits do not build on each other, so a branch takes none of them along; branch from "
+            "turn 0",
+            param="turn",
+        )
+    now, name = time.time(), new_id("session")
+    return replace(parent, id=name, created=now, touched=now, parent=parent.id, parent_turn=number)
+
+
+def _place_branch(store: Store, parent: SessionRecord, branch: SessionRecord) -> int:
+    """Build a branch's folder of its parent's files and move it into place; bytes of its source.
+
+    Raises not_found: the parent is gone.
+    """
+    old, staging, number = store.session(parent.id), store.new_upload(), branch.parent_turn or 0
+    try:
+        share_file(source_path(old), source_path(staging))
+        if number:
+            SessionStore(old).branch(staging, id=branch.id, count=number)
+        for turn in range(1, number + 1):
+            for which in get_args(TurnFile):
+                path = result_path(old, turn, which)
+                if path.exists():
+                    share_file(path, result_path(staging, turn, which))
+        staging.rename(store.session(branch.id))
+        return source_path(store.session(branch.id)).stat().st_size
+    except OSError as error:
+        if old.exists():
+            raise
+        # its owner, or retention, was faster
+        raise tables.no_session(parent.id) from error
+    finally:
+        shutil.rmtree(staging, ignore_errors=True)
+
+
+def _add_branch(db: sqlite3.Connection, branch: SessionRecord, most: int) -> SessionRecord:
+    """Add a branch's row and its turns'. Raises not_found, too_many_sessions."""
+    assert branch.parent is not None and branch.parent_turn is not None
+    tables.find_session(db, branch.owner, branch.parent)
+    tables.add_session(db, branch, most=most)
+    tables.copy_turns(db, branch.parent, branch.id, branch.parent_turn)
+    return tables.find_session(db, branch.owner, branch.id)
+
+
+def _write_export(
+    path: Path, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
+) -> None:
+    """Videos and thumbnails as they are, for they are compressed, and what is known of them."""
+    about: dict[str, Any] = {k: v for k, v in asdict(session).items() if k != "owner"}
+    try:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+            about["turns"] = []
+            for turn in turns:
+                files = []
+                for which in get_args(TurnFile):
+                    result = result_path(folder, turn.number, which)
+                    if result.exists():
+                        file.write(result, result.name)
+                        files.append(result.name)
+                row = {"number": turn.number, "request": turn.request, "files": files}
+                about["turns"].append(row | {"report": turn.report})
+            file.writestr("session.json", json.dumps(about, indent=2))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise

@@ -1,0 +1,78 @@
+"""From what a job asks for to the engine's request: checked once at the door, made again to run.
+
+Nothing here opens a file: a camera is a name, a move, or a trajectory written out.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mv2v_engine.camera.files import parse_trajectory
+from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
+from mv2v_engine.config import SamplingConfig
+from mv2v_engine.engine.editing.request import EditRequest
+from mv2v_engine.engine.request import NO_EDITS, NO_VIEWS, TurnRequest, check_text
+from mv2v_engine.errors import CameraError, RequestError
+
+# what both kinds of turn can be asked for, beside a camera or an instruction
+_COMMON = ("seed", "num_inference_steps", "guidance_scale")
+_MAX_NAME = 200
+
+
+def make_request(asked: dict[str, Any], about: dict[str, Any]) -> TurnRequest | EditRequest:
+    """The turn that is asked for.
+
+    asked: as `Service.submit` takes it. about: as `Backend.about` gives it.
+
+    Raises:
+        CameraError, RequestError: the model cannot serve it.
+    """
+    name = about["engine"]["checkpoint"]
+    # the last one is of no matter to the model: OpenAI's clients ask what a video was made after
+    known = {"camera", "prompt", "memory", *_COMMON, "remixed_from"}
+    if unknown := sorted(set(asked) - known):
+        raise RequestError(f"a turn has no {', '.join(unknown)}; leave it out")
+    common = {key: asked[key] for key in _COMMON if asked.get(key) is not None}
+    common["memory"] = asked.get("memory") or about["memory"]
+    camera, prompt = asked.get("camera"), asked.get("prompt") or ""
+    sampling = sampling_of(about)
+    request: TurnRequest | EditRequest
+    if about["kind"] == "edits":
+        if camera is not None:
+            raise RequestError(f"{name} {NO_VIEWS}")
+        request = EditRequest.of(prompt, sampling, **common)
+    elif camera is None:
+        advice = NO_EDITS if prompt else "renders novel views; give a camera"
+        raise RequestError(f"{name} {advice}")
+    else:
+        trajectory = make_camera(camera, sampling)
+        request = TurnRequest.of(trajectory, sampling, prompt=prompt, **common)
+    check_text(name, request.prompt, request.guidance_scale, has_text=about["has_text"])
+    return request
+
+
+def make_camera(camera: str | dict[str, Any], sampling: SamplingConfig) -> CameraTrajectory:
+    """A camera as a request has it.
+
+    Raises:
+        CameraError: no such preset or move, or no trajectory of the model's length.
+    """
+    if isinstance(camera, str):
+        if len(camera) > _MAX_NAME:
+            raise CameraError(f"a camera's name has {len(camera)} characters; write a move")
+        return named_trajectory(camera, sampling.num_frames, sampling.size)
+    return parse_trajectory(camera, num_frames=sampling.num_frames, size=sampling.size)
+
+
+def sampling_of(about: dict[str, Any]) -> SamplingConfig:
+    """The engine's defaults, as `Backend.about` gives them."""
+    sampling = about["sampling"]
+    height, width = sampling["size"]
+    return SamplingConfig(**sampling | {"size": (height, width)})
+
+
+def session_window(num_frames: int, wanted: int) -> str | None:
+    """Which frames of a video a session of views takes, as `Engine.view_session` names it."""
+    if num_frames == wanted:
+        return None
+    return "first" if num_frames > wanted else "pad"

@@ -1,0 +1,100 @@
+"""A service over a fake backend, and what its tests do with it again and again."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Awaitable
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mv2v_engine.serving.config import Limits, ServingConfig
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.listener import Listener
+from mv2v_engine.serving.records import JobRecord, ProbedVideo, SessionRecord
+from mv2v_engine.serving.service import Service
+from tests.serving.fake_backend import FakeBackend
+
+VIDEO = ProbedVideo(frames=20, width=64, height=48, fps=8.0, seconds=2.5)
+TURN = {"camera": "pan_right", "seed": 1}
+
+
+async def probe(path: Path, limits: Limits) -> ProbedVideo:
+    assert path.exists()
+    return VIDEO
+
+
+@asynccontextmanager
+async def serving(
+    store: Path, backend: FakeBackend | None = None, *listeners: Listener, **settings: Any
+) -> AsyncIterator[tuple[Service, FakeBackend]]:
+    backend = backend or FakeBackend()
+    service = await started(store, backend, *listeners, **settings)
+    try:
+        yield service, backend
+    finally:
+        await service.stop()
+
+
+async def started(
+    store: Path, backend: FakeBackend, *listeners: Listener, **settings: Any
+) -> Service:
+    config = ServingConfig(store=store, min_free_bytes=0, **settings)
+    service = Service(config, backend, probe, listeners)
+    await service.start()
+    return service
+
+
+async def abandon(service: Service) -> None:
+    """What a kill leaves of a service: nothing is written any more, and the lock is free."""
+    scheduler = service._scheduler
+    tasks = [scheduler._loop, service._publisher._task, *scheduler._turns.values()]
+    for task in tasks:
+        if task is not None:
+            task.cancel()
+    await asyncio.gather(*(task for task in tasks if task), return_exceptions=True)
+    service._database.close()
+    service.store.unlock()
+
+
+async def new_session(service: Service, owner: str = "", **more: Any) -> SessionRecord:
+    upload = await service.upload_path()
+    upload.write_bytes(b"a video")
+    session = await service.create_session(owner, upload, "clip.mp4", **more)
+    assert not upload.exists()
+    return session
+
+
+async def asked(service: Service, session: SessionRecord, **more: Any) -> JobRecord:
+    job, is_new = await service.submit(session.owner, session.id, TURN | more)
+    assert is_new
+    return job
+
+
+async def ended(service: Service, job: JobRecord) -> JobRecord:
+    async for _ in await service.events(job.owner, job.id):
+        pass
+    return await service.job(job.owner, job.id)
+
+
+async def until(service: Service, job: JobRecord, kind: str) -> None:
+    """Wait for an event."""
+    async for event in await service.events(job.owner, job.id):
+        if event.kind == kind:
+            return
+    raise AssertionError(f"{job.id} ended without {kind}")
+
+
+async def refused(work: Awaitable[Any]) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        await work
+    return caught.value
+
+
+async def published(service: Service, session: SessionRecord, number: int) -> Path:
+    """A turn's video, once it is there."""
+    while not (await service.turn(session.owner, session.id, number)).is_published:
+        await asyncio.sleep(0.005)
+    return await service.turn_file(session.owner, session.id, number, "video")

@@ -1,0 +1,264 @@
+"""What stands before the routes: tokens, hosts and origins, bodies, limits of the disk."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse
+from starlette.routing import Route
+
+from mv2v_engine.serving.app import create_app
+from mv2v_engine.serving.auth import owner_of
+from mv2v_engine.serving.bodies import BodyLimit
+from mv2v_engine.serving.config import Limits, ServingConfig
+from mv2v_engine.serving.headers import SECURITY
+from mv2v_engine.serving.metrics import Metrics
+from mv2v_engine.serving.percent import Percentages
+from mv2v_engine.serving.records import JobEvent, ProbedVideo
+from mv2v_engine.serving.routes.jobs import event_lines
+from mv2v_engine.serving.service import Service
+
+VIDEO = ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
+FILES = {"video": ("clip.mp4", b"a video", "video/mp4")}
+Client = httpx.AsyncClient
+
+
+async def any_video(path: Path, limits: Limits) -> ProbedVideo:
+    return VIDEO
+
+
+@asynccontextmanager
+async def application(config: ServingConfig, backend: Any) -> AsyncIterator[Any]:
+    metrics = Metrics(queue_capacity=config.max_queue, store=config.store)
+    service = Service(config, backend, any_video, (metrics,))
+    await service.start()
+    try:
+        yield create_app(service, config, metrics, Percentages())
+    finally:
+        await service.stop()
+
+
+def run_with(
+    config: ServingConfig,
+    backend: Any,
+    check: Callable[[Client], Coroutine[Any, Any, None]],
+    base_url: str = "http://127.0.0.1:8000",
+) -> None:
+    async def run() -> None:
+        async with application(config, backend) as app:
+            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+            async with Client(transport=transport, base_url=base_url) as client:
+                await check(client)
+
+    asyncio.run(run())
+
+
+@pytest.fixture
+def backend(serving_backend: Callable[[], Any]) -> Any:
+    return serving_backend()
+
+
+@pytest.fixture
+def config(tmp_path: Path) -> ServingConfig:
+    return ServingConfig(store=tmp_path / "store", min_free_bytes=0)
+
+
+def code(answer: httpx.Response) -> tuple[int, str]:
+    assert all(answer.headers[name] == value for name, value in SECURITY.items())
+    return answer.status_code, answer.json()["error"]["code"]
+
+
+def test_each_token_has_its_own_sessions(config: ServingConfig, backend: Any) -> None:
+    async def check(client: Client) -> None:
+        for header in ({}, {"Authorization": "Bearer c"}, {"Authorization": "Basic YTpi"}):
+            answer = await client.get("/v1/sessions", headers=header)
+            assert code(answer) == (401, "authentication_required")
+            assert answer.headers["www-authenticate"] == "Bearer"
+            answer = await client.post("/v1/sessions", files=FILES, headers=header)
+            assert code(answer) == (401, "authentication_required")
+        for path in ("/healthz", "/readyz", "/metrics", "/openapi.json"):
+            assert (await client.get(path)).status_code == 200
+        one, two = ({"Authorization": f"bearer {token}"} for token in "ab")
+        session = (await client.post("/v1/sessions", files=FILES, headers=one)).json()["id"]
+        place = f"/v1/sessions/{session}"
+        turn = await client.post(f"{place}/turns", json={"camera": "pan:5"}, headers=one)
+        job = f"/v1/jobs/{turn.json()['id']}"
+        assert (await client.get(job, headers=one)).status_code == 200
+        for method, path in (
+            ("GET", place),
+            ("GET", f"{place}/turns"),
+            ("GET", f"{place}/source"),
+            ("GET", f"{place}/export"),
+            ("GET", f"{place}/turns/1/video"),
+            ("DELETE", place),
+            ("GET", job),
+            ("DELETE", job),
+            ("POST", f"{job}/cancel"),
+            ("GET", f"{job}/events"),
+            ("GET", f"/v1/jobs?session={session}"),
+            ("GET", job.replace("jobs", "videos")),
+            ("DELETE", job.replace("jobs", "videos")),
+            ("GET", job.replace("jobs", "videos") + "/content"),
+        ):
+            answer = await client.request(method, path, headers=two)
+            assert code(answer) == (404, "not_found"), path
+        for path, body in (("turns", {"camera": "pan:5"}), ("branches", {"turn": 0})):
+            answer = await client.post(f"{place}/{path}", json=body, headers=two)
+            assert code(answer) == (404, "not_found")
+        for path in ("/v1/sessions", "/v1/jobs", "/v1/videos"):
+            assert (await client.get(path, headers=two)).json()["data"] == []
+            assert len((await client.get(path, headers=one)).json()["data"]) == 1
+
+    run_with(replace(config, tokens=("a", "b")), backend, check)
+    # a token is nowhere in the store
+    assert owner_of("a") != owner_of("b")
+    assert b"bearer a" not in (config.store / "service.sqlite3").read_bytes()
+
+
+def test_other_sites_cannot_use_an_open_service(config: ServingConfig, backend: Any) -> None:
+    async def check(client: Client) -> None:
+        for host in ("evil.example", "127.0.0.1.evil.example", "[::1", ""):
+            answer = await client.get("/v1/sessions", headers={"Host": host})
+            assert code(answer) == (400, "wrong_host"), host
+        for host in ("localhost:8000", "127.0.0.1", "[::1]:8000"):
+            answer = await client.get("/v1/sessions", headers={"Host": host})
+            assert answer.status_code == 200, host
+        for origin in ("https://evil.example", "null", "http://127.0.0.1:9"):
+            answer = await client.post("/v1/sessions", files=FILES, headers={"Origin": origin})
+            assert code(answer) == (403, "wrong_origin")
+            answer = await client.get("/v1/sessions", headers={"Origin": origin})
+            assert "access-control-allow-origin" not in answer.headers
+        own = {"Origin": "http://127.0.0.1:8000"}
+        assert (await client.post("/v1/sessions", files=FILES, headers=own)).status_code == 201
+
+    run_with(config, backend, check)
+
+
+def test_a_service_with_tokens_may_stand_behind_any_name(
+    config: ServingConfig, backend: Any
+) -> None:
+    async def check(client: Client) -> None:
+        headers = {"Authorization": "Bearer a", "Origin": "https://videos.example"}
+        answer = await client.get("/v1/sessions", headers=headers)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://videos.example"
+        asked = {
+            "Origin": "https://videos.example",
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "authorization,idempotency-key",
+        }
+        answer = await client.options("/v1/sessions", headers=asked)
+        assert answer.status_code == 200
+        assert answer.headers["access-control-allow-origin"] == "https://videos.example"
+        answer = await client.options(
+            "/v1/sessions", headers=asked | {"Origin": "https://evil.example"}
+        )
+        assert "access-control-allow-origin" not in answer.headers
+
+    changed = replace(config, tokens=("a",), cors_origins=("https://videos.example",))
+    run_with(changed, backend, check, "https://videos.example")
+
+
+def test_a_full_disk_refuses_uploads_and_serves_results(
+    config: ServingConfig, backend: Any
+) -> None:
+    store: dict[str, str] = {}
+
+    async def fill(client: Client) -> None:
+        store["id"] = (await client.post("/v1/sessions", files=FILES)).json()["id"]
+
+    async def check(client: Client) -> None:
+        answer = await client.post("/v1/sessions", files=FILES)
+        assert code(answer) == (507, "disk_full")
+        answer = await client.get(f"/v1/sessions/{store['id']}/source")
+        assert answer.content == b"a video"
+
+    run_with(config, backend, fill)
+    run_with(replace(config, min_free_bytes=1 << 60), backend, check)
+
+
+def test_before_the_engine_is_ready(config: ServingConfig, backend: Any) -> None:
+    backend.ready, backend.reason, backend.about = False, "the engine is being loaded", None
+
+    async def check(client: Client) -> None:
+        assert (await client.get("/healthz")).status_code == 200
+        answer = await client.get("/readyz")
+        assert answer.status_code == 503
+        assert answer.json() == {"status": "not_ready", "reason": "the engine is being loaded"}
+        for answer in (
+            await client.post("/v1/sessions", files=FILES),
+            await client.get("/v1/models"),
+            await client.post("/v1/videos", json={"prompt": "pan:5", "session_id": "x"}),
+        ):
+            assert code(answer) == (503, "not_ready")
+            assert int(answer.headers["retry-after"]) >= 1
+        assert (await client.get("/v1/sessions")).json()["data"] == []
+
+    run_with(config, backend, check)
+
+
+def test_a_fault_is_an_answer_without_details(
+    config: ServingConfig, backend: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def broken(*args: Any, **kwargs: Any) -> None:
+        raise RuntimeError("secret")
+
+    monkeypatch.setattr(Service, "sessions", broken)
+
+    async def check(client: Client) -> None:
+        answer = await client.get("/v1/sessions")
+        assert code(answer) == (500, "internal")
+        assert "secret" not in answer.text
+        assert 'route="/v1/sessions",status="500"' in (await client.get("/metrics")).text
+
+    run_with(config, backend, check)
+
+
+def test_a_body_that_stops_coming_is_refused() -> None:
+    async def echo(request: Request) -> PlainTextResponse:
+        return PlainTextResponse(str(len(await request.body())))
+
+    app = BodyLimit(Starlette(routes=[Route("/", echo, methods=["POST"])]), 10, idle_seconds=0.05)
+    sent: list[Any] = []
+
+    async def never() -> Any:
+        await asyncio.Event().wait()
+
+    async def send(message: Any) -> None:
+        sent.append(message)
+
+    scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
+    asyncio.run(app(scope, never, send))
+    assert sent[0]["status"] == 408
+
+
+def test_a_quiet_stream_says_so_and_ends_with_the_service() -> None:
+    async def run() -> list[str]:
+        more, stopping, lines = asyncio.Event(), asyncio.Event(), []
+
+        async def events() -> AsyncIterator[JobEvent]:
+            yield JobEvent(1, "started", {"type": "started"})
+            await more.wait()
+
+        metrics = Metrics(queue_capacity=1, store=Path())
+        async for line in event_lines(events(), stopping, metrics.event_stream(), keep_alive=0.01):
+            lines.append(line)
+            if line.startswith(":"):
+                assert b"mv2v_event_streams 1.0" in metrics.render()
+                stopping.set()
+        assert b"mv2v_event_streams 0.0" in metrics.render()
+        return lines
+
+    assert asyncio.run(run()) == [
+        'id: 1\nevent: started\ndata: {"type": "started"}\n\n',
+        ": nothing new\n\n",
+    ]

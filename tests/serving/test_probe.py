@@ -1,0 +1,117 @@
+"""The process that decodes uploads: what it says of a whole video, and of everything else."""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import signal
+from collections.abc import Callable, Coroutine
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from broken_videos import broken_videos
+
+from mv2v_engine.serving.config import Limits
+from mv2v_engine.serving.errors import KINDS, ApiError
+from mv2v_engine.serving.prober import Prober
+from mv2v_engine.serving.records import ProbedVideo
+from mv2v_engine.video.io import VideoReader
+
+LIMITS = Limits()
+Check = Callable[[Prober], Coroutine[Any, Any, None]]
+
+
+def probing(check: Check) -> None:
+    async def run() -> None:
+        prober = Prober()
+        try:
+            await check(prober)
+        finally:
+            await prober.stop()
+
+    asyncio.run(run())
+
+
+async def refused(prober: Prober, path: Path, limits: Limits = LIMITS) -> ApiError:
+    with pytest.raises(ApiError) as caught:
+        await prober.probe(path, limits)
+    return caught.value
+
+
+def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> None:
+    async def check(prober: Prober) -> None:
+        found = await prober.probe(source_clip, LIMITS)
+        assert found == ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
+        # those that it just meets are no hindrance
+        await prober.probe(source_clip, replace(LIMITS, frames=9, pixels=64 * 48, seconds=9 / 8))
+        for change, code in (
+            ({"frames": 8}, "too_many_frames"),
+            ({"pixels": 64 * 48 - 1}, "too_many_pixels"),
+            ({"seconds": 1.0}, "video_too_long"),
+        ):
+            error = await refused(prober, source_clip, replace(LIMITS, **change))
+            assert (error.code, error.status, error.param) == (code, 422, "video")
+            assert str(next(iter(change.values()))).removesuffix(".0") in error.message
+
+    probing(check)
+
+
+def test_broken_videos_are_refused_or_decode(source_clip: Path, tmp_path: Path) -> None:
+    # one that decodes to its end in the probe does so in the engine, and no other is taken
+    async def check(prober: Prober) -> None:
+        for number, (what, data) in enumerate(broken_videos(source_clip.read_bytes(), 30)):
+            path = tmp_path / f"upload{number}"
+            path.write_bytes(data)
+            try:
+                await prober.probe(path, LIMITS)
+            except ApiError as error:
+                assert KINDS[error.code].status == 422, what
+                assert path.name not in error.message and str(tmp_path) not in error.message
+            else:
+                assert what not in ("another file", "cut off")
+                VideoReader(path).check()
+
+    probing(check)
+
+
+def test_no_other_file_is_opened(source_clip: Path, tmp_path: Path) -> None:
+    beside = tmp_path / "clip.mp4"
+    beside.write_bytes(source_clip.read_bytes())
+    lists = {
+        "concat": b"ffconcat version 1.0\nfile clip.mp4\n",
+        "playlist.m3u8": b"#EXTM3U\n#EXT-X-TARGETDURATION:9\n#EXTINF:9,\nclip.mp4\n",
+    }
+    for name, content in lists.items():
+        (tmp_path / name).write_bytes(content)
+
+    async def check(prober: Prober) -> None:
+        # the decoder itself would follow it
+        assert VideoReader(tmp_path / "concat").info.num_frames == 9
+        for name in lists:
+            assert (await refused(prober, tmp_path / name)).code == "unreadable_video"
+
+    probing(check)
+
+
+def test_a_decoder_that_takes_too_long_or_dies_is_one_refusal(
+    source_clip: Path, tmp_path: Path
+) -> None:
+    pipe = tmp_path / "endless"
+    os.mkfifo(pipe)
+
+    async def check(prober: Prober) -> None:
+        # nobody ever writes into it, so opening it does not return
+        error = await refused(prober, pipe, replace(LIMITS, probe_seconds=1.0))
+        assert error.code == "video_too_slow"
+        await prober.probe(source_clip, LIMITS)
+        # and the process itself: the next video has a new one
+        assert prober._process is not None
+        before = prober._process.pid
+        os.kill(before, signal.SIGKILL)
+        await prober._process.wait()
+        await prober.probe(source_clip, LIMITS)
+        assert prober._process.pid != before
+
+    probing(check)

@@ -1,0 +1,140 @@
+"""The command: its options, its end, and a session made by the engine behind it."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import socket
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from http_service import demo_clip, finished_job, new_session, served
+
+from mv2v_engine import run
+from mv2v_engine.errors import RequestError
+from mv2v_engine.options import Parser
+from mv2v_engine.serving.command import add_serve, serving_config
+from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.server import bound_socket
+from mv2v_engine.video.io import probe_video
+
+Events = Callable[..., list[tuple[int, str, dict[str, Any]]]]
+
+
+def parsed(*words: str) -> argparse.Namespace:
+    parser = Parser()
+    add_serve(parser)
+    return parser.parse_args(words)
+
+
+def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert serving_config(parsed("--store", "s")) == ServingConfig(store=Path("s"))
+    tokens = tmp_path / "tokens"
+    tokens.write_text("# of the team\n  ada-1815 # for Ada\n\ntwo\n")
+    words = ["--store", "s", "--host", "0.0.0.0", "--tokens", str(tokens)]
+    words += ["--max-upload", "1MiB", "--max-frames", "9", "--cors-origin", "https://a.example"]
+    config = serving_config(parsed(*words, "--keep-days", "2", "--fov-radius", "3"))
+    assert config.tokens == ("ada-1815", "two")
+    assert (config.limits.upload_bytes, config.limits.frames) == (1 << 20, 9)
+    assert (config.keep_days, config.engine.fov_radius) == (2, 3)
+    assert config.cors_origins == ("https://a.example",)
+    # what is printed of it names no token
+    assert "ada-1815" not in repr(config)
+    monkeypatch.setenv("MV2V_TOKENS", "three, four")
+    assert serving_config(parsed("--store", "s")).tokens == ("three", "four")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--host", "0.0.0.0"], "--no-auth"),
+        (["--port", "70000"], "port"),
+        (["--tokens", "/nowhere/tokens"], "cannot read tokens"),
+        (["--max-queue", "0"], "max_queue"),
+        (["--checkpoint", "tiny-nothing"], "tiny-nothing"),
+    ],
+)
+def test_what_is_wrong_is_said_in_a_line(
+    words: list[str], message: str, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert run.main(["serve", "--store", str(tmp_path / "store"), *words]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("error: ") and message in said and said.count("\n") == 1
+
+
+def test_without_its_libraries_it_says_what_to_install(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name)
+    )
+    assert run.main(["serve", "--store", str(tmp_path)]) == 2
+    said = capsys.readouterr().err
+    assert "needs uvicorn" in said and "pip install 'mv2v_engine[serve]'" in said
+
+
+def test_an_address_that_is_taken() -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        with pytest.raises(RequestError, match="another --port"):
+            bound_socket("127.0.0.1", other.getsockname()[1])
+    with pytest.raises(RequestError, match="cannot listen on"):
+        bound_socket("host.invalid", 0)
+
+
+def test_a_service_that_ends_answers_until_its_turn_is_made(
+    serving: Callable[..., Any],
+    upload: Callable[..., Any],
+    tmp_path: Path,
+    events_of: Events,
+) -> None:
+    with serving(tmp_path / "store") as service, service.client() as client:
+        session = upload(client)["id"]
+        path = f"/v1/sessions/{session}/turns"
+        service.backend.hold()
+        job = client.post(path, json={"camera": "pan:5"}).json()["id"]
+        with client.stream("GET", f"/v1/jobs/{job}/events") as answer:
+            lines = answer.iter_lines()
+            next(line for line in lines if line == "event: started")
+            service.drain()
+            with service.client() as other:
+                while other.get("/readyz").status_code == 200:
+                    pass
+                assert other.get("/readyz").json()["reason"] == "the service is stopping"
+                assert other.post(path, json={"camera": "pan:6"}).status_code == 503
+                assert other.get(f"/v1/jobs/{job}").json()["state"] == "running"
+                service.backend.let_go()
+            # the reader still hears the end
+            assert "event: finished" in list(lines)
+        service.thread.join(120)
+        assert not service.thread.is_alive()
+    # the next one on the same store has it
+    with serving(tmp_path / "store") as service, service.client() as client:
+        assert client.get(f"/v1/jobs/{job}").json()["state"] == "finished"
+        assert client.get(f"{path}/1/video").status_code == 200
+
+
+def test_the_command_makes_turns_and_ends_cleanly(tmp_path: Path) -> None:
+    words = ("--device", "cpu", "--min-free", "0")
+    with served(tmp_path, *words) as service, service.client() as client:
+        session = new_session(client, demo_clip(tmp_path))
+        for camera in ("pan_right", "arc:-30"):
+            finished_job(client, session, camera=camera, num_inference_steps=2)
+        path = f"/v1/sessions/{session}/turns"
+        first, second = client.get(path).json()["data"]
+        assert first["report"]["memory"]["retrieved"] == []
+        assert [row["turn"] for row in second["report"]["memory"]["retrieved"]] == [1]
+        result = tmp_path / "turn.mp4"
+        result.write_bytes(client.get(f"{path}/2/video").content)
+        assert probe_video(result).num_frames == 17
+        assert client.get(f"{path}/2/thumbnail").content.startswith(b"\xff\xd8")
+        counted = client.get("/metrics").text
+        assert 'mv2v_jobs_total{code="",outcome="finished"} 2.0' in counted
+        branch = client.post(f"/v1/sessions/{session}/branches", json={"turn": 1}).json()["id"]
+        assert finished_job(client, branch, camera="tilt_up", num_inference_steps=1)
+        assert len(client.get(f"/v1/sessions/{branch}/turns").json()["data"]) == 2
+    assert (service.exit_code, service.faults()) == (0, 0), service.log.read_text()
