@@ -18,6 +18,7 @@ from torch import Tensor
 
 from mv2v_engine.config import ParallelConfig
 from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.lease import Lease
 from mv2v_engine.engine.runner import Branch, Denoiser
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.dit import MV2VTransformer
@@ -97,6 +98,7 @@ class SharedDenoiser(Denoiser):
         super().__init__(
             transformer, plan, conditioning, noise, solver, guidance_scale=guidance_scale
         )
+        self._lease = Lease(None, None, self.why_eager)
         self.received_bytes, self._number = 0, 0
 
     def samples(self) -> None:
