@@ -18,9 +18,9 @@ def num_threads() -> int | None:
 
 
 def launched_rank() -> tuple[int, int] | None:
-    """RANK and WORLD_SIZE: this process and how many torchrun started; None without torchrun."""
+    """RANK and WORLD_SIZE: this process and how many torchrun started; None without both."""
     texts = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
-    if not any(texts):
+    if not all(texts):
         return None
     if not all(text.isdigit() for text in texts) or not int(texts[0]) < int(texts[1]):
         raise RequestError(

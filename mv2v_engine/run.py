@@ -131,7 +131,7 @@ def evaluate(args: argparse.Namespace) -> int:
     # what measuring needs is no part of what the other commands wait for
     from mv2v_engine.evaluation.command import evaluate_checkpoint, task_of
 
-    if launched_rank() is not None:
+    if (launched_rank() or (0, 1))[1] > 1:
         raise RequestError("evaluate starts its own processes (--jobs); run it without torchrun")
     if args.checkpoint is None:
         args.checkpoint = "tiny-edit" if args.task == "edit" else "tiny-nvs"
@@ -164,8 +164,11 @@ def _said(message: str, code: int) -> int:
 
 def _rank_name() -> str:
     """Which of several processes speaks; rank 0 speaks for all."""
-    launched = launched_rank()
-    return "" if launched is None or not launched[0] else f"rank {launched[0]}: "
+    try:
+        rank, _ = launched_rank() or (0, 1)
+    except RequestError:
+        return ""  # what is wrong with them is what is being said
+    return f"rank {rank}: " if rank else ""
 
 
 def _parser() -> argparse.ArgumentParser:

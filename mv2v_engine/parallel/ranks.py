@@ -178,7 +178,7 @@ class Ranks:
 
     def _part(self, error: BaseException) -> None:
         """Say why this rank leaves, unless another one said so first."""
-        lost = _is_of_the_group(error)
+        lost = is_of_the_group(error)
         said = None if not lost else self._said()
         if said is None:
             why = "lost another" if lost else "failed"
@@ -218,7 +218,7 @@ class Ranks:
         dist.destroy_process_group()
 
 
-def _is_of_the_group(error: BaseException) -> bool:
+def is_of_the_group(error: BaseException) -> bool:
     """Whether an error is of talking to other ranks; gloo's are plain RuntimeErrors."""
     return isinstance(error, dist.DistError) or (
         isinstance(error, RuntimeError) and "gloo" in str(error)

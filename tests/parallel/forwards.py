@@ -24,6 +24,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.parallel.context import ContextGroup
+from mv2v_engine.parallel.ranks import is_of_the_group
 from mv2v_engine.parallel.traffic import forward_traffic
 from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.tokens.editing import editing_plan
@@ -116,6 +117,17 @@ def compared(plan: TokenPlan, context: ContextGroup) -> dict[str, Any]:
     }
 
 
+def absent(plan: TokenPlan) -> Iterator[tuple[bool, str]]:
+    """What the first rank meets where the second does not come, by a group of short patience."""
+    impatient = ContextGroup(dist.new_group(timeout=timedelta(seconds=1)))
+    if impatient.rank:
+        return
+    try:
+        impatient.take_largest(torch.zeros(plan.target.num_frames))
+    except RuntimeError as error:
+        yield is_of_the_group(error), str(error)
+
+
 def refusal(work: Callable[[], object]) -> str:
     try:
         work()
@@ -142,6 +154,7 @@ def main() -> None:
         result["one head"] = refusal(lambda: run(single, context))
         minute = turn_plan(tiny_config(), (1, 2, 2), (), merge="off")
         result["one token"] = refusal(lambda: run(minute, context))
+        result["absent"] = [list(of) for of in absent(single)]
     folder = Path(sys.argv[1])
     (folder / f"rank{rank}.json").write_text(json.dumps(result))
     dist.barrier()

@@ -53,3 +53,10 @@ def test_what_cannot_be_shared_is_refused(results: Results) -> None:
             in (result["one head"])
         )
         assert "1 target tokens cannot be shared by context=2 ranks" in result["one token"]
+
+
+def test_a_rank_that_does_not_come_is_not_waited_for(results: Results) -> None:
+    """The error is known for one of the ranks' talk, which makes it a `ParallelError`."""
+    ((is_of_the_group, said),) = results[0]["absent"]
+    assert is_of_the_group, said
+    assert "1000ms" in said
