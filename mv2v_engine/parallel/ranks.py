@@ -170,6 +170,8 @@ class Ranks:
         with self.lock:
             if self.failure is not None:
                 raise ParallelError(f"the processes have parted: {self.failure}")
+            if self.is_closed:
+                raise ParallelError("the engine was closed, and the other processes have gone")
             try:
                 yield
             except BaseException as error:
@@ -209,7 +211,9 @@ class Ranks:
                 return
             self.is_closed = True
             if self.leads:
-                self.say("end")
+                # one that is gone already needs no word, and what is finished is finished
+                with suppress(RuntimeError):
+                    self.say("end")
             self._leave()
 
     def _leave(self) -> None:

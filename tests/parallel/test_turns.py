@@ -103,6 +103,9 @@ def test_guidance_on_two_processes_is_that_of_one_to_the_bit(
         assert torch.equal(one, two)
     turn = json.loads((tmp_path / "two" / "report.json").read_text())["turns"][1]
     assert (turn["parallel"]["guidance"], turn["parallel"]["context"]) == (2, 1)
+    assert turn["parallel"]["received_bytes"] == (
+        3 * turn["parallel"]["bytes_of_a_later_step"]["guidance"]
+    )
     assert turn["memory"]["retrieved"]
 
 
