@@ -312,7 +312,7 @@ class MV2VTransformer(nn.Module):
             return sequence
         with torch.no_grad():
             given, whole = (begun.temb_6, begun.static_temb, begun.rows), sequence.whole()
-            scores = self.responsiveness(block, sequence, *given, whole=whole)
+            scores = self.responsiveness(block, sequence, *given, whole)
         if plan.scope == "joint":
             counts = joint_counts(scores, sequence, plan.merge_fraction)
         step = plan.step_at(index, layout, counts)
@@ -341,7 +341,6 @@ class MV2VTransformer(nn.Module):
         temb_6: Tensor,
         static_temb: Tensor | None,
         rows: Tensor | None,
-        *,
         whole: Sequence | None = None,
     ) -> Tensor:
         """R_t [B, F'] of the conditioning frames that enter this block (Eq. 4-5).
