@@ -206,6 +206,36 @@ class SamplingConfig:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class ParallelConfig:
+    """How many processes, each with a device of its own, share a step; torchrun starts them.
+
+    guidance: 2 runs the two forwards of guidance beside each other. context: processes that share
+    the tokens of a forward, at most one an attention head. timeout_seconds: how long one waits
+    for another within a step; the first step compiles.
+    """
+
+    guidance: int = 1
+    context: int = 1
+    timeout_seconds: float = 600.0
+
+    def __post_init__(self) -> None:
+        if self.guidance not in (1, 2):
+            raise RequestError(
+                f"guidance has one forward or two, got guidance={self.guidance} processes for "
+                "them; give 1 or 2, and share the tokens by context"
+            )
+        if self.context < 1 or not 0 < self.timeout_seconds < math.inf:
+            raise RequestError(
+                "context counts processes, 1 or more, and timeout_seconds is positive, got "
+                f"{self.context} and {self.timeout_seconds}"
+            )
+
+    @property
+    def num_ranks(self) -> int:
+        return self.guidance * self.context
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
@@ -247,6 +277,7 @@ class EngineConfig:
         max_memory videos would not fit beside them.
     batch_tokens: how many tokens the turns of a batch share in one forward; a longer turn runs
         alone. None: 32,768 on CUDA; on a CPU, where sharing saves nothing, turn after turn.
+    parallel: processes that share every step; see docs/parallel.md.
     """
 
     backend: BackendName = "auto"
@@ -282,10 +313,12 @@ class EngineConfig:
     memory_limit_bytes: int | None = None
     text_offload: TextOffload = "auto"
     batch_tokens: int | None = None
+    parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
         self._check_reuse()
         self._check_graphs()
+        self._check_parallel()
         if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
         if not 0 < self.fov_radius < math.inf or not 0 <= self.fov_blend <= 1:
@@ -336,4 +369,18 @@ class EngineConfig:
             raise RequestError(
                 'graphs="on" cannot be met with reuse="approximate" or a step_cache: their steps '
                 'find what earlier ones left; use graphs="auto"'
+            )
+
+    def _check_parallel(self) -> None:
+        if self.parallel.num_ranks == 1:
+            return
+        if self.reuse != "exact" or self.step_cache is not None:
+            raise RequestError(
+                'several processes run exact steps alone: reuse="approximate" and a step_cache '
+                "decide by tensors of which each has a part; leave them out, or run one process"
+            )
+        if self.graphs == "on":
+            raise RequestError(
+                'graphs="on" cannot be met by several processes: gloo cannot be captured, and a '
+                'step captured with NCCL would wait for the others\' replays; use graphs="auto"'
             )

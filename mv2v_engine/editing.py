@@ -25,10 +25,13 @@ from mv2v_engine.options import (
     add_folder,
     add_memory_bounds,
     add_model,
+    add_parallel,
     add_reuse,
     add_sampler,
     engine_config,
+    follows,
     loading,
+    parallel_config,
     read_resolution,
     resuming_line,
 )
@@ -43,10 +46,13 @@ _MAX_ROWS, _SHOWN_CUTS = 24, 12
 
 def edit(args: argparse.Namespace) -> int:
     """Edit a video of any length by one instruction."""
-    config = engine_config(
-        args, descriptor=args.descriptor, cross_shot_similarity=args.cross_shot_similarity
-    )
     resolution = read_resolution(args)
+    config = engine_config(
+        args,
+        descriptor=args.descriptor,
+        cross_shot_similarity=args.cross_shot_similarity,
+        parallel=parallel_config(args, resolution.sampling.guidance_scale),
+    )
     require_editing(resolution.config, resolution.name)
     request = EditRequest.of(
         args.prompt,
@@ -56,6 +62,8 @@ def edit(args: argparse.Namespace) -> int:
         guidance_scale=args.guidance,
         memory=args.memory or default_memory(resolution.initialised),
     )
+    if follows(args, config):
+        return 0
     check_descriptor(config)
     results = EditResults(args.out)
     about = probe_video(args.clip)
@@ -70,17 +78,18 @@ def edit(args: argparse.Namespace) -> int:
     else:
         results.check_free()
 
-    engine = Engine.from_pretrained(args.checkpoint, **loading(args, config))
-    engine.check_text(request.prompt, request.guidance_scale)
-    if engine.text is not None:
-        engine.text.require_whole(request.prompt)
-    if resume:
-        results.check_settings(engine_settings(engine))
-    results.remove_unfinished()
-    if args.overwrite:
-        results.clear()
-    session = engine.edit_session(args.clip, cuts=args.cuts, store=results.folder, resume=resume)
-    return _finish(args, session, request, results)
+    with Engine.from_pretrained(args.checkpoint, **loading(args, config)) as engine:
+        engine.check_text(request.prompt, request.guidance_scale)
+        if engine.text is not None:
+            engine.text.require_whole(request.prompt)
+        if resume:
+            results.check_settings(engine_settings(engine))
+        results.remove_unfinished()
+        if args.overwrite:
+            results.clear()
+        cuts = args.cuts
+        session = engine.edit_session(args.clip, cuts=cuts, store=results.folder, resume=resume)
+        return _finish(args, session, request, results)
 
 
 def _finish(
@@ -184,6 +193,7 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
     )
     add_reuse(parser)
     add_model(parser, "tiny-edit")
+    add_parallel(parser)
     add_folder(parser, "edit", "FILE.edit")
 
 

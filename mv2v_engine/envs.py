@@ -18,6 +18,27 @@ def num_threads() -> int | None:
     return int(text)
 
 
+def launched_rank() -> tuple[int, int] | None:
+    """RANK and WORLD_SIZE: this process and how many torchrun started; None without both."""
+    texts = [os.environ.get(name, "") for name in ("RANK", "WORLD_SIZE")]
+    if not all(texts):
+        return None
+    if not all(text.isdigit() for text in texts) or not int(texts[0]) < int(texts[1]):
+        raise RequestError(
+            f"RANK and WORLD_SIZE must be numbers, the first the lower, got {texts[0]!r} and "
+            f"{texts[1]!r}; torchrun sets them"
+        )
+    return int(texts[0]), int(texts[1])
+
+
+def local_rank() -> int:
+    """LOCAL_RANK: this process among those on its machine; 0 without torchrun."""
+    text = os.environ.get("LOCAL_RANK", "0")
+    if not text.isdigit():
+        raise RequestError(f"LOCAL_RANK must be a number, got {text!r}; torchrun sets it")
+    return int(text)
+
+
 def is_ci() -> bool:
     """CI: set by continuous integration; progress bars then print lines instead of redrawing."""
     return os.environ.get("CI", "") not in ("", "0", "false")

@@ -44,6 +44,10 @@ class KernelUnavailableError(MV2VError, RuntimeError):
     """An explicitly requested backend cannot run here; the message names the reason."""
 
 
+class ParallelError(MV2VError, RuntimeError):
+    """Processes that share a forward have parted: one failed, or was not heard of in time."""
+
+
 class CancelledError(MV2VError, RuntimeError):
     """The caller cancelled the turn; the session is as it was before the turn."""
 

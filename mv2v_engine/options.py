@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import re
 import shlex
+import signal
+import threading
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -20,10 +22,14 @@ from mv2v_engine.config import (
     EngineConfig,
     GraphMode,
     MergeMode,
+    ParallelConfig,
     Reuse,
     SchedulerName,
 )
+from mv2v_engine.engine.engine import Engine
+from mv2v_engine.envs import launched_rank
 from mv2v_engine.errors import RequestError
+from mv2v_engine.sampling.guidance import needs_guidance
 
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
@@ -158,6 +164,47 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     add("--graphs", choices=get_args(GraphMode), default=EngineConfig().graphs, help="CUDA graphs")
 
 
+def add_parallel(parser: argparse.ArgumentParser) -> None:
+    """How the processes of a torchrun share the work."""
+    add = parser.add_argument_group("several processes, under torchrun").add_argument
+    add("--guidance-ranks", type=int, choices=(1, 2), help="2: one for each forward of guidance")
+    add(
+        "--context-ranks",
+        type=int,
+        metavar="N",
+        help="how many share a forward's tokens; if not given, all that guidance leaves",
+    )
+
+
+def parallel_config(args: argparse.Namespace, default_scale: float) -> ParallelConfig:
+    """The processes as asked for, the rest from how many there are: guidance first, if it is used.
+
+    default_scale: the checkpoint's guidance scale.
+    """
+    _, size = launched_rank() or (0, 1)
+    guidance, context = args.guidance_ranks, args.context_ranks
+    if guidance is None:
+        scale = default_scale if args.guidance is None else args.guidance
+        left = size // (context or 1)
+        guidance = 2 if needs_guidance(scale) and left > 0 and left % 2 == 0 else 1
+    return ParallelConfig(
+        guidance=guidance, context=max(size // guidance, 1) if context is None else context
+    )
+
+
+def follows(args: argparse.Namespace, config: EngineConfig) -> bool:
+    """Serve rank 0 to its end, if this is another process of a torchrun; whether it is."""
+    if not (launched_rank() or (0, 1))[0]:
+        return False
+    # rank 0 decides what an interrupt means, and tells the others at the next step
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
+    given = loading(args, config)
+    del given["components"]
+    Engine.follow(args.checkpoint, **given)
+    return True
+
+
 def add_folder(parser: argparse.ArgumentParser, content: str, place: str = "DIR") -> None:
     """What to do with results that are there already. content: what they are called."""
     group = parser.add_mutually_exclusive_group()
@@ -192,4 +239,8 @@ def loading(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:
 def resuming_line(args: argparse.Namespace) -> str:
     """The command under way once more, to continue it. args.words: what `run` was given."""
     words = [word for word in args.words if word not in ("--resume", "--overwrite")]
-    return shlex.join(["python", "-m", "mv2v_engine.run", *words, "--resume"])
+    launched = launched_rank()
+    several = (
+        ["-m", "torch.distributed.run", "--nproc-per-node", str(launched[1])] if launched else []
+    )
+    return shlex.join(["python", *several, "-m", "mv2v_engine.run", *words, "--resume"])

@@ -27,8 +27,8 @@ from mv2v_engine.engine.opening import session_identity
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.source import load_source
-from mv2v_engine.envs import num_threads
-from mv2v_engine.errors import CancelledError, MV2VError, is_out_of_memory
+from mv2v_engine.envs import launched_rank, num_threads
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
 from mv2v_engine.machine import describe_machine
 from mv2v_engine.options import (
     INTERRUPTED,
@@ -38,10 +38,13 @@ from mv2v_engine.options import (
     add_folder,
     add_memory_bounds,
     add_model,
+    add_parallel,
     add_reuse,
     add_sampler,
     engine_config,
+    follows,
     loading,
+    parallel_config,
     read_resolution,
 )
 from mv2v_engine.rendering import render
@@ -62,20 +65,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (KeyboardInterrupt, CancelledError):
         return _said("interrupted: finished turns are kept; continue with --resume", INTERRUPTED)
     except MV2VError as error:
-        return _said(f"error: {error}", REFUSED)
+        return _said(f"error: {_rank_name()}{error}", REFUSED)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
         reason = str(error).splitlines()[0] if str(error) else "the host has none left"
-        return _said(f"error: out of memory: {reason}; use a smaller clip or model", REFUSED)
+        return _said(
+            f"error: {_rank_name()}out of memory: {reason}; use a smaller clip or model", REFUSED
+        )
 
 
 def novel_view(args: argparse.Namespace) -> int:
     """Re-render a clip from every camera in turn, into a session's folder."""
-    config = engine_config(args, fov_radius=args.fov_radius)
     resolution = read_resolution(args)
-    require_novel_view(resolution.config, resolution.name)
     sampling = resolution.sampling
+    shared = parallel_config(args, sampling.guidance_scale)
+    config = engine_config(args, fov_radius=args.fov_radius, parallel=shared)
+    require_novel_view(resolution.config, resolution.name)
     requests = [
         TurnRequest.of(
             camera,
@@ -88,6 +94,8 @@ def novel_view(args: argparse.Namespace) -> int:
         )
         for camera in args.camera
     ]
+    if follows(args, config):
+        return 0
     source_camera = None
     if args.source_camera is not None:
         source_camera = resolve_camera(args.source_camera, sampling.num_frames, sampling.size)
@@ -109,14 +117,14 @@ def novel_view(args: argparse.Namespace) -> int:
     else:
         results.check_free()
 
-    engine = Engine.from_pretrained(args.checkpoint, **loading(args, config))
-    for request in requests:
-        engine.check_text(request.prompt, request.guidance_scale)
-    results.remove_unfinished()
-    if args.overwrite:
-        results.clear()
-    session = engine.view_session(source, cameras=source_camera, store=args.out, resume=resume)
-    return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
+    with Engine.from_pretrained(args.checkpoint, **loading(args, config)) as engine:
+        for request in requests:
+            engine.check_text(request.prompt, request.guidance_scale)
+        results.remove_unfinished()
+        if args.overwrite:
+            results.clear()
+        session = engine.view_session(source, cameras=source_camera, store=args.out, resume=resume)
+        return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -124,6 +132,8 @@ def evaluate(args: argparse.Namespace) -> int:
     # what measuring needs is no part of what the other commands wait for
     from mv2v_engine.evaluation.command import evaluate_checkpoint, task_of
 
+    if (launched_rank() or (0, 1))[1] > 1:
+        raise RequestError("evaluate starts its own processes (--jobs); run it without torchrun")
     if args.checkpoint is None:
         args.checkpoint = "tiny-edit" if args.task == "edit" else "tiny-nvs"
     resolution = read_resolution(args)
@@ -151,6 +161,15 @@ def inspect(args: argparse.Namespace) -> int:
 def _said(message: str, code: int) -> int:
     say(message)
     return code
+
+
+def _rank_name() -> str:
+    """Which of several processes speaks; rank 0 speaks for all."""
+    try:
+        rank, _ = launched_rank() or (0, 1)
+    except RequestError:
+        return ""  # what is wrong with them is what is being said
+    return f"rank {rank}: " if rank else ""
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -196,6 +215,7 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add_reuse(parser)
     add_model(parser, "tiny-nvs")
+    add_parallel(parser)
     add_folder(parser, "session")
 
 

@@ -30,6 +30,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "memory",
             "tokens",
             "models",
+            "parallel",
             "checkpoints",
         }
     ),
@@ -44,6 +45,8 @@ LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
 # Within a layer, only these; the bottom layer is free.
 SIDEWAYS = {
     ("models", "tokens"),
+    ("models", "parallel"),
+    ("parallel", "tokens"),
     ("memory", "tokens"),
     ("memory", "camera"),
     ("checkpoints", "models"),
@@ -224,6 +227,7 @@ FORBIDDEN = [
     ("tokens/plan.py", "from mv2v_engine import models", "tokens must not import models"),
     ("models/dit.py", "from mv2v_engine.checkpoints import load", "must not import checkpoints"),
     ("video/io.py", "from mv2v_engine.tokens import plan", "video must not import tokens"),
+    ("parallel/a.py", "from mv2v_engine.models import dit", "parallel must not import models"),
     ("camera/a.py", "from ..memory import cache", "camera must not import memory"),
     ("memory/__init__.py", "from ..models import dit", "memory must not import models"),
     ("models/dit.py", "def f():\n    import mv2v_engine.engine", "models must not import engine"),

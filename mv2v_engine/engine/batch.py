@@ -123,6 +123,12 @@ class TurnBatch:
 
     def __init__(self, engine: Engine, token_budget: int | None = None) -> None:
         self.engine = engine
+        if engine.team is not None:
+            raise RequestError(
+                f"turns of several sessions share a forward in one process, got "
+                f"{engine.config.parallel.num_ranks}; run them one after the other, or an engine "
+                "for each process"
+            )
         if token_budget is None:
             token_budget = engine.config.batch_tokens
         if token_budget is None:

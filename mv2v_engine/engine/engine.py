@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -22,22 +23,22 @@ from mv2v_engine.engine.editing.descriptors import (
     open_describer,
 )
 from mv2v_engine.engine.editing.session import EditSession
+from mv2v_engine.engine.follower import follow
 from mv2v_engine.engine.footage import RecentFrames
 from mv2v_engine.engine.graphs import open_graphs
-from mv2v_engine.engine.loading import check_parts, load_parts
+from mv2v_engine.engine.loading import check_parts, configure, load_parts
 from mv2v_engine.engine.opening import AnySource, open_edit_session, open_view_session
-from mv2v_engine.engine.places import usable_device
+from mv2v_engine.engine.places import default_dtype, rank_device
 from mv2v_engine.engine.request import TurnRequest, check_text
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source
+from mv2v_engine.engine.team import Team, open_team
 from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.engine.warmup import warm_up
 from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
-from mv2v_engine.ops.attention_backends import resolve_attention
-from mv2v_engine.ops.backend import resolve
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.tokens.plan import TokenPlan
@@ -50,6 +51,7 @@ _OF_THE_WEIGHTS = (
     "responsiveness_heads",
     "feed_forward_chunk",
     "text_offload",
+    "parallel",
 )
 
 
@@ -64,30 +66,18 @@ class Engine:
         *,
         device: torch.device,
         config: EngineConfig,
+        team: Team | None = None,
     ) -> None:
         self.checkpoint, self.vae, self.text = checkpoint, vae, text
         self.device, self.config, self.sampling = device, config, checkpoint.sampling
         self.scheduler = config.scheduler or self.sampling.scheduler
-        self.transformer = checkpoint.transformer
-        self.backend = resolve(config.backend, device, self.dtype)
-        shape = self.transformer.config
-        self.attention = resolve_attention(
-            config,
-            device,
-            self.dtype,
-            num_heads=shape.num_attention_heads,
-            head_dim=shape.attention_head_dim,
-        )
-        # under "auto" a call whose shape that library does not take goes to the next one
-        is_free = config.attention == "auto" and self.attention != "reference"
-        self.transformer.set_backend(self.backend, "auto" if is_free else self.attention)
-        self.transformer.responsiveness_heads = config.responsiveness_heads
-        self.transformer.set_feed_forward_chunk(config.feed_forward_chunk)
+        self.transformer, self.team = checkpoint.transformer, team
+        self.backend, self.attention = configure(self.transformer, config, device)
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
         check_parts(self)
-        self.graphs = open_graphs(config, device)
+        self.graphs = open_graphs(config if team is None else replace(config, graphs="off"), device)
         self.cache = MemoryCache(
             config.cache_bytes,
             device,
@@ -120,21 +110,54 @@ class Engine:
 
         Raises:
             CheckpointError: what is missing or wrong, and what to do.
-            RequestError: no such device.
+            RequestError: no such device, or not the processes that `config.parallel` asks for.
+            ParallelError: the other processes did not come, or one of them failed.
             KernelUnavailableError: the configured backend cannot run here.
         """
-        place, config = usable_device(device), config or EngineConfig()
+        config = config or EngineConfig()
+        place = rank_device(device, config.parallel)
+        team = open_team(config.parallel, place)
         checkpoint, vae, text = load_parts(
             path_or_name,
             place,
-            dtype or (torch.bfloat16 if place.type == "cuda" else torch.float32),
+            dtype or default_dtype(place),
             config,
             components=None if components is None else Path(components),
             rename=rename,
         )
-        engine = cls(checkpoint, vae, text, device=place, config=config)
+        engine = cls(checkpoint, vae, text, device=place, config=config, team=team)
         engine.budget.place_text()
         return engine
+
+    @staticmethod
+    def follow(
+        path_or_name: Path | str = "tiny-nvs",
+        *,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        config: EngineConfig,
+        rename: Path | str | None = None,
+    ) -> None:
+        """In every process but rank 0, in place of `from_pretrained` and with its arguments.
+
+        Runs its part of every step of rank 0's turns, until that one closes its engine or ends.
+
+        Raises:
+            ParallelError: another process failed, or rank 0 is gone.
+            CheckpointError, RequestError, KernelUnavailableError: as `from_pretrained`.
+        """
+        follow(path_or_name, device=device, dtype=dtype, config=config, rename=rename)
+
+    def close(self) -> None:
+        """Let the other processes go, if there are any: no turn runs after that."""
+        if self.team is not None:
+            self.team.close()
+
+    def __enter__(self) -> Engine:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
 
     def reconfigured(self, config: EngineConfig) -> Engine:
         """The same weights under another configuration, with a memory of its own.
@@ -149,7 +172,14 @@ class Engine:
                     f"{name} is shared by all engines on these weights: it is {own!r}, asked was "
                     f"{asked!r}; load them again with from_pretrained"
                 )
-        return Engine(self.checkpoint, self.vae, self.text, device=self.device, config=config)
+        return Engine(
+            self.checkpoint,
+            self.vae,
+            self.text,
+            device=self.device,
+            config=config,
+            team=self.team,
+        )
 
     def warmup(
         self, plans: Iterable[TokenPlan], *, guidance_scale: float | None = None

@@ -13,8 +13,10 @@ from mv2v_engine.engine.editing.descriptors import check_descriptor
 from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.places import component
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError
+from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
+from mv2v_engine.parallel.context import head_lengths
 from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.vae import VideoVAE, load_vae
 
@@ -68,6 +70,32 @@ def load_parts(
             "diffusers folder with text_encoder and tokenizer as components (--components)"
         )
     return checkpoint, vae, text
+
+
+def configure(
+    transformer: MV2VTransformer, config: EngineConfig, device: torch.device
+) -> tuple[str, str]:
+    """Set a transformer up as configured; the backend and the attention library that it runs on.
+
+    Raises:
+        RequestError: a process would have no attention head.
+        KernelUnavailableError: an explicit request cannot be met.
+    """
+    shape, dtype = transformer.config, transformer.patch_embedding.weight.dtype
+    backend = resolve(config.backend, device, dtype)
+    attention = resolve_attention(
+        config,
+        device,
+        dtype,
+        num_heads=head_lengths(shape.num_attention_heads, config.parallel.context)[0],
+        head_dim=shape.attention_head_dim,
+    )
+    # under "auto" a call whose shape that library does not take goes to the next one
+    is_free = config.attention == "auto" and attention != "reference"
+    transformer.set_backend(backend, "auto" if is_free else attention)
+    transformer.responsiveness_heads = config.responsiveness_heads
+    transformer.set_feed_forward_chunk(config.feed_forward_chunk)
+    return backend, attention
 
 
 def check_parts(engine: Engine) -> None:

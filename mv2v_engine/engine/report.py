@@ -87,6 +87,7 @@ def run_report(
         **kept_bytes(engine, denoiser, steps),
         **({} if denoised.reuse is None else {"reuse": denoised.reuse}),
         "graphs": denoised.graphs,
+        **({} if (shared := denoiser.parallel_report()) is None else {"parallel": shared}),
     }
 
 

@@ -18,6 +18,7 @@ from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.engine.runner import Denoised, Denoiser
+from mv2v_engine.engine.team import SharedDenoiser, Team
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.joint_cache import JointCache
@@ -232,9 +233,15 @@ def make_denoiser(
     *,
     guidance_scale: float,
     graphs: Graphs | None = None,
+    team: Team | None = None,
 ) -> Denoiser:
-    """The denoiser of a turn as its engine is configured; exact unless reuse was asked for."""
+    """The denoiser of a turn as its engine is configured; exact unless reuse was asked for.
+
+    team: the processes that share its steps.
+    """
     given = (transformer, plan, conditioning, noise, solver)
+    if team is not None:
+        return SharedDenoiser(*given, guidance_scale=guidance_scale, team=team)
     if config.reuse == "exact" and config.step_cache is None:
         return Denoiser(*given, guidance_scale=guidance_scale, graphs=graphs)
     return ReusingDenoiser(*given, guidance_scale=guidance_scale, config=config, graphs=graphs)

@@ -24,6 +24,7 @@ from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import Solver
 from mv2v_engine.sampling.guidance import guide
@@ -66,9 +67,10 @@ class Branch:
         conditioning: Conditioning,
         text: Tensor,
         cache: ConditioningCache | None,
+        context: ContextGroup | None = None,
     ) -> None:
         self.transformer, self.plan, self.conditioning = transformer, plan, conditioning
-        self.text, self.cache = text, cache
+        self.text, self.cache, self.context = text, cache, context
         self.residual: TargetResidual | None = None
         self.records: list[MergeRecord] = []
 
@@ -95,7 +97,7 @@ class Branch:
     def kept(self, noisy: Tensor, timestep: Tensor, cache: ConditioningCache) -> Tensor:
         """A forward of the target alone."""
         return self.transformer.forward_target(
-            noisy, timestep, self.text, kept=cache, residual=self.residual
+            noisy, timestep, self.text, kept=cache, residual=self.residual, context=self.context
         )
 
     def whole(self, noisy: Tensor, timestep: Tensor) -> Tensor:
@@ -110,6 +112,7 @@ class Branch:
             records=self.records,
             keep=self.cache,
             residual=self.residual,
+            context=self.context,
         )
         return velocity
 
@@ -147,6 +150,7 @@ class Denoiser:
     """
 
     why_eager = "no step ran alone"
+    context: ContextGroup | None = None  # the ranks that share a forward's tokens
 
     def __init__(
         self,
@@ -179,7 +183,9 @@ class Denoiser:
     def _work_on(self, buffers: StepBuffers) -> None:
         self.buffers = buffers
         self.branches = [
-            Branch(self.transformer, self.plan, buffers.conditioning, text, self.cache)
+            Branch(
+                self.transformer, self.plan, buffers.conditioning, text, self.cache, self.context
+            )
             for text in buffers.texts
         ]
 
@@ -296,6 +302,10 @@ class Denoiser:
     def graph_report(self) -> dict[str, Any]:
         """How the steps so far ran, as plain data."""
         return self._lease.report(self.index)
+
+    def parallel_report(self) -> dict[str, Any] | None:
+        """How the steps ran over several processes; None where one ran them."""
+        return None
 
     def release(self) -> None:
         """Let go of what is kept: an error's traceback would hold it as long as the error lives."""

@@ -237,6 +237,7 @@ class ViewSession(Session):
             make_solver(engine.scheduler, request.num_inference_steps, engine.sampling.flow_shift),
             guidance_scale=request.guidance_scale,
             graphs=engine.graphs,
+            team=engine.team,
         )
         return Prepared(request, retrieval, denoiser, cancel)
 

@@ -56,6 +56,7 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
         make_solver(engine.scheduler, 3, engine.sampling.flow_shift),
         guidance_scale=guidance_scale,
         graphs=engine.graphs,
+        team=engine.team,
     )
     try:
         denoiser.step()

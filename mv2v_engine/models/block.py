@@ -105,7 +105,7 @@ class Block(nn.Module):
         queries, keys, values = self._queries_keys_values(conditioning, modulation, cameras_BFP)
         attended = self.attn1.attend(queries, keys, values)
         del queries
-        attended = self._project(attended)
+        attended = self._project(self._by_tokens(attended, conditioning))
         x, hidden = self._add_adaln(conditioning.x, attended, ffn_modulation, gate=modulation.gate)
         del attended
         return self._add_gated(x, self.ffn(hidden), ffn_modulation), (keys, values)
@@ -129,7 +129,7 @@ class Block(nn.Module):
             values = sequence.followed_by(values, [pair and pair[1] for pair in kept])
         attended = self.attn1.attend(queries, keys, values, sequence.pack_over(kept))
         del queries, keys, values
-        return self._project(attended)
+        return self._project(self._by_tokens(attended, sequence))
 
     def _queries_keys_values(
         self,
@@ -137,10 +137,26 @@ class Block(nn.Module):
         modulation: Modulation,
         cameras_BFP: Tensor | None,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, L, N, D] of the sequence's own tokens."""
+        """q, k, v [B, L, N, D] of the sequence's own tokens.
+
+        Where they lie over ranks: of all tokens, with the heads of this rank.
+        """
         hidden = self.attention_input(sequence, modulation, cameras_BFP)
         queries = self.attn1.queries(hidden, sequence.rope)
-        return queries, *self.attn1.keys_values(hidden, sequence.rope)
+        shard = sequence.shard
+        if shard is None:
+            return queries, *self.attn1.keys_values(hidden, sequence.rope)
+        queries = shard.by_heads(queries)
+        keys, values = self.attn1.keys_values(hidden, sequence.rope)
+        del hidden
+        keys = shard.by_heads(keys)
+        return queries, keys, shard.by_heads(values)
+
+    def _by_tokens(self, attended: Tensor, sequence: Sequence | PackedSequence) -> Tensor:
+        """What attention made, of this rank's tokens with all heads [B, L, N, D]."""
+        if sequence.shard is None:
+            return attended
+        return sequence.shard.by_tokens(attended, self.attn1.num_heads)
 
     def attention_input(
         self,

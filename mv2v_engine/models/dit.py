@@ -42,6 +42,7 @@ from mv2v_engine.models.token_merge import (
 )
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
+from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
@@ -108,6 +109,7 @@ class MV2VTransformer(nn.Module):
         records: list[MergeRecord] | None = None,
         keep: ConditioningCache | None = None,
         residual: TargetResidual | None = None,
+        context: ContextGroup | None = None,
     ) -> Tensor:
         """Velocity of the target latents [B, C_out, F, H, W].
 
@@ -121,9 +123,11 @@ class MV2VTransformer(nn.Module):
             records: receives what every merge did.
             keep: receives what `forward_target` needs.
             residual: receives what `forward_residual` needs.
+            context: ranks that all call this alike and share the tokens; what is kept is then
+                this rank's part. Each gets the whole velocity.
         """
         given = (latents, timestep, encoder_hidden_states)
-        begun = self.begin(*given, plan=plan, cameras=cameras, residual=residual)
+        begun = self.begin(*given, plan=plan, cameras=cameras, residual=residual, context=context)
         if keep is not None:
             begun.keep_in(keep)
         self.run_blocks(begun, records=records)
@@ -137,6 +141,7 @@ class MV2VTransformer(nn.Module):
         *,
         kept: ConditioningCache,
         residual: TargetResidual | None = None,
+        context: ContextGroup | None = None,
     ) -> Tensor:
         """`forward` for other target latents, timestep and text: conditioning as it was kept.
 
@@ -147,7 +152,7 @@ class MV2VTransformer(nn.Module):
             ValueError: no forward has filled the cache.
         """
         given = (latents, timestep, encoder_hidden_states)
-        begun = self.begin_target(*given, kept=kept, residual=residual)
+        begun = self.begin_target(*given, kept=kept, residual=residual, context=context)
         self.run_blocks(begun)
         return self.finish(begun)
 
@@ -159,6 +164,7 @@ class MV2VTransformer(nn.Module):
         *,
         kept: ConditioningCache,
         residual: TargetResidual | None = None,
+        context: ContextGroup | None = None,
     ) -> ForwardPass:
         """A forward before its first block, for `run_blocks` and `finish`; as `forward_target`."""
         plan = kept.plan
@@ -168,10 +174,10 @@ class MV2VTransformer(nn.Module):
                 "forward(..., keep=cache) first"
             )
         check_latents([latents], plan)
-        target = self._embed([latents], plan)
+        target = self._embed([latents], plan).over(context)
         temb, temb_6 = self.condition_embedder.time(timestep)
-        context = self.condition_embedder.text(encoder_hidden_states)
-        begun = ForwardPass(plan, target, temb, temb_6, None, context, kept.cameras, kept=kept)
+        text = self.condition_embedder.text(encoder_hidden_states)
+        begun = ForwardPass(plan, target, temb, temb_6, None, text, kept.cameras, kept=kept)
         if residual is not None:
             begun.leave_in(residual)
         return begun
@@ -215,20 +221,21 @@ class MV2VTransformer(nn.Module):
         plan: TokenPlan,
         cameras: Tensor | None = None,
         residual: TargetResidual | None = None,
+        context: ContextGroup | None = None,
     ) -> ForwardPass:
         """A forward before its first block, for `run_blocks` and `finish`; as `forward`."""
         check_inputs(latents, plan, cameras)
         rows = None if cameras is None else frame_cameras(plan, cameras)
         check_timestep(timestep, plan)
-        sequence = self._embed(latents, plan)
+        sequence = self._embed(latents, plan).over(context)
         if timestep.ndim == 2:
             sequence = sequence.with_frame_timesteps()
         temb, temb_6 = self.condition_embedder.time(timestep.flatten())
         static_temb = None
         if plan.conditioning == "static":
             _, static_temb = self.condition_embedder.time(torch.zeros_like(timestep))
-        context = self.condition_embedder.text(encoder_hidden_states)
-        begun = ForwardPass(plan, sequence, temb, temb_6, static_temb, context, rows)
+        text = self.condition_embedder.text(encoder_hidden_states)
+        begun = ForwardPass(plan, sequence, temb, temb_6, static_temb, text, rows)
         if residual is not None:
             begun.leave_in(residual)
         return begun
@@ -262,9 +269,11 @@ class MV2VTransformer(nn.Module):
 
     def finish(self, begun: ForwardPass) -> Tensor:
         """The velocity of a forward whose blocks have all run."""
-        hidden = begun.sequence.x[:, : begun.plan.target.length]
+        sequence = begun.sequence
+        hidden = sequence.x[:, : sequence.target_length]
         begun.fill_residual(hidden)
-        return self._head(hidden, begun.temb, begun.plan, begun.sequence.row)
+        shard = sequence.shard and sequence.shard.alone(0)
+        return self._head(hidden, begun.temb, begun.plan, sequence.row, shard)
 
     def constants(self, plan: TokenPlan, device: torch.device) -> tuple[Tensor, ...]:
         """What a forward of the plan reads beside its arguments and the weights; made once."""
@@ -302,9 +311,8 @@ class MV2VTransformer(nn.Module):
         if not layout.groups() or (plan.scope == "group" and not any(counts)):
             return sequence
         with torch.no_grad():
-            scores = self.responsiveness(
-                block, sequence, begun.temb_6, begun.static_temb, begun.rows
-            )
+            given, whole = (begun.temb_6, begun.static_temb, begun.rows), sequence.whole()
+            scores = self.responsiveness(block, sequence, *given, whole)
         if plan.scope == "joint":
             counts = joint_counts(scores, sequence, plan.merge_fraction)
         step = plan.step_at(index, layout, counts)
@@ -313,8 +321,8 @@ class MV2VTransformer(nn.Module):
         shared = self.config.merger is not None and self.config.merger.shared
         key = str(self.config.merging_blocks[0] if shared else index)
         merger = self.mergers[key] if self.config.merger is not None else None
-        sequence, record = apply_merge(
-            sequence,
+        merged, record = apply_merge(
+            whole,
             step,
             scores,
             merger,  # type: ignore[arg-type]
@@ -324,7 +332,7 @@ class MV2VTransformer(nn.Module):
         )
         if records is not None:
             records.append(record)
-        return sequence
+        return merged if sequence.shard is None else merged.over(sequence.shard.context)
 
     def responsiveness(
         self,
@@ -333,23 +341,26 @@ class MV2VTransformer(nn.Module):
         temb_6: Tensor,
         static_temb: Tensor | None,
         rows: Tensor | None,
+        whole: Sequence | None = None,
     ) -> Tensor:
         """R_t [B, F'] of the conditioning frames that enter this block (Eq. 4-5).
 
-        The other arguments are what the block itself is given.
+        The other arguments are what the block itself is given. whole: the sequence's tokens of all
+        ranks; each takes its own queries and all keys, and the largest of all ranks is R_t.
         """
-        split, runs = sequence.layout.target_length, sequence.layout.runs[1:]
-        if static_temb is None:
+        split, runs = sequence.target_length, sequence.layout.runs[1:]
+        if static_temb is None and sequence.shard is None:
             hidden = block.attention_input(sequence, block.modulations(temb_6)[0], rows)
             target, conditioning = hidden[:, :split], hidden[:, split:]
         else:
-            halves, modulations = sequence.halves(), (temb_6, static_temb)
+            halves = sequence.halves()[0], (whole or sequence).halves()[1]
+            modulations = temb_6, temb_6 if static_temb is None else static_temb
             target, conditioning = (
                 block.attention_input(half, block.modulations(temb)[0], rows)
                 for half, temb in zip(halves, modulations, strict=True)
             )
         heads = self.config.num_attention_heads if self.responsiveness_heads == "mean" else 1
-        return frame_responsiveness(
+        scores = frame_responsiveness(
             block.attn1.plain_queries(target),
             block.attn1.plain_keys(conditioning),
             frames=[run.num_frames for run in runs],
@@ -357,14 +368,22 @@ class MV2VTransformer(nn.Module):
             num_heads=heads,
             backend=self.backend,
         )
+        if sequence.shard is not None:
+            sequence.shard.context.take_largest(scores)
+        return scores
 
     def _head(
-        self, x_BLC: Tensor, temb_BC: Tensor, plan: TokenPlan, row_BL: Tensor | None = None
+        self,
+        x_BLC: Tensor,
+        temb_BC: Tensor,
+        plan: TokenPlan,
+        row_BL: Tensor | None = None,
+        shard: Shard | None = None,
     ) -> Tensor:
         """Normalise, modulate, project and unpatch the target tokens."""
         shift, scale = (self.scale_shift_table.float() + temb_BC.float()[:, None]).unbind(1)
         x = adaln(x_BLC, scale, shift, row=row_BL, eps=self.config.eps, backend=self.backend)
-        patches = self.proj_out(x)
+        patches = self.proj_out(x) if shard is None else shard.gather(self.proj_out(x))
         frames, (rows, columns) = plan.target.num_frames, plan.target.token_grid
         patches = patches.unflatten(1, (frames, rows, columns)).unflatten(-1, (2, 2, -1))
         video: Tensor = patches.permute(0, 6, 1, 2, 4, 3, 5).flatten(5, 6).flatten(3, 4)

@@ -81,7 +81,7 @@ class ForwardPass:
     def leave_in(self, residual: TargetResidual) -> None:
         """Remember the target's tokens as they are now, before the first block."""
         # a view would hold the whole sequence's tokens until the last block
-        self._embedded = self.sequence.x[:, : self.plan.target.length].clone()
+        self._embedded = self.sequence.x[:, : self.sequence.target_length].clone()
         self._residual = residual
 
     def fill_residual(self, hidden_BLC: Tensor) -> None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field, replace
 from itertools import accumulate
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor
@@ -99,6 +99,8 @@ class PackedSequence:
     text: Pack
     parts: tuple[Sequence, ...]
     packs: dict[tuple[int, ...], Pack] = field(default_factory=dict)
+    # all of it is on this rank
+    shard: ClassVar[None] = None
 
     @classmethod
     def of(

@@ -14,8 +14,10 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.config import MergerConfig
+from mv2v_engine.errors import RequestError
 from mv2v_engine.models.static_cache import KeysValues
 from mv2v_engine.ops.token_merge import token_merge
+from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout, MergeStep
 
 
@@ -26,6 +28,7 @@ class Sequence:
     x [B, L, C]; rope [1 or B, L, D]; frames [B, F] and token_frames [B, L] say which frame of the
     plan's frame table each frame of the layout, and each token, is. Made by `of`.
     row [B, L]: which timestep modulates a token; None is its sample's.
+    shard: over which ranks the layout's tokens lie; L are then this rank's, and `frames` still all.
     """
 
     x: Tensor
@@ -34,6 +37,7 @@ class Sequence:
     token_frames: Tensor
     layout: Layout
     row: Tensor | None = None
+    shard: Shard | None = None
     # attention is dense: other than in a PackedSequence
     text: ClassVar[None] = None
 
@@ -41,6 +45,37 @@ class Sequence:
     def of(cls, x: Tensor, rope: Tensor, frames: Tensor, layout: Layout) -> Sequence:
         """A sequence from one merge to the next; every block reads what is worked out here."""
         return cls(x, rope, frames, frames[:, token_slots(layout, frames.device)], layout)
+
+    @property
+    def target_length(self) -> int:
+        """How many of the L tokens are the target's: the first ones."""
+        return self.layout.target_length if self.shard is None else self.shard.own(0)
+
+    def over(self, context: ContextGroup | None) -> Sequence:
+        """This rank's part of the whole sequence that it has; as it is without ranks to share it.
+
+        Raises:
+            RequestError: there are more ranks than target tokens.
+        """
+        if context is None:
+            return self
+        target, length = self.layout.target_length, self.layout.length
+        if target < context.size:
+            raise RequestError(
+                f"{target} target tokens cannot be shared by context={context.size} ranks; use "
+                "fewer ranks"
+            )
+        shard = Shard(context, (target, length - target))
+        by_token = (self.x, self.rope, self.token_frames)
+        x, rope, token_frames = (shard.take(tensor) for tensor in by_token)
+        return replace(self, x=x, rope=rope, token_frames=token_frames, shard=shard)
+
+    def whole(self) -> Sequence:
+        """All tokens, on every rank; without rows."""
+        if self.shard is None:
+            return self
+        x, rope = self.shard.gather(self.x), self.shard.gather(self.rope)
+        return Sequence.of(x, rope, self.frames, self.layout)
 
     def with_frame_timesteps(self) -> Sequence:
         """The same, modulated frame by frame: a sample's timesteps are rows, one a frame."""
@@ -56,13 +91,16 @@ class Sequence:
 
     def halves(self) -> tuple[Sequence, Sequence]:
         """The target alone, and the conditioning alone; both count the plan's frames as before."""
-        length, runs = self.layout.target_length, self.layout.runs
+        length, runs, shard = self.target_length, self.layout.runs, self.shard
         count = runs[0].num_frames
         by_token = (self.x, self.rope, self.token_frames)
         x, rope, token_frames = (tensor[:, :length] for tensor in by_token)
         target = Sequence(x, rope, self.frames[:, :count], token_frames, Layout(runs[:1]))
         x, rope, token_frames = (tensor[:, length:] for tensor in by_token)
-        return target, Sequence(x, rope, self.frames[:, count:], token_frames, Layout(runs[1:]))
+        rest = Sequence(x, rope, self.frames[:, count:], token_frames, Layout(runs[1:]))
+        if shard is None:
+            return target, rest
+        return replace(target, shard=shard.alone(0)), replace(rest, shard=shard.alone(1))
 
 
 @dataclass(frozen=True, eq=False)

@@ -101,6 +101,7 @@ def _stages(
         make_solver(engine.scheduler, request.num_inference_steps, engine.sampling.flow_shift),
         guidance_scale=request.guidance_scale,
         graphs=engine.graphs,
+        team=engine.team,
     )
     with spans.stage("sampling") as started:
         yield started

@@ -1,0 +1,58 @@
+"""Starts two processes as torchrun does, or by torchrun itself."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+# far beyond what anything takes: a hang fails the test
+_PATIENCE = 600
+HERE = Path(__file__).parent
+
+
+def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
+    """A script or module in two processes; it must succeed."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+    command += ["--nproc-per-node", "2", *arguments]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
+    assert done.returncode == 0, done.stderr[:5000]
+    return done
+
+
+def both(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
+    """A script in two processes that nobody watches over: each ends as it does by itself."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    command, running = [sys.executable, *arguments], []
+    for rank in (0, 1):
+        place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
+        place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        running.append(
+            subprocess.Popen(
+                command,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env=os.environ | place,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=_PATIENCE) for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    return [
+        subprocess.CompletedProcess(command, process.returncode, *words)
+        for process, words in zip(running, said, strict=True)
+    ]
