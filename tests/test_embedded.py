@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import runpy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,22 +15,31 @@ from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints import inspect_checkpoint
 from mv2v_engine.checkpoints.detect import embedded_names
 from mv2v_engine.engine.engine import Engine
+from mv2v_engine.evaluation.edit_protocol import MAIN_EDIT_ROWS
+from mv2v_engine.evaluation.editing_measures import EditMeasurer
 from mv2v_engine.evaluation.images import masked_psnr
 from mv2v_engine.evaluation.protocol import ROWS
+from mv2v_engine.synthetic.edit_clips import make_edit_clip
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
-from mv2v_engine.training.dit import TINY_MEMORY_RECIPE
+from mv2v_engine.training.dit import TINY_EDIT_MEMORY_RECIPE, TINY_MEMORY_RECIPE
 from mv2v_engine.vae import weights_fingerprint
 
 ROOT = Path(__file__).resolve().parents[1]
 ASSETS = Path(mv2v_engine.__file__).parent / "assets"
 # never trained on, and none of the worlds that the published figures are measured on
 WORLDS = (3_000_001, 3_000_002, 3_000_003, 3_000_004)
+EDIT_CLIPS = (7_000_001, 7_000_002, 7_000_003)
 
 
 @pytest.fixture(scope="module")
 def engine() -> Engine:
     return Engine.from_pretrained("tiny-nvs", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def editor() -> Engine:
+    return Engine.from_pretrained("tiny-edit", device="cpu")
 
 
 def _film(world: int, camera: str, engine: Engine) -> torch.Tensor:
@@ -49,18 +59,34 @@ def test_every_checkpoint_is_whole(name: str) -> None:
     assert (ASSETS / name / "MODEL_CARD.md").stat().st_size > 500
 
 
-def test_the_published_figures_are_of_these_weights(engine: Engine) -> None:
-    results = json.loads((ASSETS / "tiny-nvs" / "results.json").read_text())
+def _published(engine: Engine) -> dict[str, Any]:
+    """The result beside a checkpoint, which is of its weights, and shown as it is."""
+    name = engine.checkpoint.name
+    results: dict[str, Any] = json.loads((ASSETS / name / "results.json").read_text())
     assert results["settings"]["weights"] == weights_fingerprint(engine.transformer.state_dict())
     assert results["settings"]["vae"] == engine.vae.key
+    table = runpy.run_path(str(ROOT / "profiling" / "evaluation_table.py"))["markdown"](results)
+    for document in (ROOT / "README.md", ASSETS / name / "MODEL_CARD.md"):
+        assert table in document.read_text(encoding="utf-8"), document.name
+    return results
+
+
+def test_the_published_figures_are_of_these_weights(engine: Engine) -> None:
+    results = _published(engine)
     assert engine.checkpoint.conditioning == TINY_MEMORY_RECIPE.conditioning
     assert results["scenes"] >= 40 and set(results["rows"]) == {row.name for row in ROWS}
     for row in results["rows"].values():
         low, high = row["consistency_ci"]
         assert low < row["consistency"] < high
-    table = runpy.run_path(str(ROOT / "profiling" / "evaluation_table.py"))["markdown"](results)
-    for document in (ROOT / "README.md", ASSETS / "tiny-nvs" / "MODEL_CARD.md"):
-        assert table in document.read_text(encoding="utf-8"), document.name
+
+
+def test_the_published_figures_of_edits_are_of_these_weights(editor: Engine) -> None:
+    results = _published(editor)
+    assert editor.checkpoint.conditioning == TINY_EDIT_MEMORY_RECIPE.conditioning
+    assert results["clips"] >= 30 and set(results["rows"]) >= set(MAIN_EDIT_ROWS)
+    for row in results["rows"].values():
+        low, high = row["subject_error_ci"]
+        assert low < row["subject_error"] < high
 
 
 def test_vae_reconstructs_held_out_worlds(engine: Engine) -> None:
@@ -89,3 +115,24 @@ def test_turns_follow_the_camera_and_remember(engine: Engine) -> None:
         session.close()
     assert min(margins) > 0.5, margins
     assert sum(gains) / len(gains) > 0.5, gains
+
+
+def test_edits_follow_the_words_and_remember(editor: Engine) -> None:
+    """An edit shows what was asked, which its source does not, and leaves the rest as it was."""
+    num_frames = editor.sampling.num_frames
+    agreements, backgrounds = [], []
+    for clip_seed in EDIT_CLIPS:
+        clip = make_edit_clip(clip_seed, num_frames=2 * num_frames, kind="colour")
+        source = clip.source.frames
+        session = editor.session(source, cuts=())
+        turn = session.edit(clip.prompt, num_inference_steps=8)
+        assert turn.frames.shape == source.shape
+        windows = turn.report["windows"]
+        assert [len(window["memory"]["retrieved"]) for window in windows] == [0, 1]
+        measurer = EditMeasurer(clip, [0, num_frames])
+        measured, unedited = measurer.measure(turn.frames), measurer.measure(source)
+        agreements.append((measured["agreement"], unedited["agreement"]))
+        backgrounds.append(measured["background_psnr"])
+        session.close()
+    assert all(edited > unedited + 0.3 for edited, unedited in agreements), agreements
+    assert sum(backgrounds) / len(backgrounds) > 22, backgrounds
