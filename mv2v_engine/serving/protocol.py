@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mv2v_engine.config import EngineConfig
+from mv2v_engine.config import EngineConfig, ParallelConfig
 from mv2v_engine.options import DTYPES
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.records import JobRecord, SessionRecord
@@ -58,13 +58,14 @@ def setup_message(config: ServingConfig) -> dict[str, Any]:
 
 def engine_arguments(setup: dict[str, Any]) -> dict[str, Any]:
     """The arguments of `Engine.from_pretrained` in a setup."""
+    engine = setup["engine"]
     return {
         "path_or_name": setup["checkpoint"],
         "device": setup["device"],
         "dtype": None if setup["dtype"] is None else DTYPES[setup["dtype"]],
         "components": setup["components"],
         "rename": setup["rename"],
-        "config": EngineConfig(**setup["engine"]),
+        "config": EngineConfig(**engine | {"parallel": ParallelConfig(**engine["parallel"])}),
     }
 
 
