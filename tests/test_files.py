@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import replacing, save_json, save_tensors
+from mv2v_engine.files import replacing, save_json, save_tensors, share_file
 
 
 def _names(folder: Path) -> list[str]:
@@ -121,3 +121,23 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert len(lines) == 2 and all(line.startswith("cannot write") for line in lines)
     assert _names(tmp_path) == ["old.safetensors"]
     assert (tmp_path / "old.safetensors").read_bytes() == b"old"
+
+
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_shared_file_outlives_its_first_place(
+    tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    first, second = tmp_path / "a.json", tmp_path / "deep" / "b.json"
+    save_json(first, 1)
+    share_file(first, second)
+    assert (first.stat().st_ino == second.stat().st_ino) == has_links
+    # replaced, not changed in place
+    save_json(first, 2)
+    assert second.read_text() == "1\n"
+    with pytest.raises(FileNotFoundError):
+        share_file(tmp_path / "missing", tmp_path / "c.json")

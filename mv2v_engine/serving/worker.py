@@ -175,4 +175,7 @@ def _broken(message: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    code = main()
+    logging.shutdown()
+    # all is written; taking torch down in order would keep the store's lock for seconds
+    os._exit(code)

@@ -15,11 +15,12 @@ from numpy.typing import NDArray
 from mv2v_engine.camera.files import (
     load_rig,
     load_trajectory,
+    parse_trajectory,
     resolve_camera,
     save_trajectory,
 )
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses
-from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
+from mv2v_engine.camera.trajectories import CameraTrajectory, named_poses, named_trajectory
 from mv2v_engine.errors import CameraError
 
 SIZE = (96, 160)
@@ -292,3 +293,14 @@ def test_a_rig_of_our_own_format_is_refused(tmp_path: Path) -> None:
     path.write_text(json.dumps(own_json()))
     with pytest.raises(CameraError, match=r"camera\.json holds no cameras of several videos"):
         load_rig(path)
+
+
+def test_a_trajectory_without_a_file() -> None:
+    poses = named_poses("pan_right", 5)
+    found = parse_trajectory({"poses": poses.tolist()}, num_frames=5, size=(6, 8))
+    torch.testing.assert_close(found.poses, poses)
+    assert (found.name, found.size) == ("custom", (6, 8))
+    bad: list[Any] = [None, [], {}, {"format": "other"}, {"poses": [[[10**400]]]}, {"version": 2}]
+    for content in bad:
+        with pytest.raises(CameraError):
+            parse_trajectory(content, num_frames=5, size=(6, 8))

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import RequestError, StorageError
 
 CAMERAS = ("pan_right", "arc_left", "pan_right")
@@ -139,3 +140,20 @@ def test_a_turned_bit_and_a_list_without_digests(
     # as an engine of before digests wrote it
     change(folder, lambda manifest: [row.pop("sha256") for row in manifest["turns"]])
     assert len(engine.session(source_frames, store=folder, resume=True).turns) == 2
+
+
+def test_a_branch_begins_with_the_same_memory(
+    folder: Path, engine: Engine, source_frames: Tensor, tmp_path: Path
+) -> None:
+    store, other = SessionStore(folder), tmp_path / "branch"
+    store.branch(other, id="branch", count=1)
+    session = engine.view_session(source_frames, store=other, resume=True)
+    assert session.id == "branch" and len(session.turns) == 1
+    turn = session.render("arc_left", num_inference_steps=1)
+    assert turn.number == 2
+    assert [row["turn"] for row in turn.report["memory"]["retrieved"]] == [1]
+    assert SessionStore(other).listed_files() == set((other / "turns").iterdir())
+    # the session that it came from is as it was
+    assert len(store.read()["turns"]) == 2
+    with pytest.raises(StorageError, match="holds 2 turns, asked were 3"):
+        store.branch(tmp_path / "more", id="more", count=3)
