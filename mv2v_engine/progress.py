@@ -111,14 +111,26 @@ def without_bars() -> Iterator[None]:
             logging.enable_progress_bar()
 
 
+def host_bytes(pid: int | None = None) -> int:
+    """The memory that a process, or this one, holds now; 0 where the system does not say."""
+    try:
+        return _status_bytes("VmRSS", "self" if pid is None else str(pid))
+    except (OSError, ValueError):
+        return 0
+
+
+def _status_bytes(name: str, process: str = "self") -> int:
+    fields = Path(f"/proc/{process}/status").read_text(encoding="ascii").split()
+    return int(fields[fields.index(f"{name}:") + 1]) * 1024
+
+
 def peak_host_bytes() -> int:
     """The most memory that this process has held so far; 0 where the system does not say."""
     if sys.platform == "win32":
         return 0
     try:
         # getrusage also counts what the process was before its program began: its parent's memory
-        fields = Path("/proc/self/status").read_text(encoding="ascii").split()
-        return int(fields[fields.index("VmHWM:") + 1]) * 1024
+        return _status_bytes("VmHWM")
     except (OSError, ValueError):
         pass  # no Linux, or one without /proc
     import resource

@@ -1,8 +1,8 @@
-"""The README's tables of times, from the committed results: prints them, or writes them in.
+"""Tables of times in the README and docs, from the committed results: printed, or written in.
 
 `python profiling/readme_numbers.py [--write]`
 
-Each table stands in the README between `<!-- numbers: NAME -->` and `<!-- end -->`.
+Each table stands in its page between `<!-- numbers: NAME -->` and `<!-- end -->`.
 """
 
 from __future__ import annotations
@@ -10,12 +10,13 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 from measure import ROOT, read_rows
 
 RESULTS = ROOT / "profiling" / "results"
-README = ROOT / "README.md"
+README, SCALING = ROOT / "README.md", ROOT / "docs" / "scaling.md"
 Row = dict[str, Any]
 
 
@@ -94,37 +95,78 @@ def peaks(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def hourly(rows: Sequence[Row]) -> str:
+    """Turns that one worker makes in an hour, by count of memory videos."""
+    measured = {(row["config"], row["memory"]): row["seconds"] for row in rows if "stages" in row}
+    lines = [
+        "| memory videos | joint, merged: seconds a turn | turns an hour | static: seconds a turn "
+        "| turns an hour |",
+        "|---|---|---|---|---|",
+    ]
+    for count in sorted({memory for _, memory in measured}):
+        cells = [str(count)]
+        for config in ("joint, merged", "static"):
+            seconds = measured[config, count]
+            cells += [f"{seconds:.1f}", f"{3600 / seconds:,.0f}"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def growth(rows: Sequence[Row]) -> str:
+    """How many times a full-size forward without memory one with memory takes, in FLOPs."""
+    counted = [row for row in rows if row["what"] == "counted"]
+    kinds = ("uniform", "dynamic", "merged", "static")
+    base = counted[0]["pflop_dynamic"]
+    lines = [
+        "| memory videos | all 1x2x2 | by rank | by rank, merged | static step |",
+        "|---|---|---|---|---|",
+    ]
+    for row in counted:
+        cells = [f"{row[f'pflop_{kind}'] / base:.2f}" for kind in kinds]
+        lines.append(f"| {row['memory']} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # a table's name, the result that it is made of, and how
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "memory": ("memory.jsonl", memory),
     "peers": ("peers.jsonl", peers),
     "turns": ("engine.jsonl", turns),
     "peaks": ("peak_memory.jsonl", peaks),
+    "hourly": ("engine.jsonl", hourly),
+    "growth": ("memory.jsonl", growth),
+}
+# which tables a page has
+PAGES: dict[Path, tuple[str, ...]] = {
+    README: ("memory", "peers", "turns", "peaks"),
+    SCALING: ("hourly", "growth"),
 }
 
 
 def block(name: str) -> str:
-    """A table between its marks, as the README has it."""
+    """A table between its marks, as its page has it."""
     file, markdown = TABLES[name]
     return f"<!-- numbers: {name} -->\n{markdown(read_rows(RESULTS / file))}\n<!-- end -->"
 
 
-def written(text: str) -> str:
-    """The README's text with every table as the results have it now."""
-    for name in TABLES:
+def written(page: Path) -> str:
+    """A page's text with every table as the results have it now."""
+    text = page.read_text(encoding="utf-8")
+    for name in PAGES[page]:
         marks = re.compile(rf"<!-- numbers: {name} -->\n.*?<!-- end -->", re.DOTALL)
         if not marks.search(text):
-            raise SystemExit(f"{README.name} has no place for the table {name!r}")
+            raise SystemExit(f"{page.name} has no place for the table {name!r}")
         text = marks.sub(lambda _, name=name: block(name), text)  # type: ignore[misc]
     return text
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--write", action="store_true", help="into the README")
+    parser.add_argument("--write", action="store_true", help="into the pages")
     args = parser.parse_args()
     if args.write:
-        README.write_text(written(README.read_text(encoding="utf-8")), encoding="utf-8")
+        for page in PAGES:
+            page.write_text(written(page), encoding="utf-8")
         return
     for name in TABLES:
         print(f"{block(name)}\n")

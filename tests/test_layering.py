@@ -63,6 +63,7 @@ HEAVY = frozenset(
         "flash_attn",
         "matplotlib",
         "nvtx",
+        "opentelemetry",
         "scenedetect",
         "transformers",
         "triton",

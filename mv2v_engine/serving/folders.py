@@ -236,6 +236,12 @@ def sweep_session(folder: Path, kind: Kind) -> None:
             path.rmdir()
 
 
+def sweep_results(folder: Path, number: int) -> None:
+    """Remove half-written files of one turn that a killed worker left."""
+    for path in (folder / "results").glob(f".turn_{number:04d}-*"):
+        path.unlink(missing_ok=True)
+
+
 def remove_content(folder: Path) -> None:
     """Remove what lies in a folder, as far as it can be removed."""
     for path in folder.iterdir():

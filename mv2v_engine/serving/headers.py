@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
+from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
@@ -111,7 +112,7 @@ def host_name(netloc: str) -> str | None:
         return None
 
 
-def cors_options(origins: Sequence[str]) -> dict[str, object]:
+def cors_options(origins: Sequence[str]) -> dict[str, Any]:
     """What Starlette's CORS middleware is given for these origins."""
     return {
         "allow_origins": list(origins),

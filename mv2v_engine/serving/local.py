@@ -65,6 +65,7 @@ class LocalBackend:
     async def stop(self, grace: float) -> None:
         """As `Backend`: stdin is closed, and what does not end then is killed."""
         self._is_stopping = True
+        was_ready = self.ready
         self.ready, self.reason = False, "the service is stopping"
         if self._supervisor is None:
             return
@@ -72,8 +73,11 @@ class LocalBackend:
         if process is None:
             # between two workers
             self._supervisor.cancel()
-        else:
+        elif was_ready:
             _close_stdin(process)
+        else:
+            # it loads, and has written nothing
+            _kill(process)
         done, _ = await asyncio.wait([self._supervisor], timeout=grace + _EXIT_SECONDS)
         if not done and process is not None:
             log.error("the worker did not end within %g s; it is killed", grace + _EXIT_SECONDS)
@@ -137,7 +141,11 @@ class LocalBackend:
     async def _supervise(self) -> None:
         early = 0
         while not self._is_stopping:
-            was_ready = await self._live()
+            try:
+                was_ready = await self._live()
+            except OSError as error:
+                was_ready, self.reason = False, f"no worker can be started: {error}"
+                log.error("%s", self.reason)
             if self._is_stopping:
                 return
             early = 0 if was_ready else early + 1

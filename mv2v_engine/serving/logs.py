@@ -2,7 +2,8 @@
 
 An event is a constant name and its fields are numbers, ids and names of ours: no prompt, no file
 name, no token and no message of an exception, which may quote any of them, gets into a line. What
-libraries log keeps its words, from warnings on.
+is logged in words keeps them: this package's own, which quote no user, and from warnings on those
+of libraries.
 """
 
 from __future__ import annotations
@@ -12,18 +13,20 @@ import logging
 import re
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import datetime, timezone
+from types import MappingProxyType
 from typing import Any
 
 from mv2v_engine.serving.listener import Listener
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 
 _OWN = logging.getLogger("mv2v_engine.serving")
-_IDS: ContextVar[dict[str, str]] = ContextVar("ids", default={})
-_ID_IN_PATH = re.compile(r"(?<![0-9a-z_])(session|job)_[0-9a-f]{24}(?![0-9a-f])")
+_NONE: Mapping[str, str] = MappingProxyType({})
+_IDS: ContextVar[Mapping[str, str]] = ContextVar("ids", default=_NONE)
+_ID_IN_TEXT = re.compile(r"(?<![0-9a-z_])(session|job)_[0-9a-f]{24}(?![0-9a-f])")
 # asked every few seconds by whoever watches the service
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _PATH_LENGTH = 200
@@ -33,8 +36,7 @@ _PATH_LENGTH = 200
 def log_ids(*, session: str | None = None, job: str | None = None) -> Iterator[None]:
     """Every line that this thread or task logs in the block carries the ids that are given."""
     given = {"session": session, "job": job}
-    ids = _IDS.get() | {name: id for name, id in given.items() if id is not None}
-    token = _IDS.set(ids)
+    token = _IDS.set({**_IDS.get(), **{name: id for name, id in given.items() if id is not None}})
     try:
         yield
     finally:
@@ -131,8 +133,9 @@ class JsonLines(logging.Formatter):
         elif record.name == "uvicorn.access":
             fields = _request_fields(record)
         else:
-            fields = {"event": "message", **_IDS.get(), "logger": record.name}
-            fields["message"] = record.getMessage()
+            words = record.getMessage()
+            fields = {"event": "message", **_IDS.get(), **_ids_in(words)}
+            fields |= {"logger": record.name, "message": words}
         if record.exc_info is not None and record.exc_info[1] is not None:
             fields["error"] = _described(record.exc_info[1])
         return json.dumps(line | fields, ensure_ascii=True, default=str)
@@ -151,16 +154,20 @@ def _request_fields(record: logging.LogRecord) -> dict[str, Any]:
     assert isinstance(record.args, tuple)
     client, method, target, _, status = record.args
     path = str(target).partition("?")[0]
-    ids = {found[1]: found[0] for found in _ID_IN_PATH.finditer(path)}
     return {
         "event": "request",
         **_IDS.get(),
-        **ids,
+        **_ids_in(path),
         "method": method,
         "path": path[:_PATH_LENGTH],
         "status": status,
         "client": client,
     }
+
+
+def _ids_in(text: str) -> dict[str, str]:
+    """The session and the job that a text names."""
+    return {found[1]: found[0] for found in _ID_IN_TEXT.finditer(text)}
 
 
 def _described(error: BaseException) -> list[dict[str, Any]]:

@@ -116,7 +116,7 @@ class Metrics(Listener):
         )
         self._cache_bytes = Gauge(
             "mv2v_cache_bytes",
-            "Bytes of latents in the engine's memory after the last turn, by tier.",
+            "Bytes of latents in the engine's memory when the last turn was decoded, by tier.",
             ("tier",),
             registry=registry,
         )
@@ -233,9 +233,9 @@ class Metrics(Listener):
             plan = part["plan"]
             for kind, count in plan["tokens_by_kind"].items():
                 self._tokens.labels(kind).inc(count)
-            if plan["merges"]:
-                merged = sum(merge["frames"] for merge in plan["merges"])
-                self._merged_fraction.observe(merged / plan["merges"][0]["of"])
+            merges = plan["merges"]
+            merged = sum(merge["frames"] for merge in merges)
+            self._merged_fraction.observe(merged / merges[0]["of"] if merges else 0.0)
         for tier, count in report["cache_bytes_by_tier"].items():
             self._cache_bytes.labels(tier).set(count)
         counts = {event: report["cache_counters"][event] for event in COUNTERS}

@@ -15,7 +15,7 @@ from functools import partial
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.database import Database
-from mv2v_engine.serving.folders import Store
+from mv2v_engine.serving.folders import Store, sweep_results
 
 log = logging.getLogger("mv2v_engine.serving")
 
@@ -90,10 +90,11 @@ class Publisher:
             session = await self.database.read(partial(tables.session_by_id, session_id=session_id))
             if session is None or session_id in self._gone:
                 continue
-            self._current = session_id
+            self._current, folder = session_id, self.store.session(session_id)
             try:
-                folder = self.store.session(session_id)
                 answer = await self.backend.publish(session, folder, number)
+                if answer.get("code") == "worker_crashed":
+                    await asyncio.to_thread(sweep_results, folder, number)
             finally:
                 self._current = ""
                 published, self._published = self._published, asyncio.Event()

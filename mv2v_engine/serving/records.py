@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import time
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
@@ -119,6 +120,19 @@ class JobRecord:
     @property
     def is_ended(self) -> bool:
         return self.state in ENDED
+
+
+def new_job(session: SessionRecord, request: dict[str, Any]) -> JobRecord:
+    """A turn that is asked for."""
+    return JobRecord(
+        id=new_id("job"),
+        session=session.id,
+        owner=session.owner,
+        state="queued",
+        request=request,
+        number=None,
+        created=time.time(),
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,7 +20,7 @@ from functools import partial
 
 from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.database import Database
-from mv2v_engine.serving.folders import Store, remove_content
+from mv2v_engine.serving.folders import Store, remove_content, sweep_results
 from mv2v_engine.serving.records import JobRecord
 from mv2v_engine.serving.scheduler import Scheduler
 
@@ -42,6 +42,8 @@ async def recover(
     for stray in await asyncio.to_thread(store.stray_sessions, known):
         await asyncio.to_thread(store.discard, stray)
     await asyncio.to_thread(store.empty_trash)
+    for session_id, number in await database.read(tables.unpublished_turns):
+        await asyncio.to_thread(sweep_results, store.session(session_id), number)
     for job in await database.read(partial(jobs.jobs_in_state, state="running")):
         await _recover(job, database, scheduler, max_attempts)
     for job in await database.read(partial(jobs.jobs_in_state, state="queued")):

@@ -159,15 +159,13 @@ class Scheduler:
         self.logs.open(job.id, is_new=False).add({"type": "started"})
         self.tell(lambda listener: listener.job_started(job))
         # whatever goes wrong is one failed job
-        (result,) = await asyncio.gather(self._drive(job, session), return_exceptions=True)
-        outcome: dict[str, Any]
+        driven = self._drive(job, session)
+        result = (await asyncio.gather(driven, return_exceptions=True))[0]
         if isinstance(result, BaseException):
             log.error("job %s failed", job.id, exc_info=result)
-            outcome = {"type": "failed", "code": "internal", "message": _words(result)}
-        else:
-            outcome = result
+            result = {"type": "failed", "code": "internal", "message": _words(result)}
         try:
-            await self._settle(job, session, outcome)
+            await self._settle(job, session, result)
         finally:
             del self._turns[job.id]
             self._cancelling.discard(job.id)

@@ -12,7 +12,7 @@ from mv2v_engine.serving.errors import KINDS, error_body
 from mv2v_engine.serving.records import Kind as SessionKind
 
 SESSION_ID, JOB_ID = "session_0123456789abcdef01234567", "job_89abcdef0123456789abcdef"
-_CREATED = 1_790_000_000.25
+CREATED = 1_790_000_000.25
 _REQUEST: dict[str, Any] = {"camera": "arc:-40", "seed": 7}
 _PROGRESS = {
     "type": "step_done",
@@ -33,9 +33,11 @@ Row4 = Annotated[list[Finite], Field(min_length=4, max_length=4)]
 Intrinsics = Annotated[list[Row3], Field(min_length=3, max_length=3)]
 Pose = Annotated[list[Row4], Field(min_length=3, max_length=3)]
 MAX_POSES = 4096
+# what a route says of its answers, by status
+Answers = dict[int | str, dict[str, Any]]
 
 
-def _example(*values: Mapping[str, Any]) -> dict[str, Any]:
+def example(*values: Mapping[str, Any]) -> dict[str, Any]:
     return {"examples": [dict(value) for value in values]}
 
 
@@ -61,7 +63,7 @@ class TurnRequest(BaseModel):
     model_config = ConfigDict(
         extra="forbid",
         strict=True,
-        json_schema_extra=_example(_REQUEST, {"prompt": "make the sphere red"}),
+        json_schema_extra=example(_REQUEST, {"prompt": "make the sphere red"}),
     )
 
     camera: CameraText | Trajectory | None = Field(
@@ -84,50 +86,10 @@ class TurnRequest(BaseModel):
         return self.model_dump(mode="json", exclude_none=True)
 
 
-class RemixRequest(TurnRequest):
-    """One more turn in a video's session, in OpenAI's words.
-
-    For a model of novel views a prompt without camera is read as the camera.
-    """
-
-    model_config = ConfigDict(json_schema_extra=_example({"prompt": "pan_right"}))
-
-    model: str | None = Field(default=None, description="the checkpoint's name, as /v1/models says")
-    seconds: str | None = Field(
-        default=None,
-        description="of the result, which model and video decide: others are refused",
-    )
-    size: str | None = Field(
-        default=None,
-        description="WIDTHxHEIGHT of the result, which the model decides: others are refused",
-    )
-
-    def turn(self, kind: SessionKind) -> dict[str, Any]:
-        """What is asked of a model of this kind."""
-        asked = TurnRequest.to_dict(self)
-        for name in ("session_id", "model", "seconds", "size"):
-            asked.pop(name, None)
-        if not asked.get("prompt"):
-            asked.pop("prompt", None)
-        elif kind == "views" and "camera" not in asked:
-            asked["camera"] = asked.pop("prompt")
-        return asked
-
-
-class VideoRequest(RemixRequest):
-    """A new video: of the file in the form's input_reference, or of a session that there is."""
-
-    model_config = ConfigDict(
-        json_schema_extra=_example({"prompt": "arc:-40", "session_id": SESSION_ID})
-    )
-
-    session_id: str | None = Field(default=None, description="one more turn in this session")
-
-
 class BranchRequest(BaseModel):
     """Where the new session goes on from."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=_example({"turn": 1}))
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=example({"turn": 1}))
 
     turn: int = Field(ge=0, le=2**31 - 1, description="the last turn to take along; 0 for none")
 
@@ -145,7 +107,7 @@ class Session(BaseModel):
 
     model_config = ConfigDict(
         from_attributes=True,
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {
                 "object": "session",
                 "id": SESSION_ID,
@@ -156,8 +118,8 @@ class Session(BaseModel):
                 "width": 160,
                 "height": 96,
                 "fps": 8.0,
-                "created": _CREATED,
-                "touched": _CREATED,
+                "created": CREATED,
+                "touched": CREATED,
                 "bytes": 48_211,
                 "num_turns": 0,
                 "parent": None,
@@ -196,7 +158,7 @@ class Turn(BaseModel):
 
     model_config = ConfigDict(
         from_attributes=True,
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {
                 "object": "turn",
                 "session": SESSION_ID,
@@ -204,7 +166,7 @@ class Turn(BaseModel):
                 "job": JOB_ID,
                 "request": _REQUEST,
                 "report": {"turn": 1, "camera": "arc:-40", "seconds": {"sampling": 3.1}},
-                "created": _CREATED,
+                "created": CREATED,
                 "bytes": 96_412,
             }
         ),
@@ -232,7 +194,7 @@ class Job(BaseModel):
 
     model_config = ConfigDict(
         from_attributes=True,
-        json_schema_extra=_example(
+        json_schema_extra=example(
             {
                 "object": "job",
                 "id": JOB_ID,
@@ -240,8 +202,8 @@ class Job(BaseModel):
                 "state": "running",
                 "request": _REQUEST,
                 "number": 1,
-                "created": _CREATED,
-                "started": _CREATED + 1,
+                "created": CREATED,
+                "started": CREATED + 1,
                 "ended": None,
                 "attempts": 1,
                 "error": None,
@@ -266,54 +228,6 @@ class Job(BaseModel):
     progress: dict[str, Any] | None
     position: int | None
     is_cancelling: bool
-
-
-class Video(BaseModel):
-    """A job as OpenAI's clients see it."""
-
-    model_config = ConfigDict(
-        json_schema_extra=_example(
-            {
-                "object": "video",
-                "id": JOB_ID,
-                "model": "tiny-nvs",
-                "status": "in_progress",
-                "progress": 60,
-                "created_at": int(_CREATED),
-                "completed_at": None,
-                "expires_at": None,
-                "size": "160x96",
-                "seconds": "2.125",
-                "prompt": "arc:-40",
-                "remixed_from_video_id": None,
-                "error": None,
-                "session_id": SESSION_ID,
-            }
-        )
-    )
-
-    object: Literal["video"] = "video"
-    id: str
-    model: str
-    status: Literal["queued", "in_progress", "completed", "failed"]
-    progress: int
-    created_at: int
-    completed_at: int | None
-    expires_at: int | None = None
-    size: str
-    seconds: str
-    prompt: str | None
-    remixed_from_video_id: str | None
-    error: JobError | None
-    session_id: str
-
-
-class DeletedVideo(BaseModel):
-    """What OpenAI's clients expect of a deletion."""
-
-    object: Literal["video.deleted"] = "video.deleted"
-    id: str
-    deleted: Literal[True] = True
 
 
 class Sampling(BaseModel):
@@ -368,14 +282,6 @@ class Jobs(BaseModel):
     has_more: bool
 
 
-class Videos(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Video]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
-
-
 class Models(BaseModel):
     object: Literal["list"] = "list"
     data: list[Model]
@@ -399,15 +305,15 @@ class ErrorBody(BaseModel):
     """Every answer of status 400 and above."""
 
     model_config = ConfigDict(
-        json_schema_extra=_example(error_body("not_found", "there is no session of this name"))
+        json_schema_extra=example(error_body("not_found", "there is no session of this name"))
     )
 
     error: ErrorFields
 
 
-def refusals(*codes: str) -> dict[int | str, dict[str, Any]]:
+def refusals(*codes: str) -> Answers:
     """A route's error answers for its OpenAPI, by status, with an example of each code."""
-    answers: dict[int | str, dict[str, Any]] = {}
+    answers: Answers = {}
     for code in codes:
         kind = KINDS[code]
         assert kind.status is not None, code

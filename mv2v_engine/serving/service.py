@@ -34,7 +34,7 @@ from mv2v_engine.serving.records import (
     SessionRecord,
     TurnFile,
     TurnRecord,
-    new_id,
+    new_job,
 )
 from mv2v_engine.serving.recovery import recover
 from mv2v_engine.serving.retention import Retention
@@ -44,6 +44,7 @@ from mv2v_engine.serving.turn_request import make_request
 
 Result = TypeVar("Result")
 _RETRY_SECONDS = 5
+_RETRY = {"Retry-After": str(_RETRY_SECONDS)}
 # a session that is only looked at is touched no more often than that
 _TOUCH_SECONDS = 3600.0
 
@@ -74,25 +75,19 @@ class Service:
         Raises:
             StorageError: another service runs on the store, or it cannot be written.
         """
-        config = self.config
-        self.store = await asyncio.to_thread(Store, config.store)
+        self.store = await asyncio.to_thread(Store, self.config.store)
         await asyncio.to_thread(self.store.lock)
         try:
             self._database = await asyncio.to_thread(self.store.open_database)
-            self._logs = EventLogs()
-            self._scheduler = Scheduler(
-                config, self.store, self._database, self.backend, self._logs, self.listeners
-            )
-            self._publisher = Publisher(self.store, self._database, self.backend)
-            self._scheduler.turns_to_publish = self._publisher.wake
-            self._sessions = Sessions(
-                config, self.store, self._database, self._scheduler, self._publisher, self._probe
-            )
-            self._retention = Retention(config, self._database, self._expire)
-            await recover(
-                self.store, self._database, self._scheduler, max_attempts=config.max_attempts
-            )
         except BaseException:
+            self.store.unlock()
+            raise
+        self._assemble()
+        most = self.config.max_attempts
+        try:
+            await recover(self.store, self._database, self._scheduler, max_attempts=most)
+        except BaseException:
+            self._database.close()
             self.store.unlock()
             raise
         self.backend.watch(self._backend_changed)
@@ -100,6 +95,20 @@ class Service:
         self._scheduler.start()
         self._publisher.start()
         self._retention.start()
+
+    def _assemble(self) -> None:
+        """The service's parts over its open store."""
+        config, store, database = self.config, self.store, self._database
+        self._logs = EventLogs()
+        self._publisher = Publisher(store, database, self.backend)
+        self._scheduler = Scheduler(
+            config, store, database, self.backend, self._logs, self.listeners
+        )
+        self._scheduler.turns_to_publish = self._publisher.wake
+        self._sessions = Sessions(
+            config, store, database, self._scheduler, self._publisher, self._probe
+        )
+        self._retention = Retention(config, database, self._expire)
 
     async def drain(self) -> None:
         """Take no more turns, give the one under way its grace, then put it back in the queue.
@@ -152,14 +161,11 @@ class Service:
         return await self._read(jobs.queue_depth)
 
     def require_about(self) -> dict[str, Any]:
-        """As `about`. Raises not_ready while it is stopping, and before it was ready once."""
+        """As `about`. Raises not_ready while it is stopping, and before it was ready."""
         about = self.backend.about
         if about is None or self._is_stopping:
-            raise ApiError(
-                "not_ready",
-                f"the service takes no work now: {self.reason}; try again in {_RETRY_SECONDS} s",
-                headers={"Retry-After": str(_RETRY_SECONDS)},
-            )
+            message = f"no work is taken now: {self.reason}; try again in {_RETRY_SECONDS} s"
+            raise ApiError("not_ready", message, headers=_RETRY)
         return about
 
     async def upload_path(self) -> Path:
@@ -180,22 +186,19 @@ class Service:
 
         Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict.
         """
-        about = self.require_about()
+        try:
+            about = self.require_about()
+        except ApiError:
+            await asyncio.to_thread(upload.unlink, missing_ok=True)
+            raise
         return await self._whole(self._sessions.create(owner, upload, name, key, about))
 
     async def sessions(
         self, owner: str, *, limit: int = 20, after: str | None = None, is_newest_first: bool = True
     ) -> Page[SessionRecord]:
         """Sessions in order of creation, those behind `after`. Raises not_found: no such one."""
-        return await self._read(
-            partial(
-                tables.list_sessions,
-                owner=owner,
-                limit=limit,
-                after=after,
-                is_newest_first=is_newest_first,
-            )
-        )
+        how: dict[str, Any] = {"limit": limit, "after": after, "is_newest_first": is_newest_first}
+        return await self._read(partial(tables.list_sessions, owner=owner, **how))
 
     async def session(self, owner: str, session_id: str) -> SessionRecord:
         """Raises not_found."""
@@ -217,8 +220,7 @@ class Service:
     async def turn(self, owner: str, session_id: str, number: int) -> TurnRecord:
         """Raises not_found."""
         await self.session(owner, session_id)
-        find = partial(tables.find_turn, session_id=session_id, number=number)
-        return await self._read(find)
+        return await self._read(partial(tables.find_turn, session_id=session_id, number=number))
 
     async def turn_file(self, owner: str, session_id: str, number: int, which: TurnFile) -> Path:
         """A turn's mp4 or thumbnail.
@@ -236,11 +238,8 @@ class Service:
         refused = self._publisher.refused.get((session_id, number))
         if refused is not None:
             raise ApiError("internal", f"turn {number} is kept, and has no {which}: {refused}")
-        raise ApiError(
-            "not_finished",
-            f"the {which} of turn {number} is being written again; try in {_RETRY_SECONDS} s",
-            headers={"Retry-After": str(_RETRY_SECONDS)},
-        )
+        message = f"the {which} of turn {number} is being written again; try in {_RETRY_SECONDS} s"
+        raise ApiError("not_finished", message, headers=_RETRY)
 
     async def footprint(self, owner: str, session_id: str) -> Footprint:
         """Raises not_found."""
@@ -271,10 +270,7 @@ class Service:
         return await self._whole(self._sessions.branch(parent, number))
 
     async def export(self, owner: str, session_id: str) -> Path:
-        """A zip of the session's videos, thumbnails and reports; the caller removes it.
-
-        Raises not_found, disk_full.
-        """
+        """A zip of its videos and reports; the caller removes it. Raises not_found, disk_full."""
         return await self._sessions.export(await self.session(owner, session_id))
 
     async def submit(
@@ -306,16 +302,7 @@ class Service:
         except MV2VError as error:
             param = "camera" if isinstance(error, CameraError) else None
             raise ApiError("unprocessable_turn", str(error), param=param) from error
-        job = JobRecord(
-            id=new_id("job"),
-            session=session_id,
-            owner=owner,
-            state="queued",
-            request=request,
-            number=None,
-            created=time.time(),
-        )
-        return await self._whole(self._submit(job, key))
+        return await self._whole(self._submit(new_job(session, request), key))
 
     async def job(self, owner: str, job_id: str) -> JobRecord:
         """With its newest progress, and its position while it waits. Raises not_found."""
@@ -332,16 +319,8 @@ class Service:
         is_newest_first: bool = True,
     ) -> Page[JobRecord]:
         """Jobs in order of creation, of one session or of all. Raises not_found."""
-        page = await self._read(
-            partial(
-                jobs.list_jobs,
-                owner=owner,
-                session=session,
-                limit=limit,
-                after=after,
-                is_newest_first=is_newest_first,
-            )
-        )
+        how: dict[str, Any] = {"limit": limit, "after": after, "is_newest_first": is_newest_first}
+        page = await self._read(partial(jobs.list_jobs, owner=owner, session=session, **how))
         return Page(tuple(with_progress(job, self._logs) for job in page.items), page.has_more)
 
     async def cancel(self, owner: str, job_id: str) -> JobRecord:
@@ -400,15 +379,17 @@ class Service:
         await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
 
     async def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        if self._is_stopped:
-            raise ApiError("not_ready", "the service has stopped; ask again when it is back")
+        self._require_running()
         return await self._database.read(work)
 
     async def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        if self._is_stopped:
-            raise ApiError("not_ready", "the service has stopped; ask again when it is back")
+        self._require_running()
         with disk_errors():
             return await self._database.write(work)
+
+    def _require_running(self) -> None:
+        if self._is_stopped:
+            raise ApiError("not_ready", "the service has stopped; ask when it is back")
 
     async def _whole(self, work: Coroutine[Any, Any, Result]) -> Result:
         """Do work to its end, whether or not somebody still waits for it."""

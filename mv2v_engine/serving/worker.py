@@ -26,7 +26,9 @@ from mv2v_engine.errors import MV2VError
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.folders import Lock, worker_lock
 from mv2v_engine.serving.host import Host
+from mv2v_engine.serving.logs import configure_logs, log_ids
 from mv2v_engine.serving.protocol import decode, encode, engine_arguments
+from mv2v_engine.serving.tracing import OpenJob, open_traces
 
 log = logging.getLogger("mv2v_engine.serving.worker")
 
@@ -100,7 +102,7 @@ class Orders:
 
 def main() -> int:
     """Serve until stdin ends; returns the exit code."""
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr)
+    configure_logs()
     pipe = _private_pipe()
     orders = Orders(sys.stdin.buffer)
     first = decode(sys.stdin.buffer.readline() or b'{"type": "none"}')
@@ -112,6 +114,7 @@ def main() -> int:
         pipe.write(encode(_broken(f"process {lock.holder()} still works in {first['store']}")))
         return 1
     try:
+        open_job = open_traces()
         host = _open_host(first)
     except MV2VError as error:
         pipe.write(encode(_broken(str(error))))
@@ -119,7 +122,7 @@ def main() -> int:
     pipe.write(encode({"type": "ready", "about": host.about}))
     try:
         for order in orders:
-            _obey(order, host, orders, pipe)
+            _obey(order, host, orders, pipe, open_job)
     except BrokenPipeError:
         return 1  # the server is gone, and so is the turn under way
     host.close()
@@ -146,11 +149,17 @@ def _open_host(setup: dict[str, Any]) -> Host:
     return host
 
 
-def _obey(order: dict[str, Any], host: Host, orders: Orders, pipe: BinaryIO) -> None:
+def _obey(
+    order: dict[str, Any], host: Host, orders: Orders, pipe: BinaryIO, open_job: OpenJob
+) -> None:
     kind = order["type"]
     if kind == "run":
-        job = order["job"]
-        with orders.token(job["id"]) as token:
+        job, session_id = order["job"], order["session"]["id"]
+        with (
+            orders.token(job["id"]) as token,
+            log_ids(session=session_id, job=job["id"]),
+            open_job(session_id, job["id"]),
+        ):
             for event in host.run(job, order["session"], Path(order["folder"]), token):
                 pipe.write(encode({"type": "event", "job": job["id"], "event": event}))
     elif kind == "publish":

@@ -250,9 +250,7 @@ def test_a_quiet_stream_says_so_and_ends_with_the_service() -> None:
             await more.wait()
 
         metrics = Metrics(queue_capacity=1, store=Path())
-        async for line in event_lines(
-            events(), stopping, metrics.event_stream(), keep_alive=0.01
-        ):
+        async for line in event_lines(events(), stopping, metrics.event_stream(), keep_alive=0.01):
             lines.append(line)
             if line.startswith(":"):
                 assert b"mv2v_event_streams 1.0" in metrics.render()

@@ -143,7 +143,9 @@ def test_libraries_are_heard_from_warnings_on(lines: Any) -> None:
         warnings.simplefilter("always")
         warnings.warn("old", DeprecationWarning, stacklevel=1)
     logging.getLogger("uvicorn.error").info("Started server process [%d]", 7)
-    library, python, uvicorn = lines()
+    logging.getLogger("mv2v_engine.serving.worker").info("job %s of %s goes on", JOB, SESSION)
+    library, python, uvicorn, own = lines()
+    assert (own["session"], own["job"], own["event"]) == (SESSION, JOB, "message")
     assert (library["logger"], library["message"]) == ("some.library", "3 frames\nare missing")
     assert python["logger"] == "py.warnings" and "old" in python["message"]
     assert uvicorn["message"] == "Started server process [7]" and uvicorn["level"] == "info"

@@ -57,8 +57,10 @@ def test_create_retrieve_list_download_remix_delete(
     with pytest.raises(openai.ConflictError, match="remember this one"):
         videos.delete(video.id)
     alone = videos.create(
-        prompt="", input_reference=source_clip, extra_body={"camera": "tilt_up", "memory": "none"}
+        prompt="", input_reference=source_clip, extra_body={"camera": "tilt_up", "seed": 4}
     )
+    # numbers are text in a form
+    assert client.get(f"/v1/jobs/{alone.id}").json()["request"] == {"camera": "tilt_up", "seed": 4}
     events_of(client, alone.id)
     deleted = videos.delete(alone.id)
     assert (deleted.id, deleted.deleted) == (alone.id, True)
@@ -67,9 +69,7 @@ def test_create_retrieve_list_download_remix_delete(
     client.delete(f"/v1/sessions/{job['session']}")
 
 
-def test_what_is_not_made_is_refused(
-    openai_client: Any, client: Any, source_clip: Path
-) -> None:
+def test_what_is_not_made_is_refused(openai_client: Any, client: Any, source_clip: Path) -> None:
     videos = openai_client.videos
     before = len(client.get("/v1/sessions?limit=100").json()["data"])
 
@@ -109,9 +109,7 @@ def test_json_makes_one_more_video_of_a_session(
         ([], 422),
     ):
         assert client.post("/v1/videos", json=body).status_code == status
-    answer = client.post(
-        "/v1/videos", content=b"{", headers={"Content-Type": "application/json"}
-    )
+    answer = client.post("/v1/videos", content=b"{", headers={"Content-Type": "application/json"})
     assert answer.json()["error"]["code"] == "malformed_request"
     answer = client.post("/v1/videos", content=b"{}", headers={"Content-Type": "text/plain"})
     assert answer.json()["error"]["code"] == "unsupported_media"

@@ -7,6 +7,7 @@ from functools import partial
 from pathlib import Path
 
 import pytest
+from store_check import check_store
 
 from mv2v_engine.serving import jobs
 from mv2v_engine.serving.folders import Lock, worker_lock
@@ -18,11 +19,11 @@ from tests.serving.in_process import (
     ended,
     new_session,
     published,
+    refused,
     serving,
     started,
     until,
 )
-from tests.serving.store_check import check_store
 
 
 @pytest.mark.parametrize("moment", ["begun", "half", "unlisted", "stored", "written"])
@@ -70,6 +71,25 @@ def test_a_kill_while_a_turn_is_made(tmp_path: Path, moment: str) -> None:
             assert again.made == expected
             for number in (1, 2, 3):
                 await published(service, session, number)
+        check_store(tmp_path)
+
+    asyncio.run(main())
+
+
+def test_a_kill_while_a_video_is_made_again(tmp_path: Path) -> None:
+    async def main() -> None:
+        backend = FakeBackend()
+        service = await started(tmp_path, backend)
+        session = await new_session(service)
+        await ended(service, await asked(service, session))
+        video = await service.turn_file("", session.id, 1, "video")
+        video.unlink()
+        backend.ready = False
+        assert (await refused(service.turn_file("", session.id, 1, "video"))).code == "not_finished"
+        video.with_name(".turn_0001-abcdefgh.mp4").write_text("half")
+        await abandon(service)
+        async with serving(tmp_path) as (service, _):
+            await published(service, session, 1)
         check_store(tmp_path)
 
     asyncio.run(main())

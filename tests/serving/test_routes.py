@@ -79,8 +79,9 @@ def test_a_session_from_upload_to_deletion(
     assert (branch.json()["parent"], branch.json()["parent_turn"]) == (session["id"], 1)
     listed = client.get("/v1/sessions", params={"limit": 2}).json()
     assert [one["id"] for one in listed["data"]] == [branch.json()["id"], session["id"]]
-    assert client.get("/v1/sessions", params={"order": "asc", "limit": 100}).json()["data"][-2:] == (
-        listed["data"][::-1]
+    assert (
+        client.get("/v1/sessions", params={"order": "asc", "limit": 100}).json()["data"][-2:]
+        == (listed["data"][::-1])
     )
     behind = client.get("/v1/sessions", params={"limit": 1, "after": listed["data"][0]["id"]})
     assert [one["id"] for one in behind.json()["data"]] == [session["id"]]
@@ -188,9 +189,7 @@ def test_the_queue_is_bounded_and_jobs_can_be_cancelled(
     assert [job["state"] for job in listed] == ["cancelled", "finished", "cancelled"]
 
 
-def test_a_key_makes_a_thing_once(
-    client: httpx.Client, upload: Upload, source_clip: Path
-) -> None:
+def test_a_key_makes_a_thing_once(client: httpx.Client, upload: Upload, source_clip: Path) -> None:
     key = {"Idempotency-Key": "once-only"}
     session = upload(client, **key)
     assert upload(client, **key)["id"] == session["id"]
@@ -250,11 +249,16 @@ def test_requests_that_are_none(client: httpx.Client, upload: Upload) -> None:
     refused(post(b'{"seed": ' + b"9" * 5000 + b"}"), 400, "malformed_request")
     refused(post(b"\xff\xfe\xfd"), 400, "malformed_request")
     refused(post(b'{"camera": "\\ud800"}'), 422, "invalid_request", "camera.constrained-str")
-    refused(post(b'{"camera": "pan_right", "guidance_scale": NaN}'), 422, "invalid_request",
-            "guidance_scale")
+    refused(
+        post(b'{"camera": "pan_right", "guidance_scale": NaN}'),
+        422,
+        "invalid_request",
+        "guidance_scale",
+    )
     # what a page of another site could send without asking is not read as JSON
-    refused(post(b'{"camera": "pan_right"}', **{"Content-Type": "text/plain"}), 422,
-            "invalid_request")
+    refused(
+        post(b'{"camera": "pan_right"}', **{"Content-Type": "text/plain"}), 422, "invalid_request"
+    )
     refused(post(b" " * (3 << 20)), 413, "too_large")
     refused(client.get("/v1/nothing"), 404, "not_found")
     refused(client.get("/v1/sessions/../../etc/passwd"), 404, "not_found")
@@ -278,8 +282,9 @@ def test_uploads_that_are_refused(client: httpx.Client, live: Any, source_clip: 
     refused(post(camera="pan_right"), 422, "invalid_request", "camera")
     refused(post(name_="x" * 10), 422, "invalid_request", "name_")
     refused(client.post("/v1/sessions", data={"name": "a"}), 415, "unsupported_media")
-    refused(client.post("/v1/sessions", files={"name": (None, "a")}), 422, "invalid_request",
-            "video")
+    refused(
+        client.post("/v1/sessions", files={"name": (None, "a")}), 422, "invalid_request", "video"
+    )
     refused(post(data=b"no video"), 422, "unreadable_video", "video")
     refused(post(data=clip[: len(clip) // 2]), 422, "unreadable_video", "video")
     refused(post(data=clip + bytes(1 << 20)), 413, "too_large", "video")

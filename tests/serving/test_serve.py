@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import signal
 import socket
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import httpx
 import pytest
+from http_service import demo_clip, finished_job, new_session, served
 
 from mv2v_engine import run
-from mv2v_engine.envs import child_environment
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import Parser
 from mv2v_engine.serving.command import add_serve, serving_config
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.server import bound_socket
-from mv2v_engine.synthetic.demo_clip import write_demo_clip
 from mv2v_engine.video.io import probe_video
 
 Events = Callable[..., list[tuple[int, str, dict[str, Any]]]]
@@ -34,9 +29,7 @@ def parsed(*words: str) -> argparse.Namespace:
     return parser.parse_args(words)
 
 
-def test_options_become_the_configuration(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert serving_config(parsed("--store", "s")) == ServingConfig(store=Path("s"))
     tokens = tmp_path / "tokens"
     tokens.write_text("# of the team\n  one # for Ada\n\ntwo\n")
@@ -115,7 +108,7 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
                 assert other.get(f"/v1/jobs/{job}").json()["state"] == "running"
                 service.backend.let_go()
             # the reader still hears the end
-            assert "event: finished" in answer.read().decode()
+            assert "event: finished" in list(lines)
         service.thread.join(120)
         assert not service.thread.is_alive()
     # the next one on the same store has it
@@ -125,45 +118,22 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
 
 
 def test_the_command_makes_turns_and_ends_cleanly(tmp_path: Path) -> None:
-    clip = tmp_path / "clip.mp4"
-    write_demo_clip(clip)
-    words = ["serve", "--store", str(tmp_path / "store"), "--port", "0", "--device", "cpu"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "mv2v_engine.run", *words, "--min-free", "0"],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=child_environment(OMP_NUM_THREADS="1", MV2V_NUM_THREADS="1"),
-    )
-    try:
-        assert process.stdout is not None
-        address = process.stdout.readline().removeprefix("listening on ").strip()
-        with httpx.Client(base_url=address, timeout=300) as client:
-            assert client.get("/healthz").status_code == 200
-            while client.get("/readyz").status_code != 200:
-                assert process.poll() is None
-            files = {"video": ("clip.mp4", clip.read_bytes(), "video/mp4")}
-            session = client.post("/v1/sessions", files=files).json()
-            path = f"/v1/sessions/{session['id']}/turns"
-            jobs = []
-            for camera in ("pan_right", "arc:-30"):
-                asked = {"camera": camera, "num_inference_steps": 2}
-                jobs.append(client.post(path, json=asked).json()["id"])
-            for job in jobs:
-                assert "event: finished" in client.get(f"/v1/jobs/{job}/events").text
-            first, second = client.get(path).json()["data"]
-            assert first["report"]["memory"]["retrieved"] == []
-            assert [row["turn"] for row in second["report"]["memory"]["retrieved"]] == [1]
-            result = tmp_path / "turn.mp4"
-            result.write_bytes(client.get(f"{path}/2/video").content)
-            assert probe_video(result).num_frames == 17
-            assert client.get(f"{path}/2/thumbnail").content.startswith(b"\xff\xd8")
-            counted = client.get("/metrics").text
-            assert 'mv2v_jobs_total{code="",outcome="finished"} 2.0' in counted
-        process.send_signal(signal.SIGTERM)
-        _, errors = process.communicate(timeout=120)
-    finally:
-        process.kill()
-        process.wait()
-    assert process.returncode == 0, errors
-    assert "Traceback" not in errors
+    words = ("--device", "cpu", "--min-free", "0")
+    with served(tmp_path, *words) as service, service.client() as client:
+        session = new_session(client, demo_clip(tmp_path))
+        for camera in ("pan_right", "arc:-30"):
+            finished_job(client, session, camera=camera, num_inference_steps=2)
+        path = f"/v1/sessions/{session}/turns"
+        first, second = client.get(path).json()["data"]
+        assert first["report"]["memory"]["retrieved"] == []
+        assert [row["turn"] for row in second["report"]["memory"]["retrieved"]] == [1]
+        result = tmp_path / "turn.mp4"
+        result.write_bytes(client.get(f"{path}/2/video").content)
+        assert probe_video(result).num_frames == 17
+        assert client.get(f"{path}/2/thumbnail").content.startswith(b"\xff\xd8")
+        counted = client.get("/metrics").text
+        assert 'mv2v_jobs_total{code="",outcome="finished"} 2.0' in counted
+        branch = client.post(f"/v1/sessions/{session}/branches", json={"turn": 1}).json()["id"]
+        assert finished_job(client, branch, camera="tilt_up", num_inference_steps=1)
+        assert len(client.get(f"/v1/sessions/{branch}/turns").json()["data"]) == 2
+    assert (service.exit_code, service.faults()) == (0, 0), service.log.read_text()

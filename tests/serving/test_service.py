@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from store_check import check_store
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import tables
@@ -29,7 +30,6 @@ from tests.serving.in_process import (
     serving,
     until,
 )
-from tests.serving.store_check import check_store
 
 DAY = 86_400
 

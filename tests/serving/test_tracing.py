@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import io
+import shutil
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -11,7 +14,10 @@ from mv2v_engine import CancelToken, Engine
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.progress import Event, StageStarted
-from mv2v_engine.serving import tracing
+from mv2v_engine.serving import tracing, worker
+from mv2v_engine.serving.folders import source_path
+from mv2v_engine.serving.host import Host
+from mv2v_engine.serving.protocol import decode
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider
@@ -109,6 +115,30 @@ def test_turns_that_run_together_keep_their_spans_apart(
     assert max(span.start_time or 0 for span in sampling) < min(
         span.end_time or 0 for span in sampling
     )
+
+
+def test_the_worker_traces_its_jobs(
+    engine: Engine,
+    source_clip: Path,
+    tmp_path: Path,
+    open_job: tracing.OpenJob,
+    exporter: InMemorySpanExporter,
+) -> None:
+    shutil.copy(source_clip, source_path(tmp_path))
+    order = {
+        "type": "run",
+        "job": {"id": "job_1", "number": 1, "request": {"camera": "pan_right"}},
+        "session": {"id": "session_1", "frames": 9},
+        "folder": str(tmp_path),
+    }
+    pipe = io.BytesIO()
+    worker._obey(order, Host(engine, max_open=1), worker.Orders(io.BytesIO()), pipe, open_job)
+    *_, last = map(decode, pipe.getvalue().splitlines())
+    assert last["event"]["type"] == "done"
+    spans = exporter.get_finished_spans()
+    job = only_parent(spans)
+    assert dict(job.attributes or {}) == {"mv2v.session": "session_1", "mv2v.job": "job_1"}
+    assert {span.name for span in spans} == {"job", *last["event"]["report"]["seconds"]}
 
 
 @pytest.mark.parametrize("value", [None, "", "none"])

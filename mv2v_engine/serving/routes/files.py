@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import Response, StreamingResponse
 
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.schemas import Answers
 
 _CHUNK_BYTES = 256 << 10
 _RANGE = re.compile(r"bytes=(\d{0,18})-(\d{0,18})", re.IGNORECASE)
@@ -40,7 +41,7 @@ _RANGE_PARAMETER = {
 FILE_ERRORS = ("not_found", "range_not_satisfiable")
 
 
-def file_answers(*media_types: str) -> dict[int | str, dict[str, Any]]:
+def file_answers(*media_types: str) -> Answers:
     """The good answers of a route that calls `answer_file`."""
     content = dict.fromkeys(media_types, _BINARY)
     return {

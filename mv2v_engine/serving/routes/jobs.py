@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
-from typing import Annotated, Any
+from typing import Annotated
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -22,20 +22,40 @@ from mv2v_engine.serving.routes.parameters import (
     Serving,
 )
 from mv2v_engine.serving.routes.turns import job_of
-from mv2v_engine.serving.schemas import SESSION_ID, Job, Jobs, refusals
+from mv2v_engine.serving.schemas import SESSION_ID, Answers, Job, Jobs, refusals
 
 router = APIRouter(prefix="/v1/jobs", tags=["jobs"])
 # proxies close a connection that is silent for longer
 KEEP_ALIVE_SECONDS = 15.0
-_EXAMPLE = (
-    'id: 3\nevent: step_done\ndata: {"type": "step_done", "stage": "sampling", "step": 1, '
-    '"total": 10, "seconds_left": 2.9}\n\n'
-)
-_STREAM: dict[int | str, dict[str, Any]] = {
+_EVENT = {
+    "type": "object",
+    "required": ["id", "event", "data"],
+    "properties": {
+        "id": {"type": "string", "description": "its number, which increases"},
+        "event": {"type": "string", "description": "the type that data has"},
+        "data": {
+            "type": "string",
+            "contentMediaType": "application/json",
+            "description": "an object with the type queued (position), started, stage_started "
+            "(stage), stage_done (stage, seconds), step_done (stage, step, total, seconds_left), "
+            "window_started, window_done (number, total), finished (turn), failed (error) or "
+            "cancelled",
+        },
+    },
+    "examples": [
+        {
+            "id": "3",
+            "event": "step_done",
+            "data": '{"type": "step_done", "stage": "sampling", "step": 1, "total": 10, '
+            '"seconds_left": 2.9}',
+        }
+    ],
+}
+_STREAM: Answers = {
     200: {
         "description": "every event of the job, numbered, until its end; a comment line when "
         "nothing happens",
-        "content": {"text/event-stream": {"schema": {"type": "string"}, "example": _EXAMPLE}},
+        "content": {"text/event-stream": {"schema": _EVENT}},
     }
 }
 

@@ -179,9 +179,7 @@ async def delete_session(service: Serving, owner: Owner, session_id: SessionId) 
     "/{session_id}/branches",
     status_code=status.HTTP_201_CREATED,
     response_model=Session,
-    responses=refusals(
-        *ANY, *BODY, "not_found", "too_many_sessions", "disk_full", "busy"
-    ),
+    responses=refusals(*ANY, *BODY, "not_found", "too_many_sessions", "disk_full", "busy"),
 )
 async def branch_session(
     response: Response,

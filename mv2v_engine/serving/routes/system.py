@@ -9,11 +9,18 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from mv2v_engine.camera.trajectories import named_poses
 from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
-from mv2v_engine.serving.schemas import Health, Model, Models, Sampling, refusals
+from mv2v_engine.serving.schemas import Answers, Health, Model, Models, Sampling, refusals
 
 router = APIRouter()
 # enough to draw a preset's path
 _SAMPLES = 9
+_NOT_READY: Answers = {503: {"model": Health, "description": "why not yet, or why no longer"}}
+_TEXT: Answers = {
+    200: {
+        "description": "everything that is counted and timed, for Prometheus",
+        "content": {"text/plain": {"schema": {"type": "string"}}},
+    }
+}
 
 
 @router.get(
@@ -57,8 +64,7 @@ async def health() -> Health:
     "/readyz",
     response_model=Health,
     tags=["system"],
-    responses={503: {"model": Health, "description": "why not yet, or why no longer"}}
-    | refusals("wrong_host"),
+    responses=_NOT_READY | refusals("wrong_host"),
 )
 async def readiness(service: Serving, response: Response) -> Health:
     """Whether turns are made: the engine is loaded and warm, the service is not stopping."""
@@ -72,13 +78,7 @@ async def readiness(service: Serving, response: Response) -> Health:
     "/metrics",
     response_class=Response,
     tags=["system"],
-    responses={
-        200: {
-            "description": "everything that is counted and timed, for Prometheus",
-            "content": {"text/plain": {"schema": {"type": "string"}}},
-        }
-    }
-    | refusals("wrong_host"),
+    responses=_TEXT | refusals("wrong_host"),
 )
 async def metrics(request: Request) -> Response:
     """Queue, stages and steps, tokens, cache, requests."""

@@ -15,11 +15,13 @@ from mv2v_engine.serving.routes.parameters import (
     SessionId,
     TurnNumber,
 )
-from mv2v_engine.serving.schemas import Job, Turn, TurnRequest, Turns, refusals
+from mv2v_engine.serving.schemas import Answers, Job, Turn, TurnRequest, Turns, refusals
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/turns", tags=["turns"])
 # what a turn may be refused for
 SUBMIT = ("unprocessable_turn", "queue_full", "idempotency_conflict", "not_found")
+
+_KNOWN: Answers = {200: {"model": Job, "description": "the job that this key has already made"}}
 
 
 def job_of(record: JobRecord) -> Job:
@@ -34,8 +36,7 @@ def turn_of(record: TurnRecord) -> Turn:
     "",
     status_code=status.HTTP_202_ACCEPTED,
     response_model=Job,
-    responses={200: {"model": Job, "description": "the job that this key has already made"}}
-    | refusals(*ANY, *BODY, *SUBMIT),
+    responses=_KNOWN | refusals(*ANY, *BODY, *SUBMIT),
 )
 async def submit_turn(
     response: Response,

@@ -11,6 +11,13 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.openai_schemas import (
+    DeletedVideo,
+    RemixRequest,
+    Video,
+    VideoRequest,
+    Videos,
+)
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 from mv2v_engine.serving.routes.files import FILE_ERRORS, WITH_RANGE, answer_file, file_answers
 from mv2v_engine.serving.routes.parameters import (
@@ -27,15 +34,7 @@ from mv2v_engine.serving.routes.parameters import (
 )
 from mv2v_engine.serving.routes.sessions import UPLOAD
 from mv2v_engine.serving.routes.turns import SUBMIT
-from mv2v_engine.serving.schemas import (
-    DeletedVideo,
-    JobError,
-    RemixRequest,
-    Video,
-    VideoRequest,
-    Videos,
-    refusals,
-)
+from mv2v_engine.serving.schemas import JobError, refusals
 from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.uploads import Form, received_form
 

@@ -1,0 +1,174 @@
+"""Jobs done with a real engine in this process: turns, edits, files, and doing a job twice."""
+
+from __future__ import annotations
+
+import errno
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from mv2v_engine import Engine
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import StorageError
+from mv2v_engine.progress import CancelToken
+from mv2v_engine.serving.folders import finished_report, result_path
+from mv2v_engine.serving.host import Host
+from mv2v_engine.video.io import probe_video
+
+TURN = {"camera": "pan_right", "num_inference_steps": 2}
+
+
+@pytest.fixture
+def host(engine: Engine) -> Host:
+    return Host(engine, max_open=2)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, source_clip: Path) -> Path:
+    return _folder(tmp_path / "session", source_clip)
+
+
+def _folder(path: Path, clip: Path) -> Path:
+    path.mkdir()
+    (path / "source").write_bytes(clip.read_bytes())
+    return path
+
+
+def run(
+    host: Host,
+    folder: Path,
+    number: int | None,
+    request: dict[str, Any],
+    *,
+    frames: int = 9,
+    cancel: CancelToken | None = None,
+) -> Iterator[dict[str, Any]]:
+    session = {"id": folder.name, "frames": frames}
+    job = {"id": "job", "number": number, "request": request}
+    for event in host.run(job, session, folder, cancel or CancelToken()):
+        json.dumps(event, allow_nan=False)
+        yield event
+
+
+def test_a_turn_is_made_once_whatever_is_asked(host: Host, folder: Path) -> None:
+    host.warm_up()
+    assert len(host.engine.cache) == 0
+    events = list(run(host, folder, 1, TURN))
+    assert events[0] == {"type": "started", "number": 1}
+    steps = [event["step"] for event in events if event["type"] == "step_done"]
+    assert steps == [1, 2]
+    done = events[-1]
+    assert (done["type"], done["number"], done["published"]) == ("done", 1, True)
+    assert done["memory"]["bytes"] == host.engine.video_bytes
+    assert done["memory"]["next_turn_tokens"]["memory"] > 0
+    video = result_path(folder, 1, "video")
+    assert probe_video(video).num_frames == 9
+    with Image.open(result_path(folder, 1, "thumbnail")) as picture:
+        assert (picture.format, picture.size) == ("JPEG", (64, 48))
+    assert done["bytes"] == sum(
+        path.stat().st_size for path in folder.rglob("turn_*") if path.is_file()
+    )
+    # the same job again, in this process and in one that opens the folder anew
+    before = video.read_bytes()
+    video.unlink()
+    for other in (host, Host(host.engine, max_open=1)):
+        kinds = [event["type"] for event in run(other, folder, 1, TURN)]
+        assert kinds == ["started", "done"]
+        assert video.read_bytes() == before
+    assert len(SessionStore(folder).read()["turns"]) == 1
+    assert finished_report(folder, "views", 1) == done["report"]
+    assert finished_report(folder, "views", 2) is None
+    # another request under the same number is nobody's turn
+    last = list(run(host, folder, 1, TURN | {"seed": 3}))[-1]
+    assert last["code"] == "internal" and "another turn 1: seed 0 instead of 3" in last["message"]
+    last = list(run(host, folder, 3, TURN))[-1]
+    assert last["code"] == "internal" and "has 1 turns, and turn 3" in last["message"]
+
+
+def test_cancelling_takes_one_step(host: Host, folder: Path) -> None:
+    cancel, steps = CancelToken(), 0
+    request = TURN | {"num_inference_steps": 6}
+    for event in run(host, folder, 1, request, cancel=cancel):
+        if event["type"] == "step_done":
+            steps += 1
+            if steps == 2:
+                cancel.cancel()
+    assert event == {"type": "cancelled"}
+    assert steps == 2
+    assert SessionStore(folder).read()["turns"] == []
+    assert [path.name for path in folder.iterdir()] != [] and not (folder / "results").exists()
+    assert list(run(host, folder, 1, TURN))[-1]["type"] == "done"
+
+
+def test_clips_of_other_lengths(host: Host, tmp_path: Path, long_clip: Path) -> None:
+    folder = _folder(tmp_path / "long", long_clip)
+    assert list(run(host, folder, 1, TURN, frames=23))[-1]["type"] == "done"
+
+
+def test_sessions_are_closed_and_opened_again(
+    host: Host, tmp_path: Path, source_clip: Path
+) -> None:
+    folders = [_folder(tmp_path / name, source_clip) for name in "abc"]
+    for folder in folders:
+        assert list(run(host, folder, 1, TURN))[-1]["type"] == "done"
+    assert len(host.engine.cache) == 2
+    second = list(run(host, folders[0], 2, TURN | {"camera": "arc_left"}))[-1]
+    retrieved = second["report"]["memory"]["retrieved"]
+    assert [row["turn"] for row in retrieved] == [1]
+    host.release("a")
+    host.release("unknown")
+    assert not any(id.startswith("a/") for id in host.engine.cache.ids())
+    host.close()
+    assert len(host.engine.cache) == 0
+
+
+def test_a_full_disk_costs_the_turn_or_its_files_for_now(
+    host: Host, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert list(run(host, folder, 1, TURN))[-1]["type"] == "done"
+
+    def full(*_: object, **__: object) -> None:
+        raise StorageError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(SessionStore, "append", full)
+        last = list(run(host, folder, 2, TURN))[-1]
+        assert (last["type"], last["code"]) == ("failed", "disk_full")
+    with monkeypatch.context() as patch:
+        patch.setattr("mv2v_engine.serving.host._save_thumbnail", full)
+        last = list(run(host, folder, 2, TURN))[-1]
+        assert (last["type"], last["number"], last["published"]) == ("done", 2, False)
+    session = {"id": folder.name, "frames": 9}
+    answer = host.publish(session, folder, 2)
+    assert answer["type"] == "published" and result_path(folder, 2, "thumbnail").exists()
+    assert host.publish(session, folder, 3)["code"] == "internal"
+
+
+def test_edits_go_on_behind_their_windows(
+    editor_folder: Path, tmp_path: Path, long_clip: Path
+) -> None:
+    host = Host(Engine.from_pretrained(editor_folder, device="cpu"), max_open=1)
+    assert host.about["kind"] == "edits" and host.about["has_text"]
+    folder, request = _folder(tmp_path / "edits", long_clip), {"prompt": "a red ball"}
+    cancel, windows = CancelToken(), []
+    for event in run(host, folder, None, request, frames=23, cancel=cancel):
+        if event["type"] == "window_done":
+            windows.append(event["number"])
+            cancel.cancel()
+    assert event == {"type": "cancelled"} and windows == [1]
+    assert finished_report(folder, "edits", 1) is None
+    again = Host(host.engine, max_open=1)
+    events = list(run(again, folder, None, request, frames=23))
+    assert [e["number"] for e in events if e["type"] == "window_done"] == [2, 3, 4, 5]
+    assert (events[-1]["type"], events[-1]["number"]) == ("done", 1)
+    assert probe_video(result_path(folder, 1, "video")).num_frames == 23
+    assert finished_report(folder, "edits", 1) is not None
+    # asked for again it is the same turn
+    events = list(run(again, folder, None, request, frames=23))
+    assert (events[-1]["type"], events[-1]["number"]) == ("done", 1)
+    last = list(run(host, folder, None, TURN, frames=23))[-1]
+    assert last["code"] == "unprocessable_turn"
