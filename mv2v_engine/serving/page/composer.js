@@ -6,8 +6,8 @@ import { h, replace } from "./dom.js";
 import { clear, problem } from "./notices.js";
 
 const MEMORY = {
-  retrieved: "The most relevant turns",
-  previous: "The turn before alone",
+  retrieved: "Relevant turns",
+  previous: "The last turn",
   none: "Nothing",
 };
 

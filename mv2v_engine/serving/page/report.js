@@ -86,10 +86,10 @@ export function memorySection(report, { numFrames, open }) {
   return h("section", { class: "memory" }, title,
     h("p", { class: "fine" }, `${plural(report.num_windows, "window")} in `
       + `${plural(report.shots, "shot")}; each remembers windows before it.`),
-    report.windows.map((row) => h("details", { class: "window" },
+    h("div", { class: "windows" }, report.windows.map((row) => h("details", { class: "window" },
       h("summary", null, `Window ${row.window}`,
         h("span", { class: "fine" }, ` frames ${row.frames[0] + 1}–${row.frames[1]}`)),
-      memoryOf(row, { noun: "window", latentFrames, open: null }))));
+      memoryOf(row, { noun: "window", latentFrames, open: null })))));
 }
 
 function mergeFacts({ tokens, merges }) {
