@@ -8,6 +8,7 @@ list their digest, so that a damaged file is found out however it was damaged.
 from __future__ import annotations
 
 import json
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -34,7 +35,7 @@ class StoredTurn:
     digest: str
 
 
-class SessionFolder:
+class SessionFolder(ABC):
     """What every session's folder has: a manifest that is rewritten last, and tensors beside it.
 
     `identity` is what a resumed session must agree with.
@@ -84,13 +85,13 @@ class SessionFolder:
     def create(self, id: str, identity: dict[str, Any]) -> None:
         self._write({"id": id, "identity": identity, "turns": []})
 
+    @abstractmethod
     def listed_files(self) -> set[Path]:
         """The files of tensors that the manifest names.
 
         Raises:
             StorageError: as `read`.
         """
-        raise NotImplementedError
 
     def check_identity(self, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
         """Refuse to continue a session of another clip or checkpoint."""
