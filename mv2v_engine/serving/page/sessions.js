@@ -78,17 +78,19 @@ export class SessionList {
     this.list = $("sessions");
     this.state = $("sessions-state");
     this.current = null;
+    this.asked = 0;
   }
 
+  /** An answer that a later question has overtaken is not shown: it may list what is gone. */
   async refresh() {
+    const asked = ++this.asked;
     try {
       const sessions = await api.sessions();
+      if (asked !== this.asked) return;
       clear(this.state);
       this.#show(sessions);
-      return sessions;
     } catch (error) {
-      problem(this.state, error, () => this.refresh());
-      return null;
+      if (asked === this.asked) problem(this.state, error, () => this.refresh());
     }
   }
 
