@@ -3,7 +3,7 @@
 `python -m mv2v_engine.training.dit --latents runs/latents --out runs/cameras --minutes 70`
 `... --start-from FOLDER --out runs/memory` goes on from a checkpoint and teaches it memory.
 `... --edits runs/short_latents --text runs/edit_text --out runs/edit` follows instructions in short
-clips; with `--start-from FOLDER` and whole clips it goes on to windows and their memory.
+clips; with `--start-from FOLDER` and clips of many windows it goes on to their memory.
 
 The recipe and the loss are those of full-size fine-tuning; here every parameter is trained.
 """
@@ -99,7 +99,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--latents", type=Path, help="scenes, to learn novel views")
-    task.add_argument("--edits", type=Path, help="encoded editing pairs, to learn long editing")
+    task.add_argument(
+        "--edits", type=Path, nargs="+", help="encoded editing pairs, to learn long editing"
+    )
+    parser.add_argument(
+        "--latent-frames",
+        type=int,
+        metavar="N",
+        help="with --edits: the first N of every window alone, so that long clips train beside "
+        "short ones",
+    )
     parser.add_argument("--text", type=Path, help="with --edits: folder of training.text")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -117,6 +126,8 @@ def main() -> None:
     args = parser.parse_args()
     if (args.edits is None) != (args.text is None):
         parser.error("--edits and --text belong together")
+    if args.latent_frames is not None and args.edits is None:
+        parser.error("--latent-frames belongs to --edits")
 
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -152,7 +163,7 @@ def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.dev
     recipe = TINY_EDIT_RECIPE if args.start_from is None else TINY_EDIT_MEMORY_RECIPE
     text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))
     return EditSampler(
-        EditLatents(args.edits),
+        EditLatents(*args.edits, frames=args.latent_frames),
         model.config,
         replace(recipe, **odds),
         empty_text=text.encode("")[0],

@@ -9,7 +9,7 @@ W windows of a clip, C F H W latents, S' text tokens.
 from __future__ import annotations
 
 import argparse
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -46,20 +46,28 @@ class EncodedPair:
 
 
 class EditLatents:
-    """A folder of encoded pairs, all in memory.
+    """Folders of encoded pairs, all in memory.
+
+    Args:
+        frames: how many latent frames from a window's beginning are kept, all by default. The VAE
+            is causal: they are what the window's first 1 + 4 (frames - 1) pixel frames encode to.
 
     Raises:
-        TrainingError: nothing there, a damaged file, or clips of different shapes.
+        TrainingError: nothing there, a damaged file, windows shorter than `frames`, or clips of
+            different shapes.
     """
 
-    def __init__(self, folder: Path) -> None:
-        paths = sorted(folder.glob("edit_*.safetensors"))
-        if not paths:
-            raise TrainingError(
-                f"{folder} holds no edit_*.safetensors; encode some with "
-                "python -m mv2v_engine.training.edit_latents"
-            )
-        self.pairs = tuple(_read(path) for path in paths)
+    def __init__(self, *folders: Path, frames: int | None = None) -> None:
+        paths = []
+        for folder in folders:
+            found = sorted(folder.glob("edit_*.safetensors"))
+            if not found:
+                raise TrainingError(
+                    f"{folder} holds no edit_*.safetensors; encode some with "
+                    "python -m mv2v_engine.training.edit_latents"
+                )
+            paths += found
+        self.pairs = tuple(_beginning(_read(path), frames, path) for path in paths)
         shapes = {
             (tuple(pair.source.shape[1:]), pair.text.shape[1]): path
             for pair, path in zip(self.pairs, paths, strict=True)
@@ -67,8 +75,8 @@ class EditLatents:
         if len(shapes) > 1:
             listed = "; ".join(f"{path.name} {list(shape)}" for (shape, _), path in shapes.items())
             raise TrainingError(
-                f"{folder} mixes clips of different shapes ({listed}); encode each into a folder "
-                "of its own"
+                f"clips of different shapes cannot be mixed ({listed}); encode each into a folder "
+                "of its own, or train on as many latent frames of each as the shortest has"
             )
 
     def __len__(self) -> int:
@@ -117,6 +125,23 @@ def _read(path: Path) -> EncodedPair:
         listed = {name: list(getattr(pair, name).shape) for name in _TENSORS}
         raise _damaged(path, f"its tensors do not belong together: {listed}")
     return pair
+
+
+def _beginning(pair: EncodedPair, frames: int | None, path: Path) -> EncodedPair:
+    if frames is None:
+        return pair
+    longest = pair.source.shape[2]
+    if not 1 <= frames <= longest:
+        raise TrainingError(
+            f"{path} has {longest} latent frames a window, {frames} were asked for; "
+            f"ask for 1 to {longest}"
+        )
+    kept = {
+        "source": pair.source[:, :, :frames],
+        "edited": pair.edited[:, :, :frames],
+        "mask": pair.mask[:, :frames],
+    }
+    return replace(pair, **{name: t.contiguous() for name, t in kept.items()})
 
 
 def _damaged(path: Path, reason: object) -> TrainingError:

@@ -79,6 +79,24 @@ def test_the_mask_is_a_share_of_the_cell() -> None:
     torch.testing.assert_close(latent_mask(mask, vae), expected)
 
 
+def test_beginnings_of_windows_train_beside_short_clips(tmp_path: Path) -> None:
+    encoded = {}
+    for name, windows, frames in (("long", 3, 4), ("short", 1, 2)):
+        shape = (windows, 4, frames, 6, 10)
+        encoded[name] = {n: torch.randn(shape).half() for n in ("source", "edited")}
+        encoded[name] |= {"mask": torch.rand(windows, frames, 6, 10).half()}
+        encoded[name] |= {"text": torch.zeros(1, 8)}
+        save_tensors(tmp_path / name / "edit_0000001.safetensors", encoded[name])
+    both = EditLatents(tmp_path / "long", tmp_path / "short", frames=2)
+    assert both.latent_shape == (4, 2, 6, 10)
+    for pair, whole in zip(both.pairs, encoded.values(), strict=True):
+        for name in ("source", "edited"):
+            assert torch.equal(getattr(pair, name), whole[name][:, :, :2])
+        assert torch.equal(pair.mask, whole["mask"][:, :2])
+    with pytest.raises(TrainingError, match="has 2 latent frames a window, 3 were asked for"):
+        EditLatents(tmp_path / "long", tmp_path / "short", frames=3)
+
+
 def test_bad_folders(tmp_path: Path) -> None:
     with pytest.raises(TrainingError, match="holds no edit_"):
         EditLatents(tmp_path)
@@ -95,5 +113,5 @@ def test_bad_folders(tmp_path: Path) -> None:
     other = {name: torch.zeros(2, 8, 3, 6, 10) for name in ("source", "edited")}
     other |= {"text": torch.zeros(1, 8), "mask": torch.zeros(2, 3, 6, 10)}
     save_tensors(tmp_path / "edit_0000002.safetensors", other)
-    with pytest.raises(TrainingError, match="mixes clips of different shapes"):
+    with pytest.raises(TrainingError, match="clips of different shapes cannot be mixed"):
         EditLatents(tmp_path)
