@@ -33,12 +33,19 @@ _TENSORS = ("source", "edited", "mask", "text")
 @dataclass(frozen=True, eq=False)
 class EncodedPair:
     """source, edited: float16 [W, C, F, H, W]. mask: float16 [W, F, H, W], the share of a latent
-    cell's pixels that is edited, at most over its frames. text: bfloat16 [S', text_dim]."""
+    cell's pixels that is edited, at most over its frames. text: bfloat16 [S', text_dim]. ends:
+    float16 [W, C, F, H, W], the windows as memory where they are no longer whole."""
 
     source: Tensor
     edited: Tensor
     mask: Tensor
     text: Tensor
+    ends: Tensor | None = None
+
+    @property
+    def remembered(self) -> Tensor:
+        """The edited windows as memory, [W, C, F, H, W]."""
+        return self.edited if self.ends is None else self.ends
 
     @property
     def num_windows(self) -> int:
@@ -51,6 +58,7 @@ class EditLatents:
     Args:
         frames: how many latent frames from a window's beginning are kept, all by default. The VAE
             is causal: they are what the window's first 1 + 4 (frames - 1) pixel frames encode to.
+            As memory its last ones are kept, which are near the next window's first in time.
 
     Raises:
         TrainingError: nothing there, a damaged file, windows shorter than `frames`, or clips of
@@ -140,6 +148,7 @@ def _beginning(pair: EncodedPair, frames: int | None, path: Path) -> EncodedPair
         "source": pair.source[:, :, :frames],
         "edited": pair.edited[:, :, :frames],
         "mask": pair.mask[:, :frames],
+        "ends": pair.edited[:, :, longest - frames :],
     }
     return replace(pair, **{name: t.contiguous() for name, t in kept.items()})
 

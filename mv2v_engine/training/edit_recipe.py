@@ -29,12 +29,15 @@ class EditRecipe(MemoryRecipe):
     """The odds of long editing.
 
     not_following: share of samples with memory that lack the window just before, as the first
-    window after a cut does. text_dropped: share with the empty prompt, for guidance. edit_weight:
-    how much more than one a latent cell counts that is edited all over: objects are small.
+    window after a cut does. text_dropped: share with the empty prompt, for guidance.
+    text_from_memory: the same of samples with memory, where what was edited, and how, must then be
+    read from the memory. edit_weight: how much more than one a latent cell counts that is edited
+    all over: objects are small.
     """
 
     not_following: float = 0.1
     text_dropped: float = 0.1
+    text_from_memory: float = 0.1
     edit_weight: float = 15.0
 
 
@@ -86,19 +89,22 @@ class EditSampler:
             self._sample(plan.num_memory, follows, generator) for _ in range(self.recipe.batch)
         ]
         pairs = [(self.latents.pairs[clip], windows) for clip, windows in drawn]
-        videos = [
-            torch.stack([pair.edited[windows[index]] for pair, windows in pairs]).float()
-            for index in range(1 + plan.num_memory)
+        target = torch.stack([pair.edited[windows[0]] for pair, windows in pairs]).float()
+        memory = [
+            torch.stack([pair.remembered[windows[index]] for pair, windows in pairs]).float()
+            for index in range(1, 1 + plan.num_memory)
         ]
         mask = torch.stack([pair.mask[windows[0]] for pair, windows in pairs]).float()
         weight = 1 + self.recipe.edit_weight * mask
+        recipe = self.recipe
+        dropped = recipe.text_from_memory if memory else recipe.text_dropped
         texts = [
-            self._empty_text if chance(self.recipe.text_dropped, generator) else self._texts[clip]
+            self._empty_text if chance(dropped, generator) else self._texts[clip]
             for clip, _ in drawn
         ]
         return Batch(
             plan=plan,
-            latents=[videos[0], *(self.recipe.perturbed(v, generator) for v in videos[1:])],
+            latents=[target, *(recipe.perturbed(video, generator) for video in memory)],
             cameras=None,
             text=torch.stack(texts),
             source=torch.stack([pair.source[windows[0]] for pair, windows in pairs]).float(),

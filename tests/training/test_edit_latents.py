@@ -92,6 +92,7 @@ def test_beginnings_of_windows_train_beside_short_clips(tmp_path: Path) -> None:
     for pair, whole in zip(both.pairs, encoded.values(), strict=True):
         for name in ("source", "edited"):
             assert torch.equal(getattr(pair, name), whole[name][:, :, :2])
+        assert torch.equal(pair.remembered, whole["edited"][:, :, -2:])
         assert torch.equal(pair.mask, whole["mask"][:, :2])
     with pytest.raises(TrainingError, match="has 2 latent frames a window, 3 were asked for"):
         EditLatents(tmp_path / "long", tmp_path / "short", frames=3)
