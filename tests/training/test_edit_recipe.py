@@ -93,9 +93,11 @@ def test_shares_of_memory_and_of_dropped_text(sampler: EditSampler) -> None:
     batches = _draws(sampler, 400)
     counts = Counter(batch.plan.num_memory for batch in batches)
     assert set(counts) == {0, 1, 2, 3, 4} and counts[0] / 400 == pytest.approx(0.25, abs=0.07)
-    texts = torch.cat([batch.text[:, 0, 0] for batch in batches])
-    assert set(texts.tolist()) == {1.0, 2.0, 3.0, 7.0}
-    assert float((texts == 7).float().mean()) == pytest.approx(0.1, abs=0.03)
+    for has_memory, share in ((False, 0.1), (True, 0.5)):
+        some = [batch for batch in batches if bool(batch.plan.num_memory) == has_memory]
+        texts = torch.cat([batch.text[:, 0, 0] for batch in some])
+        assert set(texts.tolist()) == {1.0, 2.0, 3.0, 7.0}
+        assert float((texts == 7).float().mean()) == pytest.approx(share, abs=0.06)
     assert not any(bool(batch.text[:, 2:].any()) for batch in batches)  # zeros past a prompt
     static = sum(batch.plan.conditioning == "static" for batch in batches)
     assert static / 400 == pytest.approx(0.3, abs=0.07)
