@@ -5,6 +5,7 @@ from __future__ import annotations
 import fcntl
 import os
 import pty
+import signal
 import struct
 import subprocess
 import sys
@@ -16,7 +17,15 @@ from typing import Any
 import pytest
 
 from mv2v_engine.progress import StageDone, StageStarted, StepDone, WindowDone, WindowStarted
-from mv2v_engine.terminal import clock, edit_table, table, turn_progress, turn_table
+from mv2v_engine.terminal import (
+    ECHO_SECONDS,
+    cancel_on_interrupt,
+    clock,
+    edit_table,
+    table,
+    turn_progress,
+    turn_table,
+)
 
 STAGES = "vae s text s memory s sampling s"
 ROOT = Path(__file__).resolve().parents[1]
@@ -76,6 +85,29 @@ def test_continuous_integration_gets_lines() -> None:
         "turn 1/2 pan  sampling 4/4, 0:00 left",
         "turn 1/2 pan  vae",
     ]
+
+
+@pytest.mark.parametrize(("rank", "patience"), [(None, 0.0), ("0", ECHO_SECONDS)])
+def test_a_second_interrupt_does_not_wait_and_torchruns_echo_is_none(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, patience: float
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if rank is not None:
+            monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else rank)
+    now = 100.0
+    monkeypatch.setattr("mv2v_engine.terminal.time", SimpleNamespace(monotonic=lambda: now))
+    with pytest.raises(KeyboardInterrupt), cancel_on_interrupt() as token:
+        assert not token.cancelled
+        signal.raise_signal(signal.SIGINT)
+        assert token.cancelled
+        if patience:
+            now += patience / 2
+            signal.raise_signal(signal.SIGINT)
+        now += patience / 2
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it was not interrupted")
+    assert now == 100.0 + patience
 
 
 def test_many_steps_make_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:
