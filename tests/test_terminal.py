@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
 import signal
 import struct
-import subprocess
-import sys
 import termios
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -28,54 +26,45 @@ from mv2v_engine.terminal import (
 )
 
 STAGES = "vae s text s memory s sampling s"
-ROOT = Path(__file__).resolve().parents[1]
-SHOW = """
-from mv2v_engine.progress import StageStarted, StepDone
-from mv2v_engine.terminal import turn_progress
-with turn_progress("turn 1/2 pan", 4) as show:
-    show(StageStarted("sampling"))
-    for step in (1, 2, 3, 4):
-        show(StepDone("sampling", step, 4, 60.0 * (4 - step)))
-    show(StageStarted("vae"))
-"""
 
 
-def on_a_terminal(environment: dict[str, str]) -> tuple[str, str]:
-    """What the code above shows on its stderr, a terminal, and on its stdout, a pipe."""
+def on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ci: str
+) -> tuple[str, str]:
+    """What a turn shows on stderr, a terminal, and on stdout."""
     leader, follower = pty.openpty()
     os.set_blocking(leader, False)
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 20, 100, 0, 0))
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
     shown = b""
-    try:
-        shown = os.read(leader, 1 << 16)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(leader)
-        os.close(follower)
-    assert done.returncode == 0
-    return shown.decode(), done.stdout
+    with monkeypatch.context() as patch, os.fdopen(follower, "w") as terminal:
+        patch.setenv("CI", ci)
+        patch.setattr("sys.stderr", terminal)
+        with turn_progress("turn 1/2 pan", 4) as show:
+            show(StageStarted("sampling"))
+            for step in (1, 2, 3, 4):
+                show(StepDone("sampling", step, 4, 60.0 * (4 - step)))
+            show(StageStarted("vae"))
+        terminal.flush()
+        with contextlib.suppress(BlockingIOError):
+            shown = os.read(leader, 1 << 16)
+    os.close(leader)
+    return shown.decode(), capsys.readouterr().out
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    shown, printed = on_a_terminal({"CI": ""})
+def test_a_terminal_gets_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, printed = on_a_terminal(monkeypatch, capsys, "")
     assert printed == ""
     states = [state.strip() for state in shown.replace("\n", "\r").split("\r") if state.strip()]
     assert states[0].startswith("turn 1/2 pan |") and "0/4" in states[0]
     assert states[-1].startswith("turn 1/2 pan  done |") and states[-1].endswith("4/4")
 
 
-def test_continuous_integration_gets_lines() -> None:
-    shown, printed = on_a_terminal({"CI": "true"})
+def test_continuous_integration_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, printed = on_a_terminal(monkeypatch, capsys, "true")
     assert shown == ""
     assert printed.splitlines() == [
         "turn 1/2 pan  sampling",
