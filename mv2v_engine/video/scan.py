@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 # containers whose packets are whole frames, except for a codec with frames that are never shown
-_FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _HIDDEN_FRAMES = {"vp8"}
 # renders any text file as a picture of its letters
 _TEXT_DEMUXER = "tty"
@@ -77,7 +77,12 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not path.stat().st_size:
         raise VideoError(f"{path.name} is empty (0 bytes); give a whole video file")
     try:
-        with av.open(str(path.resolve()), options={"protocol_whitelist": "file"}) as container:
+        # tags may be in any encoding, and nobody reads them here
+        with av.open(
+            str(path.resolve()),
+            metadata_errors="replace",
+            options={"protocol_whitelist": "file"},
+        ) as container:
             attached = av.stream.Disposition.attached_pic
             streams = [
                 stream
@@ -115,7 +120,7 @@ def scan_file(path: Path, max_pixels: int | None) -> Scan:
     with opened(path) as (container, stream):
         _check_pixels(path, stream.width, stream.height, max_pixels)
         codec = stream.codec_context.name
-        trusted = container.format.name in _FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
+        trusted = container.format.name in FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
         first, found, keyframes = _walk(path, container, stream, trusted)
         stamps = tuple(sorted(stamp for stamp in found if stamp is not None))
         if len(set(stamps)) < len(found):
@@ -199,6 +204,15 @@ def _square_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
     if not aspect or abs(aspect - 1) < Fraction(1, 100):
         return frame.height, frame.width
     return frame.height, max(1, round(frame.width * aspect))
+
+
+def check_size(path: Path, scan: Scan, frame: VideoFrame) -> None:
+    """Refuse a frame of another size than the first one's."""
+    if (frame.height, frame.width) != scan.coded_size:
+        raise VideoError(
+            f"{path.name} changes its frame size from {scan.coded_size[1]}x{scan.coded_size[0]} to "
+            f"{frame.width}x{frame.height}; re-encode it at one size"
+        )
 
 
 def truncated(path: Path, found: int, promised: int) -> VideoError:
