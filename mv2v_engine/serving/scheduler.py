@@ -25,7 +25,7 @@ from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.events import EventLogs
 from mv2v_engine.serving.folders import Store, finished_report, sweep_session, turn_bytes
-from mv2v_engine.serving.listener import Listener
+from mv2v_engine.serving.listener import Listener, Telling
 from mv2v_engine.serving.records import JobRecord, SessionRecord, TurnRecord
 
 log = logging.getLogger("mv2v_engine.serving")
@@ -108,10 +108,8 @@ class Scheduler:
     def tell(self, call: Callable[[Listener], None]) -> None:
         """Tell every listener; one that fails harms neither the turn nor the others."""
         for listener in self.listeners:
-            try:
+            with Telling(listener):
                 call(listener)
-            except Exception:
-                log.exception("%s failed at what it was told", type(listener).__name__)
 
     def ended(self, job: JobRecord, report: dict[str, Any] | None = None) -> None:
         """A job has ended in the database: end its stream, and say so."""
