@@ -103,7 +103,7 @@ class Sorted:
         phase = self.allowed if is_allowed else self.malformed
         phase.note(status, seconds)
         if status is not None and status < 300 and not is_allowed:
-            phase.failures.append(f"{status} for what the schema does not allow: {sent[:500]!r}")
+            phase.failures.append(f"{status} for what the schema does not allow: {sent[:200]!r}")
 
     def timed(self, is_allowed: bool, sent: bytes, send: Callable[[], int | None]) -> None:
         """Send one request."""

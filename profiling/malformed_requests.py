@@ -39,7 +39,7 @@ def raw_requests(session: str, host: str, pick: random.Random) -> Iterator[bytes
         elif kind == 1:
             yield f"GET /{'a' * pick.choice((9000, 70_000))} HTTP/1.1\r\n{head}\r\n".encode()
         elif kind == 2:
-            yield f"GET / HTTP/1.1\r\n{head}{'X: y' * 30_000}\r\n\r\n".encode()
+            yield f"GET /v1/jobs HTTP/1.1\r\n{head}{'X: y' * 30_000}\r\n\r\n".encode()
         elif kind == 3:
             length = pick.choice(("-1", "abc", "9" * 30, "3", "500", "1e3", "0x10"))
             yield f"{whole}Content-Length: {length}\r\n\r\n{body}".encode()
