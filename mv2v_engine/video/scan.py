@@ -7,6 +7,7 @@ and decoded only where they are no reliable count, so a truncated file is found 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -29,6 +30,8 @@ _HIDDEN_FRAMES = {"vp8"}
 # renders any text file as a picture of its letters
 _TEXT_DEMUXER = "tty"
 _DEFAULT_RATE = Fraction(25)
+# Matroska's tag of a track's length; anything may be written there
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -265,9 +268,9 @@ def _check_duration(
     if len(stamps) < 2 or stream.time_base is None:
         return
     promised = 0.0
-    if "DURATION" in stream.metadata:
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        promised = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    told = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
+    if told is not None:
+        promised = int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3])
     elif len(container.streams) == 1 and container.duration:
         promised = container.duration / 1e6
     held = float((stamps[-1] - stamps[0]) * stream.time_base + 1 / rate)

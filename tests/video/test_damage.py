@@ -95,6 +95,14 @@ def test_times_that_contradict_the_order_are_found(tmp_path: Path, clip: Clips) 
         VideoReader(path).check()
 
 
+def test_a_length_that_is_none_is_no_promise(tmp_path: Path, clip: Clips) -> None:
+    path = clip(tmp_path / "clip.mkv")
+    data = path.read_bytes()
+    assert b"00:00:00.8" in data
+    path.write_bytes(data.replace(b"00:00:00.8", b"not a time"))
+    assert VideoReader(path).info.num_frames == NUM_FRAMES
+
+
 def test_a_lost_end_is_found(tmp_path: Path, clip: Clips, noise: np.ndarray) -> None:
     # too little for its duration to tell
     path = clip(tmp_path / "clip.mkv", frames=noise)
