@@ -40,8 +40,9 @@ _OTHERS = (
 )
 
 
-# damage of the pictures' own bits, which can leave a valid stream of other pictures
-SILENT = ("flipped bits", "overwritten")
+# damage that can leave a valid video of other pictures, or of the same at other times: that of the
+# pictures' own bits, and a number of a header that becomes another possible one
+SILENT = ("flipped bits", "overwritten", "lying header")
 
 
 def is_unharmed(path: Path, whole: Path) -> bool:
