@@ -234,6 +234,7 @@ class Engine:
         cuts: Sequence[int] | None = None,
         store: Path | str | None = None,
         resume: bool = False,
+        cancel: CancelToken | None = None,
     ) -> EditSession:
         """Open a session that edits a video of any length by instruction.
 
@@ -244,13 +245,15 @@ class Engine:
                 None looks for cuts in one pass over the video. No window straddles a cut: with a
                 cut at every frame, every frame is a window.
             store: a folder that keeps the session; `resume` takes up what it holds.
+            cancel: ends the look for cuts, which takes as long as the video is.
 
         Raises:
             VideoError, StorageError: what does not fit.
+            CancelledError: `cancel` was cancelled before the cuts were found.
             RequestError: so too, or the model renders novel views.
         """
         return open_edit_session(
-            self, source, id=id, fps=fps, cuts=cuts, store=store, resume=resume
+            self, source, id=id, fps=fps, cuts=cuts, store=store, resume=resume, cancel=cancel
         )
 
     def view_session(

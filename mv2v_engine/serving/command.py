@@ -84,6 +84,7 @@ def serving_config(args: argparse.Namespace) -> ServingConfig:
         keep_bytes=args.keep_bytes,
         min_free_bytes=args.min_free,
         grace=args.grace,
+        stall_seconds=args.stall_seconds or None,
     )
 
 
@@ -177,4 +178,11 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         default=defaults.grace,
         metavar="S",
         help="seconds that the turn under way has when the service is stopped",
+    )
+    add(
+        "--stall-seconds",
+        type=float,
+        default=defaults.stall_seconds,
+        metavar="S",
+        help="without a step of the turn under way, after which its worker is ended; 0: never",
     )

@@ -13,7 +13,7 @@ from contextlib import suppress
 from functools import partial
 
 from mv2v_engine.serving import tables
-from mv2v_engine.serving.backend import Backend
+from mv2v_engine.serving.backend import WORKER_GONE, Backend
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.folders import Store, sweep_results
 
@@ -21,7 +21,7 @@ log = logging.getLogger("mv2v_engine.serving")
 
 RETRY_SECONDS = 30.0
 # what may be otherwise the next time
-_PASSING = ("disk_full", "worker_crashed", "out_of_memory", "cancelled")
+_PASSING = ("disk_full", "out_of_memory", "cancelled", *WORKER_GONE)
 
 
 class Publisher:
@@ -93,7 +93,7 @@ class Publisher:
             self._current, folder = session_id, self.store.session(session_id)
             try:
                 answer = await self.backend.publish(session, folder, number)
-                if answer.get("code") == "worker_crashed":
+                if answer.get("code") in WORKER_GONE:
                     await asyncio.to_thread(sweep_results, folder, number)
             finally:
                 self._current = ""
