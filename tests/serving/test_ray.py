@@ -1,0 +1,309 @@
+"""A service over two replicas on Ray Serve: where turns go, and what a replica's death costs."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("ray", reason="the extra [distributed] is not installed")
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+pytest.importorskip("yaml", reason="PyYAML is not installed")
+import ray
+import yaml
+from ray.serve.schema import ServeDeploySchema
+
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import RequestError
+from mv2v_engine.options import Parser
+from mv2v_engine.serving.claims import issue
+from mv2v_engine.serving.command import add_serve, serving_config
+from mv2v_engine.serving.config import Cluster, ServingConfig
+from mv2v_engine.serving.protocol import setup_message
+from mv2v_engine.serving.ray_backend import RayBackend
+from mv2v_engine.serving.ray_replica import build_app
+from mv2v_engine.serving.records import JobRecord, SessionRecord
+
+ROOT = Path(__file__).resolve().parents[2]
+# a loaded machine starts processes slowly, which is no matter of these tests
+PATIENCE = 900.0
+SLOW = {
+    "RAY_raylet_start_wait_time_s": "600",
+    "RAY_worker_register_timeout_seconds": "600",
+    "RAY_gcs_server_request_timeout_seconds": "600",
+    "RAY_health_check_timeout_ms": "120000",
+}
+# more steps than a replica makes before it is told to stop, or is killed
+LONG, KILLED, SHORT = 1000, 100, 2
+
+
+class WatchedBackend(RayBackend):
+    """That remembers where turns were begun, and every other event of theirs."""
+
+    def __init__(self, config: ServingConfig, cluster: Cluster) -> None:
+        super().__init__(config, cluster)
+        self.places: dict[str, list[dict[str, Any]]] = {}
+        self.steps: dict[str, int] = {}
+        self.stepped = threading.Condition()
+
+    async def run(
+        self, job: JobRecord, session: SessionRecord, folder: Path
+    ) -> AsyncIterator[dict[str, Any]]:
+        async for event in super().run(job, session, folder):
+            with self.stepped:
+                if event["type"] == "started":
+                    self.places.setdefault(job.id, []).append(event)
+                elif event["type"] == "step_done":
+                    self.steps[job.id] = self.steps.get(job.id, 0) + 1
+                self.stepped.notify_all()
+            yield event
+
+    def reach_step(self, job: str) -> None:
+        """Wait until a replica has made a step of a turn."""
+        with self.stepped:
+            assert self.stepped.wait_for(lambda: self.steps.get(job), PATIENCE)
+
+    def replicas(self, job: str) -> list[str]:
+        """Where a turn was begun, in order."""
+        return [place["replica"] for place in self.places[job]]
+
+
+class Client:
+    """A user of a service."""
+
+    def __init__(self, http: httpx.Client) -> None:
+        self.http = http
+
+    def session(self, clip: Path) -> str:
+        files = {"video": ("clip.mp4", clip.read_bytes(), "video/mp4")}
+        answer = self.http.post("/v1/sessions", files=files)
+        assert answer.status_code == 201, answer.text
+        return str(answer.json()["id"])
+
+    def ask(self, session: str, steps: int, camera: str = "pan_right") -> str:
+        body = {"camera": camera, "num_inference_steps": steps}
+        answer = self.http.post(f"/v1/sessions/{session}/turns", json=body)
+        assert answer.status_code == 202, answer.text
+        return str(answer.json()["id"])
+
+    def ended(self, job: str) -> dict[str, Any]:
+        """A job once it has ended."""
+        assert "event:" in self.http.get(f"/v1/jobs/{job}/events").text
+        found: dict[str, Any] = self.http.get(f"/v1/jobs/{job}").json()
+        return found
+
+    def made(self, session: str, steps: int, camera: str = "pan_right") -> str:
+        job = self.ask(session, steps, camera)
+        found = self.ended(job)
+        assert found["state"] == "finished", found
+        return job
+
+    def turns(self, session: str) -> list[dict[str, Any]]:
+        rows: list[dict[str, Any]] = self.http.get(f"/v1/sessions/{session}/turns").json()["data"]
+        return rows
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    """A Ray cluster in this machine, of nothing but what two replicas take."""
+    # sockets lie in it, whose paths must be short
+    folder = tempfile.mkdtemp(prefix="ray")
+    with pytest.MonkeyPatch.context() as patch:
+        quiet = {"RAY_USAGE_STATS_ENABLED": "0", "RAY_AUTH_MODE": "disabled"}
+        for name, value in {**SLOW, **quiet, "OMP_NUM_THREADS": "1"}.items():
+            patch.setenv(name, value)
+        ray.init(
+            "local",
+            num_cpus=2,
+            object_store_memory=80 << 20,
+            include_dashboard=False,
+            log_to_driver=False,
+            runtime_env={"env_vars": {"PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}},
+            _temp_dir=folder,
+            _node_ip_address="127.0.0.1",
+        )
+        try:
+            yield
+        finally:
+            ray.shutdown()
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@pytest.fixture(scope="module")
+def service(
+    cluster: None,
+    serving: Callable[..., Any],
+    tiny_checkpoint: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Any]:
+    store = tmp_path_factory.mktemp("shared") / "store"
+    settings: dict[str, Any] = {"checkpoint": str(tiny_checkpoint), "device": "cpu"}
+    backend = WatchedBackend(ServingConfig(store=store, **settings), Cluster(replicas=2))
+    with serving(store, backend, **settings) as live:
+        until(lambda: backend.capacity == 2, backend)
+        yield live
+
+
+@pytest.fixture
+def client(service: Any) -> Iterator[Client]:
+    with httpx.Client(base_url=service.address, timeout=PATIENCE) as http:
+        yield Client(http)
+
+
+def until(holds: Callable[[], bool], backend: RayBackend) -> None:
+    deadline = time.monotonic() + PATIENCE
+    while not holds():
+        assert time.monotonic() < deadline, f"{backend.capacity} replicas run; {backend.reason}"
+        time.sleep(0.1)
+
+
+def settle(backend: RayBackend, session: str, replica: str) -> None:
+    """Wait until Serve has heard where a session is: it says so for the next turn, not at once."""
+    handle = backend._handle.options(multiplexed_model_id=session)
+    in_row = 0
+    deadline = time.monotonic() + PATIENCE
+    while in_row < 10:
+        assert time.monotonic() < deadline
+        found = handle.describe.remote().result(timeout_s=PATIENCE)["replica"]
+        in_row = in_row + 1 if found == replica else 0
+
+
+def test_turns_of_two_sessions_stay_with_their_replicas(
+    service: Any, client: Client, source_clip: Path
+) -> None:
+    backend = service.backend
+    first, second = client.session(source_clip), client.session(source_clip)
+    # one turn occupies a replica until it is cancelled; the other session's is made meanwhile
+    long = client.ask(first, LONG)
+    backend.reach_step(long)
+    short = client.made(second, SHORT)
+    assert client.http.get(f"/v1/jobs/{long}").json()["state"] == "running"
+    client.http.post(f"/v1/jobs/{long}/cancel")
+    assert client.ended(long)["state"] == "cancelled"
+    assert backend.steps[long] < LONG
+    assert client.turns(first) == []
+    (home,), (other,) = backend.replicas(long), backend.replicas(short)
+    assert home != other
+
+    for session, replica in ((first, home), (second, other)):
+        settle(backend, session, replica)
+        for number in (1, 2):
+            if len(client.turns(session)) < number:
+                job = client.made(session, SHORT, "pan_right" if number == 1 else "arc_left")
+                assert backend.replicas(job) == [replica]
+        retrieved = client.turns(session)[1]["report"]["memory"]["retrieved"]
+        assert [row["turn"] for row in retrieved] == [1]
+
+
+def test_another_replica_makes_the_turn_of_one_that_is_killed(
+    service: Any, client: Client, source_clip: Path
+) -> None:
+    backend = service.backend
+    session = client.session(source_clip)
+    client.made(session, SHORT)
+    job = client.ask(session, KILLED, "arc_left")
+    backend.reach_step(job)
+    os.kill(backend.places[job][0]["process"], signal.SIGKILL)
+    found = client.ended(job)
+    assert (found["state"], found["attempts"]) == ("finished", 1), found
+    killed, home = backend.replicas(job)
+    assert killed != home
+
+    first, second = client.turns(session)
+    assert (first["number"], second["number"], second["job"]) == (1, 2, job)
+    assert [row["turn"] for row in second["report"]["memory"]["retrieved"]] == [1]
+    video = client.http.get(f"/v1/sessions/{session}/turns/2/video")
+    assert video.status_code == 200 and b"ftyp" in video.content[:16]
+    folder = service.config.store / "sessions" / session
+    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1, 2]
+    left = {path.name for path in folder.rglob("*") if path.name.startswith(".")}
+    assert left == set()
+    # the next one remembers both, and the dead replica has a successor
+    client.made(session, SHORT, "tilt_up")
+    retrieved = client.turns(session)[2]["report"]["memory"]["retrieved"]
+    assert sorted(row["turn"] for row in retrieved) == [1, 2]
+    until(lambda: backend.capacity == 2, backend)
+    assert backend.restarts >= 1
+
+
+def test_a_session_that_another_has_gone_on_with_is_opened_again(
+    service: Any, client: Client, source_clip: Path
+) -> None:
+    backend = service.backend
+    here, elsewhere, mine = (client.session(source_clip) for _ in range(3))
+    there = client.ask(elsewhere, LONG)
+    backend.reach_step(there)
+    (away,) = backend.replicas(there)
+    (home,) = backend.replicas(client.made(mine, SHORT))
+    assert home != away
+    # its home is busy, so the session goes on where it is free
+    busy = client.ask(here, LONG)
+    backend.reach_step(busy)
+    client.http.post(f"/v1/jobs/{there}/cancel")
+    assert backend.replicas(client.made(mine, SHORT, "arc_left")) == [away]
+    # and comes back to a home that knows nothing of that
+    settle(backend, elsewhere, away)
+    there = client.ask(elsewhere, LONG)
+    backend.reach_step(there)
+    assert backend.replicas(there) == [away]
+    # a right to write that is gone ends a turn, whoever took it
+    issue(service.config.store / "sessions" / here)
+    assert client.ended(busy)["state"] == "cancelled"
+    assert backend.replicas(client.made(mine, SHORT, "tilt_up")) == [home]
+    client.http.post(f"/v1/jobs/{there}/cancel")
+    assert client.ended(there)["state"] == "cancelled"
+    remembered = [
+        sorted(row["turn"] for row in turn["report"]["memory"]["retrieved"])
+        for turn in client.turns(mine)
+    ]
+    assert remembered == [[], [1], [1, 2]]
+
+
+def config_file() -> dict[str, Any]:
+    text = (ROOT / "deploy" / "ray-serve.yaml").read_text(encoding="utf-8")
+    config: dict[str, Any] = yaml.safe_load(text)
+    return config
+
+
+def test_the_config_file_makes_the_application() -> None:
+    (schema,) = ServeDeploySchema.model_validate(config_file()).applications
+    module, name = schema.import_path.split(":")
+    app = getattr(import_module(module), name)(schema.args)
+    assert schema.name == "mv2v"
+    deployment = app._bound_deployment
+    options = deployment.ray_actor_options
+    assert (deployment.name, deployment.num_replicas) == ("Replica", 4)
+    assert (options["num_cpus"], options["num_gpus"]) == (4, 1)
+    assert deployment.max_ongoing_requests == 1
+    (setup,) = deployment.init_args
+    assert setup["store"] == "/srv/mv2v" and setup["engine"]["max_memory"] == 10
+    # it is what the command at the head of the file asks for
+    words = "--store /srv/mv2v --checkpoint /srv/weights/Wan --device cuda --dtype bfloat16"
+    parser = Parser()
+    add_serve(parser)
+    assert setup == setup_message(serving_config(parser.parse_args(words.split())).in_cluster())
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ({}, "no store"),
+        ({"store": "s", "replica": 2}, "unknown: replica;"),
+        ({"store": "s", "engine": {"parallel": {}}}, "unknown: parallel;"),
+        ({"store": "s", "replicas": 0}, "at least 1"),
+    ],
+)
+def test_wrong_args_of_the_application_are_named(args: dict[str, Any], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        build_app(args)
