@@ -121,12 +121,12 @@ def cluster_config(args: argparse.Namespace) -> Cluster | None:
         if given:
             raise RequestError(f"{options} is for replicas; add --backend ray, or leave it out")
         return None
-    _require(("ray",), "distributed")
     if not {"replicas", "ray_address"} & set(given):
         raise RequestError(
             "--backend ray needs --replicas, how many to start, or the --ray-address of a cluster "
             "where `serve deploy` has started them"
         )
+    _require(("ray",), "distributed")
     return Cluster(**{_CLUSTER[name]: value for name, value in given.items()})
 
 

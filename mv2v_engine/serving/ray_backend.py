@@ -61,8 +61,7 @@ class RayBackend:
         # of running jobs: the folder, once a replica may write there
         self._folders: dict[str, Path | None] = {}
         self._cancelling: set[str] = set()
-        self._revoking: set[asyncio.Task[None]] = set()
-        self._streams: set[Any] = set()
+        self._revoking: dict[str, asyncio.Task[None]] = {}
 
     def watch(self, changed: Callable[[], None]) -> None:
         """As `Backend`."""
@@ -70,21 +69,18 @@ class RayBackend:
 
     async def start(self) -> None:
         """As `Backend`."""
+        self._stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._live(), name="replicas")
 
     async def stop(self, grace: float) -> None:
         """As `Backend`. Replicas that this service started end with it; others go on."""
         self._is_stopping = True
         self.ready, self.reason = False, "the service is stopping"
-        for job_id in list(self._folders):
-            self.cancel(job_id)
-        if self._revoking:
-            await asyncio.wait(self._revoking, timeout=grace)
-        for stream in list(self._streams):
-            stream.cancel()
-        if self._task is not None:
-            self._task.cancel()
-            await asyncio.wait([self._task])
+        if self._task is None:
+            return
+        self._stopped.set_result(None)
+        self._task.cancel()
+        await asyncio.wait([self._task])
         await asyncio.to_thread(self._disconnect)
 
     async def run(
@@ -92,35 +88,20 @@ class RayBackend:
     ) -> AsyncIterator[Json]:
         """As `Backend`; a turn begins again, from `started` on, where its replica has died."""
         folder = folder.absolute()
-        order = run_message(job, session, folder)
         self._folders[job.id] = None
-        try:
-            async with self._alone(session.id):
-                for attempt in itertools.count(1):
-                    order["claim"] = await asyncio.to_thread(issue, folder)
-                    self._folders[job.id] = folder
-                    if job.id in self._cancelling:
-                        # no replica has been told
-                        yield _CANCELLED
-                        return
-                    is_ended = False
-                    try:
-                        async for event in self._turn(session.id, order):
-                            yield event
-                            is_ended = is_ended or event["type"] in LAST_OF_BACKEND
-                    except _GONE as error:
-                        with log_ids(session=session.id, job=job.id):
-                            log_event("replica_lost", level=logging.ERROR, error=error)
-                    if is_ended:
-                        return
-                    if self._is_stopping or attempt >= self.config.max_attempts:
-                        yield _crashed(attempt)
-                        return
-        except StorageError as error:
-            yield failure(error)
-        finally:
-            self._folders.pop(job.id, None)
-            self._cancelling.discard(job.id)
+        async with self._alone(session.id):
+            try:
+                async for event in self._attempts(job, session, folder):
+                    yield event
+            except StorageError as error:
+                yield failure(error)
+            finally:
+                del self._folders[job.id]
+                self._cancelling.discard(job.id)
+                revoking = self._revoking.pop(job.id, None)
+                if revoking is not None:
+                    # or it would take the right of whoever comes next
+                    await asyncio.wait([revoking])
 
     def cancel(self, job_id: str) -> None:
         """As `Backend`: whichever replica makes the turn finds its right to write gone."""
@@ -129,9 +110,7 @@ class RayBackend:
         self._cancelling.add(job_id)
         folder = self._folders[job_id]
         if folder is not None:
-            task = asyncio.create_task(self._revoke(folder), name=f"revoke {job_id}")
-            self._revoking.add(task)
-            task.add_done_callback(self._revoking.discard)
+            self._revoking[job_id] = asyncio.create_task(self._revoke(folder))
 
     async def publish(self, session: SessionRecord, folder: Path, number: int) -> Json:
         """As `Backend`."""
@@ -152,20 +131,54 @@ class RayBackend:
     async def release(self, session_id: str) -> None:
         """As `Backend`: nobody writes between two turns, and memory goes when it is needed."""
 
+    async def _attempts(
+        self, job: JobRecord, session: SessionRecord, folder: Path
+    ) -> AsyncIterator[Json]:
+        order = run_message(job, session, folder)
+        for attempt in itertools.count(1):
+            order["claim"] = await asyncio.to_thread(issue, folder)
+            self._folders[job.id] = folder
+            if job.id in self._cancelling:
+                # no replica has been told
+                yield _CANCELLED
+                return
+            is_ended = False
+            try:
+                async for event in self._turn(session.id, order):
+                    yield event
+                    is_ended = is_ended or event["type"] in LAST_OF_BACKEND
+            except _GONE as error:
+                with log_ids(session=session.id, job=job.id):
+                    log_event("replica_lost", level=logging.ERROR, error=error)
+            if is_ended:
+                return
+            if self._is_stopping or attempt >= self.config.max_attempts:
+                yield _crashed(attempt)
+                return
+
     async def _turn(self, session_id: str, order: Json) -> AsyncIterator[Json]:
-        """The events of one attempt; they may end without a last one, or in `_GONE`."""
+        """The events of one attempt.
+
+        They may end without a last one, when the service stops, or in `_GONE`.
+        """
         handle = self._handle.options(stream=True, multiplexed_model_id=session_id)
         stream = handle.turn.remote(order)
-        self._streams.add(stream)
-        try:
-            async for event in stream:
-                if event["type"] == "started":
-                    with log_ids(session=session_id, job=order["job"]["id"]):
-                        place = {name: event[name] for name in ("replica", "host", "process")}
-                        log_event("turn_begun", **place)
-                yield event
-        finally:
-            self._streams.discard(stream)
+        while True:
+            coming = asyncio.ensure_future(stream.__anext__())
+            await asyncio.wait([coming, self._stopped], return_when=asyncio.FIRST_COMPLETED)
+            if not coming.done():
+                # from a replica that does not let go
+                coming.cancel()
+                return
+            try:
+                event: Json = coming.result()
+            except StopAsyncIteration:
+                return
+            if event["type"] == "started":
+                with log_ids(session=session_id, job=order["job"]["id"]):
+                    place = {name: event[name] for name in ("replica", "host", "process")}
+                    log_event("turn_begun", **place)
+            yield event
 
     async def _revoke(self, folder: Path) -> None:
         try:
