@@ -71,6 +71,7 @@ class RayBackend:
         """As `Backend`."""
         self._stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._live(), name="replicas")
+        self._task.add_done_callback(self._lost_sight)
 
     async def stop(self, grace: float) -> None:
         """As `Backend`. Replicas that this service started end with it; others go on."""
@@ -202,6 +203,13 @@ class RayBackend:
                 self._set(0, f"the replicas cannot be reached: {_last_line(error)}")
             await asyncio.sleep(pause)
 
+    def _lost_sight(self, task: asyncio.Task[None]) -> None:
+        """Nobody looks at the replicas any more: an error that nobody expected."""
+        error = None if task.cancelled() else task.exception()
+        if error is not None:
+            log.error("the replicas are out of sight", exc_info=error)
+            self._set(0, f"the replicas are out of sight: {_last_line(error)}; start again")
+
     def _connect(self) -> Any:
         """Start what is to be started; a handle of the replicas."""
         if not ray.is_initialized():
@@ -242,8 +250,7 @@ class RayBackend:
         if not found:
             self._set(0, f"the cluster runs no application {APPLICATION}; deploy it")
             return
-        states = {state.value: count for state, count in found.replica_states.items()}
-        running = states.get("RUNNING", 0)
+        running = found.replica_states.get("RUNNING", 0)
         if running and self.about is None:
             described = await self._handle.describe.remote()
             wrong = _differences(described["setup"], setup_message(self.config))
