@@ -37,7 +37,7 @@ from mv2v_engine.serving.records import JobRecord, SessionRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 # a loaded machine starts processes slowly, which is no matter of these tests
-PATIENCE = 900.0
+PATIENCE = 240.0
 SLOW = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_gcs_server_request_timeout_seconds": "600",
