@@ -60,10 +60,11 @@ demo-edit: $(VENV)/.installed demo/long.mp4
 	$(RUN) -m mv2v_engine.run edit demo/long.mp4 --prompt "make the sphere red" \
 	  --out demo/edited.mp4 --overwrite
 
-# processes rather than threads: these spin while they wait, beside each other
+# processes rather than threads: these spin while they wait, beside each other; many tests start
+# Python, which is quicker where it finds the package compiled
 .PHONY: test
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 $(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest $(PYTEST_ARGS)
 
 RESULTS := profiling/results
 BENCH := $(RUN) profiling

@@ -1,23 +1,29 @@
-"""Configurations: frozen, flat, one per component; presets are plain values and functions.
+"""Configurations: frozen, flat, one per component.
 
-C transformer width, k spatial patch of a tokenizer.
+What a transformer looks like is in `shapes`, and is imported from here.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
 from mv2v_engine.errors import RequestError
+from mv2v_engine.shapes import LUCY_5B as LUCY_5B
+from mv2v_engine.shapes import TINY as TINY
+from mv2v_engine.shapes import TINY_EDIT as TINY_EDIT
+from mv2v_engine.shapes import WAN_1_3B as WAN_1_3B
+from mv2v_engine.shapes import WAN_5B as WAN_5B
+from mv2v_engine.shapes import CameraConditioning as CameraConditioning
+from mv2v_engine.shapes import MergerConfig as MergerConfig
+from mv2v_engine.shapes import TransformerConfig as TransformerConfig
 
 MergeMode = Literal["conv", "discard", "off"]
 MergeScope = Literal["group", "joint"]
 Conditioning = Literal["joint", "static"]
 Reuse = Literal["exact", "approximate"]
-CameraConditioning = Literal["own", "target", "none"]
 RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
 BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
@@ -30,152 +36,6 @@ MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
 SchedulerName = Literal["euler", "unipc"]
 TextOffload = Literal["auto", "always", "never"]
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class MergerConfig:
-    """The convolution C_theta that fuses a frame's neighbouring tokens (METHOD 7, Eq. 6).
-
-    kernel: rows and columns, equal to the stride. groups: 1 dense, C depth-wise.
-    pooled: average the cells first and apply a linear layer (a 1x1 kernel's weights).
-    shared: one module serves every merging block.
-    """
-
-    kernel: tuple[int, int] = (2, 2)
-    groups: int = 1
-    bias: bool = True
-    pooled: bool = False
-    shared: bool = False
-
-    def __post_init__(self) -> None:
-        if min(self.kernel) < 1 or self.kernel == (1, 1):
-            raise RequestError(f"a merge kernel must cover at least two cells, got {self.kernel}")
-
-
-@dataclass(frozen=True, kw_only=True, slots=True)
-class TransformerConfig:
-    """Shape of an `MV2VTransformer`; the words are diffusers' `WanTransformer3DModel`'s.
-
-    source_channels: how many of in_channels, the last ones, hold the source's latents beside the
-        target's (Lucy-Edit); 0 where a source is tokens of its own.
-    tokenizers: spatial patches k of the conditioning tokenizers, empty for a base without them.
-    merge_blocks: 0-indexed blocks before whose attention tokens merge; None takes METHOD 7's
-        thirds. camera_conditioning: whose camera a conditioning token gets (METHOD 5); "none"
-        for a base without camera modules.
-    """
-
-    num_layers: int
-    num_attention_heads: int
-    attention_head_dim: int
-    ffn_dim: int
-    in_channels: int
-    out_channels: int
-    source_channels: int = 0
-    text_dim: int = 4096
-    text_len: int = 512
-    freq_dim: int = 256
-    eps: float = 1e-6
-    rope_theta: float = 10000.0
-    camera_conditioning: CameraConditioning = "own"
-    tokenizers: tuple[int, ...] = (2, 4, 8)
-    merger: MergerConfig | None = MergerConfig()
-    merge_blocks: tuple[int, ...] | None = None
-
-    def __post_init__(self) -> None:
-        if self.attention_head_dim % 2:
-            raise RequestError(f"attention_head_dim must be even, got {self.attention_head_dim}")
-        if any(k % 2 or k < 2 for k in self.tokenizers):
-            raise RequestError(f"tokenizer patches must be even, got {self.tokenizers}")
-        if self.source_channels and not (
-            self.source_channels == self.out_channels == self.latent_channels
-        ):
-            raise RequestError(
-                "a source on channels has as many as the target: expected in_channels twice "
-                f"out_channels, got {self.in_channels} in, {self.out_channels} out and "
-                f"source_channels {self.source_channels}"
-            )
-        depth = self.num_layers
-        if self.merge_blocks is None:
-            blocks = (depth // 3, 2 * depth // 3) if depth >= 3 else ()
-            object.__setattr__(self, "merge_blocks", blocks)
-        if any(not 0 <= block < depth for block in self.merging_blocks):
-            raise RequestError(f"merge_blocks {self.merge_blocks} must lie below {depth} blocks")
-
-    @property
-    def dim(self) -> int:
-        """C, the transformer width."""
-        return self.num_attention_heads * self.attention_head_dim
-
-    @property
-    def latent_channels(self) -> int:
-        """Of one video's latents."""
-        return self.in_channels - self.source_channels
-
-    def channels_of(self, role: str) -> int:
-        """Of a segment's latents: the target's carry the source's as well, if it is on channels."""
-        return self.in_channels if role == "target" else self.latent_channels
-
-    @property
-    def has_camera(self) -> bool:
-        return self.camera_conditioning != "none"
-
-    @property
-    def merging_blocks(self) -> tuple[int, ...]:
-        return self.merge_blocks or ()
-
-
-# Wan2.1-T2V-1.3B with ReCamMaster's camera modules and Memory-V2V's tokenizers and mergers.
-WAN_1_3B = TransformerConfig(
-    num_layers=30,
-    num_attention_heads=12,
-    attention_head_dim=128,
-    ffn_dim=8960,
-    in_channels=16,
-    out_channels=16,
-)
-
-# Wan2.2-TI2V-5B with Memory-V2V's tokenizers and mergers, no camera.
-WAN_5B = TransformerConfig(
-    num_layers=30,
-    num_attention_heads=24,
-    attention_head_dim=128,
-    ffn_dim=14336,
-    in_channels=48,
-    out_channels=48,
-    camera_conditioning="none",
-)
-
-# Lucy-Edit: the same with the source on the target's channels; memory is extra tokens.
-LUCY_5B = dataclasses.replace(WAN_5B, in_channels=96, source_channels=48)
-
-# The embedded default's transformer, small enough to be trained and run on two CPU cores.
-TINY = TransformerConfig(
-    num_layers=8,
-    num_attention_heads=3,
-    attention_head_dim=48,
-    ffn_dim=576,
-    in_channels=16,
-    out_channels=16,
-    text_dim=64,
-    text_len=8,
-    freq_dim=128,
-)
-
-# The embedded editing model's: for instructions. Wider, for target and source share a token.
-TINY_EDIT = TransformerConfig(
-    num_layers=5,
-    num_attention_heads=5,
-    attention_head_dim=48,
-    ffn_dim=720,
-    in_channels=32,
-    out_channels=16,
-    source_channels=16,
-    text_dim=64,
-    text_len=16,
-    freq_dim=128,
-    camera_conditioning="none",
-    merger=MergerConfig(shared=True),
-)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

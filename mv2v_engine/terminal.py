@@ -16,7 +16,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from mv2v_engine.envs import is_ci
+from mv2v_engine.envs import is_ci, launched_rank
 from mv2v_engine.progress import (
     CancelToken,
     Event,
@@ -26,6 +26,8 @@ from mv2v_engine.progress import (
     WindowStarted,
 )
 
+# torchrun passes a Ctrl-C on which its processes have from the terminal already
+ECHO_SECONDS = 3.0
 _STAGES = ("vae", "text", "memory", "sampling")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
@@ -104,14 +106,17 @@ class _Lines:
 
 @contextmanager
 def cancel_on_interrupt() -> Iterator[CancelToken]:
-    """A token that Ctrl-C sets; a second Ctrl-C interrupts at once."""
-    token = CancelToken()
+    """A token that Ctrl-C sets; a second Ctrl-C interrupts at once, under torchrun unless it comes
+    within `ECHO_SECONDS`."""
+    token, patience = CancelToken(), 0.0 if launched_rank() is None else ECHO_SECONDS
+    pressed: list[float] = []
     if threading.current_thread() is not threading.main_thread():
         yield token
         return
 
     def interrupt(number: int, frame: FrameType | None) -> None:
-        if token.cancelled:
+        pressed.append(time.monotonic())
+        if len(pressed) > 1 and pressed[-1] - pressed[0] >= patience:
             raise KeyboardInterrupt
         token.cancel()
 

@@ -29,7 +29,7 @@ from mv2v_engine import CancelToken, Engine
 from mv2v_engine.camera.trajectories import PRESETS, named_trajectory
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.report import turn_flops
-from mv2v_engine.engine.runner import Conditioning, Denoiser, denoise
+from mv2v_engine.engine.runner import Conditioning, Denoiser, NoisyTurn, denoise
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.progress import Event, Spans, StageDone, StageStarted
 from mv2v_engine.sampling.flow_match import make_solver
@@ -125,14 +125,15 @@ def denoised_turns(
         for config, kind in KINDS.items():
             plan, spans = setting.plan(kind, count), Spans(setting.device)
             given = Inputs(setting, plan)
-            denoiser = Denoiser(
-                setting.transformer,
-                plan,
-                Conditioning(given.latents[1:], given.cameras, given.text, given.text),
-                given.latents[0],
-                make_solver("euler", steps, setting.sampling.flow_shift),
+            turn = NoisyTurn(
+                transformer=setting.transformer,
+                plan=plan,
+                conditioning=Conditioning(given.latents[1:], given.cameras, given.text, given.text),
+                noise=given.latents[0],
+                solver=make_solver("euler", steps, setting.sampling.flow_shift),
                 guidance_scale=guidance,
             )
+            denoiser = Denoiser(turn)
             with spans.stage("sampling"):
                 for _ in denoise(denoiser, CancelToken()):
                     pass

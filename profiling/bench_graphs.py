@@ -29,7 +29,7 @@ from mv2v_engine.config import WAN_1_3B, Conditioning, TransformerConfig
 from mv2v_engine.engine.buffers import Conditioning as Given
 from mv2v_engine.engine.capture import open_recorder
 from mv2v_engine.engine.graphs import Graphs, flops_per_launch
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.runner import Denoiser, NoisyTurn
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.backend import resolve
@@ -102,16 +102,16 @@ class Turns:
 
     def run(self, graphs: Graphs | None) -> tuple[torch.Tensor, float, float, dict[str, Any]]:
         """Latents, seconds and host seconds of a step after the first, and how the steps ran."""
-        denoiser = Denoiser(
-            self.model,
-            self.plan,
-            self.given,
-            self.noise,
+        turn = NoisyTurn(
+            transformer=self.model,
+            plan=self.plan,
+            conditioning=self.given,
+            noise=self.noise,
             # the first step, which may fill K and V, is not timed
-            make_solver("euler", self.steps + 1, 5.0),
+            solver=make_solver("euler", self.steps + 1, 5.0),
             guidance_scale=1.0,
-            graphs=graphs,
         )
+        denoiser = Denoiser(turn, graphs=graphs)
         try:
             denoiser.step()
             self._wait()

@@ -1,12 +1,18 @@
 """Videos that are broken on purpose: cut, flipped, and with headers that lie. The same each time.
 
-Made of a whole mp4. A decoder makes up for some damage, so not every one is without a picture.
+Made of a whole mp4. Some damage reaches no picture, such as a lie about the time of creation: that
+file shows what the whole one shows.
 """
 
 from __future__ import annotations
 
 import random
 from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import torch
+
+from mv2v_engine.video.io import read_video
 
 # an mp4's boxes, and how many bytes behind its name a lie can begin
 _BOXES = (
@@ -32,6 +38,17 @@ _OTHERS = (
     b"#EXTM3U\n#EXT-X-TARGETDURATION:10\n#EXTINF:10,\nfile:///etc/passwd\n#EXT-X-ENDLIST\n",
     b"<?xml version='1.0'?><MPD xmlns='urn:mpeg:dash:schema:mpd:2011'></MPD>",
 )
+
+
+# damage that can leave a valid video of other pictures, or of the same at other times: that of the
+# pictures' own bits, and a number of a header that becomes another possible one
+SILENT = ("flipped bits", "overwritten", "lying header")
+
+
+def is_unharmed(path: Path, whole: Path) -> bool:
+    """Whether a file that was taken shows what the whole one shows, at the same times."""
+    found, expected = read_video(path), read_video(whole)
+    return found.fps == expected.fps and torch.equal(found.frames, expected.frames)
 
 
 def broken_videos(video: bytes, count: int, seed: int = 0) -> Iterator[tuple[str, bytes]]:

@@ -3,13 +3,19 @@
 `python profiling/fuzz_service.py [--requests 2000] [--videos 100] [--out profiling/results/...]`
 
 The real command, with its worker. Requests are made by schemathesis of its OpenAPI, by damaging
-good bodies, and as raw bytes on a socket. It fails, exit code 1, if one is answered with a server
-error or not at all, if the service has logged a fault or kept a file, or makes no turn afterwards.
+good bodies, and as raw bytes on a socket, until there are so many that the OpenAPI does not allow;
+those that it allows all the same are rows of their own (`_allowed`). So are files whose damage
+reached no picture (`videos_unharmed`) or left a valid stream (`videos_valid`).
+
+It fails, exit code 1, if a request is answered with a server error or not at all, if a malformed
+one or a broken video is taken, if the service has logged a fault or kept a file, or makes no turn
+afterwards.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import random
 import socket
@@ -17,7 +23,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,11 +32,13 @@ from urllib.parse import urlsplit
 import httpx
 import requests
 import torch
-from broken_videos import broken_videos
+from broken_videos import SILENT, broken_videos, is_unharmed
+from contract import Contract, allows_sent, body_of, whole_request
 from http_service import Served, demo_clip, finished_job, new_session, served
+from malformed_requests import damaged, raw_requests
 from measure import Report, digits, provenance, table
 from schema_fuzz import fuzz_schema
-from schemathesis import GenerationMode
+from schemathesis import Case, GenerationMode, Response
 from schemathesis.core.failures import FailureGroup
 
 # an answer that takes longer is a hang; decoding a broken video has its own, shorter, limit
@@ -55,16 +63,6 @@ class Phase:
         self.statuses["closed" if status is None else str(status)] += 1
         self.seconds.append(seconds)
 
-    def timed(self, send: Callable[[], int | None]) -> None:
-        """Send one request."""
-        began = time.perf_counter()
-        try:
-            status = send()
-        except (httpx.TimeoutException, TimeoutError):
-            self.hangs += 1
-            return
-        self.note(status, time.perf_counter() - began)
-
     @property
     def server_errors(self) -> int:
         return sum(count for status, count in self.statuses.items() if status[0] == "5")
@@ -86,55 +84,79 @@ class Phase:
         }
 
 
-def of_schema(service: Served, known: dict[str, Any], count: int, seed: int) -> Phase:
-    """Requests that the schema forbids; a few that it allows."""
-    phase = Phase("schema")
-    # twenty-odd operations have something that can be wrong, and three have nothing
-    malformed = max(1, round(count / 23))
-    start = seed
-    while len(phase.seconds) < count:
+class Sorted:
+    """Requests that the OpenAPI does not allow, and those that it does."""
+
+    def __init__(self, name: str, contract: Contract) -> None:
+        self.contract = contract
+        self.malformed, self.allowed = Phase(name), Phase(f"{name}_allowed")
+
+    @property
+    def num_malformed(self) -> int:
+        return len(self.malformed.seconds) + self.malformed.hangs
+
+    @property
+    def phases(self) -> list[Phase]:
+        return [self.malformed, self.allowed]
+
+    def note(self, is_allowed: bool, status: int | None, seconds: float, sent: bytes) -> None:
+        phase = self.allowed if is_allowed else self.malformed
+        phase.note(status, seconds)
+        if status is not None and status < 300 and not is_allowed:
+            phase.failures.append(f"{status} for what the schema does not allow: {sent[:200]!r}")
+
+    def timed(self, is_allowed: bool, sent: bytes, send: Callable[[], int | None]) -> None:
+        """Send one request."""
+        began = time.perf_counter()
+        try:
+            status = send()
+        except (httpx.TimeoutException, TimeoutError):
+            (self.allowed if is_allowed else self.malformed).hangs += 1
+            return
+        self.note(is_allowed, status, time.perf_counter() - began, sent)
+
+
+def of_schema(
+    service: Served, contract: Contract, known: dict[str, Any], count: int, seed: int
+) -> list[Phase]:
+    """Requests that schemathesis means the schema to forbid."""
+    found, start = Sorted("schema", contract), seed
+
+    def answered(case: Case, answer: Response) -> None:
+        sent = answer.request
+        found.note(allows_sent(contract, sent), answer.status_code, answer.elapsed, said(sent))
+
+    while found.num_malformed < count:
+        # a good half of them is, by twenty-odd operations that have something to spoil
+        share = max(1, round((count - found.num_malformed) / 12))
         try:
             fuzz_schema(
                 service.address,
                 known,
-                lambda case, answer: phase.note(answer.status_code, answer.elapsed),
-                modes={GenerationMode.NEGATIVE: malformed},
+                answered,
+                modes={GenerationMode.NEGATIVE: share},
                 timeout=HANG_SECONDS,
                 start=start,
             )
         except FailureGroup as failures:
-            phase.failures += [str(failure) for failure in failures.exceptions]
-            return phase
+            found.malformed.failures += [str(failure) for failure in failures.exceptions]
+            break
         except requests.Timeout:
-            phase.hangs += 1
-            return phase
+            found.malformed.hangs += 1
+            break
         start += 1
-        malformed = max(1, round((count - len(phase.seconds)) / 23))
-    return phase
+    return found.phases
 
 
-def damaged(data: bytes, pick: random.Random) -> bytes:
-    """A body with something wrong somewhere."""
-    at = pick.randrange(len(data))
-    end = at + pick.randrange(1, 9)
-    kind = pick.randrange(6)
-    if kind == 0:
-        return data[:at]
-    if kind == 1:
-        return data[:at] + pick.randbytes(end - at) + data[end:]
-    if kind == 2:
-        return data[:at] + data[end:]
-    if kind == 3:
-        return data[:at] + data[at : at + 64] * pick.choice((2, 50)) + data[at:]
-    if kind == 4:
-        other = pick.choice((b"null", b"[]", b"{}", b"1e999", b"-1", b'"\\ud800"', b"\0", b"NaN"))
-        return data[:at] + other + data[end:]
-    return pick.choice((b"[", b'{"a":', b'"')) * pick.choice((3, 5000)) + data
+def said(sent: requests.PreparedRequest) -> bytes:
+    return f"{sent.method} {sent.url} ".encode() + body_of(sent)
 
 
-def of_bodies(client: httpx.Client, session: str, clip: bytes, count: int, seed: int) -> Phase:
+def of_bodies(
+    client: httpx.Client, contract: Contract, session: str, clip: bytes, count: int, seed: int
+) -> list[Phase]:
     """Damaged JSON and forms, with the type of a good one."""
-    phase, pick = Phase("bodies"), random.Random(seed)
+    found, pick = Sorted("bodies", contract), random.Random(seed)
     poses = [[[1, 0, 0, 0.0], [0, 1, 0, 0], [0, 0, 1, 0]]] * 17
     camera = {"format": "mv2v-camera", "version": 1, "size": [96, 160], "poses": poses}
     turn = {"seed": 3, "num_inference_steps": 1, "guidance_scale": 1.0, "memory": "none"}
@@ -152,14 +174,17 @@ def of_bodies(client: httpx.Client, session: str, clip: bytes, count: int, seed:
         ("/v1/sessions", forms, form.read()),
         ("/v1/videos", forms, form.read()),
     ]
-    for number in range(count):
-        path, headers, body = targets[number % len(targets)]
+    for path, headers, body in itertools.cycle(targets):
         sent = damaged(body, pick)
-        phase.timed(partial(_post, client, path, sent, headers))
-        if number % 50 == 49:
+        kind = {"content-type": headers["Content-Type"]}
+        is_allowed = contract.allows("POST", path, kind, sent)
+        found.timed(is_allowed, sent, partial(_post, client, path, sent, headers))
+        if sum(len(phase.seconds) for phase in found.phases) % 50 == 0:
             _empty(client, session)
+        if found.num_malformed == count:
+            break
     _empty(client, session)
-    return phase
+    return found.phases
 
 
 def _post(client: httpx.Client, path: str, body: bytes, headers: dict[str, str]) -> int:
@@ -175,76 +200,64 @@ def _empty(client: httpx.Client, keep: str) -> None:
             client.delete(f"/v1/sessions/{session['id']}")
 
 
-def raw_requests(session: str, host: str, pick: random.Random) -> Iterator[bytes]:
-    """Requests whose HTTP itself is wrong, without end."""
-    head = f"Host: {host}\r\nConnection: close\r\n"
-    body = '{"camera": "pan:5"}'
-    whole = (
-        f"POST /v1/sessions/{session}/turns HTTP/1.1\r\n{head}Content-Type: application/json\r\n"
-    )
-    while True:
-        kind = pick.randrange(9)
-        if kind == 0:
-            yield pick.randbytes(pick.choice((1, 40, 4000)))
-        elif kind == 1:
-            yield f"GET /{'a' * pick.choice((9000, 70_000))} HTTP/1.1\r\n{head}\r\n".encode()
-        elif kind == 2:
-            yield f"GET / HTTP/1.1\r\n{head}{'X: y' * 30_000}\r\n\r\n".encode()
-        elif kind == 3:
-            length = pick.choice(("-1", "abc", "9" * 30, "3", "500", "1e3", "0x10"))
-            yield f"{whole}Content-Length: {length}\r\n\r\n{body}".encode()
-        elif kind == 4:
-            size = pick.choice(("zz", "-5", "ffffffffffffffff", "13", ""))
-            yield f"{whole}Transfer-Encoding: chunked\r\n\r\n{size}\r\n{body}\r\n0\r\n\r\n".encode()
-        elif kind == 5:
-            path = pick.choice(
-                ("/%00", "/%ff%fe", "/v1/sessions/%2e%2e", "//", "*", "/page/%2e%2e")
-            )
-            yield f"GET {path} HTTP/1.1\r\n{head}\r\n".encode()
-        elif kind == 6:
-            method = pick.choice(("TRACE", "CONNECT", "get", "\x00", "A" * 500, "PROPFIND"))
-            yield f"{method} /v1/sessions HTTP/1.1\r\n{head}\r\n".encode()
-        elif kind == 7:
-            range_ = pick.choice(
-                ("bytes=9-", "bytes=--1", "bytes=1-1,2-2", "bytes=" + "0-1," * 999)
-            )
-            where = f"/v1/sessions/{session}/source"
-            yield f"GET {where} HTTP/1.1\r\n{head}Range: {range_}\r\n\r\n".encode()
-        else:
-            good = f"{whole}Content-Length: {len(body)}\r\n\r\n{body}".encode()
-            yield damaged(good, pick)
-
-
-def of_bytes(service: Served, session: str, count: int, seed: int) -> Phase:
+def of_bytes(
+    service: Served, contract: Contract, session: str, count: int, seed: int
+) -> list[Phase]:
     """Bytes on a socket. A connection that is closed at once is an answer, too."""
-    phase, pick = Phase("bytes"), random.Random(seed)
+    found, pick = Sorted("bytes", contract), random.Random(seed)
     place = urlsplit(service.address)
     assert place.hostname is not None and place.port is not None
-    coming = raw_requests(session, place.netloc, pick)
 
-    def send() -> int | None:
-        data = next(coming)
+    def send(data: bytes, is_whole: bool) -> int | None:
         with socket.create_connection((place.hostname, place.port), HANG_SECONDS) as connection:
             try:
                 connection.sendall(data)
-                # whoever waits for more learns that there is none
-                connection.shutdown(socket.SHUT_WR)
-                said = connection.makefile("rb").readline(100)
+                if not is_whole:
+                    # whoever waits for more learns that there is none
+                    connection.shutdown(socket.SHUT_WR)
+                line = connection.makefile("rb").readline(100)
             except ConnectionError:
                 return None
-        return int(said.split()[1]) if said.startswith(b"HTTP/") else None
+        return int(line.split()[1]) if line.startswith(b"HTTP/") else None
 
-    for _ in range(count):
-        phase.timed(send)
-    return phase
+    for data in raw_requests(session, place.netloc, pick):
+        request = whole_request(data)
+        is_allowed = request is not None and contract.allows(*request)
+        found.timed(is_allowed, data, partial(send, data, request is not None))
+        if found.num_malformed == count:
+            break
+    return found.phases
 
 
-def of_videos(client: httpx.Client, clip: bytes, count: int, seed: int) -> Phase:
-    """Broken videos. One that decodes to its end all the same is taken, and removed."""
-    phase = Phase("videos")
-    for _, data in broken_videos(clip, count, seed):
-        phase.timed(partial(_upload, client, data))
-    return phase
+def of_videos(
+    client: httpx.Client, folder: Path, clip: bytes, count: int, seed: int
+) -> list[Phase]:
+    """Broken videos, until there are so many; and what turned out to be none."""
+    broken, unharmed, valid = (Phase(f"videos{end}") for end in ("", "_unharmed", "_valid"))
+    whole, path = folder / "whole.mp4", folder / "damaged.mp4"
+    whole.write_bytes(clip)
+    for what, data in broken_videos(clip, 9 * count, seed):
+        if len(broken.seconds) + broken.hangs == count:
+            break
+        began = time.perf_counter()
+        try:
+            status = _upload(client, data)
+        except httpx.TimeoutException:
+            broken.hangs += 1
+            continue
+        phase, seconds = broken, time.perf_counter() - began
+        if status == 201:
+            path.write_bytes(data)
+            if is_unharmed(path, whole):
+                phase = unharmed
+            elif what in SILENT:
+                phase = valid
+            else:
+                broken.failures.append(f"{what}: taken, and shows something else")
+        phase.note(status, seconds)
+    if len(broken.seconds) + broken.hangs < count:
+        broken.failures.append(f"only {len(broken.seconds)} broken videos were made")
+    return [broken, unharmed, valid]
 
 
 def _upload(client: httpx.Client, data: bytes) -> int:
@@ -275,16 +288,19 @@ def main() -> int:
             job = finished_job(client, session, camera="pan:5", num_inference_steps=1)
             known = {"session_id": session, "job_id": job, "video_id": job, "number": 1}
             first, second = (round(share * args.requests) for share in (_OF_SCHEMA, _DAMAGED))
+            third = args.requests - first - second
+            contract = Contract(client.get("/openapi.json").json())
             phases = []
             for run in (
-                lambda: of_schema(service, known, first, args.seed),
-                lambda: of_bodies(client, session, clip, second, args.seed),
-                lambda: of_bytes(service, session, args.requests - first - second, args.seed),
-                lambda: of_videos(client, clip, args.videos, args.seed),
+                lambda: of_schema(service, contract, known, first, args.seed),
+                lambda: of_bodies(client, contract, session, clip, second, args.seed),
+                lambda: of_bytes(service, contract, session, third, args.seed),
+                lambda: of_videos(client, folder, clip, args.videos, args.seed),
             ):
-                phases.append(run())
-                report.add(**phases[-1].row(), seed=args.seed)
-                problems += phases[-1].failures
+                for phase in run():
+                    phases.append(phase)
+                    report.add(**phase.row(), seed=args.seed)
+                    problems += phase.failures
             _empty(client, session)
             finished_job(client, session, camera="pan:6", num_inference_steps=1)
             left = list((folder / "store" / "uploads").iterdir())

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
+import importlib
 import re
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -40,20 +39,15 @@ def run_page(page: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> dict[s
     monkeypatch.chdir(folder)
     for _, commands in blocks(page, "bash"):
         for command in commands.splitlines():
-            words = command.split()
-            assert words[0] == "python", command
-            subprocess.run([sys.executable, *words[1:]], check=True)
+            python, option, module, *words = command.split()
+            assert (python, option) == ("python", "-m"), command
+            monkeypatch.setattr("sys.argv", [module, *words])
+            importlib.import_module(module).main()
     names: dict[str, Any] = {"__name__": page}
     for line, code in blocks(page, "python"):
         # errors then name the page and its line
         exec(compile("\n" * (line - 1) + code, page, "exec"), names)
     return names
-
-
-@pytest.fixture(autouse=True)
-def _find_the_package(monkeypatch: pytest.MonkeyPatch) -> None:
-    # where it is not installed: the blocks run in other folders
-    monkeypatch.setenv("PYTHONPATH", str(DOCS.parent))
 
 
 def test_embedding(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

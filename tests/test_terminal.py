@@ -2,71 +2,69 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import os
 import pty
+import signal
 import struct
-import subprocess
-import sys
 import termios
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from mv2v_engine.progress import StageDone, StageStarted, StepDone, WindowDone, WindowStarted
-from mv2v_engine.terminal import clock, edit_table, table, turn_progress, turn_table
+from mv2v_engine.terminal import (
+    ECHO_SECONDS,
+    cancel_on_interrupt,
+    clock,
+    edit_table,
+    table,
+    turn_progress,
+    turn_table,
+)
 
 STAGES = "vae s text s memory s sampling s"
-ROOT = Path(__file__).resolve().parents[1]
-SHOW = """
-from mv2v_engine.progress import StageStarted, StepDone
-from mv2v_engine.terminal import turn_progress
-with turn_progress("turn 1/2 pan", 4) as show:
-    show(StageStarted("sampling"))
-    for step in (1, 2, 3, 4):
-        show(StepDone("sampling", step, 4, 60.0 * (4 - step)))
-    show(StageStarted("vae"))
-"""
 
 
-def on_a_terminal(environment: dict[str, str]) -> tuple[str, str]:
-    """What the code above shows on its stderr, a terminal, and on its stdout, a pipe."""
+def on_a_terminal(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ci: str
+) -> tuple[str, str]:
+    """What a turn shows on stderr, a terminal, and on stdout."""
     leader, follower = pty.openpty()
     os.set_blocking(leader, False)
     fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 20, 100, 0, 0))
-    done = subprocess.run(
-        [sys.executable, "-c", SHOW],
-        cwd=ROOT,
-        stdout=subprocess.PIPE,
-        stderr=follower,
-        text=True,
-        timeout=60,
-        env={**os.environ, **environment},
-    )
     shown = b""
-    try:
-        shown = os.read(leader, 1 << 16)
-    except BlockingIOError:
-        pass
-    finally:
-        os.close(leader)
-        os.close(follower)
-    assert done.returncode == 0
-    return shown.decode(), done.stdout
+    with monkeypatch.context() as patch, os.fdopen(follower, "w") as terminal:
+        patch.setenv("CI", ci)
+        patch.setattr("sys.stderr", terminal)
+        with turn_progress("turn 1/2 pan", 4) as show:
+            show(StageStarted("sampling"))
+            for step in (1, 2, 3, 4):
+                show(StepDone("sampling", step, 4, 60.0 * (4 - step)))
+            show(StageStarted("vae"))
+        terminal.flush()
+        with contextlib.suppress(BlockingIOError):
+            shown = os.read(leader, 1 << 16)
+    os.close(leader)
+    return shown.decode(), capsys.readouterr().out
 
 
-def test_a_terminal_gets_a_bar() -> None:
-    shown, printed = on_a_terminal({"CI": ""})
+def test_a_terminal_gets_a_bar(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, printed = on_a_terminal(monkeypatch, capsys, "")
     assert printed == ""
     states = [state.strip() for state in shown.replace("\n", "\r").split("\r") if state.strip()]
     assert states[0].startswith("turn 1/2 pan |") and "0/4" in states[0]
     assert states[-1].startswith("turn 1/2 pan  done |") and states[-1].endswith("4/4")
 
 
-def test_continuous_integration_gets_lines() -> None:
-    shown, printed = on_a_terminal({"CI": "true"})
+def test_continuous_integration_gets_lines(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    shown, printed = on_a_terminal(monkeypatch, capsys, "true")
     assert shown == ""
     assert printed.splitlines() == [
         "turn 1/2 pan  sampling",
@@ -76,6 +74,29 @@ def test_continuous_integration_gets_lines() -> None:
         "turn 1/2 pan  sampling 4/4, 0:00 left",
         "turn 1/2 pan  vae",
     ]
+
+
+@pytest.mark.parametrize(("rank", "patience"), [(None, 0.0), ("0", ECHO_SECONDS)])
+def test_a_second_interrupt_does_not_wait_and_torchruns_echo_is_none(
+    monkeypatch: pytest.MonkeyPatch, rank: str | None, patience: float
+) -> None:
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+        if rank is not None:
+            monkeypatch.setenv(name, "2" if name == "WORLD_SIZE" else rank)
+    now = 100.0
+    monkeypatch.setattr("mv2v_engine.terminal.time", SimpleNamespace(monotonic=lambda: now))
+    with pytest.raises(KeyboardInterrupt), cancel_on_interrupt() as token:
+        assert not token.cancelled
+        signal.raise_signal(signal.SIGINT)
+        assert token.cancelled
+        if patience:
+            now += patience / 2
+            signal.raise_signal(signal.SIGINT)
+        now += patience / 2
+        signal.raise_signal(signal.SIGINT)
+        pytest.fail("it was not interrupted")
+    assert now == 100.0 + patience
 
 
 def test_many_steps_make_ten_lines(capsys: pytest.CaptureFixture[str]) -> None:

@@ -34,6 +34,15 @@ class Conditioning:
     negative_text: Tensor | None
     source: Tensor | None = None
 
+    @property
+    def texts(self) -> list[Tensor]:
+        """One for each guidance branch, the positive one first."""
+        return [self.text] if self.negative_text is None else [self.text, self.negative_text]
+
+    def at_scale(self, guidance_scale: float) -> Conditioning:
+        """Without text that guidance does not need."""
+        return self if needs_guidance(guidance_scale) else replace(self, negative_text=None)
+
 
 @dataclass(frozen=True, eq=False)
 class StepBuffers:
@@ -64,8 +73,6 @@ class StepBuffers:
         moves_latents: bool,
     ) -> StepBuffers:
         """The turn's own tensors; text that guidance does not need is left out."""
-        if not needs_guidance(guidance_scale):
-            conditioning = replace(conditioning, negative_text=None)
         # a copy even where the noise lies right: it is moved in place
         latents = noise.to(device, torch.float32, copy=True)
         return cls(
@@ -74,14 +81,8 @@ class StepBuffers:
             torch.zeros(1, device=device),
             torch.full((1,), guidance_scale, dtype=torch.float32, device=device),
             None if moves_latents else torch.zeros_like(latents),
-            conditioning,
+            conditioning.at_scale(guidance_scale),
         )
-
-    @property
-    def texts(self) -> list[Tensor]:
-        """One for each guidance branch, the positive one first."""
-        given = self.conditioning
-        return [given.text] if given.negative_text is None else [given.text, given.negative_text]
 
     @property
     def noisy(self) -> Tensor:
@@ -96,7 +97,7 @@ class StepBuffers:
         yield from self.conditioning.latents
         yield from () if self.conditioning.source is None else (self.conditioning.source,)
         yield from () if self.conditioning.cameras is None else (self.conditioning.cameras,)
-        yield from self.texts
+        yield from self.conditioning.texts
         for record in self.records or ():
             yield from (record.merged, record.responsiveness, record.frames)
 

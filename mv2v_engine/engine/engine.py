@@ -26,7 +26,7 @@ from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.follower import follow
 from mv2v_engine.engine.footage import RecentFrames
 from mv2v_engine.engine.graphs import open_graphs
-from mv2v_engine.engine.loading import check_parts, configure, load_parts
+from mv2v_engine.engine.loading import check_parts, check_same_weights, configure, load_parts
 from mv2v_engine.engine.opening import AnySource, open_edit_session, open_view_session
 from mv2v_engine.engine.places import default_dtype, rank_device
 from mv2v_engine.engine.request import TurnRequest, check_text
@@ -43,16 +43,6 @@ from mv2v_engine.progress import CancelToken
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.vae import VideoVAE
-
-# settings that all engines on the same weights share
-_OF_THE_WEIGHTS = (
-    "backend",
-    "attention",
-    "responsiveness_heads",
-    "feed_forward_chunk",
-    "text_offload",
-    "parallel",
-)
 
 
 class Engine:
@@ -165,13 +155,7 @@ class Engine:
         Raises:
             RequestError: a setting differs that belongs to the weights.
         """
-        for name in _OF_THE_WEIGHTS:
-            own, asked = getattr(self.config, name), getattr(config, name)
-            if own != asked:
-                raise RequestError(
-                    f"{name} is shared by all engines on these weights: it is {own!r}, asked was "
-                    f"{asked!r}; load them again with from_pretrained"
-                )
+        check_same_weights(self.config, config)
         return Engine(
             self.checkpoint,
             self.vae,
@@ -250,6 +234,7 @@ class Engine:
         cuts: Sequence[int] | None = None,
         store: Path | str | None = None,
         resume: bool = False,
+        cancel: CancelToken | None = None,
     ) -> EditSession:
         """Open a session that edits a video of any length by instruction.
 
@@ -260,13 +245,15 @@ class Engine:
                 None looks for cuts in one pass over the video. No window straddles a cut: with a
                 cut at every frame, every frame is a window.
             store: a folder that keeps the session; `resume` takes up what it holds.
+            cancel: ends the look for cuts, which takes as long as the video is.
 
         Raises:
             VideoError, StorageError: what does not fit.
+            CancelledError: `cancel` was cancelled before the cuts were found.
             RequestError: so too, or the model renders novel views.
         """
         return open_edit_session(
-            self, source, id=id, fps=fps, cuts=cuts, store=store, resume=resume
+            self, source, id=id, fps=fps, cuts=cuts, store=store, resume=resume, cancel=cancel
         )
 
     def view_session(

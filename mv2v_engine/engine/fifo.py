@@ -25,13 +25,14 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.engine.runner import STAGE
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.fifo import FifoForward, fifo_schedule, fifo_stride
 from mv2v_engine.sampling.flow_match import initial_noise, shifted_sigmas
-from mv2v_engine.sampling.guidance import guide, needs_guidance
+from mv2v_engine.sampling.guidance import guide
 from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.flops import work_flops
 from mv2v_engine.tokens.plan import TokenPlan
@@ -72,9 +73,7 @@ class FifoQueue:
             raise ValueError("a FIFO edit needs the clip's source latents")
         self.transformer, self.plan, self.guidance_scale = transformer, plan, guidance_scale
         self.source = conditioning.source
-        self.texts = [conditioning.text]
-        if needs_guidance(guidance_scale) and conditioning.negative_text is not None:
-            self.texts.append(conditioning.negative_text)
+        self.texts = conditioning.at_scale(guidance_scale).texts
         self.sigmas = sigmas.to(self.source.device)
         self.num_forwards = 0
         steps, (_, channels, self.num_frames, *rest) = len(sigmas) - 1, self.source.shape
@@ -225,13 +224,8 @@ def _planned(
 def _conditioning(engine: Engine, prompt: str, scale: float, source: Tensor) -> Conditioning:
     """source: [C, N, H, W]."""
     engine.check_text(prompt, scale)
-    prompts = [prompt]
-    if needs_guidance(scale):
-        prompts.append(engine.sampling.negative_prompt)
-    text, *negative = engine.text_embeddings(prompts)
-    return Conditioning(
-        (), None, text, negative[0] if negative else None, source[None].to(engine.device)
-    )
+    texts = guidance_texts(engine, prompt, scale)
+    return Conditioning((), None, *texts, source[None].to(engine.device))
 
 
 def _driven(

@@ -12,7 +12,7 @@ from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.editing.descriptors import check_descriptor
 from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.places import component
-from mv2v_engine.errors import CheckpointError, MemoryBudgetError
+from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
@@ -22,6 +22,16 @@ from mv2v_engine.vae import VideoVAE, load_vae
 
 if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
+
+# settings that all engines on the same weights share
+_OF_THE_WEIGHTS = (
+    "backend",
+    "attention",
+    "responsiveness_heads",
+    "feed_forward_chunk",
+    "text_offload",
+    "parallel",
+)
 
 
 def load_parts(
@@ -96,6 +106,17 @@ def configure(
     transformer.responsiveness_heads = config.responsiveness_heads
     transformer.set_feed_forward_chunk(config.feed_forward_chunk)
     return backend, attention
+
+
+def check_same_weights(own: EngineConfig, asked: EngineConfig) -> None:
+    """Refuse settings that another engine on the same weights cannot have of its own."""
+    for name in _OF_THE_WEIGHTS:
+        one, other = getattr(own, name), getattr(asked, name)
+        if one != other:
+            raise RequestError(
+                f"{name} is shared by all engines on these weights: it is {one!r}, asked was "
+                f"{other!r}; load them again with from_pretrained"
+            )
 
 
 def check_parts(engine: Engine) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +19,7 @@ from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionFolder, SessionStore
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import RequestError, StorageError
+from mv2v_engine.progress import CancelToken
 from mv2v_engine.video.shots import find_cuts
 
 if TYPE_CHECKING:
@@ -91,6 +92,7 @@ def open_edit_session(
     cuts: Sequence[int] | None = None,
     store: Path | str | None = None,
     resume: bool = False,
+    cancel: CancelToken | None = None,
 ) -> EditSession:
     """As `Engine.edit_session`."""
     name, sampling = engine.checkpoint.name, engine.sampling
@@ -129,7 +131,7 @@ def open_edit_session(
             # found once, they are what the finished windows follow
             cuts = manifest["identity"].get("cuts") if cuts is None else cuts
     if cuts is None:
-        cuts = find_cuts(video.frames(), video.fps)
+        cuts = find_cuts(_until(cancel, video.frames()), video.fps)
     cuts = [int(cut) for cut in cuts]
     session = EditSession(
         engine,
@@ -156,6 +158,14 @@ def session_identity(
         "source camera": cameras.name if cameras else "static",
         "checkpoint": checkpoint,
     }
+
+
+def _until(cancel: CancelToken | None, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The same frames, as long as nobody cancels."""
+    for frame in frames:
+        if cancel is not None:
+            cancel.check()
+        yield frame
 
 
 def new_id() -> str:

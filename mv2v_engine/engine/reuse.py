@@ -15,18 +15,14 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import EngineConfig
-from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.graphs import Graphs
-from mv2v_engine.engine.runner import Denoised, Denoiser
-from mv2v_engine.engine.team import SharedDenoiser, Team
+from mv2v_engine.engine.runner import Denoised, Denoiser, NoisyTurn
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.joint_cache import JointCache
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.sampling.flow_match import Solver
 from mv2v_engine.sampling.step_cache import computed_steps, relative_changes
 from mv2v_engine.tokens.flops import Work
-from mv2v_engine.tokens.plan import TokenPlan
 
 Reason = Literal["first", "interval", "drift"]
 
@@ -58,30 +54,20 @@ class ReusingDenoiser(Denoiser):
     why_eager = "steps that reuse what earlier ones left run eagerly"
 
     def __init__(
-        self,
-        transformer: MV2VTransformer,
-        plan: TokenPlan,
-        conditioning: Conditioning,
-        noise: Tensor,
-        solver: Solver,
-        *,
-        guidance_scale: float,
-        config: EngineConfig,
-        graphs: Graphs | None = None,
+        self, turn: NoisyTurn, *, config: EngineConfig, graphs: Graphs | None = None
     ) -> None:
-        given = (transformer, plan, conditioning, noise, solver)
-        super().__init__(*given, guidance_scale=guidance_scale, graphs=graphs)
+        super().__init__(turn, graphs=graphs)
         self.config = config
         self.computed: tuple[bool, ...] = (True,) * self.total
         self.done: list[ReuseStep] = []
         if config.step_cache is not None:
-            self.computed = schedule(transformer, self.timesteps, config.step_cache)
+            self.computed = schedule(self.transformer, self.timesteps, config.step_cache)
             for branch in self.branches:
                 branch.residual = TargetResidual()
         self.caches: list[JointCache] = []
         if config.reuse == "approximate":
             for branch in self.branches:
-                self.caches.append(JointCache(plan, probes=config.reuse_drift is not None))
+                self.caches.append(JointCache(self.plan, probes=config.reuse_drift is not None))
                 branch.cache = self.caches[-1]
 
     @property
@@ -221,30 +207,6 @@ def schedule(
     with torch.no_grad():
         _, modulation = transformer.condition_embedder.time(timesteps_N)
     return computed_steps(relative_changes(modulation), threshold)
-
-
-def make_denoiser(
-    config: EngineConfig,
-    transformer: MV2VTransformer,
-    plan: TokenPlan,
-    conditioning: Conditioning,
-    noise: Tensor,
-    solver: Solver,
-    *,
-    guidance_scale: float,
-    graphs: Graphs | None = None,
-    team: Team | None = None,
-) -> Denoiser:
-    """The denoiser of a turn as its engine is configured; exact unless reuse was asked for.
-
-    team: the processes that share its steps.
-    """
-    given = (transformer, plan, conditioning, noise, solver)
-    if team is not None:
-        return SharedDenoiser(*given, guidance_scale=guidance_scale, team=team)
-    if config.reuse == "exact" and config.step_cache is None:
-        return Denoiser(*given, guidance_scale=guidance_scale, graphs=graphs)
-    return ReusingDenoiser(*given, guidance_scale=guidance_scale, config=config, graphs=graphs)
 
 
 def _refresh_row(done: ReuseStep) -> dict[str, Any]:

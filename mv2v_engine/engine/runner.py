@@ -12,15 +12,15 @@ import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mv2v_engine.engine.branch import Branch, ForwardKind
 from mv2v_engine.engine.buffers import Conditioning, StepBuffers, copied
 from mv2v_engine.engine.lease import Lease
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
@@ -35,7 +35,27 @@ if TYPE_CHECKING:
     from mv2v_engine.engine.graphs import Graphs
 
 STAGE = "sampling"
-ForwardKind = Literal["whole", "target"]
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class NoisyTurn:
+    """A turn before its first step: what is denoised, on what, and by which schedule.
+
+    noise: [1, C, F, H, W], on any device; never written to. solver: of this turn alone, since it
+    may remember its steps.
+    """
+
+    transformer: MV2VTransformer
+    plan: TokenPlan
+    conditioning: Conditioning
+    noise: Tensor
+    solver: Solver
+    guidance_scale: float
+
+    @property
+    def device(self) -> torch.device:
+        """Where its forwards run."""
+        return next(self.transformer.parameters()).device
 
 
 @dataclass(frozen=True, eq=False)
@@ -57,89 +77,6 @@ class Denoised:
         return sum(self.work.get(kind, 0) for kind in FORWARDS)
 
 
-class Branch:
-    """One guidance branch of a turn: its text, and how its forwards are run."""
-
-    def __init__(
-        self,
-        transformer: MV2VTransformer,
-        plan: TokenPlan,
-        conditioning: Conditioning,
-        text: Tensor,
-        cache: ConditioningCache | None,
-        context: ContextGroup | None = None,
-    ) -> None:
-        self.transformer, self.plan, self.conditioning = transformer, plan, conditioning
-        self.text, self.cache, self.context = text, cache, context
-        self.residual: TargetResidual | None = None
-        self.records: list[MergeRecord] = []
-
-    @property
-    def kind(self) -> ForwardKind:
-        """What the next forward runs."""
-        return "target" if self.cache is not None and self.cache.is_filled else "whole"
-
-    @property
-    def is_repeatable(self) -> bool:
-        """Whether the next forward may be captured: it leaves nothing behind but its velocity and
-        records, because a replay runs none of this class's code."""
-        return self.residual is None and (self.cache is None or self.cache.is_filled)
-
-    def velocity(self, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """One forward: of the target alone once the conditioning is kept.
-
-        noisy: the target as the model takes it, `StepBuffers.noisy`.
-        """
-        if self.cache is not None and self.cache.is_filled:
-            return self.kept(noisy, timestep, self.cache)
-        return self.whole(noisy, timestep)
-
-    def kept(self, noisy: Tensor, timestep: Tensor, cache: ConditioningCache) -> Tensor:
-        """A forward of the target alone."""
-        return self.transformer.forward_target(
-            noisy, timestep, self.text, kept=cache, residual=self.residual, context=self.context
-        )
-
-    def whole(self, noisy: Tensor, timestep: Tensor) -> Tensor:
-        """A forward of everything, kept if there is a cache."""
-        self.records.clear()
-        velocity: Tensor = self.transformer(
-            [noisy, *self.conditioning.latents],
-            timestep,
-            self.text,
-            plan=self.plan,
-            cameras=self.conditioning.cameras,
-            records=self.records,
-            keep=self.cache,
-            residual=self.residual,
-            context=self.context,
-        )
-        return velocity
-
-    def release(self) -> None:
-        if self.cache is not None:
-            self.cache.release()
-        if self.residual is not None:
-            self.residual.release()
-
-    def sample(self, noisy: Tensor, timestep: Tensor) -> Sample | None:
-        """The same forward for a pack; None if it has to run alone, since it keeps K and V."""
-        if self.cache is not None and not self.cache.is_filled:
-            return None
-        is_kept = self.cache is not None
-        if not is_kept:
-            self.records.clear()
-        return Sample(
-            latents=[noisy] if is_kept else [noisy, *self.conditioning.latents],
-            timestep=timestep,
-            encoder_hidden_states=self.text,
-            plan=self.plan,
-            cameras=self.conditioning.cameras,
-            records=self.records,
-            kept=self.cache,
-        )
-
-
 class Denoiser:
     """One turn under way: its latents between two steps, and what the next step needs.
 
@@ -152,41 +89,26 @@ class Denoiser:
     why_eager = "no step ran alone"
     context: ContextGroup | None = None  # the ranks that share a forward's tokens
 
-    def __init__(
-        self,
-        transformer: MV2VTransformer,
-        plan: TokenPlan,
-        conditioning: Conditioning,
-        noise: Tensor,
-        solver: Solver,
-        *,
-        guidance_scale: float,
-        graphs: Graphs | None = None,
-    ) -> None:
-        device = next(transformer.parameters()).device
-        self.transformer, self.plan, self.solver = transformer, plan, solver
-        self.guidance_scale = guidance_scale
+    def __init__(self, turn: NoisyTurn, *, graphs: Graphs | None = None) -> None:
+        device, solver, scale = turn.device, turn.solver, turn.guidance_scale
+        self.transformer, self.plan, self.solver = turn.transformer, turn.plan, solver
+        self.guidance_scale = scale
         self.timesteps = solver.timesteps.to(device)
         self.index, self.total, self.packed_steps = 0, len(self.timesteps), 0
         self._deltas = None if solver.deltas is None else solver.deltas.to(device)
         self._graphs, self._asked = graphs, False
         self._lease = Lease(graphs, None, "graphs are off" if graphs is None else self.why_eager)
         # kept K and V depend on no text, so the branches share them
-        self.cache = ConditioningCache(plan) if plan.conditioning == "static" else None
-        has_deltas = self._deltas is not None
-        self._work_on(
-            StepBuffers.of_turn(
-                conditioning, noise, guidance_scale, device=device, moves_latents=has_deltas
-            )
-        )
+        is_static = turn.plan.conditioning == "static"
+        self.cache = ConditioningCache(turn.plan) if is_static else None
+        given, has_deltas = (turn.conditioning, turn.noise, scale), self._deltas is not None
+        self._work_on(StepBuffers.of_turn(*given, device=device, moves_latents=has_deltas))
 
     def _work_on(self, buffers: StepBuffers) -> None:
-        self.buffers = buffers
+        self.buffers, given = buffers, buffers.conditioning
         self.branches = [
-            Branch(
-                self.transformer, self.plan, buffers.conditioning, text, self.cache, self.context
-            )
-            for text in buffers.texts
+            Branch(self.transformer, self.plan, given, text, self.cache, self.context)
+            for text in given.texts
         ]
 
     @property

@@ -17,16 +17,16 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import ParallelConfig
+from mv2v_engine.engine.branch import Branch
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.lease import Lease
-from mv2v_engine.engine.runner import Branch, Denoiser
+from mv2v_engine.engine.runner import Denoiser, NoisyTurn
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.parallel.context import Shard, head_lengths
 from mv2v_engine.parallel.ranks import Ranks, check_launch
 from mv2v_engine.parallel.traffic import step_traffic
-from mv2v_engine.sampling.flow_match import Solver
 from mv2v_engine.tokens.flops import Work
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -83,21 +83,9 @@ class SharedDenoiser(Denoiser):
 
     why_eager = "steps that several processes share run eagerly"
 
-    def __init__(
-        self,
-        transformer: MV2VTransformer,
-        plan: TokenPlan,
-        conditioning: Conditioning,
-        noise: Tensor,
-        solver: Solver,
-        *,
-        guidance_scale: float,
-        team: Team,
-    ) -> None:
+    def __init__(self, turn: NoisyTurn, *, team: Team) -> None:
         self.team, self.context = team, team.ranks.context
-        super().__init__(
-            transformer, plan, conditioning, noise, solver, guidance_scale=guidance_scale
-        )
+        super().__init__(turn)
         self._lease = Lease(None, None, self.why_eager)
         self.received_bytes, self._number = 0, 0
 
@@ -129,7 +117,8 @@ class SharedDenoiser(Denoiser):
 
     def _begin(self, ranks: Ranks) -> None:
         """Give every rank what all steps of the turn read."""
-        given, texts = self.buffers.conditioning, self.buffers.texts
+        given = self.buffers.conditioning
+        texts = given.texts
         tensors = [*given.latents, *([] if given.cameras is None else [given.cameras]), *texts]
         begin = _Begin(
             self.plan,

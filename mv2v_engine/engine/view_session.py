@@ -15,13 +15,14 @@ from torch import Tensor
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.denoisers import engine_denoiser
 from mv2v_engine.engine.footage import Footage
 from mv2v_engine.engine.keeper import Keeper
 from mv2v_engine.engine.overflow import guarded
+from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
 from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.reuse import make_denoiser
 from mv2v_engine.engine.runner import Denoised, Denoiser, StepDue, denoise, stepwise
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source, source_trajectory
@@ -30,8 +31,7 @@ from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.errors import RequestError
 from mv2v_engine.memory.retrieval import Retrieval
 from mv2v_engine.progress import CancelToken, Event, Spans, TurnNotStored, driven, staged
-from mv2v_engine.sampling.flow_match import initial_noise, make_solver
-from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.sampling.flow_match import initial_noise
 from mv2v_engine.tokens.plan import TokenPlan
 
 if TYPE_CHECKING:
@@ -223,21 +223,19 @@ class ViewSession(Session):
             )
             self._source_latents = source
             cancel.check()
-        text, negative_text = yield from staged(spans, "text", lambda: self._text(request))
+        asked = (request.prompt, request.guidance_scale)
+        texts = yield from staged(spans, "text", lambda: guidance_texts(engine, *asked))
         cancel.check()
         retrieval, plan, videos, cameras = yield from staged(
             spans, "memory", lambda: self._recall.condition(request, source, self.turns)
         )
-        denoiser = make_denoiser(
-            engine.config,
-            engine.transformer,
+        denoiser = engine_denoiser(
+            engine,
             plan,
-            Conditioning(videos, cameras, text, negative_text),
+            Conditioning(videos, cameras, *texts),
             initial_noise((1, *source.shape), request.seed),
-            make_solver(engine.scheduler, request.num_inference_steps, engine.sampling.flow_shift),
+            num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
-            graphs=engine.graphs,
-            team=engine.team,
         )
         return Prepared(request, retrieval, denoiser, cancel)
 
@@ -260,14 +258,6 @@ class ViewSession(Session):
         if failure is not None:
             yield TurnNotStored(number, str(failure))
         return turn
-
-    def _text(self, request: TurnRequest) -> tuple[Tensor, Tensor | None]:
-        """Embeddings of the prompt and, with guidance, of the negative prompt."""
-        prompts = [request.prompt]
-        if needs_guidance(request.guidance_scale):
-            prompts.append(self.engine.sampling.negative_prompt)
-        text, *negative = self.engine.text_embeddings(prompts)
-        return text, negative[0] if negative else None
 
     def adopt(self, turn: ViewTurn) -> None:
         """Take a finished turn of another session of the same source as this one's next turn.

@@ -14,10 +14,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.reuse import make_denoiser
+from mv2v_engine.engine.denoisers import engine_denoiser
+from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.errors import RequestError
-from mv2v_engine.sampling.flow_match import make_solver
-from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.plan import TokenPlan
 
 if TYPE_CHECKING:
@@ -46,17 +45,14 @@ def warm_up(
 
 def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, Any]:
     """A turn of zeros, as long as it takes to run every kind of step; how its steps ran."""
-    denoiser = make_denoiser(
-        engine.config,
-        engine.transformer,
+    denoiser = engine_denoiser(
+        engine,
         plan,
         _nothing(engine, plan, guidance_scale),
         torch.zeros(1, plan.shape.latent_channels, *plan.target.grid),
         # without guidance a static turn's first step runs no forward of the target alone
-        make_solver(engine.scheduler, 3, engine.sampling.flow_shift),
+        num_inference_steps=3,
         guidance_scale=guidance_scale,
-        graphs=engine.graphs,
-        team=engine.team,
     )
     try:
         denoiser.step()
@@ -76,16 +72,12 @@ def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditio
     if plan.shape.has_camera:
         tracks = 1 + max(segment.camera or 0 for segment in plan.segments)
         cameras = zeros(1, tracks, plan.target.num_frames, 12)
-    negative_text = None
-    if needs_guidance(guidance_scale):
-        negative_text = engine.text_embedding(engine.sampling.negative_prompt)
     channels, source = plan.shape.latent_channels, None
     if plan.shape.source_channels:
         source = zeros(1, channels, *plan.target.grid)
     return Conditioning(
         [zeros(1, channels, *s.grid) for s in plan.segments[1:]],
         cameras,
-        engine.text_embedding(""),
-        negative_text,
+        *guidance_texts(engine, "", guidance_scale),
         source,
     )

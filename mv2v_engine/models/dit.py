@@ -29,17 +29,12 @@ from mv2v_engine.models.forward_pass import (
     check_latents,
     check_timestep,
 )
+from mv2v_engine.models.merging import merged_before
 from mv2v_engine.models.modulation import ConditionEmbedder
 from mv2v_engine.models.packed import Sample, run_packed
 from mv2v_engine.models.rope import rotary_table
 from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.models.token_merge import (
-    Merger,
-    MergeRecord,
-    Sequence,
-    apply_merge,
-    joint_counts,
-)
+from mv2v_engine.models.token_merge import Merger, MergeRecord, Sequence
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.parallel.context import ContextGroup, Shard
@@ -252,7 +247,7 @@ class MV2VTransformer(nn.Module):
             block = self.blocks[index]
             assert isinstance(block, Block)
             if begun.is_merging and index in self.config.merging_blocks:
-                begun.sequence = self.merge(index, block, begun, records)
+                begun.sequence = merged_before(self, index, begun, records)
             sequence, temb_6, rows = begun.sequence, begun.temb_6, begun.rows
             given: tuple[Any, ...] = (sequence, temb_6, begun.context, rows)
             layer: Callable[..., Tensor] = block
@@ -300,39 +295,6 @@ class MV2VTransformer(nn.Module):
         make = _rotary_table if type(x) is Tensor else _rotary_table.__wrapped__
         rope = make(plan, x.device)[None, : layout.length]
         return Sequence.of(x, rope, frames, layout)
-
-    def merge(
-        self, index: int, block: Block, begun: ForwardPass, records: list[MergeRecord] | None
-    ) -> Sequence:
-        """Fuse the frames that this block's own queries and keys show to be ignored."""
-        sequence, plan, layout = begun.sequence, begun.plan, begun.sequence.layout
-        counts = plan.merge_counts(layout)
-        # nothing to choose: the plan counts no responsiveness here either
-        if not layout.groups() or (plan.scope == "group" and not any(counts)):
-            return sequence
-        with torch.no_grad():
-            given, whole = (begun.temb_6, begun.static_temb, begun.rows), sequence.whole()
-            scores = self.responsiveness(block, sequence, *given, whole)
-        if plan.scope == "joint":
-            counts = joint_counts(scores, sequence, plan.merge_fraction)
-        step = plan.step_at(index, layout, counts)
-        if not step.groups:
-            return sequence
-        shared = self.config.merger is not None and self.config.merger.shared
-        key = str(self.config.merging_blocks[0] if shared else index)
-        merger = self.mergers[key] if self.config.merger is not None else None
-        merged, record = apply_merge(
-            whole,
-            step,
-            scores,
-            merger,  # type: ignore[arg-type]
-            kernel=plan.merger.kernel,
-            discard=plan.merge == "discard",
-            backend=self.backend,
-        )
-        if records is not None:
-            records.append(record)
-        return merged if sequence.shard is None else merged.over(sequence.shard.context)
 
     def responsiveness(
         self,

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.models.forward_pass import ForwardPass
+from mv2v_engine.models.merging import merged_before
 from mv2v_engine.models.static_cache import ConditioningCache, KeysValues
 from mv2v_engine.models.token_merge import MergeRecord, Sequence
 from mv2v_engine.ops.attention_libraries import Pack
@@ -168,7 +169,7 @@ def run_packed(
             for begun, own, record in zip(passes, pack.split(), records, strict=True):
                 begun.sequence = own
                 if begun.is_merging:
-                    begun.sequence = model.merge(index, block, begun, record)  # type: ignore[arg-type]
+                    begun.sequence = merged_before(model, index, begun, record)
                 has_merged |= begun.sequence is not own
             if has_merged:
                 parts = [begun.sequence for begun in passes]

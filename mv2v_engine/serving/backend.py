@@ -21,6 +21,8 @@ from typing import Any, Protocol
 
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 
+# codes of what is not done because the process that did it is gone
+WORKER_GONE = ("worker_crashed", "timeout")
 # the events that end a turn
 LAST_OF_BACKEND = frozenset({"done", "failed", "cancelled"})
 
@@ -35,6 +37,10 @@ class Backend(Protocol):
     @property
     def reason(self) -> str:
         """Why not, while it is not ready."""
+
+    @property
+    def is_lost(self) -> bool:
+        """Whether it will not be ready again by itself; a turn that it is given fails at once."""
 
     @property
     def about(self) -> dict[str, Any] | None:

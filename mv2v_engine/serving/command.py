@@ -106,6 +106,7 @@ def serving_config(args: argparse.Namespace) -> ServingConfig:
         keep_bytes=args.keep_bytes,
         min_free_bytes=args.min_free,
         grace=args.grace,
+        stall_seconds=args.stall_seconds or None,
     )
 
 
@@ -117,13 +118,13 @@ def cluster_config(args: argparse.Namespace) -> Cluster | None:
     """
     given = {name: getattr(args, name) for name in _CLUSTER if getattr(args, name) is not None}
     options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-    if args.backend == "local":
+    if args.workers == "local":
         if given:
-            raise RequestError(f"{options} is for replicas; add --backend ray, or leave it out")
+            raise RequestError(f"{options} is for replicas; add --workers ray, or leave it out")
         return None
     if not {"replicas", "ray_address"} & set(given):
         raise RequestError(
-            "--backend ray needs --replicas, how many to start, or the --ray-address of a cluster "
+            "--workers ray needs --replicas, how many to start, or the --ray-address of a cluster "
             "where `serve deploy` has started them"
         )
     _require(("ray",), "distributed")
@@ -193,10 +194,10 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
 def _add_replicas(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("where turns are made").add_argument
     add(
-        "--backend",
+        "--workers",
         choices=("local", "ray"),
         default="local",
-        help="one worker process here, or replicas on Ray Serve, on all machines of a cluster",
+        help="one process here, or replicas on Ray Serve, on all machines of a cluster",
     )
     add("--replicas", type=int, metavar="N", help="to start; without it those of `serve deploy`")
     add(
@@ -239,4 +240,11 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         default=defaults.grace,
         metavar="S",
         help="seconds that the turn under way has when the service is stopped",
+    )
+    add(
+        "--stall-seconds",
+        type=float,
+        default=defaults.stall_seconds,
+        metavar="S",
+        help="without a step of the turn under way, after which its worker is ended; 0: never",
     )

@@ -52,6 +52,8 @@ class ServingConfig:
         together, are removed, the least recently touched first; None keeps them.
     min_free_bytes: of the store's disk, below which uploads are refused.
     grace: seconds that the turn under way has when the service is stopped.
+    stall_seconds: without a word of a worker that has work, after which it is taken to hang and is
+        ended; None waits for ever.
     max_attempts: how often a turn is begun that takes the process down each time.
 
     Raises:
@@ -77,6 +79,7 @@ class ServingConfig:
     keep_bytes: int | None = None
     min_free_bytes: int = 1 << 30
     grace: float = 30.0
+    stall_seconds: float | None = 1800.0
     max_attempts: int = 2
 
     def __post_init__(self) -> None:
@@ -89,6 +92,8 @@ class ServingConfig:
             value = getattr(self, name)
             if value is not None and value < 0:
                 raise RequestError(f"{name} must not be negative, got {value}")
+        if self.stall_seconds is not None and not self.stall_seconds > 0:
+            raise RequestError(f"stall_seconds must be positive, got {self.stall_seconds}")
         if any(not token.strip() for token in self.tokens):
             raise RequestError("a bearer token is empty; leave it out or give it characters")
         if not (self.tokens or self.allow_anonymous or self.is_loopback):

@@ -44,7 +44,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "unsupported_media": Kind(415, INVALID, "the body is of another content type"),
         "range_not_satisfiable": Kind(416, INVALID, "the byte range lies outside the file"),
         "invalid_request": Kind(422, INVALID, "a field is missing, unknown, or out of range"),
-        "unreadable_video": Kind(422, INVALID, "the file cannot be decoded as a video"),
+        "unreadable_video": Kind(422, INVALID, "the file is no video, or a damaged one"),
         "video_too_long": Kind(422, INVALID, "the video lasts too many seconds"),
         "too_many_frames": Kind(422, INVALID, "the video has too many frames"),
         "too_many_pixels": Kind(422, INVALID, "the frames of the video are too large"),
@@ -53,12 +53,12 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
         "queue_full": Kind(429, RATE, "as many turns wait as may; Retry-After says for how long"),
         "internal": Kind(500, SERVER, "a fault of the service"),
-        "not_ready": Kind(503, SERVER, "the service is starting or stopping"),
+        "not_ready": Kind(503, SERVER, "the service is starting or stopping, or has no worker"),
         "disk_full": Kind(507, SERVER, "the disk has no room for another upload"),
         "cancelled": Kind(None, INVALID, "the turn was cancelled; the session is as before"),
         "worker_crashed": Kind(None, SERVER, "the process that rendered the turn died"),
         "out_of_memory": Kind(None, SERVER, "the device or the host has too little memory"),
-        "timeout": Kind(None, SERVER, "the turn took longer than it may"),
+        "timeout": Kind(None, SERVER, "the turn hung: its worker said nothing for too long"),
     }
 )
 

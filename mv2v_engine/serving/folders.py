@@ -197,7 +197,7 @@ def finished_report(folder: Path, kind: Kind, number: int | None) -> dict[str, A
     """The report of a turn that the session's folder has whole; None if it has not.
 
     Raises:
-        StorageError: the folder's manifest is damaged.
+        StorageError: the folder's manifest is damaged, or a window of an edit.
     """
     store = engine_store(folder, kind)
     if number is None or not store.exists():
@@ -205,6 +205,8 @@ def finished_report(folder: Path, kind: Kind, number: int | None) -> dict[str, A
     for row in store.read()["turns"]:
         if row.get("number") == number and row.get("report") is not None:
             report: dict[str, Any] = row["report"]
+            if isinstance(store, EditStore):
+                report = report | {"windows": store.window_reports(number)}
             return report
     return None
 

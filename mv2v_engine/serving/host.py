@@ -134,7 +134,7 @@ class Host:
     ) -> Generator[Json, None, None]:
         request = make_request(job["request"], self.about)
         cancel.check()
-        opened = self._session(session, folder)
+        opened = self._session(session, folder, cancel)
         if isinstance(opened, EditSession):
             assert isinstance(request, EditRequest)
             turn: Turn = yield from _edited(opened, request, folder, cancel)
@@ -191,7 +191,9 @@ class Host:
             raise
         return made
 
-    def _session(self, session: Json, folder: Path) -> ViewSession | EditSession:
+    def _session(
+        self, session: Json, folder: Path, cancel: CancelToken | None = None
+    ) -> ViewSession | EditSession:
         """A session, opened again from its folder if it is not in memory."""
         opened = self._open.pop(session["id"], None)
         if opened is None:
@@ -199,7 +201,7 @@ class Host:
             common: Json = {"id": session["id"], "store": folder, "resume": resume}
             source = source_path(folder)
             if self._is_editor:
-                opened = self.engine.edit_session(source, **common)
+                opened = self.engine.edit_session(source, cancel=cancel, **common)
             else:
                 window = session_window(session["frames"], self.engine.sampling.num_frames)
                 opened = self.engine.view_session(source, window=window, **common)

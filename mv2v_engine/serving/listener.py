@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import logging
+from types import TracebackType
 from typing import Any
 
 from mv2v_engine.serving.records import JobRecord, SessionRecord
+
+log = logging.getLogger("mv2v_engine.serving")
 
 
 class Listener:
@@ -33,3 +37,24 @@ class Listener:
 
     def worker_restarted(self, reason: str) -> None:
         """The worker ended and is started again."""
+
+
+class Telling:
+    """A block in which one listener is told something: what it raises is logged, and ends there."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log.error("%s failed at what it was told", type(self.listener).__name__, exc_info=error)
+        return True

@@ -229,16 +229,22 @@ class Metrics(Listener):
             del self._stage_began[key]
 
     def _observe_report(self, report: Mapping[str, Any]) -> None:
+        """What it lacks, such as the report of another version's turn, is not counted."""
         for part in report.get("windows", [report]):
-            plan = part["plan"]
+            plan = part.get("plan")
+            if plan is None:
+                continue
             for kind, count in plan["tokens_by_kind"].items():
                 self._tokens.labels(kind).inc(count)
             merges = plan["merges"]
             merged = sum(merge["frames"] for merge in merges)
             self._merged_fraction.observe(merged / merges[0]["of"] if merges else 0.0)
-        for tier, count in report["cache_bytes_by_tier"].items():
+        for tier, count in report.get("cache_bytes_by_tier", {}).items():
             self._cache_bytes.labels(tier).set(count)
-        counts = {event: report["cache_counters"][event] for event in COUNTERS}
+        told = report.get("cache_counters")
+        if told is None:
+            return
+        counts = {event: told[event] for event in COUNTERS}
         for event, count in counts.items():
             self._cache_events.labels(event).inc(max(count - self._cache_counts.get(event, 0), 0))
         self._cache_counts = counts

@@ -13,10 +13,14 @@ import resource
 import signal
 import sys
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from mv2v_engine.errors import VideoError
+from mv2v_engine.video.damage import STRICT
 from mv2v_engine.video.io import VideoReader
+
+if TYPE_CHECKING:
+    import av
 
 # those that hold their frames themselves: a playlist would have the decoder open other files
 CONTAINERS = "mov,mp4,matroska,webm,avi,mpegts,mpeg,flv,ogg,asf,gif"
@@ -66,22 +70,47 @@ def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
 
 
 def _check_container(path: Path, limits: dict[str, Any]) -> None:
-    """Before anything else is opened or decoded: is it one file, of a size that may be decoded?"""
+    """Before anything is decoded: is it one whole file, of a size that may be decoded?"""
     import av
 
-    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS}
-    try:
-        with av.open(str(path), options=options) as container:
-            for stream in container.streams.video:
-                if stream.codec_context is not None:
+    options = {"protocol_whitelist": "file", "format_whitelist": CONTAINERS} | STRICT
+    # the level is the whole process's, which is a fork for this file alone
+    av.logging.set_level(av.logging.ERROR)
+    av.logging.set_skip_repeated(False)
+    name = ""
+    with av.logging.Capture(local=False) as said:
+        try:
+            with av.open(str(path), metadata_errors="replace", options=options) as container:
+                name = container.format.name
+                videos = [s for s in container.streams.video if s.codec_context is not None]
+                for stream in videos:
                     _check_pixels(stream.width, stream.height, limits)
-    except av.FFmpegError as error:
-        known = CONTAINERS.replace(",", ", ")
+                num_cut = sum(packet.is_corrupt for packet in container.demux(videos))
+        except av.FFmpegError as error:
+            known = CONTAINERS.replace(",", ", ")
+            raise Refused(
+                "unreadable_video",
+                f"the file cannot be opened as a video ({_reason(error, said)}): damaged, cut off, "
+                f"or none of {known}; give a whole video file",
+            ) from error
+        finally:
+            av.logging.set_level(None)
+    # a demuxer reads on behind what it complains of; decoders that it asks may complain of nothing
+    found = [message.strip() for _, which, message in said if which == name]
+    if num_cut:
+        found.insert(0, f"{num_cut} of its packets are not whole")
+    if found:
         raise Refused(
             "unreadable_video",
-            f"the file cannot be opened as a video ({error.strerror}): damaged, cut off, or none "
-            f"of {known}; give a whole video file",
-        ) from error
+            f"the video is damaged or cut off: {found[0]}; give a whole file, or re-encode what "
+            "there is",
+        )
+
+
+def _reason(error: av.FFmpegError, said: list[tuple[int, str, str]]) -> str:
+    """What FFmpeg says of a file that it does not open: the first complaint tells most."""
+    words = [str(error.strerror), *(message.strip() for _, _, message in said[:1])]
+    return "; ".join(words)
 
 
 def _check_pixels(width: int, height: int, limits: dict[str, Any]) -> None:

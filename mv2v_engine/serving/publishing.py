@@ -11,9 +11,12 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
+from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import tables
-from mv2v_engine.serving.backend import Backend
+from mv2v_engine.serving.backend import WORKER_GONE, Backend
+from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.folders import Store, sweep_results
 
@@ -21,7 +24,7 @@ log = logging.getLogger("mv2v_engine.serving")
 
 RETRY_SECONDS = 30.0
 # what may be otherwise the next time
-_PASSING = ("disk_full", "worker_crashed", "out_of_memory", "cancelled")
+_PASSING = ("disk_full", "out_of_memory", "cancelled", *WORKER_GONE)
 
 
 class Publisher:
@@ -93,8 +96,8 @@ class Publisher:
             self._current, folder = session_id, self.store.session(session_id)
             try:
                 answer = await self.backend.publish(session, folder, number)
-                if answer.get("code") == "worker_crashed":
-                    await asyncio.to_thread(sweep_results, folder, number)
+                if answer.get("code") in WORKER_GONE:
+                    await asyncio.to_thread(_sweep, folder, number)
             finally:
                 self._current = ""
                 published, self._published = self._published, asyncio.Event()
@@ -115,3 +118,9 @@ class Publisher:
             else:
                 self.refused[session_id, number] = answer["message"]
         return is_done
+
+
+def _sweep(folder: Path, number: int) -> None:
+    # whoever still writes there is swept up after the next time
+    with suppress(StorageError), taken(folder):
+        sweep_results(folder, number)

@@ -19,6 +19,7 @@ import ray
 from ray import serve
 from ray.exceptions import RayError
 from ray.serve.exceptions import RayServeException
+from ray.serve.schema import ApplicationStatus
 
 from mv2v_engine.envs import keep_ray_quiet
 from mv2v_engine.errors import StorageError
@@ -48,7 +49,7 @@ class RayBackend:
     def __init__(self, config: ServingConfig, cluster: Cluster) -> None:
         self.config, self.cluster = config.in_cluster(), cluster
         self.about: Json | None = None
-        self.ready, self.reason = False, _STARTING
+        self.ready, self.reason, self.is_lost = False, _STARTING, False
         self.restarts = self.capacity = 0
         # of the replicas: that were last seen to run, and ever were at once
         self._running = self._most = 0
@@ -62,6 +63,10 @@ class RayBackend:
         self._folders: dict[str, Path | None] = {}
         self._cancelling: set[str] = set()
         self._revoking: dict[str, asyncio.Task[None]] = {}
+
+    @property
+    def _is_deployer(self) -> bool:
+        return self.cluster.replicas is not None
 
     def watch(self, changed: Callable[[], None]) -> None:
         """As `Backend`."""
@@ -88,6 +93,9 @@ class RayBackend:
         self, job: JobRecord, session: SessionRecord, folder: Path
     ) -> AsyncIterator[Json]:
         """As `Backend`; a turn begins again, from `started` on, where its replica has died."""
+        if self.is_lost:
+            yield {"type": "failed", "code": "worker_crashed", "message": self.reason}
+            return
         folder = folder.absolute()
         self._folders[job.id] = None
         async with self._alone(session.id):
@@ -117,6 +125,7 @@ class RayBackend:
         """As `Backend`."""
         folder = folder.absolute()
         order = {"session": session_fields(session), "folder": str(folder), "number": number}
+        order["stall_seconds"] = self.config.stall_seconds
         async with self._alone(session.id):
             try:
                 order["claim"] = await asyncio.to_thread(issue, folder)
@@ -135,7 +144,7 @@ class RayBackend:
     async def _attempts(
         self, job: JobRecord, session: SessionRecord, folder: Path
     ) -> AsyncIterator[Json]:
-        order = run_message(job, session, folder)
+        order = run_message(job, session, folder) | {"stall_seconds": self.config.stall_seconds}
         for attempt in itertools.count(1):
             order["claim"] = await asyncio.to_thread(issue, folder)
             self._folders[job.id] = folder
@@ -192,7 +201,7 @@ class RayBackend:
 
     async def _live(self) -> None:
         """Reach the cluster, then keep looking at the replicas."""
-        while not self._is_stopping:
+        while not (self._is_stopping or self.is_lost):
             pause = _LOOK_SECONDS
             try:
                 if self._handle is None:
@@ -208,7 +217,9 @@ class RayBackend:
         error = None if task.cancelled() else task.exception()
         if error is not None:
             log.error("the replicas are out of sight", exc_info=error)
-            self._set(0, f"the replicas are out of sight: {_last_line(error)}; start again")
+            self._give_up(
+                f"the replicas are out of sight: {_last_line(error)}; start the service again"
+            )
 
     def _connect(self) -> Any:
         """Start what is to be started; a handle of the replicas."""
@@ -220,7 +231,7 @@ class RayBackend:
             else:
                 ray.init(self.cluster.address, **quiet)
             self._is_ours = True
-        if self.cluster.replicas is not None:
+        if self._is_deployer:
             # no proxy: nobody but this service speaks to the replicas
             serve.start(proxy_location="Disabled")
             if APPLICATION in serve.status().applications:
@@ -237,7 +248,7 @@ class RayBackend:
 
     def _disconnect(self) -> None:
         outlives = self.cluster.address is not None or not self._is_ours
-        if self.cluster.replicas is not None and outlives and ray.is_initialized():
+        if self._is_deployer and outlives and ray.is_initialized():
             with suppress(*_UNREACHABLE):
                 serve.delete(APPLICATION)
         if self._is_ours:
@@ -261,8 +272,13 @@ class RayBackend:
         # those that come back after they were there
         self.restarts += max(0, min(running, self._most) - self._running)
         self._running, self._most = running, max(self._most, running)
-        said = [text.strip() for text in (app.message, found.message) if text.strip()]
-        self._set(running, _last_line(said[0]) if said else _STARTING)
+        said = [text.strip() for text in (found.message, app.message) if text.strip()]
+        reason = _last_line(said[0]) if said else _STARTING
+        if app.status == ApplicationStatus.DEPLOY_FAILED and not running and self._is_deployer:
+            # Serve starts no more of them, and nobody else deploys
+            self._give_up(f"no replica came up: {reason}; mend that and start the service again")
+        else:
+            self._set(running, reason)
 
     def _set(self, running: int, reason: str) -> None:
         """What is known of the replicas now. reason: why there are none, if there are none."""
@@ -275,6 +291,14 @@ class RayBackend:
             log.warning("%s", self.reason)
         if before != (self.capacity, self.reason):
             self._changed()
+
+    def _give_up(self, reason: str) -> None:
+        if self._is_stopping:
+            return
+        # what waits is taken, to fail one by one
+        self.is_lost, self.ready, self.capacity, self.reason = True, False, 1, reason
+        log.error("%s", reason)
+        self._changed()
 
 
 def _crashed(attempts: int) -> Json:

@@ -11,10 +11,10 @@ import dataclasses
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from ray import serve
 
@@ -41,7 +41,8 @@ _PATHS = ("store", "components", "rename")
 
 
 class Replica:
-    """One engine. An error that nobody expected ends its process, and Serve starts another.
+    """One engine. What nobody expected ends its process, and so does an engine that hangs; Serve
+    starts another.
 
     setup: as `protocol.setup_message` makes it.
 
@@ -72,7 +73,8 @@ class Replica:
     async def turn(self, order: Json) -> AsyncIterator[Json]:
         """Make the turn of an order: its events, of which `started` says where.
 
-        order: as `protocol.run_message` makes it, with the "claim" that it runs under.
+        order: as `protocol.run_message` makes it, with the "claim" that it runs under and
+            "stall_seconds", as `ServingConfig`.
         """
         await self._hold(order["session"]["id"])
         claim = self._claim(order)
@@ -86,7 +88,7 @@ class Replica:
         self._submit(make)
         try:
             while True:
-                event = await events.get()
+                event = await _heard(events.get(), order["stall_seconds"])
                 yield event
                 if event["type"] in LAST_OF_BACKEND:
                     return
@@ -95,9 +97,10 @@ class Replica:
             claim.cancel()
 
     async def publish(self, order: Json) -> Json:
-        """As `Backend.publish`. order: "session", "folder", "number", "claim"."""
+        """As `Backend.publish`. order: "session", "folder", "number", "claim", "stall_seconds"."""
         await self._hold(order["session"]["id"])
-        return await asyncio.wrap_future(self._submit(lambda: self._published(order)))
+        answer = asyncio.wrap_future(self._submit(lambda: self._published(order)))
+        return await _heard(answer, order["stall_seconds"])
 
     def _submit(self, work: Callable[[], Any]) -> Future[Any]:
         future = self._thread.submit(work)
@@ -149,12 +152,24 @@ def _opened(setup: Json) -> tuple[Host, OpenJob]:
     return open_host(setup), open_job
 
 
+async def _heard(coming: Awaitable[Json], patience: float | None) -> Json:
+    """What the host says; without a word of it for so many seconds, the replica ends."""
+    try:
+        return await asyncio.wait_for(coming, patience)
+    except asyncio.TimeoutError:
+        _end(f"the engine said nothing for {patience:g} s")
+
+
 def _end_on_fault(future: Future[Any]) -> None:
-    error = future.exception()
+    error = None if future.cancelled() else future.exception()
     if error is not None:
-        log.error("the replica ends", exc_info=error)
-        logging.shutdown()
-        os._exit(1)
+        _end(f"{type(error).__name__}: {error}", error)
+
+
+def _end(why: str, error: BaseException | None = None) -> NoReturn:
+    log.error("the replica ends: %s", why, exc_info=error)
+    logging.shutdown()
+    os._exit(1)
 
 
 def application(config: ServingConfig, cluster: Cluster) -> serve.Application:

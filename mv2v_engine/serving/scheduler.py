@@ -20,13 +20,13 @@ from typing import Any, TypeVar
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import jobs
-from mv2v_engine.serving.backend import LAST_OF_BACKEND, Backend
+from mv2v_engine.serving.backend import LAST_OF_BACKEND, WORKER_GONE, Backend
 from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.events import EventLogs
 from mv2v_engine.serving.folders import Store, finished_report, sweep_session, turn_bytes
-from mv2v_engine.serving.listener import Listener
+from mv2v_engine.serving.listener import Listener, Telling
 from mv2v_engine.serving.records import JobRecord, SessionRecord, TurnRecord
 
 log = logging.getLogger("mv2v_engine.serving")
@@ -107,9 +107,10 @@ class Scheduler:
             await ended.wait()
 
     def tell(self, call: Callable[[Listener], None]) -> None:
-        """Tell every listener."""
+        """Tell every listener; one that fails harms neither the turn nor the others."""
         for listener in self.listeners:
-            call(listener)
+            with Telling(listener):
+                call(listener)
 
     def ended(self, job: JobRecord, report: dict[str, Any] | None = None) -> None:
         """A job has ended in the database: end its stream, and say so."""
@@ -152,7 +153,9 @@ class Scheduler:
         return found is not None
 
     def _has_room(self) -> bool:
-        return self.backend.ready and len(self._turns) < self.backend.capacity
+        # a backend that is lost fails what waits, so that nobody waits for ever
+        can_run = self.backend.ready or self.backend.is_lost
+        return can_run and len(self._turns) < self.backend.capacity
 
     async def _turn(self, job: JobRecord, session: SessionRecord) -> None:
         """One running job to its end in the database."""
@@ -203,7 +206,7 @@ class Scheduler:
             self._remember(session.id, outcome.get("memory"))
             await self._finish(job, session, outcome)
             return
-        is_crash = outcome["type"] == "failed" and outcome["code"] == "worker_crashed"
+        is_crash = outcome["type"] == "failed" and outcome["code"] in WORKER_GONE
         if is_crash:
             self.memory.clear()
             found = await self.left_behind(job.id, session)

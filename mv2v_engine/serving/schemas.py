@@ -240,6 +240,17 @@ class Sampling(BaseModel):
     guidance_scale: float
 
 
+class UploadLimits(BaseModel):
+    """What an uploaded video may have at most. pixels: of one frame."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    upload_bytes: int
+    frames: int
+    pixels: int
+    seconds: float
+
+
 class Model(BaseModel):
     """What this service runs.
 
@@ -257,6 +268,7 @@ class Model(BaseModel):
     presets: list[str]
     preset_poses: dict[str, list[Pose]]
     sampling: Sampling
+    limits: UploadLimits
     engine: dict[str, Any]
 
 

@@ -10,22 +10,18 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
-import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mv2v_engine.errors import CameraError, MV2VError
 from mv2v_engine.serving import jobs, tables
-from mv2v_engine.serving.backend import Backend
-from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.events import EventLogs, last_event
-from mv2v_engine.serving.folders import Store, is_published, result_path, source_path
-from mv2v_engine.serving.listener import Listener
-from mv2v_engine.serving.publishing import Publisher
+from mv2v_engine.serving.events import last_event
+from mv2v_engine.serving.folders import is_published, result_path, source_path
+from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
 from mv2v_engine.serving.records import (
     Footprint,
     JobEvent,
@@ -36,137 +32,19 @@ from mv2v_engine.serving.records import (
     TurnRecord,
     new_job,
 )
-from mv2v_engine.serving.recovery import recover
-from mv2v_engine.serving.retention import Retention
-from mv2v_engine.serving.scheduler import Scheduler, with_progress
-from mv2v_engine.serving.sessions import Probe, Sessions, disk_errors
+from mv2v_engine.serving.scheduler import with_progress
 from mv2v_engine.serving.turn_request import make_request
 
-Result = TypeVar("Result")
-_RETRY_SECONDS = 5
-_RETRY = {"Retry-After": str(_RETRY_SECONDS)}
 # a session that is only looked at is touched no more often than that
 _TOUCH_SECONDS = 3600.0
 
 
-class Service:
-    """One store, one backend. Its methods raise `ApiError` with the code that its docstring names.
-
-    probe: decodes an upload within the limits. listeners: told of everything that happens.
-    """
-
-    def __init__(
-        self,
-        config: ServingConfig,
-        backend: Backend,
-        probe: Probe,
-        listeners: Sequence[Listener] = (),
-    ) -> None:
-        self.config, self.backend, self.listeners = config, backend, tuple(listeners)
-        self._probe = probe
-        self._tasks: set[asyncio.Task[Any]] = set()
-        self._is_stopping = self._is_stopped = False
-        self._restarts = 0
-        self._draining: asyncio.Task[None] | None = None
-
-    async def start(self) -> None:
-        """Lock the store, recover what a kill left behind, and begin to load the engine.
-
-        Raises:
-            StorageError: another service runs on the store, or it cannot be written.
-        """
-        self.store = await asyncio.to_thread(Store, self.config.store)
-        await asyncio.to_thread(self.store.lock)
-        try:
-            self._database = await asyncio.to_thread(self.store.open_database)
-        except BaseException:
-            self.store.unlock()
-            raise
-        self._assemble()
-        most = self.config.max_attempts
-        try:
-            await recover(self.store, self._database, self._scheduler, max_attempts=most)
-        except BaseException:
-            self._database.close()
-            self.store.unlock()
-            raise
-        self.backend.watch(self._backend_changed)
-        await self.backend.start()
-        self._scheduler.start()
-        self._publisher.start()
-        self._retention.start()
-
-    def _assemble(self) -> None:
-        """The service's parts over its open store."""
-        config, store, database = self.config, self.store, self._database
-        self._logs = EventLogs()
-        self._publisher = Publisher(store, database, self.backend)
-        self._scheduler = Scheduler(
-            config, store, database, self.backend, self._logs, self.listeners
-        )
-        self._scheduler.turns_to_publish = self._publisher.wake
-        self._sessions = Sessions(
-            config, store, database, self._scheduler, self._publisher, self._probe
-        )
-        self._retention = Retention(config, database, self._expire)
-
-    async def drain(self) -> None:
-        """Take no more turns, give the one under way its grace, then put it back in the queue.
-
-        What there is can be read until `stop`.
-        """
-        if self._draining is None:
-            self._is_stopping = True
-            self._draining = asyncio.create_task(self._drain())
-        await asyncio.shield(self._draining)
-
-    async def stop(self) -> None:
-        """Drain, then close the database and let go of the store."""
-        await self.drain()
-        if self._is_stopped:
-            return
-        self._is_stopped = True
-        await asyncio.to_thread(self._database.close)
-        self.store.unlock()
-
-    async def _drain(self) -> None:
-        await self._retention.stop()
-        await self._publisher.stop()
-        await self._scheduler.stop()
-        if self._tasks:
-            await asyncio.wait(self._tasks)
-
-    @property
-    def ready(self) -> bool:
-        """Whether turns are made: the engine is warm and the service is not stopping."""
-        return self.backend.ready and not self._is_stopping
-
-    @property
-    def reason(self) -> str:
-        """Why it is not ready, in words."""
-        return "the service is stopping" if self._is_stopping else self.backend.reason
-
-    @property
-    def about(self) -> dict[str, Any] | None:
-        """What the engine is, as `Backend.about`; None until it was ready once."""
-        return self.backend.about
-
-    @property
-    def num_running(self) -> int:
-        """Turns that are being made."""
-        return self._scheduler.num_running
+class Service(Lifecycle):
+    """What routes call; a method raises `ApiError` with the codes that its docstring names."""
 
     async def queue_depth(self) -> int:
         """Turns that wait."""
         return await self._read(jobs.queue_depth)
-
-    def require_about(self) -> dict[str, Any]:
-        """As `about`. Raises not_ready while it is stopping, and before it was ready."""
-        about = self.backend.about
-        if about is None or self._is_stopping:
-            message = f"no work is taken now: {self.reason}; try again in {_RETRY_SECONDS} s"
-            raise ApiError("not_ready", message, headers=_RETRY)
-        return about
 
     async def upload_path(self) -> Path:
         """A new path for a body to be streamed to; whoever asked removes it if it is not used.
@@ -238,8 +116,8 @@ class Service:
         refused = self._publisher.refused.get((session_id, number))
         if refused is not None:
             raise ApiError("internal", f"turn {number} is kept, and has no {which}: {refused}")
-        message = f"the {which} of turn {number} is being written again; try in {_RETRY_SECONDS} s"
-        raise ApiError("not_finished", message, headers=_RETRY)
+        message = f"the {which} of turn {number} is being written again; try in {RETRY_SECONDS} s"
+        raise ApiError("not_finished", message, headers=RETRY)
 
     async def footprint(self, owner: str, session_id: str) -> Footprint:
         """Raises not_found."""
@@ -373,38 +251,6 @@ class Service:
 
     async def _find(self, owner: str, session_id: str) -> SessionRecord:
         return await self._read(partial(tables.find_session, owner=owner, session_id=session_id))
-
-    async def _expire(self, owner: str, session_id: str) -> None:
-        """Remove a session that nobody uses; raises busy if somebody does."""
-        await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
-
-    async def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        self._require_running()
-        return await self._database.read(work)
-
-    async def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        self._require_running()
-        with disk_errors():
-            return await self._database.write(work)
-
-    def _require_running(self) -> None:
-        if self._is_stopped:
-            raise ApiError("not_ready", "the service has stopped; ask when it is back")
-
-    async def _whole(self, work: Coroutine[Any, Any, Result]) -> Result:
-        """Do work to its end, whether or not somebody still waits for it."""
-        task = asyncio.create_task(work)
-        self._tasks.add(task)
-        task.add_done_callback(self._tasks.discard)
-        return await asyncio.shield(task)
-
-    def _backend_changed(self) -> None:
-        restarts, reason = self.backend.restarts, self.backend.reason
-        for _ in range(self._restarts, restarts):
-            self._scheduler.tell(lambda listener: listener.worker_restarted(reason))
-        self._restarts = restarts
-        self._scheduler.wake()
-        self._publisher.wake()
 
 
 async def _ended(job: JobRecord, after: int) -> AsyncIterator[JobEvent]:

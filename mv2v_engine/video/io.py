@@ -23,7 +23,8 @@ from torch import Tensor
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.errors import VideoError
 from mv2v_engine.files import replacing
-from mv2v_engine.video.scan import Scan, VideoInfo, opened, scan_file, truncated
+from mv2v_engine.video.damage import check_pictures
+from mv2v_engine.video.scan import Scan, VideoInfo, check_size, opened, scan_file, truncated
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -126,17 +127,12 @@ class VideoReader:
             raise truncated(self.path, tick, len(order))
 
     def check(self) -> None:
-        """Decode every frame and keep none.
+        """Decode every frame and keep none; what reading would put up with is an error here.
 
         Raises:
-            VideoError: the file does not hold all that its scan found, or changes its frame size.
+            VideoError: a frame is damaged or missing, out of order, or of another size.
         """
-        missing = set(self._scan.order)
-        for stored, frame in _stored_frames(self.path, self._scan, None):
-            _check_size(self.path, self._scan, frame)
-            missing.discard(stored)
-        if missing:
-            raise truncated(self.path, min(missing), self.info.num_frames)
+        check_pictures(self.path, self._scan)
 
 
 def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf: int = 18) -> None:
@@ -303,17 +299,9 @@ def _stored_frames(path: Path, scan: Scan, seek: int | None) -> Iterator[tuple[i
                 yield number[frame.pts], frame
 
 
-def _check_size(path: Path, scan: Scan, frame: VideoFrame) -> None:
-    if (frame.height, frame.width) != scan.coded_size:
-        raise VideoError(
-            f"{path.name} changes its frame size from {scan.coded_size[1]}x{scan.coded_size[0]} to "
-            f"{frame.width}x{frame.height}; re-encode it at one size"
-        )
-
-
 def _pixels(path: Path, scan: Scan, frame: VideoFrame) -> Tensor:
     """One frame as uint8 [height, width, 3], upright."""
-    _check_size(path, scan, frame)
+    check_size(path, scan, frame)
     height, width = scan.square_size
     pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height))
     return torch.rot90(pixels, scan.info.rotation // 90, (0, 1))

@@ -7,6 +7,7 @@ and decoded only where they are no reliable count, so a truncated file is found 
 
 from __future__ import annotations
 
+import re
 from bisect import bisect_left
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -24,11 +25,13 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 # containers whose packets are whole frames, except for a codec with frames that are never shown
-_FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _HIDDEN_FRAMES = {"vp8"}
 # renders any text file as a picture of its letters
 _TEXT_DEMUXER = "tty"
 _DEFAULT_RATE = Fraction(25)
+# Matroska's tag of a track's length; anything may be written there
+_CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,7 +80,12 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
     if not path.stat().st_size:
         raise VideoError(f"{path.name} is empty (0 bytes); give a whole video file")
     try:
-        with av.open(str(path.resolve()), options={"protocol_whitelist": "file"}) as container:
+        # tags may be in any encoding, and nobody reads them here
+        with av.open(
+            str(path.resolve()),
+            metadata_errors="replace",
+            options={"protocol_whitelist": "file"},
+        ) as container:
             attached = av.stream.Disposition.attached_pic
             streams = [
                 stream
@@ -115,7 +123,7 @@ def scan_file(path: Path, max_pixels: int | None) -> Scan:
     with opened(path) as (container, stream):
         _check_pixels(path, stream.width, stream.height, max_pixels)
         codec = stream.codec_context.name
-        trusted = container.format.name in _FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
+        trusted = container.format.name in FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
         first, found, keyframes = _walk(path, container, stream, trusted)
         stamps = tuple(sorted(stamp for stamp in found if stamp is not None))
         if len(set(stamps)) < len(found):
@@ -201,6 +209,15 @@ def _square_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
     return frame.height, max(1, round(frame.width * aspect))
 
 
+def check_size(path: Path, scan: Scan, frame: VideoFrame) -> None:
+    """Refuse a frame of another size than the first one's."""
+    if (frame.height, frame.width) != scan.coded_size:
+        raise VideoError(
+            f"{path.name} changes its frame size from {scan.coded_size[1]}x{scan.coded_size[0]} to "
+            f"{frame.width}x{frame.height}; re-encode it at one size"
+        )
+
+
 def truncated(path: Path, found: int, promised: int) -> VideoError:
     return VideoError(
         f"{path.name} is truncated: {found} frames could be read, its header promises {promised}; "
@@ -251,9 +268,9 @@ def _check_duration(
     if len(stamps) < 2 or stream.time_base is None:
         return
     promised = 0.0
-    if "DURATION" in stream.metadata:
-        hours, minutes, seconds = stream.metadata["DURATION"].split(":")
-        promised = int(hours) * 3600 + int(minutes) * 60 + float(seconds)
+    told = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
+    if told is not None:
+        promised = int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3])
     elif len(container.streams) == 1 and container.duration:
         promised = container.duration / 1e6
     held = float((stamps[-1] - stamps[0]) * stream.time_base + 1 / rate)

@@ -12,7 +12,7 @@ from mv2v_engine.config import GraphMode
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.capture import Recorder
 from mv2v_engine.engine.graphs import Graphs
-from mv2v_engine.engine.runner import Denoised, Denoiser, denoise
+from mv2v_engine.engine.runner import Denoised, Denoiser, NoisyTurn, denoise
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.testing import randomise, tiny_config
@@ -67,15 +67,15 @@ class GraphedTurns:
         noise, *others = [latent.to(self.device) for latent in latents]
         given = cameras.to(self.device) if plan.shape.has_camera else None
         text, negative = text.to(self.device), negative.to(self.device)
-        return Denoiser(
-            self.model,
-            plan,
-            Conditioning(others, given, text, negative),
-            noise,
-            make_solver(asked.solver, asked.steps, 3.0),
+        turn = NoisyTurn(
+            transformer=self.model,
+            plan=plan,
+            conditioning=Conditioning(others, given, text, negative),
+            noise=noise,
+            solver=make_solver(asked.solver, asked.steps, 3.0),
             guidance_scale=asked.scale,
-            graphs=graphs,
         )
+        return Denoiser(turn, graphs=graphs)
 
     def run(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoised:
         turn = denoise(self.denoiser(plan, asked, graphs), CancelToken())

@@ -78,7 +78,7 @@ def test_steps_in_place_are_the_loop_written_out(solver: Any) -> None:
         with torch.no_grad():
             velocities = [
                 turns.model(*inputs, text, plan=plan, cameras=given.conditioning.cameras)
-                for text in given.texts
+                for text in given.conditioning.texts
             ]
         latents = loop.step(guide(velocities, asked.scale), index, latents)
     assert torch.equal(turns.run(plan, asked, None).latents, latents[0])

@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 from mv2v_engine.config import WAN_1_3B
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.graphs import LAUNCHES_PER_BLOCK
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.runner import Denoiser, NoisyTurn
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.tokens.plan import novel_view_plan
@@ -78,19 +78,20 @@ def model() -> MV2VTransformer:
 def test_a_full_size_step_can_be_captured(model: MV2VTransformer, conditioning: Any) -> None:
     plan = novel_view_plan(memory=10, conditioning=conditioning)
     frames, text = plan.target.num_frames, torch.empty(1, 512, 4096, device=META)
-    denoiser = Denoiser(
-        model,
-        plan,
-        Conditioning(
+    turn = NoisyTurn(
+        transformer=model,
+        plan=plan,
+        conditioning=Conditioning(
             [torch.empty(1, 16, *segment.grid, device=META) for segment in plan.segments[1:]],
             torch.empty(1, len(plan.segments), frames, 12, device=META),
             text,
             text.clone(),
         ),
-        torch.empty(1, 16, *plan.target.grid),
-        make_solver("euler", 4, 5.0),
+        noise=torch.empty(1, 16, *plan.target.grid),
+        solver=make_solver("euler", 4, 5.0),
         guidance_scale=5.0,
     )
+    denoiser = Denoiser(turn)
     model.constants(plan, META)
     if conditioning == "static":
         denoiser.step()

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.denoisers import make_denoiser
 from mv2v_engine.engine.graphs import Graphs
-from mv2v_engine.engine.reuse import make_denoiser
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.runner import Denoiser, NoisyTurn
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.testing import relative_error
@@ -69,18 +69,15 @@ def _denoiser(
         editor.text_embedding(NEGATIVE),
         source[None],
     )
-    solver = make_solver(editor.scheduler, STEPS, editor.sampling.flow_shift)
-    noise = initial_noise((1, *source.shape), 3)
-    return make_denoiser(
-        EngineConfig(**reuse),
-        editor.transformer,
-        plan,
-        conditioning,
-        noise,
-        solver,
+    turn = NoisyTurn(
+        transformer=editor.transformer,
+        plan=plan,
+        conditioning=conditioning,
+        noise=initial_noise((1, *source.shape), 3),
+        solver=make_solver(editor.scheduler, STEPS, editor.sampling.flow_shift),
         guidance_scale=5.0,
-        graphs=graphs,
     )
+    return make_denoiser(EngineConfig(**reuse), turn, graphs=graphs)
 
 
 def _pipeline_run(folder: Path, frames: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -14,7 +14,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from mv2v_engine import CancelToken, Engine, EngineConfig
 from mv2v_engine.engine import runner
 from mv2v_engine.engine.report import turn_flops
-from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, denoise
+from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, NoisyTurn, denoise
 from mv2v_engine.errors import CancelledError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
@@ -47,15 +47,15 @@ def _conditioning(plan: TokenPlan) -> Conditioning:
 
 
 def _turn(model: MV2VTransformer, plan: TokenPlan, token: CancelToken | None = None) -> Any:
-    denoiser = Denoiser(
-        model,
-        plan,
-        _conditioning(plan),
-        torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1)),
-        make_solver("euler", STEPS, 3.0),
+    turn = NoisyTurn(
+        transformer=model,
+        plan=plan,
+        conditioning=_conditioning(plan),
+        noise=torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1)),
+        solver=make_solver("euler", STEPS, 3.0),
         guidance_scale=SCALE,
     )
-    return denoise(denoiser, token or CancelToken())
+    return denoise(Denoiser(turn), token or CancelToken())
 
 
 def _finished(model: MV2VTransformer, plan: TokenPlan) -> Denoised:

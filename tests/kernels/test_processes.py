@@ -59,8 +59,7 @@ def test_bodies_in_the_interpreter() -> None:
 def test_bodies_on_the_gpu() -> None:
     """Odd sizes, every dtype, strides, offsets beyond 2**31, canaries: all of `tests/ops`."""
     workers = ["-n", "4"] if importlib.util.find_spec("xdist") else []
-    others = "--ignore=tests/ops/test_fov_overlap.py"  # no kernel of Triton's
-    assert run_pytest("tests/ops", others, *workers, MV2V_TEST_LAUNCHERS="cuda") > 80
+    assert run_pytest("tests/ops", *workers, MV2V_TEST_LAUNCHERS="cuda") > 80
 
 
 def test_machine_code(tmp_path: Path) -> None:

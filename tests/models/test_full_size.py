@@ -1,7 +1,8 @@
 """The full-size configs run as they are: on fake tensors, with the FLOPs that the plan promises.
 
-With the reference, torch's own operations are counted. With the kernels' backend each operation is
-one opaque call whose fake is all that there is, as it is to a compiler or a graph on a GPU.
+With the reference, torch's own operations are counted, in six blocks. With the kernels' backend
+each operation is one opaque call whose fake is all that there is, as it is to a compiler or a graph
+on a GPU.
 """
 
 from __future__ import annotations
@@ -72,17 +73,20 @@ def no_fake_tables() -> Iterator[None]:
     assert dit._rotary_table.cache_info().currsize == before
 
 
+# a block of the reference is many operations: six of them, of which the third and fifth merge
+VIEWS, EDITS = (replace(full, num_layers=6, merge_blocks=None) for full in (WAN_1_3B, LUCY_5B))
+TEN_MEMORIES_OF_SIX = novel_view_plan(memory=10, shape=VIEWS)
+EDITING_OF_SIX = window_plan(memory=4, shape=EDITS)
 TEN_MEMORIES = novel_view_plan(memory=10)
-EDITING = window_plan(memory=4)
 STATIC_EDITING = window_plan(memory=4, conditioning="static")
 
 
 @pytest.mark.parametrize(
     ("shape", "plan", "backend"),
     [
-        pytest.param(WAN_1_3B, TEN_MEMORIES, "reference", id="1.3B-ten-memories"),
+        pytest.param(VIEWS, TEN_MEMORIES_OF_SIX, "reference", id="1.3B-ten-memories"),
         pytest.param(WAN_1_3B, TEN_MEMORIES, "auto", id="1.3B-ten-memories-kernels"),
-        pytest.param(LUCY_5B, EDITING, "reference", id="5B-editing"),
+        pytest.param(EDITS, EDITING_OF_SIX, "reference", id="5B-editing"),
         pytest.param(LUCY_5B, STATIC_EDITING, "auto", id="5B-editing-static-kernels"),
     ],
 )

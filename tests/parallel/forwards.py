@@ -1,6 +1,6 @@
-"""Run by torchrun: forwards over the ranks beside those of one process, differences as JSON.
+"""Run by two processes: forwards over the ranks beside those of one, differences as JSON.
 
-    torchrun ... forwards.py OUT
+    forwards.py OUT
 
 Every rank compares with what it computes alone, and writes OUT/rank<N>.json.
 """

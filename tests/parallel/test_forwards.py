@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.parallel.launched import HERE, torchrun
+from tests.launched import both_succeed
 
 Results = tuple[dict[str, Any], dict[str, Any]]
 VIEWS = ("target alone", "uneven heads", "merged", "merged in joint scope", "discarded")
@@ -17,7 +18,7 @@ NAMES = (*VIEWS, "static", "static, merged", "edit", "static edit")
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("forwards")
-    torchrun(str(HERE / "forwards.py"), str(folder))
+    both_succeed(str(Path(__file__).with_name("forwards.py")), str(folder))
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     return first, second
 

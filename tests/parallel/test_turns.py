@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from mv2v_engine import run
-from tests.parallel.launched import HERE, both, torchrun
+from tests.launched import both, both_succeed, torchrun
 
 CAMERAS = ("pan_right", "arc_left")
 
@@ -34,7 +34,7 @@ def told(
 ) -> dict[str, Any]:
     """What two processes say of their turns, the last of which fails in the second one."""
     folder = tmp_path_factory.mktemp("turns")
-    script = str(HERE / "turns.py")
+    script = str(Path(__file__).with_name("turns.py"))
     first, second = both(script, str(tiny_checkpoint), str(source_clip), str(folder))
     assert first.returncode == 0, first.stderr[:5000]
     # no one watches over them: each ended by itself, the second with its own error
@@ -121,8 +121,8 @@ def test_an_edit_over_two_processes(
         str(tmp_path / "edited.mp4"),
     ]
     where = ["--checkpoint", str(editor_folder), "--device", "cpu"]
-    done = torchrun("-m", "mv2v_engine.run", *words, *where)
-    assert done.stdout.count("edited.mp4\n") == 1
+    first, second = both_succeed("-m", "mv2v_engine.run", *words, *where)
+    assert first.count("edited.mp4\n") == 1 and not second
     tensors = sorted((tmp_path / "edited.edit").rglob("*.safetensors"))
     assert len(tensors) == 5
     for path in tensors:

@@ -21,11 +21,11 @@ def run(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *more: str) -> int:
     return soak.main()
 
 
-def test_forty_turns(
+def test_twenty_turns(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     out = tmp_path / "soak.json"
-    code = run(monkeypatch, tiny_checkpoint, "--turns", "40", "--every", "10", "--out", str(out))
+    code = run(monkeypatch, tiny_checkpoint, "--turns", "20", "--every", "5", "--out", str(out))
     result = json.loads(out.read_text())
     assert code == 0 and result["grows"] == [] and len(result["samples"]) == 4
     assert {"opened", "opened with a folder", "resumed", "cancelled"} <= set(result["done"])

@@ -7,16 +7,22 @@ import threading
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
 
 from mv2v_engine.serving.config import Limits, ServingConfig
+from mv2v_engine.serving.local import LocalBackend
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 from mv2v_engine.serving.server import DrainingServer, address_of, bound_socket, running_app
+from tests.serving.browsing import CHROMIUM, launched, opening
 from tests.serving.fake_backend import FakeBackend
 
+if TYPE_CHECKING:
+    from playwright.sync_api import Browser, Page
+
+PATIENCE = 300.0  # seconds; what a busy machine may take to start or to stop
 # what the metrics read of a turn
 REPORT: dict[str, Any] = {
     "plan": {"tokens_by_kind": {"target": 10}, "merges": []},
@@ -60,7 +66,7 @@ class Live:
 
     def start(self) -> None:
         self.thread.start()
-        assert self._is_up.wait(120)
+        assert self._is_up.wait(PATIENCE)
         if self._error is not None:
             raise self._error
 
@@ -91,6 +97,14 @@ class Live:
                 await self.server.serve([bound])
 
 
+@pytest.fixture
+def held() -> FakeBackend:
+    """Each of its steps waits until the test has set `go`."""
+    backend = FakeBackend()
+    backend.go.clear()
+    return backend
+
+
 @pytest.fixture(scope="session")
 def serving_backend() -> type[HeldBackend]:
     return HeldBackend
@@ -112,8 +126,19 @@ def serving() -> Callable[..., Any]:
                 if isinstance(service.backend, HeldBackend):
                     service.backend.let_go()
                 service.drain()
-            service.thread.join(120)
+            service.thread.join(PATIENCE)
             assert not service.thread.is_alive()
+
+    return live
+
+
+@pytest.fixture(scope="session")
+def serving_engine(serving: Callable[..., Any]) -> Callable[..., Any]:
+    """The same with an engine in a worker process, which may still be loading."""
+
+    def live(store: Path, **settings: Any) -> Any:
+        settings = {"device": "cpu", "grace": 0.0} | settings
+        return serving(store, LocalBackend(ServingConfig(store=store, **settings)), **settings)
 
     return live
 
@@ -165,3 +190,19 @@ def events_of() -> Callable[..., list[tuple[int, str, dict[str, Any]]]]:
         return found
 
     return read
+
+
+@pytest.fixture(scope="module")
+def browser() -> Iterator[Browser]:
+    # not for longer: while it is open, nothing else in this thread can run an event loop
+    if CHROMIUM is None:
+        pytest.skip("no chromium on the PATH")
+    with launched() as browser:
+        yield browser
+
+
+@pytest.fixture
+def open_page(browser: Browser) -> Iterator[Callable[..., Page]]:
+    """Opens an address, as `Browser.new_page` does."""
+    with opening(browser) as open_one:
+        yield open_one

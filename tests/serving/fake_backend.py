@@ -65,6 +65,7 @@ class FakeBackend:
     def __init__(self, **about: Any) -> None:
         self.about: dict[str, Any] | None = ABOUT | about
         self.ready, self.reason, self.restarts = True, "", 0
+        self.is_lost = False
         self.go = asyncio.Event()
         self.go.set()
         self.crash: dict[str, str] = {}

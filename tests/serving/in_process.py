@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable
+import functools
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import pytest
 
@@ -19,6 +20,17 @@ from tests.serving.fake_backend import FakeBackend
 
 VIDEO = ProbedVideo(frames=20, width=64, height=48, fps=8.0, seconds=2.5)
 TURN = {"camera": "pan_right", "seed": 1}
+Given = ParamSpec("Given")
+
+
+def in_loop(test: Callable[Given, Coroutine[Any, Any, None]]) -> Callable[Given, None]:
+    """A test that is a coroutine, in an event loop of its own."""
+
+    @functools.wraps(test)
+    def run(*args: Given.args, **kwargs: Given.kwargs) -> None:
+        asyncio.run(test(*args, **kwargs))
+
+    return run
 
 
 async def probe(path: Path, limits: Limits) -> ProbedVideo:

@@ -20,6 +20,7 @@ from mv2v_engine.serving.host import Host
 from mv2v_engine.video.io import probe_video
 
 TURN = {"camera": "pan_right", "num_inference_steps": 2}
+CANCELLED = {"type": "cancelled"}
 
 
 @pytest.fixture
@@ -148,25 +149,42 @@ def test_a_full_disk_costs_the_turn_or_its_files_for_now(
     assert host.publish(session, folder, 3)["code"] == "internal"
 
 
+class _Late(CancelToken):
+    """Cancelled when some frames have been looked at."""
+
+    num_checks = 0
+
+    def check(self) -> None:
+        self.num_checks += 1
+        if self.num_checks == 9:
+            self.cancel()
+        super().check()
+
+
 def test_edits_go_on_behind_their_windows(
     editor_folder: Path, tmp_path: Path, long_clip: Path
 ) -> None:
     host = Host(Engine.from_pretrained(editor_folder, device="cpu"), max_open=1)
     assert host.about["kind"] == "edits" and host.about["has_text"]
     folder, request = _folder(tmp_path / "edits", long_clip), {"prompt": "a red ball"}
+    # while cuts are looked for there is nothing to take up yet
+    assert list(run(host, folder, None, request, frames=23, cancel=_Late())) == [CANCELLED]
+    assert not (folder / "session.json").exists()
     cancel, windows = CancelToken(), []
     for event in run(host, folder, None, request, frames=23, cancel=cancel):
         if event["type"] == "window_done":
             windows.append(event["number"])
             cancel.cancel()
-    assert event == {"type": "cancelled"} and windows == [1]
+    assert event == CANCELLED and windows == [1]
     assert finished_report(folder, "edits", 1) is None
     again = Host(host.engine, max_open=1)
     events = list(run(again, folder, None, request, frames=23))
     assert [e["number"] for e in events if e["type"] == "window_done"] == [2, 3, 4, 5]
     assert (events[-1]["type"], events[-1]["number"]) == ("done", 1)
     assert probe_video(result_path(folder, 1, "video")).num_frames == 23
-    assert finished_report(folder, "edits", 1) is not None
+    # what a start finds of it is the whole report, its windows' rows included
+    assert finished_report(folder, "edits", 1) == json.loads(json.dumps(events[-1]["report"]))
+    assert len(events[-1]["report"]["windows"]) == 5
     # asked for again it is the same turn
     events = list(run(again, folder, None, request, frames=23))
     assert (events[-1]["type"], events[-1]["number"]) == ("done", 1)

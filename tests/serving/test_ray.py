@@ -20,8 +20,13 @@ import pytest
 pytest.importorskip("ray", reason="the extra [distributed] is not installed")
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 pytest.importorskip("yaml", reason="PyYAML is not installed")
+# read when ray.serve is imported: the replica that has a session is asked whether it is free, and
+# a loaded machine must not keep it from answering, or another makes the turn
+os.environ["RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "20"
+os.environ["RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "20"
 import ray
 import yaml
+from ray.exceptions import RayActorError
 from ray.serve.schema import ServeDeploySchema
 
 from mv2v_engine.engine.store import SessionStore
@@ -30,14 +35,15 @@ from mv2v_engine.options import Parser
 from mv2v_engine.serving.claims import issue
 from mv2v_engine.serving.command import add_serve, serving_config
 from mv2v_engine.serving.config import Cluster, ServingConfig
+from mv2v_engine.serving.folders import Lock
 from mv2v_engine.serving.protocol import setup_message
 from mv2v_engine.serving.ray_backend import RayBackend
 from mv2v_engine.serving.ray_replica import build_app
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 
 ROOT = Path(__file__).resolve().parents[2]
-# a loaded machine starts processes slowly, which is no matter of these tests
-PATIENCE = 240.0
+# seconds: of a test, and of the replicas to come up; a loaded machine starts processes slowly
+PATIENCE, START_PATIENCE = 110.0, 240.0
 SLOW = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_gcs_server_request_timeout_seconds": "600",
@@ -68,10 +74,17 @@ class WatchedBackend(RayBackend):
                 self.stepped.notify_all()
             yield event
 
-    def reach_step(self, job: str) -> None:
+    def reach_step(self, job: str, patience: float) -> None:
         """Wait until a replica has made a step of a turn."""
         with self.stepped:
-            assert self.stepped.wait_for(lambda: self.steps.get(job), PATIENCE)
+            assert self.stepped.wait_for(lambda: self.steps.get(job), patience), self.reason
+
+    def reach_capacity(self, replicas: int, patience: float) -> None:
+        deadline = time.monotonic() + patience
+        while self.capacity != replicas:
+            assert not self.is_lost, self.reason
+            assert time.monotonic() < deadline, f"{self.capacity} replicas run; {self.reason}"
+            time.sleep(0.1)
 
     def replicas(self, job: str) -> list[str]:
         """Where a turn was begun, in order."""
@@ -79,16 +92,42 @@ class WatchedBackend(RayBackend):
 
 
 class Client:
-    """A user of a service."""
+    """A user of a service, who waits as long as a test may take and no longer."""
 
-    def __init__(self, http: httpx.Client) -> None:
-        self.http = http
+    def __init__(self, http: httpx.Client, backend: WatchedBackend) -> None:
+        self.http, self.backend = http, backend
+        self._deadline = time.monotonic() + PATIENCE
+
+    def left(self) -> float:
+        """Seconds that the test still has."""
+        seconds = self._deadline - time.monotonic()
+        assert seconds > 0, f"not done within {PATIENCE:g} s"
+        return seconds
 
     def session(self, clip: Path) -> str:
         files = {"video": ("clip.mp4", clip.read_bytes(), "video/mp4")}
         answer = self.http.post("/v1/sessions", files=files)
         assert answer.status_code == 201, answer.text
         return str(answer.json()["id"])
+
+    def cancel(self, job: str) -> None:
+        """Cancel a job that runs."""
+        self.http.post(f"/v1/jobs/{job}/cancel")
+        assert self.ended(job)["state"] == "cancelled"
+
+    def under_way(self, session: str, steps: int, camera: str = "pan_right") -> str:
+        """A job of which a replica has made a step."""
+        job = self.ask(session, steps, camera)
+        self.backend.reach_step(job, self.left())
+        return job
+
+    def settled(self, session: str, replica: str) -> None:
+        """Wait until Serve has heard where a session is; a replica does not tell at once."""
+        handle = self.backend._handle.options(multiplexed_model_id=session)
+        in_row = 0
+        while in_row < 10:
+            found = handle.describe.remote().result(timeout_s=self.left())["replica"]
+            in_row = in_row + 1 if found == replica else 0
 
     def ask(self, session: str, steps: int, camera: str = "pan_right") -> str:
         body = {"camera": camera, "num_inference_steps": steps}
@@ -98,7 +137,10 @@ class Client:
 
     def ended(self, job: str) -> dict[str, Any]:
         """A job once it has ended."""
-        assert "event:" in self.http.get(f"/v1/jobs/{job}/events").text
+        # its stream says something every few seconds, if only that there is nothing new
+        with self.http.stream("GET", f"/v1/jobs/{job}/events") as events:
+            for _ in events.iter_lines():
+                self.left()
         found: dict[str, Any] = self.http.get(f"/v1/jobs/{job}").json()
         return found
 
@@ -162,33 +204,14 @@ def service(
     settings: dict[str, Any] = {"checkpoint": str(tiny_checkpoint), "device": "cpu"}
     backend = WatchedBackend(ServingConfig(store=store, **settings), Cluster(replicas=2))
     with serving(store, backend, **settings) as live:
-        until(lambda: backend.capacity == 2, backend)
+        backend.reach_capacity(2, START_PATIENCE)
         yield live
 
 
 @pytest.fixture
 def client(service: Any) -> Iterator[Client]:
     with httpx.Client(base_url=service.address, timeout=PATIENCE) as http:
-        yield Client(http)
-
-
-def until(holds: Callable[[], bool], backend: RayBackend) -> None:
-    deadline = time.monotonic() + PATIENCE
-    while not holds():
-        assert backend._task is not None and not backend._task.done(), backend.reason
-        assert time.monotonic() < deadline, f"{backend.capacity} replicas run; {backend.reason}"
-        time.sleep(0.1)
-
-
-def settle(backend: RayBackend, session: str, replica: str) -> None:
-    """Wait until Serve has heard where a session is: it says so for the next turn, not at once."""
-    handle = backend._handle.options(multiplexed_model_id=session)
-    in_row = 0
-    deadline = time.monotonic() + PATIENCE
-    while in_row < 10:
-        assert time.monotonic() < deadline
-        found = handle.describe.remote().result(timeout_s=PATIENCE)["replica"]
-        in_row = in_row + 1 if found == replica else 0
+        yield Client(http, service.backend)
 
 
 def test_turns_of_two_sessions_stay_with_their_replicas(
@@ -197,19 +220,17 @@ def test_turns_of_two_sessions_stay_with_their_replicas(
     backend = service.backend
     first, second = client.session(source_clip), client.session(source_clip)
     # one turn occupies a replica until it is cancelled; the other session's is made meanwhile
-    long = client.ask(first, LONG)
-    backend.reach_step(long)
+    long = client.under_way(first, LONG)
     short = client.made(second, SHORT)
     assert client.http.get(f"/v1/jobs/{long}").json()["state"] == "running"
-    client.http.post(f"/v1/jobs/{long}/cancel")
-    assert client.ended(long)["state"] == "cancelled"
+    client.cancel(long)
     assert backend.steps[long] < LONG
     assert client.turns(first) == []
     (home,), (other,) = backend.replicas(long), backend.replicas(short)
     assert home != other
 
     for session, replica in ((first, home), (second, other)):
-        settle(backend, session, replica)
+        client.settled(session, replica)
         for number in (1, 2):
             if len(client.turns(session)) < number:
                 job = client.made(session, SHORT, "pan_right" if number == 1 else "arc_left")
@@ -224,8 +245,7 @@ def test_another_replica_makes_the_turn_of_one_that_is_killed(
     backend = service.backend
     session = client.session(source_clip)
     client.made(session, SHORT)
-    job = client.ask(session, KILLED, "arc_left")
-    backend.reach_step(job)
+    job = client.under_way(session, KILLED, "arc_left")
     os.kill(backend.places[job][0]["process"], signal.SIGKILL)
     found = client.ended(job)
     assert (found["state"], found["attempts"]) == ("finished", 1), found
@@ -245,7 +265,7 @@ def test_another_replica_makes_the_turn_of_one_that_is_killed(
     client.made(session, SHORT, "tilt_up")
     retrieved = client.turns(session)[2]["report"]["memory"]["retrieved"]
     assert sorted(row["turn"] for row in retrieved) == [1, 2]
-    until(lambda: backend.capacity == 2, backend)
+    backend.reach_capacity(2, client.left())
     assert backend.restarts >= 1
 
 
@@ -254,32 +274,45 @@ def test_a_session_that_another_has_gone_on_with_is_opened_again(
 ) -> None:
     backend = service.backend
     here, elsewhere, mine = (client.session(source_clip) for _ in range(3))
-    there = client.ask(elsewhere, LONG)
-    backend.reach_step(there)
+    there = client.under_way(elsewhere, LONG)
     (away,) = backend.replicas(there)
     (home,) = backend.replicas(client.made(mine, SHORT))
     assert home != away
     # its home is busy, so the session goes on where it is free
-    busy = client.ask(here, LONG)
-    backend.reach_step(busy)
-    client.http.post(f"/v1/jobs/{there}/cancel")
+    busy = client.under_way(here, LONG)
+    client.cancel(there)
     assert backend.replicas(client.made(mine, SHORT, "arc_left")) == [away]
     # and comes back to a home that knows nothing of that
-    settle(backend, elsewhere, away)
-    there = client.ask(elsewhere, LONG)
-    backend.reach_step(there)
+    client.settled(elsewhere, away)
+    there = client.under_way(elsewhere, LONG)
     assert backend.replicas(there) == [away]
     # a right to write that is gone ends a turn, whoever took it
     issue(service.config.store / "sessions" / here)
     assert client.ended(busy)["state"] == "cancelled"
     assert backend.replicas(client.made(mine, SHORT, "tilt_up")) == [home]
-    client.http.post(f"/v1/jobs/{there}/cancel")
-    assert client.ended(there)["state"] == "cancelled"
+    client.cancel(there)
     remembered = [
         sorted(row["turn"] for row in turn["report"]["memory"]["retrieved"])
         for turn in client.turns(mine)
     ]
     assert remembered == [[], [1], [1, 2]]
+
+
+def test_a_replica_that_hangs_ends_itself(service: Any, client: Client, source_clip: Path) -> None:
+    backend, session = service.backend, client.session(source_clip)
+    client.made(session, SHORT)
+    folder = service.config.store / "sessions" / session
+    order: dict[str, Any] = {"session": {"id": session, "frames": 9}, "folder": str(folder)}
+    order |= {"number": 1, "claim": issue(folder), "stall_seconds": 0.5}
+    lock = Lock(folder / "writer.lock", "a test")
+    assert lock.acquire(PATIENCE)
+    try:
+        with pytest.raises(RayActorError):
+            backend._handle.publish.remote(order).result(timeout_s=client.left())
+    finally:
+        lock.release()
+    # the other one goes on meanwhile
+    client.made(session, SHORT, "arc_left")
 
 
 def config_file() -> dict[str, Any]:

@@ -44,7 +44,7 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
     assert "ada-1815" not in repr(config)
     assert cluster_config(parsed("--store", "s")) is None
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
-    words = ["--store", "s", "--backend", "ray", "--ray-address", "auto"]
+    words = ["--store", "s", "--workers", "ray", "--ray-address", "auto"]
     assert cluster_config(parsed(*words)) == Cluster(address="auto")
     found = cluster_config(parsed(*words, "--replicas", "3", "--gpus-per-replica", "0.5"))
     assert found == Cluster(address="auto", replicas=3, gpus=0.5)
@@ -61,8 +61,8 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
         (["--tokens", "/nowhere/tokens"], "cannot read tokens"),
         (["--max-queue", "0"], "max_queue"),
         (["--checkpoint", "tiny-nothing"], "tiny-nothing"),
-        (["--replicas", "2", "--ray-address", "auto"], "add --backend ray"),
-        (["--backend", "ray"], "needs --replicas"),
+        (["--replicas", "2", "--ray-address", "auto"], "add --workers ray"),
+        (["--workers", "ray"], "needs --replicas"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -75,7 +75,7 @@ def test_what_is_wrong_is_said_in_a_line(
 
 @pytest.mark.parametrize(
     ("library", "extra", "words"),
-    [("uvicorn", "serve", ()), ("ray", "distributed", ("--backend", "ray", "--replicas", "2"))],
+    [("uvicorn", "serve", ()), ("ray", "distributed", ("--workers", "ray", "--replicas", "2"))],
 )
 def test_without_its_libraries_it_says_what_to_install(
     library: str,

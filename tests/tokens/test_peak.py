@@ -14,6 +14,7 @@ from mv2v_engine.config import TINY, WAN_1_3B, EngineConfig
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.engine.reuse import ReusingDenoiser
+from mv2v_engine.engine.runner import NoisyTurn
 from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
@@ -119,15 +120,16 @@ def test_approximate_reuse_keeps_a_copy_for_each_branch(merge: Any, drift: float
     given = [torch.randn(1, shape.in_channels, *s.grid) for s in plan.segments]
     text = torch.randn(1, shape.text_len, shape.text_dim)
     cameras = torch.randn(1, len(given), plan.target.num_frames, 12)
-    denoiser = ReusingDenoiser(
-        model,
-        plan,
-        Conditioning(given[1:], cameras, text, text),
-        given[0],
-        make_solver("euler", 4, 3.0),
+    turn = NoisyTurn(
+        transformer=model,
+        plan=plan,
+        conditioning=Conditioning(given[1:], cameras, text, text),
+        noise=given[0],
+        solver=make_solver("euler", 4, 3.0),
         guidance_scale=3.0,
-        config=EngineConfig(reuse="approximate", reuse_refresh=2, reuse_drift=drift),
     )
+    config = EngineConfig(reuse="approximate", reuse_refresh=2, reuse_drift=drift)
+    denoiser = ReusingDenoiser(turn, config=config)
     with LiveBytes() as live:
         while not denoiser.is_finished:
             denoiser.step()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from pathlib import Path
 
 import torch
@@ -16,10 +14,11 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.training.distributed import data_parallel, first_says, own_generator, rank
 from mv2v_engine.training.finetune import is_trained
+from tests.launched import both_succeed, torchrun
 
 STEPS = 4
 
-# run by torchrun: every process saves what it ended with
+# run by two processes: each saves what it ended with
 WORKER = """
 import sys
 from pathlib import Path
@@ -88,15 +87,6 @@ def _schedule(step: int) -> float:
     return (step + 1) / 100 * (0.02 + 0.98 * cosine)
 
 
-def _torchrun(*arguments: str) -> str:
-    """Run a script or module in two processes; what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
-    assert done.returncode == 0, done.stderr[:3000]
-    return done.stdout
-
-
 def test_two_processes_fine_tune_a_base(tmp_path: Path, cache_folder: Path) -> None:
     """Frozen parameters, recomputed blocks and modules that a plan leaves out, all at once."""
     config = tiny_config()
@@ -105,7 +95,7 @@ def test_two_processes_fine_tune_a_base(tmp_path: Path, cache_folder: Path) -> N
     save_checkpoint(tmp_path / "base", model, config, SamplingConfig(), "base", torch.float32)
     arguments = ["--checkpoint", str(tmp_path / "base"), "--latents", str(cache_folder)]
     arguments += ["--out", str(tmp_path / "out"), "--steps", "6", "--device", "cpu"]
-    said = _torchrun("-m", "mv2v_engine.training.finetune", *arguments)
+    said = torchrun("-m", "mv2v_engine.training.finetune", *arguments).stdout
     assert said.count("the averaged weights") == 1  # the first process alone speaks and writes
     record = json.loads((tmp_path / "out" / "run.json").read_text())
     assert record["processes"] == 2
@@ -123,7 +113,7 @@ def test_two_processes_fine_tune_a_base(tmp_path: Path, cache_folder: Path) -> N
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)
-    _torchrun(str(script), str(tmp_path))
+    both_succeed(str(script), str(tmp_path))
     first, second = (
         torch.load(tmp_path / f"rank{index}.pt", weights_only=True) for index in (0, 1)
     )

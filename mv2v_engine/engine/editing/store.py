@@ -14,6 +14,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -98,20 +99,29 @@ class EditStore(SessionFolder):
         """
         return self.window(number, window, digest)[0]
 
+    def window_reports(self, number: int) -> list[dict[str, Any]]:
+        """The reports of an edit's finished windows in order; their tensors are not read.
+
+        Raises:
+            StorageError: a window that the manifest names is missing or damaged, or the manifest.
+        """
+        row = next((row for row in self.read()["turns"] if row["number"] == number), None)
+        found = []
+        for window in range(1, 1 + len(row["windows"] if row else ())):
+            path = self.window_path(number, window)
+            with _reading(path), safe_open(str(path), framework="pt") as file:
+                found.append(json.loads((file.metadata() or {})["report"]))
+        return found
+
     def window(self, number: int, window: int, digest: str) -> tuple[Tensor, Tensor, Any]:
         """As `latents`, with the descriptor [D] and the report."""
         path = self.window_path(number, window)
-        try:
+        with _reading(path):
             with safe_open(str(path), framework="pt") as file:
                 latents, descriptor = (file.get_tensor(name) for name in _TENSORS)
                 words = (file.metadata() or {})["report"]
             check_digest(path, _digest(latents, descriptor, words), digest)
             return latents, descriptor, json.loads(words)
-        except (OSError, SafetensorError, KeyError, ValueError) as error:
-            raise StorageError(
-                f"{path} cannot be read again ({error}); restore the file, or edit the video once "
-                "more in another folder"
-            ) from error
 
     def listed_files(self) -> set[Path]:
         return {
@@ -147,6 +157,18 @@ class EditStore(SessionFolder):
         }
         manifest["turns"].append(fresh)
         return fresh
+
+
+@contextmanager
+def _reading(path: Path) -> Iterator[None]:
+    """What a window's file may be found to be, as one error."""
+    try:
+        yield
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise StorageError(
+            f"{path} cannot be read again ({error}); restore the file, or edit the video once "
+            "more in another folder"
+        ) from error
 
 
 def _digest(latents: Tensor, descriptor: Tensor, report: str) -> str:

@@ -12,17 +12,17 @@ from collections.abc import Generator
 from typing import TYPE_CHECKING
 
 from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.denoisers import engine_denoiser
 from mv2v_engine.engine.editing.edit import KeptWindow
 from mv2v_engine.engine.editing.memory import SegmentMemory
 from mv2v_engine.engine.editing.report import window_report
 from mv2v_engine.engine.editing.request import EditRequest
 from mv2v_engine.engine.editing.source import LongSource
 from mv2v_engine.engine.overflow import guarded
-from mv2v_engine.engine.reuse import make_denoiser
+from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.engine.runner import denoise
 from mv2v_engine.progress import CancelToken, Event, Spans, staged
-from mv2v_engine.sampling.flow_match import initial_noise, make_solver
-from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.sampling.flow_match import initial_noise
 from mv2v_engine.video.windows import EditWindow
 
 if TYPE_CHECKING:
@@ -80,28 +80,21 @@ def _stages(
     cancel.check()
     latents = yield from staged(spans, "vae", lambda: engine.vae.encode(frames, check=cancel.check))
     cancel.check()
-    prompts = [request.prompt]
-    if needs_guidance(request.guidance_scale):
-        prompts.append(engine.sampling.negative_prompt)
-    text, *negative = yield from staged(spans, "text", lambda: engine.text_embeddings(prompts))
+    asked = (request.prompt, request.guidance_scale)
+    texts = yield from staged(spans, "text", lambda: guidance_texts(engine, *asked))
     cancel.check()
     with spans.stage("memory") as started:
         yield started
         descriptor = engine.describer(frames[: window.stop - window.start], latents)
         retrieval, plan, videos = memory.gather(window, descriptor)
     yield spans.done("memory")
-    denoiser = make_denoiser(
-        engine.config,
-        engine.transformer,
+    denoiser = engine_denoiser(
+        engine,
         plan,
-        Conditioning(
-            videos, None, text, negative[0] if negative else None, latents.to(engine.device)[None]
-        ),
+        Conditioning(videos, None, *texts, latents.to(engine.device)[None]),
         initial_noise((1, *latents.shape), window_seed(request.seed, window.number)),
-        make_solver(engine.scheduler, request.num_inference_steps, engine.sampling.flow_shift),
+        num_inference_steps=request.num_inference_steps,
         guidance_scale=request.guidance_scale,
-        graphs=engine.graphs,
-        team=engine.team,
     )
     with spans.stage("sampling") as started:
         yield started

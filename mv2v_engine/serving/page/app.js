@@ -14,7 +14,9 @@ const THEMES = { auto: "system", light: "light", dark: "dark" };
 
 let workspace = null;
 let list = null;
+let uploader = null;
 let hero = null;
+let shows = 0;
 
 /** What the address names: #session=…&frame=8&hide=source.1 */
 function readHash() {
@@ -33,10 +35,12 @@ function hashOf(session, { frame, hidden }) {
   return `#${values}`;
 }
 
+/** A later call overtakes one that still waits for the service. */
 async function show() {
   if (!workspace) return;
   const { session, ...view } = readHash();
   if (session && workspace.session?.id === session) return;
+  const number = (shows += 1);
   $("welcome").hidden = Boolean(session);
   $("session").hidden = !session;
   list.mark(session);
@@ -48,8 +52,10 @@ async function show() {
   }
   try {
     await workspace.open(session, view);
-    if (workspace.session) document.title = `${workspace.session.name || "Untitled"} – mv2v`;
+    if (number !== shows) return;
+    document.title = `${workspace.session.name || "Untitled"} – mv2v`;
   } catch (error) {
+    if (number !== shows) return;
     $("welcome").hidden = false;
     $("session").hidden = true;
     problem($("page-state"), error, show);
@@ -96,7 +102,8 @@ async function deleteSession(session) {
   if (!isSure) return;
   await api.remove(session.id);
   announce("The session is deleted");
-  goTo(null);
+  // it may have taken a step of the turn under way, and the user somewhere else meanwhile
+  if (readHash().session === session.id) goTo(null);
   list.refresh();
 }
 
@@ -196,6 +203,7 @@ async function start() {
     ? "Drop a video, say what to change, and change it again: each part remembers what came before."
     : "Drop a video, pick a camera, and watch it from there. Every further turn remembers the ones "
       + "that saw the same things, so that what they made up stays as it was.";
+  uploader.setLimits(model.limits);
   workspace = new Workspace(model, {
     onview: (view) => history.replaceState(null, "", hashOf(workspace.session.id, view)),
     onbranch: async (session) => {
@@ -212,7 +220,7 @@ async function start() {
 
 list = new SessionList();
 hero = drawHero();
-new Uploader((session) => {
+uploader = new Uploader((session) => {
   goTo(session);
   list.refresh();
 });

@@ -17,7 +17,7 @@ function field(label, input, hint = null) {
 }
 
 export class Composer {
-  /** root: where it stands; model: as the service describes it; onsent: (job). */
+  /** root: where it stands; model: as the service describes it; onsent: (session, its job). */
   constructor(root, model, onsent) {
     this.model = model;
     this.onsent = onsent;
@@ -84,6 +84,7 @@ export class Composer {
 
   /** session: whose turns come next; turns: that it has. */
   show(session, turns) {
+    if (this.session?.id !== session.id) clear(this.state);
     this.session = session;
     if (!this.isEditing) {
       this.picker.setEarlier(
@@ -97,8 +98,10 @@ export class Composer {
     clear(this.state);
     this.sendButton.disabled = true;
     try {
-      this.onsent(await api.submit(session.id, request, key));
+      this.onsent(session, await api.submit(session.id, request, key));
     } catch (error) {
+      // of another session than is shown now, it would be sent again to the wrong one
+      if (this.session.id !== session.id) return;
       problem(this.state, error, () => this.send(request, key));
     } finally {
       this.sendButton.disabled = false;

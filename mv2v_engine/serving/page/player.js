@@ -59,6 +59,7 @@ export class Player {
   add(id, video) {
     this.videos.set(id, video);
     const settle = () => {
+      if (this.videos.get(id) !== video) return; // put aside before it was loaded
       video.playbackRate = this.rate;
       if (this.isPlaying) video.play().catch(ignoreInterruption);
       this.#seekVideo(video, this.frame);

@@ -17,6 +17,7 @@ export class JobCard {
    */
   constructor(job, { onfinished, onagain, ongone }) {
     Object.assign(this, { job, onfinished, onagain, ongone });
+    const words = requestWords(job.request);
     this.leaving = new AbortController();
     this.stages = new Map();
     this.words = h("p", { class: "job-words" });
@@ -33,13 +34,19 @@ export class JobCard {
     },
     h("header", { class: "card-head" },
       h("h3", null, "Next turn"),
-      h("p", { class: "card-words" }, requestWords(job.request))),
+      h("p", { class: "card-words", title: words }, words)),
     this.words, this.bar, this.list, this.link, this.state,
     h("div", { class: "row tools" }, this.stop));
-    if (job.state === "queued" || job.state === "running") {
-      this.#say(job.state === "queued" ? queueWords(job.position) : "Starting");
+  }
+
+  /** Follows the job, or shows how it ended: a turn asked for again may long be finished. */
+  begin() {
+    const { state, position, number, error } = this.job;
+    if (ENDS.has(state)) this.#end({ type: state, turn: number, error });
+    else {
+      this.#say(state === "queued" ? queueWords(position) : "Starting");
       this.#follow();
-    } else this.#end({ type: job.state, error: job.error });
+    }
   }
 
   async #follow() {

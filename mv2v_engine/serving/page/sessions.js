@@ -13,6 +13,7 @@ export class Uploader {
     this.input = $("file");
     this.state = $("drop-state");
     this.current = null;
+    this.most = Infinity;
     this.input.addEventListener("change", () => {
       if (this.input.files.length) this.take(this.input.files[0]);
       this.input.value = "";
@@ -30,13 +31,29 @@ export class Uploader {
       if (!hasFiles(event)) return;
       event.preventDefault();
       light(-depth);
-      this.take(event.dataTransfer.files[0]);
+      const [file] = event.dataTransfer.files;
+      if (file) this.take(file);
     });
+  }
+
+  /** limits: of the service's; what is too large is not sent. */
+  setLimits({ upload_bytes: most }) {
+    this.most = most;
+    $("pick-limit").textContent =
+      `or choose a file, up to ${bytes(most).replace(" ", "\u00a0")}`;
   }
 
   /** Uploads a file; sent again after an error, it is still one session: the key stays. */
   async take(file, key = api.newKey()) {
     this.current?.abort();
+    this.current = null;
+    this.zone.removeAttribute("aria-busy");
+    if (file.size > this.most) {
+      // the service would close the connection on what it does not read, and its words be lost
+      problem(this.state, new Error(`${file.name} has ${bytes(file.size)}, more than the `
+        + `${bytes(this.most)} that this service takes; cut it, or encode it smaller.`));
+      return;
+    }
     const leaving = new AbortController();
     this.current = leaving;
     const words = h("span", { class: "fine" }, `${file.name}, ${bytes(file.size)}`);

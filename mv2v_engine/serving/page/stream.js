@@ -71,6 +71,7 @@ export async function follow(path, { onevent, onlink, signal }) {
       const response = await send(path, { headers, signal: attempt.signal });
       onlink(true);
       for await (const event of parsed(response.body, heard)) {
+        if (signal.aborted) return;
         failures = 0;
         if (event.id !== null) last = event.id;
         if (onevent(JSON.parse(event.data), event.type)) return;

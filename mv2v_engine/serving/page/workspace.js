@@ -17,9 +17,12 @@ export class Workspace {
    */
   constructor(model, { onview, onbranch, onchange, ondelete }) {
     Object.assign(this, { model, onview, onbranch, onchange, ondelete });
+    this.root = $("session");
     this.wall = $("wall");
     this.player = new Player($("transport"), () => this.#viewed());
-    this.composer = new Composer($("composer"), model, (job) => this.#addJob(job));
+    this.composer = new Composer($("composer"), model, (session, job) => {
+      if (this.session?.id === session.id) this.#addJob(job);
+    });
     this.cards = new Map();
     this.jobs = new Map();
     this.hidden = new Set();
@@ -29,11 +32,13 @@ export class Workspace {
 
   /** Shows a session as it is now. view: {frame, hidden}, where the user left it. */
   async open(id, view) {
-    const opening = (this.opening += 1);
     this.close();
-    const [session, turns, jobs] = await Promise.all(
-      [api.session(id), api.turns(id), api.jobs(id)]);
+    const opening = this.opening;
+    // jobs first: one that is finished by then is among the turns that are asked for after it
+    const jobs = await api.jobs(id);
+    const [session, turns] = await Promise.all([api.session(id), api.turns(id)]);
     if (opening !== this.opening) return;
+    this.root.inert = false;
     this.session = session;
     this.turns = turns;
     this.hidden = new Set(view.hidden);
@@ -51,14 +56,16 @@ export class Workspace {
     for (const job of jobs.filter(isOpen).sort((a, b) => a.created - b.created)) this.#addJob(job);
   }
 
+  /** Also ends an `open` that still waits. Nothing of the session can be pressed any more. */
   close() {
+    this.opening += 1;
+    this.session = null; // first, so that the player's last frame is nobody's view
+    this.root.inert = true;
     this.player.clear();
     for (const card of [...this.cards.values(), ...this.jobs.values()]) card.remove();
     this.cards.clear();
     this.jobs.clear();
-    this.session = null;
-    clear($("session-state"));
-    clear(this.wall);
+    for (const id of ["session-head", "session-state", "shown", "wall"]) clear($(id));
   }
 
   #settings() {
@@ -117,16 +124,18 @@ export class Workspace {
     }
   }
 
-  /** Before the cards of turns to come. */
+  /** Before the cards of later turns and of turns to come. */
   #addCard(card) {
-    const first = this.jobs.values().next().value;
-    this.wall.insertBefore(card.element, first?.element ?? null);
+    const later = [...this.cards.values()].find(({ id }) => Number(id) > Number(card.id))
+      ?? this.jobs.values().next().value;
+    this.wall.insertBefore(card.element, later?.element ?? null);
     this.cards.set(card.id, card);
     card.setShown(!this.hidden.has(card.id));
   }
 
   #chips() {
-    replace($("shown"), [...this.cards.keys()].map((id) => h("button", {
+    const ids = ["source", ...this.turns.map(({ number }) => String(number))];
+    replace($("shown"), ids.map((id) => h("button", {
       type: "button", class: "chip small", "data-show": id, "aria-pressed": !this.hidden.has(id),
       onclick: () => this.#toggle(id),
     }, id === "source" ? "Source" : `Turn ${id}`)));
@@ -168,6 +177,7 @@ export class Workspace {
     });
     this.jobs.set(job.id, card);
     this.wall.append(card.element);
+    card.begin();
     card.element.scrollIntoView({ block: "nearest", inline: "nearest" });
   }
 
@@ -183,15 +193,16 @@ export class Workspace {
       const [turn, fresh] = await Promise.all([
         api.turn(session.id, number), api.session(session.id)]);
       if (this.session?.id !== session.id) return;
-      this.session = fresh;
+      // the answers about two turns may come in any order
+      if (fresh.num_turns >= this.session.num_turns) this.session = fresh;
       this.#putAway(jobId);
       if (!this.cards.has(String(number))) {
-        this.turns.push(turn);
+        this.turns = [...this.turns, turn].sort((a, b) => a.number - b.number);
         this.#addCard(turnCard(fresh, turn, this.#settings()));
       }
       this.#head();
       this.#chips();
-      this.composer.show(fresh, this.turns);
+      this.composer.show(this.session, this.turns);
       this.onchange();
     } catch (error) {
       if (this.session?.id !== session.id) return;

@@ -9,7 +9,15 @@ from fastapi import APIRouter, Depends, Request, Response
 
 from mv2v_engine.camera.trajectories import named_poses
 from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
-from mv2v_engine.serving.schemas import Answers, Health, Model, Models, Sampling, refusals
+from mv2v_engine.serving.schemas import (
+    Answers,
+    Health,
+    Model,
+    Models,
+    Sampling,
+    UploadLimits,
+    refusals,
+)
 
 router = APIRouter()
 # enough to draw a preset's path
@@ -31,7 +39,7 @@ _TEXT: Answers = {
     responses=refusals(*ANY),
 )
 async def list_models(service: Serving, owner: Owner) -> Models:
-    """The one model that this service runs, what it makes and by default how."""
+    """The one model that this service runs, what it makes, by default how, and from what."""
     about = service.require_about()
     model = Model(
         id=about["engine"]["checkpoint"],
@@ -44,6 +52,7 @@ async def list_models(service: Serving, owner: Owner) -> Models:
         presets=list(about["presets"]),
         preset_poses={name: _sampled_path(name) for name in about["presets"]},
         sampling=Sampling(**about["sampling"]),
+        limits=UploadLimits.model_validate(service.config.limits),
         engine=about["engine"],
     )
     return Models(data=[model])

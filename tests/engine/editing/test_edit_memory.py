@@ -28,13 +28,13 @@ VIDEO_BYTES = 16 * 2 * 4 * 6 * 4
 def denoisers(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[Denoiser]]:
     """The denoiser of every window that runs."""
     made: list[Denoiser] = []
-    make = windows.make_denoiser
+    make = windows.engine_denoiser
 
     def noted(*given: Any, **named: Any) -> Denoiser:
         made.append(make(*given, **named))
         return made[-1]
 
-    monkeypatch.setattr(windows, "make_denoiser", noted)
+    monkeypatch.setattr(windows, "engine_denoiser", noted)
     yield made
 
 

@@ -257,6 +257,23 @@ def test_cancelled_anywhere_it_goes_on_to_the_same_bits(editor: Engine, tmp_path
     assert seen == {0, 1, 2} and checks > 20
 
 
+def test_the_look_for_cuts_ends_when_cancelled(editor: Engine, tmp_path: Path) -> None:
+    class Seen(Countdown):
+        num_checks = 0
+
+        def check(self) -> None:
+            self.num_checks += 1
+            super().check()
+
+    frames, token = long_clip(12), Seen(4)
+    with pytest.raises(CancelledError):
+        editor.edit_session(frames, store=tmp_path / "edits", cancel=token)
+    # at the very frame, and nothing is begun in the folder
+    assert token.num_checks == 4
+    session = editor.edit_session(frames, store=tmp_path / "edits", cancel=CancelToken())
+    assert session.cuts == editor.edit_session(frames).cuts
+
+
 def test_an_edit_that_is_let_go_of_leaves_nothing_behind(editor: Engine, tmp_path: Path) -> None:
     session = editor.edit_session(long_clip(10), cuts=())
     events = session.edit_events(PROMPT, out=tmp_path / "out.mp4")

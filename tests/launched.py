@@ -1,4 +1,4 @@
-"""Starts two processes as torchrun does, or by torchrun itself."""
+"""Starts two processes by torchrun, or as it does: its own process costs as much as one of them."""
 
 from __future__ import annotations
 
@@ -6,11 +6,9 @@ import os
 import socket
 import subprocess
 import sys
-from pathlib import Path
 
 # far beyond what anything takes: a hang fails the test
 _PATIENCE = 600
-HERE = Path(__file__).parent
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -38,6 +36,7 @@ def both(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
     for rank in (0, 1):
         place = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         place |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+        place |= {"TORCHELASTIC_RUN_ID": "none"}
         running.append(
             subprocess.Popen(
                 command,
@@ -56,3 +55,10 @@ def both(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
         subprocess.CompletedProcess(command, process.returncode, *words)
         for process, words in zip(running, said, strict=True)
     ]
+
+
+def both_succeed(*arguments: str) -> tuple[str, str]:
+    """As `both`; what each printed."""
+    first, second = both(*arguments)
+    assert (first.returncode, second.returncode) == (0, 0), first.stderr[:5000] + second.stderr
+    return first.stdout, second.stdout

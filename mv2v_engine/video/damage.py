@@ -1,0 +1,68 @@
+"""Damage that decoders hide: they make up a picture that they cannot read, and go on.
+
+Asked strictly they say so. What they cannot know is damage that leaves a valid stream: a changed
+bit may just as well be another picture.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mv2v_engine.errors import VideoError
+from mv2v_engine.video.scan import FRAME_PER_PACKET, Scan, check_size, opened, truncated
+
+# checksums, syntax and lengths are checked, and what breaks them is an error
+STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
+
+
+def check_pictures(path: Path, scan: Scan) -> None:
+    """Decode every frame strictly and keep none.
+
+    Raises:
+        VideoError: a frame is damaged or missing, out of order, or of another size.
+    """
+    import av
+
+    number = {stamp: index for index, stamp in enumerate(scan.stamps)}
+    missing = set(scan.order)
+    num_frames, num_seen, is_damaged = len(missing), 0, False
+    latest: int | None = None
+    with opened(path) as (container, stream):
+        stream.codec_context.options = dict(STRICT)
+        # elsewhere, frames may carry the time at which they were to be decoded
+        is_timed = container.format.name in FRAME_PER_PACKET
+        for packet in container.demux(stream):
+            is_damaged |= packet.is_corrupt
+            try:
+                frames = packet.decode()
+            except av.FFmpegError:
+                is_damaged = True
+                continue
+            for frame in frames:
+                check_size(path, scan, frame)
+                stamp = frame.pts
+                if is_timed and stamp is not None:
+                    if latest is not None and stamp < latest:
+                        raise _disordered(path, num_seen)
+                    latest = stamp
+                if frame.is_corrupt:
+                    is_damaged = True
+                elif not scan.stamps:
+                    missing.discard(num_seen)
+                elif stamp in number:
+                    missing.discard(number[stamp])
+                num_seen += 1
+    if is_damaged:
+        raise VideoError(
+            f"{path.name} is damaged: {max(len(missing), 1)} of its {num_frames} frames cannot be "
+            "decoded whole; give a whole file, or re-encode what there is"
+        )
+    if missing:
+        raise truncated(path, num_frames - len(missing), num_frames)
+
+
+def _disordered(path: Path, number: int) -> VideoError:
+    return VideoError(
+        f"{path.name} is damaged: its frame {number + 1} comes before frame {number} by its time "
+        "stamp; re-encode it"
+    )

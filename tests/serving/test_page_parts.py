@@ -1,0 +1,178 @@
+"""Parts of the page by themselves: the stream, the token, what is sent, the paths, the player."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from mv2v_engine.camera.trajectories import named_poses, named_trajectory
+from tests.serving.browsing import PATIENCE, wait_for_model
+from tests.serving.conftest import Live
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page, Request, Route
+
+OpenPage = Callable[..., "Page"]
+
+
+def test_a_broken_stream_is_taken_up_where_it_broke(
+    live: Live, open_page: OpenPage, source_clip: Path
+) -> None:
+    page = open_page(live.address)
+    asked_after: list[str | None] = []
+    events = [
+        {"type": "queued", "position": 3},
+        {"type": "stage_started", "stage": "sampling"},
+        {"type": "step_done", "stage": "sampling", "step": 3, "total": 4, "seconds_left": 90},
+        {"type": "failed", "error": {"code": "worker_crashed", "message": "the process died"}},
+    ]
+    lines = [f"id: {n}\r\ndata: {json.dumps(event)}\r\n\r\n" for n, event in enumerate(events, 1)]
+    # the second answer is whole; the first one breaks off in its second event
+    bodies = [": hello\r\n\r\n" + lines[0] + lines[1][:20], "".join(lines[1:])]
+
+    def submit(route: Route) -> None:
+        job = {"id": "job_1", "state": "queued", "position": 4, "request": {"camera": "static"}}
+        route.fulfill(status=202, json=job)
+
+    def stream(route: Route) -> None:
+        body = bodies[len(asked_after)]
+        asked_after.append(route.request.headers.get("last-event-id"))
+        if len(asked_after) > 1:
+            page.locator(".job").get_by_text("Waiting, 2 before it").wait_for()
+            page.get_by_text("Connection lost; trying again").wait_for()
+        route.fulfill(content_type="text/event-stream", body=body)
+
+    page.route(
+        "**/turns", lambda route: submit(route) if route.request.post_data else route.continue_()
+    )
+    page.route("**/events", stream)
+    wait_for_model(page)
+    page.set_input_files("#file", source_clip)
+    page.locator("#card-source").wait_for()
+    page.get_by_role("button", name="Render this view").click()
+    page.locator(".job .problem").get_by_text("the process died").wait_for()
+    assert page.locator(".stages").inner_text() == "Sampling"
+    # what had come whole is not asked for again
+    assert asked_after == [None, "1"]
+
+
+def test_the_token_is_asked_for_and_stays_out_of_addresses(live: Live, open_page: OpenPage) -> None:
+    addresses: list[str] = []
+
+    def guard(route: Route, request: Request) -> None:
+        addresses.append(request.url)
+        if request.headers.get("authorization") == "Bearer open sesame":
+            route.continue_()
+            return
+        error = {"message": "give a bearer token", "code": "authentication_required"}
+        route.fulfill(status=401, json={"error": error})
+
+    page = open_page("about:blank")
+    page.route("**/v1/**", guard)
+    page.goto(live.address)
+    page.get_by_text("give a bearer token").wait_for()
+    dialog = page.get_by_role("dialog")
+    dialog.get_by_label("Token").fill("open sesame")
+    dialog.get_by_role("button", name="Use it").click()
+    wait_for_model(page)
+    assert not any("sesame" in url for url in [*addresses, page.url])
+
+
+def test_previewed_paths_are_the_ones_that_are_rendered(live: Live, open_page: OpenPage) -> None:
+    page = open_page(live.address)
+    # a browser that kept some of the modules would mix two versions after an upgrade
+    module = page.request.get(f"{live.address}/page/camera.js", timeout=PATIENCE)
+    assert module.headers["cache-control"] == "no-cache"
+    specs = ["arc:-40", "arc:25,3", "pan:12.5", "tilt:-9", "zoom:1.5", "crane:0.8"]
+    specs += ["translate:1,-0.5,2", "static"]
+    drawn = page.evaluate(
+        """async (specs) => {
+          const { pathOf } = await import("/page/camera.js");
+          return specs.map((spec) => pathOf(spec, new Map(), 5));
+        }""",
+        specs,
+    )
+    for spec, path in zip(specs, drawn, strict=True):
+        expected = named_poses(spec, 5).flatten(1).numpy()
+        np.testing.assert_allclose(path, expected, atol=1e-5, err_msg=spec)
+    # one move of several is sent as poses: they are the move's own where the others are nought
+    sent = page.evaluate(
+        """async () => {
+          const { cameraOf, still } = await import("/page/camera.js");
+          const model = { num_frames: 5, size: [96, 160] };
+          return [{ arc: 30, tilt: 1e-9 }, { pan: 20, tilt: 1e-9 }, { zoom: 1, tilt: 1e-9 }]
+            .map((amounts) => cameraOf({ ...still(), ...amounts }, model));
+        }"""
+    )
+    for spec, camera in zip(["arc:30", "pan:20", "zoom:1"], sent, strict=True):
+        expected = named_trajectory(spec, 5, (96, 160)).poses.numpy()
+        np.testing.assert_allclose(camera["poses"], expected, atol=1e-5, err_msg=spec)
+
+
+def test_what_is_too_large_is_not_sent(live: Live, open_page: OpenPage) -> None:
+    most = live.config.limits.upload_bytes
+    page = open_page(live.address)
+    wait_for_model(page)
+    assert page.locator("#pick-limit").inner_text() == "or choose a file, up to 1.00\u00a0MiB"
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url))
+    video = {"name": "long.mp4", "mimeType": "video/mp4", "buffer": bytes(3 * most)}
+    problem = page.locator("#drop-state .problem")
+    page.set_input_files("#file", video)
+    problem.get_by_text("long.mp4 has 3.00 MiB, more than the 1.00 MiB").wait_for()
+    assert asked == []
+
+    # a page that takes the limit for a larger one shows the service's own words
+    def enlarge(route: Route) -> None:
+        answer = route.fetch(timeout=PATIENCE)
+        models = answer.json()
+        models["data"][0]["limits"]["upload_bytes"] = 100 * most
+        route.fulfill(response=answer, json=models)
+
+    page.route("**/v1/models", enlarge)
+    page.reload()
+    wait_for_model(page)
+    page.set_input_files("#file", video)
+    problem.get_by_text(f"the body has more than {2 * most} bytes").wait_for()
+    assert problem.locator("code").inner_text() == "too_large"
+
+
+def test_videos_that_drift_apart_are_brought_together(live: Live, open_page: OpenPage) -> None:
+    # where nothing else draws: the clock is the test's own, two videos have 16 frames at 8 a second
+    page = open_page(f"{live.address}/healthz")
+    times: dict[str, list[float]] = page.evaluate(
+        """async () => {
+          const { Player } = await import("/page/player.js");
+          class Video extends EventTarget {
+            readyState = HTMLMediaElement.HAVE_ENOUGH_DATA;
+            duration = 2;
+            currentTime = 0;
+            play() { return Promise.resolve(); }
+            pause() {}
+          }
+          const ticks = [];
+          window.requestAnimationFrame = (callback) => ticks.push(callback);
+          const player = new Player(document.createElement("div"), () => {});
+          const videos = [new Video(), new Video()];
+          player.setTimeline(8, 16);
+          videos.forEach((video, index) => player.add(String(index), video));
+          player.play();
+          const after = async (...times) => {
+            times.forEach((time, index) => { videos[index].currentTime = time; });
+            while (!ticks.length) await new Promise(setTimeout);
+            ticks.shift()();
+            return videos.map((video) => video.currentTime);
+          };
+          return {
+            near: await after(1, 0.875),
+            far: await after(1, 0.5),
+            end: await after(2, 1.9375),
+          };
+        }"""
+    )
+    # a frame is let be, more is made up for, and at the end all begin again in their first frame
+    assert times == {"near": [1, 0.875], "far": [1, 1], "end": [0.0625, 0.0625]}

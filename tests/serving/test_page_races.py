@@ -1,0 +1,213 @@
+"""The page when answers come late, come in another order, or are lost."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import AsyncIterator, Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from mv2v_engine.serving.records import JobRecord, SessionRecord
+from tests.serving.browsing import (
+    PATIENCE,
+    Held,
+    delete_session,
+    settle,
+    wait_for_model,
+    wait_for_page,
+)
+from tests.serving.conftest import HeldBackend, Live
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Locator, Page, Route
+
+OpenPage = Callable[..., "Page"]
+Upload = Callable[..., dict[str, Any]]
+# what the page reads of a turn
+REPORT: dict[str, Any] = {
+    "plan": {"tokens": 10, "tokens_by_kind": {"target": 10}, "merges": []},
+    "memory": {"retrieved": [], "num_candidates": 0},
+    "seconds": {"sampling": 1.0},
+    "flops_per_forward": {"attention": 1.0},
+    "flops": 1.0,
+    "flops_exact": 1.0,
+    "approximations": [],
+    "num_inference_steps": 3,
+    "guidance_scale": 1.0,
+    "seed": 0,
+    "checkpoint": "fake",
+    "device": "cpu",
+    "dtype": "float32",
+}
+
+
+class ShownBackend(HeldBackend):
+    """Whose turns the page can show."""
+
+    async def run(
+        self, job: JobRecord, session: SessionRecord, folder: Path
+    ) -> AsyncIterator[dict[str, Any]]:
+        async for event in super().run(job, session, folder):
+            if event["type"] == "done":
+                event = event | {"report": event["report"] | REPORT}
+            yield event
+
+
+@pytest.fixture(scope="module")
+def service(
+    serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
+) -> Iterator[Live]:
+    with serving(tmp_path_factory.mktemp("store"), ShownBackend()) as service:
+        yield service
+
+
+@pytest.fixture
+def client(service: Live) -> Iterator[httpx.Client]:
+    with service.client() as client:
+        yield client
+
+
+@pytest.fixture
+def page(service: Live, open_page: OpenPage) -> Page:
+    page = open_page(service.address)
+    wait_for_model(page)
+    return page
+
+
+def link(page: Page, session: str) -> Locator:
+    return page.locator(f".session-link[data-session={session}]")
+
+
+def go_to(page: Page, session: str) -> None:
+    link(page, session).click()
+    page.locator("#card-source").wait_for()
+
+
+def go_home(page: Page) -> None:
+    page.get_by_role("button", name="mv2v, new video").click()
+    page.locator("#welcome h1").wait_for()
+
+
+def test_a_list_that_was_overtaken_is_not_shown(page: Page, source_clip: Path) -> None:
+    lists = re.compile(r"/v1/sessions\?")
+    early = Held(page, lists)
+    page.set_input_files("#file", source_clip)
+    early.wait()
+    page.locator("#card-source").wait_for()
+    session = page.url.partition("session=")[2].partition("&")[0]
+    with page.expect_response(lists):
+        delete_session(page)
+    early.let_go()
+    assert link(page, session).count() == 0
+
+
+def test_a_session_that_was_left_before_it_came(
+    page: Page, client: httpx.Client, upload: Upload
+) -> None:
+    first, second = upload(client)["id"], upload(client)["id"]
+    page.reload()
+    late = Held(page, f"**/v1/sessions/{first}")
+    link(page, first).click()
+    late.wait()
+    go_home(page)
+    late.let_go()
+    assert page.evaluate("location.hash") == ""
+    assert page.locator("#welcome h1").is_visible()
+    go_to(page, first)
+
+    # nor does one that fails take the next one's place
+    late = Held(page, f"**/v1/sessions/{second}")
+    link(page, second).click()
+    late.wait()
+    # nothing of the session before it can be used meanwhile
+    assert page.locator("#session[inert]").count() == 1
+    go_to(page, first)
+    late.let_go(status=404, json={"error": {"message": "there is none", "code": "not_found"}})
+    assert page.locator("#card-source").is_visible()
+    assert page.locator("#page-state").inner_text() == ""
+
+    # a session that plays does not write itself into the address when it is left
+    wait_for_page(page, "() => document.querySelector('#card-source video').readyState >= 2")
+    page.get_by_role("button", name="Play all").click()
+    page.get_by_role("button", name="Pause all").wait_for()
+    go_home(page)
+    assert page.evaluate("location.hash") == ""
+
+
+def test_a_turn_whose_session_was_left(
+    service: Live, page: Page, client: httpx.Client, upload: Upload
+) -> None:
+    first, second = upload(client)["id"], upload(client)["id"]
+    page.reload()
+    service.backend.hold()
+    go_to(page, first)
+    late = Held(page, "**/turns", "POST")
+    page.get_by_role("button", name="Render this view").click()
+    late.wait()
+    go_to(page, second)
+    late.let_go()
+    assert page.locator(".job").count() == 0
+    # its session shows it, and only there it ends
+    go_to(page, first)
+    page.locator(".job").wait_for()
+    service.backend.let_go()
+    page.locator("#card-1 .cost").wait_for()
+    assert page.locator(".job").count() == 0
+
+
+def test_a_turn_that_ends_while_its_session_is_opened(
+    service: Live,
+    page: Page,
+    client: httpx.Client,
+    upload: Upload,
+    events_of: Callable[..., Any],
+) -> None:
+    session = upload(client)["id"]
+    service.backend.hold()
+    path = f"/v1/sessions/{session}/turns"
+    job = client.post(path, json={"camera": "pan_right"}).json()["id"]
+
+    def end_it_first(route: Route) -> None:
+        service.backend.let_go()
+        events_of(client, job)
+        route.continue_()
+
+    page.route(re.compile(r"/v1/jobs\?session="), end_it_first)
+    page.reload()
+    go_to(page, session)
+    page.locator("#card-1 .cost").wait_for()
+
+
+def test_a_turn_of_which_the_answer_was_lost(
+    service: Live,
+    page: Page,
+    client: httpx.Client,
+    upload: Upload,
+    events_of: Callable[..., Any],
+) -> None:
+    session = upload(client)["id"]
+    page.reload()
+    go_to(page, session)
+    lost: list[str] = []
+
+    def lose_it(route: Route) -> None:
+        if lost or route.request.method != "POST":
+            route.continue_()
+            return
+        lost.append(route.fetch(timeout=PATIENCE).json()["id"])
+        route.abort()
+
+    page.route("**/turns", lose_it)
+    page.get_by_role("button", name="Render this view").click()
+    problem = page.locator("#composer .problem")
+    problem.get_by_text("The service does not answer").wait_for()
+    events_of(client, lost[0])
+    # asked for once more, it is the one that is long finished
+    problem.get_by_role("button", name="Try again").click()
+    page.locator("#card-1 .cost").wait_for()
+    settle(page)
+    assert page.locator(".job").count() == 0
+    assert len(client.get(f"/v1/sessions/{session}/turns").json()["data"]) == 1
