@@ -10,7 +10,6 @@ import tempfile
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,31 +18,23 @@ import pytest
 
 pytest.importorskip("ray", reason="the extra [distributed] is not installed")
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
-pytest.importorskip("yaml", reason="PyYAML is not installed")
 # read when ray.serve is imported: the replica that has a session is asked whether it is free, and
 # a loaded machine must not keep it from answering, or another makes the turn
 os.environ["RAY_SERVE_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "20"
 os.environ["RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "20"
 import ray
-import yaml
 from ray.exceptions import RayActorError
-from ray.serve.schema import ServeDeploySchema
 
 from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.errors import RequestError
-from mv2v_engine.options import Parser
 from mv2v_engine.serving.claims import issue
-from mv2v_engine.serving.command import add_serve, serving_config
 from mv2v_engine.serving.config import Cluster, ServingConfig
 from mv2v_engine.serving.folders import Lock
-from mv2v_engine.serving.protocol import setup_message
 from mv2v_engine.serving.ray_backend import RayBackend
-from mv2v_engine.serving.ray_replica import build_app
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 
 ROOT = Path(__file__).resolve().parents[2]
 # seconds: of a test, and of the replicas to come up; a loaded machine starts processes slowly
-PATIENCE, START_PATIENCE = 110.0, 240.0
+PATIENCE, START_PATIENCE = 110.0, 180.0
 SLOW = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_gcs_server_request_timeout_seconds": "600",
@@ -79,9 +70,10 @@ class WatchedBackend(RayBackend):
         with self.stepped:
             assert self.stepped.wait_for(lambda: self.steps.get(job), patience), self.reason
 
-    def reach_capacity(self, replicas: int, patience: float) -> None:
+    def reach_capacity(self, replicas: int, patience: float, *, restarts: int = 0) -> None:
+        """Wait until so many replicas run, and so many dead ones have had a successor."""
         deadline = time.monotonic() + patience
-        while self.capacity != replicas:
+        while self.capacity != replicas or self.restarts < restarts:
             assert not self.is_lost, self.reason
             assert time.monotonic() < deadline, f"{self.capacity} replicas run; {self.reason}"
             time.sleep(0.1)
@@ -172,7 +164,7 @@ def cluster() -> Iterator[None]:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_ray(folder: str, tries: int = 4) -> None:
+def start_ray(folder: str, tries: int = 3) -> None:
     """Start a cluster; a loaded machine may need more than the half minute that Ray gives it."""
     path = os.pathsep.join([str(ROOT), *sys.path])
     try:
@@ -265,8 +257,7 @@ def test_another_replica_makes_the_turn_of_one_that_is_killed(
     client.made(session, SHORT, "tilt_up")
     retrieved = client.turns(session)[2]["report"]["memory"]["retrieved"]
     assert sorted(row["turn"] for row in retrieved) == [1, 2]
-    backend.reach_capacity(2, client.left())
-    assert backend.restarts >= 1
+    backend.reach_capacity(2, client.left(), restarts=1)
 
 
 def test_a_session_that_another_has_gone_on_with_is_opened_again(
@@ -313,42 +304,3 @@ def test_a_replica_that_hangs_ends_itself(service: Any, client: Client, source_c
         lock.release()
     # the other one goes on meanwhile
     client.made(session, SHORT, "arc_left")
-
-
-def config_file() -> dict[str, Any]:
-    text = (ROOT / "deploy" / "ray-serve.yaml").read_text(encoding="utf-8")
-    config: dict[str, Any] = yaml.safe_load(text)
-    return config
-
-
-def test_the_config_file_makes_the_application() -> None:
-    (schema,) = ServeDeploySchema.model_validate(config_file()).applications
-    module, name = schema.import_path.split(":")
-    app = getattr(import_module(module), name)(schema.args)
-    assert schema.name == "mv2v"
-    deployment = app._bound_deployment
-    options = deployment.ray_actor_options
-    assert (deployment.name, deployment.num_replicas) == ("Replica", 4)
-    assert (options["num_cpus"], options["num_gpus"]) == (4, 1)
-    assert deployment.max_ongoing_requests == 1
-    (setup,) = deployment.init_args
-    assert setup["store"] == "/srv/mv2v" and setup["engine"]["max_memory"] == 10
-    # it is what the command at the head of the file asks for
-    words = "--store /srv/mv2v --checkpoint /srv/weights/Wan --device cuda --dtype bfloat16"
-    parser = Parser()
-    add_serve(parser)
-    assert setup == setup_message(serving_config(parser.parse_args(words.split())).in_cluster())
-
-
-@pytest.mark.parametrize(
-    ("args", "message"),
-    [
-        ({}, "no store"),
-        ({"store": "s", "replica": 2}, "unknown: replica;"),
-        ({"store": "s", "engine": {"parallel": {}}}, "unknown: parallel;"),
-        ({"store": "s", "replicas": 0}, "at least 1"),
-    ],
-)
-def test_wrong_args_of_the_application_are_named(args: dict[str, Any], message: str) -> None:
-    with pytest.raises(RequestError, match=message):
-        build_app(args)
