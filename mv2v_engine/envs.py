@@ -58,3 +58,8 @@ def traces_exporter() -> str | None:
     """OTEL_TRACES_EXPORTER: where OpenTelemetry sends spans; unset and "none" are no traces."""
     text = os.environ.get("OTEL_TRACES_EXPORTER", "").strip()
     return None if text in ("", "none") else text
+
+
+def keep_ray_quiet() -> None:
+    """RAY_USAGE_STATS_ENABLED: what Ray reports to its makers; nothing unless it is set."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")

@@ -74,9 +74,9 @@ HEAVY = frozenset(
     }
 )
 HEAVY_ALLOWED = frozenset({"training", "evaluation"})
-# what the extra `serve` brings
+# what the extras `serve` and `distributed` bring
 WEB = frozenset(
-    {"fastapi", "prometheus_client", "pydantic", "python_multipart", "starlette", "uvicorn"}
+    {"fastapi", "prometheus_client", "pydantic", "python_multipart", "ray", "starlette", "uvicorn"}
 )
 ENVIRONMENT = frozenset({"environ", "environb", "getenv", "putenv", "unsetenv"})
 BROAD = frozenset({"Exception", "BaseException"})
@@ -245,6 +245,7 @@ FORBIDDEN = [
     ("video/io.py", "try:\n    import av\nexcept ImportError:\n    pass", "import av inside"),
     ("run.py", "class A:\n    import PIL.Image", "import PIL inside"),
     ("run.py", "def f():\n    import uvicorn", "only serving may import uvicorn"),
+    ("run.py", "def f():\n    from ray import serve", "only serving may import ray"),
     ("run.py", "if True:\n    import matplotlib", "import matplotlib inside"),
     ("run.py", "import os\nx = os.environ['A']", "outside envs.py"),
     ("run.py", "from os import getenv", "outside envs.py"),

@@ -1,4 +1,4 @@
-"""What makes turns, behind one protocol: a worker process here, replicas on other machines later.
+"""What makes turns, behind one protocol: a worker process here, or replicas, here or elsewhere.
 
 Events of a job are JSON objects, told apart by "type":
 
@@ -9,6 +9,8 @@ Events of a job are JSON objects, told apart by "type":
     {"type": "window_done", "number", "total", "seconds_left"}
     {"type": "done", "number", "report", "bytes", "published", "memory"}            the last one,
     {"type": "failed", "code", "message"}   {"type": "cancelled"}                   or these
+
+A turn that is begun again elsewhere has its events again, from "started" on.
 """
 
 from __future__ import annotations

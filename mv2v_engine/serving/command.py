@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
@@ -18,33 +19,54 @@ from mv2v_engine.options import (
     num_bytes,
     read_resolution,
 )
-from mv2v_engine.serving.config import Limits, ServingConfig
+from mv2v_engine.serving.backend import Backend
+from mv2v_engine.serving.config import Cluster, Limits, ServingConfig
 
 _NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
+# options that mean nothing without replicas, and what Cluster calls them
+_CLUSTER = {
+    "replicas": "replicas",
+    "ray_address": "address",
+    "cpus_per_replica": "cpus",
+    "gpus_per_replica": "gpus",
+}
 
 
 def serve(args: argparse.Namespace) -> int:
     """Serve a checkpoint over HTTP until a signal ends it."""
-    missing = [name for name in _NEEDED if importlib.util.find_spec(name) is None]
-    if missing:
-        raise RequestError(
-            f"serving needs {', '.join(missing)}, which this Python does not have; "
-            "pip install 'mv2v_engine[serve]'"
-        )
-    config = serving_config(args)
+    _require(_NEEDED, "serve")
+    config, cluster = serving_config(args), cluster_config(args)
     # whatever is wrong with the checkpoint is said before anything listens
     read_resolution(args)
 
     import asyncio
 
-    from mv2v_engine.serving.local import LocalBackend
     from mv2v_engine.serving.logs import LogListener, configure_logs
     from mv2v_engine.serving.server import serve as serve_http
 
     configure_logs()
-    backend = LocalBackend(config)
+    backend = _make_backend(config, cluster)
     asyncio.run(serve_http(config, backend, (LogListener(),), on_listening=_announce))
     return 0
+
+
+def _require(modules: Sequence[str], extra: str) -> None:
+    missing = [name for name in modules if importlib.util.find_spec(name) is None]
+    if missing:
+        raise RequestError(
+            f"serving needs {', '.join(missing)}, which this Python does not have; "
+            f"pip install 'mv2v_engine[{extra}]'"
+        )
+
+
+def _make_backend(config: ServingConfig, cluster: Cluster | None) -> Backend:
+    if cluster is None:
+        from mv2v_engine.serving.local import LocalBackend
+
+        return LocalBackend(config)
+    from mv2v_engine.serving.ray_backend import RayBackend
+
+    return RayBackend(config, cluster)
 
 
 def _announce(address: str) -> None:
@@ -88,6 +110,27 @@ def serving_config(args: argparse.Namespace) -> ServingConfig:
     )
 
 
+def cluster_config(args: argparse.Namespace) -> Cluster | None:
+    """The replicas that were asked for; None for a worker on this machine.
+
+    Raises:
+        RequestError: Ray is not installed, or options do not go together.
+    """
+    given = {name: getattr(args, name) for name in _CLUSTER if getattr(args, name) is not None}
+    options = ", ".join(f"--{name.replace('_', '-')}" for name in given)
+    if args.workers == "local":
+        if given:
+            raise RequestError(f"{options} is for replicas; add --workers ray, or leave it out")
+        return None
+    if not {"replicas", "ray_address"} & set(given):
+        raise RequestError(
+            "--workers ray needs --replicas, how many to start, or the --ray-address of a cluster "
+            "where `serve deploy` has started them"
+        )
+    _require(("ray",), "distributed")
+    return Cluster(**{_CLUSTER[name]: value for name, value in given.items()})
+
+
 def read_tokens(path: Path | None) -> tuple[str, ...]:
     """The tokens of a file, one a line, '#' begins a comment; without one, of the environment.
 
@@ -112,6 +155,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--store", type=Path, required=True, metavar="DIR", help="sessions, videos and database")
     _add_listening(parser)
+    _add_replicas(parser)
     _add_limits(parser)
     group = parser.add_argument_group("the memory")
     add = group.add_argument
@@ -145,6 +189,24 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
         metavar="ORIGIN",
         help="a site whose pages may use the service, such as https://example.org",
     )
+
+
+def _add_replicas(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument_group("where turns are made").add_argument
+    add(
+        "--workers",
+        choices=("local", "ray"),
+        default="local",
+        help="one process here, or replicas on Ray Serve, on all machines of a cluster",
+    )
+    add("--replicas", type=int, metavar="N", help="to start; without it those of `serve deploy`")
+    add(
+        "--ray-address",
+        metavar="ADDR",
+        help="of a cluster, or auto; without it one is started here and ends with the service",
+    )
+    add("--cpus-per-replica", type=float, metavar="N", help="also its threads; 1 if not given")
+    add("--gpus-per-replica", type=float, metavar="N", help="1 with --device cuda if not given")
 
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:

@@ -55,6 +55,9 @@ class ServingConfig:
     stall_seconds: without a word of a worker that has work, after which it is taken to hang and is
         ended; None waits for ever.
     max_attempts: how often a turn is begun that takes the process down each time.
+
+    Raises:
+        RequestError: a value is out of its range, or anybody could reach the service.
     """
 
     store: Path
@@ -99,7 +102,52 @@ class ServingConfig:
                 "could use the service; give tokens, listen on 127.0.0.1, or say --no-auth"
             )
 
+    def in_cluster(self) -> ServingConfig:
+        """The same for processes that run elsewhere: relative paths mean nothing to them."""
+        places = {name: getattr(self, name) for name in ("components", "rename")}
+        absolute = {name: place and place.absolute() for name, place in places.items()}
+        checkpoint = Path(self.checkpoint)
+        return dataclasses.replace(
+            self,
+            store=self.store.absolute(),
+            checkpoint=str(checkpoint.absolute()) if checkpoint.exists() else self.checkpoint,
+            **absolute,
+        )
+
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can connect."""
         return self.host in _LOOPBACK or self.host.startswith("127.")
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Cluster:
+    """Replicas of the engine on Ray Serve.
+
+    address: of a Ray cluster, "auto" for the one that this machine is in; None starts one on this
+        machine that ends with the service.
+    replicas: that the service starts; None takes the ones that `serve deploy` has started.
+    cpus, gpus: that each takes; gpus None is one if the device is CUDA.
+
+    Raises:
+        RequestError: a value is out of its range.
+    """
+
+    address: str | None = None
+    replicas: int | None = None
+    cpus: float = 1.0
+    gpus: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.replicas is not None and self.replicas < 1:
+            raise RequestError(f"replicas must be at least 1, got {self.replicas}")
+        for name in ("cpus", "gpus"):
+            value = getattr(self, name)
+            if value is not None and value < 0:
+                raise RequestError(f"{name} of a replica must not be negative, got {value}")
+
+    def num_gpus(self, device: str | None) -> float:
+        """GPUs of a replica whose engine runs on a device."""
+        if self.gpus is not None:
+            return self.gpus
+        return 1.0 if device is not None and device.startswith("cuda") else 0.0

@@ -34,6 +34,7 @@ _SUFFIXES: dict[TurnFile, str] = {"video": "mp4", "thumbnail": "jpg"}
 # what files.replacing leaves behind when the process is killed while it writes
 _UNFINISHED = re.compile(r"\.[A-Za-z0-9_]+-\w{8}\.(json|safetensors|mp4|jpg)")
 _LOCK_POLL_SECONDS = 0.05
+_LOCK_NAME_BYTES = 1024
 
 
 class Store:
@@ -132,10 +133,15 @@ class Store:
 
 
 class Lock:
-    """A file that one process at a time holds; the system lets go of it when the process ends."""
+    """A file that one process at a time holds; the system lets go of it when the process ends.
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    name: who holds it, for whoever asks; this process's number if not given. previous: who held it
+    before, once it is held.
+    """
+
+    def __init__(self, path: Path, name: str | None = None) -> None:
+        self.path, self.name = path, name or str(os.getpid())
+        self.previous = ""
         self._file: int | None = None
 
     def acquire(self, patience: float = 0.0) -> bool:
@@ -151,8 +157,9 @@ class Lock:
                     os.close(file)
                     return False
                 time.sleep(_LOCK_POLL_SECONDS)
+        self.previous = os.pread(file, _LOCK_NAME_BYTES, 0).decode()
         os.ftruncate(file, 0)
-        os.pwrite(file, str(os.getpid()).encode(), 0)
+        os.pwrite(file, self.name.encode(), 0)
         self._file = file
         return True
 
@@ -163,7 +170,7 @@ class Lock:
 
     def holder(self) -> str:
         """The process that wrote itself into the file."""
-        return self.path.read_text(encoding="ascii").strip() or "unknown"
+        return self.path.read_text(encoding="utf-8").strip() or "unknown"
 
 
 def worker_lock(root: Path) -> Path:

@@ -96,7 +96,7 @@ class Host:
         except CancelledError:
             yield {"type": "cancelled"}
         except MV2VError as error:
-            yield _failure(error)
+            yield failure(error)
         except (MemoryError, RuntimeError) as error:
             if not is_out_of_memory(error):
                 raise
@@ -112,7 +112,7 @@ class Host:
                 return _failed("internal", f"the folder has no finished turn {number}")
             publish_turn(turn, folder)
         except MV2VError as error:
-            return _failure(error)
+            return failure(error)
         return {"type": "published", "bytes": turn_bytes(folder, number)}
 
     def release(self, session_id: str) -> None:
@@ -282,7 +282,7 @@ def _describe(engine: Engine) -> Json:
     }
 
 
-def _failure(error: MV2VError) -> Json:
+def failure(error: MV2VError) -> Json:
     """What an error of the engine makes of a job."""
     if isinstance(error, MemoryBudgetError):
         return _failed("out_of_memory", str(error))

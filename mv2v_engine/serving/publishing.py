@@ -11,9 +11,12 @@ import logging
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
+from pathlib import Path
 
+from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.backend import WORKER_GONE, Backend
+from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.folders import Store, sweep_results
 
@@ -94,7 +97,7 @@ class Publisher:
             try:
                 answer = await self.backend.publish(session, folder, number)
                 if answer.get("code") in WORKER_GONE:
-                    await asyncio.to_thread(sweep_results, folder, number)
+                    await asyncio.to_thread(_sweep, folder, number)
             finally:
                 self._current = ""
                 published, self._published = self._published, asyncio.Event()
@@ -115,3 +118,9 @@ class Publisher:
             else:
                 self.refused[session_id, number] = answer["message"]
         return is_done
+
+
+def _sweep(folder: Path, number: int) -> None:
+    # whoever still writes there is swept up after the next time
+    with suppress(StorageError), taken(folder):
+        sweep_results(folder, number)

@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import jobs
 from mv2v_engine.serving.backend import LAST_OF_BACKEND, WORKER_GONE, Backend
+from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.events import EventLogs
@@ -303,8 +304,9 @@ def with_progress(job: JobRecord, logs: EventLogs) -> JobRecord:
 
 
 def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> dict[str, Any] | None:
-    sweep_session(folder, session.kind)
-    report = finished_report(folder, session.kind, number)
+    with taken(folder):
+        sweep_session(folder, session.kind)
+        report = finished_report(folder, session.kind, number)
     if report is None or number is None:
         return None
     # its video may be half of an edit's or missing: written again, it is the same

@@ -18,24 +18,19 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-import torch
-
-from mv2v_engine import Engine
-from mv2v_engine.envs import num_threads
 from mv2v_engine.errors import MV2VError
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.folders import Lock, worker_lock
 from mv2v_engine.serving.host import Host
-from mv2v_engine.serving.logs import configure_logs, log_ids
-from mv2v_engine.serving.protocol import decode, encode, engine_arguments
+from mv2v_engine.serving.hosting import open_host, turn_events
+from mv2v_engine.serving.logs import configure_logs
+from mv2v_engine.serving.protocol import decode, encode
 from mv2v_engine.serving.tracing import OpenJob, flush_traces, open_traces
 
 log = logging.getLogger("mv2v_engine.serving.worker")
 
 # without a server, the turn under way has so long to reach its next step
 _LAST_STEP_SECONDS = 10.0
-# below the server, whose answers should not wait for a turn
-_NICENESS = 5
 # that the worker of a service which was killed has to end
 _LOCK_SECONDS = 60.0
 
@@ -115,7 +110,7 @@ def main() -> int:
         return 1
     try:
         open_job = open_traces()
-        host = _open_host(first)
+        host = open_host(first)
     except MV2VError as error:
         pipe.write(encode(_broken(str(error))))
         return 1
@@ -138,31 +133,15 @@ def _private_pipe() -> BinaryIO:
     return pipe
 
 
-def _open_host(setup: dict[str, Any]) -> Host:
-    threads = num_threads()
-    if threads is not None:
-        torch.set_num_threads(threads)
-    engine = Engine.from_pretrained(**engine_arguments(setup))
-    if engine.device.type == "cpu":
-        os.nice(_NICENESS)
-    host = Host(engine, max_open=setup["max_sessions_open"])
-    host.warm_up()
-    return host
-
-
 def _obey(
     order: dict[str, Any], host: Host, orders: Orders, pipe: BinaryIO, open_job: OpenJob
 ) -> None:
     kind = order["type"]
     if kind == "run":
-        job, session_id = order["job"], order["session"]["id"]
-        with (
-            orders.token(job["id"]) as token,
-            log_ids(session=session_id, job=job["id"]),
-            open_job(session_id, job["id"]),
-        ):
-            for event in host.run(job, order["session"], Path(order["folder"]), token):
-                pipe.write(encode({"type": "event", "job": job["id"], "event": event}))
+        job_id = order["job"]["id"]
+        with orders.token(job_id) as token:
+            for event in turn_events(order, host, token, open_job):
+                pipe.write(encode({"type": "event", "job": job_id, "event": event}))
     elif kind == "publish":
         answer = host.publish(order["session"], Path(order["folder"]), order["number"])
         pipe.write(encode({"type": "answer", "call": order["call"], "answer": answer}))

@@ -15,8 +15,8 @@ from http_service import demo_clip, finished_job, new_session, served
 from mv2v_engine import run
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import Parser
-from mv2v_engine.serving.command import add_serve, serving_config
-from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.command import add_serve, cluster_config, serving_config
+from mv2v_engine.serving.config import Cluster, ServingConfig
 from mv2v_engine.serving.server import bound_socket
 from mv2v_engine.video.io import probe_video
 
@@ -42,6 +42,13 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.cors_origins == ("https://a.example",)
     # what is printed of it names no token
     assert "ada-1815" not in repr(config)
+    assert cluster_config(parsed("--store", "s")) is None
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    words = ["--store", "s", "--workers", "ray", "--ray-address", "auto"]
+    assert cluster_config(parsed(*words)) == Cluster(address="auto")
+    found = cluster_config(parsed(*words, "--replicas", "3", "--gpus-per-replica", "0.5"))
+    assert found == Cluster(address="auto", replicas=3, gpus=0.5)
+    assert [Cluster().num_gpus(device) for device in (None, "cpu", "cuda:0")] == [0, 0, 1]
     monkeypatch.setenv("MV2V_TOKENS", "three, four")
     assert serving_config(parsed("--store", "s")).tokens == ("three", "four")
 
@@ -54,6 +61,8 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
         (["--tokens", "/nowhere/tokens"], "cannot read tokens"),
         (["--max-queue", "0"], "max_queue"),
         (["--checkpoint", "tiny-nothing"], "tiny-nothing"),
+        (["--replicas", "2", "--ray-address", "auto"], "add --workers ray"),
+        (["--workers", "ray"], "needs --replicas"),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(
@@ -64,16 +73,25 @@ def test_what_is_wrong_is_said_in_a_line(
     assert said.startswith("error: ") and message in said and said.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    ("library", "extra", "words"),
+    [("uvicorn", "serve", ()), ("ray", "distributed", ("--workers", "ray", "--replicas", "2"))],
+)
 def test_without_its_libraries_it_says_what_to_install(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    library: str,
+    extra: str,
+    words: tuple[str, ...],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
 ) -> None:
     find = importlib.util.find_spec
     monkeypatch.setattr(
-        importlib.util, "find_spec", lambda name: None if name == "uvicorn" else find(name)
+        importlib.util, "find_spec", lambda name: None if name == library else find(name)
     )
-    assert run.main(["serve", "--store", str(tmp_path)]) == 2
+    assert run.main(["serve", "--store", str(tmp_path), *words]) == 2
     said = capsys.readouterr().err
-    assert "needs uvicorn" in said and "pip install 'mv2v_engine[serve]'" in said
+    assert f"needs {library}" in said and f"pip install 'mv2v_engine[{extra}]'" in said
 
 
 def test_an_address_that_is_taken() -> None:

@@ -1,0 +1,73 @@
+"""Two hosts and one session's folder: whoever was told last writes, the other gives way."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from mv2v_engine import Engine
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import CancelledError, StorageError
+from mv2v_engine.serving.claims import Claim, issue, taken
+from mv2v_engine.serving.folders import Lock
+from mv2v_engine.serving.host import Host
+
+JOB = {"id": "job", "number": 1, "request": {"camera": "pan_right", "num_inference_steps": 3}}
+
+
+def made(host: Host, folder: Path, claim: Claim) -> Iterator[dict[str, Any]]:
+    """A turn's events, under a claim."""
+    with claim.held():
+        yield from host.run(JOB, {"id": folder.name, "frames": 9}, folder, claim)
+
+
+def test_an_attempt_that_is_believed_dead_gives_way(
+    engine: Engine, tmp_path: Path, source_clip: Path
+) -> None:
+    folder = tmp_path / "session"
+    folder.mkdir()
+    (folder / "source").write_bytes(source_clip.read_bytes())
+    first = made(Host(engine, max_open=1), folder, Claim(folder, issue(folder), "first"))
+    next(event for event in first if event["type"] == "step_done")
+    # another attempt is told to make the turn; the first holds the lock, and has not noticed
+    token = issue(folder)
+    with (
+        pytest.raises(StorageError, match=r"^first still writes into .*end that process"),
+        Claim(folder, token, "second", patience=0.0).held(),
+    ):
+        pass
+    assert [event["type"] for event in first] == ["cancelled"]
+    assert SessionStore(folder).read()["turns"] == []
+    second = list(made(Host(engine, max_open=1), folder, Claim(folder, token, "second")))
+    assert second[-1]["type"] == "done"
+    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1]
+
+
+def test_the_right_to_write_goes_to_the_newest(tmp_path: Path) -> None:
+    old = Claim(tmp_path, issue(tmp_path), "old")
+    with old.held() as was_last:
+        assert not was_last and not old.cancelled
+    with old.held() as was_last:
+        assert was_last
+    new = Claim(tmp_path, issue(tmp_path), "new")
+    with pytest.raises(CancelledError), old.held():
+        pass
+    with new.held() as was_last:
+        assert not was_last
+    with taken(tmp_path):
+        assert new.cancelled
+        assert Lock(tmp_path / "writer.lock").acquire() is False
+    assert Lock(tmp_path / "writer.lock").holder() == "the service"
+
+
+def test_a_machine_without_the_store_says_so(tmp_path: Path) -> None:
+    folder = tmp_path / "elsewhere"
+    with pytest.raises(StorageError, match="store at the same path"):
+        Claim(folder, "token", "replica").check()
+    with taken(folder):
+        assert not folder.exists()
+    with pytest.raises(StorageError, match="cannot write"):
+        issue(folder)
