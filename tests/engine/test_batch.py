@@ -215,7 +215,7 @@ def test_a_failing_turn_leaves_the_others_as_they_are(
             cancels[1].cancel()
 
     if fault == "prepare":
-        monkeypatch.setattr(sessions[1], "_text", _raise)
+        monkeypatch.setattr(sessions[1]._recall, "condition", _raise)
     elif fault == "step":
         _break_step(monkeypatch, engine, 4)
     elif fault == "pack":
