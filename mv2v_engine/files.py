@@ -1,11 +1,18 @@
-"""Files that are whole or absent: written under a temporary name in place, then renamed."""
+"""Files that are whole or absent: written under a temporary name in place, flushed, then renamed.
+
+What has returned here is on the disk: its bytes, its name and the folders above it outlive the
+machine's power, not only the process.
+"""
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
+import sys
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -16,6 +23,10 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.errors import StorageError
+
+# what file systems answer that know no flushing of folders
+_CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_CHUNK = 1 << 20
 
 
 def require_writable(folder: Path) -> None:
@@ -36,17 +47,74 @@ def require_writable(folder: Path) -> None:
         ) from error
 
 
+def flush(path: Path) -> None:
+    """Wait until a file's bytes, or the names in a folder, are on the disk.
+
+    A file system that cannot flush folders keeps their names by its own rules: no error.
+
+    Raises:
+        OSError: the disk does not take them.
+    """
+    is_folder = stat.S_ISDIR(os.stat(path).st_mode)
+    if is_folder and sys.platform == "win32":
+        return  # folders cannot be opened there
+    file = os.open(path, os.O_RDONLY if is_folder else os.O_RDWR)
+    try:
+        os.fsync(file)
+    except OSError as error:
+        if not is_folder or error.errno not in _CANNOT_FLUSH:
+            raise
+    finally:
+        os.close(file)
+
+
+def make_folder(path: Path) -> list[Path]:
+    """Make a folder and those above it that are missing, and flush what names them.
+
+    Returns:
+        the folders that were made, from the top down.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+    missing: list[Path] = []
+    place = path.absolute()
+    while not place.exists():
+        missing.append(place)
+        place = place.parent
+    path.mkdir(parents=True, exist_ok=True)
+    missing.reverse()
+    for folder in missing:
+        flush(folder.parent)
+    return missing
+
+
+def move(source: Path, target: Path) -> None:
+    """Give a file or folder another name, and flush the folder that names it now.
+
+    A file that has the name is replaced.
+
+    Raises:
+        OSError: it cannot be done.
+    """
+    source.replace(target)
+    flush(target.parent)
+
+
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
     """Yield a temporary path of the same suffix; rename it to `path` if the block succeeds.
 
+    Both the bytes and the name are on the disk when the block has ended.
+
     Raises:
-        StorageError: the disk is full or the folder cannot be written; `path` is untouched.
+        StorageError: the disk is full, fails, or the folder cannot be written; `path` is what it
+            was or, if the disk failed in the last moment, the new file.
     """
     path = Path(path)
     temporary: Path | None = None
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
+        make_folder(path.parent)
         handle, name = tempfile.mkstemp(
             dir=path.parent, prefix=f".{path.stem}-", suffix=path.suffix
         )
@@ -56,8 +124,9 @@ def replacing(path: Path) -> Iterator[Path]:
         # mkstemp makes private files; results should have the permissions of ordinary ones
         umask = os.umask(0)
         os.umask(umask)
+        flush(temporary)
         temporary.chmod(0o666 & ~umask)
-        temporary.replace(path)
+        move(temporary, path)
     except OSError as error:
         if isinstance(error, StorageError):
             raise
@@ -68,6 +137,16 @@ def replacing(path: Path) -> Iterator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+def copy_file(source: Path | str, target: Path | str) -> None:
+    """Copy a file's bytes; the copy is whole or absent, as `replacing` writes it.
+
+    Raises:
+        StorageError: as `replacing`.
+    """
+    with replacing(Path(target)) as temporary:
+        shutil.copyfile(source, temporary)
+
+
 def share_file(source: Path, target: Path) -> None:
     """Give a file that is only ever replaced a second place: a link, or a copy where none can be.
 
@@ -75,13 +154,17 @@ def share_file(source: Path, target: Path) -> None:
         FileNotFoundError: there is no such file.
         OSError: the place cannot be written.
     """
-    target.parent.mkdir(parents=True, exist_ok=True)
+    source.stat()  # a missing one is told as what it is
+    make_folder(target.parent)
     try:
         os.link(source, target)
     except (FileNotFoundError, FileExistsError):
         raise
     except OSError:
-        shutil.copyfile(source, target)
+        copy_file(source, target)
+    else:
+        flush(target)
+        flush(target.parent)
 
 
 def save_tensors(
@@ -106,6 +189,19 @@ def tensor_digest(*tensors: Tensor) -> str:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -12,8 +14,9 @@ import torch
 from safetensors.torch import load_file
 
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import replacing, save_json, save_tensors, share_file
+from mv2v_engine.files import make_folder, move, replacing, save_json, save_tensors, share_file
 from mv2v_engine.testing import largest_file
+from mv2v_engine.video.io import write_video
 
 
 def _names(folder: Path) -> list[str]:
@@ -114,3 +117,91 @@ def test_a_shared_file_outlives_its_first_place(
     assert second.read_text() == "1\n"
     with pytest.raises(FileNotFoundError):
         share_file(tmp_path / "missing", tmp_path / "c.json")
+
+
+class Disk:
+    """What is flushed in a test, in order, and which of the watched paths were there by then."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, path: Path) -> None:
+        self.events: list[tuple[Path, bool]] = []
+        self.failing: Callable[[Path], bool] = lambda _: False
+        self.errno = errno.EIO
+        fsync = os.fsync
+
+        def watched(file: int) -> None:
+            place = Path(os.readlink(f"/proc/self/fd/{file}"))
+            self.events.append((place, path.exists()))
+            if self.failing(place):
+                raise OSError(self.errno, os.strerror(self.errno))
+            fsync(file)
+
+        monkeypatch.setattr(os, "fsync", watched)
+
+    @property
+    def places(self) -> list[Path]:
+        return [place for place, _ in self.events]
+
+
+WRITERS: dict[str, Callable[[Path], None]] = {
+    "json": lambda path: save_json(path, {"a": 1}),
+    "tensors": lambda path: save_tensors(path, {"x": torch.zeros(3)}),
+    "mp4": lambda path: write_video(path, torch.zeros(2, 32, 32, 3, dtype=torch.uint8), 8),
+}
+on_linux = pytest.mark.skipif(not Path("/proc/self/fd").exists(), reason="needs Linux's /proc")
+
+
+@on_linux
+@pytest.mark.parametrize("writer", WRITERS)
+def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_the_end(
+    tmp_path: Path, writer: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "new" / "deep" / f"a.{writer}"
+    disk = Disk(monkeypatch, path)
+    WRITERS[writer](path)
+    # the folders that are new, the bytes under their temporary name, the name
+    folders, bytes_first, name_last = disk.places[:2], disk.events[2], disk.events[3]
+    assert folders == [tmp_path, tmp_path / "new"] and len(disk.events) == 4
+    assert bytes_first[0].parent == path.parent and bytes_first[0].name.startswith(".a-")
+    assert not bytes_first[1] and name_last == (path.parent, True)
+
+
+@on_linux
+@pytest.mark.parametrize("has_links", [True, False])
+def test_a_shared_file_and_a_moved_one_are_on_the_disk(
+    tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError("no links here")
+
+    if not has_links:
+        monkeypatch.setattr(os, "link", refuse)
+    first, second = tmp_path / "a.json", tmp_path / "deep" / "b.json"
+    save_json(first, 1)
+    disk = Disk(monkeypatch, second)
+    share_file(first, second)
+    assert tmp_path in disk.places and disk.events[-1] == (second.parent, True)
+    assert any(place.suffix == ".json" for place in disk.places)
+    other = tmp_path / "other"
+    make_folder(other)
+    move(second, other / "c.json")
+    assert disk.places[-1] == other and (other / "c.json").read_text() == "1\n"
+
+
+@on_linux
+@pytest.mark.parametrize("what", ["bytes", "name"])
+def test_a_disk_that_does_not_take_it_is_one_clear_error(
+    tmp_path: Path, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "a.json"
+    save_json(path, "old")
+    disk = Disk(monkeypatch, path)
+    disk.failing = lambda place: (place == tmp_path) == (what == "name")
+    with pytest.raises(StorageError, match=r"cannot write .*a\.json: Input/output error"):
+        save_json(path, "new")
+    assert _names(tmp_path) == ["a.json"]
+    assert json.loads(path.read_text()) == ("old" if what == "bytes" else "new")
+    # a file system that knows no flushing of folders is none that fails
+    disk.errno = errno.EINVAL
+    if what == "name":
+        save_json(path, "newer")
+        assert json.loads(path.read_text()) == "newer"

@@ -12,12 +12,9 @@ marked: so a row has its folder, and a folder without a row is what a kill left.
 
 from __future__ import annotations
 
-import fcntl
-import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
@@ -26,6 +23,7 @@ from typing import Any
 from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.store import SessionFolder, SessionStore
 from mv2v_engine.errors import StorageError
+from mv2v_engine.locks import Lock
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.records import Kind, TurnFile, is_id
@@ -33,8 +31,6 @@ from mv2v_engine.serving.records import Kind, TurnFile, is_id
 _SUFFIXES: dict[TurnFile, str] = {"video": "mp4", "thumbnail": "jpg"}
 # what files.replacing leaves behind when the process is killed while it writes
 _UNFINISHED = re.compile(r"\.[A-Za-z0-9_]+-\w{8}\.(json|safetensors|mp4|jpg)")
-_LOCK_POLL_SECONDS = 0.05
-_LOCK_NAME_BYTES = 1024
 
 
 class Store:
@@ -130,47 +126,6 @@ class Store:
                 f"the store's disk has {free:,} bytes free, {num_bytes:,} are needed; delete "
                 "sessions, or make room",
             )
-
-
-class Lock:
-    """A file that one process at a time holds; the system lets go of it when the process ends.
-
-    name: who holds it, for whoever asks; this process's number if not given. previous: who held it
-    before, once it is held.
-    """
-
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path, self.name = path, name or str(os.getpid())
-        self.previous = ""
-        self._file: int | None = None
-
-    def acquire(self, patience: float = 0.0) -> bool:
-        """Try for so many seconds; whether it is held now."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    os.close(file)
-                    return False
-                time.sleep(_LOCK_POLL_SECONDS)
-        self.previous = os.pread(file, _LOCK_NAME_BYTES, 0).decode()
-        os.ftruncate(file, 0)
-        os.pwrite(file, self.name.encode(), 0)
-        self._file = file
-        return True
-
-    def release(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def holder(self) -> str:
-        """The process that wrote itself into the file."""
-        return self.path.read_text(encoding="utf-8").strip() or "unknown"
 
 
 def worker_lock(root: Path) -> Path:

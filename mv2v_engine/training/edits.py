@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mv2v_engine.errors import TrainingError
-from mv2v_engine.files import save_tensors
+from mv2v_engine.files import make_folder, save_tensors
 from mv2v_engine.synthetic.edit_clips import make_edit_clip
 from mv2v_engine.synthetic.edit_worlds import WINDOW
 from mv2v_engine.synthetic.worlds import HELD_OUT
@@ -118,7 +118,7 @@ def main() -> None:
         parser.error(f"clips from {HELD_OUT} on are held out for measuring, got {args.clips}")
     if args.frames is not None and args.frames < 1:
         parser.error(f"--frames must be at least 1, got {args.frames}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     for seed in tqdm(range(first, last), unit="clip"):
         path = pair_path(args.out, seed)
         if not path.exists():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from mv2v_engine.errors import CheckpointError
-from mv2v_engine.files import replacing
+from mv2v_engine.files import make_folder, replacing
 from mv2v_engine.training.distributed import first_says, rank, world_size
 from mv2v_engine.training.log import TrainingLog, plot_curves
 from mv2v_engine.training.throughput import training_flops_factor
@@ -76,7 +76,7 @@ class TrainingLoop:
         self._base_lr = [
             [float(group["lr"]) for group in optimizer.param_groups] for optimizer in optimizers
         ]
-        config.out.mkdir(parents=True, exist_ok=True)
+        make_folder(config.out)
         self.checkpoint = config.out / "checkpoint.pt"
         if self.checkpoint.exists():
             self._resume()

@@ -24,7 +24,7 @@ from mv2v_engine.checkpoints.load import save_checkpoint
 from mv2v_engine.checkpoints.resolve import resolve
 from mv2v_engine.config import TINY, TINY_EDIT, Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import TrainingError
-from mv2v_engine.files import replacing, save_json, save_tensors
+from mv2v_engine.files import copy_file, make_folder, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.dit import TINY_EDIT_MEMORY_RECIPE, TINY_MEMORY_RECIPE, TINY_SAMPLING
@@ -91,11 +91,11 @@ def package(
     state = torch.load(dit / "checkpoint.pt", weights_only=True, map_location="cpu")
     transformer = MV2VTransformer(model.transformer)
     transformer.load_state_dict({**state["model"], **state["ema"]})
-    out.mkdir(parents=True, exist_ok=True)
+    make_folder(out)
     if vae is not None:
         _copy_vae(vae, out / "vae")
     for part, folder in text_parts.items():
-        shutil.copytree(folder, out / part, dirs_exist_ok=True)
+        shutil.copytree(folder, out / part, copy_function=copy_file, dirs_exist_ok=True)
     save_checkpoint(
         out,
         transformer,
@@ -144,8 +144,7 @@ def copy_logs(logs: Sequence[Path], dit_log: Path, out: Path) -> None:
     """The CSV of every stage, named after its run's folder; the last one's plainly."""
     for log in [*logs, dit_log]:
         name = "training_log.csv" if log == dit_log else f"{log.parent.name}_training_log.csv"
-        with replacing(out / name) as temporary:
-            shutil.copyfile(log, temporary)
+        copy_file(log, out / name)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mv2v_engine.errors import TrainingError
-from mv2v_engine.files import save_tensors
+from mv2v_engine.files import make_folder, save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import HELD_OUT, make_world
@@ -115,7 +115,7 @@ def main() -> None:
     first, last = (int(part) for part in args.worlds.split(":"))
     if last > HELD_OUT:
         parser.error(f"worlds from {HELD_OUT} on are held out for measuring, got {args.worlds}")
-    args.out.mkdir(parents=True, exist_ok=True)
+    make_folder(args.out)
     for seed in tqdm(range(first, last), unit="world"):
         path = scene_path(args.out, seed)
         if not path.exists():

@@ -11,11 +11,15 @@ import pytest
 from mv2v_engine import Engine
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import CancelledError, StorageError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.serving.claims import Claim, issue, taken
-from mv2v_engine.serving.folders import Lock
 from mv2v_engine.serving.host import Host
 
 JOB = {"id": "job", "number": 1, "request": {"camera": "pan_right", "num_inference_steps": 3}}
+
+
+def replica(engine: Engine) -> Host:
+    return Host(engine, max_open=1, has_claims=True)
 
 
 def made(host: Host, folder: Path, claim: Claim) -> Iterator[dict[str, Any]]:
@@ -30,7 +34,7 @@ def test_an_attempt_that_is_believed_dead_gives_way(
     folder = tmp_path / "session"
     folder.mkdir()
     (folder / "source").write_bytes(source_clip.read_bytes())
-    first = made(Host(engine, max_open=1), folder, Claim(folder, issue(folder), "first"))
+    first = made(replica(engine), folder, Claim(folder, issue(folder), "first"))
     next(event for event in first if event["type"] == "step_done")
     # another attempt is told to make the turn; the first holds the lock, and has not noticed
     token = issue(folder)
@@ -41,7 +45,7 @@ def test_an_attempt_that_is_believed_dead_gives_way(
         pass
     assert [event["type"] for event in first] == ["cancelled"]
     assert SessionStore(folder).read()["turns"] == []
-    second = list(made(Host(engine, max_open=1), folder, Claim(folder, token, "second")))
+    second = list(made(replica(engine), folder, Claim(folder, token, "second")))
     assert second[-1]["type"] == "done"
     assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1]
 
@@ -59,8 +63,8 @@ def test_the_right_to_write_goes_to_the_newest(tmp_path: Path) -> None:
         assert not was_last
     with taken(tmp_path):
         assert new.cancelled
-        assert Lock(tmp_path / "writer.lock").acquire() is False
-    assert Lock(tmp_path / "writer.lock").holder() == "the service"
+        assert WriterLock(tmp_path).acquire() is False
+    assert WriterLock(tmp_path).holder() == "the service"
 
 
 def test_a_machine_without_the_store_says_so(tmp_path: Path) -> None:
