@@ -50,6 +50,7 @@ def edit_window(
     Raises:
         VideoError: its frames cannot be read.
         MemoryBudgetError: it cannot fit the device, or the memory ended in the middle.
+        NotFiniteError: a number that was computed is not finite.
         CancelledError: the token was set.
     """
     spans = Spans(engine.device)
