@@ -259,7 +259,8 @@ def not_finite(step: str, transformer: MV2VTransformer, guidance_scale: float) -
     wider = "use bfloat16 or float32, " if dtype == "float16" else ""
     return NotFiniteError(
         f"{step} gave latents that are not finite, at guidance_scale {guidance_scale:g} in "
-        f"{dtype}; {wider}lower guidance_scale, or look for damaged weights with `run inspect PATH --deep`"
+        f"{dtype}; {wider}lower guidance_scale, or look for damaged weights with "
+        "`run inspect PATH --deep`"
     )
 
 

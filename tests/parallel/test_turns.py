@@ -54,6 +54,11 @@ def test_static_turns_equal_those_of_one_process(told: dict[str, Any]) -> None:
     assert told["files"] == ["session.json", *turns, "turns"]
 
 
+def test_a_turn_that_is_not_finite_leaves_all_processes_ready(told: dict[str, Any]) -> None:
+    assert told["not_finite"].startswith("NotFiniteError: step 1 of 3 gave latents that are not")
+    assert told["turns_then"] == 2 and told["healed"] < 1e-5
+
+
 def test_the_report_says_how_it_ran(told: dict[str, Any]) -> None:
     report = told["parallel"]
     assert (report["processes"], report["context"], report["backend"]) == (2, 2, "gloo")
@@ -66,7 +71,7 @@ def test_the_report_says_how_it_ran(told: dict[str, Any]) -> None:
 
 def test_a_cancelled_turn_leaves_all_processes_ready(told: dict[str, Any]) -> None:
     assert told["cancelled"].startswith("CancelledError")
-    assert told["turns"] == 2  # the two after it
+    assert told["turns"] == 3  # those after it
 
 
 def test_a_failure_in_one_process_ends_the_turn_in_all(told: dict[str, Any]) -> None:
