@@ -55,11 +55,11 @@ def require_finite(values: Tensor, what: str, advice: str) -> None:
 
 
 def weight_fault(name: str, weight: Tensor, stored: Tensor | None = None) -> str | None:
-    """What is wrong with the numbers of a weight, in words; None if they are finite.
+    """What is wrong with the numbers of a weight, in words; None if they are finite, or on meta.
 
     stored: the weight as its file holds it, before it was cast, where that is known.
     """
-    if bool(is_finite(weight)):
+    if weight.is_meta or bool(is_finite(weight)):
         return None
     if stored is not None and bool(is_finite(stored)):
         dtype = str(weight.dtype).removeprefix("torch.")

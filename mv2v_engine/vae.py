@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -77,8 +78,8 @@ class VideoVAE:
                 f"and {len(config.latents_std)} deviations; its config.json must list one of each "
                 "per channel"
             )
-        statistics = torch.tensor([config.latents_mean, config.latents_std], dtype=torch.float64)
-        if not bool(statistics.isfinite().all()) or not bool((statistics[1] > 0).all()):
+        means_fit = all(map(math.isfinite, config.latents_mean))
+        if not means_fit or not all(0 < deviation < math.inf for deviation in config.latents_std):
             raise CheckpointError(
                 "the VAE's config.json has latents_mean that are not finite, or latents_std that "
                 f"are not positive: {config.latents_mean} and {config.latents_std}; correct it or "
