@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -14,7 +14,6 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.config import SamplingConfig
 from mv2v_engine.engine.batch import TOKENS
 from mv2v_engine.engine.editing.request import EditRequest
@@ -24,6 +23,7 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
+from mv2v_engine.files import save_tensors, tensor_digest
 from mv2v_engine.progress import StageStarted
 from tests.engine.graphed_turns import Asked, StandInTurns, steps
 
@@ -211,47 +211,64 @@ def test_a_fifo_edit_names_its_iteration(
         edit_fifo(engine, frames, "a red ball", guidance_scale=1e38)
 
 
-def poison(store: SessionStore, number: int, bad: float) -> None:
+def poison(store: SessionStore, number: int, bad: float, *, is_old: bool) -> None:
     """What an engine that did not check would have stored, digest and all."""
     manifest = store.read()
     row = next(row for row in manifest["turns"] if row["number"] == number)
-    tensors, _ = SessionStore._read(store.turn_path(number), row["sha256"])
-    trajectory = named_trajectory(row["camera"], 9, tuple(row["size"]))
+    tensors = store._tensors(number, row["sha256"])
     tensors[0].view(-1)[3] = bad
-    store.append(number, tensors[0], trajectory, row["report"])
+    names = ("latents", "poses", "intrinsics")
+    save_tensors(store.turn_path(number), dict(zip(names, tensors, strict=True)))
+    row["sha256"] = tensor_digest(*tensors)
+    if is_old:
+        del row["path"]
+    store._write(manifest)
 
 
 @pytest.mark.parametrize("bad", BAD)
-def test_a_stored_turn_that_is_not_finite_is_damaged(
-    engine: Engine, source_frames: Tensor, tmp_path: Path, bad: float
+@pytest.mark.parametrize("is_old", [True, False])
+def test_a_stored_turn_that_is_not_finite_is_lost_alone(
+    engine: Engine, source_frames: Tensor, tmp_path: Path, bad: float, is_old: bool
 ) -> None:
+    """Whether its list has a copy of its camera or not, which is good in the file."""
     session = engine.view_session(source_frames, store=tmp_path)
     for camera in CAMERAS[:2]:
         session.render(camera)
+    session.close()
     store = SessionStore(tmp_path)
-    poison(store, 1, bad)
-    with pytest.raises(StorageError, match=r"turn_01\.safetensors holds numbers that are not fin"):
-        store.latents(1, store.read()["turns"][-1]["sha256"])
-    with pytest.raises(StorageError, match=r"turn_01\.safetensors holds numbers that are not fin"):
-        engine.view_session(source_frames, store=tmp_path, resume=True)
-    assert len(engine.cache) == 2  # the first session's
+    poison(store, 1, bad, is_old=is_old)
+    row = next(row for row in store.read()["turns"] if row["number"] == 1)
+    said = r"turn 1 is lost: .*turn_01\.safetensors holds latents that are not finite"
+    with pytest.raises(StorageError, match=said):
+        store.latents(1, row["sha256"])
+    session = engine.view_session(source_frames, store=tmp_path, resume=True)
+    (words,) = session.lost
+    assert re.search(said, words) and len(session.turns) == 2 and len(engine.cache) == 1
+    with pytest.raises(StorageError, match=said):
+        _ = session.turns[0].frames
+    turn = session.render(CAMERAS[2])
+    assert [row["turn"] for row in turn.report["memory"]["retrieved"]] == [2]
+    assert bool(turn.latents.isfinite().all())
 
 
-def test_a_stored_window_that_is_not_finite_is_damaged(
+def test_a_stored_window_that_is_not_finite_is_made_again(
     editor_folder: Path, long_clip: Path, tmp_path: Path
 ) -> None:
     engine = Engine.from_pretrained(editor_folder, device="cpu")
     session = engine.edit_session(long_clip, cuts=(), store=tmp_path)
-    session.edit("a red ball")
+    expected = session.edit("a red ball").latents
     store, (edit,) = EditStore(tmp_path), session._edits
     kept = edit.windows[1]
     latents = kept.read().clone()
     latents.view(-1)[3] = math.nan
     digest = store.append(edit, 2, latents, kept.descriptor, kept.report)
-    with pytest.raises(StorageError, match=r"window_00002\.safetensors .*that are not finite"):
+    session.close()
+    said = r"window_00002\.safetensors holds latents that are not finite"
+    with pytest.raises(StorageError, match=said):
         store.latents(1, 2, digest)
-    with pytest.raises(StorageError, match=r"window_00002\.safetensors .*that are not finite"):
-        engine.edit_session(long_clip, cuts=(), store=tmp_path, resume=True)
+    resumed = engine.edit_session(long_clip, cuts=(), store=tmp_path, resume=True)
+    assert re.search(said, resumed.lost[0]) and resumed.unfinished[0][1] == 1
+    assert torch.equal(resumed.edit("a red ball").latents, expected)
 
 
 def test_a_given_source_is_finite(engine: Engine, source_frames: Tensor) -> None:
@@ -302,8 +319,10 @@ def test_an_old_folder_of_such_a_number_can_be_read(
     """What was asked then is told; the latents decide."""
     session = engine.view_session(source_frames, store=tmp_path)
     turn = session.render("pan_right")
-    manifest = json.loads((tmp_path / "session.json").read_text())
+    latents, store = turn.latents, SessionStore(tmp_path)
+    session.close()
+    manifest = store.read()
     manifest["turns"][0]["report"]["guidance_scale"] = 1e38
-    (tmp_path / "session.json").write_text(json.dumps(manifest))
+    store._write(manifest)
     resumed = engine.view_session(source_frames, store=tmp_path, resume=True)
-    assert isinstance(resumed, ViewSession) and torch.equal(resumed.turns[0].latents, turn.latents)
+    assert isinstance(resumed, ViewSession) and torch.equal(resumed.turns[0].latents, latents)
