@@ -16,7 +16,20 @@ PACKAGE = "mv2v_engine"
 
 # From the bottom up; a unit imports units of lower layers.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "shapes", "config", "envs", "progress", "files", "locks", "testing"}),
+    frozenset(
+        {
+            "arguments",
+            "config",
+            "defaults",
+            "envs",
+            "errors",
+            "files",
+            "locks",
+            "progress",
+            "shapes",
+            "testing",
+        }
+    ),
     frozenset({"ops"}),
     # siblings: engine joins them
     frozenset(

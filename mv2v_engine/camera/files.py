@@ -169,7 +169,7 @@ def _check_count(path: Path, found: int, wanted: int) -> None:
 def _numbers(path: Path, name: str, value: Any, shapes: tuple[str, ...]) -> Tensor:
     """A nested list of numbers as float64."""
     try:
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CameraError(
             f"{path.name}: {name} must be numbers of shape {' or '.join(shapes)}; {error}"
@@ -267,7 +267,7 @@ def _parse_matrix(path: Path, where: str, text: Any) -> Tensor:
             f"{path.name}: {where} must have the last column 0 0 0 1 (row vectors, translation in "
             f"the last row), got {[row[3] for row in values]}; transpose the matrix?"
         )
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _opencv_poses(unreal: Tensor) -> Tensor:

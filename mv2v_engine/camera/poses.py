@@ -25,12 +25,13 @@ def default_intrinsics(height: int, width: int) -> Tensor:
     840.4 px at 832x480 (METHOD 9), scaled with the width; the principal point is the centre.
     """
     focal = _REFERENCE_FOCAL * width / _REFERENCE_WIDTH
-    return torch.tensor([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
+    rows = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def identity_poses(num_frames: int) -> Tensor:
     """A static camera at the origin: [T, 3, 4]."""
-    return torch.eye(3, 4).repeat(num_frames, 1, 1)
+    return torch.eye(3, 4, dtype=torch.float32, device="cpu").repeat(num_frames, 1, 1)
 
 
 def rotation_yaw(degrees: Tensor) -> Tensor:
@@ -90,7 +91,7 @@ def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
     if len(bad):
         raise CameraError(f"{name} hold NaN or infinity at frame {int(bad[0])}; all must be finite")
     if poses.shape[1] == 4:
-        last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=poses.dtype)
+        last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=poses.dtype, device=poses.device)
         if not torch.allclose(poses[:, 3], last_row.expand(len(poses), 4), atol=1e-4):
             raise CameraError(
                 f"{name}: the last row of a 4x4 pose must be 0 0 0 1 "
@@ -99,7 +100,7 @@ def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
         poses = poses[:, :3]
     rotation = poses[..., :3]
     gram = rotation @ rotation.transpose(1, 2)
-    error = (gram - torch.eye(3, dtype=poses.dtype)).abs().flatten(1).amax(1)
+    error = (gram - torch.eye(3, dtype=poses.dtype, device=poses.device)).abs().flatten(1).amax(1)
     worst = int(error.argmax())
     if float(error[worst]) > 1e-3:
         raise CameraError(

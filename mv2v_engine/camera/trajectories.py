@@ -66,14 +66,20 @@ class CameraTrajectory:
 
     def resized(self, size: tuple[int, int]) -> CameraTrajectory:
         """The same path seen at another image size: intrinsics scale, poses stay."""
-        scale = torch.tensor([size[1] / self.size[1], size[0] / self.size[0], 1.0])
+        factors = [size[1] / self.size[1], size[0] / self.size[0], 1.0]
+        scale = _floats(factors)
         intrinsics = self.intrinsics * scale[:, None]
         return CameraTrajectory(self.poses, intrinsics, size, self.name)
 
 
+def _floats(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+
+
 def _progress(num_frames: int) -> Tensor:
     """Fraction of the move done at each frame: constant speed, as the presets (BASE_MODELS 2.5)."""
-    return torch.linspace(0.0, 1.0, num_frames) if num_frames > 1 else torch.zeros(1)
+    # one frame is the move's beginning
+    return torch.linspace(0.0, 1.0, num_frames, dtype=torch.float32, device="cpu")
 
 
 def _join(rotation: Tensor, translation: Tensor) -> Tensor:
@@ -83,19 +89,19 @@ def _join(rotation: Tensor, translation: Tensor) -> Tensor:
 def pan(num_frames: int, degrees: float) -> Tensor:
     """Turn in place about the vertical axis; positive looks right. Poses [T, 3, 4]."""
     rotation = rotation_yaw(_progress(num_frames) * degrees)
-    return _join(rotation, torch.zeros(num_frames, 3))
+    return _join(rotation, _floats([0.0] * 3).expand(num_frames, 3))
 
 
 def tilt(num_frames: int, degrees: float) -> Tensor:
     """Turn in place about the horizontal axis; positive looks up. Poses [T, 3, 4]."""
     rotation = rotation_pitch(_progress(num_frames) * degrees)
-    return _join(rotation, torch.zeros(num_frames, 3))
+    return _join(rotation, _floats([0.0] * 3).expand(num_frames, 3))
 
 
 def translate(num_frames: int, x: float, y: float, z: float) -> Tensor:
     """Move without turning, metres along the first camera's axes. Poses [T, 3, 4]."""
-    offset = _progress(num_frames)[:, None] * torch.tensor([x, y, z])
-    return _join(torch.eye(3).expand(num_frames, 3, 3), offset)
+    offset = _progress(num_frames)[:, None] * _floats([x, y, z])
+    return _join(identity_poses(num_frames)[..., :3], offset)
 
 
 def crane(num_frames: int, rise: float, *, distance: float = SUBJECT_DISTANCE) -> Tensor:
@@ -116,7 +122,7 @@ def arc(num_frames: int, degrees: float, *, radius: float = SUBJECT_DISTANCE) ->
 def _chord(num_frames: int, degrees: float, x: float, z: float) -> Tensor:
     """The shipped arcs: a constant turn while moving along the chord, not along the circle."""
     rotation = rotation_yaw(_progress(num_frames) * degrees)
-    return _join(rotation, _progress(num_frames)[:, None] * torch.tensor([x, 0.0, z]))
+    return _join(rotation, _progress(num_frames)[:, None] * _floats([x, 0.0, z]))
 
 
 # End poses as computed from ReCamMaster's shipped extrinsics (BASE_MODELS 2.5).

@@ -13,8 +13,7 @@ from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
-import torch
-
+from mv2v_engine.defaults import inference
 from mv2v_engine.engine.admission import admit
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
@@ -244,7 +243,7 @@ class TurnBatch:
                 continue
             self._go_on(turn)
 
-    @torch.no_grad()
+    @inference
     def _step_packed(self, packed: dict[BatchedTurn, list[Sample]]) -> bool:
         """Whether the pack ran; if not, each turn's own step shows which of them is at fault."""
         everything = [sample for samples in packed.values() for sample in samples]

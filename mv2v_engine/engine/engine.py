@@ -342,9 +342,9 @@ class Engine:
         """`text_embedding` of several, for which an offloaded encoder travels once."""
         shape = self.transformer.config
         if self.text is None:
-            return [torch.zeros(1, shape.text_len, shape.text_dim, device=self.device)] * len(
-                prompts
-            )
+            size = (1, shape.text_len, shape.text_dim)
+            nothing = torch.zeros(size, dtype=torch.float32, device=self.device)
+            return [nothing] * len(prompts)
         return self.text.encode_all(prompts)
 
     def describe(self) -> dict[str, Any]:

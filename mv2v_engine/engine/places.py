@@ -16,7 +16,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
         place = torch.device(name)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RequestError(

@@ -65,7 +65,8 @@ def load_source(
     else:
         clip = _bare_frames(source, fps or own_fps)
         chosen = select_window(len(clip.frames), num_frames, window)
-        frames, name = clip.frames[torch.tensor(chosen.indices)], "frames"
+        indices = torch.tensor(chosen.indices, device=clip.frames.device)
+        frames, name = clip.frames[indices], "frames"
     rate = fps or clip.fps
     cropped, crop = cover_and_crop(frames, size)
     description = {

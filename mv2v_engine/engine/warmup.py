@@ -49,7 +49,9 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
         engine,
         plan,
         _nothing(engine, plan, guidance_scale),
-        torch.zeros(1, plan.shape.latent_channels, *plan.target.grid),
+        torch.zeros(
+            (1, plan.shape.latent_channels, *plan.target.grid), dtype=torch.float32, device="cpu"
+        ),
         # without guidance a static turn's first step runs no forward of the target alone
         num_inference_steps=3,
         guidance_scale=guidance_scale,

@@ -114,7 +114,13 @@ class PackedSequence:
         return cls(
             torch.cat([part.x for part in parts], 1),
             torch.cat([part.rope for part in parts], 1),
-            torch.cat([torch.full((1, n), i, device=device) for i, n in enumerate(lengths)], 1),
+            torch.cat(
+                [
+                    torch.full((1, n), i, dtype=torch.int64, device=device)
+                    for i, n in enumerate(lengths)
+                ],
+                1,
+            ),
             torch.cat(numbers, 1),
             _pack(lengths, text_lengths, device),
             tuple(parts),

@@ -79,7 +79,9 @@ class Host:
     def warm_up(self) -> None:
         """Make a short turn of nothing, so that no request pays for what comes but once."""
         sampling = self.engine.sampling
-        frames = torch.zeros(sampling.num_frames, *sampling.size, 3, dtype=torch.uint8)
+        frames = torch.zeros(
+            (sampling.num_frames, *sampling.size, 3), dtype=torch.uint8, device="cpu"
+        )
         session = self.engine.session(frames, cuts=() if self._is_editor else None)
         try:
             if self._is_editor:

@@ -267,7 +267,8 @@ def _decode(path: Path, scan: Scan, wanted: Sequence[int]) -> Tensor:
     places: dict[int, list[int]] = {}
     for place, stored in enumerate(wanted):
         places.setdefault(stored, []).append(place)
-    out = torch.empty(len(wanted), scan.info.height, scan.info.width, 3, dtype=torch.uint8)
+    shape = (len(wanted), scan.info.height, scan.info.width, 3)
+    out = torch.empty(shape, dtype=torch.uint8, device="cpu")
     first_key = None
     if scan.stamps:
         target = scan.stamps[min(places)]

@@ -114,7 +114,7 @@ class LongSource:
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the source."""
-        blank = torch.zeros(1, *self.source_size, 3, dtype=torch.uint8)
+        blank = torch.zeros((1, *self.source_size, 3), dtype=torch.uint8, device="cpu")
         return {
             "name": self.name,
             "frames": self.num_frames,
