@@ -8,10 +8,13 @@ T frames, F latent frames.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mv2v_engine import arguments
 from mv2v_engine.errors import CameraError
 
 # ReCamMaster and MultiCamVideo: 24 mm lens on a 23.76 mm sensor, cropped to 832 pixels.
@@ -73,20 +76,36 @@ def pose_vectors(poses: Tensor, *, stride: int = 4) -> Tensor:
     return poses[::stride].flatten(1)
 
 
-def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
-    """Return float32 poses [T, 3, 4], or say what is wrong with them.
+def matrices(name: str, value: Any) -> Tensor:
+    """Matrices that a caller gives as a tensor, an array or lists: float64 on the CPU, any shape.
 
-    Accepts [T, 4, 4] too; the last row must then be (0, 0, 0, 1).
+    Raises:
+        CameraError: they are no real numbers, or lists of different lengths.
+    """
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(array.dtype)
+        return torch.tensor(array.astype(np.float64), device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        expected = "matrices of real numbers: a tensor, an array or lists"
+        raise arguments.mistaken(name, value, expected, kind=CameraError) from None
+
+
+def validate_poses(poses: Any, *, name: str = "poses") -> Tensor:
+    """Return float32 poses [T, 3, 4] on the CPU, or say what is wrong with them.
+
+    Accepts what `matrices` does, and [T, 4, 4] too; the last row must then be (0, 0, 0, 1).
 
     Raises:
         CameraError: wrong shape, NaN or infinity, or a rotation that is not orthonormal
             with determinant +1.
     """
+    poses = matrices(name, poses)
     if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
         raise CameraError(
             f"{name} must have shape [frames, 3, 4] (camera-to-world), got {list(poses.shape)}"
         )
-    poses = poses.to(torch.float64)
     bad = (~poses.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
         raise CameraError(f"{name} hold NaN or infinity at frame {int(bad[0])}; all must be finite")
@@ -112,7 +131,8 @@ def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
             f"{name}: a rotation has determinant -1 (left-handed axes); "
             "convert to OpenCV axes: x right, y down, z forward"
         )
-    return poses.to(torch.float32)
+    checked: Tensor = poses.to(torch.float32)
+    return checked
 
 
 def look_at_angle(offset: float, distance: float) -> float:
