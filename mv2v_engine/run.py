@@ -4,6 +4,10 @@ Whatever can be refused is refused before a model is loaded: one line `error: ..
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
 exits with 130. Results that cannot be written are tried again after every turn; if some are
 missing in the end, the exit code is 3, and `--resume` makes them.
+
+A reader of stdout or stderr that leaves early (`| head -1`) ends nothing: the work goes on to its
+end in silence, and the exit code is what it would have been. If stdout cannot be written for
+another reason, such as a full disk, it is 3.
 """
 
 from __future__ import annotations
@@ -28,7 +32,13 @@ from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.source import load_source
 from mv2v_engine.envs import launched_rank, num_threads
-from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
+from mv2v_engine.errors import (
+    CancelledError,
+    MV2VError,
+    RequestError,
+    StorageError,
+    is_out_of_memory,
+)
 from mv2v_engine.machine import describe_machine
 from mv2v_engine.options import (
     INTERRUPTED,
@@ -49,11 +59,19 @@ from mv2v_engine.options import (
 )
 from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
-from mv2v_engine.terminal import say
+from mv2v_engine.terminal import lasting_output, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    try:
+        with lasting_output():
+            return _run(argv)
+    except StorageError as error:
+        return _said(f"error: {error}", PARTIAL)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         words = sys.argv[1:] if argv is None else list(argv)
         args = _parser().parse_args(words, argparse.Namespace(words=words))

@@ -155,7 +155,8 @@ def resolve_camera(camera: Camera, num_frames: int, size: tuple[int, int]) -> Ca
     if isinstance(camera, Tensor | np.ndarray | list | tuple):
         return CameraTrajectory(validate_poses(camera), default_intrinsics(*size), size)
     expected = "a preset, a move, a camera file, a trajectory, or poses [frames, 3, 4]"
-    spec = str(arguments.path("camera", camera, expected, kind=CameraError))
+    # an empty name is an unknown one
+    spec = str(camera and arguments.path("camera", camera, expected, kind=CameraError))
     file, _, camera = spec.partition(".json#")
     if camera:
         return load_trajectory(f"{file}.json", num_frames=num_frames, size=size, camera=camera)
