@@ -211,7 +211,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=info)
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")
     command.add_argument("path", help="a file, a folder or an embedded name")
-    command.add_argument("--rename", type=Path, metavar="FILE", help="names that it cannot tell")
+    command.add_argument(
+        "--rename", type=Path, metavar="FILE", help="names that it cannot tell; none if not given"
+    )
     command.set_defaults(command=inspect)
     return parser
 
@@ -231,13 +233,21 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
         "one turn for each",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
-    add("--window", metavar="W", help="first, middle, last, even, pad, or the frame to start at")
+    add(
+        "--window",
+        metavar="W",
+        help="first, middle, last, even, pad, or the frame to start at; all if not given",
+    )
     add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
-    add("--prompt", default="", metavar="TEXT")
+    add("--prompt", default="", metavar="TEXT", help="none if not given")
     add_sampler(group, "every turn", "a turn")
     group = parser.add_argument_group("the memory")
     add = group.add_argument
-    add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
+    add(
+        "--memory",
+        choices=get_args(MemoryMode),
+        help="retrieved if the weights learned to, else none, if not given",
+    )
     add_memory_bounds(group, "videos a turn")
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add_reuse(parser)
@@ -266,13 +276,29 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="denoising steps, 10 if not given")
     add("--rows", metavar="A,B", help="methods to compare, all or the main ones if not given")
     add("--quick", action="store_true", help="a few scenes, steps and rows: a check")
-    add("--jobs", type=int, metavar="N", help="processes; one for every thread of a CPU, up to 8")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes; one for every thread of a CPU, up to 8, if not given",
+    )
     add = parser.add_argument_group("novel views alone").add_argument
-    add("--turns", type=int, choices=(3, 5), help="of a scene; of five, the last meets the first")
+    add(
+        "--turns",
+        type=int,
+        choices=(3, 5),
+        help="of a scene; of five, the last meets the first; 3 if not given",
+    )
     add = parser.add_argument_group("edits alone").add_argument
     add("--windows", type=int, metavar="N", help="of every clip; 5, and 8 for some, if not given")
-    add("--dino", metavar="DIR", help="measure frame consistency by this DINOv2 too")
-    add("--clip", metavar="DIR", help="measure frame consistency by this CLIP too")
+    add(
+        "--dino",
+        metavar="DIR",
+        help="measure frame consistency by this DINOv2 too; not if not given",
+    )
+    add(
+        "--clip", metavar="DIR", help="measure frame consistency by this CLIP too; not if not given"
+    )
     add_model(parser, "tiny-nvs")
     # without one, the task tells
     parser.set_defaults(checkpoint=None)

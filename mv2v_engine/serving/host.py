@@ -48,6 +48,7 @@ from mv2v_engine.progress import (
 )
 from mv2v_engine.serving.folders import result_path, source_path, turn_bytes
 from mv2v_engine.serving.turn_request import make_request, session_window
+from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
 
 Json: TypeAlias = dict[str, Any]
@@ -281,6 +282,7 @@ def _describe(engine: Engine) -> Json:
     return {
         "kind": "edits" if engine.transformer.config.source_channels else "views",
         "engine": engine.describe(),
+        "digest": weights_fingerprint(engine.transformer.state_dict(), engine.vae.key),
         "has_text": engine.text is not None,
         "memory": engine.memory,
         "presets": list(PRESETS),

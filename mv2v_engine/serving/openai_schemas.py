@@ -26,7 +26,7 @@ class RemixRequest(TurnRequest):
     model_config = ConfigDict(json_schema_extra=example({"prompt": "pan_right"}))
 
     model: str | None = Field(default=None, description="the checkpoint's name, as /v1/models says")
-    seconds: str | None = Field(
+    seconds: str | int | float | None = Field(
         default=None,
         description="of the result, which model and video decide: others are refused",
     )
@@ -77,6 +77,7 @@ class Video(BaseModel):
                 "remixed_from_video_id": None,
                 "error": None,
                 "session_id": SESSION_ID,
+                "warnings": ["the model takes 17 frames: frames 0 to 16 of 40"],
             }
         )
     )
@@ -95,6 +96,7 @@ class Video(BaseModel):
     remixed_from_video_id: str | None
     error: JobError | None
     session_id: str
+    warnings: list[str]
 
 
 class DeletedVideo(BaseModel):

@@ -306,6 +306,18 @@ class Health(BaseModel):
     reason: str | None = None
 
 
+class Version(BaseModel):
+    """What runs here. model_digest: of the weights that make the pictures, alike on all devices."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    version: str
+    torch: str
+    abi: int
+    model: str | None
+    model_digest: str | None
+
+
 class ErrorFields(BaseModel):
     message: str
     type: str

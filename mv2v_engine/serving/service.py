@@ -18,7 +18,7 @@ from typing import Any
 
 from mv2v_engine.errors import CameraError, MV2VError
 from mv2v_engine.serving import jobs, tables
-from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.errors import ApiError, without_paths
 from mv2v_engine.serving.events import last_event
 from mv2v_engine.serving.folders import is_published, result_path, source_path
 from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
@@ -115,7 +115,9 @@ class Service(Lifecycle):
         self._publisher.wake()
         refused = self._publisher.refused.get((session_id, number))
         if refused is not None:
-            raise ApiError("internal", f"turn {number} is kept, and has no {which}: {refused}")
+            raise ApiError(
+                "internal", f"turn {number} is kept, and has no {which}: {without_paths(refused)}"
+            )
         message = f"the {which} of turn {number} is being written again; try in {RETRY_SECONDS} s"
         raise ApiError("not_finished", message, headers=RETRY)
 
@@ -179,7 +181,8 @@ class Service(Lifecycle):
             await asyncio.to_thread(make_request, request, about)
         except MV2VError as error:
             param = "camera" if isinstance(error, CameraError) else None
-            raise ApiError("unprocessable_turn", str(error), param=param) from error
+            message = without_paths(str(error))
+            raise ApiError("unprocessable_turn", message, param=param) from error
         return await self._whole(self._submit(new_job(session, request), key))
 
     async def job(self, owner: str, job_id: str) -> JobRecord:
