@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from mv2v_engine.serving.records import Kind as SessionKind
 from mv2v_engine.serving.schemas import (
     CREATED,
     JOB_ID,
     SESSION_ID,
+    WINDOW,
+    WINDOW_HELP,
     JobError,
     TurnRequest,
     example,
@@ -38,7 +40,7 @@ class RemixRequest(TurnRequest):
     def turn(self, kind: SessionKind) -> dict[str, Any]:
         """What is asked of a model of this kind."""
         asked = TurnRequest.to_dict(self)
-        for name in ("session_id", "model", "seconds", "size"):
+        for name in ("session_id", "model", "seconds", "size", "window"):
             asked.pop(name, None)
         if not asked.get("prompt"):
             asked.pop("prompt", None)
@@ -55,6 +57,10 @@ class VideoRequest(RemixRequest):
     )
 
     session_id: str | None = Field(default=None, description="one more turn in this session")
+    window: Annotated[str, StringConstraints(pattern=WINDOW)] | None = Field(
+        default=None,
+        description=f"of input_reference, which frames the model is given: {WINDOW_HELP}",
+    )
 
 
 class Video(BaseModel):

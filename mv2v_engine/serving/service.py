@@ -56,20 +56,29 @@ class Service(Lifecycle):
         return self.store.new_upload()
 
     async def create_session(
-        self, owner: str, upload: Path, name: str, *, key: str | None = None
+        self,
+        owner: str,
+        upload: Path,
+        name: str,
+        *,
+        key: str | None = None,
+        window: str | None = None,
     ) -> SessionRecord:
         """Make a session of an uploaded video, which is moved into it, or removed on a refusal.
 
-        key: of idempotency; the same key, name and file give the same session again.
+        key: of idempotency; the same key, name, window and file give the same session again.
+        window: which frames of a video the model is given, as `video.transforms.select_window`
+            names them; None: the first ones.
 
-        Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict.
+        Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict,
+        invalid_request: the video has no such window.
         """
         try:
             about = self.require_about()
         except ApiError:
             await asyncio.to_thread(upload.unlink, missing_ok=True)
             raise
-        return await self._whole(self._sessions.create(owner, upload, name, key, about))
+        return await self._whole(self._sessions.create(owner, upload, name, key, about, window))
 
     async def sessions(
         self, owner: str, *, limit: int = 20, after: str | None = None, is_newest_first: bool = True

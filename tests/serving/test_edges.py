@@ -6,6 +6,7 @@ import io
 import json
 import logging
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,9 +19,11 @@ import httpx
 import torch
 import uvicorn.logging  # noqa: F401  (its logger is among those that are configured)
 
-from mv2v_engine import __version__
+from mv2v_engine import Engine, __version__
 from mv2v_engine.ops.native import ABI_VERSION
 from mv2v_engine.serving.errors import without_paths
+from mv2v_engine.serving.folders import source_path, window_path
+from mv2v_engine.serving.host import Host
 from mv2v_engine.serving.logs import configure_logs
 
 # pydantic's and FastAPI's own words
@@ -231,13 +234,72 @@ def test_a_failed_job_names_no_path(
     serving: Callable[..., Any], source_clip: Path, tmp_path: Path
 ) -> None:
     with serving(tmp_path / "store") as service, service.client() as http:
-        service.backend.fails = "internal"
         with source_clip.open("rb") as clip:
             session = http.post("/v1/sessions", files={"video": clip}).json()["id"]
+        service.backend.hold()
+        service.backend.failure = f"cannot write {tmp_path}/store/x.safetensors: it is full"
         job = http.post(f"/v1/sessions/{session}/turns", json={"camera": "pan_right"}).json()["id"]
+        service.backend.fails[job] = "internal"
+        service.backend.let_go()
         events = http.get(f"/v1/jobs/{job}/events").text
-        assert "failed" in events and str(tmp_path) not in events
-        assert str(tmp_path) not in http.get(f"/v1/jobs/{job}").text
+        assert "cannot write x.safetensors: it is full" in events
+        assert str(tmp_path) not in events + http.get(f"/v1/jobs/{job}").text
+
+
+LONG = "frames {} to {} of 23"
+
+
+@pytest.mark.parametrize(
+    ("window", "told"),
+    [
+        (None, LONG.format(0, 8)),
+        ("first", LONG.format(0, 8)),
+        ("last", LONG.format(14, 22)),
+        ("3", LONG.format(3, 11)),
+        ("even", "9 of 23 frames, spread evenly over the whole clip"),
+    ],
+)
+def test_the_part_of_a_clip_is_chosen(
+    http: httpx.Client, service: Any, long_clip: Path, window: str | None, told: str
+) -> None:
+    chosen = {} if window is None else {"window": (None, window)}
+    with long_clip.open("rb") as clip:
+        session = http.post("/v1/sessions", files={"video": clip} | chosen).json()
+    assert session["warnings"] == [f"the model takes 9 frames: {told}"]
+    with long_clip.open("rb") as clip:
+        files = {"input_reference": clip, "prompt": (None, "pan_right")} | chosen
+        assert http.post("/v1/videos", files=files).json()["warnings"] == session["warnings"]
+    branch = http.post(f"/v1/sessions/{session['id']}/branches", json={"turn": 0}).json()
+    assert branch["warnings"] == session["warnings"]
+    for one in (session, branch):
+        path = window_path(service.config.store / "sessions" / one["id"])
+        assert (path.read_text() if path.exists() else None) == window
+
+
+@pytest.mark.parametrize("window", ["15", "pad", "middl", "-1", "", "1e3"])
+def test_a_part_that_is_none_is_refused(http: httpx.Client, long_clip: Path, window: str) -> None:
+    before = len(http.get("/v1/sessions?limit=100").json()["data"])
+    for route, field in [("/v1/sessions", "video"), ("/v1/videos", "input_reference")]:
+        with long_clip.open("rb") as clip:
+            files = {field: clip, "window": (None, window)}
+            if route == "/v1/videos":
+                files["prompt"] = (None, "pan_right")
+            error = http.post(route, files=files).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_request", "window"), error
+    assert len(http.get("/v1/sessions?limit=100").json()["data"]) == before
+
+
+def test_the_engine_is_given_the_part_that_was_chosen(
+    tiny_checkpoint: Path, long_clip: Path, tmp_path: Path
+) -> None:
+    """Also when a worker opens the session again."""
+    host = Host(Engine.from_pretrained(tiny_checkpoint, device="cpu"), max_open=1)
+    folder = tmp_path / "session"
+    folder.mkdir()
+    shutil.copy(long_clip, source_path(folder))
+    window_path(folder).write_text("last")
+    opened = host._session({"id": "s", "frames": 23}, folder)
+    assert opened.source.description["window"] == LONG.format(14, 22)
 
 
 def test_probes_are_of_level_debug(capsys: pytest.CaptureFixture[str]) -> None:

@@ -194,9 +194,15 @@ async def create_video(
                 "session_id, the session of one that is here: exactly one of them",
                 param=_FILE_FIELD,
             )
+        if form.video is None and asked.window is not None:
+            raise ApiError(
+                "invalid_request",
+                f"window is chosen with {_FILE_FIELD}, and a session has its own; leave it out",
+                param="window",
+            )
         video = form.take_video()
         if video is not None:
-            session = await service.create_session(owner, video, "", key=key)
+            session = await service.create_session(owner, video, "", key=key, window=asked.window)
         else:
             session = await service.session(owner, asked.session_id or "")
         try:
