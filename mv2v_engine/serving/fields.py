@@ -13,9 +13,9 @@ from typing import Any
 from mv2v_engine.errors import nearest_names
 from mv2v_engine.serving.errors import ApiError
 
-_NAME = re.compile(r"[a-z][a-z0-9_]*")
+_NAME = re.compile(r"[a-z][a-z0-9_-]*")
 # parts of a place that name a branch of a union, not a field
-_BRANCHES = frozenset({"str", "int", "float", "bool", "dict", "list", "none"})
+_BRANCHES = frozenset({"constrained-str", "str", "int", "float", "bool", "dict", "list", "none"})
 _LENGTH = 100  # characters of a name that was sent
 # by pydantic's kind of error, what the field has to be; braces take the error's context
 _EXPECTED = {
