@@ -11,6 +11,7 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+from mv2v_engine.arguments import fit_fields
 from mv2v_engine.errors import RequestError
 from mv2v_engine.shapes import LUCY_5B as LUCY_5B
 from mv2v_engine.shapes import TINY as TINY
@@ -99,6 +100,7 @@ class ParallelConfig:
     timeout_seconds: float = 600.0
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         if self.guidance not in (1, 2):
             raise RequestError(
                 f"guidance has one forward or two, got guidance={self.guidance} processes for "
@@ -199,6 +201,7 @@ class EngineConfig:
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         self._check_reuse()
         self._check_graphs()
         self._check_parallel()

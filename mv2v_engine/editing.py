@@ -183,7 +183,8 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
     add(
         "--memory",
         choices=("retrieved", "none"),
-        help="none: every window alone; retrieved if the weights learned to",
+        help="none: every window alone; retrieved if the weights learned to, else none, "
+        "if not given",
     )
     add_memory_bounds(group, "windows a window")
     add(

@@ -55,8 +55,32 @@ _SETTINGS = (
 )
 
 
+class _Help(argparse.HelpFormatter):
+    """Says every option's default, unless its own words do."""
+
+    def _get_help_string(self, action: argparse.Action) -> str:
+        said, default = action.help or "", default_words(action)
+        if default is None or "if not given" in said or not action.option_strings:
+            return said.replace("%", "%%")
+        return f"{said}; {default} if not given".removeprefix("; ").replace("%", "%%")
+
+
+def default_words(action: argparse.Action) -> str | None:
+    """What an option is without being given, as a user would write it; None if nothing says it."""
+    value = action.default
+    if action.nargs == 0 or action.required or value in (None, argparse.SUPPRESS, [], ""):
+        return None
+    if action.type is num_bytes:
+        units = ((1 << 30, "GiB"), (1 << 20, "MiB"))
+        return next((f"{value // u}{n}" for u, n in units if value and not value % u), str(value))
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
 class Parser(argparse.ArgumentParser):
-    """Whose errors are `RequestError`s."""
+    """A parser whose errors are `RequestError`s, and whose help has the defaults."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **{"formatter_class": _Help} | options)
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message}; see {self.prog} --help")
@@ -71,8 +95,18 @@ def add_sampler(group: argparse._ArgumentGroup, noise: str, steps: str) -> None:
     """How the denoising runs. noise, steps: what the seed and the steps are of."""
     add = group.add_argument
     add("--seed", type=int, default=0, metavar="N", help=f"of the noise of {noise}")
-    add("--steps", type=int, metavar="N", help=f"denoising steps of {steps}")
-    add("--guidance", type=float, metavar="S", help="guidance scale, 1 is none")
+    add(
+        "--steps",
+        type=int,
+        metavar="N",
+        help=f"denoising steps of {steps}; the checkpoint's if not given",
+    )
+    add(
+        "--guidance",
+        type=float,
+        metavar="S",
+        help="guidance scale, 1 is none; the checkpoint's if not given",
+    )
     add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
 
 
@@ -91,10 +125,20 @@ def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:
         "--device-cache-bytes",
         type=num_bytes,
         metavar="N",
-        help="how many of these one arena on the device holds; the rest is one on the host",
+        help="how many of these one arena on the device holds, the rest is one on the host; "
+        "tensor by tensor on the device if not given",
     )
-    add("--merge", choices=get_args(MergeMode), help="conv if the weights learned to")
-    add("--merge-fraction", type=float, metavar="F", help="of the frames, at each depth")
+    add(
+        "--merge",
+        choices=get_args(MergeMode),
+        help="conv if the weights learned to, else off, if not given",
+    )
+    add(
+        "--merge-fraction",
+        type=float,
+        metavar="F",
+        help="of the frames, at each depth; by the depth if not given",
+    )
 
 
 def num_bytes(text: str) -> int:
@@ -137,7 +181,12 @@ def add_reuse(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="change of the first block's output that asks for one sooner; none: not measured",
     )
-    add("--step-cache", type=float, metavar="D", help="skip steps that change by less than this")
+    add(
+        "--step-cache",
+        type=float,
+        metavar="D",
+        help="skip steps that change by less than this; none is skipped if not given",
+    )
 
 
 def _drift(text: str) -> float | None:
@@ -156,12 +205,36 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="NAME_OR_PATH",
         help=f"a file, a folder or an embedded name; {default} if not given",
     )
-    add("--components", type=Path, metavar="DIR", help="vae, text_encoder and tokenizer from here")
-    add("--rename", type=Path, metavar="FILE", help="names that the checkpoint leaves open")
-    add("--device", metavar="D", help="cpu, cuda or cuda:N")
-    add("--dtype", choices=tuple(DTYPES))
-    add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
-    add("--attention", choices=get_args(AttentionName), default=EngineConfig().attention)
+    add(
+        "--components",
+        type=Path,
+        metavar="DIR",
+        help="vae, text_encoder and tokenizer from here; the checkpoint's own if not given",
+    )
+    add(
+        "--rename",
+        type=Path,
+        metavar="FILE",
+        help="names that the checkpoint leaves open; none if not given",
+    )
+    add("--device", metavar="D", help="cpu, cuda or cuda:N; cuda where there is one if not given")
+    add(
+        "--dtype",
+        choices=tuple(DTYPES),
+        help="of the transformer; bfloat16 on cuda, else float32, if not given",
+    )
+    add(
+        "--backend",
+        choices=get_args(BackendName),
+        default=EngineConfig().backend,
+        help="of operations",
+    )
+    add(
+        "--attention",
+        choices=get_args(AttentionName),
+        default=EngineConfig().attention,
+        help="library",
+    )
     add("--graphs", choices=get_args(GraphMode), default=EngineConfig().graphs, help="CUDA graphs")
     add(
         "--no-check-weights",
@@ -174,7 +247,12 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
 def add_parallel(parser: argparse.ArgumentParser) -> None:
     """How the processes of a torchrun share the work."""
     add = parser.add_argument_group("several processes, under torchrun").add_argument
-    add("--guidance-ranks", type=int, choices=(1, 2), help="2: one for each forward of guidance")
+    add(
+        "--guidance-ranks",
+        type=int,
+        choices=(1, 2),
+        help="2: one for each forward of guidance; 2 if it is used and they are even, if not given",
+    )
     add(
         "--context-ranks",
         type=int,

@@ -19,6 +19,7 @@ from typing import ClassVar, TypeVar
 
 import torch
 
+from mv2v_engine.arguments import callback, instance
 from mv2v_engine.errors import CancelledError
 
 Result = TypeVar("Result")
@@ -95,6 +96,17 @@ class CancelToken:
     def check(self) -> None:
         if self.cancelled:
             raise CancelledError("the turn was cancelled; the session keeps its earlier turns")
+
+
+def cancel_token(cancel: CancelToken | None) -> CancelToken:
+    """The token that a caller passed, or a new one.
+
+    Raises:
+        RequestError: it is none.
+    """
+    if cancel is None:
+        return CancelToken()
+    return instance("cancel", cancel, CancelToken, "a CancelToken, or None")
 
 
 @contextmanager
@@ -228,7 +240,12 @@ class Spans:
 def driven(
     events: Generator[Event, None, Result], on_progress: Callable[[Event], None] | None
 ) -> Result:
-    """Run a turn to its end; what it returns."""
+    """Run a turn to its end; what it returns.
+
+    Raises:
+        RequestError: on_progress is no function.
+    """
+    callback("on_progress", on_progress)
     while True:
         try:
             event = next(events)

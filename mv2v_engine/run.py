@@ -4,6 +4,10 @@ Whatever can be refused is refused before a model is loaded: one line `error: ..
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
 exits with 130. Results that cannot be written are tried again after every turn; if some are
 missing in the end, the exit code is 3, and `--resume` makes them.
+
+A reader of stdout or stderr that leaves early (`| head -1`) ends nothing: the work goes on to its
+end in silence, and the exit code is what it would have been. If stdout cannot be written for
+another reason, such as a full disk, it is 3.
 """
 
 from __future__ import annotations
@@ -28,7 +32,13 @@ from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.source import load_source
 from mv2v_engine.envs import launched_rank, num_threads
-from mv2v_engine.errors import CancelledError, MV2VError, RequestError, is_out_of_memory
+from mv2v_engine.errors import (
+    CancelledError,
+    MV2VError,
+    RequestError,
+    StorageError,
+    is_out_of_memory,
+)
 from mv2v_engine.machine import describe_machine
 from mv2v_engine.options import (
     INTERRUPTED,
@@ -49,11 +59,19 @@ from mv2v_engine.options import (
 )
 from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
-from mv2v_engine.terminal import say
+from mv2v_engine.terminal import lasting_output, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command; returns the exit code."""
+    try:
+        with lasting_output():
+            return _run(argv)
+    except StorageError as error:
+        return _said(f"error: {error}", PARTIAL)
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         words = sys.argv[1:] if argv is None else list(argv)
         args = _parser().parse_args(words, argparse.Namespace(words=words))
@@ -194,7 +212,9 @@ def _parser() -> argparse.ArgumentParser:
     command.set_defaults(command=info)
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")
     command.add_argument("path", help="a file, a folder or an embedded name")
-    command.add_argument("--rename", type=Path, metavar="FILE", help="names that it cannot tell")
+    command.add_argument(
+        "--rename", type=Path, metavar="FILE", help="names that it cannot tell; none if not given"
+    )
     command.add_argument(
         "--deep", action="store_true", help="read every number and look for NaN and infinity too"
     )
@@ -217,13 +237,21 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
         "one turn for each",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
-    add("--window", metavar="W", help="first, middle, last, even, pad, or the frame to start at")
+    add(
+        "--window",
+        metavar="W",
+        help="first, middle, last, even, pad, or the frame to start at; all if not given",
+    )
     add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
-    add("--prompt", default="", metavar="TEXT")
+    add("--prompt", default="", metavar="TEXT", help="none if not given")
     add_sampler(group, "every turn", "a turn")
     group = parser.add_argument_group("the memory")
     add = group.add_argument
-    add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
+    add(
+        "--memory",
+        choices=get_args(MemoryMode),
+        help="retrieved if the weights learned to, else none, if not given",
+    )
     add_memory_bounds(group, "videos a turn")
     add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
     add_reuse(parser)
@@ -252,13 +280,29 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add("--steps", type=int, metavar="N", help="denoising steps, 10 if not given")
     add("--rows", metavar="A,B", help="methods to compare, all or the main ones if not given")
     add("--quick", action="store_true", help="a few scenes, steps and rows: a check")
-    add("--jobs", type=int, metavar="N", help="processes; one for every thread of a CPU, up to 8")
+    add(
+        "--jobs",
+        type=int,
+        metavar="N",
+        help="processes; one for every thread of a CPU, up to 8, if not given",
+    )
     add = parser.add_argument_group("novel views alone").add_argument
-    add("--turns", type=int, choices=(3, 5), help="of a scene; of five, the last meets the first")
+    add(
+        "--turns",
+        type=int,
+        choices=(3, 5),
+        help="of a scene; of five, the last meets the first; 3 if not given",
+    )
     add = parser.add_argument_group("edits alone").add_argument
     add("--windows", type=int, metavar="N", help="of every clip; 5, and 8 for some, if not given")
-    add("--dino", metavar="DIR", help="measure frame consistency by this DINOv2 too")
-    add("--clip", metavar="DIR", help="measure frame consistency by this CLIP too")
+    add(
+        "--dino",
+        metavar="DIR",
+        help="measure frame consistency by this DINOv2 too; not if not given",
+    )
+    add(
+        "--clip", metavar="DIR", help="measure frame consistency by this CLIP too; not if not given"
+    )
     add_model(parser, "tiny-nvs")
     # without one, the task tells
     parser.set_defaults(checkpoint=None)

@@ -5,6 +5,7 @@ Bars and lines are adapters over progress events, tables over the reports of wha
 
 from __future__ import annotations
 
+import os
 import signal
 import sys
 import threading
@@ -12,11 +13,12 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from types import FrameType
-from typing import Any
+from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
 from mv2v_engine.envs import is_ci, launched_rank
+from mv2v_engine.errors import StorageError
 from mv2v_engine.progress import (
     CancelToken,
     Event,
@@ -125,6 +127,63 @@ def cancel_on_interrupt() -> Iterator[CancelToken]:
         yield token
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+class _Lasting:
+    """A text stream whose reader may leave: what is written after that goes nowhere.
+
+    failure: why something was not written, if it was not the reader who left.
+    """
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream, self.failure = stream, ""
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        self._tried(lambda: self._stream.write(text))
+        return len(text)
+
+    def flush(self) -> None:
+        self._tried(self._stream.flush)
+
+    def _tried(self, work: Callable[[], object]) -> None:
+        try:
+            work()
+        except OSError as error:
+            if not isinstance(error, BrokenPipeError):
+                self.failure = error.strerror or str(error)
+            # what the stream still holds goes there too, at the latest when the process ends
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+
+
+@contextmanager
+def lasting_output() -> Iterator[None]:
+    """Let the block go on when whoever read stdout or stderr has left, as `| head -1` does.
+
+    Raises:
+        StorageError: at its end, if stdout lacks something that its reader waits for.
+    """
+    for number in range(3):
+        # a file would else be opened under the number, and written to by whoever prints
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)
+    before = sys.stdout, sys.stderr
+    streams = [_Lasting(stream or open(os.devnull, "w")) for stream in before]  # noqa: SIM115
+    sys.stdout, sys.stderr = (cast(TextIO, stream) for stream in streams)
+    try:
+        yield
+    finally:
+        for stream in streams:
+            stream.flush()
+        sys.stdout, sys.stderr = before
+    if streams[0].failure:
+        raise StorageError(f"stdout is not complete: {streams[0].failure}; files are written")
 
 
 def say(message: str) -> None:

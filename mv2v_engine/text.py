@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from mv2v_engine.defaults import inference, torch_defaults
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
 from mv2v_engine.progress import without_bars
@@ -136,21 +137,24 @@ class TextEncoder:
             for tensor, home in homes:
                 tensor.data = home
 
-    @torch.no_grad()
+    @inference
     def _embed(self, prompt: str) -> Tensor:
-        tokens = self.tokenizer(
-            prompt,
-            max_length=self.max_length,
-            padding="max_length",
-            truncation=True,
-            return_attention_mask=True,
-            return_tensors="pt",
-        )
+        with torch_defaults():
+            tokens = self.tokenizer(
+                prompt,
+                max_length=self.max_length,
+                padding="max_length",
+                truncation=True,
+                return_attention_mask=True,
+                return_tensors="pt",
+            )
         ids: Tensor = tokens["input_ids"]
         mask: Tensor = tokens["attention_mask"]
         if bool(mask.all()):
             self._warn_if_cut(prompt)
-        embedding: Tensor = self.model(ids.to(self.device), mask.to(self.device)).last_hidden_state
+        with torch_defaults():
+            output = self.model(ids.to(self.device), mask.to(self.device))
+        embedding: Tensor = output.last_hidden_state
         kept = mask[..., None].to(self.device, self.dtype)
         embedding = embedding.to(self.dtype) * kept
         dtype = str(self.dtype).removeprefix("torch.")
@@ -219,7 +223,7 @@ def load_text_encoder(
                 "writes it"
             )
     try:
-        with without_bars():
+        with without_bars(), torch_defaults():
             model, loading = encoder.from_pretrained(
                 str(text_path), local_files_only=True, dtype=dtype, output_loading_info=True
             )

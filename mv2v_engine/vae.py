@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.defaults import inference
 from mv2v_engine.errors import CheckpointError, VideoError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
 from mv2v_engine.ops.conv3d import speed_up_conv3d
@@ -98,8 +99,9 @@ class VideoVAE:
         self.spatial_stride = int(config.scale_factor_spatial)
         self.latent_channels = int(config.z_dim)
         shape = (self.latent_channels, 1, 1, 1)
-        self._mean_C111 = torch.tensor(config.latents_mean, device=self.device).reshape(shape)
-        self._std_C111 = torch.tensor(config.latents_std, device=self.device).reshape(shape)
+        like: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
+        self._mean_C111 = torch.tensor(config.latents_mean, **like).reshape(shape)
+        self._std_C111 = torch.tensor(config.latents_std, **like).reshape(shape)
 
     @cached_property
     def key(self) -> str:
@@ -132,7 +134,7 @@ class VideoVAE:
         frames = (num_frames - 1) // self.temporal_stride + 1
         return self.latent_channels, frames, size[0] // stride, size[1] // stride
 
-    @torch.no_grad()
+    @inference
     def encode(self, frames: Tensor, *, check: Callable[[], None] | None = None) -> Tensor:
         """Frames uint8 [T, height, width, 3] to normalised fp32 latents [C, F, H, W].
 
@@ -159,7 +161,7 @@ class VideoVAE:
         require_finite(latents_CFHW, "the latents that the VAE made of the source", self._advice)
         return latents_CFHW
 
-    @torch.no_grad()
+    @inference
     def decode(self, latents_CFHW: Tensor, *, check: Callable[[], None] | None = None) -> Tensor:
         """Normalised latents [C, F, H, W] to frames uint8 [T, height, width, 3] on the CPU.
 
@@ -171,7 +173,7 @@ class VideoVAE:
         """
         return self.decode_on_device(latents_CFHW, check=check).cpu()
 
-    @torch.no_grad()
+    @inference
     def decode_on_device(
         self, latents_CFHW: Tensor, *, check: Callable[[], None] | None = None
     ) -> Tensor:

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mv2v_engine.defaults import inference
 from mv2v_engine.errors import CheckpointError, RequestError, VideoError
 from mv2v_engine.progress import without_bars
 
@@ -56,7 +57,7 @@ class FrameEncoder:
         self._mean_311 = torch.tensor(pixels.mean, device=device).reshape(3, 1, 1)
         self._std_311 = torch.tensor(pixels.std, device=device).reshape(3, 1, 1)
 
-    @torch.no_grad()
+    @inference
     def __call__(self, frames: Tensor) -> Tensor:
         """Embeddings float32 [T, D] on the CPU of frames uint8 [T, height, width, 3].
 

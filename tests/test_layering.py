@@ -17,7 +17,19 @@ PACKAGE = "mv2v_engine"
 # From the bottom up; a unit imports units of lower layers.
 LAYERS: tuple[frozenset[str], ...] = (
     frozenset(
-        {"errors", "shapes", "config", "envs", "progress", "files", "finite", "locks", "testing"}
+        {
+            "arguments",
+            "config",
+            "defaults",
+            "envs",
+            "errors",
+            "files",
+            "finite",
+            "locks",
+            "progress",
+            "shapes",
+            "testing",
+        }
     ),
     frozenset({"ops"}),
     # siblings: engine joins them

@@ -17,18 +17,26 @@ T frames.
 from __future__ import annotations
 
 import json
+import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, relative_to, validate_poses
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.errors import CameraError, nearest_names
 from mv2v_engine.files import save_json
 
+# what a caller may give as a camera: see `resolve_camera`
+Camera: TypeAlias = (
+    "str | os.PathLike[str] | CameraTrajectory | Tensor | np.ndarray[Any, Any] | Sequence[Any]"
+)
 FORMAT = "mv2v-camera"
 VERSION = 1
 CONVENTION = "opencv camera-to-world, metres"
@@ -132,12 +140,23 @@ def save_trajectory(path: Path | str, trajectory: CameraTrajectory) -> None:
     save_json(Path(path), content)
 
 
-def resolve_camera(spec: str, num_frames: int, size: tuple[int, int]) -> CameraTrajectory:
-    """A camera as a user writes it: preset, `kind:amount` move, `file.json` or `file.json#cam03`.
+def resolve_camera(camera: Camera, num_frames: int, size: tuple[int, int]) -> CameraTrajectory:
+    """A camera as a user gives it, seen at an image size (height, width).
+
+    Args:
+        camera: a preset, a `kind:amount` move, `file.json` or `file.json#cam03`; a trajectory; or
+            poses [T, 3, 4] or [T, 4, 4], which are seen through the default lens.
 
     Raises:
-        CameraError: as `named_poses` and `load_trajectory`.
+        CameraError: none of these, or as `named_poses`, `load_trajectory`, `CameraTrajectory`.
     """
+    if isinstance(camera, CameraTrajectory):
+        return camera.resized(size)
+    if isinstance(camera, Tensor | np.ndarray | list | tuple):
+        return CameraTrajectory(validate_poses(camera), default_intrinsics(*size), size)
+    expected = "a preset, a move, a camera file, a trajectory, or poses [frames, 3, 4]"
+    # an empty name is an unknown one
+    spec = str(camera and arguments.path("camera", camera, expected, kind=CameraError))
     file, _, camera = spec.partition(".json#")
     if camera:
         return load_trajectory(f"{file}.json", num_frames=num_frames, size=size, camera=camera)
@@ -169,7 +188,7 @@ def _check_count(path: Path, found: int, wanted: int) -> None:
 def _numbers(path: Path, name: str, value: Any, shapes: tuple[str, ...]) -> Tensor:
     """A nested list of numbers as float64."""
     try:
-        return torch.tensor(value, dtype=torch.float64)
+        return torch.tensor(value, dtype=torch.float64, device="cpu")
     except (TypeError, ValueError, RuntimeError, OverflowError) as error:
         raise CameraError(
             f"{path.name}: {name} must be numbers of shape {' or '.join(shapes)}; {error}"
@@ -267,7 +286,7 @@ def _parse_matrix(path: Path, where: str, text: Any) -> Tensor:
             f"{path.name}: {where} must have the last column 0 0 0 1 (row vectors, translation in "
             f"the last row), got {[row[3] for row in values]}; transpose the matrix?"
         )
-    return torch.tensor(values, dtype=torch.float64)
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
 
 
 def _opencv_poses(unreal: Tensor) -> Tensor:

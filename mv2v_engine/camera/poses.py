@@ -8,10 +8,13 @@ T frames, F latent frames.
 from __future__ import annotations
 
 import math
+from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from mv2v_engine import arguments
 from mv2v_engine.errors import CameraError
 
 # ReCamMaster and MultiCamVideo: 24 mm lens on a 23.76 mm sensor, cropped to 832 pixels.
@@ -25,12 +28,13 @@ def default_intrinsics(height: int, width: int) -> Tensor:
     840.4 px at 832x480 (METHOD 9), scaled with the width; the principal point is the centre.
     """
     focal = _REFERENCE_FOCAL * width / _REFERENCE_WIDTH
-    return torch.tensor([[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]])
+    rows = [[focal, 0.0, width / 2], [0.0, focal, height / 2], [0.0, 0.0, 1.0]]
+    return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
 def identity_poses(num_frames: int) -> Tensor:
     """A static camera at the origin: [T, 3, 4]."""
-    return torch.eye(3, 4).repeat(num_frames, 1, 1)
+    return torch.eye(3, 4, dtype=torch.float32, device="cpu").repeat(num_frames, 1, 1)
 
 
 def rotation_yaw(degrees: Tensor) -> Tensor:
@@ -72,25 +76,41 @@ def pose_vectors(poses: Tensor, *, stride: int = 4) -> Tensor:
     return poses[::stride].flatten(1)
 
 
-def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
-    """Return float32 poses [T, 3, 4], or say what is wrong with them.
+def matrices(name: str, value: Any) -> Tensor:
+    """Matrices that a caller gives as a tensor, an array or lists: float64 on the CPU, any shape.
 
-    Accepts [T, 4, 4] too; the last row must then be (0, 0, 0, 1).
+    Raises:
+        CameraError: they are no real numbers, or lists of different lengths.
+    """
+    try:
+        array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+        if array.dtype.kind not in "fiu":
+            raise TypeError(array.dtype)
+        return torch.tensor(array.astype(np.float64), device="cpu")
+    except (TypeError, ValueError, RuntimeError):
+        expected = "matrices of real numbers: a tensor, an array or lists"
+        raise arguments.mistaken(name, value, expected, kind=CameraError) from None
+
+
+def validate_poses(poses: Any, *, name: str = "poses") -> Tensor:
+    """Return float32 poses [T, 3, 4] on the CPU, or say what is wrong with them.
+
+    Accepts what `matrices` does, and [T, 4, 4] too; the last row must then be (0, 0, 0, 1).
 
     Raises:
         CameraError: wrong shape, NaN or infinity, or a rotation that is not orthonormal
             with determinant +1.
     """
+    poses = matrices(name, poses)
     if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
         raise CameraError(
             f"{name} must have shape [frames, 3, 4] (camera-to-world), got {list(poses.shape)}"
         )
-    poses = poses.to(torch.float64)
     bad = (~poses.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
         raise CameraError(f"{name} hold NaN or infinity at frame {int(bad[0])}; all must be finite")
     if poses.shape[1] == 4:
-        last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=poses.dtype)
+        last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=poses.dtype, device=poses.device)
         if not torch.allclose(poses[:, 3], last_row.expand(len(poses), 4), atol=1e-4):
             raise CameraError(
                 f"{name}: the last row of a 4x4 pose must be 0 0 0 1 "
@@ -99,7 +119,7 @@ def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
         poses = poses[:, :3]
     rotation = poses[..., :3]
     gram = rotation @ rotation.transpose(1, 2)
-    error = (gram - torch.eye(3, dtype=poses.dtype)).abs().flatten(1).amax(1)
+    error = (gram - torch.eye(3, dtype=poses.dtype, device=poses.device)).abs().flatten(1).amax(1)
     worst = int(error.argmax())
     if float(error[worst]) > 1e-3:
         raise CameraError(
@@ -111,7 +131,8 @@ def validate_poses(poses: Tensor, *, name: str = "poses") -> Tensor:
             f"{name}: a rotation has determinant -1 (left-handed axes); "
             "convert to OpenCV axes: x right, y down, z forward"
         )
-    return poses.to(torch.float32)
+    checked: Tensor = poses.to(torch.float32)
+    return checked
 
 
 def look_at_angle(offset: float, distance: float) -> float:

@@ -11,14 +11,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from mv2v_engine import arguments
 from mv2v_engine.camera.poses import (
     default_intrinsics,
     identity_poses,
     look_at_angle,
+    matrices,
     rotation_pitch,
     rotation_yaw,
     validate_poses,
@@ -32,11 +35,16 @@ SUBJECT_DISTANCE = 4.0  # metres; the point that ReCamMaster's arcs and translat
 class CameraTrajectory:
     """A camera's path through a video.
 
+    Tensors, arrays and lists are taken; the fields are float32 tensors on the CPU.
+
     Args:
-        poses: [T, 3, 4] camera-to-world, OpenCV axes, metres.
+        poses: [T, 3, 4] or [T, 4, 4], camera-to-world, OpenCV axes, metres.
         intrinsics: pixels of `size`, [3, 3] or one per frame [T, 3, 3].
         size: (height, width) of the image that the intrinsics refer to.
         name: how a report calls it.
+
+    Raises:
+        CameraError, RequestError: an argument is no such thing.
     """
 
     poses: Tensor
@@ -46,19 +54,22 @@ class CameraTrajectory:
 
     def __post_init__(self) -> None:
         poses = validate_poses(self.poses)
-        shape = tuple(self.intrinsics.shape)
+        intrinsics = matrices("intrinsics", self.intrinsics).to(torch.float32)
+        shape = tuple(intrinsics.shape)
         if shape not in ((3, 3), (len(poses), 3, 3)):
             raise CameraError(
                 f"intrinsics must have shape [3, 3] or [{len(poses)}, 3, 3], got {list(shape)}"
             )
-        intrinsics = self.intrinsics.to(torch.float32)
         focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
         if not bool(intrinsics.isfinite().all()) or bool((focal <= 0).any()):
             raise CameraError("intrinsics must be finite with positive focal lengths")
-        if min(self.size) < 1:
-            raise CameraError(f"size must be a positive (height, width), got {self.size}")
+        arguments.text("name", self.name)
+        size = checked_size(self.size)
         object.__setattr__(self, "poses", poses)
         object.__setattr__(self, "intrinsics", intrinsics)
+        object.__setattr__(self, "size", size)
+
+    __repr__ = arguments.short_repr
 
     @property
     def num_frames(self) -> int:
@@ -66,14 +77,38 @@ class CameraTrajectory:
 
     def resized(self, size: tuple[int, int]) -> CameraTrajectory:
         """The same path seen at another image size: intrinsics scale, poses stay."""
-        scale = torch.tensor([size[1] / self.size[1], size[0] / self.size[0], 1.0])
+        size = checked_size(size)
+        factors = [size[1] / self.size[1], size[0] / self.size[0], 1.0]
+        scale = _floats(factors)
         intrinsics = self.intrinsics * scale[:, None]
         return CameraTrajectory(self.poses, intrinsics, size, self.name)
 
 
+def checked_size(size: Any) -> tuple[int, int]:
+    """An image's (height, width).
+
+    Raises:
+        CameraError: it is not two positive integers.
+    """
+    try:
+        height, width = (arguments.integer("size", side) for side in size)
+        if min(height, width) < 1:
+            raise ValueError
+    except (TypeError, ValueError):
+        raise arguments.mistaken(
+            "size", size, "(height, width), two positive integers", kind=CameraError
+        ) from None
+    return height, width
+
+
+def _floats(numbers: list[float]) -> Tensor:
+    return torch.tensor(numbers, dtype=torch.float32, device="cpu")
+
+
 def _progress(num_frames: int) -> Tensor:
     """Fraction of the move done at each frame: constant speed, as the presets (BASE_MODELS 2.5)."""
-    return torch.linspace(0.0, 1.0, num_frames) if num_frames > 1 else torch.zeros(1)
+    # one frame is the move's beginning
+    return torch.linspace(0.0, 1.0, num_frames, dtype=torch.float32, device="cpu")
 
 
 def _join(rotation: Tensor, translation: Tensor) -> Tensor:
@@ -83,19 +118,19 @@ def _join(rotation: Tensor, translation: Tensor) -> Tensor:
 def pan(num_frames: int, degrees: float) -> Tensor:
     """Turn in place about the vertical axis; positive looks right. Poses [T, 3, 4]."""
     rotation = rotation_yaw(_progress(num_frames) * degrees)
-    return _join(rotation, torch.zeros(num_frames, 3))
+    return _join(rotation, _floats([0.0] * 3).expand(num_frames, 3))
 
 
 def tilt(num_frames: int, degrees: float) -> Tensor:
     """Turn in place about the horizontal axis; positive looks up. Poses [T, 3, 4]."""
     rotation = rotation_pitch(_progress(num_frames) * degrees)
-    return _join(rotation, torch.zeros(num_frames, 3))
+    return _join(rotation, _floats([0.0] * 3).expand(num_frames, 3))
 
 
 def translate(num_frames: int, x: float, y: float, z: float) -> Tensor:
     """Move without turning, metres along the first camera's axes. Poses [T, 3, 4]."""
-    offset = _progress(num_frames)[:, None] * torch.tensor([x, y, z])
-    return _join(torch.eye(3).expand(num_frames, 3, 3), offset)
+    offset = _progress(num_frames)[:, None] * _floats([x, y, z])
+    return _join(identity_poses(num_frames)[..., :3], offset)
 
 
 def crane(num_frames: int, rise: float, *, distance: float = SUBJECT_DISTANCE) -> Tensor:
@@ -116,7 +151,7 @@ def arc(num_frames: int, degrees: float, *, radius: float = SUBJECT_DISTANCE) ->
 def _chord(num_frames: int, degrees: float, x: float, z: float) -> Tensor:
     """The shipped arcs: a constant turn while moving along the chord, not along the circle."""
     rotation = rotation_yaw(_progress(num_frames) * degrees)
-    return _join(rotation, _progress(num_frames)[:, None] * torch.tensor([x, 0.0, z]))
+    return _join(rotation, _progress(num_frames)[:, None] * _floats([x, 0.0, z]))
 
 
 # End poses as computed from ReCamMaster's shipped extrinsics (BASE_MODELS 2.5).

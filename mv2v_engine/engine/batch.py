@@ -13,8 +13,8 @@ from functools import partial
 from itertools import count, islice
 from typing import TYPE_CHECKING
 
-import torch
-
+from mv2v_engine import arguments
+from mv2v_engine.defaults import inference
 from mv2v_engine.engine.admission import admit
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.runner import Denoiser, StepDue
@@ -28,7 +28,7 @@ from mv2v_engine.errors import (
     is_out_of_memory,
 )
 from mv2v_engine.models.packed import Sample
-from mv2v_engine.progress import CancelToken, Event
+from mv2v_engine.progress import CancelToken, Event, cancel_token
 from mv2v_engine.sampling.guidance import needs_guidance
 
 if TYPE_CHECKING:
@@ -133,7 +133,7 @@ class TurnBatch:
             token_budget = engine.config.batch_tokens
         if token_budget is None:
             token_budget = TOKENS if engine.device.type == "cuda" else 1
-        self.token_budget = token_budget
+        self.token_budget = arguments.integer("token_budget", token_budget)
         if self.token_budget < 1:
             raise RequestError(f"token_budget must be at least 1, got {self.token_budget}")
         self._turns: list[BatchedTurn] = []  # not done yet, oldest first
@@ -154,14 +154,15 @@ class TurnBatch:
         Raises:
             RequestError: the session is of an engine with other weights.
         """
+        arguments.instance("session", session, ViewSession, "a session of novel views")
+        arguments.instance("request", request, TurnRequest, "a TurnRequest")
+        arguments.callback("on_progress", on_progress)
         if session.engine.transformer is not self.engine.transformer:
             raise RequestError(
                 f"session {session.id} runs on {session.engine.checkpoint.name} as another engine "
                 "loaded it; a batch takes sessions of one engine"
             )
-        turn = BatchedTurn(
-            next(self._numbers), session, request, cancel or CancelToken(), on_progress
-        )
+        turn = BatchedTurn(next(self._numbers), session, request, cancel_token(cancel), on_progress)
         self._turns.append(turn)
         return turn
 
@@ -183,12 +184,19 @@ class TurnBatch:
         Raises:
             RequestError: a session is of another engine, or there are other than one token a turn.
         """
-        tokens = [None] * len(turns) if cancels is None else cancels
-        if len(tokens) != len(turns):
-            raise RequestError(f"{len(turns)} turns need as many cancel tokens, got {len(tokens)}")
+        pairs = list(arguments.sequence("turns", turns, tuple, "pairs (session, TurnRequest)"))
+        if any(len(pair) != 2 for pair in pairs):
+            raise RequestError(
+                "turns must be pairs (session, TurnRequest), got tuples of other lengths"
+            )
+        if cancels is not None and (isinstance(cancels, str) or not isinstance(cancels, Sequence)):
+            raise arguments.mistaken("cancels", cancels, "a token, or None, for each turn")
+        tokens = [None] * len(pairs) if cancels is None else cancels
+        if len(tokens) != len(pairs):
+            raise RequestError(f"{len(pairs)} turns need as many cancel tokens, got {len(tokens)}")
         added = [
             self.add(session, request, cancel=cancel, on_progress=on_progress)
-            for (session, request), cancel in zip(turns, tokens, strict=True)
+            for (session, request), cancel in zip(pairs, tokens, strict=True)
         ]
         self.run()
         return [turn.result for turn in added if turn.result is not None]
@@ -244,7 +252,7 @@ class TurnBatch:
                 continue
             self._go_on(turn)
 
-    @torch.no_grad()
+    @inference
     def _step_packed(self, packed: dict[BatchedTurn, list[Sample]]) -> bool:
         """Whether the pack ran; if not, each turn's own step shows which of them is at fault."""
         everything = [sample for samples in packed.values() for sample in samples]

@@ -81,8 +81,8 @@ class StepBuffers:
         latents = noise.to(device, torch.float32, copy=True)
         return cls(
             latents,
-            torch.zeros(1, device=device),
-            torch.zeros(1, device=device),
+            torch.zeros(1, dtype=torch.float32, device=device),
+            torch.zeros(1, dtype=torch.float32, device=device),
             torch.full((1,), guidance_scale, dtype=torch.float32, device=device),
             None if moves_latents else torch.zeros_like(latents),
             torch.zeros(1, dtype=torch.int64, device=device),
@@ -170,7 +170,7 @@ def _record_buffers(plan: TokenPlan, device: torch.device) -> tuple[MergeRecord,
             MergeRecord(
                 step,
                 torch.zeros(1, merged, dtype=torch.int64, device=device),
-                torch.zeros(1, conditioning, device=device),
+                torch.zeros(1, conditioning, dtype=torch.float32, device=device),
                 torch.zeros(1, conditioning, dtype=torch.int64, device=device),
             )
         )

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine import arguments
+from mv2v_engine.camera.files import Camera
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory
 from mv2v_engine.config import (
@@ -32,9 +33,15 @@ from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.follower import follow
 from mv2v_engine.engine.footage import RecentFrames
 from mv2v_engine.engine.graphs import open_graphs
-from mv2v_engine.engine.loading import check_parts, check_same_weights, configure, load_parts
+from mv2v_engine.engine.loading import (
+    check_parts,
+    check_same_weights,
+    checked_arguments,
+    configure,
+    load_parts,
+)
 from mv2v_engine.engine.opening import AnySource, open_edit_session, open_view_session
-from mv2v_engine.engine.places import default_dtype, rank_device
+from mv2v_engine.engine.places import rank_device, transformer_dtype
 from mv2v_engine.engine.request import TurnRequest, check_text
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source
@@ -83,6 +90,11 @@ class Engine:
         self.budget = Budget(self)
         self.recent_frames = RecentFrames(config.frames_bytes)
 
+    def __repr__(self) -> str:
+        dtype, config = str(self.dtype).removeprefix("torch."), self.transformer.config
+        task = "edits" if config.source_channels else "novel views"
+        return f"Engine({self.checkpoint.name!r}, {task}, {dtype} on {self.device})"
+
     @classmethod
     def from_pretrained(
         cls,
@@ -110,15 +122,17 @@ class Engine:
             ParallelError: the other processes did not come, or one of them failed.
             KernelUnavailableError: the configured backend cannot run here.
         """
-        config = config or EngineConfig()
+        config, folder = checked_arguments(
+            path_or_name, config=config, components=components, rename=rename
+        )
         place = rank_device(device, config.parallel)
         team = open_team(config.parallel, place)
         checkpoint, vae, text = load_parts(
             path_or_name,
             place,
-            dtype or default_dtype(place),
+            transformer_dtype(dtype, place),
             config,
-            components=None if components is None else Path(components),
+            components=folder,
             rename=rename,
         )
         engine = cls(checkpoint, vae, text, device=place, config=config, team=team)
@@ -200,9 +214,9 @@ class Engine:
         *,
         id: str | None = None,
         fps: float | None = None,
-        cameras: CameraTrajectory | None = None,
+        cameras: Camera | None = None,
         store: Path | str | None = None,
-        window: str | None = None,
+        window: str | int | None = None,
         resume: bool = False,
         source_latents: Tensor | None = None,
         cuts: Sequence[int] | None = None,
@@ -246,7 +260,8 @@ class Engine:
         """Open a session that edits a video of any length by instruction.
 
         Args:
-            source: a video file, which is streamed, or frames uint8 [T, height, width, 3].
+            source: a video file, which is streamed, or frames uint8 [T, height, width, 3], a
+                tensor or an array.
             fps: of the edits; None keeps the source's, of bare frames the checkpoint's.
             cuts: first frames of the video's shots but the first; () says that it is one shot,
                 None looks for cuts in one pass over the video. No window straddles a cut: with a
@@ -269,9 +284,9 @@ class Engine:
         *,
         id: str | None = None,
         fps: float | None = None,
-        cameras: CameraTrajectory | None = None,
+        cameras: Camera | None = None,
         store: Path | str | None = None,
-        window: str | None = None,
+        window: str | int | None = None,
         resume: bool = False,
         source_latents: Tensor | None = None,
     ) -> ViewSession:
@@ -280,7 +295,7 @@ class Engine:
         Args:
             source: a video file, frames uint8 [T, height, width, 3], or what `load_source` gave.
             fps: of the turns; None keeps the source's, of bare frames the checkpoint's.
-            cameras: the source's own path; unknown means static.
+            cameras: the source's own path, as `ViewSession.render` takes one; unknown means static.
             store: a folder that keeps the session; `resume` takes up what it holds.
             window: which frames of a clip of another length than the model's (first, middle,
                 last, even, pad, or a start); None insists on the model's length.
@@ -317,6 +332,8 @@ class Engine:
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:
         """Refuse a prompt that nothing here could read, and guidance towards nothing."""
+        arguments.text("prompt", prompt)
+        arguments.number("guidance_scale", guidance_scale)
         check_text(self.checkpoint.name, prompt, guidance_scale, has_text=self.text is not None)
 
     @functools.cached_property
@@ -349,9 +366,9 @@ class Engine:
         """`text_embedding` of several, for which an offloaded encoder travels once."""
         shape = self.transformer.config
         if self.text is None:
-            return [torch.zeros(1, shape.text_len, shape.text_dim, device=self.device)] * len(
-                prompts
-            )
+            size = (1, shape.text_len, shape.text_dim)
+            nothing = torch.zeros(size, dtype=torch.float32, device=self.device)
+            return [nothing] * len(prompts)
         return self.text.encode_all(prompts)
 
     def describe(self) -> dict[str, Any]:

@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mv2v_engine.defaults import inference
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.engine.request import check_sampling
@@ -86,7 +87,7 @@ class FifoQueue:
         levels = self.sigmas[:-1].flip(0)[:, None, None]  # of the places, the cleanest first
         self.latents = (1 - levels) * clean + levels * self._noise[:, :steps]
 
-    @torch.no_grad()
+    @inference
     def run(self, *, lookahead: bool = False) -> Generator[tuple[int, int], None, Tensor]:
         """The clip's latents [C, N, H, W]; yields (done, total) after every iteration.
 

@@ -11,8 +11,8 @@ import torch
 
 from mv2v_engine.checkpoints.load import load_checkpoint
 from mv2v_engine.config import EngineConfig
-from mv2v_engine.engine.loading import configure
-from mv2v_engine.engine.places import default_dtype, rank_device
+from mv2v_engine.engine.loading import checked_arguments, configure
+from mv2v_engine.engine.places import rank_device, transformer_dtype
 from mv2v_engine.engine.team import serve
 from mv2v_engine.errors import RequestError
 from mv2v_engine.parallel.ranks import Ranks, check_launch
@@ -27,6 +27,7 @@ def follow(
     rename: Path | str | None,
 ) -> None:
     """As `Engine.follow`."""
+    checked_arguments(path_or_name, config=config, components=None, rename=rename)
     if check_launch(config.parallel) == 0:
         raise RequestError(
             "this is rank 0, which has the engine: make it with Engine.from_pretrained; the other "
@@ -39,7 +40,7 @@ def follow(
             checkpoint = load_checkpoint(
                 path_or_name,
                 device=place,
-                dtype=dtype or default_dtype(place),
+                dtype=transformer_dtype(dtype, place),
                 rename=rename,
                 check_weights=config.check_weights,
             )

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from mv2v_engine import arguments
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.editing.descriptors import check_descriptor
@@ -32,6 +33,29 @@ _OF_THE_WEIGHTS = (
     "text_offload",
     "parallel",
 )
+
+
+def checked_arguments(
+    path_or_name: Path | str,
+    *,
+    config: EngineConfig | None,
+    components: Path | str | None,
+    rename: Path | str | None,
+) -> tuple[EngineConfig, Path | None]:
+    """The configuration and the components' folder that a caller passed to `from_pretrained`.
+
+    Raises:
+        RequestError: an argument of another type.
+    """
+    arguments.path("path_or_name", path_or_name, "an embedded name, or the path of a checkpoint")
+    if config is None:
+        config = EngineConfig()
+    arguments.instance("config", config, EngineConfig, "an EngineConfig")
+    if rename is not None:
+        arguments.path("rename", rename, "the path of a JSON file")
+    if components is None:
+        return config, None
+    return config, arguments.path("components", components, "the path of a folder")
 
 
 def load_parts(
@@ -114,6 +138,7 @@ def configure(
 
 def check_same_weights(own: EngineConfig, asked: EngineConfig) -> None:
     """Refuse settings that another engine on the same weights cannot have of its own."""
+    arguments.instance("config", asked, EngineConfig, "an EngineConfig")
     for name in _OF_THE_WEIGHTS:
         one, other = getattr(own, name), getattr(asked, name)
         if one != other:

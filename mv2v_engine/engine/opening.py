@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 import numpy as np
 from torch import Tensor
 
+from mv2v_engine import arguments
+from mv2v_engine.camera.files import Camera, resolve_camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.editing.source import open_long_source
@@ -22,7 +24,7 @@ from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
-from mv2v_engine.progress import CancelToken
+from mv2v_engine.progress import CancelToken, cancel_token
 from mv2v_engine.video.shots import find_cuts
 
 if TYPE_CHECKING:
@@ -37,16 +39,19 @@ def open_view_session(
     *,
     id: str | None = None,
     fps: float | None = None,
-    cameras: CameraTrajectory | None = None,
+    cameras: Camera | None = None,
     store: Path | str | None = None,
-    window: str | None = None,
+    window: str | int | None = None,
     resume: bool = False,
     is_locked: bool = False,
     source_latents: Tensor | None = None,
 ) -> ViewSession:
     """As `Engine.view_session`. is_locked: the caller keeps other writers out of the folder."""
     require_novel_view(engine.transformer.config, engine.checkpoint.name)
-    sampling = engine.sampling
+    sampling, given = engine.sampling, _checked(id, store, resume)
+    camera = None
+    if cameras is not None:
+        camera = resolve_camera(cameras, sampling.num_frames, sampling.size)
     if isinstance(source, Source):
         loaded = source
     else:
@@ -60,27 +65,28 @@ def open_view_session(
             own_fps=sampling.fps,
         )
     expected = engine.vae.latent_shape(sampling.num_frames, sampling.size)
-    if source_latents is not None and tuple(source_latents.shape) != expected:
-        raise RequestError(
-            f"source_latents must have shape {list(expected)}, got "
-            f"{list(source_latents.shape)}; encode the source with this engine's vae"
-        )
     if source_latents is not None:
+        arguments.instance("source_latents", source_latents, Tensor, "a tensor, or None")
+        if tuple(source_latents.shape) != expected:
+            raise RequestError(
+                f"source_latents must have shape {list(expected)}, got "
+                f"{list(source_latents.shape)}; encode the source with this engine's vae"
+            )
         require_finite(source_latents, "source_latents", "encode the source with this engine's vae")
-    folder = None if store is None else SessionStore(Path(store))
+    folder = None if given is None else SessionStore(given)
     with _kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
         manifest = folder.read() if folder is not None and resume else None
         session = ViewSession(
             engine,
             loaded,
             id=id or (manifest["id"] if manifest else new_id()),
-            cameras=cameras,
+            cameras=camera,
             store=folder,
             lock=lock,
             source_latents=source_latents,
         )
         if folder is not None:
-            identity = session_identity(loaded, engine.checkpoint.name, cameras)
+            identity = session_identity(loaded, engine.checkpoint.name, camera)
             identity["vae"] = engine.vae.key
             if manifest is None:
                 folder.create(session.id, identity)
@@ -104,6 +110,10 @@ def open_edit_session(
 ) -> EditSession:
     """As `Engine.edit_session`. is_locked: the caller keeps other writers out of the folder."""
     name, sampling = engine.checkpoint.name, engine.sampling
+    given = _checked(id, store, resume)
+    cancel = cancel_token(cancel)
+    if cuts is not None:
+        cuts = _frame_numbers(cuts)
     require_editing(engine.transformer.config, name)
     if engine.text is None:
         raise RequestError(
@@ -122,7 +132,7 @@ def open_edit_session(
         own_fps=sampling.fps,
         max_pixels=engine.config.max_source_pixels,
     )
-    folder = None if store is None else EditStore(Path(store))
+    folder = None if given is None else EditStore(given)
     identity: dict[str, Any] = {}
     manifest = None
     with _kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
@@ -140,7 +150,7 @@ def open_edit_session(
                 cuts = manifest["identity"].get("cuts") if cuts is None else cuts
         if cuts is None:
             cuts = find_cuts(_until(cancel, video.frames()), video.fps)
-        cuts = [int(cut) for cut in cuts]
+        cuts = list(cuts)
         session = EditSession(
             engine,
             video,
@@ -170,11 +180,33 @@ def session_identity(
     }
 
 
-def _until(cancel: CancelToken | None, frames: Iterator[Tensor]) -> Iterator[Tensor]:
+def _checked(id: str | None, store: Path | str | None, resume: bool) -> Path | None:
+    """The session's folder, if it has one.
+
+    Raises:
+        RequestError: an argument of another type.
+    """
+    if id is not None:
+        arguments.text("id", id)
+    arguments.flag("resume", resume)
+    return None if store is None else arguments.path("store", store, "the path of a folder")
+
+
+def _frame_numbers(cuts: Sequence[int]) -> list[int]:
+    """First frames of shots, as a caller gives them.
+
+    Raises:
+        RequestError: they are no sequence of integers.
+    """
+    if isinstance(cuts, str | bytes) or not isinstance(cuts, Iterable):
+        raise arguments.mistaken("cuts", cuts, "a sequence of frame numbers, or None")
+    return [arguments.integer(f"cuts[{place}]", cut) for place, cut in enumerate(cuts)]
+
+
+def _until(cancel: CancelToken, frames: Iterator[Tensor]) -> Iterator[Tensor]:
     """The same frames, as long as nobody cancels."""
     for frame in frames:
-        if cancel is not None:
-            cancel.check()
+        cancel.check()
         yield frame
 
 

@@ -6,17 +6,33 @@ from pathlib import Path
 
 import torch
 
+from mv2v_engine.arguments import mistaken
 from mv2v_engine.config import ParallelConfig
 from mv2v_engine.envs import local_rank
 from mv2v_engine.errors import CheckpointError, RequestError
 
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+def named_device(device: torch.device | str | None) -> torch.device | str:
+    """The device that is asked for; None takes CUDA if there is one.
+
+    Raises:
+        RequestError: it is no device.
+    """
+    if device is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    if not isinstance(device, str | torch.device):
+        raise mistaken("device", device, '"cpu", "cuda", "cuda:N" or a torch.device')
+    return device
+
 
 def usable_device(device: torch.device | str | None) -> torch.device:
     """The device to run on, tried with an allocation."""
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = named_device(device)
     try:
         place = torch.device(name)
-        torch.empty(0, device=place)
+        torch.empty(0, dtype=torch.float32, device=place)
     except (RuntimeError, AssertionError) as error:
         reason = str(error).splitlines()[0]
         raise RequestError(
@@ -31,7 +47,7 @@ def rank_device(device: torch.device | str | None, parallel: ParallelConfig) -> 
     Raises:
         RequestError: no such device, or one GPU for all of them.
     """
-    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    name = named_device(device)
     if parallel.num_ranks == 1 or not str(name).startswith("cuda"):
         return usable_device(device)
     if ":" in str(name):
@@ -42,9 +58,17 @@ def rank_device(device: torch.device | str | None, parallel: ParallelConfig) -> 
     return usable_device(f"cuda:{local_rank()}")
 
 
-def default_dtype(place: torch.device) -> torch.dtype:
-    """Of a transformer."""
-    return torch.bfloat16 if place.type == "cuda" else torch.float32
+def transformer_dtype(dtype: torch.dtype | None, place: torch.device) -> torch.dtype:
+    """The dtype of a transformer on a device; None takes bfloat16 on CUDA, else float32.
+
+    Raises:
+        RequestError: it is no floating-point dtype that layers compute in.
+    """
+    if dtype is None:
+        return torch.bfloat16 if place.type == "cuda" else torch.float32
+    if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
+        raise mistaken("dtype", dtype, " or ".join(map(str, _DTYPES)))
+    return dtype
 
 
 def component(folder: Path | None, name: str) -> Path | None:

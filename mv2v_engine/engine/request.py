@@ -7,7 +7,8 @@ from typing import Any, get_args
 
 import torch
 
-from mv2v_engine.camera.files import resolve_camera
+from mv2v_engine import arguments
+from mv2v_engine.camera.files import Camera, resolve_camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import (
     MAX_GUIDANCE_SCALE,
@@ -45,7 +46,7 @@ class TurnRequest:
     @classmethod
     def of(
         cls,
-        camera: str | CameraTrajectory,
+        camera: Camera,
         sampling: SamplingConfig,
         *,
         memory: MemoryMode,
@@ -57,35 +58,24 @@ class TurnRequest:
         """A request as a user makes it; None takes the checkpoint's default.
 
         Args:
-            camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, or a trajectory.
+            camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, a trajectory, or
+                poses [T, 3, 4] or [T, 4, 4].
 
         Raises:
             CameraError, RequestError: what the checkpoint cannot serve.
         """
-        if isinstance(camera, str):
-            camera = resolve_camera(camera, sampling.num_frames, sampling.size)
-        steps, guidance = num_inference_steps, guidance_scale
-        request = cls(
-            camera=camera.resized(sampling.size),
-            prompt=prompt,
-            seed=seed,
-            num_inference_steps=sampling.num_inference_steps if steps is None else steps,
-            guidance_scale=sampling.guidance_scale if guidance is None else guidance,
-            memory=memory,
-        )
-        request._check(sampling)
-        return request
-
-    def _check(self, sampling: SamplingConfig) -> None:
-        check_sampling(self.num_inference_steps, self.guidance_scale, self.seed)
-        if self.memory not in get_args(MemoryMode):
-            known = ", ".join(map(repr, get_args(MemoryMode)))
-            raise RequestError(f"memory must be one of {known}, got {self.memory!r}")
-        if self.camera.num_frames != sampling.num_frames:
+        trajectory = resolve_camera(camera, sampling.num_frames, sampling.size)
+        if trajectory.num_frames != sampling.num_frames:
             raise CameraError(
-                f"the camera has {self.camera.num_frames} poses, a window of this model has "
+                f"the camera has {trajectory.num_frames} poses, a window of this model has "
                 f"{sampling.num_frames} frames: give one pose a frame"
             )
+        return cls(
+            camera=trajectory,
+            prompt=arguments.text("prompt", prompt),
+            memory=arguments.choice("memory", memory, get_args(MemoryMode)),
+            **sampled(sampling, seed, num_inference_steps, guidance_scale),
+        )
 
     def difference(self, trajectory: CameraTrajectory, report: dict[str, Any]) -> str | None:
         """How a finished turn differs from this request, in words; None if it answers it."""
@@ -104,6 +94,28 @@ class TurnRequest:
         if not torch.equal(trajectory.poses, self.camera.poses):
             return f"other poses under the name {self.camera.name!r}"
         return None
+
+
+def sampled(
+    sampling: SamplingConfig,
+    seed: int,
+    num_inference_steps: int | None,
+    guidance_scale: float | None,
+) -> dict[str, Any]:
+    """The numbers of a request by their names, checked; None takes the checkpoint's default.
+
+    Raises:
+        RequestError: one is no number, or as `check_sampling`.
+    """
+    steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+    numbers: dict[str, Any] = {
+        "seed": arguments.integer("seed", seed),
+        "num_inference_steps": arguments.integer("num_inference_steps", steps),
+        "guidance_scale": arguments.number("guidance_scale", scale),
+    }
+    check_sampling(**numbers)
+    return numbers
 
 
 def check_sampling(num_inference_steps: int, guidance_scale: float, seed: int) -> None:

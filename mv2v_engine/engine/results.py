@@ -45,6 +45,9 @@ class ResultFolder:
         # what the overview shows of a turn does not change, and decoding it again is dear
         self._strips: WeakKeyDictionary[ViewTurn, Strip] = WeakKeyDictionary()
 
+    def __repr__(self) -> str:
+        return f"ResultFolder({str(self.folder)!r})"
+
     def check_writable(self) -> None:
         """Try to write in the folder, or in what it would be made in; leaves nothing.
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import EngineConfig
+from mv2v_engine.defaults import inference
 from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.engine.runner import Denoised, Denoiser, NoisyTurn
 from mv2v_engine.models.dit import MV2VTransformer
@@ -85,7 +86,7 @@ class ReusingDenoiser(Denoiser):
         """Its steps run alone: what the next one runs is decided by what this one finds."""
         return None
 
-    @torch.no_grad()
+    @inference
     def step(self) -> None:
         kind, timestep = self.kind, self.timestep
         if kind == "residual":

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from mv2v_engine.defaults import inference
 from mv2v_engine.engine.branch import Branch, ForwardKind
 from mv2v_engine.engine.buffers import Conditioning, StepBuffers, copied
 from mv2v_engine.engine.lease import Lease
@@ -131,7 +132,7 @@ class Denoiser:
         """Of the next step, [1]."""
         return self.timesteps[self.index : self.index + 1]
 
-    @torch.no_grad()
+    @inference
     def step(self) -> None:
         """One step, alone."""
         if self._graphs is not None and not self._asked:
@@ -152,7 +153,7 @@ class Denoiser:
         ready = [sample for sample in samples if sample is not None]
         return ready if len(ready) == len(samples) else None
 
-    @torch.no_grad()
+    @inference
     def advance(self, velocities: Sequence[Tensor]) -> None:
         """End a step with the velocities of its branches, in their order."""
         self._load_step()

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.camera.files import Camera
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.request import NO_EDITS, NO_VIEWS
 from mv2v_engine.engine.turn import Turn
@@ -40,6 +40,10 @@ class Session(ABC):
         self.lost: tuple[str, ...] = ()
         self._is_closed = False
 
+    def __repr__(self) -> str:
+        model, turns = self.engine.checkpoint.name, len(self.turns)
+        return f"{type(self).__name__}(id={self.id!r}, model={model!r}, turns={turns})"
+
     @property
     @abstractmethod
     def turns(self) -> Sequence[Turn]:
@@ -65,7 +69,7 @@ class Session(ABC):
 
     def render(
         self,
-        camera: str | CameraTrajectory,
+        camera: Camera,
         *,
         prompt: str = "",
         seed: int = 0,

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import CameraError, VideoError
@@ -26,10 +27,16 @@ class Source:
     fps: float
     description: dict[str, Any]
 
+    __repr__ = arguments.short_repr
+
     @property
     def fingerprint(self) -> str:
         """Identity of the pixels, for resuming."""
         return hashlib.sha256(self.frames.numpy().tobytes()).hexdigest()[:16]
+
+
+# what a session's source can be, for errors
+SOURCES = "a video file, or frames uint8 [frames, height, width, 3]"
 
 
 def load_source(
@@ -37,7 +44,7 @@ def load_source(
     *,
     num_frames: int,
     size: tuple[int, int],
-    window: str | None,
+    window: str | int | None,
     fps: float | None,
     max_pixels: int,
     own_fps: float = 16.0,
@@ -52,10 +59,10 @@ def load_source(
     Raises:
         VideoError: the file or the frames cannot be used as asked.
     """
-    if fps is not None and not 0.01 <= fps <= 1000:
-        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
-    if isinstance(source, str | Path):
-        path = Path(source)
+    check_rate(fps)
+    window = window_name(window)
+    if not isinstance(source, Tensor | np.ndarray):
+        path = arguments.path("source", source, SOURCES, kind=VideoError)
         info = probe_video(path)
         if info.num_frames < 2:
             raise VideoError(f"{path.name} has 1 frame, at least 2 are needed; give a video")
@@ -63,9 +70,10 @@ def load_source(
         clip = read_video(path, max_pixels=max_pixels, indices=chosen.indices)
         frames, name = clip.frames, path.name
     else:
-        clip = _bare_frames(source, fps or own_fps)
+        clip = Clip(bare_frames(source, at_least=2), fps or own_fps)
         chosen = select_window(len(clip.frames), num_frames, window)
-        frames, name = clip.frames[torch.tensor(chosen.indices)], "frames"
+        indices = torch.tensor(chosen.indices, device=clip.frames.device)
+        frames, name = clip.frames[indices], "frames"
     rate = fps or clip.fps
     cropped, crop = cover_and_crop(frames, size)
     description = {
@@ -97,11 +105,41 @@ def source_trajectory(
     return replace(cameras, poses=relative_to(cameras.poses, cameras.poses[0]))
 
 
-def _bare_frames(source: Tensor | np.ndarray[Any, Any], fps: float) -> Clip:
-    frames = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
-    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or len(frames) < 2:
+def bare_frames(source: Tensor | np.ndarray[Any, Any], *, at_least: int) -> Tensor:
+    """Frames that a caller has in memory, as uint8 [T, height, width, 3] on the CPU.
+
+    Raises:
+        VideoError: another type or shape, or fewer frames than `at_least`.
+    """
+    is_video = source.ndim == 4 and source.shape[-1] == 3 and min(source.shape) > 0
+    if not is_video or source.dtype not in (torch.uint8, np.uint8) or len(source) < at_least:
         raise VideoError(
-            "source frames must be uint8 [frames, height, width, 3] with at least 2 frames, "
-            f"got {frames.dtype} {list(frames.shape)}"
+            f"source frames must be uint8 [frames, height, width, 3] with at least {at_least} "
+            f"frame{'s' * (at_least > 1)}, got {arguments.shown(source)}"
         )
-    return Clip(frames.cpu(), fps)
+    if isinstance(source, Tensor):
+        return source.detach().cpu()
+    # torch takes no array that is read-only, or runs backwards
+    return torch.from_numpy(np.require(source, requirements=["C", "W"]))
+
+
+def check_rate(fps: float | None) -> None:
+    """Refuse a frame rate that no video has; None asks for the source's own.
+
+    Raises:
+        RequestError: it is no number.
+        VideoError: it is out of range.
+    """
+    if fps is not None and not 0.01 <= arguments.number("fps", fps) <= 1000:
+        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
+
+
+def window_name(window: str | int | None) -> str | None:
+    """A choice of frames as `select_window` reads it, from a word or the first frame's number.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if window is None or isinstance(window, str):
+        return window
+    return str(arguments.integer("window", window))

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import ParallelConfig
+from mv2v_engine.defaults import inference
 from mv2v_engine.engine.branch import Branch
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.lease import Lease
@@ -93,7 +94,7 @@ class SharedDenoiser(Denoiser):
         """Its steps run alone: the other ranks know of one turn a step."""
         return None
 
-    @torch.no_grad()
+    @inference
     def step(self) -> None:
         self.advance(self._velocities())
 
@@ -207,7 +208,7 @@ class _Share:
     def step(self) -> None:
         ranks, device = self.ranks, self.ranks.device
         noisy = ranks.share(torch.empty(self.noisy[0], dtype=self.noisy[1], device=device))
-        timestep = ranks.share(torch.empty(1, device=device))
+        timestep = ranks.share(torch.empty(1, dtype=torch.float32, device=device))
         own = [branch.velocity(noisy, timestep) for branch in self.branches]
         ranks.exchange(own, self.num_branches)
 
@@ -216,7 +217,7 @@ class _Share:
             branch.release()
 
 
-@torch.no_grad()
+@inference
 def serve(ranks: Ranks, transformer: MV2VTransformer) -> None:
     """Do what rank 0 says, until it lets go.
 

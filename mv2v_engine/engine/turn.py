@@ -12,6 +12,7 @@ from typing import Any, Protocol
 
 from torch import Tensor
 
+from mv2v_engine.arguments import shown
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.footage import Footage
 from mv2v_engine.video.io import video_writer
@@ -41,6 +42,14 @@ class Turn:
     fps: float
     report: dict[str, Any]
 
+    def __repr__(self) -> str:
+        asked = ("camera", "prompt", "seed", "num_inference_steps", "guidance_scale")
+        values = {
+            name: self.report[name] for name in asked if self.report.get(name) not in (None, "")
+        }
+        said = "".join(f", {name}={shown(value)}" for name, value in values.items())
+        return f"{type(self).__name__}(number={self.number}{said}, fps={self.fps:g})"
+
     @property
     def latents(self) -> Tensor:
         """float32 on the CPU: [C, F, H, W], of an edit in windows [W, C, F, H, W].
@@ -65,6 +74,7 @@ class Turn:
         An edit is decoded window by window, so that it is never in memory whole.
 
         Raises:
+            RequestError: the path is no path, or names no .mp4 file.
             StorageError: the place cannot be written, or as `latents`.
         """
         with video_writer(path, self.fps) as writer:
@@ -85,3 +95,4 @@ class ViewTurn(Turn):
 
     trajectory: CameraTrajectory
     footage: Footage = field(repr=False)
+    __repr__ = Turn.__repr__

@@ -12,6 +12,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from torch import Tensor
 
+from mv2v_engine.arguments import instance
+from mv2v_engine.camera.files import Camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.buffers import Conditioning
@@ -31,7 +33,15 @@ from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.errors import RequestError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.memory.retrieval import Retrieval
-from mv2v_engine.progress import CancelToken, Event, Spans, TurnNotStored, driven, staged
+from mv2v_engine.progress import (
+    CancelToken,
+    Event,
+    Spans,
+    TurnNotStored,
+    cancel_token,
+    driven,
+    staged,
+)
 from mv2v_engine.sampling.flow_match import initial_noise
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -84,7 +94,7 @@ class ViewSession(Session):
 
     def render(
         self,
-        camera: str | CameraTrajectory,
+        camera: Camera,
         *,
         prompt: str = "",
         seed: int = 0,
@@ -97,8 +107,9 @@ class ViewSession(Session):
         """Re-render the source from another camera, remembering this session's earlier turns.
 
         Args:
-            camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, or a trajectory
-                whose poses are relative to the source's first frame.
+            camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, a trajectory, or
+                poses [T, 3, 4] or [T, 4, 4] as a tensor, an array or lists, seen through the
+                default lens. Poses are relative to the source's first frame.
             memory: "retrieved" by field-of-view overlap; "alone" the same and no source, once
                 something is remembered; "previous" takes the last turn as the source; "none"
                 forgets. None takes the engine's default (see `EngineConfig`).
@@ -134,7 +145,7 @@ class ViewSession(Session):
 
     def events(
         self,
-        camera: str | CameraTrajectory,
+        camera: Camera,
         *,
         prompt: str = "",
         seed: int = 0,
@@ -151,7 +162,7 @@ class ViewSession(Session):
             seed=seed,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            memory=memory or self.engine.memory,
+            memory=self.engine.memory if memory is None else memory,
         )
         return self.perform(request, cancel)
 
@@ -159,16 +170,17 @@ class ViewSession(Session):
         self, request: TurnRequest, cancel: CancelToken | None = None
     ) -> Generator[Event, None, ViewTurn]:
         """As `events`, of a request that is already made."""
-        return self._begin(request, cancel or CancelToken(), denoise)
+        return self._begin(request, cancel_token(cancel), denoise)
 
     def hand_over(
         self, request: TurnRequest, cancel: CancelToken | None = None
     ) -> Generator[Event | StepDue, None, ViewTurn]:
         """As `perform`, with every step left to the caller: it is due where a `StepDue` comes."""
-        return self._begin(request, cancel or CancelToken(), stepwise)
+        return self._begin(request, cancel_token(cancel), stepwise)
 
     def plan_turn(self, request: TurnRequest) -> tuple[Retrieval, TokenPlan]:
         """What a turn would remember and the plan it would run, without running it."""
+        instance("request", request, TurnRequest, "a TurnRequest")
         retrieval = self._recall.rank(request, len(self.turns))
         return retrieval, self._recall.plan(request, retrieval)
 
@@ -184,6 +196,7 @@ class ViewSession(Session):
         self, request: TurnRequest, cancel: CancelToken, steps: Steps[Happening]
     ) -> Generator[Event | Happening, None, ViewTurn]:
         self._require_open()
+        instance("request", request, TurnRequest, "a TurnRequest")
         self.engine.check_text(request.prompt, request.guidance_scale)
         return self._pinning(self._turn(request, cancel, steps))
 
@@ -283,6 +296,7 @@ class ViewSession(Session):
             RequestError: it was another session's turn of another number, or this one is closed.
         """
         self._require_open()
+        instance("turn", turn, ViewTurn, "a turn of a session of novel views")
         if turn.number != len(self.turns) + 1:
             raise RequestError(
                 f"this session's next turn is number {len(self.turns) + 1}, got a turn that was "

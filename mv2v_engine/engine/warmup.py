@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from mv2v_engine.arguments import sequence
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.denoisers import engine_denoiser
 from mv2v_engine.engine.prompts import guidance_texts
@@ -28,6 +29,7 @@ def warm_up(
 ) -> list[dict[str, Any]]:
     """As `Engine.warmup`. Large plans first: they size the graphs' pool and arena for all."""
     rows = []
+    plans = list(sequence("plans", plans, TokenPlan, "token plans"))
     for plan in sorted(dict.fromkeys(plans), key=lambda plan: -plan.length):
         if plan.shape != engine.transformer.config:
             raise RequestError(
@@ -49,7 +51,9 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
         engine,
         plan,
         _nothing(engine, plan, guidance_scale),
-        torch.zeros(1, plan.shape.latent_channels, *plan.target.grid),
+        torch.zeros(
+            (1, plan.shape.latent_channels, *plan.target.grid), dtype=torch.float32, device="cpu"
+        ),
         # without guidance a static turn's first step runs no forward of the target alone
         num_inference_steps=3,
         guidance_scale=guidance_scale,

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from mv2v_engine.arguments import short_repr
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import RequestError
 
@@ -51,6 +52,8 @@ class MemoryEntry:
     key: str
     reload: Callable[[], Tensor] | None = None
     owner: object = None
+
+    __repr__ = short_repr
 
     def __post_init__(self) -> None:
         if self.latents.ndim != 4:

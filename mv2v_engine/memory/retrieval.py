@@ -94,12 +94,13 @@ def _directions(grid: tuple[int, int]) -> Tensor:
     In tiles of 16 x 32 cells, each in tiles of 4 x 4: neighbours are culled together.
     """
     rows, columns = grid
-    latitude = ((torch.arange(rows, dtype=torch.float64) + 0.5) / rows - 0.5)[:, None] * math.pi
-    longitude = ((torch.arange(columns, dtype=torch.float64) + 0.5) / columns - 0.5) * 2 * math.pi
+    row = torch.arange(rows, device="cpu")[:, None]
+    column = torch.arange(columns, device="cpu")
+    latitude = ((row.double() + 0.5) / rows - 0.5) * math.pi
+    longitude = ((column.double() + 0.5) / columns - 0.5) * 2 * math.pi
     x, y, z = torch.broadcast_tensors(
         latitude.cos() * longitude.sin(), latitude.sin(), latitude.cos() * longitude.cos()
     )
-    row, column = torch.arange(rows)[:, None], torch.arange(columns)
     tile = row // 16 * columns + column // 32
     tile = tile * 32 + row % 16 // 4 * 8 + column % 32 // 4
     order = (tile * 16 + row % 4 * 4 + column % 4).flatten().argsort()
@@ -139,8 +140,9 @@ def frustum_planes(trajectories: Sequence[CameraTrajectory]) -> Tensor:
             for each, count in zip(trajectories, counts, strict=True)
         ]
     ).to(torch.float64)
-    sizes = torch.tensor([each.size for each in trajectories], dtype=torch.float64)
-    height, width = sizes.repeat_interleave(torch.tensor(counts), 0)[..., None].unbind(1)
+    sizes = [each.size for each in trajectories for _ in range(each.num_frames)]
+    height_width = torch.tensor(sizes, dtype=torch.float64, device="cpu")
+    height, width = height_width[..., None].unbind(1)
     world_to_camera = poses[:, :, :3].transpose(1, 2)
     offset = -world_to_camera @ poses[:, :, 3:]
     x, y, z = (intrinsics @ torch.cat([world_to_camera, offset], dim=-1)).unbind(1)
@@ -193,7 +195,7 @@ def video_fov_scores(
     )
     total = counts_V2[0, 1]
     if not total:
-        return torch.zeros(len(candidates), dtype=torch.float64)
+        return torch.zeros(len(candidates), dtype=torch.float64, device="cpu")
     shared, seen = counts_V2[1:].to(torch.float64).unbind(1)
     return blend * shared / (total + seen - shared) + (1 - blend) * shared / total
 
@@ -229,7 +231,8 @@ def rank_memory(
     ).tolist()
     pairs = list(zip(scores, entries, strict=True))
     if shuffle is not None:
-        ranked = [pairs[i] for i in torch.randperm(len(pairs), generator=shuffle)][:top_k]
+        drawn = torch.randperm(len(pairs), generator=shuffle, device="cpu")
+        ranked = [pairs[i] for i in drawn][:top_k]
     else:
         order = sorted(pairs, key=lambda pair: (-pair[0], -pair[1].turn))
         ranked = [(score, entry) for score, entry in order if score > 0][:top_k]

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence as Series
 from dataclasses import dataclass, field, replace
+from functools import partial
 from itertools import accumulate
 from typing import TYPE_CHECKING, ClassVar
 
@@ -111,10 +112,11 @@ class PackedSequence:
         device, first = parts[0].x.device, [0, *accumulate(num_frames)]
         lengths = [part.layout.length for part in parts]
         numbers = [part.token_frames + start for part, start in zip(parts, first, strict=False)]
+        owner = partial(torch.empty, dtype=torch.int64, device=device)
         return cls(
             torch.cat([part.x for part in parts], 1),
             torch.cat([part.rope for part in parts], 1),
-            torch.cat([torch.full((1, n), i, device=device) for i, n in enumerate(lengths)], 1),
+            torch.cat([owner(1, n).fill_(i) for i, n in enumerate(lengths)], 1),
             torch.cat(numbers, 1),
             _pack(lengths, text_lengths, device),
             tuple(parts),

@@ -21,7 +21,7 @@ def axis_dims(head_dim: int) -> tuple[int, int, int]:
 
 def _angles(positions: Tensor, dim: int, theta: float) -> Tensor:
     """Angles [..., dim / 2] in float64."""
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64, device="cpu") / dim)
     return positions.to(torch.float64)[..., None] * frequencies
 
 

@@ -148,7 +148,7 @@ class Merger(nn.Module):
         """Average pooling, which leaves a constant frame as it is."""
         dim, groups = self.weight.shape[0], self.weight.shape[0] // self.weight.shape[1]
         nn.init.zeros_(self.weight)
-        channel = torch.arange(dim)
+        channel = torch.arange(dim, device=self.weight.device)
         if self.weight.ndim == 2:
             self.weight[channel, channel] = 1
         else:
@@ -178,7 +178,10 @@ def joint_counts(scores_BF: Tensor, sequence: Sequence, fraction: float) -> tupl
     host = torch.device("cpu")
     candidates = torch.cat([_group_slots(layout, group.runs, host) for group in groups])
     owner = torch.cat(
-        [torch.full((group.num_frames,), index) for index, group in enumerate(groups)]
+        [
+            torch.full((group.num_frames,), index, dtype=torch.int64, device="cpu")
+            for index, group in enumerate(groups)
+        ]
     )
     # ties go by a frame's place in the plan, whatever group it is in
     in_time = sequence.frames[0].cpu()[candidates].argsort()

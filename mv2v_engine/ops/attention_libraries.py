@@ -223,8 +223,8 @@ def _xformers_varlen(q: Tensor, k: Tensor, v: Tensor, pack: Pack) -> tuple[Tenso
         lse_NT = lse[0, :, : len(q)]
     else:  # its CUTLASS kernels give a padded row for every sequence
         lse_NT = torch.cat([row[:, :n] for row, n in zip(lse, lengths_q, strict=True)], 1)
-    blind = torch.tensor([keys == 0 for keys in lengths_k])
-    blind_T = blind.repeat_interleave(torch.tensor(lengths_q)).to(q.device)
+    blind = torch.tensor([keys == 0 for keys in lengths_k], device="cpu")
+    blind_T = blind.repeat_interleave(torch.tensor(lengths_q, device="cpu")).to(q.device)
     return out[0].masked_fill(blind_T[:, None, None], 0), lse_NT.masked_fill(blind_T, float("-inf"))
 
 

@@ -98,7 +98,7 @@ class Ranks:
             world_size=size,
             timeout=wait,
         )
-        grid = torch.arange(size).view(config.guidance, config.context)
+        grid = torch.arange(size, device="cpu").view(config.guidance, config.context)
         # by hand, since a mesh's own groups would not take the time limit
         by_guidance, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=wait)
         by_context, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=wait)

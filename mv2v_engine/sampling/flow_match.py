@@ -8,19 +8,21 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import SchedulerName
+from mv2v_engine.defaults import torch_defaults
 
 
 def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
     """Noise levels [num_steps + 1] from 1 to 0: linspace, shifted by s x / (1 + (s - 1) x)."""
     if num_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
-    sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64)
+    sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu")
     return (shift * sigma / (1 + (shift - 1) * sigma)).to(torch.float32)
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
     """Gaussian noise, float32 on the CPU, so that a seed means the same video on every device."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
 class Solver(Protocol):
@@ -57,17 +59,19 @@ class UniPCSolver:
     def __init__(self, num_steps: int, shift: float) -> None:
         from diffusers import UniPCMultistepScheduler
 
-        self._scheduler = UniPCMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
-        )
-        self._scheduler.set_timesteps(num_steps)
+        with torch_defaults():
+            self._scheduler = UniPCMultistepScheduler(
+                prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=shift
+            )
+            self._scheduler.set_timesteps(num_steps)
         self.timesteps = self._scheduler.timesteps.to(torch.float32)
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         timestep = self._scheduler.timesteps[index]
-        stepped: Tensor = self._scheduler.step(
-            velocity.to(latents.dtype), timestep, latents, return_dict=False
-        )[0]
+        with torch_defaults():
+            stepped: Tensor = self._scheduler.step(
+                velocity.to(latents.dtype), timestep, latents, return_dict=False
+            )[0]
         return stepped
 
 

@@ -24,6 +24,7 @@ from mv2v_engine.serving.auth import Authentication
 from mv2v_engine.serving.bodies import BodyLimit
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.fields import field_error
 from mv2v_engine.serving.headers import (
     SECURITY,
     SecurityHeaders,
@@ -86,6 +87,7 @@ def create_app(
         Middleware(SiteGuard, config=config),
         Middleware(Authentication, tokens=config.tokens),
         Middleware(BodyLimit, upload_bytes=config.limits.upload_bytes),
+        Middleware(HeadsOnly),
     ]
     if config.cors_origins:
         before.insert(2, Middleware(CORSMiddleware, **cors_options(config.cors_origins)))
@@ -113,6 +115,7 @@ def create_app(
     app.include_router(system.router)
     app.mount("/page", PageFiles(directory=PAGE))
     app.get("/", include_in_schema=False)(_page)
+    app.get("/docs", include_in_schema=False)(_docs)
     return app
 
 
@@ -124,6 +127,10 @@ async def _page() -> FileResponse:
     return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
 
 
+async def _docs() -> FileResponse:
+    return FileResponse(PAGE / "docs.html", headers={"Cache-Control": "no-cache"})
+
+
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ApiError)
     return refusal(error)
@@ -133,14 +140,17 @@ async def _invalid(request: Request, error: Exception) -> Response:
     """The first field that is wrong, in one line; what was sent is not sent back."""
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
-    place = [str(part) for part in first["loc"]]
     if first["type"] == "json_invalid":
-        message = f"the body is no JSON: {first['ctx']['error']} at byte {place[-1]}"
+        message = f"the body is no JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"
         return refusal(ApiError("malformed_request", message))
-    # where it was looked for is said only if there is no field to name
-    param = ".".join(place[1:]) or None
-    said = f"{param or 'the ' + place[0]}: {first['msg']}"
-    return refusal(ApiError("invalid_request", said, param=param))
+    return refusal(field_error(error.errors(), _fields(request), 1))
+
+
+def _fields(request: Request) -> list[str]:
+    """The fields of the body that a request's route takes."""
+    body = getattr(request.scope.get("route"), "body_field", None)
+    model = None if body is None else body.field_info.annotation
+    return list(getattr(model, "model_fields", ()))
 
 
 async def _of_framework(request: Request, error: Exception) -> Response:
@@ -148,7 +158,7 @@ async def _of_framework(request: Request, error: Exception) -> Response:
     code = _CODES.get(error.status_code, "malformed_request")
     message = error.detail
     if code == "not_found":
-        message = f"there is nothing at {request.url.path[:200]!r}; /openapi.json lists the routes"
+        message = f"there is nothing at {request.url.path[:200]!r}; /docs lists the routes"
     elif code == "method_not_allowed":
         allowed = ", ".join(_methods(request))
         message = f"{request.url.path[:200]!r} takes {allowed}, not {request.method[:20]!r}"
@@ -164,6 +174,7 @@ def _methods(request: Request) -> list[str]:
         for route in router.routes:
             if isinstance(route, Route) and route.path_regex.match(path):
                 methods |= route.methods or set()
+    methods |= {"HEAD"} if "GET" in methods else set()
     return sorted(methods or {"GET"})
 
 
@@ -183,6 +194,33 @@ class PageFiles(StaticFiles):
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"
         return response
+
+
+class HeadsOnly:
+    """Answers HEAD as GET would be answered, without the body; a stream ends at its head."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+        is_answered = False
+
+        async def head_alone(message: Message) -> None:
+            nonlocal is_answered
+            if is_answered:
+                return
+            is_answered = message["type"] == "http.response.start"
+            await send(message)
+            await send({"type": "http.response.body", "body": b"", "more_body": False})
+
+        async def gone() -> Message:
+            """What a client's leaving looks like, to whoever goes on with a body."""
+            return {"type": "http.disconnect"} if is_answered else await receive()
+
+        await self._app({**scope, "method": "GET"}, gone, head_alone)
 
 
 class Observed:

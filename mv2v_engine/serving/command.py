@@ -46,7 +46,11 @@ def serve(args: argparse.Namespace) -> int:
 
     configure_logs()
     backend = _make_backend(config, cluster)
-    asyncio.run(serve_http(config, backend, (LogListener(),), on_listening=_announce))
+    asyncio.run(
+        serve_http(
+            config, backend, (LogListener(),), on_listening=_announce, on_ready=_announce_ready
+        )
+    )
     return 0
 
 
@@ -72,6 +76,10 @@ def _make_backend(config: ServingConfig, cluster: Cluster | None) -> Backend:
 def _announce(address: str) -> None:
     # flushed, for whoever started this waits for the line
     print(f"listening on {address}", flush=True)
+
+
+def _announce_ready(address: str, model: str) -> None:
+    print(f"ready: {model} on {address}", flush=True)
 
 
 def serving_config(args: argparse.Namespace) -> ServingConfig:
@@ -159,7 +167,11 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     _add_limits(parser)
     group = parser.add_argument_group("the memory")
     add = group.add_argument
-    add("--memory", choices=get_args(MemoryMode), help="retrieved if the weights learned to")
+    add(
+        "--memory",
+        choices=get_args(MemoryMode),
+        help="retrieved if the weights learned to, else none, if not given",
+    )
     add_memory_bounds(group, "videos a turn")
     add("--fov-radius", type=float, default=EngineConfig().fov_radius, metavar="R", help="metres")
     group = parser.add_argument_group("sampling")
@@ -173,7 +185,12 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
 def _add_listening(parser: argparse.ArgumentParser) -> None:
     defaults = ServingConfig
     add = parser.add_argument_group("who may connect").add_argument
-    add("--host", default=defaults.host, metavar="H", help="this machine alone if not given")
+    add(
+        "--host",
+        default=defaults.host,
+        metavar="H",
+        help="127.0.0.1, this machine alone, if not given",
+    )
     add("--port", type=int, default=defaults.port, metavar="N", help="0 takes a free one")
     add(
         "--tokens",
@@ -187,7 +204,8 @@ def _add_listening(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="ORIGIN",
-        help="a site whose pages may use the service, such as https://example.org",
+        help="a site whose pages may use the service, such as https://example.org; "
+        "none if not given",
     )
 
 
@@ -199,11 +217,11 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
         default="local",
         help="one process here, or replicas on Ray Serve, on all machines of a cluster",
     )
-    add("--replicas", type=int, metavar="N", help="to start; without it those of `serve deploy`")
+    add("--replicas", type=int, metavar="N", help="to start; those of `serve deploy` if not given")
     add(
         "--ray-address",
         metavar="ADDR",
-        help="of a cluster, or auto; without it one is started here and ends with the service",
+        help="of a cluster, or auto; if not given one is started here and ends with the service",
     )
     add("--cpus-per-replica", type=float, metavar="N", help="also its threads; 1 if not given")
     add("--gpus-per-replica", type=float, metavar="N", help="1 with --device cuda if not given")
@@ -221,12 +239,28 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="in the engine's memory at once",
     )
     add("--max-sessions", type=int, default=limits.sessions, metavar="N", help="of a token")
-    add("--max-upload", type=num_bytes, default=limits.upload_bytes, metavar="N", help="as 256MiB")
+    add(
+        "--max-upload",
+        type=num_bytes,
+        default=limits.upload_bytes,
+        metavar="N",
+        help="bytes of a video",
+    )
     add("--max-frames", type=int, default=limits.frames, metavar="N", help="of an upload")
     add("--max-pixels", type=int, default=limits.pixels, metavar="N", help="of its frames")
     add("--max-seconds", type=float, default=limits.seconds, metavar="S", help="of its length")
-    add("--keep-days", type=float, metavar="D", help="sessions not touched for longer are removed")
-    add("--keep-bytes", type=num_bytes, metavar="N", help="the oldest go when all take more")
+    add(
+        "--keep-days",
+        type=float,
+        metavar="D",
+        help="sessions not touched for longer are removed; none if not given",
+    )
+    add(
+        "--keep-bytes",
+        type=num_bytes,
+        metavar="N",
+        help="the oldest go when all take more; none if not given",
+    )
     add(
         "--min-free",
         type=num_bytes,

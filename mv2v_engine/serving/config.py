@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from mv2v_engine.arguments import fit_fields
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.errors import RequestError
 
@@ -28,6 +29,7 @@ class Limits:
     probe_seconds: float = 60.0
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         for name in (limit.name for limit in dataclasses.fields(self)):
             if not getattr(self, name) > 0:
                 raise RequestError(f"limit {name} must be positive, got {getattr(self, name)}")
@@ -83,6 +85,7 @@ class ServingConfig:
     max_attempts: int = 2
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         if not 0 <= self.port < 65536:
             raise RequestError(f"port must lie in 0..65535, got {self.port}")
         for name in ("max_queue", "max_sessions_open", "max_attempts"):
@@ -139,6 +142,7 @@ class Cluster:
     gpus: float | None = None
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         if self.replicas is not None and self.replicas < 1:
             raise RequestError(f"replicas must be at least 1, got {self.replicas}")
         for name in ("cpus", "gpus"):

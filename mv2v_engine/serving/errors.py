@@ -6,6 +6,7 @@ status; those that only jobs have are never an answer's own and carry none.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
@@ -16,6 +17,13 @@ INVALID, AUTHENTICATION, RATE, SERVER = (
     "authentication_error",
     "rate_limit_error",
     "server_error",
+)
+
+
+# an absolute path, in quotes with spaces and all, else up to the first of them
+_PATH = re.compile(
+    r"(?<=['\"])/(?:[^/'\"\n]+/)*(?P<quoted>[^/'\"\n]*)(?=['\"])"
+    r"|(?<![\w.:/<])/(?:[^/\s'\"]+/)+(?P<last>[^/\s'\":;,]*)"
 )
 
 
@@ -31,6 +39,9 @@ class Kind:
 KINDS: Mapping[str, Kind] = MappingProxyType(
     {
         "malformed_request": Kind(400, INVALID, "no readable HTTP, JSON or multipart body"),
+        "not_made_here": Kind(
+            400, INVALID, "the model makes no video of this size, length or name"
+        ),
         "wrong_host": Kind(400, INVALID, "the Host header names another host than the service's"),
         "wrong_origin": Kind(403, INVALID, "the request comes from another site's page"),
         "authentication_required": Kind(401, AUTHENTICATION, "no bearer token, or a wrong one"),
@@ -62,6 +73,11 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "timeout": Kind(None, SERVER, "the turn hung: its worker said nothing for too long"),
     }
 )
+
+
+def without_paths(message: str) -> str:
+    """An error of the engine as a client may read it: of a path on the server, its last part."""
+    return _PATH.sub(lambda found: found["last"] or found["quoted"] or "a folder", message)
 
 
 class ApiError(Exception):

@@ -47,8 +47,9 @@ from mv2v_engine.progress import (
     WindowDone,
     WindowStarted,
 )
-from mv2v_engine.serving.folders import result_path, source_path, turn_bytes
+from mv2v_engine.serving.folders import result_path, source_path, turn_bytes, window_path
 from mv2v_engine.serving.turn_request import make_request, session_window
+from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
 
 Json: TypeAlias = dict[str, Any]
@@ -80,7 +81,9 @@ class Host:
     def warm_up(self) -> None:
         """Make a short turn of nothing, so that no request pays for what comes but once."""
         sampling = self.engine.sampling
-        frames = torch.zeros(sampling.num_frames, *sampling.size, 3, dtype=torch.uint8)
+        frames = torch.zeros(
+            (sampling.num_frames, *sampling.size, 3), dtype=torch.uint8, device="cpu"
+        )
         session = self.engine.session(frames, cuts=() if self._is_editor else None)
         try:
             if self._is_editor:
@@ -208,7 +211,10 @@ class Host:
             if self._is_editor:
                 opened = open_edit_session(self.engine, source, cancel=cancel, **common)
             else:
-                window = session_window(session["frames"], self.engine.sampling.num_frames)
+                path = window_path(folder)
+                chosen = path.read_text(encoding="utf-8") if path.exists() else None
+                wanted = self.engine.sampling.num_frames
+                window = session_window(session["frames"], wanted, chosen)
                 opened = open_view_session(self.engine, source, window=window, **common)
         self._open[session["id"]] = opened
         while len(self._open) > self.max_open:
@@ -280,6 +286,7 @@ def _describe(engine: Engine) -> Json:
     return {
         "kind": "edits" if engine.transformer.config.source_channels else "views",
         "engine": engine.describe(),
+        "digest": weights_fingerprint(engine.transformer.state_dict(), engine.vae.key),
         "has_text": engine.text is not None,
         "memory": engine.memory,
         "presets": list(PRESETS),

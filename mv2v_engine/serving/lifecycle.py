@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.errors import ApiError, without_paths
 from mv2v_engine.serving.events import EventLogs
 from mv2v_engine.serving.folders import Store
 from mv2v_engine.serving.listener import Listener
@@ -123,7 +123,9 @@ class Lifecycle:
     @property
     def reason(self) -> str:
         """Why it is not ready, in words."""
-        return "the service is stopping" if self._is_stopping else self.backend.reason
+        return (
+            "the service is stopping" if self._is_stopping else without_paths(self.backend.reason)
+        )
 
     @property
     def about(self) -> dict[str, Any] | None:

@@ -57,6 +57,8 @@ def log_event(
 def configure_logs(level: int = logging.INFO) -> None:
     """Make JSON lines on stderr of everything that this process logs, uvicorn included.
 
+    level: the lowest that is written; under DEBUG successful probes are written too.
+
     uvicorn is to be started with `log_config=None`, or it makes loggers of its own.
     """
     handler = logging.StreamHandler(sys.stderr)
@@ -142,11 +144,12 @@ class JsonLines(logging.Formatter):
 
 
 def _is_wanted(record: logging.LogRecord) -> bool:
-    """Whether a line is worth writing: successful probes are not."""
+    """Whether a line is worth writing. A probe's is of level debug, whatever was answered."""
     if record.name != "uvicorn.access" or record.levelno > logging.INFO:
         return True
-    fields = _request_fields(record)
-    return fields.get("path") not in _PROBES or fields["status"] != 200
+    if _request_fields(record)["path"] in _PROBES:
+        record.levelno, record.levelname = logging.DEBUG, "DEBUG"
+    return record.levelno >= logging.getLogger(record.name).getEffectiveLevel()
 
 
 def _request_fields(record: logging.LogRecord) -> dict[str, Any]:

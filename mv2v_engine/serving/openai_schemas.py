@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, StringConstraints
 
 from mv2v_engine.serving.records import Kind as SessionKind
 from mv2v_engine.serving.schemas import (
     CREATED,
     JOB_ID,
     SESSION_ID,
+    WINDOW,
+    WINDOW_HELP,
     JobError,
     TurnRequest,
     example,
@@ -26,7 +28,7 @@ class RemixRequest(TurnRequest):
     model_config = ConfigDict(json_schema_extra=example({"prompt": "pan_right"}))
 
     model: str | None = Field(default=None, description="the checkpoint's name, as /v1/models says")
-    seconds: str | None = Field(
+    seconds: str | int | float | None = Field(
         default=None,
         description="of the result, which model and video decide: others are refused",
     )
@@ -38,7 +40,7 @@ class RemixRequest(TurnRequest):
     def turn(self, kind: SessionKind) -> dict[str, Any]:
         """What is asked of a model of this kind."""
         asked = TurnRequest.to_dict(self)
-        for name in ("session_id", "model", "seconds", "size"):
+        for name in ("session_id", "model", "seconds", "size", "window"):
             asked.pop(name, None)
         if not asked.get("prompt"):
             asked.pop("prompt", None)
@@ -55,6 +57,10 @@ class VideoRequest(RemixRequest):
     )
 
     session_id: str | None = Field(default=None, description="one more turn in this session")
+    window: Annotated[str, StringConstraints(pattern=WINDOW)] | None = Field(
+        default=None,
+        description=f"of input_reference, which frames the model is given: {WINDOW_HELP}",
+    )
 
 
 class Video(BaseModel):
@@ -77,6 +83,7 @@ class Video(BaseModel):
                 "remixed_from_video_id": None,
                 "error": None,
                 "session_id": SESSION_ID,
+                "warnings": ["the model takes 17 frames: frames 0 to 16 of 40"],
             }
         )
     )
@@ -95,6 +102,7 @@ class Video(BaseModel):
     remixed_from_video_id: str | None
     error: JobError | None
     session_id: str
+    warnings: list[str]
 
 
 class DeletedVideo(BaseModel):

@@ -24,6 +24,7 @@ from mv2v_engine.serving.backend import LAST_OF_BACKEND, WORKER_GONE, Backend
 from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.database import Database
+from mv2v_engine.serving.errors import without_paths
 from mv2v_engine.serving.events import EventLogs
 from mv2v_engine.serving.folders import Store, finished_report, sweep_session, turn_bytes
 from mv2v_engine.serving.listener import Listener, Telling
@@ -225,7 +226,7 @@ class Scheduler:
         elif outcome["type"] == "cancelled":
             await self.end(job.id, "cancelled", jobs.CANCELLED)
         else:
-            error = {"code": outcome["code"], "message": outcome["message"]}
+            error = {"code": outcome["code"], "message": without_paths(outcome["message"])}
             await self.end(job.id, "failed", error)
 
     def _remember(self, session_id: str, memory: dict[str, Any] | None) -> None:

@@ -33,6 +33,9 @@ Row4 = Annotated[list[Finite], Field(min_length=4, max_length=4)]
 Intrinsics = Annotated[list[Row3], Field(min_length=3, max_length=3)]
 Pose = Annotated[list[Row4], Field(min_length=3, max_length=3)]
 MAX_POSES = 4096
+# which frames of a longer or shorter video the model is given
+WINDOW = "^(first|middle|last|even|pad|[0-9]{1,9})$"
+WINDOW_HELP = "first, middle, last, even, pad, or the number of the frame to start at"
 # what a route says of its answers, by status
 Answers = dict[int | str, dict[str, Any]]
 
@@ -304,6 +307,18 @@ class Health(BaseModel):
 
     status: Literal["ok", "not_ready"]
     reason: str | None = None
+
+
+class Version(BaseModel):
+    """What runs here. model_digest: of the weights that make the pictures, alike on all devices."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    version: str
+    torch: str
+    abi: int
+    model: str | None
+    model_digest: str | None
 
 
 class ErrorFields(BaseModel):

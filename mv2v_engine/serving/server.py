@@ -24,6 +24,8 @@ from mv2v_engine.serving.service import Service
 _BACKLOG = 512
 # a connection that asks for nothing more; and what open answers may still take at the end
 _KEEP_ALIVE_SECONDS, _CLOSING_SECONDS = 30, 5
+# seconds between two looks at whether turns are made, until they are
+_READY_SECONDS = 0.2
 
 
 @asynccontextmanager
@@ -141,10 +143,12 @@ async def serve(
     listeners: Sequence[Listener] = (),
     *,
     on_listening: Callable[[str], None],
+    on_ready: Callable[[str, str], None],
 ) -> None:
     """Serve until a signal has ended it: then the turn under way has its grace.
 
-    on_listening: called with the address once requests are answered.
+    on_listening: called with the address once requests are answered. on_ready: called once, with
+        the address and the model's name, when the first turn could be made.
 
     Raises:
         StorageError, RequestError: the store or the address cannot be used.
@@ -158,7 +162,18 @@ async def serve(
                 app.state.stopping.set()
 
             server = DrainingServer(app, drain)
-            on_listening(address_of(bound))
-            await server.serve([bound])
+            address = address_of(bound)
+            on_listening(address)
+            waiting = asyncio.create_task(_tell_ready(app, address, on_ready))
+            try:
+                await server.serve([bound])
+            finally:
+                waiting.cancel()
     finally:
         bound.close()
+
+
+async def _tell_ready(app: FastAPI, address: str, tell: Callable[[str, str], None]) -> None:
+    while not app.state.service.ready:
+        await asyncio.sleep(_READY_SECONDS)
+    tell(address, app.state.service.about["engine"]["checkpoint"])

@@ -18,7 +18,7 @@ from typing import Any
 
 from mv2v_engine.errors import CameraError, MV2VError
 from mv2v_engine.serving import jobs, tables
-from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.errors import ApiError, without_paths
 from mv2v_engine.serving.events import last_event
 from mv2v_engine.serving.folders import is_published, result_path, source_path
 from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
@@ -56,20 +56,29 @@ class Service(Lifecycle):
         return self.store.new_upload()
 
     async def create_session(
-        self, owner: str, upload: Path, name: str, *, key: str | None = None
+        self,
+        owner: str,
+        upload: Path,
+        name: str,
+        *,
+        key: str | None = None,
+        window: str | None = None,
     ) -> SessionRecord:
         """Make a session of an uploaded video, which is moved into it, or removed on a refusal.
 
-        key: of idempotency; the same key, name and file give the same session again.
+        key: of idempotency; the same key, name, window and file give the same session again.
+        window: which frames of a video the model is given, as `video.transforms.select_window`
+            names them; None: the first ones.
 
-        Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict.
+        Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict,
+        invalid_request: the video has no such window.
         """
         try:
             about = self.require_about()
         except ApiError:
             await asyncio.to_thread(upload.unlink, missing_ok=True)
             raise
-        return await self._whole(self._sessions.create(owner, upload, name, key, about))
+        return await self._whole(self._sessions.create(owner, upload, name, key, about, window))
 
     async def sessions(
         self, owner: str, *, limit: int = 20, after: str | None = None, is_newest_first: bool = True
@@ -115,7 +124,9 @@ class Service(Lifecycle):
         self._publisher.wake()
         refused = self._publisher.refused.get((session_id, number))
         if refused is not None:
-            raise ApiError("internal", f"turn {number} is kept, and has no {which}: {refused}")
+            raise ApiError(
+                "internal", f"turn {number} is kept, and has no {which}: {without_paths(refused)}"
+            )
         message = f"the {which} of turn {number} is being written again; try in {RETRY_SECONDS} s"
         raise ApiError("not_finished", message, headers=RETRY)
 
@@ -179,7 +190,8 @@ class Service(Lifecycle):
             await asyncio.to_thread(make_request, request, about)
         except MV2VError as error:
             param = "camera" if isinstance(error, CameraError) else None
-            raise ApiError("unprocessable_turn", str(error), param=param) from error
+            message = without_paths(str(error))
+            raise ApiError("unprocessable_turn", message, param=param) from error
         return await self._whole(self._submit(new_job(session, request), key))
 
     async def job(self, owner: str, job_id: str) -> JobRecord:

@@ -23,12 +23,12 @@ from typing import Any, get_args
 
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import StorageError, VideoError
-from mv2v_engine.files import share_file
+from mv2v_engine.files import replacing, share_file
 from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.folders import Store, result_path, source_path
+from mv2v_engine.serving.folders import Store, result_path, source_path, window_path
 from mv2v_engine.serving.publishing import Publisher
 from mv2v_engine.serving.records import ProbedVideo, SessionRecord, TurnFile, TurnRecord, new_id
 from mv2v_engine.serving.scheduler import Scheduler
@@ -59,22 +59,34 @@ class Sessions:
         self.scheduler, self.publisher, self.probe = scheduler, publisher, probe
 
     async def create(
-        self, owner: str, upload: Path, name: str, key: str | None, about: dict[str, Any]
+        self,
+        owner: str,
+        upload: Path,
+        name: str,
+        key: str | None,
+        about: dict[str, Any],
+        window: str | None = None,
     ) -> SessionRecord:
         """As `Service.create_session`; the upload is moved or removed in any case."""
         try:
             with disk_errors():
-                return await self._create(owner, upload, name, key, about)
+                return await self._create(owner, upload, name, key, about, window)
         finally:
             await asyncio.to_thread(upload.unlink, missing_ok=True)
 
     async def _create(
-        self, owner: str, upload: Path, name: str, key: str | None, about: dict[str, Any]
+        self,
+        owner: str,
+        upload: Path,
+        name: str,
+        key: str | None,
+        about: dict[str, Any],
+        window: str | None = None,
     ) -> SessionRecord:
         self.store.require_free(self.config.min_free_bytes)
         digest = None
         if key is not None:
-            digest = await asyncio.to_thread(_upload_digest, upload, name)
+            digest = await asyncio.to_thread(_upload_digest, upload, name, window)
             look_up = partial(tables.session_of_key, owner=owner, key=key, digest=digest)
             known = await self.database.read(look_up)
             if known is not None:
@@ -82,8 +94,8 @@ class Sessions:
         most = self.config.limits.sessions
         await self.database.read(partial(tables.require_room, owner=owner, most=most))
         video = await self.probe(upload, self.config.limits)
-        session = _new_session(owner, name, upload, video, about)
-        await asyncio.to_thread(_place_upload, self.store, upload, session.id)
+        session = _new_session(owner, name, upload, video, about, window)
+        await asyncio.to_thread(_place_upload, self.store, upload, session.id, window)
         add = partial(_add_session, session=session, key=key, digest=digest, most=most)
         kept = await self._added(add, session.id)
         if kept.id != session.id:
@@ -176,9 +188,10 @@ def _disk_full() -> ApiError:
     return ApiError("disk_full", "the store's disk is full; delete sessions, or make room")
 
 
-def _upload_digest(upload: Path, name: str) -> str:
-    """Of an upload's name and bytes, for idempotency."""
-    digest = hashlib.sha256(name.encode("utf-8", "surrogatepass") + b"\0")
+def _upload_digest(upload: Path, name: str, window: str | None) -> str:
+    """The identity of an upload's name, window and bytes, for idempotency."""
+    said = name if window is None else f"{name}\0{window}"
+    digest = hashlib.sha256(said.encode("utf-8", "surrogatepass") + b"\0")
     with upload.open("rb") as file:
         while chunk := file.read(_CHUNK):
             digest.update(chunk)
@@ -186,7 +199,12 @@ def _upload_digest(upload: Path, name: str) -> str:
 
 
 def _new_session(
-    owner: str, name: str, upload: Path, video: ProbedVideo, about: dict[str, Any]
+    owner: str,
+    name: str,
+    upload: Path,
+    video: ProbedVideo,
+    about: dict[str, Any],
+    window: str | None,
 ) -> SessionRecord:
     """The record of a session to come. Raises unreadable_video: the model cannot take it."""
     now = time.time()
@@ -204,31 +222,45 @@ def _new_session(
         touched=now,
         bytes=upload.stat().st_size,
         num_turns=0,
-        warnings=_warnings(about, video.frames),
+        warnings=_warnings(about, video.frames, window),
     )
 
 
-def _warnings(about: dict[str, Any], num_frames: int) -> tuple[str, ...]:
-    """What the model does not see of a video, in words."""
+def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tuple[str, ...]:
+    """What the model does not see of a video, in words.
+
+    Raises unreadable_video, invalid_request: the video has no such window.
+    """
     if num_frames < 2:
         raise ApiError(
             "unreadable_video", f"the video has {num_frames} frame, at least 2 are needed"
         )
     wanted = about["sampling"]["num_frames"]
-    if about["kind"] == "edits" or num_frames == wanted:
+    if about["kind"] == "edits" and window is not None:
+        message = "edits take the whole video; leave window out, or upload the part"
+        raise ApiError("invalid_request", message, param="window")
+    if about["kind"] == "edits" or (num_frames == wanted and window is None):
         return ()
     try:
-        chosen = select_window(num_frames, wanted, session_window(num_frames, wanted))
+        chosen = select_window(num_frames, wanted, session_window(num_frames, wanted, window))
     except VideoError as error:
+        if window is not None:
+            message = str(error).replace("--window", "window")
+            raise ApiError("invalid_request", message, param="window") from error
         raise ApiError("unreadable_video", str(error)) from error
+    if chosen.indices == tuple(range(num_frames)):
+        return ()
     return (f"the model takes {wanted} frames: {chosen.description}",)
 
 
-def _place_upload(store: Store, upload: Path, session_id: str) -> None:
+def _place_upload(store: Store, upload: Path, session_id: str, window: str | None) -> None:
     """Move an upload into its session's folder, which appears whole."""
     staging = store.new_upload()
     staging.mkdir()
     upload.replace(source_path(staging))
+    if window is not None:
+        with replacing(window_path(staging)) as temporary:
+            temporary.write_text(window, encoding="utf-8")
     staging.rename(store.session(session_id))
 
 
@@ -269,6 +301,8 @@ def _place_branch(store: Store, parent: SessionRecord, branch: SessionRecord) ->
     old, staging, number = store.session(parent.id), store.new_upload(), branch.parent_turn or 0
     try:
         share_file(source_path(old), source_path(staging))
+        if window_path(old).exists():
+            share_file(window_path(old), window_path(staging))
         if number:
             SessionStore(old).branch(staging, id=branch.id, count=number)
         for turn in range(1, number + 1):

@@ -71,8 +71,10 @@ def sampling_of(about: dict[str, Any]) -> SamplingConfig:
     return SamplingConfig(**sampling | {"size": (height, width)})
 
 
-def session_window(num_frames: int, wanted: int) -> str | None:
+def session_window(num_frames: int, wanted: int, chosen: str | None = None) -> str | None:
     """Which frames of a video a session of views takes, as `Engine.view_session` names it."""
+    if chosen is not None:
+        return chosen
     if num_frames == wanted:
         return None
     return "first" if num_frames > wanted else "pad"

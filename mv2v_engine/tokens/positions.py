@@ -28,16 +28,20 @@ class CoveredCells:
     columns_LE: Tensor
 
 
+def _arange(stop: int) -> Tensor:
+    return torch.arange(stop, device="cpu")
+
+
 def _axis(tokens: int, cells: int, extent: int, widest: int) -> Tensor:
     """Cells covered by each of `tokens` tokens along one axis: [tokens, widest]."""
-    covered = torch.arange(tokens)[:, None] * extent + torch.arange(extent)
+    covered = _arange(tokens)[:, None] * extent + _arange(extent)
     return covered.clamp_max(cells - 1).repeat_interleave(widest // extent, dim=1)
 
 
 def _segment_cells(segment: Segment, widest: int) -> tuple[Tensor, Tensor, Tensor]:
     frames, (rows, columns) = segment.num_frames, segment.token_grid
     extent = segment.tokenizer // 2
-    tau = segment.tau + torch.arange(frames)
+    tau = segment.tau + _arange(frames)
     if segment.reverse:
         tau = tau.flip(0)
     row = _axis(rows, segment.cell_grid[0], extent, widest)

@@ -20,8 +20,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from mv2v_engine import arguments
 from mv2v_engine.config import EngineConfig
-from mv2v_engine.errors import VideoError
+from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.files import replacing
 from mv2v_engine.video.damage import check_pictures
 from mv2v_engine.video.scan import Scan, VideoInfo, check_size, opened, scan_file, truncated
@@ -161,13 +162,29 @@ def video_writer(
     """
     if not 0.01 <= fps <= 1000:
         raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
-    with replacing(Path(path)) as temporary:
+    with replacing(video_path("path", path)) as temporary:
         writer = VideoWriter(temporary, Fraction(fps).limit_denominator(1001), crf)
         try:
             yield writer
             writer.finish()
         finally:
             writer.close()
+
+
+def video_path(name: str, value: Path | str) -> Path:
+    """Where a video is to be written. name: of the argument.
+
+    Raises:
+        RequestError: it is no path, or the path of something else than an mp4.
+    """
+    path = arguments.path(name, value, "the path of an .mp4 file")
+    if path.suffix.lower() != ".mp4":
+        got = path.suffix or "none"
+        raise RequestError(
+            f"videos are written as H.264 in .mp4, {name} {path.name!r} has the suffix {got}; "
+            f"name it {path.stem + '.mp4'!r}"
+        )
+    return path
 
 
 class VideoWriter:
@@ -267,7 +284,8 @@ def _decode(path: Path, scan: Scan, wanted: Sequence[int]) -> Tensor:
     places: dict[int, list[int]] = {}
     for place, stored in enumerate(wanted):
         places.setdefault(stored, []).append(place)
-    out = torch.empty(len(wanted), scan.info.height, scan.info.width, 3, dtype=torch.uint8)
+    shape = (len(wanted), scan.info.height, scan.info.width, 3)
+    out = torch.empty(shape, dtype=torch.uint8, device="cpu")
     first_key = None
     if scan.stamps:
         target = scan.stamps[min(places)]

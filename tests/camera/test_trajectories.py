@@ -138,7 +138,7 @@ def test_resizing_scales_per_frame_intrinsics() -> None:
         (torch.eye(3).repeat(3, 1, 1), (4, 4), r"got \[3, 3, 3\]"),
         (torch.eye(3) * math.nan, (4, 4), r"finite with positive focal"),
         (torch.diag(torch.tensor([-1.0, 1, 1])), (4, 4), r"positive focal"),
-        (torch.eye(3), (0, 4), r"size must be a positive"),
+        (torch.eye(3), (0, 4), r"two positive integers"),
     ],
 )
 def test_unusable_intrinsics_are_refused(

@@ -70,6 +70,7 @@ class FakeBackend:
         self.go.set()
         self.crash: dict[str, str] = {}
         self.fails: dict[str, str] = {}
+        self.failure = "as asked"  # in words
         self.made: dict[tuple[str, int], int] = {}
         self.order: list[str] = []
         self.released: list[str] = []
@@ -105,7 +106,7 @@ class FakeBackend:
             self.steps[job.id] = step
             yield {"type": "step_done", "stage": "sampling", "step": step, "total": STEPS}
         if job.id in self.fails:
-            yield {"type": "failed", "code": self.fails[job.id], "message": "as asked"}
+            yield {"type": "failed", "code": self.fails[job.id], "message": self.failure}
             return
         key = (session.id, job.number)
         self.made[key] = self.made.get(key, 0) + 1

@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-from mv2v_engine.options import Parser
+from mv2v_engine.options import Parser, default_words
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.errors import KINDS
 
@@ -63,8 +63,14 @@ def test_the_errors_are_the_services() -> None:
 
 def test_the_limits_are_the_services() -> None:
     known = {option for action in options()._actions for option in action.option_strings}
-    rows = table("| option | what it bounds | refused with |")
-    assert {option.strip("`") for option, _, _ in rows} <= known
+    rows = table("| option | default | what it bounds | refused with |")
+    defaults = {
+        option: default_words(action)
+        for action in options()._actions
+        for option in action.option_strings
+    }
+    for option, default, *_ in rows:
+        assert default == (defaults[option.strip("`")] or "none"), option
     assert {code.strip("`") for *_, code in rows} <= KINDS.keys()
     # every option that the guide, or its neighbour on memory, names anywhere
     neighbour = GUIDE.with_name("tuning-memory.md").read_text(encoding="utf-8")
@@ -114,13 +120,24 @@ def test_the_shell_commands(service: Any, source_clip: Path, tmp_path: Path) -> 
     assert '"num_turns":1' in done.stdout.replace(" ", "")
 
 
+def test_the_plain_client(
+    service: Any, source_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shutil.copy(source_clip, tmp_path / "clip.mp4")
+    monkeypatch.chdir(tmp_path)
+    code, _ = blocks("python")
+    assert ADDRESS in code
+    exec(compile(code.replace(ADDRESS, service.address), "serving.md", "exec"), {})
+    assert (tmp_path / "turn1.mp4").read_bytes() == b"frames of turn 1"
+
+
 def test_the_openai_client(
     service: Any, source_clip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("openai")
     shutil.copy(source_clip, tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
-    (code,) = blocks("python")
+    _, code = blocks("python")
     assert ADDRESS in code
     names: dict[str, Any] = {}
     with warnings.catch_warnings():

@@ -76,11 +76,11 @@ def test_what_is_not_made_is_refused(openai_client: Any, client: Any, source_cli
     def create(**asked: Any) -> None:
         videos.create(**{"prompt": "pan:5", "input_reference": source_clip} | asked)
 
-    with pytest.raises(openai.NotFoundError, match="no model 'sora-2'"):
+    with pytest.raises(openai.BadRequestError, match="no model 'sora-2'"):
         create(model="sora-2")
-    with pytest.raises(openai.UnprocessableEntityError, match="64x48"):
+    with pytest.raises(openai.BadRequestError, match="64x48"):
         create(size="1280x720")
-    with pytest.raises(openai.UnprocessableEntityError, match=r"1\.125 seconds"):
+    with pytest.raises(openai.BadRequestError, match=r"1\.125 seconds"):
         create(seconds="12")
     with pytest.raises(openai.UnprocessableEntityError, match="fly_away"):
         create(prompt="fly_away")

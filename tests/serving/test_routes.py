@@ -214,8 +214,8 @@ TURNS: list[tuple[Any, int, str, str | None]] = [
     ({"camera": "pan_right", "seed": 10**40}, 422, "invalid_request", "seed"),
     ({"camera": "pan_right", "memory": "all"}, 422, "invalid_request", "memory"),
     # no name of a file is a camera, whether or not there is one
-    ({"camera": "/etc/camera.json"}, 422, "invalid_request", "camera.constrained-str"),
-    ({"camera": "camera.json#cam01"}, 422, "invalid_request", "camera.constrained-str"),
+    ({"camera": "/etc/camera.json"}, 422, "invalid_request", "camera"),
+    ({"camera": "camera.json#cam01"}, 422, "invalid_request", "camera"),
     ({"camera": "pan_rihgt"}, 422, "unprocessable_turn", "camera"),
     ({"camera": "pan:900,1"}, 422, "unprocessable_turn", "camera"),
     ({"prompt": "make it red"}, 422, "unprocessable_turn", None),
@@ -248,7 +248,7 @@ def test_requests_that_are_none(client: httpx.Client, upload: Upload) -> None:
     refused(post(b"[" * 100_000), 400, "malformed_request")
     refused(post(b'{"seed": ' + b"9" * 5000 + b"}"), 400, "malformed_request")
     refused(post(b"\xff\xfe\xfd"), 400, "malformed_request")
-    refused(post(b'{"camera": "\\ud800"}'), 422, "invalid_request", "camera.constrained-str")
+    refused(post(b'{"camera": "\\ud800"}'), 422, "invalid_request", "camera")
     refused(
         post(b'{"camera": "pan_right", "guidance_scale": NaN}'),
         422,
@@ -266,7 +266,7 @@ def test_requests_that_are_none(client: httpx.Client, upload: Upload) -> None:
     refused(client.get("/v1/sessions/%2e%2e%2fservice.sqlite3/source"), 404, "not_found")
     wrong = client.put("/v1/sessions")
     refused(wrong, 405, "method_not_allowed")
-    assert wrong.headers["allow"] == "GET, POST"
+    assert wrong.headers["allow"] == "GET, HEAD, POST"
     refused(client.get("/v1/sessions?limit=0"), 422, "invalid_request", "limit")
     refused(client.get(f"/v1/sessions/{ABSENT}/turns/{10**30}"), 422, "invalid_request", "number")
 

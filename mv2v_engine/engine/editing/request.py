@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from mv2v_engine import arguments
 from mv2v_engine.config import MemoryMode, SamplingConfig
-from mv2v_engine.engine.request import check_sampling
+from mv2v_engine.engine.request import sampled
 from mv2v_engine.errors import RequestError
 
 if TYPE_CHECKING:
@@ -56,23 +57,15 @@ class EditRequest:
         Raises:
             RequestError: no instruction, or what no checkpoint can serve.
         """
-        steps, guidance = num_inference_steps, guidance_scale
-        request = cls(
-            prompt=prompt,
-            seed=seed,
-            num_inference_steps=sampling.num_inference_steps if steps is None else steps,
-            guidance_scale=sampling.guidance_scale if guidance is None else guidance,
-            memory=memory,
-        )
-        if not prompt.strip():
+        if not arguments.text("prompt", prompt).strip():
             raise RequestError(
                 f"an edit needs an instruction, got the prompt {prompt!r}; say what to change"
             )
-        check_sampling(request.num_inference_steps, request.guidance_scale, seed)
-        if memory not in _MODES:
-            known = " or ".join(map(repr, _MODES))
-            raise RequestError(f"memory of an edit must be {known}, got {memory!r}")
-        return request
+        return cls(
+            prompt=str(prompt),
+            memory=arguments.choice("memory", memory, _MODES),
+            **sampled(sampling, seed, num_inference_steps, guidance_scale),
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """As plain data, for a report and a folder's manifest."""

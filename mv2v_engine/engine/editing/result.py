@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mv2v_engine.arguments import short_repr
 from mv2v_engine.video.windows import EditWindow
 
 
@@ -27,6 +28,8 @@ class FinishedWindow:
     latents: Tensor
     frames: Tensor
     report: dict[str, Any]
+
+    __repr__ = short_repr
 
     @property
     def new_frames(self) -> Tensor:

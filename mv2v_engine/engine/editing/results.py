@@ -48,6 +48,9 @@ class EditResults:
         self.store = EditStore(self.folder)
         self.overview, self.report = self.folder / "overview.png", self.folder / "report.json"
 
+    def __repr__(self) -> str:
+        return f"EditResults({str(self.video)!r})"
+
     def check_writable(self, source: Path) -> None:
         """Refuse places that cannot be written, and the source's own; leaves nothing.
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from mv2v_engine import arguments
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.editing.edit import Edit, KeptWindow
 from mv2v_engine.engine.editing.memory import SegmentMemory
@@ -33,11 +34,12 @@ from mv2v_engine.progress import (
     Spans,
     WindowDone,
     WindowStarted,
+    cancel_token,
     driven,
     staged,
 )
 from mv2v_engine.tokens.plan import TokenPlan
-from mv2v_engine.video.io import VideoWriter, video_writer
+from mv2v_engine.video.io import VideoWriter, video_path, video_writer
 from mv2v_engine.video.windows import EditWindow, edit_windows
 
 if TYPE_CHECKING:
@@ -146,7 +148,7 @@ class EditSession(Session):
             seed=seed,
             num_inference_steps=num_inference_steps,
             guidance_scale=guidance_scale,
-            memory=memory or self.engine.memory,
+            memory=self.engine.memory if memory is None else memory,
         )
         return self.perform(request, cancel, on_window=on_window, out=out)
 
@@ -160,11 +162,15 @@ class EditSession(Session):
     ) -> Generator[Event, None, Turn]:
         """As `edit_events`, of a request that is already made."""
         self._require_open()
+        arguments.instance("request", request, EditRequest, "an EditRequest")
+        arguments.callback("on_window", on_window)
+        if out is not None:
+            out = video_path("out", out)
         engine = self.engine
         engine.check_text(request.prompt, request.guidance_scale)
         if engine.text is not None:
             engine.text.require_whole(request.prompt)
-        return self._perform(request, cancel or CancelToken(), on_window, out)
+        return self._perform(request, cancel_token(cancel), on_window, out)
 
     def plans(self) -> list[TokenPlan]:
         """The plans that an edit with memory may run, for `Engine.warmup`."""

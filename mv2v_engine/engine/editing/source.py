@@ -16,6 +16,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from mv2v_engine import arguments
+from mv2v_engine.engine.source import SOURCES, bare_frames, check_rate
 from mv2v_engine.errors import VideoError
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.transforms import cover_and_crop
@@ -114,7 +116,7 @@ class LongSource:
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the source."""
-        blank = torch.zeros(1, *self.source_size, 3, dtype=torch.uint8)
+        blank = torch.zeros((1, *self.source_size, 3), dtype=torch.uint8, device="cpu")
         return {
             "name": self.name,
             "frames": self.num_frames,
@@ -139,16 +141,10 @@ def open_long_source(
     Raises:
         VideoError: the file or the frames cannot be used as asked.
     """
-    if fps is not None and not 0.01 <= fps <= 1000:
-        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
-    if isinstance(source, str | Path):
-        reader = VideoReader(source, max_pixels=max_pixels)
+    check_rate(fps)
+    if not isinstance(source, Tensor | np.ndarray):
+        path = arguments.path("source", source, SOURCES, kind=VideoError)
+        reader = VideoReader(path, max_pixels=max_pixels)
         return LongSource(reader, fps=fps or reader.info.fps, size=size, name=reader.path.name)
-    frames = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
-    is_video = frames.ndim == 4 and frames.shape[-1] == 3 and frames.dtype == torch.uint8
-    if not is_video or not frames.numel():
-        raise VideoError(
-            "source frames must be uint8 [frames, height, width, 3] with at least 1 frame, "
-            f"got {frames.dtype} {list(frames.shape)}"
-        )
-    return LongSource(frames.cpu(), fps=fps or own_fps, size=size, name="frames")
+    frames = bare_frames(source, at_least=1)
+    return LongSource(frames, fps=fps or own_fps, size=size, name="frames")

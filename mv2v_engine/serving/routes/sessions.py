@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from typing import Any
 
 from fastapi import APIRouter, Request, Response, status
@@ -23,6 +24,8 @@ from mv2v_engine.serving.routes.parameters import (
     SessionId,
 )
 from mv2v_engine.serving.schemas import (
+    WINDOW,
+    WINDOW_HELP,
     BranchRequest,
     Footprint,
     Session,
@@ -67,6 +70,11 @@ _FORM: dict[str, Any] = {
                             "maxLength": _NAME_LENGTH,
                             "description": "how people call it",
                         },
+                        "window": {
+                            "type": "string",
+                            "pattern": WINDOW,
+                            "description": WINDOW_HELP,
+                        },
                     },
                 }
             }
@@ -102,11 +110,11 @@ async def create_session(
     """Begin a session with a video, which is decoded to its end before it is taken."""
     limit = config.limits.upload_bytes
     async with received_form(request, "video", limit, service.upload_path) as form:
-        unknown = sorted(form.fields.keys() - {"name"})
+        unknown = sorted(form.fields.keys() - {"name", "window"})
         if unknown:
             raise ApiError(
                 "invalid_request",
-                f"the form has no field {unknown[0][:100]!r}; it has video, a file, and name",
+                f"the form has no field {unknown[0][:100]!r}; it has video, name, window",
                 param=unknown[0][:100],
             )
         name = clean_name(form.fields.get("name", ""))
@@ -116,6 +124,13 @@ async def create_session(
                 f"name may have {_NAME_LENGTH} characters, got {len(name)}; shorten it",
                 param="name",
             )
+        window = form.fields.get("window")
+        if window is not None and not re.fullmatch(WINDOW, window):
+            raise ApiError(
+                "invalid_request",
+                f"window must be {WINDOW_HELP}, got {window[:20]!r}",
+                param="window",
+            )
         video = form.take_video()
         if video is None:
             raise ApiError(
@@ -123,7 +138,7 @@ async def create_session(
                 "the form has no file in the field 'video'; send the video there",
                 param="video",
             )
-        record = await service.create_session(owner, video, name, key=key)
+        record = await service.create_session(owner, video, name, key=key, window=window)
     response.headers["Location"] = f"/v1/sessions/{record.id}"
     return session_of(record)
 

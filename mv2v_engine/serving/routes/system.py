@@ -5,9 +5,12 @@ from __future__ import annotations
 import functools
 from typing import Any
 
+import torch
 from fastapi import APIRouter, Depends, Request, Response
 
+from mv2v_engine import __version__
 from mv2v_engine.camera.trajectories import named_poses
+from mv2v_engine.ops.native import ABI_VERSION
 from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
 from mv2v_engine.serving.schemas import (
     Answers,
@@ -16,6 +19,7 @@ from mv2v_engine.serving.schemas import (
     Models,
     Sampling,
     UploadLimits,
+    Version,
     refusals,
 )
 
@@ -67,6 +71,22 @@ def _sampled_path(preset: str) -> list[Any]:
 async def health() -> Health:
     """Whether the service answers at all."""
     return Health(status="ok")
+
+
+@router.get("/version", response_model=Version, tags=["system"], responses=refusals("wrong_host"))
+async def version(service: Serving) -> Version:
+    """What runs here: the engine, torch, the native libraries' ABI, and the model with its digest.
+
+    The model is null until it has been loaded once.
+    """
+    about = service.about
+    return Version(
+        version=__version__,
+        torch=torch.__version__,
+        abi=ABI_VERSION,
+        model=None if about is None else about["engine"]["checkpoint"],
+        model_digest=None if about is None else about.get("digest"),
+    )
 
 
 @router.get(

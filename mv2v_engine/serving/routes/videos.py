@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
 from typing import Annotated, Any, Literal
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.fields import field_error
 from mv2v_engine.serving.openai_schemas import (
     DeletedVideo,
     RemixRequest,
@@ -86,6 +88,7 @@ def _video(
         remixed_from_video_id=job.request.get("remixed_from"),
         error=JobError(**job.error) if job.error is not None else None,
         session_id=session.id,
+        warnings=list(session.warnings),
     )
 
 
@@ -105,15 +108,16 @@ def _check_model(asked: RemixRequest, about: dict[str, Any]) -> None:
     model = about["engine"]["checkpoint"]
     if asked.model not in (None, model):
         raise ApiError(
-            "not_found",
+            "not_made_here",
             f"there is no model {asked.model[:100]!r} here, only {model!r}; ask for that or leave "
             "model out",
             param="model",
         )
     if asked.size not in (None, _size(about)):
         raise ApiError(
-            "invalid_request",
-            f"{model} makes videos of {_size(about)}, not {asked.size[:100]!r}; leave size out",
+            "not_made_here",
+            f"{model} makes videos of {_size(about)}, not {asked.size[:100]!r}; ask for "
+            "that or leave size out",
             param="size",
         )
 
@@ -124,12 +128,13 @@ def _check_seconds(asked: RemixRequest, session: SessionRecord, about: dict[str,
     made = _seconds(session, about)
     try:
         is_right = abs(float(asked.seconds) - made) <= _SECONDS_SLACK
-    except ValueError:
+    except (ValueError, OverflowError):
         is_right = False
     if not is_right:
         raise ApiError(
-            "invalid_request",
-            f"the result lasts {made:g} seconds, not {asked.seconds[:100]!r}; leave seconds out",
+            "not_made_here",
+            f"the result lasts {made:g} seconds, not {str(asked.seconds)[:100]!r}; ask for that or "
+            "leave seconds out",
             param="seconds",
         )
 
@@ -163,20 +168,15 @@ async def _asked(
 
 
 def invalid(error: ValidationError) -> ApiError:
-    """A model's first complaint as an answer."""
-    first = error.errors(include_url=False, include_input=False, include_context=False)[0]
-    param = ".".join(str(part) for part in first["loc"])
-    return ApiError(
-        "invalid_request",
-        f"{param or 'the body'}: {first['msg']}",
-        param=param or None,
-    )
+    """A model's complaint as an answer."""
+    found: Sequence[Mapping[str, Any]] = error.errors(include_url=False)
+    return field_error(found, [*VideoRequest.model_fields, _FILE_FIELD], 0)
 
 
 @router.post(
     "",
     response_model=Video,
-    responses=refusals(*ANY, *BODY, *UPLOAD, "queue_full", "not_found"),
+    responses=refusals(*ANY, *BODY, *UPLOAD, "queue_full", "not_found", "not_made_here"),
     openapi_extra=_request_body(),
 )
 async def create_video(
@@ -194,9 +194,15 @@ async def create_video(
                 "session_id, the session of one that is here: exactly one of them",
                 param=_FILE_FIELD,
             )
+        if form.video is None and asked.window is not None:
+            raise ApiError(
+                "invalid_request",
+                f"window is chosen with {_FILE_FIELD}, and a session has its own; leave it out",
+                param="window",
+            )
         video = form.take_video()
         if video is not None:
-            session = await service.create_session(owner, video, "", key=key)
+            session = await service.create_session(owner, video, "", key=key, window=asked.window)
         else:
             session = await service.session(owner, asked.session_id or "")
         try:
@@ -299,7 +305,11 @@ async def get_video_content(
     return await answer_file(request, path, name=f"{video_id}.{suffix}", media_type=kind)
 
 
-@router.post("/{video_id}/remix", response_model=Video, responses=refusals(*ANY, *BODY, *SUBMIT))
+@router.post(
+    "/{video_id}/remix",
+    response_model=Video,
+    responses=refusals(*ANY, *BODY, *SUBMIT, "not_made_here"),
+)
 async def remix_video(
     request: Request,
     service: Serving,

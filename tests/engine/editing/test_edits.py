@@ -177,7 +177,7 @@ def test_what_an_editor_refuses(editor: Engine, engine: Engine, tmp_path: Path) 
     with pytest.raises(RequestError, match="the prompt has 9 tokens, the model reads 8; shorten"):
         session.edit("the red ball rolls the red ball rolls")
     assert session.edit("the red ball rolls the red ball", num_inference_steps=1)
-    with pytest.raises(RequestError, match="memory of an edit must be 'retrieved' or 'none'"):
+    with pytest.raises(RequestError, match="memory must be one of 'retrieved', 'none'"):
         session.edit(PROMPT, memory="previous")
     with pytest.raises(RequestError, match="num_inference_steps must lie in"):
         session.edit(PROMPT, num_inference_steps=0)

@@ -1,0 +1,325 @@
+"""The edges of the HTTP service: HEAD, /docs, /version, wrong fields, paths, ready lines."""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import re
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+
+import httpx
+import torch
+import uvicorn.logging  # noqa: F401  (its logger is among those that are configured)
+
+from mv2v_engine import Engine, __version__
+from mv2v_engine.ops.native import ABI_VERSION
+from mv2v_engine.serving.errors import without_paths
+from mv2v_engine.serving.folders import source_path, window_path
+from mv2v_engine.serving.host import Host
+from mv2v_engine.serving.logs import configure_logs
+
+# pydantic's and FastAPI's own words
+FOREIGN = re.compile(r"Input should|Extra inputs|Field required|Value error|valid (string|integer)")
+
+
+@pytest.fixture(scope="module")
+def service(serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) -> Any:
+    with serving(tmp_path_factory.mktemp("store")) as service:
+        yield service
+
+
+@pytest.fixture(scope="module")
+def http(service: Any) -> Any:
+    with service.client() as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def made(http: httpx.Client, source_clip: Path) -> dict[str, str]:
+    """A session, its finished turn and its job."""
+    with source_clip.open("rb") as clip:
+        session = http.post("/v1/sessions", files={"video": clip}).json()
+    job = http.post(f"/v1/sessions/{session['id']}/turns", json={"camera": "pan_right"}).json()
+    http.get(f"/v1/jobs/{job['id']}/events").raise_for_status()  # to its end
+    return {"session_id": session["id"], "job_id": job["id"], "video_id": job["id"], "number": "1"}
+
+
+def test_head_on_every_route_that_answers_get(
+    service: Any, http: httpx.Client, made: dict[str, str]
+) -> None:
+    paths = [path for path, known in service.app.openapi()["paths"].items() if "get" in known]
+    assert len(paths) > 15
+    for path in [*paths, "/", "/docs", "/openapi.json", "/page/app.js"]:
+        address = path.format(**made)
+        head, got = http.head(address), http.get(address)
+        assert (head.status_code, head.content) == (got.status_code, b""), address
+        assert head.status_code == 200, address
+        changing = {"date", "content-length", "etag"} if "export" in address else {"date"}
+        if address == "/metrics":
+            changing.add("content-length")
+        for name in set(got.headers) - changing - {"transfer-encoding"}:
+            assert head.headers.get(name) == got.headers[name], (address, name)
+
+
+def test_head_of_what_is_not_there_and_of_other_methods(http: httpx.Client) -> None:
+    for address, status in [
+        ("/nothing", 404),
+        ("/v1/sessions/session_000000000000000000000000", 404),
+        ("/v1/jobs/job_000000000000000000000000/cancel", 405),
+    ]:
+        answer = http.head(address)
+        assert (answer.status_code, answer.content) == (status, b"")
+    assert http.put("/healthz").headers["allow"] == "GET, HEAD"
+
+
+def test_head_of_a_stream_ends_at_once(
+    service: Any, http: httpx.Client, made: dict[str, str]
+) -> None:
+    service.backend.hold()
+    try:
+        turns = f"/v1/sessions/{made['session_id']}/turns"
+        job = http.post(turns, json={"camera": "pan_right"}).json()
+        answer = http.head(f"/v1/jobs/{job['id']}/events")
+        assert answer.headers["content-type"].startswith("text/event-stream")
+    finally:
+        service.backend.let_go()
+    http.get(f"/v1/jobs/{job['id']}/events")
+
+
+def test_docs_need_no_other_site(http: httpx.Client) -> None:
+    page = http.get("/docs")
+    assert (
+        page.status_code == 200 and "default-src 'self'" in page.headers["content-security-policy"]
+    )
+    files = re.findall(r'(?:src|href)="([^"]+)"', page.text)
+    assert {"page/docs.js", "page/docs.css", "openapi.json"} <= set(files)
+    for name in files:
+        assert http.get(f"/{name}").status_code == 200, name
+    told = page.text + http.get("/page/docs.js").text
+    assert "http://" not in told and "https://" not in told and "<script>" not in told
+
+
+def test_version(http: httpx.Client) -> None:
+    told = http.get("/version").json()
+    assert told == {
+        "version": __version__,
+        "torch": torch.__version__,
+        "abi": ABI_VERSION,
+        "model": "fake",
+        "model_digest": None,
+    }
+
+
+@pytest.mark.parametrize(
+    ("body", "param", "words"),
+    [
+        ({"camera": "pan_left", "steps": 2}, "steps", "no field 'steps'; 'num_inference_steps'"),
+        ({"camera": "pan_left", "guidance": 2}, "guidance", "'guidance_scale' is the nearest"),
+        ({"camera": "pan_left", "sed": 2}, "sed", "'seed' is the nearest"),
+        ({"camera": "pan_left", "seed": "2"}, "seed", "must be an integer, got text of 1 char"),
+        ({"camera": "pan_left", "seed": 1.5}, "seed", "must be an integer, got 1.5"),
+        ({"camera": "pan_left", "seed": -1}, "seed", "must be at least 0, got -1"),
+        ({"camera": "pan_left", "seed": True}, "seed", "must be an integer, got true"),
+        ({"camera": "pan_left", "num_inference_steps": 0}, "num_inference_steps", "at least 1"),
+        ({"camera": "pan_left", "num_inference_steps": [1]}, "num_inference_steps", "got a list"),
+        ({"camera": "pan_left", "memory": "x"}, "memory", "must be 'retrieved'"),
+        ({"camera": 3}, "camera", "must be text or an object, got 3"),
+        ({"camera": ""}, "camera", "at least 1 characters, got empty text"),
+        ({"camera": "no such thing!"}, "camera", "of the form"),
+        (
+            {"camera": {"format": "mv2v-camera", "version": 1, "size": [1, 1]}},
+            "camera.poses",
+            "mis",
+        ),
+        (
+            {"camera": {"format": "x", "version": 1, "size": [1, 1], "poses": []}},
+            "camera.format",
+            "must be 'mv2v-camera'",
+        ),
+        ({"prompt": 3}, "prompt", "must be text, got 3"),
+        ({"prompt": "x" * 9000}, "prompt", "at most 8192 characters, got text of 9000"),
+        ({}, None, "a turn needs a camera or a prompt"),
+        ([], None, "the body must be an object, got a list"),
+        (3, None, "the body must be an object, got 3"),
+    ],
+    ids=str,
+)
+def test_wrong_fields_in_our_words(
+    http: httpx.Client, made: dict[str, str], body: Any, param: str | None, words: str
+) -> None:
+    answer = http.post(f"/v1/sessions/{made['session_id']}/turns", json=body)
+    error = answer.json()["error"]
+    assert (answer.status_code, error["code"], error["param"]) == (422, "invalid_request", param)
+    assert words in error["message"] and not FOREIGN.search(error["message"]), error["message"]
+    assert "constrained" not in error["message"] and "Trajectory" not in error["message"]
+
+
+def test_wrong_parameters_in_our_words(http: httpx.Client, made: dict[str, str]) -> None:
+    for address, param in [
+        ("/v1/jobs?limit=0", "limit"),
+        ("/v1/jobs?limit=x", "limit"),
+        ("/v1/jobs?order=up", "order"),
+        ("/v1/jobs?after=x", "after"),
+        (f"/v1/sessions/{made['session_id']}/turns/x", "number"),
+    ]:
+        error = http.get(address).json()["error"]
+        assert error["param"] == param and not FOREIGN.search(error["message"]), error
+
+
+@pytest.mark.parametrize("as_form", [True, False])
+def test_what_openais_clients_ask_for(
+    http: httpx.Client, made: dict[str, str], as_form: bool
+) -> None:
+    """Taken where it is what the model makes, refused by one 400 that says what that is."""
+
+    def ask(**fields: Any) -> httpx.Response:
+        body = {"prompt": "pan_right", "session_id": made["session_id"]} | fields
+        if as_form:
+            return http.post("/v1/videos", files={name: (None, str(v)) for name, v in body.items()})
+        return http.post("/v1/videos", json=body)
+
+    right = {"model": "fake", "size": "64x48", "seconds": "1"}
+    assert ask(**right).status_code == 200
+    assert ask(seconds=1).status_code == 200
+    for name, value, possible in [
+        ("model", "sora-2", "'fake'"),
+        ("size", "720x1280", "64x48"),
+        ("seconds", "12", "1.125"),
+        ("seconds", 4, "1.125"),
+        ("seconds", "soon", "1.125"),
+    ]:
+        answer = ask(**{name: value})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "not_made_here")
+        assert error["param"] == name and possible in error["message"]
+    answer = ask(steps=3)
+    assert "'num_inference_steps' is the nearest" in answer.json()["error"]["message"]
+
+
+def test_a_video_warns_of_frames_that_the_model_does_not_see(
+    http: httpx.Client, tmp_path: Path, long_clip: Path
+) -> None:
+    with long_clip.open("rb") as clip:
+        answer = http.post(
+            "/v1/videos", files={"input_reference": clip, "prompt": (None, "pan_right")}
+        )
+    assert answer.json()["warnings"] == ["the model takes 9 frames: frames 0 to 8 of 23"]
+
+
+@pytest.mark.parametrize(
+    ("message", "expected"),
+    [
+        (
+            "cannot write /srv/mv2v/store/turn_1.mp4: full; go on",
+            "cannot write turn_1.mp4: full; go on",
+        ),
+        ("/srv/store already holds a session", "store already holds a session"),
+        ("no file '/srv/my store/x y.mp4' here", "no file 'x y.mp4' here"),
+        ("ask /docs, or http://127.0.0.1:8000/v1/jobs; 1/2", None),
+    ],
+)
+def test_answers_name_no_path_of_the_server(message: str, expected: str | None) -> None:
+    assert without_paths(message) == (expected or message)
+
+
+def test_a_failed_job_names_no_path(
+    serving: Callable[..., Any], source_clip: Path, tmp_path: Path
+) -> None:
+    with serving(tmp_path / "store") as service, service.client() as http:
+        with source_clip.open("rb") as clip:
+            session = http.post("/v1/sessions", files={"video": clip}).json()["id"]
+        service.backend.hold()
+        service.backend.failure = f"cannot write {tmp_path}/store/x.safetensors: it is full"
+        job = http.post(f"/v1/sessions/{session}/turns", json={"camera": "pan_right"}).json()["id"]
+        service.backend.fails[job] = "internal"
+        service.backend.let_go()
+        events = http.get(f"/v1/jobs/{job}/events").text
+        assert "cannot write x.safetensors: it is full" in events
+        assert str(tmp_path) not in events + http.get(f"/v1/jobs/{job}").text
+
+
+LONG = "frames {} to {} of 23"
+
+
+@pytest.mark.parametrize(
+    ("window", "told"),
+    [
+        (None, LONG.format(0, 8)),
+        ("first", LONG.format(0, 8)),
+        ("last", LONG.format(14, 22)),
+        ("3", LONG.format(3, 11)),
+        ("even", "9 of 23 frames, spread evenly over the whole clip"),
+    ],
+)
+def test_the_part_of_a_clip_is_chosen(
+    http: httpx.Client, service: Any, long_clip: Path, window: str | None, told: str
+) -> None:
+    chosen = {} if window is None else {"window": (None, window)}
+    with long_clip.open("rb") as clip:
+        session = http.post("/v1/sessions", files={"video": clip} | chosen).json()
+    assert session["warnings"] == [f"the model takes 9 frames: {told}"]
+    with long_clip.open("rb") as clip:
+        files = {"input_reference": clip, "prompt": (None, "pan_right")} | chosen
+        assert http.post("/v1/videos", files=files).json()["warnings"] == session["warnings"]
+    branch = http.post(f"/v1/sessions/{session['id']}/branches", json={"turn": 0}).json()
+    assert branch["warnings"] == session["warnings"]
+    for one in (session, branch):
+        path = window_path(service.config.store / "sessions" / one["id"])
+        assert (path.read_text() if path.exists() else None) == window
+
+
+@pytest.mark.parametrize("window", ["15", "pad", "middl", "-1", "", "1e3"])
+def test_a_part_that_is_none_is_refused(http: httpx.Client, long_clip: Path, window: str) -> None:
+    before = len(http.get("/v1/sessions?limit=100").json()["data"])
+    for route, field in [("/v1/sessions", "video"), ("/v1/videos", "input_reference")]:
+        with long_clip.open("rb") as clip:
+            files = {field: clip, "window": (None, window)}
+            if route == "/v1/videos":
+                files["prompt"] = (None, "pan_right")
+            error = http.post(route, files=files).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_request", "window"), error
+    assert len(http.get("/v1/sessions?limit=100").json()["data"]) == before
+
+
+def test_the_engine_is_given_the_part_that_was_chosen(
+    tiny_checkpoint: Path, long_clip: Path, tmp_path: Path
+) -> None:
+    """Also when a worker opens the session again."""
+    host = Host(Engine.from_pretrained(tiny_checkpoint, device="cpu"), max_open=1)
+    folder = tmp_path / "session"
+    folder.mkdir()
+    shutil.copy(long_clip, source_path(folder))
+    window_path(folder).write_text("last")
+    opened = host._session({"id": "s", "frames": 23}, folder)
+    assert opened.source.description["window"] == LONG.format(14, 22)
+
+
+def test_probes_are_of_level_debug(capsys: pytest.CaptureFixture[str]) -> None:
+    stream, before = io.StringIO(), logging.getLogger().handlers[:]
+    try:
+        for level, expected in [
+            (logging.INFO, ["/v1/jobs"]),
+            (logging.DEBUG, ["/healthz", "/readyz", "/v1/jobs"]),
+        ]:
+            configure_logs(level)
+            logging.getLogger().handlers[0].setStream(stream)  # type: ignore[attr-defined]
+            access = logging.getLogger("uvicorn.access")
+            for path, status in [("/healthz", 200), ("/readyz", 503), ("/v1/jobs", 200)]:
+                access.info('%s - "%s %s HTTP/%s" %d', "1.2.3.4:5", "GET", path, "1.1", status)
+            lines = [json.loads(line) for line in stream.getvalue().splitlines()]
+            assert [line["path"] for line in lines] == expected
+            assert all(line["level"] == "debug" for line in lines if line["path"] != "/v1/jobs")
+            stream.truncate(0)
+            stream.seek(0)
+    finally:
+        logging.getLogger().handlers[:] = before
+        configure_logs()
+        logging.getLogger().handlers[:] = before
