@@ -125,6 +125,7 @@ class Session(BaseModel):
                 "parent": None,
                 "parent_turn": None,
                 "warnings": [],
+                "damage": None,
             }
         ),
     )
@@ -145,6 +146,7 @@ class Session(BaseModel):
     parent: str | None
     parent_turn: int | None
     warnings: list[str]
+    damage: str | None
 
 
 class SessionWithFootprint(Session):
@@ -168,6 +170,7 @@ class Turn(BaseModel):
                 "report": {"turn": 1, "camera": "arc:-40", "seconds": {"sampling": 3.1}},
                 "created": CREATED,
                 "bytes": 96_412,
+                "damage": None,
             }
         ),
     )
@@ -180,6 +183,7 @@ class Turn(BaseModel):
     report: dict[str, Any]
     created: float
     bytes: int
+    damage: str | None
 
 
 class JobError(BaseModel):

@@ -153,9 +153,9 @@ async def test_retention_by_age_and_bytes_spares_what_is_in_use(tmp_path: Path) 
         old = sessions[:2]
         backend.go.clear()
         job = await asked(service, old[1])
-        for session in old:
-            before = partial(tables.touch, session_id=session.id, now=session.created - 10 * DAY)
-            await service._write(before)
+        await service._write(partial(tables.advance_clock, seconds=10 * DAY))
+        for session in sessions[2:]:
+            await service._write(partial(tables.touch, session_id=session.id, now=session.created))
         retention = service._retention
         retention.config = replace(service.config, keep_days=5)
         assert await retention.sweep() == [old[0].id]
