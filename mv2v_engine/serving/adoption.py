@@ -115,7 +115,8 @@ def _identity(store: Store, row: sqlite3.Row) -> str | None:
     folder = store.session(row["id"])
     manifest = engine_store(folder, row["kind"])
     try:
-        return json.dumps(manifest.read()["identity"]) if manifest.exists() else None
+        with reading(folder):
+            return json.dumps(manifest.read()["identity"]) if manifest.exists() else None
     except StorageError:
         return None
 

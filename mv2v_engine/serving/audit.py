@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,14 @@ from mv2v_engine.files import save_json
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import Promises, Verifier
-from mv2v_engine.serving.folders import RESULTS, Store, engine_store, reading, result_path
+from mv2v_engine.serving.folders import (
+    RESULTS,
+    Store,
+    engine_store,
+    reading,
+    result_path,
+    result_paths,
+)
 from mv2v_engine.serving.records import SessionRecord, TurnFile, TurnRecord
 
 log = logging.getLogger("mv2v_engine.serving")
@@ -46,10 +53,16 @@ class TurnState:
 
 
 class Audit:
-    """One store's. All methods but those of files belong to one event loop."""
+    """One store's. All methods belong to one event loop.
 
-    def __init__(self, store: Store, database: Database) -> None:
+    put_away: what becomes of a video or thumbnail that is not as recorded.
+    """
+
+    def __init__(
+        self, store: Store, database: Database, put_away: Callable[[Path], object] | None = None
+    ) -> None:
         self.store, self.database = store, database
+        self._put_away = put_away or store.discard
         self.verifier = Verifier()
         self._changing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None
@@ -147,11 +160,10 @@ class Audit:
         await self.database.write(change, makes_room=True)
 
     def _remove_wrong(self, folder: Path, turn: TurnRecord) -> None:
-        for which in RESULTS:
-            path = result_path(folder, turn.number, which)
+        for path in result_paths(folder, turn.number):
             name = path.relative_to(folder).as_posix()
             if self.verifier.problem(folder, name, turn.files) is not None:
-                self.store.discard(path)
+                self._put_away(path)
 
     def _source_damage(self, folder: Path, session: SessionRecord, is_deep: bool) -> str | None:
         problem = self.verifier.problem(folder, "source", session.files, is_deep=is_deep)
@@ -170,10 +182,7 @@ class Audit:
         self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
     ) -> str | None:
         manifest = engine_store(folder, session.kind)
-        try:
-            wrong = _difference(folder, session, turns)
-        except (StorageError, OSError) as error:
-            wrong = str(error)
+        wrong = manifest_problem(folder, session, turns)
         if wrong is None:
             return None
         entries = [turn.entry for turn in turns]
@@ -218,8 +227,17 @@ def _problem(
     return verifier.problem(folder, name, files, is_deep=is_deep)
 
 
+def manifest_problem(
+    folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
+) -> str | None:
+    """In what a session's manifest is not what the rows say; None if it is."""
+    try:
+        return _difference(folder, session, turns)
+    except (StorageError, OSError) as error:
+        return str(error)
+
+
 def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]) -> str | None:
-    """In what the manifest is not what the rows say. Raises StorageError: it cannot be read."""
     store = engine_store(folder, session.kind)
     if not store.exists():
         return "it is missing" if turns else None

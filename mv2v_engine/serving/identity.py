@@ -1,4 +1,4 @@
-"""Which store a folder is: told by its `store.json`, by its database, and in every session's folder.
+"""Which store a folder is: told by `store.json`, by the database, and in every session's folder.
 
 The generation is one higher at every start, written to the database first. So what does not belong
 together is told apart: a database of another store, one that is older than its folders, as from a
@@ -47,18 +47,47 @@ def admit(store: Store) -> Identity:
     if not has_database(store):
         return _begin(store, named)
     with database.opened(store.database) as db:
-        require_whole(db, store)
-        found = database.version_of(db)
-        if found == 1:
+        if require_admissible(db, store, named) == 1:
             named = _take_up(db, store, named)
-        elif found != database.VERSION:
-            raise database.wrong_version(found)
         row = identity_of(db)
-        require_same(store.root, named, row)
         identity = Identity(row.id, row.generation + 1)
         database.in_transaction(db, partial(set_identity, identity=identity))
     write_identity(store.root, identity)
     return identity
+
+
+def refusal(store: Store) -> str | None:
+    """Why a start would refuse a store; None if it would not."""
+    try:
+        named = read_identity(store.root)
+        if not has_database(store):
+            _require_new(store, named)
+            return None
+        with database.opened(store.database) as db:
+            require_admissible(db, store, named)
+    except StorageError as error:
+        return str(error)
+    return None
+
+
+def require_admissible(db: sqlite3.Connection, store: Store, named: Identity | None) -> int:
+    """Refuse a database that is damaged, or does not belong to its store; its version.
+
+    named: what `store.json` says.
+    """
+    require_whole(db, store)
+    version = database.version_of(db)
+    if version == 1:
+        if named is not None and named.generation > 0:
+            raise _refused(store.root, "its database is older than its folders, and of version 1")
+        quarrel = disagreement(db, store)
+        if quarrel is not None:
+            raise _refused(store.root, f"its rows and its folders disagree: {quarrel}")
+    elif version != database.VERSION:
+        raise database.wrong_version(version)
+    else:
+        require_same(store.root, named, identity_of(db))
+    return version
 
 
 def has_database(store: Store) -> bool:
@@ -124,6 +153,11 @@ def read_identity(root: Path) -> Identity | None:
         raise _refused(root, f"{NAME} cannot be read ({error})") from error
 
 
+def store_file(root: Path) -> Path:
+    """Where a store says what it is."""
+    return root / NAME
+
+
 def write_identity(root: Path, identity: Identity) -> None:
     value = {"id": identity.id, "generation": identity.generation}
     save_json(root / NAME, {"format": _FORMAT, "version": _VERSION, **value})
@@ -149,11 +183,7 @@ def new_identity(generation: int = 0) -> Identity:
 
 def _begin(store: Store, named: Identity | None) -> Identity:
     """A new store, or one whose beginning was cut off."""
-    has_sessions = any(store.sessions.iterdir())
-    if has_sessions or (named is not None and named.generation > 0):
-        what = "an empty" if store.database.exists() else "no"
-        seen = "has sessions" if has_sessions else "was started before"
-        raise _refused(store.root, f"it {seen} and {what} {store.database.name}")
+    _require_new(store, named)
     named = named or new_identity()
     write_identity(store.root, named)
     identity = Identity(named.id, 1)
@@ -169,13 +199,17 @@ def create(db: sqlite3.Connection, identity: Identity) -> None:
     set_identity(db, identity)
 
 
+def _require_new(store: Store, named: Identity | None) -> None:
+    """Refuse a store that has lost its database."""
+    has_sessions = any(store.sessions.iterdir())
+    if has_sessions or (named is not None and named.generation > 0):
+        what = "an empty" if store.database.exists() else "no"
+        seen = "has sessions" if has_sessions else "was started before"
+        raise _refused(store.root, f"it {seen} and {what} {store.database.name}")
+
+
 def _take_up(db: sqlite3.Connection, store: Store, named: Identity | None) -> Identity:
     """Give a store of version 1 an identity, and its rows the digests of their files."""
-    if named is not None and named.generation > 0:
-        raise _refused(store.root, "its database is older than its folders, of an older version")
-    quarrel = disagreement(db, store)
-    if quarrel is not None:
-        raise _refused(store.root, f"its rows and its folders disagree: {quarrel}")
     named = named or new_identity()
     # cut off behind this, it is begun again
     write_identity(store.root, named)

@@ -22,7 +22,7 @@ from mv2v_engine.files import save_json
 from mv2v_engine.serving.adoption import finished_numbers
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import num_bytes, promised
-from mv2v_engine.serving.folders import latents_paths, manifest_row, reading
+from mv2v_engine.serving.folders import engine_store, latents_paths, manifest_row, reading
 from mv2v_engine.serving.records import Kind, TurnRecord
 from mv2v_engine.serving.tables import insert, scalar, text, turn_values
 
@@ -31,7 +31,7 @@ log = logging.getLogger("mv2v_engine.serving")
 FOLDER = "rows"
 _FORMAT, _VERSION = "mv2v-rows", 1
 # what changes often, is found out at every start, or belongs to one database
-_NOT_OF_SESSIONS = {"serial", "touched", "used", "is_deleting", "damage"}
+_NOT_OF_SESSIONS = {"serial", "touched", "used", "is_deleting", "damage", "identity"}
 _NOT_OF_TURNS = {"session", "is_published", "damage"}
 _SESSION_COLUMNS = {
     "id": str,
@@ -51,7 +51,6 @@ _SESSION_COLUMNS = {
     "key": (str, type(None)),
     "digest": (str, type(None)),
     "files": str,
-    "identity": (str, type(None)),
 }
 _TURN_COLUMNS = {
     "number": int,
@@ -64,7 +63,7 @@ _TURN_COLUMNS = {
     "entry": (str, type(None)),
 }
 # columns that hold JSON
-_TEXTS = {"request", "report", "files", "entry", "warnings", "identity"}
+_TEXTS = {"request", "report", "files", "entry", "warnings"}
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ def read_rows(folder: Path) -> Rows:
         raise StorageError(f"{folder.name} has no copy of its rows")
     with reading(folder):
         session = _checked(value["row"], _SESSION_COLUMNS)
-        rows = Rows(str(value["store"]), session)
+        rows = Rows(str(value["store"]), session | {"identity": _identity(folder, session["kind"])})
     copied = {
         int(path.stem.removeprefix("turn_"))
         for path in (folder / FOLDER).glob("turn_[0-9][0-9][0-9][0-9].json")
@@ -240,6 +239,16 @@ def _turn_name(number: int) -> str:
 
 def _without(row: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in names}
+
+
+def _identity(folder: Path, kind: Kind) -> str | None:
+    """What the engine's manifest says of its session; None if there is no whole one."""
+    try:
+        with reading(folder):
+            store = engine_store(folder, kind)
+            return text(store.read()["identity"]) if store.exists() else None
+    except StorageError:
+        return None
 
 
 def _request(report: dict[str, Any]) -> dict[str, Any]:

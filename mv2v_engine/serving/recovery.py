@@ -30,7 +30,7 @@ from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.folders import Store, remove_content, sweep_results
 from mv2v_engine.serving.mirror import copied_turn, insert_turn, mirror
-from mv2v_engine.serving.records import JobRecord, SessionRecord
+from mv2v_engine.serving.records import JobRecord, SessionRecord, is_id
 from mv2v_engine.serving.scheduler import Scheduler
 
 log = logging.getLogger("mv2v_engine.serving")
@@ -52,25 +52,32 @@ async def recover(
     for stray in await asyncio.to_thread(store.stray_sessions, known):
         await asyncio.to_thread(_put_away, store, stray)
     await asyncio.to_thread(store.empty_trash)
-    for session in await database.read(tables.kept_sessions):
-        await _take_up(session, store, database)
-    await audit.start()
+    await reconcile(store, database, audit)
     for session_id, number in await database.read(tables.unpublished_turns):
         await asyncio.to_thread(sweep_results, store.session(session_id), number)
-    for session in await database.read(tables.kept_sessions):
-        await mirror(database, store.session(session.id), session.id)
     for job in await database.read(partial(jobs.jobs_in_state, state="running")):
         await _recover(job, database, scheduler, max_attempts)
     for job in await database.read(partial(jobs.jobs_in_state, state="queued")):
         scheduler.queued(job, is_new=False)
 
 
+async def reconcile(store: Store, database: Database, audit: Audit) -> None:
+    """Make rows and folders of the sessions that have rows agree, and find out what is damaged."""
+    sessions = await database.read(tables.kept_sessions)
+    for session in sessions:
+        await _take_up(session, store, database)
+    await audit.start()
+    for session in sessions:
+        await mirror(database, store.session(session.id), session.id)
+
+
 def _put_away(store: Store, stray: Path) -> None:
     """Take a folder that no row tells of out of the way; remove it only if it promises nothing."""
-    if stray.is_dir() and not (stray / "rows").exists() and not (stray / "session.json").exists():
-        # an upload that was never answered for
-        store.discard(stray)
-        return
+    if is_id("session", stray.name) and stray.is_dir():
+        if {path.name for path in stray.iterdir()} <= {"source"}:
+            # an upload that was never answered for
+            store.discard(stray)
+            return
     place = store.set_aside(stray, stray.name)
     log.warning(
         "no row tells of the session in %s: it was set aside, to %s; to take it up again, move it "
