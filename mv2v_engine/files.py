@@ -26,6 +26,7 @@ from mv2v_engine.errors import StorageError
 
 # what file systems answer that know no flushing of folders
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
+_CHUNK = 1 << 20
 
 
 def require_writable(folder: Path) -> None:
@@ -67,20 +68,25 @@ def flush(path: Path) -> None:
         os.close(file)
 
 
-def make_folder(path: Path) -> None:
+def make_folder(path: Path) -> list[Path]:
     """Make a folder and those above it that are missing, and flush what names them.
+
+    Returns:
+        the folders that were made, from the top down.
 
     Raises:
         OSError: it cannot be made.
     """
-    missing = []
+    missing: list[Path] = []
     place = path.absolute()
     while not place.exists():
         missing.append(place)
         place = place.parent
     path.mkdir(parents=True, exist_ok=True)
-    for folder in reversed(missing):
+    missing.reverse()
+    for folder in missing:
         flush(folder.parent)
+    return missing
 
 
 def move(source: Path, target: Path) -> None:
@@ -183,6 +189,19 @@ def tensor_digest(*tensors: Tensor) -> str:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())
         flat = tensor.detach().cpu().contiguous().flatten().view(torch.uint8)
         digest.update(flat.numpy().tobytes())
+    return digest.hexdigest()
+
+
+def file_digest(path: Path) -> str:
+    """SHA-256 of a file's bytes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
     return digest.hexdigest()
 
 

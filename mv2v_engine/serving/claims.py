@@ -21,8 +21,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from mv2v_engine.errors import StorageError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
-from mv2v_engine.serving.folders import Lock
 
 # that an attempt has to reach its next step, and let go
 PATIENCE = 60.0
@@ -84,7 +84,7 @@ class Claim(CancelToken):
             StorageError: somebody else holds on to the lock, or the folder is not seen here.
         """
         self.check()
-        lock = Lock(self.folder / "writer.lock", self.writer)
+        lock = WriterLock(self.folder, self.writer)
         deadline = time.monotonic() + self._patience
         while not lock.acquire(min(_LOOK_SECONDS, self._patience)):
             self.check()

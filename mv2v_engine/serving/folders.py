@@ -18,13 +18,10 @@ database knows.
 from __future__ import annotations
 
 import errno
-import fcntl
 import itertools
-import os
 import re
 import secrets
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -34,6 +31,7 @@ from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.store import SessionFolder, SessionStore
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import flush, make_folder, move
+from mv2v_engine.locks import Lock
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.records import Kind, TurnFile, is_id
@@ -45,8 +43,6 @@ _SUFFIXES: dict[TurnFile, str] = {"video": "mp4", "thumbnail": "jpg"}
 RESULTS: tuple[TurnFile, ...] = tuple(_SUFFIXES)
 # what files.replacing leaves behind when the process is killed while it writes
 _UNFINISHED = re.compile(r"\.[A-Za-z0-9_]+-\w{8}\.(json|safetensors|mp4|jpg)")
-_LOCK_POLL_SECONDS = 0.05
-_LOCK_NAME_BYTES = 1024
 
 
 class Store:
@@ -191,47 +187,6 @@ class Spare:
         except OSError:
             return False
         return True
-
-
-class Lock:
-    """A file that one process at a time holds; the system lets go of it when the process ends.
-
-    name: who holds it, for whoever asks; this process's number if not given. previous: who held it
-    before, once it is held.
-    """
-
-    def __init__(self, path: Path, name: str | None = None) -> None:
-        self.path, self.name = path, name or str(os.getpid())
-        self.previous = ""
-        self._file: int | None = None
-
-    def acquire(self, patience: float = 0.0) -> bool:
-        """Try for so many seconds; whether it is held now."""
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o644)
-        deadline = time.monotonic() + patience
-        while True:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    os.close(file)
-                    return False
-                time.sleep(_LOCK_POLL_SECONDS)
-        self.previous = os.pread(file, _LOCK_NAME_BYTES, 0).decode()
-        os.ftruncate(file, 0)
-        os.pwrite(file, self.name.encode(), 0)
-        self._file = file
-        return True
-
-    def release(self) -> None:
-        if self._file is not None:
-            os.close(self._file)
-            self._file = None
-
-    def holder(self) -> str:
-        """The process that wrote itself into the file."""
-        return self.path.read_text(encoding="utf-8").strip() or "unknown"
 
 
 def worker_lock(root: Path) -> Path:

@@ -73,11 +73,11 @@ async def reconcile(store: Store, database: Database, audit: Audit) -> None:
 
 def _put_away(store: Store, stray: Path) -> None:
     """Take a folder that no row tells of out of the way; remove it only if it promises nothing."""
-    if is_id("session", stray.name) and stray.is_dir():
-        if {path.name for path in stray.iterdir()} <= {"source"}:
-            # an upload that was never answered for
-            store.discard(stray)
-            return
+    is_session = is_id("session", stray.name) and stray.is_dir()
+    if is_session and {path.name for path in stray.iterdir()} <= {"source"}:
+        # an upload that was never answered for
+        store.discard(stray)
+        return
     place = store.set_aside(stray, stray.name)
     log.warning(
         "no row tells of the session in %s: it was set aside, to %s; to take it up again, move it "

@@ -19,8 +19,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from mv2v_engine.errors import MV2VError
+from mv2v_engine.locks import Lock
 from mv2v_engine.progress import CancelToken
-from mv2v_engine.serving.folders import Lock, worker_lock
+from mv2v_engine.serving.folders import worker_lock
 from mv2v_engine.serving.host import Host
 from mv2v_engine.serving.hosting import open_host, turn_events
 from mv2v_engine.serving.logs import configure_logs

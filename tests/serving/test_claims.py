@@ -11,8 +11,8 @@ import pytest
 from mv2v_engine import Engine
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import CancelledError, StorageError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.serving.claims import Claim, issue, taken
-from mv2v_engine.serving.folders import Lock
 from mv2v_engine.serving.host import Host
 
 JOB = {"id": "job", "number": 1, "request": {"camera": "pan_right", "num_inference_steps": 3}}
@@ -59,8 +59,8 @@ def test_the_right_to_write_goes_to_the_newest(tmp_path: Path) -> None:
         assert not was_last
     with taken(tmp_path):
         assert new.cancelled
-        assert Lock(tmp_path / "writer.lock").acquire() is False
-    assert Lock(tmp_path / "writer.lock").holder() == "the service"
+        assert WriterLock(tmp_path).acquire() is False
+    assert WriterLock(tmp_path).holder() == "the service"
 
 
 def test_a_machine_without_the_store_says_so(tmp_path: Path) -> None:

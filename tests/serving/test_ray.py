@@ -26,9 +26,9 @@ import ray
 from ray.exceptions import RayActorError
 
 from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.serving.claims import issue
 from mv2v_engine.serving.config import Cluster, ServingConfig
-from mv2v_engine.serving.folders import Lock
 from mv2v_engine.serving.ray_backend import RayBackend
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 
@@ -297,7 +297,7 @@ def test_a_replica_that_hangs_ends_itself(service: Any, client: Client, source_c
     folder = service.config.store / "sessions" / session
     order: dict[str, Any] = {"session": {"id": session, "frames": 9}, "folder": str(folder)}
     order |= {"number": 1, "claim": issue(folder), "stall_seconds": 0.5}
-    lock = Lock(folder / "writer.lock", "a test")
+    lock = WriterLock(folder, "a test")
     assert lock.acquire(PATIENCE)
     try:
         with pytest.raises(RayActorError):

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from store_check import check_store
 
+from mv2v_engine.locks import Lock
 from mv2v_engine.serving import jobs
-from mv2v_engine.serving.folders import Lock, worker_lock
+from mv2v_engine.serving.folders import worker_lock
 from mv2v_engine.serving.sessions import _place_upload
 from tests.serving.fake_backend import FakeBackend, store_turn, write_results
 from tests.serving.in_process import (

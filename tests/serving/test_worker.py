@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 
 from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.locks import Lock
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.folders import Lock, sweep_session, worker_lock
+from mv2v_engine.serving.folders import sweep_session, worker_lock
 from mv2v_engine.serving.protocol import decode, encode, setup_message
 
 ROOT = Path(__file__).resolve().parents[2]
