@@ -62,7 +62,7 @@ class Audit:
         self, store: Store, database: Database, put_away: Callable[[Path], object] | None = None
     ) -> None:
         self.store, self.database = store, database
-        self._put_away = put_away or store.discard
+        self._put_away = put_away or store.remove
         self.verifier = Verifier()
         self._changing = asyncio.Lock()
         self._task: asyncio.Task[None] | None = None

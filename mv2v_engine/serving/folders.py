@@ -143,6 +143,11 @@ class Store:
         """Remove what was discarded."""
         remove_content(self.trash)
 
+    def remove(self, path: Path) -> None:
+        """Take a file or folder out of its place at once, then from the disk."""
+        self.discard(path)
+        self.empty_trash()
+
     def _move(self, path: Path, target: Path) -> None:
         try:
             move(path, target)

@@ -185,8 +185,7 @@ class Sessions:
 
     def _discard(self, session_id: str) -> None:
         """Take a session's folder out of its place at once, then from the disk."""
-        self.store.discard(self.store.session(session_id))
-        self.store.empty_trash()
+        self.store.remove(self.store.session(session_id))
 
 
 @contextmanager
