@@ -17,6 +17,7 @@ from mv2v_engine.engine.editing.request import EditRequest, engine_settings
 from mv2v_engine.engine.editing.results import EditResults
 from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.engine import default_memory
+from mv2v_engine.engine.opening import open_edit_session
 from mv2v_engine.engine.request import require_editing
 from mv2v_engine.errors import CancelledError, MV2VError
 from mv2v_engine.options import (
@@ -70,26 +71,33 @@ def edit(args: argparse.Namespace) -> int:
     if args.cuts is not None:
         edit_windows(about.num_frames, resolution.sampling.num_frames, cuts=args.cuts)
     results.check_writable(args.clip)
-    resume = args.resume and results.store.exists()
-    if resume:
-        results.check_resumable(request)
-    elif args.overwrite:
-        results.check_replaceable(args.clip)
-    else:
-        results.check_free()
-
-    with Engine.from_pretrained(args.checkpoint, **loading(args, config)) as engine:
-        engine.check_text(request.prompt, request.guidance_scale)
-        if engine.text is not None:
-            engine.text.require_whole(request.prompt)
+    with results.store.lock():
+        resume = args.resume and results.store.exists()
         if resume:
-            results.check_settings(engine_settings(engine))
-        results.remove_unfinished()
-        if args.overwrite:
-            results.clear()
-        cuts = args.cuts
-        session = engine.edit_session(args.clip, cuts=cuts, store=results.folder, resume=resume)
-        return _finish(args, session, request, results)
+            results.check_resumable(request)
+        elif args.overwrite:
+            results.check_replaceable(args.clip)
+        else:
+            results.check_free()
+
+        with Engine.from_pretrained(args.checkpoint, **loading(args, config)) as engine:
+            engine.check_text(request.prompt, request.guidance_scale)
+            if engine.text is not None:
+                engine.text.require_whole(request.prompt)
+            if resume:
+                results.check_settings(engine_settings(engine))
+            results.remove_unfinished()
+            if args.overwrite:
+                results.clear()
+            session = open_edit_session(
+                engine,
+                args.clip,
+                cuts=args.cuts,
+                store=results.folder,
+                resume=resume,
+                is_locked=True,
+            )
+            return _finish(args, session, request, results)
 
 
 def _finish(

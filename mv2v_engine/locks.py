@@ -61,6 +61,12 @@ class Lock:
         self._end = weakref.finalize(self, _let_go, file, os.getpid(), self._temporary)
         return True
 
+    def __enter__(self) -> Lock:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def release(self) -> None:
         if self._end is not None:
             self._end()

@@ -23,7 +23,7 @@ from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.editing import add_edit
 from mv2v_engine.engine.engine import default_memory
-from mv2v_engine.engine.opening import session_identity
+from mv2v_engine.engine.opening import open_view_session, session_identity
 from mv2v_engine.engine.request import TurnRequest, require_novel_view
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.source import load_source
@@ -110,22 +110,31 @@ def novel_view(args: argparse.Namespace) -> int:
         fps=None,
         max_pixels=config.max_source_pixels,
     )
-    resume = args.resume and results.store.exists()
-    if resume:
-        results.check_resumable(requests, session_identity(source, resolution.name, source_camera))
-    elif args.overwrite:
-        results.check_not_inside(args.clip)
-    else:
-        results.check_free()
+    with results.store.lock():
+        resume = args.resume and results.store.exists()
+        if resume:
+            identity = session_identity(source, resolution.name, source_camera)
+            results.check_resumable(requests, identity)
+        elif args.overwrite:
+            results.check_not_inside(args.clip)
+        else:
+            results.check_free()
 
-    with Engine.from_pretrained(args.checkpoint, **loading(args, config)) as engine:
-        for request in requests:
-            engine.check_text(request.prompt, request.guidance_scale)
-        results.remove_unfinished()
-        if args.overwrite:
-            results.clear()
-        session = engine.view_session(source, cameras=source_camera, store=args.out, resume=resume)
-        return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
+        with Engine.from_pretrained(args.checkpoint, **loading(args, config)) as engine:
+            for request in requests:
+                engine.check_text(request.prompt, request.guidance_scale)
+            results.remove_unfinished()
+            if args.overwrite:
+                results.clear()
+            session = open_view_session(
+                engine,
+                source,
+                cameras=source_camera,
+                store=args.out,
+                resume=resume,
+                is_locked=True,
+            )
+            return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
 
 
 def evaluate(args: argparse.Namespace) -> int:

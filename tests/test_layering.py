@@ -215,7 +215,7 @@ def test_every_file_keeps_the_direction_and_the_bans() -> None:
 
 def test_folders_that_must_not_become_packages() -> None:
     # `kernels` would collide with Hugging Face's package, `profiling` with a standard module
-    for folder in ("kernels", "profiling", "csrc", "tests"):
+    for folder in ("kernels", "profiling", "stress", "csrc", "tests"):
         assert not (ROOT / folder / "__init__.py").exists()
     assert not list((ROOT / "tests").rglob("__init__.py"))
 

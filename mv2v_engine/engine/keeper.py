@@ -22,7 +22,8 @@ if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
     from mv2v_engine.engine.store import StoredTurn
 
-STORAGE_ERROR = "storage_error"
+# in a turn's report: why the folder has not taken it; why it can no longer be read from there
+STORAGE_ERROR, LOST = "storage_error", "lost"
 
 
 class Keeper:
@@ -80,16 +81,21 @@ class Keeper:
     def restore(self, make_turn: Callable[[StoredTurn, Callable[[], Tensor]], ViewTurn]) -> None:
         """Take up the turns of the session's folder, one after another's latents in memory.
 
+        One whose file is lost keeps its place and its report, and is not remembered.
+
         Raises:
             RequestError: there is no folder.
-            StorageError: it cannot be read.
+            StorageError: its manifest cannot be read.
         """
         if self.store is None:
             raise RequestError("this session has no folder to restore from; give it a store")
         for stored, latents in self.store.turns():
             read = functools.partial(self.store.latents, stored.number, stored.digest)
             turn = make_turn(stored, read)
-            self._remember(turn, latents, read)
+            if latents is None:
+                turn.report[LOST] = stored.lost
+            else:
+                self._remember(turn, latents, read)
             self.turns.append(turn)
 
     def _remember(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import uuid
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -19,6 +20,7 @@ from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionFolder, SessionStore
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import RequestError, StorageError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.video.shots import find_cuts
 
@@ -38,9 +40,10 @@ def open_view_session(
     store: Path | str | None = None,
     window: str | None = None,
     resume: bool = False,
+    is_locked: bool = False,
     source_latents: Tensor | None = None,
 ) -> ViewSession:
-    """As `Engine.view_session`."""
+    """As `Engine.view_session`. is_locked: the caller keeps other writers out of the folder."""
     require_novel_view(engine.transformer.config, engine.checkpoint.name)
     sampling = engine.sampling
     if isinstance(source, Source):
@@ -62,24 +65,25 @@ def open_view_session(
             f"{list(source_latents.shape)}; encode the source with this engine's vae"
         )
     folder = None if store is None else SessionStore(Path(store))
-    _check_folder(folder, resume)
-    manifest = folder.read() if folder is not None and resume else None
-    session = ViewSession(
-        engine,
-        loaded,
-        id=id or (manifest["id"] if manifest else new_id()),
-        cameras=cameras,
-        store=folder,
-        source_latents=source_latents,
-    )
-    if folder is not None:
-        identity = session_identity(loaded, engine.checkpoint.name, cameras)
-        identity["vae"] = engine.vae.key
-        if manifest is None:
-            folder.create(session.id, identity)
-        else:
-            folder.check_identity(manifest, identity)
-            session.restore()
+    with _kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
+        manifest = folder.read() if folder is not None and resume else None
+        session = ViewSession(
+            engine,
+            loaded,
+            id=id or (manifest["id"] if manifest else new_id()),
+            cameras=cameras,
+            store=folder,
+            lock=lock,
+            source_latents=source_latents,
+        )
+        if folder is not None:
+            identity = session_identity(loaded, engine.checkpoint.name, cameras)
+            identity["vae"] = engine.vae.key
+            if manifest is None:
+                folder.create(session.id, identity)
+            else:
+                folder.check_identity(manifest, identity)
+                session.restore()
     return session
 
 
@@ -92,9 +96,10 @@ def open_edit_session(
     cuts: Sequence[int] | None = None,
     store: Path | str | None = None,
     resume: bool = False,
+    is_locked: bool = False,
     cancel: CancelToken | None = None,
 ) -> EditSession:
-    """As `Engine.edit_session`."""
+    """As `Engine.edit_session`. is_locked: the caller keeps other writers out of the folder."""
     name, sampling = engine.checkpoint.name, engine.sampling
     require_editing(engine.transformer.config, name)
     if engine.text is None:
@@ -115,37 +120,39 @@ def open_edit_session(
         max_pixels=engine.config.max_source_pixels,
     )
     folder = None if store is None else EditStore(Path(store))
-    _check_folder(folder, resume)
     identity: dict[str, Any] = {}
     manifest = None
-    if folder is not None:
-        identity = {
-            "source": video.fingerprint,
-            "checkpoint": name,
-            "vae": engine.vae.key,
-            "descriptor": engine.describer.key,
-        }
-        if resume:
-            manifest = folder.read()
-            folder.check_identity(manifest, identity)
-            # found once, they are what the finished windows follow
-            cuts = manifest["identity"].get("cuts") if cuts is None else cuts
-    if cuts is None:
-        cuts = find_cuts(_until(cancel, video.frames()), video.fps)
-    cuts = [int(cut) for cut in cuts]
-    session = EditSession(
-        engine,
-        video,
-        id=id or (manifest["id"] if manifest else new_id()),
-        cuts=cuts,
-        store=folder,
-    )
-    if folder is not None and manifest is None:
-        folder.create(session.id, identity | {"cuts": cuts})
-    elif folder is not None and manifest is not None:
-        folder.check_identity(manifest, {"cuts": cuts})
-        folder.remove_unfinished()
-        session.restore()
+    with _kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
+        if folder is not None:
+            identity = {
+                "source": video.fingerprint,
+                "checkpoint": name,
+                "vae": engine.vae.key,
+                "descriptor": engine.describer.key,
+            }
+            if resume:
+                manifest = folder.read()
+                folder.check_identity(manifest, identity)
+                # found once, they are what the finished windows follow
+                cuts = manifest["identity"].get("cuts") if cuts is None else cuts
+        if cuts is None:
+            cuts = find_cuts(_until(cancel, video.frames()), video.fps)
+        cuts = [int(cut) for cut in cuts]
+        session = EditSession(
+            engine,
+            video,
+            id=id or (manifest["id"] if manifest else new_id()),
+            cuts=cuts,
+            store=folder,
+            lock=lock,
+        )
+        if folder is not None and manifest is None:
+            folder.create(session.id, identity | {"cuts": cuts})
+        elif folder is not None and manifest is not None:
+            folder.check_identity(manifest, {"cuts": cuts})
+            if folder.is_writable:
+                folder.remove_unfinished()
+            session.restore()
     return session
 
 
@@ -173,16 +180,33 @@ def new_id() -> str:
     return uuid.uuid4().hex[:12]
 
 
-def _check_folder(folder: SessionFolder | None, resume: bool) -> None:
-    """Refuse a folder that does not hold what is to be resumed, or that holds a session already.
+@contextmanager
+def _kept_for_one(
+    folder: SessionFolder | None, *, resume: bool, is_locked: bool
+) -> Iterator[WriterLock | None]:
+    """Open a folder under the lock of its one writer, which is let go of if the block fails.
+
+    A folder on a read-only disk is resumed without one: its turns can be read, and no new one is
+    stored.
 
     Raises:
-        RequestError, StorageError: what there is instead.
+        RequestError: there is no folder to resume.
+        StorageError: another session has it open, it does not hold what is to be resumed, or it
+            holds a session already.
     """
+    lock = None
     if folder is None:
         if resume:
             raise RequestError("resume needs the session's folder: give a store")
-    elif folder.exists() != resume:
-        found = "already holds a session" if folder.exists() else "holds no session"
-        advice = "resume it, or choose another folder" if folder.exists() else "start one there"
-        raise StorageError(f"{folder.folder} {found}; {advice}")
+    elif not resume or folder.exists():
+        lock = None if is_locked or (resume and not folder.is_writable) else folder.lock()
+    try:
+        if folder is not None and folder.exists() != resume:
+            found = "already holds a session" if folder.exists() else "holds no session"
+            advice = "resume it, or choose another folder" if folder.exists() else "start one there"
+            raise StorageError(f"{folder.folder} {found}; {advice}")
+        yield lock
+    except BaseException:
+        if lock is not None:
+            lock.release()
+        raise

@@ -16,6 +16,7 @@ from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.request import NO_EDITS, NO_VIEWS
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import RequestError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken, Event
 
 if TYPE_CHECKING:
@@ -24,19 +25,43 @@ if TYPE_CHECKING:
 
 
 class Session(ABC):
-    """Made by `Engine.session`; not thread-safe, one turn at a time."""
+    """Made by `Engine.session`; not thread-safe, one turn at a time.
 
-    def __init__(self, engine: Engine, id: str) -> None:
-        self.engine, self.id = engine, id
+    One with a folder keeps every other writer out of it until it is closed or gone.
+
+    lost: what of the folder could not be read when the session was resumed, in words.
+
+    lock: the folder's; None if there is no folder, it can only be read, or the caller keeps others
+        out.
+    """
+
+    def __init__(self, engine: Engine, id: str, lock: WriterLock | None = None) -> None:
+        self.engine, self.id, self._lock = engine, id, lock
+        self.lost: tuple[str, ...] = ()
+        self._is_closed = False
 
     @property
     @abstractmethod
     def turns(self) -> Sequence[Turn]:
         """Finished turns in order."""
 
-    @abstractmethod
     def close(self) -> None:
-        """Forget this session's memory; its folder stays."""
+        """Forget this session's memory, and let others write into its folder, which stays."""
+        self._is_closed = True
+        if self._lock is not None:
+            self._lock.release()
+
+    def _require_open(self) -> None:
+        """Refuse what would write into a folder that others may have by now.
+
+        Raises:
+            RequestError: the session is closed.
+        """
+        if self._is_closed:
+            raise RequestError(
+                f"the session {self.id} is closed; open it again from its folder (resume=True), "
+                "or begin another"
+            )
 
     def render(
         self,

@@ -2,12 +2,16 @@
 
 `session.json` lists the finished turns and is rewritten last, so a kill at any moment loses at
 most the turn under way. `turns/turn_NN.safetensors` holds a turn's latents and camera, and the
-list their digest, so that a damaged file is found out however it was damaged.
+list their digest and its own, so that damage to any file is found out. A turn whose file is damaged
+is lost alone: the list still has its report and its camera.
 """
 
 from __future__ import annotations
 
+import base64
+import hashlib
 import json
+import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import suppress
@@ -15,24 +19,32 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
+import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json, save_tensors, share_file, tensor_digest
+from mv2v_engine.locks import WriterLock
 
 _TENSORS = ("latents", "poses", "intrinsics")
 
 
 @dataclass(frozen=True, eq=False)
 class StoredTurn:
-    """A turn as it lies on disk, its latents apart."""
+    """A turn as it lies on disk, its latents apart.
+
+    digest: of its file's tensors; None if the folder never knew it. lost: why its file cannot be
+    read, if it cannot.
+    """
 
     number: int
     trajectory: CameraTrajectory
     report: dict[str, Any]
-    digest: str
+    digest: str | None
+    lost: str | None = None
 
 
 class SessionFolder(ABC):
@@ -43,6 +55,8 @@ class SessionFolder(ABC):
 
     format: ClassVar[str]
     version: ClassVar[int]
+    # what each row of the list must have
+    row_kinds: ClassVar[dict[str, type]]
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -52,17 +66,32 @@ class SessionFolder(ABC):
     def exists(self) -> bool:
         return self.manifest.exists()
 
+    @property
+    def is_writable(self) -> bool:
+        """Whether this process may write here, as far as permissions and the disk's kind tell."""
+        return os.access(self.folder, os.W_OK)
+
+    def lock(self) -> WriterLock:
+        """Keep every other writer out, until the lock is released or gone.
+
+        Raises:
+            StorageError: another one has the folder.
+        """
+        lock = WriterLock(self.folder)
+        lock.take()
+        return lock
+
     def read(self) -> dict[str, Any]:
         """The manifest.
 
         Raises:
-            StorageError: it is no manifest of this format.
+            StorageError: it is no manifest of this format, or damaged.
         """
         try:
-            manifest = json.loads(self.manifest.read_text())
-        except (OSError, ValueError) as error:
+            manifest = json.loads(self.manifest.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise StorageError(
-                f"{self.manifest} cannot be read ({error}); choose another folder"
+                f"{self.manifest} cannot be read ({error}); restore it, or choose another folder"
             ) from error
         if not isinstance(manifest, dict) or manifest.get("format") != self.format:
             raise StorageError(
@@ -73,14 +102,30 @@ class SessionFolder(ABC):
                 f"{self.manifest} has version {manifest.get('version')}, this engine reads "
                 f"{self.version}; continue it with the engine that wrote it"
             )
-        kinds = {"id": str, "identity": dict, "turns": list}
-        for name, kind in kinds.items():
-            if not isinstance(manifest.get(name), kind):
-                raise StorageError(
-                    f"{self.manifest} is damaged: {name} must be a {kind.__name__}, got "
-                    f"{manifest.get(name)!r}; choose another folder"
-                )
+        # of before the list had its own digest, none is known
+        expected = manifest.pop("sha256", None)
+        if expected is not None and expected != _words_digest(manifest):
+            raise self._damaged("it holds other words than were stored")
+        self._check_kinds(manifest, {"id": str, "identity": dict, "turns": list}, "")
+        for place, row in enumerate(manifest["turns"], 1):
+            if not isinstance(row, dict):
+                raise self._damaged(f"turn {place} must be a dict, got {row!r}")
+            self._check_kinds(row, self.row_kinds, f"turn {place}'s ")
+            if row["number"] != place:
+                raise self._damaged(f"turn {place} has the number {row['number']}")
         return manifest
+
+    def _check_kinds(self, values: dict[str, Any], kinds: dict[str, type], whose: str) -> None:
+        for name, kind in kinds.items():
+            if not isinstance(values.get(name), kind):
+                raise self._damaged(
+                    f"{whose}{name} must be a {kind.__name__}, got {values.get(name)!r}"
+                )
+
+    def _damaged(self, what: str) -> StorageError:
+        return StorageError(
+            f"{self.manifest} is damaged: {what}; restore it, or choose another folder"
+        )
 
     def create(self, id: str, identity: dict[str, Any]) -> None:
         self._write({"id": id, "identity": identity, "turns": []})
@@ -104,7 +149,8 @@ class SessionFolder(ABC):
                 )
 
     def _write(self, manifest: dict[str, Any]) -> None:
-        save_json(self.manifest, {**manifest, "format": self.format, "version": self.version})
+        content = {**manifest, "format": self.format, "version": self.version}
+        save_json(self.manifest, {**content, "sha256": _words_digest(content)})
 
     def _list(self, manifest: dict[str, Any], path: Path, *, is_listed: bool) -> None:
         """Rewrite the manifest that names a file; one that it never named goes if it fails."""
@@ -121,6 +167,12 @@ class SessionStore(SessionFolder):
     """The folder of one session of novel views."""
 
     format, version = "mv2v-session", 1
+    row_kinds: ClassVar[dict[str, type]] = {
+        "number": int,
+        "camera": str,
+        "size": list,
+        "report": dict,
+    }
 
     def append(
         self, number: int, latents: Tensor, trajectory: CameraTrajectory, report: dict[str, Any]
@@ -144,33 +196,27 @@ class SessionStore(SessionFolder):
             "size": list(trajectory.size),
             "report": report,
             "sha256": digest,
+            # what is left of the camera if the file is lost
+            "path": {"poses": _packed(values[1]), "intrinsics": _packed(values[2])},
         }
         turns = [turn for turn in manifest["turns"] if turn["number"] != number]
         is_listed = len(turns) < len(manifest["turns"])
         self._list({**manifest, "turns": [*turns, row]}, path, is_listed=is_listed)
         return digest
 
-    def latents(self, number: int, digest: str) -> Tensor:
+    def latents(self, number: int, digest: str | None) -> Tensor:
         """A stored turn's latents, the very ones of which `digest` was taken.
 
         Raises:
             StorageError: the file is missing, damaged, or another turn's.
         """
-        path = self.turn_path(number)
-        try:
-            tensors, _ = self._read(path, digest)
-            return tensors[0]
-        except (OSError, SafetensorError) as error:
-            raise StorageError(
-                f"{path} cannot be read again ({error}); restore the file, or go on without what "
-                f"turn {number} remembers"
-            ) from error
+        return self._tensors(number, digest)[0]
 
-    def turns(self) -> Iterator[tuple[StoredTurn, Tensor]]:
-        """Every finished turn in order with its latents, read one by one.
+    def turns(self) -> Iterator[tuple[StoredTurn, Tensor | None]]:
+        """Every finished turn in order with its latents, read one by one; None: they are lost.
 
         Raises:
-            StorageError: a turn that the manifest names is missing or damaged.
+            StorageError: the manifest is damaged, or a turn is lost whose camera only its file had.
         """
         for row in self.read()["turns"]:
             yield self._load(row)
@@ -197,28 +243,45 @@ class SessionStore(SessionFolder):
         """Where a turn's tensors lie."""
         return self.turns_folder / f"turn_{number:02d}.safetensors"
 
-    def _load(self, row: dict[str, Any]) -> tuple[StoredTurn, Tensor]:
+    def _load(self, row: dict[str, Any]) -> tuple[StoredTurn, Tensor | None]:
+        # rows of before digests were kept have none
+        number, digest, lost = row["number"], row.get("sha256"), None
+        tensors: list[Tensor] = []
         try:
-            # rows of before digests were kept have none
-            path = self.turn_path(row["number"])
-            (latents, poses, intrinsics), digest = self._read(path, row.get("sha256"))
+            tensors = self._tensors(number, digest)
+            digest = tensor_digest(*tensors)
+        except StorageError as error:
+            if "path" not in row:
+                raise
+            lost = str(error)
+        try:
+            if lost is not None:
+                tensors = [_unpacked(row["path"][name]) for name in _TENSORS[1:]]
             height, width = row["size"]
+            poses, intrinsics = tensors[-2:]
             trajectory = CameraTrajectory(poses, intrinsics, (height, width), row["camera"])
-            return StoredTurn(row["number"], trajectory, row["report"], digest), latents
-        except (OSError, SafetensorError, KeyError, TypeError, ValueError) as error:
-            raise StorageError(
-                f"{self.folder} holds a session whose turns cannot be read ({error}); "
-                "start again in another folder"
-            ) from error
+        except (KeyError, TypeError, ValueError) as error:
+            raise self._damaged(f"turn {number}'s camera is none ({error})") from error
+        stored = StoredTurn(number, trajectory, row["report"], digest, lost)
+        return stored, tensors[0] if lost is None else None
 
-    @staticmethod
-    def _read(path: Path, digest: str | None) -> tuple[list[Tensor], str]:
-        """A turn's tensors and their digest, which is the one given if one is."""
-        with safe_open(str(path), framework="pt") as file:
-            tensors = [file.get_tensor(name) for name in _TENSORS]
-        found = tensor_digest(*tensors)
-        check_digest(path, found, digest)
-        return tensors, found
+    def _tensors(self, number: int, digest: str | None) -> list[Tensor]:
+        """Latents, poses and intrinsics, of which `digest` was taken.
+
+        Raises:
+            StorageError: the file is missing, damaged, or another turn's.
+        """
+        path = self.turn_path(number)
+        try:
+            with safe_open(str(path), framework="pt") as file:
+                tensors = [file.get_tensor(name) for name in _TENSORS]
+            check_digest(path, tensor_digest(*tensors), digest)
+            return tensors
+        except (OSError, SafetensorError) as error:
+            raise StorageError(
+                f"turn {number} is lost: {path} cannot be read again ({error}); restore the file, "
+                "or go on without it"
+            ) from error
 
 
 def check_digest(path: Path, found: str, expected: str | None) -> None:
@@ -228,3 +291,20 @@ def check_digest(path: Path, found: str, expected: str | None) -> None:
             f"{path.name} holds other bits than were stored: sha256 {found[:12]}, expected "
             f"{expected[:12]}"
         )
+
+
+def _words_digest(content: dict[str, Any]) -> str:
+    """SHA-256 of what a manifest says, however it is laid out."""
+    words = json.dumps(content, sort_keys=True, ensure_ascii=False)
+    return hashlib.sha256(words.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _packed(tensor: Tensor) -> dict[str, Any]:
+    """A float32 tensor as JSON, to the bit."""
+    data = tensor.contiguous().numpy().astype("<f4").tobytes()
+    return {"shape": list(tensor.shape), "float32": base64.b64encode(data).decode()}
+
+
+def _unpacked(words: dict[str, Any]) -> Tensor:
+    data = np.frombuffer(base64.b64decode(words["float32"], validate=True), "<f4")
+    return torch.from_numpy(data.astype(np.float32)).reshape(words["shape"])

@@ -79,7 +79,8 @@ class ViewTurn(Turn):
     footage: `latents` are read from the session's folder if it has one, `frames` are decoded again
         if they were let go of (`EngineConfig.frames_bytes`), to the same bits. Keep the tensor to
         have it at hand.
-    report: has a `storage_error` while the session's folder lacks the turn.
+    report: has a `storage_error` while the session's folder lacks the turn; `lost` says why a
+        resumed one can no longer be read: its latents and frames raise StorageError then.
     """
 
     trajectory: CameraTrajectory

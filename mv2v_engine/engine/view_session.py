@@ -17,7 +17,7 @@ from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.denoisers import engine_denoiser
 from mv2v_engine.engine.footage import Footage
-from mv2v_engine.engine.keeper import Keeper
+from mv2v_engine.engine.keeper import LOST, Keeper
 from mv2v_engine.engine.overflow import guarded
 from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.engine.recall import Recall
@@ -29,6 +29,7 @@ from mv2v_engine.engine.source import Source, source_trajectory
 from mv2v_engine.engine.store import SessionStore, StoredTurn
 from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.errors import RequestError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.memory.retrieval import Retrieval
 from mv2v_engine.progress import CancelToken, Event, Spans, TurnNotStored, driven, staged
 from mv2v_engine.sampling.flow_match import initial_noise
@@ -59,9 +60,10 @@ class ViewSession(Session):
         id: str,
         cameras: CameraTrajectory | None,
         store: SessionStore | None,
+        lock: WriterLock | None = None,
         source_latents: Tensor | None = None,
     ) -> None:
-        super().__init__(engine, id)
+        super().__init__(engine, id, lock)
         self.source = source
         self._source_latents = source_latents
         camera = source_trajectory(cameras, engine.sampling.num_frames, engine.sampling.size)
@@ -179,6 +181,7 @@ class ViewSession(Session):
     def _begin(
         self, request: TurnRequest, cancel: CancelToken, steps: Steps[Happening]
     ) -> Generator[Event | Happening, None, ViewTurn]:
+        self._require_open()
         self.engine.check_text(request.prompt, request.guidance_scale)
         return self._pinning(self._turn(request, cancel, steps))
 
@@ -253,6 +256,7 @@ class ViewSession(Session):
         report = turn_report(engine, prepared, denoised, spans, number=number)
         footage = Footage(latents, engine.vae.decode, engine.recent_frames)
         footage.decoded(frames)
+        self._require_open()
         turn = ViewTurn(number, prepared.request.camera, footage, self.source.fps, report)
         failure = self._keeper.keep(turn)
         if failure is not None:
@@ -266,8 +270,9 @@ class ViewSession(Session):
         folder does not take it, it is in `unstored`.
 
         Raises:
-            RequestError: it was another session's turn of another number.
+            RequestError: it was another session's turn of another number, or this one is closed.
         """
+        self._require_open()
         if turn.number != len(self.turns) + 1:
             raise RequestError(
                 f"this session's next turn is number {len(self.turns) + 1}, got a turn that was "
@@ -279,8 +284,10 @@ class ViewSession(Session):
         """Try again to store what the session's folder has not taken, in order.
 
         Raises:
+            RequestError: the session is closed.
             StorageError: it does not take the first of them.
         """
+        self._require_open()
         self._keeper.store_missing()
 
     def restore(self) -> None:
@@ -288,9 +295,10 @@ class ViewSession(Session):
 
         Raises:
             RequestError: there is no folder.
-            StorageError: it cannot be read.
+            StorageError: its manifest cannot be read.
         """
         self._keeper.restore(self._restored)
+        self.lost = tuple(turn.report[LOST] for turn in self.turns if LOST in turn.report)
 
     def _restored(self, stored: StoredTurn, read: Callable[[], Tensor]) -> ViewTurn:
         engine = self.engine
@@ -298,5 +306,6 @@ class ViewSession(Session):
         return ViewTurn(stored.number, stored.trajectory, footage, self.source.fps, stored.report)
 
     def close(self) -> None:
-        """Forget this session's memory; its folder stays."""
+        """As `Session.close`."""
         self.engine.cache.forget(self._recall.owner)
+        super().close()

@@ -21,6 +21,7 @@ from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS
 from mv2v_engine.engine.editing.request import EditRequest
 from mv2v_engine.engine.editing.session import EditSession
+from mv2v_engine.engine.opening import open_edit_session, open_view_session
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.view_session import ViewSession
@@ -66,10 +67,12 @@ class Host:
     """Not thread-safe; one job at a time.
 
     max_open: sessions kept in memory; the least recently used one is closed first.
+    has_claims: every call comes while a `claims.Claim` holds the folder; if not, an open session
+        keeps other writers out itself.
     """
 
-    def __init__(self, engine: Engine, *, max_open: int) -> None:
-        self.engine, self.max_open = engine, max_open
+    def __init__(self, engine: Engine, *, max_open: int, has_claims: bool = False) -> None:
+        self.engine, self.max_open, self.has_claims = engine, max_open, has_claims
         self._open: OrderedDict[str, ViewSession | EditSession] = OrderedDict()
         self.about = _describe(engine)
 
@@ -199,12 +202,13 @@ class Host:
         if opened is None:
             resume = (folder / "session.json").exists()
             common: Json = {"id": session["id"], "store": folder, "resume": resume}
+            common["is_locked"] = self.has_claims
             source = source_path(folder)
             if self._is_editor:
-                opened = self.engine.edit_session(source, cancel=cancel, **common)
+                opened = open_edit_session(self.engine, source, cancel=cancel, **common)
             else:
                 window = session_window(session["frames"], self.engine.sampling.num_frames)
-                opened = self.engine.view_session(source, window=window, **common)
+                opened = open_view_session(self.engine, source, window=window, **common)
         self._open[session["id"]] = opened
         while len(self._open) > self.max_open:
             self.release(next(iter(self._open)))

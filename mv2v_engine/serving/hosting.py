@@ -21,8 +21,10 @@ from mv2v_engine.serving.tracing import OpenJob
 _NICENESS = 5
 
 
-def open_host(setup: dict[str, Any]) -> Host:
+def open_host(setup: dict[str, Any], *, has_claims: bool = False) -> Host:
     """Load the engine of a setup, as `protocol.setup_message` makes it, and warm it up.
+
+    has_claims: as `Host`.
 
     Raises:
         MV2VError: the checkpoint cannot be loaded, or not on this device.
@@ -33,7 +35,7 @@ def open_host(setup: dict[str, Any]) -> Host:
     engine = Engine.from_pretrained(**engine_arguments(setup))
     if engine.device.type == "cpu":
         os.nice(_NICENESS)
-    host = Host(engine, max_open=setup["max_sessions_open"])
+    host = Host(engine, max_open=setup["max_sessions_open"], has_claims=has_claims)
     host.warm_up()
     return host
 

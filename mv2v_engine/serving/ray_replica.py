@@ -149,7 +149,7 @@ class Replica:
 
 def _opened(setup: Json) -> tuple[Host, OpenJob]:
     open_job = open_traces()
-    return open_host(setup), open_job
+    return open_host(setup, has_claims=True), open_job
 
 
 async def _heard(coming: Awaitable[Json], patience: float | None) -> Json:

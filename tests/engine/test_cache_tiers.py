@@ -46,6 +46,7 @@ def test_turns_are_those_of_a_cache_without_tiers(
     assert report["cache_bytes_by_tier"] == {"device": VIDEO, "host": VIDEO}
     assert json.loads(json.dumps(report)) == report
     # another process opens the folder with as little memory, and knows as much
+    session.close()
     again = tiered(tiny_checkpoint, 1, 0).session(source_frames, store=tmp_path / "s", resume=True)
     assert torch.equal(again.render("tilt_up").latents, plain.render("tilt_up").latents)
     assert not small.cache._pins

@@ -32,7 +32,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -93,6 +93,7 @@ def test_a_disk_that_fails_keeps_the_turn_in_this_process(
     session.render(CAMERAS[4], num_inference_steps=1)
     assert not session.unstored and [row["number"] for row in stored(folder)] == [1, 2, 3, 4, 5]
     assert not any("storage_error" in row["report"] for row in stored(folder))
+    session.close()
     resumed = engine.session(source_frames, store=folder, resume=True)
     for turn, other, camera in zip(session.turns, resumed.turns, CAMERAS, strict=True):
         expected = unbroken.render(camera, num_inference_steps=1)

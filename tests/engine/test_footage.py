@@ -130,6 +130,7 @@ def test_publishing_decodes_nothing_again(
         pictures.append(results.overview.read_bytes())
     assert len(calls) == 3
     # from the folder alone it is the same picture
+    session.close()
     session = engine.session(source_frames, store=tmp_path / "out", resume=True)
     ResultFolder(tmp_path / "out").publish(session, version="0")
     assert results.overview.read_bytes() == pictures[2] != pictures[1]

@@ -37,7 +37,8 @@ def session(results: ResultFolder, engine: Engine, source_frames: Tensor) -> Ses
 
 
 def names(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    return {path.relative_to(folder).as_posix() for path in paths}
 
 
 def test_everything_is_written(results: ResultFolder, session: Session) -> None:

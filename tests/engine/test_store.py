@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -31,6 +30,8 @@ def folder(tmp_path: Path, engine: Engine, source_frames: Tensor) -> Path:
 
 def change(folder: Path, edit: Callable[[dict[str, Any]], None]) -> None:
     manifest = json.loads((folder / "session.json").read_text())
+    # as an engine of before the list had its own digest wrote it
+    manifest.pop("sha256")
     edit(manifest)
     (folder / "session.json").write_text(json.dumps(manifest))
 
@@ -50,6 +51,7 @@ def test_a_resumed_session_goes_on_bit_for_bit(
         assert torch.equal(turn.trajectory.poses, other.trajectory.poses)
     reports = [turn.report["memory"]["retrieved"] for turn in session.turns]
     assert [[row["turn"] for row in report] for report in reports] == [[], [1], [1, 2]]
+    session.close()
     again = fresh.session(source_frames, store=folder, resume=True)
     assert again.id == session.id and len(again.turns) == 3
     assert again.turns[2].report == session.turns[2].report
@@ -92,9 +94,11 @@ DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m.update(version=9), "has version 9, this engine reads 1"),
     (lambda m: m.pop("turns"), "turns must be a list"),
     (lambda m: m.update(identity=None), "identity must be a dict"),
-    (lambda m: m["turns"][0].pop("camera"), "turns cannot be read"),
-    (lambda m: m["turns"][0].update(size=[48]), "turns cannot be read"),
-    (lambda m: m["turns"].append(3), "turns cannot be read"),
+    (lambda m: m["turns"][0].pop("camera"), "turn 1's camera must be a str, got None"),
+    (lambda m: m["turns"][0].update(size=[48]), "turn 1's camera is none"),
+    (lambda m: m["turns"].append(3), "turn 3 must be a dict, got 3"),
+    (lambda m: m["turns"].pop(0), "turn 1 has the number 2"),
+    (lambda m: m["turns"][1].update(nulber=m["turns"][1].pop("number")), "number must be a int"),
 ]
 
 
@@ -111,35 +115,92 @@ def test_a_damaged_manifest(
         engine.session(source_frames, store=folder, resume=True)
 
 
-def test_damaged_turns(folder: Path, engine: Engine, source_frames: Tensor) -> None:
-    _, second = sorted((folder / "turns").iterdir())
-    content = second.read_bytes()
-    second.write_bytes(content[: len(content) // 2])
-    with pytest.raises(StorageError, match=r"turns cannot be read .*; start again in another"):
-        engine.session(source_frames, store=folder, resume=True)
-    second.unlink()
-    with pytest.raises(StorageError, match="turns cannot be read"):
-        engine.session(source_frames, store=folder, resume=True)
-    shutil.copy(folder / "session.json", second)
-    with pytest.raises(StorageError, match="turns cannot be read"):
-        engine.session(source_frames, store=folder, resume=True)
-    (folder / "session.json").write_text("{")
-    with pytest.raises(StorageError, match=r"session\.json cannot be read"):
-        engine.session(source_frames, store=folder, resume=True)
+DAMAGED_BYTES: dict[str, Callable[[bytes], bytes]] = {
+    "empty": lambda content: b"",
+    "half": lambda content: content[: len(content) // 2],
+    "short by one": lambda content: content[:-1],
+    "a turned bit in the middle": lambda content: turned(content, len(content) // 2),
+    "a turned bit at the end": lambda content: turned(content, len(content) - 2),
+    "a turned bit at the start": lambda content: turned(content, 9),
+    "another file": lambda content: b"{}",
+}
 
 
-def test_a_turned_bit_and_a_list_without_digests(
-    folder: Path, engine: Engine, source_frames: Tensor
+def turned(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("damage", DAMAGED_BYTES)
+@pytest.mark.parametrize("number", [1, 2])
+def test_a_damaged_turn_is_lost_alone(
+    folder: Path, engine: Engine, source_frames: Tensor, damage: str, number: int
 ) -> None:
-    first, _ = sorted((folder / "turns").iterdir())
-    content = bytearray(first.read_bytes())
-    content[-1] ^= 1
-    first.write_bytes(content)
-    with pytest.raises(StorageError, match=r"turns cannot be read .*other bits than were stored"):
+    path = SessionStore(folder).turn_path(number)
+    content = path.read_bytes()
+    path.write_bytes(DAMAGED_BYTES[damage](content))
+    session = engine.view_session(source_frames, store=folder, resume=True)
+    (words,) = session.lost
+    assert words.startswith(f"turn {number} is lost: {path} cannot be read again (")
+    assert words.endswith("restore the file, or go on without it")
+    lost, other = session.turns[number - 1], session.turns[2 - number]
+    # what was known of it is known
+    expected = named_trajectory(CAMERAS[number - 1], 9, (48, 64))
+    assert lost.number == number and lost.trajectory.name == CAMERAS[number - 1]
+    assert torch.equal(lost.trajectory.poses, expected.poses)
+    assert lost.report["lost"] == words and lost.report["camera"] == CAMERAS[number - 1]
+    for read in (lambda: lost.latents, lambda: lost.frames):
+        with pytest.raises(StorageError, match=rf"turn {number} is lost"):
+            read()
+    assert other.frames.shape == source_frames.shape
+    if number == 2:
+        with pytest.raises(StorageError, match=r"turn 2 is lost"):
+            session.render(CAMERAS[2], memory="previous")
+    # the next turn is the third, and remembers what there is
+    turn = session.render(CAMERAS[2])
+    assert turn.number == 3
+    assert [row["turn"] for row in turn.report["memory"]["retrieved"]] == [3 - number]
+    session.close()
+    # restored, it is a turn like any other
+    path.write_bytes(content)
+    whole = engine.view_session(source_frames, store=folder, resume=True)
+    assert not whole.lost and torch.equal(whole.turns[2].latents, turn.latents)
+    assert whole.turns[number - 1].frames.shape == source_frames.shape
+
+
+@pytest.mark.parametrize("damage", DAMAGED_BYTES)
+def test_a_damaged_list_is_one_clear_error_or_none(
+    folder: Path, engine: Engine, source_frames: Tensor, damage: str
+) -> None:
+    path = folder / "session.json"
+    content = path.read_bytes()
+    before = json.loads(content)
+    for place in (None, *range(40, len(content), 997)):
+        damaged = DAMAGED_BYTES[damage](content) if place is None else turned(content, place)
+        path.write_bytes(damaged)
+        try:
+            read = SessionStore(folder).read()
+        except StorageError as error:
+            assert str(error).startswith(f"{path} ") and "choose another folder" in str(error)
+            with pytest.raises(StorageError):
+                engine.session(source_frames, store=folder, resume=True)
+        else:
+            # what was turned says nothing: white space, or the name of the digest
+            assert read["turns"] == before["turns"] and read["identity"] == before["identity"]
+
+
+def test_folders_of_before_digests(folder: Path, engine: Engine, source_frames: Tensor) -> None:
+    def older(manifest: dict[str, Any]) -> None:
+        for row in manifest["turns"]:
+            del row["sha256"], row["path"]
+
+    change(folder, older)
+    session = engine.session(source_frames, store=folder, resume=True)
+    assert len(session.turns) == 2 and not session.lost
+    session.close()
+    SessionStore(folder).turn_path(1).write_bytes(b"")
+    # only its file had the camera
+    with pytest.raises(StorageError, match=r"^turn 1 is lost: .*turn_01\.safetensors"):
         engine.session(source_frames, store=folder, resume=True)
-    # as an engine of before digests wrote it
-    change(folder, lambda manifest: [row.pop("sha256") for row in manifest["turns"]])
-    assert len(engine.session(source_frames, store=folder, resume=True).turns) == 2
 
 
 def test_a_branch_begins_with_the_same_memory(

@@ -18,6 +18,10 @@ from mv2v_engine.serving.host import Host
 JOB = {"id": "job", "number": 1, "request": {"camera": "pan_right", "num_inference_steps": 3}}
 
 
+def replica(engine: Engine) -> Host:
+    return Host(engine, max_open=1, has_claims=True)
+
+
 def made(host: Host, folder: Path, claim: Claim) -> Iterator[dict[str, Any]]:
     """A turn's events, under a claim."""
     with claim.held():
@@ -30,7 +34,7 @@ def test_an_attempt_that_is_believed_dead_gives_way(
     folder = tmp_path / "session"
     folder.mkdir()
     (folder / "source").write_bytes(source_clip.read_bytes())
-    first = made(Host(engine, max_open=1), folder, Claim(folder, issue(folder), "first"))
+    first = made(replica(engine), folder, Claim(folder, issue(folder), "first"))
     next(event for event in first if event["type"] == "step_done")
     # another attempt is told to make the turn; the first holds the lock, and has not noticed
     token = issue(folder)
@@ -41,7 +45,7 @@ def test_an_attempt_that_is_believed_dead_gives_way(
         pass
     assert [event["type"] for event in first] == ["cancelled"]
     assert SessionStore(folder).read()["turns"] == []
-    second = list(made(Host(engine, max_open=1), folder, Claim(folder, token, "second")))
+    second = list(made(replica(engine), folder, Claim(folder, token, "second")))
     assert second[-1]["type"] == "done"
     assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1]
 

@@ -1,4 +1,4 @@
-"""A few hundred requests of schemathesis, and some broken videos; profiling has the long runs."""
+"""A few hundred requests of schemathesis, and some broken videos; stress has the long runs."""
 
 from __future__ import annotations
 

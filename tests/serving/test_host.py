@@ -76,10 +76,13 @@ def test_a_turn_is_made_once_whatever_is_asked(host: Host, folder: Path) -> None
     # the same job again, in this process and in one that opens the folder anew
     before = video.read_bytes()
     video.unlink()
-    for other in (host, Host(host.engine, max_open=1)):
-        kinds = [event["type"] for event in run(other, folder, 1, TURN)]
+    other = Host(host.engine, max_open=1)
+    assert list(run(other, folder, 1, TURN))[-1]["code"] == "internal"
+    for each in (host, other):
+        kinds = [event["type"] for event in run(each, folder, 1, TURN)]
         assert kinds == ["started", "done"]
         assert video.read_bytes() == before
+        each.close()
     assert len(SessionStore(folder).read()["turns"]) == 1
     assert finished_report(folder, "views", 1) == done["report"]
     assert finished_report(folder, "views", 2) is None
@@ -177,6 +180,7 @@ def test_edits_go_on_behind_their_windows(
             cancel.cancel()
     assert event == CANCELLED and windows == [1]
     assert finished_report(folder, "edits", 1) is None
+    host.close()
     again = Host(host.engine, max_open=1)
     events = list(run(again, folder, None, request, frames=23))
     assert [e["number"] for e in events if e["type"] == "window_done"] == [2, 3, 4, 5]

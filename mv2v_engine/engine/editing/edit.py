@@ -46,7 +46,8 @@ class KeptWindow:
 class Edit:
     """number: the turn's. settings: the engine's, on which the latents depend.
 
-    report: of the whole, None until every window is finished.
+    report: of the whole, None until every window is finished. lost: why its folder's next window
+    cannot be read, if it had one.
     """
 
     number: int
@@ -54,6 +55,7 @@ class Edit:
     settings: dict[str, Any]
     windows: list[KeptWindow] = field(default_factory=list)
     report: dict[str, Any] | None = None
+    lost: str | None = None
 
     @property
     def num_done(self) -> int:

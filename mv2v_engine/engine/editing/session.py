@@ -26,6 +26,7 @@ from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.editing.window import edit_window
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import (
     CancelToken,
     Event,
@@ -61,8 +62,9 @@ class EditSession(Session):
         id: str,
         cuts: Sequence[int],
         store: EditStore | None,
+        lock: WriterLock | None = None,
     ) -> None:
-        super().__init__(engine, id)
+        super().__init__(engine, id, lock)
         self.source, self.cuts, self.store = source, tuple(cuts), store
         self.windows = edit_windows(source.num_frames, engine.sampling.num_frames, cuts=self.cuts)
         self._edits: list[Edit] = []
@@ -155,6 +157,7 @@ class EditSession(Session):
         out: Path | str | None = None,
     ) -> Generator[Event, None, Turn]:
         """As `edit_events`, of a request that is already made."""
+        self._require_open()
         engine = self.engine
         engine.check_text(request.prompt, request.guidance_scale)
         if engine.text is not None:
@@ -221,6 +224,7 @@ class EditSession(Session):
         self, edit: Edit, window: EditWindow, memory: SegmentMemory, kept: KeptWindow
     ) -> None:
         """A window is finished: it is the session's, and the folder's if it takes it."""
+        self._require_open()
         assert window.number == edit.num_done and kept.latents is not None
         latents = kept.latents
         edit.windows.append(kept)
@@ -288,18 +292,22 @@ class EditSession(Session):
     def restore(self) -> None:
         """Take up the edits of the session's folder; their windows are read once, and checked.
 
+        An edit with a window that is lost is unfinished from there on.
+
         Raises:
-            StorageError: a window that the manifest names is missing or damaged.
+            StorageError: the manifest is damaged.
         """
         assert self.store is not None
         self._edits = list(self.store.edits())
+        self.lost = tuple(edit.lost for edit in self._edits if edit.lost is not None)
         for edit in self._edits:
             if edit.report is not None:
                 self._turns[edit.number] = self._turn(edit, edit.report)
 
     def close(self) -> None:
-        """Let go of the source; an edit's memory ends with it, and the folder stays."""
+        """Let go of the source and the folder, which stays; an edit's memory ends with it."""
         self.source.close()
+        super().close()
 
 
 def _latents_of(edit: Edit, number: int) -> Tensor:

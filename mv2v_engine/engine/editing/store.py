@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -37,6 +37,12 @@ class EditStore(SessionFolder):
     """The folder of one session of edits."""
 
     format, version = "mv2v-edit-session", 1
+    row_kinds: ClassVar[dict[str, type]] = {
+        "number": int,
+        "request": dict,
+        "settings": dict,
+        "windows": list,
+    }
 
     def append(
         self, edit: Edit, window: int, latents: Tensor, descriptor: Tensor, report: dict[str, Any]
@@ -56,7 +62,8 @@ class EditStore(SessionFolder):
         save_tensors(path, values, {"report": words})
         row = self._row(manifest, edit)
         is_listed = len(row["windows"]) >= window
-        row["windows"] = [*row["windows"][: window - 1], digest]
+        # one that is made again is followed by others that are
+        row["windows"], row["report"] = [*row["windows"][: window - 1], digest], None
         self._list(manifest, path, is_listed=is_listed)
         return digest
 
@@ -73,20 +80,24 @@ class EditStore(SessionFolder):
     def edits(self) -> Iterator[Edit]:
         """Every edit, its windows read once and checked, one after the other.
 
+        An edit ends before its first window that is missing or damaged: made again, that one and
+        those behind it get the same bits, so nothing is lost but time.
+
         Raises:
-            StorageError: a window that the manifest names is missing or damaged, or the manifest.
+            StorageError: the manifest is damaged.
         """
         for row in self.read()["turns"]:
             try:
                 number, digests, report = row["number"], row["windows"], row["report"]
                 edit = Edit(number, EditRequest(**row["request"]), row["settings"], report=report)
             except (KeyError, TypeError) as error:
-                raise StorageError(
-                    f"{self.manifest} is damaged: an edit's row lacks or misnames {error}; "
-                    "edit the video once more in another folder"
-                ) from error
+                raise self._damaged(f"turn {row['number']} lacks or misnames {error}") from error
             for window, digest in enumerate(digests, 1):
-                _, descriptor, words = self.window(number, window, digest)
+                try:
+                    _, descriptor, words = self.window(number, window, digest)
+                except StorageError as error:
+                    edit.lost, edit.report = str(error), None
+                    break
                 read = partial(self.latents, number, window, digest)
                 edit.windows.append(KeptWindow(words, descriptor, None, read))
             yield edit
@@ -166,8 +177,8 @@ def _reading(path: Path) -> Iterator[None]:
         yield
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise StorageError(
-            f"{path} cannot be read again ({error}); restore the file, or edit the video once "
-            "more in another folder"
+            f"{path} cannot be read again ({error}); restore the file, or resume the edit, which "
+            "makes its window and those behind it again"
         ) from error
 
 

@@ -24,7 +24,7 @@ PROMPT, ROOT = "a red ball", Path(__file__).resolve().parents[3]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -111,6 +111,7 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
     events.close()
     # the folder has the latents, memory does not
     assert all(kept.latents is None for edit in session._edits for kept in edit.windows)
+    session.close()
     again = editor.edit_session(frames, store=tmp_path, resume=True)
     assert again.id == session.id and len(again.turns) == 1
     assert [(request.prompt, done) for request, done in again.unfinished] == [("the floor", 1)]
@@ -126,6 +127,7 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
     assert torch.equal(second.latents, alone.latents)
     # under other settings it is another edit, not half of this one
     config = EngineConfig(max_memory=0)
+    again.close()
     other = editor.reconfigured(config).edit_session(frames, store=tmp_path, resume=True)
     assert other.edit(PROMPT, num_inference_steps=1).number == 4
 
@@ -185,6 +187,7 @@ def test_a_full_disk_ends_the_edit_and_keeps_its_windows(editor: Engine, tmp_pat
     )
     assert [event.number for event in done] == [3]
     assert torch.equal(turn.latents, expected.latents)
+    session.close()
     resumed = editor.edit_session(frames, store=tmp_path, resume=True)
     assert torch.equal(resumed.turns[0].latents, expected.latents)
 

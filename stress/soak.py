@@ -1,6 +1,6 @@
 """Whether an engine stays as it is: hundreds of turns of sessions that come and go.
 
-`python profiling/soak.py [--turns 500] [--small] [--out profiling/results/soak.json]`
+`python stress/soak.py [--turns 500] [--small] [--out profiling/results/soak.json]`
 
 Sessions with and without a folder are opened, continued, resumed, cancelled at any moment, closed
 and dropped, on an engine without tiers and on one with a small device arena; disks run full and
@@ -27,6 +27,9 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
+
+# what a result says of its machine, and how `run serve` is started, is the benchmarks'
+sys.path.append(str(Path(__file__).resolve().parents[1] / "profiling"))
 
 import torch
 from measure import ROOT, provenance, table

@@ -1,6 +1,6 @@
 """Whether the service keeps its promises: sessions, cancels, deletes, and kills at any moment.
 
-`python profiling/soak_service.py [--sessions 100] [--turns 3] [--kills 5] [--small]
+`python stress/soak_service.py [--sessions 100] [--turns 3] [--kills 5] [--small]
     [--out profiling/results/soak_service.jsonl]`
 
 Clients make sessions and ask for turns; some are cancelled, some sessions deleted while they work.
@@ -27,6 +27,9 @@ from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+# what a result says of its machine, and how `run serve` is started, is the benchmarks'
+sys.path.append(str(Path(__file__).resolve().parents[1] / "profiling"))
 
 import torch
 from measure import ROOT, Report, provenance

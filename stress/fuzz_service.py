@@ -1,6 +1,6 @@
 """What a service makes of requests that are none, and of videos that are broken.
 
-`python profiling/fuzz_service.py [--requests 2000] [--videos 100] [--out profiling/results/...]`
+`python stress/fuzz_service.py [--requests 2000] [--videos 100] [--out profiling/results/...]`
 
 The real command, with its worker. Requests are made by schemathesis of its OpenAPI, by damaging
 good bodies, and as raw bytes on a socket, until there are so many that the OpenAPI does not allow;
@@ -28,6 +28,9 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
+
+# what a result says of its machine, and how `run serve` is started, is the benchmarks'
+sys.path.append(str(Path(__file__).resolve().parents[1] / "profiling"))
 
 import httpx
 import requests
