@@ -27,6 +27,7 @@ from mv2v_engine.serving.folders import (
     reading,
     result_paths,
     source_path,
+    stored_identity,
 )
 from mv2v_engine.serving.records import Kind
 from mv2v_engine.serving.tables import text
@@ -80,7 +81,14 @@ def adopt(
     sessions = db.execute("SELECT * FROM sessions WHERE NOT is_deleting").fetchall()
     turns = db.execute("SELECT * FROM turns").fetchall()
     kinds: dict[str, Kind] = {row["id"]: row["kind"] for row in sessions}
-    sources = [(_source(store, row), _identity(store, row), row["id"]) for row in sessions]
+    sources = [
+        (
+            _source(store, row),
+            text(stored_identity(store.session(row["id"]), row["kind"])),
+            row["id"],
+        )
+        for row in sessions
+    ]
     updates = [
         (*_turn(store, kinds[row["session"]], row), row["session"], row["number"])
         for row in turns
@@ -109,16 +117,6 @@ def _source(store: Store, row: sqlite3.Row) -> str:
     if files["source"]["bytes"] != row["source_bytes"]:
         files["source"]["sha256"] = None
     return json.dumps(files)
-
-
-def _identity(store: Store, row: sqlite3.Row) -> str | None:
-    folder = store.session(row["id"])
-    manifest = engine_store(folder, row["kind"])
-    try:
-        with reading(folder):
-            return json.dumps(manifest.read()["identity"]) if manifest.exists() else None
-    except StorageError:
-        return None
 
 
 def _turn(store: Store, kind: Kind, row: sqlite3.Row) -> tuple[str, str | None, bool]:

@@ -19,9 +19,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 
+from mv2v_engine.engine.editing.store import EditStore
+from mv2v_engine.engine.store import SessionFolder
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import save_json
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import Promises, Verifier
@@ -188,21 +190,37 @@ class Audit:
         entries = [turn.entry for turn in turns]
         if turns and (session.identity is None or None in entries):
             return f"session.json is damaged, and the rows do not have what it held: {wrong}"
-        if manifest.exists():
+        rows = _rows(manifest, turns) if turns else []
+        if manifest.manifest.exists():
             place = self.store.set_aside(manifest.manifest, f"{session.id}.session.json")
             log.error("session.json of %s is damaged (%s); it is kept as %s", folder, wrong, place)
-        if turns:
-            rows = [
-                {**(turn.entry or {}), "report": _report(session, turn)}
-                for turn in sorted(turns, key=lambda turn: turn.number)
-            ]
-            value = {"id": session.id, "identity": session.identity, "turns": rows}
-            save_json(
-                manifest.manifest,
-                {**value, "format": manifest.format, "version": manifest.version},
-            )
+        if session.identity is not None and turns:
+            manifest.create(session.id, session.identity, rows)
             log.warning("session.json of %s was written again from the database", session.id)
         return None
+
+
+def _rows(manifest: SessionFolder, turns: Sequence[TurnRecord]) -> list[dict[str, Any]]:
+    """The rows of a manifest that is to be written again: the turns', and its others if it is whole.
+
+    Raises:
+        StorageError: that leaves gaps.
+    """
+    rows: dict[int, dict[str, Any]] = {}
+    try:
+        rows = {row["number"]: row for row in manifest.read()["turns"]}
+    except StorageError as error:
+        log.warning("of session.json nothing but what the database has is left: %s", error)
+    for turn in turns:
+        rows[turn.number] = {**(turn.entry or {}), "report": _report(manifest, turn)}
+    for number in range(1, max(rows)):
+        if number not in rows and isinstance(manifest, EditStore):
+            # an edit that was unfinished: without settings, no request goes on with it
+            nothing: dict[str, Any] = {"settings": {}, "windows": [], "report": None}
+            rows[number] = {**rows[max(rows)], **nothing, "number": number}
+    if set(rows) != set(range(1, len(rows) + 1)):
+        raise StorageError(f"turns {sorted(rows)} are left, and some between them are not")
+    return [rows[number] for number in sorted(rows)]
 
 
 def turn_state(
@@ -261,9 +279,9 @@ def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord
     return None
 
 
-def _report(session: SessionRecord, turn: TurnRecord) -> dict[str, object]:
+def _report(manifest: SessionFolder, turn: TurnRecord) -> dict[str, Any]:
     """A turn's report as the manifest has it: an edit's windows have theirs beside them."""
-    left_out = {"windows"} if session.kind == "edits" else set()
+    left_out = {"windows"} if isinstance(manifest, EditStore) else set()
     return {name: value for name, value in turn.report.items() if name not in left_out}
 
 

@@ -263,6 +263,17 @@ def manifest_entry(folder: Path, kind: Kind, number: int) -> tuple[dict[str, Any
         return entry, manifest["identity"]
 
 
+def stored_identity(folder: Path, kind: Kind) -> dict[str, Any] | None:
+    """What the engine's manifest says of its session; None if there is no whole one."""
+    store = engine_store(folder, kind)
+    try:
+        with reading(folder):
+            identity: dict[str, Any] | None = store.read()["identity"] if store.exists() else None
+            return identity
+    except StorageError:
+        return None
+
+
 def finished_report(folder: Path, kind: Kind, number: int | None) -> dict[str, Any] | None:
     """The report of a turn that the session's folder has whole; None if it has not.
 

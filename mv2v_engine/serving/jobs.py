@@ -20,6 +20,7 @@ from mv2v_engine.serving.tables import (
     mark_deleting,
     scalar,
     session_by_id,
+    set_identity,
     text,
     touch,
 )
@@ -133,17 +134,14 @@ def finish(
     turn: TurnRecord,
     *,
     is_repeatable: bool,
-    identity: dict[str, Any] | None,
+    identity: dict[str, Any],
 ) -> JobRecord:
     """A running job's turn is made: the turn and the job's end, in one transaction.
 
     identity: what the engine's manifest says of the session.
     """
     add_turn(db, turn, is_repeatable=is_repeatable)
-    db.execute(
-        "UPDATE sessions SET identity = ? WHERE id = ? AND identity IS NULL",
-        (text(identity), turn.session),
-    )
+    set_identity(db, turn.session, identity)
     touch(db, turn.session, turn.created)
     ended = end(db, job.id, "finished", turn.created, number=turn.number)
     assert ended is not None, f"{job.id} ended before its turn was recorded"

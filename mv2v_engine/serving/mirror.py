@@ -22,7 +22,7 @@ from mv2v_engine.files import save_json
 from mv2v_engine.serving.adoption import finished_numbers
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import num_bytes, promised
-from mv2v_engine.serving.folders import engine_store, latents_paths, manifest_row, reading
+from mv2v_engine.serving.folders import latents_paths, manifest_row, reading, stored_identity
 from mv2v_engine.serving.records import Kind, TurnRecord
 from mv2v_engine.serving.tables import insert, scalar, text, turn_values
 
@@ -141,7 +141,8 @@ def read_rows(folder: Path) -> Rows:
         raise StorageError(f"{folder.name} has no copy of its rows")
     with reading(folder):
         session = _checked(value["row"], _SESSION_COLUMNS)
-        rows = Rows(str(value["store"]), session | {"identity": _identity(folder, session["kind"])})
+        identity = text(stored_identity(folder, session["kind"]))
+        rows = Rows(str(value["store"]), session | {"identity": identity})
     copied = {
         int(path.stem.removeprefix("turn_"))
         for path in (folder / FOLDER).glob("turn_[0-9][0-9][0-9][0-9].json")
@@ -239,16 +240,6 @@ def _turn_name(number: int) -> str:
 
 def _without(row: dict[str, Any], names: set[str]) -> dict[str, Any]:
     return {name: value for name, value in row.items() if name not in names}
-
-
-def _identity(folder: Path, kind: Kind) -> str | None:
-    """What the engine's manifest says of its session; None if there is no whole one."""
-    try:
-        with reading(folder):
-            store = engine_store(folder, kind)
-            return text(store.read()["identity"]) if store.exists() else None
-    except StorageError:
-        return None
 
 
 def _request(report: dict[str, Any]) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.adoption import finished_numbers
 from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.database import Database
-from mv2v_engine.serving.folders import Store, remove_content, sweep_results
+from mv2v_engine.serving.folders import Store, remove_content, stored_identity, sweep_results
 from mv2v_engine.serving.mirror import copied_turn, insert_turn, mirror
 from mv2v_engine.serving.records import JobRecord, SessionRecord, is_id
 from mv2v_engine.serving.scheduler import Scheduler
@@ -101,6 +101,11 @@ async def _take_up(session: SessionRecord, store: Store, database: Database) -> 
             insert = partial(insert_turn, session_id=session.id, row=row)
             await database.write(insert, makes_room=True)
             log.warning("turn %d of %s had no row, and was taken up", number, session.id)
+    if lacking and session.identity is None:
+        identity = await asyncio.to_thread(stored_identity, folder, session.kind)
+        if identity is not None:
+            keep = partial(tables.set_identity, session_id=session.id, identity=identity)
+            await database.write(keep, makes_room=True)
 
 
 def _told(db: sqlite3.Connection, session_id: str) -> set[int]:

@@ -323,7 +323,7 @@ def with_progress(job: JobRecord, logs: EventLogs) -> JobRecord:
 
 def _recorded(
     folder: Path, session: SessionRecord, job: JobRecord, done: dict[str, Any]
-) -> tuple[TurnRecord, dict[str, Any] | None]:
+) -> tuple[TurnRecord, dict[str, Any]]:
     """A finished turn as its row will have it, and what the engine's manifest says of its session.
 
     Raises:

@@ -180,6 +180,14 @@ def kept_sessions(db: sqlite3.Connection) -> list[SessionRecord]:
     return [_session(row) for row in rows]
 
 
+def set_identity(db: sqlite3.Connection, session_id: str, identity: dict[str, Any]) -> None:
+    """What the engine's manifest says of a session, once it has a turn."""
+    db.execute(
+        "UPDATE sessions SET identity = ? WHERE id = ? AND identity IS NULL",
+        (json.dumps(identity), session_id),
+    )
+
+
 def set_session_damage(db: sqlite3.Connection, session_id: str, damage: str | None) -> None:
     """Why a session takes no more turns, or that it does again."""
     db.execute("UPDATE sessions SET damage = ? WHERE id = ?", (damage, session_id))

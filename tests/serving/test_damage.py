@@ -11,8 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from store_check import check_store
 
+from mv2v_engine.engine.editing.edit import Edit
+from mv2v_engine.engine.editing.request import EditRequest
+from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.errors import StorageError
 from mv2v_engine.run import main
 from mv2v_engine.serving.records import SessionRecord, TurnFile
@@ -284,6 +288,50 @@ async def test_a_damaged_manifest_is_written_again_whatever_ran(
         for number in range(1, turns + 2):
             await published(service, session, number)
     assert await store_command("check", tmp_path) == 0
+
+
+def swap(path: Path) -> None:
+    """Still a list of edits, and not the one that was stored."""
+    path.write_text(path.read_text().replace("a ball", "a cube"))
+
+
+@pytest.mark.parametrize("damage", [swap, garble, not_text, remove])
+@in_loop
+async def test_a_damaged_list_of_edits_is_written_again(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Its finished edits whole; of one between them that was unfinished nothing can be believed."""
+    async with serving(tmp_path, FakeBackend(kind="edits")) as (service, _):
+        session = await new_session(service)
+    store = EditStore(service.store.session(session.id))
+    store.create(session.id, {"source": "x", "cuts": []})
+    for number in (1, 2, 3):
+        request = EditRequest(
+            prompt=f"a ball {number}",
+            seed=number,
+            num_inference_steps=2,
+            guidance_scale=1.0,
+            memory="none",
+        )
+        edit = Edit(number, request, {"merge": "none"})
+        for window in (1, 2):
+            latents = torch.full((1, 1, 2, 2), float(number))
+            store.append(edit, window, latents, torch.zeros(3), {"window": window})
+        if number != 2:
+            store.finish(edit, {"turn": number, "num_windows": 2})
+    whole = store.read()
+    async with serving(tmp_path, FakeBackend(kind="edits")) as (service, _):
+        assert [turn.number for turn in await service.turns("", session.id)] == [1, 3]
+    damage(store.manifest)
+    async with serving(tmp_path, FakeBackend(kind="edits")) as (service, _):
+        assert (await service.session("", session.id)).damage is None
+        for turn in await service.turns("", session.id):
+            assert turn.report["windows"] == [{"window": 1}, {"window": 2}]
+    first, second, third = store.read()["turns"]
+    assert [first, third] == [whole["turns"][0], whole["turns"][2]]
+    # no request goes on with the one that was lost
+    assert [edit.num_done for edit in store.edits()] == [2, 0, 2]
+    assert second["settings"] == {} and second["report"] is None
 
 
 @pytest.mark.parametrize("damage", [garble, not_text, cut])
