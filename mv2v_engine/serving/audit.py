@@ -178,7 +178,7 @@ class Audit:
         try:
             return self._mend_manifest(folder, session, turns)
         except (StorageError, OSError) as error:
-            return f"session.json cannot be mended: {error}"
+            return f"session.json cannot be mended: {_words(error, folder)}"
 
     def _mend_manifest(
         self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
@@ -201,7 +201,7 @@ class Audit:
 
 
 def _rows(manifest: SessionFolder, turns: Sequence[TurnRecord]) -> list[dict[str, Any]]:
-    """The rows of a manifest that is to be written again: the turns', and its others if it is whole.
+    """A manifest's rows, to be written again: the turns', and its others if it is whole.
 
     Raises:
         StorageError: that leaves gaps.
@@ -252,7 +252,12 @@ def manifest_problem(
     try:
         return _difference(folder, session, turns)
     except (StorageError, OSError) as error:
-        return str(error)
+        return _words(error, folder)
+
+
+def _words(error: OSError, folder: Path) -> str:
+    """An error without the place of a session's folder, which is nobody's business outside."""
+    return str(error).replace(f"{folder}/", "")
 
 
 def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]) -> str | None:

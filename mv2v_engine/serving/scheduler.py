@@ -289,6 +289,7 @@ class Scheduler:
             jobs.finish, job=job, turn=turn, is_repeatable=is_repeatable, identity=identity
         )
         ended = await self.written(record)
+        await asyncio.to_thread(self.store.spare.keep)
         if not turn.is_published:
             self.turns_to_publish()
         self.ended(ended, turn.report)

@@ -26,7 +26,7 @@ from mv2v_engine.files import flush, make_folder, move, share_file
 from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.config import Limits, ServingConfig
-from mv2v_engine.serving.database import Database
+from mv2v_engine.serving.database import Database, is_disk_full
 from mv2v_engine.serving.digests import promised
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.folders import FULL, RESULTS, Store, result_path, source_path
@@ -97,6 +97,7 @@ class Sessions:
             await asyncio.to_thread(self._discard, session.id)
         else:
             await mirror(self.database, self.store.session(session.id), session.id)
+            await asyncio.to_thread(self.store.spare.keep)
             self.scheduler.tell(lambda listener: listener.session_created(session))
         return kept
 
@@ -150,7 +151,18 @@ class Sessions:
             jobs.delete_session, owner=owner, session_id=session_id, now=now, is_idle=is_idle
         )
         with disk_errors():
-            ended, running = await self.database.write(begin, makes_room=True)
+            try:
+                ended, running = await self.database.write(begin, makes_room=True)
+            except sqlite3.OperationalError as error:
+                if not is_disk_full(error):
+                    raise
+                # not even those bytes are left: make room of what could be made again
+                await self.database.read(
+                    partial(tables.find_session, owner=owner, session_id=session_id)
+                )
+                results = self.store.session(session_id) / "results"
+                await asyncio.to_thread(shutil.rmtree, results, ignore_errors=True)
+                ended, running = await self.database.write(begin, makes_room=True)
         for job in ended:
             self.scheduler.ended(job)
         for job in running:

@@ -58,7 +58,7 @@ def _run(args: argparse.Namespace, work: object) -> int:
         findings = list(work(store))
     for line in findings:
         print(line)
-    print(f"{args.store}: " + (f"{len(findings)} findings" if findings else "whole"))
+    print(f"{args.store}: " + (f"findings: {len(findings)}" if findings else "whole"))
     return DAMAGED if findings else 0
 
 

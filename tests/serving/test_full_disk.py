@@ -59,9 +59,10 @@ def fill(disk: Path) -> None:
 
 
 @pytest.mark.parametrize("has_log", [True, False])
+@pytest.mark.parametrize("has_spare", [True, False])
 @in_loop
-async def test_deleting_works_on_a_full_disk(disk: Path, has_log: bool) -> None:
-    """Whether or not the database's log has room of its own."""
+async def test_deleting_works_on_a_full_disk(disk: Path, has_log: bool, has_spare: bool) -> None:
+    """Whether or not the database's log has room of its own, and bytes are kept for it."""
     store = disk / "store"
     async with serving(store) as (service, _):
         sessions = [await new_session(service) for _ in range(3)]
@@ -69,11 +70,15 @@ async def test_deleting_works_on_a_full_disk(disk: Path, has_log: bool) -> None:
     async with serving(store) as (service, _):
         if has_log:
             await asked(service, sessions[1])
+        if not has_spare:
+            (store / "spare").unlink()
+            video = await service.turn_file("", sessions[0].id, 1, "video")
+            video.write_bytes(bytes(1 << 20))
         fill(disk)
         error = await refused(service.submit("", sessions[2].id, TURN | {"prompt": " " * 100_000}))
         assert error.code == "disk_full"
         # what there is can be read
-        assert (await service.turn_file("", sessions[0].id, 1, "video")).stat().st_size
+        assert (await service.turn_file("", sessions[0].id, 1, "thumbnail")).stat().st_size
         await service.delete_session("", sessions[0].id)
         assert (await refused(service.session("", sessions[0].id))).code == "not_found"
         assert not service.store.session(sessions[0].id).exists()
@@ -118,6 +123,8 @@ async def test_a_start_with_a_running_job_works_on_a_full_disk(
         (disk / "filler").unlink(missing_ok=True)
         again = await new_session(service)
         assert (await ended(service, await asked(service, again))).number == 1
+        # what was given up for the start is there for the next time
+        assert (store / "spare").stat().st_size == Spare.size
 
 
 @in_loop
