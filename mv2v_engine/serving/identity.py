@@ -20,6 +20,8 @@ from mv2v_engine.files import save_json
 from mv2v_engine.serving import database
 from mv2v_engine.serving.adoption import adopt, disagreement
 from mv2v_engine.serving.folders import Store
+from mv2v_engine.serving.mirror import had_rows_in
+from mv2v_engine.serving.tables import session_ids
 
 NAME = "store.json"
 _FORMAT, _VERSION = "mv2v-store", 1
@@ -87,6 +89,7 @@ def require_admissible(db: sqlite3.Connection, store: Store, named: Identity | N
         raise database.wrong_version(version)
     else:
         require_same(store.root, named, identity_of(db))
+        require_rows(db, store)
     return version
 
 
@@ -116,6 +119,21 @@ def require_whole(db: sqlite3.Connection, store: Store) -> None:
     ((said,),) = db.execute("PRAGMA quick_check(1)").fetchall()
     if said != "ok":
         raise _refused(store.root, f"its database is damaged ({said})")
+
+
+def require_rows(db: sqlite3.Connection, store: Store) -> None:
+    """Refuse a database that has lost a session's row.
+
+    The copy in a folder is written behind the row, and a deletion takes the folder away before it.
+    """
+    identity = identity_of(db)
+    for folder in store.stray_sessions(session_ids(db)):
+        if had_rows_in(folder) == identity.id:
+            raise _refused(
+                store.root,
+                f"its database is older than its folders: no row tells of {folder.name}, which it "
+                "had",
+            )
 
 
 def require_same(root: Path, named: Identity | None, row: Identity) -> None:

@@ -154,6 +154,16 @@ def read_rows(folder: Path) -> Rows:
     return rows
 
 
+def had_rows_in(folder: Path) -> str | None:
+    """The id of the store whose database had this folder's session; None if that is not known."""
+    try:
+        with reading(folder):
+            value = _read_json(folder / FOLDER / "session.json") or {}
+            return str(value["store"]) if value["row"]["id"] == folder.name else None
+    except StorageError:
+        return None
+
+
 def copied_turn(folder: Path, kind: Kind, number: int) -> dict[str, Any] | None:
     """A turn's row as its copy has it, or, without one, the engine's manifest; else None."""
     try:

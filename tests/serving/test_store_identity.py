@@ -77,6 +77,13 @@ def older(root: Path, spare: Path) -> None:
     shutil.copy(spare / "older", root / DATABASE)
 
 
+def older_of_the_same_start(root: Path, spare: Path) -> None:
+    """As a copy that was made while the service ran."""
+    with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("DELETE FROM sessions WHERE owner = 'ben'")
+
+
 def foreign(root: Path, spare: Path) -> None:
     make(spare / "other")
     shutil.copy(spare / "other" / DATABASE, root / DATABASE)
@@ -119,7 +126,19 @@ def garbled_name(root: Path, spare: Path) -> None:
     (root / "store.json").write_text('{"format": "mv2v-store"}')
 
 
-KINDS = [missing, empty, no_tables, garbage, half, older, newer, foreign, no_name, garbled_name]
+KINDS = [
+    missing,
+    empty,
+    no_tables,
+    garbage,
+    half,
+    older,
+    older_of_the_same_start,
+    newer,
+    foreign,
+    no_name,
+    garbled_name,
+]
 
 
 @pytest.mark.parametrize("spoil", KINDS)
@@ -214,6 +233,9 @@ async def test_what_no_row_tells_of_is_set_aside_and_said(
     before = contents(tmp_path / "sessions")
     for name in ("session_" + "0" * 24, "session_" + "1" * 24, "lost+found"):
         store_turn(tmp_path / "sessions" / name, name, 1)
+    shutil.copytree(
+        tmp_path / "sessions" / known / "rows", tmp_path / "sessions" / "lost+found" / "rows"
+    )
     (tmp_path / "sessions" / "a file").write_text("of somebody")
     for _ in range(2):
         async with serving(tmp_path) as (service, _):
