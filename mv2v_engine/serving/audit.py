@@ -27,6 +27,7 @@ from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import Promises, Verifier
+from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.folders import (
     RESULTS,
     Store,
@@ -70,13 +71,8 @@ class Audit:
         self._task: asyncio.Task[None] | None = None
 
     async def start(self) -> None:
-        """Compare everything, as far as a start waits for it.
-
-        What is said of one session's damage ends nothing.
-        """
-        sessions = await self.database.read(tables.kept_sessions)
-        for session in sessions:
-            await self.session(session, is_deep=self._is_deep(), mends=True)
+        """Compare everything, as far as a start waits for it; no session's damage ends it."""
+        await self._all(mends=True)
 
     def go_on(self) -> None:
         """Compare what the start left, in the background."""
@@ -96,9 +92,10 @@ class Audit:
         mends: its manifest too, which nobody may write meanwhile.
         """
         turns = await self.database.read(partial(tables.list_turns, session_id=session.id))
-        for turn in turns:
-            await self.turn(turn, is_deep=is_deep)
         folder = self.store.session(session.id)
+        states = await asyncio.to_thread(self._states, folder, turns, is_deep)
+        for turn, state in zip(turns, states, strict=True):
+            await self._found(turn, state)
         damage = await asyncio.to_thread(self._source_damage, folder, session, is_deep)
         if damage is None:
             mend = self._mended if mends else _keep_damage
@@ -110,10 +107,15 @@ class Audit:
             )
         return await self.database.read(partial(_again, session=session))
 
-    async def turn(self, turn: TurnRecord, *, is_deep: bool = True) -> TurnRecord:
+    async def turn(self, turn: TurnRecord) -> TurnRecord:
         """Compare a turn's files; the turn as it is now."""
         folder = self.store.session(turn.session)
-        state = await asyncio.to_thread(turn_state, self.verifier, folder, turn, is_deep=is_deep)
+        (state,) = await asyncio.to_thread(self._states, folder, [turn], True)
+        return await self._found(turn, state)
+
+    async def _found(self, turn: TurnRecord, state: TurnState) -> TurnRecord:
+        """Write down what was found of a turn; the turn as it is now."""
+        folder = self.store.session(turn.session)
         is_published = turn.is_published and state.is_published
         if (state.damage, is_published) == (turn.damage, turn.is_published):
             return turn
@@ -150,16 +152,28 @@ class Audit:
 
     async def _rest(self) -> None:
         try:
-            for session in await self.database.read(tables.kept_sessions):
-                await self.session(session)
+            await self._all(mends=False)
         except sqlite3.Error as error:
             log.error("not all files were compared with their rows: %s", error)
+
+    async def _all(self, *, mends: bool) -> None:
+        """mends: as at a start, which does not wait for the contents of everything."""
+        for session in await self.database.read(tables.kept_sessions):
+            is_deep = not mends or self._is_deep()
+            try:
+                await self.session(session, is_deep=is_deep, mends=mends)
+            except (ApiError, OSError) as error:
+                # it was deleted meanwhile, or its folder lets nobody do anything
+                log.error("%s could not be compared with its rows: %s", session.id, error)
 
     def _is_deep(self) -> bool:
         return self.verifier.num_read < START_BYTES
 
     async def _write(self, change: partial[None]) -> None:
         await self.database.write(change, makes_room=True)
+
+    def _states(self, folder: Path, turns: Sequence[TurnRecord], is_deep: bool) -> list[TurnState]:
+        return [turn_state(self.verifier, folder, turn, is_deep=is_deep) for turn in turns]
 
     def _remove_wrong(self, folder: Path, turn: TurnRecord) -> None:
         for path in result_paths(folder, turn.number):

@@ -85,6 +85,9 @@ class Retention:
                 await self._delete(owner, session_id)
             except ApiError:
                 continue  # it was deleted or used meanwhile
+            except OSError as error:
+                log.error("session %s cannot be removed: %s", session_id, error)
+                continue
             removed.append(session_id)
             log.info("session %s was removed: it was not used for long", session_id)
         return removed

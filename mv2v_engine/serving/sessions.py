@@ -222,7 +222,9 @@ def full_disk(root: Path) -> Iterator[None]:
     try:
         with disk_errors():
             yield
-    except (ApiError, sqlite3.OperationalError) as error:
+    except StorageError:
+        raise
+    except (ApiError, sqlite3.OperationalError, OSError) as error:
         raise StorageError(
             f"the disk of the store {root} is full, or fails ({error}); make a few MB of room and "
             "start again"
