@@ -125,8 +125,9 @@ def _turn(store: Store, kind: Kind, row: sqlite3.Row) -> tuple[str, str | None, 
     latents, results = latents_paths(folder, number), result_paths(folder, number)
     total = sum(path.stat().st_size for path in (*latents, *results))
     is_whole = total == row["bytes"]
-    entry, files = None, promised(folder, latents)
+    entry, files = None, {}
     try:
+        files = promised(folder, latents)
         manifest_row(folder, kind, number)
     except StorageError:
         pass  # of a damaged manifest nothing more is known than the bytes
