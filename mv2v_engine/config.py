@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from numbers import Integral, Real
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mv2v_engine.errors import RequestError
 from mv2v_engine.shapes import LUCY_5B as LUCY_5B
@@ -37,6 +38,23 @@ GraphMode = Literal["auto", "on", "off"]
 SchedulerName = Literal["euler", "unipc"]
 TextOffload = Literal["auto", "always", "never"]
 
+MAX_STEPS = 1000
+# far above what anybody samples with, 1 to 20, and far below what overflows
+MAX_GUIDANCE_SCALE = 100
+
+
+def check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
+    """Refuse an argument that is no number, or lies outside of its range.
+
+    Raises:
+        RequestError: names the argument, its range and what it is.
+    """
+    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
+    if not is_number:
+        raise RequestError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
+    if not low <= value <= high:
+        raise RequestError(f"{name} must lie in {low}..{high}, got {value}")
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
@@ -56,10 +74,12 @@ class SamplingConfig:
     scheduler: SchedulerName = "euler"
 
     def __post_init__(self) -> None:
-        if self.num_frames % 4 != 1:
+        if self.num_frames % 4 != 1 or self.num_frames < 1:
             raise RequestError(f"num_frames must be 4n+1, got {self.num_frames}")
-        if not self.fps > 0:
-            raise RequestError(f"fps must be positive, got {self.fps}")
+        check_number("fps", self.fps, 0.01, 1000)
+        check_number("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS, whole=True)
+        check_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+        check_number("flow_shift", self.flow_shift, 0.01, 1000)
         if self.scheduler not in get_args(SchedulerName):
             known = ", ".join(get_args(SchedulerName))
             raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")
@@ -137,6 +157,8 @@ class EngineConfig:
         max_memory videos would not fit beside them.
     batch_tokens: how many tokens the turns of a batch share in one forward; a longer turn runs
         alone. None: 32,768 on CUDA; on a CPU, where sharing saves nothing, turn after turn.
+    check_weights: refuse weights that are not finite when they are loaded, which reads each once
+        more; False spares a huge checkpoint that.
     parallel: processes that share every step; see docs/parallel.md.
     """
 
@@ -173,6 +195,7 @@ class EngineConfig:
     memory_limit_bytes: int | None = None
     text_offload: TextOffload = "auto"
     batch_tokens: int | None = None
+    check_weights: bool = True
     parallel: ParallelConfig = ParallelConfig()
 
     def __post_init__(self) -> None:

@@ -48,6 +48,10 @@ class ParallelError(MV2VError, RuntimeError):
     """Processes that share a forward have parted: one failed, or was not heard of in time."""
 
 
+class NotFiniteError(MV2VError, FloatingPointError):
+    """A computation gave NaN or infinity; nothing of it was stored or remembered."""
+
+
 class CancelledError(MV2VError, RuntimeError):
     """The caller cancelled the turn; the session is as it was before the turn."""
 

@@ -51,6 +51,7 @@ _SETTINGS = (
     "step_cache",
     "cache_bytes",
     "device_cache_bytes",
+    "check_weights",
 )
 
 
@@ -162,6 +163,12 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     add("--backend", choices=get_args(BackendName), default=EngineConfig().backend)
     add("--attention", choices=get_args(AttentionName), default=EngineConfig().attention)
     add("--graphs", choices=get_args(GraphMode), default=EngineConfig().graphs, help="CUDA graphs")
+    add(
+        "--no-check-weights",
+        dest="check_weights",
+        action="store_false",
+        help="load weights without looking for NaN and infinity; spares a huge checkpoint a pass",
+    )
 
 
 def add_parallel(parser: argparse.ArgumentParser) -> None:

@@ -147,7 +147,8 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         args.checkpoint = "tiny-edit" if args.task == "edit" else "tiny-nvs"
     resolution = read_resolution(args)
-    config = EngineConfig(backend=args.backend, attention=args.attention, graphs=args.graphs)
+    names = ("backend", "attention", "graphs", "check_weights")
+    config = EngineConfig(**{name: getattr(args, name) for name in names})
     load = partial(Engine.from_pretrained, args.checkpoint, **loading(args, config))
     evaluate_checkpoint(args, task_of(resolution.config, args.task, resolution.name), load)
     return 0
@@ -161,7 +162,7 @@ def info(args: argparse.Namespace) -> int:
 
 def inspect(args: argparse.Namespace) -> int:
     """Print what a checkpoint is and what loading it would do."""
-    inspection = inspect_checkpoint(args.path, args.rename)
+    inspection = inspect_checkpoint(args.path, args.rename, deep=args.deep)
     print(render_inspection(inspection))
     if inspection.problem is None:
         return 0
@@ -196,6 +197,9 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")
     command.add_argument("path", help="a file, a folder or an embedded name")
     command.add_argument("--rename", type=Path, metavar="FILE", help="names that it cannot tell")
+    command.add_argument(
+        "--deep", action="store_true", help="read every number and look for NaN and infinity too"
+    )
     command.set_defaults(command=inspect)
     return parser
 

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.errors import CheckpointError, RequestError
+from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
 from mv2v_engine.progress import without_bars
 
 if TYPE_CHECKING:
@@ -33,6 +34,11 @@ _CACHED_PROMPTS = 16
 def clean_prompt(prompt: str) -> str:
     """Undo HTML entities (twice, as Wan does) and collapse whitespace."""
     return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+
+
+def shortened(prompt: str) -> str:
+    """The beginning of a prompt, for a message."""
+    return prompt if len(prompt) <= 40 else f"{prompt[:37]}..."
 
 
 class TextEncoder:
@@ -91,6 +97,9 @@ class TextEncoder:
         """Embedding [1, S, dim] of a prompt, zero past its tokens; do not write into it.
 
         A prompt of more than `max_length` tokens is cut, with a warning.
+
+        Raises:
+            NotFiniteError: the embedding is not finite.
         """
         return self.encode_all([prompt])[0]
 
@@ -143,7 +152,15 @@ class TextEncoder:
             self._warn_if_cut(prompt)
         embedding: Tensor = self.model(ids.to(self.device), mask.to(self.device)).last_hidden_state
         kept = mask[..., None].to(self.device, self.dtype)
-        return embedding.to(self.dtype) * kept
+        embedding = embedding.to(self.dtype) * kept
+        dtype = str(self.dtype).removeprefix("torch.")
+        require_finite(
+            embedding,
+            f"the text encoder's numbers for the prompt {shortened(prompt)!r}",
+            f"run it in bfloat16 or float32 if {dtype} has no room for its numbers, or look for "
+            "damaged weights with `run inspect PATH --deep`",
+        )
+        return embedding
 
     def _warn_if_cut(self, prompt: str) -> None:
         length = self.num_tokens(prompt)
@@ -179,13 +196,16 @@ def load_text_encoder(
     device: torch.device,
     dtype: torch.dtype,
     is_offloaded: bool = False,
+    check_weights: bool = True,
 ) -> TextEncoder:
     """Load a transformers UMT5 folder and its tokenizer folder, without any network access.
 
-    The arguments are `TextEncoder`'s.
+    check_weights: refuse weights that are not finite as `dtype`. The other arguments are
+    `TextEncoder`'s.
 
     Raises:
-        CheckpointError: a folder is missing or incomplete, or holds another kind of model.
+        CheckpointError: a folder is missing or incomplete, holds another kind of model, or weights
+            that are not finite.
     """
     import transformers
     from safetensors import SafetensorError
@@ -218,4 +238,7 @@ def load_text_encoder(
             f"{text_path} lacks {len(missing)} tensors of its config, first {missing[0]}; "
             "give the complete folder of a UMT5 encoder"
         )
+    if check_weights:
+        found = (weight_fault(name, weight) for name, weight in model.named_parameters())
+        refuse_weights(text_path, [fault for fault in found if fault is not None])
     return TextEncoder(model, tokenizer, max_length, device, dtype, is_offloaded=is_offloaded)

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import pickle
 import threading
 from collections.abc import Callable, Iterator, Mapping
@@ -23,6 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.errors import CheckpointError, VideoError
+from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
 from mv2v_engine.ops.conv3d import speed_up_conv3d
 
 if TYPE_CHECKING:
@@ -75,6 +77,13 @@ class VideoVAE:
                 f"the VAE has {config.z_dim} latent channels but {len(config.latents_mean)} means "
                 f"and {len(config.latents_std)} deviations; its config.json must list one of each "
                 "per channel"
+            )
+        means_fit = all(map(math.isfinite, config.latents_mean))
+        if not means_fit or not all(0 < deviation < math.inf for deviation in config.latents_std):
+            raise CheckpointError(
+                "the VAE's config.json has latents_mean that are not finite, or latents_std that "
+                f"are not positive: {config.latents_mean} and {config.latents_std}; correct it or "
+                "copy it again"
             )
         if self.model.dtype != dtype:
             self.model.to(dtype)
@@ -131,6 +140,7 @@ class VideoVAE:
 
         Raises:
             VideoError: other frames than these, or a size as in `latent_shape`.
+            NotFiniteError: the latents are not finite.
         """
         if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
             raise VideoError(
@@ -145,7 +155,9 @@ class VideoVAE:
             # diffusers measures an encoder's tiles in patches, a decoder's in pixels
             self._set_tiling(height * width, unit=self.model.config.patch_size or 1)
             latents_CFHW: Tensor = self.model.encode(pixels[None]).latent_dist.mode()[0].float()
-        return (latents_CFHW - self._mean_C111) / self._std_C111
+        latents_CFHW = (latents_CFHW - self._mean_C111) / self._std_C111
+        require_finite(latents_CFHW, "the latents that the VAE made of the source", self._advice)
+        return latents_CFHW
 
     @torch.no_grad()
     def decode(self, latents_CFHW: Tensor, *, check: Callable[[], None] | None = None) -> Tensor:
@@ -155,6 +167,7 @@ class VideoVAE:
 
         Raises:
             VideoError: the latents have another number of axes or channels.
+            NotFiniteError: the frames are not finite.
         """
         return self.decode_on_device(latents_CFHW, check=check).cpu()
 
@@ -173,8 +186,17 @@ class VideoVAE:
         with self._walking(self.model.decoder, check):
             self._set_tiling(rows * columns * self.spatial_stride**2, unit=1)
             decoded: Tensor = self.model.decode(latents[None].to(self.dtype)).sample[0]
+        require_finite(decoded, "the frames that the VAE made of the latents", self._advice)
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+    @property
+    def _advice(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        return (
+            f"run the VAE in float32 if {dtype} has no room for its numbers, or look for damaged "
+            "weights with `run inspect PATH --deep`"
+        )
 
     @contextmanager
     def _walking(self, part: nn.Module, check: Callable[[], None] | None) -> Iterator[None]:
@@ -199,13 +221,18 @@ class VideoVAE:
             self.model.enable_tiling(side, side, stride, stride)
 
 
-def load_vae(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> VideoVAE:
+def load_vae(
+    path: Path | str, *, device: torch.device, dtype: torch.dtype, check_weights: bool = True
+) -> VideoVAE:
     """Load a VAE from a diffusers folder or an original `Wan2.1_VAE.pth` or `.safetensors`.
 
     A folder is the VAE's own, or a pipeline's that has it under `vae/`. Nothing is downloaded.
 
+    check_weights: refuse weights that are not finite, in the file or after the cast to `dtype`.
+
     Raises:
-        CheckpointError: missing, unknown, incomplete, or of shapes that do not fit its config.
+        CheckpointError: missing, unknown, incomplete, not finite, or of shapes that do not fit its
+            config.
     """
     path = Path(path)
     if path.is_dir():
@@ -217,8 +244,11 @@ def load_vae(path: Path | str, *, device: torch.device, dtype: torch.dtype) -> V
         raise CheckpointError(
             f"{path} does not exist; give a diffusers VAE folder or Wan2.1_VAE.pth"
         )
-    weights = {name: weight.to(device, dtype) for name, weight in weights.items()}
-    return VideoVAE(_build(path, config, weights), dtype)
+    placed = {name: weight.to(device, dtype) for name, weight in weights.items()}
+    if check_weights:
+        found = (weight_fault(name, weight, weights[name]) for name, weight in placed.items())
+        refuse_weights(path, [fault for fault in found if fault is not None])
+    return VideoVAE(_build(path, config, placed), dtype)
 
 
 def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:

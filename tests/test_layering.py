@@ -16,7 +16,9 @@ PACKAGE = "mv2v_engine"
 
 # From the bottom up; a unit imports units of lower layers.
 LAYERS: tuple[frozenset[str], ...] = (
-    frozenset({"errors", "shapes", "config", "envs", "progress", "files", "locks", "testing"}),
+    frozenset(
+        {"errors", "shapes", "config", "envs", "progress", "files", "finite", "locks", "testing"}
+    ),
     frozenset({"ops"}),
     # siblings: engine joins them
     frozenset(

@@ -246,7 +246,7 @@ def test_rename_file(refused: Refused, tmp_path: Path) -> None:
         (["--steps", "0"], "num_inference_steps must lie in 1..1000, got 0"),
         (["--steps", "many"], "--steps: invalid int value: 'many'"),
         (["--seed", "-3"], "seed must lie in"),
-        (["--guidance", "nan"], "guidance_scale must be finite"),
+        (["--guidance", "nan"], "guidance_scale must lie in 0..100, got nan"),
         (["--guidance", "5"], "has no text encoder, so guidance changes nothing"),
         (["--prompt", "a ball"], "has no text encoder, got the prompt 'a ball'"),
         (["--memory", "all"], "--memory: invalid choice: 'all'"),

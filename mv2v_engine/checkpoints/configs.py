@@ -189,8 +189,13 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
     if scheduler.is_file():
         said = read_json(scheduler)
         shift = said.get("flow_shift", said.get("shift"))
-        if isinstance(shift, int | float) and shift > 0:
-            sampling = dataclasses.replace(sampling, flow_shift=float(shift))
+        if isinstance(shift, int | float) and not shift <= 0:
+            try:
+                sampling = dataclasses.replace(sampling, flow_shift=float(shift))
+            except RequestError as error:
+                raise CheckpointError(
+                    f"{scheduler}: {error}; correct it or copy it again"
+                ) from error
         if said.get("_class_name") == "UniPCMultistepScheduler":
             sampling = dataclasses.replace(sampling, scheduler="unipc")
     return sampling

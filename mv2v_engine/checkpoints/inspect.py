@@ -1,21 +1,62 @@
-"""What loading a checkpoint would do, without reading a tensor: `run inspect PATH`."""
+"""What loading a checkpoint would do: `run inspect PATH`, which reads headers alone.
+
+With `--deep` every number of the transformer, and of the VAE and the text encoder beside it, is
+read too.
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from mv2v_engine.checkpoints.detect import Format, detect
 from mv2v_engine.checkpoints.modules import Shape
 from mv2v_engine.checkpoints.names import read_renames
-from mv2v_engine.checkpoints.resolve import Resolution, resolve
+from mv2v_engine.checkpoints.resolve import Resolution, beside, resolve
+from mv2v_engine.checkpoints.weights import (
+    WEIGHT_SUFFIXES,
+    TensorInfo,
+    WeightReader,
+    read_header,
+)
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import CheckpointError
+from mv2v_engine.finite import largest_magnitude, refuse_weights, weight_fault
 
 _SHOWN = 12
+
+
+@dataclass(frozen=True)
+class Numbers:
+    """What the numbers of one component's weights are.
+
+    component: transformer, vae or text_encoder. faults: tensors with numbers that are not finite,
+    in words. largest: the largest magnitude of the others, and the tensor that has it.
+    """
+
+    component: str
+    path: Path
+    num_tensors: int
+    faults: tuple[str, ...]
+    largest: tuple[float, str]
+
+    def line(self) -> str:
+        """All in words, but the faults' names."""
+        if self.faults:
+            return f"{self.component}: {len(self.faults)} of {self.num_tensors} tensors not finite"
+        largest, name = self.largest
+        limit = torch.finfo(torch.float16).max
+        fits = "" if largest <= limit else f", too large for float16, whose limit is {limit:g}"
+        return (
+            f"{self.component}: {self.num_tensors} tensors, all finite, up to {largest:.3g} "
+            f"({name}){fits}"
+        )
 
 
 @dataclass(frozen=True)
@@ -27,8 +68,8 @@ class Inspection:
     not have, and what fills them. inferred: one line for each tokenizer and merger found.
     undecided: modules whose role shapes leave open. dtypes: tensors by dtype. num_parameters: of
     the model; num_stored: elements in the file. conditioning: the modes that the weights were
-    trained for. vae_path: the VAE's folder, None without one. problem: why it cannot be loaded,
-    or None.
+    trained for. vae_path: the VAE's folder, None without one. numbers: of every component, None
+    if only headers were read. problem: why it cannot be loaded, or None as far as was read.
     """
 
     path: Path
@@ -50,11 +91,14 @@ class Inspection:
     num_stored: int
     conditioning: tuple[str, ...]
     vae_path: Path | None
+    numbers: tuple[Numbers, ...] | None
     problem: str | None
 
 
-def inspect_checkpoint(path: Path | str, rename: Path | str | None = None) -> Inspection:
-    """Inspect a checkpoint; reads headers only.
+def inspect_checkpoint(
+    path: Path | str, rename: Path | str | None = None, *, deep: bool = False
+) -> Inspection:
+    """Inspect a checkpoint; reads headers only, unless `deep` has it read every number.
 
     Raises:
         CheckpointError: it cannot be read or its config cannot be told. Missing, unknown and
@@ -63,6 +107,7 @@ def inspect_checkpoint(path: Path | str, rename: Path | str | None = None) -> In
     renames = read_renames(Path(rename)) if rename is not None else None
     resolution = resolve(detect(path, renames))
     detected = resolution.detected
+    numbers = tuple(_numbers(resolution)) if deep else None
     dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in detected.tensors.values())
     return Inspection(
         path=detected.path,
@@ -84,7 +129,8 @@ def inspect_checkpoint(path: Path | str, rename: Path | str | None = None) -> In
         num_stored=sum(i.num_elements for i in detected.tensors.values()),
         conditioning=resolution.conditioning,
         vae_path=resolution.vae_path,
-        problem=_problem(resolution),
+        numbers=numbers,
+        problem=_problem(resolution, numbers or ()),
     )
 
 
@@ -118,13 +164,48 @@ def render_inspection(inspection: Inspection) -> str:
     lines += _section("inferred", inspection.inferred)
     lines += _section("undecided", inspection.undecided)
     lines += _section("initialised", initialised)
-    lines.append("loads        " + ("yes" if inspection.problem is None else inspection.problem))
+    if inspection.numbers is not None:
+        faults = [fault for numbers in inspection.numbers for fault in numbers.faults]
+        lines.append(
+            "numbers      " + "\n             ".join(found.line() for found in inspection.numbers)
+        )
+        lines += _section("not finite", faults)
+    looked = "" if inspection.numbers is not None else ", by its headers; --deep reads its numbers"
+    lines.append("loads        " + (inspection.problem or f"yes{looked}"))
     return "\n".join(lines)
 
 
-def _problem(resolution: Resolution) -> str | None:
+def _numbers(resolution: Resolution) -> Iterable[Numbers]:
+    """Read the transformer, and what lies beside it."""
+    detected = resolution.detected
+    yield _read("transformer", detected.path, list(detected.tensors.values()))
+    folders = {"vae": resolution.vae_path, "text_encoder": beside(detected, "text_encoder")}
+    for component, folder in folders.items():
+        if folder is not None and folder.is_dir():
+            files = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_SUFFIXES]
+            yield _read(component, folder, [i for f in files for i in read_header(f).values()])
+
+
+def _read(component: str, path: Path, tensors: Sequence[TensorInfo]) -> Numbers:
+    faults, largest = [], (0.0, "")
+    with WeightReader() as reader:
+        for info in tensors:
+            if not info.dtype.is_floating_point:
+                continue
+            weight = reader.read(info)
+            magnitude = largest_magnitude(weight)
+            if math.isfinite(magnitude):
+                largest = max(largest, (magnitude, info.key))
+            elif (fault := weight_fault(info.key, weight)) is not None:
+                faults.append(fault)
+    return Numbers(component, path, len(tensors), tuple(faults), largest)
+
+
+def _problem(resolution: Resolution, numbers: Iterable[Numbers]) -> str | None:
     try:
         resolution.require_loadable()
+        for found in numbers:
+            refuse_weights(found.path, found.faults)
     except CheckpointError as error:
         return f"no: {error}"
     return None

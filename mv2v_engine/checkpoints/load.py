@@ -21,6 +21,7 @@ from mv2v_engine.checkpoints.resolve import Resolution, beside, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
 from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.finite import refuse_weights, weight_fault
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
 
@@ -80,6 +81,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     rename: Path | str | None = None,
+    check_weights: bool = True,
 ) -> Checkpoint:
     """Load a checkpoint's transformer in evaluation mode.
 
@@ -88,14 +90,16 @@ def load_checkpoint(
         dtype: of the parameters; None keeps what the file has. Under bfloat16 and float16 the
             model's `keep_in_fp32_modules` stay float32.
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
+        check_weights: refuse weights that are not finite, in the file or after the cast to `dtype`.
 
     Raises:
-        CheckpointError: nothing there, unreadable, incomplete, of other shapes, or undecided.
+        CheckpointError: nothing there, unreadable, incomplete, of other shapes, undecided, or not
+            finite.
     """
     renames = read_renames(Path(rename)) if rename is not None else None
     resolution = resolve(detect(path_or_name, renames))
     resolution.require_loadable()
-    _fill(resolution, torch.device(device), dtype)
+    _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
     folder = resolution.detected.folder
     tokenizer = folder / "tokenizer"
     if not tokenizer.is_dir():
@@ -143,8 +147,15 @@ def save_checkpoint(
     save_json(folder / OWN_CONFIG, own_json(name, config, sampling, conditioning, vae))
 
 
-def _fill(resolution: Resolution, device: torch.device, dtype: torch.dtype | None) -> None:
+def _fill(
+    resolution: Resolution,
+    device: torch.device,
+    dtype: torch.dtype | None,
+    *,
+    check_weights: bool,
+) -> None:
     """Give every parameter of the meta model its data."""
+    faults: list[str] = []
     model = resolution.model
     files = {file: i for i, file in enumerate(resolution.detected.files)}
     sources = sorted(resolution.sources.items(), key=lambda item: files[item[1].info.file])
@@ -155,6 +166,9 @@ def _fill(resolution: Resolution, device: torch.device, dtype: torch.dtype | Non
             # a copy even when nothing changes: the file must not stay mapped
             copied = tensor.to(device, _stored_dtype(model, name, wanted), copy=True)
             _place(model, name, copied.contiguous())
+            if check_weights and (fault := weight_fault(source.info.key, copied, tensor)):
+                faults.append(fault)
+    refuse_weights(resolution.detected.path, faults)
     for name in resolution.initialised:
         like = model.patch_embedding.weight
         shape = model.get_parameter(name).shape

@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from mv2v_engine.finite import is_finite
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.plan import TokenPlan
@@ -50,8 +51,10 @@ class StepBuffers:
 
     latents: float32 [1, C, F, H, W], moved in place. timestep, delta: [1], of the step.
     guidance_scale: float32 [1]. velocity: where the guided one is left [1, C, F, H, W], for a
-    solver that moves the latents itself; None where the step does. records: where merges are
-    written; None leaves them as the forward made them.
+    solver that moves the latents itself; None where the step does. finite_steps: int64 [1], the
+    steps whose latents were finite: a number that is not finite stays so in every later step, so
+    that this is also the index of the first bad step. records: where merges are written; None
+    leaves them as the forward made them.
     """
 
     latents: Tensor
@@ -59,6 +62,7 @@ class StepBuffers:
     delta: Tensor
     guidance_scale: Tensor
     velocity: Tensor | None
+    finite_steps: Tensor
     conditioning: Conditioning
     records: tuple[MergeRecord, ...] | None = None
 
@@ -81,6 +85,7 @@ class StepBuffers:
             torch.zeros(1, device=device),
             torch.full((1,), guidance_scale, dtype=torch.float32, device=device),
             None if moves_latents else torch.zeros_like(latents),
+            torch.zeros(1, dtype=torch.int64, device=device),
             conditioning.at_scale(guidance_scale),
         )
 
@@ -93,6 +98,7 @@ class StepBuffers:
     def tensors(self) -> Iterator[Tensor]:
         """All of them, in an order that equal signatures share."""
         yield from (self.latents, self.timestep, self.delta, self.guidance_scale)
+        yield self.finite_steps
         yield from () if self.velocity is None else (self.velocity,)
         yield from self.conditioning.latents
         yield from () if self.conditioning.source is None else (self.conditioning.source,)
@@ -124,6 +130,7 @@ class StepBuffers:
             empty(self.delta),
             empty(self.guidance_scale),
             None if self.velocity is None else empty(self.velocity),
+            empty(self.finite_steps),
             Conditioning(
                 [empty(latents) for latents in given.latents],
                 None if given.cameras is None else empty(given.cameras),
@@ -139,6 +146,10 @@ class StepBuffers:
         # records come last
         for mine, theirs in zip(self.tensors(), other.tensors(), strict=False):
             mine.copy_(theirs)
+
+    def count_finite(self) -> None:
+        """Count a step whose latents are finite, on the device."""
+        self.finite_steps.add_(is_finite(self.latents))
 
     def keep(self, records: Sequence[MergeRecord]) -> None:
         """Write what a forward merged into the records."""

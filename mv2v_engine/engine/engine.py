@@ -15,7 +15,13 @@ from torch import Tensor
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory
-from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode
+from mv2v_engine.config import (
+    MAX_GUIDANCE_SCALE,
+    EngineConfig,
+    MemoryMode,
+    MergeMode,
+    check_number,
+)
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.editing.descriptors import (
@@ -181,10 +187,11 @@ class Engine:
             A row a plan, the largest first: its tokens, the seconds it took, how its steps ran.
 
         Raises:
-            RequestError: a plan is of another transformer.
+            RequestError: a plan is of another transformer, or the scale out of its range.
             KernelUnavailableError: graphs="on", and a plan cannot have any.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
+        check_number("guidance_scale", scale, 0, MAX_GUIDANCE_SCALE)
         return warm_up(self, plans, scale)
 
     def session(

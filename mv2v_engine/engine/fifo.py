@@ -26,8 +26,10 @@ from torch import Tensor
 
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.prompts import guidance_texts
-from mv2v_engine.engine.runner import STAGE
+from mv2v_engine.engine.request import check_sampling
+from mv2v_engine.engine.runner import STAGE, not_finite
 from mv2v_engine.errors import RequestError, VideoError
+from mv2v_engine.finite import is_finite
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.fifo import FifoForward, fifo_schedule, fifo_stride
@@ -86,8 +88,12 @@ class FifoQueue:
 
     @torch.no_grad()
     def run(self, *, lookahead: bool = False) -> Generator[tuple[int, int], None, Tensor]:
-        """The clip's latents [C, N, H, W]; yields (done, total) after every iteration."""
-        steps, finished = self.latents.shape[1], []
+        """The clip's latents [C, N, H, W]; yields (done, total) after every iteration.
+
+        Raises:
+            NotFiniteError: an iteration gave latents that are not finite; known at the end.
+        """
+        steps, finished, finite = self.latents.shape[1], [], []
         total = self.num_frames + steps - 1
         schedule = fifo_schedule(
             self.num_frames, steps, self.plan.target.num_frames, lookahead=lookahead
@@ -98,10 +104,15 @@ class FifoQueue:
             moved = self.latents.clone()
             for forward in iteration.forwards:
                 self._forward(forward, moved)
+            finite.append(is_finite(moved))
             if iteration.finished is not None:
                 finished.append(moved[:, 0])
             self.latents = moved.roll(-1, dims=1)
             yield index + 1, total
+        flags: list[bool] = torch.stack(finite).tolist()
+        if not all(flags):
+            step = f"iteration {flags.index(False) + 1} of {total}"
+            raise not_finite(step, self.transformer, self.guidance_scale)
         return torch.stack(finished, dim=1)
 
     def _forward(self, forward: FifoForward, moved: Tensor) -> None:
@@ -156,14 +167,18 @@ def edit_fifo(
 
     Raises:
         RequestError: the checkpoint does not edit, or a setting does not fit it.
+        NotFiniteError: a number that was computed is not finite.
         VideoError: frames of another size.
     """
     cancel = cancel or CancelToken()
     _check(engine, frames)
+    sampling = engine.sampling
+    steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
+    scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+    check_sampling(steps, scale, seed)
     if source_latents is None:
         source_latents = engine.vae.encode(padded_clip(engine, frames), check=cancel.check)
-    scale = engine.sampling.guidance_scale if guidance_scale is None else guidance_scale
-    plan, sigmas = _planned(engine, num_inference_steps, lookahead)
+    plan, sigmas = _planned(engine, steps, lookahead)
     queue = FifoQueue(
         engine.transformer,
         plan,
@@ -206,15 +221,10 @@ def _check(engine: Engine, frames: Tensor) -> None:
         )
 
 
-def _planned(
-    engine: Engine, num_inference_steps: int | None, lookahead: bool
-) -> tuple[TokenPlan, Tensor]:
-    """The plan of one forward, and the noise levels."""
+def _planned(engine: Engine, asked: int, lookahead: bool) -> tuple[TokenPlan, Tensor]:
+    """The plan of one forward, and the noise levels of at least as many steps as asked for."""
     sampling = engine.sampling
     _, *grid = engine.vae.latent_shape(sampling.num_frames, sampling.size)
-    asked = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
-    if asked < 1:
-        raise RequestError(f"num_inference_steps must be at least 1, got {asked}")
     shape = (grid[0], grid[1], grid[2])
     plan = editing_plan(engine.transformer.config, shape, (), merge="off")
     steps = fifo_steps(asked, shape[0], lookahead=lookahead)

@@ -37,7 +37,11 @@ def follow(
     try:
         with ranks.together():
             checkpoint = load_checkpoint(
-                path_or_name, device=place, dtype=dtype or default_dtype(place), rename=rename
+                path_or_name,
+                device=place,
+                dtype=dtype or default_dtype(place),
+                rename=rename,
+                check_weights=config.check_weights,
             )
             configure(checkpoint.transformer, config, place)
         serve(ranks, checkpoint.transformer)

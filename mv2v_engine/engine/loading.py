@@ -51,7 +51,10 @@ def load_parts(
     check_descriptor(config)
     for part in ("vae", "text_encoder", "tokenizer"):
         component(components, part)
-    checkpoint = load_checkpoint(path_or_name, device=place, dtype=dtype, rename=rename)
+    is_checked = config.check_weights
+    checkpoint = load_checkpoint(
+        path_or_name, device=place, dtype=dtype, rename=rename, check_weights=is_checked
+    )
     vae_path = component(components, "vae") or checkpoint.vae_path
     if vae_path is None:
         raise CheckpointError(
@@ -60,7 +63,7 @@ def load_parts(
         )
     # convolutions in half precision are slow or missing on a CPU
     vae_dtype = torch.float32 if place.type == "cpu" else dtype
-    vae = load_vae(vae_path, device=place, dtype=vae_dtype)
+    vae = load_vae(vae_path, device=place, dtype=vae_dtype, check_weights=is_checked)
     text_path = component(components, "text_encoder") or checkpoint.text_path
     tokenizer_path = component(components, "tokenizer") or checkpoint.tokenizer_path
     text = None
@@ -73,6 +76,7 @@ def load_parts(
             dtype=dtype,
             # on the host until it is known what else a turn needs
             is_offloaded=config.text_offload != "never" and place.type == "cuda",
+            check_weights=is_checked,
         )
     elif checkpoint.format != "mv2v_engine":
         raise CheckpointError(

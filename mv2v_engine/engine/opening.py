@@ -20,6 +20,7 @@ from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.engine.store import SessionFolder, SessionStore
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import RequestError, StorageError
+from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.video.shots import find_cuts
@@ -64,6 +65,8 @@ def open_view_session(
             f"source_latents must have shape {list(expected)}, got "
             f"{list(source_latents.shape)}; encode the source with this engine's vae"
         )
+    if source_latents is not None:
+        require_finite(source_latents, "source_latents", "encode the source with this engine's vae")
     folder = None if store is None else SessionStore(Path(store))
     with _kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
         manifest = folder.read() if folder is not None and resume else None

@@ -1,4 +1,4 @@
-"""Out of memory in the middle of a turn: the turn fails with the numbers, the engine goes on."""
+"""A turn that runs out of memory, or of finite numbers: it says why, and the engine goes on."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 
-from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
+from mv2v_engine.errors import MemoryBudgetError, NotFiniteError, is_out_of_memory
 from mv2v_engine.progress import Spans
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -21,7 +21,6 @@ Result = TypeVar("Result")
 
 # what a failed turn is advised to save, of what was predicted
 _LESS = 0.9
-TURN_DROPPED = "the turn is dropped, earlier ones are kept"
 
 
 def guarded(
@@ -30,7 +29,7 @@ def guarded(
     spans: Spans,
     plan: Callable[[], TokenPlan],
     *,
-    outcome: str = TURN_DROPPED,
+    outcome: str,
 ) -> Generator[Happening, None, Result]:
     """A turn whose want of memory becomes an error with the numbers, and leaves nothing behind.
 
@@ -38,9 +37,13 @@ def guarded(
 
     Raises:
         MemoryBudgetError: the device or the host had no memory left.
+        NotFiniteError: the turn's own, which says the outcome too.
     """
     try:
         return (yield from turn)
+    except NotFiniteError as error:
+        error.args = (f"{error}; {outcome}",)
+        raise
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -50,7 +53,7 @@ def guarded(
 
 
 def overflow_error(
-    engine: Engine, spans: Spans, plan: TokenPlan, reason: str, outcome: str = TURN_DROPPED
+    engine: Engine, spans: Spans, plan: TokenPlan, reason: str, outcome: str
 ) -> MemoryBudgetError:
     """Give back what a failed turn held, and say what happened. Call it outside the handler."""
     gc.collect()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -10,11 +9,17 @@ import torch
 
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.config import MemoryMode, SamplingConfig, TransformerConfig
+from mv2v_engine.config import (
+    MAX_GUIDANCE_SCALE,
+    MAX_STEPS,
+    MemoryMode,
+    SamplingConfig,
+    TransformerConfig,
+    check_number,
+)
 from mv2v_engine.errors import CameraError, RequestError
 from mv2v_engine.sampling.guidance import needs_guidance
 
-_MAX_STEPS = 1000
 # what follows a checkpoint's name where it is asked for what it cannot do
 NO_VIEWS = (
     "edits by instruction: its source lies on the target's channels, frame by frame, and no camera "
@@ -107,14 +112,9 @@ def check_sampling(num_inference_steps: int, guidance_scale: float, seed: int) -
     Raises:
         RequestError: one is out of its range.
     """
-    if not 1 <= num_inference_steps <= _MAX_STEPS:
-        raise RequestError(
-            f"num_inference_steps must lie in 1..{_MAX_STEPS}, got {num_inference_steps}"
-        )
-    if not (math.isfinite(guidance_scale) and guidance_scale >= 0):
-        raise RequestError(f"guidance_scale must be finite and not negative, got {guidance_scale}")
-    if not 0 <= seed < 2**63:
-        raise RequestError(f"seed must lie in 0..2^63-1, got {seed}")
+    check_number("num_inference_steps", num_inference_steps, 1, MAX_STEPS, whole=True)
+    check_number("guidance_scale", guidance_scale, 0, MAX_GUIDANCE_SCALE)
+    check_number("seed", seed, 0, 2**63 - 1, whole=True)
 
 
 def check_text(name: str, prompt: str, guidance_scale: float, *, has_text: bool) -> None:

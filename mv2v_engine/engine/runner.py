@@ -20,6 +20,7 @@ from torch import Tensor
 from mv2v_engine.engine.branch import Branch, ForwardKind
 from mv2v_engine.engine.buffers import Conditioning, StepBuffers, copied
 from mv2v_engine.engine.lease import Lease
+from mv2v_engine.errors import NotFiniteError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.models.static_cache import ConditioningCache
@@ -195,6 +196,7 @@ class Denoiser:
         velocity = guide(velocities, buffers.guidance_scale)
         if buffers.velocity is None:
             buffers.latents.add_(velocity * buffers.delta)
+            buffers.count_finite()
         else:
             buffers.velocity.copy_(velocity)
 
@@ -203,6 +205,7 @@ class Denoiser:
         if velocity is not None:
             # the solver remembers what it is given, the next step writes over it
             latents.copy_(self.solver.step(velocity.clone(), self.index, latents.clone()))
+            self.buffers.count_finite()
         self.index += 1
 
     def work(self) -> dict[Work, int]:
@@ -210,11 +213,25 @@ class Denoiser:
         return exact_work(self.plan, self.total * len(self.branches))
 
     def result(self) -> Denoised:
-        """What the steps made, no longer written to."""
+        """What the steps made, no longer written to.
+
+        Raises:
+            NotFiniteError: a step gave latents that are not finite.
+        """
+        self._require_finite()
         # a forward that ran elsewhere has left its merges with the branch
         records = tuple(self.branches[0].records) or copied(self.buffers.records or ())
         latents = self.buffers.latents[0].clone()
         return Denoised(latents, records, self.work(), self.graph_report())
+
+    def _require_finite(self) -> None:
+        """The one place of a turn's steps that waits for the device."""
+        finite = int(self.buffers.finite_steps)
+        if finite == self.index:
+            return
+        raise not_finite(
+            f"step {finite + 1} of {self.total}", self.transformer, self.guidance_scale
+        )
 
     @property
     def awaits_capture(self) -> bool:
@@ -236,6 +253,17 @@ class Denoiser:
         self._lease.release()
 
 
+def not_finite(step: str, transformer: MV2VTransformer, guidance_scale: float) -> NotFiniteError:
+    """What to raise after a step that gave latents that are not finite. step: its name."""
+    dtype = str(next(transformer.parameters()).dtype).removeprefix("torch.")
+    wider = "use bfloat16 or float32, " if dtype == "float16" else ""
+    return NotFiniteError(
+        f"{step} gave latents that are not finite, at guidance_scale {guidance_scale:g} in "
+        f"{dtype}; {wider}lower guidance_scale, or look for damaged weights with "
+        "`run inspect PATH --deep`"
+    )
+
+
 @dataclass(frozen=True, eq=False)
 class StepDue:
     """A turn waits until its next step has been run by whoever drives it."""
@@ -248,6 +276,7 @@ def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None
 
     Raises:
         CancelledError: between two steps, if the token was set.
+        NotFiniteError: a step gave latents that are not finite; known at the end.
     """
     with closing(stepwise(denoiser, cancel)) as turn:
         while True:

@@ -14,7 +14,7 @@ import json
 import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -27,6 +27,7 @@ from torch import Tensor
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json, save_tensors, share_file, tensor_digest
+from mv2v_engine.finite import is_finite
 from mv2v_engine.locks import WriterLock
 
 _TENSORS = ("latents", "poses", "intrinsics")
@@ -211,9 +212,12 @@ class SessionStore(SessionFolder):
         """A stored turn's latents, the very ones of which `digest` was taken.
 
         Raises:
-            StorageError: the file is missing, damaged, or another turn's.
+            StorageError: the file is missing, damaged, another turn's, or not finite.
         """
-        return self._tensors(number, digest)[0]
+        with self._reading(number):
+            latents = self._tensors(number, digest)[0]
+            check_finite(self.turn_path(number), latents)
+        return latents
 
     def turns(self) -> Iterator[tuple[StoredTurn, Tensor | None]]:
         """Every finished turn in order with its latents, read one by one; None: they are lost.
@@ -251,14 +255,17 @@ class SessionStore(SessionFolder):
         number, digest, lost = row["number"], row.get("sha256"), None
         tensors: list[Tensor] = []
         try:
-            tensors = self._tensors(number, digest)
-            digest = tensor_digest(*tensors)
+            with self._reading(number):
+                tensors = self._tensors(number, digest)
+                digest = tensor_digest(*tensors)
+                check_finite(self.turn_path(number), tensors[0])
         except StorageError as error:
-            if "path" not in row:
+            # where the latents alone are bad, the file's own camera is good
+            if not tensors and "path" not in row:
                 raise
             lost = str(error)
         try:
-            if lost is not None:
+            if not tensors:
                 tensors = [_unpacked(row["path"][name]) for name in _TENSORS[1:]]
             height, width = row["size"]
             poses, intrinsics = tensors[-2:]
@@ -269,21 +276,22 @@ class SessionStore(SessionFolder):
         return stored, tensors[0] if lost is None else None
 
     def _tensors(self, number: int, digest: str | None) -> list[Tensor]:
-        """Latents, poses and intrinsics, of which `digest` was taken.
-
-        Raises:
-            StorageError: the file is missing, damaged, or another turn's.
-        """
+        """Latents, poses and intrinsics, of which `digest` was taken."""
         path = self.turn_path(number)
+        with safe_open(str(path), framework="pt") as file:
+            tensors = [file.get_tensor(name) for name in _TENSORS]
+        check_digest(path, tensor_digest(*tensors), digest)
+        return tensors
+
+    @contextmanager
+    def _reading(self, number: int) -> Iterator[None]:
+        """What a turn's file may be found to be, as one error."""
         try:
-            with safe_open(str(path), framework="pt") as file:
-                tensors = [file.get_tensor(name) for name in _TENSORS]
-            check_digest(path, tensor_digest(*tensors), digest)
-            return tensors
+            yield
         except (OSError, SafetensorError) as error:
             raise StorageError(
-                f"turn {number} is lost: {path} cannot be read again ({error}); restore the file, "
-                "or go on without it"
+                f"turn {number} is lost: {self.turn_path(number)} cannot be read again ({error}); "
+                "restore the file, or go on without it"
             ) from error
 
 
@@ -294,6 +302,12 @@ def check_digest(path: Path, found: str, expected: str | None) -> None:
             f"{path.name} holds other bits than were stored: sha256 {found[:12]}, expected "
             f"{expected[:12]}"
         )
+
+
+def check_finite(path: Path, latents: Tensor) -> None:
+    """Refuse latents of before they were checked: they would spoil all turns that remember them."""
+    if not bool(is_finite(latents)):
+        raise StorageError(f"{path.name} holds latents that are not finite")
 
 
 def _words_digest(content: dict[str, Any]) -> str:

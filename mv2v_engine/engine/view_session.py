@@ -107,6 +107,8 @@ class ViewSession(Session):
             CameraError, RequestError: the request does not fit the checkpoint.
             MemoryBudgetError: it cannot fit the device, or the memory ended in the middle; the
                 session is as it was.
+            NotFiniteError: the steps, the VAE or the text encoder gave numbers that are not
+                finite; the session is as it was.
             CancelledError: the token was set; the session is as it was.
 
         A turn that the session's folder does not take is returned and remembered all the same: it
@@ -190,7 +192,15 @@ class ViewSession(Session):
     ) -> Generator[Event | Happening, None, ViewTurn]:
         spans = Spans(self.engine.device)
         stages = self._stages(request, cancel, spans, steps)
-        return (yield from guarded(self.engine, stages, spans, lambda: self.plan_turn(request)[1]))
+        return (
+            yield from guarded(
+                self.engine,
+                stages,
+                spans,
+                lambda: self.plan_turn(request)[1],
+                outcome=f"turn {len(self.turns) + 1} is dropped, earlier ones are kept",
+            )
+        )
 
     def _stages(
         self,

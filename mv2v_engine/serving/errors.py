@@ -59,6 +59,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "cancelled": Kind(None, INVALID, "the turn was cancelled; the session is as before"),
         "worker_crashed": Kind(None, SERVER, "the process that rendered the turn died"),
         "out_of_memory": Kind(None, SERVER, "the device or the host has too little memory"),
+        "not_finite": Kind(None, SERVER, "the model computed NaN or infinity; nothing was kept"),
         "timeout": Kind(None, SERVER, "the turn hung: its worker said nothing for too long"),
     }
 )

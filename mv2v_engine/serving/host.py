@@ -30,6 +30,7 @@ from mv2v_engine.errors import (
     CancelledError,
     MemoryBudgetError,
     MV2VError,
+    NotFiniteError,
     RequestError,
     StorageError,
     VideoError,
@@ -290,6 +291,8 @@ def failure(error: MV2VError) -> Json:
     """What an error of the engine makes of a job."""
     if isinstance(error, MemoryBudgetError):
         return _failed("out_of_memory", str(error))
+    if isinstance(error, NotFiniteError):
+        return _failed("not_finite", str(error))
     if isinstance(error, RequestError | CameraError | VideoError):
         return _failed("unprocessable_turn", str(error))
     cause = error.__cause__

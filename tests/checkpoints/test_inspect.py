@@ -25,7 +25,9 @@ def test_a_whole_memory_checkpoint(tmp_path: Path, memory: State) -> None:
     assert found.dtypes == {"bfloat16": len(memory)}
     text = render_inspection(found)
     assert "downsampler.weight [128, 128, 2, 2] -> mergers.1.weight" in text
-    assert "camera_conditioning own" in text and text.endswith("yes")
+    assert "camera_conditioning own" in text and text.endswith(
+        "yes, by its headers; --deep reads its numbers"
+    )
     assert "for          run novel-view" in text and "vae          none beside it" in text
 
 

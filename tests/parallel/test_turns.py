@@ -51,7 +51,12 @@ def test_static_turns_equal_those_of_one_process(told: dict[str, Any]) -> None:
     assert told["work"] == {"whole": 1, "kept": 2}
     # the first process alone writes
     turns = ["turn_01.safetensors", "turn_02.safetensors"]
-    assert told["files"] == ["session.json", *turns, "turns"]
+    assert told["files"] == ["session.json", *turns, "turns", "writer.lock"]
+
+
+def test_a_turn_that_is_not_finite_leaves_all_processes_ready(told: dict[str, Any]) -> None:
+    assert told["not_finite"].startswith("NotFiniteError: step 1 of 3 gave latents that are not")
+    assert told["turns_then"] == 2 and told["healed"] < 1e-5
 
 
 def test_the_report_says_how_it_ran(told: dict[str, Any]) -> None:
@@ -66,7 +71,7 @@ def test_the_report_says_how_it_ran(told: dict[str, Any]) -> None:
 
 def test_a_cancelled_turn_leaves_all_processes_ready(told: dict[str, Any]) -> None:
     assert told["cancelled"].startswith("CancelledError")
-    assert told["turns"] == 2  # the two after it
+    assert told["turns"] == 3  # those after it
 
 
 def test_a_failure_in_one_process_ends_the_turn_in_all(told: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from math import nan
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,15 @@ def lead(checkpoint: str, clip: str, out: Path) -> dict[str, Any]:
             told.setdefault("merged", []).append(
                 turn.report["merged_frames"] == expected.report["merged_frames"]
             )
+        whole, session._source_latents = session._source_latents, torch.full((16, 3, 6, 8), nan)
+        told["not_finite"] = said(lambda: session.render("pan_left", seed=3))
+        told["turns_then"] = len(session.turns)
+        session._source_latents = whole
+        healed = alone.view_session(clip)
+        for camera in ("pan_right", "arc_left"):
+            healed.render(camera, seed=3)
+        expected, turn = (each.render("pan_left", seed=3) for each in (healed, session))
+        told["healed"] = float((turn.latents - expected.latents).norm() / turn.latents.norm())
         (out / "fail").touch()
         told["failed"] = said(lambda: session.render("pan_left"))
         told["after"] = said(lambda: session.render("pan_left"))

@@ -10,6 +10,7 @@ from typing import Any
 
 import bench_batch
 import bench_block
+import bench_finite
 import bench_graphs
 import bench_ops
 import pytest
@@ -55,6 +56,17 @@ def test_operations(
     assert skipped and all("needs a CUDA device" in row["skipped"] for row in skipped)
     printed = capsys.readouterr().out
     assert "percent_of_floor" in printed and "tiny shapes" in printed
+
+
+def test_what_looking_for_finite_numbers_costs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "finite.jsonl"
+    run(bench_finite, monkeypatch, "--rounds", "3", "--layers", "0", "--out", str(out))
+    *steps, loading = rows(out)
+    assert len(steps) == 3 and loading["case"] == "loading tiny-nvs"
+    for row in steps:
+        assert 0 < row["count_percent"] < 100 and row["low"] <= row["high"]
 
 
 def test_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

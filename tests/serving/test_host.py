@@ -152,6 +152,23 @@ def test_a_full_disk_costs_the_turn_or_its_files_for_now(
     assert host.publish(session, folder, 3)["code"] == "internal"
 
 
+def test_a_turn_that_is_not_finite_fails_by_its_name(host: Host, folder: Path) -> None:
+    """And no more than that turn: the next one is made as if there had been none."""
+    assert list(run(host, folder, 1, TURN))[-1]["type"] == "done"
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    weight = host.engine.transformer.proj_out.weight.data
+    whole = weight.clone()
+    weight.view(-1)[0] = float("nan")
+    last = list(run(host, folder, 2, TURN))[-1]
+    assert (last["type"], last["code"]) == ("failed", "not_finite")
+    assert last["message"].startswith("step 1 of 2 gave") and "turn 2 is dro" in last["message"]
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    weight.copy_(whole)
+    done = list(run(host, folder, 2, TURN))[-1]
+    assert (done["type"], done["number"]) == ("done", 2)
+    assert [row["turn"] for row in done["report"]["memory"]["retrieved"]] == [1]
+
+
 class _Late(CancelToken):
     """Cancelled when some frames have been looked at."""
 

@@ -110,6 +110,8 @@ class EditSession(Session):
             RequestError: the request does not fit the checkpoint.
             VideoError: a frame cannot be read, or changes its size.
             MemoryBudgetError: a window cannot fit the device, or the memory ended in the middle.
+            NotFiniteError: the steps, the VAE or the text encoder gave numbers that are not
+                finite; that window is dropped.
             StorageError: the folder does not take a window, or `out` cannot be written.
             CancelledError: the token was set.
         """

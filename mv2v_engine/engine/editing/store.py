@@ -24,7 +24,7 @@ from torch import Tensor
 
 from mv2v_engine.engine.editing.edit import Edit, KeptWindow
 from mv2v_engine.engine.editing.request import EditRequest
-from mv2v_engine.engine.store import SessionFolder, check_digest
+from mv2v_engine.engine.store import SessionFolder, check_digest, check_finite
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_tensors, tensor_digest
 
@@ -132,6 +132,7 @@ class EditStore(SessionFolder):
                 latents, descriptor = (file.get_tensor(name) for name in _TENSORS)
                 words = (file.metadata() or {})["report"]
             check_digest(path, _digest(latents, descriptor, words), digest)
+            check_finite(path, latents)
             return latents, descriptor, json.loads(words)
 
     def listed_files(self) -> set[Path]:

@@ -21,6 +21,7 @@ from mv2v_engine.engine.editing.source import LongSource
 from mv2v_engine.engine.overflow import guarded
 from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.engine.runner import denoise
+from mv2v_engine.finite import require_finite
 from mv2v_engine.progress import CancelToken, Event, Spans, staged
 from mv2v_engine.sampling.flow_match import initial_noise
 from mv2v_engine.video.windows import EditWindow
@@ -50,6 +51,7 @@ def edit_window(
     Raises:
         VideoError: its frames cannot be read.
         MemoryBudgetError: it cannot fit the device, or the memory ended in the middle.
+        NotFiniteError: a number that was computed is not finite.
         CancelledError: the token was set.
     """
     spans = Spans(engine.device)
@@ -86,6 +88,11 @@ def _stages(
     with spans.stage("memory") as started:
         yield started
         descriptor = engine.describer(frames[: window.stop - window.start], latents)
+        require_finite(
+            descriptor,
+            "the numbers by which the window's source is compared",
+            "copy the descriptor's weights again, or leave the descriptor out",
+        )
         retrieval, plan, videos = memory.gather(window, descriptor)
     yield spans.done("memory")
     denoiser = engine_denoiser(
