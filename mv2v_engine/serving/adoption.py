@@ -11,7 +11,7 @@ import json
 import sqlite3
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.store import SessionStore
@@ -158,7 +158,7 @@ def checked_entry(folder: Path, kind: Kind, number: int) -> dict[str, Any]:
         manifest = engine_store(folder, kind)
         if isinstance(manifest, SessionStore):
             # turns of before digests were kept have none
-            manifest.latents(number, cast(str, row.get("sha256")))
+            manifest.latents(number, row.get("sha256"))
         if isinstance(manifest, EditStore):
             for window, digest in enumerate(row["windows"], 1):
                 manifest.window(number, window, digest)
