@@ -59,6 +59,7 @@ from mv2v_engine.options import (
 )
 from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
+from mv2v_engine.serving.store_command import add_store
 from mv2v_engine.terminal import lasting_output, say
 
 
@@ -208,6 +209,7 @@ def _parser() -> argparse.ArgumentParser:
     add_edit(commands.add_parser("edit", help="edit a long clip by instruction"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
     add_serve(commands.add_parser("serve", help="sessions and turns over HTTP, and a page"))
+    add_store(commands.add_parser("store", help="check or repair the store of a service"))
     command = commands.add_parser("info", help="versions, devices, backends")
     command.set_defaults(command=info)
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")

@@ -7,7 +7,8 @@ import sqlite3
 from contextlib import closing
 from pathlib import Path
 
-_OWN = {"service.sqlite3", "service.sqlite3-wal", "service.sqlite3-shm", "lock", "worker.lock"}
+_DATABASE = {"service.sqlite3", "service.sqlite3-wal", "service.sqlite3-shm"}
+_OWN = _DATABASE | {"store.json", "spare", "lock", "worker.lock"}
 
 
 def check_store(root: Path) -> None:
@@ -17,6 +18,7 @@ def check_store(root: Path) -> None:
         turns = db.execute("SELECT session, number, is_published FROM turns").fetchall()
         jobs = db.execute("SELECT id, state, number, session FROM jobs").fetchall()
     expected = {root / "sessions" / id / "source" for id in sessions}
+    expected |= {root / "sessions" / id / "rows" / "session.json" for id in sessions}
     for id in sessions:
         folder = root / "sessions" / id
         numbers = sorted(number for session, number, _ in turns if session == id)
@@ -30,6 +32,7 @@ def check_store(root: Path) -> None:
     for session, number, is_published in turns:
         folder = root / "sessions" / session
         expected.add(folder / "turns" / f"turn_{number:02d}.safetensors")
+        expected.add(folder / "rows" / f"turn_{number:04d}.json")
         if is_published:
             expected |= {folder / "results" / f"turn_{number:04d}.{s}" for s in ("mp4", "jpg")}
     for id, state, number, session in jobs:

@@ -13,7 +13,7 @@ import hashlib
 import json
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,8 +128,11 @@ class SessionFolder(ABC):
             f"{self.manifest} is damaged: {what}; restore it, or choose another folder"
         )
 
-    def create(self, id: str, identity: dict[str, Any]) -> None:
-        self._write({"id": id, "identity": identity, "turns": []})
+    def create(
+        self, id: str, identity: dict[str, Any], turns: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Write the manifest anew. turns: its rows, as they were read before it was lost."""
+        self._write({"id": id, "identity": identity, "turns": list(turns)})
 
     @abstractmethod
     def listed_files(self) -> set[Path]:

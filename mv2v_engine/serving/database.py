@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import closing
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TypeVar
 
@@ -19,8 +19,13 @@ from mv2v_engine.errors import StorageError
 
 Result = TypeVar("Result")
 
-VERSION = 1
+VERSION = 2
 _SCHEMA = """
+CREATE TABLE store (
+    id TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    clock REAL NOT NULL DEFAULT 0
+);
 CREATE TABLE sessions (
     serial INTEGER PRIMARY KEY,
     id TEXT NOT NULL UNIQUE,
@@ -41,6 +46,10 @@ CREATE TABLE sessions (
     is_deleting INTEGER NOT NULL DEFAULT 0,
     key TEXT,
     digest TEXT,
+    used REAL NOT NULL DEFAULT 0,
+    files TEXT NOT NULL DEFAULT '{}',
+    identity TEXT,
+    damage TEXT,
     UNIQUE (owner, key)
 );
 CREATE INDEX sessions_of_owner ON sessions (owner, serial);
@@ -53,6 +62,9 @@ CREATE TABLE turns (
     created REAL NOT NULL,
     bytes INTEGER NOT NULL,
     is_published INTEGER NOT NULL,
+    files TEXT NOT NULL DEFAULT '{}',
+    entry TEXT,
+    damage TEXT,
     PRIMARY KEY (session, number)
 );
 CREATE INDEX turns_to_publish ON turns (session) WHERE is_published = 0;
@@ -79,31 +91,61 @@ CREATE INDEX jobs_of_owner ON jobs (owner, serial);
 CREATE INDEX jobs_of_session ON jobs (session, serial);
 CREATE INDEX jobs_alive ON jobs (state, serial) WHERE state IN ('queued', 'running');
 """
+# what version 2 has more; the columns come last in both
+_UPGRADE = """
+CREATE TABLE store (
+    id TEXT NOT NULL,
+    generation INTEGER NOT NULL,
+    clock REAL NOT NULL DEFAULT 0
+);
+ALTER TABLE sessions ADD COLUMN used REAL NOT NULL DEFAULT 0;
+ALTER TABLE sessions ADD COLUMN files TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE sessions ADD COLUMN identity TEXT;
+ALTER TABLE sessions ADD COLUMN damage TEXT;
+ALTER TABLE turns ADD COLUMN files TEXT NOT NULL DEFAULT '{}';
+ALTER TABLE turns ADD COLUMN entry TEXT;
+ALTER TABLE turns ADD COLUMN damage TEXT;
+"""
+# how SQLite says that the disk, or its shared memory on it, has no room
+_FULL = ("full", "disk I/O error")
 
 
 class Database:
     """Opened with the store; closed by `close`, after which nothing may be asked.
 
+    make_room: called when the disk is full and a write must be done all the same; whether it has
+        freed something.
+
     Raises:
-        StorageError: the file cannot be opened, or a newer version of the service wrote it.
+        StorageError: the file cannot be opened, or is of another version.
     """
 
-    def __init__(self, path: Path) -> None:
-        self.path = path
+    def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
+        self.path, self._make_room = path, make_room
         self._writer = _Connection(path, "store-writer")
         try:
-            self._writer.submit(_migrate)
+            self._writer.submit(_require_version)
             self._reader = _Connection(path, "store-reader")
         except BaseException:
             self._writer.close()
             raise
 
-    async def write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    async def write(
+        self, work: Callable[[sqlite3.Connection], Result], *, makes_room: bool = False
+    ) -> Result:
         """Run `work` in a transaction, which is kept if it returns and undone if it raises.
 
         Whoever waits may be cancelled; the transaction then still ends one way or the other.
+        makes_room: on a full disk it is done all the same, with the bytes that are kept for that.
         """
-        return await asyncio.wrap_future(self._writer.start(lambda db: _in_transaction(db, work)))
+        try:
+            return await self._write(work)
+        except sqlite3.OperationalError as error:
+            if not (makes_room and is_disk_full(error)):
+                raise
+            if not await asyncio.to_thread(self._make_room):
+                raise
+        return await self._write(work)
 
     async def read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
         """Run `work`, which reads one state of the database and writes nothing."""
@@ -113,6 +155,9 @@ class Database:
         """Finish what was asked, then close; the log is folded into the database."""
         self._reader.close()
         self._writer.close()
+
+    async def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        return await asyncio.wrap_future(self._writer.start(lambda db: in_transaction(db, work)))
 
 
 class _Connection:
@@ -124,9 +169,7 @@ class _Connection:
             self._db = self._thread.submit(_open, path).result()
         except sqlite3.Error as error:
             self._thread.shutdown()
-            raise StorageError(
-                f"cannot open {path}: {error}; choose another store, or restore the file"
-            ) from error
+            raise _unusable(path, error) from error
 
     def start(self, work: Callable[[sqlite3.Connection], Result]) -> Future[Result]:
         return self._thread.submit(work, self._db)
@@ -139,35 +182,43 @@ class _Connection:
         self._thread.shutdown()
 
 
-def _open(path: Path) -> sqlite3.Connection:
-    # transactions are begun by hand: the module's own would begin them late and unlocked
-    db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
-    db.row_factory = sqlite3.Row
-    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
-        with closing(db.execute(f"PRAGMA {pragma}")):
-            pass
-    return db
+@contextmanager
+def opened(path: Path) -> Iterator[sqlite3.Connection]:
+    """A connection for this thread, before there is a service, or without one.
+
+    Raises:
+        StorageError: the file is no database, is damaged, or the disk fails.
+    """
+    try:
+        with closing(_open(path)) as db:
+            yield db
+    except sqlite3.Error as error:
+        raise _unusable(path, error) from error
 
 
-def _migrate(db: sqlite3.Connection) -> None:
-    ((found,),) = db.execute("PRAGMA user_version").fetchall()
-    if found == VERSION:
-        return
-    if found != 0:
-        raise StorageError(
-            f"the store's database has version {found}, this engine reads {VERSION}; serve it "
-            "with the engine that wrote it, or choose another store"
-        )
-    _in_transaction(db, _create)
+def create(db: sqlite3.Connection) -> None:
+    """Make an empty database's tables, within a transaction."""
+    _run(db, _SCHEMA)
 
 
-def _create(db: sqlite3.Connection) -> None:
-    for statement in _SCHEMA.split(";"):
-        db.execute(statement)
-    db.execute(f"PRAGMA user_version = {VERSION}")
+def upgrade(db: sqlite3.Connection) -> None:
+    """Make version 1 this version, within a transaction; digests are for the caller to fill in."""
+    _run(db, _UPGRADE)
 
 
-def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result]) -> Result:
+def version_of(db: sqlite3.Connection) -> int:
+    """0 of a database without tables."""
+    ((version,),) = db.execute("PRAGMA user_version").fetchall()
+    return int(version)
+
+
+def is_disk_full(error: sqlite3.Error) -> bool:
+    """Whether an error is one that a full disk gives."""
+    return any(words in str(error) for words in _FULL)
+
+
+def in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    """Run `work` in a transaction, which is kept if it returns and undone if it raises."""
     db.execute("BEGIN IMMEDIATE")
     try:
         result = work(db)
@@ -178,6 +229,44 @@ def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection],
             db.execute("ROLLBACK")
         raise
     return result
+
+
+def _open(path: Path) -> sqlite3.Connection:
+    # transactions are begun by hand: the module's own would begin them late and unlocked
+    db = sqlite3.connect(path, isolation_level=None, timeout=30.0)
+    db.row_factory = sqlite3.Row
+    for pragma in ("journal_mode = WAL", "synchronous = FULL", "foreign_keys = ON"):
+        with closing(db.execute(f"PRAGMA {pragma}")):
+            pass
+    return db
+
+
+def _unusable(path: Path, error: sqlite3.Error) -> StorageError:
+    if is_disk_full(error):
+        return StorageError(f"cannot open {path}: the disk is full ({error}); make room")
+    return StorageError(
+        f"cannot open {path}: {error}; restore the file, or rebuild it with "
+        f"`python -m mv2v_engine.run store repair {path.parent}`"
+    )
+
+
+def _require_version(db: sqlite3.Connection) -> None:
+    found = version_of(db)
+    if found != VERSION:
+        raise wrong_version(found)
+
+
+def wrong_version(found: int) -> StorageError:
+    return StorageError(
+        f"the store's database has version {found}, this engine reads {VERSION}; serve it "
+        "with the engine that wrote it, or choose another store"
+    )
+
+
+def _run(db: sqlite3.Connection, statements: str) -> None:
+    for statement in statements.split(";"):
+        db.execute(statement)
+    db.execute(f"PRAGMA user_version = {VERSION}")
 
 
 def _in_snapshot(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result]) -> Result:

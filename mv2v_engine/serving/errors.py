@@ -51,6 +51,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "busy": Kind(409, INVALID, "the state of the session or the job does not allow this"),
         "idempotency_conflict": Kind(409, INVALID, "the Idempotency-Key came with another request"),
         "not_finished": Kind(409, INVALID, "the turn has no result yet, or will have none"),
+        "damaged": Kind(410, SERVER, "the files are not those recorded, and cannot be made again"),
         "too_large": Kind(413, INVALID, "the body or the file has too many bytes"),
         "unsupported_media": Kind(415, INVALID, "the body is of another content type"),
         "range_not_satisfiable": Kind(416, INVALID, "the byte range lies outside the file"),

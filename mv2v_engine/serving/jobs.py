@@ -20,6 +20,8 @@ from mv2v_engine.serving.tables import (
     mark_deleting,
     scalar,
     session_by_id,
+    set_identity,
+    text,
     touch,
 )
 
@@ -127,10 +129,19 @@ def set_number(db: sqlite3.Connection, job_id: str, number: int) -> None:
 
 
 def finish(
-    db: sqlite3.Connection, job: JobRecord, turn: TurnRecord, *, is_repeatable: bool
+    db: sqlite3.Connection,
+    job: JobRecord,
+    turn: TurnRecord,
+    *,
+    is_repeatable: bool,
+    identity: dict[str, Any],
 ) -> JobRecord:
-    """A running job's turn is made: the turn and the job's end, in one transaction."""
+    """A running job's turn is made: the turn and the job's end, in one transaction.
+
+    identity: what the engine's manifest says of the session.
+    """
     add_turn(db, turn, is_repeatable=is_repeatable)
+    set_identity(db, turn.session, identity)
     touch(db, turn.session, turn.created)
     ended = end(db, job.id, "finished", turn.created, number=turn.number)
     assert ended is not None, f"{job.id} ended before its turn was recorded"
@@ -155,7 +166,7 @@ def end(
     changed = db.execute(
         "UPDATE jobs SET state = ?, ended = ?, number = ?, error = ?, progress = ? "
         "WHERE id = ? AND state IN ('queued', 'running')",
-        (state, now, number, _text(error), json.dumps(progress), job_id),
+        (state, now, number, text(error), json.dumps(progress), job_id),
     )
     return job_by_id(db, job_id) if changed.rowcount else None
 
@@ -267,10 +278,6 @@ def num_running(db: sqlite3.Connection, session_id: str) -> int:
 
 
 CANCELLED = {"code": "cancelled", "message": "the turn was cancelled; the session is as before"}
-
-
-def _text(value: dict[str, Any] | None) -> str | None:
-    return None if value is None else json.dumps(value)
 
 
 def _job(row: sqlite3.Row) -> JobRecord:

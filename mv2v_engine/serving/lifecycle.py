@@ -10,17 +10,19 @@ import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
 from typing import Any, TypeVar
 
+from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError, without_paths
 from mv2v_engine.serving.events import EventLogs
 from mv2v_engine.serving.folders import Store
+from mv2v_engine.serving.identity import admit
 from mv2v_engine.serving.listener import Listener
 from mv2v_engine.serving.publishing import Publisher
 from mv2v_engine.serving.recovery import recover
 from mv2v_engine.serving.retention import Retention
 from mv2v_engine.serving.scheduler import Scheduler
-from mv2v_engine.serving.sessions import Probe, Sessions, disk_errors
+from mv2v_engine.serving.sessions import Probe, Sessions, disk_errors, full_disk
 
 Result = TypeVar("Result")
 # for Retry-After, where nothing says how long it takes
@@ -52,19 +54,26 @@ class Lifecycle:
         """Lock the store, recover what a kill left behind, and begin to load the engine.
 
         Raises:
-            StorageError: another service runs on the store, or it cannot be written.
+            StorageError: another service runs on the store, its parts do not belong together, or
+                it cannot be written.
         """
         self.store = await asyncio.to_thread(Store, self.config.store)
         await asyncio.to_thread(self.store.lock)
         try:
-            self._database = await asyncio.to_thread(self.store.open_database)
+            await asyncio.to_thread(self.store.make_ready)
+            with full_disk(self.config.store):
+                await asyncio.to_thread(admit, self.store)
+                self._database = await asyncio.to_thread(self.store.open_database)
         except BaseException:
             self.store.unlock()
             raise
         self._assemble()
         most = self.config.max_attempts
         try:
-            await recover(self.store, self._database, self._scheduler, max_attempts=most)
+            with full_disk(self.config.store):
+                await recover(
+                    self.store, self._database, self._scheduler, self._audit, max_attempts=most
+                )
         except BaseException:
             self._database.close()
             self.store.unlock()
@@ -74,6 +83,7 @@ class Lifecycle:
         self._scheduler.start()
         self._publisher.start()
         self._retention.start()
+        self._audit.go_on()
 
     def _assemble(self) -> None:
         """The service's parts over its open store."""
@@ -84,8 +94,9 @@ class Lifecycle:
             config, store, database, self.backend, self._logs, self.listeners
         )
         self._scheduler.turns_to_publish = self._publisher.wake
+        self._audit = Audit(store, database)
         self._sessions = Sessions(
-            config, store, database, self._scheduler, self._publisher, self._probe
+            config, store, database, self._scheduler, self._publisher, self._audit, self._probe
         )
         self._retention = Retention(config, database, self._expire)
 
@@ -109,6 +120,7 @@ class Lifecycle:
         self.store.unlock()
 
     async def _drain(self) -> None:
+        await self._audit.stop()
         await self._retention.stop()
         await self._publisher.stop()
         await self._scheduler.stop()

@@ -8,17 +8,23 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import sqlite3
 from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.backend import WORKER_GONE, Backend
 from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.database import Database
-from mv2v_engine.serving.folders import Store, sweep_results
+from mv2v_engine.serving.digests import promised
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.folders import RESULTS, Store, result_path, sweep_results
+from mv2v_engine.serving.mirror import mirror
+from mv2v_engine.serving.records import SessionRecord, TurnRecord
 
 log = logging.getLogger("mv2v_engine.serving")
 
@@ -78,6 +84,18 @@ class Publisher:
             if not await self._publish_all(waiting):
                 await self._sleep()
 
+    async def _record(self, session: SessionRecord, folder: Path, number: int) -> dict[str, Any]:
+        """Write down what was published; what there is to say if that is not possible."""
+        find = partial(tables.find_turn, session_id=session.id, number=number)
+        try:
+            files = await asyncio.to_thread(_files, folder, await self.database.read(find))
+            record = partial(tables.set_published, session_id=session.id, number=number)
+            await self.database.write(partial(record, files=files))
+        except (ApiError, StorageError, sqlite3.OperationalError) as error:
+            return {"type": "failed", "code": "disk_full", "message": str(error)}
+        await mirror(self.database, folder, session.id, number=number)
+        return {}
+
     async def _sleep(self) -> None:
         """Until something happens, or it is worth another try."""
         with suppress(asyncio.TimeoutError):
@@ -96,6 +114,8 @@ class Publisher:
             self._current, folder = session_id, self.store.session(session_id)
             try:
                 answer = await self.backend.publish(session, folder, number)
+                if answer["type"] == "published":
+                    answer |= await self._record(session, folder, number)
                 if answer.get("code") in WORKER_GONE:
                     await asyncio.to_thread(_sweep, folder, number)
             finally:
@@ -103,14 +123,6 @@ class Publisher:
                 published, self._published = self._published, asyncio.Event()
                 published.set()
             if answer["type"] == "published":
-                await self.database.write(
-                    partial(
-                        tables.set_published,
-                        session_id=session_id,
-                        number=number,
-                        num_bytes=answer["bytes"],
-                    )
-                )
                 continue
             log.error("turn %d of %s has no files: %s", number, session_id, answer["message"])
             if answer["code"] in _PASSING:
@@ -118,6 +130,17 @@ class Publisher:
             else:
                 self.refused[session_id, number] = answer["message"]
         return is_done
+
+
+def _files(folder: Path, turn: TurnRecord) -> dict[str, Any]:
+    """What a turn's row promises with the video and thumbnail that it has now.
+
+    Raises:
+        StorageError: one of the two is not there, after all.
+    """
+    latents = {name: row for name, row in turn.files.items() if name.startswith("turns/")}
+    paths = [result_path(folder, turn.number, which) for which in RESULTS]
+    return latents | promised(folder, paths)
 
 
 def _sweep(folder: Path, number: int) -> None:

@@ -52,6 +52,8 @@ class SessionRecord:
     frames, width, height, fps: of the uploaded video. bytes: of the upload and all turns.
     parent, parent_turn: the session and turn that this one branched from.
     warnings: what the user should know of the source, such as frames that the model does not see.
+    files: what is promised of the upload (`digests`). identity: what the engine's manifest says of
+        the session, once it has a turn. damage: why it takes no more turns, if it was damaged.
     """
 
     id: str
@@ -70,6 +72,9 @@ class SessionRecord:
     parent: str | None = None
     parent_turn: int | None = None
     warnings: tuple[str, ...] = ()
+    files: dict[str, Any] = field(default_factory=dict, repr=False)
+    identity: dict[str, Any] | None = field(default=None, repr=False)
+    damage: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -79,6 +84,8 @@ class TurnRecord:
     number: from 1. job: that made it; None in a branch, whose turns another session's jobs made.
     request: as it was asked. report: as the engine gave it. bytes: of its files.
     is_published: whether its mp4 and thumbnail are written; if not, they are made again soon.
+    files: what is promised of them (`digests`). entry: its row of the engine's manifest, without
+        the report. damage: what is lost of it, if its latents are.
     """
 
     session: str
@@ -89,6 +96,9 @@ class TurnRecord:
     created: float
     bytes: int
     is_published: bool
+    files: dict[str, Any] = field(default_factory=dict, repr=False)
+    entry: dict[str, Any] | None = field(default=None, repr=False)
+    damage: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

@@ -24,10 +24,20 @@ from mv2v_engine.serving.backend import LAST_OF_BACKEND, WORKER_GONE, Backend
 from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.database import Database
+from mv2v_engine.serving.digests import num_bytes, promised
 from mv2v_engine.serving.errors import without_paths
 from mv2v_engine.serving.events import EventLogs
-from mv2v_engine.serving.folders import Store, finished_report, sweep_session, turn_bytes
+from mv2v_engine.serving.folders import (
+    RESULTS,
+    Store,
+    finished_report,
+    latents_paths,
+    manifest_entry,
+    result_paths,
+    sweep_session,
+)
 from mv2v_engine.serving.listener import Listener, Telling
+from mv2v_engine.serving.mirror import write_turn
 from mv2v_engine.serving.records import JobRecord, SessionRecord, TurnRecord
 
 log = logging.getLogger("mv2v_engine.serving")
@@ -180,6 +190,8 @@ class Scheduler:
 
     async def _drive(self, job: JobRecord, session: SessionRecord) -> dict[str, Any]:
         """Let the backend make the turn; its last event."""
+        if session.damage is not None:
+            return {"type": "failed", "code": "damaged", "message": session.damage}
         stream, folder = self.logs.open(job.id, is_new=False), self.store.session(session.id)
         outcome = None
         async for event in self.backend.run(job, session, folder):
@@ -265,31 +277,38 @@ class Scheduler:
 
     async def finish(self, job: JobRecord, session: SessionRecord, done: dict[str, Any]) -> None:
         """Record a turn that is in its session's folder. done: as the backend's event."""
-        turn = TurnRecord(
-            session=session.id,
-            number=done["number"],
-            job=job.id,
-            request=job.request,
-            report=done["report"],
-            created=time.time(),
-            bytes=done["bytes"],
-            is_published=done["published"],
-        )
+        folder = self.store.session(session.id)
+        try:
+            turn, identity = await asyncio.to_thread(_recorded, folder, session, job, done)
+            await asyncio.to_thread(write_turn, folder, turn)
+        except (StorageError, OSError) as error:
+            # the folder has no such turn, whatever the worker says
+            await self.end(job.id, "failed", {"code": "internal", "message": str(error)})
+            return
         is_repeatable = session.kind == "edits"
-        record = partial(jobs.finish, job=job, turn=turn, is_repeatable=is_repeatable)
+        record = partial(
+            jobs.finish, job=job, turn=turn, is_repeatable=is_repeatable, identity=identity
+        )
         ended = await self.written(record)
+        await asyncio.to_thread(self.store.spare.keep)
         if not turn.is_published:
             self.turns_to_publish()
         self.ended(ended, turn.report)
 
-    async def written(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        """Write what must be written; while the disk is full, try again and again."""
-        attempt = 0
+    async def written(
+        self, work: Callable[[sqlite3.Connection], Result], *, makes_room: bool = False
+    ) -> Result:
+        """Write what must be written; while the disk is full, try again and again.
+
+        makes_room: with the bytes that are kept for that, which recovery takes in any case.
+        """
+        attempt, makes_room = 0, makes_room or self._loop is None
         while True:
             try:
-                return await self.database.write(work)
+                return await self.database.write(work, makes_room=makes_room)
             except sqlite3.OperationalError as error:
-                if self._is_stopping:
+                # before it runs, whoever starts it tells why it cannot
+                if self._is_stopping or self._loop is None:
                     raise
                 log.error("the database does not take a write (%s); trying again", error)
             await asyncio.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
@@ -304,6 +323,36 @@ def with_progress(job: JobRecord, logs: EventLogs) -> JobRecord:
     return replace(job, progress=found.last.data)
 
 
+def _recorded(
+    folder: Path, session: SessionRecord, job: JobRecord, done: dict[str, Any]
+) -> tuple[TurnRecord, dict[str, Any]]:
+    """A finished turn as its row will have it, and what the engine's manifest says of its session.
+
+    Raises:
+        StorageError: its files are not there.
+    """
+    number = done["number"]
+    latents = latents_paths(folder, number)
+    if not latents:
+        raise StorageError(f"turn {number} is said to be finished, and has no latents")
+    results = result_paths(folder, number) if done["published"] else []
+    files = promised(folder, [*latents, *results])
+    entry, identity = manifest_entry(folder, session.kind, number)
+    turn = TurnRecord(
+        session=session.id,
+        number=number,
+        job=job.id,
+        request=job.request,
+        report=done["report"],
+        created=time.time(),
+        bytes=num_bytes(files),
+        is_published=len(results) == len(RESULTS),
+        files=files,
+        entry=entry,
+    )
+    return turn, identity
+
+
 def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> dict[str, Any] | None:
     with taken(folder):
         sweep_session(folder, session.kind)
@@ -311,8 +360,9 @@ def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> di
     if report is None or number is None:
         return None
     # its video may be half of an edit's or missing: written again, it is the same
-    num_bytes = turn_bytes(folder, number)
-    return {"number": number, "report": report, "bytes": num_bytes, "published": False}
+    for path in result_paths(folder, number):
+        path.unlink(missing_ok=True)
+    return {"number": number, "report": report, "published": False}
 
 
 def _happened(listener: Listener, job: JobRecord, event: dict[str, Any]) -> None:

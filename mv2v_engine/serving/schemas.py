@@ -128,6 +128,7 @@ class Session(BaseModel):
                 "parent": None,
                 "parent_turn": None,
                 "warnings": [],
+                "damage": None,
             }
         ),
     )
@@ -148,6 +149,7 @@ class Session(BaseModel):
     parent: str | None
     parent_turn: int | None
     warnings: list[str]
+    damage: str | None
 
 
 class SessionWithFootprint(Session):
@@ -171,6 +173,7 @@ class Turn(BaseModel):
                 "report": {"turn": 1, "camera": "arc:-40", "seconds": {"sampling": 3.1}},
                 "created": CREATED,
                 "bytes": 96_412,
+                "damage": None,
             }
         ),
     )
@@ -183,6 +186,7 @@ class Turn(BaseModel):
     report: dict[str, Any]
     created: float
     bytes: int
+    damage: str | None
 
 
 class JobError(BaseModel):

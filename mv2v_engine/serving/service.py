@@ -10,8 +10,10 @@ from __future__ import annotations
 import asyncio
 import hashlib
 import json
+import sqlite3
 import time
 from collections.abc import AsyncIterator
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ from mv2v_engine.errors import CameraError, MV2VError
 from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.errors import ApiError, without_paths
 from mv2v_engine.serving.events import last_event
-from mv2v_engine.serving.folders import is_published, result_path, source_path
+from mv2v_engine.serving.folders import result_path, source_path
 from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
 from mv2v_engine.serving.records import (
     Footprint,
@@ -33,6 +35,7 @@ from mv2v_engine.serving.records import (
     new_job,
 )
 from mv2v_engine.serving.scheduler import with_progress
+from mv2v_engine.serving.sessions import disk_errors
 from mv2v_engine.serving.turn_request import make_request
 
 # a session that is only looked at is touched no more often than that
@@ -91,13 +94,19 @@ class Service(Lifecycle):
         """Raises not_found."""
         session = await self._find(owner, session_id)
         now = time.time()
-        if now - session.touched > _TOUCH_SECONDS:
-            await self._write(partial(tables.touch, session_id=session_id, now=now))
+        if abs(now - session.touched) > _TOUCH_SECONDS:
+            # on a full disk, what there is can still be read
+            with suppress(sqlite3.OperationalError):
+                await self._database.write(partial(tables.touch, session_id=session_id, now=now))
         return session
 
     async def source(self, owner: str, session_id: str) -> Path:
-        """The uploaded file. Raises not_found."""
-        return source_path(self.store.session((await self.session(owner, session_id)).id))
+        """The uploaded file. Raises not_found; damaged, if it is not the one that was uploaded."""
+        session = await self.session(owner, session_id)
+        problem = await self._audit.source_problem(session)
+        if problem is not None:
+            raise ApiError("damaged", f"the uploaded video is lost: {problem}")
+        return source_path(self.store.session(session.id))
 
     async def turns(self, owner: str, session_id: str) -> tuple[TurnRecord, ...]:
         """Finished turns in order. Raises not_found."""
@@ -110,17 +119,20 @@ class Service(Lifecycle):
         return await self._read(partial(tables.find_turn, session_id=session_id, number=number))
 
     async def turn_file(self, owner: str, session_id: str, number: int, which: TurnFile) -> Path:
-        """A turn's mp4 or thumbnail.
+        """A turn's mp4 or thumbnail, the one that was recorded.
 
-        Raises not_found; not_finished with Retry-After while it is made again after a crash.
+        Raises not_found; not_finished with Retry-After while it is made again from the latents;
+        damaged, if these are lost too.
         """
-        turn = await self.turn(owner, session_id, number)
-        folder = self.store.session(session_id)
-        if turn.is_published and is_published(folder, number):
-            return result_path(folder, number, which)
-        if turn.is_published:
-            lost = partial(tables.set_unpublished, session_id=session_id, number=number)
-            await self._write(lost)
+        session = await self.session(owner, session_id)
+        turn = await self._read(partial(tables.find_turn, session_id=session_id, number=number))
+        if await self._audit.problem(turn, which) is None:
+            return result_path(self.store.session(session_id), number, which)
+        with disk_errors():
+            turn = await self._audit.turn(turn)
+        damage = turn.damage or session.damage
+        if damage is not None:
+            raise ApiError("damaged", f"turn {number} has no {which} any more: {damage}")
         self._publisher.wake()
         refused = self._publisher.refused.get((session_id, number))
         if refused is not None:
@@ -152,7 +164,7 @@ class Service(Lifecycle):
 
         A session of edits branches with number 0 alone, for its turns do not build on each other.
 
-        Raises not_ready, not_found, invalid_request, disk_full, too_many_sessions.
+        Raises not_ready, not_found, invalid_request, disk_full, too_many_sessions, damaged.
         """
         self.require_about()
         parent = await self._find(owner, session_id)
@@ -174,10 +186,12 @@ class Service(Lifecycle):
         Returns:
             the job, and whether it is new.
 
-        Raises not_found, not_ready, unprocessable_turn, queue_full, idempotency_conflict.
+        Raises not_found, not_ready, unprocessable_turn, queue_full, idempotency_conflict, damaged.
         """
         about = self.require_about()
         session = await self._find(owner, session_id)
+        if session.damage is not None:
+            raise ApiError("damaged", f"the session takes no more turns: {session.damage}")
         name = about["engine"]["checkpoint"]
         if (session.checkpoint, session.kind) != (name, about["kind"]):
             raise ApiError(

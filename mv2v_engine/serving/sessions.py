@@ -7,7 +7,6 @@ marked in the database first. A kill in between leaves nothing that the next sta
 from __future__ import annotations
 
 import asyncio
-import errno
 import hashlib
 import json
 import shutil
@@ -23,12 +22,22 @@ from typing import Any, get_args
 
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import StorageError, VideoError
-from mv2v_engine.files import replacing, share_file
+from mv2v_engine.files import flush, make_folder, move, replacing, share_file
 from mv2v_engine.serving import jobs, tables
+from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.config import Limits, ServingConfig
-from mv2v_engine.serving.database import Database
+from mv2v_engine.serving.database import Database, is_disk_full
+from mv2v_engine.serving.digests import promised
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.folders import Store, result_path, source_path, window_path
+from mv2v_engine.serving.folders import (
+    FULL,
+    RESULTS,
+    Store,
+    result_path,
+    source_path,
+    window_path,
+)
+from mv2v_engine.serving.mirror import mirror
 from mv2v_engine.serving.publishing import Publisher
 from mv2v_engine.serving.records import ProbedVideo, SessionRecord, TurnFile, TurnRecord, new_id
 from mv2v_engine.serving.scheduler import Scheduler
@@ -40,7 +49,8 @@ Probe = Callable[[Path, Limits], Awaitable[ProbedVideo]]
 
 _MAX_NAME = 200
 _CHUNK = 1 << 20
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+# of a session, what is nobody's business outside the service
+_INNER = ("owner", "files", "identity")
 
 
 class Sessions:
@@ -53,10 +63,12 @@ class Sessions:
         database: Database,
         scheduler: Scheduler,
         publisher: Publisher,
+        audit: Audit,
         probe: Probe,
     ) -> None:
         self.config, self.store, self.database = config, store, database
-        self.scheduler, self.publisher, self.probe = scheduler, publisher, probe
+        self.scheduler, self.publisher = scheduler, publisher
+        self.audit, self.probe = audit, probe
 
     async def create(
         self,
@@ -95,13 +107,16 @@ class Sessions:
         await self.database.read(partial(tables.require_room, owner=owner, most=most))
         video = await self.probe(upload, self.config.limits)
         session = _new_session(owner, name, upload, video, about, window)
-        await asyncio.to_thread(_place_upload, self.store, upload, session.id, window)
+        place = partial(_place_upload, self.store, upload, session.id, window)
+        session = replace(session, files=await asyncio.to_thread(place))
         add = partial(_add_session, session=session, key=key, digest=digest, most=most)
         kept = await self._added(add, session.id)
         if kept.id != session.id:
             # the same request was a little faster
             await asyncio.to_thread(self._discard, session.id)
         else:
+            await mirror(self.database, self.store.session(session.id), session.id)
+            await asyncio.to_thread(self.store.spare.keep)
             self.scheduler.tell(lambda listener: listener.session_created(session))
         return kept
 
@@ -110,6 +125,7 @@ class Sessions:
         branch = _branch_record(parent, number)
         self.store.require_free(self.config.min_free_bytes)
         with disk_errors():
+            await self._require_whole(parent, number)
             source_bytes = await asyncio.to_thread(_place_branch, self.store, parent, branch)
             add = partial(
                 _add_branch,
@@ -117,9 +133,25 @@ class Sessions:
                 most=self.config.limits.sessions,
             )
             made = await self._added(add, branch.id)
+        await mirror(self.database, self.store.session(made.id), made.id)
         self.publisher.wake()
         self.scheduler.tell(lambda listener: listener.session_created(made))
         return made
+
+    async def _require_whole(self, parent: SessionRecord, number: int) -> None:
+        """Refuse to branch from what is not whole. Raises damaged."""
+        now = await self.audit.session(parent)
+        if now.damage is not None:
+            raise ApiError("damaged", f"session {parent.id} takes no branch: {now.damage}")
+        turns = await self.database.read(partial(tables.list_turns, session_id=parent.id))
+        for turn in turns[:number]:
+            if turn.damage is not None:
+                raise ApiError(
+                    "damaged",
+                    f"turn {turn.number} of the session is damaged ({turn.damage}); branch from "
+                    f"turn {turn.number - 1}",
+                    param="turn",
+                )
 
     async def _added(
         self, add: Callable[[sqlite3.Connection], SessionRecord], session_id: str
@@ -138,7 +170,18 @@ class Sessions:
             jobs.delete_session, owner=owner, session_id=session_id, now=now, is_idle=is_idle
         )
         with disk_errors():
-            ended, running = await self.database.write(begin)
+            try:
+                ended, running = await self.database.write(begin, makes_room=True)
+            except sqlite3.OperationalError as error:
+                if not is_disk_full(error):
+                    raise
+                # not even those bytes are left: make room of what could be made again
+                await self.database.read(
+                    partial(tables.find_session, owner=owner, session_id=session_id)
+                )
+                results = self.store.session(session_id) / "results"
+                await asyncio.to_thread(shutil.rmtree, results, ignore_errors=True)
+                ended, running = await self.database.write(begin, makes_room=True)
         for job in ended:
             self.scheduler.ended(job)
         for job in running:
@@ -149,23 +192,31 @@ class Sessions:
         await self.scheduler.backend.release(session_id)
         self.scheduler.memory.pop(session_id, None)
         await asyncio.to_thread(self._discard, session_id)
-        await self.scheduler.written(partial(tables.remove_session, session_id=session_id))
+        remove = partial(tables.remove_session, session_id=session_id)
+        await self.scheduler.written(remove, makes_room=True)
+        await asyncio.to_thread(self.store.spare.keep)
         self.publisher.forget(session_id)
         self.scheduler.tell(lambda listener: listener.session_deleted(session_id))
 
     async def export(self, session: SessionRecord) -> Path:
         """As `Service.export`."""
         self.store.require_free(self.config.min_free_bytes + session.bytes)
+        with disk_errors():
+            # what is not as recorded is left out
+            await self.audit.session(session)
         turns = await self.database.read(partial(tables.list_turns, session_id=session.id))
         path, folder = self.store.new_upload(), self.store.session(session.id)
+        whole = [await self._whole_files(turn) for turn in turns]
         with disk_errors():
-            await asyncio.to_thread(_write_export, path, folder, session, turns)
+            await asyncio.to_thread(_write_export, path, folder, session, turns, whole)
         return path
+
+    async def _whole_files(self, turn: TurnRecord) -> list[TurnFile]:
+        return [which for which in RESULTS if await self.audit.problem(turn, which) is None]
 
     def _discard(self, session_id: str) -> None:
         """Take a session's folder out of its place at once, then from the disk."""
-        self.store.discard(self.store.session(session_id))
-        self.store.empty_trash()
+        self.store.remove(self.store.session(session_id))
 
 
 @contextmanager
@@ -179,9 +230,24 @@ def disk_errors() -> Iterator[None]:
         raise _disk_full() from error
     except OSError as error:
         cause = error.__cause__ if isinstance(error, StorageError) else error
-        if not isinstance(cause, OSError) or cause.errno not in _FULL:
+        if not isinstance(cause, OSError) or cause.errno not in FULL:
             raise
         raise _disk_full() from error
+
+
+@contextmanager
+def full_disk(root: Path) -> Iterator[None]:
+    """What a full disk does to a start, as one error."""
+    try:
+        with disk_errors():
+            yield
+    except StorageError:
+        raise
+    except (ApiError, sqlite3.OperationalError, OSError) as error:
+        raise StorageError(
+            f"the disk of the store {root} is full, or fails ({error}); make a few MB of room and "
+            "start again"
+        ) from error
 
 
 def _disk_full() -> ApiError:
@@ -253,15 +319,20 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
     return (f"the model takes {wanted} frames: {chosen.description}",)
 
 
-def _place_upload(store: Store, upload: Path, session_id: str, window: str | None) -> None:
-    """Move an upload into its session's folder, which appears whole."""
+def _place_upload(
+    store: Store, upload: Path, session_id: str, window: str | None
+) -> dict[str, Any]:
+    """Move an upload into its session's folder, which appears whole; what its row promises."""
     staging = store.new_upload()
-    staging.mkdir()
-    upload.replace(source_path(staging))
+    make_folder(staging)
+    flush(upload)
+    move(upload, source_path(staging))
     if window is not None:
         with replacing(window_path(staging)) as temporary:
             temporary.write_text(window, encoding="utf-8")
-    staging.rename(store.session(session_id))
+    files = promised(staging, [source_path(staging)])
+    move(staging, store.session(session_id))
+    return files
 
 
 def _add_session(
@@ -310,7 +381,7 @@ def _place_branch(store: Store, parent: SessionRecord, branch: SessionRecord) ->
                 path = result_path(old, turn, which)
                 if path.exists():
                     share_file(path, result_path(staging, turn, which))
-        staging.rename(store.session(branch.id))
+        move(staging, store.session(branch.id))
         return source_path(store.session(branch.id)).stat().st_size
     except OSError as error:
         if old.exists():
@@ -331,22 +402,29 @@ def _add_branch(db: sqlite3.Connection, branch: SessionRecord, most: int) -> Ses
 
 
 def _write_export(
-    path: Path, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
+    path: Path,
+    folder: Path,
+    session: SessionRecord,
+    turns: Sequence[TurnRecord],
+    whole: Sequence[Sequence[TurnFile]],
 ) -> None:
-    """Videos and thumbnails as they are, for they are compressed, and what is known of them."""
-    about: dict[str, Any] = {k: v for k, v in asdict(session).items() if k != "owner"}
+    """Videos and thumbnails as they are, for they are compressed, and what is known of them.
+
+    whole: the files of each turn that are as recorded.
+    """
+    about: dict[str, Any] = {k: v for k, v in asdict(session).items() if k not in _INNER}
     try:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
             about["turns"] = []
-            for turn in turns:
+            for turn, results in zip(turns, whole, strict=True):
                 files = []
-                for which in get_args(TurnFile):
+                for which in results:
                     result = result_path(folder, turn.number, which)
                     if result.exists():
                         file.write(result, result.name)
                         files.append(result.name)
                 row = {"number": turn.number, "request": turn.request, "files": files}
-                about["turns"].append(row | {"report": turn.report})
+                about["turns"].append(row | {"report": turn.report, "damage": turn.damage})
             file.writestr("session.json", json.dumps(about, indent=2))
     except OSError:
         path.unlink(missing_ok=True)

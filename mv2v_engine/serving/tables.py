@@ -11,6 +11,7 @@ import sqlite3
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from mv2v_engine.serving.digests import num_bytes
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.records import Page, SessionRecord, TurnRecord
 
@@ -23,6 +24,8 @@ _SESSION = """
             + (SELECT coalesce(sum(t.bytes), 0) FROM turns t WHERE t.session = s.id) AS bytes
     FROM sessions s
 """
+# of a turn, to a branch
+_COPIED = "number, request, report, created, bytes, is_published, files, entry, damage"
 _SESSION_FIELDS = (
     "id",
     "owner",
@@ -60,7 +63,8 @@ def add_session(
     del row["num_turns"]
     row["source_bytes"] = row.pop("bytes")
     row |= {"warnings": json.dumps(session.warnings), "key": key, "digest": digest}
-    insert(db, "sessions", row)
+    row |= {"files": json.dumps(session.files), "identity": text(session.identity)}
+    insert(db, "sessions", row | {"used": clock(db)})
 
 
 def require_room(db: sqlite3.Connection, owner: str, most: int) -> None:
@@ -134,7 +138,20 @@ def listed(
 
 def touch(db: sqlite3.Connection, session_id: str, now: float) -> None:
     """Somebody has used a session."""
-    db.execute("UPDATE sessions SET touched = ? WHERE id = ?", (now, session_id))
+    db.execute(
+        "UPDATE sessions SET touched = ?, used = ? WHERE id = ?", (now, clock(db), session_id)
+    )
+
+
+def clock(db: sqlite3.Connection) -> float:
+    """Seconds that services have run on this store, as far as they have told it."""
+    seconds: float = scalar(db, "SELECT coalesce(max(clock), 0) FROM store")
+    return seconds
+
+
+def advance_clock(db: sqlite3.Connection, seconds: float) -> None:
+    """A service has run for so many seconds more."""
+    db.execute("UPDATE store SET clock = clock + ?", (seconds,))
 
 
 def mark_deleting(db: sqlite3.Connection, owner: str, session_id: str) -> None:
@@ -157,13 +174,47 @@ def session_ids(db: sqlite3.Connection) -> set[str]:
     return {row["id"] for row in db.execute("SELECT id FROM sessions")}
 
 
-def idle_sessions(db: sqlite3.Connection) -> list[SessionRecord]:
-    """Sessions without a turn that waits or runs, the least recently touched first."""
+def kept_sessions(db: sqlite3.Connection) -> list[SessionRecord]:
+    """Anybody's, without those that are being deleted."""
+    rows = db.execute(f"{_SESSION} WHERE NOT is_deleting ORDER BY serial")
+    return [_session(row) for row in rows]
+
+
+def set_identity(db: sqlite3.Connection, session_id: str, identity: dict[str, Any]) -> None:
+    """What the engine's manifest says of a session, once it has a turn."""
+    db.execute(
+        "UPDATE sessions SET identity = ? WHERE id = ? AND identity IS NULL",
+        (json.dumps(identity), session_id),
+    )
+
+
+def set_session_damage(db: sqlite3.Connection, session_id: str, damage: str | None) -> None:
+    """Why a session takes no more turns, or that it does again."""
+    db.execute("UPDATE sessions SET damage = ? WHERE id = ?", (damage, session_id))
+
+
+def set_turn_state(
+    db: sqlite3.Connection, session_id: str, number: int, *, damage: str | None, is_published: bool
+) -> None:
+    """What was found of a turn's files."""
+    db.execute(
+        "UPDATE turns SET damage = ?, is_published = ? WHERE session = ? AND number = ?",
+        (damage, is_published, session_id, number),
+    )
+
+
+def idle_sessions(db: sqlite3.Connection) -> list[tuple[SessionRecord, float]]:
+    """Sessions without a turn that waits or runs, the least recently touched first.
+
+    With each, for how many seconds of the store's clock nobody has touched it.
+    """
+    now = clock(db)
     rows = db.execute(
         f"{_SESSION} WHERE NOT is_deleting AND NOT EXISTS (SELECT 1 FROM jobs j "
-        "WHERE j.session = s.id AND j.state IN ('queued', 'running')) ORDER BY touched, serial"
+        "WHERE j.session = s.id AND j.state IN ('queued', 'running')) "
+        "ORDER BY used, touched, serial"
     )
-    return [_session(row) for row in rows]
+    return [(_session(row), now - row["used"]) for row in rows]
 
 
 def total_bytes(db: sqlite3.Connection) -> int:
@@ -178,8 +229,22 @@ def total_bytes(db: sqlite3.Connection) -> int:
 
 
 def add_turn(db: sqlite3.Connection, turn: TurnRecord, *, is_repeatable: bool) -> None:
-    """Add a finished turn. is_repeatable: asked for again, it is the same turn (an edit is)."""
-    row = {
+    """Add a finished turn.
+
+    is_repeatable: asked for again, it is the same turn (an edit is), whole again if it was damaged.
+    """
+    row = turn_values(turn)
+    again = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")
+    rest = (
+        f"ON CONFLICT (session, number) DO UPDATE SET {again}, damage = NULL "
+        "WHERE turns.damage IS NOT NULL"
+    )
+    insert(db, "turns", row, rest if is_repeatable else "")
+
+
+def turn_values(turn: TurnRecord) -> dict[str, Any]:
+    """A turn's row, by its columns."""
+    return {
         "session": turn.session,
         "number": turn.number,
         "job": turn.job,
@@ -187,9 +252,10 @@ def add_turn(db: sqlite3.Connection, turn: TurnRecord, *, is_repeatable: bool) -
         "report": json.dumps(turn.report),
         "created": turn.created,
         "bytes": turn.bytes,
-        "is_published": turn.is_published,
+        "is_published": int(turn.is_published),
+        "files": json.dumps(turn.files),
+        "entry": text(turn.entry),
     }
-    insert(db, "turns", row, "ON CONFLICT (session, number) DO NOTHING" if is_repeatable else "")
 
 
 def list_turns(db: sqlite3.Connection, session_id: str) -> tuple[TurnRecord, ...]:
@@ -211,33 +277,28 @@ def find_turn(db: sqlite3.Connection, session_id: str, number: int) -> TurnRecor
 def copy_turns(db: sqlite3.Connection, parent: str, session_id: str, number: int) -> None:
     """Give a branch the first turns of its parent."""
     db.execute(
-        "INSERT INTO turns (session, number, request, report, created, bytes, is_published) "
-        "SELECT ?, number, request, report, created, bytes, is_published FROM turns "
+        f"INSERT INTO turns (session, {_COPIED}) SELECT ?, {_COPIED} FROM turns "
         "WHERE session = ? AND number <= ?",
         (session_id, parent, number),
     )
 
 
-def set_published(db: sqlite3.Connection, session_id: str, number: int, num_bytes: int) -> None:
-    """A turn's mp4 and thumbnail are there again."""
+def set_published(
+    db: sqlite3.Connection, session_id: str, number: int, files: dict[str, Any]
+) -> None:
+    """A turn's mp4 and thumbnail are there again. files: what is promised of all its files."""
     db.execute(
-        "UPDATE turns SET is_published = 1, bytes = ? WHERE session = ? AND number = ?",
-        (num_bytes, session_id, number),
-    )
-
-
-def set_unpublished(db: sqlite3.Connection, session_id: str, number: int) -> None:
-    """A turn's mp4 or thumbnail is to be made again."""
-    db.execute(
-        "UPDATE turns SET is_published = 0 WHERE session = ? AND number = ?", (session_id, number)
+        "UPDATE turns SET is_published = 1, bytes = ?, files = ? WHERE session = ? AND number = ?",
+        (num_bytes(files), json.dumps(files), session_id, number),
     )
 
 
 def unpublished_turns(db: sqlite3.Connection) -> list[tuple[str, int]]:
-    """Session and number of turns whose mp4 or thumbnail is to be made again."""
+    """Session and number of turns whose mp4 or thumbnail is to be made again, and can be."""
     rows = db.execute(
         "SELECT t.session, t.number FROM turns t JOIN sessions s ON s.id = t.session "
-        "WHERE t.is_published = 0 AND NOT s.is_deleting ORDER BY t.session, t.number"
+        "WHERE t.is_published = 0 AND t.damage IS NULL AND s.damage IS NULL AND NOT s.is_deleting "
+        "ORDER BY t.session, t.number"
     )
     return [(row["session"], row["number"]) for row in rows]
 
@@ -252,9 +313,18 @@ def scalar(db: sqlite3.Connection, query: str, *values: Any) -> Any:
     return value
 
 
+def text(value: Any | None) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
 def _session(row: sqlite3.Row) -> SessionRecord:
-    fields = {name: row[name] for name in _SESSION_FIELDS}
-    return SessionRecord(**fields, warnings=tuple(json.loads(row["warnings"])))
+    fields = {name: row[name] for name in (*_SESSION_FIELDS, "damage")}
+    return SessionRecord(
+        **fields,
+        warnings=tuple(json.loads(row["warnings"])),
+        files=json.loads(row["files"]),
+        identity=None if row["identity"] is None else json.loads(row["identity"]),
+    )
 
 
 def _turn(row: sqlite3.Row) -> TurnRecord:
@@ -267,4 +337,7 @@ def _turn(row: sqlite3.Row) -> TurnRecord:
         created=row["created"],
         bytes=row["bytes"],
         is_published=bool(row["is_published"]),
+        files=json.loads(row["files"]),
+        entry=None if row["entry"] is None else json.loads(row["entry"]),
+        damage=row["damage"],
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 import shutil
+import time
 import zipfile
 from dataclasses import replace
 from functools import partial
@@ -153,9 +154,9 @@ async def test_retention_by_age_and_bytes_spares_what_is_in_use(tmp_path: Path) 
         old = sessions[:2]
         backend.go.clear()
         job = await asked(service, old[1])
-        for session in old:
-            before = partial(tables.touch, session_id=session.id, now=session.created - 10 * DAY)
-            await service._write(before)
+        await service._write(partial(tables.advance_clock, seconds=10 * DAY))
+        for session in sessions[2:]:
+            await service._write(partial(tables.touch, session_id=session.id, now=session.created))
         retention = service._retention
         retention.config = replace(service.config, keep_days=5)
         assert await retention.sweep() == [old[0].id]
@@ -165,6 +166,35 @@ async def test_retention_by_age_and_bytes_spares_what_is_in_use(tmp_path: Path) 
         backend.go.set()
         await ended(service, job)
     check_store(tmp_path)
+
+
+@pytest.mark.parametrize("jump", [40 * DAY, -40 * DAY])
+@in_loop
+async def test_a_jump_of_the_clock_makes_no_session_older(
+    tmp_path: Path, jump: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither while the service runs nor while it is off; only its own running does."""
+    real = time.time
+    async with serving(tmp_path, keep_days=30) as (service, _):
+        sessions = [await new_session(service) for _ in range(2)]
+        monkeypatch.setattr(time, "time", lambda: real() + jump)
+        assert await service._retention.sweep() == []
+        late = await new_session(service)
+    monkeypatch.setattr(time, "time", lambda: real() - jump)
+    for _ in range(3):
+        async with serving(tmp_path, keep_days=30) as (service, _):
+            assert await service._retention.sweep() == []
+            assert len((await service.sessions("")).items) == 3
+    async with serving(tmp_path, keep_days=30) as (service, _):
+        await service._write(partial(tables.advance_clock, seconds=29 * DAY))
+        await service._write(partial(tables.touch, session_id=late.id, now=real()))
+        assert await service._retention.sweep() == []
+    async with serving(tmp_path, keep_days=30) as (service, _):
+        await service._write(partial(tables.advance_clock, seconds=2 * DAY))
+        # the service's first sweep may be faster
+        await service._retention.sweep()
+        assert [s.id for s in (await service.sessions("")).items] == [late.id]
+        assert late.id not in [session.id for session in sessions]
 
 
 @in_loop

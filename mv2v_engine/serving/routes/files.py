@@ -37,8 +37,8 @@ _RANGE_PARAMETER = {
     "schema": {"type": "string", "examples": ["bytes=0-65535"]},
     "description": "one range of bytes; others are answered with the whole file",
 }
-# what `answer_file` raises
-FILE_ERRORS = ("not_found", "range_not_satisfiable")
+# what `answer_file` raises, and who finds the file for it
+FILE_ERRORS = ("not_found", "damaged", "range_not_satisfiable")
 
 
 def file_answers(*media_types: str) -> Answers:

@@ -92,6 +92,10 @@ def clean_name(name: str) -> str:
     return "".join(letter if letter.isprintable() else " " for letter in name).strip()
 
 
+# what a branch is refused with
+BRANCH = ("not_found", "too_many_sessions", "disk_full", "busy", "damaged")
+
+
 @router.post(
     "",
     status_code=status.HTTP_201_CREATED,
@@ -194,7 +198,7 @@ async def delete_session(service: Serving, owner: Owner, session_id: SessionId) 
     "/{session_id}/branches",
     status_code=status.HTTP_201_CREATED,
     response_model=Session,
-    responses=refusals(*ANY, *BODY, "not_found", "too_many_sessions", "disk_full", "busy"),
+    responses=refusals(*ANY, *BODY, *BRANCH),
 )
 async def branch_session(
     response: Response,

@@ -19,7 +19,7 @@ from mv2v_engine.serving.schemas import Answers, Job, Turn, TurnRequest, Turns, 
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/turns", tags=["turns"])
 # what a turn may be refused for
-SUBMIT = ("unprocessable_turn", "queue_full", "idempotency_conflict", "not_found")
+SUBMIT = ("unprocessable_turn", "queue_full", "idempotency_conflict", "not_found", "damaged")
 
 _KNOWN: Answers = {200: {"model": Job, "description": "the job that this key has already made"}}
 

@@ -176,7 +176,7 @@ def invalid(error: ValidationError) -> ApiError:
 @router.post(
     "",
     response_model=Video,
-    responses=refusals(*ANY, *BODY, *UPLOAD, "queue_full", "not_found", "not_made_here"),
+    responses=refusals(*ANY, *BODY, *UPLOAD, "queue_full", "not_found", "damaged", "not_made_here"),
     openapi_extra=_request_body(),
 )
 async def create_video(

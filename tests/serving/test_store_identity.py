@@ -1,0 +1,372 @@
+"""Stores whose database is not theirs, or of another time: refused, checked, repaired."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+import sqlite3
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from store_check import check_store
+
+from mv2v_engine.errors import StorageError
+from mv2v_engine.run import main
+from mv2v_engine.serving.service import Service
+from tests.serving.fake_backend import FakeBackend, store_turn, write_results
+from tests.serving.in_process import (
+    abandon,
+    asked,
+    ended,
+    in_loop,
+    new_session,
+    published,
+    refused,
+    serving,
+    started,
+)
+
+DATABASE = "service.sqlite3"
+
+
+def contents(root: Path) -> dict[str, bytes]:
+    """Every file of a store, but for locks."""
+    files = (path for path in root.rglob("*") if path.is_file())
+    return {
+        path.relative_to(root).as_posix(): path.read_bytes()
+        for path in files
+        if not path.name.endswith(("lock", "-wal", "-shm"))
+    }
+
+
+async def finished(service: Service, owner: str = "", turns: int = 1) -> str:
+    """A session with finished turns; its id."""
+    session = await new_session(service, owner)
+    for _ in range(turns):
+        assert (await ended(service, await asked(service, session))).state == "finished"
+    return session.id
+
+
+def make(root: Path, *, turns: int = 2, keep: Path | None = None) -> list[str]:
+    """A store that was started twice, with a session of each time. keep: the database before."""
+
+    async def work() -> list[str]:
+        async with serving(root) as (service, _):
+            first = await finished(service, "anna", turns)
+        if keep is not None:
+            shutil.copy(root / DATABASE, keep)
+        async with serving(root) as (service, _):
+            return [first, await finished(service, "ben")]
+
+    return asyncio.run(work())
+
+
+def start(root: Path) -> None:
+    async def work() -> None:
+        async with serving(root):
+            pass
+
+    asyncio.run(work())
+
+
+def older(root: Path, spare: Path) -> None:
+    shutil.copy(spare / "older", root / DATABASE)
+
+
+def older_of_the_same_start(root: Path, spare: Path) -> None:
+    """As a copy that was made while the service ran."""
+    with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
+        db.execute("PRAGMA foreign_keys = ON")
+        db.execute("DELETE FROM sessions WHERE owner = 'ben'")
+
+
+def foreign(root: Path, spare: Path) -> None:
+    make(spare / "other")
+    shutil.copy(spare / "other" / DATABASE, root / DATABASE)
+
+
+def newer(root: Path, spare: Path) -> None:
+    """The folders are of a backup, the database is not."""
+    value = json.loads((root / "store.json").read_text())
+    (root / "store.json").write_text(json.dumps(value | {"generation": 0}))
+
+
+def missing(root: Path, spare: Path) -> None:
+    (root / DATABASE).unlink()
+
+
+def empty(root: Path, spare: Path) -> None:
+    (root / DATABASE).write_bytes(b"")
+
+
+def no_tables(root: Path, spare: Path) -> None:
+    (root / DATABASE).unlink()
+    with closing(sqlite3.connect(root / DATABASE)) as db:
+        db.execute("PRAGMA journal_mode = WAL")
+
+
+def garbage(root: Path, spare: Path) -> None:
+    (root / DATABASE).write_bytes(b"garbage" * 1000)
+
+
+def half(root: Path, spare: Path) -> None:
+    content = (root / DATABASE).read_bytes()
+    (root / DATABASE).write_bytes(content[: len(content) // 2])
+
+
+def no_name(root: Path, spare: Path) -> None:
+    (root / "store.json").unlink()
+
+
+def garbled_name(root: Path, spare: Path) -> None:
+    (root / "store.json").write_text('{"format": "mv2v-store"}')
+
+
+KINDS = [
+    missing,
+    empty,
+    no_tables,
+    garbage,
+    half,
+    older,
+    older_of_the_same_start,
+    newer,
+    foreign,
+    no_name,
+    garbled_name,
+]
+
+
+@pytest.mark.parametrize("spoil", KINDS)
+def test_what_does_not_belong_together_is_refused_and_can_be_repaired(
+    tmp_path: Path, spoil: Callable[[Path, Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    root, spare = tmp_path / "store", tmp_path / "spare"
+    spare.mkdir()
+    sessions = make(root, keep=spare / "older")
+    before = contents(root)
+    spoil(root, spare)
+    spoiled = contents(root)
+    for _ in range(2):
+        with pytest.raises(StorageError, match=r"store repair"):
+            start(root)
+    assert main(["store", "check", str(root)]) == 1
+    now = contents(root)
+    assert {name for name in spoiled if now.get(name) != spoiled[name]} <= {DATABASE}
+    assert set(now) == set(spoiled)
+
+    assert main(["store", "repair", str(root)]) == 0, capsys.readouterr().out
+    assert main(["store", "check", str(root)]) == 0
+
+    async def look() -> None:
+        async with serving(root) as (service, backend):
+            for owner, session, turns in (("anna", sessions[0], 2), ("ben", sessions[1], 1)):
+                assert [s.id for s in (await service.sessions(owner)).items] == [session]
+                found = await service.turns(owner, session)
+                assert [turn.number for turn in found] == list(range(1, turns + 1))
+                assert all(turn.is_published for turn in found)
+                for turn in found:
+                    assert turn.job is not None
+                    assert (await service.job(owner, turn.job)).number == turn.number
+                    video = await service.turn_file(owner, session, turn.number, "video")
+                    name = video.relative_to(root).as_posix()
+                    assert video.read_bytes() == before[name]
+            session = await service.session("anna", sessions[0])
+            assert (await ended(service, await asked(service, session))).number == 3
+            assert backend.made == {(sessions[0], 3): 1}
+
+    asyncio.run(look())
+
+
+@pytest.mark.parametrize("of", ["nothing", "a store that runs"])
+def test_the_commands_refuse_what_is_no_store_or_runs(
+    tmp_path: Path, of: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    @in_loop
+    async def look() -> None:
+        if of == "nothing":
+            codes = [main(["store", word, str(tmp_path)]) for word in ("check", "repair")]
+        else:
+            async with serving(tmp_path):
+                words = ("check", "repair")
+                codes = [main(["store", word, str(tmp_path)]) for word in words]
+        assert codes == [2, 2]
+
+    look()
+    said = capsys.readouterr().err.splitlines()
+    wanted = "is no store" if of == "nothing" else "is served by process"
+    assert len(said) == 2 and all(wanted in line for line in said)
+    assert of != "nothing" or not list(tmp_path.iterdir())
+
+
+def test_a_cut_off_beginning_is_begun_again(tmp_path: Path) -> None:
+    """A kill between the name, the database and the name's first generation."""
+    for cut in ("name", "tables", "generation"):
+        root = tmp_path / cut
+        make_name = {"format": "mv2v-store", "version": 1, "id": "store_1", "generation": 0}
+        root.mkdir()
+        (root / "store.json").write_text(json.dumps(make_name))
+        if cut == "tables":
+            no_tables_of = root / DATABASE
+            with closing(sqlite3.connect(no_tables_of)) as db:
+                db.execute("PRAGMA journal_mode = WAL")
+        if cut == "generation":
+            start(root)
+            (root / "store.json").write_text(json.dumps(make_name))
+        start(root)
+        value = json.loads((root / "store.json").read_text())
+        assert value["id"] == "store_1" and value["generation"] >= 1
+        check_store(root)
+
+
+@in_loop
+async def test_what_no_row_tells_of_is_set_aside_and_said(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A branch whose row was not written, a session of another store: kept, out of the way."""
+    async with serving(tmp_path) as (service, _):
+        known = await finished(service)
+    before = contents(tmp_path / "sessions")
+    for name in ("session_" + "0" * 24, "session_" + "1" * 24, "lost+found"):
+        store_turn(tmp_path / "sessions" / name, name, 1)
+    shutil.copytree(
+        tmp_path / "sessions" / known / "rows", tmp_path / "sessions" / "lost+found" / "rows"
+    )
+    (tmp_path / "sessions" / "a file").write_text("of somebody")
+    for _ in range(2):
+        async with serving(tmp_path) as (service, _):
+            assert [s.id for s in (await service.sessions("")).items] == [known]
+    assert contents(tmp_path / "sessions") == before
+    aside = tmp_path / "set-aside"
+    assert len(list(aside.iterdir())) == 4
+    assert (aside / "lost+found" / "turns" / "turn_01.safetensors").exists()
+    assert (aside / "a file").read_text() == "of somebody"
+    said = [record.getMessage() for record in caplog.records]
+    assert sum("set aside" in line for line in said) == 4
+
+
+@in_loop
+async def test_a_finished_turn_without_a_row_gets_one(tmp_path: Path) -> None:
+    """As after an older database, or a turn that was stored when its job was given up."""
+    async with serving(tmp_path) as (service, _):
+        session = await finished(service)
+        store_turn(service.store.session(session), session, 2)
+        write_results(service.store.session(session), 2)
+    async with serving(tmp_path) as (service, _):
+        assert [turn.number for turn in await service.turns("", session)] == [1, 2]
+        record = await service.session("", session)
+        await published(service, record, 2)
+        assert (await ended(service, await asked(service, record))).number == 3
+
+
+def to_version_1(root: Path) -> None:
+    """The store as the version before wrote it."""
+    with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
+        db.execute("DROP TABLE store")
+        for table, names in (
+            ("sessions", ("used", "files", "identity", "damage")),
+            ("turns", ("files", "entry", "damage")),
+        ):
+            for name in names:
+                db.execute(f"ALTER TABLE {table} DROP COLUMN {name}")
+        db.execute("PRAGMA user_version = 1")
+    (root / "store.json").unlink()
+    (root / "spare").unlink(missing_ok=True)
+    for rows in root.glob("sessions/*/rows"):
+        shutil.rmtree(rows)
+
+
+def damaged_v1(root: Path, session: str, name: str, content: bytes | None) -> None:
+    path = root / "sessions" / session / name
+    if content is None:
+        path.unlink()
+    else:
+        path.write_bytes(content)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "is_lost"),
+    [
+        ("", b"", False),
+        ("results/turn_0001.mp4", b"", False),
+        ("results/turn_0001.jpg", None, False),
+        ("turns/turn_01.safetensors", b"", True),
+        ("turns/turn_01.safetensors", None, True),
+    ],
+)
+def test_a_store_of_the_version_before_is_taken_up(
+    tmp_path: Path, name: str, content: bytes | None, is_lost: bool
+) -> None:
+    sessions = make(tmp_path)
+    to_version_1(tmp_path)
+    if name:
+        damaged_v1(tmp_path, sessions[0], name, content)
+    before = contents(tmp_path / "sessions")
+
+    async def look() -> None:
+        async with serving(tmp_path) as (service, _):
+            turns = await service.turns("anna", sessions[0])
+            assert [turn.damage is not None for turn in turns] == [is_lost, False]
+            session = await service.session("anna", sessions[0])
+            for number in (1, 2):
+                if is_lost and number == 1:
+                    continue
+                video = await published(service, session, number)
+                assert video.read_bytes() == b"frames of turn %d" % number
+            assert (await service.session("ben", sessions[1])).num_turns == 1
+
+    asyncio.run(look())
+    asyncio.run(look())
+    if not name:
+        kept = contents(tmp_path / "sessions")
+        assert {n: kept[n] for n in before} == before
+        check_store(tmp_path)
+
+
+def no_folder(root: Path, session: str) -> None:
+    shutil.rmtree(root / "sessions" / session)
+
+
+def folder_more(root: Path, session: str) -> None:
+    name = "session_" + "2" * 24
+    store_turn(root / "sessions" / name, name, 1)
+
+
+def turn_more(root: Path, session: str) -> None:
+    store_turn(root / "sessions" / session, session, 3)
+
+
+@pytest.mark.parametrize("spoil", [no_folder, folder_more, turn_more])
+def test_a_store_of_the_version_before_whose_rows_and_folders_disagree_is_refused(
+    tmp_path: Path, spoil: Callable[[Path, str], None]
+) -> None:
+    sessions = make(tmp_path)
+    to_version_1(tmp_path)
+    spoil(tmp_path, sessions[0])
+    before = contents(tmp_path)
+    with pytest.raises(StorageError, match="its rows and its folders disagree"):
+        start(tmp_path)
+    after = contents(tmp_path)
+    assert {n: v for n, v in after.items() if n != DATABASE} == {
+        n: v for n, v in before.items() if n not in (DATABASE, "spare")
+    } | {n: v for n, v in after.items() if n == "spare"}
+    main(["store", "repair", str(tmp_path)])
+    start(tmp_path)
+
+
+@in_loop
+async def test_a_kill_between_the_two_generations_is_none_of_its_own(tmp_path: Path) -> None:
+    service = await started(tmp_path, FakeBackend())
+    await finished(service)
+    await abandon(service)
+    path = tmp_path / "store.json"
+    value: dict[str, Any] = json.loads(path.read_text())
+    path.write_text(json.dumps(value | {"generation": value["generation"] - 1}))
+    async with serving(tmp_path) as (service, _):
+        (session,) = (await service.sessions("")).items
+        assert (await refused(service.turn_file("", session.id, 2, "video"))).code == "not_found"
+    check_store(tmp_path)
