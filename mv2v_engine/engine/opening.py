@@ -43,6 +43,7 @@ def open_view_session(
     resume: bool = False,
     is_locked: bool = False,
     source_latents: Tensor | None = None,
+    cancel: CancelToken | None = None,
 ) -> ViewSession:
     """As `Engine.view_session`. is_locked: the caller keeps other writers out of the folder."""
     require_novel_view(engine.transformer.config, engine.checkpoint.name)
@@ -58,6 +59,7 @@ def open_view_session(
             fps=fps,
             max_pixels=engine.config.max_source_pixels,
             own_fps=sampling.fps,
+            check=None if cancel is None else cancel.check,
         )
     expected = engine.vae.latent_shape(sampling.num_frames, sampling.size)
     if source_latents is not None and tuple(source_latents.shape) != expected:
@@ -115,12 +117,14 @@ def open_edit_session(
             f"memory_ranking={engine.config.memory_ranking!r} draws novel views; an edit's windows "
             "are ranked by their sources: leave it out"
         )
+    check = None if cancel is None else cancel.check
     video = open_long_source(
         source,
         size=sampling.size,
         fps=fps,
         own_fps=sampling.fps,
         max_pixels=engine.config.max_source_pixels,
+        check=check,
     )
     folder = None if store is None else EditStore(Path(store))
     identity: dict[str, Any] = {}
@@ -139,7 +143,7 @@ def open_edit_session(
                 # found once, they are what the finished windows follow
                 cuts = manifest["identity"].get("cuts") if cuts is None else cuts
         if cuts is None:
-            cuts = find_cuts(_until(cancel, video.frames()), video.fps)
+            cuts = find_cuts(video.frames(check=check), video.fps)
         cuts = [int(cut) for cut in cuts]
         session = EditSession(
             engine,
@@ -168,14 +172,6 @@ def session_identity(
         "source camera": cameras.name if cameras else "static",
         "checkpoint": checkpoint,
     }
-
-
-def _until(cancel: CancelToken | None, frames: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same frames, as long as nobody cancels."""
-    for frame in frames:
-        if cancel is not None:
-            cancel.check()
-        yield frame
 
 
 def new_id() -> str:

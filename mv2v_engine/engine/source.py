@@ -14,8 +14,9 @@ from torch import Tensor
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import CameraError, VideoError
-from mv2v_engine.video.io import Clip, probe_video, read_video
-from mv2v_engine.video.transforms import cover_and_crop, select_window
+from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.scan import Check, check_fps
+from mv2v_engine.video.transforms import cover_and_crop, crop_report, select_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,6 +42,7 @@ def load_source(
     fps: float | None,
     max_pixels: int,
     own_fps: float = 16.0,
+    check: Check | None = None,
 ) -> Source:
     """Read, window and crop a source.
 
@@ -48,26 +50,27 @@ def load_source(
         source: a video file, or frames uint8 [T, height, width, 3].
         window: see `video.transforms.select_window`; None needs exactly `num_frames`.
         fps: of the result; None keeps the file's. own_fps: of bare frames, which have none.
+        check: called between the packets of a file; what it raises ends the reading.
 
     Raises:
         VideoError: the file or the frames cannot be used as asked.
     """
-    if fps is not None and not 0.01 <= fps <= 1000:
-        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
+    if fps is not None:
+        check_fps("fps", fps)
     if isinstance(source, str | Path):
-        path = Path(source)
-        info = probe_video(path)
+        reader = VideoReader(source, max_pixels=max_pixels, check=check)
+        info, name = reader.info, reader.path.name
         if info.num_frames < 2:
-            raise VideoError(f"{path.name} has 1 frame, at least 2 are needed; give a video")
+            raise VideoError(f"{name} has 1 frame, at least 2 are needed; give a video")
         chosen = select_window(info.num_frames, num_frames, window)
-        clip = read_video(path, max_pixels=max_pixels, indices=chosen.indices)
-        frames, name = clip.frames, path.name
+        crop = crop_report((info.height, info.width), size)
+        cropped = reader.read(chosen.indices, size=size, check=check)
+        rate = fps or info.fps
     else:
-        clip = _bare_frames(source, fps or own_fps)
-        chosen = select_window(len(clip.frames), num_frames, window)
-        frames, name = clip.frames[torch.tensor(chosen.indices)], "frames"
-    rate = fps or clip.fps
-    cropped, crop = cover_and_crop(frames, size)
+        bare = _bare_frames(source)
+        chosen = select_window(len(bare), num_frames, window)
+        cropped, crop = cover_and_crop(bare[torch.tensor(chosen.indices)], size)
+        rate, name = fps or own_fps, "frames"
     description = {
         "name": name,
         "window": chosen.description,
@@ -97,11 +100,11 @@ def source_trajectory(
     return replace(cameras, poses=relative_to(cameras.poses, cameras.poses[0]))
 
 
-def _bare_frames(source: Tensor | np.ndarray[Any, Any], fps: float) -> Clip:
+def _bare_frames(source: Tensor | np.ndarray[Any, Any]) -> Tensor:
     frames = torch.from_numpy(source) if isinstance(source, np.ndarray) else source
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8 or len(frames) < 2:
         raise VideoError(
             "source frames must be uint8 [frames, height, width, 3] with at least 2 frames, "
             f"got {frames.dtype} {list(frames.shape)}"
         )
-    return Clip(frames.cpu(), fps)
+    return frames.cpu()

@@ -85,7 +85,7 @@ def create_app(
         Middleware(SecurityHeaders),
         Middleware(SiteGuard, config=config),
         Middleware(Authentication, tokens=config.tokens),
-        Middleware(BodyLimit, upload_bytes=config.limits.upload_bytes),
+        Middleware(BodyLimit, limits=config.limits),
     ]
     if config.cors_origins:
         before.insert(2, Middleware(CORSMiddleware, **cors_options(config.cors_origins)))

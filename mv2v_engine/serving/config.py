@@ -15,16 +15,20 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What an upload may be, and how many sessions one token may hold.
+    """What an upload may be, and how many sessions and uploads at once one token may have.
 
-    pixels: of one frame. seconds: of the video. probe_seconds: that decoding it may take.
+    pixels: of one frame. total_pixels: of all frames of one video. seconds: of the video.
+    uploads: that one token may have under way at once. probe_seconds: that decoding a video may
+        take.
     """
 
     upload_bytes: int = 256 << 20
     frames: int = 20_000
     pixels: int = 3840 * 2160
+    total_pixels: int = 10**10
     seconds: float = 600.0
     sessions: int = 10_000
+    uploads: int = 8
     probe_seconds: float = 60.0
 
     def __post_init__(self) -> None:

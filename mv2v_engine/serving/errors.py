@@ -48,9 +48,13 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "video_too_long": Kind(422, INVALID, "the video lasts too many seconds"),
         "too_many_frames": Kind(422, INVALID, "the video has too many frames"),
         "too_many_pixels": Kind(422, INVALID, "the frames of the video are too large"),
+        "video_out_of_range": Kind(
+            422, INVALID, "the rate or the shape of the frames is not taken"
+        ),
         "video_too_slow": Kind(422, INVALID, "decoding the video takes too long or too much"),
         "unprocessable_turn": Kind(422, INVALID, "the model or the session cannot do this turn"),
         "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
+        "too_many_uploads": Kind(429, RATE, "as many uploads are under way as one token may have"),
         "queue_full": Kind(429, RATE, "as many turns wait as may; Retry-After says for how long"),
         "internal": Kind(500, SERVER, "a fault of the service"),
         "not_ready": Kind(503, SERVER, "the service is starting or stopping, or has no worker"),

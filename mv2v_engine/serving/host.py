@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -52,6 +54,7 @@ from mv2v_engine.serving.turn_request import make_request, session_window
 from mv2v_engine.video.io import probe_video, read_video
 
 Json: TypeAlias = dict[str, Any]
+log = logging.getLogger("mv2v_engine.serving.worker")
 
 _NAMES: dict[type[Any], str] = {
     StageStarted: "stage_started",
@@ -94,6 +97,9 @@ class Host:
         """Make a job's turn: the events that `backend` lists, the last one included.
 
         job: "number" and "request". session: "id" and "frames". folder: the session's.
+
+        Whatever goes wrong fails the job, and the next one is made as if it had not been. A device
+        that does no work any more is the exception: what it raises is raised here.
         """
         try:
             yield from self._run(job, session, folder, cancel)
@@ -101,11 +107,9 @@ class Host:
             yield {"type": "cancelled"}
         except MV2VError as error:
             yield failure(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
+        except Exception as error:
             self.release(session["id"])
-            yield _failed("out_of_memory", f"the memory ended: {error}")
+            yield self._fault(error)
 
     def publish(self, session: Json, folder: Path, number: int) -> Json:
         """Write a finished turn's video and thumbnail again; `Backend.publish`'s answer."""
@@ -117,6 +121,9 @@ class Host:
             publish_turn(turn, folder)
         except MV2VError as error:
             return failure(error)
+        except Exception as error:
+            self.release(session["id"])
+            return self._fault(error)
         return {"type": "published", "bytes": turn_bytes(folder, number)}
 
     def release(self, session_id: str) -> None:
@@ -128,6 +135,23 @@ class Host:
     def close(self) -> None:
         for session_id in list(self._open):
             self.release(session_id)
+
+    def _fault(self, error: Exception) -> Json:
+        """What an error that nobody foresaw makes of a job; its log line says where it came from.
+
+        Raises:
+            RuntimeError: the device does no work any more, and will not in this process.
+        """
+        if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+            return _failed("out_of_memory", f"the memory ended: {error}")
+        log.error("a turn failed", exc_info=error)
+        # after some errors a GPU answers nothing to this process but the same error
+        torch.ones(1, device=self.engine.device).sum().item()
+        return _failed(
+            "internal",
+            f"a fault of the service ({type(error).__name__}) ended the turn, its log says more; "
+            "the session is as it was",
+        )
 
     @property
     def _is_editor(self) -> bool:
@@ -151,6 +175,9 @@ class Host:
             publish_turn(turn, folder)
         except StorageError as error:
             is_published, reason = False, str(error)
+        except Exception as error:
+            log.error("a finished turn has no video yet", exc_info=error)
+            is_published, reason = False, type(error).__name__
         yield {
             "type": "done",
             "number": turn.number,
@@ -209,7 +236,7 @@ class Host:
                 opened = open_edit_session(self.engine, source, cancel=cancel, **common)
             else:
                 window = session_window(session["frames"], self.engine.sampling.num_frames)
-                opened = open_view_session(self.engine, source, window=window, **common)
+                opened = open_view_session(self.engine, source, window=window, cancel=cancel, **common)
         self._open[session["id"]] = opened
         while len(self._open) > self.max_open:
             self.release(next(iter(self._open)))
@@ -223,7 +250,9 @@ class Host:
         )
         tokens = None
         if isinstance(opened, ViewSession):
-            tokens = opened.plan_turn(request)[1].lengths_by_kind
+            # the turn is finished, though another one like it may have no room
+            with suppress(MV2VError):
+                tokens = opened.plan_turn(request)[1].lengths_by_kind
         return {"bytes": num_bytes, "next_turn_tokens": tokens}
 
 

@@ -115,6 +115,12 @@ def main() -> int:
     except MV2VError as error:
         pipe.write(encode(_broken(str(error))))
         return 1
+    except Exception as error:
+        log.exception("the engine cannot be loaded")
+        pipe.write(
+            encode(_broken(f"{type(error).__name__} while it was loaded; the log says more"))
+        )
+        return 1
     pipe.write(encode({"type": "ready", "about": host.about}))
     try:
         for order in orders:
@@ -155,7 +161,13 @@ def _broken(message: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    code = main()
-    logging.shutdown()
-    # all is written; taking torch down in order would keep the store's lock for seconds
-    os._exit(code)
+    code = 1
+    try:
+        code = main()
+    except BaseException:
+        log.exception("the worker ends")
+    finally:
+        logging.shutdown()
+        # all is written; taking torch down in order would keep the store's lock for seconds, and
+        # Python aborts where it ends while a thread, as the one of orders does, reads stdin
+        os._exit(code)
