@@ -51,6 +51,10 @@ class ServingConfig:
     tokens: bearer tokens, each with sessions of its own; none leaves the service open.
     allow_anonymous: whether a service without tokens may listen beyond loopback.
     max_queue: turns that wait, of all tokens together; one more is refused.
+    max_queue_per_token: of them those of one token; None is all of them where there is one token or
+        none, else half.
+    max_connections: that are open at once; no more than a quarter of the files that this process
+        may have open.
     max_sessions_open: that the worker keeps in memory, the least recently used going first.
     keep_days, keep_bytes: sessions that were not touched for so long, or that exceed so many bytes
         together, are removed, the least recently touched first; None keeps them.
@@ -77,6 +81,8 @@ class ServingConfig:
     allow_anonymous: bool = False
     cors_origins: tuple[str, ...] = ()
     max_queue: int = 32
+    max_queue_per_token: int | None = None
+    max_connections: int = 512
     max_sessions_open: int = 8
     limits: Limits = field(default_factory=Limits)
     keep_days: float | None = None
@@ -89,9 +95,11 @@ class ServingConfig:
     def __post_init__(self) -> None:
         if not 0 <= self.port < 65536:
             raise RequestError(f"port must lie in 0..65535, got {self.port}")
-        for name in ("max_queue", "max_sessions_open", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("max_queue", "max_queue_per_token", "max_connections")
+        for name in (*counts, "max_sessions_open", "max_attempts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} must be at least 1, got {value}")
         for name in ("keep_days", "keep_bytes", "min_free_bytes", "grace"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -117,6 +125,13 @@ class ServingConfig:
             checkpoint=str(checkpoint.absolute()) if checkpoint.exists() else self.checkpoint,
             **absolute,
         )
+
+    @property
+    def queue_share(self) -> int:
+        """Turns of one token that may wait."""
+        if self.max_queue_per_token is not None:
+            return self.max_queue_per_token
+        return self.max_queue if len(self.tokens) < 2 else max(1, self.max_queue // 2)
 
     @property
     def is_loopback(self) -> bool:
