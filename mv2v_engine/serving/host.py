@@ -236,7 +236,9 @@ class Host:
                 opened = open_edit_session(self.engine, source, cancel=cancel, **common)
             else:
                 window = session_window(session["frames"], self.engine.sampling.num_frames)
-                opened = open_view_session(self.engine, source, window=window, cancel=cancel, **common)
+                opened = open_view_session(
+                    self.engine, source, window=window, cancel=cancel, **common
+                )
         self._open[session["id"]] = opened
         while len(self._open) > self.max_open:
             self.release(next(iter(self._open)))

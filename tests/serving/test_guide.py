@@ -63,8 +63,8 @@ def test_the_errors_are_the_services() -> None:
 
 def test_the_limits_are_the_services() -> None:
     known = {option for action in options()._actions for option in action.option_strings}
-    rows = table("| option | what it bounds | refused with |")
-    assert {option.strip("`") for option, _, _ in rows} <= known
+    rows = table("| option | default | what it bounds | refused with |")
+    assert {option.strip("`") for option, *_ in rows} <= known
     assert {code.strip("`") for *_, code in rows} <= KINDS.keys()
     # every option that the guide, or its neighbour on memory, names anywhere
     neighbour = GUIDE.with_name("tuning-memory.md").read_text(encoding="utf-8")
