@@ -26,14 +26,20 @@ from mv2v_engine.serving.tables import (
     touch,
 )
 
-_WAITING = """
-    WITH waiting AS (
-        SELECT id AS job, row_number() OVER (ORDER BY round, last_start, serial) AS position FROM (
-            SELECT id, serial, row_number() OVER (PARTITION BY owner ORDER BY serial) AS round, (
-                SELECT started FROM jobs s WHERE s.owner = q.owner AND s.started IS NOT NULL
-                ORDER BY s.serial DESC LIMIT 1
-            ) AS last_start FROM jobs q WHERE state = 'queued'
-        )
+# the index of jobs that are alive serves whoever names its own condition
+_IS_WAITING = "state IN ('queued', 'running') AND state = 'queued'"
+_WAITING = f"""
+    WITH owners AS MATERIALIZED (
+        SELECT owner, (
+            SELECT started FROM jobs s WHERE s.owner = o.owner AND s.started IS NOT NULL
+            ORDER BY s.serial DESC LIMIT 1
+        ) AS last_start FROM (SELECT DISTINCT owner FROM jobs WHERE {_IS_WAITING}) o
+    ), rounds AS MATERIALIZED (
+        SELECT id, serial, owner, row_number() OVER (PARTITION BY owner ORDER BY serial) AS round
+        FROM jobs WHERE {_IS_WAITING}
+    ), waiting AS MATERIALIZED (
+        SELECT id AS job, row_number() OVER (ORDER BY round, last_start, serial) AS position
+        FROM rounds JOIN owners USING (owner)
     )
 """
 _JOB = f"""
@@ -82,7 +88,7 @@ def submit(
             )
         if row is not None:
             return _job(row), False
-    own = "SELECT count(*) FROM jobs WHERE state = 'queued' AND owner = ?"
+    own = f"SELECT count(*) FROM jobs WHERE {_IS_WAITING} AND owner = ?"
     waiting, num_own = queue_depth(db), scalar(db, own, job.owner)
     if num_own >= max_share:
         raise queue_full(turn_seconds, num_own, " of this token")
@@ -105,7 +111,7 @@ def submit(
 
 def queue_depth(db: sqlite3.Connection) -> int:
     """Jobs that wait."""
-    count: int = scalar(db, "SELECT count(*) FROM jobs WHERE state = 'queued'")
+    count: int = scalar(db, f"SELECT count(*) FROM jobs WHERE {_IS_WAITING}")
     return count
 
 
