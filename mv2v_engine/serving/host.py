@@ -15,6 +15,7 @@ from collections.abc import Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
@@ -67,6 +68,24 @@ _FULL = (errno.ENOSPC, errno.EDQUOT)
 _JPEG_QUALITY = 88
 
 
+class Caught:
+    """A block whose error, whatever it is, ends there and is kept in `error`."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
+
+
 class Host:
     """Not thread-safe; one job at a time.
 
@@ -101,29 +120,23 @@ class Host:
         Whatever goes wrong fails the job, and the next one is made as if it had not been. A device
         that does no work any more is the exception: what it raises is raised here.
         """
-        try:
+        caught = Caught()
+        with caught:
             yield from self._run(job, session, folder, cancel)
-        except CancelledError:
-            yield {"type": "cancelled"}
-        except MV2VError as error:
-            yield failure(error)
-        except Exception as error:
-            self.release(session["id"])
-            yield self._fault(error)
+        if caught.error is not None:
+            yield self._failure(caught.error, session["id"])
 
     def publish(self, session: Json, folder: Path, number: int) -> Json:
         """Write a finished turn's video and thumbnail again; `Backend.publish`'s answer."""
-        try:
+        caught = Caught()
+        with caught:
             opened = self._session(session, folder)
             turn = next((turn for turn in opened.turns if turn.number == number), None)
             if turn is None:
                 return _failed("internal", f"the folder has no finished turn {number}")
             publish_turn(turn, folder)
-        except MV2VError as error:
-            return failure(error)
-        except Exception as error:
-            self.release(session["id"])
-            return self._fault(error)
+        if caught.error is not None:
+            return self._failure(caught.error, session["id"])
         return {"type": "published", "bytes": turn_bytes(folder, number)}
 
     def release(self, session_id: str) -> None:
@@ -136,12 +149,17 @@ class Host:
         for session_id in list(self._open):
             self.release(session_id)
 
-    def _fault(self, error: Exception) -> Json:
-        """What an error that nobody foresaw makes of a job; its log line says where it came from.
+    def _failure(self, error: Exception, session_id: str) -> Json:
+        """What an error makes of a job; where one that nobody foresaw came from is logged.
 
         Raises:
             RuntimeError: the device does no work any more, and will not in this process.
         """
+        if isinstance(error, CancelledError):
+            return {"type": "cancelled"}
+        if isinstance(error, MV2VError):
+            return failure(error)
+        self.release(session_id)
         if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
             return _failed("out_of_memory", f"the memory ended: {error}")
         log.error("a turn failed", exc_info=error)
@@ -170,21 +188,18 @@ class Host:
             assert isinstance(request, TurnRequest)
             turn = yield from self._rendered(opened, request, session["id"], job["number"], cancel)
         # from here on the turn is finished, whatever becomes of its files
-        is_published, reason = True, ""
-        try:
+        caught = Caught()
+        with caught:
             publish_turn(turn, folder)
-        except StorageError as error:
-            is_published, reason = False, str(error)
-        except Exception as error:
-            log.error("a finished turn has no video yet", exc_info=error)
-            is_published, reason = False, type(error).__name__
+        if caught.error is not None:
+            log.error("a finished turn has no video yet", exc_info=caught.error)
         yield {
             "type": "done",
             "number": turn.number,
             "report": turn.report,
             "bytes": turn_bytes(folder, turn.number),
-            "published": is_published,
-            "reason": reason,
+            "published": caught.error is None,
+            "reason": "" if caught.error is None else str(caught.error),
             "memory": self._memory(opened, request),
         }
 

@@ -115,12 +115,6 @@ def main() -> int:
     except MV2VError as error:
         pipe.write(encode(_broken(str(error))))
         return 1
-    except Exception as error:
-        log.exception("the engine cannot be loaded")
-        pipe.write(
-            encode(_broken(f"{type(error).__name__} while it was loaded; the log says more"))
-        )
-        return 1
     pipe.write(encode({"type": "ready", "about": host.about}))
     try:
         for order in orders:
@@ -166,6 +160,7 @@ if __name__ == "__main__":
         code = main()
     except BaseException:
         log.exception("the worker ends")
+        raise
     finally:
         logging.shutdown()
         # all is written; taking torch down in order would keep the store's lock for seconds, and
