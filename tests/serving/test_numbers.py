@@ -9,6 +9,8 @@ from typing import Any
 import httpx
 import pytest
 
+from mv2v_engine.config import MAX_GUIDANCE_SCALE
+
 Upload = Callable[..., dict[str, Any]]
 JSON = {"Content-Type": "application/json"}
 STILL = [[1.0, 0.0, 0.0, 0.0], [0.0, 1.0, 0.0, 0.0], [0.0, 0.0, 1.0, 0.0]]
@@ -60,6 +62,13 @@ def test_turns(client: httpx.Client, upload: Upload, body: str) -> None:
         "unprocessable_turn",
     )
     assert client.get("/v1/jobs", params={"session": session}).json()["data"] == []
+
+
+def test_the_range_of_guidance_is_the_engines(client: httpx.Client, upload: Upload) -> None:
+    path = f"/v1/sessions/{upload(client)['id']}/turns"
+    answer = client.post(path, content=TURNS["guidance beyond float32"], headers=JSON)
+    assert answer.json()["error"]["code"] == "invalid_request"
+    assert str(MAX_GUIDANCE_SCALE) in answer.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("number", ["-1", "1e3", str(2**63), "9" * 5000, "NaN"])
