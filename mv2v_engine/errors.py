@@ -16,6 +16,10 @@ class VideoError(MV2VError, ValueError):
     """A video file or frame array cannot be used as asked."""
 
 
+class VideoRangeError(VideoError):
+    """A whole video whose rate or shape of frames is outside of what is taken."""
+
+
 class CameraError(MV2VError, ValueError):
     """A camera name, pose, trajectory or camera file is unusable."""
 

@@ -20,6 +20,8 @@ from mv2v_engine.errors import CameraError
 # ReCamMaster and MultiCamVideo: 24 mm lens on a 23.76 mm sensor, cropped to 832 pixels.
 _REFERENCE_FOCAL = 24.0 / 23.76 * 832.0
 _REFERENCE_WIDTH = 832.0
+# of a pose from the origin, along each axis: coordinates on the Earth's surface are within it
+MAX_METRES = 1e7
 
 
 def default_intrinsics(height: int, width: int) -> Tensor:
@@ -98,8 +100,8 @@ def validate_poses(poses: Any, *, name: str = "poses") -> Tensor:
     Accepts what `matrices` does, and [T, 4, 4] too; the last row must then be (0, 0, 0, 1).
 
     Raises:
-        CameraError: wrong shape, NaN or infinity, or a rotation that is not orthonormal
-            with determinant +1.
+        CameraError: wrong shape, NaN or infinity, a place beyond `MAX_METRES`, or a rotation that
+            is not orthonormal with determinant +1.
     """
     poses = matrices(name, poses)
     if poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or not len(poses):
@@ -109,6 +111,12 @@ def validate_poses(poses: Any, *, name: str = "poses") -> Tensor:
     bad = (~poses.isfinite()).flatten(1).any(1).nonzero()
     if len(bad):
         raise CameraError(f"{name} hold NaN or infinity at frame {int(bad[0])}; all must be finite")
+    farthest = float(poses[:, :3, 3].abs().max())
+    if farthest > MAX_METRES:
+        raise CameraError(
+            f"{name} lie {farthest:g} metres from the origin along an axis, at most {MAX_METRES:g} "
+            "are taken; are these metres?"
+        )
     if poses.shape[1] == 4:
         last_row = torch.tensor([0.0, 0.0, 0.0, 1.0], dtype=poses.dtype, device=poses.device)
         if not torch.allclose(poses[:, 3], last_row.expand(len(poses), 4), atol=1e-4):

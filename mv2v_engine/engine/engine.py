@@ -289,6 +289,7 @@ class Engine:
         window: str | int | None = None,
         resume: bool = False,
         source_latents: Tensor | None = None,
+        cancel: CancelToken | None = None,
     ) -> ViewSession:
         """Open a session that renders a source video from other cameras.
 
@@ -301,6 +302,7 @@ class Engine:
                 last, even, pad, or a start); None insists on the model's length.
             source_latents: the source as this engine's VAE encodes it [C, F, H, W], where
                 several sessions share it; None encodes it on first use.
+            cancel: ends the reading of the file.
 
         Raises:
             VideoError, CameraError, StorageError: what does not fit.
@@ -316,6 +318,7 @@ class Engine:
             window=window,
             resume=resume,
             source_latents=source_latents,
+            cancel=cancel,
         )
 
     def answer_all(

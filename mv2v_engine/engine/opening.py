@@ -45,6 +45,7 @@ def open_view_session(
     resume: bool = False,
     is_locked: bool = False,
     source_latents: Tensor | None = None,
+    cancel: CancelToken | None = None,
 ) -> ViewSession:
     """As `Engine.view_session`. is_locked: the caller keeps other writers out of the folder."""
     require_novel_view(engine.transformer.config, engine.checkpoint.name)
@@ -63,6 +64,7 @@ def open_view_session(
             fps=fps,
             max_pixels=engine.config.max_source_pixels,
             own_fps=sampling.fps,
+            check=None if cancel is None else cancel.check,
         )
     expected = engine.vae.latent_shape(sampling.num_frames, sampling.size)
     if source_latents is not None:
@@ -125,12 +127,14 @@ def open_edit_session(
             f"memory_ranking={engine.config.memory_ranking!r} draws novel views; an edit's windows "
             "are ranked by their sources: leave it out"
         )
+    check = None if cancel is None else cancel.check
     video = open_long_source(
         source,
         size=sampling.size,
         fps=fps,
         own_fps=sampling.fps,
         max_pixels=engine.config.max_source_pixels,
+        check=check,
     )
     folder = None if given is None else EditStore(given)
     identity: dict[str, Any] = {}
@@ -149,7 +153,7 @@ def open_edit_session(
                 # found once, they are what the finished windows follow
                 cuts = manifest["identity"].get("cuts") if cuts is None else cuts
         if cuts is None:
-            cuts = find_cuts(_until(cancel, video.frames()), video.fps)
+            cuts = find_cuts(video.frames(check=check), video.fps)
         cuts = list(cuts)
         session = EditSession(
             engine,
@@ -201,13 +205,6 @@ def _frame_numbers(cuts: Sequence[int]) -> list[int]:
     if isinstance(cuts, str | bytes) or not isinstance(cuts, Iterable):
         raise arguments.mistaken("cuts", cuts, "a sequence of frame numbers, or None")
     return [arguments.integer(f"cuts[{place}]", cut) for place, cut in enumerate(cuts)]
-
-
-def _until(cancel: CancelToken, frames: Iterator[Tensor]) -> Iterator[Tensor]:
-    """The same frames, as long as nobody cancels."""
-    for frame in frames:
-        cancel.check()
-        yield frame
 
 
 def new_id() -> str:

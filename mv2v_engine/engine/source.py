@@ -15,8 +15,9 @@ from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.errors import CameraError, VideoError
-from mv2v_engine.video.io import Clip, probe_video, read_video
-from mv2v_engine.video.transforms import cover_and_crop, select_window
+from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.scan import Check, check_fps
+from mv2v_engine.video.transforms import cover_and_crop, crop_report, select_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,6 +49,7 @@ def load_source(
     fps: float | None,
     max_pixels: int,
     own_fps: float = 16.0,
+    check: Check | None = None,
 ) -> Source:
     """Read, window and crop a source.
 
@@ -55,27 +57,30 @@ def load_source(
         source: a video file, or frames uint8 [T, height, width, 3].
         window: see `video.transforms.select_window`; None needs exactly `num_frames`.
         fps: of the result; None keeps the file's. own_fps: of bare frames, which have none.
+        check: called between the packets of a file; what it raises ends the reading.
 
     Raises:
         VideoError: the file or the frames cannot be used as asked.
     """
-    check_rate(fps)
+    if fps is not None:
+        check_fps("fps", fps)
     window = window_name(window)
     if not isinstance(source, Tensor | np.ndarray):
         path = arguments.path("source", source, SOURCES, kind=VideoError)
-        info = probe_video(path)
+        reader = VideoReader(path, max_pixels=max_pixels, check=check)
+        info, name = reader.info, reader.path.name
         if info.num_frames < 2:
-            raise VideoError(f"{path.name} has 1 frame, at least 2 are needed; give a video")
+            raise VideoError(f"{name} has 1 frame, at least 2 are needed; give a video")
         chosen = select_window(info.num_frames, num_frames, window)
-        clip = read_video(path, max_pixels=max_pixels, indices=chosen.indices)
-        frames, name = clip.frames, path.name
+        crop = crop_report((info.height, info.width), size)
+        cropped = reader.read(chosen.indices, size=size, check=check)
+        rate = fps or info.fps
     else:
-        clip = Clip(bare_frames(source, at_least=2), fps or own_fps)
-        chosen = select_window(len(clip.frames), num_frames, window)
-        indices = torch.tensor(chosen.indices, device=clip.frames.device)
-        frames, name = clip.frames[indices], "frames"
-    rate = fps or clip.fps
-    cropped, crop = cover_and_crop(frames, size)
+        bare = bare_frames(source, at_least=2)
+        chosen = select_window(len(bare), num_frames, window)
+        indices = torch.tensor(chosen.indices, dtype=torch.int64, device="cpu")
+        cropped, crop = cover_and_crop(bare[indices], size)
+        rate, name = fps or own_fps, "frames"
     description = {
         "name": name,
         "window": chosen.description,
@@ -121,17 +126,6 @@ def bare_frames(source: Tensor | np.ndarray[Any, Any], *, at_least: int) -> Tens
         return source.detach().cpu()
     # torch takes no array that is read-only, or runs backwards
     return torch.from_numpy(np.require(source, requirements=["C", "W"]))
-
-
-def check_rate(fps: float | None) -> None:
-    """Refuse a frame rate that no video has; None asks for the source's own.
-
-    Raises:
-        RequestError: it is no number.
-        VideoError: it is out of range.
-    """
-    if fps is not None and not 0.01 <= arguments.number("fps", fps) <= 1000:
-        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
 
 
 def window_name(window: str | int | None) -> str | None:

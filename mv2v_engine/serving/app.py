@@ -86,7 +86,7 @@ def create_app(
         Middleware(SecurityHeaders),
         Middleware(SiteGuard, config=config),
         Middleware(Authentication, tokens=config.tokens),
-        Middleware(BodyLimit, upload_bytes=config.limits.upload_bytes),
+        Middleware(BodyLimit, limits=config.limits),
         Middleware(HeadsOnly),
     ]
     if config.cors_origins:

@@ -1,13 +1,15 @@
-"""Request bodies: bounded in bytes and in the time between them, whoever reads them."""
+"""Request bodies: bounded in bytes, in the time between them, and in how many one token sends."""
 
 from __future__ import annotations
 
 import asyncio
+from collections import Counter
 
 from starlette.datastructures import Headers
 from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.headers import refusal
 
@@ -20,27 +22,48 @@ _DRAINED_BYTES, _DRAINED_SECONDS = 16 << 20, 5.0
 
 
 class BodyLimit:
-    """Refuses bodies that are too large, or that stop coming for `idle_seconds`.
+    """Refuses bodies that are too large, that stop coming for `idle_seconds`, or too many uploads.
 
-    Routes that take uploads may have `upload_bytes` and a form around them, others a little JSON.
+    What is no upload must be whole by then, and is a little JSON. Routes that take uploads may have
+    `limits.upload_bytes` and a form around them. An upload is under way from its header to its
+    answer.
     """
 
-    def __init__(self, app: ASGIApp, upload_bytes: int, idle_seconds: float = 30.0) -> None:
+    def __init__(self, app: ASGIApp, limits: Limits, idle_seconds: float = 30.0) -> None:
         self._app = app
-        self._upload_bytes, self._idle_seconds = upload_bytes, idle_seconds
+        self._limits, self._idle_seconds = limits, idle_seconds
+        self._uploads: Counter[str] = Counter()
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         is_upload = scope["method"] == "POST" and scope["path"] in UPLOADS
-        most = self._upload_bytes + FORM_BYTES if is_upload else JSON_BYTES
+        if not is_upload or headers.get("content-type", "").lower().startswith("application/json"):
+            await self._bounded(scope, receive, send, JSON_BYTES)
+            return
+        owner = scope["state"]["owner"]
+        if self._uploads[owner] >= self._limits.uploads:
+            await _drain(receive)
+            await refusal(_too_many(self._limits))(scope, receive, send)
+            return
+        self._uploads[owner] += 1
+        try:
+            await self._bounded(scope, receive, send, self._limits.upload_bytes + FORM_BYTES)
+        finally:
+            self._uploads[owner] -= 1
+            # those of owners that are gone would only take room
+            self._uploads += Counter()
+
+    async def _bounded(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:
         length = Headers(scope=scope).get("content-length", "")
         if length.isdecimal() and int(length[:20]) > most:
             await _drain(receive)
             await refusal(ApiError("too_large", _too_large(most)))(scope, receive, send)
             return
         seen, is_whole = 0, False
+        is_upload, ends = most != JSON_BYTES, asyncio.get_running_loop().time() + self._idle_seconds
 
         async def bounded() -> Message:
             nonlocal seen, is_whole
@@ -48,7 +71,10 @@ class BodyLimit:
                 # whoever asks now waits for the client to leave, for as long as that takes
                 return await receive()
             try:
-                message = await asyncio.wait_for(receive(), self._idle_seconds)
+                left = ends - asyncio.get_running_loop().time()
+                message = await asyncio.wait_for(
+                    receive(), self._idle_seconds if is_upload else left
+                )
             except asyncio.TimeoutError:
                 raise HTTPException(
                     408,
@@ -63,6 +89,16 @@ class BodyLimit:
             return message
 
         await self._app(scope, bounded, send)
+
+
+def _too_many(limits: Limits) -> ApiError:
+    wait = max(1, round(limits.probe_seconds / limits.uploads))
+    return ApiError(
+        "too_many_uploads",
+        f"{limits.uploads} uploads of this token are under way, and no more may be; try again in "
+        f"{wait} s",
+        headers={"Retry-After": str(wait)},
+    )
 
 
 def _too_large(most: int) -> str:

@@ -102,13 +102,17 @@ def serving_config(args: argparse.Namespace) -> ServingConfig:
         allow_anonymous=args.no_auth,
         cors_origins=tuple(args.cors_origin),
         max_queue=args.max_queue,
+        max_queue_per_token=args.max_queue_per_token,
+        max_connections=args.max_connections,
         max_sessions_open=args.max_sessions_open,
         limits=Limits(
             upload_bytes=args.max_upload,
             frames=args.max_frames,
             pixels=args.max_pixels,
+            total_pixels=args.max_total_pixels,
             seconds=args.max_seconds,
             sessions=args.max_sessions,
+            uploads=args.max_uploads,
         ),
         keep_days=args.keep_days,
         keep_bytes=args.keep_bytes,
@@ -232,6 +236,19 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("limits").add_argument
     add("--max-queue", type=int, default=defaults.max_queue, metavar="N", help="turns that wait")
     add(
+        "--max-queue-per-token",
+        type=int,
+        metavar="N",
+        help="of them one token's; half of them if not given and there are several tokens",
+    )
+    add(
+        "--max-connections",
+        type=int,
+        default=defaults.max_connections,
+        metavar="N",
+        help="open at once, a quarter of the open files at most",
+    )
+    add(
         "--max-sessions-open",
         type=int,
         default=defaults.max_sessions_open,
@@ -239,6 +256,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         help="in the engine's memory at once",
     )
     add("--max-sessions", type=int, default=limits.sessions, metavar="N", help="of a token")
+    add(
+        "--max-uploads",
+        type=int,
+        default=limits.uploads,
+        metavar="N",
+        help="of a token, under way at once",
+    )
     add(
         "--max-upload",
         type=num_bytes,
@@ -248,6 +272,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
     )
     add("--max-frames", type=int, default=limits.frames, metavar="N", help="of an upload")
     add("--max-pixels", type=int, default=limits.pixels, metavar="N", help="of its frames")
+    add(
+        "--max-total-pixels",
+        type=int,
+        default=limits.total_pixels,
+        metavar="N",
+        help="of all its frames together",
+    )
     add("--max-seconds", type=float, default=limits.seconds, metavar="S", help="of its length")
     add(
         "--keep-days",

@@ -16,16 +16,20 @@ _LOOPBACK = ("127.0.0.1", "::1", "localhost")
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Limits:
-    """What an upload may be, and how many sessions one token may hold.
+    """What an upload may be, and how many sessions and uploads at once one token may have.
 
-    pixels: of one frame. seconds: of the video. probe_seconds: that decoding it may take.
+    pixels: of one frame. total_pixels: of all frames of one video. seconds: of the video.
+    uploads: that one token may have under way at once. probe_seconds: that decoding a video may
+        take.
     """
 
     upload_bytes: int = 256 << 20
     frames: int = 20_000
     pixels: int = 3840 * 2160
+    total_pixels: int = 10**10
     seconds: float = 600.0
     sessions: int = 10_000
+    uploads: int = 8
     probe_seconds: float = 60.0
 
     def __post_init__(self) -> None:
@@ -49,6 +53,10 @@ class ServingConfig:
     tokens: bearer tokens, each with sessions of its own; none leaves the service open.
     allow_anonymous: whether a service without tokens may listen beyond loopback.
     max_queue: turns that wait, of all tokens together; one more is refused.
+    max_queue_per_token: of them those of one token; None is all of them where there is one token or
+        none, else half.
+    max_connections: that are open at once; no more than a quarter of the files that this process
+        may have open.
     max_sessions_open: that the worker keeps in memory, the least recently used going first.
     keep_days, keep_bytes: sessions that were not touched for so long, or that exceed so many bytes
         together, are removed, the least recently touched first; None keeps them.
@@ -75,6 +83,8 @@ class ServingConfig:
     allow_anonymous: bool = False
     cors_origins: tuple[str, ...] = ()
     max_queue: int = 32
+    max_queue_per_token: int | None = None
+    max_connections: int = 512
     max_sessions_open: int = 8
     limits: Limits = field(default_factory=Limits)
     keep_days: float | None = None
@@ -88,9 +98,11 @@ class ServingConfig:
         fit_fields(self)
         if not 0 <= self.port < 65536:
             raise RequestError(f"port must lie in 0..65535, got {self.port}")
-        for name in ("max_queue", "max_sessions_open", "max_attempts"):
-            if getattr(self, name) < 1:
-                raise RequestError(f"{name} must be at least 1, got {getattr(self, name)}")
+        counts = ("max_queue", "max_queue_per_token", "max_connections")
+        for name in (*counts, "max_sessions_open", "max_attempts"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise RequestError(f"{name} must be at least 1, got {value}")
         for name in ("keep_days", "keep_bytes", "min_free_bytes", "grace"):
             value = getattr(self, name)
             if value is not None and value < 0:
@@ -116,6 +128,13 @@ class ServingConfig:
             checkpoint=str(checkpoint.absolute()) if checkpoint.exists() else self.checkpoint,
             **absolute,
         )
+
+    @property
+    def queue_share(self) -> int:
+        """Turns of one token that may wait."""
+        if self.max_queue_per_token is not None:
+            return self.max_queue_per_token
+        return self.max_queue if len(self.tokens) < 2 else max(1, self.max_queue // 2)
 
     @property
     def is_loopback(self) -> bool:

@@ -45,7 +45,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "wrong_host": Kind(400, INVALID, "the Host header names another host than the service's"),
         "wrong_origin": Kind(403, INVALID, "the request comes from another site's page"),
         "authentication_required": Kind(401, AUTHENTICATION, "no bearer token, or a wrong one"),
-        "request_timeout": Kind(408, INVALID, "the body stopped coming"),
+        "request_timeout": Kind(408, INVALID, "the header or the body stopped coming"),
         "not_found": Kind(404, INVALID, "no such route, session, turn, job or file for this token"),
         "method_not_allowed": Kind(405, INVALID, "the route has other methods"),
         "busy": Kind(409, INVALID, "the state of the session or the job does not allow this"),
@@ -60,9 +60,14 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "video_too_long": Kind(422, INVALID, "the video lasts too many seconds"),
         "too_many_frames": Kind(422, INVALID, "the video has too many frames"),
         "too_many_pixels": Kind(422, INVALID, "the frames of the video are too large"),
+        "video_out_of_range": Kind(
+            422, INVALID, "the rate or the shape of the frames is not taken"
+        ),
         "video_too_slow": Kind(422, INVALID, "decoding the video takes too long or too much"),
         "unprocessable_turn": Kind(422, INVALID, "the model or the session cannot do this turn"),
         "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
+        "too_many_uploads": Kind(429, RATE, "as many uploads are under way as one token may have"),
+        "too_many_connections": Kind(503, SERVER, "as many connections are busy as may be open"),
         "queue_full": Kind(429, RATE, "as many turns wait as may; Retry-After says for how long"),
         "internal": Kind(500, SERVER, "a fault of the service"),
         "not_ready": Kind(503, SERVER, "the service is starting or stopping, or has no worker"),
@@ -120,11 +125,11 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, A
     return {"error": fields}
 
 
-def queue_full(seconds: float, waiting: int) -> ApiError:
+def queue_full(seconds: float, waiting: int, whose: str = "") -> ApiError:
     """Refuse a turn for now. seconds: after which it may be worth another try."""
     wait = max(1, round(seconds))
     return ApiError(
         "queue_full",
-        f"{waiting} turns are waiting and no more may; try again in {wait} s",
+        f"{waiting} turns{whose} are waiting and no more may; try again in {wait} s",
         headers={"Retry-After": str(wait)},
     )

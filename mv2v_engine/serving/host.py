@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import dataclasses
 import errno
+import logging
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
@@ -53,6 +56,7 @@ from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
 
 Json: TypeAlias = dict[str, Any]
+log = logging.getLogger("mv2v_engine.serving.worker")
 
 _NAMES: dict[type[Any], str] = {
     StageStarted: "stage_started",
@@ -63,6 +67,24 @@ _NAMES: dict[type[Any], str] = {
 }
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _JPEG_QUALITY = 88
+
+
+class Caught:
+    """A block whose error, whatever it is, ends there and is kept in `error`."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
 
 
 class Host:
@@ -97,29 +119,27 @@ class Host:
         """Make a job's turn: the events that `backend` lists, the last one included.
 
         job: "number" and "request". session: "id" and "frames". folder: the session's.
+
+        Whatever goes wrong fails the job, and the next one is made as if it had not been. A device
+        that does no work any more is the exception: what it raises is raised here.
         """
-        try:
+        caught = Caught()
+        with caught:
             yield from self._run(job, session, folder, cancel)
-        except CancelledError:
-            yield {"type": "cancelled"}
-        except MV2VError as error:
-            yield failure(error)
-        except (MemoryError, RuntimeError) as error:
-            if not is_out_of_memory(error):
-                raise
-            self.release(session["id"])
-            yield _failed("out_of_memory", f"the memory ended: {error}")
+        if caught.error is not None:
+            yield self._failure(caught.error, session["id"])
 
     def publish(self, session: Json, folder: Path, number: int) -> Json:
         """Write a finished turn's video and thumbnail again; `Backend.publish`'s answer."""
-        try:
+        caught = Caught()
+        with caught:
             opened = self._session(session, folder)
             turn = next((turn for turn in opened.turns if turn.number == number), None)
             if turn is None:
                 return _failed("internal", f"the folder has no finished turn {number}")
             publish_turn(turn, folder)
-        except MV2VError as error:
-            return failure(error)
+        if caught.error is not None:
+            return self._failure(caught.error, session["id"])
         return {"type": "published", "bytes": turn_bytes(folder, number)}
 
     def release(self, session_id: str) -> None:
@@ -131,6 +151,28 @@ class Host:
     def close(self) -> None:
         for session_id in list(self._open):
             self.release(session_id)
+
+    def _failure(self, error: Exception, session_id: str) -> Json:
+        """What an error makes of a job; where one that nobody foresaw came from is logged.
+
+        Raises:
+            RuntimeError: the device does no work any more, and will not in this process.
+        """
+        if isinstance(error, CancelledError):
+            return {"type": "cancelled"}
+        if isinstance(error, MV2VError):
+            return failure(error)
+        self.release(session_id)
+        if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+            return _failed("out_of_memory", f"the memory ended: {error}")
+        log.error("a turn failed", exc_info=error)
+        # after some errors a GPU answers nothing to this process but the same error
+        torch.ones(1, device=self.engine.device).sum().item()
+        return _failed(
+            "internal",
+            f"a fault of the service ({type(error).__name__}) ended the turn, its log says more; "
+            "the session is as it was",
+        )
 
     @property
     def _is_editor(self) -> bool:
@@ -149,18 +191,18 @@ class Host:
             assert isinstance(request, TurnRequest)
             turn = yield from self._rendered(opened, request, session["id"], job["number"], cancel)
         # from here on the turn is finished, whatever becomes of its files
-        is_published, reason = True, ""
-        try:
+        caught = Caught()
+        with caught:
             publish_turn(turn, folder)
-        except StorageError as error:
-            is_published, reason = False, str(error)
+        if caught.error is not None:
+            log.error("a finished turn has no video yet", exc_info=caught.error)
         yield {
             "type": "done",
             "number": turn.number,
             "report": turn.report,
             "bytes": turn_bytes(folder, turn.number),
-            "published": is_published,
-            "reason": reason,
+            "published": caught.error is None,
+            "reason": "" if caught.error is None else str(caught.error),
             "memory": self._memory(opened, request),
         }
 
@@ -215,7 +257,9 @@ class Host:
                 chosen = path.read_text(encoding="utf-8") if path.exists() else None
                 wanted = self.engine.sampling.num_frames
                 window = session_window(session["frames"], wanted, chosen)
-                opened = open_view_session(self.engine, source, window=window, **common)
+                opened = open_view_session(
+                    self.engine, source, window=window, cancel=cancel, **common
+                )
         self._open[session["id"]] = opened
         while len(self._open) > self.max_open:
             self.release(next(iter(self._open)))
@@ -229,7 +273,9 @@ class Host:
         )
         tokens = None
         if isinstance(opened, ViewSession):
-            tokens = opened.plan_turn(request)[1].lengths_by_kind
+            # the turn is finished, though another one like it may have no room
+            with suppress(MV2VError):
+                tokens = opened.plan_turn(request)[1].lengths_by_kind
         return {"bytes": num_bytes, "next_turn_tokens": tokens}
 
 

@@ -1,5 +1,8 @@
 """The rows of jobs, which are the queue, and their SQL.
 
+Owners take turns: the queue is a round of each owner's next job, then a round of the ones behind
+these. In a round, whoever's last turn began the longest ago comes first.
+
 A job goes queued -> running -> finished | failed | cancelled, or back to queued. Every change of
 state is conditional on the state before it, so that of two that race one has no effect.
 """
@@ -25,9 +28,25 @@ from mv2v_engine.serving.tables import (
     touch,
 )
 
-_JOB = """
-    SELECT j.*, CASE WHEN state = 'queued' THEN
-        (SELECT count(*) FROM jobs q WHERE q.state = 'queued' AND q.serial <= j.serial)
+# the index of jobs that are alive serves whoever names its own condition
+_IS_WAITING = "state IN ('queued', 'running') AND state = 'queued'"
+_WAITING = f"""
+    WITH owners AS MATERIALIZED (
+        SELECT owner, (
+            SELECT started FROM jobs s WHERE s.owner = o.owner AND s.started IS NOT NULL
+            ORDER BY s.serial DESC LIMIT 1
+        ) AS last_start FROM (SELECT DISTINCT owner FROM jobs WHERE {_IS_WAITING}) o
+    ), rounds AS MATERIALIZED (
+        SELECT id, serial, owner, row_number() OVER (PARTITION BY owner ORDER BY serial) AS round
+        FROM jobs WHERE {_IS_WAITING}
+    ), waiting AS MATERIALIZED (
+        SELECT id AS job, row_number() OVER (ORDER BY round, last_start, serial) AS position
+        FROM rounds JOIN owners USING (owner)
+    )
+"""
+_JOB = f"""
+    {_WAITING} SELECT j.*, CASE WHEN state = 'queued' THEN
+        (SELECT position FROM waiting WHERE job = j.id)
     END AS position FROM jobs j
 """
 # a session that is being deleted, and all that is its own, exists for nobody
@@ -53,11 +72,13 @@ def submit(
     key: str | None,
     digest: str,
     max_queue: int,
+    max_share: int,
     turn_seconds: float,
 ) -> tuple[JobRecord, bool]:
     """Put a job into the queue; the job that the idempotency key has made already, if it has.
 
-    digest: of the request. turn_seconds: that one turn takes, for Retry-After.
+    digest: of the request. max_queue: jobs that may wait, but for the first of an owner. max_share:
+    of one owner. turn_seconds: that one turn takes, for Retry-After.
     """
     find_session(db, job.owner, job.session)
     if key is not None:
@@ -69,8 +90,11 @@ def submit(
             )
         if row is not None:
             return _job(row), False
-    waiting = queue_depth(db)
-    if waiting >= max_queue:
+    own = f"SELECT count(*) FROM jobs WHERE {_IS_WAITING} AND owner = ?"
+    waiting, num_own = queue_depth(db), scalar(db, own, job.owner)
+    if num_own >= max_share:
+        raise queue_full(turn_seconds, num_own, " of this token")
+    if waiting >= max_queue and num_own:
         raise queue_full(turn_seconds, waiting)
     row_values = {
         "id": job.id,
@@ -89,22 +113,23 @@ def submit(
 
 def queue_depth(db: sqlite3.Connection) -> int:
     """Jobs that wait."""
-    count: int = scalar(db, "SELECT count(*) FROM jobs WHERE state = 'queued'")
+    count: int = scalar(db, f"SELECT count(*) FROM jobs WHERE {_IS_WAITING}")
     return count
 
 
 def queued_ids(db: sqlite3.Connection) -> list[str]:
     """Jobs that wait, the next one first."""
-    return [r["id"] for r in db.execute("SELECT id FROM jobs WHERE state='queued' ORDER BY serial")]
+    rows = db.execute(f"{_WAITING} SELECT job FROM waiting ORDER BY position")
+    return [row["job"] for row in rows]
 
 
 def start_next(db: sqlite3.Connection, now: float) -> tuple[JobRecord, SessionRecord] | None:
-    """Take the oldest job whose session has none running; of views it gets its turn's number."""
+    """Take the next job whose session has none running; of views it gets its turn's number."""
     row = db.execute(
-        "SELECT j.id, j.session, s.kind FROM jobs j JOIN sessions s ON s.id = j.session "
-        "WHERE j.state = 'queued' AND NOT s.is_deleting AND NOT EXISTS "
+        f"{_WAITING} SELECT j.id, j.session, s.kind FROM waiting JOIN jobs j ON j.id = job "
+        "JOIN sessions s ON s.id = j.session WHERE NOT s.is_deleting AND NOT EXISTS "
         "(SELECT 1 FROM jobs r WHERE r.session = j.session AND r.state = 'running') "
-        "ORDER BY j.serial LIMIT 1"
+        "ORDER BY position LIMIT 1"
     ).fetchone()
     if row is None:
         return None

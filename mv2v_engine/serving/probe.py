@@ -15,7 +15,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
-from mv2v_engine.errors import VideoError
+from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.damage import STRICT
 from mv2v_engine.video.io import VideoReader
 
@@ -52,12 +52,14 @@ def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
         _check_pixels(info.width, info.height, limits)
         _check(info.num_frames, limits["frames"], "too_many_frames", "frames", "cut it")
         _check(info.duration, limits["seconds"], "video_too_long", "seconds", "cut it")
+        _check_total(info.num_frames, info.width, info.height, limits)
         if info.num_frames < 2:
             raise VideoError("the video has 1 frame, at least 2 are needed; give a longer one")
         reader.check()
     except VideoError as error:
         message = str(error).replace(path.name, "the video")
-        raise Refused("unreadable_video", message) from error
+        is_whole = isinstance(error, VideoRangeError)
+        raise Refused("video_out_of_range" if is_whole else "unreadable_video", message) from error
     except MemoryError as error:
         raise _too_dear("more memory than it may") from error
     return {
@@ -85,7 +87,12 @@ def _check_container(path: Path, limits: dict[str, Any]) -> None:
                 videos = [s for s in container.streams.video if s.codec_context is not None]
                 for stream in videos:
                     _check_pixels(stream.width, stream.height, limits)
-                num_cut = sum(packet.is_corrupt for packet in container.demux(videos))
+                num_cut, counts = 0, dict.fromkeys((s.index for s in videos), 0)
+                for packet in container.demux(videos):
+                    num_cut += packet.is_corrupt
+                    counts[packet.stream_index] += packet.size > 0
+                for stream in videos:
+                    _check_total(counts[stream.index], stream.width, stream.height, limits)
         except av.FFmpegError as error:
             known = CONTAINERS.replace(",", ", ")
             raise Refused(
@@ -104,6 +111,16 @@ def _check_container(path: Path, limits: dict[str, Any]) -> None:
             "unreadable_video",
             f"the video is damaged or cut off: {found[0]}; give a whole file, or re-encode what "
             "there is",
+        )
+
+
+def _check_total(num_frames: int, width: int, height: int, limits: dict[str, Any]) -> None:
+    most = limits["total_pixels"]
+    if num_frames * width * height > most:
+        raise Refused(
+            "video_too_slow",
+            f"the video has about {num_frames} frames of {width}x{height}, at most "
+            f"{most // (width * height)} of this size are taken; cut it, or scale it down first",
         )
 
 

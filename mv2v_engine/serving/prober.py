@@ -9,6 +9,7 @@ import sys
 from asyncio.subprocess import PIPE, Process
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 from mv2v_engine.envs import child_environment
 from mv2v_engine.serving.config import Limits
@@ -22,7 +23,11 @@ _SLACK_SECONDS = 60.0
 
 
 class Prober:
-    """Decodes uploads in a process apart, `at_once` at a time; started again if it dies."""
+    """Decodes uploads in a process apart, `at_once` at a time; started again if it dies.
+
+    An owner has one at a time decoded, and owners take turns: whoever sends many, or what takes
+    long, holds up nobody but himself.
+    """
 
     def __init__(self, *, at_once: int = 2) -> None:
         self._room = asyncio.Semaphore(at_once)
@@ -31,6 +36,8 @@ class Prober:
         self._reading: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
+        # who decodes or waits: each owner waits for room with one upload, so that turns are taken
+        self._owners: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self) -> None:
         """Start the process, unless it runs."""
@@ -59,13 +66,13 @@ class Prober:
             if self._reading is not None:
                 await self._reading
 
-    async def probe(self, path: Path, limits: Limits) -> ProbedVideo:
-        """What a video holds, decoded to its end.
+    async def probe(self, owner: str, path: Path, limits: Limits) -> ProbedVideo:
+        """What an owner's video holds, decoded to its end.
 
         Raises:
             ApiError: it is no video, it is broken, or it is beyond a limit.
         """
-        async with self._room:
+        async with self._owners.setdefault(owner, asyncio.Lock()), self._room:
             await self.start()
             number = next(self._numbers)
             answer = asyncio.get_running_loop().create_future()

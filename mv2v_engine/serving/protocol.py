@@ -41,6 +41,8 @@ def decode(line: bytes) -> dict[str, Any]:
 def setup_message(config: ServingConfig) -> dict[str, Any]:
     """What a worker needs to know of a service; no tokens."""
     engine = dataclasses.asdict(config.engine)
+    # what was taken as an upload is not refused by a turn
+    engine["max_source_pixels"] = config.limits.pixels
     if engine["descriptor"] is not None:
         engine["descriptor"] = str(engine["descriptor"])
     return {

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
 
-from mv2v_engine.config import MemoryMode
+from mv2v_engine.config import MAX_GUIDANCE_SCALE, MAX_STEPS, MemoryMode
 from mv2v_engine.serving.errors import KINDS, error_body
 from mv2v_engine.serving.records import Kind as SessionKind
 
@@ -74,8 +74,8 @@ class TurnRequest(BaseModel):
     )
     prompt: Text | None = Field(default=None, description="the instruction")
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
-    num_inference_steps: int | None = Field(default=None, ge=1, le=1000)
-    guidance_scale: Finite | None = Field(default=None, ge=0)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    guidance_scale: Finite | None = Field(default=None, ge=0, le=MAX_GUIDANCE_SCALE)
     memory: MemoryMode | None = None
 
     @model_validator(mode="after")

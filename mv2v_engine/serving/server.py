@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
+from functools import partial
 from types import FrameType
 
 import uvicorn
@@ -15,13 +17,18 @@ from mv2v_engine.errors import RequestError
 from mv2v_engine.serving.app import create_app
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.connections import HEADER_SECONDS, BoundedConnection
 from mv2v_engine.serving.listener import Listener
 from mv2v_engine.serving.metrics import Metrics
 from mv2v_engine.serving.percent import Percentages
 from mv2v_engine.serving.prober import Prober
 from mv2v_engine.serving.service import Service
 
-_BACKLOG = 512
+# connections that the system holds for the loop, and that it takes up at once: what is over the
+# bound is closed before more are taken
+_BACKLOG, _ACCEPTED_AT_ONCE = 2048, 32
+# a client that takes nothing of its answer for so long is gone
+_UNREAD_SECONDS = 120
 # a connection that asks for nothing more; and what open answers may still take at the end
 _KEEP_ALIVE_SECONDS, _CLOSING_SECONDS = 30, 5
 # seconds between two looks at whether turns are made, until they are
@@ -72,6 +79,9 @@ def bound_socket(host: str, port: int) -> socket.socket:
         ) from error
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            # of Linux; every connection has it from the socket that took it
+            bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
         bound.bind(address)
         bound.listen(_BACKLOG)
     except OSError as error:
@@ -89,16 +99,37 @@ def address_of(bound: socket.socket) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
+def num_connections(most: int) -> int:
+    """Of those that a configuration allows, as many as this process has files for.
+
+    Each may read a file, and the service has some of its own.
+    """
+    return max(1, min(most, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 4))
+
+
 class DrainingServer(uvicorn.Server):
     """Answers on while it drains: the first signal starts that, the second cuts it short."""
 
-    def __init__(self, app: FastAPI, drain: Callable[[], Awaitable[None]]) -> None:
+    def __init__(
+        self,
+        app: FastAPI,
+        drain: Callable[[], Awaitable[None]],
+        *,
+        header_seconds: float = HEADER_SECONDS,
+    ) -> None:
+        connection = partial(
+            BoundedConnection,
+            max_connections=num_connections(app.state.config.max_connections),
+            header_seconds=header_seconds,
+        )
         super().__init__(
             uvicorn.Config(
                 app,
                 lifespan="off",
                 loop="asyncio",
-                http="h11",
+                # what makes a protocol is all that is asked of it
+                http=connection,  # type: ignore[arg-type]
+                backlog=_ACCEPTED_AT_ONCE,
                 ws="none",
                 log_config=None,
                 proxy_headers=False,
@@ -122,6 +153,12 @@ class DrainingServer(uvicorn.Server):
             return
         # signals come between any two instructions; the loop takes it up where it is safe
         self._loop.call_soon_threadsafe(self.begin_drain)
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to listen; how many wait is not how many are taken up at once."""
+        await super().startup(sockets)
+        for bound in sockets or ():
+            bound.listen(_BACKLOG)
 
     async def serve(self, sockets: list[socket.socket] | None = None) -> None:
         """Listen until it is told to end."""

@@ -257,12 +257,15 @@ class Service(Lifecycle):
             key=key,
             digest=hashlib.sha256(text.encode()).hexdigest(),
             max_queue=self.config.max_queue,
+            max_share=self.config.queue_share,
             turn_seconds=self._scheduler.turn_seconds,
         )
         async with self._scheduler.queueing:
             kept, is_new = await self._write(insert)
             if is_new:
                 self._scheduler.queued(kept, is_new=True)
+                # it may have come before some that waited already
+                await self._scheduler.announce_positions()
         return with_progress(kept, self._logs), is_new
 
     async def _cancel(self, owner: str, job_id: str) -> JobRecord:

@@ -44,8 +44,8 @@ from mv2v_engine.serving.scheduler import Scheduler
 from mv2v_engine.serving.turn_request import session_window
 from mv2v_engine.video.transforms import select_window
 
-# decodes an upload within the limits; raises ApiError with the limit's own code
-Probe = Callable[[Path, Limits], Awaitable[ProbedVideo]]
+# decodes an owner's upload within the limits; raises ApiError with the limit's own code
+Probe = Callable[[str, Path, Limits], Awaitable[ProbedVideo]]
 
 _MAX_NAME = 200
 _CHUNK = 1 << 20
@@ -105,7 +105,7 @@ class Sessions:
                 return known
         most = self.config.limits.sessions
         await self.database.read(partial(tables.require_room, owner=owner, most=most))
-        video = await self.probe(upload, self.config.limits)
+        video = await self.probe(owner, upload, self.config.limits)
         session = _new_session(owner, name, upload, video, about, window)
         place = partial(_place_upload, self.store, upload, session.id, window)
         session = replace(session, files=await asyncio.to_thread(place))

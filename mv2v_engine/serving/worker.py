@@ -155,7 +155,14 @@ def _broken(message: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    code = main()
-    logging.shutdown()
-    # all is written; taking torch down in order would keep the store's lock for seconds
-    os._exit(code)
+    code = 1
+    try:
+        code = main()
+    except BaseException:
+        log.exception("the worker ends")
+        raise
+    finally:
+        logging.shutdown()
+        # all is written; taking torch down in order would keep the store's lock for seconds, and
+        # Python aborts where it ends while a thread, as the one of orders does, reads stdin
+        os._exit(code)

@@ -28,7 +28,7 @@ def check_pictures(path: Path, scan: Scan) -> None:
     num_frames, num_seen, is_damaged = len(missing), 0, False
     latest: int | None = None
     with opened(path) as (container, stream):
-        stream.codec_context.options = dict(STRICT)
+        stream.codec_context.options |= STRICT
         # elsewhere, frames may carry the time at which they were to be decoded
         is_timed = container.format.name in FRAME_PER_PACKET
         for packet in container.demux(stream):

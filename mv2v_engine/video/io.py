@@ -25,7 +25,17 @@ from mv2v_engine.config import EngineConfig
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.files import replacing
 from mv2v_engine.video.damage import check_pictures
-from mv2v_engine.video.scan import Scan, VideoInfo, check_size, opened, scan_file, truncated
+from mv2v_engine.video.scan import (
+    Check,
+    VideoInfo,
+    check_fps,
+    check_size,
+    opened,
+    packets,
+    scan_file,
+    truncated,
+)
+from mv2v_engine.video.transforms import cover_and_crop
 
 if TYPE_CHECKING:
     from av.container import OutputContainer
@@ -33,6 +43,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 DEFAULT_MAX_PIXELS = EngineConfig().max_source_pixels
+# of the frames of one read
+MAX_READ_BYTES = 16 << 30
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -66,7 +78,7 @@ def read_video(
     last one. `indices` may repeat and takes the place of start and count.
 
     Raises:
-        VideoError: as `probe_video`; frames larger than `max_pixels`; frames that do not exist.
+        VideoError: as `probe_video` and `VideoReader.read`; frames larger than `max_pixels`.
     """
     reader = VideoReader(path, max_pixels=max_pixels)
     if indices is None:
@@ -77,23 +89,41 @@ def read_video(
 class VideoReader:
     """A video file that is scanned once and decoded where it is asked for.
 
+    check: called between packets, here and where frames are read; what it raises ends the reading.
+
     Raises:
         VideoError: as `probe_video`; frames larger than `max_pixels`.
     """
 
-    def __init__(self, path: Path | str, *, max_pixels: int = DEFAULT_MAX_PIXELS) -> None:
-        self.path = Path(path)
-        self._scan = scan_file(self.path, max_pixels=max_pixels)
+    def __init__(
+        self,
+        path: Path | str,
+        *,
+        max_pixels: int = DEFAULT_MAX_PIXELS,
+        check: Check | None = None,
+    ) -> None:
+        self.path, self._max_pixels = Path(path), max_pixels
+        self._scan = scan_file(self.path, max_pixels, check)
 
     @property
     def info(self) -> VideoInfo:
         return self._scan.info
 
-    def read(self, indices: Sequence[int]) -> Tensor:
+    def read(
+        self,
+        indices: Sequence[int],
+        *,
+        size: tuple[int, int] | None = None,
+        check: Check | None = None,
+    ) -> Tensor:
         """The frames of these numbers, in any order and with repeats: uint8 [T, height, width, 3].
 
+        size: (height, width) to which each is brought as soon as it is decoded, as `cover_and_crop`
+            does; None leaves them as they are.
+
         Raises:
-            VideoError: frames that do not exist, or that the file no longer has.
+            VideoError: frames that do not exist, or that the file no longer has, or more than
+                `MAX_READ_BYTES` of them.
         """
         available = self.info.num_frames
         if not indices or min(indices) < 0 or max(indices) >= available:
@@ -103,9 +133,18 @@ class VideoReader:
                 "asked for; ask for frames that exist"
             )
         wanted = [self._scan.order[index] for index in indices]
-        return _decode(self.path, self._scan, wanted)
+        height, width = size or (self.info.height, self.info.width)
+        num_bytes = len(wanted) * height * width * 3
+        if num_bytes > MAX_READ_BYTES:
+            raise VideoError(
+                f"{len(wanted)} frames of {width}x{height} take {num_bytes / 1e9:.1f} GB, at most "
+                f"{MAX_READ_BYTES / 1e9:.1f} GB are read at once; read {self.path.name} in parts"
+            )
+        out = torch.empty(len(wanted), height, width, 3, dtype=torch.uint8, device="cpu")
+        self._decode(wanted, size, out, check)
+        return out
 
-    def frames(self, start: int = 0) -> Iterator[Tensor]:
+    def frames(self, start: int = 0, check: Check | None = None) -> Iterator[Tensor]:
         """Frames from `start` on in order, uint8 [height, width, 3], one after the other.
 
         The file is decoded from its beginning: a file that lies about its key frames does no harm.
@@ -115,10 +154,10 @@ class VideoReader:
         """
         order, tick = self._scan.order, 0
         first = order[start] if start < len(order) else len(order)
-        for stored, frame in _stored_frames(self.path, self._scan, None):
+        for stored, frame in self._stored_frames(None, check):
             if tick < len(order) and stored == order[tick]:
                 is_wanted = stored >= first
-                pixels = _pixels(self.path, self._scan, frame) if is_wanted else None
+                pixels = self._pixels(frame) if is_wanted else None
                 # a frame that is held longer fills several ticks of a constant rate
                 while tick < len(order) and order[tick] == stored:
                     if pixels is not None and tick >= start:
@@ -134,6 +173,57 @@ class VideoReader:
             VideoError: a frame is damaged or missing, out of order, or of another size.
         """
         check_pictures(self.path, self._scan)
+
+    def _decode(
+        self, wanted: Sequence[int], size: tuple[int, int] | None, out: Tensor, check: Check | None
+    ) -> None:
+        """Put the stored frames `wanted` (any order, repeats allowed) into `out`, one after one."""
+        places: dict[int, list[int]] = {}
+        for place, stored in enumerate(wanted):
+            places.setdefault(stored, []).append(place)
+        scan = self._scan
+        first_key = None
+        if scan.stamps:
+            target = scan.stamps[min(places)]
+            first_key = next((key for key in reversed(scan.keyframes) if key <= target), None)
+        missing = set(places)
+        # a file may lie about its key frames: then once more from its beginning
+        for seek in (first_key, None) if first_key is not None else (None,):
+            for stored, frame in self._stored_frames(seek, check):
+                if stored in missing:
+                    pixels = self._pixels(frame)
+                    if size is not None:
+                        pixels = cover_and_crop(pixels[None], size)[0][0]
+                    out[places[stored]] = pixels
+                    missing.discard(stored)
+                if not missing:
+                    return
+        raise truncated(self.path, min(missing), scan.info.num_frames)
+
+    def _stored_frames(
+        self, seek: int | None, check: Check | None
+    ) -> Iterator[tuple[int, VideoFrame]]:
+        """Decoded frames with their number in the file, from the key frame stamped `seek` on."""
+        stamps = self._scan.stamps
+        number = {stamp: index for index, stamp in enumerate(stamps)}
+        with opened(self.path, self._max_pixels) as (container, stream):
+            if seek is not None:
+                container.seek(seek, stream=stream)
+            decoded = (
+                frame for packet in packets(container, stream, check) for frame in packet.decode()
+            )
+            for index, frame in enumerate(decoded):
+                if not stamps:
+                    yield index, frame
+                elif frame.pts in number:
+                    yield number[frame.pts], frame
+
+    def _pixels(self, frame: VideoFrame) -> Tensor:
+        """One frame as uint8 [height, width, 3], upright."""
+        check_size(self.path, self._scan, frame)
+        height, width = self._scan.square_size
+        pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height))
+        return torch.rot90(pixels, self.info.rotation // 90, (0, 1))
 
 
 def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf: int = 18) -> None:
@@ -160,8 +250,7 @@ def video_writer(
         VideoError: a rate out of range, no frames at all, or as `VideoWriter.add`.
         StorageError: the place cannot be written; nothing is left behind.
     """
-    if not 0.01 <= fps <= 1000:
-        raise VideoError(f"fps must lie in 0.01 to 1000, got {fps}; give the rate of the clip")
+    check_fps("fps", fps)
     with replacing(video_path("path", path)) as temporary:
         writer = VideoWriter(temporary, Fraction(fps).limit_denominator(1001), crf)
         try:
@@ -277,49 +366,3 @@ def _encoding() -> Iterator[None]:
         raise VideoError(
             f"cannot encode frames as h264 ({error}); install a PyAV that has libx264"
         ) from error
-
-
-def _decode(path: Path, scan: Scan, wanted: Sequence[int]) -> Tensor:
-    """The stored frames `wanted` (any order, repeats allowed) as uint8 [T, height, width, 3]."""
-    places: dict[int, list[int]] = {}
-    for place, stored in enumerate(wanted):
-        places.setdefault(stored, []).append(place)
-    shape = (len(wanted), scan.info.height, scan.info.width, 3)
-    out = torch.empty(shape, dtype=torch.uint8, device="cpu")
-    first_key = None
-    if scan.stamps:
-        target = scan.stamps[min(places)]
-        first_key = next((key for key in reversed(scan.keyframes) if key <= target), None)
-    missing = set(places)
-    # a file may lie about its key frames: then once more from its beginning
-    for seek in (first_key, None) if first_key is not None else (None,):
-        for stored, frame in _stored_frames(path, scan, seek):
-            if stored in missing:
-                pixels = _pixels(path, scan, frame)
-                for place in places[stored]:
-                    out[place] = pixels
-                missing.discard(stored)
-            if not missing:
-                return out
-    raise truncated(path, min(missing), scan.info.num_frames)
-
-
-def _stored_frames(path: Path, scan: Scan, seek: int | None) -> Iterator[tuple[int, VideoFrame]]:
-    """Decoded frames with their number in the file, from the key frame stamped `seek` on."""
-    number = {stamp: index for index, stamp in enumerate(scan.stamps)}
-    with opened(path) as (container, stream):
-        if seek is not None:
-            container.seek(seek, stream=stream)
-        for index, frame in enumerate(container.decode(stream)):
-            if not scan.stamps:
-                yield index, frame
-            elif frame.pts in number:
-                yield number[frame.pts], frame
-
-
-def _pixels(path: Path, scan: Scan, frame: VideoFrame) -> Tensor:
-    """One frame as uint8 [height, width, 3], upright."""
-    check_size(path, scan, frame)
-    height, width = scan.square_size
-    pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height))
-    return torch.rot90(pixels, scan.info.rotation // 90, (0, 1))

@@ -7,20 +7,24 @@ and decoded only where they are no reliable count, so a truncated file is found 
 
 from __future__ import annotations
 
+import os
 import re
 from bisect import bisect_left
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
-from mv2v_engine.errors import VideoError
+from mv2v_engine import arguments
+from mv2v_engine.errors import VideoError, VideoRangeError
+from mv2v_engine.video.transforms import check_aspect
 
 if TYPE_CHECKING:
     from av.container import InputContainer
+    from av.packet import Packet
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
@@ -30,8 +34,18 @@ _HIDDEN_FRAMES = {"vp8"}
 # renders any text file as a picture of its letters
 _TEXT_DEMUXER = "tty"
 _DEFAULT_RATE = Fraction(25)
+# frames a second that a video may have, read or written
+MIN_FPS, MAX_FPS = 0.01, 1000.0
 # Matroska's tag of a track's length; anything may be written there
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
+
+
+# called between the packets of a file; what it raises ends the reading
+Check: TypeAlias = Callable[[], None]
+# threads of a decoder: each one may hold a frame
+_MAX_THREADS = 4
+# pixels by which blocks of a codec may reach over a small frame
+_PADDING = 1 << 20
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,8 +84,14 @@ class Scan:
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream; every decoding error becomes one VideoError."""
+def opened(
+    path: Path, max_pixels: int | None = None
+) -> Iterator[tuple[InputContainer, VideoStream]]:
+    """The container and its video stream; every decoding error becomes one VideoError.
+
+    max_pixels: of a frame. The decoder is held to it too, up to the padding of its blocks: a file
+        may change its size behind its header.
+    """
     import av
 
     if not path.is_file():
@@ -79,6 +99,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         raise VideoError(f"{path} {got}; give the path of a video file")
     if not path.stat().st_size:
         raise VideoError(f"{path.name} is empty (0 bytes); give a whole video file")
+    most = None if max_pixels is None else min(2 * max_pixels + _PADDING, 2**31 - 1)
+    bound = {} if most is None else {"max_pixels": str(most)}
     try:
         # tags may be in any encoding, and nobody reads them here
         with av.open(
@@ -102,6 +124,8 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
                 )
             stream = streams[0]
             stream.thread_type = "AUTO"
+            stream.codec_context.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
+            stream.codec_context.options = bound
             yield container, stream
     except av.FFmpegError as error:
         raise VideoError(
@@ -110,7 +134,23 @@ def opened(path: Path) -> Iterator[tuple[InputContainer, VideoStream]]:
         ) from error
 
 
-def _check_pixels(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+def check_fps(name: str, fps: float | Fraction) -> None:
+    """Refuse a rate that no video has. name: of what has it, for the error.
+
+    Raises:
+        RequestError: it is no number.
+        VideoRangeError: it is out of range.
+    """
+    arguments.number(name, fps)
+    if not MIN_FPS <= fps <= MAX_FPS:
+        raise VideoRangeError(
+            f"{name} must lie in {MIN_FPS:g} to {MAX_FPS:g}, got {float(fps):g}; give the rate of "
+            "the clip"
+        )
+
+
+def _check_size(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+    check_aspect(path.name, height, width)
     if max_pixels is not None and width * height > max_pixels:
         raise VideoError(
             f"{path.name} is {width}x{height} ({width * height / 1e6:.1f} MP); "
@@ -118,21 +158,32 @@ def _check_pixels(path: Path, width: int, height: int, max_pixels: int | None) -
         )
 
 
-def scan_file(path: Path, max_pixels: int | None) -> Scan:
+def packets(
+    container: InputContainer, stream: VideoStream, check: Check | None
+) -> Iterator[Packet[VideoStream]]:
+    """The packets of a stream, the empty one that ends it included."""
+    for packet in container.demux(stream):
+        if check is not None:
+            check()
+        yield packet
+
+
+def scan_file(path: Path, max_pixels: int | None, check: Check | None = None) -> Scan:
     """Sizes and timestamps of every frame, decoding just the first where packets can be trusted."""
-    with opened(path) as (container, stream):
-        _check_pixels(path, stream.width, stream.height, max_pixels)
+    with opened(path, max_pixels) as (container, stream):
+        _check_size(path, stream.width, stream.height, max_pixels)
         codec = stream.codec_context.name
         trusted = container.format.name in FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
-        first, found, keyframes = _walk(path, container, stream, trusted)
+        first, found, keyframes = _walk(path, container, stream, trusted, check)
         stamps = tuple(sorted(stamp for stamp in found if stamp is not None))
         if len(set(stamps)) < len(found):
             stamps = ()
         rate, order = _clock(len(found), stamps, stream)
+        check_fps(f"the fps of {path.name}", rate)
         if not stream.frames:
             _check_duration(path, container, stream, stamps, rate)
         square = _square_size(first, stream)
-        _check_pixels(path, square[1], square[0], max_pixels)
+        _check_size(path, square[1], square[0], max_pixels)
         return Scan(
             info=_info(path, first.rotation % 360, square, len(order), rate, codec),
             coded_size=(first.height, first.width),
@@ -144,7 +195,11 @@ def scan_file(path: Path, max_pixels: int | None) -> Scan:
 
 
 def _walk(
-    path: Path, container: InputContainer, stream: VideoStream, trusted: bool
+    path: Path,
+    container: InputContainer,
+    stream: VideoStream,
+    trusted: bool,
+    check: Check | None,
 ) -> tuple[VideoFrame, list[int | None], list[int]]:
     """The first frame, the timestamp of every frame, and those of key frames if `trusted`.
 
@@ -154,7 +209,7 @@ def _walk(
     found: list[int | None] = []
     keyframes: list[int] = []
     num_hidden = 0
-    for packet in container.demux(stream):
+    for packet in packets(container, stream, check):
         if trusted and packet.size:
             if packet.is_corrupt:  # cut off in the middle
                 continue

@@ -7,18 +7,23 @@ T frames; sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from mv2v_engine.errors import VideoError, nearest_names
+from mv2v_engine.errors import VideoError, VideoRangeError, nearest_names
 
 WINDOWS = ("first", "middle", "last", "even", "pad")
+# the longer side of a frame over its shorter one, at most
+MAX_ASPECT = 16
 
-# frames resized at once: float copies of a long clip would not fit
-_CHUNK = 8
+# pixels resized at once: float copies of a long clip would not fit
+_CHUNK_PIXELS = 8 * 1920 * 1080
+# a frame that is enlarged beyond this many times the size that is kept is cropped first
+_WHOLE_AREAS = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,36 +108,91 @@ def select_window(num_frames_available: int, num_frames_wanted: int, window: str
 def cover_and_crop(frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, CropReport]:
     """Scale frames so that they cover `size`, then crop the middle.
 
+    Memory is taken for a few frames at once, none of them much larger than the source and `size`.
+
     Args:
         frames: uint8 [T, height, width, 3].
         size: (height, width) wanted.
 
     Returns:
         uint8 [T, *size, 3] (bilinear, antialiased; untouched where nothing scales) and a report.
+
+    Raises:
+        VideoError: other frames than these, or as `crop_report`.
     """
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != torch.uint8:
         raise VideoError(
             f"frames must be uint8 [T, height, width, 3], got {frames.dtype} {list(frames.shape)}"
         )
     source = (frames.shape[1], frames.shape[2])
+    report = crop_report(source, size)
+    top, bottom, left, right = report.cropped
+    scaled = (top + size[0] + bottom, left + size[1] + right)
+    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
+    if scaled == source:
+        return frames[:, rows, columns].contiguous(), report
+    num_pixels = max(math.prod(source), math.prod(size))
+    chunks = torch.split(frames, max(1, _CHUNK_PIXELS // num_pixels))
+    if report.scale > 1 and math.prod(scaled) > _WHOLE_AREAS * math.prod(size):
+        return torch.cat([_enlarge(chunk, scaled, rows, columns) for chunk in chunks]), report
+    return torch.cat([_resize(chunk, scaled)[:, rows, columns] for chunk in chunks]), report
+
+
+def crop_report(source: tuple[int, int], size: tuple[int, int]) -> CropReport:
+    """What `cover_and_crop` does to frames of a size, without any frames.
+
+    Raises:
+        VideoError: a size that is not positive, or frames that are too long and narrow.
+    """
     if min(source) < 1 or min(size) < 1:
         raise VideoError(f"cannot scale frames of {source} to {size}; both must be positive")
+    check_aspect("the clip", *source)
     scale = max(size[0] / source[0], size[1] / source[1])
     scaled = (max(size[0], round(source[0] * scale)), max(size[1], round(source[1] * scale)))
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
-    rows, columns = slice(top, top + size[0]), slice(left, left + size[1])
-    if scaled == source:
-        resized = frames[:, rows, columns].contiguous()
-    else:
-        resized = torch.cat(
-            [_resize(chunk, scaled)[:, rows, columns] for chunk in torch.split(frames, _CHUNK)]
-        )
     cropped = (top, scaled[0] - size[0] - top, left, scaled[1] - size[1] - left)
-    return resized, CropReport(source_size=source, size=size, scale=scale, cropped=cropped)
+    return CropReport(source_size=source, size=size, scale=scale, cropped=cropped)
+
+
+def check_aspect(name: str, height: int, width: int) -> None:
+    """Refuse frames of which a crop to any usual size would show next to nothing.
+
+    name: of the video, for the error.
+
+    Raises:
+        VideoRangeError: one side is more than `MAX_ASPECT` times the other.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise VideoRangeError(
+            f"{name} has frames of {width}x{height}, one side more than {MAX_ASPECT} times the "
+            f"other; crop or pad it to {MAX_ASPECT}:1 or less"
+        )
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear with antialiasing, computed in fp32 and rounded: [T, *size, 3]."""
     planes = frames.permute(0, 3, 1, 2).float()
     planes = F.interpolate(planes, size=size, mode="bilinear", antialias=True, align_corners=False)
+    return _to_frames(planes)
+
+
+def _enlarge(frames: Tensor, size: tuple[int, int], rows: slice, columns: slice) -> Tensor:
+    """Rows and columns of `_resize` to a larger size, and nothing besides them is computed.
+
+    Enlarging needs no antialiasing. The weights differ in their last bits from those of `_resize`,
+    so a value is at most 1 away; which is why frames that fit are still resized whole: sessions
+    are known again by their pixels.
+    """
+    y_H, x_W = (
+        (torch.arange(part.start, part.stop, dtype=torch.float32) + 0.5) * (2 / total) - 1
+        for part, total in ((rows, size[0]), (columns, size[1]))
+    )
+    grid_HW2 = torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), -1)
+    planes = frames.permute(0, 3, 1, 2).float()
+    grid = grid_HW2.expand(len(planes), *grid_HW2.shape)
+    return _to_frames(F.grid_sample(planes, grid, padding_mode="border", align_corners=False))
+
+
+def _to_frames(planes: Tensor) -> Tensor:
+    """uint8 [T, height, width, 3] of fp32 [T, 3, height, width]."""
     return planes.round().clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from mv2v_engine.engine.source import Source, load_source
 from mv2v_engine.errors import VideoError
-from mv2v_engine.video.io import write_video
+from mv2v_engine.video.io import read_video, write_video
+from mv2v_engine.video.transforms import cover_and_crop
 
 
 def load(source: Any, **changes: Any) -> Source:
@@ -24,6 +25,15 @@ def load(source: Any, **changes: Any) -> Source:
         "max_pixels": 1 << 20,
     }
     return load_source(source, **settings | changes)
+
+
+def test_a_file_is_scaled_frame_by_frame_as_a_whole_clip_is(tmp_path: Path) -> None:
+    frames = torch.randint(0, 256, (9, 70, 90, 3), generator=torch.Generator().manual_seed(0))
+    write_video(tmp_path / "clip.mp4", frames.to(torch.uint8), 10)
+    whole, report = cover_and_crop(read_video(tmp_path / "clip.mp4").frames, (48, 64))
+    source = load(tmp_path / "clip.mp4")
+    assert torch.equal(source.frames, whole)
+    assert source.description["crop"] == report.description
 
 
 def numbered(num_frames: int) -> Tensor:

@@ -32,7 +32,7 @@ FILES = {"video": ("clip.mp4", b"a video", "video/mp4")}
 Client = httpx.AsyncClient
 
 
-async def any_video(path: Path, limits: Limits) -> ProbedVideo:
+async def any_video(owner: str, path: Path, limits: Limits) -> ProbedVideo:
     return VIDEO
 
 
@@ -227,7 +227,10 @@ def test_a_body_that_stops_coming_is_refused() -> None:
     async def echo(request: Request) -> PlainTextResponse:
         return PlainTextResponse(str(len(await request.body())))
 
-    app = BodyLimit(Starlette(routes=[Route("/", echo, methods=["POST"])]), 10, idle_seconds=0.05)
+    limits = Limits(upload_bytes=10)
+    app = BodyLimit(
+        Starlette(routes=[Route("/", echo, methods=["POST"])]), limits, idle_seconds=0.05
+    )
     sent: list[Any] = []
 
     async def never() -> Any:

@@ -13,7 +13,7 @@ from PIL import Image
 
 from mv2v_engine import Engine
 from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.errors import StorageError
+from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.folders import finished_report, result_path
 from mv2v_engine.serving.host import Host
@@ -53,6 +53,38 @@ def run(
     for event in host.run(job, session, folder, cancel or CancelToken()):
         json.dumps(event, allow_nan=False)
         yield event
+
+
+def test_a_fault_in_a_turn_fails_it_and_leaves_the_session(host: Host, folder: Path) -> None:
+    *_, first = run(host, folder, 1, TURN)
+    assert first["type"] == "done"
+    weights = next(host.engine.transformer.parameters())
+    whole, weights.data = weights.data, weights.data.flatten()[:1]
+    try:
+        *_, last = run(host, folder, 2, TURN)
+        assert (last["type"], last["code"]) == ("failed", "internal")
+        assert "ValueError" in last["message"] and str(folder) not in last["message"]
+    finally:
+        weights.data = whole
+    *_, last = run(host, folder, 2, TURN)
+    assert (last["type"], last["number"]) == ("done", 2)
+    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1, 2]
+
+
+def test_a_turn_is_cancelled_while_its_video_is_read(host: Host, folder: Path) -> None:
+    cancel = CancelToken()
+    events = host.run(
+        {"id": "job", "number": 1, "request": TURN},
+        {"id": folder.name, "frames": 9},
+        folder,
+        cancel,
+    )
+    # not a step is made: the check between packets is the first one that it meets
+    cancel.cancel()
+    with pytest.raises(CancelledError):
+        host._session({"id": folder.name, "frames": 9}, folder, cancel)
+    assert list(events) == [CANCELLED]
+    assert not (folder / "session.json").exists()
 
 
 def test_a_turn_is_made_once_whatever_is_asked(host: Host, folder: Path) -> None:

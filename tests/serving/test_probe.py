@@ -10,6 +10,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import av
+import numpy as np
 import pytest
 from broken_videos import SILENT, broken_videos, is_unharmed
 
@@ -36,16 +38,18 @@ def probing(check: Check) -> None:
 
 async def refused(prober: Prober, path: Path, limits: Limits = LIMITS) -> ApiError:
     with pytest.raises(ApiError) as caught:
-        await prober.probe(path, limits)
+        await prober.probe("", path, limits)
     return caught.value
 
 
 def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> None:
     async def check(prober: Prober) -> None:
-        found = await prober.probe(source_clip, LIMITS)
+        found = await prober.probe("", source_clip, LIMITS)
         assert found == ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
         # those that it just meets are no hindrance
-        await prober.probe(source_clip, replace(LIMITS, frames=9, pixels=64 * 48, seconds=9 / 8))
+        await prober.probe(
+            "", source_clip, replace(LIMITS, frames=9, pixels=64 * 48, seconds=9 / 8)
+        )
         for change, code in (
             ({"frames": 8}, "too_many_frames"),
             ({"pixels": 64 * 48 - 1}, "too_many_pixels"),
@@ -58,6 +62,39 @@ def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> N
     probing(check)
 
 
+def moving(path: Path, num_frames: int, size: tuple[int, int], codec: str, rate: int = 8) -> Path:
+    """A clip whose frames differ."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.height, stream.width = size
+        stream.pix_fmt = "rgb8" if codec == "gif" else "yuv420p"
+        for number in range(num_frames):
+            pixels = np.zeros((*size, 3), np.uint8)
+            pixels[0, number % size[1]] = 255
+            picture = av.VideoFrame.from_ndarray(pixels, "rgb24").reformat(format=stream.pix_fmt)
+            container.mux(stream.encode(picture))
+        container.mux(stream.encode(None))
+    return path
+
+
+def test_what_would_cost_more_than_a_video_may_is_refused_unread(tmp_path: Path) -> None:
+    strip = moving(tmp_path / "strip.mp4", 2, (2, 4096), "libx264")
+    fast = moving(tmp_path / "fast.mp4", 2, (48, 64), "libx264", rate=1 << 20)
+    many = moving(tmp_path / "many.gif", 50, (100, 100), "gif")
+
+    async def check(prober: Prober) -> None:
+        error = await refused(prober, strip)
+        assert error.code == "video_out_of_range" and "4096x2" in error.message
+        error = await refused(prober, fast)
+        assert error.code == "video_out_of_range" and "0.01 to 1000" in error.message
+        limits = replace(LIMITS, total_pixels=50 * 100 * 100)
+        assert (await prober.probe("", many, limits)).frames == 50
+        error = await refused(prober, many, replace(limits, total_pixels=50 * 100 * 100 - 1))
+        assert error.code == "video_too_slow" and "at most 49 of this size" in error.message
+
+    probing(check)
+
+
 def test_of_damaged_videos_the_unharmed_are_taken(source_clip: Path, tmp_path: Path) -> None:
     taken: list[str] = []
 
@@ -66,7 +103,7 @@ def test_of_damaged_videos_the_unharmed_are_taken(source_clip: Path, tmp_path: P
             path = tmp_path / f"upload{number}"
             path.write_bytes(data)
             try:
-                await prober.probe(path, LIMITS)
+                await prober.probe("", path, LIMITS)
             except ApiError as error:
                 assert KINDS[error.code].status == 422, what
                 assert path.name not in error.message and str(tmp_path) not in error.message
@@ -108,13 +145,13 @@ def test_a_decoder_that_takes_too_long_or_dies_is_one_refusal(
         # nobody ever writes into it, so opening it does not return
         error = await refused(prober, pipe, replace(LIMITS, probe_seconds=1.0))
         assert error.code == "video_too_slow"
-        await prober.probe(source_clip, LIMITS)
+        await prober.probe("", source_clip, LIMITS)
         # and the process itself: the next video has a new one
         assert prober._process is not None
         before = prober._process.pid
         os.kill(before, signal.SIGKILL)
         await prober._process.wait()
-        await prober.probe(source_clip, LIMITS)
+        await prober.probe("", source_clip, LIMITS)
         assert prober._process.pid != before
 
     probing(check)

@@ -37,7 +37,7 @@ class Worker:
         self.process.stdin.write(encode(message))
         self.process.stdin.flush()
 
-    def run(self, job: str, folder: Path, number: int, steps: int) -> None:
+    def run(self, job: str, folder: Path, number: int | None, steps: int) -> None:
         request = {"camera": "pan_right", "num_inference_steps": steps}
         self.tell(
             {
@@ -136,6 +136,24 @@ def test_a_worker_from_its_setup_to_the_end_of_its_server(
     assert sorted(folder.rglob("*")) == before
     assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1]
     assert Lock(worker_lock(tmp_path)).acquire()
+
+
+def test_what_nobody_foresaw_fails_a_turn_and_not_the_worker(
+    worker: Worker, tmp_path: Path, source_clip: Path
+) -> None:
+    folder = tmp_path / "session_a"
+    folder.mkdir()
+    (folder / "source").write_bytes(source_clip.read_bytes())
+    assert next(worker.said())["type"] == "ready"
+    worker.run("strange", folder, None, steps=2)  # a turn of views has a number
+    *_, last = worker.events("strange")
+    assert last["code"] == "internal" and "TypeError" in last["message"]
+    worker.run("next", folder, 1, steps=2)
+    *_, last = worker.events("next")
+    assert last["type"] == "done"
+    # an order that is none ends it, by an exit code: Python itself would abort
+    worker.tell({"type": "publish"})
+    assert list(worker.said()) == [] and worker.process.wait() == 1
 
 
 def test_a_worker_that_cannot_load_says_why(tmp_path: Path) -> None:

@@ -6,14 +6,15 @@ import resource
 import wave
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from fractions import Fraction
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from mv2v_engine.errors import StorageError, VideoError
-from mv2v_engine.video.io import probe_video, read_video, write_video
+from mv2v_engine.errors import CancelledError, StorageError, VideoError
+from mv2v_engine.video.io import VideoReader, probe_video, read_video, write_video
 
 Clips = Callable[..., Path]
 
@@ -116,6 +117,61 @@ def test_large_frames_are_refused_before_decoding(tmp_path: Path, clip: Clips) -
     path.write_bytes(content)
     with pytest.raises(VideoError, match=message):
         read_video(path)
+
+
+@pytest.mark.parametrize(
+    ("size", "aspect"),
+    [((2, 4096), None), ((4, 3840), None), ((1024, 32), None), ((48, 64), Fraction(20))],
+    ids=["4096x2", "3840x4", "portrait", "wide pixels"],
+)
+def test_strips(
+    tmp_path: Path, clip: Clips, size: tuple[int, int], aspect: Fraction | None
+) -> None:
+    path = clip(tmp_path / "strip.mp4", num_frames=2, size=size, aspect=aspect)
+    expect_refused(path, "more than 16 times the other", "crop or pad it")
+
+
+@pytest.mark.parametrize("stamps", [(0, 200_000), (0, 300_000, 600_000)])
+def test_frames_that_come_too_slowly(tmp_path: Path, clip: Clips, stamps: tuple[int, ...]) -> None:
+    path = clip(tmp_path / "slow.mkv", num_frames=len(stamps), stamps_ms=stamps)
+    expect_refused(path, "fps", "must lie in 0.01 to 1000")
+
+
+def test_frames_that_come_too_fast(tmp_path: Path, clip: Clips) -> None:
+    expect_refused(
+        clip(tmp_path / "fast.mp4", rate=1 << 20), "must lie in 0.01 to 1000", "1.04858e"
+    )
+
+
+def test_more_frames_than_one_read_takes_are_refused_before_there_is_room_for_them(
+    tmp_path: Path, clip: Clips
+) -> None:
+    reader = VideoReader(clip(tmp_path / "clip.mp4", num_frames=2))
+    with pytest.raises(VideoError, match=r"clip.mp4 in parts"):
+        reader.read(range(2), size=(60_000, 60_000))
+    with pytest.raises(VideoError, match=r"take 18.4 GB, at most 17.2 GB are read at once"):
+        reader.read([0, 1] * 1_000_000)
+
+
+def test_reading_ends_where_it_is_told_to(tmp_path: Path, clip: Clips) -> None:
+    path, calls = clip(tmp_path / "clip.mkv", codec="mjpeg"), []
+
+    def check() -> None:
+        calls.append(len(calls))
+        if len(calls) == 5:
+            calls.clear()
+            raise CancelledError("enough")
+
+    reader = VideoReader(path)
+    for begin in (
+        lambda: VideoReader(path, check=check),
+        lambda: reader.read(range(20), check=check),
+        lambda: list(reader.frames(10, check)),
+    ):
+        with pytest.raises(CancelledError, match="enough"):
+            begin()
+    # and a file goes on being readable
+    assert len(reader.read(range(20))) == 20
 
 
 @pytest.mark.parametrize(("start", "count"), [(5, 1), (-1, 2), (0, 6), (0, 0)])

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
+from torch.nn import functional as F
 
-from mv2v_engine.errors import VideoError
-from mv2v_engine.video.transforms import cover_and_crop, select_window
+from mv2v_engine.errors import VideoError, VideoRangeError
+from mv2v_engine.video.transforms import MAX_ASPECT, cover_and_crop, crop_report, select_window
 
 
 @pytest.mark.parametrize(
@@ -89,6 +90,7 @@ def test_crop_without_scaling_keeps_the_middle() -> None:
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(1, 24), st.integers(1, 24))
 def test_any_size_is_covered(height: int, width: int, rows: int, columns: int) -> None:
+    assume(max(height, width) <= MAX_ASPECT * min(height, width))
     result, report = cover_and_crop(
         torch.full((1, height, width, 3), 77, dtype=torch.uint8), (rows, columns)
     )
@@ -122,3 +124,36 @@ def test_scaling_is_antialiased_and_centred() -> None:
 def test_other_tensors_are_refused(frames: torch.Tensor) -> None:
     with pytest.raises(VideoError, match=r"must be uint8 \[T, height, width, 3\]"):
         cover_and_crop(frames, (4, 4))
+
+
+@pytest.mark.parametrize(
+    ("source", "size"),
+    [((4, 64), (96, 160)), ((64, 4), (97, 161)), ((7, 100), (480, 832)), ((30, 40), (96, 160))],
+)
+def test_frames_are_what_scaling_the_whole_and_then_cropping_gives(
+    source: tuple[int, int], size: tuple[int, int]
+) -> None:
+    generator = torch.Generator().manual_seed(0)
+    frames = torch.randint(0, 256, (3, *source, 3), generator=generator).to(torch.uint8)
+    result, report = cover_and_crop(frames, size)
+    top, bottom, left, right = report.cropped
+    scaled = (top + size[0] + bottom, left + size[1] + right)
+    planes = frames.permute(0, 3, 1, 2).float()
+    whole = F.interpolate(planes, scaled, mode="bilinear", antialias=True).round()
+    kept = whole.permute(0, 2, 3, 1)[:, top : top + size[0], left : left + size[1]]
+    difference = (result.float() - kept).abs()
+    assert difference.max() <= 1 and (difference > 0).float().mean() < 1e-3
+    if source == (30, 40):  # nothing much is cropped
+        assert not difference.any()
+
+
+@pytest.mark.parametrize("source", [(2, 4096), (4, 3840), (4096, 2), (1, 17)])
+def test_frames_of_a_strip_are_refused_before_anything_is_made_of_them(
+    source: tuple[int, int],
+) -> None:
+    # a view of one value: only its shape has that size
+    frames = torch.zeros(1, 1, 1, 1, dtype=torch.uint8).expand(10**6, *source, 3)
+    with pytest.raises(VideoRangeError, match=r"more than 16 times the other; crop or pad"):
+        cover_and_crop(frames, (480, 832))
+    with pytest.raises(VideoRangeError, match=f"{source[1]}x{source[0]}"):
+        crop_report(source, (480, 832))

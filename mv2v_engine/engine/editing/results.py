@@ -24,7 +24,6 @@ from mv2v_engine.files import require_writable, save_json
 from mv2v_engine.progress import peak_host_bytes
 from mv2v_engine.video.contact_sheet import Strip, make_strip, save_contact_sheet, spaced_frames
 from mv2v_engine.video.io import VideoReader
-from mv2v_engine.video.transforms import cover_and_crop
 
 FORMAT, VERSION = "mv2v-edit-report", 1
 # what the overview shows of a long video, evenly spaced, so that it can be looked at
@@ -210,7 +209,7 @@ class EditResults:
             name += f"  shot {report['shot']}" if turn.report["shots"] > 1 else ""
             if not place and len(shown) < len(reports):
                 name += f"  ({len(shown)} of them are shown)"
-            frames, _ = cover_and_crop(before.read(numbers), session.engine.sampling.size)
+            frames = before.read(numbers, size=session.engine.sampling.size)
             yield make_strip(name, frames, columns=COLUMNS, numbers=numbers)
             label = f"edited, {_remembered(report['memory'])}"
             yield make_strip(label, after.read(numbers), columns=COLUMNS, numbers=numbers)

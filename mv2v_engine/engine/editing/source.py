@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.engine.source import SOURCES, bare_frames, check_rate
+from mv2v_engine.engine.source import SOURCES, bare_frames
 from mv2v_engine.errors import VideoError
 from mv2v_engine.video.io import VideoReader
-from mv2v_engine.video.transforms import cover_and_crop
+from mv2v_engine.video.scan import Check, check_fps
+from mv2v_engine.video.transforms import cover_and_crop, crop_report
 from mv2v_engine.video.windows import EditWindow
 
 _BLOCK = 1 << 20
@@ -51,39 +52,46 @@ class LongSource:
         self._held: deque[Tensor] = deque()
         self._next = 0  # the frame that the stream gives next; those held come just before
 
-    def frames(self, start: int = 0) -> Iterator[Tensor]:
+    def frames(self, start: int = 0, check: Check | None = None) -> Iterator[Tensor]:
         """Frames from `start` on as they lie in the source, uint8 [h, w, 3], one by one.
+
+        check: called between packets or frames; what it raises ends the reading.
 
         Raises:
             VideoError: the file no longer has them all, or a frame of another size.
         """
         if isinstance(self._video, VideoReader):
-            yield from self._video.frames(start)
-        else:
-            yield from self._video[start:]
+            yield from self._video.frames(start, check)
+            return
+        for frame in self._video[start:]:
+            if check is not None:
+                check()
+            yield frame
 
-    def window(self, window: EditWindow) -> Tensor:
+    def window(self, window: EditWindow, check: Check | None = None) -> Tensor:
         """What the model sees in a window, uint8 [T, height, width, 3] of its own size.
 
         Windows are asked for in order, or from any of them on; what lies before is let go of.
+        check: as in `frames`; a stream that goes on keeps the one that it was begun with.
 
         Raises:
             VideoError: as `frames`.
         """
         try:
-            self._advance(window)
+            self._advance(window, check)
         except BaseException:
             self.close()  # a stream that failed is over, and a retry begins a new one
             raise
         first = self._next - len(self._held)
         return torch.stack([self._held[index - first] for index in window.indices])
 
-    def _advance(self, window: EditWindow) -> None:
+    def _advance(self, window: EditWindow, check: Check | None) -> None:
         """Hold the window's frames and no others."""
         first = self._next - len(self._held)
         if self._stream is None or not first <= window.start <= self._next:
             self.close()
-            self._stream, self._next, first = self.frames(window.start), window.start, window.start
+            self._stream = self.frames(window.start, check)
+            self._next = first = window.start
         for _ in range(window.start - first):
             self._held.popleft()
         while self._next < window.stop:
@@ -116,13 +124,12 @@ class LongSource:
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the source."""
-        blank = torch.zeros((1, *self.source_size, 3), dtype=torch.uint8, device="cpu")
         return {
             "name": self.name,
             "frames": self.num_frames,
             "fps": self.fps,
             "size": list(self.source_size),
-            "crop": cover_and_crop(blank, self.size)[1].description,
+            "crop": crop_report(self.source_size, self.size).description,
         }
 
 
@@ -133,18 +140,21 @@ def open_long_source(
     fps: float | None,
     own_fps: float,
     max_pixels: int,
+    check: Check | None = None,
 ) -> LongSource:
     """Open a video file, or take frames uint8 [T, h, w, 3] as they are; one frame is enough.
 
     fps: of the result; None keeps the file's. own_fps: of bare frames, which have none.
+    check: called between the packets of a file while it is opened; what it raises ends that.
 
     Raises:
         VideoError: the file or the frames cannot be used as asked.
     """
-    check_rate(fps)
+    if fps is not None:
+        check_fps("fps", fps)
     if not isinstance(source, Tensor | np.ndarray):
         path = arguments.path("source", source, SOURCES, kind=VideoError)
-        reader = VideoReader(path, max_pixels=max_pixels)
+        reader = VideoReader(path, max_pixels=max_pixels, check=check)
         return LongSource(reader, fps=fps or reader.info.fps, size=size, name=reader.path.name)
     frames = bare_frames(source, at_least=1)
     return LongSource(frames, fps=fps or own_fps, size=size, name="frames")

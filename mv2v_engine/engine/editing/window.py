@@ -78,7 +78,7 @@ def _stages(
     cancel.check()
     if engine.budget.limit() is not None:
         engine.budget.check(memory.largest_plan(window))
-    frames = yield from staged(spans, "video", lambda: source.window(window))
+    frames = yield from staged(spans, "video", lambda: source.window(window, cancel.check))
     cancel.check()
     latents = yield from staged(spans, "vae", lambda: engine.vae.encode(frames, check=cancel.check))
     cancel.check()

@@ -14,7 +14,7 @@ from mv2v_engine.serving.service import Service
 # for the schema alone: `auth` has decided before a route is reached
 BEARER = HTTPBearer(auto_error=False, description="needed where the service has tokens")
 # what any route under /v1 may answer, and any that reads a body
-ANY = ("wrong_host", "authentication_required", "internal", "not_ready")
+ANY = ("wrong_host", "authentication_required", "internal", "not_ready", "too_many_connections")
 BODY = ("malformed_request", "wrong_origin", "request_timeout", "too_large", "invalid_request")
 
 

@@ -41,11 +41,13 @@ UPLOAD = (
     "unsupported_media",
     "unreadable_video",
     "video_too_long",
+    "video_out_of_range",
     "video_too_slow",
     "too_many_frames",
     "too_many_pixels",
     "unprocessable_turn",
     "too_many_sessions",
+    "too_many_uploads",
     "idempotency_conflict",
     "disk_full",
 )
