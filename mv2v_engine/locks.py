@@ -152,8 +152,9 @@ def _let_go(file: int, owner: int, temporary: list[Path]) -> None:
     # a process forked from the holder has the file, too, and must neither unlock nor remove it
     if os.getpid() == owner:
         if temporary:
-            with suppress(OSError):
-                temporary[0].unlink()
+            with suppress(OSError):  # the folder may have gone before, or be another one by now
+                if os.path.samestat(os.fstat(file), os.stat(temporary[0])):
+                    temporary[0].unlink()
             _remove_empty(temporary[1:])
         fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)
