@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import socket
 import time
@@ -135,6 +136,9 @@ class WriterLock(Lock):
         is_held = False
         try:
             is_held = self.acquire()
+            if not is_held and self.holder() == self._own:
+                gc.collect()  # a session that nobody can reach any more may not be gone yet
+                is_held = self.acquire()
         finally:
             if not is_held:
                 _remove_empty(self._temporary[1:])

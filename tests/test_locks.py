@@ -80,6 +80,14 @@ def test_threads_and_objects_of_one_process_are_apart(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == [tmp_path / "writer.lock"]
 
 
+def test_a_lock_in_a_circle_that_nobody_reaches_is_no_holder(tmp_path: Path) -> None:
+    first = WriterLock(tmp_path)
+    first.take()
+    first.circle = first  # type: ignore[attr-defined]
+    del first
+    WriterLock(tmp_path).take()
+
+
 def test_nothing_is_left_behind(tmp_path: Path) -> None:
     folder = tmp_path / "a" / "b"
     lock = WriterLock(folder)
