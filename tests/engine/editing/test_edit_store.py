@@ -192,7 +192,7 @@ def test_from_a_damaged_window_on_the_edit_is_made_again(
     path.write_bytes(DAMAGED[damage](path.read_bytes()))
     again = editor.edit_session(frames, store=tmp_path, resume=True)
     (words,) = again.lost
-    assert words.startswith(f"{path} cannot be read again (") and "made again" in words
+    assert words.startswith(f"{path} cannot be read again (") and "behind it again" in words
     assert not again.turns and [done for _, done in again.unfinished] == [window - 1]
     made: list[Event] = []
     turn = again.edit(PROMPT, num_inference_steps=1, on_progress=made.append)
