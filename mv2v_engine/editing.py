@@ -105,9 +105,10 @@ def _finish(
 ) -> int:
     """Run the windows that are not there yet; returns the exit code."""
     if not args.quiet:
-        _say_source(session, results.num_kept)
-    # an mp4 beside a finished edit is its own
-    out = None if results.video.exists() else results.video
+        _say_source(session)
+    for words in session.lost:
+        say(words)
+    out = None if results.has_video() else results.video
     shown = nullcontext() if args.quiet else turn_progress("edit", request.num_inference_steps)
     try:
         with cancel_on_interrupt() as cancel, shown as show:
@@ -132,12 +133,14 @@ def _finish(
     return 0
 
 
-def _say_source(session: EditSession, num_kept: int) -> None:
+def _say_source(session: EditSession) -> None:
     about, cuts = session.source.describe(), session.cuts
     print(f"source {about['name']}: {about['frames']} frames at {about['fps']:g} a second", end="")
     print(f"; {about['crop']}")
     shots = f"{len(cuts) + 1} shots, cuts at {_listed(cuts)}" if cuts else "one shot"
     print(f"{len(session.windows)} windows of {session.engine.sampling.num_frames} frames, {shots}")
+    num_kept = len(session.windows) if session.turns else 0
+    num_kept = sum((num_done for _, num_done in session.unfinished), num_kept)
     if num_kept:
         print(f"resumed after {num_kept} finished windows")
 

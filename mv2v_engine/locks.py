@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import os
 import socket
 import time
@@ -135,6 +136,9 @@ class WriterLock(Lock):
         is_held = False
         try:
             is_held = self.acquire()
+            if not is_held and self.holder() == self._own:
+                gc.collect()  # a session that nobody can reach any more may not be gone yet
+                is_held = self.acquire()
         finally:
             if not is_held:
                 _remove_empty(self._temporary[1:])
@@ -152,8 +156,9 @@ def _let_go(file: int, owner: int, temporary: list[Path]) -> None:
     # a process forked from the holder has the file, too, and must neither unlock nor remove it
     if os.getpid() == owner:
         if temporary:
-            with suppress(OSError):
-                temporary[0].unlink()
+            with suppress(OSError):  # the folder may have gone before, or be another one by now
+                if os.path.samestat(os.fstat(file), os.stat(temporary[0])):
+                    temporary[0].unlink()
             _remove_empty(temporary[1:])
         fcntl.flock(file, fcntl.LOCK_UN)
     os.close(file)

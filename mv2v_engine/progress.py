@@ -181,7 +181,8 @@ class Spans:
     """Seconds and peak bytes per stage of one turn, on the device that does the work.
 
     On a GPU the bytes are the most that was allocated while the stage ran, by whomever: stages of
-    turns that run together overlap. On a CPU they are the process's, up to the stage's end.
+    turns that run together overlap. A CPU tells no turn's bytes apart: they are the most that the
+    whole process has held up to the stage's end. `peak_name` is what a report calls either.
     current: the stage under way, or the last one.
     """
 
@@ -192,6 +193,7 @@ class Spans:
         self.seconds: dict[str, float] = {}
         self.peak_bytes: dict[str, int] = {}
         self.current = ""
+        self.peak_name = "peak_bytes" if device.type == "cuda" else "process_peak_bytes"
 
     @contextmanager
     def stage(self, name: str) -> Iterator[StageStarted]:

@@ -33,6 +33,8 @@ def render(
     """
     done, total = len(session.turns), len(requests)
     failure = None
+    for words in session.lost:
+        say(words)
     if not is_quiet:
         about = session.source.description
         print(f"source {about['name']}: {about['window']}; {about['crop']}")

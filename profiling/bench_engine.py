@@ -98,7 +98,8 @@ def engine_turns(engine: Engine, memory: Sequence[int], **request: Any) -> Itera
                 session.render(camera, **brief)
                 continue
             report, stages, own = stage_seconds(session, camera, **request)
-            peaks = {name: digits(peak / 2**20) for name, peak in report["peak_bytes"].items()}
+            measured = report.get("peak_bytes") or report["process_peak_bytes"]
+            peaks = {name: digits(peak / 2**20) for name, peak in measured.items()}
             yield {
                 "config": config,
                 "memory": len(report["memory"]["retrieved"]),

@@ -130,6 +130,7 @@ class Soak:
                 self._turn(session)
                 if folder is not None:
                     ResultFolder(folder).publish(session, version="soak")
+                    session.close()
                     session = engine.view_session(self.source, store=folder, resume=True)
                     with largest_file(100):
                         self._turn(session)

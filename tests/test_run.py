@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -231,6 +232,70 @@ def test_resuming_remakes_what_is_missing_and_goes_on(
     assert files(out) == files(finished)
     for name in files(finished) - {"overview.png", "report.json", "session.json"}:
         assert (out / name).read_bytes() == (finished / name).read_bytes()
+
+
+def damaged(content: bytes) -> dict[str, bytes]:
+    middle = len(content) // 2
+    turned = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+    return {"empty": b"", "half": content[:middle], "short": content[:-1], "turned": turned}
+
+
+@pytest.mark.parametrize("damage", ["empty", "half", "short", "turned"])
+def test_resuming_finds_every_damaged_file(
+    finished: Path,
+    tmp_path: Path,
+    source_clip: Path,
+    tiny_checkpoint: Path,
+    capsys: Capture,
+    damage: str,
+) -> None:
+    """Each is made again, or named as lost; none is taken for what it was."""
+    arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / "out", CAMERAS, "--resume")
+    before = {name: (finished / name).read_bytes() for name in files(finished)}
+    for name, content in before.items():
+        out = tmp_path / "out"
+        shutil.rmtree(out, ignore_errors=True)
+        shutil.copytree(finished, out)
+        (out / name).write_bytes(damaged(content)[damage])
+        found = {each: (out / each).read_bytes() for each in files(out)}
+        code, said = run.main([*arguments, "--quiet"]), capsys.readouterr().err
+        after = {each: (out / each).read_bytes() for each in files(out)}
+        if name == "session.json" and damage != "short":
+            assert code == run.REFUSED and said.count("\n") == 1
+            assert said.startswith(f"error: {out / name} ") and after == found
+            continue
+        assert code == 0, (name, said)
+        rows = json.loads(after["report.json"])["turns"]
+        for video, row in zip(VIDEOS, rows, strict=True):
+            assert after[video] == before[video]
+            assert row["file_sha256"] == hashlib.sha256(after[video]).hexdigest()
+        if "safetensors" in name:
+            number = int(Path(name).stem[-1])
+            assert said.startswith(f"turn {number} is lost: {out / name} cannot be read again")
+            assert ["lost" in row for row in rows] == [turn == number for turn in (1, 2, 3)]
+        else:
+            assert not said and after["overview.png"] == before["overview.png"]
+
+
+def test_a_lost_turn_whose_video_is_lost_too(
+    finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
+) -> None:
+    out = tmp_path / "out"
+    shutil.copytree(finished, out)
+    for name in (VIDEOS[1], "turns/turn_02.safetensors"):
+        (out / name).write_bytes(b"")
+    arguments = novel_view(source_clip, tiny_checkpoint, out, [*CAMERAS, "static"], "--resume")
+    assert run.main([*arguments, "--quiet"]) == run.PARTIAL
+    first, last = capsys.readouterr().err.splitlines()
+    assert first.startswith("turn 2 is lost: ") and last.startswith("error: turn 2 is lost: ")
+    rows = json.loads((out / "report.json").read_text())["turns"]
+    assert [row["file_sha256"] is None for row in rows] == [False, True, False, False]
+    # the new turn remembers the two that there are
+    assert {row["turn"] for row in rows[3]["memory"]["retrieved"]} == {1, 3}
+    # restored, all of it is made
+    shutil.copy(finished / "turns" / "turn_02.safetensors", out / "turns")
+    assert run.main([*arguments, "--quiet"]) == 0
+    assert (out / VIDEOS[1]).read_bytes() == (finished / VIDEOS[1]).read_bytes()
 
 
 def test_overwriting_replaces(finished: Path, source_clip: Path, tiny_checkpoint: Path) -> None:

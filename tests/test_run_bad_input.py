@@ -325,8 +325,6 @@ def test_another_clip_is_not_resumed(
 
 
 def test_a_damaged_session(refused: Refused, session: Path) -> None:
-    (session / "turns" / "turn_02.safetensors").write_bytes(b"damaged")
-    assert "turns cannot be read" in refused("--resume", "--camera", "arc_left")
     (session / "session.json").write_text("{")
     for option in ("--resume", "--overwrite"):
         assert "session.json cannot be read" in refused(option, "--camera", "arc_left")

@@ -280,6 +280,56 @@ def test_resuming_a_finished_edit_makes_what_is_missing(
     assert (folder / "edited.mp4").read_bytes() == (finished_edit[0] / "edited.mp4").read_bytes()
 
 
+@pytest.mark.parametrize("damage", ["empty", "half", "short", "turned"])
+def test_resuming_finds_every_damaged_file(
+    tmp_path: Path,
+    long_clip: Path,
+    editor_folder: Path,
+    finished_edit: tuple[Path, str],
+    capsys: Capture,
+    damage: str,
+) -> None:
+    """Each is made again to the same bits, or refused; none is taken for what it was."""
+    whole, folder = finished_edit[0], tmp_path / "copy"
+    for name in sorted(files(whole)):
+        shutil.rmtree(folder, ignore_errors=True)
+        shutil.copytree(whole, folder)
+        content = (whole / name).read_bytes()
+        middle = len(content) // 2
+        turned = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
+        kinds = {"empty": b"", "half": content[:middle], "short": content[:-1], "turned": turned}
+        (folder / name).write_bytes(kinds[damage])
+        arguments = words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")
+        code, said = run.main(arguments), capsys.readouterr().err
+        if name.endswith("session.json") and damage != "short":
+            assert code == run.REFUSED and said.startswith(f"error: {folder / name} ")
+            assert said.count("\n") == 1 and (folder / name).read_bytes() == kinds[damage]
+            continue
+        assert code == 0, (name, said)
+        assert said.startswith(f"{folder / name} cannot be read") == ("window" in name)
+        assert (folder / "edited.mp4").read_bytes() == (whole / "edited.mp4").read_bytes()
+        overview = "edited.edit/overview.png"
+        assert (folder / overview).read_bytes() == (whole / overview).read_bytes()
+        assert report_of(folder / "edited.mp4")["num_windows"] == 5
+
+
+def test_another_video_in_the_edits_place_is_not_replaced(
+    tmp_path: Path,
+    long_clip: Path,
+    editor_folder: Path,
+    finished_edit: tuple[Path, str],
+    capsys: Capture,
+) -> None:
+    folder = tmp_path / "copy"
+    shutil.copytree(finished_edit[0], folder)
+    mine = (folder / "edited.mp4").read_bytes() + b"of my own"
+    (folder / "edited.mp4").write_bytes(mine)
+    arguments = words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")
+    assert run.main(arguments) == run.REFUSED
+    assert "is not the video that its edit wrote" in capsys.readouterr().err
+    assert (folder / "edited.mp4").read_bytes() == mine
+
+
 def test_the_overview_of_a_long_video_is_capped(
     tmp_path: Path,
     long_clip: Path,

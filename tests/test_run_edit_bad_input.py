@@ -131,5 +131,7 @@ def test_a_foreign_video_beside_an_unfinished_edit(
     manifest = tmp_path / "edited.edit" / "session.json"
     content = json.loads(manifest.read_text())
     content["turns"][0] |= {"report": None, "windows": content["turns"][0]["windows"][:2]}
+    content.pop("sha256")
     manifest.write_text(json.dumps(content))
+    (tmp_path / "edited.mp4").write_bytes(b"of another origin")
     assert "is not finished; move that video away" in refused("--resume")

@@ -3,7 +3,8 @@
     session.json  turns/turn_01.safetensors ...     what a session is resumed from (store.py)
     turn_01_pan_right.mp4 ...  overview.png  report.json
 
-Every file is whole or absent, and all but the first line can be made again from it.
+Every file is whole or absent, and all but the first line can be made again from it: so is a video
+that is not the one whose digest the report has.
 """
 
 from __future__ import annotations
@@ -16,12 +17,16 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
+from torch import Tensor
+
+from mv2v_engine.engine.keeper import LOST
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import require_writable, save_json
+from mv2v_engine.files import file_digest, require_writable, save_json
 from mv2v_engine.progress import peak_host_bytes
 from mv2v_engine.video.contact_sheet import Strip, make_strip, save_contact_sheet
 
@@ -42,6 +47,8 @@ class ResultFolder:
     def __init__(self, folder: Path) -> None:
         self.folder, self.store = folder, SessionStore(folder)
         self.overview, self.report = folder / "overview.png", folder / "report.json"
+        # videos that are what was written, by name
+        self._digests: dict[str, str] = {}
         # what the overview shows of a turn does not change, and decoding it again is dear
         self._strips: WeakKeyDictionary[ViewTurn, Strip] = WeakKeyDictionary()
 
@@ -132,14 +139,17 @@ class ResultFolder:
     ) -> list[Path]:
         """Write what lacks of the session's turns and videos, and the overview and report anew.
 
+        A video that was cut short or changed since it was reported lacks, too.
+
         check: called before every file; what it raises ends the work.
 
         Returns:
             every file a user may want to open.
 
         Raises:
-            StorageError: the disk is full or the folder cannot be written; all that could be
-                written is, and the next call writes the rest.
+            StorageError: the disk is full or the folder cannot be written, or the latents of a
+                video that lacks are lost; all that could be written is, and the next call writes
+                the rest.
         """
         failures: list[StorageError] = []
 
@@ -154,11 +164,12 @@ class ResultFolder:
 
         with attempt():
             session.store_missing()
-        videos = self.videos(session)
+        videos, reported = self.videos(session), self._reported()
         for turn, video in zip(session.turns, videos, strict=True):
-            if not video.exists():
+            if not self._is_whole(video, reported):
                 with attempt():
                     turn.save(video)
+                    self._digests[video.name] = file_digest(video)
         with attempt():
             save_contact_sheet(self.overview, self._rows(session))
         with attempt():
@@ -171,25 +182,54 @@ class ResultFolder:
         """Where each turn's video is written."""
         return [self._video(turn.number, turn.trajectory.name) for turn in session.turns]
 
+    def _is_whole(self, video: Path, reported: dict[str, str | None]) -> bool:
+        """Whether a video is there as it was written, by this process or the one that reported it.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        if not video.exists():
+            return False
+        if video.name in self._digests:
+            return True
+        try:
+            digest = file_digest(video)
+        except OSError as error:
+            raise StorageError(
+                f"cannot read {video}: {error.strerror}; move it away, and it is made again"
+            ) from error
+        if reported.get(video.name) != digest:
+            return False
+        self._digests[video.name] = digest
+        return True
+
     def _rows(self, session: ViewSession) -> list[Strip]:
         """The overview: the source, and the newest turns."""
         hidden = max(len(session.turns) - MAX_ROWS, 0)
         name = f"source  {session.source.description['name']}"
         name += f"  (turns 1 to {hidden} are not shown)" if hidden else ""
         shown = session.turns[hidden:]
+        source = session.source.frames
         strips = WeakKeyDictionary(
-            {
-                turn: self._strips.get(turn) or make_strip(_label(turn.report), turn.frames)
-                for turn in shown
-            }
+            {turn: self._strips.get(turn) or self._strip(turn, source) for turn in shown}
         )
         self._strips = strips
-        return [make_strip(name, session.source.frames), *(strips[turn] for turn in shown)]
+        return [make_strip(name, source), *(strips[turn] for turn in shown)]
+
+    def _strip(self, turn: ViewTurn, source: Tensor) -> Strip:
+        """A turn's row; of one that is lost, its place."""
+        if LOST in turn.report:
+            return make_strip(f"{_label(turn.report)}  lost", torch.full_like(source, 128))
+        return make_strip(_label(turn.report), turn.frames)
 
     def _content(self, session: ViewSession, videos: list[Path], version: str) -> dict[str, Any]:
         """The report."""
         reports = [
-            {**turn.report, "file": video.name}
+            {
+                **turn.report,
+                "file": video.name,
+                "file_sha256": self._digests.get(video.name),
+            }
             for turn, video in zip(session.turns, videos, strict=True)
         ]
         return {
@@ -230,12 +270,18 @@ class ResultFolder:
 
     def _reported_videos(self) -> Iterator[Path]:
         """Those of turns that had no room beside their videos are in the report alone."""
+        yield from (self.folder / name for name in self._reported())
+
+    def _reported(self) -> dict[str, str | None]:
+        """The digests of the videos in the report, by name; none of one that was not whole."""
         try:
             content = json.loads(self.report.read_text(encoding="utf-8"))
-            names = [turn["file"] for turn in content["turns"] if content["format"] == FORMAT]
-        except (OSError, ValueError, KeyError, TypeError):
-            return
-        yield from (self.folder / name for name in names if _VIDEO.fullmatch(str(name)))
+            rows = content["turns"] if content["format"] == FORMAT else []
+            # of before the report had digests, none is known
+            digests = {str(row["file"]): row.get("file_sha256") for row in rows}
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            return {}
+        return {name: digest for name, digest in digests.items() if _VIDEO.fullmatch(name)}
 
 
 def _label(report: dict[str, Any]) -> str:

@@ -233,15 +233,21 @@ class SessionStore(SessionFolder):
 
         Raises:
             FileNotFoundError: one of the files is not there.
-            StorageError: there are fewer turns, or the folder cannot be written.
+            StorageError: there are fewer turns, the folder is in use, holds a session already, or
+                cannot be written.
         """
         manifest, other = self.read(), SessionStore(folder)
         turns = manifest["turns"][:count]
         if len(turns) < count:
             raise StorageError(f"{self.folder} holds {len(turns)} turns, asked were {count}")
-        for turn in turns:
-            share_file(self.turn_path(turn["number"]), other.turn_path(turn["number"]))
-        other._write({"id": id, "identity": manifest["identity"], "turns": turns})
+        with other.lock():
+            if other.exists():
+                raise StorageError(
+                    f"{folder} already holds a session; choose another folder for the branch"
+                )
+            for turn in turns:
+                share_file(self.turn_path(turn["number"]), other.turn_path(turn["number"]))
+            other._write({"id": id, "identity": manifest["identity"], "turns": turns})
 
     def listed_files(self) -> set[Path]:
         return {self.turn_path(row["number"]) for row in self.read()["turns"]}

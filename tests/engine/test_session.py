@@ -59,7 +59,7 @@ def test_a_report_is_whole_and_plain(engine: Engine, source_frames: Tensor) -> N
     assert report["forwards"] == 3
     assert report["flops"] == 3 * sum(report["flops_per_forward"].values()) > 0
     assert set(report["seconds"]) == {"vae", "text", "memory", "sampling"}
-    assert all(report["peak_bytes"][stage] > 0 for stage in report["seconds"])
+    assert all(report["process_peak_bytes"][stage] > 0 for stage in report["seconds"])
     assert report["backend"] == engine.backend and report["device"] == "cpu"
 
 

@@ -214,6 +214,13 @@ def test_a_branch_begins_with_the_same_memory(
     assert turn.number == 2
     assert [row["turn"] for row in turn.report["memory"]["retrieved"]] == [1]
     assert SessionStore(other).listed_files() == set((other / "turns").iterdir())
+    before = (other / "session.json").read_bytes()
+    with pytest.raises(StorageError, match="is in use"):
+        store.branch(other, id="again", count=1)
+    session.close()
+    with pytest.raises(StorageError, match="already holds a session"):
+        store.branch(other, id="again", count=1)
+    assert (other / "session.json").read_bytes() == before
     # the session that it came from is as it was
     assert len(store.read()["turns"]) == 2
     with pytest.raises(StorageError, match="holds 2 turns, asked were 3"):

@@ -58,7 +58,8 @@ def lead(checkpoint: str, clip: str, out: Path) -> dict[str, Any]:
         request = TurnRequest.of("pan_right", engine.sampling, memory="retrieved")
         told["warmed"] = engine.warmup([session.plan_turn(request)[1]])
         told["batch"] = said(lambda: engine.answer_all([]))
-        told["files"] = sorted(path.name for path in (out / "session").rglob("*"))
+        files = (out / "session").rglob("*")
+        told["files"] = sorted(path.name for path in files if path.suffix != ".lock")
         alone = Engine.from_pretrained(checkpoint, device="cpu", config=EngineConfig(**STATIC))
         one = alone.view_session(clip)
         for turn, camera in zip(turns, ("pan_right", "arc_left"), strict=True):

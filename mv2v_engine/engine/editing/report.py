@@ -68,7 +68,7 @@ def edit_report(
     decoding: of the windows that this process decoded meanwhile.
     """
     counts = [len(row["memory"]["retrieved"]) for row in rows]
-    config = engine.config
+    config, peaks = engine.config, decoding.peak_name
     return {
         "turn": number,
         "prompt": request.prompt,
@@ -92,7 +92,7 @@ def edit_report(
         "approximations": sorted({words for row in rows for words in row["approximations"]}),
         "conditioning_is_trained": all(row["conditioning_is_trained"] for row in rows),
         "seconds": _summed([*(row["seconds"] for row in rows), decoding.seconds]),
-        "peak_bytes": _highest([*(row["peak_bytes"] for row in rows), decoding.peak_bytes]),
+        peaks: _highest([*(row.get(peaks, {}) for row in rows), decoding.peak_bytes]),
         "predicted_peak_bytes": _highest(row["predicted_peak_bytes"] for row in rows),
         **cache_report(engine),
         **engine.describe(),

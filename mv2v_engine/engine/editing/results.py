@@ -10,6 +10,7 @@ holds this one edit.
 
 from __future__ import annotations
 
+import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,7 +21,7 @@ from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import RequestError, StorageError
-from mv2v_engine.files import require_writable, save_json
+from mv2v_engine.files import file_digest, require_writable, save_json
 from mv2v_engine.progress import peak_host_bytes
 from mv2v_engine.video.contact_sheet import Strip, make_strip, save_contact_sheet, spaced_frames
 from mv2v_engine.video.io import VideoReader
@@ -91,11 +92,43 @@ class EditResults:
         rows = self.store.read()["turns"]
         for row in rows:
             self._require_same(row["request"], request.to_dict())
-        if self.video.exists() and not any(row["report"] for row in rows):
+        if not self.video.exists() or self.has_video():
+            return
+        if not any(row.get("report") for row in rows):
             raise StorageError(
                 f"{self.video} exists, and the edit in {self.folder} is not finished; move that "
                 "video away, or begin anew with --overwrite"
             )
+        written = self._reported().get("file_bytes")
+        if isinstance(written, int) and self.video.stat().st_size > written:
+            raise StorageError(
+                f"{self.video} is not the video that its edit wrote: it has "
+                f"{self.video.stat().st_size:,} bytes instead of {written:,}; move it away, and "
+                "the edit's is made again"
+            )
+
+    def has_video(self) -> bool:
+        """Whether the mp4 is there as this edit wrote it, by the report's digest.
+
+        Raises:
+            StorageError: it cannot be read.
+        """
+        digest = self._reported().get("file_sha256")
+        try:
+            return digest is not None and self.video.exists() and file_digest(self.video) == digest
+        except OSError as error:
+            raise StorageError(
+                f"cannot read {self.video}: {error.strerror}; move it away, and it is made again"
+            ) from error
+
+    def _reported(self) -> dict[str, Any]:
+        """The report; nothing of one that is not there, damaged or another program's."""
+        try:
+            content = json.loads(self.report.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return {}
+        is_ours = isinstance(content, dict) and content.get("format") == FORMAT
+        return content if is_ours else {}
 
     def check_settings(self, settings: dict[str, Any]) -> None:
         """Refuse to continue an edit under other settings of the engine.
@@ -190,6 +223,8 @@ class EditResults:
             "session": session.id,
             "engine": {"version": version, **session.engine.describe()},
             "file": self.video.name,
+            "file_bytes": self.video.stat().st_size,
+            "file_sha256": file_digest(self.video),
             **turn.report,
             "peak_host_bytes": peak_host_bytes(),
         }
