@@ -167,7 +167,7 @@ class Host:
             return _failed("out_of_memory", f"the memory ended: {error}")
         log.error("a turn failed", exc_info=error)
         # after some errors a GPU answers nothing to this process but the same error
-        torch.ones(1, device=self.engine.device).sum().item()
+        torch.ones(1, dtype=torch.float32, device=self.engine.device).sum().item()
         return _failed(
             "internal",
             f"a fault of the service ({type(error).__name__}) ended the turn, its log says more; "

@@ -184,7 +184,8 @@ def _enlarge(frames: Tensor, size: tuple[int, int], rows: slice, columns: slice)
     are known again by their pixels.
     """
     y_H, x_W = (
-        (torch.arange(part.start, part.stop, dtype=torch.float32) + 0.5) * (2 / total) - 1
+        (torch.arange(part.start, part.stop, dtype=torch.float32, device="cpu") + 0.5) * (2 / total)
+        - 1
         for part, total in ((rows, size[0]), (columns, size[1]))
     )
     grid_HW2 = torch.stack(torch.meshgrid(x_W, y_H, indexing="xy"), -1)
