@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import numbers
 import operator
 import os
 import types
 import typing
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -57,8 +58,8 @@ def mistaken(
     return kind(f"{name} must be {expected}, got {shown(value)}{got}")
 
 
-def integer(name: str, value: Any) -> int:
-    """An `int` of Python or NumPy.
+def integer(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> int:
+    """An `int` of Python or NumPy in low..high.
 
     Raises:
         RequestError: anything else, also a bool, a float, and an int of more than 64 bits.
@@ -71,21 +72,31 @@ def integer(name: str, value: Any) -> int:
         raise mistaken(name, value, "an integer") from None
     if abs(whole) >= _LARGEST:
         raise mistaken(name, value, "an integer that 64 bits hold")
+    _require_range(name, whole, low, high)
     return whole
 
 
-def number(name: str, value: Any) -> float:
-    """A number of Python or NumPy as a `float`; a Python `int` stays one.
+def number(name: str, value: Any, low: float = -math.inf, high: float = math.inf) -> float:
+    """A number of Python or NumPy in low..high as a `float`; a Python `int` stays one.
 
     Raises:
-        RequestError: anything else, also a bool and an int that no float can hold.
+        RequestError: anything else, also a bool and an int that no float can hold; where there is
+            a range, NaN.
     """
     if isinstance(value, bool | np.bool_) or not isinstance(value, numbers.Real):
         raise mistaken(name, value, "a number")
     try:
-        return value if isinstance(value, int) and float(value) == value else float(value)
+        result = value if isinstance(value, int) and float(value) == value else float(value)
     except OverflowError:
         raise mistaken(name, value, "a number that a float can hold") from None
+    _require_range(name, result, low, high)
+    return result
+
+
+def _require_range(name: str, value: float, low: float, high: float) -> None:
+    is_bounded = low > -math.inf or high < math.inf
+    if is_bounded and not low <= value <= high:
+        raise RequestError(f"{name} must lie in {low}..{high}, got {value}")
 
 
 def text(name: str, value: Any) -> str:
@@ -213,7 +224,13 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
         if isinstance(value, str | bytes) or not isinstance(value, list | tuple):
             raise mistaken(name, value, "a tuple")
         return tuple(_fitted(name, each, arguments[0]) for each in value)
-    checks = {int: integer, float: number, str: text, bool: flag, Path: path}
+    checks: dict[Any, Callable[[str, Any], Any]] = {
+        int: integer,
+        float: number,
+        str: text,
+        bool: flag,
+        Path: path,
+    }
     if hint in checks:
         return checks[hint](name, value)
     return instance(name, value, hint, f"a {hint.__name__}")

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from numbers import Integral, Real
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
+from mv2v_engine import arguments
 from mv2v_engine.arguments import fit_fields
 from mv2v_engine.errors import RequestError
 from mv2v_engine.shapes import LUCY_5B as LUCY_5B
@@ -44,19 +44,6 @@ MAX_STEPS = 1000
 MAX_GUIDANCE_SCALE = 100
 
 
-def check_number(name: str, value: Any, low: float, high: float, *, whole: bool = False) -> None:
-    """Refuse an argument that is no number, or lies outside of its range.
-
-    Raises:
-        RequestError: names the argument, its range and what it is.
-    """
-    is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-    if not is_number:
-        raise RequestError(f"{name} must be a {'whole ' if whole else ''}number, got {value!r}")
-    if not low <= value <= high:
-        raise RequestError(f"{name} must lie in {low}..{high}, got {value}")
-
-
 @dataclass(frozen=True, kw_only=True, slots=True)
 class SamplingConfig:
     """What a checkpoint was made for: the window, its size and the sampler's defaults (METHOD 8).
@@ -77,10 +64,10 @@ class SamplingConfig:
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1 or self.num_frames < 1:
             raise RequestError(f"num_frames must be 4n+1, got {self.num_frames}")
-        check_number("fps", self.fps, 0.01, 1000)
-        check_number("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS, whole=True)
-        check_number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
-        check_number("flow_shift", self.flow_shift, 0.01, 1000)
+        arguments.number("fps", self.fps, 0.01, 1000)
+        arguments.integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
+        arguments.number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
+        arguments.number("flow_shift", self.flow_shift, 0.01, 1000)
         if self.scheduler not in get_args(SchedulerName):
             known = ", ".join(get_args(SchedulerName))
             raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")

@@ -21,7 +21,6 @@ from mv2v_engine.config import (
     EngineConfig,
     MemoryMode,
     MergeMode,
-    check_number,
 )
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
@@ -205,7 +204,7 @@ class Engine:
             KernelUnavailableError: graphs="on", and a plan cannot have any.
         """
         scale = self.sampling.guidance_scale if guidance_scale is None else guidance_scale
-        check_number("guidance_scale", scale, 0, MAX_GUIDANCE_SCALE)
+        arguments.number("guidance_scale", scale, 0, MAX_GUIDANCE_SCALE)
         return warm_up(self, plans, scale)
 
     def session(

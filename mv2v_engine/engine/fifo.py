@@ -27,7 +27,7 @@ from torch import Tensor
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.prompts import guidance_texts
-from mv2v_engine.engine.request import check_sampling
+from mv2v_engine.engine.request import sampled
 from mv2v_engine.engine.runner import STAGE, not_finite
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.finite import is_finite
@@ -174,9 +174,8 @@ def edit_fifo(
     cancel = cancel or CancelToken()
     _check(engine, frames)
     sampling = engine.sampling
-    steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
-    scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-    check_sampling(steps, scale, seed)
+    asked = sampled(sampling, seed, num_inference_steps, guidance_scale)
+    steps, scale = asked["num_inference_steps"], asked["guidance_scale"]
     if source_latents is None:
         source_latents = engine.vae.encode(padded_clip(engine, frames), check=cancel.check)
     plan, sigmas = _planned(engine, steps, lookahead)

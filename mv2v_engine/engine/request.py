@@ -16,7 +16,6 @@ from mv2v_engine.config import (
     MemoryMode,
     SamplingConfig,
     TransformerConfig,
-    check_number,
 )
 from mv2v_engine.errors import CameraError, RequestError
 from mv2v_engine.sampling.guidance import needs_guidance
@@ -105,28 +104,15 @@ def sampled(
     """The numbers of a request by their names, checked; None takes the checkpoint's default.
 
     Raises:
-        RequestError: one is no number, or as `check_sampling`.
+        RequestError: one is no number, or out of the range that a checkpoint can serve.
     """
     steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
-    numbers: dict[str, Any] = {
-        "seed": arguments.integer("seed", seed),
-        "num_inference_steps": arguments.integer("num_inference_steps", steps),
-        "guidance_scale": arguments.number("guidance_scale", scale),
+    return {
+        "seed": arguments.integer("seed", seed, 0, 2**63 - 1),
+        "num_inference_steps": arguments.integer("num_inference_steps", steps, 1, MAX_STEPS),
+        "guidance_scale": arguments.number("guidance_scale", scale, 0, MAX_GUIDANCE_SCALE),
     }
-    check_sampling(**numbers)
-    return numbers
-
-
-def check_sampling(num_inference_steps: int, guidance_scale: float, seed: int) -> None:
-    """Refuse numbers that no checkpoint can serve.
-
-    Raises:
-        RequestError: one is out of its range.
-    """
-    check_number("num_inference_steps", num_inference_steps, 1, MAX_STEPS, whole=True)
-    check_number("guidance_scale", guidance_scale, 0, MAX_GUIDANCE_SCALE)
-    check_number("seed", seed, 0, 2**63 - 1, whole=True)
 
 
 def check_text(name: str, prompt: str, guidance_scale: float, *, has_text: bool) -> None:
