@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,6 +21,10 @@ from mv2v_engine.synthetic.demo_clip import write_demo_clip
 PATIENCE = 600.0
 
 
+class NotServed(SystemExit):
+    """The service did not start, or ended before it was ready; says what it wrote."""
+
+
 @dataclass
 class Served:
     """A service that listens. log: what it wrote to stderr. exit_code: once it has ended."""
@@ -29,52 +34,83 @@ class Served:
     log: Path
     exit_code: int | None = None
 
-    def client(self) -> httpx.Client:
-        return httpx.Client(base_url=self.address, timeout=PATIENCE)
+    def client(self, patience: float = PATIENCE) -> httpx.Client:
+        return httpx.Client(base_url=self.address, timeout=patience)
 
     def faults(self) -> int:
         """Errors that nobody expected, of which a trace is logged."""
         text = self.log.read_text(encoding="utf-8", errors="replace")
         return text.count("Traceback") + text.count("Exception in ASGI")
 
+    def stop(self) -> int:
+        """End it as SIGTERM ends it; its exit code."""
+        self.process.send_signal(signal.SIGTERM)
+        return self.ended()
 
-@contextmanager
-def served(folder: Path, *words: str) -> Iterator[Served]:
-    """Serve a store in `folder` until the block ends; words: more of the command line.
+    def ended(self) -> int:
+        """Its exit code, once it has ended by itself."""
+        self.exit_code = self.process.wait(PATIENCE)
+        return self.exit_code
 
-    It ends as SIGTERM ends it.
+
+def start(
+    store: Path, log: Path, *words: str, environment: Mapping[str, str] | None = None
+) -> Served:
+    """Serve a store; returns once it listens. What it writes to stderr is added to `log`.
+
+    words: more of the command line. environment: variables that it has beside this process's own.
+
+    Raises:
+        NotServed: it ended before.
     """
-    log = folder / "service.log"
-    command = [sys.executable, "-m", "mv2v_engine.run", "serve", "--store", str(folder / "store")]
-    with log.open("w") as errors:
+    command = [sys.executable, "-m", "mv2v_engine.run", "serve", "--store", str(store)]
+    with log.open("a") as errors:
         process = subprocess.Popen(
             [*command, "--port", "0", *words],
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
             cwd=ROOT,
+            env={**os.environ, **(environment or {})},
         )
-    try:
-        assert process.stdout is not None
-        line = process.stdout.readline()
-        if not line.startswith("listening on "):
-            raise SystemExit(f"the service did not start: {log.read_text(encoding='utf-8')}")
-        found = Served(line.split()[-1], process, log)
-        wait_until_ready(found)
-        yield found
-        process.send_signal(signal.SIGTERM)
-        found.exit_code = process.wait(PATIENCE)
-    finally:
+    assert process.stdout is not None
+    line = process.stdout.readline()
+    if not line.startswith("listening on "):
         process.kill()
         process.wait()
+        raise NotServed(f"the service did not start: {log.read_text(encoding='utf-8')}")
+    return Served(line.split()[-1], process, log)
+
+
+@contextmanager
+def served(folder: Path, *words: str) -> Iterator[Served]:
+    """Serve a store in `folder` from when turns are made until the block ends, then stop it."""
+    found = start(folder / "store", folder / "service.log", *words)
+    try:
+        wait_until_ready(found)
+        yield found
+        found.stop()
+    finally:
+        found.process.kill()
+        found.process.wait()
 
 
 def wait_until_ready(service: Served) -> None:
-    """Until turns are made."""
+    """Until turns are made.
+
+    Raises:
+        NotServed: it ended before.
+    """
     with service.client() as client:
-        while client.get("/readyz").status_code != 200:
+        while True:
+            try:
+                if client.get("/readyz").status_code == 200:
+                    return
+            except httpx.TransportError:
+                if service.process.poll() is None:
+                    raise
             if service.process.poll() is not None:
-                raise SystemExit(f"the service ended: {service.log.read_text(encoding='utf-8')}")
+                raise NotServed(f"the service ended: {service.log.read_text(encoding='utf-8')}")
             time.sleep(0.1)
 
 

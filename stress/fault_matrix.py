@@ -1,0 +1,317 @@
+"""What a client sees of every fault at every moment, and what is lost: nothing may be.
+
+`python stress/fault_matrix.py [--out profiling/results/fault_matrix.jsonl] [--only WORDS]
+    [--random-kills 100] [--minutes M]`
+`python stress/fault_matrix.py --table profiling/results/fault_matrix.jsonl`
+
+The real command with tiny-nvs, its worker and its prober, on a small disk of its own. A client
+makes sessions, branches and turns and remembers what it was told; then a moment is reached, the
+fault comes, the service is started again if it has ended, and everything that the client was told
+is asked for, byte by byte. Moments between two file operations are held by a preloaded library
+(`faults.c`), which also knows what a power cut leaves; nothing in the service knows of it.
+
+Rows that `--out` has already are not made again, so that a long run can be cut in parts. Exit code
+1 if anything was lost, or the service did not go on.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import runpy
+import signal
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import product
+from pathlib import Path
+from typing import Any, get_args
+
+# what a result says of its machine is the benchmarks'
+sys.path.append(str(Path(__file__).resolve().parents[1] / "profiling"))
+
+import torch
+from faults import OUTCOMES, Outcome
+from http_service import NotServed
+from measure import ROOT, Report, provenance, read_rows
+from trial import Lost, Moment, Space, Trial, Which
+
+from mv2v_engine.video.io import write_video
+
+SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
+MOMENTS: tuple[Moment, ...] = get_args(Moment)
+# while the database is locked: shorter, and longer, than the service waits for it
+LOCKED_SECONDS = (3.0, 40.0)
+# kills in one row, and how long after the start one comes at most
+KILLS_A_ROW, KILL_SECONDS = 10, 6.0
+_OF = {"uploading": "the upload", "deleting": "the deletion", "idle": "", "loading": ""}
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Case:
+    """One fault at one moment. run: brings it about; what a client sees, in words."""
+
+    fault: str
+    process: str
+    moment: str
+    run: Callable[[Trial], str]
+
+    @property
+    def name(self) -> str:
+        return " ".join(filter(None, (self.fault, self.process, self.moment)))
+
+
+def cases(kills: int, seed: int) -> Iterator[Case]:
+    """All of them. kills: at random, in rows of some."""
+    for sig, which, moment in product(SIGNALS, get_args(Which), MOMENTS):
+        # the prober works while a video is uploaded, and is idle at any other moment
+        if which == "prober" and moment not in ("idle", "uploading"):
+            continue
+        name = "SIGSTOP, then SIGCONT" if sig == signal.SIGSTOP else sig.name
+        yield Case(name, which, moment, partial(_signal, sig=sig, which=which, moment=moment))
+    for moment, outcome in product(MOMENTS, OUTCOMES):
+        run = partial(_power_cut, moment=moment, outcome=outcome, seed=seed)
+        yield Case(f"power cut ({outcome})", "all", moment, run)
+    for what in get_args(Space):
+        for moment in ("idle", "sampling", "publishing", "deleting", "starting"):
+            yield Case(what, "", moment, partial(_no_space, what=what, moment=moment))
+    for seconds, moment in product(LOCKED_SECONDS, ("idle", "sampling", "deleting", "starting")):
+        name = f"database locked for {seconds:g} s"
+        yield Case(name, "", moment, partial(_locked, seconds=seconds, moment=moment))
+    for which in ("worker", "server"):
+        run = partial(_no_memory, which=which)
+        yield Case("memory taken by others", which, "sampling", run)
+    for first in range(0, kills, KILLS_A_ROW):
+        some = min(KILLS_A_ROW, kills - first)
+        run = partial(_random_kills, count=some, choose=random.Random(f"{seed} {first}"))
+        yield Case("SIGKILL", "any or all", f"at random, {first + 1} to {first + some}", run)
+
+
+def _seen(moment: str, *words: str) -> str:
+    subject = _OF.get(moment, "the turn")
+    return "; ".join(filter(None, [f"{subject}: {words[0]}" if subject else "", *words[1:]]))
+
+
+def _signal(trial: Trial, sig: signal.Signals, which: Which, moment: Moment) -> str:
+    under_way = trial.reach(moment, which)
+    seen = trial.signal(sig, which)
+    return _seen(moment, under_way.result(), seen)
+
+
+def _power_cut(trial: Trial, moment: Moment, outcome: Outcome, seed: int) -> str:
+    under_way = trial.reach(moment)
+    trial.kill()
+    seen = _seen(moment, under_way.result())
+    trial.power_cut(outcome, random.Random(f"{seed} {moment}"))
+    return seen
+
+
+def _no_space(trial: Trial, what: Space, moment: str) -> str:
+    """The disk takes no more bytes, or no more names, until the client has seen it."""
+    if moment == "idle":
+        trial.ready()
+        session, spare = trial.disposable(), trial.some_session()
+        with trial.full(what):
+            upload, turn = trial.witness.create()[0], trial.turn(spare)
+            deletion = trial.witness.delete(session)[0]
+        return f"an upload: {upload}; a turn: {turn}; a deletion: {deletion}"
+    under_way = trial.reach("sampling" if moment == "starting" else moment)  # type: ignore[arg-type]
+    with trial.full(what):
+        if moment != "starting":
+            trial.faults.release()
+            return _seen(moment, under_way.result())
+        # a turn is under way when it is killed, and the start finds the disk full
+        trial.signal(signal.SIGKILL, "server")
+        return _seen("sampling", under_way.result(), _started(trial))
+
+
+def _started(trial: Trial) -> str:
+    try:
+        trial.begin()
+    except NotServed:
+        return "the service does not start"
+    return "the service starts"
+
+
+def _locked(trial: Trial, seconds: float, moment: str) -> str:
+    """Another process writes to the database for so long."""
+    if moment in ("idle", "starting"):
+        trial.ready()
+        session = trial.some_session()
+        if moment == "starting":
+            trial.stop()
+        free = trial.locked(seconds)
+        seen = _started(trial) if moment == "starting" else f"a turn: {trial.turn(session)}"
+    else:
+        under_way = trial.reach(moment)  # type: ignore[arg-type]
+        free = trial.locked(seconds)
+        trial.faults.release()
+        seen = _seen(moment, under_way.result())
+    free.join()
+    return seen
+
+
+def _no_memory(trial: Trial, which: Which) -> str:
+    """A process gets no more memory, until the client has seen it."""
+    under_way = trial.reach("sampling")
+    with trial.short_of_memory(which):
+        return _seen(
+            "sampling", under_way.result(), f"the next: {trial.turn(trial.some_session())}"
+        )
+
+
+def _random_kills(trial: Trial, count: int, choose: random.Random) -> str:
+    """Kills while clients work, each at any time after a start; some are power cuts."""
+    trial.ready()
+    trial.some_session()
+    before = trial.witness.num_turns
+    for _ in range(count):
+        trial.begin()
+        wrong = trial.witness.lost()
+        if wrong:
+            raise Lost(wrong)
+        kind = choose.random()
+        with trial.busy(choose):
+            time.sleep(choose.uniform(0.0, KILL_SECONDS))
+            if kind < 0.3:
+                trial.kill()
+            else:
+                trial.signal(signal.SIGKILL, "worker" if kind < 0.5 else "server")
+        if kind < 0.3:
+            trial.power_cut(choose.choice(OUTCOMES), choose)
+    return f"{before} turns were finished before, {trial.witness.num_turns} after"
+
+
+class Matrix:
+    """Cases one after the other, on one store as long as it holds. make: another trial."""
+
+    def __init__(self, make: Callable[[], Trial], report: Report, about: Row) -> None:
+        self.make, self.report, self.about = make, report, about
+        self.trial: Trial | None = None
+
+    def run(self, case: Case) -> None:
+        """One row. What comes after it does not suffer from what it lost."""
+        began, seen, wrong = time.monotonic(), "", list[str]()
+        try:
+            if self.trial is None:
+                self.trial = self.make()
+            seen = case.run(self.trial)
+            wrong = self.trial.settled()
+        except Lost as error:
+            wrong = error.what
+        except (NotServed, RuntimeError, TimeoutError, OSError) as error:
+            wrong = [f"{type(error).__name__}: {_last_line(error)}"]
+        seconds = round(time.monotonic() - began, 1)
+        turns = self.trial.witness.num_turns if self.trial is not None else 0
+        fields = {"fault": case.fault, "process": case.process, "moment": case.moment}
+        found = {"seen": seen, "lost": wrong, "turns": turns, "seconds": seconds}
+        self.report.add(name=case.name, **fields, **found, **self.about)
+        print(f"{case.name}: {seen}; lost: {wrong or 'nothing'} ({seconds} s)", flush=True)
+        if wrong:
+            self.close()
+
+    def close(self) -> None:
+        if self.trial is not None:
+            self.trial.close()
+            self.trial = None
+
+
+def _last_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [""])[-1][:300]
+
+
+def markdown(rows: Sequence[Row]) -> str:
+    """The table of a result: what is seen alike at several moments is one line."""
+    lines = [
+        "| fault | of | at the moment | what a client sees | what is lost |",
+        "|---|---|---|---|---|",
+    ]
+    together: dict[tuple[str, ...], list[str]] = {}
+    for row in rows:
+        lost = "; ".join(row["lost"]) or "nothing"
+        moment = row["moment"]
+        if moment.startswith("at random"):
+            continue
+        together.setdefault((row["fault"], row["process"], row["seen"], lost), []).append(moment)
+    for (fault, process, seen, lost), moments in together.items():
+        lines.append(f"| {fault} | {process} | {', '.join(moments)} | {seen} | {lost} |")
+    kills = [row for row in rows if row["moment"].startswith("at random")]
+    if kills:
+        count = sum(KILLS_A_ROW for _ in kills)
+        lost = "; ".join(one for row in kills for one in row["lost"]) or "nothing"
+        lines.append(
+            f"| {kills[0]['fault']} | {kills[0]['process']} | {count} at random | | {lost} |"
+        )
+    return "\n".join(lines)
+
+
+def write_clip(path: Path, seed: int = 0) -> bytes:
+    """A clip that the embedded model and those of the tests take."""
+    generator = torch.Generator().manual_seed(seed)
+    small = torch.randint(0, 256, (20, 12, 16, 3), dtype=torch.uint8, generator=generator)
+    write_video(path, small.repeat_interleave(8, 1).repeat_interleave(8, 2), 8)
+    return path.read_bytes()
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    add = parser.add_argument
+    add("--only", default="", metavar="WORDS", help="cases whose name has these words")
+    add("--kills", type=int, default=100, help="at random")
+    add("--minutes", type=float, default=60.0, help="no case is begun after so many")
+    add("--seed", type=int, default=0)
+    add("--list", action="store_true", help="the cases' names alone")
+    add("--small", action="store_true", help="weights of the tests")
+    add("--out", type=Path)
+    args = parser.parse_args(argv)
+    chosen = [case for case in cases(args.kills, args.seed) if args.only in case.name]
+    if args.list:
+        print(*(case.name for case in chosen), sep="\n")
+        return 0
+    deadline = time.monotonic() + 60 * args.minutes
+    # every row says of which commit it is
+    report = Report(args.out, {})
+    if args.out is not None and args.out.exists():
+        report.rows = read_rows(args.out)
+    known = {row["name"] for row in report.rows}
+    with tempfile.TemporaryDirectory() as name:
+        words = ["--device", "cpu", "--min-free", "0", "--grace", "30"]
+        if args.small:
+            make = runpy.run_path(str(ROOT / "tests" / "conftest.py"))["save_tiny"]
+            words += ["--checkpoint", str(make(Path(name) / "small"))]
+        clip, about = write_clip(Path(name) / "clip.mp4"), provenance(torch.device("cpu"))
+
+        def trial() -> Trial:
+            return Trial(Path(tempfile.mkdtemp(dir=name)), clip, *words)
+
+        matrix = Matrix(trial, report, about)
+        try:
+            for case in chosen:
+                if case.name not in known and time.monotonic() < deadline:
+                    matrix.run(case)
+        finally:
+            matrix.close()
+    missing = {case.name for case in chosen} - {row["name"] for row in report.rows}
+    lost = [row["name"] for row in report.rows if row["lost"]]
+    print(
+        f"{len(report.rows)} rows, {len(missing)} are still to be made; lost: {lost or 'nothing'}"
+    )
+    return 1 if lost else 0
+
+
+def in_own_namespace() -> None:
+    """Go on in this process where file systems may be mounted, which are gone with it."""
+    if os.environ.get("FAULT_MATRIX") is None:
+        os.environ["FAULT_MATRIX"] = "1"
+        os.execvp("unshare", ["unshare", "-rm", sys.executable, *sys.argv])
+
+
+if __name__ == "__main__":
+    in_own_namespace()
+    sys.exit(main())
