@@ -314,4 +314,6 @@ def in_own_namespace() -> None:
 
 if __name__ == "__main__":
     in_own_namespace()
+    # so that nothing that was started outlives it
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     sys.exit(main())
