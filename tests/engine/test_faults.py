@@ -202,7 +202,7 @@ def test_a_small_disk(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) 
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=120,
+        timeout=600,
         env={**os.environ, "MV2V_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

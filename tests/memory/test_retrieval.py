@@ -210,12 +210,13 @@ def test_unusable_settings_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_twenty_cached_videos_take_at_most_two_seconds() -> None:
+    # of this process, whatever else runs
     candidates = [TRAJECTORIES[name] for name in PRESETS] * 2
     seconds = []
     for _ in range(3):
-        began = time.perf_counter()
+        began = time.process_time()
         video_fov_scores(TRAJECTORIES["arc_left"], candidates)
-        seconds.append(time.perf_counter() - began)
+        seconds.append(time.process_time() - began)
     assert min(seconds) <= 2.0
 
 

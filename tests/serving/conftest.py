@@ -77,7 +77,7 @@ class Live:
     def client(self, token: str | None = None) -> httpx.Client:
         headers = {} if token is None else {"Authorization": f"Bearer {token}"}
         # a machine that is busy answers late; that is no matter of these tests
-        return httpx.Client(base_url=self.address, headers=headers, timeout=120)
+        return httpx.Client(base_url=self.address, headers=headers, timeout=PATIENCE)
 
     def _run(self) -> None:
         try:

@@ -21,7 +21,7 @@ def openai_client(live: Any) -> Iterator[Any]:
         # OpenAI ends its own service of this shape; the shape stays
         warnings.simplefilter("ignore", DeprecationWarning)
         with openai.OpenAI(
-            base_url=f"{live.address}/v1", api_key="none", timeout=120, max_retries=0
+            base_url=f"{live.address}/v1", api_key="none", timeout=600, max_retries=0
         ) as client:
             yield client
 

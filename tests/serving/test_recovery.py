@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -146,6 +147,13 @@ async def test_uploads_and_deletions_that_were_cut_off(tmp_path: Path) -> None:
     check_store(tmp_path)
 
 
+async def go_on(held: FakeBackend, when: Callable[[], bool]) -> None:
+    """Let its steps be made from a moment on."""
+    while not when():
+        await asyncio.sleep(0.005)
+    held.go.set()
+
+
 @in_loop
 async def test_a_stop_puts_the_turn_back_uncounted(tmp_path: Path, held: FakeBackend) -> None:
     async with serving(tmp_path, held, grace=0.0) as (service, _):
@@ -153,7 +161,8 @@ async def test_a_stop_puts_the_turn_back_uncounted(tmp_path: Path, held: FakeBac
         job, behind = await asked(service, session), await asked(service, session)
         await until(service, job, "started")
         # the step under way ends once the stop has asked for it
-        asyncio.get_running_loop().call_later(0.05, held.go.set)
+        going = asyncio.create_task(go_on(held, lambda: job.id in held._cancelled))
+    await going
     async with serving(tmp_path) as (service, again):
         assert (await ended(service, behind)).number == 2
         job = await service.job("", job.id)
@@ -170,7 +179,8 @@ async def test_a_stop_lets_the_turn_finish_within_its_grace(
         session = await new_session(service)
         job, behind = await asked(service, session), await asked(service, session)
         await until(service, job, "started")
-        asyncio.get_running_loop().call_later(0.05, held.go.set)
+        going = asyncio.create_task(go_on(held, lambda: not service.ready))
+    await going
     async with serving(tmp_path, again := FakeBackend()) as (service, _):
         assert (await service.job("", job.id)).state == "finished"
         await ended(service, behind)

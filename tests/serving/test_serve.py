@@ -128,7 +128,7 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
                 service.backend.let_go()
             # the reader still hears the end
             assert "event: finished" in list(lines)
-        service.thread.join(120)
+        service.thread.join(600)
         assert not service.thread.is_alive()
     # the next one on the same store has it
     with serving(tmp_path / "store") as service, service.client() as client:
