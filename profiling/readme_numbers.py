@@ -1,4 +1,4 @@
-"""Tables of times in the README and docs, from the committed results: printed, or written in.
+"""Tables in the README and docs, from the committed results: printed, or written in.
 
 `python profiling/readme_numbers.py [--write]`
 
@@ -17,6 +17,7 @@ from measure import ROOT, read_rows
 
 RESULTS = ROOT / "profiling" / "results"
 README, SCALING = ROOT / "README.md", ROOT / "docs" / "scaling.md"
+SERVING = ROOT / "docs" / "serving.md"
 Row = dict[str, Any]
 
 
@@ -127,6 +128,32 @@ def growth(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def faults(rows: Sequence[Row]) -> str:
+    """What a client sees of faults; moments at which it sees the same are one line."""
+    columns = ("fault", "of", "while", "what a client sees", "what is lost")
+    together: dict[tuple[str, ...], list[str]] = {}
+    random: dict[tuple[str, ...], str] = {}
+    kills = turns = 0
+    for row in rows:
+        lost = "; ".join(row["lost"]) or "nothing"
+        key = (row["fault"], row["process"], row["seen"], lost)
+        if "kills" in row:
+            kills, turns = kills + row["kills"], turns + row["finished"]
+            random[row["fault"], row["process"], lost] = f"at {kills} random moments"
+        else:
+            together.setdefault(key, []).append(row["moment"])
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    lines += [
+        f"| {fault} | {process} | {', '.join(moments)} | {seen} | {lost} |"
+        for (fault, process, seen, lost), moments in together.items()
+    ]
+    lines += [
+        f"| {fault} | {process} | {moment} | as above; {turns} turns were finished | {lost} |"
+        for (fault, process, lost), moment in random.items()
+    ]
+    return "\n".join(lines)
+
+
 # a table's name, the result that it is made of, and how
 TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "memory": ("memory.jsonl", memory),
@@ -135,11 +162,13 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "peaks": ("peak_memory.jsonl", peaks),
     "hourly": ("engine.jsonl", hourly),
     "growth": ("memory.jsonl", growth),
+    "faults": ("fault_matrix.jsonl", faults),
 }
 # which tables a page has
 PAGES: dict[Path, tuple[str, ...]] = {
     README: ("memory", "peers", "turns", "peaks"),
     SCALING: ("hourly", "growth"),
+    SERVING: ("faults",),
 }
 
 

@@ -1,8 +1,7 @@
 """What a client sees of every fault at every moment, and what is lost: nothing may be.
 
 `python stress/fault_matrix.py [--out profiling/results/fault_matrix.jsonl] [--only WORDS]
-    [--random-kills 100] [--minutes M]`
-`python stress/fault_matrix.py --table profiling/results/fault_matrix.jsonl`
+    [--kills 100] [--minutes M]`
 
 The real command with tiny-nvs, its worker and its prober, on a small disk of its own. A client
 makes sessions, branches and turns and remembers what it was told; then a moment is reached, the
@@ -10,8 +9,9 @@ fault comes, the service is started again if it has ended, and everything that t
 is asked for, byte by byte. Moments between two file operations are held by a preloaded library
 (`faults.c`), which also knows what a power cut leaves; nothing in the service knows of it.
 
-Rows that `--out` has already are not made again, so that a long run can be cut in parts. Exit code
-1 if anything was lost, or the service did not go on.
+Rows that `--out` has already are not made again, so that a long run can be cut in parts; its table
+is the guide's (`python profiling/readme_numbers.py`). Exit code 1 if anything was lost, or the
+service did not go on.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import wait
 from dataclasses import dataclass
 from functools import partial
 from itertools import product
@@ -42,10 +43,11 @@ from trial import Lost, Moment, Space, Trial, Which
 
 from mv2v_engine.video.io import write_video
 
-SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGKILL, signal.SIGSTOP)
 MOMENTS: tuple[Moment, ...] = get_args(Moment)
 # while the database is locked: shorter, and longer, than the service waits for it
 LOCKED_SECONDS = (3.0, 40.0)
+# while the disk is full
+FULL_SECONDS = 5.0
 # kills in one row, and how long after the start one comes at most
 KILLS_A_ROW, KILL_SECONDS = 10, 6.0
 _OF = {"uploading": "the upload", "deleting": "the deletion", "idle": "", "loading": ""}
@@ -55,12 +57,16 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Case:
-    """One fault at one moment. run: brings it about; what a client sees, in words."""
+    """One fault at one moment, or so many kills at random ones.
+
+    run: brings it about; what a client sees, in words.
+    """
 
     fault: str
     process: str
     moment: str
     run: Callable[[Trial], str]
+    kills: int = 0
 
     @property
     def name(self) -> str:
@@ -68,16 +74,16 @@ class Case:
 
 
 def cases(kills: int, seed: int) -> Iterator[Case]:
-    """All of them. kills: at random, in rows of some."""
-    for sig, which, moment in product(SIGNALS, get_args(Which), MOMENTS):
-        # the prober works while a video is uploaded, and is idle at any other moment
-        if which == "prober" and moment not in ("idle", "uploading"):
-            continue
-        name = "SIGSTOP, then SIGCONT" if sig == signal.SIGSTOP else sig.name
-        yield Case(name, which, moment, partial(_signal, sig=sig, which=which, moment=moment))
+    """All of them, those first that may lose most. kills: at random, in rows of some."""
+    yield from _signals(signal.SIGKILL)
     for moment, outcome in product(MOMENTS, OUTCOMES):
         run = partial(_power_cut, moment=moment, outcome=outcome, seed=seed)
         yield Case(f"power cut ({outcome})", "all", moment, run)
+    for first in range(0, kills, KILLS_A_ROW):
+        some = min(KILLS_A_ROW, kills - first)
+        run = partial(_random_kills, count=some, choose=random.Random(f"{seed} {first}"))
+        moment = f"at random, {first + 1} to {first + some}"
+        yield Case("SIGKILL, power cut", "any, all", moment, run, kills=some)
     for what in get_args(Space):
         for moment in ("idle", "sampling", "publishing", "deleting", "starting"):
             yield Case(what, "", moment, partial(_no_space, what=what, moment=moment))
@@ -87,10 +93,17 @@ def cases(kills: int, seed: int) -> Iterator[Case]:
     for which in ("worker", "server"):
         run = partial(_no_memory, which=which)
         yield Case("memory taken by others", which, "sampling", run)
-    for first in range(0, kills, KILLS_A_ROW):
-        some = min(KILLS_A_ROW, kills - first)
-        run = partial(_random_kills, count=some, choose=random.Random(f"{seed} {first}"))
-        yield Case("SIGKILL", "any or all", f"at random, {first + 1} to {first + some}", run)
+    for sig in (signal.SIGTERM, signal.SIGSTOP, signal.SIGINT):
+        yield from _signals(sig)
+
+
+def _signals(sig: signal.Signals) -> Iterator[Case]:
+    for which, moment in product(get_args(Which), MOMENTS):
+        # the prober works while a video is uploaded, and is idle at any other moment
+        if which != "prober" or moment in ("idle", "uploading"):
+            name = "SIGSTOP, then SIGCONT" if sig == signal.SIGSTOP else sig.name
+            run = partial(_signal, sig=sig, which=which, moment=moment)
+            yield Case(name, which, moment, run)
 
 
 def _seen(moment: str, *words: str) -> str:
@@ -113,22 +126,23 @@ def _power_cut(trial: Trial, moment: Moment, outcome: Outcome, seed: int) -> str
 
 
 def _no_space(trial: Trial, what: Space, moment: str) -> str:
-    """The disk takes no more bytes, or no more names, until the client has seen it."""
+    """The disk takes no more bytes, or no more names, for some seconds."""
     if moment == "idle":
         trial.ready()
         session, spare = trial.disposable(), trial.some_session()
         with trial.full(what):
-            upload, turn = trial.witness.create()[0], trial.turn(spare)
+            upload, turn = trial.witness.create()[0], trial.witness.ask(spare, steps=1)[0]
             deletion = trial.witness.delete(session)[0]
         return f"an upload: {upload}; a turn: {turn}; a deletion: {deletion}"
     under_way = trial.reach("sampling" if moment == "starting" else moment)  # type: ignore[arg-type]
     with trial.full(what):
-        if moment != "starting":
-            trial.faults.release()
-            return _seen(moment, under_way.result())
-        # a turn is under way when it is killed, and the start finds the disk full
-        trial.signal(signal.SIGKILL, "server")
-        return _seen("sampling", under_way.result(), _started(trial))
+        if moment == "starting":
+            # a turn is under way when it is killed, and the start finds the disk full
+            trial.signal(signal.SIGKILL, "server")
+            return _seen("sampling", under_way.result(), _started(trial))
+        trial.faults.release()
+        is_soon = under_way in wait([under_way], FULL_SECONDS).done
+    return _seen(moment, under_way.result() + ("" if is_soon else ", once there is room"))
 
 
 def _started(trial: Trial) -> str:
@@ -170,7 +184,6 @@ def _random_kills(trial: Trial, count: int, choose: random.Random) -> str:
     """Kills while clients work, each at any time after a start; some are power cuts."""
     trial.ready()
     trial.some_session()
-    before = trial.witness.num_turns
     for _ in range(count):
         trial.begin()
         wrong = trial.witness.lost()
@@ -185,7 +198,7 @@ def _random_kills(trial: Trial, count: int, choose: random.Random) -> str:
                 trial.signal(signal.SIGKILL, "worker" if kind < 0.5 else "server")
         if kind < 0.3:
             trial.power_cut(choose.choice(OUTCOMES), choose)
-    return f"{before} turns were finished before, {trial.witness.num_turns} after"
+    return ""
 
 
 class Matrix:
@@ -198,6 +211,7 @@ class Matrix:
     def run(self, case: Case) -> None:
         """One row. What comes after it does not suffer from what it lost."""
         began, seen, wrong = time.monotonic(), "", list[str]()
+        before = self.trial.witness.num_turns if self.trial is not None else 0
         try:
             if self.trial is None:
                 self.trial = self.make()
@@ -209,8 +223,10 @@ class Matrix:
             wrong = [f"{type(error).__name__}: {_last_line(error)}"]
         seconds = round(time.monotonic() - began, 1)
         turns = self.trial.witness.num_turns if self.trial is not None else 0
-        fields = {"fault": case.fault, "process": case.process, "moment": case.moment}
-        found = {"seen": seen, "lost": wrong, "turns": turns, "seconds": seconds}
+        fields: Row = {"fault": case.fault, "process": case.process, "moment": case.moment}
+        found: Row = {"seen": seen, "lost": wrong, "turns": turns, "seconds": seconds}
+        if case.kills:
+            found |= {"kills": case.kills, "finished": turns - before}
         self.report.add(name=case.name, **fields, **found, **self.about)
         print(f"{case.name}: {seen}; lost: {wrong or 'nothing'} ({seconds} s)", flush=True)
         if wrong:
@@ -224,31 +240,6 @@ class Matrix:
 
 def _last_line(error: BaseException) -> str:
     return (str(error).strip().splitlines() or [""])[-1][:300]
-
-
-def markdown(rows: Sequence[Row]) -> str:
-    """The table of a result: what is seen alike at several moments is one line."""
-    lines = [
-        "| fault | of | at the moment | what a client sees | what is lost |",
-        "|---|---|---|---|---|",
-    ]
-    together: dict[tuple[str, ...], list[str]] = {}
-    for row in rows:
-        lost = "; ".join(row["lost"]) or "nothing"
-        moment = row["moment"]
-        if moment.startswith("at random"):
-            continue
-        together.setdefault((row["fault"], row["process"], row["seen"], lost), []).append(moment)
-    for (fault, process, seen, lost), moments in together.items():
-        lines.append(f"| {fault} | {process} | {', '.join(moments)} | {seen} | {lost} |")
-    kills = [row for row in rows if row["moment"].startswith("at random")]
-    if kills:
-        count = sum(KILLS_A_ROW for _ in kills)
-        lost = "; ".join(one for row in kills for one in row["lost"]) or "nothing"
-        lines.append(
-            f"| {kills[0]['fault']} | {kills[0]['process']} | {count} at random | | {lost} |"
-        )
-    return "\n".join(lines)
 
 
 def write_clip(path: Path, seed: int = 0) -> bytes:

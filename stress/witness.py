@@ -41,7 +41,10 @@ class Session:
 
 
 class Witness:
-    """store: where the service keeps its files, to see latents, which no route gives."""
+    """store: where the service keeps its files, to see latents, which no route gives.
+
+    num_turns: finished turns that it was ever told of.
+    """
 
     def __init__(self, store: Path, clip: bytes) -> None:
         self.store, self.clip = store, clip
@@ -49,6 +52,7 @@ class Witness:
         self.sessions: dict[str, Session] = {}
         self.jobs: dict[str, str] = {}
         self.gone: set[str] = set()
+        self.num_turns = 0
         self.answers: Counter[str] = Counter()
 
     def meet(self, address: str) -> None:
@@ -57,11 +61,6 @@ class Witness:
         # no connection is used twice: one that the server has closed meanwhile is no fault
         once = httpx.Limits(max_keepalive_connections=0)
         self.http = httpx.Client(base_url=address, timeout=PATIENCE, limits=once)
-
-    @property
-    def num_turns(self) -> int:
-        """Finished turns that it was told of."""
-        return sum(len(session.turns) for session in self.sessions.values())
 
     # each of these returns what the client sees, in words; the second value is None without success
 
@@ -139,6 +138,7 @@ class Witness:
     def _finished(self, job: str, number: int) -> None:
         turn = Turn(job)
         self.sessions[self.jobs[job]].turns[number] = turn
+        self.num_turns += 1
         turn.latents = self._latents(self.jobs[job], number)
 
     def wait_published(self) -> list[str]:
