@@ -290,9 +290,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             matrix.close()
     missing = {case.name for case in chosen} - {row["name"] for row in report.rows}
     lost = [row["name"] for row in report.rows if row["lost"]]
-    print(
-        f"{len(report.rows)} rows, {len(missing)} are still to be made; lost: {lost or 'nothing'}"
-    )
+    left = f"{len(report.rows)} rows, {len(missing)} still to be made"
+    print(f"{left}; lost: {lost or 'nothing'}")
     return 1 if lost else 0
 
 
