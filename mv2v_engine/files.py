@@ -10,6 +10,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import sys
@@ -178,8 +179,12 @@ def save_tensors(
         contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
         try:
             save_file(contiguous, str(temporary), metadata=dict(metadata) if metadata else None)
-        except SafetensorError as error:  # how it tells of a full disk
-            raise StorageError(f"cannot write {path}: {error}; choose another place") from error
+        except SafetensorError as error:
+            # whoever is told of a full disk looks at the system's number, which is in its words
+            number = re.search(r"\(os error (\d+)\)", str(error))
+            if number is None:
+                raise StorageError(f"cannot write {path}: {error}; choose another place") from error
+            raise OSError(int(number[1]), os.strerror(int(number[1]))) from error
 
 
 def tensor_digest(*tensors: Tensor) -> str:

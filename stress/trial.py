@@ -229,9 +229,9 @@ class Trial:
         if pid is None:
             raise RuntimeError("the service has ended by itself")
         os.kill(pid, sig)
-        if which == "prober":
-            # as `_probing` left it
-            os.kill(pid, signal.SIGCONT)
+        if which == "prober" and sig != signal.SIGSTOP:
+            # it is stopped, as `_probing` left it
+            kill_all([pid], signal.SIGCONT)
         seen = ""
         if sig == signal.SIGSTOP:
             self.faults.release()
@@ -341,7 +341,7 @@ class Trial:
             else:
                 self.turn(choose.choice(sessions), choose.choice((SHORT, LONG)))
             # what gets no answer is not asked again at once
-            is_over.wait(0.02)
+            is_over.wait(0.1)
 
     # afterwards
 

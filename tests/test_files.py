@@ -91,10 +91,13 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     """The limit on a process's file size fails writes midway, as a full disk does."""
     (tmp_path / "old.safetensors").write_bytes(b"old")
     with largest_file(4096):
-        with pytest.raises(StorageError, match=r"^cannot write"):
+        with pytest.raises(StorageError, match=r"^cannot write") as tensors:
             save_tensors(tmp_path / "old.safetensors", {"x": torch.zeros(100_000)})
-        with pytest.raises(StorageError, match=r"^cannot write"):
+        with pytest.raises(StorageError, match=r"^cannot write") as text:
             save_json(tmp_path / "new.json", "x" * 100_000)
+    for caught in (tensors, text):
+        cause = caught.value.__cause__
+        assert isinstance(cause, OSError) and cause.errno == errno.EFBIG
     assert _names(tmp_path) == ["old.safetensors"]
     assert (tmp_path / "old.safetensors").read_bytes() == b"old"
 
