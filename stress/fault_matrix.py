@@ -189,6 +189,9 @@ def _random_kills(trial: Trial, count: int, choose: random.Random) -> str:
         wrong = trial.witness.lost()
         if wrong:
             raise Lost(wrong)
+        if choose.random() < 0.5:
+            # or it would mostly meet a worker that loads
+            trial.ready()
         kind = choose.random()
         with trial.busy(choose):
             time.sleep(choose.uniform(0.0, KILL_SECONDS))

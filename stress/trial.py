@@ -47,6 +47,8 @@ STOPPED_SECONDS = 1.0
 # turns of a session, after which another one is made
 MOST_TURNS = 4
 MOST_SESSIONS = 8
+# bytes; any process has more already, and gets no more then
+NO_MEMORY = 1 << 20
 DISK_BYTES, DISK_FILES = 96 << 20, 40_000
 
 
@@ -307,9 +309,8 @@ class Trial:
         """A process that gets no more memory, as long as the block: others have it all."""
         pid = self.pid(which)
         assert pid is not None
-        size = int(Path(f"/proc/{pid}/statm").read_text().split()[0]) * resource.getpagesize()
         before = resource.prlimit(pid, resource.RLIMIT_AS)
-        resource.prlimit(pid, resource.RLIMIT_AS, (size, before[1]))
+        resource.prlimit(pid, resource.RLIMIT_AS, (NO_MEMORY, before[1]))
         try:
             yield
         finally:
