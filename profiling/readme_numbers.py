@@ -136,7 +136,8 @@ def faults(rows: Sequence[Row]) -> str:
     kills = turns = 0
     for row in rows:
         lost = "; ".join(row["lost"]) or "nothing"
-        key = (row["fault"], row["process"], row["seen"], lost)
+        seen = row["seen"] or "nothing was under way"
+        key = (row["fault"], row["process"], seen, lost)
         if "kills" in row:
             kills, turns = kills + row["kills"], turns + row["finished"]
             random[row["fault"], row["process"], lost] = f"at {kills} random moments"

@@ -37,6 +37,8 @@ LIMIT_SECONDS = 1.0
 BEGINNING = b"GET /healthz HTTP/1.1\r\nHost: 127.0.0.1\r\nX-Slow: "
 # between two bytes of one connection, and between two questions
 DRIP_SECONDS, ASK_SECONDS = 2.0, 0.25
+# connections that follow closed ones, in each twentieth of a second
+REOPENED = 2
 COLUMNS = "connections descriptors opened held requests p50_ms max_ms errors"
 
 
@@ -56,7 +58,8 @@ class Attacker(threading.Thread):
             drip = time.monotonic()
             while not self.is_over.is_set():
                 self._open(selector)
-                for key, _ in selector.select(0.05):
+                time.sleep(0.05)
+                for key, _ in selector.select(0):
                     self._close(selector, key.fileobj)
                 if time.monotonic() >= drip + DRIP_SECONDS:
                     drip = time.monotonic()
@@ -66,8 +69,9 @@ class Attacker(threading.Thread):
                 self._close(selector, key.fileobj)
 
     def _open(self, selector: selectors.BaseSelector) -> None:
-        # some at a time, so that those that are closed are seen
-        for _ in range(min(50, self.count - len(selector.get_map()))):
+        # some at a time, so that those that are closed are seen; once all are there, no flood
+        most = REOPENED if self.is_full.is_set() else 50
+        for _ in range(min(most, self.count - len(selector.get_map()))):
             connection = socket.socket()
             connection.settimeout(1.0)
             try:
