@@ -200,7 +200,9 @@ DOORS: list[tuple[str, str, set[str]]] = [
 CALLED = {"on_progress", "on_window"}
 
 
-@pytest.mark.parametrize(("door", "argument", "right"), DOORS, ids=lambda value: str(value)[:30])
+@pytest.mark.parametrize(
+    ("door", "argument", "right"), DOORS, ids=[f"{door}-{argument}" for door, argument, _ in DOORS]
+)
 def test_what_an_argument_cannot_mean(
     door: str,
     argument: str,
