@@ -122,7 +122,7 @@ def test_windows(
     ("camera", "words"),
     [
         ("pan_rigth", "unknown camera 'pan_rigth'; nearest: pan_right"),
-        ("pan:fast", "amounts must be numbers"),
+        ("pan:fast", "amounts must be finite numbers"),
         ("pan:nan", "write pan:DEGREES"),
         ("translate:1,2", "got 2 amounts"),
         ("none.json", "cannot read camera file none.json"),

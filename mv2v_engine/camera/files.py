@@ -156,7 +156,7 @@ def resolve_camera(camera: Camera, num_frames: int, size: tuple[int, int]) -> Ca
         return CameraTrajectory(validate_poses(camera), default_intrinsics(*size), size)
     expected = "a preset, a move, a camera file, a trajectory, or poses [frames, 3, 4]"
     # an empty name is an unknown one
-    spec = str(camera and arguments.path("camera", camera, expected, kind=CameraError))
+    spec = "" if camera == "" else str(arguments.path("camera", camera, expected, kind=CameraError))
     file, _, camera = spec.partition(".json#")
     if camera:
         return load_trajectory(f"{file}.json", num_frames=num_frames, size=size, camera=camera)

@@ -9,6 +9,7 @@ forward positive), `translate:x,y,z` (metres), `arc:-45` or `arc:-45,3` (degrees
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -183,6 +184,9 @@ _MOVES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], str]] = {
 }
 
 
+_AMOUNT = re.compile(r" *[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)? *")
+
+
 def named_poses(spec: str, num_frames: int) -> Tensor:
     """Poses [T, 3, 4] of a preset name or a `kind:amount` move (see the module docstring).
 
@@ -196,15 +200,17 @@ def named_poses(spec: str, num_frames: int) -> Tensor:
         near = nearest_names(spec, [*PRESETS, *_MOVES])
         raise CameraError(
             f"unknown camera {spec!r}; nearest: {near}. Presets: {', '.join(PRESETS)}; "
-            f"moves: {', '.join(usage for _, _, usage in _MOVES.values())}; or a camera .json file"
+            f"moves: {', '.join(usage for _, _, usage in _MOVES.values())}; or poses as JSON"
         )
     move, counts, usage = _MOVES[kind]
-    try:
-        amounts = [float(part) for part in text.split(",")] if text else []
-    except ValueError:
-        raise CameraError(f"camera {spec!r}: amounts must be numbers; write {usage}") from None
-    if len(amounts) not in counts or not all(math.isfinite(amount) for amount in amounts):
-        raise CameraError(f"camera {spec!r}: got {len(amounts)} amounts; write {usage}")
+    parts = text.split(",") if text else []
+    # float itself takes more, such as "1_0" and digits of other scripts
+    amounts = [float(part) for part in parts if _AMOUNT.fullmatch(part)]
+    if len(amounts) < len(parts) or not all(math.isfinite(amount) for amount in amounts):
+        raise CameraError(f"camera {spec!r}: amounts must be finite numbers; write {usage}")
+    if len(amounts) not in counts:
+        got = "1 amount" if len(amounts) == 1 else f"{len(amounts)} amounts"
+        raise CameraError(f"camera {spec!r}: got {got}; write {usage}")
     return move(num_frames, *amounts)
 
 

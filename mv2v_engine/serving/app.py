@@ -49,6 +49,8 @@ _CODES = {
     413: "too_large",
     415: "unsupported_media",
 }
+# what FastAPI says of brackets without an end
+_NO_JSON = "There was an error parsing the body"
 
 
 class Application(FastAPI):
@@ -156,7 +158,7 @@ def _fields(request: Request) -> list[str]:
 async def _of_framework(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     code = _CODES.get(error.status_code, "malformed_request")
-    message = error.detail
+    message = "the body is no JSON that can be read" if error.detail == _NO_JSON else error.detail
     if code == "not_found":
         message = f"there is nothing at {request.url.path[:200]!r}; /docs lists the routes"
     elif code == "method_not_allowed":

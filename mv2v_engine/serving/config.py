@@ -96,6 +96,8 @@ class ServingConfig:
 
     def __post_init__(self) -> None:
         fit_fields(self)
+        # answers tell no place on the server, and a relative one cannot be told from other words
+        object.__setattr__(self, "store", self.store.absolute())
         if not 0 <= self.port < 65536:
             raise RequestError(f"port must lie in 0..65535, got {self.port}")
         counts = ("max_queue", "max_queue_per_token", "max_connections")
@@ -124,7 +126,6 @@ class ServingConfig:
         checkpoint = Path(self.checkpoint)
         return dataclasses.replace(
             self,
-            store=self.store.absolute(),
             checkpoint=str(checkpoint.absolute()) if checkpoint.exists() else self.checkpoint,
             **absolute,
         )

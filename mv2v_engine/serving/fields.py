@@ -1,22 +1,23 @@
 """What is wrong with a request's fields, in the service's own words instead of pydantic's.
 
 One line about the first field that is wrong: what was got, what is expected, what is meant. Of
-what was sent, only its kind, short numbers and names of fields are sent back.
+what was sent, only its kind, short numbers and texts, and names of fields are sent back.
 """
 
 from __future__ import annotations
 
+import difflib
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mv2v_engine.errors import nearest_names
 from mv2v_engine.serving.errors import ApiError
 
 _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 # parts of a place that name a branch of a union, not a field
 _BRANCHES = frozenset({"constrained-str", "str", "int", "float", "bool", "dict", "list", "none"})
 _LENGTH = 100  # characters of a name that was sent
+_SHOWN = 40  # characters of a text that is sent back, at most
 # by pydantic's kind of error, what the field has to be; braces take the error's context
 _EXPECTED = {
     "int_type": "an integer",
@@ -30,9 +31,10 @@ _EXPECTED = {
     "bool_parsing": "true or false",
     "string_type": "text",
     "string_unicode": "valid Unicode text",
-    "string_too_short": "text of at least {min_length} characters",
+    "string_too_short": "text of at least {min_length} character",
     "string_too_long": "text of at most {max_length} characters",
-    "string_pattern_mismatch": "of the form {pattern}",
+    # of texts the Idempotency-Key alone has a pattern
+    "string_pattern_mismatch": "visible ASCII characters without spaces",
     "literal_error": "{expected}",
     "enum": "{expected}",
     "greater_than": "more than {gt}",
@@ -40,8 +42,8 @@ _EXPECTED = {
     "less_than": "less than {lt}",
     "less_than_equal": "at most {le}",
     "list_type": "a list",
-    "too_short": "a list of at least {min_length}",
-    "too_long": "a list of at most {max_length}",
+    "too_short": "a list of at least {min_length} items",
+    "too_long": "a list of at most {max_length} items",
     "dict_type": "an object",
     "model_type": "an object",
     "model_attributes_type": "an object",
@@ -55,7 +57,9 @@ def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place
         errors: as its `errors()` gives them. known: names of the request's fields.
         place: how many parts of an error's `loc` come before the field: what it was looked for in.
     """
-    chosen = next((error for error in errors if not _is_of_type(error)), errors[0])
+    # where all branches of a union are of another type, the one that was meant got furthest
+    furthest = max(errors, key=lambda error: len(error["loc"]))
+    chosen = next((error for error in errors if not _is_of_type(error)), furthest)
     kind, parts = chosen["type"], chosen["loc"][place:]
     if kind == "extra_forbidden":
         name = str(parts[-1])[:_LENGTH]
@@ -80,10 +84,11 @@ def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place
 
 
 def nearest_field(name: str, known: Iterable[str]) -> str | None:
-    """The field that somebody means who writes another name; None if there are none."""
-    known, words = list(known), set(name.lower().split("_"))
-    sharing = [field for field in known if words & set(field.split("_"))]
-    return nearest_names(name, sharing or known, count=1) if known else None
+    """The field that somebody means who writes another name; None if none is near."""
+    name, known = name.lower(), list(known)
+    sharing = [field for field in known if set(name.split("_")) & set(field.split("_"))]
+    cutoff = 0.0 if sharing else 0.6
+    return next(iter(difflib.get_close_matches(name, sharing or known, 1, cutoff)), None)
 
 
 def _is_of_type(error: Mapping[str, Any]) -> bool:
@@ -115,5 +120,6 @@ def _got(value: Any) -> str:
         is_short = isinstance(value, float) or value.bit_length() < 128
         return str(value) if is_short else "a number of too many digits"
     if isinstance(value, str):
-        return f"text of {len(value)} characters" if value else "empty text"
-    return "a list" if isinstance(value, list) else "an object"
+        is_short = len(value) <= _SHOWN
+        return f"the text {value!a}" if is_short else f"text of {len(value)} characters"
+    return f"a list of {len(value)}" if isinstance(value, list) else "an object"

@@ -2,19 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints
+from pydantic import BaseModel, ConfigDict, Field
 
 from mv2v_engine.serving.records import Kind as SessionKind
 from mv2v_engine.serving.schemas import (
     CREATED,
     JOB_ID,
     SESSION_ID,
-    WINDOW,
     WINDOW_HELP,
     JobError,
     TurnRequest,
+    Window,
     example,
 )
 
@@ -57,7 +57,7 @@ class VideoRequest(RemixRequest):
     )
 
     session_id: str | None = Field(default=None, description="one more turn in this session")
-    window: Annotated[str, StringConstraints(pattern=WINDOW)] | None = Field(
+    window: Window | None = Field(
         default=None,
         description=f"of input_reference, which frames the model is given: {WINDOW_HELP}",
     )

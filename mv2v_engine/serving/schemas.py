@@ -2,10 +2,18 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, StringConstraints, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    StringConstraints,
+    model_validator,
+)
 
 from mv2v_engine.config import MAX_GUIDANCE_SCALE, MAX_STEPS, MemoryMode
 from mv2v_engine.serving.errors import KINDS, error_body
@@ -22,9 +30,12 @@ _PROGRESS = {
     "seconds_left": 1.4,
 }
 
-# a preset or a move and its numbers; never the name of a file
+# a preset or a move and its numbers; never the name of a file. The pattern is for the schema alone:
+# the camera's own check says which ones there are
 CameraText = Annotated[
-    str, StringConstraints(min_length=1, max_length=100, pattern=r"^[A-Za-z_]+(:[-+0-9.,eE ]+)?$")
+    str,
+    StringConstraints(max_length=100),
+    Field(json_schema_extra={"pattern": r"^[A-Za-z_]+(:[-+0-9.,eE ]+)?$"}),
 ]
 Text = Annotated[str, StringConstraints(max_length=8192)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -36,6 +47,22 @@ MAX_POSES = 4096
 # which frames of a longer or shorter video the model is given
 WINDOW = "^(first|middle|last|even|pad|[0-9]{1,9})$"
 WINDOW_HELP = "first, middle, last, even, pad, or the number of the frame to start at"
+
+
+def checked_window(window: str) -> str:
+    """A window of a request.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if not re.fullmatch(WINDOW, window):
+        raise ValueError(f"window must be {WINDOW_HELP}, got {window[:20]!r}")
+    return window
+
+
+Window = Annotated[
+    str, AfterValidator(checked_window), Field(json_schema_extra={"pattern": WINDOW})
+]
 # what a route says of its answers, by status
 Answers = dict[int | str, dict[str, Any]]
 

@@ -192,7 +192,8 @@ def _parser(request: Request, parts: _Parts) -> MultipartParser:
     if kind != b"multipart/form-data":
         raise ApiError(
             "unsupported_media",
-            f"a multipart/form-data body is expected, got {content_type[:100]!r}",
+            "a multipart/form-data body is expected, got "
+            f"{repr(content_type[:100]) if content_type else 'no Content-Type'}",
         )
     boundary = options.get(b"boundary", b"")
     if not boundary:

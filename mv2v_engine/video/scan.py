@@ -144,8 +144,8 @@ def check_fps(name: str, fps: float | Fraction) -> None:
     arguments.number(name, fps)
     if not MIN_FPS <= fps <= MAX_FPS:
         raise VideoRangeError(
-            f"{name} must lie in {MIN_FPS:g} to {MAX_FPS:g}, got {float(fps):g}; give the rate of "
-            "the clip"
+            f"{name} must lie in {MIN_FPS:g} to {MAX_FPS:g}, got {float(fps):g}; give the clip's "
+            "own rate, a file's by `ffmpeg -r RATE -i FILE new.mp4`"
         )
 
 

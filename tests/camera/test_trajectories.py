@@ -103,7 +103,7 @@ def test_one_frame_stays_at_the_start() -> None:
         ("orbit", r"unknown camera 'orbit'; nearest: .*Presets: pan_right.*moves: pan:DEGREES"),
         ("pan", r"got 0 amounts; write pan:DEGREES"),
         ("pan:1,2", r"got 2 amounts; write pan:DEGREES"),
-        ("pan:fast", r"amounts must be numbers; write pan:DEGREES"),
+        ("pan:fast", r"amounts must be finite numbers; write pan:DEGREES"),
         ("translate:1,2", r"write translate:X,Y,Z"),
         ("zoom:nan", r"write zoom:METRES"),
         ("static:1", r"write static"),

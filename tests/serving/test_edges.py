@@ -20,12 +20,22 @@ import torch
 import uvicorn.logging  # noqa: F401  (its logger is among those that are configured)
 
 from mv2v_engine import Engine, __version__
+from mv2v_engine.errors import VideoError
 from mv2v_engine.ops.native import ABI_VERSION
+from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import without_paths
 from mv2v_engine.serving.folders import source_path, window_path
 from mv2v_engine.serving.host import Host
 from mv2v_engine.serving.logs import configure_logs
+from mv2v_engine.serving.protocol import setup_message
+from mv2v_engine.video.io import VideoReader
 
+TRAJECTORY = {
+    "format": "mv2v-camera",
+    "version": 1,
+    "size": [48, 64],
+    "poses": [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]],
+}
 # pydantic's and FastAPI's own words
 FOREIGN = re.compile(r"Input should|Extra inputs|Field required|Value error|valid (string|integer)")
 
@@ -49,7 +59,8 @@ def made(http: httpx.Client, source_clip: Path) -> dict[str, str]:
         session = http.post("/v1/sessions", files={"video": clip}).json()
     job = http.post(f"/v1/sessions/{session['id']}/turns", json={"camera": "pan_right"}).json()
     http.get(f"/v1/jobs/{job['id']}/events").raise_for_status()  # to its end
-    return {"session_id": session["id"], "job_id": job["id"], "video_id": job["id"], "number": "1"}
+    ids = {"session_id": session["id"], "job_id": job["id"], "video_id": job["id"]}
+    return ids | {"number": "1", "model_id": "fake"}
 
 
 def test_head_on_every_route_that_answers_get(
@@ -124,7 +135,7 @@ def test_version(http: httpx.Client) -> None:
         ({"camera": "pan_left", "steps": 2}, "steps", "no field 'steps'; 'num_inference_steps'"),
         ({"camera": "pan_left", "guidance": 2}, "guidance", "'guidance_scale' is the nearest"),
         ({"camera": "pan_left", "sed": 2}, "sed", "'seed' is the nearest"),
-        ({"camera": "pan_left", "seed": "2"}, "seed", "must be an integer, got text of 1 char"),
+        ({"camera": "pan_left", "seed": "2"}, "seed", "must be an integer, got the text '2'"),
         ({"camera": "pan_left", "seed": 1.5}, "seed", "must be an integer, got 1.5"),
         ({"camera": "pan_left", "seed": -1}, "seed", "must be at least 0, got -1"),
         ({"camera": "pan_left", "seed": True}, "seed", "must be an integer, got true"),
@@ -132,8 +143,11 @@ def test_version(http: httpx.Client) -> None:
         ({"camera": "pan_left", "num_inference_steps": [1]}, "num_inference_steps", "got a list"),
         ({"camera": "pan_left", "memory": "x"}, "memory", "must be 'retrieved'"),
         ({"camera": 3}, "camera", "must be text or an object, got 3"),
-        ({"camera": ""}, "camera", "at least 1 characters, got empty text"),
-        ({"camera": "no such thing!"}, "camera", "of the form"),
+        ({"camera": "pan_left", "n": 1}, "n", "there is no field 'n'; the fields are camera"),
+        ({"camera": "x" * 101}, "camera", "at most 100 characters, got text of 101 characters"),
+        ({"camera": TRAJECTORY | {"poses": [[[1, 0, 0]] * 3]}}, "camera.poses.0.0", "4 items"),
+        ({"camera": TRAJECTORY | {"poses": [[[1, 0, 0, "0"]] * 3]}}, "camera.poses.0.0.3", "'0'"),
+        ({"camera": TRAJECTORY | {"size": "48x64"}}, "camera.size", "a list, got the text '48"),
         (
             {"camera": {"format": "mv2v-camera", "version": 1, "size": [1, 1]}},
             "camera.poses",
@@ -162,12 +176,86 @@ def test_wrong_fields_in_our_words(
     assert "constrained" not in error["message"] and "Trajectory" not in error["message"]
 
 
+@pytest.mark.parametrize(
+    ("camera", "words"),
+    [
+        ("pan-left", "unknown camera 'pan-left'; nearest: pan_left"),
+        ("pan 30", "nearest: pan"),
+        ("", "Presets: pan_right"),
+        ("/etc/passwd", "moves: pan:DEGREES"),
+        ("cameras.json#cam03", "moves: pan:DEGREES"),
+        ("pan_left\n", "nearest: pan_left"),
+        ("pan:fast", "amounts must be finite numbers; write pan:DEGREES"),
+        ("pan:30+tilt:10", "amounts must be finite numbers"),
+        ("pan:1e400", "amounts must be finite numbers"),
+        ("pan:1_0", "amounts must be finite numbers"),
+        ("pan:\uff11", "amounts must be finite numbers"),
+        ("pan:", "got 0 amounts; write pan:DEGREES"),
+        ("translate:1", "got 1 amount; write translate:X,Y,Z in metres"),
+    ],
+    ids=ascii,
+)
+def test_a_camera_of_another_form(
+    http: httpx.Client, made: dict[str, str], camera: str, words: str
+) -> None:
+    """What cameras there are, in words, at every door."""
+    for address, field in [
+        (f"/v1/sessions/{made['session_id']}/turns", "camera"),
+        (f"/v1/videos/{made['video_id']}/remix", "camera"),
+        (f"/v1/videos/{made['video_id']}/remix", "prompt"),
+    ]:
+        if field == "prompt" and not camera:
+            continue
+        answer = http.post(address, json={field: camera})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (422, "camera")
+        assert words in error["message"] and "[A-Z" not in error["message"], error["message"]
+
+
+def test_no_answer_shows_a_pattern(http: httpx.Client, made: dict[str, str]) -> None:
+    turns = f"/v1/sessions/{made['session_id']}/turns"
+    asked = {"camera": "pan_left"}
+    video = {"prompt": "pan_left", "session_id": made["session_id"], "window": "x"}
+    for answer, status, words in [
+        (http.post(turns, json=asked, headers={"Idempotency-Key": "a b"}), 422, "without spaces"),
+        (http.post("/v1/videos", json=video), 422, "window must be first, middle"),
+        (http.get("/v1/jobs?after=x"), 404, "no job x"),
+        (http.get("/v1/jobs?session=x"), 404, "no session x"),
+        (http.get("/v1/sessions?after=x"), 404, "no session x"),
+    ]:
+        message = answer.json()["error"]["message"]
+        assert answer.status_code == status and words in message, message
+        assert not re.search(r"\^|\[0-9|\$", message), message
+
+
+def test_a_body_that_is_no_json(http: httpx.Client, made: dict[str, str]) -> None:
+    for address in (f"/v1/sessions/{made['session_id']}/turns", "/v1/videos"):
+        kind = {"Content-Type": "application/json"}
+        answer = http.post(address, content=b"[" * 100_000, headers=kind)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (400, "malformed_request")
+        assert "no JSON that can be read" in error["message"], error["message"]
+
+
+def test_a_file_in_json_is_told_to_be_a_form(http: httpx.Client) -> None:
+    answer = http.post("/v1/videos", json={"prompt": "pan_left", "input_reference": "x"})
+    error = answer.json()["error"]
+    assert (answer.status_code, error["param"]) == (422, "input_reference")
+    assert "multipart/form-data" in error["message"]
+
+
+def test_a_model_by_its_name(http: httpx.Client) -> None:
+    [model] = http.get("/v1/models").json()["data"]
+    assert http.get(f"/v1/models/{model['id']}").json() == model
+    answer = http.get("/v1/models/sora-2")
+    assert answer.status_code == 404 and "only 'fake'" in answer.json()["error"]["message"]
+
+
 def test_wrong_parameters_in_our_words(http: httpx.Client, made: dict[str, str]) -> None:
     for address, param in [
         ("/v1/jobs?limit=0", "limit"),
         ("/v1/jobs?limit=x", "limit"),
         ("/v1/jobs?order=up", "order"),
-        ("/v1/jobs?after=x", "after"),
         (f"/v1/sessions/{made['session_id']}/turns/x", "number"),
     ]:
         error = http.get(address).json()["error"]
@@ -244,6 +332,18 @@ def test_a_failed_job_names_no_path(
         events = http.get(f"/v1/jobs/{job}/events").text
         assert "cannot write x.safetensors: it is full" in events
         assert str(tmp_path) not in events + http.get(f"/v1/jobs/{job}").text
+
+
+def test_a_relative_store_is_hidden_as_an_absolute_one_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    config = ServingConfig(store=Path("store"))
+    missing = source_path(Path(setup_message(config)["store"]) / "sessions/session_0")
+    with pytest.raises(VideoError, match="does not exist") as raised:
+        VideoReader(missing)
+    told = without_paths(str(raised.value))
+    assert told.startswith("source does not exist") and "session_0" not in told
 
 
 LONG = "frames {} to {} of 23"

@@ -214,8 +214,8 @@ TURNS: list[tuple[Any, int, str, str | None]] = [
     ({"camera": "pan_right", "seed": 10**40}, 422, "invalid_request", "seed"),
     ({"camera": "pan_right", "memory": "all"}, 422, "invalid_request", "memory"),
     # no name of a file is a camera, whether or not there is one
-    ({"camera": "/etc/camera.json"}, 422, "invalid_request", "camera"),
-    ({"camera": "camera.json#cam01"}, 422, "invalid_request", "camera"),
+    ({"camera": "/etc/camera.json"}, 422, "unprocessable_turn", "camera"),
+    ({"camera": "camera.json#cam01"}, 422, "unprocessable_turn", "camera"),
     ({"camera": "pan_rihgt"}, 422, "unprocessable_turn", "camera"),
     ({"camera": "pan:900,1"}, 422, "unprocessable_turn", "camera"),
     ({"prompt": "make it red"}, 422, "unprocessable_turn", None),

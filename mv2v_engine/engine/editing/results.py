@@ -43,7 +43,9 @@ class EditResults:
 
     def __init__(self, video: Path) -> None:
         if video.suffix.lower() != ".mp4":
-            raise RequestError(f"--out must name an mp4 to write, got {video}; try {video}.mp4")
+            raise RequestError(
+                f"--out must name an mp4 to write, got {video}; try {video.with_suffix('.mp4')}"
+            )
         self.video, self.folder = video, video.with_name(f"{video.stem}.edit")
         self.store = EditStore(self.folder)
         self.overview, self.report = self.folder / "overview.png", self.folder / "report.json"

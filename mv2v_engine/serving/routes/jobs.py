@@ -13,6 +13,7 @@ from fastapi.responses import StreamingResponse
 
 from mv2v_engine.serving.records import JobEvent
 from mv2v_engine.serving.routes.parameters import (
+    A_SESSION,
     ANY,
     AfterJob,
     JobId,
@@ -67,9 +68,9 @@ async def list_jobs(
     session: Annotated[
         str | None,
         Query(
-            pattern="^session_[0-9a-f]{24}$",
             description="of this session alone",
             examples=[SESSION_ID],
+            json_schema_extra=A_SESSION,
         ),
     ] = None,
     limit: Limit = 20,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPBearer
@@ -37,22 +37,22 @@ Owner = Annotated[str, Depends(_owner)]
 Serving = Annotated[Service, Depends(_service)]
 Configured = Annotated[ServingConfig, Depends(_config)]
 
-# a name of another form is simply not found, so the pattern is for the schema alone
-SessionId = Annotated[
-    str,
-    Path(examples=[SESSION_ID], json_schema_extra={"pattern": "^session_[0-9a-f]{24}$"}),
-]
-JobId = Annotated[str, Path(examples=[JOB_ID], json_schema_extra={"pattern": "^job_[0-9a-f]{24}$"})]
+# a name of another form is simply not found, so the patterns are for the schema alone
+A_SESSION: dict[str, Any] = {"pattern": "^session_[0-9a-f]{24}$"}
+_A_JOB: dict[str, Any] = {"pattern": "^job_[0-9a-f]{24}$"}
+SessionId = Annotated[str, Path(examples=[SESSION_ID], json_schema_extra=A_SESSION)]
+JobId = Annotated[str, Path(examples=[JOB_ID], json_schema_extra=_A_JOB)]
+ModelId = Annotated[str, Path(examples=["tiny-nvs"])]
 TurnNumber = Annotated[int, Path(ge=1, le=2**31 - 1, examples=[1])]
 
 Limit = Annotated[int, Query(ge=1, le=100, description="how many at most")]
 Order = Annotated[Literal["asc", "desc"], Query(description="by creation; desc is newest first")]
 AfterSession = Annotated[
     str | None,
-    Query(pattern="^session_[0-9a-f]{24}$", description="those that follow this one"),
+    Query(description="those that follow this one", json_schema_extra=A_SESSION),
 ]
 AfterJob = Annotated[
-    str | None, Query(pattern="^job_[0-9a-f]{24}$", description="those that follow this one")
+    str | None, Query(description="those that follow this one", json_schema_extra=_A_JOB)
 ]
 Key = Annotated[
     str | None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import re
 from typing import Any
 
 from fastapi import APIRouter, Request, Response, status
@@ -31,6 +30,7 @@ from mv2v_engine.serving.schemas import (
     Session,
     Sessions,
     SessionWithFootprint,
+    checked_window,
     refusals,
 )
 from mv2v_engine.serving.uploads import received_form
@@ -131,12 +131,10 @@ async def create_session(
                 param="name",
             )
         window = form.fields.get("window")
-        if window is not None and not re.fullmatch(WINDOW, window):
-            raise ApiError(
-                "invalid_request",
-                f"window must be {WINDOW_HELP}, got {window[:20]!r}",
-                param="window",
-            )
+        try:
+            window = None if window is None else checked_window(window)
+        except ValueError as error:
+            raise ApiError("invalid_request", str(error), param="window") from error
         video = form.take_video()
         if video is None:
             raise ApiError(

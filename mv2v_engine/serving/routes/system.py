@@ -11,7 +11,8 @@ from fastapi import APIRouter, Depends, Request, Response
 from mv2v_engine import __version__
 from mv2v_engine.camera.trajectories import named_poses
 from mv2v_engine.ops.native import ABI_VERSION
-from mv2v_engine.serving.routes.parameters import ANY, BEARER, Owner, Serving
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.routes.parameters import ANY, BEARER, ModelId, Owner, Serving
 from mv2v_engine.serving.schemas import (
     Answers,
     Health,
@@ -22,6 +23,7 @@ from mv2v_engine.serving.schemas import (
     Version,
     refusals,
 )
+from mv2v_engine.serving.service import Service
 
 router = APIRouter()
 # enough to draw a preset's path
@@ -44,8 +46,28 @@ _TEXT: Answers = {
 )
 async def list_models(service: Serving, owner: Owner) -> Models:
     """The one model that this service runs, what it makes, by default how, and from what."""
+    return Models(data=[_model(service)])
+
+
+@router.get(
+    "/v1/models/{model_id}",
+    response_model=Model,
+    tags=["system"],
+    dependencies=[Depends(BEARER)],
+    responses=refusals(*ANY, "not_found"),
+)
+async def get_model(service: Serving, owner: Owner, model_id: ModelId) -> Model:
+    """The same by its name, as OpenAI's clients ask."""
+    model = _model(service)
+    if model_id != model.id:
+        message = f"there is no model {model_id[:100]!r} here, only {model.id!r}"
+        raise ApiError("not_found", message)
+    return model
+
+
+def _model(service: Service) -> Model:
     about = service.require_about()
-    model = Model(
+    return Model(
         id=about["engine"]["checkpoint"],
         # its weights have no date; OpenAI's clients want one
         created=0,
@@ -59,7 +81,6 @@ async def list_models(service: Serving, owner: Owner) -> Models:
         limits=UploadLimits.model_validate(service.config.limits),
         engine=about["engine"],
     )
-    return Models(data=[model])
 
 
 @functools.cache

@@ -146,7 +146,14 @@ async def _asked(
     kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if kind == "application/json":
         try:
-            return VideoRequest.model_validate(await request.json()), Form()
+            asked = await request.json()
+            if isinstance(asked, dict) and _FILE_FIELD in asked:
+                raise ApiError(
+                    "invalid_request",
+                    f"{_FILE_FIELD} is a file: send it and all other fields as multipart/form-data",
+                    param=_FILE_FIELD,
+                )
+            return VideoRequest.model_validate(asked), Form()
         except ValidationError as error:
             raise invalid(error) from error
         # a number of too many digits, a text that is no text, or brackets without an end
