@@ -59,7 +59,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="the mp4 to write")
     parser.add_argument("--edit", action="store_true", help="a long clip, to edit by instruction")
-    parser.add_argument("--seed", type=int, help="of the world")
+    parser.add_argument("--seed", type=int, help="of the world; that of `make demo` if not given")
     args = parser.parse_args()
     chosen = {} if args.seed is None else {"seed": args.seed}
     try:

@@ -44,7 +44,7 @@ def test_one_number_is_found_by_loading_and_by_inspecting(
     worded_checkpoint: Path, source_frames: Tensor, tmp_path: Path, part: str, bad: float
 ) -> None:
     folder, name, whole = damaged(worded_checkpoint, tmp_path / "damaged", part, bad, 0.0, bad)
-    said = rf"1 tensors have .*: {name} \(2 of {whole.numel():,} in float32\); copy or download"
+    said = rf"1 tensor has .*: {name} \(2 of {whole.numel():,} in float32\); copy or download"
     with pytest.raises(CheckpointError, match=said):
         Engine.from_pretrained(folder, device="cpu")
     found = inspect_checkpoint(folder)
