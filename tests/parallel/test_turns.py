@@ -51,7 +51,7 @@ def test_static_turns_equal_those_of_one_process(told: dict[str, Any]) -> None:
     assert told["work"] == {"whole": 1, "kept": 2}
     # the first process alone writes
     turns = ["turn_01.safetensors", "turn_02.safetensors"]
-    assert told["files"] == ["session.json", *turns, "turns", "writer.lock"]
+    assert told["files"] == ["session.json", *turns, "turns"]
 
 
 def test_a_turn_that_is_not_finite_leaves_all_processes_ready(told: dict[str, Any]) -> None:
