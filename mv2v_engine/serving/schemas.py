@@ -128,6 +128,7 @@ class Session(BaseModel):
                 "parent": None,
                 "parent_turn": None,
                 "warnings": [],
+                "window": None,
                 "damage": None,
             }
         ),
@@ -149,6 +150,7 @@ class Session(BaseModel):
     parent: str | None
     parent_turn: int | None
     warnings: list[str]
+    window: str | None
     damage: str | None
 
 
