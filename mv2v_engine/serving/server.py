@@ -25,9 +25,9 @@ from mv2v_engine.serving.percent import Percentages
 from mv2v_engine.serving.prober import Prober
 from mv2v_engine.serving.service import Service
 
-# connections that the system holds for the loop, and that it takes up at once: what is over the
-# bound is closed before more are taken
-_BACKLOG, _ACCEPTED_AT_ONCE = 2048, 32
+# connections that the system holds for the loop, behind all of which a new one waits, and that it
+# takes up at once: what is over the bound is closed before more are taken
+_BACKLOG, _ACCEPTED_AT_ONCE = 512, 32
 # a client that takes nothing of its answer for so long is gone
 _UNREAD_SECONDS = 120
 # a connection that asks for nothing more; and what open answers may still take at the end
