@@ -25,6 +25,7 @@ from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.store import SessionFolder
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import tables
+from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import Promises, Verifier
 from mv2v_engine.serving.errors import ApiError
@@ -204,13 +205,16 @@ class Audit:
         entries = [turn.entry for turn in turns]
         if turns and (session.identity is None or None in entries):
             return f"session.json is damaged, and the rows do not have what it held: {wrong}"
-        rows = _rows(manifest, turns) if turns else []
-        if manifest.manifest.exists():
-            place = self.store.set_aside(manifest.manifest, f"{session.id}.session.json")
-            log.error("session.json of %s is damaged (%s); it is kept as %s", folder, wrong, place)
-        if session.identity is not None and turns:
-            manifest.create(session.id, session.identity, rows)
-            log.warning("session.json of %s was written again from the database", session.id)
+        with taken(folder):
+            rows = _rows(manifest, turns) if turns else []
+            if manifest.manifest.exists():
+                place = self.store.set_aside(manifest.manifest, f"{session.id}.session.json")
+                log.error(
+                    "session.json of %s is damaged (%s); it is kept as %s", folder, wrong, place
+                )
+            if session.identity is not None and turns:
+                manifest.create(session.id, session.identity, rows)
+                log.warning("session.json of %s was written again from the database", session.id)
         return None
 
 

@@ -28,6 +28,8 @@ from mv2v_engine.progress import CancelToken
 PATIENCE = 60.0
 # between two looks at whether it is worth to wait on
 _LOOK_SECONDS = 1.0
+# who the service is to those that find its lock
+_SERVICE = "the service"
 
 
 def issue(folder: Path) -> str:
@@ -112,17 +114,22 @@ class Claim(CancelToken):
 
 @contextmanager
 def taken(folder: Path, *, patience: float = PATIENCE) -> Iterator[None]:
-    """Nobody else writes into a session's folder during the block.
+    """Nobody else writes into a session's folder, if it is there, during the block.
 
     Raises:
-        StorageError: somebody does not stop.
+        StorageError: somebody does not stop, or there can be no lock.
     """
-    if not _claim(folder).exists():
-        # no attempt elsewhere ever was told to write here
+    if not folder.is_dir():
         yield
-        return
-    with Claim(folder, issue(folder), "the service", patience=patience).held():
-        yield
+    elif _claim(folder).exists():
+        with Claim(folder, issue(folder), _SERVICE, patience=patience).held():
+            yield
+    else:
+        # no attempt was ever told to write here: whoever does, as a command line, gives way to none
+        lock = WriterLock(folder, _SERVICE)
+        lock.take()
+        with lock:
+            yield
 
 
 def _claim(folder: Path) -> Path:

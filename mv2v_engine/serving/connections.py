@@ -22,27 +22,79 @@ HEADER_SECONDS = 10.0
 _RETRY = {"Retry-After": "5"}
 
 
-class BoundedConnection(H11Protocol):
-    """One connection of `max_connections`, to be made by uvicorn.
+class Places:
+    """How many connections there may be, and who has to go for a new one.
 
     A new one takes the place of the one that has waited longest without a request under way, of
     the address that has most of these. Where all have a request under way, it is refused. An
     address has half of the places at most, unless it is this machine's, as a proxy's is.
+
+    Whoever floods the service with connections pays for each more than this does: no step looks
+    at all of them.
     """
 
-    def __init__(
-        self, *args: Any, max_connections: int, header_seconds: float, **kwargs: Any
-    ) -> None:
-        super().__init__(*args, **kwargs)
-        self._most, self._header_seconds = max_connections, header_seconds
-        self._late: asyncio.TimerHandle | None = None
-        # when it began to wait for a request, and whether something of one has come
-        self._waits_since, self._has_begun = self.loop.time(), False
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self._num_open: Counter[str] = Counter()
+        self._total = 0
+        # by address, those that have waited longest first
+        self._waiting: dict[str, dict[BoundedConnection, None]] = {}
 
-    @property
-    def address(self) -> str:
-        """Where it comes from, without the port."""
-        return self.client[0] if self.client else ""
+    def enter(self, connection: BoundedConnection) -> bool:
+        """Whether there is a place for a new connection; it is counted until it leaves."""
+        address, has_place = connection.address, True
+        if self._total >= self.most:
+            # of addresses with equally many, the one that has waited longest is first
+            crowd = max(map(len, self._waiting.values()), default=0)
+            crowded = (one for one, held in self._waiting.items() if len(held) == crowd)
+            has_place = self._take_from(next(crowded, None))
+        elif not _is_local(address) and self._num_open[address] >= max(1, self.most // 2):
+            has_place = self._take_from(address)
+        self._total += 1
+        self._num_open[address] += 1
+        return has_place
+
+    def leave(self, connection: BoundedConnection) -> None:
+        """A connection has ended."""
+        self.works(connection)
+        self._total -= 1
+        self._num_open[connection.address] -= 1
+        if not self._num_open[connection.address]:
+            del self._num_open[connection.address]
+
+    def waits(self, connection: BoundedConnection) -> None:
+        """A connection has no request under way, from now on or still."""
+        self._waiting.setdefault(connection.address, {}).setdefault(connection)
+
+    def works(self, connection: BoundedConnection) -> None:
+        """A connection has a request under way."""
+        held = self._waiting.get(connection.address, {})
+        held.pop(connection, None)
+        if not held:
+            self._waiting.pop(connection.address, None)
+
+    def _take_from(self, address: str | None) -> bool:
+        """Whether a connection of an address could be ended."""
+        longest = next(iter(self._waiting.get(address or "", ())), None)
+        if longest is None:
+            return False
+        self.works(longest)
+        # what it has not taken of its last answer would keep a connection that is closed in order
+        longest.transport.abort()
+        return True
+
+
+class BoundedConnection(H11Protocol):
+    """One connection of those that there are places for, to be made by uvicorn."""
+
+    def __init__(self, *args: Any, places: Places, header_seconds: float, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._places, self._header_seconds = places, header_seconds
+        self._late: asyncio.TimerHandle | None = None
+        # whether something of the next request has come
+        self._has_begun = False
+        # where it comes from, without the port
+        self.address = ""
 
     @property
     def is_waiting(self) -> bool:
@@ -52,7 +104,9 @@ class BoundedConnection(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """As uvicorn; makes room first, or refuses."""
         super().connection_made(transport)
-        if self._make_room():
+        self.address = self.client[0] if self.client else ""
+        if self._places.enter(self):
+            self._places.waits(self)
             self._expect_header()
         else:
             self._refuse(
@@ -67,6 +121,7 @@ class BoundedConnection(H11Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         """As uvicorn."""
         self._forget_header()
+        self._places.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
@@ -79,12 +134,15 @@ class BoundedConnection(H11Protocol):
                 self._expect_header()
         super().data_received(data)
         if not self.is_waiting:
+            self._places.works(self)
             self._forget_header()
 
     def on_response_complete(self) -> None:
         """As uvicorn; from now on it waits for the next request."""
-        self._waits_since, self._has_begun = self.loop.time(), False
+        self._has_begun = False
         super().on_response_complete()
+        if self.is_waiting and self in self.connections:
+            self._places.waits(self)
 
     def send_400_response(self, msg: str) -> None:
         """What cannot be read as HTTP is refused as everything else is."""
@@ -109,28 +167,6 @@ class BoundedConnection(H11Protocol):
         seconds = f"{self._header_seconds:g}"
         message = f"the header did not end within {seconds} s; send it whole"
         self._refuse(ApiError("request_timeout", message))
-
-    def _make_room(self) -> bool:
-        """Whether there is a place for this connection; one that waits may lose its own."""
-        others = [
-            other
-            for other in self.connections
-            if isinstance(other, BoundedConnection)
-            and other is not self
-            and not other.transport.is_closing()
-        ]
-        crowd = others
-        if len(others) < self._most:
-            crowd = [other for other in others if other.address == self.address]
-            if _is_local(self.address) or len(crowd) < max(1, self._most // 2):
-                return True
-        waiting = [other for other in crowd if other.is_waiting]
-        if not waiting:
-            return False
-        held = Counter(other.address for other in waiting)
-        longest = min(waiting, key=lambda other: (-held[other.address], other._waits_since))
-        longest.transport.close()
-        return True
 
     def _refuse(self, error: ApiError) -> None:
         """Answer before there is a request, and close."""

@@ -19,7 +19,7 @@ from mv2v_engine.errors import StorageError
 
 Result = TypeVar("Result")
 
-VERSION = 2
+VERSION = 3
 _SCHEMA = """
 CREATE TABLE store (
     id TEXT NOT NULL,
@@ -50,6 +50,7 @@ CREATE TABLE sessions (
     files TEXT NOT NULL DEFAULT '{}',
     identity TEXT,
     damage TEXT,
+    window TEXT,
     UNIQUE (owner, key)
 );
 CREATE INDEX sessions_of_owner ON sessions (owner, serial);
@@ -91,8 +92,9 @@ CREATE INDEX jobs_of_owner ON jobs (owner, serial);
 CREATE INDEX jobs_of_session ON jobs (session, serial);
 CREATE INDEX jobs_alive ON jobs (state, serial) WHERE state IN ('queued', 'running');
 """
-# what version 2 has more; the columns come last in both
-_UPGRADE = """
+# what the next version has more; the columns come last in both
+_UPGRADES = {
+    1: """
 CREATE TABLE store (
     id TEXT NOT NULL,
     generation INTEGER NOT NULL,
@@ -105,7 +107,10 @@ ALTER TABLE sessions ADD COLUMN damage TEXT;
 ALTER TABLE turns ADD COLUMN files TEXT NOT NULL DEFAULT '{}';
 ALTER TABLE turns ADD COLUMN entry TEXT;
 ALTER TABLE turns ADD COLUMN damage TEXT;
-"""
+""",
+    2: "ALTER TABLE sessions ADD COLUMN window TEXT",
+}
+READABLE = {*_UPGRADES, VERSION}
 # how SQLite says that the disk, or its shared memory on it, has no room
 _FULL = ("full", "disk I/O error")
 
@@ -202,8 +207,12 @@ def create(db: sqlite3.Connection) -> None:
 
 
 def upgrade(db: sqlite3.Connection) -> None:
-    """Make version 1 this version, within a transaction; digests are for the caller to fill in."""
-    _run(db, _UPGRADE)
+    """Make an older version this one, within a transaction.
+
+    The digests that version 1 had not are for the caller to fill in.
+    """
+    for version in range(version_of(db), VERSION):
+        _run(db, _UPGRADES[version])
 
 
 def version_of(db: sqlite3.Connection) -> int:

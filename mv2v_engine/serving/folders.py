@@ -199,11 +199,6 @@ def worker_lock(root: Path) -> Path:
     return root / "worker.lock"
 
 
-def window_path(folder: Path) -> Path:
-    """Where a session keeps which part of its video it is about; absent if nobody chose one."""
-    return folder / "window.txt"
-
-
 def source_path(folder: Path) -> Path:
     """A session's uploaded video."""
     return folder / "source"

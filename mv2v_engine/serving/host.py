@@ -50,7 +50,7 @@ from mv2v_engine.progress import (
     WindowDone,
     WindowStarted,
 )
-from mv2v_engine.serving.folders import result_path, source_path, turn_bytes, window_path
+from mv2v_engine.serving.folders import result_path, source_path, turn_bytes
 from mv2v_engine.serving.turn_request import make_request, session_window
 from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
@@ -253,10 +253,8 @@ class Host:
             if self._is_editor:
                 opened = open_edit_session(self.engine, source, cancel=cancel, **common)
             else:
-                path = window_path(folder)
-                chosen = path.read_text(encoding="utf-8") if path.exists() else None
                 wanted = self.engine.sampling.num_frames
-                window = session_window(session["frames"], wanted, chosen)
+                window = session_window(session["frames"], wanted, session["window"])
                 opened = open_view_session(
                     self.engine, source, window=window, cancel=cancel, **common
                 )

@@ -49,8 +49,11 @@ def admit(store: Store) -> Identity:
     if not has_database(store):
         return _begin(store, named)
     with database.opened(store.database) as db:
-        if require_admissible(db, store, named) == 1:
+        version = require_admissible(db, store, named)
+        if version == 1:
             named = _take_up(db, store, named)
+        elif version < database.VERSION:
+            database.in_transaction(db, database.upgrade)
         row = identity_of(db)
         identity = Identity(row.id, row.generation + 1)
         database.in_transaction(db, partial(set_identity, identity=identity))
@@ -85,7 +88,7 @@ def require_admissible(db: sqlite3.Connection, store: Store, named: Identity | N
         quarrel = disagreement(db, store)
         if quarrel is not None:
             raise _refused(store.root, f"its rows and its folders disagree: {quarrel}")
-    elif version != database.VERSION:
+    elif version not in database.READABLE:
         raise database.wrong_version(version)
     else:
         require_same(store.root, named, identity_of(db))

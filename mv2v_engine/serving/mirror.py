@@ -48,6 +48,7 @@ _SESSION_COLUMNS = {
     "parent": (str, type(None)),
     "parent_turn": (int, type(None)),
     "warnings": str,
+    "window": (str, type(None)),
     "key": (str, type(None)),
     "digest": (str, type(None)),
     "files": str,
@@ -140,7 +141,8 @@ def read_rows(folder: Path) -> Rows:
     if value is None:
         raise StorageError(f"{folder.name} has no copy of its rows")
     with reading(folder):
-        session = _checked(value["row"], _SESSION_COLUMNS)
+        # copies of before there was a choice have none
+        session = _checked({"window": None, **value["row"]}, _SESSION_COLUMNS)
         identity = text(stored_identity(folder, session["kind"]))
         rows = Rows(str(value["store"]), session | {"identity": identity})
     copied = {

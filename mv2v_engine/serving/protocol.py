@@ -82,4 +82,4 @@ def run_message(job: JobRecord, session: SessionRecord, folder: Path) -> dict[st
 
 def session_fields(session: SessionRecord) -> dict[str, Any]:
     """What a host needs to know of a session."""
-    return {"id": session.id, "frames": session.frames}
+    return {"id": session.id, "frames": session.frames, "window": session.window}

@@ -52,6 +52,7 @@ class SessionRecord:
     frames, width, height, fps: of the uploaded video. bytes: of the upload and all turns.
     parent, parent_turn: the session and turn that this one branched from.
     warnings: what the user should know of the source, such as frames that the model does not see.
+    window: which part of the video it is about, as its user chose; None if nobody chose one.
     files: what is promised of the upload (`digests`). identity: what the engine's manifest says of
         the session, once it has a turn. damage: why it takes no more turns, if it was damaged.
     """
@@ -72,6 +73,7 @@ class SessionRecord:
     parent: str | None = None
     parent_turn: int | None = None
     warnings: tuple[str, ...] = ()
+    window: str | None = None
     files: dict[str, Any] = field(default_factory=dict, repr=False)
     identity: dict[str, Any] | None = field(default=None, repr=False)
     damage: str | None = None

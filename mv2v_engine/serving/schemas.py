@@ -155,6 +155,7 @@ class Session(BaseModel):
                 "parent": None,
                 "parent_turn": None,
                 "warnings": [],
+                "window": None,
                 "damage": None,
             }
         ),
@@ -176,6 +177,7 @@ class Session(BaseModel):
     parent: str | None
     parent_turn: int | None
     warnings: list[str]
+    window: str | None
     damage: str | None
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import resource
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
@@ -17,16 +18,16 @@ from mv2v_engine.errors import RequestError
 from mv2v_engine.serving.app import create_app
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.connections import HEADER_SECONDS, BoundedConnection
+from mv2v_engine.serving.connections import HEADER_SECONDS, BoundedConnection, Places
 from mv2v_engine.serving.listener import Listener
 from mv2v_engine.serving.metrics import Metrics
 from mv2v_engine.serving.percent import Percentages
 from mv2v_engine.serving.prober import Prober
 from mv2v_engine.serving.service import Service
 
-# connections that the system holds for the loop, and that it takes up at once: what is over the
-# bound is closed before more are taken
-_BACKLOG, _ACCEPTED_AT_ONCE = 2048, 32
+# connections that the system holds for the loop, behind all of which a new one waits, and that it
+# takes up at once: what is over the bound is closed before more are taken
+_BACKLOG, _ACCEPTED_AT_ONCE = 512, 32
 # a client that takes nothing of its answer for so long is gone
 _UNREAD_SECONDS = 120
 # a connection that asks for nothing more; and what open answers may still take at the end
@@ -119,7 +120,7 @@ class DrainingServer(uvicorn.Server):
     ) -> None:
         connection = partial(
             BoundedConnection,
-            max_connections=num_connections(app.state.config.max_connections),
+            places=Places(num_connections(app.state.config.max_connections)),
             header_seconds=header_seconds,
         )
         super().__init__(
@@ -200,6 +201,9 @@ async def serve(
 
             server = DrainingServer(app, drain)
             address = address_of(bound)
+            # a full collection of what is imported by now would hold up every answer meanwhile
+            gc.collect()
+            gc.freeze()
             on_listening(address)
             waiting = asyncio.create_task(_tell_ready(app, address, on_ready))
             try:

@@ -22,7 +22,7 @@ from typing import Any, get_args
 
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import StorageError, VideoError
-from mv2v_engine.files import flush, make_folder, move, replacing, share_file
+from mv2v_engine.files import flush, make_folder, move, share_file
 from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.config import Limits, ServingConfig
@@ -35,7 +35,6 @@ from mv2v_engine.serving.folders import (
     Store,
     result_path,
     source_path,
-    window_path,
 )
 from mv2v_engine.serving.mirror import mirror
 from mv2v_engine.serving.publishing import Publisher
@@ -107,7 +106,7 @@ class Sessions:
         await self.database.read(partial(tables.require_room, owner=owner, most=most))
         video = await self.probe(owner, upload, self.config.limits)
         session = _new_session(owner, name, upload, video, about, window)
-        place = partial(_place_upload, self.store, upload, session.id, window)
+        place = partial(_place_upload, self.store, upload, session.id)
         session = replace(session, files=await asyncio.to_thread(place))
         add = partial(_add_session, session=session, key=key, digest=digest, most=most)
         kept = await self._added(add, session.id)
@@ -289,6 +288,7 @@ def _new_session(
         bytes=upload.stat().st_size,
         num_turns=0,
         warnings=_warnings(about, video.frames, window),
+        window=window,
     )
 
 
@@ -319,17 +319,12 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
     return (f"the model takes {wanted} frames: {chosen.description}",)
 
 
-def _place_upload(
-    store: Store, upload: Path, session_id: str, window: str | None
-) -> dict[str, Any]:
+def _place_upload(store: Store, upload: Path, session_id: str) -> dict[str, Any]:
     """Move an upload into its session's folder, which appears whole; what its row promises."""
     staging = store.new_upload()
     make_folder(staging)
     flush(upload)
     move(upload, source_path(staging))
-    if window is not None:
-        with replacing(window_path(staging)) as temporary:
-            temporary.write_text(window, encoding="utf-8")
     files = promised(staging, [source_path(staging)])
     move(staging, store.session(session_id))
     return files
@@ -372,8 +367,6 @@ def _place_branch(store: Store, parent: SessionRecord, branch: SessionRecord) ->
     old, staging, number = store.session(parent.id), store.new_upload(), branch.parent_turn or 0
     try:
         share_file(source_path(old), source_path(staging))
-        if window_path(old).exists():
-            share_file(window_path(old), window_path(staging))
         if number:
             SessionStore(old).branch(staging, id=branch.id, count=number)
         for turn in range(1, number + 1):

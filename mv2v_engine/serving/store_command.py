@@ -92,8 +92,9 @@ def check(store: Store) -> Iterator[str]:
         if has_database(store):
             with sqlite.opened(store.database) as db:
                 known = tables.session_ids(db)
-                if sqlite.version_of(db) == 1:
-                    print("version 1, without digests: the next start computes them")
+                version = sqlite.version_of(db)
+                if version in sqlite.READABLE - {sqlite.VERSION}:
+                    print(f"version {version}: the next start makes version {sqlite.VERSION} of it")
                 else:
                     sessions = tables.kept_sessions(db)
                 for session in sessions:
@@ -217,7 +218,9 @@ def _usable(store: Store, named: Identity | None) -> Identity | None:
             if version == 1:
                 identity = named or new_identity()
                 adopt(db, store, partial(set_identity, identity=Identity(identity.id, 0)))
-            row = identity_of(db) if version in (1, sqlite.VERSION) else None
+            elif version in sqlite.READABLE:
+                sqlite.in_transaction(db, sqlite.upgrade)
+            row = identity_of(db) if version in sqlite.READABLE else None
     except StorageError as error:
         # a disk that fails says nothing of the database
         if isinstance(error.__cause__, sqlite3.OperationalError | OSError):

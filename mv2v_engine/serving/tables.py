@@ -42,6 +42,7 @@ _SESSION_FIELDS = (
     "num_turns",
     "parent",
     "parent_turn",
+    "window",
 )
 
 

@@ -13,6 +13,7 @@ from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.serving.claims import Claim, issue, taken
+from mv2v_engine.serving.folders import sweep_session
 from mv2v_engine.serving.host import Host
 
 JOB = {"id": "job", "number": 1, "request": {"camera": "pan_right", "num_inference_steps": 3}}
@@ -25,7 +26,7 @@ def replica(engine: Engine) -> Host:
 def made(host: Host, folder: Path, claim: Claim) -> Iterator[dict[str, Any]]:
     """A turn's events, under a claim."""
     with claim.held():
-        yield from host.run(JOB, {"id": folder.name, "frames": 9}, folder, claim)
+        yield from host.run(JOB, {"id": folder.name, "frames": 9, "window": None}, folder, claim)
 
 
 def test_an_attempt_that_is_believed_dead_gives_way(
@@ -75,3 +76,21 @@ def test_a_machine_without_the_store_says_so(tmp_path: Path) -> None:
         assert not folder.exists()
     with pytest.raises(StorageError, match="cannot write"):
         issue(folder)
+
+
+def test_a_command_line_in_a_served_folder_is_left_alone(tmp_path: Path) -> None:
+    """It was told no claim, and its turn is not listed before it is whole."""
+    writer = WriterLock(tmp_path)
+    writer.take()
+    (tmp_path / "turns").mkdir()
+    unlisted = tmp_path / "turns" / "turn_01.safetensors"
+    unlisted.write_bytes(b"a turn that is being stored")
+    with pytest.raises(StorageError, match="is in use"), taken(tmp_path):
+        sweep_session(tmp_path, "views")
+    assert unlisted.exists()
+    writer.release()
+    with taken(tmp_path):
+        assert not WriterLock(tmp_path).acquire()
+        sweep_session(tmp_path, "views")
+    assert [path.name for path in tmp_path.iterdir()] == ["turns"]
+    assert not unlisted.exists()

@@ -13,10 +13,12 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import ExitStack, asynccontextmanager
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import httpx
 
+from mv2v_engine.serving import connections
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.server import DrainingServer, bound_socket, num_connections, running_app
 from tests.serving.fake_backend import FakeBackend
@@ -34,8 +36,12 @@ class Listening:
         self.service, self.port = app.state.service, port
         self.writers: list[Writer] = []
 
-    async def connect(self, data: bytes = b"") -> tuple[Reader, Writer]:
-        reader, writer = await asyncio.open_connection("127.0.0.1", self.port)
+    async def connect(
+        self, data: bytes = b"", *, address: str = "127.0.0.1"
+    ) -> tuple[Reader, Writer]:
+        """From an address of this machine."""
+        local = (address, 0)
+        reader, writer = await asyncio.open_connection("127.0.0.1", self.port, local_addr=local)
         self.writers.append(writer)  # one that nobody holds is closed
         writer.write(data)
         await writer.drain()
@@ -119,6 +125,50 @@ async def test_the_oldest_that_waits_makes_room(tmp_path: Path) -> None:
         for reader, writer in (second, third):
             writer.write(b"Connection: close\r\n\r\n")
             assert (await reader.read()).startswith(b"HTTP/1.1 200")
+
+
+@in_loop
+async def test_the_address_that_has_most_makes_room(tmp_path: Path) -> None:
+    async with listening(tmp_path, FakeBackend(), max_connections=4) as service:
+        alone = await service.connect(HEADER)
+        crowd = [await service.connect(HEADER, address="127.0.0.2") for _ in range(3)]
+        # one that was answered waits from then on
+        crowd[0][1].write(b"\r\n")
+        assert (await crowd[0][0].readline()).startswith(b"HTTP/1.1 200")
+        assert (await service.get())[0] == 200
+        assert await crowd[1][0].read() == b""
+        for reader, writer in (alone, crowd[2]):
+            writer.write(b"Connection: close\r\n\r\n")
+            assert (await reader.read()).startswith(b"HTTP/1.1 200")
+        crowd[0][1].write(HEADER + b"Connection: close\r\n\r\n")
+        assert b"HTTP/1.1 200" in await crowd[0][0].read()
+
+
+@in_loop
+async def test_a_flood_is_as_cheap_where_many_wait_as_where_few_do(tmp_path: Path) -> None:
+    """Else whoever opens connections holds up everybody else by more than it costs."""
+    calls = []
+    for places in (4, 128):
+        async with listening(tmp_path / str(places), FakeBackend(), max_connections=places) as it:
+            for _ in range(places):
+                await it.connect(HEADER)
+            await it.get()
+            count = 0
+
+            def called(frame: FrameType, event: str, argument: object) -> None:
+                nonlocal count
+                count += frame.f_code.co_filename == connections.__file__
+
+            sys.setprofile(called)
+            for _ in range(40):
+                reader, _ = await it.connect(HEADER)
+            await it.get()
+            sys.setprofile(None)
+            calls.append(count)
+            # the newest was left alone
+            assert not reader.at_eof()
+    few, many = calls
+    assert many < 1.2 * few, calls
 
 
 @in_loop

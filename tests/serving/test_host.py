@@ -48,7 +48,7 @@ def run(
     frames: int = 9,
     cancel: CancelToken | None = None,
 ) -> Iterator[dict[str, Any]]:
-    session = {"id": folder.name, "frames": frames}
+    session = {"id": folder.name, "frames": frames, "window": None}
     job = {"id": "job", "number": number, "request": request}
     for event in host.run(job, session, folder, cancel or CancelToken()):
         json.dumps(event, allow_nan=False)
@@ -75,14 +75,14 @@ def test_a_turn_is_cancelled_while_its_video_is_read(host: Host, folder: Path) -
     cancel = CancelToken()
     events = host.run(
         {"id": "job", "number": 1, "request": TURN},
-        {"id": folder.name, "frames": 9},
+        {"id": folder.name, "frames": 9, "window": None},
         folder,
         cancel,
     )
     # not a step is made: the check between packets is the first one that it meets
     cancel.cancel()
     with pytest.raises(CancelledError):
-        host._session({"id": folder.name, "frames": 9}, folder, cancel)
+        host._session({"id": folder.name, "frames": 9, "window": None}, folder, cancel)
     assert list(events) == [CANCELLED]
     assert not (folder / "session.json").exists()
 
@@ -178,7 +178,7 @@ def test_a_full_disk_costs_the_turn_or_its_files_for_now(
         patch.setattr("mv2v_engine.serving.host._save_thumbnail", full)
         last = list(run(host, folder, 2, TURN))[-1]
         assert (last["type"], last["number"], last["published"]) == ("done", 2, False)
-    session = {"id": folder.name, "frames": 9}
+    session = {"id": folder.name, "frames": 9, "window": None}
     answer = host.publish(session, folder, 2)
     assert answer["type"] == "published" and result_path(folder, 2, "thumbnail").exists()
     assert host.publish(session, folder, 3)["code"] == "internal"

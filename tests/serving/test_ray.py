@@ -295,7 +295,10 @@ def test_a_replica_that_hangs_ends_itself(service: Any, client: Client, source_c
     backend, session = service.backend, client.session(source_clip)
     client.made(session, SHORT)
     folder = service.config.store / "sessions" / session
-    order: dict[str, Any] = {"session": {"id": session, "frames": 9}, "folder": str(folder)}
+    order: dict[str, Any] = {
+        "session": {"id": session, "frames": 9, "window": None},
+        "folder": str(folder),
+    }
     order |= {"number": 1, "claim": issue(folder), "stall_seconds": 0.5}
     lock = WriterLock(folder, "a test")
     assert lock.acquire(PATIENCE)

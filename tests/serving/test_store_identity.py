@@ -268,7 +268,7 @@ def to_version_1(root: Path) -> None:
     with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
         db.execute("DROP TABLE store")
         for table, names in (
-            ("sessions", ("used", "files", "identity", "damage")),
+            ("sessions", ("used", "files", "identity", "damage", "window")),
             ("turns", ("files", "entry", "damage")),
         ):
             for name in names:
@@ -356,6 +356,74 @@ def test_a_store_of_the_version_before_whose_rows_and_folders_disagree_is_refuse
     } | {n: v for n, v in after.items() if n == "spare"}
     main(["store", "repair", str(tmp_path)])
     start(tmp_path)
+
+
+def to_version_2(root: Path, spare: Path) -> None:
+    """The store as it was before a session's row had the window."""
+    with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
+        db.execute("ALTER TABLE sessions DROP COLUMN window")
+        db.execute("PRAGMA user_version = 2")
+    for path in root.glob("sessions/*/rows/session.json"):
+        copy = json.loads(path.read_text())
+        del copy["row"]["window"]
+        path.write_text(json.dumps(copy))
+
+
+def lost_in_version_2(root: Path, spare: Path) -> None:
+    to_version_2(root, spare)
+    missing(root, spare)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "is_repaired", "window"),
+    [
+        (None, False, "last"),
+        (missing, True, "last"),
+        (empty, True, "last"),
+        (to_version_2, False, None),
+        (to_version_2, True, None),
+        (lost_in_version_2, True, None),
+    ],
+)
+def test_the_part_of_a_video_outlives_its_database(
+    tmp_path: Path,
+    spoil: Callable[[Path, Path], None] | None,
+    is_repaired: bool,
+    window: str | None,
+) -> None:
+    """Its copy has it, too; older stores go on without one."""
+
+    async def made() -> str:
+        async with serving(tmp_path) as (service, _):
+            session = await new_session(service, window="last")
+            assert (await ended(service, await asked(service, session))).state == "finished"
+            branch = await service.branch("", session.id, 1)
+            assert session.window == branch.window == "last"
+            return session.id
+
+    async def look() -> None:
+        async with serving(tmp_path) as (service, _):
+            session = await service.session("", name)
+            assert session.window == window
+            assert (await ended(service, await asked(service, session))).number == 2
+            windows = {one.window for one in (await service.sessions("")).items}
+            assert windows == {window}
+
+    name = asyncio.run(made())
+    if spoil is not None:
+        spoil(tmp_path, tmp_path)
+    assert main(["store", "check", str(tmp_path)]) == int(is_repaired and spoil != to_version_2)
+    if is_repaired:
+        assert main(["store", "repair", str(tmp_path)]) == 0
+    asyncio.run(look())
+    asyncio.run(look_again(tmp_path, name))
+    shutil.rmtree(tmp_path / "set-aside", ignore_errors=True)
+    check_store(tmp_path)
+
+
+async def look_again(root: Path, session: str) -> None:
+    async with serving(root) as (service, _):
+        assert [turn.number for turn in await service.turns("", session)] == [1, 2]
 
 
 @in_loop

@@ -128,7 +128,7 @@ def test_the_worker_traces_its_jobs(
     order = {
         "type": "run",
         "job": {"id": "job_1", "number": 1, "request": {"camera": "pan_right"}},
-        "session": {"id": "session_1", "frames": 9},
+        "session": {"id": "session_1", "frames": 9, "window": None},
         "folder": str(tmp_path),
     }
     pipe = io.BytesIO()

@@ -43,7 +43,7 @@ class Worker:
             {
                 "type": "run",
                 "job": {"id": job, "number": number, "request": request},
-                "session": {"id": folder.name, "frames": 9},
+                "session": {"id": folder.name, "frames": 9, "window": None},
                 "folder": str(folder),
             }
         )
@@ -108,7 +108,7 @@ def test_a_worker_from_its_setup_to_the_end_of_its_server(
         {
             "type": "run",
             "job": {"id": "bad", "number": 1, "request": {"camera": "?"}},
-            "session": {"id": folder.name, "frames": 9},
+            "session": {"id": folder.name, "frames": 9, "window": None},
             "folder": str(folder),
         }
     )
@@ -118,7 +118,11 @@ def test_a_worker_from_its_setup_to_the_end_of_its_server(
     *_, last = worker.events("third")
     assert last["type"] == "done" and last["published"]
     worker.tell({"type": "release", "session": folder.name})
-    publish = {"type": "publish", "call": 7, "session": {"id": folder.name, "frames": 9}}
+    publish = {
+        "type": "publish",
+        "call": 7,
+        "session": {"id": folder.name, "frames": 9, "window": None},
+    }
     worker.tell(publish | {"folder": str(folder), "number": 1})
     answer = next(worker.said())
     assert (answer["call"], answer["answer"]["type"]) == (7, "published")
