@@ -1,7 +1,8 @@
-"""What a program has set for torch as a whole, kept out of what the engine computes.
+"""What holds for torch as a whole while a piece of code runs: gradients, defaults, the device.
 
-The engine's own tensors name their dtype and their device. These two are for the rest: autocast,
-which changes operations wherever they stand, and libraries, whose tensors name neither.
+The engine's own tensors name their dtype and their device. `inference` and `torch_defaults` keep
+out what a program has set for the rest: autocast, which changes operations wherever they stand, and
+libraries, whose tensors name neither.
 """
 
 from __future__ import annotations
@@ -9,9 +10,11 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import ParamSpec, TypeVar
+from typing import Any, ParamSpec, TypeVar
 
 import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
@@ -48,3 +51,29 @@ def torch_defaults() -> Iterator[None]:
             yield
         finally:
             torch.set_default_dtype(dtype)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """An operation that writes into a tensor without memory does nothing."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        named = kwargs or {}
+        name = getattr(func, "__name__", "")
+        is_in_place = name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+        written = named.get("out")
+        if is_in_place:  # torch.nn.init passes its tensor by name
+            written = args[0] if args else named.get("tensor")
+        if isinstance(written, Tensor) and written.is_meta:
+            return written
+        return func(*args, **named)
+
+
+@contextmanager
+def without_memory() -> Iterator[None]:
+    """Build modules whose tensors have shapes and no memory, for weights that are assigned later.
+
+    The values that a module begins with are not computed: torch would import its compiler for it,
+    which takes longer than building a small model.
+    """
+    with torch.device("meta"), _Uninitialised():
+        yield

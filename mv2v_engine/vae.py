@@ -1,4 +1,4 @@
-"""A thin face of diffusers' `AutoencoderKLWan`: uint8 frames to normalised latents and back.
+"""The face of a Wan autoencoder: uint8 frames to normalised latents and back, and its files.
 
 Latents are the posterior's mode, (z - mean) / std with the statistics of the model's config
 (BASE_MODELS 3.2). The model walks the frames in its own causal chunks of 4, so memory does not
@@ -13,23 +13,21 @@ import hashlib
 import json
 import math
 import pickle
+import re
 import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from mv2v_engine.defaults import inference
-from mv2v_engine.errors import CheckpointError, VideoError
+from mv2v_engine.defaults import inference, without_memory
+from mv2v_engine.errors import CheckpointError, RequestError, VideoError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
+from mv2v_engine.models.autoencoder import Autoencoder, Tiles
 from mv2v_engine.ops.conv3d import speed_up_conv3d
-
-if TYPE_CHECKING:
-    from diffusers import AutoencoderKLWan
 
 # frames of more pixels are encoded and decoded in tiles
 TILE_ABOVE_PIXELS = 480 * 832
@@ -37,6 +35,23 @@ _TILE = 512
 _TILE_STRIDE = 384
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
+# the original Wan2.1 file's names in diffusers' words, applied one after the other
+_ORIGINAL_NAMES = (
+    (r"^conv1\.", "quant_conv."),
+    (r"^conv2\.", "post_quant_conv."),
+    (r"^(encoder|decoder)\.conv1\.", r"\1.conv_in."),
+    (r"\.head\.0\.", ".norm_out."),
+    (r"\.head\.2\.", ".conv_out."),
+    (r"\.middle\.1\.", ".mid_block.attentions.0."),
+    (r"\.middle\.0\.", ".mid_block.resnets.0."),
+    (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    (r"\.downsamples\.", ".down_blocks."),
+    (r"\.residual\.0\.", ".norm1."),
+    (r"\.residual\.2\.", ".conv1."),
+    (r"\.residual\.3\.", ".norm2."),
+    (r"\.residual\.6\.", ".conv2."),
+    (r"\.shortcut\.", ".conv_shortcut."),
+)
 _FINGERPRINT_SAMPLES = 64
 
 
@@ -58,21 +73,19 @@ class VideoVAE:
     """Encoder and decoder of one latent space.
 
     Args:
-        model: any `AutoencoderKLWan`; stays on its device.
+        model: stays on its device.
         dtype: what it computes in; latents are always fp32.
         tile_above: pixels of a frame above which tiling is on.
     """
 
     def __init__(
         self,
-        model: AutoencoderKLWan,
+        model: Autoencoder,
         dtype: torch.dtype = torch.float32,
         *,
         tile_above: int = TILE_ABOVE_PIXELS,
     ) -> None:
-        # diffusers' models are not typed
-        self.model = cast(Any, model)
-        config = self.model.config
+        self.model, config = model, model.config
         if not len(config.latents_mean) == len(config.latents_std) == config.z_dim:
             raise CheckpointError(
                 f"the VAE has {config.z_dim} latent channels but {len(config.latents_mean)} means "
@@ -86,18 +99,17 @@ class VideoVAE:
                 f"are not positive: {config.latents_mean} and {config.latents_std}; correct it or "
                 "copy it again"
             )
-        if self.model.dtype != dtype:
-            self.model.to(dtype)
-        self.model.eval().requires_grad_(False)
-        if self.model.device.type == "cpu":
-            speed_up_conv3d(self.model)
+        model.to(dtype).eval().requires_grad_(False)
+        self.device = model.quant_conv.weight.device
+        if self.device.type == "cpu":
+            speed_up_conv3d(model)
         self.dtype = dtype
         self.tile_above = tile_above
+        # one video at a time, which is what a turn's memory is counted for
         self._lock = threading.Lock()
-        self.device: torch.device = self.model.device
-        self.temporal_stride = int(config.scale_factor_temporal)
-        self.spatial_stride = int(config.scale_factor_spatial)
-        self.latent_channels = int(config.z_dim)
+        self.temporal_stride = config.scale_factor_temporal
+        self.spatial_stride = config.scale_factor_spatial
+        self.latent_channels = config.z_dim
         shape = (self.latent_channels, 1, 1, 1)
         like: dict[str, Any] = {"dtype": torch.float32, "device": self.device}
         self._mean_C111 = torch.tensor(config.latents_mean, **like).reshape(shape)
@@ -109,8 +121,7 @@ class VideoVAE:
 
         Independent of device, and of loading the same weights in fp32 or bf16.
         """
-        config = {k: v for k, v in self.model.config.items() if not k.startswith("_")}
-        about = json.dumps(config, sort_keys=True, default=str)
+        about = json.dumps(self.model.fields, sort_keys=True, default=str)
         return weights_fingerprint(self.model.state_dict(), about)
 
     def latent_shape(self, num_frames: int, size: tuple[int, int]) -> tuple[int, int, int, int]:
@@ -153,10 +164,9 @@ class VideoVAE:
         self.latent_shape(num_frames, (height, width))
         pixels = frames.to(self.device).permute(3, 0, 1, 2)
         pixels = (pixels.to(torch.float32) / 127.5 - 1).to(self.dtype)
-        with self._walking(self.model.encoder, check):
-            # diffusers measures an encoder's tiles in patches, a decoder's in pixels
-            self._set_tiling(height * width, unit=self.model.config.patch_size or 1)
-            latents_CFHW: Tensor = self.model.encode(pixels[None]).latent_dist.mode()[0].float()
+        with self._lock:
+            tiles = self._tiles(height * width)
+            latents_CFHW = self.model.encode(pixels[None], tiles=tiles, check=check)[0].float()
         latents_CFHW = (latents_CFHW - self._mean_C111) / self._std_C111
         require_finite(latents_CFHW, "the latents that the VAE made of the source", self._advice)
         return latents_CFHW
@@ -185,9 +195,9 @@ class VideoVAE:
             )
         rows, columns = latents_CFHW.shape[2:]
         latents = latents_CFHW.to(self.device, torch.float32) * self._std_C111 + self._mean_C111
-        with self._walking(self.model.decoder, check):
-            self._set_tiling(rows * columns * self.spatial_stride**2, unit=1)
-            decoded: Tensor = self.model.decode(latents[None].to(self.dtype)).sample[0]
+        with self._lock:
+            tiles = self._tiles(rows * columns * self.spatial_stride**2)
+            decoded = self.model.decode(latents[None].to(self.dtype), tiles=tiles, check=check)[0]
         require_finite(decoded, "the frames that the VAE made of the latents", self._advice)
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
@@ -200,27 +210,10 @@ class VideoVAE:
             "weights with `run inspect PATH --deep`"
         )
 
-    @contextmanager
-    def _walking(self, part: nn.Module, check: Callable[[], None] | None) -> Iterator[None]:
-        """Call `check` before every call of a part of the model, which runs once a chunk.
-
-        One video at a time: the model keeps the features of the chunks before.
-        """
-        with self._lock, ExitStack() as stack:
-            if check is not None:
-                hook = part.register_forward_pre_hook(lambda module, args: check())
-                stack.callback(hook.remove)
-            try:
-                yield
-            except BaseException:
-                self.model.clear_cache()  # which only a finished walk does
-                raise
-
-    def _set_tiling(self, pixels: int, *, unit: int) -> None:
-        self.model.use_tiling = False
-        if pixels > self.tile_above:
-            side, stride = _TILE // unit, _TILE_STRIDE // unit
-            self.model.enable_tiling(side, side, stride, stride)
+    def _tiles(self, pixels: int) -> Tiles | None:
+        if pixels <= self.tile_above:
+            return None
+        return Tiles(_TILE // self.spatial_stride, _TILE_STRIDE // self.spatial_stride)
 
 
 def load_vae(
@@ -273,8 +266,6 @@ def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Te
 
 def _read_original(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Config and diffusers-named weights of an original Wan2.1 VAE file."""
-    from diffusers.loaders import single_file_utils
-
     weights = _read_tensors(path)
     if "encoder.conv1.weight" not in weights or "conv2.weight" not in weights:
         first = next(iter(weights), "nothing")
@@ -288,10 +279,19 @@ def _read_original(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
             f"{path.name} has {channels} latent channels; only Wan2.1's VAE (16) is read in its "
             "original format: give Wan2.2's as a diffusers folder"
         )
-    # diffusers' defaults are Wan2.1's constants; the width is read off the weights
+    # the defaults are Wan2.1's constants; the width is read off the weights
     config = {"base_dim": len(weights["encoder.conv1.weight"])}
-    converter = cast(Any, single_file_utils.convert_wan_vae_to_diffusers)
-    return config, converter(weights)
+    return config, {_renamed(name): weight for name, weight in weights.items()}
+
+
+def _renamed(name: str) -> str:
+    for pattern, words in _ORIGINAL_NAMES:
+        name = re.sub(pattern, words, name)
+    if up := re.match(r"decoder\.upsamples\.(\d+)\.", name):
+        stage, layer = divmod(int(up[1]), 4)  # three blocks and an upsampling each
+        place = "upsamplers.0" if layer == 3 else f"resnets.{layer}"
+        name = f"decoder.up_blocks.{stage}.{place}.{name[up.end() :]}"
+    return name
 
 
 def _read_tensors(path: Path) -> dict[str, Tensor]:
@@ -313,16 +313,15 @@ def _read_tensors(path: Path) -> dict[str, Tensor]:
     return weights
 
 
-def _build(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> AutoencoderKLWan:
+def _build(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Autoencoder:
     """The model of `config` with exactly `weights`; built without memory of its own."""
-    import diffusers
-
-    kind = cast(Any, diffusers.AutoencoderKLWan)
     try:
-        with torch.device("meta"):
-            model = kind.from_config(config)
-    except (TypeError, ValueError, IndexError) as error:
-        raise CheckpointError(f"{path} has an unusable VAE config: {error}") from error
+        with without_memory():
+            model = Autoencoder(config)
+    except RequestError as error:
+        raise CheckpointError(
+            f"{path} has an unusable VAE config: {error}; correct it or copy it again"
+        ) from error
     expected = model.state_dict()
     missing = sorted(expected.keys() - weights.keys())
     unknown = sorted(weights.keys() - expected.keys())
@@ -339,4 +338,4 @@ def _build(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Au
                 f"{list(expected[name].shape)}; give weights and config of one model"
             )
     model.load_state_dict(weights, assign=True)
-    return cast("AutoencoderKLWan", model)
+    return model

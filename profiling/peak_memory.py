@@ -21,6 +21,7 @@ from torch import nn
 from mv2v_engine.config import WAN_1_3B, EngineConfig
 from mv2v_engine.engine.budget import CUBLAS_WORKSPACE, Parts, embed_bytes, module_bytes, predict
 from mv2v_engine.engine.vae_bytes import vae_peak_bytes
+from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.tokens.flops import conditioning_bytes
@@ -36,7 +37,6 @@ COLUMNS = "memory conditioning merge text peak_gib fullest sampling_gib kept_gib
 
 def full_size_parts() -> Parts:
     """Wan 1.3B with cameras and memory, its VAE and UMT5-XXL in bfloat16."""
-    import diffusers
     import transformers
 
     depth = WAN_1_3B.num_layers
@@ -46,7 +46,7 @@ def full_size_parts() -> Parts:
                 vocab_size=256_384, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64
             )
         )
-        vae = VideoVAE(diffusers.AutoencoderKLWan())
+        vae = VideoVAE(Autoencoder())
         # modules take a while to build, and the blocks are alike
         transformer = MV2VTransformer(replace(WAN_1_3B, num_layers=3, merge_blocks=None))
     for module in (text, transformer, vae.model):

@@ -1,6 +1,6 @@
 """An engine of random weights at any size: what whole turns of a full-size model are timed with.
 
-Needs diffusers and transformers, no file and no network.
+Needs transformers, no file and no network.
 """
 
 from __future__ import annotations
@@ -14,22 +14,21 @@ from forwards import Setting
 from mv2v_engine import Engine
 from mv2v_engine.checkpoints import Checkpoint, LoadReport
 from mv2v_engine.config import EngineConfig
+from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.vae import VideoVAE
 
 
 def random_engine(setting: Setting, vae: dict[str, Any] | None = None) -> Engine:
-    """vae: the fields of diffusers' `AutoencoderKLWan`; none are Wan2.1's.
+    """vae: fields of an `AutoencoderConfig`; none are Wan2.1's.
 
     Raises:
-        ImportError: diffusers or transformers is not installed.
+        ImportError: transformers is not installed.
     """
-    from diffusers import AutoencoderKLWan
-
     transformer, device = setting.transformer, setting.device
     dtype = transformer.patch_embedding.weight.dtype
     with torch.device(device):
-        model = AutoencoderKLWan(**(vae or {}))
+        model = Autoencoder(vae)
     parameters = sum(p.numel() for p in transformer.parameters())
     report = LoadReport("mv2v_engine", "random weights", Path(), parameters, (str(dtype),), (), {})
     checkpoint = Checkpoint(

@@ -1,10 +1,11 @@
-"""`import mv2v_engine` in a fresh process: quick, and torch is the only heavy thing it loads."""
+"""Importing the engine, and loading a model, in a fresh process: quick, and with torch alone."""
 
 from __future__ import annotations
 
 import json
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -35,14 +36,31 @@ told["cuda"] = torch.cuda.is_initialized()
 print(json.dumps(told))
 """
 
+LOAD = """
+import json, sys, time
+import torch
 
-@pytest.fixture(scope="module")
-def told() -> dict[str, Any]:
-    command = [sys.executable, "-c", LOOK, *MODULES]
+torch.set_num_threads(1)
+known, began = set(sys.modules), time.process_time()
+from mv2v_engine import Engine
+
+Engine.from_pretrained("tiny-nvs", device="cpu")
+seconds = time.process_time() - began
+print(json.dumps({"seconds": seconds, "loaded": sorted(set(sys.modules) - known)}))
+"""
+
+
+def _told(code: str, *arguments: str) -> dict[str, Any]:
+    command = [sys.executable, "-c", code, *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     result: dict[str, Any] = json.loads(done.stdout)
     return result
+
+
+@pytest.fixture(scope="module")
+def told() -> dict[str, Any]:
+    return _told(LOOK, *MODULES)
 
 
 def test_the_engine_imports_in_two_seconds(told: dict[str, Any]) -> None:
@@ -69,3 +87,18 @@ def test_what_is_loaded_when_it_is_needed(
 
 def test_nothing_is_left_behind(told: dict[str, Any]) -> None:
     assert told["environment"] and told["threads"] and not told["cuda"]
+
+
+def test_a_model_without_text_loads_no_heavy_library() -> None:
+    # torch's compiler too, which it imports for many an operation on tensors without memory
+    unneeded = {*HEAVY, *WEB, "torch._dynamo", "torch._inductor"}
+    assert not unneeded & set(_told(LOAD)["loaded"])
+
+
+def test_a_small_model_loads_in_little_time() -> None:
+    """Of the processor's time; the best of a few, since a busy machine makes it more."""
+    began = time.process_time()
+    sum(number * number for number in range(4_000_000))
+    if time.process_time() - began > 0.5:
+        pytest.skip("the machine is slow or busy")
+    assert min(_told(LOAD)["seconds"] for _ in range(3)) <= 1.5

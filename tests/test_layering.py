@@ -65,6 +65,7 @@ SIDEWAYS = {
     ("memory", "camera"),
     ("checkpoints", "models"),
     ("checkpoints", "tokens"),  # what models are made of
+    ("vae", "models"),
     ("training", "evaluation"),
 }
 # Units that may not use all of the layers below them.

@@ -11,8 +11,6 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
 from mv2v_engine.checkpoints.configs import (
     TRAINED_FOR,
     default_sampling,
@@ -30,6 +28,7 @@ from mv2v_engine.checkpoints.modules import (
 )
 from mv2v_engine.checkpoints.weights import TensorInfo, file_kind
 from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
+from mv2v_engine.defaults import without_memory
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
 
@@ -128,7 +127,7 @@ def resolve(detected: Detected) -> Resolution:
         config, sources = _with_extras(base, infos)
         sampling = default_sampling(detected, config)
     # parameters only: buffers are computed by the model, and no checkpoint holds them
-    with torch.device("meta"):
+    with without_memory():
         model = MV2VTransformer(config).eval()
     expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
     initialised = {} if detected.format == "mv2v_engine" else _initialised(expected, sources)

@@ -5,13 +5,14 @@ T pixel frames.
 
 from __future__ import annotations
 
-import json
+from dataclasses import asdict
 from functools import lru_cache
-from typing import Any, cast
 
 import torch
 
+from mv2v_engine.defaults import without_memory
 from mv2v_engine.engine.counting import LiveBytes
+from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
 from mv2v_engine.ops.conv3d import speed_up_conv3d
 from mv2v_engine.vae import VideoVAE
 
@@ -24,9 +25,8 @@ def vae_peak_bytes(vae: VideoVAE, num_frames: int, size: tuple[int, int]) -> tup
 
     Weights are not part of it, nor is what a library allocates inside a convolution.
     """
-    config = {name: value for name, value in vae.model.config.items() if not name.startswith("_")}
     return _counted(
-        json.dumps(config, sort_keys=True),
+        vae.model.config,
         vae.dtype,
         vae.tile_above,
         vae.device.type == "cpu",
@@ -37,14 +37,14 @@ def vae_peak_bytes(vae: VideoVAE, num_frames: int, size: tuple[int, int]) -> tup
 
 @lru_cache(maxsize=16)
 def _counted(
-    config: str,
+    config: AutoencoderConfig,
     dtype: torch.dtype,
     tile_above: int,
     by_taps: bool,
     num_latents: int,
     size: tuple[int, int],
 ) -> tuple[int, int]:
-    twin = _twin(json.loads(config), dtype, tile_above, by_taps)
+    twin = _twin(config, dtype, tile_above, by_taps)
     values = ((num_latents - 1) * twin.temporal_stride + 1) * size[0] * size[1] * 3
     # the frames' bytes come to a GPU first
     copied = 0 if by_taps else values
@@ -59,14 +59,12 @@ def _counted(
     return max(encode, 8 * values) + copied, max(decode, (9 + dtype.itemsize) * values)
 
 
-def _twin(config: dict[str, Any], dtype: torch.dtype, tile_above: int, by_taps: bool) -> VideoVAE:
+def _twin(
+    config: AutoencoderConfig, dtype: torch.dtype, tile_above: int, by_taps: bool
+) -> VideoVAE:
     """The same model without memory; `by_taps`: as it runs on a CPU."""
-    import diffusers
-
-    with torch.device("meta"):
-        model = cast(Any, diffusers.AutoencoderKLWan).from_config(config)
-    # not the model's own `to`, which warns of modules to keep in float32 where there are none
-    torch.nn.Module.to(model, dtype=dtype)
+    with without_memory():
+        model = Autoencoder(asdict(config))
     if by_taps:
         speed_up_conv3d(model)
     return VideoVAE(model, dtype, tile_above=tile_above)

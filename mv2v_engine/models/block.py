@@ -37,7 +37,7 @@ class Block(nn.Module):
         self.attn2 = CrossAttention(dim, heads, config.eps)
         self.norm2 = nn.LayerNorm(dim, eps=config.eps)
         self.ffn = FeedForward(dim, config.ffn_dim)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 6, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim).normal_().div_(dim**0.5))
         self.cam_encoder = camera_encoder(dim) if config.has_camera else None
         self.projector = camera_projector(dim) if config.has_camera else None
         self.backend = "reference"

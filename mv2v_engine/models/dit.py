@@ -68,7 +68,7 @@ class MV2VTransformer(nn.Module):
             merging = config.merging_blocks[:1] if config.merger.shared else config.merging_blocks
             for block in merging:
                 self.mergers[str(block)] = Merger(dim, config.merger)
-        self.scale_shift_table = nn.Parameter(torch.randn(1, 2, dim) / dim**0.5)
+        self.scale_shift_table = nn.Parameter(torch.empty(1, 2, dim).normal_().div_(dim**0.5))
         self.proj_out = nn.Linear(dim, config.out_channels * 4)
         self.backend = "reference"
         self.responsiveness_heads: HeadMode = "concat"

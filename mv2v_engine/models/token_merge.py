@@ -146,6 +146,8 @@ class Merger(nn.Module):
     @torch.no_grad()
     def reset_parameters(self) -> None:
         """Average pooling, which leaves a constant frame as it is."""
+        if self.weight.is_meta:
+            return
         dim, groups = self.weight.shape[0], self.weight.shape[0] // self.weight.shape[1]
         nn.init.zeros_(self.weight)
         channel = torch.arange(dim, device=self.weight.device)

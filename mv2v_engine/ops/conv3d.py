@@ -29,6 +29,9 @@ def conv3d_by_taps(
     for tap in range(taps):
         shown = frames[:, tap : tap + (num_frames - 1) * step + 1 : step].flatten(0, 1)
         part = F.conv2d(shown, weight[:, :, tap], bias if out is None else None, stride[1:])
+        if part.is_meta:  # a CPU's result has the layout of what it was given
+            rows_first = (part.shape[0], *part.shape[2:], part.shape[1])
+            part = part.flatten().view(rows_first).movedim(-1, 1)
         if out is None:
             out = part
         elif torch.is_grad_enabled():

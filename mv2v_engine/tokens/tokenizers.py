@@ -35,8 +35,10 @@ def init_from_base(tokenizer: Tokenizer, base: nn.Conv3d) -> None:
 
     The kernel is repeated spatially and divided by (k/2)^2, so that a constant latent embeds
     the same at every rate; the bias is copied. Of a base with the source on further channels,
-    the target's own are taken.
+    the target's own are taken. A tokenizer without memory is left as it is.
     """
+    if tokenizer.weight.is_meta:
+        return
     repeat = tokenizer.patch // 2
     weight = base.weight[:, : tokenizer.in_channels]
     weight = weight.repeat_interleave(repeat, dim=3).repeat_interleave(repeat, dim=4)

@@ -15,6 +15,7 @@ from mv2v_engine.config import WAN_1_3B
 from mv2v_engine.engine.budget import CUBLAS_WORKSPACE, module_bytes
 from mv2v_engine.engine.vae_bytes import vae_peak_bytes
 from mv2v_engine.errors import MemoryBudgetError
+from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.ops.backend import resolve
@@ -76,10 +77,8 @@ def test_a_full_size_forward(
 
 
 def test_a_full_size_vae() -> None:
-    from diffusers import AutoencoderKLWan
-
     with torch.device(CUDA):
-        vae = VideoVAE(AutoencoderKLWan().to(torch.bfloat16), torch.bfloat16)
+        vae = VideoVAE(Autoencoder().to(torch.bfloat16), torch.bfloat16)
     weights = module_bytes(vae.model)
     measured = []
     torch.cuda.reset_peak_memory_stats()

@@ -284,7 +284,6 @@ def test_cancelling_anywhere_leaves_nothing(
         assert live_tensor_bytes() - had == (latents.nbytes if is_encoded else 0)
         assert (contents(folder), engine.cache.ids(), threading.active_count()) == before
         assert not engine.cache._pins and len(session.turns) == 1
-        assert not any(engine.vae.model._feat_map) and not any(engine.vae.model._enc_feat_map)
         session = weakref.ref(session)
         assert session() is None
     # 3 chunks to encode and 3 to decode, 2 steps, and a few in between

@@ -6,11 +6,11 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKLWan
 
 from mv2v_engine.engine import vae_bytes
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.engine.vae_bytes import vae_peak_bytes
+from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
 from mv2v_engine.vae import VideoVAE
 
 SMALL: dict[str, Any] = {
@@ -30,7 +30,7 @@ SIZE = (32, 48)
 
 def _vae(tile_above: int = 1 << 30, **changes: Any) -> VideoVAE:
     torch.manual_seed(0)
-    return VideoVAE(AutoencoderKLWan(**SMALL | changes), tile_above=tile_above)
+    return VideoVAE(Autoencoder(SMALL | changes), tile_above=tile_above)
 
 
 def _counted(vae: VideoVAE, num_frames: int, size: tuple[int, int]) -> tuple[int, int]:
@@ -53,7 +53,8 @@ def test_real_tensors_take_what_was_predicted(num_frames: int) -> None:
 @pytest.mark.parametrize("base_dim", [4, 32])
 def test_a_long_video_is_predicted_from_its_first_frames(base_dim: int) -> None:
     """Narrow, its pixels weigh most at the end; wide, a chunk's features."""
-    twin = vae_bytes._twin(SMALL | {"base_dim": base_dim}, torch.bfloat16, 1 << 30, False)
+    config = AutoencoderConfig(**SMALL | {"base_dim": base_dim})
+    twin = vae_bytes._twin(config, torch.bfloat16, 1 << 30, False)
     counted = _counted(twin, 25, SIZE)
     assert vae_peak_bytes(twin, 25, SIZE) == pytest.approx(counted, rel=0.03)
 
@@ -66,7 +67,7 @@ def test_tiles_take_less() -> None:
 
 
 def test_wans_own_at_full_size() -> None:
-    twin = vae_bytes._twin({}, torch.bfloat16, 480 * 832, False)
+    twin = vae_bytes._twin(AutoencoderConfig(), torch.bfloat16, 480 * 832, False)
     encode, decode = vae_peak_bytes(twin, 81, (480, 832))
     # four frames of 96 channels at full resolution are 307 MB; about ten such are alive
     assert 3.0e9 < encode < decode < 4.5e9
