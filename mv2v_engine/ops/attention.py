@@ -56,11 +56,13 @@ class _Products(torch.autograd.Function):
 
 def attention_reference(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q_BLND, k_BSND, v_BSND))
-    is_trained = torch.is_grad_enabled() and q.requires_grad
-    if is_trained and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+    is_short = max(q.shape[2], k.shape[2]) <= MATH_LIMIT
+    if q.requires_grad and is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16:
         flat = (t.flatten(0, 1) for t in (q, k, v))
-        return _Products.apply(*flat).unflatten(0, q.shape[:2]).transpose(1, 2)
-    if max(q.shape[2], k.shape[2]) <= MATH_LIMIT:
+        products: Tensor = _Products.apply(*flat)  # type: ignore[no-untyped-call]
+        unflat: Tensor = products.unflatten(0, q.shape[:2]).transpose(1, 2)
+        return unflat
+    if is_short:
         out = F.scaled_dot_product_attention(q, k, v)
     else:
         try:

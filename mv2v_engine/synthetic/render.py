@@ -9,6 +9,7 @@ T frames, P pixels of a frame, N objects, S surfaces.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -20,7 +21,7 @@ from mv2v_engine.synthetic.worlds import BOX, CYLINDER, NUM_WALLS, SPHERE, World
 
 _FAR = 1e4
 
-# x, y and z apart, each contiguous over objects and pixels: many times faster than a last axis of three
+# x, y and z apart, each contiguous over objects and pixels: faster than a last axis of three
 Axes = tuple[Tensor, Tensor, Tensor]
 
 
@@ -63,10 +64,15 @@ def _objects(world: World, origin_N3: Tensor, rays_3NP: Axes) -> Tensor:
     for kind, meet in ((SPHERE, _spheres), (BOX, _boxes), (CYLINDER, _cylinders)):
         which = (world.kind_N == kind).nonzero()[:, 0]
         if len(which):
-            origin = origin_N3[which, :, None].unbind(1)
             rays = (rays_3NP[0][which], rays_3NP[1][which], rays_3NP[2][which])
-            distance[which] = meet(world.half_size_N3[which, :, None].unbind(1), origin, rays)
+            distance[which] = meet(_axes(world.half_size_N3[which]), _axes(origin_N3[which]), rays)
     return torch.where(distance > 1e-3, distance, _FAR)
+
+
+def _axes(vectors_N3: Tensor) -> Axes:
+    """x, y and z apart, each [N, 1]."""
+    x, y, z = vectors_N3[:, :, None].unbind(1)
+    return x, y, z
 
 
 def _slabs(half: Tensor, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
@@ -76,11 +82,16 @@ def _slabs(half: Tensor, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
     return torch.minimum(near, far), torch.maximum(near, far)
 
 
-def _round(radius: Tensor, origin: Sequence[Tensor], rays: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, map(torch.mul, first, second))
+
+
+def _round(
+    radius: Tensor, origin: Sequence[Tensor], rays: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Where rays enter and leave |x| <= radius in the axes given; never, if they miss it."""
-    a, b, c = (sum(x * y for x, y in zip(u, v, strict=True)) for u, v in ((rays, rays), (rays, origin), (origin, origin)))
-    a = a.clamp_min(1e-12)
-    square = b * b - a * (c - radius**2)
+    a, b = _dot(rays, rays).clamp_min(1e-12), _dot(rays, origin)
+    square = b * b - a * (_dot(origin, origin) - radius**2)
     root, missed = square.clamp_min(0).sqrt(), square < 0
     return torch.where(missed, _FAR, (-b - root) / a), torch.where(missed, -_FAR, (-b + root) / a)
 

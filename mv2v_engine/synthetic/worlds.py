@@ -14,7 +14,8 @@ N objects, S surfaces (6 walls, then the N objects).
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+import math
+from dataclasses import dataclass, fields, replace
 from typing import Literal, get_args
 
 import torch
@@ -187,9 +188,10 @@ def _textured(seed: int, generator: torch.Generator) -> World:
     )
 
 
-# Degrees from the optical axis at which a thing stands just outside of the first view, whose edges
-# are at 26 degrees to the sides and 17 up and down, and how far beyond it may stand.
-_BESIDE, _ABOVE, _FURTHER = 29.0, 18.0, 9.0
+# Degrees from the optical axis to the edges of the first view, and how far beyond them things begin
+# that the source does not show.
+_SIDE_EDGE, _TOP_EDGE, _GAP = 26.5, 17.0, 5.0
+_THICKNESS = 0.08  # half of a partition's, metres
 
 
 def _plain_textures(generator: torch.Generator, num_objects: int) -> Textures:
@@ -210,28 +212,37 @@ def _plain(seed: int, grade: Grade, generator: torch.Generator) -> World:
     def between(low: float, high: float, *shape: int) -> Tensor:
         return _uniform(generator, low, high, *shape)
 
-    room_min = torch.stack([between(-6.0, -4.0, 1)[0], between(-3.0, -2.2, 1)[0], torch.tensor(-5.0)])
-    room_max = torch.stack(
-        [between(4.0, 6.0, 1)[0], between(1.2, 1.8, 1)[0], between(5.5, 7.5, 1)[0]]
+    room_min = torch.stack(
+        [between(-6.5, -5.0, 1)[0], between(-3.4, -2.6, 1)[0], torch.tensor(-5.0)]
     )
-    # angles from the axis: two or three in view, one beyond either side, one above, one below
+    room_max = torch.stack(
+        [between(5.0, 6.5, 1)[0], between(1.2, 1.8, 1)[0], between(5.5, 7.5, 1)[0]]
+    )
+    # two or three things in view, one beyond either side, one above and one below
     in_view = 2 + int(torch.randint(0, 2, (1,), generator=generator))
-    seen = torch.linspace(-16.0, 16.0, in_view) + between(-5.0, 5.0, in_view)
-    left, right = -_BESIDE - between(0, _FURTHER, 1), _BESIDE + between(0, _FURTHER, 1)
-    yaw = torch.cat([seen, left, right, between(-18, 18, 2)])
-    beyond = _ABOVE + between(0, _FURTHER / 2, 2)
-    pitch = torch.cat([between(-2, 8, in_view + 2), torch.stack([-beyond[0], beyond[1]])])
-    num = len(yaw)
+    num = in_view + 4
     kind = torch.randint(0, 3, (num,), generator=generator)
     half_size = between(0.4, 0.8, num, 3)
+    half_size[-1] = between(0.2, 0.3, 1)  # what lies below the view is low
     half_size[kind == SPHERE] = half_size[kind == SPHERE][:, :1]
     half_size[:, 2] = torch.where(kind == CYLINDER, half_size[:, 0], half_size[:, 2])
     z = between(3.2, 5.0, num)
+    top = room_max[1] - 2 * half_size[-1, 1]
+    z[-1] = (top / math.tan(math.radians(_TOP_EDGE)) - 0.4).clamp_max(2.9)  # before the others
+    wide = torch.rad2deg((half_size.norm(dim=1) / z).atan())
+    beyond = between(0, _GAP, 3)
+    seen = torch.linspace(-16.0, 16.0, in_view) + between(-5.0, 5.0, in_view)
+    left, right = (_SIDE_EDGE + wide[in_view : in_view + 2] + beyond[:2]).unbind()
+    yaw = torch.cat([seen, torch.stack([-left, right]), between(-15, 15, 2)])
+    pitch = between(-2, 8, num)
+    pitch[-2] = -(_TOP_EDGE + wide[-2] + beyond[2] / 2)
     centre = torch.stack([z * torch.deg2rad(yaw).tan(), z * torch.deg2rad(pitch).tan(), z], dim=-1)
     # most of those beside the axis stand on the floor
     stands = (torch.rand(num, generator=generator) < 0.7) & (torch.arange(num) < in_view + 2)
+    stands[-1] = True
     centre[:, 1] = torch.where(stands, room_max[1] - half_size[:, 1], centre[:, 1])
-    moves = (torch.rand(num, generator=generator) < 0.25)[:, None]
+    # what is to be uncovered waits where it is
+    moves = ((torch.rand(num, generator=generator) < 0.4) & (torch.arange(num) < in_view))[:, None]
     swing = between(-0.6, 0.6, num, 3) * torch.tensor([1.0, 0.2, 0.5])
     margin = half_size.amax(1, keepdim=True) + 0.1
     low, high = room_min + margin, room_max - margin
@@ -258,59 +269,50 @@ def _plain(seed: int, grade: Grade, generator: torch.Generator) -> World:
 
 
 def _furnished(world: World, generator: torch.Generator) -> World:
-    """Put up one or two partitions: boxes from floor to ceiling, from a side wall inwards, each
-    with or without a doorway, and a thing behind each."""
-    low, high = world.room_min_3, world.room_max_3
-    middle, half_height = (low[1] + high[1]) / 2, (high[1] - low[1]) / 2
-    sides = torch.tensor([-1.0, 1.0])[torch.randperm(2, generator=generator)]
-    count = 1 + int(torch.randint(0, 2, (1,), generator=generator))
-    centres, halves, kinds = [], [], []
-    for side in sides[:count].tolist():
-        z = float(_uniform(generator, 2.6, 3.6, 1))
-        wall = float(high[0] if side > 0 else -low[0])
-        inner = z * float(_uniform(generator, 0.12, 0.34, 1))  # seen at 7 to 19 degrees
+    """The world with one or two partitions, boxes from floor to ceiling that reach from a side wall
+    inwards, each with or without a doorway and with a thing behind it."""
+
+    def between(low: float, high: float) -> float:
+        return float(_uniform(generator, low, high, 1))
+
+    low, high = world.room_min_3.tolist(), world.room_max_3.tolist()
+    partitions: list[list[float]] = []  # centre, then half sizes
+    things: list[list[float]] = []
+    sides = ((-1,), (1,), (-1, 1), (-1, 1))[int(between(0, 4))]
+    for side in sides:
+        z, wall = between(2.6, 3.6), high[0] if side > 0 else -low[0]
+        inner = z * between(0.12, 0.34)  # its edge, seen at 7 to 19 degrees
         spans = [(inner, wall)]
-        if float(torch.rand(1, generator=generator)) < 0.5:
-            door = inner + float(_uniform(generator, 0.5, 1.0, 1))
-            spans = [(inner, door), (door + float(_uniform(generator, 0.7, 1.1, 1)), wall)]
+        if between(0, 1) < 0.5:
+            door = inner + between(0.5, 1.0)
+            spans = [(inner, door), (door + between(0.7, 1.1), wall)]
         for near, far in spans:
-            if far - near < 0.2:
-                continue
-            centres.append(torch.stack([torch.tensor(side * (near + far) / 2), middle, torch.tensor(z)]))
-            halves.append(torch.stack([torch.tensor((far - near) / 2), half_height, torch.tensor(0.08)]))
-            kinds.append(BOX)
-        size = float(_uniform(generator, 0.4, 0.6, 1))
-        behind = z + 0.3 + size + float(_uniform(generator, 0.0, 0.6, 1))
-        x = side * (inner + float(_uniform(generator, 0.3, 1.2, 1)))
-        centres.append(torch.stack([torch.tensor(x), high[1] - size, torch.tensor(behind)]))
-        halves.append(torch.tensor([size, size, size]))
-        kinds.append(int(torch.randint(0, 3, (1,), generator=generator)))
-    count = len(kinds)
+            middle, half_height = (low[1] + high[1]) / 2, (high[1] - low[1]) / 2
+            half_width = max(far - near, 0.2) / 2
+            partitions.append(
+                [side * (near + half_width), middle, z, half_width, half_height, _THICKNESS]
+            )
+        size = between(0.4, 0.6)
+        x, behind = side * (inner + between(0.3, 1.2)), z + 0.3 + size + between(0, 0.6)
+        things.append([x, high[1] - size, behind, size, size, size])
+    count, boxes = len(partitions) + len(things), torch.tensor([*partitions, *things])
+    kinds = torch.randint(0, 3, (len(things),), generator=generator)
     textures = _plain_textures(generator, count)
-    muted = torch.tensor([kind == BOX and half[2] < 0.1 for kind, half in zip(kinds, halves, strict=True)])
-    walls = _plain_textures(generator, count)
-    parts = {}
-    for field in fields(Textures):
-        own = getattr(textures, field.name)[NUM_WALLS:]
-        if field.name.startswith("colour"):
-            plain = getattr(walls, field.name)[torch.arange(count) % NUM_WALLS]
-            own = torch.where(muted[:, None], plain, own)
-        parts[field.name] = torch.cat([getattr(world.textures, field.name), own])
-    # things that stood where a partition or what is behind it stands now would be cut by it: they
-    # keep still at least, and a partition hides what is within it
     zeros = torch.zeros(count)
-    return World(
-        seed=world.seed,
-        room_min_3=low,
-        room_max_3=high,
-        kind_N=torch.cat([world.kind_N, torch.tensor(kinds)]),
-        centre_N3=torch.cat([world.centre_N3, torch.stack(centres)]),
-        half_size_N3=torch.cat([world.half_size_N3, torch.stack(halves)]),
+    # a partition has a wall's muted colours, a thing has a vivid one
+    order = torch.cat([torch.arange(len(partitions)), NUM_WALLS + torch.arange(len(things))])
+    added = {f.name: getattr(textures, f.name)[order] for f in fields(Textures)}
+    return replace(
+        world,
+        kind_N=torch.cat([world.kind_N, torch.full((len(partitions),), BOX), kinds]),
+        centre_N3=torch.cat([world.centre_N3, boxes[:, :3]]),
+        half_size_N3=torch.cat([world.half_size_N3, boxes[:, 3:]]),
         yaw_N=torch.cat([world.yaw_N, zeros]),
         swing_N3=torch.cat([world.swing_N3, torch.zeros(count, 3)]),
-        rate_N=torch.cat([world.rate_N, torch.ones(count)]),
+        rate_N=torch.cat([world.rate_N, zeros]),
         phase_N=torch.cat([world.phase_N, zeros]),
         spin_N=torch.cat([world.spin_N, zeros]),
-        textures=Textures(**parts),
-        light_3=world.light_3,
+        textures=Textures(
+            **{name: torch.cat([getattr(world.textures, name), new]) for name, new in added.items()}
+        ),
     )

@@ -24,14 +24,14 @@ from tqdm import tqdm
 from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.multicam import MultiCamVideo
 from mv2v_engine.training.recipe import Tracks
-from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 from mv2v_engine.training.scenes import RenderedScenes, Scene, SceneSource, WorldScenes
-from mv2v_engine.training.throughput import compute_dtype
 from mv2v_engine.training.text import read_text_encoder, trim_text
+from mv2v_engine.training.throughput import compute_dtype
 from mv2v_engine.vae import VideoVAE, load_vae
 
 _STILL_METRES = 1e-4
