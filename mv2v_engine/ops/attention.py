@@ -9,6 +9,8 @@ B batch, L query and S key tokens, N heads, D head dim; packed: T queries and S 
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,9 +30,39 @@ _FUSED = [
 ]
 
 
+class _Products(torch.autograd.Function):
+    """Attention as bfloat16 products of all scores at once, q, k, v [G, L, D].
+
+    On a CPU torch's fused attention gains nothing from bfloat16, and its way back loses.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        scores = torch.bmm(q * q.shape[-1] ** -0.5, k.transpose(1, 2))
+        weights = torch.softmax(scores, dim=-1)
+        ctx.save_for_backward(q, k, v, weights)
+        return torch.bmm(weights, v)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        q, k, v, weights = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_v = torch.bmm(weights.transpose(1, 2), grad)
+        grad_weights = torch.bmm(grad, v.transpose(1, 2))
+        scores = torch._softmax_backward_data(grad_weights, weights, -1, weights.dtype)
+        scale = q.shape[-1] ** -0.5
+        return torch.bmm(scores, k) * scale, torch.bmm(scores.transpose(1, 2), q) * scale, grad_v
+
+
 def attention_reference(q_BLND: Tensor, k_BSND: Tensor, v_BSND: Tensor) -> Tensor:
     q, k, v = (t.transpose(1, 2) for t in (q_BLND, k_BSND, v_BSND))
-    if max(q.shape[2], k.shape[2]) <= MATH_LIMIT:
+    is_short = max(q.shape[2], k.shape[2]) <= MATH_LIMIT
+    if q.requires_grad and is_short and q.device.type == "cpu" and q.dtype == torch.bfloat16:
+        flat = (t.flatten(0, 1) for t in (q, k, v))
+        products: Tensor = _Products.apply(*flat)  # type: ignore[no-untyped-call]
+        unflat: Tensor = products.unflatten(0, q.shape[:2]).transpose(1, 2)
+        return unflat
+    if is_short:
         out = F.scaled_dot_product_attention(q, k, v)
     else:
         try:

@@ -9,6 +9,8 @@ T frames, P pixels of a frame, N objects, S surfaces.
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +20,9 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.synthetic.worlds import BOX, CYLINDER, NUM_WALLS, SPHERE, World
 
 _FAR = 1e4
+
+# x, y and z apart, each contiguous over objects and pixels: faster than a last axis of three
+Axes = tuple[Tensor, Tensor, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
@@ -44,55 +49,67 @@ def _to_local(vectors: Tensor, yaw_N: Tensor) -> Tensor:
     return torch.stack([cos * x - sin * z, y, sin * x + cos * z], dim=-1)
 
 
-def _walls(world: World, origin_3: Tensor, rays_P3: Tensor) -> Tensor:
-    """Distances [P, 6] to the walls from inside the room: -x, -y, -z, +x, +y, +z."""
-    rays = torch.where(rays_P3.abs() < 1e-9, torch.full_like(rays_P3, 1e-9), rays_P3)
-    low = (world.room_min_3 - origin_3) / rays
-    high = (world.room_max_3 - origin_3) / rays
-    distance = torch.cat([low, high], dim=-1)
+def _walls(world: World, origin_3: Tensor, rays_3P: Tensor) -> Tensor:
+    """Distances [6, P] to the walls from inside the room: -x, -y, -z, +x, +y, +z."""
+    rays = torch.where(rays_3P.abs() < 1e-9, 1e-9, rays_3P)
+    low = (world.room_min_3 - origin_3)[:, None] / rays
+    high = (world.room_max_3 - origin_3)[:, None] / rays
+    distance = torch.cat([low, high])
     return torch.where(distance > 1e-4, distance, _FAR)
 
 
-def _objects(world: World, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
-    """Distances [P, N] in object axes: spheres and cylinders by a quadratic, boxes by slabs."""
-    distance = torch.full(rays_PN3.shape[:2], _FAR, device=rays_PN3.device)
+def _objects(world: World, origin_N3: Tensor, rays_3NP: Axes) -> Tensor:
+    """Distances [N, P] in object axes: spheres and cylinders by a quadratic, boxes by slabs."""
+    distance = torch.full_like(rays_3NP[0], _FAR)
     for kind, meet in ((SPHERE, _spheres), (BOX, _boxes), (CYLINDER, _cylinders)):
         which = (world.kind_N == kind).nonzero()[:, 0]
         if len(which):
-            met = meet(world.half_size_N3[which], origin_N3[which], rays_PN3[:, which])
-            distance[:, which] = met
+            rays = (rays_3NP[0][which], rays_3NP[1][which], rays_3NP[2][which])
+            distance[which] = meet(_axes(world.half_size_N3[which]), _axes(origin_N3[which]), rays)
     return torch.where(distance > 1e-3, distance, _FAR)
 
 
+def _axes(vectors_N3: Tensor) -> Axes:
+    """x, y and z apart, each [N, 1]."""
+    x, y, z = vectors_N3[:, :, None].unbind(1)
+    return x, y, z
+
+
 def _slabs(half: Tensor, origin: Tensor, rays: Tensor) -> tuple[Tensor, Tensor]:
-    """Where rays enter and leave the slabs -half..half, axis by axis."""
+    """Where rays enter and leave the slab -half..half of one axis."""
     safe = torch.where(rays.abs() < 1e-9, 1e-9, rays)
     near, far = (-half - origin) / safe, (half - origin) / safe
     return torch.minimum(near, far), torch.maximum(near, far)
 
 
-def _round(radius_N: Tensor, origin_N: Tensor, rays_P: Tensor) -> tuple[Tensor, Tensor]:
+def _dot(first: Sequence[Tensor], second: Sequence[Tensor]) -> Tensor:
+    return functools.reduce(torch.add, map(torch.mul, first, second))
+
+
+def _round(
+    radius: Tensor, origin: Sequence[Tensor], rays: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
     """Where rays enter and leave |x| <= radius in the axes given; never, if they miss it."""
-    a = (rays_P * rays_P).sum(-1).clamp_min(1e-12)
-    b = (rays_P * origin_N).sum(-1)
-    c = (origin_N * origin_N).sum(-1) - radius_N**2
-    square = b * b - a * c
+    a, b = _dot(rays, rays).clamp_min(1e-12), _dot(rays, origin)
+    square = b * b - a * (_dot(origin, origin) - radius**2)
     root, missed = square.clamp_min(0).sqrt(), square < 0
     return torch.where(missed, _FAR, (-b - root) / a), torch.where(missed, -_FAR, (-b + root) / a)
 
 
-def _spheres(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
-    return _round(half_N3[:, 0], origin_N3, rays_PN3)[0]
+def _spheres(half: Axes, origin: Axes, rays: Axes) -> Tensor:
+    return _round(half[0], origin, rays)[0]
 
 
-def _boxes(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
-    enter, leave = _slabs(half_N3, origin_N3, rays_PN3)
-    return torch.where(enter.amax(-1) <= leave.amin(-1), enter.amax(-1), _FAR)
+def _boxes(half: Axes, origin: Axes, rays: Axes) -> Tensor:
+    slabs = [_slabs(*axis) for axis in zip(half, origin, rays, strict=True)]
+    enter = torch.maximum(torch.maximum(slabs[0][0], slabs[1][0]), slabs[2][0])
+    leave = torch.minimum(torch.minimum(slabs[0][1], slabs[1][1]), slabs[2][1])
+    return torch.where(enter <= leave, enter, _FAR)
 
 
-def _cylinders(half_N3: Tensor, origin_N3: Tensor, rays_PN3: Tensor) -> Tensor:
-    side_in, side_out = _round(half_N3[:, 0], origin_N3[:, [0, 2]], rays_PN3[..., [0, 2]])
-    cap_in, cap_out = _slabs(half_N3[:, 1], origin_N3[:, 1], rays_PN3[..., 1])
+def _cylinders(half: Axes, origin: Axes, rays: Axes) -> Tensor:
+    side_in, side_out = _round(half[0], origin[::2], rays[::2])
+    cap_in, cap_out = _slabs(half[1], origin[1], rays[1])
     enter, leave = torch.maximum(side_in, cap_in), torch.minimum(side_out, cap_out)
     return torch.where(enter <= leave, enter, _FAR)
 
@@ -136,7 +153,9 @@ def shading(world: World, normal_P3: Tensor) -> Tensor:
 def _shade(world: World, surface_P: Tensor, local_P3: Tensor, normal_P3: Tensor) -> Tensor:
     """Colours [P, 3] in 0..1 from the texture at a surface's local point and its world normal."""
     textures = world.textures
-    phase = (textures.waves_S33[surface_P] @ local_P3[..., None])[..., 0]
+    # the waves of all surfaces in one product, then the one that is seen
+    every = (local_P3 @ textures.waves_S33.flatten(0, 1).T).unflatten(-1, (-1, 3))
+    phase = every.gather(1, surface_P[:, None, None].expand(-1, 1, 3))[:, 0]
     waves = (phase + textures.phases_S3[surface_P]).sin()
     weights = textures.weights_S2[surface_P]
     signal = weights[:, 0] * waves.mean(-1) * 1.6 + weights[:, 1] * waves.prod(-1) * 2.0
@@ -152,18 +171,21 @@ def _trace(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Colour [P, 3], depth [P] and surface [P] of camera-axes directions with z = 1."""
     origin = pose_34[:, 3]
-    rays = directions_P3 @ pose_34[:, :3].T
+    rays_3P = pose_34[:, :3] @ directions_P3.T
     centre, yaw = object_poses(world, time)
-    local_origin = _to_local((origin - centre)[None], yaw)
-    local_rays = _to_local(rays[:, None].expand(-1, len(centre), -1), yaw)
-    walls = _walls(world, origin, rays)
-    objects = _objects(world, local_origin[0], local_rays)
-    depth, surface = torch.cat([walls, objects], dim=-1).min(-1)
-    point = origin + depth[:, None] * rays
+    local_origin = _to_local((origin - centre)[None], yaw)[0]
+    cos, sin = yaw.cos()[:, None], yaw.sin()[:, None]
+    x, y, z = rays_3P
+    local_rays = (cos * x - sin * z, y.expand(len(yaw), -1), sin * x + cos * z)
+    walls = _walls(world, origin, rays_3P)
+    objects = _objects(world, local_origin, local_rays)
+    depth, surface = torch.cat([walls, objects]).min(0)
+    point = origin + depth[:, None] * rays_3P.T
 
     is_object = (surface >= NUM_WALLS)[:, None]
-    rows, index = torch.arange(len(rays), device=rays.device), object_index(surface)
-    local_point = local_origin[0, index] + depth[:, None] * local_rays[rows, index]
+    index = object_index(surface)
+    seen = torch.stack([axis.gather(0, index[None])[0] for axis in local_rays], dim=-1)
+    local_point = local_origin[index] + depth[:, None] * seen
     normal = surface_normals(world, yaw, surface, local_point)
     colour = _shade(world, surface, torch.where(is_object, local_point, point), normal)
     return colour, depth, surface

@@ -11,6 +11,7 @@ The recipe and the loss are those of full-size fine-tuning; here every parameter
 from __future__ import annotations
 
 import argparse
+import math
 from dataclasses import replace
 from pathlib import Path
 
@@ -27,10 +28,10 @@ from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditRecipe, EditSampler
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.losses import Sampler, compute_dtype, flow_step
+from mv2v_engine.training.losses import Sampler, flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
 from mv2v_engine.training.text import read_text_encoder
-from mv2v_engine.training.throughput import matmul_tflops
+from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
 
 TINY_SAMPLING = SamplingConfig(
     num_frames=17,
@@ -123,6 +124,16 @@ def main() -> None:
         "from scratch",
     )
     parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--steps", type=int, help="in place of --minutes: what the schedule spans")
+    parser.add_argument(
+        "--frames", type=int, nargs="+", help="with --latents: these latent frames of a clip alone"
+    )
+    parser.add_argument("--no-memory", type=float, help="share of samples without memory")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="compile the blocks, anew for every shape that comes: twice as fast on a CPU",
+    )
     parser.add_argument("--batch", type=int, default=TINY_RECIPE.batch)
     parser.add_argument("--max-memory", type=int, default=TINY_RECIPE.max_memory)
     parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
@@ -140,15 +151,27 @@ def main() -> None:
     model = _model(args, device)
     sampler = _sampler(args, model, device)
     optimizers = make_optimizers(model, args.learning_rate, args.matrix_learning_rate)
+    if args.compile:
+        compile_blocks(model)
     config = LoopConfig(
         out=args.out,
-        minutes=args.minutes,
+        minutes=args.minutes if args.steps is None else math.inf,
+        max_steps=args.steps,
         batch=args.batch,
         peak_tflops=matmul_tflops(device, compute_dtype(device)),
     )
     loop = TrainingLoop(model, optimizers, config)
     loop.run(flow_step(data_parallel(model), sampler, device))
     leave()
+
+
+def compile_blocks(model: MV2VTransformer) -> None:
+    """Compile both forms of every block, each shape anew; parameters and names stay."""
+    torch._dynamo.config.recompile_limit = 512
+    torch._dynamo.config.accumulated_recompile_limit = 4096
+    for block in model.blocks:
+        for name in ("forward", "forward_static"):
+            setattr(block, name, torch.compile(getattr(block, name), dynamic=False))
 
 
 def _model(args: argparse.Namespace, device: torch.device) -> MV2VTransformer:
@@ -164,6 +187,10 @@ def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.dev
     odds = {"batch": args.batch, "max_memory": args.max_memory}
     if args.edits is None:
         views = TINY_RECIPE if args.start_from is None else TINY_MEMORY_RECIPE
+        if args.frames is not None:
+            views = replace(views, frames=tuple(args.frames))
+        if args.no_memory is not None:
+            views = replace(views, no_memory=args.no_memory)
         return SceneSampler(LatentCache(args.latents, device), model.config, replace(views, **odds))
     recipe = TINY_EDIT_RECIPE if args.start_from is None else TINY_EDIT_MEMORY_RECIPE
     text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))

@@ -42,10 +42,10 @@ from mv2v_engine.training.distributed import (
 )
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.losses import compute_dtype, flow_step
+from mv2v_engine.training.losses import flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
 from mv2v_engine.training.text import trim_text
-from mv2v_engine.training.throughput import matmul_tflops
+from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
 from mv2v_engine.vae import weights_fingerprint
 
 _TRAINED_IN_BLOCK = ("attn1", "projector", "cam_encoder")

@@ -14,6 +14,7 @@ import argparse
 import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,12 +24,14 @@ from tqdm import tqdm
 from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.multicam import MultiCamVideo
 from mv2v_engine.training.recipe import Tracks
-from mv2v_engine.training.scenes import RenderedScenes, Scene, SceneSource
+from mv2v_engine.training.scenes import RenderedScenes, Scene, SceneSource, WorldScenes
 from mv2v_engine.training.text import read_text_encoder, trim_text
+from mv2v_engine.training.throughput import compute_dtype
 from mv2v_engine.vae import VideoVAE, load_vae
 
 _STILL_METRES = 1e-4
@@ -202,8 +205,10 @@ def _read_report(path: Path) -> dict[str, list[str]]:
 def _encoder(
     vae: VideoVAE, text: TextEncoder | None
 ) -> Callable[[Scene], tuple[Tensor, Tensor | None]]:
+    dtype = compute_dtype(vae.device)
+
     def encode(scene: Scene) -> tuple[Tensor, Tensor | None]:
-        with torch.autocast(vae.device.type, torch.bfloat16, enabled=vae.device.type == "cuda"):
+        with torch.autocast(vae.device.type, torch.bfloat16, enabled=dtype != torch.float32):
             latents = torch.stack([vae.encode(clip).cpu() for clip in scene.frames])
         if text is None:
             return latents, None
@@ -216,9 +221,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--scenes", type=Path, help="folder of mv2v_engine.training.scenes")
+    sources.add_argument("--worlds", help="first:last seed, rendered on the way")
     sources.add_argument("--multicam", type=Path, help="root of a MultiCamVideo dataset")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--grade", choices=get_args(Grade), default="plain", help="of --worlds")
+    parser.add_argument("--cameras", type=int, default=8, help="that film each of --worlds")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th scene from the i-th")
     parser.add_argument("--strict", action="store_true", help="stop at the first thing left out")
     parser.add_argument("--device", default="cpu")
@@ -232,12 +240,12 @@ def main() -> None:
 
     device = torch.device(args.device)
     vae = load_vae(args.vae, device=device, dtype=torch.float32)
-    source: RenderedScenes | MultiCamVideo
+    source: SceneSource
     text = None
-    if args.scenes is not None:
+    if args.multicam is None:
         if args.text or args.captions:
             parser.error("--text and --captions belong to --multicam; rendered scenes have none")
-        source = RenderedScenes(args.scenes)
+        source = RenderedScenes(args.scenes) if args.worlds is None else _worlds(parser, args)
     else:
         if args.captions is not None and args.text is None:
             parser.error("--captions needs --text, the folder of the encoder that reads them")
@@ -259,6 +267,13 @@ def main() -> None:
         print(f"{source.num_uncaptioned} videos have no caption: they got the empty prompt")
     if not encoded:
         raise TrainingError(f"none of {len(names)} scenes could be encoded; {report} says why")
+
+
+def _worlds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> WorldScenes:
+    first, last = (int(part) for part in args.worlds.split(":"))
+    if last > HELD_OUT:
+        parser.error(f"worlds from {HELD_OUT} on are held out for measuring, got {args.worlds}")
+    return WorldScenes(range(first, last), args.grade, args.cameras)
 
 
 def _multicam(args: argparse.Namespace, vae: VideoVAE) -> MultiCamVideo:

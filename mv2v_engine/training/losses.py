@@ -12,6 +12,7 @@ from mv2v_engine.tokens.flops import conditioning_flops
 from mv2v_engine.training.distributed import own_generator
 from mv2v_engine.training.odds import MemoryRecipe
 from mv2v_engine.training.recipe import Batch
+from mv2v_engine.training.throughput import compute_dtype
 
 
 class Sampler(Protocol):
@@ -57,11 +58,6 @@ def flow_loss(
     if batch.weight is not None:
         error = error * batch.weight.to(device)
     return error.mean()
-
-
-def compute_dtype(device: torch.device) -> torch.dtype:
-    """bfloat16 on a GPU; CPUs without it only get slower."""
-    return torch.bfloat16 if device.type == "cuda" else torch.float32
 
 
 def flow_step(

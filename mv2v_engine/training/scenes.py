@@ -23,7 +23,7 @@ from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import make_folder, save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
-from mv2v_engine.synthetic.worlds import HELD_OUT, make_world
+from mv2v_engine.synthetic.worlds import HELD_OUT, Grade, make_world
 from mv2v_engine.training.command import run_command
 
 
@@ -74,9 +74,26 @@ class RenderedScenes:
         return load_scene(self._paths[name])
 
 
-def render_scene(seed: int, *, num_cameras: int, device: str = "cpu") -> Scene:
+class WorldScenes:
+    """Worlds of some seeds, each rendered when it is loaded and kept nowhere."""
+
+    def __init__(self, seeds: Sequence[int], grade: Grade, num_cameras: int) -> None:
+        self._seeds = {f"scene_{grade}_{seed:07d}": seed for seed in seeds}
+        self.grade, self.num_cameras = grade, num_cameras
+
+    @property
+    def names(self) -> Sequence[str]:
+        return tuple(self._seeds)
+
+    def load(self, name: str) -> Scene:
+        return render_scene(self._seeds[name], num_cameras=self.num_cameras, grade=self.grade)
+
+
+def render_scene(
+    seed: int, *, num_cameras: int, device: str = "cpu", grade: Grade = "textured"
+) -> Scene:
     """All cameras of one world."""
-    world = make_world(seed)
+    world = make_world(seed, grade)
     cameras = scene_cameras(seed, num_cameras=num_cameras)
     frames = torch.stack([render(world, camera, device=device).frames for camera in cameras])
     return Scene(frames.cpu(), torch.stack([camera.poses for camera in cameras]))

@@ -46,6 +46,22 @@ def test_matches_float64(
     assert_within_budget(attention(q, k, v, backend=backend), oracle, _naive(q, k, v))
 
 
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_gradients_in_bfloat16_match_float64(case: tuple[int, int, int, int, int]) -> None:
+    given = _inputs(*case, torch.bfloat16)
+    weight = torch.randn(given[0].shape, generator=torch.Generator().manual_seed(1))
+
+    def gradients(compute: Any, dtype: torch.dtype) -> tuple[Tensor, ...]:
+        leaves = [t.detach().to(dtype, copy=True).requires_grad_() for t in given]
+        (compute(*leaves) * weight.to(dtype)).sum().backward()
+        return tuple(leaf.grad for leaf in leaves)
+
+    ours = gradients(attention, torch.bfloat16)
+    oracles = gradients(_naive, torch.float64)
+    for got, oracle, eager in zip(ours, oracles, gradients(_naive, torch.bfloat16), strict=True):
+        assert_within_budget(got, oracle, eager)
+
+
 def test_long_sequences_take_a_fused_path() -> None:
     q, k, v = _inputs(1, 3, MATH_LIMIT + 1, 1, 8, torch.float32)
     oracle = _naive(q.double(), k.double(), v.double())

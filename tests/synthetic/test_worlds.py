@@ -2,12 +2,23 @@
 
 from __future__ import annotations
 
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
 
-from mv2v_engine.synthetic.worlds import CYLINDER, NUM_WALLS, SPHERE, Textures, World, make_world
+from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.errors import RequestError
+from mv2v_engine.synthetic.render import render
+from mv2v_engine.synthetic.worlds import (
+    BOX,
+    CYLINDER,
+    NUM_WALLS,
+    SPHERE,
+    Textures,
+    World,
+    make_world,
+)
 
 
 def equal(first: World, second: World) -> bool:
@@ -60,3 +71,54 @@ def test_a_still_object_does_not_turn_either() -> None:
         world = make_world(seed)
         still = world.swing_N3.abs().sum(1) == 0
         assert bool((world.spin_N[still] == 0).all())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_every_move_uncovers_a_thing_of_a_plain_world_that_the_source_does_not_show(
+    seed: int,
+) -> None:
+    world = make_world(seed, "plain")
+
+    def shown(move: str) -> set[int]:
+        last = named_trajectory(move, 17, (48, 80)).poses[-1:]
+        camera = named_trajectory("static", 1, (48, 80))
+        seen = render(world, replace(camera, poses=last), samples=1).surface
+        return {int(index) for index in seen.unique() if index >= NUM_WALLS}
+
+    first = shown("static")
+    for move in ("pan:30", "pan:-30", "tilt:15", "tilt:-15"):
+        assert shown(move) - first, move
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_colours_of_a_plain_world_vary_slowly(seed: int) -> None:
+    plain, textured = (make_world(seed, grade).textures for grade in ("plain", "textured"))
+
+    def contrast(textures: Textures) -> float:
+        return float((textures.colour_a_S3 - textures.colour_b_S3).abs().mean())
+
+    assert contrast(plain) < 0.3 * contrast(textured)
+    # the waves are as many radians a metre as in the textured grade, halved
+    wave_numbers = plain.waves_S33[:NUM_WALLS].norm(dim=-1)
+    assert bool((wave_numbers < 2 * torch.pi / 0.9 / 2 + 1e-3).all())
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_a_furnished_world_is_a_plain_one_behind_partitions(seed: int) -> None:
+    plain, furnished = (make_world(seed, grade) for grade in ("plain", "furnished"))
+    count = len(plain.kind_N)
+    assert torch.equal(furnished.centre_N3[:count], plain.centre_N3)
+    added = furnished.half_size_N3[count:]
+    is_partition = (furnished.kind_N[count:] == BOX) & (added[:, 2] < 0.1)
+    assert 1 <= int(is_partition.sum()) <= 4
+    assert not bool(is_partition.all())  # and things stand behind them
+    height = furnished.room_max_3[1] - furnished.room_min_3[1]
+    assert torch.allclose(2 * added[is_partition, 1], height)
+    still = named_trajectory("static", 1, (48, 80))
+    hidden = render(plain, still, samples=1).surface != render(furnished, still, samples=1).surface
+    assert 0.02 < float(hidden.float().mean()) < 0.9
+
+
+def test_an_unknown_grade_is_refused() -> None:
+    with pytest.raises(RequestError, match=r"'plain', 'furnished', 'textured'.*got 'bare'"):
+        make_world(0, "bare")  # type: ignore[arg-type]

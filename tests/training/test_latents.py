@@ -11,10 +11,12 @@ import pytest
 import torch
 from torch import Tensor
 
+import mv2v_engine
 from mv2v_engine.camera.poses import compose, relative_to
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
+from mv2v_engine.synthetic.worlds import HELD_OUT
 from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training import latents
 from mv2v_engine.training.latents import LatentCache, encode_scenes, save_latents, trim_text
@@ -176,6 +178,21 @@ def test_text_is_kept_to_its_longest_prompt() -> None:
 def _main(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> None:
     monkeypatch.setattr("sys.argv", ["latents", *map(str, arguments)])
     latents.main()
+
+
+def test_the_command_renders_and_encodes_worlds(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    vae = Path(mv2v_engine.__file__).parent / "assets" / "tiny-nvs" / "vae"
+    out = tmp_path / "latents"
+    arguments: list[object] = ["--vae", vae, "--out", out, "--grade", "furnished", "--cameras", 2]
+    _main(monkeypatch, "--worlds", "3:4", *arguments)
+    assert [path.name for path in out.glob("scene_*")] == ["scene_furnished_0000003.safetensors"]
+    cache = LatentCache(out)
+    assert cache.num_tracks(0) == 2 and cache.still_track(0) == 0
+    with pytest.raises(SystemExit):
+        _main(monkeypatch, "--worlds", f"0:{HELD_OUT + 1}", *arguments)
+    assert "held out" in capsys.readouterr().err
 
 
 def test_the_command_encodes_multicamvideo(

@@ -60,6 +60,14 @@ def test_a_camera_returns_in_the_recipes_share(cache: LatentCache) -> None:
     assert abs(returned / total - 0.4) < 0.08
 
 
+def test_two_latent_frames_alone_are_a_shorter_clip(cache: LatentCache) -> None:
+    recipe = Recipe(batch=2, max_memory=2, frames=(0, 1))
+    (batch,) = _draws(cache, 1, recipe)
+    assert batch.plan.target.num_frames == 2
+    assert all(latents.shape[2] == 2 for latents in batch.latents)
+    assert batch.cameras is not None and batch.cameras.shape[2] == 2
+
+
 def test_memory_comes_by_relevance(cache: LatentCache) -> None:
     """Cameras of a scene stand side by side: what is near the target sees most of what it sees."""
     recipe = Recipe(batch=3, max_memory=6, source_dropped=0.0)

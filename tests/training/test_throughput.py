@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.throughput import matmul_tflops, training_flops_factor
+from mv2v_engine.training.throughput import compute_dtype, matmul_tflops, training_flops_factor
 
 
 def test_frozen_weights_need_no_gradient() -> None:
@@ -23,6 +23,11 @@ def test_frozen_weights_need_no_gradient() -> None:
 def test_a_products_rate_is_measured() -> None:
     rate = matmul_tflops(torch.device("cpu"), torch.float32)
     assert 1e-3 < rate < 100  # a slow core, a large server
+
+
+def test_products_are_made_in_bfloat16_where_that_is_quicker() -> None:
+    assert compute_dtype(torch.device("cuda")) == torch.bfloat16
+    assert compute_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
 
 
 def test_the_log_says_what_share_a_run_gets(tmp_path: Path) -> None:
