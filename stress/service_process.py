@@ -199,7 +199,7 @@ class Calls:
         }
 
 
-async def probe(path: Path, limits: Limits) -> ProbedVideo:
+async def probe(owner: str, path: Path, limits: Limits) -> ProbedVideo:
     """In this process, for the clips are the test's own."""
     info = await asyncio.to_thread(probe_video, path)
     seconds = info.num_frames / info.fps
@@ -231,6 +231,9 @@ async def _answer(calls: Calls, asked: dict[str, Any]) -> None:
         answer["result"] = await getattr(calls, asked["call"])(**asked["arguments"])
     except ApiError as error:
         answer |= {"code": error.code, "message": str(error)}
+    except Exception as error:  # whoever asked must not wait for ever
+        logging.exception("a call failed")
+        answer |= {"code": "internal", "message": repr(error)}
     print(json.dumps(answer), flush=True)
 
 
