@@ -132,7 +132,7 @@ def main() -> None:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="compile the blocks, anew for every shape that comes: twice as fast on a CPU",
+        help="compile the blocks, anew for every shape that comes, which pays in long runs",
     )
     parser.add_argument("--batch", type=int, default=TINY_RECIPE.batch)
     parser.add_argument("--max-memory", type=int, default=TINY_RECIPE.max_memory)
