@@ -70,18 +70,21 @@ class ConditioningCache:
     blocks: k (normalised, rotated) and v [B, L, N, D] of every block's conditioning, after the
     merges before it. cameras: [B, F, P] of the target's frames; None for a model without cameras.
     `keep_in` gives it a place to keep them; without one it keeps the tensors that it is handed.
+
+    Args:
+        is_trained: keep the graph of what is kept too, so that gradients flow back through it.
     """
 
     serves: Conditioning = "static"
 
-    def __init__(self, plan: TokenPlan) -> None:
+    def __init__(self, plan: TokenPlan, *, is_trained: bool = False) -> None:
         if plan.conditioning != self.serves:
             raise ValueError(
                 f"a {type(self).__name__} keeps conditioning={self.serves!r}, got a plan of "
                 f"{plan.conditioning!r}: what is exact for static conditioning is an "
                 "approximation for joint, which has a cache of its own"
             )
-        self.plan = plan
+        self.plan, self._is_trained = plan, is_trained
         self.blocks: list[KeysValues] = []
         self.cameras: Tensor | None = None
         self._storage: KeptStorage | None = None
@@ -113,10 +116,10 @@ class ConditioningCache:
         if plan != self.plan or self._is_taken:
             found = "holds another forward's" if self.blocks else "was made for another plan"
             raise ValueError(f"this cache {found}; make one for every turn")
-        if torch.is_grad_enabled():
+        if torch.is_grad_enabled() and not self._is_trained:
             raise ValueError(
                 "a cache would keep every block's graph alive; run under torch.no_grad(), or "
-                "train without a cache"
+                "say is_trained=True"
             )
         self.cameras = None if rows_BFP is None else rows_BFP[:, : plan.target.num_frames]
         if self._storage is not None and self.cameras is not None:
@@ -129,6 +132,17 @@ class ConditioningCache:
             keys, values = self._storage.blocks[len(self.blocks)]
             keys_values = keys.copy_(keys_values[0]), values.copy_(keys_values[1])
         self.blocks.append(keys_values)
+
+    def repeated(self, count: int, rows_BFP: Tensor | None) -> ConditioningCache:
+        """The same for `count` targets of every sample: K and V [B * count, L, N, D], a sample's
+        targets side by side. rows: cameras [B * count, F, P] of the targets' frames."""
+        other = ConditioningCache(self.plan, is_trained=self._is_trained)
+        other.cameras = rows_BFP
+        other.blocks = [
+            (keys.repeat_interleave(count, 0), values.repeat_interleave(count, 0))
+            for keys, values in self.blocks
+        ]
+        return other
 
     def release(self) -> None:
         """Let go of every tensor, whoever still holds the cache."""

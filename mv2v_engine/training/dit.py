@@ -42,7 +42,9 @@ TINY_SAMPLING = SamplingConfig(
 )
 # From scratch, cameras first: the first turn of a session has no memory, a source of unknown
 # camera stands still, and only beside sources that mostly do is the camera learned at all.
-TINY_RECIPE = Recipe(batch=4, max_memory=4, no_memory=0.25, static_source=0.8, flow_shift=3.0)
+TINY_RECIPE = Recipe(
+    batch=8, max_memory=4, no_memory=0.25, static_source=0.8, targets=4, flow_shift=3.0
+)
 # Then memory. So small a model takes what it can from the source and never reads the rest, unless
 # many samples need it, and sources that move teach it to compare two cameras (profiling/LOG.md).
 TINY_MEMORY_RECIPE = replace(
@@ -130,6 +132,12 @@ def main() -> None:
     )
     parser.add_argument("--no-memory", type=float, help="share of samples without memory")
     parser.add_argument(
+        "--targets",
+        type=int,
+        default=TINY_RECIPE.targets,
+        help="with --latents: target videos of one encoded static conditioning",
+    )
+    parser.add_argument(
         "--compile",
         action="store_true",
         help="compile the blocks, anew for every shape that comes, which pays in long runs",
@@ -191,7 +199,8 @@ def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.dev
             views = replace(views, frames=tuple(args.frames))
         if args.no_memory is not None:
             views = replace(views, no_memory=args.no_memory)
-        return SceneSampler(LatentCache(args.latents, device), model.config, replace(views, **odds))
+        views = replace(views, targets=args.targets, **odds)
+        return SceneSampler(LatentCache(args.latents, device), model.config, views)
     recipe = TINY_EDIT_RECIPE if args.start_from is None else TINY_EDIT_MEMORY_RECIPE
     text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))
     return EditSampler(

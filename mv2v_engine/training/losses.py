@@ -8,6 +8,8 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.tokens.flops import conditioning_flops
 from mv2v_engine.training.distributed import own_generator
 from mv2v_engine.training.odds import MemoryRecipe
@@ -38,26 +40,42 @@ def flow_loss(
     A level is uniform, then shifted towards noise as the sampler's are; one a sample. dtype: what
     products are computed in, by autocast; the error is always float32.
     """
-    clean = batch.latents[0].to(device)
+    batch = batch.to(device)
+    clean = batch.targets
     uniform = torch.rand(len(clean), generator=generator)
     sigma = (flow_shift * uniform / (1 + (flow_shift - 1) * uniform)).to(device)
     noise = torch.randn(clean.shape, generator=generator).to(device)
     level = sigma[:, None, None, None, None]
-    noisy = (1 - level) * clean + level * noise
-    others = [latents.to(device) for latents in batch.latents[1:]]
-    target = noisy if batch.source is None else torch.cat([noisy, batch.source.to(device)], dim=1)
+    target = (1 - level) * clean + level * noise
+    if batch.source is not None:
+        target = torch.cat([target, batch.source], dim=1)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity = model(
-            [target, *others],
-            sigma * 1000,
-            batch.text.to(device),
-            plan=batch.plan,
-            cameras=None if batch.cameras is None else batch.cameras.to(device),
-        )
+        velocity = _velocity(model, batch, target, sigma * 1000)
     error: Tensor = (velocity.float() - (noise - clean)).pow(2).mean(1)
     if batch.weight is not None:
-        error = error * batch.weight.to(device)
+        error = error * batch.weight
     return error.mean()
+
+
+def _velocity(model: nn.Module, batch: Batch, target: Tensor, timestep: Tensor) -> Tensor:
+    """Of the noisy targets, in the order of `batch.targets`."""
+    size, given = len(batch.text), {"plan": batch.plan, "cameras": batch.cameras}
+    first = ([target[:size], *batch.latents[1:]], timestep[:size], batch.text)
+    if batch.siblings is None:
+        velocity: Tensor = model(*first, **given)
+        return velocity
+    kept = ConditioningCache(batch.plan, is_trained=True)
+    velocity = model(*first, **given, keep=kept)
+    count, rows = batch.siblings.latents.shape[1], batch.siblings.cameras.flatten(0, 1)
+    # the parameters are the wrapped module's, and DistributedDataParallel waits for their gradients
+    own: MV2VTransformer = getattr(model, "module", model)
+    siblings = own.forward_target(
+        target[size:],
+        timestep[size:],
+        batch.text.repeat_interleave(count, 0),
+        kept=kept.repeated(count, rows),
+    )
+    return torch.cat([velocity, siblings])
 
 
 def flow_step(
@@ -75,7 +93,7 @@ def flow_step(
         own = own_generator(generator)
         loss = flow_loss(model, batch, own, flow_shift=shift, device=device, dtype=dtype)
         plan = batch.plan
-        flops = len(batch.text) * (plan.flops() + conditioning_flops(plan))
+        flops = len(batch.targets) * plan.flops() + len(batch.text) * conditioning_flops(plan)
         return {
             "loss": loss,
             f"loss_{plan.conditioning}": loss,

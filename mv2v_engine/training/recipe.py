@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -35,13 +35,15 @@ class Recipe(MemoryRecipe):
     source_dropped: share of samples with memory that have no source. revisited: share of samples
     with memory that hold the target itself among it, as a session does whose camera returns.
     static_source: share that takes the scene's camera that does not move, if it has one, as the
-    source. frames: the latent frames that are trained on, as if the clips had no others; None takes
+    source. targets: of one encoded conditioning, in static mode, as many as the scene's cameras
+    allow; `batch` still counts targets. frames: the latent frames that are trained on, as if the clips had no others; None takes
     all. Two of them teach what a camera is at a third of the cost.
     """
 
     source_dropped: float = 0.1
     revisited: float = 0.0
     static_source: float = 0.0
+    targets: int = 1
     frames: tuple[int, ...] | None = None
 
 
@@ -76,10 +78,20 @@ class TrackSource(Protocol):
 
 
 @dataclass(frozen=True, eq=False)
+class Siblings:
+    """More targets of every sample's conditioning: latents [B, T, C, F, H, W], cameras
+    [B, T, F, 12]."""
+
+    latents: Tensor
+    cameras: Tensor
+
+
+@dataclass(frozen=True, eq=False)
 class Batch:
     """latents: one [B, C, F, H, W] per segment of the plan, the target's still clean;
     cameras [B, V, F, 12] or None; text [B, S, text_dim]. source: [B, C, F, H, W] of a model that
-    takes it on the target's channels. weight: [B, F, H, W], of the squared error; None is 1."""
+    takes it on the target's channels. weight: [B, F, H, W], of the squared error; None is 1.
+    siblings: of static conditioning alone."""
 
     plan: TokenPlan
     latents: list[Tensor]
@@ -87,6 +99,31 @@ class Batch:
     text: Tensor
     source: Tensor | None = None
     weight: Tensor | None = None
+    siblings: Siblings | None = None
+
+    @property
+    def targets(self) -> Tensor:
+        """All of them, clean [B + B * T, C, F, H, W]: the plan's, then the siblings."""
+        if self.siblings is None:
+            return self.latents[0]
+        return torch.cat([self.latents[0], self.siblings.latents.flatten(0, 1)])
+
+    def to(self, device: torch.device) -> Batch:
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        siblings = self.siblings
+        if siblings is not None:
+            siblings = Siblings(siblings.latents.to(device), siblings.cameras.to(device))
+        return replace(
+            self,
+            latents=[latents.to(device) for latents in self.latents],
+            cameras=moved(self.cameras),
+            text=self.text.to(device),
+            source=moved(self.source),
+            weight=moved(self.weight),
+            siblings=siblings,
+        )
 
 
 class SceneSampler:
@@ -122,6 +159,7 @@ class SceneSampler:
             )
         needed = recipe.max_memory + 2
         self._scenes = [i for i in range(len(source)) if source.num_tracks(i) >= needed]
+        self._fewest_tracks = min((source.num_tracks(i) for i in self._scenes), default=0)
         left_out = len(source) - len(self._scenes)
         if not self._scenes:
             most = max((source.num_tracks(i) for i in range(len(source))), default=0)
@@ -143,20 +181,30 @@ class SceneSampler:
         """One batch of one plan; the plan is the same in all processes, the samples are not."""
         plan = self.draw_plan(generator)
         generator = own_generator(generator)
-        samples = [self._sample(plan, generator) for _ in range(self.recipe.batch)]
+        targets = self._targets(plan)
+        count = max(1, self.recipe.batch // targets)
+        samples = [self._sample(plan, targets, generator) for _ in range(count)]
         latents = torch.stack([sample.latents for sample in samples])
+        cameras = torch.stack([sample.cameras for sample in samples])
+        own = 2 + plan.num_memory
+        siblings = Siblings(latents[:, own:], cameras[:, own:]) if targets > 1 else None
         has_source = any(segment.role == "source" for segment in plan.segments)
         # a dropped source still says where the cameras are measured from
-        kept = [index for index in range(latents.shape[1]) if index != 1 or has_source]
+        kept = [index for index in range(own) if index != 1 or has_source]
         videos = [latents[:, index] for index in kept]
         for index, segment in enumerate(plan.segments):
             if segment.role == "memory" and has_source:
                 videos[index] = self.recipe.perturbed(videos[index], generator)
-        cameras = torch.stack([sample.cameras for sample in samples])
         texts = [
             self._empty_text if s.text is None else padded_text(s.text, self.shape) for s in samples
         ]
-        return Batch(plan, videos, cameras, torch.stack(texts))
+        return Batch(plan, videos, cameras[:, :own], torch.stack(texts), siblings=siblings)
+
+    def _targets(self, plan: TokenPlan) -> int:
+        """Of one conditioning: siblings are other videos than the source and the memory."""
+        if plan.conditioning == "joint":
+            return 1
+        return min(self.recipe.targets, self._fewest_tracks - 1 - plan.num_memory)
 
     def draw_plan(self, generator: torch.Generator) -> TokenPlan:
         """A plan by the odds."""
@@ -175,8 +223,8 @@ class SceneSampler:
             conditioning=drawn.conditioning,
         )
 
-    def _sample(self, plan: TokenPlan, generator: torch.Generator) -> Tracks:
-        """Target, source, then memory: videos of one scene, drawn at random."""
+    def _sample(self, plan: TokenPlan, targets: int, generator: torch.Generator) -> Tracks:
+        """Target, source, memory, then the target's siblings: videos of one scene, at random."""
         scene = pick(self._scenes, generator)
         order = torch.randperm(self.source.num_tracks(scene), generator=generator).tolist()
         still = self.source.still_track(scene)
@@ -186,7 +234,7 @@ class SceneSampler:
             order.insert(1, still)
         if plan.num_memory and chance(self.recipe.revisited, generator):
             order.insert(2, order[0])
-        tracks = self.source.draw(scene, order[: 2 + plan.num_memory], order[1])
+        tracks = self.source.draw(scene, order[: 1 + targets + plan.num_memory], order[1])
         if self.recipe.frames is not None:
             frames = list(self.recipe.frames)
             tracks = Tracks(tracks.latents[:, :, frames], tracks.cameras[:, frames], tracks.text)
@@ -200,10 +248,11 @@ class SceneSampler:
             return tracks
         size = plan.target.grid[1:]  # a field of view does not ask for the size of a pixel
         intrinsics = default_intrinsics(*size)
+        own = 2 + plan.num_memory
         target, _, *memory = (
             CameraTrajectory(poses.unflatten(-1, (3, 4)), intrinsics, size)
-            for poses in tracks.cameras
+            for poses in tracks.cameras[:own]
         )
         order = video_fov_scores(target, memory, grid=_FOV_GRID).argsort(descending=True)
-        kept = torch.cat([torch.arange(2), 2 + order])
+        kept = torch.cat([torch.arange(2), 2 + order, torch.arange(own, len(tracks.cameras))])
         return Tracks(tracks.latents[kept], tracks.cameras[kept], tracks.text)

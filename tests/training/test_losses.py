@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -15,7 +16,7 @@ from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training.dit import TINY_MEMORY_RECIPE, initialise
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.losses import flow_loss, flow_step
-from mv2v_engine.training.recipe import Batch, SceneSampler
+from mv2v_engine.training.recipe import Batch, SceneSampler, Siblings
 
 CPU = torch.device("cpu")
 
@@ -98,6 +99,43 @@ def test_autocast_keeps_every_gradient(conditioning: Conditioning) -> None:
         for layer in ("to_q", "to_k", "to_v"):
             name = f"blocks.{block}.attn1.{layer}.weight"
             assert relative_error(rounded[name], exact[name]) < 0.2, name
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_siblings_learn_what_each_would_beside_the_conditioning_alone(checkpointing: bool) -> None:
+    model = MV2VTransformer(tiny_config())
+    randomise(model)
+    alone = make_batch(model.config, "static")
+    # which frames merge is chosen for the first target
+    alone = replace(alone, plan=replace(alone.plan, merge="off"))
+    latents, cameras = torch.randn(2, 3, *alone.latents[0].shape[1:]), torch.randn(2, 3, 2, 12)
+    together = replace(alone, siblings=Siblings(latents, cameras))
+    levels, noise = torch.rand(8), torch.randn(8, *latents.shape[2:])
+
+    def gradients(*batches: tuple[Batch, Tensor]) -> dict[str, Tensor]:
+        """Of the mean over batches of the loss whose samples have these levels and noises."""
+        model.zero_grad(set_to_none=True)
+        for batch, chosen in batches:
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(torch, "rand", lambda *_, **__: levels[chosen])
+                patch.setattr(torch, "randn", lambda *_, **__: noise[chosen])
+                loss = flow_loss(model, batch, torch.Generator(), flow_shift=3.0, device=CPU)
+            (loss / len(batches)).backward()
+        return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
+
+    each = []
+    for index in range(4):
+        others = (alone.latents[0], alone.cameras[:, 0])
+        target, camera = (latents[:, index - 1], cameras[:, index - 1]) if index else others
+        tracks = torch.cat([camera[:, None], alone.cameras[:, 1:]], 1)
+        chosen = torch.arange(2) if index == 0 else 2 + torch.arange(2) * 3 + index - 1
+        each.append((replace(alone, latents=[target, *alone.latents[1:]], cameras=tracks), chosen))
+    expected = gradients(*each)
+    model.gradient_checkpointing = checkpointing
+    found = gradients((together, torch.arange(8)))
+    assert set(found) == set(expected)
+    for name, gradient in found.items():
+        torch.testing.assert_close(gradient, expected[name], rtol=1e-4, atol=1e-6)
 
 
 def test_a_step_says_which_mode_it_trained(cache: LatentCache) -> None:

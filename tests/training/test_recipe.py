@@ -46,6 +46,25 @@ def test_videos_of_a_sample_are_different_cameras_of_one_scene(cache: LatentCach
             assert len(set(sample)) == len(sample)
 
 
+def test_siblings_are_further_videos_of_the_same_scene(cache: LatentCache) -> None:
+    modes = set()
+    for batch in _draws(cache, 60, replace(TINY_MEMORY_RECIPE, batch=6, targets=3, max_memory=2)):
+        modes.add(batch.plan.conditioning)
+        if batch.plan.conditioning == "joint":
+            assert batch.siblings is None and len(batch.text) == 6
+            continue
+        assert batch.siblings is not None
+        scenes, more = batch.siblings.latents.shape[:2]
+        assert scenes == max(1, 6 // (1 + more)) == len(batch.text)
+        assert len(batch.targets) == scenes * (1 + more)
+        assert batch.siblings.cameras.shape == (scenes, more, *batch.cameras.shape[2:])
+        numbers = batch.siblings.latents.flatten(2).mean(-1).round().int().tolist()
+        for sample, siblings in zip(_samples(batch), numbers, strict=True):
+            assert len({number // 20 for number in sample + siblings}) == 1
+            assert not set(siblings) & set(sample)
+    assert modes == {"joint", "static"}
+
+
 def test_a_camera_returns_in_the_recipes_share(cache: LatentCache) -> None:
     returned = total = 0
     for batch in _draws(cache, 150, replace(TINY_MEMORY_RECIPE, batch=3, revisited=0.4)):
