@@ -29,6 +29,7 @@ from mv2v_engine.training.edit_recipe import EditRecipe, EditSampler
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Sampler, flow_step
+from mv2v_engine.training.optimizers import Muon
 from mv2v_engine.training.recipe import Recipe, SceneSampler
 from mv2v_engine.training.text import read_text_encoder
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
@@ -96,9 +97,7 @@ def make_optimizers(
         is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and "cam_" not in name
         (matrices if is_matrix else others).append(parameter)
     return [
-        torch.optim.Muon(
-            matrices, lr=matrix_learning_rate, weight_decay=0.01, adjust_lr_fn="match_rms_adamw"
-        ),
+        Muon(matrices, lr=matrix_learning_rate, weight_decay=0.01),
         torch.optim.AdamW(others, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 

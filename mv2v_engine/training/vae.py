@@ -28,7 +28,7 @@ from mv2v_engine.training.distributed import (
     rank,
 )
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.optimizers import FilterMuon
+from mv2v_engine.training.optimizers import Muon
 from mv2v_engine.training.scenes import load_scene
 from mv2v_engine.vae import load_vae
 
@@ -155,7 +155,7 @@ def main() -> None:
     filters = [parameter for parameter in trained if parameter.ndim > 3]
     others = [parameter for parameter in trained if parameter.ndim <= 3]
     optimizers = [
-        FilterMuon(filters, lr=args.learning_rate, weight_decay=1e-3),
+        Muon(filters, lr=args.learning_rate, weight_decay=1e-3),
         torch.optim.AdamW(others, lr=args.learning_rate, betas=(0.9, 0.95), weight_decay=0.0),
     ]
     config = LoopConfig(out=args.out, minutes=args.minutes, ema_decay=0.998, batch=args.batch)
