@@ -70,6 +70,11 @@ class _Found:
     is_own: bool = False
 
 
+def embedded_folder(name: str) -> Path:
+    """Where an embedded checkpoint lies."""
+    return _ASSETS / name
+
+
 def embedded_names() -> tuple[str, ...]:
     """Names of the checkpoints that ship with the package."""
     return tuple(sorted(path.parent.name for path in _ASSETS.glob(f"*/{OWN_CONFIG}")))
@@ -122,7 +127,7 @@ def _resolve(path: Path | str) -> Path:
     name = str(path)
     embedded = embedded_names()
     if name in embedded:
-        return _ASSETS / name
+        return embedded_folder(name)
     root = Path(path).expanduser()
     if not root.exists():
         known = nearest_names(name, embedded) if embedded else "none are installed"

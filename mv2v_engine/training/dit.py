@@ -105,7 +105,7 @@ def make_optimizers(
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     task = parser.add_mutually_exclusive_group(required=True)
-    task.add_argument("--latents", type=Path, help="scenes, to learn novel views")
+    task.add_argument("--latents", type=Path, nargs="+", help="scenes, to learn novel views")
     task.add_argument(
         "--edits", type=Path, nargs="+", help="encoded editing pairs, to learn long editing"
     )
@@ -199,7 +199,7 @@ def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.dev
         if args.no_memory is not None:
             views = replace(views, no_memory=args.no_memory)
         views = replace(views, targets=args.targets, **odds)
-        return SceneSampler(LatentCache(args.latents, device), model.config, views)
+        return SceneSampler(LatentCache(*args.latents, device=device), model.config, views)
     recipe = TINY_EDIT_RECIPE if args.start_from is None else TINY_EDIT_MEMORY_RECIPE
     text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))
     return EditSampler(

@@ -105,6 +105,7 @@ def main() -> None:
     parser.add_argument(
         "--frames", type=int, help=f"of every clip; not given: 5 to 8 windows of {WINDOW} by seed"
     )
+    parser.add_argument("--shard", default="0/1", help="i/n: every n-th clip from the i-th")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     args = parser.parse_args()
@@ -119,7 +120,8 @@ def main() -> None:
     if args.frames is not None and args.frames < 1:
         parser.error(f"--frames must be at least 1, got {args.frames}")
     make_folder(args.out)
-    for seed in tqdm(range(first, last), unit="clip"):
+    own, step = (int(part) for part in args.shard.split("/"))
+    for seed in tqdm(range(first, last)[own::step], unit="clip"):
         path = pair_path(args.out, seed)
         if not path.exists():
             render_pair(path, seed, num_frames=args.frames, device=args.device)

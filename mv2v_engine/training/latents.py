@@ -38,7 +38,7 @@ _STILL_METRES = 1e-4
 
 
 class LatentCache:
-    """A folder of encoded scenes: latents float16 [K, C, F, H, W], poses [K, T, 3, 4]
+    """Folders of encoded scenes: latents float16 [K, C, F, H, W], poses [K, T, 3, 4]
     camera-to-world, and where captions were encoded, text bfloat16 [K, S', text_dim].
 
     Args:
@@ -49,13 +49,16 @@ class LatentCache:
         TrainingError: nothing there, a damaged file, or scenes of different shapes.
     """
 
-    def __init__(self, folder: Path, device: torch.device | None = None) -> None:
-        self._paths = sorted(folder.glob("scene_*.safetensors"))
-        if not self._paths:
-            raise TrainingError(
-                f"{folder} holds no scene_*.safetensors; encode some with "
-                "python -m mv2v_engine.training.latents"
-            )
+    def __init__(self, *folders: Path, device: torch.device | None = None) -> None:
+        self._paths: list[Path] = []
+        for folder in folders:
+            found = sorted(folder.glob("scene_*.safetensors"))
+            if not found:
+                raise TrainingError(
+                    f"{folder} holds no scene_*.safetensors; encode some with "
+                    "python -m mv2v_engine.training.latents"
+                )
+            self._paths += found
         self._poses: list[Tensor] = []
         self._has_text: list[bool] = []
         self._resident: list[Tensor] = []
@@ -70,8 +73,8 @@ class LatentCache:
         if len(shapes) > 1:
             listed = "; ".join(f"{path.name} {list(shape)}" for shape, path in shapes.items())
             raise TrainingError(
-                f"{folder} mixes videos of different shapes ({listed}); encode each into a folder "
-                "of its own"
+                f"{', '.join(map(str, folders))}: videos of different shapes ({listed}); encode "
+                "each shape into a folder of its own"
             )
         channels, frames, rows, columns = next(iter(shapes))
         self.latent_shape = (channels, frames, rows, columns)

@@ -36,8 +36,8 @@ class Recipe(MemoryRecipe):
     with memory that hold the target itself among it, as a session does whose camera returns.
     static_source: share that takes the scene's camera that does not move, if it has one, as the
     source. targets: of one encoded conditioning, in static mode, as many as the scene's cameras
-    allow; `batch` still counts targets. frames: the latent frames that are trained on, as if the clips had no others; None takes
-    all. Two of them teach what a camera is at a third of the cost.
+    allow; `batch` still counts targets. frames: the latent frames that are trained on, as if the
+    clips had no others; None takes all. Two of them teach what a camera is at a third of the cost.
     """
 
     source_dropped: float = 0.1

@@ -34,7 +34,7 @@ def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def cache(cache_folder: Path) -> LatentCache:
-    return LatentCache(cache_folder, torch.device("cpu"))
+    return LatentCache(cache_folder, device=torch.device("cpu"))
 
 
 def _matrix(right: float) -> str:

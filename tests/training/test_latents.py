@@ -47,7 +47,7 @@ def _write(folder: Path, *seeds: int, poses: Tensor | None = None) -> Path:
 @pytest.mark.parametrize("device", [CPU, None], ids=["resident", "from-disk"])
 def test_tracks_come_back_by_scene_and_number(tmp_path: Path, device: torch.device | None) -> None:
     (tmp_path / "notes.txt").write_text("not a scene")
-    cache = LatentCache(_write(tmp_path, 2, 0, 1), device)
+    cache = LatentCache(_write(tmp_path, 2, 0, 1), device=device)
     assert len(cache) == 3 and cache.latent_shape == (4, 3, 6, 10)
     for seed in range(3):
         assert cache.num_tracks(seed) == 3 and cache.still_track(seed) == 0
@@ -60,7 +60,7 @@ def test_the_target_brings_its_own_caption(tmp_path: Path) -> None:
     text = torch.arange(3).float()[:, None, None].expand(3, 2, 5)
     save_latents(scene_path(tmp_path, 0), _latents(0), _poses(0), text)
     for device in (CPU, None):
-        drawn = LatentCache(tmp_path, device).draw(0, [2, 1], 1)
+        drawn = LatentCache(tmp_path, device=device).draw(0, [2, 1], 1)
         assert drawn.text is not None and torch.equal(drawn.text.float(), text[2])
 
 

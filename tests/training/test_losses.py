@@ -117,8 +117,8 @@ def test_siblings_learn_what_each_would_beside_the_conditioning_alone(checkpoint
         model.zero_grad(set_to_none=True)
         for batch, chosen in batches:
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(torch, "rand", lambda *_, **__: levels[chosen])
-                patch.setattr(torch, "randn", lambda *_, **__: noise[chosen])
+                patch.setattr(torch, "rand", lambda *_, of=chosen, **__: levels[of])
+                patch.setattr(torch, "randn", lambda *_, of=chosen, **__: noise[of])
                 loss = flow_loss(model, batch, torch.Generator(), flow_shift=3.0, device=CPU)
             (loss / len(batches)).backward()
         return {n: p.grad for n, p in model.named_parameters() if p.grad is not None}

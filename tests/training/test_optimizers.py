@@ -31,9 +31,7 @@ def test_filters_move_as_torchs_muon_moves_their_matrices(
     filters, start = _filters(), _filters()
     matrices = [nn.Parameter(f.detach().clone().flatten(1)) for f in filters]
     ours = Muon(filters, lr=1e-2, weight_decay=0.1)
-    theirs = torch.optim.Muon(
-        matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"
-    )
+    theirs = torch.optim.Muon(matrices, lr=1e-2, weight_decay=0.1, adjust_lr_fn="match_rms_adamw")
     for step in range(3):
         for filter_, matrix, gradient in zip(filters, matrices, _gradients(step), strict=True):
             filter_.grad, matrix.grad = gradient, gradient.flatten(1)
