@@ -72,7 +72,7 @@ def views(settings: Settings) -> Iterator[Command]:
         settings,
         "tiny-nvs",
         vae,
-        Stage("cameras", 0.15, (*plain, "--frames", 0, 1, "--no-memory", 1)),
+        Stage("cameras", 0.15, (*plain, "--frames", 2, 4, "--no-memory", 1)),
         Stage("clips", 0.35, (*plain, "--no-memory", 1)),
         Stage("memory", 0.5, all_grades),
     )
