@@ -8,7 +8,6 @@ from typing import Protocol
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.tokens.flops import conditioning_flops
 from mv2v_engine.training.distributed import own_generator
@@ -68,8 +67,8 @@ def _velocity(model: nn.Module, batch: Batch, target: Tensor, timestep: Tensor) 
     velocity = model(*first, **given, keep=kept)
     count, rows = batch.siblings.latents.shape[1], batch.siblings.cameras.flatten(0, 1)
     # the parameters are the wrapped module's, and DistributedDataParallel waits for their gradients
-    own: MV2VTransformer = getattr(model, "module", model)
-    siblings = own.forward_target(
+    own = getattr(model, "module", model)
+    siblings: Tensor = own.forward_target(
         target[size:],
         timestep[size:],
         batch.text.repeat_interleave(count, 0),

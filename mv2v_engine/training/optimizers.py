@@ -44,7 +44,7 @@ class Muon(torch.optim.Optimizer):
         """One update; a matrix without a gradient stays as it is."""
         assert closure is None
         for group in self.param_groups:
-            alike: defaultdict[torch.Size, list[nn.Parameter]] = defaultdict(list)
+            alike: defaultdict[torch.Size, list[Tensor]] = defaultdict(list)
             for parameter in group["params"]:
                 if parameter.grad is not None:
                     alike[parameter.flatten(1).shape].append(parameter)
@@ -56,7 +56,7 @@ class Muon(torch.optim.Optimizer):
                 for parameter, direction in zip(parameters, directions, strict=True):
                     parameter.sub_(direction.view_as(parameter), alpha=length)
 
-    def _momentum(self, parameter: nn.Parameter, decay: float) -> Tensor:
+    def _momentum(self, parameter: Tensor, decay: float) -> Tensor:
         """Nesterov's, as a matrix."""
         assert parameter.grad is not None
         state = self.state[parameter]
