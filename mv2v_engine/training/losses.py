@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -67,7 +67,7 @@ def _velocity(model: nn.Module, batch: Batch, target: Tensor, timestep: Tensor) 
     velocity = model(*first, **given, keep=kept)
     count, rows = batch.siblings.latents.shape[1], batch.siblings.cameras.flatten(0, 1)
     # the parameters are the wrapped module's, and DistributedDataParallel waits for their gradients
-    own = getattr(model, "module", model)
+    own: Any = getattr(model, "module", model)
     siblings: Tensor = own.forward_target(
         target[size:],
         timestep[size:],
