@@ -198,6 +198,8 @@ class Trial:
 
     def _probing(self) -> Future[str]:
         """The prober has been given an upload; it is stopped until its signal, for it is quick."""
+        # one that was killed is started again by the next upload
+        self.witness.create()
         prober, uploads = self.pid("prober"), self.store / "uploads"
         assert prober is not None
         os.kill(prober, signal.SIGSTOP)
