@@ -20,9 +20,12 @@ def prope_reference(x_BLND: Tensor, matrix_BF44: Tensor, frame_BL: Tensor, chann
     first = torch.arange(len(matrix_BF44), device=x_BLND.device) * matrix_BF44.shape[1]
     # whole rows, as adaln looks cameras up
     rows = F.embedding(frame_BL + first[:, None], matrix_BF44.float().flatten(2).flatten(0, 1))
-    quads = x_BLND[..., :channels].float().unflatten(-1, (-1, 4))
-    turned = torch.einsum("blij,blngj->blngi", rows.unflatten(-1, (4, 4)), quads).flatten(-2)
-    return torch.cat([turned.to(x_BLND.dtype), x_BLND[..., channels:]], dim=-1)
+    quads = x_BLND[..., :channels].float().unflatten(-1, (-1, 4)).flatten(2, 3)
+    products = quads @ rows.unflatten(-1, (4, 4)).mT
+    turned = products.to(x_BLND.dtype).view(*x_BLND.shape[:3], channels)
+    if channels == x_BLND.shape[-1]:
+        return turned
+    return torch.cat([turned, x_BLND[..., channels:]], dim=-1)
 
 
 def _native(
