@@ -8,6 +8,8 @@ B batch, L tokens, N heads, D head dim, F frames.
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -21,11 +23,19 @@ def prope_reference(x_BLND: Tensor, matrix_BF44: Tensor, frame_BL: Tensor, chann
     # whole rows, as adaln looks cameras up
     rows = F.embedding(frame_BL + first[:, None], matrix_BF44.float().flatten(2).flatten(0, 1))
     quads = x_BLND[..., :channels].float().unflatten(-1, (-1, 4)).flatten(2, 3)
-    products = quads @ rows.unflatten(-1, (4, 4)).mT
-    turned = products.to(x_BLND.dtype).view(*x_BLND.shape[:3], channels)
+    with _float32_products(x_BLND.device.type):
+        products: Tensor = quads @ rows.unflatten(-1, (4, 4)).mT
+    turned: Tensor = products.to(x_BLND.dtype).view(*x_BLND.shape[:3], channels)
     if channels == x_BLND.shape[-1]:
         return turned
     return torch.cat([turned, x_BLND[..., channels:]], dim=-1)
+
+
+def _float32_products(device_type: str) -> AbstractContextManager[object]:
+    """Training's autocast would round the matrices to bfloat16."""
+    if device_type in ("cpu", "cuda") and torch.is_autocast_enabled(device_type):
+        return torch.autocast(device_type, enabled=False)
+    return nullcontext()
 
 
 def _native(

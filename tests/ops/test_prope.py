@@ -89,6 +89,13 @@ def test_the_gradient_of_the_reference_is_by_the_transposed_matrix() -> None:
     torch.testing.assert_close(x.grad, expected)
 
 
+def test_autocast_leaves_the_matrices_in_float32() -> None:
+    x, matrix, frame = _inputs((2, 9, 3, 20, 8, 4))
+    expected = prope(x, matrix, frame, channels=8)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(prope(x, matrix, frame, channels=8), expected)
+
+
 def test_opcheck() -> None:
     given = _inputs((2, 7, 3, 12, 12, 5))
     torch.library.opcheck(torch.ops.mv2v.prope.default, (*given, 8))
