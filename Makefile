@@ -78,6 +78,7 @@ bench: $(VENV)/.installed-dev
 	$(BENCH)/bench_stages.py --engine $(RESULTS)/engine.jsonl --out $(RESULTS)/stages.jsonl
 	$(RUN) -m pytest -q profiling/test_hot_paths.py --benchmark-json $(RESULTS)/hot_paths.json
 	$(BENCH)/bench_finite.py --out $(RESULTS)/finite.jsonl
+	$(BENCH)/bench_prope.py --out $(RESULTS)/prope.jsonl
 	$(BENCH)/peak_memory.py --out $(RESULTS)/peak_memory.jsonl
 	$(BENCH)/memory_plot.py
 	$(BENCH)/readme_numbers.py --write

@@ -10,7 +10,7 @@
 #include <stdint.h>
 
 #ifndef MV2V_ABI_VERSION
-#define MV2V_ABI_VERSION 2
+#define MV2V_ABI_VERSION 3
 #endif
 
 #define MV2V_OK 0
@@ -92,6 +92,14 @@ MV2V_API int mv2v_qk_norm_rope_cpu(const float* x, const float* weight, const fl
                                    int64_t batch, int64_t length, int64_t num_heads,
                                    int64_t head_dim, int64_t rope_batch, double eps,
                                    int num_threads, float* out);
+
+/* The first `channels` of every head, by fours, times the matrix of the token's frame, the others as
+ * they are (mv2v_engine/ops/prope.py). x and out are [batch, length, num_heads, head_dim], matrix
+ * [batch, num_frames, 4, 4], frame [batch, length]; a frame beyond the table is
+ * MV2V_INVALID_INDEX. */
+MV2V_API int mv2v_prope_cpu(const float* x, const float* matrix, const int64_t* frame,
+                            int64_t batch, int64_t length, int64_t num_heads, int64_t head_dim,
+                            int64_t channels, int64_t num_frames, int num_threads, float* out);
 
 #ifdef __cplusplus
 }

@@ -18,6 +18,7 @@ from mv2v_engine.shapes import TINY as TINY
 from mv2v_engine.shapes import TINY_EDIT as TINY_EDIT
 from mv2v_engine.shapes import WAN_1_3B as WAN_1_3B
 from mv2v_engine.shapes import WAN_5B as WAN_5B
+from mv2v_engine.shapes import CameraAttention as CameraAttention
 from mv2v_engine.shapes import CameraConditioning as CameraConditioning
 from mv2v_engine.shapes import MergerConfig as MergerConfig
 from mv2v_engine.shapes import TransformerConfig as TransformerConfig

@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
+from mv2v_engine import arguments
 from mv2v_engine.errors import RequestError
 
 CameraConditioning = Literal["own", "target", "none"]
+CameraAttention = Literal["none", "prope", "prope_fused", "prope_dual", "prope_fused_dual"]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -44,6 +46,10 @@ class TransformerConfig:
     merge_blocks: 0-indexed blocks before whose attention tokens merge; None takes METHOD 7's
         thirds. camera_conditioning: whose camera a conditioning token gets (METHOD 5); "none"
         for a base without camera modules.
+    camera_attention: PRoPE inside self-attention (METHOD 5), which has no weights: "prope" turns
+        the first half of a head's channels by cameras and the others by positions, "prope_fused"
+        all of them by both; "_dual" takes the inverse transpose of every matrix. scene_scale:
+        metres that are 1 there.
     """
 
     num_layers: int
@@ -62,6 +68,8 @@ class TransformerConfig:
     tokenizers: tuple[int, ...] = (2, 4, 8)
     merger: MergerConfig | None = MergerConfig()
     merge_blocks: tuple[int, ...] | None = None
+    camera_attention: CameraAttention = "none"
+    scene_scale: float = 4.0
 
     def __post_init__(self) -> None:
         if self.attention_head_dim % 2:
@@ -82,6 +90,28 @@ class TransformerConfig:
             object.__setattr__(self, "merge_blocks", blocks)
         if any(not 0 <= block < depth for block in self.merging_blocks):
             raise RequestError(f"merge_blocks {self.merge_blocks} must lie below {depth} blocks")
+        self._check_cameras()
+
+    def _check_cameras(self) -> None:
+        for name, known in (
+            ("camera_conditioning", CameraConditioning),
+            ("camera_attention", CameraAttention),
+        ):
+            arguments.choice(name, getattr(self, name), get_args(known))
+        arguments.number("scene_scale", self.scene_scale, 1e-3, 1e6)
+        if self.camera_attention == "none":
+            return
+        if self.camera_conditioning == "target":
+            raise RequestError(
+                f"camera_attention={self.camera_attention!r} compares the cameras of all videos, "
+                'camera_conditioning="target" has the target\'s alone; give "own" or "none"'
+            )
+        if self.camera_channels % 4:
+            raise RequestError(
+                f"camera_attention={self.camera_attention!r} turns channels by fours: "
+                f"attention_head_dim must be a multiple of {4 if self._is_fused else 8}, got "
+                f"{self.attention_head_dim}"
+            )
 
     @property
     def dim(self) -> int:
@@ -99,7 +129,35 @@ class TransformerConfig:
 
     @property
     def has_camera(self) -> bool:
+        """Whether its videos come with cameras."""
+        return self.has_camera_modules or self.camera_attention != "none"
+
+    @property
+    def has_camera_modules(self) -> bool:
+        """`cam_encoder` and `projector` in every block."""
         return self.camera_conditioning != "none"
+
+    @property
+    def camera_dim(self) -> int:
+        """Numbers of a frame's camera: the pose, and its intrinsics where attention needs them."""
+        return 12 if self.camera_attention == "none" else 16
+
+    @property
+    def camera_channels(self) -> int:
+        """Of a head, the first ones: those that attention turns by cameras."""
+        if self.camera_attention == "none":
+            return 0
+        return self.attention_head_dim if self._is_fused else self.attention_head_dim // 2
+
+    @property
+    def rotary_dim(self) -> int:
+        """Of a head, the last channels: those that turn with time, row and column."""
+        unturned = 0 if self._is_fused else self.camera_channels
+        return self.attention_head_dim - unturned
+
+    @property
+    def _is_fused(self) -> bool:
+        return self.camera_attention.startswith("prope_fused")
 
     @property
     def merging_blocks(self) -> tuple[int, ...]:

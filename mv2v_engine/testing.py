@@ -94,6 +94,17 @@ def tiny_config(**changes: Any) -> TransformerConfig:
     return TransformerConfig(**fields | changes)
 
 
+def as_cameras(drawn: Tensor, config: TransformerConfig) -> Tensor:
+    """Normal numbers [..., 12] as a model's cameras: for PRoPE, true rotations and intrinsics."""
+    if config.camera_dim == 12:
+        return drawn
+    matrix = drawn.unflatten(-1, (3, 4))
+    rotation = torch.linalg.qr(matrix[..., :3])[0]
+    pose = torch.cat([rotation, config.scene_scale * matrix[..., 3:]], -1).flatten(-2)
+    focal, centre = 1 + 0.5 * matrix[..., :2, 0].tanh(), 0.1 * matrix[..., :2, 1].tanh()
+    return torch.cat([pose, focal, centre], -1)
+
+
 @torch.no_grad()
 def randomise(module: nn.Module, *, seed: int = 0, std: float = 0.2) -> None:
     """Random values for every parameter, so that modules that start at zero speak too.

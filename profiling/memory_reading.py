@@ -14,6 +14,7 @@ F H W latent frames, rows, columns.
 from __future__ import annotations
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine
-from mv2v_engine.camera.poses import pose_vectors, relative_to
+from mv2v_engine.camera.poses import relative_to
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.evaluation.consistency import film, overlap
 from mv2v_engine.evaluation.protocol import FIRST_SCENE, scene_trajectories
@@ -54,7 +55,8 @@ class Scene:
         views = [source, *turns]
         self.latents = [engine.vae.encode(view.truth.frames) for view in views]
         reference = source.camera.poses[0]
-        self.cameras = [pose_vectors(relative_to(v.camera.poses, reference)) for v in views]
+        cameras = [replace(v.camera, poses=relative_to(v.camera.poses, reference)) for v in views]
+        self.cameras = [c.vectors(engine.transformer.config.camera_dim) for c in cameras]
         _, *sides = self.latents[0].shape
         self.grid = (sides[0], sides[1], sides[2])
         self.cells = {

@@ -22,6 +22,7 @@ from mv2v_engine.ops.adaln import adaln, adaln_reference
 from mv2v_engine.ops.backend import missing_reason
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.ops.gated_residual import gated_residual, gated_residual_reference
+from mv2v_engine.ops.prope import prope, prope_reference
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
 from mv2v_engine.ops.token_merge import token_merge, token_merge_reference
 from mv2v_engine.testing import tiny_config
@@ -194,6 +195,36 @@ def qk_norm_rope_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
     return [case]
 
 
+def plain_prope(x: Tensor, matrix: Tensor, frame: Tensor) -> Tensor:
+    """All channels of a batch of one, in float32 at least."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    quads = wide[0].unflatten(-1, (-1, 4)).flatten(1, 2)
+    return torch.bmm(quads, matrix[0].mT.to(wide.dtype)[frame[0]]).view_as(x).to(x.dtype)
+
+
+def prope_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
+    """The fused form's: every channel of every head."""
+    length, shape, new = plan.length, plan.shape, random_tensors(device)
+    heads, rows = (shape.num_attention_heads, shape.attention_head_dim), sample(length, device)
+    x, frame = new(1, length, *heads), frame_numbers(plan, device)
+    matrix = new(1, len(plan.frame_table), 4, 4, dtype=torch.float32)
+    channels = shape.attention_head_dim
+    case = OpCase(
+        op="prope",
+        workload=f"{length:,} tokens, {heads[0]} heads",
+        tokens=length,
+        width=shape.dim,
+        phases=((2 * x.nbytes + matrix.nbytes + frame.nbytes, 0),),
+        backends=backends_of("prope", device),
+        run=lambda backend: prope(x, matrix, frame, channels=channels, backend=backend),
+        functional=lambda: plain_prope(x, matrix, frame),
+        compilable=lambda: prope_reference(x, matrix, frame, channels),
+        expected=lambda dtype: plain_prope(x[:, rows].to(dtype), matrix, frame[:, rows]),
+        pick=lambda out: out[:, rows],
+    )
+    return [case]
+
+
 def plain_frame_responsiveness(
     q: Tensor, k: Tensor, frames: list[int], tokens: list[int]
 ) -> Tensor:
@@ -289,6 +320,7 @@ MAKERS: dict[str, Make] = {
     "adaln": adaln_cases,
     "gated_residual": gated_residual_cases,
     "qk_norm_rope": qk_norm_rope_cases,
+    "prope": prope_cases,
     "frame_responsiveness": frame_responsiveness_cases,
     "token_merge": token_merge_cases,
 }

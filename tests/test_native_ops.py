@@ -11,7 +11,15 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mv2v_engine.errors import KernelUnavailableError
-from mv2v_engine.ops import adaln, backend, gated_residual, native, qk_norm_rope, residual_norm
+from mv2v_engine.ops import (
+    adaln,
+    backend,
+    gated_residual,
+    native,
+    prope,
+    qk_norm_rope,
+    residual_norm,
+)
 from mv2v_engine.ops.backend import NATIVE_OPS, resolve
 from mv2v_engine.testing import assert_within_budget
 
@@ -21,7 +29,7 @@ needs_library = pytest.mark.skipif(
 )
 CASES = [(1, 1, 1, 6), (2, 7, 3, 10), (1, 9, 3, 48), (3, 13, 1, 70), (2, 5, 2, 130)]
 FORMS = ("adaln", "camera", "rows", "affine", "plain", "affine-rows", "gate", "gate-rows")
-FORMS += ("turned", "turned-each", "normed")
+FORMS += ("turned", "turned-each", "normed", "prope", "prope-part")
 GUARD = 64
 
 
@@ -80,6 +88,23 @@ def _case(
             return total, _norm(total) * gain.to(wide) + add.to(wide)
 
         return lambda name: residual_norm.residual_norm(x, y, **vectors, backend=name), summed
+
+    if form.startswith("prope"):
+        dim = max(4 * (dim // 4), 4)
+        channels = dim if form == "prope" else max(4 * (dim // 8), 4)
+        heads_first = torch.randn(batch, heads, tokens, dim).transpose(1, 2)
+        matrix, frame = torch.randn(batch, 5, 4, 4), torch.randint(5, (batch, tokens))
+
+        def projected(wide: torch.dtype) -> tuple[Tensor, ...]:
+            rows = torch.stack([m[f] for m, f in zip(matrix, frame, strict=True)]).to(wide)
+            quads = heads_first.to(wide).unflatten(-1, (-1, 4))
+            out = (rows[:, :, None, None] @ quads[..., None]).flatten(-3)
+            return (torch.cat([out[..., :channels], heads_first[..., channels:].to(wide)], -1),)
+
+        return (
+            lambda name: prope.prope(heads_first, matrix, frame, channels=channels, backend=name),
+            projected,
+        )
 
     rope = None
     if form.startswith("turned"):
@@ -172,6 +197,9 @@ def test_an_index_outside_its_table_is_refused() -> None:
             gated_residual.gated_residual(x, x, rows, row=wrong, backend="native")
         with pytest.raises(IndexError, match=r"residual_norm.*outside of its table"):
             residual_norm.residual_norm(x, x, scale=rows, shift=rows, row=wrong, backend="native")
+        quads, matrix = x[:, :, None], torch.randn(1, 2, 4, 4)
+        with pytest.raises(IndexError, match=r"prope.*outside of its table"):
+            prope.prope(quads, matrix, wrong, channels=4, backend="native")
 
 
 @needs_library

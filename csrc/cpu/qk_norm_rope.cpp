@@ -7,18 +7,6 @@ namespace {
 
 using namespace mv2v;
 
-constexpr int kHalf = kLanes / 2;  // pairs that are turned at once
-
-typedef float Half __attribute__((vector_size(kHalf * sizeof(float))));
-
-// A vector's places in another order, which has to be constant.
-#ifdef __clang__
-#define MV2V_PLACES(lanes, ...) __builtin_shufflevector(lanes, lanes, __VA_ARGS__)
-#else
-typedef int Places __attribute__((vector_size(kHalf * sizeof(int))));
-#define MV2V_PLACES(lanes, ...) __builtin_shuffle(lanes, Places{__VA_ARGS__})
-#endif
-
 struct Arguments {
   const float *x, *weight, *rope;
   int64_t length, num_heads, head_dim, rope_batch;

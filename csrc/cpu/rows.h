@@ -18,6 +18,18 @@ constexpr int64_t kGrain = 1 << 15;      // values below which another thread co
 
 typedef float Lanes __attribute__((vector_size(kLanes * sizeof(float))));
 
+constexpr int kHalf = kLanes / 2;  // channels that are turned at once
+
+typedef float Half __attribute__((vector_size(kHalf * sizeof(float))));
+
+// A half's places in another order, which has to be constant.
+#ifdef __clang__
+#define MV2V_PLACES(lanes, ...) __builtin_shufflevector(lanes, lanes, __VA_ARGS__)
+#else
+typedef int Places __attribute__((vector_size(kHalf * sizeof(int))));
+#define MV2V_PLACES(lanes, ...) __builtin_shuffle(lanes, ::mv2v::Places{__VA_ARGS__})
+#endif
+
 MV2V_INLINE void load(Lanes& lanes, const float* from) {
   __builtin_memcpy(&lanes, from, sizeof lanes);
 }

@@ -38,6 +38,7 @@ Camera: TypeAlias = (
     "str | os.PathLike[str] | CameraTrajectory | Tensor | np.ndarray[Any, Any] | Sequence[Any]"
 )
 FORMAT = "mv2v-camera"
+_FIELDS = ("format", "version", "convention", "size", "intrinsics", "poses")
 VERSION = 1
 CONVENTION = "opencv camera-to-world, metres"
 
@@ -207,6 +208,12 @@ def _own_trajectory(
     if convention != CONVENTION:
         raise CameraError(
             f"{path.name} is in convention {convention!r}, expected {CONVENTION!r}; convert it"
+        )
+    unknown = [name for name in content if name not in _FIELDS]
+    if unknown:
+        raise CameraError(
+            f"{path.name} has {unknown[0]!r}, which this format does not know: its fields are "
+            f"{', '.join(_FIELDS)}. A lens is a pinhole's: take distortion out of the frames first"
         )
     poses = _numbers(path, "poses", content.get("poses"), ("[frames, 3, 4]",))
     if poses.ndim == 3:

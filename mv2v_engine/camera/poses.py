@@ -34,6 +34,17 @@ def default_intrinsics(height: int, width: int) -> Tensor:
     return torch.tensor(rows, dtype=torch.float32, device="cpu")
 
 
+def normalised_intrinsics(intrinsics: Tensor, size: tuple[int, int]) -> Tensor:
+    """[..., 4] of pixels [..., 3, 3] of a (height, width), as shares of the image.
+
+    fx / width, fy / height, cx / width - 1/2, cy / height - 1/2: the same at every size.
+    """
+    height, width = size
+    fx, fy = intrinsics[..., 0, 0] / width, intrinsics[..., 1, 1] / height
+    cx, cy = intrinsics[..., 0, 2] / width - 0.5, intrinsics[..., 1, 2] / height - 0.5
+    return torch.stack([fx, fy, cx, cy], dim=-1)
+
+
 def identity_poses(num_frames: int) -> Tensor:
     """A static camera at the origin: [T, 3, 4]."""
     return torch.eye(3, 4, dtype=torch.float32, device="cpu").repeat(num_frames, 1, 1)

@@ -23,12 +23,15 @@ from mv2v_engine.camera.poses import (
     identity_poses,
     look_at_angle,
     matrices,
+    normalised_intrinsics,
+    pose_vectors,
     rotation_pitch,
     rotation_yaw,
     validate_poses,
 )
 from mv2v_engine.errors import CameraError, nearest_names
 
+_SKEW = 1e-3  # of the focal length, what is taken for none
 SUBJECT_DISTANCE = 4.0  # metres; the point that ReCamMaster's arcs and translations face
 
 
@@ -40,7 +43,8 @@ class CameraTrajectory:
 
     Args:
         poses: [T, 3, 4] or [T, 4, 4], camera-to-world, OpenCV axes, metres.
-        intrinsics: pixels of `size`, [3, 3] or one per frame [T, 3, 3].
+        intrinsics: of a pinhole, pixels of `size`, [3, 3] or, where the lens zooms, one per frame
+            [T, 3, 3].
         size: (height, width) of the image that the intrinsics refer to.
         name: how a report calls it.
 
@@ -64,6 +68,7 @@ class CameraTrajectory:
         focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
         if not bool(intrinsics.isfinite().all()) or bool((focal <= 0).any()):
             raise CameraError("intrinsics must be finite with positive focal lengths")
+        _require_pinhole(intrinsics)
         arguments.text("name", self.name)
         size = checked_size(self.size)
         object.__setattr__(self, "poses", poses)
@@ -76,6 +81,14 @@ class CameraTrajectory:
     def num_frames(self) -> int:
         return len(self.poses)
 
+    def vectors(self, dim: int = 16, *, stride: int = 4) -> Tensor:
+        """The camera of every latent frame, the first `dim` of its 16 numbers (METHOD 5): [F, dim].
+
+        They are row-major [R|t] of every `stride`-th frame, then its `normalised_intrinsics`.
+        """
+        lens = normalised_intrinsics(self.intrinsics, self.size).expand(self.num_frames, 4)
+        return torch.cat([pose_vectors(self.poses, stride=stride), lens[::stride]], -1)[:, :dim]
+
     def resized(self, size: tuple[int, int]) -> CameraTrajectory:
         """The same path seen at another image size: intrinsics scale, poses stay."""
         size = checked_size(size)
@@ -83,6 +96,24 @@ class CameraTrajectory:
         scale = _floats(factors)
         intrinsics = self.intrinsics * scale[:, None]
         return CameraTrajectory(self.poses, intrinsics, size, self.name)
+
+
+def _require_pinhole(intrinsics: Tensor) -> None:
+    """Refuse finite intrinsics [..., 3, 3] that are not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].
+
+    Raises:
+        CameraError: naming the first frame, and what it has.
+    """
+    for frame, k in enumerate(intrinsics.reshape(-1, 3, 3)):
+        beside = torch.stack([k[0, 1], k[1, 0]]) / k[0, 0]
+        last = k[2] - k.new_tensor([0.0, 0.0, 1.0])
+        if float(beside.abs().max()) > _SKEW or float(last.abs().max()) > _SKEW:
+            what = f"a skew of {float(k[0, 1]):g} pixels" if k[0, 1] else "other entries"
+            raise CameraError(
+                f"the intrinsics of frame {frame} are no pinhole's: got {what} in {k.tolist()}, "
+                "expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]; rectify the frames, and give "
+                "what their lens is then"
+            )
 
 
 def checked_size(size: Any) -> tuple[int, int]:

@@ -108,10 +108,7 @@ def read_own_config(path: Path) -> OwnConfig:
             f"{FORMAT!r} version {VERSION}, use the engine that wrote it"
         )
     try:
-        transformer = {k: _tupled(v) for k, v in value["transformer"].items()}
-        if transformer.get("merger") is not None:
-            merger = {k: _tupled(v) for k, v in transformer["merger"].items()}
-            transformer["merger"] = MergerConfig(**merger)
+        transformer = transformer_config(value["transformer"])
         sampling = {k: _tupled(v) for k, v in value["sampling"].items()}
         conditioning = tuple(value.get("conditioning", TRAINED_FOR))
         if not conditioning or not set(conditioning) <= set(get_args(Conditioning)):
@@ -121,7 +118,7 @@ def read_own_config(path: Path) -> OwnConfig:
             raise RequestError(f"vae is {vae!r}, no path relative to the folder")
         return OwnConfig(
             str(value["name"]),
-            TransformerConfig(**transformer),
+            transformer,
             SamplingConfig(**sampling),
             conditioning,
             vae,
@@ -132,6 +129,19 @@ def read_own_config(path: Path) -> OwnConfig:
             "TransformerConfig and SamplingConfig and what conditioning they were trained for, "
             "correct it or copy it again"
         ) from error
+
+
+def transformer_config(words: Mapping[str, Any]) -> TransformerConfig:
+    """A config from its `dataclasses.asdict`, as JSON keeps it; what it leaves out is the default.
+
+    Raises:
+        RequestError, TypeError: a field is wrong, or new.
+    """
+    fields = {name: _tupled(value) for name, value in words.items()}
+    if fields.get("merger") is not None:
+        merger = {name: _tupled(value) for name, value in fields["merger"].items()}
+        fields["merger"] = MergerConfig(**merger)
+    return TransformerConfig(**fields)
 
 
 def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> TransformerConfig:

@@ -41,6 +41,7 @@ _UNSUPPORTED = {
     "vace_blocks.": "VACE",
     "lora_": "LoRA",
 }
+_CAMERA_BRANCH = ".prope_attn."
 
 
 @dataclass(frozen=True)
@@ -252,6 +253,15 @@ def _require_supported(root: Path, tensors: dict[str, TensorInfo], naming: Namin
                 f"{root} is a {kind} checkpoint; expected a Wan text-to-video transformer or one "
                 "made from it"
             )
+    branch = [key for key in tensors if _CAMERA_BRANCH in key]
+    if branch:
+        raise CheckpointError(
+            f"{root} has a second attention beside every block, for cameras ({branch[0]} and "
+            f"{len(branch) - 1} more keys, as Memorizon's): no weight tells its positions, its "
+            "frame slots and masks, or the units of its cameras, and this engine has no such "
+            "branch; expected PRoPE inside self-attention, which is in the camera_attention of "
+            f"{OWN_CONFIG}, or a checkpoint without"
+        )
     if naming is None:
         keys = ", ".join(list(tensors)[:3])
         raise CheckpointError(

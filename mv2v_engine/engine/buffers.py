@@ -24,7 +24,7 @@ Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 class Conditioning:
     """What every step of a turn shares.
 
-    latents: [1, C, F, H, W] per conditioning segment. cameras: [1, V, F, 12] or None.
+    latents: [1, C, F, H, W] per conditioning segment. cameras: [1, V, F, 12 or 16] or None.
     text, negative_text: [1, S, text_dim]; the latter only with guidance. source: [1, C, F, H, W]
     for a model that takes it on the target's channels, else None.
     """

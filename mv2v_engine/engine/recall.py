@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from mv2v_engine.camera.poses import pose_vectors, relative_to
+from mv2v_engine.camera.poses import relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.turn import ViewTurn
@@ -87,7 +87,7 @@ class Recall:
     def condition(
         self, request: TurnRequest, source: Tensor, turns: list[ViewTurn]
     ) -> tuple[Retrieval, TokenPlan, list[Tensor], Tensor | None]:
-        """What is remembered, its plan, and latents [1, C, F, H, W] and cameras [1, V, F, 12].
+        """What is remembered, its plan, latents [1, C, F, H, W] and cameras [1, V, F, 12 or 16].
 
         source: the source's latents [C, F, H, W]. turns: the session's finished ones.
         """
@@ -113,16 +113,17 @@ class Recall:
         )
 
     def _cameras(self, plan: TokenPlan, trajectories: list[CameraTrajectory]) -> Tensor | None:
-        """Camera tracks [V, F, 12] in the order that the plan's segments name them."""
-        mode = plan.shape.camera_conditioning
-        if mode == "none":
+        """Camera tracks [V, F, 12 or 16] in the order that the plan's segments name them."""
+        shape = plan.shape
+        if not shape.has_camera:
             return None
-        stride = self.engine.vae.temporal_stride
-        if mode == "target":
+        if shape.camera_conditioning == "target":
             # stock ReCamMaster: the target's camera for all, relative to its own first frame
-            poses = trajectories[0].poses
-            return pose_vectors(relative_to(poses, poses[0]), stride=stride)[None]
-        return torch.stack([pose_vectors(t.poses, stride=stride) for t in trajectories])
+            target = trajectories[0]
+            poses = relative_to(target.poses, target.poses[0])
+            trajectories = [dataclasses.replace(target, poses=poses)]
+        stride = self.engine.vae.temporal_stride
+        return torch.stack([t.vectors(shape.camera_dim, stride=stride) for t in trajectories])
 
 
 def gathered(

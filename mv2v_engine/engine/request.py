@@ -9,6 +9,7 @@ import torch
 
 from mv2v_engine import arguments
 from mv2v_engine.camera.files import Camera, resolve_camera
+from mv2v_engine.camera.poses import normalised_intrinsics
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import (
     MAX_GUIDANCE_SCALE,
@@ -20,6 +21,9 @@ from mv2v_engine.config import (
 from mv2v_engine.errors import CameraError, RequestError
 from mv2v_engine.sampling.guidance import needs_guidance
 
+# beyond these, float32 has no digits left for one camera's place in another's image
+MAX_SCENE_SCALES = 100
+MAX_LENS = 20
 # what follows a checkpoint's name where it is asked for what it cannot do
 NO_VIEWS = (
     "edits by instruction: its source lies on the target's channels, frame by frame, and no camera "
@@ -92,6 +96,9 @@ class TurnRequest:
                 return f"{name} {done[name]!r} instead of {value!r}"
         if not torch.equal(trajectory.poses, self.camera.poses):
             return f"other poses under the name {self.camera.name!r}"
+        lenses = trajectory.intrinsics, self.camera.intrinsics
+        if not torch.equal(*torch.broadcast_tensors(*lenses)):
+            return f"another lens under the name {self.camera.name!r}"
         return None
 
 
@@ -134,6 +141,35 @@ def check_text(name: str, prompt: str, guidance_scale: float, *, has_text: bool)
         raise RequestError(
             f"{name} has no text encoder, so guidance changes nothing, got guidance_scale "
             f"{guidance_scale}; use 1"
+        )
+
+
+def check_camera(camera: CameraTrajectory, config: TransformerConfig) -> None:
+    """Refuse a camera too far away, or of too strange a lens, for a model's `camera_attention`.
+
+    camera: relative to the source's first frame.
+
+    Raises:
+        CameraError: it is beyond `MAX_SCENE_SCALES` or `MAX_LENS`.
+    """
+    if config.camera_attention == "none":
+        return
+    farthest = float(camera.poses[..., 3].norm(dim=-1).max())
+    reach = MAX_SCENE_SCALES * config.scene_scale
+    if farthest > reach:
+        raise CameraError(
+            f"camera {camera.name!r} is {farthest:g} metres from the source's first frame: "
+            f"attention of this model compares cameras within {reach:g}, {MAX_SCENE_SCALES} times "
+            "its scene_scale; give poses in metres, relative to the source's first frame"
+        )
+    lens = normalised_intrinsics(camera.intrinsics, camera.size)
+    focal = lens[..., :2]
+    if float(lens.abs().max()) > MAX_LENS or float(focal.min()) < 1 / MAX_LENS:
+        raise CameraError(
+            f"camera {camera.name!r} has focal lengths of {float(focal.min()):g} to "
+            f"{float(focal.max()):g} images and a principal point up to "
+            f"{float(lens[..., 2:].abs().max()):g} off the centre: attention of this model takes "
+            f"1/{MAX_LENS} to {MAX_LENS}, and {MAX_LENS}; are the intrinsics pixels of `size`?"
         )
 
 

@@ -24,7 +24,7 @@ from mv2v_engine.engine.overflow import guarded
 from mv2v_engine.engine.prompts import guidance_texts
 from mv2v_engine.engine.recall import Recall
 from mv2v_engine.engine.report import Prepared, turn_report
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import TurnRequest, check_camera
 from mv2v_engine.engine.runner import Denoised, Denoiser, StepDue, denoise, stepwise
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import Source, source_trajectory
@@ -77,6 +77,7 @@ class ViewSession(Session):
         self.source = source
         self._source_latents = source_latents
         camera = source_trajectory(cameras, engine.sampling.num_frames, engine.sampling.size)
+        check_camera(camera, engine.transformer.config)
         self._recall = Recall(engine, id, camera)
         self._keeper = Keeper(engine, self._recall, store)
         # one that is dropped without `close`, wherever its last reference goes
@@ -198,6 +199,7 @@ class ViewSession(Session):
         self._require_open()
         instance("request", request, TurnRequest, "a TurnRequest")
         self.engine.check_text(request.prompt, request.guidance_scale)
+        check_camera(request.camera, self.engine.transformer.config)
         return self._pinning(self._turn(request, cancel, steps))
 
     def _turn(

@@ -17,6 +17,7 @@ from mv2v_engine.arguments import sequence
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.denoisers import engine_denoiser
 from mv2v_engine.engine.prompts import guidance_texts
+from mv2v_engine.engine.source import source_trajectory
 from mv2v_engine.errors import RequestError
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -75,7 +76,9 @@ def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditio
     cameras = None
     if plan.shape.has_camera:
         tracks = 1 + max(segment.camera or 0 for segment in plan.segments)
-        cameras = zeros(1, tracks, plan.target.num_frames, 12)
+        still = source_trajectory(None, plan.target.num_frames, engine.sampling.size)
+        one = still.vectors(plan.shape.camera_dim, stride=1)
+        cameras = one.to(engine.device).expand(1, tracks, -1, -1).contiguous()
     channels, source = plan.shape.latent_channels, None
     if plan.shape.source_channels:
         source = zeros(1, channels, *plan.target.grid)

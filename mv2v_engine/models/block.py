@@ -15,7 +15,13 @@ from torch import Tensor, nn
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
-from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
+from mv2v_engine.models.camera_encoder import (
+    POSE_DIM,
+    Role,
+    camera_encoder,
+    camera_projector,
+    projection,
+)
 from mv2v_engine.models.feed_forward import FeedForward
 from mv2v_engine.models.joint_cache import JointCache
 from mv2v_engine.models.modulation import Modulation, split_modulation
@@ -24,6 +30,7 @@ from mv2v_engine.models.static_cache import ConditioningCache, KeysValues
 from mv2v_engine.models.token_merge import Sequence
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.gated_residual import gated_residual
+from mv2v_engine.ops.prope import prope
 from mv2v_engine.ops.residual_norm import residual_norm
 
 
@@ -38,8 +45,9 @@ class Block(nn.Module):
         self.norm2 = nn.LayerNorm(dim, eps=config.eps)
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim).normal_().div_(dim**0.5))
-        self.cam_encoder = camera_encoder(dim) if config.has_camera else None
-        self.projector = camera_projector(dim) if config.has_camera else None
+        self.cam_encoder = camera_encoder(dim) if config.has_camera_modules else None
+        self.projector = camera_projector(dim) if config.has_camera_modules else None
+        self.camera_channels = config.camera_channels
         self.backend = "reference"
 
     def forward(
@@ -105,7 +113,7 @@ class Block(nn.Module):
         queries, keys, values = self._queries_keys_values(conditioning, modulation, cameras_BFP)
         attended = self.attn1.attend(queries, keys, values)
         del queries
-        attended = self._project(self._by_tokens(attended, conditioning))
+        attended = self._project(attended, conditioning, cameras_BFP)
         x, hidden = self._add_adaln(conditioning.x, attended, ffn_modulation, gate=modulation.gate)
         del attended
         return self._add_gated(x, self.ffn(hidden), ffn_modulation), (keys, values)
@@ -129,7 +137,7 @@ class Block(nn.Module):
             values = sequence.followed_by(values, [pair and pair[1] for pair in kept])
         attended = self.attn1.attend(queries, keys, values, sequence.pack_over(kept))
         del queries, keys, values
-        return self._project(self._by_tokens(attended, sequence))
+        return self._project(attended, sequence, cameras_BFP)
 
     def _queries_keys_values(
         self,
@@ -143,20 +151,37 @@ class Block(nn.Module):
         """
         hidden = self.attention_input(sequence, modulation, cameras_BFP)
         queries = self.attn1.queries(hidden, sequence.rope)
+        queries = self._from_cameras(queries, "query", sequence, cameras_BFP)
         shard = sequence.shard
-        if shard is None:
-            return queries, *self.attn1.keys_values(hidden, sequence.rope)
-        queries = shard.by_heads(queries)
+        if shard is not None:
+            queries = shard.by_heads(queries)
         keys, values = self.attn1.keys_values(hidden, sequence.rope)
         del hidden
+        keys = self._from_cameras(keys, "key", sequence, cameras_BFP)
+        values = self._from_cameras(values, "key", sequence, cameras_BFP)
+        if shard is None:
+            return queries, keys, values
         keys = shard.by_heads(keys)
         return queries, keys, shard.by_heads(values)
 
-    def _by_tokens(self, attended: Tensor, sequence: Sequence | PackedSequence) -> Tensor:
-        """What attention made, of this rank's tokens with all heads [B, L, N, D]."""
-        if sequence.shard is None:
-            return attended
-        return sequence.shard.by_tokens(attended, self.attn1.num_heads)
+    def _from_cameras(
+        self,
+        x_BLND: Tensor,
+        role: Role,
+        sequence: Sequence | PackedSequence,
+        cameras_BFP: Tensor | None,
+    ) -> Tensor:
+        """PRoPE of this rank's tokens with all heads; without it they are left as they are."""
+        if not self.camera_channels:
+            return x_BLND
+        assert cameras_BFP is not None
+        return prope(
+            x_BLND,
+            projection(cameras_BFP, role),
+            sequence.token_frames,
+            channels=self.camera_channels,
+            backend=self.backend,
+        )
 
     def attention_input(
         self,
@@ -167,7 +192,8 @@ class Block(nn.Module):
         """The modulated tokens, with their cameras, from which q, k and v are made."""
         camera = frames = None
         if self.cam_encoder is not None and cameras_BFP is not None:
-            camera = self.cam_encoder(cameras_BFP.to(self.cam_encoder.weight.dtype))
+            poses = cameras_BFP[..., :POSE_DIM]
+            camera = self.cam_encoder(poses.to(self.cam_encoder.weight.dtype))
             frames = sequence.token_frames
         return adaln(
             sequence.x,
@@ -180,9 +206,16 @@ class Block(nn.Module):
             backend=self.backend,
         )
 
-    def _project(self, attended_BLND: Tensor) -> Tensor:
-        """The output projection, and the camera's after it (METHOD 5)."""
-        out = self.attn1.out(attended_BLND)
+    def _project(
+        self,
+        attended: Tensor,
+        sequence: Sequence | PackedSequence,
+        cameras_BFP: Tensor | None,
+    ) -> Tensor:
+        """What attention made, projected, and by the camera's projector after it (METHOD 5)."""
+        if sequence.shard is not None:
+            attended = sequence.shard.by_tokens(attended, self.attn1.num_heads)
+        out = self.attn1.out(self._from_cameras(attended, "output", sequence, cameras_BFP))
         return out if self.projector is None else self.projector(out)
 
     def _add_norm2(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:

@@ -1,16 +1,21 @@
-"""Camera modules of a block (METHOD 5) and the camera rows of a plan's frames.
+"""Camera modules of a block, and what a plan's frames bring of cameras to it (METHOD 5).
 
-B batch, V camera tracks, F latent frames of a video, R frames of the whole plan.
+B batch, V camera tracks, F latent frames of a video, R frames of the whole plan, P numbers of one.
 """
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.config import TransformerConfig
 from mv2v_engine.tokens.plan import TokenPlan
 
 POSE_DIM = 12
+_MATRIX = 16
+Role = Literal["query", "key", "output"]
 
 
 def camera_encoder(dim: int) -> nn.Linear:
@@ -29,8 +34,21 @@ def camera_projector(dim: int) -> nn.Linear:
     return projector
 
 
+def row_dim(config: TransformerConfig) -> int:
+    """Numbers of a frame within the model: its pose, and with PRoPE a matrix and its inverse."""
+    return POSE_DIM if config.camera_attention == "none" else POSE_DIM + 2 * _MATRIX
+
+
 def frame_cameras(plan: TokenPlan, cameras_BVFP: Tensor) -> Tensor:
-    """The 12-vector of every frame of the plan [B, R, 12] from the tracks [B, V, F, 12]."""
+    """The camera of every frame of the plan [B, R, `row_dim`] from the tracks [B, V, F, P]."""
+    shape = plan.shape
+    if cameras_BVFP.shape[3] != shape.camera_dim:
+        has = "its pose" if shape.camera_dim == POSE_DIM else "its pose, then its intrinsics"
+        raise ValueError(
+            f"with camera_attention={shape.camera_attention!r} a camera has {shape.camera_dim} "
+            f"numbers, {has} (`CameraTrajectory.vectors`); got tracks of shape "
+            f"{tuple(cameras_BVFP.shape)}"
+        )
     rows = []
     for segment in plan.segments:
         track = segment.camera or 0
@@ -40,4 +58,55 @@ def frame_cameras(plan: TokenPlan, cameras_BVFP: Tensor) -> Tensor:
                 f"got tracks of shape {tuple(cameras_BVFP.shape)}"
             )
         rows.append(cameras_BVFP[:, track, : segment.num_frames])
-    return torch.cat(rows, dim=1)
+    return camera_rows(shape, torch.cat(rows, dim=1))
+
+
+def camera_rows(config: TransformerConfig, rows_BRP: Tensor) -> Tensor:
+    """What blocks take of every camera: with PRoPE its matrices too, [B, R, `row_dim`]."""
+    if config.camera_attention == "none":
+        return rows_BRP
+    rows_BRP = rows_BRP.float()
+    matrices = _projections(rows_BRP, config)
+    return torch.cat([rows_BRP[..., :POSE_DIM], *(each.flatten(-2) for each in matrices)], -1)
+
+
+def _projections(cameras_BRP: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
+    """P = [K 0; 0 1] [R t; 0 1], from the world to the image, and its inverse [B, R, 4, 4].
+
+    The world's unit is `scene_scale`. The dual form has P's inverse transpose in P's place.
+    """
+    pose, lens = cameras_BRP.split([POSE_DIM, 4], -1)
+    rotation, place = pose.unflatten(-1, (3, 4)).split([3, 1], -1)  # camera to world
+    place = place / config.scene_scale
+    fx, fy, cx, cy = lens.unbind(-1)
+    zero, one = torch.zeros_like(fx), torch.ones_like(fx)
+    k = torch.stack([fx, zero, cx, zero, fy, cy, zero, zero, one], -1).unflatten(-1, (3, 3))
+    k_inverse = torch.stack(
+        [1 / fx, zero, -cx / fx, zero, 1 / fy, -cy / fy, zero, zero, one], -1
+    ).unflatten(-1, (3, 3))
+    # sums written out: a product on a GPU may round to fewer digits
+    to_image = _product(k, rotation.transpose(-1, -2))
+    projection = torch.cat([to_image, -_product(to_image, place)], -1)
+    inverse = torch.cat([_product(rotation, k_inverse), place], -1)
+    last = torch.stack([zero, zero, zero, one], -1)[..., None, :]
+    projection, inverse = (torch.cat([each, last], -2) for each in (projection, inverse))
+    if config.camera_attention.endswith("_dual"):
+        return inverse.transpose(-1, -2), projection.transpose(-1, -2)
+    return projection, inverse
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
+
+
+def projection(rows_BRP: Tensor, role: Role) -> Tensor:
+    """What multiplies a frame's q ("query"), k and v ("key"), and attention's result ("output").
+
+    Rows of `frame_cameras` with PRoPE -> [B, R, 4, 4]: P^T, P^-1 and P, so that the logit of a
+    query of camera i and a key of camera j is q^T P_i P_j^-1 k.
+    """
+    forward, inverse = rows_BRP[..., POSE_DIM:].unflatten(-1, (2, 4, 4)).unbind(-3)
+    if role == "query":
+        forward = forward.transpose(-1, -2)
+    chosen: Tensor = inverse if role == "key" else forward
+    return chosen

@@ -113,8 +113,9 @@ class MV2VTransformer(nn.Module):
                 target's has C_in channels: with `source_channels` the source follows the noise.
             timestep: [B], in 0..1000; or [B, F], one a target frame, for a plan of a target alone.
             encoder_hidden_states: text embeddings [B, S, text_dim].
-            cameras: tracks [B, V, F, 12], row-major [R|t] relative to the source's first frame;
-                None for a model without cameras.
+            cameras: tracks [B, V, F, 12], row-major [R|t] relative to the source's first frame,
+                or [B, V, F, 16] with intrinsics for `camera_attention`, as
+                `CameraTrajectory.vectors` gives them; None for a model without cameras.
             records: receives what every merge did.
             keep: receives what `forward_target` needs.
             residual: receives what `forward_residual` needs.

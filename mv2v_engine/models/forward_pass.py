@@ -91,7 +91,7 @@ class ForwardPass:
 
 
 def check_inputs(latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | None) -> None:
-    """Refuse latents [B, C, F, H, W] and cameras [B, V, F, 12] that a plan was not made for.
+    """Refuse latents [B, C, F, H, W] and cameras [B, V, F, P] that a plan was not made for.
 
     Raises:
         ValueError: a count, a shape, or cameras where the model has none.
@@ -107,7 +107,8 @@ def check_inputs(latents: Series[Tensor], plan: TokenPlan, cameras: Tensor | Non
     if (cameras is None) == plan.shape.has_camera:
         raise ValueError(
             f"cameras are {'missing' if cameras is None else 'given'}, but the model's "
-            f"camera_conditioning is {plan.shape.camera_conditioning!r}"
+            f"camera_conditioning is {plan.shape.camera_conditioning!r} and its camera_attention "
+            f"{plan.shape.camera_attention!r}"
         )
 
 

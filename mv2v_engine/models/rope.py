@@ -29,11 +29,14 @@ def rotary_table(plan: TokenPlan) -> Tensor:
     """Cosines then sines of every token: float32 [L, D], built in float64 on the CPU.
 
     Pooled: the mean of cos and sin over the covered cells, which separates by axis because a
-    token covers a whole rectangle. Centre: cos and sin at the rectangle's centre.
+    token covers a whole rectangle. Centre: cos and sin at the rectangle's centre. Channels that
+    attention leaves to cameras (`camera_attention`) stay as they are.
     """
     shape, cells = plan.shape, covered_cells(plan)
-    dims = axis_dims(shape.attention_head_dim)
-    parts_cos, parts_sin = [], []
+    dims = axis_dims(shape.rotary_dim)
+    still = (plan.length, (shape.attention_head_dim - shape.rotary_dim) // 2)
+    parts_cos = [torch.ones(still, dtype=torch.float64, device="cpu")]
+    parts_sin = [torch.zeros(still, dtype=torch.float64, device="cpu")]
     for positions, dim in zip(
         (cells.tau_L[:, None], cells.rows_LE, cells.columns_LE), dims, strict=True
     ):

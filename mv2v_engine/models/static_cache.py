@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import Conditioning
-from mv2v_engine.models.camera_encoder import POSE_DIM
+from mv2v_engine.models.camera_encoder import row_dim
 from mv2v_engine.tokens.plan import TokenPlan
 
 KeysValues = tuple[Tensor, Tensor]
@@ -47,7 +47,7 @@ class KeptLayout:
                 self._place((1, length - plan.target.length, *heads), dtype)
         self._has_cameras = cameras is not None
         if cameras is not None:
-            self._place((1, plan.target.num_frames, POSE_DIM), cameras)
+            self._place((1, plan.target.num_frames, row_dim(plan.shape)), cameras)
 
     def _place(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._pieces.append((self.num_bytes, shape, dtype))

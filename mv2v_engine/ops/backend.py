@@ -1,6 +1,6 @@
 """Which implementation an operation runs on, decided once per engine and recorded.
 
-`reference` is torch; `native` is the library of `csrc/cpu` for four operations, float32 without
+`reference` is torch; `native` is the library of `csrc/cpu` for five operations, float32 without
 gradients on a CPU, and torch for the others; `triton` is the optional package `mv2v_kernels`, one
 module per operation; `cuda` is the library of `csrc/cuda`, where an install has built it. An
 explicit request that cannot be met raises and names the reason.
@@ -26,11 +26,12 @@ OPS = (
     "attention",
     "frame_responsiveness",
     "gated_residual",
+    "prope",
     "qk_norm_rope",
     "residual_norm",
     "token_merge",
 )
-NATIVE_OPS = ("adaln", "gated_residual", "qk_norm_rope", "residual_norm")
+NATIVE_OPS = ("adaln", "gated_residual", "prope", "qk_norm_rope", "residual_norm")
 
 
 def missing_reason(backend: BackendName, op: str, device: torch.device) -> str | None:

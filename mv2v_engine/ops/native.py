@@ -18,7 +18,7 @@ from mv2v_engine.errors import KernelUnavailableError
 
 LibraryName = Literal["cpu", "cuda"]
 
-ABI_VERSION = 2  # csrc/mv2v.h
+ABI_VERSION = 3  # csrc/mv2v.h
 _INVALID_INDEX = -2
 _FOLDER = Path(__file__).resolve().parent
 _TYPES = {

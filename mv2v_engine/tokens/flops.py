@@ -2,7 +2,8 @@
 
 Per block (METHOD 16): 4 Lq Lk C for self-attention; 2 L (7 C^2 + 2 C ffn) for q, k, v, o, the
 camera projector, cross-attention's q and o, and the feed-forward; 4 L S C + 4 S C^2 for
-cross-attention and its text k, v. S text tokens.
+cross-attention and its text k, v. S text tokens. PRoPE adds 32 L N D to the linear part, where D
+channels of N heads meet cameras.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import TYPE_CHECKING, Literal
 from mv2v_engine.tokens.layout import MergeStep
 
 if TYPE_CHECKING:
+    from mv2v_engine.config import TransformerConfig
     from mv2v_engine.tokens.plan import Segment, TokenPlan
 
 _BLOCK_PARTS = ("self_attention", "linear", "cross_attention")
@@ -134,7 +136,8 @@ def conditioning_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None
     for length in plan.lengths_by_block(steps):
         own = length - plan.target.length
         # no cross-attention: its q and o fall away
-        linear = (4 + shape.has_camera) * width**2 + 2 * width * shape.ffn_dim
+        linear = (4 + shape.has_camera_modules) * width**2 + 2 * width * shape.ffn_dim
+        linear += _prope_products(shape)
         total += 4 * own * own * width + 2 * own * linear
     return total
 
@@ -168,13 +171,19 @@ def residual_bytes(plan: TokenPlan, element_bytes: int) -> int:
 
 def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -> dict[str, int]:
     shape, width, text = plan.shape, plan.shape.dim, plan.shape.text_len
-    per_token = (6 + shape.has_camera) * width**2 + 2 * width * shape.ffn_dim
+    per_token = (6 + shape.has_camera_modules) * width**2 + 2 * width * shape.ffn_dim
+    per_token += _prope_products(shape)
     parts = dict.fromkeys(_BLOCK_PARTS, 0)
     for num_queries, num_keys in zip(queries, keys, strict=True):
         parts["self_attention"] += 4 * num_queries * num_keys * width
         parts["linear"] += 2 * num_queries * per_token
         parts["cross_attention"] += 4 * num_queries * text * width + 4 * text * width**2
     return parts
+
+
+def _prope_products(shape: TransformerConfig) -> int:
+    """Multiply-adds of a token's q, k, v and o with matrices of four columns."""
+    return 16 * shape.num_attention_heads * shape.camera_channels
 
 
 def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
@@ -187,7 +196,7 @@ def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
 
 def _camera_flops(plan: TokenPlan, blocks: int, frames: int) -> int:
     """Camera rows of so many frames, encoded by so many blocks."""
-    return 2 * blocks * frames * 12 * plan.shape.dim if plan.shape.has_camera else 0
+    return 2 * blocks * frames * 12 * plan.shape.dim if plan.shape.has_camera_modules else 0
 
 
 def _embedding_flops(plan: TokenPlan, timesteps: int) -> int:

@@ -118,7 +118,8 @@ class TokenPlan:
             if (segment.camera is None) == self.shape.has_camera:
                 raise RequestError(
                     f"{segment.role} has camera {segment.camera}, but the model's "
-                    f"camera_conditioning is {self.shape.camera_conditioning!r}"
+                    f"camera_conditioning is {self.shape.camera_conditioning!r} and its "
+                    f"camera_attention {self.shape.camera_attention!r}"
                 )
             if segment.role == "target":
                 if segment.tokenizer != 2 or segment.grid[1] % 2 or segment.grid[2] % 2:
@@ -307,10 +308,10 @@ def turn_plan(
     ReCamMaster, whose conditioning tokens take the target's camera (METHOD 5).
     """
     frames = grid[0]
-    own = shape.camera_conditioning == "own"
+    shared = shape.camera_conditioning == "target"
 
     def track(index: int) -> int | None:
-        return (index if own else 0) if shape.has_camera else None
+        return (0 if shared else index) if shape.has_camera else None
 
     segments = [Segment(role="target", grid=grid, camera=track(0))]
     if source:

@@ -14,12 +14,13 @@ import argparse
 import math
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import nn
 
 from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.config import TINY, TINY_EDIT, SamplingConfig
+from mv2v_engine.config import TINY, TINY_EDIT, CameraAttention, SamplingConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.rope import axis_dims
 from mv2v_engine.training.command import run_command
@@ -74,9 +75,10 @@ def initialise(model: MV2VTransformer) -> None:
     where row and column agree, so a target token first looks at its own place in every frame;
     every head half as sharply as the one before.
     """
-    time_dim, *_ = axis_dims(model.config.attention_head_dim)
-    spatial = torch.ones(model.config.num_attention_heads, model.config.attention_head_dim)
-    spatial[:, :time_dim] = 0
+    config = model.config
+    time_dim, *_ = axis_dims(config.rotary_dim)
+    spatial = torch.ones(config.num_attention_heads, config.attention_head_dim)
+    spatial[:, : config.attention_head_dim - config.rotary_dim + time_dim] = 0
     spatial *= 2.0 ** -torch.arange(len(spatial))[:, None]
     for name, parameter in model.named_parameters():
         if name.endswith("cam_encoder.weight"):
@@ -129,6 +131,11 @@ def main() -> None:
     parser.add_argument(
         "--frames", type=int, nargs="+", help="with --latents: these latent frames of a clip alone"
     )
+    parser.add_argument(
+        "--camera-attention",
+        choices=get_args(CameraAttention),
+        help="with --latents, from scratch: PRoPE inside attention; a checkpoint has its own",
+    )
     parser.add_argument("--no-memory", type=float, help="share of samples without memory")
     parser.add_argument(
         "--targets",
@@ -151,6 +158,8 @@ def main() -> None:
         parser.error("--edits and --text belong together")
     if args.latent_frames is not None and args.edits is None:
         parser.error("--latent-frames belongs to --edits")
+    if args.camera_attention and (args.latents is None or args.start_from is not None):
+        parser.error("--camera-attention belongs to --latents without --start-from")
 
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -185,7 +194,8 @@ def _model(args: argparse.Namespace, device: torch.device) -> MV2VTransformer:
     if args.start_from is not None:
         checkpoint = load_checkpoint(args.start_from, device=device, dtype=torch.float32)
         return checkpoint.transformer.train()
-    model = MV2VTransformer(TINY if args.edits is None else TINY_EDIT)
+    shape = TINY if args.edits is None else TINY_EDIT
+    model = MV2VTransformer(replace(shape, camera_attention=args.camera_attention or "none"))
     initialise(model)
     return model.to(device)
 

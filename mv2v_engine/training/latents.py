@@ -39,7 +39,8 @@ _STILL_METRES = 1e-4
 
 class LatentCache:
     """Folders of encoded scenes: latents float16 [K, C, F, H, W], poses [K, T, 3, 4]
-    camera-to-world, and where captions were encoded, text bfloat16 [K, S', text_dim].
+    camera-to-world, where they are known normalised intrinsics [K, 4], and where captions were
+    encoded, text bfloat16 [K, S', text_dim].
 
     Args:
         device: where all latents are kept; None reads each draw's from disk, for sets larger
@@ -60,13 +61,15 @@ class LatentCache:
                 )
             self._paths += found
         self._poses: list[Tensor] = []
+        self._lenses: list[Tensor | None] = []
         self._has_text: list[bool] = []
         self._resident: list[Tensor] = []
         shapes: dict[tuple[int, ...], Path] = {}
         for path in self._paths:
-            shape, poses, has_text = _header(path)
+            shape, poses, lenses, has_text = _header(path)
             shapes.setdefault(shape[1:], path)
             self._poses.append(poses)
+            self._lenses.append(lenses)
             self._has_text.append(has_text)
             if device is not None:
                 self._resident.append(_read(path, "latents", None).to(device))
@@ -106,13 +109,26 @@ class LatentCache:
         cameras = torch.stack(
             [pose_vectors(relative_to(poses[track], reference)) for track in tracks]
         )
+        lenses = self._lenses[scene]
+        if lenses is not None:
+            of_frames = lenses[list(tracks), None].expand(-1, cameras.shape[1], -1)
+            cameras = torch.cat([cameras, of_frames], dim=-1)
         text = _read(path, "text", tracks[0]) if self._has_text[scene] else None
         return Tracks(latents.float(), cameras, text)
 
 
-def save_latents(path: Path, latents: Tensor, poses: Tensor, text: Tensor | None = None) -> None:
-    """Write one scene of a latent cache: latents [K, C, F, H, W], poses [K, T, 3, 4], text."""
+def save_latents(
+    path: Path,
+    latents: Tensor,
+    poses: Tensor,
+    text: Tensor | None = None,
+    intrinsics: Tensor | None = None,
+) -> None:
+    """Write one scene of a latent cache: latents [K, C, F, H, W], poses [K, T, 3, 4], text, and
+    normalised intrinsics [K, 4]."""
     tensors = {"latents": latents.half(), "poses": poses}
+    if intrinsics is not None:
+        tensors["intrinsics"] = intrinsics
     if text is not None:
         tensors["text"] = text.bfloat16()
     save_tensors(path, tensors)
@@ -153,7 +169,7 @@ def encode_scenes(
             skipped[name] = [str(error)]
         else:
             latents, text = encode(scene)
-            save_latents(target, latents, scene.poses, text)
+            save_latents(target, latents, scene.poses, text, scene.intrinsics)
             if scene.skipped:
                 skipped[name] = list(scene.skipped)
         if name in skipped:
@@ -163,13 +179,15 @@ def encode_scenes(
     return skipped
 
 
-def _header(path: Path) -> tuple[tuple[int, ...], Tensor, bool]:
-    """Shape of the latents, the poses, and whether there is text."""
+def _header(path: Path) -> tuple[tuple[int, ...], Tensor, Tensor | None, bool]:
+    """Shape of the latents, the poses, the intrinsics if known, and whether there is text."""
     try:
         with safe_open(str(path), framework="pt") as file:
             shape = tuple(file.get_slice("latents").get_shape())
             poses: Tensor = file.get_tensor("poses")
-            has_text = "text" in file.keys()  # noqa: SIM118, it is no dictionary
+            names = file.keys()
+            lenses = file.get_tensor("intrinsics") if "intrinsics" in names else None
+            has_text = "text" in names
     except (OSError, SafetensorError) as error:
         raise _damaged(path, error) from error
     fits = len(shape) == 5 and poses.shape == (shape[0], 4 * shape[2] - 3, 3, 4)
@@ -177,7 +195,9 @@ def _header(path: Path) -> tuple[tuple[int, ...], Tensor, bool]:
         raise _damaged(
             path, f"latents {list(shape)} and poses {list(poses.shape)} do not belong together"
         )
-    return shape, poses, has_text
+    if lenses is not None and lenses.shape != (shape[0], 4):
+        raise _damaged(path, f"intrinsics {list(lenses.shape)} are not [{shape[0]}, 4]")
+    return shape, poses, lenses, has_text
 
 
 def _read(path: Path, name: str, track: int | None) -> Tensor:

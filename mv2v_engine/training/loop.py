@@ -14,7 +14,7 @@ import time
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,8 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from mv2v_engine.checkpoints.configs import transformer_config
+from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import make_folder, replacing
 from mv2v_engine.training.distributed import first_says, rank, world_size
@@ -148,6 +150,7 @@ class TrainingLoop:
         state = {
             "step": self.step,
             "elapsed": self.elapsed,
+            "shape": self._shape,
             "model": {n: v for n, v in self.model.state_dict().items() if n not in frozen},
             "ema": self.ema,
             "optimizers": [optimizer.state_dict() for optimizer in self.optimizers],
@@ -180,6 +183,7 @@ class TrainingLoop:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             raise CheckpointError(f"cannot resume from {path}: {reason}; {advice}") from error
         try:
+            self._require_shape(state.get("shape"))
             self.step, self.elapsed = int(state["step"]), float(state["elapsed"])
             self._load(state["model"], state["ema"])
             for optimizer, saved in zip(self.optimizers, state["optimizers"], strict=True):
@@ -189,6 +193,26 @@ class TrainingLoop:
                 f"cannot resume from {path}: it is of another training than this one "
                 f"({' '.join(str(error).split())[:300]}); {advice}"
             ) from error
+
+    @property
+    def _shape(self) -> dict[str, Any] | None:
+        """A transformer's config, of which its weights do not tell all."""
+        config = getattr(self.model, "config", None)
+        return asdict(config) if isinstance(config, TransformerConfig) else None
+
+    def _require_shape(self, saved: dict[str, Any] | None) -> None:
+        """Refuse a transformer's checkpoint of another config; older ones have kept none.
+
+        Raises:
+            ValueError: naming what differs.
+        """
+        own = self._shape
+        if saved is None or own is None:
+            return
+        before = asdict(transformer_config(saved))
+        other = [f"{n} {before[n]!r}, not {own[n]!r}" for n in own if before[n] != own[n]]
+        if other:
+            raise ValueError(f"its transformer has {'; '.join(other)}")
 
     def _load(self, weights: Mapping[str, Tensor], averages: Mapping[str, Tensor]) -> None:
         """Put saved weights and averages in place.

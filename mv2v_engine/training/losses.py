@@ -8,6 +8,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.models.camera_encoder import camera_rows
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.tokens.flops import conditioning_flops
 from mv2v_engine.training.distributed import own_generator
@@ -65,7 +66,8 @@ def _velocity(model: nn.Module, batch: Batch, target: Tensor, timestep: Tensor) 
         return velocity
     kept = ConditioningCache(batch.plan, is_trained=True)
     velocity = model(*first, **given, keep=kept)
-    count, rows = batch.siblings.latents.shape[1], batch.siblings.cameras.flatten(0, 1)
+    count = batch.siblings.latents.shape[1]
+    rows = camera_rows(batch.plan.shape, batch.siblings.cameras.flatten(0, 1))
     # the parameters are the wrapped module's, and DistributedDataParallel waits for their gradients
     own: Any = getattr(model, "module", model)
     siblings: Tensor = own.forward_target(

@@ -24,6 +24,7 @@ from mv2v_engine.video.io import read_video
 from mv2v_engine.video.transforms import cover_and_crop
 
 _LAYOUT = "train/f24_aperture5/scene1/videos/cam01.mp4"
+_SENSOR = 23.76  # millimetres of each side
 # beyond any of the dataset's frames, which are 1280x1280
 _MAX_PIXELS = 3840 * 2160
 
@@ -88,7 +89,26 @@ class MultiCamVideo:
                 f"{folder} has {len(frames)} usable videos, at least 2 are needed: {reasons}"
             )
         self.num_uncaptioned += captions.count("")
-        return Scene(torch.stack(frames), torch.stack(poses), tuple(captions), tuple(skipped))
+        lens = self._lens(folder)
+        return Scene(
+            torch.stack(frames),
+            torch.stack(poses),
+            tuple(captions),
+            tuple(skipped),
+            None if lens is None else lens.expand(len(frames), 4).contiguous(),
+        )
+
+    def _lens(self, folder: Path) -> Tensor | None:
+        """Normalised intrinsics [4] from a folder's name, f24_aperture5 (BASE_MODELS 6).
+
+        All cameras of a scene share one, in front of a square sensor. None: the name has none.
+        """
+        named = re.match(r"f(\d+(?:\.\d+)?)_", folder.parent.name)
+        if named is None:
+            return None
+        pixels = float(named[1]) / _SENSOR * max(self.size)
+        height, width = self.size
+        return torch.tensor([pixels / width, pixels / height, 0.0, 0.0], dtype=torch.float32)
 
     def _rig(self, folder: Path) -> dict[str, Tensor]:
         path = folder / "cameras" / "camera_extrinsics.json"

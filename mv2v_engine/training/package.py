@@ -19,6 +19,7 @@ from typing import get_args
 import torch
 from safetensors.torch import load_file
 
+from mv2v_engine.checkpoints.configs import transformer_config
 from mv2v_engine.checkpoints.detect import detect
 from mv2v_engine.checkpoints.load import save_checkpoint
 from mv2v_engine.checkpoints.resolve import resolve
@@ -71,7 +72,7 @@ def package(
 
     Args:
         name: one of MODELS.
-        dit: a finished training's folder.
+        dit: a finished training's folder; of one that kept no shape, the model's own is taken.
         vae: the VAE's folder, which is copied. shared_vae: a folder relative to `out` instead,
             which `mv2v.json` then names.
         text: a folder with text_encoder and tokenizer.
@@ -89,7 +90,9 @@ def package(
     if shared_vae is not None:
         _require((out / shared_vae).resolve() / "config.json", "a VAE's folder, relative to --out")
     state = torch.load(dit / "checkpoint.pt", weights_only=True, map_location="cpu")
-    transformer = MV2VTransformer(model.transformer)
+    # what has no weights, such as camera_attention, is told by the run alone
+    shape = transformer_config(state["shape"]) if state.get("shape") else model.transformer
+    transformer = MV2VTransformer(shape)
     transformer.load_state_dict({**state["model"], **state["ema"]})
     make_folder(out)
     if vae is not None:
@@ -99,7 +102,7 @@ def package(
     save_checkpoint(
         out,
         transformer,
-        model.transformer,
+        shape,
         model.sampling,
         name,
         torch.float16,

@@ -16,7 +16,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mv2v_engine.camera.poses import default_intrinsics
+from mv2v_engine.camera.poses import default_intrinsics, normalised_intrinsics
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import TrainingError
@@ -50,7 +50,8 @@ class Recipe(MemoryRecipe):
 @dataclass(frozen=True, eq=False)
 class Tracks:
     """Videos of one scene: latents [V, C, F, H, W] float32, cameras [V, F, 12] relative to the
-    source's first frame, text [S', text_dim] of the first video, S' <= S, or None."""
+    source's first frame, or [V, F, 16] with their intrinsics (METHOD 5), text [S', text_dim] of the
+    first video, S' <= S, or None."""
 
     latents: Tensor
     cameras: Tensor
@@ -80,7 +81,7 @@ class TrackSource(Protocol):
 @dataclass(frozen=True, eq=False)
 class Siblings:
     """More targets of every sample's conditioning: latents [B, T, C, F, H, W], cameras
-    [B, T, F, 12]."""
+    [B, T, F, 12 or 16]."""
 
     latents: Tensor
     cameras: Tensor
@@ -89,9 +90,10 @@ class Siblings:
 @dataclass(frozen=True, eq=False)
 class Batch:
     """latents: one [B, C, F, H, W] per segment of the plan, the target's still clean;
-    cameras [B, V, F, 12] or None; text [B, S, text_dim]. source: [B, C, F, H, W] of a model that
-    takes it on the target's channels. weight: [B, F, H, W], of the squared error; None is 1.
-    siblings: of static conditioning alone."""
+    cameras [B, V, F, 12 or 16] or None; text [B, S, text_dim]. source: [B, C, F, H, W] of a model
+    that takes it on the target's channels. weight: [B, F, H, W], of the squared error; None is 1.
+    siblings: of static conditioning alone.
+    """
 
     plan: TokenPlan
     latents: list[Tensor]
@@ -149,7 +151,8 @@ class SceneSampler:
         if not shape.has_camera or shape.in_channels != shape.out_channels:
             raise TrainingError(
                 "the recipe trains novel views: a transformer with cameras whose source is "
-                f"tokens, got camera_conditioning {shape.camera_conditioning!r} with "
+                f"tokens, got camera_conditioning {shape.camera_conditioning!r} and "
+                f"camera_attention {shape.camera_attention!r} with "
                 f"{shape.in_channels} channels in and {shape.out_channels} out"
             )
         if source.latent_shape[0] != shape.in_channels:
@@ -185,7 +188,7 @@ class SceneSampler:
         count = max(1, self.recipe.batch // targets)
         samples = [self._sample(plan, targets, generator) for _ in range(count)]
         latents = torch.stack([sample.latents for sample in samples])
-        cameras = torch.stack([sample.cameras for sample in samples])
+        cameras = torch.stack([self._cameras(sample) for sample in samples])
         own = 2 + plan.num_memory
         siblings = Siblings(latents[:, own:], cameras[:, own:]) if targets > 1 else None
         has_source = any(segment.role == "source" for segment in plan.segments)
@@ -240,6 +243,18 @@ class SceneSampler:
             tracks = Tracks(tracks.latents[:, :, frames], tracks.cameras[:, frames], tracks.text)
         return self._by_relevance(tracks, plan)
 
+    def _cameras(self, tracks: Tracks) -> Tensor:
+        """[V, F, 12 or 16] as the transformer takes them; a lens that is not told is the default.
+
+        (METHOD 9.)
+        """
+        cameras, wanted = tracks.cameras, self.shape.camera_dim
+        if cameras.shape[-1] < wanted:
+            size = (tracks.latents.shape[-2], tracks.latents.shape[-1])
+            lens = normalised_intrinsics(default_intrinsics(*size), size)
+            cameras = torch.cat([cameras, lens.expand(*cameras.shape[:-1], -1)], dim=-1)
+        return cameras[..., :wanted]
+
     def _by_relevance(self, tracks: Tracks, plan: TokenPlan) -> Tracks:
         """Memory as retrieval would hand it over: the more a video shares with the target's field
         of view, the earlier it comes and the finer its tokens.
@@ -251,7 +266,7 @@ class SceneSampler:
         own = 2 + plan.num_memory
         target, _, *memory = (
             CameraTrajectory(poses.unflatten(-1, (3, 4)), intrinsics, size)
-            for poses in tracks.cameras[:own]
+            for poses in tracks.cameras[:own, :, :12]
         )
         order = video_fov_scores(target, memory, grid=_FOV_GRID).argsort(descending=True)
         kept = torch.cat([torch.arange(2), 2 + order, torch.arange(own, len(tracks.cameras))])

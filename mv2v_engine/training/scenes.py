@@ -32,12 +32,14 @@ class Scene:
     """frames uint8 [K, T, height, width, 3]; poses [K, T, 3, 4] camera-to-world in one world.
 
     captions: one a camera, or none at all. skipped: why cameras of the scene are not here.
+    intrinsics: normalised, [K, 4] (METHOD 5); None is the default lens.
     """
 
     frames: Tensor
     poses: Tensor
     captions: tuple[str, ...] = ()
     skipped: tuple[str, ...] = ()
+    intrinsics: Tensor | None = None
 
 
 class SceneSource(Protocol):

@@ -197,6 +197,7 @@ def bad_rotation() -> list[Any]:
         (own_json(convention="opengl"), r"convention 'opengl', expected 'opencv"),
         (own_json(intrinsics=[[1, 2]]), r"shape \[3, 3\] or"),
         (own_json(intrinsics=np.eye(3).tolist(), size=[96]), r"size must be \[height, width\]"),
+        (own_json(distortion=[0.1, 0.0]), r"c.json has 'distortion'.*take distortion out of the"),
         ({"poses": []}, r"is no camera file: expected"),
         ([1, 2], r"is no camera file: expected"),
     ],

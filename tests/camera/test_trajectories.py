@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.camera.poses import default_intrinsics, identity_poses
+from mv2v_engine.camera.poses import default_intrinsics, identity_poses, pose_vectors
 from mv2v_engine.camera.trajectories import (
     PRESETS,
     SUBJECT_DISTANCE,
@@ -131,6 +131,30 @@ def test_resizing_scales_per_frame_intrinsics() -> None:
     torch.testing.assert_close(wide.intrinsics[:, 1:], intrinsics[:, 1:])
 
 
+def test_vectors_are_poses_and_shares_of_the_image() -> None:
+    """Every fourth frame, the same at every size; a lens that zooms differs from frame to frame."""
+    camera = named_trajectory("arc_left", 9, (48, 64))
+    vectors = camera.vectors()
+    assert torch.equal(vectors[:, :12], pose_vectors(camera.poses))
+    focal = 24 / 23.76
+    expected = torch.tensor([focal, focal * 64 / 48, 0.0, 0.0]).expand(3, 4)
+    torch.testing.assert_close(vectors[:, 12:], expected)
+    torch.testing.assert_close(camera.resized((480, 640)).vectors(), vectors)
+    assert torch.equal(camera.vectors(12), vectors[:, :12])
+    lens = camera.intrinsics.repeat(9, 1, 1)
+    lens[:, 0, 0] += torch.arange(9)
+    lens[:, 1, 2] += 12
+    moved = CameraTrajectory(camera.poses, lens, (48, 64)).vectors()[:, 12:] - expected
+    shift = torch.stack([torch.tensor([4.0 * i / 64, 0, 0, 0.25]) for i in range(3)])
+    torch.testing.assert_close(moved, shift)
+
+
+def skewed(pixels: float) -> Tensor:
+    intrinsics = default_intrinsics(10, 10)
+    intrinsics[0, 1] = pixels
+    return intrinsics
+
+
 @pytest.mark.parametrize(
     ("intrinsics", "size", "message"),
     [
@@ -139,10 +163,14 @@ def test_resizing_scales_per_frame_intrinsics() -> None:
         (torch.eye(3) * math.nan, (4, 4), r"finite with positive focal"),
         (torch.diag(torch.tensor([-1.0, 1, 1])), (4, 4), r"positive focal"),
         (torch.eye(3), (0, 4), r"two positive integers"),
+        (skewed(2.0), (10, 10), r"frame 0 are no pinhole's: got a skew of 2 pixels"),
+        (torch.stack([skewed(0.0), skewed(2.0)]), (10, 10), r"frame 1 are no pinhole's: got a sk"),
+        ([[9, 0, 5], [2, 9, 5], [0, 0, 1]], (10, 10), r"no pinhole's: got other entries in \[\["),
+        (skewed(0.0).T, (10, 10), r"no pinhole's: .*expected \[\[fx, 0, cx\], .*; rectify"),
     ],
 )
 def test_unusable_intrinsics_are_refused(
-    intrinsics: Tensor, size: tuple[int, int], message: str
+    intrinsics: Any, size: tuple[int, int], message: str
 ) -> None:
     with pytest.raises(CameraError, match=message):
         CameraTrajectory(identity_poses(2), intrinsics, size)

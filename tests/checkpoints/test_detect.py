@@ -172,6 +172,14 @@ def test_other_models_are_named(tmp_path: Path, wan: State) -> None:
     path = write(tmp_path, "vae.safetensors", {"encoder.conv1.weight": torch.zeros(2)})
     with pytest.raises(CheckpointError, match=r"no Wan transformer.*encoder\.conv1\.weight"):
         detect(path)
+    branch = {f"blocks.{n}.prope_attn.q_proj.weight": torch.zeros(2, 2) for n in range(3)}
+    path = write(tmp_path, "memorizon.safetensors", wan | branch)
+    with pytest.raises(
+        CheckpointError,
+        match=r"second attention .*\(blocks\.0\.prope_attn\.q_proj\.weight and 2 more .* "
+        r"frame slots and masks, .*camera_attention of mv2v\.json",
+    ):
+        detect(path)
     path = write(tmp_path, "i2v.safetensors", wan | {"img_emb.proj.0.bias": torch.zeros(2)})
     with pytest.raises(CheckpointError, match="image-to-video"):
         detect(path)

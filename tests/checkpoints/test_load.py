@@ -222,6 +222,25 @@ def test_own_folder(tmp_path: Path, small: TransformerConfig, merger: MergerConf
     ]
 
 
+def test_camera_attention_is_read_and_never_guessed(
+    tmp_path: Path, small: TransformerConfig
+) -> None:
+    """It has no weights: the file alone tells, and one of before it existed has none."""
+    config = dataclasses.replace(small, camera_attention="prope_dual", scene_scale=2.5)
+    model = MV2VTransformer(config)
+    save_checkpoint(tmp_path, model, config, SamplingConfig(), "tiny", torch.float32)
+    assert load_checkpoint(tmp_path).config == config
+    path = tmp_path / "mv2v.json"
+    said = json.loads(path.read_text())
+    wrong = said["transformer"] | {"camera_attention": "rays"}
+    path.write_text(json.dumps(said | {"transformer": wrong}))
+    with pytest.raises(CheckpointError, match=r"camera_attention must be one of .* got 'rays'"):
+        load_checkpoint(tmp_path)
+    del said["transformer"]["camera_attention"], said["transformer"]["scene_scale"]
+    path.write_text(json.dumps(said))
+    assert load_checkpoint(tmp_path).config == small
+
+
 def test_a_checkpoint_says_what_it_was_trained_for(
     tmp_path: Path, small: TransformerConfig, wan: State
 ) -> None:

@@ -15,7 +15,7 @@ from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.engine.runner import Denoised, Denoiser, NoisyTurn, denoise
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
-from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.testing import as_cameras, randomise, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 from tests.engine.graph_stand_in import StandIn
 
@@ -65,7 +65,9 @@ class GraphedTurns:
         cameras = torch.randn(1, len(plan.segments), GRID[0], 12, generator=generator)
         text, negative = torch.randn(2, 1, 6, 10, generator=generator).unbind()
         noise, *others = [latent.to(self.device) for latent in latents]
-        given = cameras.to(self.device) if plan.shape.has_camera else None
+        given = None
+        if plan.shape.has_camera:
+            given = as_cameras(cameras, plan.shape).to(self.device)
         text, negative = text.to(self.device), negative.to(self.device)
         turn = NoisyTurn(
             transformer=self.model,

@@ -84,8 +84,17 @@ def test_steps_in_place_are_the_loop_written_out(solver: Any) -> None:
     assert torch.equal(turns.run(plan, asked, None).latents, latents[0])
 
 
-def test_a_model_without_cameras() -> None:
-    turns = Turns(camera_conditioning="none")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"camera_conditioning": "none"},
+        {"camera_attention": "prope", "attention_head_dim": 16},
+        {"camera_attention": "prope_fused_dual", "camera_conditioning": "none"},
+    ],
+    ids=["none", "prope", "prope alone"],
+)
+def test_other_cameras(shape: dict[str, Any]) -> None:
+    turns = Turns(**shape)
     for conditioning in ("joint", "static"):
         turns.check(turns.plan(conditioning))
         assert turns.check(turns.plan(conditioning), Asked(5))["captured_steps"] == 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -163,6 +164,14 @@ def test_a_renamed_camera_file_with_other_poses(
     object.__setattr__(other.camera, "name", "pan_right")
     assert (
         other.difference(turn.trajectory, turn.report) == "other poses under the name 'pan_right'"
+    )
+    same = request("pan_right")
+    lens = turn.trajectory.intrinsics.repeat(9, 1, 1)
+    assert same.difference(replace(turn.trajectory, intrinsics=lens), turn.report) is None
+    lens[3, 0, 0] *= 1.1
+    assert (
+        same.difference(replace(turn.trajectory, intrinsics=lens), turn.report)
+        == "another lens under the name 'pan_right'"
     )
 
 

@@ -28,6 +28,7 @@ from mv2v_engine.ops.attention import attention_varlen
 from mv2v_engine.ops.backend import triton_launcher
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.ops.gated_residual import gated_residual
+from mv2v_engine.ops.prope import prope
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 from mv2v_engine.ops.residual_norm import residual_norm
 from mv2v_engine.ops.token_merge import token_merge
@@ -110,6 +111,7 @@ def launchers_on_the_cpu() -> Iterator[None]:
         "adaln",
         "frame_responsiveness",
         "gated_residual",
+        "prope",
         "qk_norm_rope",
         "residual_norm",
         "token_merge",
@@ -157,6 +159,11 @@ def _qk_norm_rope(width: int) -> None:
 def _qk_norm(width: int) -> None:
     weight = torch.empty(width, dtype=BF16)
     qk_norm_rope(_tokens(width), weight, None, num_heads=width // 128, backend="auto")
+
+
+def _prope(width: int, channels: int) -> None:
+    x, matrix = _tokens(width).unflatten(-1, (-1, 128)), torch.empty(1, 84, 4, 4)
+    prope(x, matrix, _numbers(), channels=channels, backend="auto")
 
 
 def _responsiveness(width: int, num_heads: int) -> None:
@@ -210,6 +217,8 @@ CASES: dict[str, Callable[[], None]] = {
     "qk_norm_rope": lambda: _qk_norm_rope(C),
     "qk_norm_rope-3072": lambda: _qk_norm_rope(2 * C),
     "qk_norm": lambda: _qk_norm(C),
+    "prope": lambda: _prope(C, 64),
+    "prope-3072": lambda: _prope(2 * C, 128),
     "frame_responsiveness": lambda: _responsiveness(C, 1),
     "frame_responsiveness-heads": lambda: _responsiveness(C, 12),
     "token_merge": lambda: _token_merge(C, C, C, 2, 2),

@@ -51,7 +51,9 @@ def _window(image: Tensor, row: int, column: int, height: int, width: int) -> Te
 
 def _turns(plan: TokenPlan, segment: Segment, frame: int) -> Tensor:
     """Mean of exp(i angle) over the 1x2x2 cells of every token of a frame."""
-    dim = plan.shape.attention_head_dim
+    dim, still = plan.shape.attention_head_dim, 0
+    if plan.shape.camera_attention in ("prope", "prope_dual"):
+        dim, still = dim // 2, dim // 4  # half of the channels are the cameras'
     axis = 2 * (dim // 6)
     dims, theta = (dim - 2 * axis, axis, axis), plan.shape.rope_theta
     last = [-(-size // 2) - 1 for size in segment.grid[1:]]
@@ -64,6 +66,7 @@ def _turns(plan: TokenPlan, segment: Segment, frame: int) -> Tensor:
             for value, size in zip(place, dims, strict=True)
             for i in range(size // 2)
         ]
+        angles = [0.0] * still + angles
         return torch.tensor([complex(math.cos(a), math.sin(a)) for a in angles])
 
     tokens = []
@@ -78,6 +81,15 @@ def _turns(plan: TokenPlan, segment: Segment, frame: int) -> Tensor:
                 cells = [cell((tau, r, c)) for r in rows for c in columns]
                 tokens.append(torch.stack(cells).mean(0))
     return torch.stack(tokens)
+
+
+def _projection(camera: Tensor, scale: float) -> Tensor:
+    """[K 0; 0 1] [R t; 0 1] of a camera-to-world pose and intrinsics: world to image [4, 4]."""
+    to_world, k = torch.eye(4).double(), torch.eye(4).double()
+    to_world[:3] = camera[:12].reshape(3, 4)
+    to_world[:3, 3] /= scale
+    k[0, 0], k[1, 1], k[0, 2], k[1, 2] = camera[12:]
+    return k @ to_world.inverse()
 
 
 class _Explicit:
@@ -137,8 +149,8 @@ class _Explicit:
         """What q, k and v of the block are made from."""
         shift, scale = (self.w[f"blocks.{block}.scale_shift_table"][0] + six)[:2]
         hidden = layer_norm(frame.x, (self.config.dim,), eps=self.config.eps) * (1 + scale) + shift
-        if frame.camera is not None:
-            hidden = hidden + self.lin(f"blocks.{block}.cam_encoder", frame.camera)
+        if frame.camera is not None and self.config.camera_conditioning != "none":
+            hidden = hidden + self.lin(f"blocks.{block}.cam_encoder", frame.camera[:12])
         return hidden
 
     def scores(
@@ -216,8 +228,29 @@ class _Explicit:
             y = torch.view_as_real(pairs * turn[:, None]).flatten(-2)
         return y.transpose(0, 1)
 
-    def attend(self, name: str, q: Tensor, k: Tensor, values: Tensor) -> Tensor:
+    def relative(self, f: Frame, seen: list[Frame]) -> Tensor | None:
+        """What takes the keys and values of every token of `seen` to f's image [L, D, D]."""
+        form = self.config.camera_attention
+        if form == "none" or f.camera is None:
+            return None
+        dim, scale = self.config.attention_head_dim, self.config.scene_scale
+        turned = dim if "fused" in form else dim // 2
+        tokens = []
+        for g in seen:
+            assert g.camera is not None
+            matrix = _projection(f.camera, scale) @ _projection(g.camera, scale).inverse()
+            if form.endswith("dual"):
+                matrix = matrix.inverse().T
+            whole = torch.block_diag(*[matrix] * (turned // 4), torch.eye(dim - turned).double())
+            tokens += [whole] * len(g.x)
+        return torch.stack(tokens)
+
+    def attend(
+        self, name: str, q: Tensor, k: Tensor, values: Tensor, by: Tensor | None = None
+    ) -> Tensor:
         v = self.lin(f"{name}.to_v", values).reshape(len(values), self.heads, -1).transpose(0, 1)
+        if by is not None:
+            k, v = ((by @ each[..., None])[..., 0] for each in (k, v))
         shares = (q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])).softmax(-1)
         return self.lin(f"{name}.to_out.0", (shares @ v).transpose(0, 1).flatten(1))
 
@@ -238,8 +271,8 @@ class _Explicit:
                 f"{name}.attn1.to_q", f"{name}.attn1.norm_q.weight", hidden[f.index], f.turn
             )
             k = self.heads_of(f"{name}.attn1.to_k", f"{name}.attn1.norm_k.weight", values, turn)
-            attended = self.attend(f"{name}.attn1", q, k, values)
-            if self.config.has_camera:
+            attended = self.attend(f"{name}.attn1", q, k, values, self.relative(f, seen))
+            if self.config.camera_conditioning != "none":
                 attended = self.lin(f"{name}.projector", attended)
             updates.append(f.x + attended * (table + own[f.index])[2])
         for f, x in zip(frames, updates, strict=True):

@@ -14,7 +14,7 @@ from mv2v_engine.config import MergerConfig, TransformerConfig
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
@@ -40,11 +40,13 @@ def _inputs(
     text = draw(batch, plan.shape.text_len, plan.shape.text_dim)
     cameras = None
     if plan.shape.has_camera:
-        cameras = draw(batch, len(plan.segments) + 1, plan.target.num_frames, 12)
+        drawn = draw(batch, len(plan.segments) + 1, plan.target.num_frames, 12)
+        cameras = as_cameras(drawn, plan.shape)
     timestep = 100 + 800 * torch.rand(batch, generator=generator)
     return latents, timestep, text, cameras
 
 
+PROPE = {"camera_attention": "prope", "attention_head_dim": 16}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "target alone": ({}, {"source": False, "tokenizers": ()}),
     "source": ({}, {"tokenizers": (), "merge": "off"}),
@@ -73,6 +75,17 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "1x2": ({"merger": MergerConfig(kernel=(1, 2))}, {"tokenizers": (4,), "fraction": 0.5}),
     "static": ({}, {"tokenizers": (4, 8), "merge": "off", "conditioning": "static"}),
     "static, conv": ({}, {"tokenizers": (4, 8), "fraction": 0.5, "conditioning": "static"}),
+    "prope": (PROPE, {"tokenizers": (2, 4, 8), "fraction": 0.5}),
+    "prope alone": (PROPE | {"camera_conditioning": "none"}, {"tokenizers": (4,), "merge": "off"}),
+    "prope, fused": ({"camera_attention": "prope_fused"}, {"tokenizers": (4,), "fraction": 0.5}),
+    "prope, dual, static": (
+        PROPE | {"camera_attention": "prope_dual"},
+        {"tokenizers": (4,), "fraction": 0.5, "conditioning": "static"},
+    ),
+    "prope, fused and dual": (
+        {"camera_attention": "prope_fused_dual", "scene_scale": 2.5},
+        {"tokenizers": (4,), "merge": "discard", "fraction": 0.5},
+    ),
 }
 
 

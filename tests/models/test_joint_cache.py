@@ -15,7 +15,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.joint_cache import JointCache
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
@@ -42,7 +42,8 @@ def _inputs(plan: TokenPlan, seed: int) -> tuple[tuple[list[Tensor], Tensor, Ten
     noisy = torch.randn(1, 4, *GRID, generator=own)
     timestep = 1000 * torch.rand(1, generator=own)
     text = torch.randn(1, 6, 10, generator=own)
-    keywords = {"plan": plan, "cameras": cameras if plan.shape.has_camera else None}
+    given = as_cameras(cameras, plan.shape) if plan.shape.has_camera else None
+    keywords = {"plan": plan, "cameras": given}
     return ([noisy, *videos], timestep, text), keywords
 
 
@@ -52,10 +53,11 @@ def _inputs(plan: TokenPlan, seed: int) -> tuple[tuple[list[Tensor], Tensor, Ten
         ({}, {"merge": "off"}),
         ({}, {}),
         ({"camera_conditioning": "none"}, {"merge": "discard"}),
+        ({"camera_attention": "prope_fused"}, {"fraction": 0.5}),
         ({}, {"scope": "joint"}),
         ({}, {"tokenizers": (), "source": False}),
     ],
-    ids=["off", "conv", "discard, no camera", "joint scope", "target alone"],
+    ids=["off", "conv", "discard, no camera", "prope", "joint scope", "target alone"],
 )
 def test_the_same_step_again_is_the_whole_forward(changes: Any, arguments: Any) -> None:
     model, config = _model(**changes)

@@ -14,7 +14,13 @@ from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.testing import assert_within_budget, randomise, relative_error, tiny_config
+from mv2v_engine.testing import (
+    as_cameras,
+    assert_within_budget,
+    randomise,
+    relative_error,
+    tiny_config,
+)
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 GRID = (3, 12, 20)
@@ -45,13 +51,13 @@ def _sample(config: TransformerConfig, name: str, conditioning: str, seed: int =
     def draw(*shape: int) -> Tensor:
         return torch.randn(shape, generator=generator)
 
-    num_frames = plan.target.num_frames
+    size = (1, len(plan.segments), plan.target.num_frames, 12)
     return Sample(
         latents=[draw(1, config.in_channels, *segment.grid) for segment in plan.segments],
         timestep=1000 * torch.rand(1, generator=generator),
         encoder_hidden_states=draw(1, 3 + list(PLANS).index(name), config.text_dim),
         plan=plan,
-        cameras=draw(1, len(plan.segments), num_frames, 12) if config.has_camera else None,
+        cameras=as_cameras(draw(*size), config) if config.has_camera else None,
         records=[],
     )
 
@@ -81,12 +87,19 @@ def _packed(model: MV2VTransformer, samples: Sequence[Sample]) -> list[Tensor]:
     return model.forward_packed(samples)
 
 
-@pytest.mark.parametrize("camera", ["own", "none"])
+CAMERAS: dict[str, dict[str, Any]] = {
+    "own": {},
+    "none": {"camera_conditioning": "none"},
+    "prope": {"camera_attention": "prope", "attention_head_dim": 16},
+}
+
+
+@pytest.mark.parametrize("camera", CAMERAS)
 @pytest.mark.parametrize("names", PACKS, ids=lambda names: f"{len(names)}")
 def test_joint_samples_are_as_exact_as_alone(
-    names: list[str], camera: Any, explicit: Callable[..., Any]
+    names: list[str], camera: str, explicit: Callable[..., Any]
 ) -> None:
-    config = tiny_config(camera_conditioning=camera)
+    config = tiny_config(**CAMERAS[camera])
     model = _model(config)
     samples = [_sample(config, name, "joint") for name in names]
     got = _packed(model, samples)
@@ -102,11 +115,12 @@ def test_joint_samples_are_as_exact_as_alone(
     assert sum(len(sample.records or ()) for sample in samples) >= 2
 
 
+@pytest.mark.parametrize("camera", ["own", "prope"])
 @pytest.mark.parametrize("names", PACKS, ids=lambda names: f"{len(names)}")
 def test_static_samples_run_over_what_is_kept_for_them(
-    names: list[str], explicit: Callable[..., Any]
+    names: list[str], camera: str, explicit: Callable[..., Any]
 ) -> None:
-    config = tiny_config()
+    config = tiny_config(**CAMERAS[camera])
     model = _model(config)
     # what is merged is chosen by the first forward, so a merging sample has no oracle but itself
     whole = [_sample(config, name, "static") for name in names]

@@ -13,7 +13,7 @@ from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache, KeptLayout
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
 
@@ -41,7 +41,7 @@ def _conditions(plan: TokenPlan, batch: int = 1) -> tuple[list[Tensor], Tensor |
     generator = torch.Generator().manual_seed(0)
     latents = [torch.randn(batch, 4, *s.grid, generator=generator) for s in plan.segments[1:]]
     cameras = torch.randn(batch, len(plan.segments), 3, 12, generator=generator)
-    return latents, cameras if plan.shape.has_camera else None
+    return latents, as_cameras(cameras, plan.shape) if plan.shape.has_camera else None
 
 
 def _step(plan: TokenPlan, seed: int, batch: int = 1) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,6 +75,8 @@ CASES: dict[str, tuple[Inputs, Inputs]] = {
     "no camera": ({"camera_conditioning": "none"}, {"fraction": 0.5}),
     "target camera": ({"camera_conditioning": "target"}, {"fraction": 0.5}),
     "target alone": ({}, {"tokenizers": (), "source": False}),
+    "prope": ({"camera_attention": "prope", "attention_head_dim": 16}, {"fraction": 0.5}),
+    "prope, fused": ({"camera_attention": "prope_fused_dual"}, {"fraction": 0.5}),
 }
 
 
@@ -192,10 +194,11 @@ def test_bytes_of_a_full_size_turn() -> None:
     assert conditioning_bytes(novel_view_plan(memory=10), 2) == 0
 
 
+@pytest.mark.parametrize("attention", ["none", "prope_fused"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_layout_places_all_that_is_kept(dtype: torch.dtype) -> None:
+def test_a_layout_places_all_that_is_kept(dtype: torch.dtype, attention: str) -> None:
     """Disjoint, on CUDA's own alignment, and as it would be kept anywhere."""
-    config = tiny_config()
+    config = tiny_config(camera_attention=attention)
     plan, model = _plan(config, fraction=0.5), _model(config, dtype)
     cache, _ = _filled(model, plan)
     layout = KeptLayout(plan, dtype, torch.float32)

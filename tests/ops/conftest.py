@@ -27,6 +27,7 @@ OPS = (
     "adaln",
     "frame_responsiveness",
     "gated_residual",
+    "prope",
     "qk_norm_rope",
     "residual_norm",
     "token_merge",

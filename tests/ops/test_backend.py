@@ -15,6 +15,7 @@ from mv2v_engine.ops import (
     attention,
     frame_responsiveness,
     gated_residual,
+    prope,
     qk_norm_rope,
     residual_norm,
     token_merge,
@@ -70,6 +71,10 @@ def test_an_explicit_backend_takes_tensors_on_cuda() -> None:
         assert add[0].shape == add[1].shape == x.shape
         turned = qk_norm_rope.qk_norm_rope(x, weight, rope, num_heads=3, backend="triton")
         assert turned.shape == heads.shape
+        camera = torch.empty(2, 5, 4, 4, device="cuda")
+        frame = torch.empty(2, 6, device="cuda", dtype=torch.int64)
+        projected = prope.prope(heads, camera, frame, channels=4, backend="triton")
+        assert projected.shape == heads.shape
         score = frame_responsiveness.frame_responsiveness(
             x, x, frames=[3], tokens=[2], backend="triton"
         )

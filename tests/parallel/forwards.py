@@ -26,7 +26,7 @@ from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.parallel.ranks import is_of_the_group
 from mv2v_engine.parallel.traffic import forward_traffic
-from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.testing import as_cameras, randomise, tiny_config
 from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
@@ -39,6 +39,7 @@ EDITOR: dict[str, Any] = NO_CAMERA | {"in_channels": 8, "source_channels": 4}
 def cases() -> Iterator[tuple[str, TokenPlan]]:
     """Plans of both tasks; three heads are two and one on two ranks."""
     three = tiny_config(num_attention_heads=3)
+    prope = tiny_config(num_attention_heads=3, camera_attention="prope_fused")
     views: list[tuple[str, TransformerConfig, dict[str, Any]]] = [
         ("target alone", tiny_config(), {"source": False, "tokenizers": ()}),
         ("uneven heads", three, {"tokenizers": (4, 8), "merge": "off"}),
@@ -47,6 +48,8 @@ def cases() -> Iterator[tuple[str, TokenPlan]]:
         ("discarded", tiny_config(), {"tokenizers": (8,), "fraction": 0.5, "merge": "discard"}),
         ("static", tiny_config(), {"tokenizers": (4,), "merge": "off", "conditioning": "static"}),
         ("static, merged", three, {"tokenizers": (4, 8), "conditioning": "static"}),
+        ("prope, merged", prope, {"tokenizers": (4, 8), "fraction": 0.5}),
+        ("static, prope", prope, {"tokenizers": (4,), "merge": "off", "conditioning": "static"}),
     ]
     for name, config, changes in views:
         yield name, turn_plan(config, GRID, **changes)
@@ -64,7 +67,8 @@ def inputs(plan: TokenPlan, batch: int = 1) -> tuple[list[Tensor], Tensor, Tenso
     text = draw(batch, plan.shape.text_len, plan.shape.text_dim)
     cameras = None
     if plan.shape.has_camera:
-        cameras = draw(batch, len(plan.segments) + 1, plan.target.num_frames, 12)
+        drawn = draw(batch, len(plan.segments) + 1, plan.target.num_frames, 12)
+        cameras = as_cameras(drawn, plan.shape)
     return latents, torch.linspace(400, 700, batch), text, cameras
 
 

@@ -12,7 +12,8 @@ from tests.launched import both_succeed
 
 Results = tuple[dict[str, Any], dict[str, Any]]
 VIEWS = ("target alone", "uneven heads", "merged", "merged in joint scope", "discarded")
-NAMES = (*VIEWS, "static", "static, merged", "edit", "static edit")
+STATIC = ("static", "static, merged")
+NAMES = (*VIEWS, *STATIC, "prope, merged", "static, prope", "edit", "static edit")
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ import bench_block
 import bench_finite
 import bench_graphs
 import bench_ops
+import bench_prope
 import pytest
 import torch
 from bench_ops import measure_all, measure_case
@@ -67,6 +68,17 @@ def test_what_looking_for_finite_numbers_costs(
     assert len(steps) == 3 and loading["case"] == "loading tiny-nvs"
     for row in steps:
         assert 0 < row["count_percent"] < 100 and row["low"] <= row["high"]
+
+
+def test_what_cameras_inside_attention_cost(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "prope.jsonl"
+    monkeypatch.setattr(sys, "argv", ["bench", "--rounds", "2", "--out", str(out)])
+    bench_prope.main()
+    found = rows(out)
+    assert [row["camera_attention"] for row in found] == [*bench_prope.FORMS] * 3
+    assert all(row["low"] <= row["percent"] <= row["high"] for row in found if "percent" in row)
 
 
 def test_the_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -270,6 +282,7 @@ def test_targets() -> None:
     assert values == {
         "adaln: % of the copy bandwidth": (79.0, False),
         "gated_residual: % of the copy bandwidth": (None, None),
+        "prope: % of the copy bandwidth": (None, None),
         "qk_norm_rope: % of the copy bandwidth": (None, None),
         "residual_norm: % of the copy bandwidth": (None, None),
         "token_merge: % of the matrix rate": (65.0, True),

@@ -29,7 +29,8 @@ def _counted(
     randomise(model)
     records: list[MergeRecord] = []
     latents = [torch.randn(1, config.in_channels, *s.grid) for s in plan.segments]
-    cameras = torch.randn(1, len(plan.segments) + 1, GRID[0], 12) if config.has_camera else None
+    size = (1, len(plan.segments) + 1, GRID[0], config.camera_dim)
+    cameras = torch.randn(size) if config.has_camera else None
     text = torch.randn(1, config.text_len, config.text_dim)
     with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter, torch.no_grad():
         timestep = torch.tensor([500.0])
@@ -84,6 +85,22 @@ def test_camera_modules_are_counted(camera: Any) -> None:
     config = tiny_config(camera_conditioning=camera, num_layers=4)
     plan = turn_plan(config, GRID, (2,), fraction=0.5)
     assert sum(flop_table(plan).values()) == _counted(plan, config)[0]
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+@pytest.mark.parametrize("attention", ["prope", "prope_fused_dual"])
+@pytest.mark.parametrize("camera", ["own", "none"])
+def test_cameras_inside_attention_are_counted(
+    camera: Any, attention: Any, conditioning: Any
+) -> None:
+    config = tiny_config(
+        camera_conditioning=camera, camera_attention=attention, attention_head_dim=16
+    )
+    plan = turn_plan(config, GRID, (2, 4), fraction=0.5, conditioning=conditioning)
+    cache = ConditioningCache(plan) if conditioning == "static" else None
+    assert sum(flop_table(plan).values()) == _counted(plan, config, cache)[0]
+    if cache is not None:
+        assert sum(kept_flop_table(plan).values()) == _counted(plan, config, cache)[0]
 
 
 def test_joint_scope_is_counted_from_what_happened() -> None:

@@ -52,7 +52,8 @@ def counted(plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str
             model.set_backend(backend)
             model.set_feed_forward_chunk(chunk)
             given = [torch.empty(1, shape.in_channels, *s.grid) for s in plan.segments]
-            cameras = torch.empty(1, len(plan.segments), plan.target.num_frames, 12)
+            size = (1, len(plan.segments), plan.target.num_frames, shape.camera_dim)
+            cameras = torch.empty(size, dtype=torch.float32)
             text, timestep = torch.empty(1, shape.text_len, shape.text_dim), torch.empty(1)
             keep = ConditioningCache(plan) if plan.conditioning == "static" else None
             with LiveBytes() as live:
@@ -78,6 +79,19 @@ def _assert_predicted(
 def test_full_size(memory: int, merge: Any, conditioning: Any) -> None:
     plan = novel_view_plan(memory=memory, merge=merge, conditioning=conditioning, shape=SHALLOW)
     _assert_predicted(plan, BFLOAT16, CHUNK)
+
+
+@pytest.mark.parametrize("attention", ["prope", "prope_fused"])
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_cameras_inside_attention(conditioning: Any, attention: Any) -> None:
+    shape = replace(SHALLOW, camera_attention=attention)
+    plan = novel_view_plan(memory=3, conditioning=conditioning, shape=shape)
+    _assert_predicted(plan, BFLOAT16, CHUNK)
+    tiny = replace(SHALLOW_TINY, camera_attention=attention)
+    plan = novel_view_plan(
+        memory=4, conditioning=conditioning, shape=tiny, frames=17, size=(96, 160)
+    )
+    _assert_predicted(plan, torch.float32, None, "reference")
 
 
 def test_full_size_by_the_reference() -> None:

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import TINY
+from mv2v_engine.config import TINY, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.testing import tiny_config
+from mv2v_engine.testing import as_cameras, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training.dit import compile_blocks, initialise, make_optimizers
 from mv2v_engine.training.losses import flow_loss
@@ -37,14 +38,16 @@ def test_the_loss_goes_down() -> None:
     assert sum(losses[-8:]) < 0.5 * sum(losses[:8])
 
 
-def test_compiled_blocks_compute_what_they_compute() -> None:
+@pytest.mark.parametrize("attention", ["none", "prope_fused"])
+def test_compiled_blocks_compute_what_they_compute(attention: str) -> None:
     if shutil.which("g++") is None:
         pytest.skip("torch compiles for CPUs with a C++ compiler, and there is none")
     torch.manual_seed(0)
-    model = MV2VTransformer(tiny_config())
+    model = MV2VTransformer(tiny_config(camera_attention=attention))
     plan = turn_plan(model.config, (2, 6, 10), (4,), fraction=0.5)
     latents = [torch.randn(2, 4, *segment.grid) for segment in plan.segments]
-    batch = Batch(plan, latents, torch.randn(2, 3, 2, 12), torch.zeros(2, 6, 10))
+    cameras = as_cameras(torch.randn(2, 3, 2, 12), model.config)
+    batch = Batch(plan, latents, cameras, torch.zeros(2, 6, 10))
 
     def gradients() -> dict[str, Tensor]:
         model.zero_grad()
@@ -72,15 +75,16 @@ def test_every_parameter_has_one_optimizer() -> None:
     assert not any("cam_encoder" in name or "tokenizers" in name for name in matrices)
 
 
-def test_attention_begins_local() -> None:
+@pytest.mark.parametrize("shape", [TINY, replace(TINY, camera_attention="prope")])
+def test_attention_begins_local(shape: TransformerConfig) -> None:
     """Fresh, a target query prefers the source token of its own place."""
     from mv2v_engine.models.rope import rotary_table
     from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 
     torch.manual_seed(0)
-    model = MV2VTransformer(TINY).requires_grad_(False)
+    model = MV2VTransformer(shape).requires_grad_(False)
     initialise(model)
-    plan = turn_plan(TINY, (2, 12, 20), (), merge="off")
+    plan = turn_plan(shape, (2, 12, 20), (), merge="off")
     attention = model.blocks[0].attn1  # type: ignore[union-attr]
     rope = rotary_table(plan)[None]
     hidden = torch.zeros(1, plan.length, TINY.dim)  # what the biases alone say

@@ -75,6 +75,19 @@ def test_cameras_are_relative_to_the_sources_first_frame(tmp_path: Path) -> None
         torch.testing.assert_close(vectors[1, 0], torch.eye(3, 4).flatten(), rtol=0, atol=1e-5)
 
 
+def test_lenses_come_with_their_cameras(tmp_path: Path) -> None:
+    lenses = torch.arange(12.0).reshape(3, 4)
+    save_latents(scene_path(tmp_path, 0), _latents(0), _poses(0), None, lenses)
+    save_latents(scene_path(tmp_path, 1), _latents(1), _poses(1))
+    cache = LatentCache(tmp_path)
+    drawn = cache.draw(0, [2, 0], 0).cameras
+    assert torch.equal(drawn[..., 12:], lenses[[2, 0], None].expand(2, 3, 4))
+    assert cache.draw(1, [2, 0], 0).cameras.shape == (2, 3, 12)
+    save_latents(scene_path(tmp_path, 1), _latents(1), _poses(1), None, lenses[:2])
+    with pytest.raises(TrainingError, match=r"intrinsics \[2, 4\] are not \[3, 4\]"):
+        LatentCache(tmp_path)
+
+
 def test_where_every_camera_moves_none_stands_still(tmp_path: Path) -> None:
     assert LatentCache(_write(tmp_path, 0, poses=_poses(0)[[1, 2, 1]])).still_track(0) is None
 

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.errors import CheckpointError, StorageError
-from mv2v_engine.testing import randomise
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 
 STEPS = 8
@@ -68,6 +69,29 @@ def _train(loop: TrainingLoop, *, killed_at: int | None = None) -> list[Tensor]:
         with pytest.raises(_Killed):
             loop.run(step)
     return drawn
+
+
+def test_a_run_is_resumed_with_its_own_transformer_alone(tmp_path: Path) -> None:
+    """What has no weights is in no state dict: other cameras in attention would go unseen."""
+    config = LoopConfig(out=tmp_path, minutes=1e6, max_steps=1)
+
+    def loop(**changes: Any) -> TrainingLoop:
+        model = MV2VTransformer(tiny_config(**changes))
+        return TrainingLoop(model, [torch.optim.SGD(model.parameters(), lr=0.0)], config)
+
+    loop(camera_attention="prope_fused").save()
+    with pytest.raises(
+        CheckpointError, match=r"transformer has camera_attention 'prope_fused', not 'none'"
+    ):
+        loop()
+    with pytest.raises(CheckpointError, match=r"scene_scale 4\.0, not 2\.0"):
+        loop(camera_attention="prope_fused", scene_scale=2.0)
+    assert loop(camera_attention="prope_fused").step == 0
+    # of before a run kept its shape
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    del state["shape"]
+    torch.save(state, tmp_path / "checkpoint.pt")
+    loop()
 
 
 @pytest.mark.parametrize("kills", [(3,), (1, 2, 6)])

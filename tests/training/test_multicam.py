@@ -38,6 +38,22 @@ def test_a_scene_has_its_videos_and_their_poses_in_one_world(multicam: Path) -> 
     torch.testing.assert_close(scene.poses[..., :3], torch.eye(3).expand(3, FRAMES, 3, 3))
 
 
+def test_the_lens_is_in_the_folders_name(multicam: Path, tmp_path: Path) -> None:
+    """In pixels as BASE_MODELS has it: 840.4 of 24 mm at 832x480, and 1,750.8 of 50 mm."""
+    root = tmp_path / "dataset"
+    shutil.copytree(multicam, root)
+    (root / "train" / "f24_aperture5").rename(root / "train" / "f50_aperture2.4")
+    for folder, focal in ((multicam, 840.4), (root, 1750.8)):
+        source = MultiCamVideo(folder, num_frames=FRAMES, size=(480, 832))
+        lens = source.load(source.names[0]).intrinsics
+        assert lens is not None and lens.shape == (3, 4) and not lens[:, 2:].any()
+        pixels = lens[:, :2] * torch.tensor([832.0, 480.0])
+        torch.testing.assert_close(pixels, torch.full((3, 2), focal), rtol=0, atol=0.05)
+    (root / "train" / "f50_aperture2.4").rename(root / "train" / "unknown")
+    source = _open(root)
+    assert source.load(source.names[0]).intrinsics is None
+
+
 def test_a_window_is_the_first_frames_of_both(multicam: Path) -> None:
     scene = _open(multicam, num_frames=1).load("scene_f24_aperture5_scene2")
     assert scene.frames.shape[1] == scene.poses.shape[1] == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 import mv2v_engine
 from mv2v_engine import Engine
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, render_inspection
-from mv2v_engine.config import TINY_EDIT
+from mv2v_engine.config import TINY, TINY_EDIT
 from mv2v_engine.errors import CheckpointError, TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise
@@ -75,6 +76,18 @@ def test_an_editing_checkpoint_shares_its_vae(
     assert set(found.dtypes) == {"float16", "float32"}
     text = render_inspection(found)
     assert f"vae          {NVS / 'vae'}" in text and "for          run edit" in text
+
+
+def test_the_runs_own_shape_is_packaged(runs: Path, assets: Path) -> None:
+    """Cameras inside attention have no weights that would tell."""
+    shape = replace(TINY, camera_attention="prope_fused")
+    model = MV2VTransformer(shape)
+    dit = assets / "run"
+    dit.mkdir()
+    state = {"model": model.state_dict(), "ema": {}, "shape": asdict(shape)}
+    torch.save(state, dit / "checkpoint.pt")
+    package.package("tiny-nvs", dit, assets / "mine", vae=NVS / "vae")
+    assert load_checkpoint(assets / "mine").config == shape
 
 
 def test_a_shared_vae_that_is_not_there(runs: Path, assets: Path) -> None:

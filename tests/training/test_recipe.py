@@ -12,10 +12,12 @@ from torch import Tensor
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import TrainingError
-from mv2v_engine.testing import tiny_config
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.training.dit import TINY_MEMORY_RECIPE
 from mv2v_engine.training.latents import LatentCache
+from mv2v_engine.training.losses import flow_loss
 from mv2v_engine.training.recipe import Batch, Recipe, SceneSampler, Tracks
 
 FRAMES = 3
@@ -113,6 +115,29 @@ def test_every_segment_gets_the_camera_of_its_own_video(cache: LatentCache) -> N
                 place = torch.tensor(_numbers(latents)) % 20 - source
                 torch.testing.assert_close(cameras[:, 0, 0, 3], place.float())
             assert torch.equal(cameras[:, 0, 1, 3], torch.zeros(3))
+
+
+def test_a_transformer_that_compares_cameras_gets_their_lenses(cache: LatentCache) -> None:
+    shape = tiny_config(camera_attention="prope_fused", camera_conditioning="none")
+    sampler = SceneSampler(cache, shape, TINY_MEMORY_RECIPE)
+    batch = sampler.draw(torch.Generator().manual_seed(0))
+    poses = SceneSampler(cache, tiny_config(), TINY_MEMORY_RECIPE).draw(
+        torch.Generator().manual_seed(0)
+    )
+    assert batch.cameras is not None and poses.cameras is not None
+    assert torch.equal(batch.cameras[..., :12], poses.cameras)
+    # the default lens, at the latents' aspect of 12 rows and 20 columns
+    focal = 24 / 23.76
+    lens = torch.tensor([focal, focal * 20 / 12, 0.0, 0.0])
+    torch.testing.assert_close(batch.cameras[..., 12:], lens.expand(*batch.cameras.shape[:-1], 4))
+    model = MV2VTransformer(shape)
+    randomise(model)
+    generator = torch.Generator().manual_seed(1)
+    flow_loss(model, batch, generator, flow_shift=3.0, device=torch.device("cpu")).backward()
+    for name, parameter in model.named_parameters():
+        if ".attn1." in name:
+            assert parameter.grad is not None and parameter.grad.isfinite().all()
+            assert parameter.grad.any()
 
 
 def test_the_sources_own_camera_is_the_identity(cache: LatentCache) -> None:
@@ -242,7 +267,7 @@ def test_captions_are_padded_with_zeros_and_their_lack_is_the_empty_prompt() -> 
     [
         (_Filmed([3, 5]), tiny_config(), "scenes of 8 cameras, the best of 2 scenes has 5"),
         (_Filmed([8]), tiny_config(in_channels=16, out_channels=16), "latents have 4 channels"),
-        (_Filmed([8]), tiny_config(camera_conditioning="none"), "with cameras"),
+        (_Filmed([8]), tiny_config(camera_conditioning="none"), "with cameras.*attention 'none'"),
         (_Filmed([8]), tiny_config(in_channels=8), "8 channels in and 4 out"),
     ],
     ids=["cameras", "channels", "no-camera-modules", "source-on-channels"],
