@@ -228,13 +228,35 @@ def test_no_answer_shows_a_pattern(http: httpx.Client, made: dict[str, str]) -> 
         assert not re.search(r"\^|\[0-9|\$", message), message
 
 
-def test_a_body_that_is_no_json(http: httpx.Client, made: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"[" * 100_000, "nested more than 100 deep at character 100; send a flatter one"),
+        (b'{"a\\"[{": ' * 20_000, "nested more than 100 deep at character 1000"),
+        (b'{"seed": 1', "is no JSON: expecting ',' delimiter at character 10"),
+        (b'{"a\n": 1}', "is no JSON: invalid control character at character 3"),
+        (b"{'seed': 1}", "is no JSON: expecting property name enclosed in double quotes at char"),
+        (b'{"seed": ' + b"7" * 5000 + b"}", "the number at character 9 has more than 4300 digits"),
+        (b'{"prompt": "\xff"}', "is no JSON: it is no UTF-8 at byte 12"),
+    ],
+    ids=range(7),
+)
+def test_a_body_that_is_no_json(
+    http: httpx.Client, made: dict[str, str], text: bytes, words: str
+) -> None:
     for address in (f"/v1/sessions/{made['session_id']}/turns", "/v1/videos"):
         kind = {"Content-Type": "application/json"}
-        answer = http.post(address, content=b"[" * 100_000, headers=kind)
+        answer = http.post(address, content=text, headers=kind)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "malformed_request")
-        assert "no JSON that can be read" in error["message"], error["message"]
+        assert error["message"].startswith("the body is no JSON"), error["message"]
+        assert words in error["message"], error["message"]
+    if text.startswith(b"{") and b"\xff" not in text:
+        form = {"camera": (None, text), "session_id": (None, made["session_id"])}
+        answer = http.post("/v1/videos", files=form)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (422, "camera")
+        assert error["message"].startswith("camera is no JSON") and words in error["message"]
 
 
 def test_a_file_in_json_is_told_to_be_a_form(http: httpx.Client) -> None:
@@ -260,6 +282,36 @@ def test_wrong_parameters_in_our_words(http: httpx.Client, made: dict[str, str])
     ]:
         error = http.get(address).json()["error"]
         assert error["param"] == param and not FOREIGN.search(error["message"]), error
+
+
+def test_a_query_parameter_that_is_not_there_is_refused_everywhere(
+    service: Any, http: httpx.Client, made: dict[str, str]
+) -> None:
+    asked = [
+        (method, path)
+        for path, known in service.app.openapi()["paths"].items()
+        for method in known
+    ]
+    assert len(asked) > 25
+    for method, path in asked:
+        answer = http.request(method, path.format(**made), params={"windw": "last"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (422, "invalid_request"), (method, path)
+        assert error["param"] == "windw", (method, path)
+        assert "there is no query parameter 'windw'; " in error["message"]
+    # nothing of it was done
+    assert http.get(f"/v1/sessions/{made['session_id']}").status_code == 200
+    for address, words in [
+        ("/v1/jobs?limits=1", "'limit' is the nearest; the query parameters are session, limit, "),
+        ("/v1/jobs?limit=1&limit=2", "'limit' is given twice"),
+        ("/v1/models?x", "this route has none"),
+    ]:
+        assert words in http.get(address).json()["error"]["message"]
+    answer = http.post("/v1/sessions?window=last")
+    assert "this route has none: send fields in the body" in answer.json()["error"]["message"]
+    # a page is opened from links that other sites make
+    for address in ("/?from=mail", "/docs?x=1", "/page/app.js?v=2"):
+        assert http.get(address).status_code == 200
 
 
 @pytest.mark.parametrize("as_form", [True, False])

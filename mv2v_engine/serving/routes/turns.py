@@ -62,7 +62,7 @@ async def list_turns(service: Serving, owner: Owner, session_id: SessionId) -> T
 
 
 @router.get(
-    "/{number}", response_model=Turn, responses=refusals(*ANY, "not_found", "invalid_request")
+    "/{number}", response_model=Turn, responses=refusals(*ANY, "not_found")
 )
 async def get_turn(
     service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
@@ -71,7 +71,7 @@ async def get_turn(
     return turn_of(await service.turn(owner, session_id, number))
 
 
-_FILE = refusals(*ANY, *FILE_ERRORS, "not_finished", "invalid_request")
+_FILE = refusals(*ANY, *FILE_ERRORS, "not_finished")
 
 
 @router.get(
