@@ -36,6 +36,7 @@ from mv2v_engine.options import (
     read_resolution,
     resuming_line,
 )
+from mv2v_engine.parser import integer, mistaken
 from mv2v_engine.progress import driven
 from mv2v_engine.terminal import cancel_on_interrupt, edit_table, say, turn_progress
 from mv2v_engine.video.io import probe_video
@@ -214,8 +215,6 @@ def _cuts(text: str) -> tuple[int, ...] | None:
     if text in ("auto", "none"):
         return None if text == "auto" else ()
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"auto, none or frame numbers as 40,85, got {text!r}"
-        ) from None
+        return tuple(integer(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise mistaken("auto, none or frame numbers as 40,85", text) from None

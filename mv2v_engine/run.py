@@ -44,7 +44,6 @@ from mv2v_engine.options import (
     INTERRUPTED,
     PARTIAL,
     REFUSED,
-    Parser,
     add_folder,
     add_memory_bounds,
     add_model,
@@ -57,6 +56,7 @@ from mv2v_engine.options import (
     parallel_config,
     read_resolution,
 )
+from mv2v_engine.parser import Parser
 from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store_command import add_store

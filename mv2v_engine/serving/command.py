@@ -16,9 +16,9 @@ from mv2v_engine.options import (
     add_model,
     add_reuse,
     engine_config,
-    num_bytes,
     read_resolution,
 )
+from mv2v_engine.parser import num_bytes
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import Cluster, Limits, ServingConfig
 

@@ -188,6 +188,7 @@ def test_wrong_fields_in_our_words(
         ("pan:fast", "amounts must be finite numbers; write pan:DEGREES"),
         ("pan:30+tilt:10", "amounts must be finite numbers"),
         ("pan:1e400", "amounts must be finite numbers"),
+        ("pan:1e308", "1e+308 degrees are too many; a move may have -3600 to 3600 degrees"),
         ("pan:1_0", "amounts must be finite numbers"),
         ("pan:\uff11", "amounts must be finite numbers"),
         ("pan:", "got 0 amounts; write pan:DEGREES"),
@@ -288,9 +289,7 @@ def test_a_query_parameter_that_is_not_there_is_refused_everywhere(
     service: Any, http: httpx.Client, made: dict[str, str]
 ) -> None:
     asked = [
-        (method, path)
-        for path, known in service.app.openapi()["paths"].items()
-        for method in known
+        (method, path) for path, known in service.app.openapi()["paths"].items() for method in known
     ]
     assert len(asked) > 25
     for method, path in asked:

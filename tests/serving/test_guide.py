@@ -18,7 +18,7 @@ import pytest
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
-from mv2v_engine.options import Parser, default_words
+from mv2v_engine.parser import Parser, default_words
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.errors import KINDS
 

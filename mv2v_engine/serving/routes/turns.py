@@ -61,9 +61,7 @@ async def list_turns(service: Serving, owner: Owner, session_id: SessionId) -> T
     return Turns(data=[turn_of(record) for record in records])
 
 
-@router.get(
-    "/{number}", response_model=Turn, responses=refusals(*ANY, "not_found")
-)
+@router.get("/{number}", response_model=Turn, responses=refusals(*ANY, "not_found"))
 async def get_turn(
     service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
 ) -> Turn:
