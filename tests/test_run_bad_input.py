@@ -139,7 +139,10 @@ def test_cameras(refused: Refused, camera: str, words: str) -> None:
     [
         (["--reuse", "approximate", "--conditioning", "static"], "kept exactly already"),
         (["--reuse-refresh", "0"], "reuse_refresh counts steps, 1 or more, got 0"),
-        (["--reuse-drift", "little"], "--reuse-drift: must be a finite number or none, got 'little'"),
+        (
+            ["--reuse-drift", "little"],
+            "--reuse-drift: must be a finite number or none, got 'little'",
+        ),
         (["--step-cache", "-1"], "step_cache must be finite and not negative"),
     ],
 )

@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -98,7 +99,9 @@ def parse_trajectory(
     """
     if not isinstance(content, dict) or content.get("format", FORMAT) != FORMAT:
         raise CameraError(f"a trajectory is an object of format {FORMAT!r}, with poses")
-    return _own_trajectory(Path(name), {"version": VERSION} | content, num_frames, size)
+    path = Path("the trajectory")  # what an error calls it
+    found = _own_trajectory(path, {"version": VERSION} | content, num_frames, size)
+    return replace(found, name=name)
 
 
 def load_rig(path: Path | str) -> dict[str, Tensor]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -19,16 +20,20 @@ import httpx
 import torch
 import uvicorn.logging  # noqa: F401  (its logger is among those that are configured)
 
-from mv2v_engine import Engine, __version__
-from mv2v_engine.errors import VideoError
+from mv2v_engine import Engine, EngineConfig, __version__
+from mv2v_engine.engine.request import require_editing
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import MV2VError, StorageError, VideoError
+from mv2v_engine.files import save_json
 from mv2v_engine.ops.native import ABI_VERSION
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.errors import without_paths
+from mv2v_engine.serving.errors import client_words, failure
 from mv2v_engine.serving.folders import source_path
 from mv2v_engine.serving.host import Host
 from mv2v_engine.serving.logs import configure_logs
 from mv2v_engine.serving.protocol import setup_message
 from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.transforms import select_window
 
 TRAJECTORY = {
     "format": "mv2v-camera",
@@ -362,11 +367,56 @@ def test_a_video_warns_of_frames_that_the_model_does_not_see(
         ),
         ("/srv/store already holds a session", "store already holds a session"),
         ("no file '/srv/my store/x y.mp4' here", "no file 'x y.mp4' here"),
+        (
+            'it needs 9 bytes, 5 are available; try max_memory=1 (4) or merge="conv" (5)',
+            "it needs 9 bytes, 5 are available; it would fit with settings of the service: "
+            'max_memory=1 (4) or merge="conv" (5)',
+        ),
         ("ask /docs, or http://127.0.0.1:8000/v1/jobs; 1/2", None),
     ],
 )
 def test_answers_name_no_path_of_the_server(message: str, expected: str | None) -> None:
-    assert without_paths(message) == (expected or message)
+    assert client_words(message) == (expected or message)
+
+
+def test_an_error_of_the_engine_advises_what_a_client_can_do(
+    tiny_checkpoint: Path, source_frames: Any, tmp_path: Path
+) -> None:
+    """What only a caller of the library can do is said of whoever runs the service."""
+    engine = Engine.from_pretrained(
+        tiny_checkpoint, device="cpu", config=EngineConfig(memory_limit_bytes=1 << 20)
+    )
+    store, found = SessionStore(tmp_path / "session"), {}
+    (tmp_path / "file").touch()
+
+    def made(call: Callable[[], object]) -> None:
+        with pytest.raises(MV2VError) as raised:
+            call()
+        event = failure(raised.value)
+        found[type(raised.value).__name__] = client_words(event["message"])
+        said = found[type(raised.value).__name__]
+        assert not re.search(r"choose another|--\w|\btry \w+=|\(\)|resume=|Engine", said), said
+        assert str(tmp_path) not in said
+
+    made(lambda: engine.view_session(source_frames).render("pan_right"))
+    made(lambda: save_json(tmp_path / "file" / "x.json", {}))
+    assert found["StorageError"].endswith("; whoever runs the service can restore it")
+    made(store.read)
+    store.create("s", {"source": "x"})
+    made(lambda: store.check_identity(store.read(), {"source": "y"}))
+    made(lambda: store.latents(1, None))
+    made(lambda: engine.view_session(source_frames, store=store.folder))
+    made(lambda: select_window(20, 9, None))
+    made(lambda: require_editing(engine.transformer.config, "tiny"))
+    with store.lock():
+        made(store.lock)
+    full = StorageError("cannot write /x/y: No space left on device; choose another place")
+    full.__cause__ = OSError(errno.ENOSPC, "")
+    event = failure(full)
+    assert (event["code"], client_words(event["message"])) == (
+        "disk_full",
+        "cannot write y: No space left on device; delete sessions, and ask for the turn again",
+    )
 
 
 def test_a_failed_job_names_no_path(
@@ -393,7 +443,7 @@ def test_a_relative_store_is_hidden_as_an_absolute_one_is(
     missing = source_path(Path(setup_message(config)["store"]) / "sessions/session_0")
     with pytest.raises(VideoError, match="does not exist") as raised:
         VideoReader(missing)
-    told = without_paths(str(raised.value))
+    told = client_words(str(raised.value))
     assert told.startswith("source does not exist") and "session_0" not in told
 
 
