@@ -368,6 +368,10 @@ def test_a_video_warns_of_frames_that_the_model_does_not_see(
         ("/srv/store already holds a session", "store already holds a session"),
         ("no file '/srv/my store/x y.mp4' here", "no file 'x y.mp4' here"),
         (
+            "session.json holds a session; resume it, or choose another folder; so it is",
+            "session.json holds a session; whoever runs the service can restore it; so it is",
+        ),
+        (
             'it needs 9 bytes, 5 are available; try max_memory=1 (4) or merge="conv" (5)',
             "it needs 9 bytes, 5 are available; it would fit with settings of the service: "
             'max_memory=1 (4) or merge="conv" (5)',
