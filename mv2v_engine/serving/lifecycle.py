@@ -63,12 +63,12 @@ class Lifecycle:
         try:
             await asyncio.to_thread(self.store.make_ready)
             with full_disk(self.config.store):
-                await asyncio.to_thread(admit, self.store)
+                identity = await asyncio.to_thread(admit, self.store)
                 self._database = await asyncio.to_thread(self.store.open_database)
         except BaseException:
             self.store.unlock()
             raise
-        self._assemble()
+        self._assemble(identity.generation)
         most = self.config.max_attempts
         try:
             with full_disk(self.config.store):
@@ -86,10 +86,10 @@ class Lifecycle:
         self._retention.start()
         self._audit.go_on()
 
-    def _assemble(self) -> None:
-        """The service's parts over its open store."""
+    def _assemble(self, generation: int) -> None:
+        """The service's parts over its open store. generation: of the store."""
         config, store, database = self.config, self.store, self._database
-        self._logs = EventLogs()
+        self._logs = EventLogs(generation)
         self._publisher = Publisher(store, database, self.backend)
         self._scheduler = Scheduler(
             config, store, database, self.backend, self._logs, self.listeners

@@ -178,6 +178,7 @@ class Scheduler:
         self.logs.open(job.id, is_new=False).add({"type": "started"})
         self.tell(lambda listener: listener.job_started(job))
         # whatever goes wrong is one failed job
+        began = time.monotonic()
         driven = self._drive(job, session)
         result = (await asyncio.gather(driven, return_exceptions=True))[0]
         if isinstance(result, BaseException):
@@ -185,6 +186,8 @@ class Scheduler:
             result = failed("internal", _words(result))
         try:
             await self._settle(job, session, result)
+            if result["type"] == "done":
+                self.turn_seconds += _NEWEST * (time.monotonic() - began - self.turn_seconds)
         finally:
             del self._turns[job.id]
             self._cancelling.discard(job.id)
@@ -230,14 +233,14 @@ class Scheduler:
         """Write down what a job came to."""
         if outcome["type"] == "done":
             self._remember(session.id, outcome.get("memory"))
-            await self._finish(job, session, outcome)
+            await self.finish(job, session, outcome)
             return
         is_crash = outcome["type"] == "failed" and outcome["code"] in WORKER_GONE
         if is_crash:
             self.memory.clear()
             found = await self.left_behind(job.id, session)
             if found is not None and found["type"] == "done":
-                await self._finish(job, session, found)
+                await self.finish(job, session, found)
                 return
             if found is not None:
                 outcome, is_crash = found, False
@@ -287,12 +290,6 @@ class Scheduler:
             return failure(error)
         except OSError as error:
             return failed("internal", str(error))
-
-    async def _finish(self, job: JobRecord, session: SessionRecord, done: dict[str, Any]) -> None:
-        await self.finish(job, session, done)
-        if job.started is not None:
-            seconds = time.time() - job.started
-            self.turn_seconds += _NEWEST * (seconds - self.turn_seconds)
 
     async def finish(self, job: JobRecord, session: SessionRecord, done: dict[str, Any]) -> None:
         """Record a turn that is in its session's folder. done: as the backend's event."""

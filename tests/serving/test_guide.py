@@ -64,9 +64,7 @@ def test_the_errors_are_the_services() -> None:
 def test_the_limits_are_the_services() -> None:
     known = {option for action in options()._actions for option in action.option_strings}
     rows = table("| option | default | what it bounds | refused with |")
-    actions = {
-        option: action for action in options()._actions for option in action.option_strings
-    }
+    actions = {option: action for action in options()._actions for option in action.option_strings}
     for option, default, *_ in rows:
         action = actions[option.strip("`")]
         if (value := default_words(action)) is not None:
