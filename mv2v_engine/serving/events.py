@@ -106,5 +106,7 @@ class EventLogs:
 
 def last_event(job: JobRecord) -> JobEvent:
     """What a job came to, numbered behind every event that it may have had before."""
-    assert job.progress is not None and job.ended is not None
-    return JobEvent(_LAST, job.progress["type"], job.progress)
+    assert job.is_ended
+    # its state is what is left to tell where the row's progress is damaged
+    data: dict[str, Any] = {"type": job.state, **(job.progress or {})}
+    return JobEvent(_LAST, data["type"], data)

@@ -30,7 +30,7 @@ from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.errors import failed
 from mv2v_engine.serving.folders import Store, remove_content, stored_identity, sweep_results
-from mv2v_engine.serving.mirror import copied_turn, insert_turn, mirror
+from mv2v_engine.serving.mirror import copied_turn, insert_turn, mend_rows, mirror
 from mv2v_engine.serving.records import JobRecord, SessionRecord, is_id
 from mv2v_engine.serving.scheduler import Scheduler
 
@@ -64,6 +64,8 @@ async def recover(
 
 async def reconcile(store: Store, database: Database, audit: Audit) -> None:
     """Make rows and folders of the sessions that have rows agree, and find out what is damaged."""
+    for session_id in sorted(await database.read(tables.session_ids)):
+        await mend_rows(database, store.session(session_id), session_id)
     sessions = await database.read(tables.kept_sessions)
     for session in sessions:
         await _take_up(session, store, database)

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import shutil
+import sqlite3
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -473,6 +476,68 @@ async def test_a_damaged_copy_of_rows_is_written_again(
         assert code == 1 and found == [] and kept.exists()
     else:
         assert code == 0 and found == [(session.id, 1)]
+
+
+ROWS = {
+    "sessions": ("warnings", "files", "kind", "frames", "created"),
+    "turns": ("request", "report", "files", "entry", "created"),
+}
+
+
+@pytest.mark.parametrize("value", ["{", "3", '{"source": 3}', "[" * 100_000])
+@pytest.mark.parametrize("table", ROWS)
+@in_loop
+async def test_a_row_of_other_words_is_written_again_from_its_copy(
+    tmp_path: Path, table: str, value: str
+) -> None:
+    """Found though the database is whole; without a copy its session alone suffers."""
+    async with serving(tmp_path) as (service, _):
+        session, other = await new_session(service), await new_session(service)
+        for each in (session, other):
+            await ended(service, await asked(service, each))
+        turn, known = await service.turn("", session.id, 1), await service.session("", session.id)
+    where = {"sessions": "id", "turns": "session"}[table]
+    for column in ROWS[table]:
+        if value == '{"source": 3}' and column in ("report", "request", "entry"):
+            continue  # other words of the right kind
+        if value == "3" and column in ("frames", "created"):
+            continue
+        with contextlib.closing(sqlite3.connect(tmp_path / "service.sqlite3")) as db, db:
+            change = f"UPDATE {table} SET {column} = ? WHERE {where} = ?"
+            db.execute(change, (value, session.id))
+        async with serving(tmp_path) as (service, _):
+            assert await service.turn("", session.id, 1) == turn, column
+            assert await service.session("", session.id) == known, column
+            job = await ended(service, await asked(service, other))
+            assert job.state == "finished"
+    rows = service.store.session(session.id) / "rows"
+    shutil.rmtree(rows)
+    with contextlib.closing(sqlite3.connect(tmp_path / "service.sqlite3")) as db, db:
+        db.execute(f"UPDATE {table} SET files = ? WHERE {where} = ?", (value, session.id))
+    async with serving(tmp_path) as (service, _):
+        found = await service.session("", session.id), await service.turn("", session.id, 1)
+        if table == "turns":
+            # what the manifest and the files have
+            assert (found[1].report, found[1].damage) == (turn.report, None)
+        else:
+            assert "source: nothing is recorded of it" in (found[0].damage or "")
+        assert (await ended(service, await asked(service, other))).state == "finished"
+
+
+@pytest.mark.parametrize("column", ["request", "error", "progress"])
+@in_loop
+async def test_a_job_of_other_words_ends_nothing(tmp_path: Path, column: str) -> None:
+    service = await started(tmp_path, FakeBackend())
+    session = await new_session(service)
+    done = await ended(service, await asked(service, session))
+    await service._write(lambda db: db.execute(f"UPDATE jobs SET {column} = '{{'"))
+    await abandon(service)
+    async with serving(tmp_path) as (service, _):
+        job = await service.job("", done.id)
+        assert (job.state, job.number) == ("finished", 1)
+        events = [event async for event in await service.events("", done.id)]
+        assert [event.kind for event in events] == ["finished"]
+        assert (await ended(service, await asked(service, session))).number == 2
 
 
 @in_loop
