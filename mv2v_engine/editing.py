@@ -72,7 +72,8 @@ def edit(args: argparse.Namespace) -> int:
     if args.cuts is not None:
         edit_windows(about.num_frames, resolution.sampling.num_frames, cuts=args.cuts)
     results.check_writable(args.clip)
-    with results.store.lock():
+    lock = results.store.lock()
+    with lock:
         resume = args.resume and results.store.exists()
         if resume:
             results.check_resumable(request)
@@ -90,6 +91,7 @@ def edit(args: argparse.Namespace) -> int:
             results.remove_unfinished()
             if args.overwrite:
                 results.clear()
+                lock.own_folder()
             session = open_edit_session(
                 engine,
                 args.clip,

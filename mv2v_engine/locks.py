@@ -155,6 +155,12 @@ class WriterLock(Lock):
             )
 
 
+    def own_folder(self) -> None:
+        """Leave not even the folder behind, if it is empty then: what was in it was removed."""
+        if self.folder not in self._temporary:
+            self._temporary.insert(1, self.folder)
+
+
 def _let_go(file: int, owner: int, temporary: list[Path]) -> None:
     # a process forked from the holder has the file, too, and must neither unlock nor remove it
     if os.getpid() == owner:

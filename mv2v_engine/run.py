@@ -152,7 +152,13 @@ def novel_view(args: argparse.Namespace) -> int:
                 resume=resume,
                 is_locked=True,
             )
-            return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
+            try:
+                return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
+            except MV2VError as error:
+                # nothing was made, so that the same command can be given again
+                if not (resume or session.turns or isinstance(error, CancelledError)):
+                    results.clear()
+                raise
 
 
 def evaluate(args: argparse.Namespace) -> int:
