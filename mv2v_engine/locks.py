@@ -154,7 +154,6 @@ class WriterLock(Lock):
                 holder,
             )
 
-
     def own_folder(self) -> None:
         """Leave not even the folder behind, if it is empty then: what was in it was removed."""
         if self.folder not in self._temporary:

@@ -145,6 +145,12 @@ async def _invalid(request: Request, error: Exception) -> Response:
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return refusal(await _no_json(request, error))
+    if isinstance(first.get("input"), bytes):
+        # the framework reads no JSON of it, and shows it to the model as it came
+        kind = request.headers.get("content-type", "")
+        got = repr(kind[:100]) if kind else "no Content-Type"
+        message = f"an application/json body is expected, got {got}"
+        return refusal(ApiError("unsupported_media", message))
     return refusal(field_error(error.errors(), _fields(request), 1))
 
 

@@ -65,6 +65,8 @@ def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place
         path = ".".join((*_names(parts[:-1]), str(parts[-1])[:_LENGTH]))
         return unknown_name("field", path, known if len(parts) == 1 else (), "leave it out")
     path = ".".join(_names(parts))
+    if chosen["loc"][:1] == ("header",):
+        path = str(chosen["loc"][1])
     what = path or "the body"
     if kind == "missing":
         return ApiError("invalid_request", f"{what} is missing; send it", param=path or None)

@@ -258,7 +258,7 @@ def find_job(db: sqlite3.Connection, owner: str, job_id: str) -> JobRecord:
     """Raises not_found."""
     row = db.execute(f"{_JOB} WHERE id = ? AND {_SEEN}", (job_id, owner)).fetchone()
     if row is None:
-        raise ApiError("not_found", f"no job {job_id}; its session may have been deleted")
+        raise ApiError("not_found", f"no job {job_id[:100]}; its session may have been deleted")
     return _job(row)
 
 

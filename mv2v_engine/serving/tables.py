@@ -50,7 +50,7 @@ _SESSION_FIELDS = (
 
 
 def no_session(session_id: str) -> ApiError:
-    return ApiError("not_found", f"no session {session_id}; it may have been deleted")
+    return ApiError("not_found", f"no session {session_id[:100]}; it may have been deleted")
 
 
 def add_session(

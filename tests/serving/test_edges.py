@@ -223,7 +223,17 @@ def test_no_answer_shows_a_pattern(http: httpx.Client, made: dict[str, str]) -> 
     asked = {"camera": "pan_left"}
     video = {"prompt": "pan_left", "session_id": made["session_id"], "window": "x"}
     for answer, status, words in [
-        (http.post(turns, json=asked, headers={"Idempotency-Key": "a b"}), 422, "without spaces"),
+        (
+            http.post(turns, json=asked, headers={"Idempotency-Key": "a b"}),
+            422,
+            "Idempotency-Key must be visible ASCII characters without spaces, got the text 'a b'",
+        ),
+        (
+            http.post(turns, content=b'{"camera": "pan_left"}', headers={"Content-Type": "a/b"}),
+            415,
+            "an application/json body is expected, got 'a/b'",
+        ),
+        (http.post(turns, content=b"{}"), 415, "expected, got no Content-Type"),
         (http.post("/v1/videos", json=video), 422, "window must be first, middle"),
         (http.get("/v1/jobs?after=x"), 404, "no job x"),
         (http.get("/v1/jobs?session=x"), 404, "no session x"),

@@ -24,7 +24,13 @@ ANY = (
     "not_ready",
     "too_many_connections",
 )
-BODY = ("malformed_request", "wrong_origin", "request_timeout", "too_large")
+BODY = (
+    "malformed_request",
+    "wrong_origin",
+    "request_timeout",
+    "too_large",
+    "unsupported_media",
+)
 
 
 async def _owner(request: Request) -> str:
