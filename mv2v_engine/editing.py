@@ -36,6 +36,7 @@ from mv2v_engine.options import (
     read_resolution,
     resuming_line,
 )
+from mv2v_engine.parser import integer, mistaken
 from mv2v_engine.progress import driven
 from mv2v_engine.terminal import cancel_on_interrupt, edit_table, say, turn_progress
 from mv2v_engine.video.io import probe_video
@@ -71,7 +72,8 @@ def edit(args: argparse.Namespace) -> int:
     if args.cuts is not None:
         edit_windows(about.num_frames, resolution.sampling.num_frames, cuts=args.cuts)
     results.check_writable(args.clip)
-    with results.store.lock():
+    lock = results.store.lock()
+    with lock:
         resume = args.resume and results.store.exists()
         if resume:
             results.check_resumable(request)
@@ -89,6 +91,7 @@ def edit(args: argparse.Namespace) -> int:
             results.remove_unfinished()
             if args.overwrite:
                 results.clear()
+                lock.own_folder()
             session = open_edit_session(
                 engine,
                 args.clip,
@@ -214,8 +217,6 @@ def _cuts(text: str) -> tuple[int, ...] | None:
     if text in ("auto", "none"):
         return None if text == "auto" else ()
     try:
-        return tuple(int(part) for part in text.split(","))
-    except ValueError:
-        raise argparse.ArgumentTypeError(
-            f"auto, none or frame numbers as 40,85, got {text!r}"
-        ) from None
+        return tuple(integer(part) for part in text.split(","))
+    except argparse.ArgumentTypeError:
+        raise mistaken("auto, none or frame numbers as 40,85", text) from None

@@ -40,6 +40,14 @@ class StorageError(MV2VError, OSError):
     """A result could not be written; nothing half-written was left behind."""
 
 
+class InUseError(StorageError):
+    """Another process or another session writes into a folder. holder: who, in words."""
+
+    def __init__(self, message: str, holder: str = "") -> None:
+        super().__init__(message)
+        self.holder = holder
+
+
 class TrainingError(MV2VError, ValueError):
     """A training set, its latent cache or a training log cannot be used as asked."""
 

@@ -12,7 +12,7 @@ import weakref
 from contextlib import suppress
 from pathlib import Path
 
-from mv2v_engine.errors import StorageError
+from mv2v_engine.errors import InUseError, StorageError
 from mv2v_engine.files import make_folder
 
 _POLL_SECONDS = 0.05
@@ -120,11 +120,13 @@ class WriterLock(Lock):
         self.folder, self._own = folder, f"process {os.getpid()} on {socket.gethostname()}"
         super().__init__(folder / "writer.lock", name or self._own)
 
-    def take(self) -> None:
+    def take(self, patience: float = 0.0) -> None:
         """Keep every other writer out from now on; a folder that is missing is made.
 
+        patience: seconds for which another one may have the right.
+
         Raises:
-            StorageError: another one has the right, or there can be no lock; nothing has changed.
+            InUseError: it still has. StorageError: there can be no lock; nothing has changed.
         """
         try:
             made = make_folder(self.folder)
@@ -135,7 +137,7 @@ class WriterLock(Lock):
         self._temporary[:] = [self.path, *reversed(made)]
         is_held = False
         try:
-            is_held = self.acquire()
+            is_held = self.acquire(patience)
             if not is_held and self.holder() == self._own:
                 gc.collect()  # a session that nobody can reach any more may not be gone yet
                 is_held = self.acquire()
@@ -146,10 +148,16 @@ class WriterLock(Lock):
             holder = self.holder()
             if holder == self._own:
                 holder = "another session of this process"
-            raise StorageError(
+            raise InUseError(
                 f"{self.folder} is in use: {holder} writes into it; wait until it has ended, close "
-                "it, or choose another folder"
+                "it, or choose another folder",
+                holder,
             )
+
+    def own_folder(self) -> None:
+        """Leave not even the folder behind, if it is empty then: what was in it was removed."""
+        if self.folder not in self._temporary:
+            self._temporary.insert(1, self.folder)
 
 
 def _let_go(file: int, owner: int, temporary: list[Path]) -> None:

@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import argparse
-import re
 import shlex
 import signal
 import threading
 from pathlib import Path
-from typing import Any, NoReturn, get_args
+from typing import Any, get_args
 
 import torch
 
@@ -28,7 +27,7 @@ from mv2v_engine.config import (
 )
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.envs import launched_rank
-from mv2v_engine.errors import RequestError
+from mv2v_engine.parser import mistaken, num_bytes, number
 from mv2v_engine.sampling.guidance import needs_guidance
 
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
@@ -53,37 +52,6 @@ _SETTINGS = (
     "device_cache_bytes",
     "check_weights",
 )
-
-
-class _Help(argparse.HelpFormatter):
-    """Says every option's default, unless its own words do."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        said, default = action.help or "", default_words(action)
-        if default is None or "if not given" in said or not action.option_strings:
-            return said.replace("%", "%%")
-        return f"{said}; {default} if not given".removeprefix("; ").replace("%", "%%")
-
-
-def default_words(action: argparse.Action) -> str | None:
-    """What an option is without being given, as a user would write it; None if nothing says it."""
-    value = action.default
-    if action.nargs == 0 or action.required or value in (None, argparse.SUPPRESS, [], ""):
-        return None
-    if action.type is num_bytes:
-        units = ((1 << 30, "GiB"), (1 << 20, "MiB"))
-        return next((f"{value // u}{n}" for u, n in units if value and not value % u), str(value))
-    return f"{value:g}" if isinstance(value, float) else str(value)
-
-
-class Parser(argparse.ArgumentParser):
-    """A parser whose errors are `RequestError`s, and whose help has the defaults."""
-
-    def __init__(self, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **{"formatter_class": _Help} | options)
-
-    def error(self, message: str) -> NoReturn:
-        raise RequestError(f"{message}; see {self.prog} --help")
 
 
 def engine_config(args: argparse.Namespace, **own: Any) -> EngineConfig:
@@ -141,21 +109,6 @@ def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:
     )
 
 
-def num_bytes(text: str) -> int:
-    """A number of bytes as a user writes it: 4GiB, 1.5 GB, 500m, 1048576.
-
-    Raises:
-        ArgumentTypeError: it is no such number.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([kmgt]?)(i?)b?\s*", text, re.IGNORECASE)
-    if match is None or (match[3] and not match[2]):
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is no size; give bytes, or a number with KB, MB, GB, TB, KiB, MiB, GiB, TiB"
-        )
-    power = " kmgt".index(match[2].lower() or " ")
-    return int(float(match[1]) * (1024 if match[3] else 1000) ** power)
-
-
 def add_reuse(parser: argparse.ArgumentParser) -> None:
     """What later steps take over from earlier ones."""
     defaults = EngineConfig()
@@ -191,9 +144,9 @@ def add_reuse(parser: argparse.ArgumentParser) -> None:
 
 def _drift(text: str) -> float | None:
     try:
-        return None if text == "none" else float(text)
-    except ValueError:
-        raise argparse.ArgumentTypeError(f"a number or none, got {text!r}") from None
+        return None if text == "none" else number(text)
+    except argparse.ArgumentTypeError:
+        raise mistaken("a finite number or none", text) from None
 
 
 def add_model(parser: argparse.ArgumentParser, default: str) -> None:

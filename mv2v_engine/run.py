@@ -44,7 +44,6 @@ from mv2v_engine.options import (
     INTERRUPTED,
     PARTIAL,
     REFUSED,
-    Parser,
     add_folder,
     add_memory_bounds,
     add_model,
@@ -57,6 +56,7 @@ from mv2v_engine.options import (
     parallel_config,
     read_resolution,
 )
+from mv2v_engine.parser import Parser
 from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store_command import add_store
@@ -152,7 +152,13 @@ def novel_view(args: argparse.Namespace) -> int:
                 resume=resume,
                 is_locked=True,
             )
-            return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
+            try:
+                return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
+            except MV2VError as error:
+                # nothing was made, so that the same command can be given again
+                if not (resume or session.turns or isinstance(error, CancelledError)):
+                    results.clear()
+                raise
 
 
 def evaluate(args: argparse.Namespace) -> int:

@@ -26,6 +26,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "files",
             "finite",
             "locks",
+            "parser",
             "progress",
             "shapes",
             "testing",

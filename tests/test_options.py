@@ -8,7 +8,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from mv2v_engine.options import default_words, num_bytes
+from mv2v_engine.errors import RequestError
+from mv2v_engine.parser import default_words, num_bytes
 from mv2v_engine.run import _parser
 
 
@@ -29,9 +30,11 @@ def test_sizes(text: str, value: int) -> None:
     assert num_bytes(text) == value
 
 
-@pytest.mark.parametrize("text", ["", "-1", "GiB", "4XB", "1e9", "4 GiB more", "iB", "nan"])
+@pytest.mark.parametrize(
+    "text", ["", "-1", "GiB", "4XB", "1e9", "4 GiB more", "iB", "nan", "9" * 400, "\uff11"]
+)
 def test_what_is_no_size(text: str) -> None:
-    with pytest.raises(ArgumentTypeError, match="is no size; give bytes, or a number with KB"):
+    with pytest.raises(ArgumentTypeError, match="must be a number of bytes, or one with KB"):
         num_bytes(text)
 
 
@@ -39,6 +42,25 @@ def commands(parser: argparse.ArgumentParser) -> Iterator[argparse.ArgumentParse
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):
             yield from action.choices.values()
+
+
+@pytest.mark.parametrize(
+    "text", ["many", "1_0", "", "0x10", "\uff11", "1e400", "nan", "inf", "9" * 9999]
+)
+def test_every_number_that_is_none_is_refused_in_one_wording(text: str) -> None:
+    seen = 0
+    for parser in commands(_parser()):
+        for action in parser._actions:
+            if action.type not in (int, float):
+                continue
+            seen += 1
+            expected = "an integer" if action.type is int else "a finite number"
+            with pytest.raises(RequestError) as raised:
+                parser.parse_args([f"{action.option_strings[0]}={text}"])
+            name = "/".join(action.option_strings)
+            assert str(raised.value).startswith(f"{name}: must be {expected}, got '{text[:9]}")
+            assert len(str(raised.value)) < 200
+    assert seen > 30
 
 
 def test_every_help_says_what_every_option_is_if_not_given() -> None:

@@ -139,7 +139,10 @@ def test_cameras(refused: Refused, camera: str, words: str) -> None:
     [
         (["--reuse", "approximate", "--conditioning", "static"], "kept exactly already"),
         (["--reuse-refresh", "0"], "reuse_refresh counts steps, 1 or more, got 0"),
-        (["--reuse-drift", "little"], "--reuse-drift: a number or none, got 'little'"),
+        (
+            ["--reuse-drift", "little"],
+            "--reuse-drift: must be a finite number or none, got 'little'",
+        ),
         (["--step-cache", "-1"], "step_cache must be finite and not negative"),
     ],
 )
@@ -244,16 +247,17 @@ def test_rename_file(refused: Refused, tmp_path: Path) -> None:
     ("options", "words"),
     [
         (["--steps", "0"], "num_inference_steps must lie in 1..1000, got 0"),
-        (["--steps", "many"], "--steps: invalid int value: 'many'"),
+        (["--steps", "many"], "error: --steps: must be an integer, got 'many'; see"),
         (["--seed", "-3"], "seed must lie in"),
-        (["--guidance", "nan"], "guidance_scale must lie in 0..100, got nan"),
+        (["--guidance", "nan"], "error: --guidance: must be a finite number, got 'nan'; see"),
+        (["--guidance", "-1"], "guidance_scale must lie in 0..100, got -1"),
         (["--guidance", "5"], "has no text encoder, so guidance changes nothing"),
         (["--prompt", "a ball"], "has no text encoder, got the prompt 'a ball'"),
         (["--memory", "all"], "--memory: invalid choice: 'all'"),
         (["--max-memory", "-1"], "max_memory must not be negative, got -1"),
         (["--merge-fraction", "1.5"], "merge_fraction must lie in 0..1, got 1.5"),
         (["--fov-radius", "0"], "fov_radius must be positive"),
-        (["--cache-bytes", "4 apples"], "--cache-bytes: '4 apples' is no size; give bytes, or"),
+        (["--cache-bytes", "4 apples"], "--cache-bytes: must be a number of bytes, or one with KB"),
         (["--cache-bytes", "1KiB"], "9,216 bytes of latents, cache_bytes allows 1,024; raise it"),
         (["--device-cache-bytes", "8GiB"], "give 0..4,294,967,296 or raise cache_bytes, got 8,589"),
         (["--device", "gpu"], "device 'gpu' cannot be used"),

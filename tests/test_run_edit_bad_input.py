@@ -49,7 +49,7 @@ def refused(tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Captur
     [
         (["--prompt", "  "], "an edit needs an instruction, got the prompt ' '"),
         (["--prompt", "a red ball " * 4], "the prompt has 13 tokens, the model reads 8; shorten"),
-        (["--cuts", "now"], "auto, none or frame numbers as 40,85, got 'now'"),
+        (["--cuts", "now"], "must be auto, none or frame numbers as 40,85, got 'now'"),
         (["--cuts", "0"], "cuts must increase within 1..22, got [0]"),
         (["--cuts", "11,23"], "cuts must increase within 1..22, got [11, 23]"),
         (["--memory", "previous"], "invalid choice: 'previous'"),

@@ -20,6 +20,7 @@ import json
 import os
 import re
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal, TypeAlias
 
@@ -99,7 +100,9 @@ def parse_trajectory(
     """
     if not isinstance(content, dict) or content.get("format", FORMAT) != FORMAT:
         raise CameraError(f"a trajectory is an object of format {FORMAT!r}, with poses")
-    return _own_trajectory(Path(name), {"version": VERSION} | content, num_frames, size)
+    path = Path("the trajectory")  # what an error calls it
+    found = _own_trajectory(path, {"version": VERSION} | content, num_frames, size)
+    return replace(found, name=name)
 
 
 def load_rig(path: Path | str) -> dict[str, Tensor]:
@@ -232,7 +235,14 @@ def _own_trajectory(
             f"got {own_size!r}"
         )
     intrinsics = _numbers(path, "intrinsics", content["intrinsics"], ("[3, 3]", "[frames, 3, 3]"))
-    return CameraTrajectory(poses, intrinsics, (own_size[0], own_size[1]), path.name).resized(size)
+    found = CameraTrajectory(poses, intrinsics, (own_size[0], own_size[1]), path.name)
+    for last in found.intrinsics.reshape(-1, 3, 3)[:, 2].tolist():
+        if last != [0.0, 0.0, 1.0]:
+            raise CameraError(
+                f"{path.name}: the last row of intrinsics must be 0 0 1, got {last}; transpose the "
+                "matrix?"
+            )
+    return found.resized(size)
 
 
 def _recammaster_trajectory(

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mv2v_engine import arguments
 from mv2v_engine.camera.poses import (
+    MAX_METRES,
     default_intrinsics,
     identity_poses,
     look_at_angle,
@@ -32,6 +33,8 @@ from mv2v_engine.camera.poses import (
 from mv2v_engine.errors import CameraError, nearest_names
 
 _SKEW = 1e-3  # of the focal length, what is taken for none
+# of a move, at most: ten turns of a camera, and as far as a pose may lie
+MOST = {"degrees": 3600.0, "metres": MAX_METRES}
 SUBJECT_DISTANCE = 4.0  # metres; the point that ReCamMaster's arcs and translations face
 
 
@@ -200,18 +203,20 @@ PRESETS: dict[str, Callable[[int], Tensor]] = {
     "arc_right": lambda t: _chord(t, -29.82, 1.988, 0.533),
 }
 
-_MOVES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], str]] = {
-    "pan": (pan, (1,), "pan:DEGREES"),
-    "tilt": (tilt, (1,), "tilt:DEGREES"),
-    "zoom": (lambda t, z: translate(t, 0.0, 0.0, z), (1,), "zoom:METRES"),
-    "translate": (translate, (3,), "translate:X,Y,Z in metres"),
-    "crane": (crane, (1,), "crane:METRES"),
+# by name: the move, how many amounts it takes, their units, and how it is written
+_MOVES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[str, ...], str]] = {
+    "pan": (pan, (1,), ("degrees",), "pan:DEGREES"),
+    "tilt": (tilt, (1,), ("degrees",), "tilt:DEGREES"),
+    "zoom": (lambda t, z: translate(t, 0.0, 0.0, z), (1,), ("metres",), "zoom:METRES"),
+    "translate": (translate, (3,), ("metres",) * 3, "translate:X,Y,Z in metres"),
+    "crane": (crane, (1,), ("metres",), "crane:METRES"),
     "arc": (
         lambda t, degrees, radius=SUBJECT_DISTANCE: arc(t, degrees, radius=radius),
         (1, 2),
+        ("degrees", "metres"),
         "arc:DEGREES or arc:DEGREES,RADIUS",
     ),
-    "static": (identity_poses, (0,), "static"),
+    "static": (identity_poses, (0,), (), "static"),
 }
 
 
@@ -222,7 +227,8 @@ def named_poses(spec: str, num_frames: int) -> Tensor:
     """Poses [T, 3, 4] of a preset name or a `kind:amount` move (see the module docstring).
 
     Raises:
-        CameraError: unknown name (nearest ones offered), wrong number of amounts, or not numbers.
+        CameraError: unknown name (nearest ones offered), wrong number of amounts, not numbers, or
+            more than `MOST`.
     """
     if spec in PRESETS:
         return PRESETS[spec](num_frames)
@@ -231,9 +237,9 @@ def named_poses(spec: str, num_frames: int) -> Tensor:
         near = nearest_names(spec, [*PRESETS, *_MOVES])
         raise CameraError(
             f"unknown camera {spec!r}; nearest: {near}. Presets: {', '.join(PRESETS)}; "
-            f"moves: {', '.join(usage for _, _, usage in _MOVES.values())}; or poses as JSON"
+            f"moves: {', '.join(usage for *_, usage in _MOVES.values())}; or poses as JSON"
         )
-    move, counts, usage = _MOVES[kind]
+    move, counts, units, usage = _MOVES[kind]
     parts = text.split(",") if text else []
     # float itself takes more, such as "1_0" and digits of other scripts
     amounts = [float(part) for part in parts if _AMOUNT.fullmatch(part)]
@@ -242,6 +248,12 @@ def named_poses(spec: str, num_frames: int) -> Tensor:
     if len(amounts) not in counts:
         got = "1 amount" if len(amounts) == 1 else f"{len(amounts)} amounts"
         raise CameraError(f"camera {spec!r}: got {got}; write {usage}")
+    for amount, unit in zip(amounts, units, strict=False):
+        if abs(amount) > MOST[unit]:
+            raise CameraError(
+                f"camera {spec!r}: {amount:g} {unit} are too many; a move may have "
+                f"{-MOST[unit]:g} to {MOST[unit]:g} {unit}"
+            )
     return move(num_frames, *amounts)
 
 

@@ -27,10 +27,10 @@ MAX_LENS = 20
 # what follows a checkpoint's name where it is asked for what it cannot do
 NO_VIEWS = (
     "edits by instruction: its source lies on the target's channels, frame by frame, and no camera "
-    "moves it; edit with it, or give a checkpoint for novel views, such as tiny-nvs"
+    "moves it; ask it for an edit, or use a checkpoint for novel views, such as tiny-nvs"
 )
 NO_EDITS = (
-    "renders novel views and takes no instruction; render with it, or give a checkpoint that "
+    "renders novel views and takes no instruction; ask it for a camera, or use a checkpoint that "
     "edits: one whose source lies on the target's channels, as Lucy-Edit's does"
 )
 
@@ -134,8 +134,8 @@ def check_text(name: str, prompt: str, guidance_scale: float, *, has_text: bool)
         return
     if prompt.strip():
         raise RequestError(
-            f"{name} was trained without text and has no text encoder, got the prompt {prompt!r}; "
-            "leave it out"
+            f"{name} was trained without text and has no text encoder, got the prompt "
+            f"{arguments.shown(prompt)}; leave it out"
         )
     if needs_guidance(guidance_scale):
         raise RequestError(

@@ -258,10 +258,14 @@ def not_finite(step: str, transformer: MV2VTransformer, guidance_scale: float) -
     """What to raise after a step that gave latents that are not finite. step: its name."""
     dtype = str(next(transformer.parameters()).dtype).removeprefix("torch.")
     wider = "use bfloat16 or float32, " if dtype == "float16" else ""
+    # a scale of 1 or less makes no velocity larger than those that the model computed
+    at, lower = "", ""
+    if guidance_scale > 1:
+        at, lower = f"at guidance_scale {guidance_scale:g} ", "lower guidance_scale, "
+    other = "or " if wider or lower else ""
     return NotFiniteError(
-        f"{step} gave latents that are not finite, at guidance_scale {guidance_scale:g} in "
-        f"{dtype}; {wider}lower guidance_scale, or look for damaged weights with "
-        "`run inspect PATH --deep`"
+        f"{step} gave latents that are not finite, {at}in {dtype}; {wider}{lower}{other}look for "
+        "damaged weights with `run inspect PATH --deep`"
     )
 
 

@@ -14,10 +14,10 @@ from torch import Tensor
 from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.errors import CameraError, VideoError
+from mv2v_engine.errors import CameraError, RequestError, VideoError
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.scan import Check, check_fps
-from mv2v_engine.video.transforms import cover_and_crop, crop_report, select_window
+from mv2v_engine.video.transforms import WINDOWS, cover_and_crop, crop_report, select_window
 
 
 @dataclass(frozen=True, eq=False)
@@ -136,4 +136,8 @@ def window_name(window: str | int | None) -> str | None:
     """
     if window is None or isinstance(window, str):
         return window
-    return str(arguments.integer("window", window))
+    try:
+        return str(arguments.integer("window", window))
+    except RequestError:
+        expected = f"{', '.join(WINDOWS)}, the number of the frame to start at, or None"
+        raise arguments.mistaken("window", window, expected) from None

@@ -21,7 +21,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from mv2v_engine import __version__
 from mv2v_engine.serving.auth import Authentication
-from mv2v_engine.serving.bodies import BodyLimit
+from mv2v_engine.serving.bodies import BodyLimit, no_json
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.fields import field_error
@@ -35,7 +35,7 @@ from mv2v_engine.serving.headers import (
 from mv2v_engine.serving.metrics import Metrics
 from mv2v_engine.serving.percent import Percentages
 from mv2v_engine.serving.routes import jobs, sessions, system, turns, videos
-from mv2v_engine.serving.routes.parameters import BEARER
+from mv2v_engine.serving.routes.parameters import BEARER, known_parameters
 from mv2v_engine.serving.service import Service
 
 PAGE = Path(__file__).with_name("page")
@@ -49,7 +49,7 @@ _CODES = {
     413: "too_large",
     415: "unsupported_media",
 }
-# what FastAPI says of brackets without an end
+# what FastAPI says of brackets without an end, and of other JSON that cannot be read
 _NO_JSON = "There was an error parsing the body"
 
 
@@ -101,6 +101,7 @@ def create_app(
         redoc_url=None,
         middleware=before,
         redirect_slashes=False,
+        dependencies=[Depends(known_parameters)],
         generate_unique_id_function=_operation_id,
         exception_handlers={
             ApiError: _refused,
@@ -143,9 +144,20 @@ async def _invalid(request: Request, error: Exception) -> Response:
     assert isinstance(error, RequestValidationError)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
-        message = f"the body is no JSON: {first['ctx']['error']} at byte {first['loc'][-1]}"
-        return refusal(ApiError("malformed_request", message))
+        return refusal(await _no_json(request, error))
+    if isinstance(first.get("input"), bytes):
+        # the framework reads no JSON of it, and shows it to the model as it came
+        kind = request.headers.get("content-type", "")
+        got = repr(kind[:100]) if kind else "no Content-Type"
+        message = f"an application/json body is expected, got {got}"
+        return refusal(ApiError("unsupported_media", message))
     return refusal(field_error(error.errors(), _fields(request), 1))
+
+
+async def _no_json(request: Request, error: Exception) -> ApiError:
+    """error: of the framework, raised from what reading the body has raised."""
+    why = no_json(error.__cause__, await request.body())
+    return ApiError("malformed_request", f"the body {why}")
 
 
 def _fields(request: Request) -> list[str]:
@@ -157,8 +169,9 @@ def _fields(request: Request) -> list[str]:
 
 async def _of_framework(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    code = _CODES.get(error.status_code, "malformed_request")
-    message = "the body is no JSON that can be read" if error.detail == _NO_JSON else error.detail
+    if error.detail == _NO_JSON:
+        return refusal(await _no_json(request, error))
+    code, message = _CODES.get(error.status_code, "malformed_request"), error.detail
     if code == "not_found":
         message = f"there is nothing at {request.url.path[:200]!r}; /docs lists the routes"
     elif code == "method_not_allowed":

@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -23,12 +23,12 @@ from typing import Any
 
 from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.store import SessionFolder
-from mv2v_engine.errors import StorageError
+from mv2v_engine.errors import InUseError, StorageError
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import Promises, Verifier
-from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.errors import ApiError, client_words
 from mv2v_engine.serving.folders import (
     RESULTS,
     Store,
@@ -59,13 +59,19 @@ class TurnState:
 class Audit:
     """One store's. All methods belong to one event loop.
 
-    put_away: what becomes of a video or thumbnail that is not as recorded.
+    put_away: what becomes of a video or thumbnail that is not as recorded. release: lets a worker
+        close a session, for its manifest to be mended.
     """
 
     def __init__(
-        self, store: Store, database: Database, put_away: Callable[[Path], object] | None = None
+        self,
+        store: Store,
+        database: Database,
+        put_away: Callable[[Path], object] | None = None,
+        release: Callable[[str], Awaitable[None]] | None = None,
     ) -> None:
         self.store, self.database = store, database
+        self._release = release
         self._put_away = put_away or store.remove
         self.verifier = Verifier()
         self._changing = asyncio.Lock()
@@ -98,9 +104,11 @@ class Audit:
         for turn, state in zip(turns, states, strict=True):
             await self._found(turn, state)
         damage = await asyncio.to_thread(self._source_damage, folder, session, is_deep)
-        if damage is None:
-            mend = self._mended if mends else _keep_damage
-            damage = await asyncio.to_thread(mend, folder, session, turns)
+        if damage is None and not mends:
+            # what was found of the manifest holds until it is looked at again
+            damage = session.damage
+        elif damage is None:
+            damage = await self._mended(folder, session, turns)
         if damage != session.damage:
             _say(f"session {session.id}", damage)
             await self._write(
@@ -186,22 +194,27 @@ class Audit:
         problem = self.verifier.problem(folder, "source", session.files, is_deep=is_deep)
         return problem and f"the uploaded video is lost: {problem}"
 
-    def _mended(
+    async def _mended(
         self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
     ) -> str | None:
         """Mend a session's manifest; what is wrong with it if that cannot be done."""
-        try:
-            return self._mend_manifest(folder, session, turns)
-        except (StorageError, OSError) as error:
-            return f"session.json cannot be mended: {_words(error, folder)}"
-
-    def _mend_manifest(
-        self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
-    ) -> str | None:
-        manifest = engine_store(folder, session.kind)
-        wrong = manifest_problem(folder, session, turns)
+        wrong = await asyncio.to_thread(manifest_problem, folder, session, turns)
         if wrong is None:
             return None
+        if self._release is not None:
+            await self._release(session.id)
+        try:
+            return await asyncio.to_thread(self._mend_manifest, folder, session, turns, wrong)
+        except InUseError as error:
+            log.error("session.json of %s (%s) is not mended now: %s", session.id, wrong, error)
+            return session.damage
+        except (StorageError, OSError) as error:
+            return f"session.json cannot be mended: {client_words(str(error))}"
+
+    def _mend_manifest(
+        self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord], wrong: str
+    ) -> str | None:
+        manifest = engine_store(folder, session.kind)
         entries = [turn.entry for turn in turns]
         if turns and (session.identity is None or None in entries):
             return f"session.json is damaged, and the rows do not have what it held: {wrong}"
@@ -270,12 +283,7 @@ def manifest_problem(
     try:
         return _difference(folder, session, turns)
     except (StorageError, OSError) as error:
-        return _words(error, folder)
-
-
-def _words(error: OSError, folder: Path) -> str:
-    """An error without the place of a session's folder, which is nobody's business outside."""
-    return str(error).replace(f"{folder}/", "")
+        return client_words(str(error))
 
 
 def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]) -> str | None:
@@ -306,11 +314,6 @@ def _report(manifest: SessionFolder, turn: TurnRecord) -> dict[str, Any]:
     """A turn's report as the manifest has it: an edit's windows have theirs beside them."""
     left_out = {"windows"} if isinstance(manifest, EditStore) else set()
     return {name: value for name, value in turn.report.items() if name not in left_out}
-
-
-def _keep_damage(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]) -> str | None:
-    """What a start has found of the manifest holds until the next one."""
-    return session.damage
 
 
 def _again(db: sqlite3.Connection, session: SessionRecord) -> SessionRecord:

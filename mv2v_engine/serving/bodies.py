@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import json
+import re
+import sys
 from collections import Counter
 
 from starlette.datastructures import Headers
@@ -19,6 +22,43 @@ FORM_BYTES = 1 << 20
 UPLOADS = frozenset({"/v1/sessions", "/v1/videos"})
 # a client that is refused still sends; it reads the answer only if it is let finish a little
 _DRAINED_BYTES, _DRAINED_SECONDS = 16 << 20, 5.0
+
+
+# to which JSON may be nested: a trajectory needs five
+_DEPTH = 100
+# texts, in which brackets mean nothing, and brackets; one without an end goes to the end
+_BRACKETS = re.compile(r'"(?:[^"\\]+|\\.)*"?|[\[{\]}]', re.DOTALL)
+
+
+def no_json(error: BaseException | None, body: bytes | str) -> str:
+    """Why a body is no JSON that is taken, and where, in words that follow what it is.
+
+    error: what `json.loads` said of it.
+    """
+    if isinstance(error, UnicodeDecodeError):
+        return f"is no JSON: it is no {error.encoding.upper()} at byte {error.start}"
+    if isinstance(error, json.JSONDecodeError):
+        said = error.msg[:1].lower() + error.msg[1:].removesuffix(" at")
+        return f"is no JSON: {said} at character {error.pos}"
+    if isinstance(body, bytes):
+        body = body.decode(json.detect_encoding(body), "surrogatepass")
+    if isinstance(error, RecursionError):
+        depth = 0
+        for found in _BRACKETS.finditer(body):
+            depth += {"[": 1, "{": 1, "]": -1, "}": -1}.get(found[0], 0)
+            if depth > _DEPTH:
+                return (
+                    f"is no JSON that is taken: it is nested more than {_DEPTH} deep at character "
+                    f"{found.start()}; send a flatter one"
+                )
+    most = sys.get_int_max_str_digits()
+    long = re.search(f"[0-9]{{{most + 1}}}", body) if most else None
+    if isinstance(error, ValueError) and long is not None:
+        return (
+            f"is no JSON that is taken: the number at character {long.start()} has more than "
+            f"{most} digits; send a shorter one"
+        )
+    return "is no JSON that can be read"
 
 
 class BodyLimit:

@@ -20,12 +20,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from mv2v_engine.errors import StorageError
+from mv2v_engine.errors import InUseError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
 
 # that an attempt has to reach its next step, and let go
 PATIENCE = 60.0
+# that a worker has to let go of a session that it holds open and does nothing with
+_RELEASE_SECONDS = 5.0
 # between two looks at whether it is worth to wait on
 _LOOK_SECONDS = 1.0
 # who the service is to those that find its lock
@@ -83,7 +85,8 @@ class Claim(CancelToken):
 
         Raises:
             CancelledError: another attempt has the right.
-            StorageError: somebody else holds on to the lock, or the folder is not seen here.
+            InUseError: somebody else holds on to the lock. StorageError: the folder is not seen
+                here.
         """
         self.check()
         lock = WriterLock(self.folder, self.writer)
@@ -91,9 +94,11 @@ class Claim(CancelToken):
         while not lock.acquire(min(_LOOK_SECONDS, self._patience)):
             self.check()
             if time.monotonic() >= deadline:
-                raise StorageError(
-                    f"{lock.holder()} still writes into {self.folder}, {self._patience:g} s after "
-                    "it was told to stop; end that process and ask again"
+                holder = lock.holder()
+                raise InUseError(
+                    f"{holder} still writes into {self.folder}, {self._patience:g} s after it was "
+                    "told to stop; end that process and ask again",
+                    holder,
                 )
         try:
             self.check()
@@ -117,7 +122,7 @@ def taken(folder: Path, *, patience: float = PATIENCE) -> Iterator[None]:
     """Nobody else writes into a session's folder, if it is there, during the block.
 
     Raises:
-        StorageError: somebody does not stop, or there can be no lock.
+        InUseError: somebody does not stop. StorageError: there can be no lock.
     """
     if not folder.is_dir():
         yield
@@ -127,7 +132,7 @@ def taken(folder: Path, *, patience: float = PATIENCE) -> Iterator[None]:
     else:
         # no attempt was ever told to write here: whoever does, as a command line, gives way to none
         lock = WriterLock(folder, _SERVICE)
-        lock.take()
+        lock.take(min(patience, _RELEASE_SECONDS))
         with lock:
             yield
 

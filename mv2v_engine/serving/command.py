@@ -16,9 +16,9 @@ from mv2v_engine.options import (
     add_model,
     add_reuse,
     engine_config,
-    num_bytes,
     read_resolution,
 )
+from mv2v_engine.parser import num_bytes
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import Cluster, Limits, ServingConfig
 
@@ -239,7 +239,8 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         "--max-queue-per-token",
         type=int,
         metavar="N",
-        help="of them one token's; half of them if not given and there are several tokens",
+        help="of them one token's; if not given, half of --max-queue, rounded down and at least 1, "
+        "where there are several tokens, else all",
     )
     add(
         "--max-connections",

@@ -107,8 +107,8 @@ class ServingConfig:
                 raise RequestError(f"{name} must be at least 1, got {value}")
         for name in ("keep_days", "keep_bytes", "min_free_bytes", "grace"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise RequestError(f"{name} must not be negative, got {value}")
+            if value is not None and not value >= 0:
+                raise RequestError(f"{name} must be at least 0, got {value}")
         if self.stall_seconds is not None and not self.stall_seconds > 0:
             raise RequestError(f"stall_seconds must be positive, got {self.stall_seconds}")
         if any(not token.strip() for token in self.tokens):
@@ -167,8 +167,8 @@ class Cluster:
             raise RequestError(f"replicas must be at least 1, got {self.replicas}")
         for name in ("cpus", "gpus"):
             value = getattr(self, name)
-            if value is not None and value < 0:
-                raise RequestError(f"{name} of a replica must not be negative, got {value}")
+            if value is not None and not value >= 0:
+                raise RequestError(f"{name} of a replica must be at least 0, got {value}")
 
     def num_gpus(self, device: str | None) -> float:
         """GPUs of a replica whose engine runs on a device."""

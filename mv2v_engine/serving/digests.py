@@ -13,7 +13,7 @@ import threading
 from collections import OrderedDict
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeGuard
 
 from mv2v_engine.errors import StorageError
 
@@ -55,6 +55,13 @@ def promised(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     return found
 
 
+def is_promise(value: Any) -> TypeGuard[Mapping[str, Any]]:
+    """Whether a row has of a file what it should have; not so where the row is damaged."""
+    if not isinstance(value, Mapping) or not {"bytes", "sha256"} <= value.keys():
+        return False
+    return type(value["bytes"]) is int and isinstance(value["sha256"], str | None)
+
+
 def num_bytes(files: Promises) -> int:
     """Bytes of all files that a row promises."""
     return sum(int(promise["bytes"]) for promise in files.values())
@@ -79,7 +86,7 @@ class Verifier:
         is_deep: compare its SHA-256 too, not only its size.
         """
         promise = files.get(name)
-        if promise is None or not _NAME.fullmatch(name):
+        if not is_promise(promise) or not _NAME.fullmatch(name):
             return f"{name}: nothing is recorded of it"
         path = folder / name
         try:

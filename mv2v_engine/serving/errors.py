@@ -6,11 +6,23 @@ status; those that only jobs have are never an answer's own and carry none.
 
 from __future__ import annotations
 
+import errno
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
+
+from mv2v_engine.errors import (
+    CameraError,
+    InUseError,
+    MemoryBudgetError,
+    MV2VError,
+    NotFiniteError,
+    RequestError,
+    StorageError,
+    VideoError,
+)
 
 INVALID, AUTHENTICATION, RATE, SERVER = (
     "invalid_request_error",
@@ -24,6 +36,17 @@ INVALID, AUTHENTICATION, RATE, SERVER = (
 _PATH = re.compile(
     r"(?<=['\"])/(?:[^/'\"\n]+/)*(?P<quoted>[^/'\"\n]*)(?=['\"])"
     r"|(?<![\w.:/<])/(?:[^/\s'\"]+/)+(?P<last>[^/\s'\":;,]*)"
+)
+
+
+# what the engine advises, and what that is to who sees neither its settings nor its folders
+_OTHER_PLACE = re.compile(
+    r"(?<=; )(?:[^;]*choose another (?:folder|place)|restore (?:it|the file|the folder))[^;]*"
+)
+_ADVICE = (
+    (_OTHER_PLACE, "whoever runs the service can restore it"),
+    (re.compile(r"; try (?=\w+=)"), "; it would fit with settings of the service: "),
+    (re.compile(r"--window\b"), "window"),
 )
 
 
@@ -81,8 +104,14 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
-def without_paths(message: str) -> str:
-    """An error of the engine as a client may read it: of a path on the server, its last part."""
+def client_words(message: str) -> str:
+    """An error of the engine as a client may read it.
+
+    Of a path on the server it has the last part, and of what only a caller of the library or of the
+    command line can do, who could do that here.
+    """
+    for pattern, words in _ADVICE:
+        message = pattern.sub(words, message)
     return _PATH.sub(lambda found: found["last"] or found["quoted"] or "a folder", message)
 
 
@@ -123,6 +152,40 @@ def error_body(code: str, message: str, param: str | None = None) -> dict[str, A
     """An error in the shape that OpenAI's clients read."""
     fields = {"message": message, "type": KINDS[code].type, "param": param, "code": code}
     return {"error": fields}
+
+
+# what an error of the engine is to a job, the first that it is an instance of; else `internal`
+_CODES: tuple[tuple[type[MV2VError], str], ...] = (
+    (MemoryBudgetError, "out_of_memory"),
+    (NotFiniteError, "not_finite"),
+    (RequestError, "unprocessable_turn"),
+    (CameraError, "unprocessable_turn"),
+    (VideoError, "unprocessable_turn"),
+    (InUseError, "busy"),
+)
+# what the system calls a full disk
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+def failure(error: MV2VError) -> dict[str, Any]:
+    """What an error of the engine makes of a job: its last event."""
+    message = str(error)
+    code = next((code for kind, code in _CODES if isinstance(error, kind)), "internal")
+    cause = error.__cause__
+    if isinstance(error, InUseError):
+        message = (
+            f"the session is in use: {error.holder} writes into its folder; ask again once that "
+            "has ended"
+        )
+    elif isinstance(error, StorageError) and isinstance(cause, OSError) and cause.errno in FULL:
+        code = "disk_full"
+        message = _OTHER_PLACE.sub("delete sessions, and ask for the turn again", message)
+    return failed(code, message)
+
+
+def failed(code: str, message: str) -> dict[str, Any]:
+    """The last event of a job without a turn."""
+    return {"type": "failed", "code": code, "message": message}
 
 
 def queue_full(seconds: float, waiting: int, whose: str = "") -> ApiError:

@@ -7,7 +7,6 @@ came to is in the database.
 from __future__ import annotations
 
 import asyncio
-import time
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import AsyncIterator
@@ -18,6 +17,10 @@ from mv2v_engine.serving.records import LAST_EVENTS, JobEvent, JobRecord
 # of one job: a reader that is further behind misses the oldest
 _MAX_EVENTS = 4096
 _MAX_ENDED = 256
+# numbers that a start of the store has for itself; those of the first lie behind milliseconds of
+# the clock, which versions before took
+_NUMBERS = 1 << 42
+_LAST = (1 << 63) - 1
 
 
 class EventLog:
@@ -63,9 +66,13 @@ class EventLog:
 
 
 class EventLogs:
-    """The logs of all jobs that are alive, and of the last that were."""
+    """The logs of all jobs that are alive, and of the last that were.
 
-    def __init__(self) -> None:
+    generation: of the store, one higher at every start: no clock can tell what came after what.
+    """
+
+    def __init__(self, generation: int = 0) -> None:
+        self._first = max(generation, 1) * _NUMBERS
         self._alive: dict[str, EventLog] = {}
         self._ended: OrderedDict[str, EventLog] = OrderedDict()
 
@@ -77,7 +84,7 @@ class EventLogs:
         """
         log = self._alive.get(job_id)
         if log is None:
-            log = self._alive[job_id] = EventLog(1 if is_new else _milliseconds(time.time()))
+            log = self._alive[job_id] = EventLog(1 if is_new else self._first)
         return log
 
     def find(self, job_id: str) -> EventLog | None:
@@ -99,9 +106,7 @@ class EventLogs:
 
 def last_event(job: JobRecord) -> JobEvent:
     """What a job came to, numbered behind every event that it may have had before."""
-    assert job.progress is not None and job.ended is not None
-    return JobEvent(_milliseconds(job.ended), job.progress["type"], job.progress)
-
-
-def _milliseconds(seconds: float) -> int:
-    return int(seconds * 1000)
+    assert job.is_ended
+    # its state is what is left to tell where the row's progress is damaged
+    data: dict[str, Any] = {"type": job.state, **(job.progress or {})}
+    return JobEvent(_LAST, data["type"], data)

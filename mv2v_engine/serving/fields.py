@@ -62,15 +62,11 @@ def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place
     chosen = next((error for error in errors if not _is_of_type(error)), furthest)
     kind, parts = chosen["type"], chosen["loc"][place:]
     if kind == "extra_forbidden":
-        name = str(parts[-1])[:_LENGTH]
-        path = ".".join((*_names(parts[:-1]), name))
-        hint = nearest_field(name, known) if len(parts) == 1 else None
-        advice = f"{hint!r} is the nearest; " if hint else ""
-        fields = f"the fields are {', '.join(known)}" if len(parts) == 1 else "leave it out"
-        return ApiError(
-            "invalid_request", f"there is no field {path!r}; {advice}{fields}", param=path
-        )
+        path = ".".join((*_names(parts[:-1]), str(parts[-1])[:_LENGTH]))
+        return unknown_name("field", path, known if len(parts) == 1 else (), "leave it out")
     path = ".".join(_names(parts))
+    if chosen["loc"][:1] == ("header",):
+        path = str(chosen["loc"][1])
     what = path or "the body"
     if kind == "missing":
         return ApiError("invalid_request", f"{what} is missing; send it", param=path or None)
@@ -81,6 +77,20 @@ def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place
     wanted = dict.fromkeys(map(_expected, alike if _is_of_type(chosen) else [chosen]))
     said = f"{what} must be {' or '.join(wanted)}, got {_got(chosen['input'])}"
     return ApiError("invalid_request", said, param=path or None)
+
+
+def unknown_name(what: str, name: str, known: Iterable[str], otherwise: str) -> ApiError:
+    """The refusal of a name that a request does not have.
+
+    what: it should be, as "field". otherwise: what is said where none are known.
+    """
+    name, known = name[:_LENGTH], list(known)
+    hint = nearest_field(name, known) if known else None
+    nearest = f"{hint!r} is the nearest; " if hint else ""
+    advice = f"the {what}s are {', '.join(known)}" if known else otherwise
+    return ApiError(
+        "invalid_request", f"there is no {what} {name!r}; {nearest}{advice}", param=name
+    )
 
 
 def nearest_field(name: str, known: Iterable[str]) -> str | None:

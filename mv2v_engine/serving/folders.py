@@ -17,7 +17,6 @@ database knows.
 
 from __future__ import annotations
 
-import errno
 import itertools
 import re
 import secrets
@@ -33,12 +32,11 @@ from mv2v_engine.errors import StorageError
 from mv2v_engine.files import flush, make_folder, move
 from mv2v_engine.locks import Lock
 from mv2v_engine.serving.database import Database
-from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.errors import FULL, ApiError
 from mv2v_engine.serving.records import Kind, TurnFile, is_id
 
 # what reading a manifest of other names and types than it should have ends in
 _GARBLED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, StopIteration)
-FULL = (errno.ENOSPC, errno.EDQUOT)
 _SUFFIXES: dict[TurnFile, str] = {"video": "mp4", "thumbnail": "jpg"}
 RESULTS: tuple[TurnFile, ...] = tuple(_SUFFIXES)
 # what files.replacing leaves behind when the process is killed while it writes

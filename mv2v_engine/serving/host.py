@@ -8,7 +8,6 @@ the same turn once.
 from __future__ import annotations
 
 import dataclasses
-import errno
 import logging
 from collections import OrderedDict
 from collections.abc import Generator, Iterator
@@ -29,14 +28,9 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import (
-    CameraError,
     CancelledError,
-    MemoryBudgetError,
     MV2VError,
-    NotFiniteError,
-    RequestError,
     StorageError,
-    VideoError,
     is_out_of_memory,
 )
 from mv2v_engine.files import replacing
@@ -50,6 +44,7 @@ from mv2v_engine.progress import (
     WindowDone,
     WindowStarted,
 )
+from mv2v_engine.serving.errors import failed, failure
 from mv2v_engine.serving.folders import result_path, source_path, turn_bytes
 from mv2v_engine.serving.turn_request import make_request, session_window
 from mv2v_engine.vae import weights_fingerprint
@@ -65,7 +60,6 @@ _NAMES: dict[type[Any], str] = {
     WindowStarted: "window_started",
     WindowDone: "window_done",
 }
-_FULL = (errno.ENOSPC, errno.EDQUOT)
 _JPEG_QUALITY = 88
 
 
@@ -136,7 +130,7 @@ class Host:
             opened = self._session(session, folder)
             turn = next((turn for turn in opened.turns if turn.number == number), None)
             if turn is None:
-                return _failed("internal", f"the folder has no finished turn {number}")
+                return failed("internal", f"the folder has no finished turn {number}")
             publish_turn(turn, folder)
         if caught.error is not None:
             return self._failure(caught.error, session["id"])
@@ -164,11 +158,11 @@ class Host:
             return failure(error)
         self.release(session_id)
         if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
-            return _failed("out_of_memory", f"the memory ended: {error}")
+            return failed("out_of_memory", f"the memory ended: {error}")
         log.error("a turn failed", exc_info=error)
         # after some errors a GPU answers nothing to this process but the same error
         torch.ones(1, dtype=torch.float32, device=self.engine.device).sum().item()
-        return _failed(
+        return failed(
             "internal",
             f"a fault of the service ({type(error).__name__}) ended the turn, its log says more; "
             "the session is as it was",
@@ -336,21 +330,3 @@ def _describe(engine: Engine) -> Json:
         "presets": list(PRESETS),
         "sampling": sampling | {"size": list(engine.sampling.size)},
     }
-
-
-def failure(error: MV2VError) -> Json:
-    """What an error of the engine makes of a job."""
-    if isinstance(error, MemoryBudgetError):
-        return _failed("out_of_memory", str(error))
-    if isinstance(error, NotFiniteError):
-        return _failed("not_finite", str(error))
-    if isinstance(error, RequestError | CameraError | VideoError):
-        return _failed("unprocessable_turn", str(error))
-    cause = error.__cause__
-    if isinstance(error, StorageError) and isinstance(cause, OSError) and cause.errno in _FULL:
-        return _failed("disk_full", str(error))
-    return _failed("internal", str(error))
-
-
-def _failed(code: str, message: str) -> Json:
-    return {"type": "failed", "code": code, "message": message}

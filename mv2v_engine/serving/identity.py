@@ -119,9 +119,9 @@ def has_database(store: Store) -> bool:
 
 def require_whole(db: sqlite3.Connection, store: Store) -> None:
     """Refuse a database whose pages are damaged."""
-    ((said,),) = db.execute("PRAGMA quick_check(1)").fetchall()
+    ((said,),) = db.execute("PRAGMA integrity_check(1)").fetchall()
     if said != "ok":
-        raise _refused(store.root, f"its database is damaged ({said})")
+        raise _refused(store.root, f"its database is damaged ({' '.join(said.split())})")
 
 
 def require_rows(db: sqlite3.Connection, store: Store) -> None:

@@ -21,6 +21,7 @@ from mv2v_engine.serving.tables import (
     insert,
     listed,
     mark_deleting,
+    parsed,
     scalar,
     session_by_id,
     set_identity,
@@ -257,7 +258,7 @@ def find_job(db: sqlite3.Connection, owner: str, job_id: str) -> JobRecord:
     """Raises not_found."""
     row = db.execute(f"{_JOB} WHERE id = ? AND {_SEEN}", (job_id, owner)).fetchone()
     if row is None:
-        raise ApiError("not_found", f"no job {job_id}; its session may have been deleted")
+        raise ApiError("not_found", f"no job {job_id[:100]}; its session may have been deleted")
     return _job(row)
 
 
@@ -309,8 +310,8 @@ def _job(row: sqlite3.Row) -> JobRecord:
     fields = {name: row[name] for name in _FIELDS}
     return JobRecord(
         **fields,
-        request=json.loads(row["request"]),
-        error=None if row["error"] is None else json.loads(row["error"]),
-        progress=None if row["progress"] is None else json.loads(row["progress"]),
+        request=parsed(row, "request", dict) or {},
+        error=parsed(row, "error", dict),
+        progress=parsed(row, "progress", dict),
         is_cancelling=bool(row["is_cancelling"]),
     )

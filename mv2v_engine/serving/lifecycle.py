@@ -8,12 +8,13 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 from collections.abc import Callable, Coroutine, Sequence
+from functools import partial
 from typing import Any, TypeVar
 
 from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.errors import ApiError, without_paths
+from mv2v_engine.serving.errors import ApiError, client_words
 from mv2v_engine.serving.events import EventLogs
 from mv2v_engine.serving.folders import Store
 from mv2v_engine.serving.identity import admit
@@ -62,12 +63,12 @@ class Lifecycle:
         try:
             await asyncio.to_thread(self.store.make_ready)
             with full_disk(self.config.store):
-                await asyncio.to_thread(admit, self.store)
+                identity = await asyncio.to_thread(admit, self.store)
                 self._database = await asyncio.to_thread(self.store.open_database)
         except BaseException:
             self.store.unlock()
             raise
-        self._assemble()
+        self._assemble(identity.generation)
         most = self.config.max_attempts
         try:
             with full_disk(self.config.store):
@@ -85,16 +86,17 @@ class Lifecycle:
         self._retention.start()
         self._audit.go_on()
 
-    def _assemble(self) -> None:
-        """The service's parts over its open store."""
+    def _assemble(self, generation: int) -> None:
+        """The service's parts over its open store. generation: of the store."""
         config, store, database = self.config, self.store, self._database
-        self._logs = EventLogs()
+        self._logs = EventLogs(generation)
         self._publisher = Publisher(store, database, self.backend)
         self._scheduler = Scheduler(
             config, store, database, self.backend, self._logs, self.listeners
         )
         self._scheduler.turns_to_publish = self._publisher.wake
-        self._audit = Audit(store, database)
+        self._audit = Audit(store, database, release=self.backend.release)
+        self._scheduler.compared = partial(self._audit.session, mends=True)
         self._sessions = Sessions(
             config, store, database, self._scheduler, self._publisher, self._audit, self._probe
         )
@@ -135,9 +137,7 @@ class Lifecycle:
     @property
     def reason(self) -> str:
         """Why it is not ready, in words."""
-        return (
-            "the service is stopping" if self._is_stopping else without_paths(self.backend.reason)
-        )
+        return "the service is stopping" if self._is_stopping else client_words(self.backend.reason)
 
     @property
     def about(self) -> dict[str, Any] | None:

@@ -15,13 +15,14 @@ import sqlite3
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
+from mv2v_engine.arguments import shown
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json
 from mv2v_engine.serving.adoption import finished_numbers
 from mv2v_engine.serving.database import Database
-from mv2v_engine.serving.digests import num_bytes, promised
+from mv2v_engine.serving.digests import is_promise, num_bytes, promised
 from mv2v_engine.serving.folders import latents_paths, manifest_row, reading, stored_identity
 from mv2v_engine.serving.records import Kind, TurnRecord
 from mv2v_engine.serving.tables import insert, scalar, text, turn_values
@@ -74,6 +75,54 @@ class Rows:
     store: str
     session: dict[str, Any]
     turns: dict[int, dict[str, Any]] = field(default_factory=dict)
+
+
+async def mend_rows(database: Database, folder: Path, session_id: str) -> None:
+    """Give rows of a session that are damaged what their copy has; the rest of them stays."""
+    rows = await database.read(partial(rows_of, session_id=session_id))
+    if rows is None:
+        return
+    changes = await asyncio.to_thread(_mended, folder, rows)
+    if changes:
+        await database.write(
+            partial(_update, session_id=session_id, changes=changes), makes_room=True
+        )
+
+
+def _mended(folder: Path, rows: Rows) -> list[tuple[int | None, dict[str, Any]]]:
+    """Damaged rows as their copies have them, by the turn's number, None for the session."""
+    found: list[tuple[int | None, dict[str, Any]]] = []
+    kind: Kind = "edits" if rows.session["kind"] == "edits" else "views"
+    for number, row in [(None, rows.session), *rows.turns.items()]:
+        try:
+            _checked(row, _SESSION_COLUMNS if number is None else _TURN_COLUMNS)
+            continue
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            what = "the session" if number is None else f"turn {number}"
+            log.error("the row of %s of %s is damaged: %s", what, folder.name, error)
+        good = copied_turn(folder, kind, number) if number else _copied_session(folder)
+        if good is not None:
+            found.append((number, good))
+            log.warning("it is written again from its copy")
+    return found
+
+
+def _copied_session(folder: Path) -> dict[str, Any] | None:
+    try:
+        return read_rows(folder).session
+    except StorageError as error:
+        log.error("%s", error)
+        return None
+
+
+def _update(
+    db: sqlite3.Connection, session_id: str, changes: list[tuple[int | None, dict[str, Any]]]
+) -> None:
+    for number, row in changes:
+        columns = ", ".join(f"{name} = ?" for name in row)
+        table, where = ("sessions", "id = ?") if number is None else ("turns", "session = ?")
+        more = "" if number is None else f" AND number = {int(number)}"
+        db.execute(f"UPDATE {table} SET {columns} WHERE {where}{more}", (*row.values(), session_id))
 
 
 async def mirror(
@@ -268,11 +317,15 @@ def _checked(row: Any, columns: dict[str, Any]) -> dict[str, Any]:
         raise ValueError(f"columns {sorted(row)}, expected {sorted(columns)}")
     for name, kind in columns.items():
         if not isinstance(row[name], kind):
-            raise TypeError(f"{name} is {row[name]!r}")
+            raise TypeError(f"{name} is {shown(row[name])}")
     for name in _TEXTS & set(row):
         value: Any = None if row[name] is None else json.loads(row[name])
-        if name == "files" and not all(type(file["bytes"]) is int for file in value.values()):
-            raise TypeError(f"files are {value!r}")
+        if row[name] is not None and not isinstance(value, list if name == "warnings" else dict):
+            raise TypeError(f"{name} is {shown(row[name])}")
+        if name == "files" and not all(map(is_promise, value.values())):
+            raise TypeError(f"files are {shown(row[name])}")
+    if row.get("kind", "views") not in get_args(Kind):
+        raise ValueError(f"kind is {shown(row['kind'])}")
     return dict(row)
 
 

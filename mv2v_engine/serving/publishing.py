@@ -30,7 +30,7 @@ log = logging.getLogger("mv2v_engine.serving")
 
 RETRY_SECONDS = 30.0
 # what may be otherwise the next time
-_PASSING = ("disk_full", "out_of_memory", "cancelled", *WORKER_GONE)
+_PASSING = ("busy", "disk_full", "out_of_memory", "cancelled", *WORKER_GONE)
 
 
 class Publisher:

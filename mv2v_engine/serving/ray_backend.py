@@ -26,7 +26,8 @@ from mv2v_engine.errors import StorageError
 from mv2v_engine.serving.backend import LAST_OF_BACKEND
 from mv2v_engine.serving.claims import issue
 from mv2v_engine.serving.config import Cluster, ServingConfig
-from mv2v_engine.serving.host import Json, failure
+from mv2v_engine.serving.errors import failure
+from mv2v_engine.serving.host import Json
 from mv2v_engine.serving.logs import log_event, log_ids
 from mv2v_engine.serving.protocol import run_message, session_fields, setup_message
 from mv2v_engine.serving.ray_replica import APPLICATION, DEPLOYMENT, application

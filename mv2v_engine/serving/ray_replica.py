@@ -23,8 +23,9 @@ from mv2v_engine.errors import CancelledError, MV2VError, RequestError
 from mv2v_engine.serving.backend import LAST_OF_BACKEND
 from mv2v_engine.serving.claims import Claim
 from mv2v_engine.serving.config import Cluster, ServingConfig
+from mv2v_engine.serving.errors import failure
 from mv2v_engine.serving.folders import sweep_session
-from mv2v_engine.serving.host import Host, Json, failure
+from mv2v_engine.serving.host import Host, Json
 from mv2v_engine.serving.hosting import open_host, turn_events
 from mv2v_engine.serving.logs import configure_logs
 from mv2v_engine.serving.protocol import setup_message

@@ -28,8 +28,9 @@ from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.adoption import finished_numbers
 from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.database import Database
+from mv2v_engine.serving.errors import failed
 from mv2v_engine.serving.folders import Store, remove_content, stored_identity, sweep_results
-from mv2v_engine.serving.mirror import copied_turn, insert_turn, mirror
+from mv2v_engine.serving.mirror import copied_turn, insert_turn, mend_rows, mirror
 from mv2v_engine.serving.records import JobRecord, SessionRecord, is_id
 from mv2v_engine.serving.scheduler import Scheduler
 
@@ -63,6 +64,8 @@ async def recover(
 
 async def reconcile(store: Store, database: Database, audit: Audit) -> None:
     """Make rows and folders of the sessions that have rows agree, and find out what is damaged."""
+    for session_id in sorted(await database.read(tables.session_ids)):
+        await mend_rows(database, store.session(session_id), session_id)
     sessions = await database.read(tables.kept_sessions)
     for session in sessions:
         await _take_up(session, store, database)
@@ -123,11 +126,11 @@ async def _recover(
     assert session is not None
     scheduler.logs.open(job.id, is_new=False)
     found = await scheduler.left_behind(job.id, session)
-    if isinstance(found, dict):
+    if found is not None and found["type"] == "done":
         log.info("job %s was finished before the service ended", job.id)
         await scheduler.finish(job, session, found)
     elif found is not None:
-        await scheduler.end(job.id, "failed", {"code": "internal", "message": found})
+        await scheduler.fail(job.id, found)
     elif job.is_cancelling:
         await scheduler.end(job.id, "cancelled", jobs.CANCELLED)
     elif job.attempts >= max_attempts:
@@ -135,7 +138,7 @@ async def _recover(
             f"the service ended {job.attempts} times while it made this turn, which may be why; "
             "ask for it again, or for a smaller one"
         )
-        await scheduler.end(job.id, "failed", {"code": "worker_crashed", "message": message})
+        await scheduler.fail(job.id, failed("worker_crashed", message))
     else:
         log.info("job %s is begun again", job.id)
         requeue = partial(jobs.requeue, job_id=job.id, is_counted=True)

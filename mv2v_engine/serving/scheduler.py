@@ -12,7 +12,7 @@ import logging
 import sqlite3
 import time
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -25,7 +25,7 @@ from mv2v_engine.serving.claims import taken
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.digests import num_bytes, promised
-from mv2v_engine.serving.errors import without_paths
+from mv2v_engine.serving.errors import client_words, failed, failure
 from mv2v_engine.serving.events import EventLogs
 from mv2v_engine.serving.folders import (
     RESULTS,
@@ -47,6 +47,8 @@ Result = TypeVar("Result")
 _FIRST_GUESS, _NEWEST = 30.0, 0.3
 # pauses between tries to write what a full disk did not take
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
+# what a turn may fail with because a file that it needs was lost while it was made
+_MAY_BE_DAMAGE = ("internal", "unprocessable_turn")
 # that a cancelled turn has to reach its next step when the service stops
 _LAST_STEP_SECONDS = 15.0
 
@@ -77,6 +79,8 @@ class Scheduler:
         self._woken, self._turn_ended = asyncio.Event(), asyncio.Event()
         self._loop: asyncio.Task[None] | None = None
         self.turns_to_publish: Callable[[], None] = lambda: None
+        # a session as its files are now
+        self.compared: Callable[[SessionRecord], Awaitable[SessionRecord]]
 
     @property
     def num_running(self) -> int:
@@ -174,13 +178,16 @@ class Scheduler:
         self.logs.open(job.id, is_new=False).add({"type": "started"})
         self.tell(lambda listener: listener.job_started(job))
         # whatever goes wrong is one failed job
+        began = time.monotonic()
         driven = self._drive(job, session)
         result = (await asyncio.gather(driven, return_exceptions=True))[0]
         if isinstance(result, BaseException):
             log.error("job %s failed", job.id, exc_info=result)
-            result = {"type": "failed", "code": "internal", "message": _words(result)}
+            result = failed("internal", _words(result))
         try:
             await self._settle(job, session, result)
+            if result["type"] == "done":
+                self.turn_seconds += _NEWEST * (time.monotonic() - began - self.turn_seconds)
         finally:
             del self._turns[job.id]
             self._cancelling.discard(job.id)
@@ -189,9 +196,18 @@ class Scheduler:
             self.wake()
 
     async def _drive(self, job: JobRecord, session: SessionRecord) -> dict[str, Any]:
-        """Let the backend make the turn; its last event."""
+        """Let the backend make the turn, if what it needs is as recorded; its last event."""
+        session = await self.compared(session)
         if session.damage is not None:
-            return {"type": "failed", "code": "damaged", "message": session.damage}
+            return failed("damaged", session.damage)
+        outcome = await self._driven(job, session)
+        if outcome["type"] == "failed" and outcome["code"] in _MAY_BE_DAMAGE:
+            session = await self.compared(session)
+            if session.damage is not None:
+                return failed("damaged", session.damage)
+        return outcome
+
+    async def _driven(self, job: JobRecord, session: SessionRecord) -> dict[str, Any]:
         stream, folder = self.logs.open(job.id, is_new=False), self.store.session(session.id)
         outcome = None
         async for event in self.backend.run(job, session, folder):
@@ -217,18 +233,17 @@ class Scheduler:
         """Write down what a job came to."""
         if outcome["type"] == "done":
             self._remember(session.id, outcome.get("memory"))
-            await self._finish(job, session, outcome)
+            await self.finish(job, session, outcome)
             return
         is_crash = outcome["type"] == "failed" and outcome["code"] in WORKER_GONE
         if is_crash:
             self.memory.clear()
             found = await self.left_behind(job.id, session)
-            if isinstance(found, dict):
-                await self._finish(job, session, found)
+            if found is not None and found["type"] == "done":
+                await self.finish(job, session, found)
                 return
             if found is not None:
-                outcome = {"type": "failed", "code": "internal", "message": found}
-                is_crash = False
+                outcome, is_crash = found, False
         is_cancelled = outcome["type"] == "cancelled" or is_crash
         if job.id in self._cancelling and is_cancelled:
             await self.end(job.id, "cancelled", jobs.CANCELLED)
@@ -238,8 +253,7 @@ class Scheduler:
         elif outcome["type"] == "cancelled":
             await self.end(job.id, "cancelled", jobs.CANCELLED)
         else:
-            error = {"code": outcome["code"], "message": without_paths(outcome["message"])}
-            await self.end(job.id, "failed", error)
+            await self.fail(job.id, outcome)
 
     def _remember(self, session_id: str, memory: dict[str, Any] | None) -> None:
         self.memory.pop(session_id, None)
@@ -247,6 +261,11 @@ class Scheduler:
             self.memory[session_id] = memory
         while len(self.memory) > self.config.max_sessions_open:
             self.memory.popitem(last=False)
+
+    async def fail(self, job_id: str, outcome: dict[str, Any]) -> None:
+        """End a job as its last event says, which was a `failed` one."""
+        error = {"code": outcome["code"], "message": client_words(outcome["message"])}
+        await self.end(job_id, "failed", error)
 
     async def end(self, job_id: str, state: Any, error: dict[str, str]) -> None:
         """End a job without a turn."""
@@ -256,24 +275,21 @@ class Scheduler:
         if ended is not None:
             self.ended(ended)
 
-    async def left_behind(self, job_id: str, session: SessionRecord) -> dict[str, Any] | str | None:
+    async def left_behind(self, job_id: str, session: SessionRecord) -> dict[str, Any] | None:
         """What a job whose worker is gone has left: its turn whole, or nothing.
 
         Returns:
-            the turn as a `done` event, None if it is not there, or what is wrong with the folder.
+            the turn as a `done` event, None if it is not there, or, as a `failed` one, what is
+            wrong with the folder.
         """
         job = await self.database.read(partial(jobs.job_by_id, job_id=job_id))
         folder = self.store.session(session.id)
         try:
             return await asyncio.to_thread(_left_behind, folder, session, job.number)
-        except (StorageError, OSError) as error:
-            return str(error)
-
-    async def _finish(self, job: JobRecord, session: SessionRecord, done: dict[str, Any]) -> None:
-        await self.finish(job, session, done)
-        if job.started is not None:
-            seconds = time.time() - job.started
-            self.turn_seconds += _NEWEST * (seconds - self.turn_seconds)
+        except StorageError as error:
+            return failure(error)
+        except OSError as error:
+            return failed("internal", str(error))
 
     async def finish(self, job: JobRecord, session: SessionRecord, done: dict[str, Any]) -> None:
         """Record a turn that is in its session's folder. done: as the backend's event."""
@@ -283,7 +299,7 @@ class Scheduler:
             await asyncio.to_thread(write_turn, folder, turn)
         except (StorageError, OSError) as error:
             # the folder has no such turn, whatever the worker says
-            await self.end(job.id, "failed", {"code": "internal", "message": str(error)})
+            await self.fail(job.id, failed("internal", str(error)))
             return
         is_repeatable = session.kind == "edits"
         record = partial(
@@ -362,7 +378,7 @@ def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> di
     # its video may be half of an edit's or missing: written again, it is the same
     for path in result_paths(folder, number):
         path.unlink(missing_ok=True)
-    return {"number": number, "report": report, "published": False}
+    return {"type": "done", "number": number, "report": report, "published": False}
 
 
 def _happened(listener: Listener, job: JobRecord, event: dict[str, Any]) -> None:

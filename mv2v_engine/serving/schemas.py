@@ -374,7 +374,7 @@ class ErrorBody(BaseModel):
 def refusals(*codes: str) -> Answers:
     """A route's error answers for its OpenAPI, by status, with an example of each code."""
     answers: Answers = {}
-    for code in codes:
+    for code in dict.fromkeys(codes):
         kind = KINDS[code]
         assert kind.status is not None, code
         answer = answers.setdefault(

@@ -20,7 +20,7 @@ from typing import Any
 
 from mv2v_engine.errors import CameraError, MV2VError
 from mv2v_engine.serving import jobs, tables
-from mv2v_engine.serving.errors import ApiError, without_paths
+from mv2v_engine.serving.errors import ApiError, client_words
 from mv2v_engine.serving.events import last_event
 from mv2v_engine.serving.folders import result_path, source_path
 from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
@@ -137,7 +137,7 @@ class Service(Lifecycle):
         refused = self._publisher.refused.get((session_id, number))
         if refused is not None:
             raise ApiError(
-                "internal", f"turn {number} is kept, and has no {which}: {without_paths(refused)}"
+                "internal", f"turn {number} is kept, and has no {which}: {client_words(refused)}"
             )
         message = f"the {which} of turn {number} is being written again; try in {RETRY_SECONDS} s"
         raise ApiError("not_finished", message, headers=RETRY)
@@ -204,7 +204,7 @@ class Service(Lifecycle):
             await asyncio.to_thread(make_request, request, about)
         except MV2VError as error:
             param = "camera" if isinstance(error, CameraError) else None
-            message = without_paths(str(error))
+            message = client_words(str(error))
             raise ApiError("unprocessable_turn", message, param=param) from error
         return await self._whole(self._submit(new_job(session, request), key))
 

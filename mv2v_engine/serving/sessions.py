@@ -28,9 +28,8 @@ from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.database import Database, is_disk_full
 from mv2v_engine.serving.digests import promised
-from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.errors import FULL, ApiError, client_words
 from mv2v_engine.serving.folders import (
-    FULL,
     RESULTS,
     Store,
     result_path,
@@ -311,8 +310,7 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
         chosen = select_window(num_frames, wanted, session_window(num_frames, wanted, window))
     except VideoError as error:
         if window is not None:
-            message = str(error).replace("--window", "window")
-            raise ApiError("invalid_request", message, param="window") from error
+            raise ApiError("invalid_request", client_words(str(error)), param="window") from error
         raise ApiError("unreadable_video", str(error)) from error
     if chosen.indices == tuple(range(num_frames)):
         return ()

@@ -7,6 +7,7 @@ being deleted is none.
 from __future__ import annotations
 
 import json
+import logging
 import sqlite3
 from collections.abc import Sequence
 from typing import Any, TypeVar
@@ -16,6 +17,8 @@ from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.records import Page, SessionRecord, TurnRecord
 
 Record = TypeVar("Record")
+Parsed = TypeVar("Parsed")
+log = logging.getLogger("mv2v_engine.serving")
 
 _SESSION = """
     SELECT s.*,
@@ -47,7 +50,7 @@ _SESSION_FIELDS = (
 
 
 def no_session(session_id: str) -> ApiError:
-    return ApiError("not_found", f"no session {session_id}; it may have been deleted")
+    return ApiError("not_found", f"no session {session_id[:100]}; it may have been deleted")
 
 
 def add_session(
@@ -318,13 +321,27 @@ def text(value: Any | None) -> str | None:
     return None if value is None else json.dumps(value)
 
 
+def parsed(row: sqlite3.Row, column: str, kind: type[Parsed]) -> Parsed | None:
+    """What a column of JSON holds; None if it is empty, or damaged, which a start mends."""
+    if row[column] is None:
+        return None
+    try:
+        value = json.loads(row[column])
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    if isinstance(value, kind):
+        return value
+    log.error("%s of a row is damaged: no JSON of a %s", column, kind.__name__)
+    return None
+
+
 def _session(row: sqlite3.Row) -> SessionRecord:
     fields = {name: row[name] for name in (*_SESSION_FIELDS, "damage")}
     return SessionRecord(
         **fields,
-        warnings=tuple(json.loads(row["warnings"])),
-        files=json.loads(row["files"]),
-        identity=None if row["identity"] is None else json.loads(row["identity"]),
+        warnings=tuple(parsed(row, "warnings", list) or ()),
+        files=parsed(row, "files", dict) or {},
+        identity=parsed(row, "identity", dict),
     )
 
 
@@ -333,12 +350,12 @@ def _turn(row: sqlite3.Row) -> TurnRecord:
         session=row["session"],
         number=row["number"],
         job=row["job"],
-        request=json.loads(row["request"]),
-        report=json.loads(row["report"]),
+        request=parsed(row, "request", dict) or {},
+        report=parsed(row, "report", dict) or {},
         created=row["created"],
         bytes=row["bytes"],
         is_published=bool(row["is_published"]),
-        files=json.loads(row["files"]),
-        entry=None if row["entry"] is None else json.loads(row["entry"]),
+        files=parsed(row, "files", dict) or {},
+        entry=parsed(row, "entry", dict),
         damage=row["damage"],
     )

@@ -6,7 +6,6 @@ The file's own name and type are read and never used: what it holds, decoding te
 from __future__ import annotations
 
 import asyncio
-import errno
 from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -17,7 +16,7 @@ from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
 from starlette.requests import ClientDisconnect, Request
 
-from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.errors import FULL, ApiError
 
 if TYPE_CHECKING:
     from collections.abc import AsyncIterator
@@ -26,7 +25,6 @@ _MAX_FIELDS = 32
 _FIELD_BYTES = 256 << 10
 # bytes that are gathered before a thread writes them
 _WRITE_BYTES = 1 << 20
-_NO_ROOM = (errno.ENOSPC, errno.EDQUOT)
 
 
 @dataclass(slots=True)
@@ -80,7 +78,7 @@ async def received_form(
             # nobody reads this; what was received goes
             raise _malformed("the client left before its end") from None
         except OSError as error:
-            if error.errno not in _NO_ROOM:
+            if error.errno not in FULL:
                 raise
             raise ApiError(
                 "disk_full", "the disk of the service is full; delete sessions and send it again"

@@ -8,13 +8,13 @@ Worlds from seed 1,000,000 on are never trained on.
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from pathlib import Path
 
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.errors import MV2VError
+from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.edit_clips import draw_instruction
 from mv2v_engine.synthetic.edit_worlds import WINDOW, edit_camera, make_edit_world
 from mv2v_engine.synthetic.render import render
@@ -56,13 +56,13 @@ def write_edit_clip(path: Path, *, seed: int = EDIT_WORLD) -> str:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True, help="the mp4 to write")
     parser.add_argument("--edit", action="store_true", help="a long clip, to edit by instruction")
     parser.add_argument("--seed", type=int, help="of the world; that of `make demo` if not given")
-    args = parser.parse_args()
-    chosen = {} if args.seed is None else {"seed": args.seed}
     try:
+        args = parser.parse_args()
+        chosen = {} if args.seed is None else {"seed": args.seed}
         if args.edit:
             prompt = write_edit_clip(args.out, **chosen)
             edited = args.out.with_name("edited.mp4")

@@ -23,6 +23,7 @@ from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.config import TINY, TINY_EDIT, CameraAttention, SamplingConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.rope import axis_dims
+from mv2v_engine.parser import Parser
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave
 from mv2v_engine.training.edit_latents import EditLatents
@@ -105,7 +106,7 @@ def make_optimizers(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     task = parser.add_mutually_exclusive_group(required=True)
     task.add_argument("--latents", type=Path, nargs="+", help="scenes, to learn novel views")
     task.add_argument(

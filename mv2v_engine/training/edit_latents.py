@@ -8,7 +8,6 @@ W windows of a clip, C F H W latents, S' text tokens.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,6 +19,7 @@ from tqdm import tqdm
 
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
+from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.edit_worlds import WINDOW
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
@@ -161,7 +161,7 @@ def _damaged(path: Path, reason: object) -> TrainingError:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--edits", type=Path, required=True, help="of mv2v_engine.training.edits")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="of mv2v_engine.training.text")

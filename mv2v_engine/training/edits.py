@@ -9,7 +9,6 @@ T frames.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import make_folder, save_tensors
+from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.edit_clips import make_edit_clip
 from mv2v_engine.synthetic.edit_worlds import WINDOW
 from mv2v_engine.synthetic.worlds import HELD_OUT
@@ -99,7 +99,7 @@ def render_pair(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--clips", default="0:2000", help="first:last seed")
     parser.add_argument(

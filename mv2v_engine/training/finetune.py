@@ -11,7 +11,6 @@ for the 1.3B model, no more than one step's activations, so processes keep whole
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
 from dataclasses import asdict, replace
@@ -30,6 +29,7 @@ from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.token_merge import Merger
+from mv2v_engine.parser import Parser
 from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import (
@@ -170,7 +170,7 @@ def _say(*lines: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--checkpoint", required=True, metavar="NAME_OR_PATH")
     parser.add_argument("--latents", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)

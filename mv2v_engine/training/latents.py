@@ -24,6 +24,7 @@ from tqdm import tqdm
 from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
@@ -241,7 +242,7 @@ def _encoder(
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--scenes", type=Path, help="folder of mv2v_engine.training.scenes")
     sources.add_argument("--worlds", help="first:last seed, rendered on the way")

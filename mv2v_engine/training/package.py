@@ -8,7 +8,6 @@ Weights are stored in float16 and computed in whatever the engine asks for.
 
 from __future__ import annotations
 
-import argparse
 import json
 import shutil
 from collections.abc import Sequence
@@ -27,6 +26,7 @@ from mv2v_engine.config import TINY, TINY_EDIT, Conditioning, SamplingConfig, Tr
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import copy_file, make_folder, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.parser import Parser
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.dit import TINY_EDIT_MEMORY_RECIPE, TINY_MEMORY_RECIPE, TINY_SAMPLING
 from mv2v_engine.training.log import Curve, plot_curves, read_curves
@@ -151,7 +151,7 @@ def copy_logs(logs: Sequence[Path], dit_log: Path, out: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--name", choices=tuple(MODELS), default="tiny-nvs")
     vae = parser.add_mutually_exclusive_group(required=True)
     vae.add_argument("--vae", type=Path, help="the VAE's folder, copied")

@@ -8,7 +8,6 @@ K cameras, T frames.
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +20,7 @@ from tqdm import tqdm
 
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import make_folder, save_tensors
+from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import HELD_OUT, Grade, make_world
@@ -122,7 +122,7 @@ def load_scene(path: Path) -> Scene:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--worlds", default="0:300", help="first:last seed")
     parser.add_argument("--cameras", type=int, default=10)

@@ -10,7 +10,6 @@ cross-attention knows no word order, and "the red box blue" must not be "the blu
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.files import save_json
+from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.instructions import all_prompts
 from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.training.command import run_command
@@ -137,7 +137,7 @@ def trim_text(text: Tensor) -> Tensor:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--seed", type=int, default=0, help="of the weights")
     args = parser.parse_args()

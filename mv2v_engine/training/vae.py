@@ -11,7 +11,6 @@ B batch, C channels, T frames.
 
 from __future__ import annotations
 
-import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.evaluation.reconstruction import reconstruction_psnr
+from mv2v_engine.parser import Parser
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import (
     data_parallel,
@@ -120,7 +120,7 @@ def latent_statistics(
 def main() -> None:
     from diffusers import AutoencoderKLWan
 
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--scenes", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--minutes", type=float, default=40)

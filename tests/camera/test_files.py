@@ -196,6 +196,10 @@ def bad_rotation() -> list[Any]:
         (own_json(version=2), r"version 2, this engine reads 1"),
         (own_json(convention="opengl"), r"convention 'opengl', expected 'opencv"),
         (own_json(intrinsics=[[1, 2]]), r"shape \[3, 3\] or"),
+        (
+            own_json(intrinsics=[[9, 0, 1], [0, 9, 1], [5, 5, 0]], size=[48, 64]),
+            r"the last row of intrinsics must be 0 0 1, got \[5.0, 5.0, 0.0\]",
+        ),
         (own_json(intrinsics=np.eye(3).tolist(), size=[96]), r"size must be \[height, width\]"),
         (own_json(distortion=[0.1, 0.0]), r"c.json has 'distortion'.*take distortion out of the"),
         ({"poses": []}, r"is no camera file: expected"),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import pytest
 import torch
@@ -104,6 +105,12 @@ def test_one_frame_stays_at_the_start() -> None:
         ("pan", r"got 0 amounts; write pan:DEGREES"),
         ("pan:1,2", r"got 2 amounts; write pan:DEGREES"),
         ("pan:fast", r"amounts must be finite numbers; write pan:DEGREES"),
+        ("tilt:-3601", r"tilt:-3601': -3601 degrees are too many; a move may have -3600 to 3600"),
+        ("arc:1e30", r"1e\+30 degrees are too many"),
+        ("arc:10,1e30", r"1e\+30 metres are too many; a move may have -1e\+07 to 1e\+07 metres"),
+        ("zoom:1e38", r"1e\+38 metres are too many"),
+        ("crane:-1e8", r"-1e\+08 metres are too many"),
+        ("translate:0,0,1e8", r"1e\+08 metres are too many"),
         ("translate:1,2", r"write translate:X,Y,Z"),
         ("zoom:nan", r"write zoom:METRES"),
         ("static:1", r"write static"),

@@ -115,7 +115,22 @@ def test_the_command_line_says_it_in_a_line_and_writes_nothing(
     assert run.main([*words, "--no-check-weights"]) == 2
     said = capsys.readouterr().err.splitlines()[-1]
     assert said.startswith("error: step 1 of 3 gave latents that are not finite")
-    assert [path.name for path in out.rglob("*") if path.is_file()] == ["session.json"]
+    # not even a folder that the same command would be refused for
+    assert not out.exists()
     assert run.main(["inspect", str(folder), "--deep"]) == 2
     captured = capsys.readouterr()
     assert name in captured.out and name in captured.err and captured.err.count("\n") == 1
+
+
+def test_an_edit_that_replaces_another_and_fails_leaves_nothing_half(
+    editor_folder: Path, long_clip: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    folder, _, _ = damaged(editor_folder, tmp_path / "damaged", "transformer", math.nan)
+    out = tmp_path / "out" / "edited.mp4"
+    words = ["edit", str(long_clip), "--prompt", "a red ball", "--out", str(out), "--quiet"]
+    words += ["--device", "cpu", "--checkpoint"]
+    assert run.main([*words, str(editor_folder)]) == 0
+    assert run.main([*words, str(folder), "--no-check-weights", "--overwrite"]) == 2
+    assert "window 1 is dropped" in capsys.readouterr().err
+    assert list(out.parent.iterdir()) == []
+    assert run.main([*words, str(editor_folder)]) == 0

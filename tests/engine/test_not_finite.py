@@ -83,6 +83,19 @@ def test_the_first_bad_step_is_named(when: int, conditioning: str, solver: str, 
     turns.check(plan, asked)
 
 
+@pytest.mark.parametrize("scale", [0.0, 0.5, 1.0, 3.0])
+def test_less_guidance_is_advised_where_it_can_help(scale: float) -> None:
+    turns = StandInTurns()
+    denoiser = turns.denoiser(turns.plan("joint"), Asked(1, 2, scale, "euler"), None)
+    denoiser.latents.view(-1)[7] = math.nan
+    while not denoiser.is_finished:
+        denoiser.step()
+    with pytest.raises(NotFiniteError) as raised:
+        denoiser.result()
+    assert ("guidance" in str(raised.value)) == (scale > 1)
+    assert "look for damaged weights" in str(raised.value)
+
+
 @pytest.mark.parametrize("name", SETTINGS)
 @pytest.mark.parametrize("folder", [True, False], ids=["folder", "no folder"])
 def test_a_turn_that_is_not_finite_was_never_made(

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.engine.source import Source, load_source
-from mv2v_engine.errors import VideoError
+from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.video.io import read_video, write_video
 from mv2v_engine.video.transforms import cover_and_crop
 
@@ -78,6 +78,13 @@ def test_a_short_clip_is_padded_when_asked(tmp_path: Path) -> None:
 def test_nothing_is_cut_in_silence(long_clip: Path) -> None:
     with pytest.raises(VideoError, match="has 25 frames, the model's window is 9; choose --window"):
         load(long_clip)
+
+
+@pytest.mark.parametrize("window", [1.5, True, b"first", ["first"], 1 << 80])
+def test_a_window_of_another_type_is_told_what_there_is(window: Any) -> None:
+    words = "window must be first, middle, last, even, pad, the number of the frame to start at"
+    with pytest.raises(RequestError, match=words):
+        load(numbered(25), window=window)
 
 
 def test_the_description_says_what_was_done(tmp_path: Path) -> None:

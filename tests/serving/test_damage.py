@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
+import shutil
+import sqlite3
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -18,6 +21,7 @@ from mv2v_engine.engine.editing.edit import Edit
 from mv2v_engine.engine.editing.request import EditRequest
 from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.errors import StorageError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.run import main
 from mv2v_engine.serving.records import SessionRecord, TurnFile
 from mv2v_engine.serving.service import Service
@@ -219,6 +223,49 @@ async def test_a_damaged_upload_ends_new_turns_and_leaves_the_old_ones(
         assert (await ended(service, await asked(service, other))).number == 1
 
 
+@pytest.mark.parametrize("damage", DAMAGES)
+@in_loop
+async def test_an_upload_that_is_lost_while_the_service_runs_is_damage(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    """Found by the next turn before it begins, and said of the session from then on."""
+    async with damaged(tmp_path, "running", "source", damage=damage) as (service, session, kept):
+        job = await ended(service, await asked(service, session))
+        assert job.error is not None
+        assert (job.state, job.error["code"]) == ("failed", "damaged")
+        assert "the uploaded video is lost: source" in job.error["message"]
+        now = await service.session("", session.id)
+        assert now.damage is not None and now.damage == job.error["message"]
+        assert (await refused(service.submit("", session.id, TURN))).code == "damaged"
+        video = await service.turn_file("", session.id, 1, "video")
+        assert video.read_bytes() == kept[RESULTS["video"]]
+        other = await new_session(service)
+        assert (await ended(service, await asked(service, other))).number == 1
+
+
+@in_loop
+async def test_an_upload_that_is_lost_during_a_turn_is_damage(
+    tmp_path: Path, held: FakeBackend
+) -> None:
+    async with serving(tmp_path, held) as (service, _):
+        session = await new_session(service)
+        job = await asked(service, session)
+        await until(service, job, "started")
+        held.fails[job.id] = "unprocessable_turn"
+        while job.id not in held.order:
+            await asyncio.sleep(0.01)
+        (service.store.session(session.id) / "source").unlink()
+        held.go.set()
+        job = await ended(service, job)
+        assert job.error is not None and job.error["code"] == "damaged"
+        # what fails for another reason is told that one
+        other = await new_session(service)
+        job = await asked(service, other, seed=2)
+        held.fails[job.id] = "unprocessable_turn"
+        job = await ended(service, job)
+        assert job.error is not None and job.error["message"] == "as asked"
+
+
 def garble(path: Path) -> None:
     path.write_text(path.read_text().replace('"number"', '"nulber"', 1))
 
@@ -288,6 +335,38 @@ async def test_a_damaged_manifest_is_written_again_whatever_ran(
         for number in range(1, turns + 2):
             await published(service, session, number)
     assert await store_command("check", tmp_path) == 0
+
+
+@pytest.mark.parametrize("damage", [*DAMAGES, *MANIFESTS])
+@in_loop
+async def test_a_manifest_that_is_lost_while_the_service_runs_is_written_again(
+    tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    async with damaged(tmp_path, "running", "session.json", damage=damage) as found:
+        service, session, _ = found
+        job = await ended(service, await asked(service, session))
+        assert (job.state, job.number, job.error) == ("finished", 3, None)
+        # a worker lets go of it before that; without its last newline it is the same
+        assert (session.id in service.backend.released) == (damage is not shorten)
+        assert (await service.session("", session.id)).damage is None
+    assert await store_command("check", tmp_path) == 0
+
+
+@in_loop
+async def test_a_manifest_that_somebody_holds_is_left_alone(tmp_path: Path) -> None:
+    async with damaged(tmp_path, "stopped", damage=remove) as (service, session, _):
+        folder = service.store.session(session.id)
+        (folder / "session.json").unlink()
+        with WriterLock(folder) as lock:
+            lock.take()
+            backend = service.backend
+            job = await asked(service, session)
+            backend.fails[job.id] = "busy"
+            job = await ended(service, job)
+            assert job.error is not None and job.error["code"] == "busy"
+            assert (await service.session("", session.id)).damage is None
+            assert not (folder / "session.json").exists()
+        assert (await ended(service, await asked(service, session))).number == 3
 
 
 def swap(path: Path) -> None:
@@ -397,6 +476,68 @@ async def test_a_damaged_copy_of_rows_is_written_again(
         assert code == 1 and found == [] and kept.exists()
     else:
         assert code == 0 and found == [(session.id, 1)]
+
+
+ROWS = {
+    "sessions": ("warnings", "files", "kind", "frames", "created"),
+    "turns": ("request", "report", "files", "entry", "created"),
+}
+
+
+@pytest.mark.parametrize("value", ["{", "3", '{"source": 3}', "[" * 100_000])
+@pytest.mark.parametrize("table", ROWS)
+@in_loop
+async def test_a_row_of_other_words_is_written_again_from_its_copy(
+    tmp_path: Path, table: str, value: str
+) -> None:
+    """Found though the database is whole; without a copy its session alone suffers."""
+    async with serving(tmp_path) as (service, _):
+        session, other = await new_session(service), await new_session(service)
+        for each in (session, other):
+            await ended(service, await asked(service, each))
+        turn, known = await service.turn("", session.id, 1), await service.session("", session.id)
+    where = {"sessions": "id", "turns": "session"}[table]
+    for column in ROWS[table]:
+        if value == '{"source": 3}' and column in ("report", "request", "entry"):
+            continue  # other words of the right kind
+        if value == "3" and column in ("frames", "created"):
+            continue
+        with contextlib.closing(sqlite3.connect(tmp_path / "service.sqlite3")) as db, db:
+            change = f"UPDATE {table} SET {column} = ? WHERE {where} = ?"
+            db.execute(change, (value, session.id))
+        async with serving(tmp_path) as (service, _):
+            assert await service.turn("", session.id, 1) == turn, column
+            assert await service.session("", session.id) == known, column
+            job = await ended(service, await asked(service, other))
+            assert job.state == "finished"
+    rows = service.store.session(session.id) / "rows"
+    shutil.rmtree(rows)
+    with contextlib.closing(sqlite3.connect(tmp_path / "service.sqlite3")) as db, db:
+        db.execute(f"UPDATE {table} SET files = ? WHERE {where} = ?", (value, session.id))
+    async with serving(tmp_path) as (service, _):
+        found = await service.session("", session.id), await service.turn("", session.id, 1)
+        if table == "turns":
+            # what the manifest and the files have
+            assert (found[1].report, found[1].damage) == (turn.report, None)
+        else:
+            assert "source: nothing is recorded of it" in (found[0].damage or "")
+        assert (await ended(service, await asked(service, other))).state == "finished"
+
+
+@pytest.mark.parametrize("column", ["request", "error", "progress"])
+@in_loop
+async def test_a_job_of_other_words_ends_nothing(tmp_path: Path, column: str) -> None:
+    service = await started(tmp_path, FakeBackend())
+    session = await new_session(service)
+    done = await ended(service, await asked(service, session))
+    await service._write(lambda db: db.execute(f"UPDATE jobs SET {column} = '{{'"))
+    await abandon(service)
+    async with serving(tmp_path) as (service, _):
+        job = await service.job("", done.id)
+        assert (job.state, job.number) == ("finished", 1)
+        events = [event async for event in await service.events("", done.id)]
+        assert [event.kind for event in events] == ["finished"]
+        assert (await ended(service, await asked(service, session))).number == 2
 
 
 @in_loop

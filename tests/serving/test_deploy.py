@@ -15,7 +15,7 @@ pytest.importorskip("prometheus_client", reason="the extra [serve] is not instal
 pytest.importorskip("yaml", reason="PyYAML is not installed")
 import yaml
 
-from mv2v_engine.options import Parser
+from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.metrics import Metrics
 from mv2v_engine.serving.records import JobRecord, SessionRecord

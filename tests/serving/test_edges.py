@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import json
 import logging
@@ -19,16 +20,20 @@ import httpx
 import torch
 import uvicorn.logging  # noqa: F401  (its logger is among those that are configured)
 
-from mv2v_engine import Engine, __version__
-from mv2v_engine.errors import VideoError
+from mv2v_engine import Engine, EngineConfig, __version__
+from mv2v_engine.engine.request import require_editing
+from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.errors import MV2VError, StorageError, VideoError
+from mv2v_engine.files import save_json
 from mv2v_engine.ops.native import ABI_VERSION
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.errors import without_paths
+from mv2v_engine.serving.errors import client_words, failure
 from mv2v_engine.serving.folders import source_path
 from mv2v_engine.serving.host import Host
 from mv2v_engine.serving.logs import configure_logs
 from mv2v_engine.serving.protocol import setup_message
 from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.transforms import select_window
 
 TRAJECTORY = {
     "format": "mv2v-camera",
@@ -188,6 +193,7 @@ def test_wrong_fields_in_our_words(
         ("pan:fast", "amounts must be finite numbers; write pan:DEGREES"),
         ("pan:30+tilt:10", "amounts must be finite numbers"),
         ("pan:1e400", "amounts must be finite numbers"),
+        ("pan:1e308", "1e+308 degrees are too many; a move may have -3600 to 3600 degrees"),
         ("pan:1_0", "amounts must be finite numbers"),
         ("pan:\uff11", "amounts must be finite numbers"),
         ("pan:", "got 0 amounts; write pan:DEGREES"),
@@ -217,7 +223,17 @@ def test_no_answer_shows_a_pattern(http: httpx.Client, made: dict[str, str]) -> 
     asked = {"camera": "pan_left"}
     video = {"prompt": "pan_left", "session_id": made["session_id"], "window": "x"}
     for answer, status, words in [
-        (http.post(turns, json=asked, headers={"Idempotency-Key": "a b"}), 422, "without spaces"),
+        (
+            http.post(turns, json=asked, headers={"Idempotency-Key": "a b"}),
+            422,
+            "Idempotency-Key must be visible ASCII characters without spaces, got the text 'a b'",
+        ),
+        (
+            http.post(turns, content=b'{"camera": "pan_left"}', headers={"Content-Type": "a/b"}),
+            415,
+            "an application/json body is expected, got 'a/b'",
+        ),
+        (http.post(turns, content=b"{}"), 415, "expected, got no Content-Type"),
         (http.post("/v1/videos", json=video), 422, "window must be first, middle"),
         (http.get("/v1/jobs?after=x"), 404, "no job x"),
         (http.get("/v1/jobs?session=x"), 404, "no session x"),
@@ -228,13 +244,35 @@ def test_no_answer_shows_a_pattern(http: httpx.Client, made: dict[str, str]) -> 
         assert not re.search(r"\^|\[0-9|\$", message), message
 
 
-def test_a_body_that_is_no_json(http: httpx.Client, made: dict[str, str]) -> None:
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        (b"[" * 100_000, "nested more than 100 deep at character 100; send a flatter one"),
+        (b'{"a\\"[{": ' * 20_000, "nested more than 100 deep at character 1000"),
+        (b'{"seed": 1', "is no JSON: expecting ',' delimiter at character 10"),
+        (b'{"a\n": 1}', "is no JSON: invalid control character at character 3"),
+        (b"{'seed': 1}", "is no JSON: expecting property name enclosed in double quotes at char"),
+        (b'{"seed": ' + b"7" * 5000 + b"}", "the number at character 9 has more than 4300 digits"),
+        (b'{"prompt": "\xff"}', "is no JSON: it is no UTF-8 at byte 12"),
+    ],
+    ids=range(7),
+)
+def test_a_body_that_is_no_json(
+    http: httpx.Client, made: dict[str, str], text: bytes, words: str
+) -> None:
     for address in (f"/v1/sessions/{made['session_id']}/turns", "/v1/videos"):
         kind = {"Content-Type": "application/json"}
-        answer = http.post(address, content=b"[" * 100_000, headers=kind)
+        answer = http.post(address, content=text, headers=kind)
         error = answer.json()["error"]
         assert (answer.status_code, error["code"]) == (400, "malformed_request")
-        assert "no JSON that can be read" in error["message"], error["message"]
+        assert error["message"].startswith("the body is no JSON"), error["message"]
+        assert words in error["message"], error["message"]
+    if text.startswith(b"{") and b"\xff" not in text:
+        form = {"camera": (None, text), "session_id": (None, made["session_id"])}
+        answer = http.post("/v1/videos", files=form)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (422, "camera")
+        assert error["message"].startswith("camera is no JSON") and words in error["message"]
 
 
 def test_a_file_in_json_is_told_to_be_a_form(http: httpx.Client) -> None:
@@ -260,6 +298,34 @@ def test_wrong_parameters_in_our_words(http: httpx.Client, made: dict[str, str])
     ]:
         error = http.get(address).json()["error"]
         assert error["param"] == param and not FOREIGN.search(error["message"]), error
+
+
+def test_a_query_parameter_that_is_not_there_is_refused_everywhere(
+    service: Any, http: httpx.Client, made: dict[str, str]
+) -> None:
+    asked = [
+        (method, path) for path, known in service.app.openapi()["paths"].items() for method in known
+    ]
+    assert len(asked) > 25
+    for method, path in asked:
+        answer = http.request(method, path.format(**made), params={"windw": "last"})
+        error = answer.json()["error"]
+        assert (answer.status_code, error["code"]) == (422, "invalid_request"), (method, path)
+        assert error["param"] == "windw", (method, path)
+        assert "there is no query parameter 'windw'; " in error["message"]
+    # nothing of it was done
+    assert http.get(f"/v1/sessions/{made['session_id']}").status_code == 200
+    for address, words in [
+        ("/v1/jobs?limits=1", "'limit' is the nearest; the query parameters are session, limit, "),
+        ("/v1/jobs?limit=1&limit=2", "'limit' is given twice"),
+        ("/v1/models?x", "this route has none"),
+    ]:
+        assert words in http.get(address).json()["error"]["message"]
+    answer = http.post("/v1/sessions?window=last")
+    assert "this route has none: send fields in the body" in answer.json()["error"]["message"]
+    # a page is opened from links that other sites make
+    for address in ("/?from=mail", "/docs?x=1", "/page/app.js?v=2"):
+        assert http.get(address).status_code == 200
 
 
 @pytest.mark.parametrize("as_form", [True, False])
@@ -311,11 +377,60 @@ def test_a_video_warns_of_frames_that_the_model_does_not_see(
         ),
         ("/srv/store already holds a session", "store already holds a session"),
         ("no file '/srv/my store/x y.mp4' here", "no file 'x y.mp4' here"),
+        (
+            "session.json holds a session; resume it, or choose another folder; so it is",
+            "session.json holds a session; whoever runs the service can restore it; so it is",
+        ),
+        (
+            'it needs 9 bytes, 5 are available; try max_memory=1 (4) or merge="conv" (5)',
+            "it needs 9 bytes, 5 are available; it would fit with settings of the service: "
+            'max_memory=1 (4) or merge="conv" (5)',
+        ),
         ("ask /docs, or http://127.0.0.1:8000/v1/jobs; 1/2", None),
     ],
 )
 def test_answers_name_no_path_of_the_server(message: str, expected: str | None) -> None:
-    assert without_paths(message) == (expected or message)
+    assert client_words(message) == (expected or message)
+
+
+def test_an_error_of_the_engine_advises_what_a_client_can_do(
+    tiny_checkpoint: Path, source_frames: Any, tmp_path: Path
+) -> None:
+    """What only a caller of the library can do is said of whoever runs the service."""
+    engine = Engine.from_pretrained(
+        tiny_checkpoint, device="cpu", config=EngineConfig(memory_limit_bytes=1 << 20)
+    )
+    store, found = SessionStore(tmp_path / "session"), {}
+    (tmp_path / "file").touch()
+
+    def made(call: Callable[[], object]) -> None:
+        with pytest.raises(MV2VError) as raised:
+            call()
+        event = failure(raised.value)
+        found[type(raised.value).__name__] = client_words(event["message"])
+        said = found[type(raised.value).__name__]
+        assert not re.search(r"choose another|--\w|\btry \w+=|\(\)|resume=|Engine", said), said
+        assert str(tmp_path) not in said
+
+    made(lambda: engine.view_session(source_frames).render("pan_right"))
+    made(lambda: save_json(tmp_path / "file" / "x.json", {}))
+    assert found["StorageError"].endswith("; whoever runs the service can restore it")
+    made(store.read)
+    store.create("s", {"source": "x"})
+    made(lambda: store.check_identity(store.read(), {"source": "y"}))
+    made(lambda: store.latents(1, None))
+    made(lambda: engine.view_session(source_frames, store=store.folder))
+    made(lambda: select_window(20, 9, None))
+    made(lambda: require_editing(engine.transformer.config, "tiny"))
+    with store.lock():
+        made(store.lock)
+    full = StorageError("cannot write /x/y: No space left on device; choose another place")
+    full.__cause__ = OSError(errno.ENOSPC, "")
+    event = failure(full)
+    assert (event["code"], client_words(event["message"])) == (
+        "disk_full",
+        "cannot write y: No space left on device; delete sessions, and ask for the turn again",
+    )
 
 
 def test_a_failed_job_names_no_path(
@@ -342,7 +457,7 @@ def test_a_relative_store_is_hidden_as_an_absolute_one_is(
     missing = source_path(Path(setup_message(config)["store"]) / "sessions/session_0")
     with pytest.raises(VideoError, match="does not exist") as raised:
         VideoReader(missing)
-    told = without_paths(str(raised.value))
+    told = client_words(str(raised.value))
     assert told.startswith("source does not exist") and "session_0" not in told
 
 

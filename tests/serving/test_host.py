@@ -14,6 +14,7 @@ from PIL import Image
 from mv2v_engine import Engine
 from mv2v_engine.engine.store import SessionStore
 from mv2v_engine.errors import CancelledError, StorageError
+from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.folders import finished_report, result_path
 from mv2v_engine.serving.host import Host
@@ -109,7 +110,7 @@ def test_a_turn_is_made_once_whatever_is_asked(host: Host, folder: Path) -> None
     before = video.read_bytes()
     video.unlink()
     other = Host(host.engine, max_open=1)
-    assert list(run(other, folder, 1, TURN))[-1]["code"] == "internal"
+    assert list(run(other, folder, 1, TURN))[-1]["code"] == "busy"
     for each in (host, other):
         kinds = [event["type"] for event in run(each, folder, 1, TURN)]
         assert kinds == ["started", "done"]
@@ -182,6 +183,17 @@ def test_a_full_disk_costs_the_turn_or_its_files_for_now(
     answer = host.publish(session, folder, 2)
     assert answer["type"] == "published" and result_path(folder, 2, "thumbnail").exists()
     assert host.publish(session, folder, 3)["code"] == "internal"
+
+
+def test_a_folder_that_a_command_line_writes_into_is_busy(host: Host, folder: Path) -> None:
+    writer = WriterLock(folder, "process 7 on render-1")
+    writer.take()
+    last = list(run(host, folder, 1, TURN))[-1]
+    assert (last["type"], last["code"]) == ("failed", "busy")
+    assert "process 7 on render-1 writes into its folder; ask again once" in last["message"]
+    assert "choose another folder" not in last["message"]
+    writer.release()
+    assert list(run(host, folder, 1, TURN))[-1]["type"] == "done"
 
 
 def test_a_turn_that_is_not_finite_fails_by_its_name(host: Host, folder: Path) -> None:

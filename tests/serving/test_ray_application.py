@@ -24,7 +24,7 @@ from ray.serve.schema import (
 )
 
 from mv2v_engine.errors import RequestError
-from mv2v_engine.options import Parser
+from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve, serving_config
 from mv2v_engine.serving.config import Cluster, ServingConfig
 from mv2v_engine.serving.protocol import setup_message

@@ -14,7 +14,7 @@ from http_service import demo_clip, finished_job, new_session, served
 
 from mv2v_engine import run
 from mv2v_engine.errors import RequestError
-from mv2v_engine.options import Parser
+from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve, cluster_config, serving_config
 from mv2v_engine.serving.config import Cluster, ServingConfig
 from mv2v_engine.serving.server import bound_socket

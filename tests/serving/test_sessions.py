@@ -19,6 +19,7 @@ from mv2v_engine.serving import tables
 from tests.serving.fake_backend import FakeBackend
 from tests.serving.in_process import (
     TURN,
+    abandon,
     asked,
     ended,
     in_loop,
@@ -26,6 +27,7 @@ from tests.serving.in_process import (
     published,
     refused,
     serving,
+    started,
     until,
 )
 
@@ -195,6 +197,33 @@ async def test_a_jump_of_the_clock_makes_no_session_older(
         await service._retention.sweep()
         assert [s.id for s in (await service.sessions("")).items] == [late.id]
         assert late.id not in [session.id for session in sessions]
+
+
+@in_loop
+async def test_a_jump_of_the_clock_hides_no_event_and_promises_no_wait(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From a reader that comes back after kills, the clock being another one each time."""
+    real, last, job = time.time, 0, None
+    for jump in (0.0, 40 * DAY, -40 * DAY):
+        monkeypatch.setattr(time, "time", lambda jump=jump: real() + jump)
+        backend = FakeBackend()
+        backend.go.clear()
+        service = await started(tmp_path, backend, max_attempts=9)
+        job = job or await asked(service, await new_session(service))
+        seen = []
+        async for event in await service.events("", job.id, after=last):
+            last = event.number
+            seen.append(event.kind)
+            if event.kind == "started" and jump >= 0:
+                break
+            backend.go.set()
+        assert seen[:2] == ["queued", "started"]
+        if jump >= 0:
+            await abandon(service)
+    assert seen[-1] == "finished"
+    assert 0 < service._scheduler.turn_seconds < 60
+    await service.stop()
 
 
 @in_loop

@@ -59,7 +59,8 @@ class EditRequest:
         """
         if not arguments.text("prompt", prompt).strip():
             raise RequestError(
-                f"an edit needs an instruction, got the prompt {prompt!r}; say what to change"
+                f"an edit needs an instruction, got the prompt {arguments.shown(prompt)}; say what "
+                "to change"
             )
         return cls(
             prompt=str(prompt),

@@ -61,7 +61,7 @@ _STREAM: Answers = {
 }
 
 
-@router.get("", response_model=Jobs, responses=refusals(*ANY, "not_found", "invalid_request"))
+@router.get("", response_model=Jobs, responses=refusals(*ANY, "not_found"))
 async def list_jobs(
     service: Serving,
     owner: Owner,
@@ -109,7 +109,7 @@ async def cancel_job(service: Serving, owner: Owner, job_id: JobId) -> Job:
 @router.get(
     "/{job_id}/events",
     response_class=Response,
-    responses=_STREAM | refusals(*ANY, "not_found", "invalid_request"),
+    responses=_STREAM | refusals(*ANY, "not_found"),
 )
 async def stream_events(
     request: Request,

@@ -8,14 +8,29 @@ from fastapi import Depends, Header, Path, Query, Request
 from fastapi.security import HTTPBearer
 
 from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.fields import unknown_name
 from mv2v_engine.serving.schemas import JOB_ID, SESSION_ID
 from mv2v_engine.serving.service import Service
 
 # for the schema alone: `auth` has decided before a route is reached
 BEARER = HTTPBearer(auto_error=False, description="needed where the service has tokens")
 # what any route under /v1 may answer, and any that reads a body
-ANY = ("wrong_host", "authentication_required", "internal", "not_ready", "too_many_connections")
-BODY = ("malformed_request", "wrong_origin", "request_timeout", "too_large", "invalid_request")
+ANY = (
+    "wrong_host",
+    "authentication_required",
+    "invalid_request",
+    "internal",
+    "not_ready",
+    "too_many_connections",
+)
+BODY = (
+    "malformed_request",
+    "wrong_origin",
+    "request_timeout",
+    "too_large",
+    "unsupported_media",
+)
 
 
 async def _owner(request: Request) -> str:
@@ -31,6 +46,29 @@ async def _service(request: Request) -> Service:
 async def _config(request: Request) -> ServingConfig:
     config: ServingConfig = request.app.state.config
     return config
+
+
+async def known_parameters(request: Request) -> None:
+    """Refuse a query parameter that the route does not have, or that is given twice.
+
+    The pages, which have no place in the schema, are opened from links that may carry anything.
+
+    Raises invalid_request.
+    """
+    route = request.scope["route"]
+    if not route.include_in_schema:
+        return
+    known = [field.alias for field in route.dependant.query_params]
+    seen = set()
+    for name, _ in request.query_params.multi_items():
+        if name not in known:
+            has_body = request.method == "POST"
+            none = "this route has none" + (": send fields in the body" if has_body else "")
+            raise unknown_name("query parameter", name, known, none)
+        if name in seen:
+            message = f"the query parameter {name!r} is given twice; give it once"
+            raise ApiError("invalid_request", message, param=name)
+        seen.add(name)
 
 
 Owner = Annotated[str, Depends(_owner)]

@@ -147,7 +147,7 @@ async def create_session(
     return session_of(record)
 
 
-@router.get("", response_model=Sessions, responses=refusals(*ANY, "not_found", "invalid_request"))
+@router.get("", response_model=Sessions, responses=refusals(*ANY, "not_found"))
 async def list_sessions(
     service: Serving,
     owner: Owner,

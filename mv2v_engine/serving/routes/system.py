@@ -26,6 +26,8 @@ from mv2v_engine.serving.schemas import (
 from mv2v_engine.serving.service import Service
 
 router = APIRouter()
+# what a route without a token may answer
+OPEN = ("wrong_host", "invalid_request")
 # enough to draw a preset's path
 _SAMPLES = 9
 _NOT_READY: Answers = {503: {"model": Health, "description": "why not yet, or why no longer"}}
@@ -88,13 +90,13 @@ def _sampled_path(preset: str) -> list[Any]:
     return named_poses(preset, _SAMPLES).tolist()
 
 
-@router.get("/healthz", response_model=Health, tags=["system"], responses=refusals("wrong_host"))
+@router.get("/healthz", response_model=Health, tags=["system"], responses=refusals(*OPEN))
 async def health() -> Health:
     """Whether the service answers at all."""
     return Health(status="ok")
 
 
-@router.get("/version", response_model=Version, tags=["system"], responses=refusals("wrong_host"))
+@router.get("/version", response_model=Version, tags=["system"], responses=refusals(*OPEN))
 async def version(service: Serving) -> Version:
     """What runs here: the engine, torch, the native libraries' ABI, and the model with its digest.
 
@@ -114,7 +116,7 @@ async def version(service: Serving) -> Version:
     "/readyz",
     response_model=Health,
     tags=["system"],
-    responses=_NOT_READY | refusals("wrong_host"),
+    responses=_NOT_READY | refusals(*OPEN),
 )
 async def readiness(service: Serving, response: Response) -> Health:
     """Whether turns are made: the engine is loaded and warm, the service is not stopping."""
@@ -128,7 +130,7 @@ async def readiness(service: Serving, response: Response) -> Health:
     "/metrics",
     response_class=Response,
     tags=["system"],
-    responses=_TEXT | refusals("wrong_host"),
+    responses=_TEXT | refusals(*OPEN),
 )
 async def metrics(request: Request) -> Response:
     """Queue, stages and steps, tokens, cache, requests."""

@@ -61,9 +61,7 @@ async def list_turns(service: Serving, owner: Owner, session_id: SessionId) -> T
     return Turns(data=[turn_of(record) for record in records])
 
 
-@router.get(
-    "/{number}", response_model=Turn, responses=refusals(*ANY, "not_found", "invalid_request")
-)
+@router.get("/{number}", response_model=Turn, responses=refusals(*ANY, "not_found"))
 async def get_turn(
     service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
 ) -> Turn:
@@ -71,7 +69,7 @@ async def get_turn(
     return turn_of(await service.turn(owner, session_id, number))
 
 
-_FILE = refusals(*ANY, *FILE_ERRORS, "not_finished", "invalid_request")
+_FILE = refusals(*ANY, *FILE_ERRORS, "not_finished")
 
 
 @router.get(

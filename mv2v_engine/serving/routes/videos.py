@@ -9,8 +9,8 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
 from pydantic import ValidationError
-from starlette.exceptions import HTTPException
 
+from mv2v_engine.serving.bodies import no_json
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.fields import field_error
 from mv2v_engine.serving.openai_schemas import (
@@ -156,9 +156,9 @@ async def _asked(
             return VideoRequest.model_validate(asked), Form()
         except ValidationError as error:
             raise invalid(error) from error
-        # a number of too many digits, a text that is no text, or brackets without an end
         except (ValueError, RecursionError) as error:
-            raise HTTPException(400, "the body is no JSON that can be read") from error
+            why = no_json(error, await request.body())
+            raise ApiError("malformed_request", f"the body {why}") from error
     form = await stack.enter_async_context(
         received_form(request, _FILE_FIELD, limit, service.upload_path)
     )
@@ -171,7 +171,8 @@ async def _asked(
     except ValidationError as error:
         raise invalid(error) from error
     except (ValueError, RecursionError) as error:
-        raise ApiError("invalid_request", "camera is no JSON", param="camera") from error
+        why = no_json(error, form.fields["camera"])
+        raise ApiError("invalid_request", f"camera {why}", param="camera") from error
 
 
 def invalid(error: ValidationError) -> ApiError:
@@ -231,7 +232,7 @@ async def _forget_unused(service: Service, owner: str, session_id: str) -> None:
         await service.delete_session(owner, session_id)
 
 
-@router.get("", response_model=Videos, responses=refusals(*ANY, "not_found", "invalid_request"))
+@router.get("", response_model=Videos, responses=refusals(*ANY, "not_found"))
 async def list_videos(
     request: Request,
     service: Serving,
@@ -290,7 +291,7 @@ async def delete_video(service: Serving, owner: Owner, video_id: JobId) -> Delet
     "/{video_id}/content",
     response_class=Response,
     responses=file_answers("video/mp4", "image/jpeg")
-    | refusals(*ANY, *FILE_ERRORS, "not_finished", "invalid_request"),
+    | refusals(*ANY, *FILE_ERRORS, "not_finished"),
     openapi_extra=WITH_RANGE,
 )
 async def get_video_content(
