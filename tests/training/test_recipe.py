@@ -24,7 +24,9 @@ FRAMES = 3
 
 
 def _draws(source: LatentCache, count: int, recipe: Recipe | None = None) -> list[Batch]:
-    sampler = SceneSampler(source, tiny_config(), recipe or replace(TINY_MEMORY_RECIPE, batch=3))
+    sampler = SceneSampler(
+        source, tiny_config(), recipe or replace(TINY_MEMORY_RECIPE, batch=3, targets=1)
+    )
     return [sampler.draw(torch.Generator().manual_seed(seed)) for seed in range(count)]
 
 
@@ -40,7 +42,7 @@ def _samples(batch: Batch) -> list[list[int]]:
 
 
 def test_videos_of_a_sample_are_different_cameras_of_one_scene(cache: LatentCache) -> None:
-    for batch in _draws(cache, 60, replace(TINY_MEMORY_RECIPE, batch=3, revisited=0.0)):
+    for batch in _draws(cache, 60, replace(TINY_MEMORY_RECIPE, batch=3, targets=1, revisited=0.0)):
         assert len(batch.latents) == len(batch.plan.segments)
         assert len(_samples(batch)) == 3
         for sample in _samples(batch):
@@ -69,7 +71,7 @@ def test_siblings_are_further_videos_of_the_same_scene(cache: LatentCache) -> No
 
 def test_a_camera_returns_in_the_recipes_share(cache: LatentCache) -> None:
     returned = total = 0
-    for batch in _draws(cache, 150, replace(TINY_MEMORY_RECIPE, batch=3, revisited=0.4)):
+    for batch in _draws(cache, 150, replace(TINY_MEMORY_RECIPE, batch=3, targets=1, revisited=0.4)):
         for target, *others in _samples(batch):
             memory = others[len(others) - batch.plan.num_memory :]
             if memory:
