@@ -235,14 +235,8 @@ def _own_trajectory(
             f"got {own_size!r}"
         )
     intrinsics = _numbers(path, "intrinsics", content["intrinsics"], ("[3, 3]", "[frames, 3, 3]"))
-    found = CameraTrajectory(poses, intrinsics, (own_size[0], own_size[1]), path.name)
-    for last in found.intrinsics.reshape(-1, 3, 3)[:, 2].tolist():
-        if last != [0.0, 0.0, 1.0]:
-            raise CameraError(
-                f"{path.name}: the last row of intrinsics must be 0 0 1, got {last}; transpose the "
-                "matrix?"
-            )
-    return found.resized(size)
+    own = CameraTrajectory(poses, intrinsics, (own_size[0], own_size[1]), path.name)
+    return own.resized(size)
 
 
 def _recammaster_trajectory(

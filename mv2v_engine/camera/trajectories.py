@@ -112,10 +112,12 @@ def _require_pinhole(intrinsics: Tensor) -> None:
         last = k[2] - k.new_tensor([0.0, 0.0, 1.0])
         if float(beside.abs().max()) > _SKEW or float(last.abs().max()) > _SKEW:
             what = f"a skew of {float(k[0, 1]):g} pixels" if k[0, 1] else "other entries"
+            advice = "rectify the frames, and give what their lens is then"
+            if float(last.abs().max()) > _SKEW:
+                what, advice = f"a last row of {k[2].tolist()}", "transpose the matrix?"
             raise CameraError(
                 f"the intrinsics of frame {frame} are no pinhole's: got {what} in {k.tolist()}, "
-                "expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]; rectify the frames, and give "
-                "what their lens is then"
+                f"expected [[fx, 0, cx], [0, fy, cy], [0, 0, 1]]; {advice}"
             )
 
 

@@ -198,7 +198,7 @@ def bad_rotation() -> list[Any]:
         (own_json(intrinsics=[[1, 2]]), r"shape \[3, 3\] or"),
         (
             own_json(intrinsics=[[9, 0, 1], [0, 9, 1], [5, 5, 0]], size=[48, 64]),
-            r"the last row of intrinsics must be 0 0 1, got \[5.0, 5.0, 0.0\]",
+            r"no pinhole's: got a last row of \[5.0, 5.0, 0.0\].*transpose the matrix",
         ),
         (own_json(intrinsics=np.eye(3).tolist(), size=[96]), r"size must be \[height, width\]"),
         (own_json(distortion=[0.1, 0.0]), r"c.json has 'distortion'.*take distortion out of the"),
