@@ -68,8 +68,15 @@ class CancelledError(MV2VError, RuntimeError):
     """The caller cancelled the turn; the session is as it was before the turn."""
 
 
+# oneDNN had no memory for the code of a shape; it remembers, and fails for it in this process
+NO_PRIMITIVE = "could not create a primitive"
 # torch reports a full host, and a library its own failed allocation, as a plain RuntimeError
-_OUT_OF_MEMORY = ("can't allocate memory", "CUDA error: out of memory", "STATUS_ALLOC_FAILED")
+_OUT_OF_MEMORY = (
+    "can't allocate memory",
+    "CUDA error: out of memory",
+    "STATUS_ALLOC_FAILED",
+    NO_PRIMITIVE,
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -28,6 +28,7 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import (
+    NO_PRIMITIVE,
     CancelledError,
     MV2VError,
     StorageError,
@@ -154,6 +155,8 @@ class Host:
         """
         if isinstance(error, CancelledError):
             return {"type": "cancelled"}
+        if NO_PRIMITIVE in str(error):
+            raise RuntimeError(f"this process cannot go on: {error}") from error
         if isinstance(error, MV2VError):
             return failure(error)
         self.release(session_id)

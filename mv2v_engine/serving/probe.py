@@ -94,6 +94,8 @@ def _check_container(path: Path, limits: dict[str, Any]) -> None:
                 for stream in videos:
                     _check_total(counts[stream.index], stream.width, stream.height, limits)
         except av.FFmpegError as error:
+            if isinstance(error, MemoryError):
+                raise
             known = CONTAINERS.replace(",", ", ")
             raise Refused(
                 "unreadable_video",

@@ -35,7 +35,9 @@ def check_pictures(path: Path, scan: Scan) -> None:
             is_damaged |= packet.is_corrupt
             try:
                 frames = packet.decode()
-            except av.FFmpegError:
+            except av.FFmpegError as error:
+                if isinstance(error, MemoryError):
+                    raise
                 is_damaged = True
                 continue
             for frame in frames:

@@ -361,7 +361,7 @@ def _encoding() -> Iterator[None]:
     try:
         yield
     except (av.FFmpegError, av.codec.codec.UnknownCodecError) as error:
-        if isinstance(error, OSError):
+        if isinstance(error, OSError | MemoryError):
             raise
         raise VideoError(
             f"cannot encode frames as h264 ({error}); install a PyAV that has libx264"

@@ -128,6 +128,8 @@ def opened(
             stream.codec_context.options = bound
             yield container, stream
     except av.FFmpegError as error:
+        if isinstance(error, MemoryError):
+            raise
         raise VideoError(
             f"{path.name} cannot be decoded as a video ({error.strerror}): not a video, damaged "
             "or truncated; give a whole video file"

@@ -173,7 +173,7 @@ def skewed(pixels: float) -> Tensor:
         (skewed(2.0), (10, 10), r"frame 0 are no pinhole's: got a skew of 2 pixels"),
         (torch.stack([skewed(0.0), skewed(2.0)]), (10, 10), r"frame 1 are no pinhole's: got a sk"),
         ([[9, 0, 5], [2, 9, 5], [0, 0, 1]], (10, 10), r"no pinhole's: got other entries in \[\["),
-        (skewed(0.0).T, (10, 10), r"no pinhole's: .*expected \[\[fx, 0, cx\], .*; transpose the matrix"),
+        (skewed(0.0).T, (10, 10), r"no pinhole's: .*expected \[\[fx, 0, .*; transpose the matrix"),
     ],
 )
 def test_unusable_intrinsics_are_refused(

@@ -126,6 +126,7 @@ def test_other_failures_stay_what_they_are(engine: Engine, source_frames: Tensor
         (MemoryError(), True),
         (RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"), True),
         (RuntimeError("CUDA error: out of memory"), True),
+        (RuntimeError("could not create a primitive"), True),
         (RuntimeError("CUDA error: an illegal memory access was encountered"), False),
         (ValueError("can't allocate memory"), False),
     ],

@@ -72,6 +72,19 @@ def test_a_fault_in_a_turn_fails_it_and_leaves_the_session(host: Host, folder: P
     assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1, 2]
 
 
+def test_a_process_whose_arithmetic_stays_broken_ends(
+    host: Host, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """oneDNN fails for good for a shape whose code it once had no memory for."""
+
+    def fail(*_: object, **__: object) -> None:
+        raise RuntimeError("could not create a primitive")
+
+    monkeypatch.setattr(host.engine.transformer, "forward", fail)
+    with pytest.raises(RuntimeError, match="this process cannot go on"):
+        list(run(host, folder, 1, TURN))
+
+
 def test_a_turn_is_cancelled_while_its_video_is_read(host: Host, folder: Path) -> None:
     cancel = CancelToken()
     events = host.run(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import subprocess
 import sys
@@ -9,6 +10,7 @@ from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -260,3 +262,17 @@ def test_frames_one_after_the_other_are_those_read_at_once(
     for path in (constant, held):
         frames = list(VideoReader(path).frames())
         assert torch.equal(torch.stack(frames), read_video(path).frames)
+
+
+def test_want_of_memory_is_not_taken_for_damage(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "clip.mp4"
+    write_video(path, torch.zeros(4, 32, 32, 3, dtype=torch.uint8), 8)
+
+    def full(*_: object, **__: object) -> None:
+        raise av.error.MemoryError(errno.ENOMEM, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", full)
+    with pytest.raises(MemoryError):
+        read_video(path)
