@@ -257,7 +257,7 @@ def test_requests_that_are_none(client: httpx.Client, upload: Upload) -> None:
     )
     # what a page of another site could send without asking is not read as JSON
     refused(
-        post(b'{"camera": "pan_right"}', **{"Content-Type": "text/plain"}), 422, "invalid_request"
+        post(b'{"camera": "pan_right"}', **{"Content-Type": "text/plain"}), 415, "unsupported_media"
     )
     refused(post(b" " * (3 << 20)), 413, "too_large")
     refused(client.get("/v1/nothing"), 404, "not_found")
