@@ -12,6 +12,7 @@ from mv2v_engine.defaults import without_memory
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.autoencoder import Autoencoder, Tiles
 from mv2v_engine.ops.conv3d import speed_up_conv3d
+from mv2v_engine.testing import relative_error
 
 RESIDUAL: dict[str, Any] = {
     "base_dim": 8,
@@ -114,7 +115,9 @@ def test_the_bits_are_diffusers_in_half_precision(dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("layout", ["wan21", "wan22"])
 @torch.no_grad()
-def test_the_bits_of_tiles_are_diffusers(layout: str, dtype: torch.dtype) -> None:
+def test_tiles_are_diffusers(layout: str, dtype: torch.dtype) -> None:
+    """Within rounding: some CPUs' convolutions add up in another order where memory lies apart."""
+    bound = 8 * torch.finfo(dtype).eps
     ours, theirs = (model.to(dtype) for model in pair(layout))
     cells, patch = ours.config.scale_factor_spatial, ours.config.patch
     tiles = Tiles(side=4, stride=3)
@@ -123,12 +126,12 @@ def test_the_bits_of_tiles_are_diffusers(layout: str, dtype: torch.dtype) -> Non
     sizes = [length * cells // patch for length in (tiles.side, tiles.stride)]
     theirs.enable_tiling(sizes[0], sizes[0], sizes[1], sizes[1])
     latents = ours.encode(pixels, tiles=tiles)
-    assert torch.equal(latents, theirs.encode(pixels).latent_dist.mode())
+    assert relative_error(latents, theirs.encode(pixels).latent_dist.mode()) < bound
     assert not torch.equal(latents, ours.encode(pixels))
     sizes = [length * cells for length in (tiles.side, tiles.stride)]
     theirs.enable_tiling(sizes[0], sizes[0], sizes[1], sizes[1])
     decoded = ours.decode(latents, tiles=tiles).clamp(-1, 1)
-    assert torch.equal(decoded, theirs.decode(latents).sample)
+    assert relative_error(decoded, theirs.decode(latents).sample) < bound
     assert not torch.equal(decoded, ours.decode(latents).clamp(-1, 1))
 
 
