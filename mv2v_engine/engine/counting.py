@@ -26,13 +26,21 @@ class LiveBytes(TorchDispatchMode):
         self.now = self.peak = 0
         self._known: set[int] = set()
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # or torch imports its compiler, to keep it out of here
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        if not _gives_its_input(func):
+        out = self.call(func, args, kwargs or {})
+        if not gives_its_input(func):
             for leaf in [out] if isinstance(out, Tensor) else tree_leaves(out):
                 if isinstance(leaf, Tensor):
                     self._see(leaf)
         return out
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """What an operation gives."""
+        return func(*args, **kwargs)
 
     def _see(self, tensor: Tensor) -> None:
         storage = tensor.untyped_storage()
@@ -49,6 +57,6 @@ class LiveBytes(TorchDispatchMode):
 
 
 @lru_cache(maxsize=4096)
-def _gives_its_input(func: Any) -> bool:
+def gives_its_input(func: Any) -> bool:
     """Whether an operation returns a view of what it was given, or that itself."""
     return any(value.alias_info is not None for value in func._schema.returns)

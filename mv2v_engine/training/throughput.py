@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import cache
 
 import torch
 from torch import nn
@@ -28,18 +29,26 @@ def matmul_tflops(device: torch.device, dtype: torch.dtype) -> float:
     return best
 
 
+@cache
 def compute_dtype(device: torch.device) -> torch.dtype:
     """What products are computed in where it is quickest: bfloat16 on a GPU, and on a CPU whose
-    products of the embedded models' size take less than two thirds of the time in it."""
+    products of the embedded models' size take less than two thirds of the time in it.
+
+    Measured once in a process, so that all it does is in one dtype.
+    """
     if device.type == "cuda":
         return torch.bfloat16
-    factors = torch.ones(2048, 160), torch.ones(160, 640)
-    seconds = {}
-    for dtype in (torch.float32, torch.bfloat16):
-        tokens, weight = (factor.to(dtype) for factor in factors)
-        seconds[dtype] = min(_seconds(tokens, weight) for _ in range(_REPEATS))
-    is_quicker = 1.5 * seconds[torch.bfloat16] < seconds[torch.float32]
-    return torch.bfloat16 if is_quicker else torch.float32
+    tokens, weight = torch.ones(2048, 160), torch.ones(160, 640)
+    plain = [_seconds(tokens, weight) for _ in range(_REPEATS)]
+    tokens, weight = tokens.bfloat16(), weight.bfloat16()
+    for _ in range(_REPEATS):
+        seconds = _seconds(tokens, weight)
+        if 1.5 * seconds < min(plain):
+            return torch.bfloat16
+        # a CPU without instructions for it takes many times as long: no need to repeat that
+        if seconds > sum(plain):
+            break
+    return torch.float32
 
 
 def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 aten = torch.ops.aten
 # what waits for the device, or moves data to or from the host
@@ -34,7 +33,12 @@ def storage(tensor: Tensor) -> int:
 
 
 def tensors(tree: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    """Those in what an operation takes or gives: tuples, lists and a dictionary of keywords."""
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, (tuple, list, dict)):
+        for branch in tree.values() if isinstance(tree, dict) else tree:
+            yield from tensors(branch)
 
 
 def written(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> list[Tensor]:
@@ -50,11 +54,15 @@ def written(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]
 
 
 class Recording(TorchDispatchMode):
-    """Executes, and keeps what it takes to execute again. before: values of what was written to."""
+    """Executes, and keeps what it takes to execute again. before: values of what was written to.
+
+    calls: operations that make or write something, each with what it is given and the results that
+        are no views of that, by their places among all its results.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], Any]] = []
+        self.calls: list[tuple[Any, tuple[Any, ...], dict[str, Any], dict[int, Tensor]]] = []
         self.made: dict[int, Tensor] = {}
         self.read: dict[int, Tensor] = {}
         self.before: dict[int, tuple[Tensor, Tensor]] = {}
@@ -65,20 +73,20 @@ class Recording(TorchDispatchMode):
         kwargs = kwargs or {}
         if func in FORBIDDEN:
             raise RuntimeError(f"{func} is not permitted while a stream is captured")
-        for tensor in tensors((args, kwargs)):
-            if storage(tensor) not in self.made:
-                self.read[storage(tensor)] = tensor
-        for tensor in written(func, args, kwargs):
+        given = {storage(tensor): tensor for tensor in tensors((args, kwargs))}
+        self.read |= {key: tensor for key, tensor in given.items() if key not in self.made}
+        changed = written(func, args, kwargs)
+        for tensor in changed:
             key = storage(tensor)
             if key not in self.made and key not in self.before:
                 whole = torch.empty(0, dtype=torch.uint8).set_(tensor.untyped_storage())
                 self.before[key] = (whole, whole.clone())
         result = func(*args, **kwargs)
-        given = {storage(tensor) for tensor in tensors((args, kwargs))}
-        for tensor in tensors(result):
-            if storage(tensor) not in given:
-                self.made[storage(tensor)] = tensor
-        self.calls.append((func, args, kwargs, result))
+        fresh = {i: t for i, t in enumerate(tensors(result)) if storage(t) not in given}
+        self.made |= {storage(tensor): tensor for tensor in fresh.values()}
+        # a view is one still when its call is not made again
+        if fresh or changed:
+            self.calls.append((func, args, kwargs, fresh))
         return result
 
     def undo(self) -> None:
@@ -101,17 +109,10 @@ class StandInGraph:
     def replay(self) -> None:
         assert self.calls, "this graph was reset"
         self.recorder.replays += 1
-        for func, args, kwargs, result in self.calls:
-            given = {storage(tensor) for tensor in tensors((args, kwargs))}
-            if all(storage(tensor) in given for tensor in tensors(result)):
-                # a view is one still; what writes in place does so again
-                if written(func, args, kwargs):
-                    func(*args, **kwargs)
-                continue
-            again = func(*args, **kwargs)
-            for old, new in zip(tensors(result), tensors(again), strict=True):
-                if storage(old) not in given:
-                    old.copy_(new)
+        for func, args, kwargs, fresh in self.calls:
+            again = list(tensors(func(*args, **kwargs)))
+            for place, tensor in fresh.items():
+                tensor.copy_(again[place])
 
     def reset(self) -> None:
         assert self.calls, "a graph is reset once"

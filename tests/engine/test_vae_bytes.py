@@ -23,8 +23,13 @@ SMALL: dict[str, Any] = {
     "latents_std": [0.5] * 4,
     "scale_factor_spatial": 4,
 }
-
-
+RESIDUAL = {
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 8,
+}
 SIZE = (32, 48)
 
 
@@ -57,6 +62,21 @@ def test_a_long_video_is_predicted_from_its_first_frames(base_dim: int) -> None:
     twin = vae_bytes._twin(config, torch.bfloat16, 1 << 30, False)
     counted = _counted(twin, 25, SIZE)
     assert vae_peak_bytes(twin, 25, SIZE) == pytest.approx(counted, rel=0.03)
+
+
+@pytest.mark.parametrize("by_taps", [True, False])
+@pytest.mark.parametrize("num_latents", [1, 3])
+@pytest.mark.parametrize("changes", [{}, RESIDUAL], ids=["wan21", "wan22"])
+def test_shapes_and_layouts_are_those_of_torch(
+    changes: dict[str, Any], num_latents: int, by_taps: bool
+) -> None:
+    """Else other copies would be counted than are made."""
+    config = AutoencoderConfig(**SMALL | changes)
+    twin = vae_bytes._twin(config, torch.bfloat16, SIZE[0] * SIZE[1] - 1, by_taps)
+    num_frames = 4 * num_latents - 3
+    encode, decode = _counted(twin, num_frames, SIZE)
+    copied = num_frames * SIZE[0] * SIZE[1] * 3
+    assert vae_bytes._run(twin, num_latents, SIZE) == (encode - copied, decode)
 
 
 def test_tiles_take_less() -> None:

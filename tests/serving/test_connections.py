@@ -181,7 +181,9 @@ async def test_where_all_are_busy_one_more_is_refused(
         session = await service.service.create_session("", upload, "clip.mp4")
         job = await asked(service.service, session)
         await until(service.service, job, "started")
-        events = f"GET /v1/jobs/{job.id}/events HTTP/1.1\r\nHost: 127.0.0.1\r\n\r\n".encode()
+        # or they would stay open as long as connections may that ask for nothing more
+        events = f"GET /v1/jobs/{job.id}/events HTTP/1.1\r\nHost: 127.0.0.1\r\n".encode()
+        events += b"Connection: close\r\n\r\n"
         readers = [(await service.connect(events))[0] for _ in range(2)]
         for reader in readers:
             assert (await reader.readline()).startswith(b"HTTP/1.1 200")

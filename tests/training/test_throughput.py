@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.training import throughput
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops, training_flops_factor
 
@@ -25,9 +26,28 @@ def test_a_products_rate_is_measured() -> None:
     assert 1e-3 < rate < 100  # a slow core, a large server
 
 
-def test_products_are_made_in_bfloat16_where_that_is_quicker() -> None:
+def test_a_gpus_products_are_made_in_bfloat16() -> None:
     assert compute_dtype(torch.device("cuda")) == torch.bfloat16
     assert compute_dtype(torch.device("cpu")) in (torch.float32, torch.bfloat16)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected", "tries"),
+    [(0.5, torch.bfloat16, 1), (0.8, torch.float32, 20), (25.0, torch.float32, 1)],
+)
+def test_products_are_made_in_bfloat16_where_that_is_quicker(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, expected: torch.dtype, tries: int
+) -> None:
+    """And are measured once where they take as long as many in float32 do."""
+    made = []
+
+    def take(a: Tensor, b: Tensor) -> float:
+        made.append(a.dtype)
+        return seconds if a.dtype == torch.bfloat16 else 1.0
+
+    monkeypatch.setattr(throughput, "_seconds", take)
+    assert compute_dtype.__wrapped__(torch.device("cpu")) == expected
+    assert made.count(torch.bfloat16) == tries
 
 
 def test_the_log_says_what_share_a_run_gets(tmp_path: Path) -> None:

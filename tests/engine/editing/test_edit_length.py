@@ -1,4 +1,4 @@
-"""A video of 10,000 frames is edited in the memory of a few windows."""
+"""A video of 3,000 frames is edited in the memory of a few windows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from mv2v_engine.video.io import probe_video
 
 ROOT = Path(__file__).resolve().parents[3]
-NUM_FRAMES, SIZE = 10_000, (64, 96)
+NUM_FRAMES, SIZE = 3_000, (64, 96)
 RAW_BYTES = NUM_FRAMES * SIZE[0] * SIZE[1] * 3
 
 LONG = """
@@ -101,8 +101,8 @@ def test_memory_does_not_grow_with_the_video(
     found = json.loads(done.stdout.splitlines()[-1])
     print(f"{found}, raw frames {RAW_BYTES:,} bytes")
     assert (
-        found["windows"] == 124 and probe_video(tmp_path / "long_out.mp4").num_frames == NUM_FRAMES
+        found["windows"] == 38 and probe_video(tmp_path / "long_out.mp4").num_frames == NUM_FRAMES
     )
-    assert found["memories"] == [0, 1, 2] + [3] * 121 and found["cache"] <= 2 << 20
-    # beyond an edit of 500 frames, for 9,500 frames more
+    assert found["memories"] == [0, 1, 2] + [3] * 35 and found["cache"] <= 2 << 20
+    # beyond an edit of 500 frames, for 2,500 frames more
     assert found["growth"] < RAW_BYTES / 4
