@@ -27,14 +27,14 @@ def check_pictures(path: Path, scan: Scan) -> None:
     missing = set(scan.order)
     num_frames, num_seen, is_damaged = len(missing), 0, False
     latest: int | None = None
-    with opened(path) as (container, stream):
-        stream.codec_context.options |= STRICT
+    with opened(path) as (container, stream, decoder):
+        decoder.options |= STRICT
         # elsewhere, frames may carry the time at which they were to be decoded
         is_timed = container.format.name in FRAME_PER_PACKET
         for packet in container.demux(stream):
             is_damaged |= packet.is_corrupt
             try:
-                frames = packet.decode()
+                frames = decoder.decode(packet)
             except av.FFmpegError:
                 is_damaged = True
                 continue

@@ -1,7 +1,8 @@
 """Video files to uint8 frames and back, with PyAV; audio is ignored.
 
 Any container and codec that PyAV reads. Frames come out as a viewer shows them: rotation flag and
-pixel aspect applied. A file is scanned first (see `scan`), so that the number of frames is exact
+pixel aspect applied, HDR tone-mapped, fields woven into whole frames, alpha composed; `notes` says
+so (see `pictures`). A file is scanned first (see `scan`), so that the number of frames is exact
 and a truncated file is found before any work. `VideoReader` and `VideoWriter` hold no more of a
 long video than they are asked for or given.
 
@@ -14,6 +15,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -25,6 +27,8 @@ from mv2v_engine.config import EngineConfig
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.files import replacing
 from mv2v_engine.video.damage import check_pictures
+from mv2v_engine.video.fields import deinterlaced
+from mv2v_engine.video.pictures import Alpha
 from mv2v_engine.video.scan import (
     Check,
     VideoInfo,
@@ -90,6 +94,9 @@ class VideoReader:
     """A video file that is scanned once and decoded where it is asked for.
 
     check: called between packets, here and where frames are read; what it raises ends the reading.
+    alpha: what is put behind transparent pixels, "black" or "white"; "refuse" does not take them.
+
+    notes: what is changed of the video before anybody sees a frame, in words.
 
     Raises:
         VideoError: as `probe_video`; frames larger than `max_pixels`.
@@ -101,13 +108,19 @@ class VideoReader:
         *,
         max_pixels: int = DEFAULT_MAX_PIXELS,
         check: Check | None = None,
+        alpha: Alpha = "black",
     ) -> None:
         self.path, self._max_pixels = Path(path), max_pixels
-        self._scan = scan_file(self.path, max_pixels, check)
+        self._scan = scan_file(self.path, max_pixels, check, alpha)
+        self._is_measured = not self._scan.pictures.is_hdr
 
     @property
     def info(self) -> VideoInfo:
         return self._scan.info
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._scan.notes
 
     def read(
         self,
@@ -184,7 +197,8 @@ class VideoReader:
         scan = self._scan
         first_key = None
         if scan.stamps:
-            target = scan.stamps[min(places)]
+            # what is woven of fields needs the frame before it, too
+            target = scan.stamps[max(0, min(places) - scan.is_interlaced)]
             first_key = next((key for key in reversed(scan.keyframes) if key <= target), None)
         missing = set(places)
         # a file may lie about its key frames: then once more from its beginning
@@ -204,25 +218,52 @@ class VideoReader:
         self, seek: int | None, check: Check | None
     ) -> Iterator[tuple[int, VideoFrame]]:
         """Decoded frames with their number in the file, from the key frame stamped `seek` on."""
-        stamps = self._scan.stamps
+        self._measure(check)
+        for stored, frame in self._raw_frames(seek, check):
+            yield stored, frame
+
+    def _raw_frames(
+        self, seek: int | None, check: Check | None
+    ) -> Iterator[tuple[int, VideoFrame]]:
+        """As `_stored_frames`, before anything is known of their brightness."""
+        scan = self._scan
+        stamps = scan.stamps
         number = {stamp: index for index, stamp in enumerate(stamps)}
-        with opened(self.path, self._max_pixels) as (container, stream):
+        with opened(self.path, self._max_pixels) as (container, stream, decoder):
             if seek is not None:
                 container.seek(seek, stream=stream)
             decoded = (
-                frame for packet in packets(container, stream, check) for frame in packet.decode()
+                frame
+                for packet in packets(container, stream, check)
+                for frame in decoder.decode(packet)
             )
-            for index, frame in enumerate(decoded):
-                if not stamps:
-                    yield index, frame
-                elif frame.pts in number:
-                    yield number[frame.pts], frame
+            numbered = (
+                (number[frame.pts] if stamps else index, frame)
+                for index, frame in enumerate(decoded)
+                if not stamps or frame.pts in number
+            )
+            if scan.is_interlaced:
+                yield from deinterlaced(numbered, partial(check_size, self.path, scan))
+            else:
+                yield from numbered
+
+    def _measure(self, check: Check | None) -> None:
+        """Look at some frames of an HDR video for its white, once."""
+        if self._is_measured:
+            return
+        scan, seeks = self._scan, [None]
+        if scan.stamps and scan.keyframes:
+            keys = scan.keyframes
+            seeks = sorted({keys[place * (len(keys) - 1) // 4] for place in range(5)})
+        looked_at = (next(self._raw_frames(seek, check), None) for seek in seeks)
+        scan.pictures.measure(found[1] for found in looked_at if found is not None)
+        self._is_measured = True
 
     def _pixels(self, frame: VideoFrame) -> Tensor:
         """One frame as uint8 [height, width, 3], upright."""
         check_size(self.path, self._scan, frame)
         height, width = self._scan.square_size
-        pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height))
+        pixels = self._scan.pictures.pixels(frame, height, width)
         return torch.rot90(pixels, self.info.rotation // 90, (0, 1))
 
 

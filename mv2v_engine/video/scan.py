@@ -20,17 +20,21 @@ from typing import TYPE_CHECKING, TypeAlias
 
 from mv2v_engine import arguments
 from mv2v_engine.errors import VideoError, VideoRangeError
+from mv2v_engine.video.pictures import Alpha, Pictures
 from mv2v_engine.video.transforms import check_aspect
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
 # containers whose packets are whole frames, except for a codec with frames that are never shown
 FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
 _HIDDEN_FRAMES = {"vp8"}
+# FFmpeg's own decoders of these leave alpha out
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # renders any text file as a picture of its letters
 _TEXT_DEMUXER = "tty"
 _DEFAULT_RATE = Fraction(25)
@@ -72,7 +76,9 @@ class Scan:
 
     coded_size, square_size: (height, width) as stored and with square pixels, before rotation.
     stamps: increasing timestamps of the stored frames, empty if the file has no usable ones.
-    keyframes: timestamps at which decoding can begin.
+    keyframes: timestamps at which decoding can begin. pictures: how frames become RGB.
+    is_interlaced: whether frames are made of two fields each. notes: what is changed of the video,
+        in words.
     """
 
     info: VideoInfo
@@ -81,13 +87,18 @@ class Scan:
     order: tuple[int, ...]
     stamps: tuple[int, ...]
     keyframes: tuple[int, ...]
+    pictures: Pictures
+    is_interlaced: bool
+    notes: tuple[str, ...]
 
 
 @contextmanager
 def opened(
     path: Path, max_pixels: int | None = None
-) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream; every decoding error becomes one VideoError.
+) -> Iterator[tuple[InputContainer, VideoStream, VideoCodecContext]]:
+    """The container, its video stream and the decoder; decoding errors become one VideoError.
+
+    Of several streams the one that is marked as the default.
 
     max_pixels: of a frame. The decoder is held to it too, up to the padding of its blocks: a file
         may change its size behind its header.
@@ -122,16 +133,41 @@ def opened(
                     f"{kinds or 'nothing'}): not a video, or cut off before its index; "
                     "give a whole video file"
                 )
-            stream = streams[0]
-            stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
-            stream.codec_context.options = bound
-            yield container, stream
+            stream = default_stream(streams)
+            decoder = _decoder(stream)
+            decoder.thread_type = "AUTO"
+            decoder.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
+            decoder.options = bound
+            yield container, stream, decoder
     except av.FFmpegError as error:
         raise VideoError(
             f"{path.name} cannot be decoded as a video ({error.strerror}): not a video, damaged "
             "or truncated; give a whole video file"
         ) from error
+
+
+def default_stream(streams: Sequence[VideoStream]) -> VideoStream:
+    """The stream that is marked as the default, else the first."""
+    import av
+
+    default = av.stream.Disposition.default
+    return next((stream for stream in streams if stream.disposition & default), streams[0])
+
+
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    """The stream's own decoder; of VP8 and VP9 with alpha one that reads it."""
+    import av
+
+    own = stream.codec_context
+    name = _ALPHA_DECODERS.get(own.name)
+    if name is None or stream.metadata.get("alpha_mode", "0") != "1":
+        return own
+    try:
+        decoder = av.VideoCodecContext.create(name, "r")
+    except av.codec.codec.UnknownCodecError:
+        return own
+    decoder.extradata = own.extradata
+    return decoder
 
 
 def check_fps(name: str, fps: float | Fraction) -> None:
@@ -168,13 +204,18 @@ def packets(
         yield packet
 
 
-def scan_file(path: Path, max_pixels: int | None, check: Check | None = None) -> Scan:
+def scan_file(
+    path: Path,
+    max_pixels: int | None,
+    check: Check | None = None,
+    alpha: Alpha = "black",
+) -> Scan:
     """Sizes and timestamps of every frame, decoding just the first where packets can be trusted."""
-    with opened(path, max_pixels) as (container, stream):
+    with opened(path, max_pixels) as (container, stream, decoder):
         _check_size(path, stream.width, stream.height, max_pixels)
         codec = stream.codec_context.name
         trusted = container.format.name in FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
-        first, found, keyframes = _walk(path, container, stream, trusted, check)
+        first, found, keyframes = _walk(path, container, stream, decoder, trusted, check)
         stamps = tuple(sorted(stamp for stamp in found if stamp is not None))
         if len(set(stamps)) < len(found):
             stamps = ()
@@ -184,6 +225,15 @@ def scan_file(path: Path, max_pixels: int | None, check: Check | None = None) ->
             _check_duration(path, container, stream, stamps, rate)
         square = _square_size(first, stream)
         _check_size(path, square[1], square[0], max_pixels)
+        pictures = Pictures(path, first, stream.codec_context, alpha, codec)
+        notes = list(pictures.notes)
+        videos = container.streams.video
+        if len(videos) > 1 and stream is not videos[0]:
+            size = f"{stream.width}x{stream.height}"
+            notes.insert(0, f"of {len(videos)} video streams the default, {size}, was taken")
+        is_interlaced = first.interlaced_frame
+        if is_interlaced:
+            notes.append("it is interlaced, and was deinterlaced (bwdif)")
         return Scan(
             info=_info(path, first.rotation % 360, square, len(order), rate, codec),
             coded_size=(first.height, first.width),
@@ -191,6 +241,9 @@ def scan_file(path: Path, max_pixels: int | None, check: Check | None = None) ->
             order=order,
             stamps=stamps,
             keyframes=tuple(sorted(keyframes)),
+            pictures=pictures,
+            is_interlaced=is_interlaced,
+            notes=tuple(notes),
         )
 
 
@@ -198,6 +251,7 @@ def _walk(
     path: Path,
     container: InputContainer,
     stream: VideoStream,
+    decoder: VideoCodecContext,
     trusted: bool,
     check: Check | None,
 ) -> tuple[VideoFrame, list[int | None], list[int]]:
@@ -220,7 +274,7 @@ def _walk(
                 if packet.is_keyframe and packet.pts is not None:
                     keyframes.append(packet.pts)
         if first is None or not trusted:
-            frames = packet.decode()
+            frames = decoder.decode(packet)
             first = first or next(iter(frames), None)
             if not trusted:
                 found.extend(frame.pts for frame in frames)
