@@ -219,8 +219,7 @@ class VideoReader:
     ) -> Iterator[tuple[int, VideoFrame]]:
         """Decoded frames with their number in the file, from the key frame stamped `seek` on."""
         self._measure(check)
-        for stored, frame in self._raw_frames(seek, check):
-            yield stored, frame
+        yield from self._raw_frames(seek, check)
 
     def _raw_frames(
         self, seek: int | None, check: Check | None
@@ -238,7 +237,7 @@ class VideoReader:
                 for frame in decoder.decode(packet)
             )
             numbered = (
-                (number[frame.pts] if stamps else index, frame)
+                (index if frame.pts is None else number.get(frame.pts, index), frame)
                 for index, frame in enumerate(decoded)
                 if not stamps or frame.pts in number
             )
@@ -251,10 +250,11 @@ class VideoReader:
         """Look at some frames of an HDR video for its white, once."""
         if self._is_measured:
             return
-        scan, seeks = self._scan, [None]
+        scan = self._scan
+        seeks: list[int | None] = [None]
         if scan.stamps and scan.keyframes:
             keys = scan.keyframes
-            seeks = sorted({keys[place * (len(keys) - 1) // 4] for place in range(5)})
+            seeks = [*sorted({keys[place * (len(keys) - 1) // 4] for place in range(5)})]
         looked_at = (next(self._raw_frames(seek, check), None) for seek in seeks)
         scan.pictures.measure(found[1] for found in looked_at if found is not None)
         self._is_measured = True
