@@ -37,6 +37,8 @@ MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
 SchedulerName = Literal["euler", "unipc"]
+# what is put behind a video's transparent pixels; "refuse" does not take them
+Alpha = Literal["black", "white", "refuse"]
 TextOffload = Literal["auto", "always", "never"]
 
 MAX_STEPS = 1000
@@ -131,6 +133,7 @@ class EngineConfig:
         every plan or an error. A turn beside one that replays is eager in any case.
     graph_bytes: most that graphs, their inputs and their kept K and V may hold.
     max_source_pixels: larger frames are refused before they are decoded.
+    source_alpha: what is put behind a source's transparent pixels; "refuse" does not take them.
     reuse: "approximate" keeps the K and V of joint conditioning between whole forwards, at most
         reuse_refresh steps apart; reuse_drift: a step makes one of its own once the first
         block's conditioning output has changed by so much (relative L2) since the last; None
@@ -176,6 +179,7 @@ class EngineConfig:
     graph_bytes: int = 4 << 30
     frames_bytes: int = 1 << 30
     max_source_pixels: int = 3840 * 2160
+    source_alpha: Alpha = "black"
     reuse: Reuse = "exact"
     reuse_refresh: int = 4
     reuse_drift: float | None = 0.1

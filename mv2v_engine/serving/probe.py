@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.damage import STRICT
 from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.stills import are_stills, count_stills
 
 if TYPE_CHECKING:
     import av
@@ -46,7 +47,10 @@ def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
         Refused: it is no video, it is broken, or it is beyond a limit.
     """
     try:
-        _check_container(path, limits)
+        if are_stills(path):
+            _check_images(path, limits)
+        else:
+            _check_container(path, limits)
         reader = VideoReader(path, max_pixels=sys.maxsize)
         info = reader.info
         _check_pixels(info.width, info.height, limits)
@@ -68,6 +72,7 @@ def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
         "height": info.height,
         "fps": info.fps,
         "seconds": info.duration,
+        "notes": list(reader.notes),
     }
 
 
@@ -112,6 +117,14 @@ def _check_container(path: Path, limits: dict[str, Any]) -> None:
             f"the video is damaged or cut off: {found[0]}; give a whole file, or re-encode what "
             "there is",
         )
+
+
+def _check_images(path: Path, limits: dict[str, Any]) -> None:
+    """The same of an animated WebP, whose header says it."""
+    num_frames, height, width = count_stills(path)
+    _check_pixels(width, height, limits)
+    _check(num_frames, limits["frames"], "too_many_frames", "frames", "cut it")
+    _check_total(num_frames, width, height, limits)
 
 
 def _check_total(num_frames: int, width: int, height: int, limits: dict[str, Any]) -> None:

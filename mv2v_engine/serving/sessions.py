@@ -41,7 +41,7 @@ from mv2v_engine.serving.publishing import Publisher
 from mv2v_engine.serving.records import ProbedVideo, SessionRecord, TurnFile, TurnRecord, new_id
 from mv2v_engine.serving.scheduler import Scheduler
 from mv2v_engine.serving.turn_request import session_window
-from mv2v_engine.video.transforms import select_window
+from mv2v_engine.video.transforms import crop_report, select_window
 
 # decodes an owner's upload within the limits; raises ApiError with the limit's own code
 Probe = Callable[[str, Path, Limits], Awaitable[ProbedVideo]]
@@ -287,7 +287,11 @@ def _new_session(
         touched=now,
         bytes=upload.stat().st_size,
         num_turns=0,
-        warnings=_warnings(about, video.frames, window),
+        warnings=(
+            *_warnings(about, video.frames, window),
+            *video.notes,
+            *_cropping(video, tuple(about["sampling"]["size"])),
+        ),
         window=window,
     )
 
@@ -317,6 +321,12 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
     if chosen.indices == tuple(range(num_frames)):
         return ()
     return (f"the model takes {wanted} frames: {chosen.description}",)
+
+
+def _cropping(video: ProbedVideo, size: tuple[int, int]) -> tuple[str, ...]:
+    """What the model's size cuts off a video, in words."""
+    report = crop_report((video.height, video.width), size)
+    return (report.description,) if any(report.cropped) else ()
 
 
 def _place_upload(store: Store, upload: Path, session_id: str) -> dict[str, Any]:

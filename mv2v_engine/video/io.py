@@ -23,14 +23,14 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.config import EngineConfig
+from mv2v_engine.config import Alpha, EngineConfig
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.files import replacing
 from mv2v_engine.video.damage import check_pictures
 from mv2v_engine.video.fields import deinterlaced
-from mv2v_engine.video.pictures import Alpha
 from mv2v_engine.video.scan import (
     Check,
+    Scan,
     VideoInfo,
     check_fps,
     check_size,
@@ -39,6 +39,7 @@ from mv2v_engine.video.scan import (
     scan_file,
     truncated,
 )
+from mv2v_engine.video.stills import Stills, are_stills, decode_stills, scan_stills
 from mv2v_engine.video.transforms import cover_and_crop
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ def probe_video(path: Path | str) -> VideoInfo:
     Raises:
         VideoError: missing, empty, truncated, or not a video.
     """
-    return scan_file(Path(path), max_pixels=None).info
+    return VideoReader(path, max_pixels=None).info
 
 
 def read_video(
@@ -91,7 +92,10 @@ def read_video(
 
 
 class VideoReader:
-    """A video file that is scanned once and decoded where it is asked for.
+    """A video that is scanned once and decoded where it is asked for.
+
+    path: a file, a folder of images, or their pattern (`frames/%03d.png`). image_fps: of images,
+        which say none; None takes 25.
 
     check: called between packets, here and where frames are read; what it raises ends the reading.
     alpha: what is put behind transparent pixels, "black" or "white"; "refuse" does not take them.
@@ -106,21 +110,36 @@ class VideoReader:
         self,
         path: Path | str,
         *,
-        max_pixels: int = DEFAULT_MAX_PIXELS,
+        max_pixels: int | None = DEFAULT_MAX_PIXELS,
         check: Check | None = None,
         alpha: Alpha = "black",
+        image_fps: float | None = None,
     ) -> None:
         self.path, self._max_pixels = Path(path), max_pixels
-        self._scan = scan_file(self.path, max_pixels, check, alpha)
-        self._is_measured = not self._scan.pictures.is_hdr
+        self._about: Scan | Stills
+        if are_stills(self.path):
+            self._about = scan_stills(self.path, max_pixels, check, alpha, image_fps)
+        else:
+            self._about = scan_file(self.path, max_pixels, check, alpha)
+        self._is_measured = False
+
+    @property
+    def _scan(self) -> Scan:
+        assert isinstance(self._about, Scan)
+        return self._about
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the video is read from."""
+        return self._about.files if isinstance(self._about, Stills) else (self.path,)
 
     @property
     def info(self) -> VideoInfo:
-        return self._scan.info
+        return self._about.info
 
     @property
     def notes(self) -> tuple[str, ...]:
-        return self._scan.notes
+        return self._about.notes
 
     def read(
         self,
@@ -145,7 +164,7 @@ class VideoReader:
                 f"{self.path.name} has {available} frames (0 to {available - 1}), but {asked} were "
                 "asked for; ask for frames that exist"
             )
-        wanted = [self._scan.order[index] for index in indices]
+        wanted = [self._about.order[index] for index in indices]
         height, width = size or (self.info.height, self.info.width)
         num_bytes = len(wanted) * height * width * 3
         if num_bytes > MAX_READ_BYTES:
@@ -165,8 +184,15 @@ class VideoReader:
         Raises:
             VideoError: the file no longer has them all.
         """
-        order, tick = self._scan.order, 0
+        order, tick = self._about.order, 0
         first = order[start] if start < len(order) else len(order)
+        if isinstance(self._about, Stills):
+            at = start
+            for stored, still in decode_stills(self._about, range(first, order[-1] + 1), check):
+                while at < len(order) and order[at] == stored:
+                    yield still
+                    at += 1
+            return
         for stored, frame in self._stored_frames(None, check):
             if tick < len(order) and stored == order[tick]:
                 is_wanted = stored >= first
@@ -185,7 +211,11 @@ class VideoReader:
         Raises:
             VideoError: a frame is damaged or missing, out of order, or of another size.
         """
-        check_pictures(self.path, self._scan)
+        if isinstance(self._about, Stills):
+            for _ in self.frames():
+                pass
+        else:
+            check_pictures(self.path, self._scan)
 
     def _decode(
         self, wanted: Sequence[int], size: tuple[int, int] | None, out: Tensor, check: Check | None
@@ -194,6 +224,10 @@ class VideoReader:
         places: dict[int, list[int]] = {}
         for place, stored in enumerate(wanted):
             places.setdefault(stored, []).append(place)
+        if isinstance(self._about, Stills):
+            for stored, pixels in decode_stills(self._about, sorted(places), check):
+                out[places[stored]] = _fitted(pixels, size)
+            return
         scan = self._scan
         first_key = None
         if scan.stamps:
@@ -205,10 +239,7 @@ class VideoReader:
         for seek in (first_key, None) if first_key is not None else (None,):
             for stored, frame in self._stored_frames(seek, check):
                 if stored in missing:
-                    pixels = self._pixels(frame)
-                    if size is not None:
-                        pixels = cover_and_crop(pixels[None], size)[0][0]
-                    out[places[stored]] = pixels
+                    out[places[stored]] = _fitted(self._pixels(frame), size)
                     missing.discard(stored)
                 if not missing:
                     return
@@ -248,7 +279,7 @@ class VideoReader:
 
     def _measure(self, check: Check | None) -> None:
         """Look at some frames of an HDR video for its white, once."""
-        if self._is_measured:
+        if self._is_measured or not self._scan.pictures.is_hdr:
             return
         scan = self._scan
         seeks: list[int | None] = [None]
@@ -265,6 +296,11 @@ class VideoReader:
         height, width = self._scan.square_size
         pixels = self._scan.pictures.pixels(frame, height, width)
         return torch.rot90(pixels, self.info.rotation // 90, (0, 1))
+
+
+def _fitted(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
+    """A frame brought to a size, if one is asked for."""
+    return pixels if size is None else cover_and_crop(pixels[None], size)[0][0]
 
 
 def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf: int = 18) -> None:

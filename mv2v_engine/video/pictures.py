@@ -13,18 +13,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, TypeAlias
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
+from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
-
-# what is put behind transparent pixels; "refuse" does not take them
-Alpha: TypeAlias = Literal["black", "white", "refuse"]
 
 # H.273's numbers of matrices, transfers and primaries
 _RGB, _BT709, _UNKNOWN, _BT470BG, _BT2020 = 0, 1, 2, 5, 9

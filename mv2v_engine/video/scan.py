@@ -18,9 +18,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mv2v_engine import arguments
+from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.clock import clock
-from mv2v_engine.video.pictures import Alpha, Pictures
+from mv2v_engine.video.pictures import Pictures
 from mv2v_engine.video.transforms import check_aspect
 
 if TYPE_CHECKING:
@@ -188,7 +189,8 @@ def check_fps(name: str, fps: float | Fraction) -> None:
         )
 
 
-def _check_size(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+def check_picture_size(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+    """Refuse frames that are too large, or too long and narrow."""
     check_aspect(path.name, height, width)
     if max_pixels is not None and width * height > max_pixels:
         raise VideoError(
@@ -215,7 +217,7 @@ def scan_file(
 ) -> Scan:
     """Sizes and timestamps of every frame, decoding just the first where packets can be trusted."""
     with opened(path, max_pixels) as (container, stream, decoder):
-        _check_size(path, stream.width, stream.height, max_pixels)
+        check_picture_size(path, stream.width, stream.height, max_pixels)
         codec = stream.codec_context.name
         trusted = container.format.name in FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
         walk = _walk(path, container, stream, decoder, trusted, check)
@@ -230,7 +232,7 @@ def scan_file(
         if not stream.frames and not walk.num_skipped:
             _check_duration(path, container, stream, stamps, rate, walk.last_held)
         square = _square_size(first, stream)
-        _check_size(path, square[1], square[0], max_pixels)
+        check_picture_size(path, square[1], square[0], max_pixels)
         pictures = Pictures(path, first, stream.codec_context, alpha, codec)
         notes = list(pictures.notes)
         if walk.num_skipped:
