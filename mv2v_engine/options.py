@@ -16,6 +16,7 @@ from mv2v_engine.checkpoints import detect
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.config import (
+    Alpha,
     AttentionName,
     BackendName,
     Conditioning,
@@ -31,6 +32,8 @@ from mv2v_engine.envs import launched_rank
 from mv2v_engine.errors import RequestError
 from mv2v_engine.sampling.guidance import needs_guidance
 
+# what a source can be
+CLIP = "a video file, a folder of images, or their pattern as frames/%03d.png"
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -52,6 +55,7 @@ _SETTINGS = (
     "cache_bytes",
     "device_cache_bytes",
     "check_weights",
+    "source_alpha",
 )
 
 
@@ -108,6 +112,28 @@ def add_sampler(group: argparse._ArgumentGroup, noise: str, steps: str) -> None:
         help="guidance scale, 1 is none; the checkpoint's if not given",
     )
     add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
+
+
+def add_source(group: argparse._ArgumentGroup) -> None:
+    """How the source is read."""
+    group.add_argument(
+        "--fps",
+        type=float,
+        metavar="R",
+        help="rate of the source; a video's own, the checkpoint's for images, if not given",
+    )
+    add_alpha(group)
+
+
+def add_alpha(group: argparse._ArgumentGroup) -> None:
+    """What becomes of transparency."""
+    group.add_argument(
+        "--alpha",
+        dest="source_alpha",
+        choices=get_args(Alpha),
+        default=EngineConfig().source_alpha,
+        help="what is put behind transparent pixels, or refuse them",
+    )
 
 
 def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:

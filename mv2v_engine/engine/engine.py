@@ -39,11 +39,11 @@ from mv2v_engine.engine.loading import (
     configure,
     load_parts,
 )
-from mv2v_engine.engine.opening import AnySource, open_edit_session, open_view_session
+from mv2v_engine.engine.opening import open_edit_session, open_view_session
 from mv2v_engine.engine.places import rank_device, transformer_dtype
 from mv2v_engine.engine.request import TurnRequest, check_text
 from mv2v_engine.engine.session import Session
-from mv2v_engine.engine.source import Source
+from mv2v_engine.engine.source import AnySource, Source
 from mv2v_engine.engine.team import Team, open_team
 from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.engine.view_session import ViewSession

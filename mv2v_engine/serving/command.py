@@ -12,6 +12,7 @@ from mv2v_engine.config import EngineConfig, MemoryMode, SchedulerName
 from mv2v_engine.envs import serving_tokens
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import (
+    add_alpha,
     add_memory_bounds,
     add_model,
     add_reuse,
@@ -233,7 +234,9 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     defaults, limits = ServingConfig, Limits()
-    add = parser.add_argument_group("limits").add_argument
+    group = parser.add_argument_group("limits")
+    add_alpha(group)
+    add = group.add_argument
     add("--max-queue", type=int, default=defaults.max_queue, metavar="N", help="turns that wait")
     add(
         "--max-queue-per-token",

@@ -1,8 +1,9 @@
 """The process that decodes uploads first, so that no file takes the service or the engine along.
 
 `python -m mv2v_engine.serving.probe` loads what decoding needs once and reads requests as JSON
-lines, `{"id", "path", "limits": Limits.to_dict()}`. A fork of it serves each, under limits of time,
-memory and files, and answers with a line: `{"id", "video": ...}` or `{"id", "code", "message"}`.
+lines, `{"id", "path", "limits": Limits.to_dict(), "alpha"}`. A fork of it serves each, under limits
+of time, memory and files, and answers with a line: `{"id", "video": ...}` or `{"id", "code",
+"message"}`.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.damage import STRICT
 from mv2v_engine.video.io import VideoReader
@@ -40,7 +42,7 @@ class Refused(Exception):
         self.code = code
 
 
-def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
+def examine(path: Path, limits: dict[str, Any], alpha: Alpha = "black") -> dict[str, Any]:
     """Decode a video to its end; what it holds.
 
     Raises:
@@ -51,7 +53,7 @@ def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
             _check_images(path, limits)
         else:
             _check_container(path, limits)
-        reader = VideoReader(path, max_pixels=sys.maxsize)
+        reader = VideoReader(path, max_pixels=sys.maxsize, alpha=alpha)
         info = reader.info
         _check_pixels(info.width, info.height, limits)
         _check(info.num_frames, limits["frames"], "too_many_frames", "frames", "cut it")
@@ -190,7 +192,11 @@ def _limit(limits: dict[str, Any]) -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"video": examine(Path(request["path"]), request["limits"])}
+        return {
+            "video": examine(
+                Path(request["path"]), request["limits"], request.get("alpha", "black")
+            )
+        }
     except Refused as refused:
         return {"code": refused.code, "message": str(refused)[:_MAX_MESSAGE]}
 

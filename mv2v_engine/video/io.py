@@ -1,4 +1,4 @@
-"""Video files to uint8 frames and back, with PyAV; audio is ignored.
+"""Video files to uint8 frames and back, with PyAV; sound is copied where a writer is given it.
 
 Any container and codec that PyAV reads. Frames come out as a viewer shows them: rotation flag and
 pixel aspect applied, HDR tone-mapped, fields woven into whole frames, alpha composed; `notes` says
@@ -11,13 +11,16 @@ T frames; sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+import weakref
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -39,6 +42,7 @@ from mv2v_engine.video.scan import (
     scan_file,
     truncated,
 )
+from mv2v_engine.video.sound import Sound, SoundCopy
 from mv2v_engine.video.stills import Stills, are_stills, decode_stills, scan_stills
 from mv2v_engine.video.transforms import cover_and_crop
 
@@ -136,6 +140,11 @@ class VideoReader:
     @property
     def info(self) -> VideoInfo:
         return self._about.info
+
+    @property
+    def sound(self) -> Sound | None:
+        """What is heard beside the frames, if anything is."""
+        return None if isinstance(self._about, Stills) else self._about.sound
 
     @property
     def notes(self) -> tuple[str, ...]:
@@ -316,12 +325,14 @@ def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf:
 
 @contextmanager
 def video_writer(
-    path: Path | str, fps: float | Fraction, *, crf: int = 18
+    path: Path | str, fps: float | Fraction, *, crf: int = 18, sound: Sound | None = None
 ) -> Iterator[VideoWriter]:
     """A writer of h264 in mp4, whole or not at all: the file appears when the block has ended.
 
     Colours are BT.709, 4:2:0; odd sizes, which 4:2:0 cannot hold, are written as 4:4:4. The same
     frames give the same bytes, however they are cut: one encoder thread, no time stamp.
+
+    sound: copied into the file, from the first frame on.
 
     Raises:
         VideoError: a rate out of range, no frames at all, or as `VideoWriter.add`.
@@ -329,12 +340,54 @@ def video_writer(
     """
     check_fps("fps", fps)
     with replacing(video_path("path", path)) as temporary:
-        writer = VideoWriter(temporary, Fraction(fps).limit_denominator(1001), crf)
+        writer = VideoWriter(temporary, Fraction(fps).limit_denominator(1001), crf, sound)
         try:
             yield writer
             writer.finish()
         finally:
             writer.close()
+
+
+def open_video(
+    source: Path | str | bytes | IO[bytes],
+    *,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    check: Check | None = None,
+    alpha: Alpha = "black",
+    image_fps: float | None = None,
+) -> VideoReader:
+    """A reader of a file or of images, as `VideoReader`, or of a file's bytes or an open file.
+
+    What is no path is copied into a temporary file, which goes with the reader.
+
+    Raises:
+        VideoError: as `VideoReader`, or the file was opened as text.
+    """
+    options: dict[str, Any] = {"check": check, "alpha": alpha, "image_fps": image_fps}
+    if isinstance(source, str | Path):
+        return VideoReader(source, max_pixels=max_pixels, **options)
+    is_bytes = isinstance(source, bytes | bytearray | memoryview)
+    name = "bytes" if is_bytes else Path(str(getattr(source, "name", "file"))).name or "file"
+    folder = tempfile.mkdtemp(prefix="mv2v-")
+    try:
+        path = Path(folder) / name
+        with path.open("wb") as file:
+            if isinstance(source, bytes | bytearray | memoryview):
+                file.write(source)
+            else:
+                if source.seekable():
+                    source.seek(0)
+                shutil.copyfileobj(source, file)
+        reader = VideoReader(path, max_pixels=max_pixels, **options)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, TypeError):
+            raise VideoError(
+                f"the file {name} must be open for bytes, as by open(path, 'rb'); {error}"
+            ) from error
+        raise
+    weakref.finalize(reader, shutil.rmtree, folder, ignore_errors=True)
+    return reader
 
 
 def video_path(name: str, value: Path | str) -> Path:
@@ -356,8 +409,10 @@ def video_path(name: str, value: Path | str) -> Path:
 class VideoWriter:
     """An mp4 under way; made by `video_writer`. num_frames: written so far."""
 
-    def __init__(self, path: Path, rate: Fraction, crf: int) -> None:
+    def __init__(self, path: Path, rate: Fraction, crf: int, sound: Sound | None = None) -> None:
         self.path, self.rate, self.crf = path, rate, crf
+        self._sound = sound
+        self._copy: SoundCopy | None = None
         self.num_frames = 0
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
@@ -393,6 +448,8 @@ class VideoWriter:
                 picture.pts, picture.time_base = self.num_frames, 1 / self.rate
                 self._mux(picture)
                 self.num_frames += 1
+                if self._copy is not None:
+                    self._copy.mux(self.num_frames / self.rate)
 
     def finish(self) -> None:
         """Write what the encoder still holds, and the index."""
@@ -400,11 +457,16 @@ class VideoWriter:
             raise VideoError("a video needs at least one frame, got none; add frames")
         with _encoding():
             self._mux(None)
+            if self._copy is not None:
+                self._copy.mux()
             self.close()
 
     def close(self) -> None:
         """Let go of the file, finished or not."""
         container, self._container, self._stream = self._container, None, None
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            copy.close()
         if container is not None:
             container.close()
 
@@ -422,6 +484,8 @@ class VideoWriter:
         stream.codec_context.color_range = 1  # limited
         for name in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, name, 1)  # BT.709
+        if self._sound is not None:
+            self._copy = SoundCopy(self._sound, container)
         self._stream = stream
         return stream
 

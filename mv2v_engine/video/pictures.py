@@ -11,7 +11,7 @@ H W pixels; colours are linear light relative to the white of an SDR screen unle
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -168,7 +168,7 @@ class Pictures:
         else:
             light = _eotf(self._curve, codes)
         if self._primaries is not None:
-            light = light @ torch.tensor(_TO_BT709[self._primaries], device="cpu").T
+            light = light @ _matrix(_TO_BT709[self._primaries]).T
         light = light.clamp(min=0)
         if self._hdr is not None:
             signal = light.amax(-1, keepdim=True).clamp(min=1e-6)
@@ -185,9 +185,13 @@ class Pictures:
         light = _eotf(self._hdr, codes)
         if self._hdr == _HLG:
             # the screen's own gamma, 1.2 on the luminance (BT.2100)
-            luma = light @ torch.tensor(_LUMA_2020, device="cpu")
+            luma = light @ _matrix(_LUMA_2020)
             light = _PEAK * light * luma.clamp(min=1e-6)[..., None] ** 0.2
         return light
+
+
+def _matrix(values: Sequence[Any]) -> Tensor:
+    return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _eotf(transfer: int | None, codes: Tensor) -> Tensor:

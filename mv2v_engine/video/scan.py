@@ -22,6 +22,7 @@ from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.clock import clock
 from mv2v_engine.video.pictures import Pictures
+from mv2v_engine.video.sound import Sound, find_sound
 from mv2v_engine.video.transforms import check_aspect
 
 if TYPE_CHECKING:
@@ -94,6 +95,7 @@ class Scan:
     is_interlaced: bool
     notes: tuple[str, ...]
     num_skipped: int
+    sound: Sound | None
 
 
 @contextmanager
@@ -227,6 +229,7 @@ def scan_file(
             stamps = ()
         told = (stream.average_rate, stream.guessed_rate, stream.base_rate)
         guesses = container.format.name not in FRAME_PER_PACKET
+        begin = (stamps[0] if stamps else 0) * (stream.time_base or Fraction(1))
         rate, order, held = clock(len(found), stamps, stream.time_base, told, guesses=guesses)
         check_fps(f"the fps of {path.name}", rate)
         if not stream.frames and not walk.num_skipped:
@@ -260,6 +263,7 @@ def scan_file(
             is_interlaced=is_interlaced,
             notes=tuple(notes),
             num_skipped=walk.num_skipped,
+            sound=find_sound(path, container, begin),
         )
 
 

@@ -168,7 +168,7 @@ def frames_of_images(images: Sequence[Any], alpha: Alpha = "black") -> Tensor | 
 
     if not images or not all(isinstance(each, Image | np.ndarray | Tensor) for each in images):
         return None
-    frames = []
+    frames: list[Tensor] = []
     for number, image in enumerate(images):
         if isinstance(image, Image):
             frame = _composed(image, alpha, f"image {number}")
@@ -244,8 +244,8 @@ class _opened:
     def _unreadable(self, error: BaseException) -> VideoError:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         return VideoError(
-            f"{self._path.name} cannot be read as an image ({reason}): damaged, or none; give whole "
-            "images"
+            f"{self._path.name} cannot be read as an image ({reason}): damaged, or none; give "
+            "whole images"
         )
 
 

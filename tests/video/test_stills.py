@@ -56,9 +56,7 @@ def test_a_pattern(tmp_path: Path) -> None:
 
 def animated(path: Path, durations: list[int] | int, num_frames: int = 8) -> Path:
     frames = [Image.new("RGB", (64, 48), (20 * index,) * 3) for index in range(num_frames)]
-    frames[0].save(
-        path, save_all=True, append_images=frames[1:], duration=durations, lossless=True
-    )
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=durations, lossless=True)
     return path
 
 
