@@ -7,6 +7,7 @@ import re
 import shlex
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NoReturn, get_args
 
@@ -21,6 +22,7 @@ from mv2v_engine.config import (
     BackendName,
     Conditioning,
     EngineConfig,
+    Fit,
     GraphMode,
     MergeMode,
     ParallelConfig,
@@ -56,6 +58,8 @@ _SETTINGS = (
     "device_cache_bytes",
     "check_weights",
     "source_alpha",
+    "source_fit",
+    "size",
 )
 
 
@@ -122,12 +126,26 @@ def add_source(group: argparse._ArgumentGroup) -> None:
         metavar="R",
         help="rate of the source; a video's own, the checkpoint's for images, if not given",
     )
-    add_alpha(group)
+    add_picture(group)
 
 
-def add_alpha(group: argparse._ArgumentGroup) -> None:
-    """What becomes of transparency."""
-    group.add_argument(
+def add_picture(group: argparse._ArgumentGroup) -> None:
+    """What the model sees of a source's frames."""
+    add = group.add_argument
+    add(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="of the turns, one that the weights were made for; the checkpoint's if not given",
+    )
+    add(
+        "--fit",
+        dest="source_fit",
+        choices=get_args(Fit),
+        default=EngineConfig().source_fit,
+        help="of the source to that size: cut its edges off, or add black bars",
+    )
+    add(
         "--alpha",
         dest="source_alpha",
         choices=get_args(Alpha),
@@ -213,6 +231,13 @@ def add_reuse(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="skip steps that change by less than this; none is skipped if not given",
     )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"height x width as 480x832, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def _drift(text: str) -> float | None:
@@ -333,7 +358,8 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
     renames = None if args.rename is None else read_renames(args.rename)
     resolution = resolve(detect(args.checkpoint, renames))
     resolution.require_loadable()
-    return resolution
+    size = getattr(args, "size", None)
+    return replace(resolution, sampling=resolution.sampling.at(size, resolution.name))
 
 
 def loading(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:

@@ -131,6 +131,7 @@ def novel_view(args: argparse.Namespace) -> int:
         max_pixels=config.max_source_pixels,
         own_fps=sampling.fps,
         alpha=config.source_alpha,
+        fit=config.source_fit,
     )
     with results.store.lock():
         resume = args.resume and results.store.exists()

@@ -71,7 +71,8 @@ class Engine:
         team: Team | None = None,
     ) -> None:
         self.checkpoint, self.vae, self.text = checkpoint, vae, text
-        self.device, self.config, self.sampling = device, config, checkpoint.sampling
+        self.device, self.config = device, config
+        self.sampling = checkpoint.sampling.at(config.size, checkpoint.name)
         self.scheduler = config.scheduler or self.sampling.scheduler
         self.transformer, self.team = checkpoint.transformer, team
         self.backend, self.attention = configure(self.transformer, config, device)

@@ -61,6 +61,7 @@ def open_view_session(
             fps=fps,
             max_pixels=engine.config.max_source_pixels,
             alpha=engine.config.source_alpha,
+            fit=engine.config.source_fit,
             own_fps=sampling.fps,
             check=None if cancel is None else cancel.check,
         )
@@ -133,6 +134,7 @@ def open_edit_session(
         own_fps=sampling.fps,
         max_pixels=engine.config.max_source_pixels,
         alpha=engine.config.source_alpha,
+        fit=engine.config.source_fit,
         check=check,
     )
     folder = None if given is None else EditStore(given)

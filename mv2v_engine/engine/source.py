@@ -15,7 +15,7 @@ from torch import Tensor
 from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.config import Alpha
+from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.errors import CameraError, VideoError
 from mv2v_engine.video.io import VideoReader, open_video
 from mv2v_engine.video.scan import Check, check_fps
@@ -60,6 +60,7 @@ def load_source(
     own_fps: float = 16.0,
     check: Check | None = None,
     alpha: Alpha = "black",
+    fit: Fit = "crop",
 ) -> Source:
     """Read, window and crop a source.
 
@@ -89,8 +90,8 @@ def load_source(
         if info.num_frames < 2:
             raise VideoError(f"{name} has 1 frame, at least 2 are needed; give a video")
         chosen = select_window(info.num_frames, num_frames, window)
-        crop = crop_report((info.height, info.width), size)
-        cropped = reader.read(chosen.indices, size=size, check=check)
+        crop = crop_report((info.height, info.width), size, fit)
+        cropped = reader.read(chosen.indices, size=size, fit=fit, check=check)
         rate, notes = fps or info.fps, video.notes
         if rate != info.fps:
             notes += (f"its {info.fps:g} frames a second are taken for {rate:g}",)
@@ -98,7 +99,7 @@ def load_source(
         bare = video
         chosen = select_window(len(bare), num_frames, window)
         indices = torch.tensor(chosen.indices, dtype=torch.int64, device="cpu")
-        cropped, crop = cover_and_crop(bare[indices], size)
+        cropped, crop = cover_and_crop(bare[indices], size, fit)
         rate, name = fps or own_fps, "frames"
     description = {
         "name": name,

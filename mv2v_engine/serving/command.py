@@ -12,9 +12,9 @@ from mv2v_engine.config import EngineConfig, MemoryMode, SchedulerName
 from mv2v_engine.envs import serving_tokens
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import (
-    add_alpha,
     add_memory_bounds,
     add_model,
+    add_picture,
     add_reuse,
     engine_config,
     num_bytes,
@@ -235,7 +235,7 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     defaults, limits = ServingConfig, Limits()
     group = parser.add_argument_group("limits")
-    add_alpha(group)
+    add_picture(group)
     add = group.add_argument
     add("--max-queue", type=int, default=defaults.max_queue, metavar="N", help="turns that wait")
     add(

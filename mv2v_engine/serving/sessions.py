@@ -290,7 +290,7 @@ def _new_session(
         warnings=(
             *_warnings(about, video.frames, window),
             *video.notes,
-            *_cropping(video, tuple(about["sampling"]["size"])),
+            *_cropping(video, about),
         ),
         window=window,
     )
@@ -323,10 +323,12 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
     return (f"the model takes {wanted} frames: {chosen.description}",)
 
 
-def _cropping(video: ProbedVideo, size: tuple[int, int]) -> tuple[str, ...]:
-    """What the model's size cuts off a video, in words."""
-    report = crop_report((video.height, video.width), size)
-    return (report.description,) if any(report.cropped) else ()
+def _cropping(video: ProbedVideo, about: dict[str, Any]) -> tuple[str, ...]:
+    """What the model's size cuts off a video or adds to it, in words."""
+    height, width = about["sampling"]["size"]
+    fit = about.get("source_fit", "crop")
+    report = crop_report((video.height, video.width), (height, width), fit)
+    return (report.description,) if any((*report.cropped, *report.padded)) else ()
 
 
 def _place_upload(store: Store, upload: Path, session_id: str) -> dict[str, Any]:

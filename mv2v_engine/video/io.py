@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.config import Alpha, EngineConfig
+from mv2v_engine.config import Alpha, EngineConfig, Fit
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.files import replacing
 from mv2v_engine.video.damage import check_pictures
@@ -155,12 +155,13 @@ class VideoReader:
         indices: Sequence[int],
         *,
         size: tuple[int, int] | None = None,
+        fit: Fit = "crop",
         check: Check | None = None,
     ) -> Tensor:
         """The frames of these numbers, in any order and with repeats: uint8 [T, height, width, 3].
 
         size: (height, width) to which each is brought as soon as it is decoded, as `cover_and_crop`
-            does; None leaves them as they are.
+            does by `fit`; None leaves them as they are.
 
         Raises:
             VideoError: frames that do not exist, or that the file no longer has, or more than
@@ -182,7 +183,7 @@ class VideoReader:
                 f"{MAX_READ_BYTES / 1e9:.1f} GB are read at once; read {self.path.name} in parts"
             )
         out = torch.empty(len(wanted), height, width, 3, dtype=torch.uint8, device="cpu")
-        self._decode(wanted, size, out, check)
+        self._decode(wanted, partial(_fitted, size=size, fit=fit), out, check)
         return out
 
     def frames(self, start: int = 0, check: Check | None = None) -> Iterator[Tensor]:
@@ -227,7 +228,11 @@ class VideoReader:
             check_pictures(self.path, self._scan)
 
     def _decode(
-        self, wanted: Sequence[int], size: tuple[int, int] | None, out: Tensor, check: Check | None
+        self,
+        wanted: Sequence[int],
+        fitted: Callable[[Tensor], Tensor],
+        out: Tensor,
+        check: Check | None,
     ) -> None:
         """Put the stored frames `wanted` (any order, repeats allowed) into `out`, one after one."""
         places: dict[int, list[int]] = {}
@@ -235,7 +240,7 @@ class VideoReader:
             places.setdefault(stored, []).append(place)
         if isinstance(self._about, Stills):
             for stored, pixels in decode_stills(self._about, sorted(places), check):
-                out[places[stored]] = _fitted(pixels, size)
+                out[places[stored]] = fitted(pixels)
             return
         scan = self._scan
         first_key = None
@@ -248,7 +253,7 @@ class VideoReader:
         for seek in (first_key, None) if first_key is not None else (None,):
             for stored, frame in self._stored_frames(seek, check):
                 if stored in missing:
-                    out[places[stored]] = _fitted(self._pixels(frame), size)
+                    out[places[stored]] = fitted(self._pixels(frame))
                     missing.discard(stored)
                 if not missing:
                     return
@@ -307,9 +312,9 @@ class VideoReader:
         return torch.rot90(pixels, self.info.rotation // 90, (0, 1))
 
 
-def _fitted(pixels: Tensor, size: tuple[int, int] | None) -> Tensor:
+def _fitted(pixels: Tensor, size: tuple[int, int] | None, fit: Fit) -> Tensor:
     """A frame brought to a size, if one is asked for."""
-    return pixels if size is None else cover_and_crop(pixels[None], size)[0][0]
+    return pixels if size is None else cover_and_crop(pixels[None], size, fit)[0][0]
 
 
 def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf: int = 18) -> None:

@@ -55,7 +55,9 @@ def click(path: Path) -> float:
     raise AssertionError("no click")
 
 
-@pytest.mark.parametrize(("codec", "suffix"), [("aac", ".mp4"), ("libopus", ".mkv"), ("ac3", ".ts")])
+@pytest.mark.parametrize(
+    ("codec", "suffix"), [("aac", ".mp4"), ("libopus", ".mkv"), ("ac3", ".ts")]
+)
 @pytest.mark.parametrize("late", [0, 10])
 def test_packets_are_copied_in_time(tmp_path: Path, codec: str, suffix: str, late: int) -> None:
     source = with_sound(tmp_path / f"clip{suffix}", codec, late=late)

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import Alpha
+from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.engine.source import AnySource, opened_source
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.scan import Check, check_fps
@@ -40,9 +40,16 @@ class LongSource:
     """
 
     def __init__(
-        self, video: VideoReader | Tensor, *, fps: float, size: tuple[int, int], name: str
+        self,
+        video: VideoReader | Tensor,
+        *,
+        fps: float,
+        size: tuple[int, int],
+        name: str,
+        fit: Fit = "crop",
     ) -> None:
         self._video, self.fps, self.size, self.name = video, fps, size, name
+        self.fit: Fit = fit
         if isinstance(video, VideoReader):
             self.num_frames = video.info.num_frames
             self.source_size = (video.info.height, video.info.width)
@@ -78,8 +85,8 @@ class LongSource:
             VideoError: as `frames`.
         """
         if isinstance(self._video, VideoReader):
-            return self._video.read(indices, size=self.size)
-        return cover_and_crop(self._video[list(indices)], self.size)[0]
+            return self._video.read(indices, size=self.size, fit=self.fit)
+        return cover_and_crop(self._video[list(indices)], self.size, self.fit)[0]
 
     def window(self, window: EditWindow, check: Check | None = None) -> Tensor:
         """What the model sees in a window, uint8 [T, height, width, 3] of its own size.
@@ -109,7 +116,7 @@ class LongSource:
             self._held.popleft()
         while self._next < window.stop:
             frame = next(self._stream)
-            self._held.append(cover_and_crop(frame[None], self.size)[0][0])
+            self._held.append(cover_and_crop(frame[None], self.size, self.fit)[0][0])
             self._next += 1
 
     def close(self) -> None:
@@ -122,10 +129,11 @@ class LongSource:
         """Identity of the video, for resuming.
 
         Of a file's bytes, not of its pixels: they would all have to be decoded before the first
-        window, and the same bytes are the same pixels.
+        window, and the same bytes, changed in the same ways, are the same pixels.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.fit == "crop" else self.fit.encode())
         if isinstance(self._video, VideoReader):
+            digest.update("".join(self._video.notes).encode())
             for path in self._video.files:
                 with path.open("rb") as file:
                     while block := file.read(_BLOCK):
@@ -143,7 +151,7 @@ class LongSource:
             "frames": self.num_frames,
             "fps": self.fps,
             "size": list(self.source_size),
-            "crop": crop_report(self.source_size, self.size).description,
+            "crop": crop_report(self.source_size, self.size, self.fit).description,
             "notes": list(self.notes),
         }
 
@@ -171,6 +179,7 @@ def open_long_source(
     max_pixels: int,
     check: Check | None = None,
     alpha: Alpha = "black",
+    fit: Fit = "crop",
 ) -> LongSource:
     """Open a video as `opened_source` does; one frame is enough.
 
@@ -191,5 +200,7 @@ def open_long_source(
         image_fps=fps or own_fps,
     )
     if isinstance(video, VideoReader):
-        return LongSource(video, fps=fps or video.info.fps, size=size, name=video.path.name)
-    return LongSource(video, fps=fps or own_fps, size=size, name="frames")
+        return LongSource(
+            video, fps=fps or video.info.fps, size=size, name=video.path.name, fit=fit
+        )
+    return LongSource(video, fps=fps or own_fps, size=size, name="frames", fit=fit)
