@@ -91,7 +91,8 @@ class Prober:
                 del self._waiting[number]
         if "video" not in said:
             raise ApiError(said["code"], said["message"], param="video")
-        return ProbedVideo(**said["video"])
+        found: dict[str, Any] = said["video"]
+        return ProbedVideo(**found | {"notes": tuple(found["notes"])})
 
     async def _ask(self, request: dict[str, Any]) -> None:
         process = self._process

@@ -160,21 +160,19 @@ def test_frames_of_a_strip_are_refused_before_anything_is_made_of_them(
 
 
 @pytest.mark.parametrize(
-    ("source", "padded"),
+    ("source", "size", "padded"),
     [
-        ((64, 32), (0, 0, 48, 48)),
-        ((32, 64), (8, 8, 0, 0)),
-        ((128, 64), (0, 0, 48, 48)),
-        ((33, 64), (7, 8, 0, 0)),
-        ((64, 128), (0, 0, 0, 0)),
+        ((64, 32), (64, 128), (0, 0, 48, 48)),
+        ((32, 64), (80, 128), (8, 8, 0, 0)),
+        ((128, 64), (64, 128), (0, 0, 48, 48)),
+        ((33, 64), (81, 128), (7, 8, 0, 0)),
+        ((64, 128), (64, 128), (0, 0, 0, 0)),
     ],
 )
 def test_a_letterbox_shows_all_of_a_frame(
-    source: tuple[int, int], padded: tuple[int, int, int, int]
+    source: tuple[int, int], size: tuple[int, int], padded: tuple[int, int, int, int]
 ) -> None:
     frames = torch.full((2, *source, 3), 200, dtype=torch.uint8)
-    size = (48, 128) if padded == (8, 8, 0, 0) or padded == (7, 8, 0, 0) else (64, 128)
-    size = {(32, 64): (80, 128), (33, 64): (81, 128)}.get(source, size)
     boxed, report = cover_and_crop(frames, size, "letterbox")
     assert report == crop_report(source, size, "letterbox")
     assert boxed.shape == (2, *size, 3) and report.padded == padded and not any(report.cropped)
