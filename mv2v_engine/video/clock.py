@@ -90,12 +90,14 @@ def _fitting(
     """The slowest rate on whose ticks all frames lie; of those within 1 %, the best fit."""
     found: list[tuple[Fraction, Fraction]] = []
     for rate in candidates:
-        if found and rate > found[0][1] * Fraction(101, 100):
-            break
         # no finer than the frames: on a fine enough grid, any stamp lies on a tick
-        if (shortest - time_base) * rate > Fraction(21, 20) or _ticks(seconds, rate) is None:
+        is_finer = (shortest - time_base) * rate > Fraction(21, 20)
+        if is_finer or (found and rate > found[0][1] * Fraction(101, 100)):
+            break
+        ticks = _ticks(seconds, rate)
+        if ticks is None:
             continue
-        off = max(abs(second * rate - round(second * rate)) for second in seconds)
+        off = max(abs(second * rate - tick) for second, tick in zip(seconds, ticks, strict=True))
         if off <= _SLACK + rate * time_base:
             found.append((off, rate))
     return min(found)[1] if found else None
@@ -105,8 +107,12 @@ def _ticks(seconds: Sequence[Fraction], rate: Fraction) -> list[int] | None:
     """The tick of each frame; None if two share one, or there are too many."""
     if seconds[-1] * rate > max(_MAX_TICKS, 4 * len(seconds)):
         return None
-    ticks = [round(second * rate) for second in seconds]
-    return ticks if all(later > earlier for earlier, later in pairwise(ticks)) else None
+    ticks: list[int] = []
+    for second in seconds:
+        ticks.append(round(second * rate))
+        if len(ticks) > 1 and ticks[-1] <= ticks[-2]:
+            return None
+    return ticks
 
 
 def _nearest(seconds: Sequence[Fraction], rate: Fraction) -> tuple[tuple[int, ...], str]:

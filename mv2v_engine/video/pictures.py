@@ -60,7 +60,6 @@ class Pictures:
     """How the frames of one video become RGB.
 
     first: the first frame, whose tags hold for all. tags: the stream's, where a frame has none.
-    is_opaque_else: the codec's alpha channel says nothing unless it is used (GIF).
 
     notes: what is changed, in words. is_hdr: whether `measure` is needed before `pixels`.
 
@@ -86,7 +85,9 @@ class Pictures:
             notes.append(f"HDR ({_HDR[self._hdr]}{wide}) was tone-mapped to SDR (BT.709)")
         elif self._primaries is not None:
             notes.append(f"colours of {_WIDE[self._primaries]} were brought to BT.709")
-        if self.has_alpha and (codec != "gif" or _is_seen_through(first)):
+        # a palette has always room for it
+        is_certain = codec != "gif" and first.format.name != "pal8"
+        if self.has_alpha and (is_certain or _is_seen_through(first)):
             if alpha == "refuse":
                 raise VideoError(
                     f"{path.name} has an alpha channel, which is refused here; take it composed "
