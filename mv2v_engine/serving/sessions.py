@@ -46,6 +46,8 @@ from mv2v_engine.video.transforms import crop_report, select_window
 # decodes an owner's upload within the limits; raises ApiError with the limit's own code
 Probe = Callable[[str, Path, Limits], Awaitable[ProbedVideo]]
 
+# of a picture; what is less is in the report alone
+_MUCH_CROPPED = 0.125
 _MAX_NAME = 200
 _CHUNK = 1 << 20
 # of a session, what is nobody's business outside the service
@@ -324,11 +326,14 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
 
 
 def _cropping(video: ProbedVideo, about: dict[str, Any]) -> tuple[str, ...]:
-    """What the model's size cuts off a video or adds to it, in words."""
+    """What the model's size cuts off a video or adds to it, if that is worth a warning."""
     height, width = about["sampling"]["size"]
     fit = about.get("source_fit", "crop")
     report = crop_report((video.height, video.width), (height, width), fit)
-    return (report.description,) if any((*report.cropped, *report.padded)) else ()
+    top, bottom, left, right = report.cropped
+    kept = height * width / ((height + top + bottom) * (width + left + right))
+    is_much = 1 - kept > _MUCH_CROPPED or any(report.padded)
+    return (report.description,) if is_much else ()
 
 
 def _place_upload(store: Store, upload: Path, session_id: str) -> dict[str, Any]:

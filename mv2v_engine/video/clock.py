@@ -6,10 +6,14 @@ are held longer are repeated, so that none is lost and each is shown when it was
 
 from __future__ import annotations
 
-from bisect import bisect_left
 from collections.abc import Sequence
 from fractions import Fraction
-from itertools import pairwise
+from typing import Any, TypeAlias
+
+import numpy as np
+
+# seconds since the first frame, float64
+_Times: TypeAlias = "np.ndarray[Any, Any]"
 
 _DEFAULT_RATE = Fraction(25)
 # nominal rates of cameras and screens; NTSC's beside their neighbours
@@ -24,7 +28,9 @@ _STANDARD = (
 # ticks that a video may be stretched to by its holds; far more than anybody edits
 _MAX_TICKS = 1 << 20
 # of a frame, by which stamps may miss their ticks beside the rounding to the time base
-_SLACK = Fraction(1, 10)
+_SLACK = 0.1
+# frames a second up to which a nominal rate is looked for, however slow most frames are
+_USUAL_MOST = 121
 
 
 def clock(
@@ -44,92 +50,82 @@ def clock(
     identity = tuple(range(num_frames))
     if len(stamps) < 2 or not time_base:
         return (nominal or [_DEFAULT_RATE])[0], identity, None
-    seconds = [(stamp - stamps[0]) * time_base for stamp in stamps]
-    measured = (num_frames - 1) / seconds[-1]
-    half = Fraction(1, 2)
+    ticks_of_base = np.array(stamps, np.int64) - stamps[0]
+    seconds = ticks_of_base * float(time_base)
+    measured = (num_frames - 1) / ((stamps[-1] - stamps[0]) * time_base)
     for rate in nominal:
         # the whole span must fit the rate, up to the rounding of stamps to the time base
         slack = Fraction(1, 20) + rate * time_base * 3 / 2
-        if abs(rate / measured - 1) * (num_frames - 1) <= slack and _drift(seconds, rate) <= half:
+        if abs(rate / measured - 1) * (num_frames - 1) <= slack and _drift(seconds, rate) <= 0.5:
             return rate, identity, None
-    shortest = min(later - earlier for earlier, later in pairwise(seconds))
-    candidates = sorted({*nominal, *_STANDARD, 1 / shortest})
+    shortest = int(np.diff(ticks_of_base).min()) * time_base
+    # two stamps that nearly meet do not make a thousand frames a second of a film
+    usual = 1 / float(np.median(np.diff(seconds)))
+    most = max(_USUAL_MOST, 2.1 * usual)
+    candidates = sorted(rate for rate in {*nominal, *_STANDARD, 1 / shortest} if rate <= most)
     held = None if guesses else _fitting(seconds, candidates, time_base, shortest)
     if held is None:
-        if _drift(seconds, measured) <= half:
+        if _drift(seconds, measured) <= 0.5:
             return measured, identity, None
         for rate in nominal:
             if _drift(seconds, rate) <= 1 + rate * time_base:  # never more than a frame off
                 return rate, identity, None
         held = _fitting(seconds, candidates, time_base, shortest) if guesses else None
     if held is None:
-        held = next((rate for rate in candidates if _ticks(seconds, rate) is not None), None)
-    ticks = None if held is None else _ticks(seconds, held)
-    if held is None or ticks is None:
-        return measured, *_nearest(seconds, measured)
-    order = [
-        index
-        for index, (tick, following) in enumerate(pairwise([*ticks, ticks[-1] + 1]))
-        for _ in range(following - tick)
-    ]
-    note = None
+        short = [rate for rate in candidates if _is_short(seconds, rate)]
+        held = min(short, key=lambda rate: _num_lost(seconds, rate), default=measured)
+    ticks = np.rint(seconds * float(held)).astype(np.int64)
+    # of two frames on one tick the later one
+    order = np.repeat(identity, np.diff(ticks, append=ticks[-1] + 1)).tolist()
+    note = f"its frame rate varies: at {float(held):g} frames a second, "
+    if lost := num_frames - len(set(order)):
+        return held, tuple(order), f"{note}{lost} of {num_frames} frames share another's place"
     if len(order) > num_frames:
-        note = (
-            f"its frame rate varies: at {float(held):g} frames a second, held frames are repeated "
-            f"({num_frames} became {len(order)})"
-        )
-    return held, tuple(order), note
+        note += f"held frames are repeated ({num_frames} became {len(order)})"
+        return held, tuple(order), note
+    return held, tuple(order), None
 
 
 def _fitting(
-    seconds: Sequence[Fraction],
+    times: _Times,
     candidates: Sequence[Fraction],
     time_base: Fraction,
     shortest: Fraction,
 ) -> Fraction | None:
     """The slowest rate on whose ticks all frames lie; of those within 1 %, the best fit."""
-    found: list[tuple[Fraction, Fraction]] = []
+    found: list[tuple[float, Fraction]] = []
     for rate in candidates:
         # no finer than the frames: on a fine enough grid, any stamp lies on a tick
         is_finer = (shortest - time_base) * rate > Fraction(21, 20)
         if is_finer or (found and rate > found[0][1] * Fraction(101, 100)):
             break
-        ticks = _ticks(seconds, rate)
+        ticks = _ticks(times, rate)
         if ticks is None:
             continue
-        off = max(abs(second * rate - tick) for second, tick in zip(seconds, ticks, strict=True))
-        if off <= _SLACK + rate * time_base:
+        off = float(np.abs(times * float(rate) - ticks).max())
+        if off <= _SLACK + float(rate * time_base):
             found.append((off, rate))
     return min(found)[1] if found else None
 
 
-def _ticks(seconds: Sequence[Fraction], rate: Fraction) -> list[int] | None:
+def _ticks(times: _Times, rate: Fraction) -> np.ndarray[Any, Any] | None:
     """The tick of each frame; None if two share one, or there are too many."""
-    if seconds[-1] * rate > max(_MAX_TICKS, 4 * len(seconds)):
+    if not _is_short(times, rate):
         return None
-    ticks: list[int] = []
-    for second in seconds:
-        ticks.append(round(second * rate))
-        if len(ticks) > 1 and ticks[-1] <= ticks[-2]:
-            return None
-    return ticks
+    ticks = np.rint(times * float(rate)).astype(np.int64)
+    return ticks if bool((np.diff(ticks) > 0).all()) else None
 
 
-def _nearest(seconds: Sequence[Fraction], rate: Fraction) -> tuple[tuple[int, ...], str]:
-    """As many ticks as frames, each with the frame nearest in time: no rate holds all of them."""
-    order = []
-    for tick in range(len(seconds)):
-        time = tick / rate
-        after = min(bisect_left(seconds, time), len(seconds) - 1)
-        before = max(after - 1, 0)
-        order.append(before if time - seconds[before] <= seconds[after] - time else after)
-    lost = len(seconds) - len(set(order))
-    return tuple(order), (
-        f"its frame rate varies too much for one rate: at {float(rate):.4g} frames a second, "
-        f"{lost} of {len(seconds)} frames are left out"
-    )
+def _is_short(times: _Times, rate: Fraction) -> bool:
+    """Whether the ticks of a rate are few enough to be listed."""
+    return bool(times[-1] * float(rate) <= max(_MAX_TICKS, 4 * len(times)))
 
 
-def _drift(seconds: Sequence[Fraction], rate: Fraction) -> Fraction:
+def _num_lost(times: _Times, rate: Fraction) -> int:
+    """Frames that share their tick with another."""
+    return len(times) - len(np.unique(np.rint(times * float(rate))))
+
+
+def _drift(times: _Times, rate: Fraction) -> float:
     """The most that a frame is away from the tick of its number, in frames."""
-    return max(abs(second * rate - tick) for tick, second in enumerate(seconds))
+    return float(np.abs(times * float(rate) - np.arange(len(times))).max())
