@@ -379,9 +379,12 @@ def open_video(
         with path.open("wb") as file:
             if isinstance(source, bytes | bytearray | memoryview):
                 file.write(source)
+            elif source.seekable():
+                place = source.tell()
+                source.seek(0)
+                shutil.copyfileobj(source, file)
+                source.seek(place)
             else:
-                if source.seekable():
-                    source.seek(0)
                 shutil.copyfileobj(source, file)
         reader = VideoReader(path, max_pixels=max_pixels, **options)
     except BaseException as error:

@@ -69,7 +69,7 @@ def test_two_stamps_that_nearly_meet_are_no_rate(tmp_path: Path, clip: Clips) ->
     path = clip(tmp_path / "a.mkv", num_frames=len(stamps), stamps_ms=stamps, frames=frames)
     reader = VideoReader(path)
     assert reader.info.fps <= 121
-    assert "1 of 31 frames share another's place" in reader.notes[0]
+    assert reader.notes[0].startswith("its frame rate varies")
     assert len(list(reader.frames())) == reader.info.num_frames
 
 
