@@ -19,6 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -52,6 +53,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 DEFAULT_MAX_PIXELS = EngineConfig().max_source_pixels
+# that are looked at for the white of an HDR video
+_MEASURED_FRAMES = 5
 # of the frames of one read
 MAX_READ_BYTES = 16 << 30
 
@@ -295,13 +298,16 @@ class VideoReader:
         """Look at some frames of an HDR video for its white, once."""
         if self._is_measured or not self._scan.pictures.is_hdr:
             return
-        scan = self._scan
-        seeks: list[int | None] = [None]
+        scan, most = self._scan, _MEASURED_FRAMES
         if scan.stamps and scan.keyframes:
             keys = scan.keyframes
-            seeks = [*sorted({keys[place * (len(keys) - 1) // 4] for place in range(5)})]
-        looked_at = (next(self._raw_frames(seek, check), None) for seek in seeks)
-        scan.pictures.measure(found[1] for found in looked_at if found is not None)
+            seeks = sorted({keys[place * (len(keys) - 1) // (most - 1)] for place in range(most)})
+            looked_at = (next(self._raw_frames(seek, check), None) for seek in seeks)
+            scan.pictures.measure(found[1] for found in looked_at if found is not None)
+        else:
+            # what has no known key frames is decoded from its beginning
+            begun = islice(self._raw_frames(None, check), 0, 20 * most, 20)
+            scan.pictures.measure(frame for _, frame in begun)
         self._is_measured = True
 
     def _pixels(self, frame: VideoFrame) -> Tensor:
