@@ -142,6 +142,9 @@ class Pictures:
             return _RGB
         matrix = _tag(first.colorspace, tags.colorspace)
         if matrix in (_UNKNOWN, _RGB):
+            is_hdr = _tag(first.color_trc, tags.color_trc) in _HDR
+            if is_hdr or _tag(first.color_primaries, tags.color_primaries) == _BT2020:
+                return _BT2020
             is_small = first.height <= _SD_SIZE[0] and first.width <= _SD_SIZE[1]
             return _BT470BG if is_small else _BT709
         if matrix not in _MATRICES:

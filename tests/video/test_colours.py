@@ -119,15 +119,19 @@ def hlg(nits: np.ndarray) -> np.ndarray:
     return np.where(scene <= 1 / 12, np.sqrt(3 * scene), curve)
 
 
+@pytest.mark.parametrize("matrix", [9, 2], ids=["tagged", "no matrix"])
 @pytest.mark.parametrize("white", [100, 203])
 @pytest.mark.parametrize("transfer", [16, 18], ids=["PQ", "HLG"])
-def test_sdr_colours_within_hdr_are_themselves(tmp_path: Path, transfer: int, white: int) -> None:
+def test_sdr_colours_within_hdr_are_themselves(
+    tmp_path: Path, transfer: int, white: int, matrix: int
+) -> None:
     nits = np.maximum(patches() ** 2.4 @ TO_2020.T, 0) * white
     coded = (pq if transfer == 16 else hlg)(nits)
     path = write(
         tmp_path / "clip.mp4",
         coded,
-        matrix=9,
+        matrix=matrix,
+        coded_as=9,
         deep=True,
         trc=transfer,
         primaries=9,
