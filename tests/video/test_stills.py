@@ -115,3 +115,24 @@ def test_folders_that_are_no_video(tmp_path: Path) -> None:
     Image.new("RGB", (4000, 3000)).save(tmp_path / "0.png")
     with pytest.raises(VideoError, match=r"0.png is 4000x3000 .12.0 MP.; at most 8.3 MP"):
         VideoReader(tmp_path)
+
+
+def test_alpha_of_an_animated_webp(tmp_path: Path) -> None:
+    frames = []
+    for index in range(4):
+        pixels = np.zeros((48, 64, 4), np.uint8)
+        pixels[..., 0], pixels[..., 1], pixels[..., 3] = 200, 40 * index, 255
+        pixels[:, 32:, 3] = 0 if index % 2 else 128
+        frames.append(Image.fromarray(pixels))
+    path = tmp_path / "clip.webp"
+    frames[0].save(
+        path, save_all=True, append_images=frames[1:], duration=40, lossless=True, exact=True
+    )
+    reader = VideoReader(path, alpha="white")
+    assert reader.read(range(4))[:, 10, 50].tolist() == [
+        [227, 127, 127],
+        [255, 255, 255],
+        [227, 167, 127],
+        [255, 255, 255],
+    ]
+    assert reader.notes == ("its alpha channel was composed over white",)
