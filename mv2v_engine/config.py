@@ -5,6 +5,7 @@ What a transformer looks like is in `shapes`, and is imported from here.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -38,6 +39,10 @@ MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
 SchedulerName = Literal["euler", "unipc"]
+# what is put behind a video's transparent pixels; "refuse" does not take them
+Alpha = Literal["black", "white", "refuse"]
+# how a source is brought to the model's shape: its edges are cut off, or bars are added
+Fit = Literal["crop", "letterbox"]
 TextOffload = Literal["auto", "always", "never"]
 
 MAX_STEPS = 1000
@@ -50,7 +55,7 @@ class SamplingConfig:
     """What a checkpoint was made for: the window, its size and the sampler's defaults (METHOD 8).
 
     num_frames: pixel frames of one window, 4n+1. size: (height, width) in pixels. fps: the rate
-    that it was made at, for frames that come without one.
+    that it was made at, for frames that come without one. sizes: others that it was made for, too.
     """
 
     num_frames: int = 81
@@ -61,6 +66,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     fps: float = 16.0
     scheduler: SchedulerName = "euler"
+    sizes: tuple[tuple[int, int], ...] = ()
 
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1 or self.num_frames < 1:
@@ -72,6 +78,24 @@ class SamplingConfig:
         if self.scheduler not in get_args(SchedulerName):
             known = ", ".join(get_args(SchedulerName))
             raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")
+
+    def at(self, size: tuple[int, int] | None, name: str) -> SamplingConfig:
+        """The same at another of its sizes, (height, width); None keeps its own.
+
+        name: of the checkpoint, for the error.
+
+        Raises:
+            RequestError: the weights were not made for it.
+        """
+        if size is None or tuple(size) == self.size:
+            return self
+        if tuple(size) not in self.sizes:
+            known = " and ".join(f"{height}x{width}" for height, width in (self.size, *self.sizes))
+            raise RequestError(
+                f"{name} was made for {known} (height x width), not {size[0]}x{size[1]}; ask for "
+                'that, or have the source brought to it (source_fit="letterbox", --fit letterbox)'
+            )
+        return dataclasses.replace(self, size=(size[0], size[1]))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -132,6 +156,9 @@ class EngineConfig:
         every plan or an error. A turn beside one that replays is eager in any case.
     graph_bytes: most that graphs, their inputs and their kept K and V may hold.
     max_source_pixels: larger frames are refused before they are decoded.
+    size: (height, width) of turns, one that the checkpoint was made for; None: its first.
+    source_fit: "letterbox" shows all of a source between black bars, "crop" fills the frame.
+    source_alpha: what is put behind a source's transparent pixels; "refuse" does not take them.
     reuse: "approximate" keeps the K and V of joint conditioning between whole forwards, at most
         reuse_refresh steps apart; reuse_drift: a step makes one of its own once the first
         block's conditioning output has changed by so much (relative L2) since the last; None
@@ -177,6 +204,9 @@ class EngineConfig:
     graph_bytes: int = 4 << 30
     frames_bytes: int = 1 << 30
     max_source_pixels: int = 3840 * 2160
+    size: tuple[int, int] | None = None
+    source_fit: Fit = "crop"
+    source_alpha: Alpha = "black"
     reuse: Reuse = "exact"
     reuse_refresh: int = 4
     reuse_drift: float | None = 0.1

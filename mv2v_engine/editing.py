@@ -21,6 +21,7 @@ from mv2v_engine.engine.opening import open_edit_session
 from mv2v_engine.engine.request import require_editing
 from mv2v_engine.errors import CancelledError, MV2VError
 from mv2v_engine.options import (
+    CLIP,
     INTERRUPTED,
     PARTIAL,
     add_folder,
@@ -29,6 +30,7 @@ from mv2v_engine.options import (
     add_parallel,
     add_reuse,
     add_sampler,
+    add_source,
     engine_config,
     follows,
     loading,
@@ -39,7 +41,7 @@ from mv2v_engine.options import (
 from mv2v_engine.parser import integer, mistaken
 from mv2v_engine.progress import driven
 from mv2v_engine.terminal import cancel_on_interrupt, edit_table, say, turn_progress
-from mv2v_engine.video.io import probe_video
+from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.windows import edit_windows
 
 # rows of the table on the terminal, and cuts on its line; the report has all
@@ -68,7 +70,7 @@ def edit(args: argparse.Namespace) -> int:
         return 0
     check_descriptor(config)
     results = EditResults(args.out)
-    about = probe_video(args.clip)
+    about = VideoReader(args.clip, alpha=config.source_alpha, max_pixels=None).info
     if args.cuts is not None:
         edit_windows(about.num_frames, resolution.sampling.num_frames, cuts=args.cuts)
     results.check_writable(args.clip)
@@ -95,6 +97,7 @@ def edit(args: argparse.Namespace) -> int:
             session = open_edit_session(
                 engine,
                 args.clip,
+                fps=args.fps,
                 cuts=args.cuts,
                 store=results.folder,
                 resume=resume,
@@ -116,7 +119,7 @@ def _finish(
     try:
         with cancel_on_interrupt() as cancel, shown as show:
             turn = driven(session.perform(request, cancel, out=out), show)
-        written = results.publish(session, turn, args.clip, version=__version__)
+        written = results.publish(session, turn, version=__version__)
     except (KeyboardInterrupt, CancelledError):
         return _cut_off("interrupted", args, session, results, INTERRUPTED)
     except MV2VError as error:
@@ -140,6 +143,8 @@ def _say_source(session: EditSession) -> None:
     about, cuts = session.source.describe(), session.cuts
     print(f"source {about['name']}: {about['frames']} frames at {about['fps']:g} a second", end="")
     print(f"; {about['crop']}")
+    for words in about["notes"]:
+        print(f"note: {words}")
     shots = f"{len(cuts) + 1} shots, cuts at {_listed(cuts)}" if cuts else "one shot"
     print(f"{len(session.windows)} windows of {session.engine.sampling.num_frames} frames, {shots}")
     num_kept = len(session.windows) if session.turns else 0
@@ -165,7 +170,7 @@ def _cut_off(
 def add_edit(parser: argparse.ArgumentParser) -> None:
     """The options of `run edit`."""
     parser.set_defaults(command=edit)
-    parser.add_argument("clip", type=Path, help="the source video, of any length")
+    parser.add_argument("clip", type=Path, help=f"the source, of any length: {CLIP}")
     group = parser.add_argument_group("the edit")
     add = group.add_argument
     add("--prompt", required=True, metavar="TEXT", help="the instruction")
@@ -177,6 +182,7 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         help="the edited video; FILE.edit beside it keeps windows, overview.png and report.json",
     )
     add_sampler(group, "every window", "a window")
+    add_source(group)
     add(
         "--cuts",
         type=_cuts,

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import argparse
+import re
 import shlex
 import signal
 import threading
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -15,10 +17,12 @@ from mv2v_engine.checkpoints import detect
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.config import (
+    Alpha,
     AttentionName,
     BackendName,
     Conditioning,
     EngineConfig,
+    Fit,
     GraphMode,
     MergeMode,
     ParallelConfig,
@@ -30,6 +34,8 @@ from mv2v_engine.envs import launched_rank
 from mv2v_engine.parser import mistaken, num_bytes, number
 from mv2v_engine.sampling.guidance import needs_guidance
 
+# what a source can be
+CLIP = "a video file, a folder of images, or their pattern as frames/%03d.png"
 REFUSED, PARTIAL, INTERRUPTED = 2, 3, 130
 DTYPES = {name: getattr(torch, name) for name in ("float32", "bfloat16", "float16")}
 
@@ -51,6 +57,9 @@ _SETTINGS = (
     "cache_bytes",
     "device_cache_bytes",
     "check_weights",
+    "source_alpha",
+    "source_fit",
+    "size",
 )
 
 
@@ -76,6 +85,42 @@ def add_sampler(group: argparse._ArgumentGroup, noise: str, steps: str) -> None:
         help="guidance scale, 1 is none; the checkpoint's if not given",
     )
     add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
+
+
+def add_source(group: argparse._ArgumentGroup) -> None:
+    """How the source is read."""
+    group.add_argument(
+        "--fps",
+        type=float,
+        metavar="R",
+        help="rate of the source; a video's own, the checkpoint's for images, if not given",
+    )
+    add_picture(group)
+
+
+def add_picture(group: argparse._ArgumentGroup) -> None:
+    """What the model sees of a source's frames."""
+    add = group.add_argument
+    add(
+        "--size",
+        type=_size,
+        metavar="HxW",
+        help="of the turns, one that the weights were made for; the checkpoint's if not given",
+    )
+    add(
+        "--fit",
+        dest="source_fit",
+        choices=get_args(Fit),
+        default=EngineConfig().source_fit,
+        help="of the source to that size: cut its edges off, or add black bars",
+    )
+    add(
+        "--alpha",
+        dest="source_alpha",
+        choices=get_args(Alpha),
+        default=EngineConfig().source_alpha,
+        help="what is put behind transparent pixels, or refuse them",
+    )
 
 
 def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:
@@ -140,6 +185,13 @@ def add_reuse(parser: argparse.ArgumentParser) -> None:
         metavar="D",
         help="skip steps that change by less than this; none is skipped if not given",
     )
+
+
+def _size(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", text)
+    if match is None:
+        raise argparse.ArgumentTypeError(f"height x width as 480x832, got {text!r}")
+    return int(match[1]), int(match[2])
 
 
 def _drift(text: str) -> float | None:
@@ -260,7 +312,8 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
     renames = None if args.rename is None else read_renames(args.rename)
     resolution = resolve(detect(args.checkpoint, renames))
     resolution.require_loadable()
-    return resolution
+    size = getattr(args, "size", None)
+    return replace(resolution, sampling=resolution.sampling.at(size, resolution.name))
 
 
 def loading(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:

@@ -38,6 +38,8 @@ def render(
     if not is_quiet:
         about = session.source.description
         print(f"source {about['name']}: {about['window']}; {about['crop']}")
+        for words in about.get("notes", ()):
+            print(f"note: {words}")
         if done:
             print(f"resumed after {done} finished turns")
     with cancel_on_interrupt() as cancel, _saying_what_is_lost(session):

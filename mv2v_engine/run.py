@@ -41,6 +41,7 @@ from mv2v_engine.errors import (
 )
 from mv2v_engine.machine import describe_machine
 from mv2v_engine.options import (
+    CLIP,
     INTERRUPTED,
     PARTIAL,
     REFUSED,
@@ -50,6 +51,7 @@ from mv2v_engine.options import (
     add_parallel,
     add_reuse,
     add_sampler,
+    add_source,
     engine_config,
     follows,
     loading,
@@ -125,8 +127,11 @@ def novel_view(args: argparse.Namespace) -> int:
         num_frames=sampling.num_frames,
         size=sampling.size,
         window=args.window,
-        fps=None,
+        fps=args.fps,
         max_pixels=config.max_source_pixels,
+        own_fps=sampling.fps,
+        alpha=config.source_alpha,
+        fit=config.source_fit,
     )
     with results.store.lock():
         resume = args.resume and results.store.exists()
@@ -233,7 +238,7 @@ def _parser() -> argparse.ArgumentParser:
 def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     defaults = EngineConfig()
     parser.set_defaults(command=novel_view)
-    parser.add_argument("clip", type=Path, help="the source video")
+    parser.add_argument("clip", type=Path, help=f"the source: {CLIP}")
     group = parser.add_argument_group("the turns")
     add = group.add_argument
     add(
@@ -250,6 +255,7 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="first, middle, last, even, pad, or the frame to start at; all if not given",
     )
+    add_source(group)
     add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
     add("--prompt", default="", metavar="TEXT", help="none if not given")
     add_sampler(group, "every turn", "a turn")

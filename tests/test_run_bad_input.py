@@ -365,3 +365,14 @@ def test_full_disk(
     assert not [path for path in out.rglob("*") if path.name.startswith(".")]
     assert run.main([*arguments, "--resume"]) == 0
     assert len(json.loads((out / "report.json").read_text())["turns"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("size", "words"),
+    [
+        ("160x96", "not 160x96; ask for that, or have the source brought to it (source_fit="),
+        ("large", "height x width as 480x832, got 'large'"),
+    ],
+)
+def test_sizes_that_the_weights_were_not_made_for(refused: Refused, size: str, words: str) -> None:
+    assert words in refused("--size", size)

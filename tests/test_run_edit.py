@@ -354,3 +354,21 @@ def test_the_overview_of_a_long_video_is_capped(
     assert (capped[26 : 2 * row] == whole[26 : 2 * row]).all()  # the first window
     assert (capped[2 * row :] == whole[8 * row :]).all()  # and the last
     assert (capped[:26] < 100).sum() > (whole[:26] < 100).sum()  # it says what is missing
+
+
+def test_a_folder_of_images_letterboxed(
+    tmp_path: Path, editor_folder: Path, capsys: Capture
+) -> None:
+    (tmp_path / "frames").mkdir()
+    for number in range(8, 13):
+        pixels = np.full((*SIZE[::-1], 3), 20 * number, np.uint8)
+        Image.fromarray(pixels).save(tmp_path / "frames" / f"{number}.png")
+    out = tmp_path / "out.mp4"
+    options = ("--fit", "letterbox", "--fps", "10", "--steps", "1", "--cuts", "none")
+    assert run.main(words(tmp_path / "frames", out, editor_folder, *options)) == 0
+    said = capsys.readouterr().out
+    assert "note: 5 images were taken at 10 a second\n" in said
+    assert "between black bars of" in said
+    assert (probe_video(out).num_frames, probe_video(out).fps) == (5, 10)
+    source = report_of(out)["source"]
+    assert source["notes"] == ["5 images were taken at 10 a second"]

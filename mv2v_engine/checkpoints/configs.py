@@ -188,13 +188,17 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
     """Window, size and sampler defaults of a base checkpoint (BASE_MODELS 3.1, 4).
 
     The 48-channel models were made for 24 frames a second: 121 at 704x1280, Lucy-Edit (source on
-    channels) 81 at 480x832. A scheduler folder's kind and shift win.
+    channels) 81 at 480x832. The bases themselves were made for both orientations, those trained
+    further on for one. A scheduler folder's kind and shift win.
     """
     sampling = SamplingConfig(negative_prompt=WAN_NEGATIVE_PROMPT)
     if config.source_channels:
         sampling = SamplingConfig(fps=24.0)
     elif config.out_channels == 48:
         sampling = dataclasses.replace(sampling, num_frames=121, size=(704, 1280), fps=24.0)
+    is_base = detected.format not in ("recammaster", "memory_v2v") and not config.source_channels
+    if is_base:
+        sampling = dataclasses.replace(sampling, sizes=(sampling.size[::-1],))
     scheduler = detected.folder / "scheduler" / "scheduler_config.json"
     if scheduler.is_file():
         said = read_json(scheduler)
@@ -285,4 +289,4 @@ def _heads(detected: Detected, said: Mapping[str, Any], width: int) -> tuple[int
 
 
 def _tupled(value: Any) -> Any:
-    return tuple(value) if isinstance(value, list) else value
+    return tuple(_tupled(each) for each in value) if isinstance(value, list) else value

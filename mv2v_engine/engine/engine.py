@@ -39,11 +39,11 @@ from mv2v_engine.engine.loading import (
     configure,
     load_parts,
 )
-from mv2v_engine.engine.opening import AnySource, open_edit_session, open_view_session
+from mv2v_engine.engine.opening import open_edit_session, open_view_session
 from mv2v_engine.engine.places import rank_device, transformer_dtype
 from mv2v_engine.engine.request import TurnRequest, check_text
 from mv2v_engine.engine.session import Session
-from mv2v_engine.engine.source import Source
+from mv2v_engine.engine.source import AnySource, Source
 from mv2v_engine.engine.team import Team, open_team
 from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.engine.view_session import ViewSession
@@ -71,7 +71,8 @@ class Engine:
         team: Team | None = None,
     ) -> None:
         self.checkpoint, self.vae, self.text = checkpoint, vae, text
-        self.device, self.config, self.sampling = device, config, checkpoint.sampling
+        self.device, self.config = device, config
+        self.sampling = checkpoint.sampling.at(config.size, checkpoint.name)
         self.scheduler = config.scheduler or self.sampling.scheduler
         self.transformer, self.team = checkpoint.transformer, team
         self.backend, self.attention = configure(self.transformer, config, device)

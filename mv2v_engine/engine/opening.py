@@ -6,9 +6,8 @@ import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from torch import Tensor
 
 from mv2v_engine import arguments
@@ -18,7 +17,7 @@ from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.editing.source import open_long_source
 from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.request import require_editing, require_novel_view
-from mv2v_engine.engine.source import Source, load_source
+from mv2v_engine.engine.source import AnySource, Source, load_source
 from mv2v_engine.engine.store import SessionFolder, SessionStore
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import RequestError, StorageError
@@ -29,8 +28,6 @@ from mv2v_engine.video.shots import find_cuts
 
 if TYPE_CHECKING:
     from mv2v_engine.engine.engine import Engine
-
-AnySource: TypeAlias = "Path | str | Tensor | np.ndarray[Any, Any]"
 
 
 def open_view_session(
@@ -63,6 +60,8 @@ def open_view_session(
             window=window,
             fps=fps,
             max_pixels=engine.config.max_source_pixels,
+            alpha=engine.config.source_alpha,
+            fit=engine.config.source_fit,
             own_fps=sampling.fps,
             check=None if cancel is None else cancel.check,
         )
@@ -134,6 +133,8 @@ def open_edit_session(
         fps=fps,
         own_fps=sampling.fps,
         max_pixels=engine.config.max_source_pixels,
+        alpha=engine.config.source_alpha,
+        fit=engine.config.source_fit,
         check=check,
     )
     folder = None if given is None else EditStore(given)

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 import torch
@@ -14,9 +15,11 @@ from torch import Tensor
 from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.errors import CameraError, RequestError, VideoError
-from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.io import VideoReader, open_video
 from mv2v_engine.video.scan import Check, check_fps
+from mv2v_engine.video.stills import frames_of_images
 from mv2v_engine.video.transforms import WINDOWS, cover_and_crop, crop_report, select_window
 
 
@@ -36,12 +39,18 @@ class Source:
         return hashlib.sha256(self.frames.numpy().tobytes()).hexdigest()[:16]
 
 
-# what a session's source can be, for errors
-SOURCES = "a video file, or frames uint8 [frames, height, width, 3]"
+# what a session's source can be, and the same for errors
+AnySource: TypeAlias = (
+    "Path | str | bytes | IO[bytes] | Tensor | np.ndarray[Any, Any] | Sequence[Any]"
+)
+SOURCES = (
+    "a video file (its path, bytes, or the open file), a folder of images, a list of images, or "
+    "frames uint8 [frames, height, width, 3]"
+)
 
 
 def load_source(
-    source: Path | str | Tensor | np.ndarray[Any, Any],
+    source: AnySource,
     *,
     num_frames: int,
     size: tuple[int, int],
@@ -50,13 +59,15 @@ def load_source(
     max_pixels: int,
     own_fps: float = 16.0,
     check: Check | None = None,
+    alpha: Alpha = "black",
+    fit: Fit = "crop",
 ) -> Source:
     """Read, window and crop a source.
 
     Args:
-        source: a video file, or frames uint8 [T, height, width, 3].
+        source: as `opened_source` takes it.
         window: see `video.transforms.select_window`; None needs exactly `num_frames`.
-        fps: of the result; None keeps the file's. own_fps: of bare frames, which have none.
+        fps: of the result; None keeps the file's. own_fps: of frames and images, which have none.
         check: called between the packets of a file; what it raises ends the reading.
 
     Raises:
@@ -65,29 +76,72 @@ def load_source(
     if fps is not None:
         check_fps("fps", fps)
     window = window_name(window)
-    if not isinstance(source, Tensor | np.ndarray):
-        path = arguments.path("source", source, SOURCES, kind=VideoError)
-        reader = VideoReader(path, max_pixels=max_pixels, check=check)
-        info, name = reader.info, reader.path.name
+    video = opened_source(
+        source,
+        at_least=2,
+        max_pixels=max_pixels,
+        check=check,
+        alpha=alpha,
+        image_fps=fps or own_fps,
+    )
+    notes: tuple[str, ...] = ()
+    if isinstance(video, VideoReader):
+        reader, info, name = video, video.info, video.path.name
         if info.num_frames < 2:
             raise VideoError(f"{name} has 1 frame, at least 2 are needed; give a video")
         chosen = select_window(info.num_frames, num_frames, window)
-        crop = crop_report((info.height, info.width), size)
-        cropped = reader.read(chosen.indices, size=size, check=check)
-        rate = fps or info.fps
+        crop = crop_report((info.height, info.width), size, fit)
+        cropped = reader.read(chosen.indices, size=size, fit=fit, check=check)
+        rate, notes = fps or info.fps, video.notes
+        if rate != info.fps:
+            notes += (f"its {info.fps:g} frames a second are taken for {rate:g}",)
     else:
-        bare = bare_frames(source, at_least=2)
+        bare = video
         chosen = select_window(len(bare), num_frames, window)
         indices = torch.tensor(chosen.indices, dtype=torch.int64, device="cpu")
-        cropped, crop = cover_and_crop(bare[indices], size)
+        cropped, crop = cover_and_crop(bare[indices], size, fit)
         rate, name = fps or own_fps, "frames"
     description = {
         "name": name,
         "window": chosen.description,
         "crop": crop.description,
         "fps": rate,
+        "notes": list(notes),
     }
     return Source(cropped.contiguous(), rate, description)
+
+
+def opened_source(
+    source: AnySource,
+    *,
+    at_least: int,
+    max_pixels: int,
+    check: Check | None,
+    alpha: Alpha,
+    image_fps: float,
+) -> VideoReader | Tensor:
+    """A reader of what has to be decoded, else frames uint8 [T, height, width, 3].
+
+    Args:
+        source: a video file by its path, its bytes or as an open file; a folder of images or their
+            pattern; a list of Pillow's images or of arrays; or frames uint8.
+        at_least: frames that there must be in memory. image_fps: of images in files.
+
+    Raises:
+        VideoError: it is none of these, or cannot be used.
+    """
+    if isinstance(source, list | tuple):
+        images = frames_of_images(source, alpha)
+        if images is None:
+            raise arguments.mistaken("source", source, SOURCES, kind=VideoError)
+        return bare_frames(images, at_least=at_least)
+    if isinstance(source, Tensor | np.ndarray):
+        return bare_frames(source, at_least=at_least)
+    given: Any = source
+    options: dict[str, Any] = {"max_pixels": max_pixels, "check": check, "alpha": alpha}
+    if not isinstance(given, bytes | bytearray | memoryview) and not hasattr(given, "read"):
+        given = arguments.path("source", source, SOURCES, kind=VideoError)
+    return open_video(given, image_fps=image_fps, **options)
 
 
 def source_trajectory(

@@ -16,6 +16,7 @@ from mv2v_engine.arguments import shown
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.footage import Footage
 from mv2v_engine.video.io import video_writer
+from mv2v_engine.video.sound import Sound
 
 
 class Video(Protocol):
@@ -33,7 +34,8 @@ class Turn:
 
     trajectory: the camera that filmed it; None for an edit, which keeps the source's.
     footage: the video, of which memory holds no more than it must.
-    report: what was asked, remembered and spent.
+    report: what was asked, remembered and spent. sound: of the source, if the video has its frames
+        and rate.
     """
 
     number: int
@@ -41,6 +43,7 @@ class Turn:
     footage: Video = field(repr=False)
     fps: float
     report: dict[str, Any]
+    sound: Sound | None = field(default=None, repr=False)
 
     def __repr__(self) -> str:
         asked = ("camera", "prompt", "seed", "num_inference_steps", "guidance_scale")
@@ -77,7 +80,7 @@ class Turn:
             RequestError: the path is no path, or names no .mp4 file.
             StorageError: the place cannot be written, or as `latents`.
         """
-        with video_writer(path, self.fps) as writer:
+        with video_writer(path, self.fps, sound=self.sound) as writer:
             for frames in self.footage.parts():
                 writer.add(frames)
 

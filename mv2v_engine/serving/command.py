@@ -14,6 +14,7 @@ from mv2v_engine.errors import RequestError
 from mv2v_engine.options import (
     add_memory_bounds,
     add_model,
+    add_picture,
     add_reuse,
     engine_config,
     read_resolution,
@@ -233,7 +234,9 @@ def _add_replicas(parser: argparse.ArgumentParser) -> None:
 
 def _add_limits(parser: argparse.ArgumentParser) -> None:
     defaults, limits = ServingConfig, Limits()
-    add = parser.add_argument_group("limits").add_argument
+    group = parser.add_argument_group("limits")
+    add_picture(group)
+    add = group.add_argument
     add("--max-queue", type=int, default=defaults.max_queue, metavar="N", help="turns that wait")
     add(
         "--max-queue-per-token",

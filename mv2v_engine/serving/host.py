@@ -329,6 +329,7 @@ def _describe(engine: Engine) -> Json:
         "engine": engine.describe(),
         "digest": weights_fingerprint(engine.transformer.state_dict(), engine.vae.key),
         "has_text": engine.text is not None,
+        "source_fit": engine.config.source_fit,
         "memory": engine.memory,
         "presets": list(PRESETS),
         "sampling": sampling | {"size": list(engine.sampling.size)},

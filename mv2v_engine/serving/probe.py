@@ -1,8 +1,9 @@
 """The process that decodes uploads first, so that no file takes the service or the engine along.
 
 `python -m mv2v_engine.serving.probe` loads what decoding needs once and reads requests as JSON
-lines, `{"id", "path", "limits": Limits.to_dict()}`. A fork of it serves each, under limits of time,
-memory and files, and answers with a line: `{"id", "video": ...}` or `{"id", "code", "message"}`.
+lines, `{"id", "path", "limits": Limits.to_dict(), "alpha"}`. A fork of it serves each, under limits
+of time, memory and files, and answers with a line: `{"id", "video": ...}` or `{"id", "code",
+"message"}`.
 """
 
 from __future__ import annotations
@@ -15,9 +16,11 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
+from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.damage import STRICT
 from mv2v_engine.video.io import VideoReader
+from mv2v_engine.video.stills import are_stills, count_stills
 
 if TYPE_CHECKING:
     import av
@@ -39,15 +42,18 @@ class Refused(Exception):
         self.code = code
 
 
-def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
+def examine(path: Path, limits: dict[str, Any], alpha: Alpha = "black") -> dict[str, Any]:
     """Decode a video to its end; what it holds.
 
     Raises:
         Refused: it is no video, it is broken, or it is beyond a limit.
     """
     try:
-        _check_container(path, limits)
-        reader = VideoReader(path, max_pixels=sys.maxsize)
+        if are_stills(path):
+            _check_images(path, limits)
+        else:
+            _check_container(path, limits)
+        reader = VideoReader(path, max_pixels=sys.maxsize, alpha=alpha)
         info = reader.info
         _check_pixels(info.width, info.height, limits)
         _check(info.num_frames, limits["frames"], "too_many_frames", "frames", "cut it")
@@ -68,6 +74,7 @@ def examine(path: Path, limits: dict[str, Any]) -> dict[str, Any]:
         "height": info.height,
         "fps": info.fps,
         "seconds": info.duration,
+        "notes": list(reader.notes),
     }
 
 
@@ -114,6 +121,14 @@ def _check_container(path: Path, limits: dict[str, Any]) -> None:
             f"the video is damaged or cut off: {found[0]}; give a whole file, or re-encode what "
             "there is",
         )
+
+
+def _check_images(path: Path, limits: dict[str, Any]) -> None:
+    """The same of an animated WebP, whose header says it."""
+    num_frames, height, width = count_stills(path)
+    _check_pixels(width, height, limits)
+    _check(num_frames, limits["frames"], "too_many_frames", "frames", "cut it")
+    _check_total(num_frames, width, height, limits)
 
 
 def _check_total(num_frames: int, width: int, height: int, limits: dict[str, Any]) -> None:
@@ -179,7 +194,11 @@ def _limit(limits: dict[str, Any]) -> None:
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
     try:
-        return {"video": examine(Path(request["path"]), request["limits"])}
+        return {
+            "video": examine(
+                Path(request["path"]), request["limits"], request.get("alpha", "black")
+            )
+        }
     except Refused as refused:
         return {"code": refused.code, "message": str(refused)[:_MAX_MESSAGE]}
 

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 from weakref import WeakValueDictionary
 
+from mv2v_engine.config import Alpha
 from mv2v_engine.envs import child_environment
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.errors import ApiError
@@ -29,7 +30,8 @@ class Prober:
     long, holds up nobody but himself.
     """
 
-    def __init__(self, *, at_once: int = 2) -> None:
+    def __init__(self, *, at_once: int = 2, alpha: Alpha = "black") -> None:
+        self._alpha = alpha
         self._room = asyncio.Semaphore(at_once)
         self._starting = asyncio.Lock()
         self._process: Process | None = None
@@ -78,7 +80,8 @@ class Prober:
             answer = asyncio.get_running_loop().create_future()
             self._waiting[number] = answer
             try:
-                await self._ask({"id": number, "path": str(path), "limits": limits.to_dict()})
+                asked = {"path": str(path), "limits": limits.to_dict(), "alpha": self._alpha}
+                await self._ask({"id": number, **asked})
                 said = await asyncio.wait_for(answer, limits.probe_seconds + _SLACK_SECONDS)
             except asyncio.TimeoutError:
                 raise ApiError(
@@ -88,7 +91,8 @@ class Prober:
                 del self._waiting[number]
         if "video" not in said:
             raise ApiError(said["code"], said["message"], param="video")
-        return ProbedVideo(**said["video"])
+        found: dict[str, Any] = said["video"]
+        return ProbedVideo(**found | {"notes": tuple(found["notes"])})
 
     async def _ask(self, request: dict[str, Any]) -> None:
         process = self._process

@@ -35,13 +35,14 @@ def is_id(kind: Literal["session", "job"], text: str) -> bool:
 
 @dataclass(frozen=True, slots=True)
 class ProbedVideo:
-    """What an upload was found to be. seconds: its duration."""
+    """What an upload was found to be. seconds: its duration. notes: what is changed of it."""
 
     frames: int
     width: int
     height: int
     fps: float
     seconds: float
+    notes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

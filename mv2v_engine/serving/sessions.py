@@ -40,11 +40,13 @@ from mv2v_engine.serving.publishing import Publisher
 from mv2v_engine.serving.records import ProbedVideo, SessionRecord, TurnFile, TurnRecord, new_id
 from mv2v_engine.serving.scheduler import Scheduler
 from mv2v_engine.serving.turn_request import session_window
-from mv2v_engine.video.transforms import select_window
+from mv2v_engine.video.transforms import crop_report, select_window
 
 # decodes an owner's upload within the limits; raises ApiError with the limit's own code
 Probe = Callable[[str, Path, Limits], Awaitable[ProbedVideo]]
 
+# of a picture; what is less is in the report alone
+_MUCH_CROPPED = 0.125
 _MAX_NAME = 200
 _CHUNK = 1 << 20
 # of a session, what is nobody's business outside the service
@@ -286,7 +288,11 @@ def _new_session(
         touched=now,
         bytes=upload.stat().st_size,
         num_turns=0,
-        warnings=_warnings(about, video.frames, window),
+        warnings=(
+            *_warnings(about, video.frames, window),
+            *video.notes,
+            *_cropping(video, about),
+        ),
         window=window,
     )
 
@@ -315,6 +321,17 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
     if chosen.indices == tuple(range(num_frames)):
         return ()
     return (f"the model takes {wanted} frames: {chosen.description}",)
+
+
+def _cropping(video: ProbedVideo, about: dict[str, Any]) -> tuple[str, ...]:
+    """What the model's size cuts off a video or adds to it, if that is worth a warning."""
+    height, width = about["sampling"]["size"]
+    fit = about.get("source_fit", "crop")
+    report = crop_report((video.height, video.width), (height, width), fit)
+    top, bottom, left, right = report.cropped
+    kept = height * width / ((height + top + bottom) * (width + left + right))
+    is_much = 1 - kept > _MUCH_CROPPED or any(report.padded)
+    return (report.description,) if is_much else ()
 
 
 def _place_upload(store: Store, upload: Path, session_id: str) -> dict[str, Any]:

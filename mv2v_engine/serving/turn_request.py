@@ -68,7 +68,8 @@ def sampling_of(about: dict[str, Any]) -> SamplingConfig:
     """The engine's defaults, as `Backend.about` gives them."""
     sampling = about["sampling"]
     height, width = sampling["size"]
-    return SamplingConfig(**sampling | {"size": (height, width)})
+    sizes = tuple((height, width) for height, width in sampling.get("sizes", ()))
+    return SamplingConfig(**sampling | {"size": (height, width), "sizes": sizes})
 
 
 def session_window(num_frames: int, wanted: int, chosen: str | None = None) -> str | None:

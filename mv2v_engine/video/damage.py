@@ -27,20 +27,25 @@ def check_pictures(path: Path, scan: Scan) -> None:
     missing = set(scan.order)
     num_frames, num_seen, is_damaged = len(missing), 0, False
     latest: int | None = None
-    with opened(path) as (container, stream):
-        stream.codec_context.options |= STRICT
+    with opened(path) as (container, stream, decoder):
+        decoder.options |= STRICT
         # elsewhere, frames may carry the time at which they were to be decoded
         is_timed = container.format.name in FRAME_PER_PACKET
+        begin = scan.stamps[0] if scan.num_skipped and scan.stamps else None
         for packet in container.demux(stream):
             is_damaged |= packet.is_corrupt
             try:
-                frames = packet.decode()
+                frames = decoder.decode(packet)
             except av.FFmpegError as error:
                 if isinstance(error, MemoryError):
                     raise
-                is_damaged = True
+                # what lies before the first whole picture lacks others, and is left out anyway
+                is_damaged |= begin is None
                 continue
             for frame in frames:
+                if begin is not None and frame.pts is not None and frame.pts < begin:
+                    continue
+                begin = None
                 check_size(path, scan, frame)
                 stamp = frame.pts
                 if is_timed and stamp is not None:

@@ -1,7 +1,8 @@
-"""Video files to uint8 frames and back, with PyAV; audio is ignored.
+"""Video files to uint8 frames and back, with PyAV; sound is copied where a writer is given it.
 
 Any container and codec that PyAV reads. Frames come out as a viewer shows them: rotation flag and
-pixel aspect applied. A file is scanned first (see `scan`), so that the number of frames is exact
+pixel aspect applied, HDR tone-mapped, fields woven into whole frames, alpha composed; `notes` says
+so (see `pictures`). A file is scanned first (see `scan`), so that the number of frames is exact
 and a truncated file is found before any work. `VideoReader` and `VideoWriter` hold no more of a
 long video than they are asked for or given.
 
@@ -10,23 +11,30 @@ T frames; sizes are (height, width) in pixels.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import shutil
+import tempfile
+import weakref
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
+from functools import partial
+from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import IO, TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.config import EngineConfig
+from mv2v_engine.config import Alpha, EngineConfig, Fit
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.files import replacing
 from mv2v_engine.video.damage import check_pictures
+from mv2v_engine.video.fields import deinterlaced
 from mv2v_engine.video.scan import (
     Check,
+    Scan,
     VideoInfo,
     check_fps,
     check_size,
@@ -35,6 +43,8 @@ from mv2v_engine.video.scan import (
     scan_file,
     truncated,
 )
+from mv2v_engine.video.sound import Sound, SoundCopy
+from mv2v_engine.video.stills import Stills, are_stills, decode_stills, scan_stills
 from mv2v_engine.video.transforms import cover_and_crop
 
 if TYPE_CHECKING:
@@ -43,6 +53,8 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 DEFAULT_MAX_PIXELS = EngineConfig().max_source_pixels
+# that are looked at for the white of an HDR video
+_MEASURED_FRAMES = 5
 # of the frames of one read
 MAX_READ_BYTES = 16 << 30
 
@@ -61,7 +73,7 @@ def probe_video(path: Path | str) -> VideoInfo:
     Raises:
         VideoError: missing, empty, truncated, or not a video.
     """
-    return scan_file(Path(path), max_pixels=None).info
+    return VideoReader(path, max_pixels=None).info
 
 
 def read_video(
@@ -87,9 +99,15 @@ def read_video(
 
 
 class VideoReader:
-    """A video file that is scanned once and decoded where it is asked for.
+    """A video that is scanned once and decoded where it is asked for.
+
+    path: a file, a folder of images, or their pattern (`frames/%03d.png`). image_fps: of images,
+        which say none; None takes 25.
 
     check: called between packets, here and where frames are read; what it raises ends the reading.
+    alpha: what is put behind transparent pixels, "black" or "white"; "refuse" does not take them.
+
+    notes: what is changed of the video before anybody sees a frame, in words.
 
     Raises:
         VideoError: as `probe_video`; frames larger than `max_pixels`.
@@ -99,27 +117,54 @@ class VideoReader:
         self,
         path: Path | str,
         *,
-        max_pixels: int = DEFAULT_MAX_PIXELS,
+        max_pixels: int | None = DEFAULT_MAX_PIXELS,
         check: Check | None = None,
+        alpha: Alpha = "black",
+        image_fps: float | None = None,
     ) -> None:
         self.path, self._max_pixels = Path(path), max_pixels
-        self._scan = scan_file(self.path, max_pixels, check)
+        self._about: Scan | Stills
+        if are_stills(self.path):
+            self._about = scan_stills(self.path, max_pixels, check, alpha, image_fps)
+        else:
+            self._about = scan_file(self.path, max_pixels, check, alpha)
+        self._is_measured = False
+
+    @property
+    def _scan(self) -> Scan:
+        assert isinstance(self._about, Scan)
+        return self._about
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """What the video is read from."""
+        return self._about.files if isinstance(self._about, Stills) else (self.path,)
 
     @property
     def info(self) -> VideoInfo:
-        return self._scan.info
+        return self._about.info
+
+    @property
+    def sound(self) -> Sound | None:
+        """What is heard beside the frames, if anything is."""
+        return None if isinstance(self._about, Stills) else self._about.sound
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        return self._about.notes
 
     def read(
         self,
         indices: Sequence[int],
         *,
         size: tuple[int, int] | None = None,
+        fit: Fit = "crop",
         check: Check | None = None,
     ) -> Tensor:
         """The frames of these numbers, in any order and with repeats: uint8 [T, height, width, 3].
 
         size: (height, width) to which each is brought as soon as it is decoded, as `cover_and_crop`
-            does; None leaves them as they are.
+            does by `fit`; None leaves them as they are.
 
         Raises:
             VideoError: frames that do not exist, or that the file no longer has, or more than
@@ -132,7 +177,7 @@ class VideoReader:
                 f"{self.path.name} has {available} frames (0 to {available - 1}), but {asked} were "
                 "asked for; ask for frames that exist"
             )
-        wanted = [self._scan.order[index] for index in indices]
+        wanted = [self._about.order[index] for index in indices]
         height, width = size or (self.info.height, self.info.width)
         num_bytes = len(wanted) * height * width * 3
         if num_bytes > MAX_READ_BYTES:
@@ -141,7 +186,7 @@ class VideoReader:
                 f"{MAX_READ_BYTES / 1e9:.1f} GB are read at once; read {self.path.name} in parts"
             )
         out = torch.empty(len(wanted), height, width, 3, dtype=torch.uint8, device="cpu")
-        self._decode(wanted, size, out, check)
+        self._decode(wanted, partial(_fitted, size=size, fit=fit), out, check)
         return out
 
     def frames(self, start: int = 0, check: Check | None = None) -> Iterator[Tensor]:
@@ -152,8 +197,15 @@ class VideoReader:
         Raises:
             VideoError: the file no longer has them all.
         """
-        order, tick = self._scan.order, 0
+        order, tick = self._about.order, 0
         first = order[start] if start < len(order) else len(order)
+        if isinstance(self._about, Stills):
+            at = start
+            for stored, still in decode_stills(self._about, range(first, order[-1] + 1), check):
+                while at < len(order) and order[at] == stored:
+                    yield still
+                    at += 1
+            return
         for stored, frame in self._stored_frames(None, check):
             if tick < len(order) and stored == order[tick]:
                 is_wanted = stored >= first
@@ -172,29 +224,39 @@ class VideoReader:
         Raises:
             VideoError: a frame is damaged or missing, out of order, or of another size.
         """
-        check_pictures(self.path, self._scan)
+        if isinstance(self._about, Stills):
+            for _ in self.frames():
+                pass
+        else:
+            check_pictures(self.path, self._scan)
 
     def _decode(
-        self, wanted: Sequence[int], size: tuple[int, int] | None, out: Tensor, check: Check | None
+        self,
+        wanted: Sequence[int],
+        fitted: Callable[[Tensor], Tensor],
+        out: Tensor,
+        check: Check | None,
     ) -> None:
         """Put the stored frames `wanted` (any order, repeats allowed) into `out`, one after one."""
         places: dict[int, list[int]] = {}
         for place, stored in enumerate(wanted):
             places.setdefault(stored, []).append(place)
+        if isinstance(self._about, Stills):
+            for stored, pixels in decode_stills(self._about, sorted(places), check):
+                out[places[stored]] = fitted(pixels)
+            return
         scan = self._scan
         first_key = None
         if scan.stamps:
-            target = scan.stamps[min(places)]
+            # what is woven of fields needs the frame before it, too
+            target = scan.stamps[max(0, min(places) - scan.is_interlaced)]
             first_key = next((key for key in reversed(scan.keyframes) if key <= target), None)
         missing = set(places)
         # a file may lie about its key frames: then once more from its beginning
         for seek in (first_key, None) if first_key is not None else (None,):
             for stored, frame in self._stored_frames(seek, check):
                 if stored in missing:
-                    pixels = self._pixels(frame)
-                    if size is not None:
-                        pixels = cover_and_crop(pixels[None], size)[0][0]
-                    out[places[stored]] = pixels
+                    out[places[stored]] = fitted(self._pixels(frame))
                     missing.discard(stored)
                 if not missing:
                     return
@@ -204,26 +266,61 @@ class VideoReader:
         self, seek: int | None, check: Check | None
     ) -> Iterator[tuple[int, VideoFrame]]:
         """Decoded frames with their number in the file, from the key frame stamped `seek` on."""
-        stamps = self._scan.stamps
+        self._measure(check)
+        yield from self._raw_frames(seek, check)
+
+    def _raw_frames(
+        self, seek: int | None, check: Check | None
+    ) -> Iterator[tuple[int, VideoFrame]]:
+        """As `_stored_frames`, before anything is known of their brightness."""
+        scan = self._scan
+        stamps = scan.stamps
         number = {stamp: index for index, stamp in enumerate(stamps)}
-        with opened(self.path, self._max_pixels) as (container, stream):
+        with opened(self.path, self._max_pixels) as (container, stream, decoder):
             if seek is not None:
                 container.seek(seek, stream=stream)
             decoded = (
-                frame for packet in packets(container, stream, check) for frame in packet.decode()
+                frame
+                for packet in packets(container, stream, check)
+                for frame in decoder.decode(packet)
             )
-            for index, frame in enumerate(decoded):
-                if not stamps:
-                    yield index, frame
-                elif frame.pts in number:
-                    yield number[frame.pts], frame
+            numbered = (
+                (index if frame.pts is None else number.get(frame.pts, index), frame)
+                for index, frame in enumerate(decoded)
+                if not stamps or frame.pts in number
+            )
+            if scan.is_interlaced:
+                yield from deinterlaced(numbered, partial(check_size, self.path, scan))
+            else:
+                yield from numbered
+
+    def _measure(self, check: Check | None) -> None:
+        """Look at some frames of an HDR video for its white, once."""
+        if self._is_measured or not self._scan.pictures.is_hdr:
+            return
+        scan, most = self._scan, _MEASURED_FRAMES
+        if scan.stamps and scan.keyframes:
+            keys = scan.keyframes
+            seeks = sorted({keys[place * (len(keys) - 1) // (most - 1)] for place in range(most)})
+            looked_at = (next(self._raw_frames(seek, check), None) for seek in seeks)
+            scan.pictures.measure(found[1] for found in looked_at if found is not None)
+        else:
+            # what has no known key frames is decoded from its beginning
+            begun = islice(self._raw_frames(None, check), 0, 20 * most, 20)
+            scan.pictures.measure(frame for _, frame in begun)
+        self._is_measured = True
 
     def _pixels(self, frame: VideoFrame) -> Tensor:
         """One frame as uint8 [height, width, 3], upright."""
         check_size(self.path, self._scan, frame)
         height, width = self._scan.square_size
-        pixels = torch.from_numpy(frame.to_ndarray(format="rgb24", width=width, height=height))
+        pixels = self._scan.pictures.pixels(frame, height, width)
         return torch.rot90(pixels, self.info.rotation // 90, (0, 1))
+
+
+def _fitted(pixels: Tensor, size: tuple[int, int] | None, fit: Fit) -> Tensor:
+    """A frame brought to a size, if one is asked for."""
+    return pixels if size is None else cover_and_crop(pixels[None], size, fit)[0][0]
 
 
 def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf: int = 18) -> None:
@@ -239,12 +336,14 @@ def write_video(path: Path | str, frames: Tensor, fps: float | Fraction, *, crf:
 
 @contextmanager
 def video_writer(
-    path: Path | str, fps: float | Fraction, *, crf: int = 18
+    path: Path | str, fps: float | Fraction, *, crf: int = 18, sound: Sound | None = None
 ) -> Iterator[VideoWriter]:
     """A writer of h264 in mp4, whole or not at all: the file appears when the block has ended.
 
     Colours are BT.709, 4:2:0; odd sizes, which 4:2:0 cannot hold, are written as 4:4:4. The same
     frames give the same bytes, however they are cut: one encoder thread, no time stamp.
+
+    sound: copied into the file, from the first frame on.
 
     Raises:
         VideoError: a rate out of range, no frames at all, or as `VideoWriter.add`.
@@ -252,12 +351,57 @@ def video_writer(
     """
     check_fps("fps", fps)
     with replacing(video_path("path", path)) as temporary:
-        writer = VideoWriter(temporary, Fraction(fps).limit_denominator(1001), crf)
+        writer = VideoWriter(temporary, Fraction(fps).limit_denominator(1001), crf, sound)
         try:
             yield writer
             writer.finish()
         finally:
             writer.close()
+
+
+def open_video(
+    source: Path | str | bytes | IO[bytes],
+    *,
+    max_pixels: int | None = DEFAULT_MAX_PIXELS,
+    check: Check | None = None,
+    alpha: Alpha = "black",
+    image_fps: float | None = None,
+) -> VideoReader:
+    """A reader of a file or of images, as `VideoReader`, or of a file's bytes or an open file.
+
+    What is no path is copied into a temporary file, which goes with the reader.
+
+    Raises:
+        VideoError: as `VideoReader`, or the file was opened as text.
+    """
+    options: dict[str, Any] = {"check": check, "alpha": alpha, "image_fps": image_fps}
+    if isinstance(source, str | Path):
+        return VideoReader(source, max_pixels=max_pixels, **options)
+    is_bytes = isinstance(source, bytes | bytearray | memoryview)
+    name = "bytes" if is_bytes else Path(str(getattr(source, "name", "file"))).name or "file"
+    folder = tempfile.mkdtemp(prefix="mv2v-")
+    try:
+        path = Path(folder) / name
+        with path.open("wb") as file:
+            if isinstance(source, bytes | bytearray | memoryview):
+                file.write(source)
+            elif source.seekable():
+                place = source.tell()
+                source.seek(0)
+                shutil.copyfileobj(source, file)
+                source.seek(place)
+            else:
+                shutil.copyfileobj(source, file)
+        reader = VideoReader(path, max_pixels=max_pixels, **options)
+    except BaseException as error:
+        shutil.rmtree(folder, ignore_errors=True)
+        if isinstance(error, TypeError):
+            raise VideoError(
+                f"the file {name} must be open for bytes, as by open(path, 'rb'); {error}"
+            ) from error
+        raise
+    weakref.finalize(reader, shutil.rmtree, folder, ignore_errors=True)
+    return reader
 
 
 def video_path(name: str, value: Path | str) -> Path:
@@ -279,8 +423,10 @@ def video_path(name: str, value: Path | str) -> Path:
 class VideoWriter:
     """An mp4 under way; made by `video_writer`. num_frames: written so far."""
 
-    def __init__(self, path: Path, rate: Fraction, crf: int) -> None:
+    def __init__(self, path: Path, rate: Fraction, crf: int, sound: Sound | None = None) -> None:
         self.path, self.rate, self.crf = path, rate, crf
+        self._sound = sound
+        self._copy: SoundCopy | None = None
         self.num_frames = 0
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
@@ -316,6 +462,8 @@ class VideoWriter:
                 picture.pts, picture.time_base = self.num_frames, 1 / self.rate
                 self._mux(picture)
                 self.num_frames += 1
+                if self._copy is not None:
+                    self._copy.mux(self.num_frames / self.rate)
 
     def finish(self) -> None:
         """Write what the encoder still holds, and the index."""
@@ -323,11 +471,16 @@ class VideoWriter:
             raise VideoError("a video needs at least one frame, got none; add frames")
         with _encoding():
             self._mux(None)
+            if self._copy is not None:
+                self._copy.mux()
             self.close()
 
     def close(self) -> None:
         """Let go of the file, finished or not."""
         container, self._container, self._stream = self._container, None, None
+        copy, self._copy = self._copy, None
+        if copy is not None:
+            copy.close()
         if container is not None:
             container.close()
 
@@ -345,6 +498,8 @@ class VideoWriter:
         stream.codec_context.color_range = 1  # limited
         for name in ("colorspace", "color_primaries", "color_trc"):
             setattr(stream.codec_context, name, 1)  # BT.709
+        if self._sound is not None:
+            self._copy = SoundCopy(self._sound, container)
         self._stream = stream
         return stream
 

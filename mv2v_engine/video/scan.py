@@ -1,15 +1,14 @@
 """One pass over a video file before any frame is decoded: sizes, exact count, timestamps, rate.
 
-Timestamps rule: a constant-rate file comes through frame for frame, a variable-rate one is
-resampled to its average rate, each tick taking the frame nearest in time. Packets are demuxed,
-and decoded only where they are no reliable count, so a truncated file is found here.
+Time stamps become ticks of one rate (see `clock`). Packets are demuxed, and decoded only where they
+are no reliable count, so a truncated file is found here. How long the last frame is held is no
+count: what a container promises is believed only where bytes of it lack.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -19,21 +18,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias
 
 from mv2v_engine import arguments
+from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
+from mv2v_engine.video.clock import clock
+from mv2v_engine.video.pictures import Pictures
+from mv2v_engine.video.sound import Sound, find_sound
 from mv2v_engine.video.transforms import check_aspect
 
 if TYPE_CHECKING:
     from av.container import InputContainer
     from av.packet import Packet
+    from av.video.codeccontext import VideoCodecContext
     from av.video.frame import VideoFrame
     from av.video.stream import VideoStream
 
+_MATROSKA = "matroska,webm"
+# the element that holds all others, and how far from the beginning it lies at most
+_SEGMENT, _HEADER_BYTES = b"\x18\x53\x80\x67", 4096
 # containers whose packets are whole frames, except for a codec with frames that are never shown
-FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", "matroska,webm"}
+FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", _MATROSKA}
 _HIDDEN_FRAMES = {"vp8"}
+# FFmpeg's own decoders of these leave alpha out
+_ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # renders any text file as a picture of its letters
 _TEXT_DEMUXER = "tty"
-_DEFAULT_RATE = Fraction(25)
 # frames a second that a video may have, read or written
 MIN_FPS, MAX_FPS = 0.01, 1000.0
 # Matroska's tag of a track's length; anything may be written there
@@ -72,7 +80,9 @@ class Scan:
 
     coded_size, square_size: (height, width) as stored and with square pixels, before rotation.
     stamps: increasing timestamps of the stored frames, empty if the file has no usable ones.
-    keyframes: timestamps at which decoding can begin.
+    keyframes: timestamps at which decoding can begin. pictures: how frames become RGB.
+    is_interlaced: whether frames are made of two fields each. notes: what is changed of the video,
+        in words. num_skipped: pictures before the first whole one.
     """
 
     info: VideoInfo
@@ -81,13 +91,20 @@ class Scan:
     order: tuple[int, ...]
     stamps: tuple[int, ...]
     keyframes: tuple[int, ...]
+    pictures: Pictures
+    is_interlaced: bool
+    notes: tuple[str, ...]
+    num_skipped: int
+    sound: Sound | None
 
 
 @contextmanager
 def opened(
     path: Path, max_pixels: int | None = None
-) -> Iterator[tuple[InputContainer, VideoStream]]:
-    """The container and its video stream; every decoding error becomes one VideoError.
+) -> Iterator[tuple[InputContainer, VideoStream, VideoCodecContext]]:
+    """The container, its video stream and the decoder; decoding errors become one VideoError.
+
+    Of several streams the one that is marked as the default.
 
     max_pixels: of a frame. The decoder is held to it too, up to the padding of its blocks: a file
         may change its size behind its header.
@@ -122,11 +139,12 @@ def opened(
                     f"{kinds or 'nothing'}): not a video, or cut off before its index; "
                     "give a whole video file"
                 )
-            stream = streams[0]
-            stream.thread_type = "AUTO"
-            stream.codec_context.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
-            stream.codec_context.options = bound
-            yield container, stream
+            stream = default_stream(streams)
+            decoder = _decoder(stream)
+            decoder.thread_type = "AUTO"
+            decoder.thread_count = min(_MAX_THREADS, os.cpu_count() or 1)
+            decoder.options = bound
+            yield container, stream, decoder
     except av.FFmpegError as error:
         if isinstance(error, MemoryError):
             raise
@@ -134,6 +152,30 @@ def opened(
             f"{path.name} cannot be decoded as a video ({error.strerror}): not a video, damaged "
             "or truncated; give a whole video file"
         ) from error
+
+
+def default_stream(streams: Sequence[VideoStream]) -> VideoStream:
+    """The stream that is marked as the default, else the first."""
+    import av
+
+    default = av.stream.Disposition.default
+    return next((stream for stream in streams if stream.disposition & default), streams[0])
+
+
+def _decoder(stream: VideoStream) -> VideoCodecContext:
+    """The stream's own decoder; of VP8 and VP9 with alpha one that reads it."""
+    import av
+
+    own = stream.codec_context
+    name = _ALPHA_DECODERS.get(own.name)
+    if name is None or stream.metadata.get("alpha_mode", "0") != "1":
+        return own
+    try:
+        decoder: VideoCodecContext = av.VideoCodecContext.create(name, "r")  # type: ignore[assignment]
+    except av.codec.codec.UnknownCodecError:
+        return own
+    decoder.extradata = own.extradata
+    return decoder
 
 
 def check_fps(name: str, fps: float | Fraction) -> None:
@@ -151,7 +193,8 @@ def check_fps(name: str, fps: float | Fraction) -> None:
         )
 
 
-def _check_size(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+def check_picture_size(path: Path, width: int, height: int, max_pixels: int | None) -> None:
+    """Refuse frames that are too large, or too long and narrow."""
     check_aspect(path.name, height, width)
     if max_pixels is not None and width * height > max_pixels:
         raise VideoError(
@@ -170,48 +213,101 @@ def packets(
         yield packet
 
 
-def scan_file(path: Path, max_pixels: int | None, check: Check | None = None) -> Scan:
+def scan_file(
+    path: Path,
+    max_pixels: int | None,
+    check: Check | None = None,
+    alpha: Alpha = "black",
+) -> Scan:
     """Sizes and timestamps of every frame, decoding just the first where packets can be trusted."""
-    with opened(path, max_pixels) as (container, stream):
-        _check_size(path, stream.width, stream.height, max_pixels)
+    with opened(path, max_pixels) as (container, stream, decoder):
+        check_picture_size(path, stream.width, stream.height, max_pixels)
         codec = stream.codec_context.name
         trusted = container.format.name in FRAME_PER_PACKET and codec not in _HIDDEN_FRAMES
-        first, found, keyframes = _walk(path, container, stream, trusted, check)
+        walk = _walk(path, container, stream, decoder, trusted, check)
+        first, found = walk.first, walk.found
         stamps = tuple(sorted(stamp for stamp in found if stamp is not None))
         if len(set(stamps)) < len(found):
             stamps = ()
-        rate, order = _clock(len(found), stamps, stream)
+        told = (stream.average_rate, stream.guessed_rate, stream.base_rate)
+        guesses = container.format.name not in FRAME_PER_PACKET
+        begin = (stamps[0] if stamps else 0) * (stream.time_base or Fraction(1))
+        rate, order, held = clock(len(found), stamps, stream.time_base, told, guesses=guesses)
         check_fps(f"the fps of {path.name}", rate)
-        if not stream.frames:
-            _check_duration(path, container, stream, stamps, rate)
+        if not stream.frames and not walk.num_skipped:
+            _check_duration(path, container, stream, stamps, rate, walk.last_held)
         square = _square_size(first, stream)
-        _check_size(path, square[1], square[0], max_pixels)
+        check_picture_size(path, square[1], square[0], max_pixels)
+        pictures = Pictures(path, first, stream.codec_context, alpha, codec)
+        notes = list(pictures.notes)
+        if walk.num_skipped:
+            notes.append(
+                f"it begins within a group of pictures: {walk.num_skipped} that cannot be decoded "
+                "are left out, it starts at the first whole one"
+            )
+        if held is not None:
+            notes.append(held)
+        videos = container.streams.video
+        if len(videos) > 1 and stream is not videos[0]:
+            size = f"{stream.width}x{stream.height}"
+            notes.insert(0, f"of {len(videos)} video streams the default, {size}, was taken")
+        is_interlaced = first.interlaced_frame
+        if is_interlaced:
+            notes.append("it is interlaced, and was deinterlaced (bwdif)")
         return Scan(
             info=_info(path, first.rotation % 360, square, len(order), rate, codec),
             coded_size=(first.height, first.width),
             square_size=square,
             order=order,
             stamps=stamps,
-            keyframes=tuple(sorted(keyframes)),
+            keyframes=tuple(sorted(walk.keyframes)),
+            pictures=pictures,
+            is_interlaced=is_interlaced,
+            notes=tuple(notes),
+            num_skipped=walk.num_skipped,
+            sound=find_sound(path, container, begin),
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Walk:
+    """What the packets of a file hold.
+
+    first: the first whole frame. found: the timestamp of every frame from it on. keyframes: those
+    at which decoding can begin, empty where packets are no frames. num_skipped: pictures before
+    the first whole one. last_held: how long the last one is to be shown, in units of the stream.
+    """
+
+    first: VideoFrame
+    found: list[int | None]
+    keyframes: list[int]
+    num_skipped: int
+    last_held: int
 
 
 def _walk(
     path: Path,
     container: InputContainer,
     stream: VideoStream,
+    decoder: VideoCodecContext,
     trusted: bool,
     check: Check | None,
-) -> tuple[VideoFrame, list[int | None], list[int]]:
-    """The first frame, the timestamp of every frame, and those of key frames if `trusted`.
-
-    trusted: a packet is a frame, so only the first one is decoded; otherwise all are.
-    """
+) -> _Walk:
+    """Count the frames. trusted: a packet is one, so only the first is decoded; else all are."""
     first: VideoFrame | None = None
     found: list[int | None] = []
     keyframes: list[int] = []
-    num_hidden = 0
+    num_hidden = num_before = last_held = 0
+    latest: int | None = None
+    first_key: int | None = None
+    is_begun = False
     for packet in packets(container, stream, check):
+        if packet.size and not is_begun:
+            is_begun = packet.is_keyframe
+            first_key = packet.pts if is_begun else None
+            num_before += not is_begun
+        if packet.pts is not None and (latest is None or packet.pts > latest):
+            latest, last_held = packet.pts, packet.duration or 0
         if trusted and packet.size:
             if packet.is_corrupt:  # cut off in the middle
                 continue
@@ -222,8 +318,11 @@ def _walk(
                 if packet.is_keyframe and packet.pts is not None:
                     keyframes.append(packet.pts)
         if first is None or not trusted:
-            frames = packet.decode()
-            first = first or next(iter(frames), None)
+            frames = decoder.decode(packet)
+            if first is None:
+                # a decoder makes up what lies before the first key frame
+                whole = (frame for frame in frames if not num_before or frame.key_frame)
+                first = next(whole, None)
             if not trusted:
                 found.extend(frame.pts for frame in frames)
     if first is None or not found:
@@ -233,7 +332,15 @@ def _walk(
         )
     if len(found) + num_hidden < stream.frames:
         raise truncated(path, len(found), stream.frames - num_hidden)
-    return first, found, keyframes
+    kept, num_cut = found, 0
+    if first.pts is not None:
+        kept = [stamp for stamp in found if stamp is None or stamp >= first.pts]
+        lost = [stamp for stamp in found if stamp is not None and stamp < first.pts]
+        # else what lacks is damage, and is said where it is read
+        is_beginning = num_before or (first_key is not None and all(s < first_key for s in lost))
+        kept, num_cut = (kept, len(lost)) if is_beginning else (found, 0)
+    num_skipped = num_cut if trusted else max(num_cut, num_before)
+    return _Walk(first, kept, keyframes, num_skipped, last_held)
 
 
 def _info(
@@ -282,47 +389,18 @@ def truncated(path: Path, found: int, promised: int) -> VideoError:
     )
 
 
-def _clock(
-    num_frames: int, stamps: tuple[int, ...], stream: VideoStream
-) -> tuple[Fraction, tuple[int, ...]]:
-    """The constant rate, and for each of its ticks the stored frame nearest in time."""
-    rates = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-    nominal = [rate for rate in rates if rate]
-    identity = tuple(range(num_frames))
-    if len(stamps) < 2 or stream.time_base is None:
-        return (nominal or [_DEFAULT_RATE])[0], identity
-    seconds = [(stamp - stamps[0]) * stream.time_base for stamp in stamps]
-    measured = (num_frames - 1) / seconds[-1]
-    half = Fraction(1, 2)
-    for rate in nominal:
-        # the whole span must fit the rate, up to the rounding of stamps to the time base
-        slack = Fraction(1, 20) + rate * stream.time_base * 3 / 2
-        if abs(rate / measured - 1) * (num_frames - 1) <= slack and _drift(seconds, rate) <= half:
-            return rate, identity
-    if _drift(seconds, measured) <= half:
-        return measured, identity
-    for rate in nominal:
-        # never more than a frame off its clock: some containers only guess their last stamps
-        if _drift(seconds, rate) <= 1 + rate * stream.time_base:
-            return rate, identity
-    order = []
-    for tick in range(num_frames):
-        time = tick / measured
-        after = min(bisect_left(seconds, time), num_frames - 1)
-        before = max(after - 1, 0)
-        order.append(before if time - seconds[before] <= seconds[after] - time else after)
-    return measured, tuple(order)
-
-
 def _check_duration(
     path: Path,
     container: InputContainer,
     stream: VideoStream,
     stamps: tuple[int, ...],
     rate: Fraction,
+    last_held: int,
 ) -> None:
     """A container without a frame count still promises a duration; frames must nearly fill it."""
     if len(stamps) < 2 or stream.time_base is None:
+        return
+    if container.format.name == _MATROSKA and not _lacks_bytes(path):
         return
     promised = 0.0
     told = _CLOCK.fullmatch(stream.metadata.get("DURATION", ""))
@@ -330,12 +408,23 @@ def _check_duration(
         promised = int(told[1]) * 3600 + int(told[2]) * 60 + float(told[3])
     elif len(container.streams) == 1 and container.duration:
         promised = container.duration / 1e6
-    held = float((stamps[-1] - stamps[0]) * stream.time_base + 1 / rate)
+    last = max(last_held * stream.time_base, 1 / rate)
+    held = float((stamps[-1] - stamps[0]) * stream.time_base + last)
     longest = max(b - a for a, b in pairwise(stamps)) * stream.time_base
     if promised - held > max(0.1 * promised, 3 * float(longest)):
         raise truncated(path, len(stamps), round(promised * rate))
 
 
-def _drift(seconds: Sequence[Fraction], rate: Fraction) -> Fraction:
-    """The most that a frame is away from its tick, in frames."""
-    return max(abs(second * rate - tick) for tick, second in enumerate(seconds))
+def _lacks_bytes(path: Path) -> bool:
+    """Whether a Matroska file is shorter than its segment says that it is."""
+    with path.open("rb") as file:
+        head = file.read(_HEADER_BYTES)
+    at = head.find(_SEGMENT)
+    if at < 0 or at + 12 > len(head):
+        return True
+    at += len(_SEGMENT)
+    # the first byte's leading zeros count the bytes of the number behind it
+    length = 9 - head[at].bit_length()
+    size = int.from_bytes(head[at : at + length], "big") - (1 << 7 * length)
+    is_known = size != (1 << 7 * length) - 1
+    return is_known and path.stat().st_size < at + length + size

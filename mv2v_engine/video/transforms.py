@@ -8,12 +8,13 @@ T frames; sizes are (height, width) in pixels.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mv2v_engine.config import Fit
 from mv2v_engine.errors import VideoError, VideoRangeError, nearest_names
 
 WINDOWS = ("first", "middle", "last", "even", "pad")
@@ -39,13 +40,14 @@ class CropReport:
     """How frames were brought to the model's size.
 
     source_size, size: (height, width) before and after. scale: factor on both axes.
-    cropped: (top, bottom, left, right) pixels cut off after scaling.
+    cropped: (top, bottom, left, right) pixels cut off after scaling. padded: the same of bars.
     """
 
     source_size: tuple[int, int]
     size: tuple[int, int]
     scale: float
     cropped: tuple[int, int, int, int]
+    padded: tuple[int, int, int, int] = (0, 0, 0, 0)
 
     @property
     def description(self) -> str:
@@ -55,6 +57,9 @@ class CropReport:
         cut = "nothing cropped"
         if any(self.cropped):
             cut = f"cropped by {left}+{right} columns and {top}+{bottom} rows"
+        if any(self.padded):
+            top, bottom, left, right = self.padded
+            cut += f", between black bars of {left}+{right} columns and {top}+{bottom} rows"
         return f"{source} to {self.size[1]}x{self.size[0]}: {scaled}, {cut}"
 
 
@@ -105,14 +110,16 @@ def select_window(num_frames_available: int, num_frames_wanted: int, window: str
     )
 
 
-def cover_and_crop(frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, CropReport]:
+def cover_and_crop(
+    frames: Tensor, size: tuple[int, int], fit: Fit = "crop"
+) -> tuple[Tensor, CropReport]:
     """Scale frames so that they cover `size`, then crop the middle.
 
     Memory is taken for a few frames at once, none of them much larger than the source and `size`.
 
     Args:
         frames: uint8 [T, height, width, 3].
-        size: (height, width) wanted.
+        size: (height, width) wanted. fit: "letterbox" scales them to lie within it, and adds bars.
 
     Returns:
         uint8 [T, *size, 3] (bilinear, antialiased; untouched where nothing scales) and a report.
@@ -125,6 +132,12 @@ def cover_and_crop(frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, CropR
             f"frames must be uint8 [T, height, width, 3], got {frames.dtype} {list(frames.shape)}"
         )
     source = (frames.shape[1], frames.shape[2])
+    if fit == "letterbox":
+        report = crop_report(source, size, fit)
+        top, bottom, left, right = report.padded
+        inside = (size[0] - top - bottom, size[1] - left - right)
+        scaled_frames, _ = cover_and_crop(frames, inside)
+        return F.pad(scaled_frames, (0, 0, left, right, top, bottom)), report
     report = crop_report(source, size)
     top, bottom, left, right = report.cropped
     scaled = (top + size[0] + bottom, left + size[1] + right)
@@ -138,7 +151,7 @@ def cover_and_crop(frames: Tensor, size: tuple[int, int]) -> tuple[Tensor, CropR
     return torch.cat([_resize(chunk, scaled)[:, rows, columns] for chunk in chunks]), report
 
 
-def crop_report(source: tuple[int, int], size: tuple[int, int]) -> CropReport:
+def crop_report(source: tuple[int, int], size: tuple[int, int], fit: Fit = "crop") -> CropReport:
     """What `cover_and_crop` does to frames of a size, without any frames.
 
     Raises:
@@ -147,6 +160,16 @@ def crop_report(source: tuple[int, int], size: tuple[int, int]) -> CropReport:
     if min(source) < 1 or min(size) < 1:
         raise VideoError(f"cannot scale frames of {source} to {size}; both must be positive")
     check_aspect("the clip", *source)
+    if fit == "letterbox":
+        scale = min(size[0] / source[0], size[1] / source[1])
+        # not a row of bar where rounding alone would ask for it
+        inside = tuple(
+            min(most, max(1, round(side * scale))) for side, most in zip(source, size, strict=True)
+        )
+        report = crop_report(source, (inside[0], inside[1]))
+        top, left = (size[0] - inside[0]) // 2, (size[1] - inside[1]) // 2
+        padded = (top, size[0] - inside[0] - top, left, size[1] - inside[1] - left)
+        return replace(report, size=size, padded=padded)
     scale = max(size[0] / source[0], size[1] / source[1])
     scaled = (max(size[0], round(source[0] * scale)), max(size[1], round(source[1] * scale)))
     top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2

@@ -61,6 +61,7 @@ def test_original_files(
 def test_recammaster(tmp_path: Path, recammaster: State, renamed: Rename) -> None:
     loaded = load_checkpoint(write(tmp_path, "step20000.ckpt", recammaster))
     assert loaded.config.camera_conditioning == "target" and loaded.format == "recammaster"
+    assert loaded.sampling.sizes == ()
     assert_holds(loaded.transformer, {renamed(key): value for key, value in recammaster.items()})
 
 
@@ -142,6 +143,8 @@ def test_rename_decides_between_equal_tokenizers(tmp_path: Path, memory: State) 
 
 def test_base_tokenizers_embed_a_constant_alike(tmp_path: Path, wan: State) -> None:
     loaded = load_checkpoint(write(tmp_path, "wan.safetensors", wan))
+    # the base alone was made for both orientations
+    assert (loaded.sampling.size, loaded.sampling.sizes) == ((480, 832), ((832, 480),))
     latents = torch.arange(4.0)[None, :, None, None, None].expand(1, 4, 1, 8, 8)
     base = loaded.transformer.patch_embedding(latents)[0, :, 0, 0, 0]
     for k in (2, 4, 8):
@@ -206,7 +209,9 @@ def test_own_folder(tmp_path: Path, small: TransformerConfig, merger: MergerConf
     config = dataclasses.replace(
         small, camera_conditioning="own", tokenizers=(2, 4), merger=merger, merge_blocks=(0, 2)
     )
-    sampling = SamplingConfig(num_frames=17, size=(96, 160), negative_prompt="模糊")
+    sampling = SamplingConfig(
+        num_frames=17, size=(96, 160), sizes=((160, 96), (96, 96)), negative_prompt="模糊"
+    )
     torch.manual_seed(0)
     model = MV2VTransformer(config)
     save_checkpoint(tmp_path / "mine", model, config, sampling, "my name", torch.float32)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import io
+import tempfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
 from mv2v_engine.engine.source import Source, load_source
@@ -96,6 +99,7 @@ def test_the_description_says_what_was_done(tmp_path: Path) -> None:
         "window": "all 9 frames",
         "crop": "96x48 to 64x48: unscaled, cropped by 16+16 columns and 0+0 rows",
         "fps": 12.5,
+        "notes": [],
     }
 
 
@@ -135,3 +139,43 @@ def test_one_frame_is_no_video(tmp_path: Path) -> None:
     write_video(tmp_path / "still.mp4", numbered(1), 10)
     with pytest.raises(VideoError, match=r"still\.mp4 has 1 frame, at least 2 are needed"):
         load(tmp_path / "still.mp4", window="pad")
+
+
+def test_sources_of_every_kind_are_one(tmp_path: Path) -> None:
+    write_video(tmp_path / "clip.mp4", numbered(9), 10)
+    expected = load(tmp_path / "clip.mp4")
+    data = (tmp_path / "clip.mp4").read_bytes()
+    with (tmp_path / "clip.mp4").open("rb") as file:
+        file.seek(100)
+        for source in (data, bytearray(data), io.BytesIO(data), file):
+            read = load(source)
+            assert torch.equal(read.frames, expected.frames) and read.fps == 10
+    frames = numbered(9)
+    pictures = [Image.fromarray(frame.numpy()) for frame in frames]
+    for number, picture in enumerate(pictures):
+        picture.save(tmp_path / f"{number}.png")
+    for source in (pictures, tuple(pictures), list(frames.numpy()), [*frames]):
+        assert torch.equal(load(source).frames, load(frames).frames)
+    from_files = load(tmp_path / "%d.png")
+    assert torch.equal(from_files.frames, load(frames).frames) and from_files.fps == 16
+    assert from_files.description["notes"] == ["9 images were taken at 16 a second"]
+
+
+@pytest.mark.parametrize(
+    ("source", "words"),
+    [
+        ([], "source must be a video file .its path, bytes, or the open file., a folder of images"),
+        (["a.png", "b.png"], "source must be a video file"),
+        ([Image.new("RGB", (64, 48)), Image.new("RGB", (48, 64))], "give images of one size"),
+        (b"no video", "bytes cannot be decoded as a video"),
+        (io.BytesIO(), "file is empty"),
+        (io.StringIO("text"), "must be open for bytes, as by open.path, 'rb'."),
+        (3, "source must be a video file"),
+    ],
+    ids=["nothing", "names", "sizes", "bytes", "empty", "text", "number"],
+)
+def test_sources_that_are_none(source: Any, words: str) -> None:
+    with pytest.raises(VideoError, match=words) as caught:
+        load(source)
+    assert "\n" not in str(caught.value)
+    assert not list(Path(tempfile.gettempdir()).glob("mv2v-*"))

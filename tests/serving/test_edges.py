@@ -19,6 +19,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 import httpx
 import torch
 import uvicorn.logging  # noqa: F401  (its logger is among those that are configured)
+from PIL import Image
 
 from mv2v_engine import Engine, EngineConfig, __version__
 from mv2v_engine.engine.request import require_editing
@@ -34,6 +35,7 @@ from mv2v_engine.serving.logs import configure_logs
 from mv2v_engine.serving.protocol import setup_message
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.transforms import select_window
+from tests.video.conftest import write_clip
 
 TRAJECTORY = {
     "format": "mv2v-camera",
@@ -535,3 +537,23 @@ def test_probes_are_of_level_debug(capsys: pytest.CaptureFixture[str]) -> None:
         logging.getLogger().handlers[:] = before
         configure_logs()
         logging.getLogger().handlers[:] = before
+
+
+def test_what_is_changed_of_a_video_is_a_warning(http: httpx.Client, tmp_path: Path) -> None:
+    stamps = [40 * index + 480 * (index > 4) for index in range(9)]
+    path = write_clip(tmp_path / "pause.mkv", num_frames=9, size=(48, 96), stamps_ms=stamps)
+    session = http.post("/v1/sessions", files={"video": path.read_bytes()}).json()
+    assert (session["frames"], session["fps"]) == (21, 25)
+    assert session["warnings"][:2] == [
+        "the model takes 9 frames: frames 0 to 8 of 21",
+        "its frame rate varies: at 25 frames a second, held frames are repeated (9 became 21)",
+    ]
+    assert "cropped by" in session["warnings"][2]
+    frames = [Image.new("RGB", (64, 48), (25 * index,) * 3) for index in range(9)]
+    frames[0].save(
+        tmp_path / "clip.webp", save_all=True, append_images=frames[1:], duration=125, lossless=True
+    )
+    session = http.post(
+        "/v1/sessions", files={"video": (tmp_path / "clip.webp").read_bytes()}
+    ).json()
+    assert (session["frames"], session["fps"], session["warnings"]) == (9, 8, [])

@@ -111,24 +111,6 @@ def test_partial_read_equals_slice(tmp_path: Path, clip: Clips, name: str, codec
     assert torch.equal(read_video(path, indices=picked).frames, whole[picked])
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.mkv"])
-def test_variable_rate_takes_the_nearest_frame(
-    tmp_path: Path, clip: Clips, level_step: int, name: str
-) -> None:
-    # quick, then a long hold, then quick again
-    stamps = [0, 40, 80, 120, 160, 1160, 1200, 1240, 1280, 1320, 1360]
-    path = clip(tmp_path / name, num_frames=len(stamps), stamps_ms=stamps)
-    info = probe_video(path)
-    ticks = np.linspace(0, stamps[-1], len(stamps))
-    nearest = [int(np.abs(np.array(stamps) - tick).argmin()) for tick in ticks]
-    assert info.num_frames == len(stamps)
-    assert info.fps == pytest.approx((len(stamps) - 1) / 1.36, rel=1e-6)
-    assert nearest != list(range(len(stamps)))
-    read = read_video(path)
-    assert levels(read.frames, level_step) == nearest
-    assert torch.equal(read_video(path, start=3, count=5).frames, read.frames[3:8])
-
-
 def test_small_jitter_is_constant_rate(tmp_path: Path, clip: Clips, level_step: int) -> None:
     stamps = [40 * i + (7 if i % 3 == 1 else 0) for i in range(20)]
     path = clip(tmp_path / "clip.mp4", stamps_ms=stamps)

@@ -157,3 +157,27 @@ def test_frames_of_a_strip_are_refused_before_anything_is_made_of_them(
         cover_and_crop(frames, (480, 832))
     with pytest.raises(VideoRangeError, match=f"{source[1]}x{source[0]}"):
         crop_report(source, (480, 832))
+
+
+@pytest.mark.parametrize(
+    ("source", "size", "padded"),
+    [
+        ((64, 32), (64, 128), (0, 0, 48, 48)),
+        ((32, 64), (80, 128), (8, 8, 0, 0)),
+        ((128, 64), (64, 128), (0, 0, 48, 48)),
+        ((33, 64), (81, 128), (7, 8, 0, 0)),
+        ((64, 128), (64, 128), (0, 0, 0, 0)),
+    ],
+)
+def test_a_letterbox_shows_all_of_a_frame(
+    source: tuple[int, int], size: tuple[int, int], padded: tuple[int, int, int, int]
+) -> None:
+    frames = torch.full((2, *source, 3), 200, dtype=torch.uint8)
+    boxed, report = cover_and_crop(frames, size, "letterbox")
+    assert report == crop_report(source, size, "letterbox")
+    assert boxed.shape == (2, *size, 3) and report.padded == padded and not any(report.cropped)
+    top, bottom, left, right = padded
+    inside = boxed[:, top : size[0] - bottom, left : size[1] - right]
+    assert inside.unique().tolist() == [200]
+    assert int((boxed > 0).sum()) == inside.numel()
+    assert ("between black bars" in report.description) == any(padded)

@@ -202,9 +202,7 @@ class EditResults:
                 if pattern.fullmatch(path.name):
                     path.unlink(missing_ok=True)
 
-    def publish(
-        self, session: EditSession, turn: Turn, source: Path, *, version: str
-    ) -> list[Path]:
+    def publish(self, session: EditSession, turn: Turn, *, version: str) -> list[Path]:
         """Write what a finished edit's mp4 is accompanied by.
 
         Returns:
@@ -215,7 +213,7 @@ class EditResults:
             VideoError: the source or the mp4 is no longer what it was.
         """
         named, rows = [], []
-        for index, strip in enumerate(self._rows(session, turn, source)):
+        for index, strip in enumerate(self._rows(session, turn)):
             named += [] if index % 2 else [index]
             rows.append(strip)
         save_contact_sheet(self.overview, rows, named=named)
@@ -233,11 +231,11 @@ class EditResults:
         save_json(self.report, content)
         return [self.video, self.overview, self.report]
 
-    def _rows(self, session: EditSession, turn: Turn, source: Path) -> Iterator[Strip]:
+    def _rows(self, session: EditSession, turn: Turn) -> Iterator[Strip]:
         """Two rows a window, its source above its edit."""
         reports: Sequence[dict[str, Any]] = turn.report["windows"]
         shown = spaced_frames(len(reports), MAX_WINDOWS)
-        before, after = VideoReader(source), VideoReader(self.video)
+        after = VideoReader(self.video)
         for place, index in enumerate(shown):
             report = reports[index]
             first, stop = report["new_frames"]
@@ -246,7 +244,7 @@ class EditResults:
             name += f"  shot {report['shot']}" if turn.report["shots"] > 1 else ""
             if not place and len(shown) < len(reports):
                 name += f"  ({len(shown)} of them are shown)"
-            frames = before.read(numbers, size=session.engine.sampling.size)
+            frames = session.source.read(numbers)
             yield make_strip(name, frames, columns=COLUMNS, numbers=numbers)
             label = f"edited, {_remembered(report['memory'])}"
             yield make_strip(label, after.read(numbers), columns=COLUMNS, numbers=numbers)

@@ -194,7 +194,9 @@ class EditSession(Session):
             self._store_missing(edit)
             writer = None
             if out is not None:
-                writer = stack.enter_context(video_writer(out, self.source.fps))
+                writer = stack.enter_context(
+                    video_writer(out, self.source.fps, sound=self.source.sound)
+                )
                 yield from self._write_finished(edit, writer, decoding, cancel)
             self._remember_finished(edit, memory)
             began, done_before = time.monotonic(), edit.num_done
@@ -295,7 +297,8 @@ class EditSession(Session):
     def _turn(self, edit: Edit, report: dict[str, Any]) -> Turn:
         rows = [kept.report for kept in edit.windows]
         footage = EditFootage(self.windows, partial(_latents_of, edit), self.engine.vae.decode)
-        return Turn(edit.number, None, footage, self.source.fps, {**report, "windows": rows})
+        whole = {**report, "windows": rows}
+        return Turn(edit.number, None, footage, self.source.fps, whole, self.source.sound)
 
     def restore(self) -> None:
         """Take up the edits of the session's folder; their windows are read once, and checked.

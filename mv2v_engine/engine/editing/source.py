@@ -7,20 +7,18 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from mv2v_engine import arguments
-from mv2v_engine.engine.source import SOURCES, bare_frames
-from mv2v_engine.errors import VideoError
+from mv2v_engine.config import Alpha, Fit
+from mv2v_engine.engine.source import AnySource, opened_source
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.scan import Check, check_fps
+from mv2v_engine.video.sound import Sound
 from mv2v_engine.video.transforms import cover_and_crop, crop_report
 from mv2v_engine.video.windows import EditWindow
 
@@ -36,16 +34,28 @@ class LongSource:
         video: a reader, or frames uint8 [T, h, w, 3].
         size: the model's (height, width).
         name: for reports.
+
+    sound: of the file, if it goes along with the edit. notes: what is changed of the video, in
+    words.
     """
 
     def __init__(
-        self, video: VideoReader | Tensor, *, fps: float, size: tuple[int, int], name: str
+        self,
+        video: VideoReader | Tensor,
+        *,
+        fps: float,
+        size: tuple[int, int],
+        name: str,
+        fit: Fit = "crop",
     ) -> None:
         self._video, self.fps, self.size, self.name = video, fps, size, name
+        self.fit: Fit = fit
         if isinstance(video, VideoReader):
             self.num_frames = video.info.num_frames
             self.source_size = (video.info.height, video.info.width)
+            self.sound, self.notes = _kept_sound(video, fps)
         else:
+            self.sound, self.notes = None, ()
             self.num_frames = len(video)
             self.source_size = (video.shape[1], video.shape[2])
         self._stream: Iterator[Tensor] | None = None
@@ -67,6 +77,16 @@ class LongSource:
             if check is not None:
                 check()
             yield frame
+
+    def read(self, indices: Sequence[int]) -> Tensor:
+        """Some of the frames at the model's size, uint8 [T, height, width, 3].
+
+        Raises:
+            VideoError: as `frames`.
+        """
+        if isinstance(self._video, VideoReader):
+            return self._video.read(indices, size=self.size, fit=self.fit)
+        return cover_and_crop(self._video[list(indices)], self.size, self.fit)[0]
 
     def window(self, window: EditWindow, check: Check | None = None) -> Tensor:
         """What the model sees in a window, uint8 [T, height, width, 3] of its own size.
@@ -96,7 +116,7 @@ class LongSource:
             self._held.popleft()
         while self._next < window.stop:
             frame = next(self._stream)
-            self._held.append(cover_and_crop(frame[None], self.size)[0][0])
+            self._held.append(cover_and_crop(frame[None], self.size, self.fit)[0][0])
             self._next += 1
 
     def close(self) -> None:
@@ -109,13 +129,15 @@ class LongSource:
         """Identity of the video, for resuming.
 
         Of a file's bytes, not of its pixels: they would all have to be decoded before the first
-        window, and the same bytes are the same pixels.
+        window, and the same bytes, changed in the same ways, are the same pixels.
         """
-        digest = hashlib.sha256()
+        digest = hashlib.sha256(b"" if self.fit == "crop" else self.fit.encode())
         if isinstance(self._video, VideoReader):
-            with self._video.path.open("rb") as file:
-                while block := file.read(_BLOCK):
-                    digest.update(block)
+            digest.update("".join(self._video.notes).encode())
+            for path in self._video.files:
+                with path.open("rb") as file:
+                    while block := file.read(_BLOCK):
+                        digest.update(block)
         else:
             digest.update(str(list(self._video.shape)).encode())
             for frame in self._video:
@@ -129,20 +151,37 @@ class LongSource:
             "frames": self.num_frames,
             "fps": self.fps,
             "size": list(self.source_size),
-            "crop": crop_report(self.source_size, self.size).description,
+            "crop": crop_report(self.source_size, self.size, self.fit).description,
+            "notes": list(self.notes),
         }
 
 
+def _kept_sound(video: VideoReader, fps: float) -> tuple[Sound | None, tuple[str, ...]]:
+    """The sound that goes along with a video's frames at a rate, and the notes with its own."""
+    sound, notes = video.sound, video.notes
+    if fps != video.info.fps:
+        notes += (f"its {video.info.fps:g} frames a second are taken for {fps:g}",)
+    if sound is None:
+        return None, notes
+    if not sound.is_copied:
+        return None, (*notes, f"its sound ({sound.codec}) cannot be copied to mp4, and is dropped")
+    if fps != video.info.fps:
+        return None, (*notes, "its sound does not fit another rate, and is dropped")
+    return sound, (*notes, f"its sound ({sound.codec}) is copied")
+
+
 def open_long_source(
-    source: Path | str | Tensor | np.ndarray[Any, Any],
+    source: AnySource,
     *,
     size: tuple[int, int],
     fps: float | None,
     own_fps: float,
     max_pixels: int,
     check: Check | None = None,
+    alpha: Alpha = "black",
+    fit: Fit = "crop",
 ) -> LongSource:
-    """Open a video file, or take frames uint8 [T, h, w, 3] as they are; one frame is enough.
+    """Open a video as `opened_source` does; one frame is enough.
 
     fps: of the result; None keeps the file's. own_fps: of bare frames, which have none.
     check: called between the packets of a file while it is opened; what it raises ends that.
@@ -152,9 +191,16 @@ def open_long_source(
     """
     if fps is not None:
         check_fps("fps", fps)
-    if not isinstance(source, Tensor | np.ndarray):
-        path = arguments.path("source", source, SOURCES, kind=VideoError)
-        reader = VideoReader(path, max_pixels=max_pixels, check=check)
-        return LongSource(reader, fps=fps or reader.info.fps, size=size, name=reader.path.name)
-    frames = bare_frames(source, at_least=1)
-    return LongSource(frames, fps=fps or own_fps, size=size, name="frames")
+    video = opened_source(
+        source,
+        at_least=1,
+        max_pixels=max_pixels,
+        check=check,
+        alpha=alpha,
+        image_fps=fps or own_fps,
+    )
+    if isinstance(video, VideoReader):
+        return LongSource(
+            video, fps=fps or video.info.fps, size=size, name=video.path.name, fit=fit
+        )
+    return LongSource(video, fps=fps or own_fps, size=size, name="frames", fit=fit)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -319,3 +320,48 @@ def test_memory_that_ends_in_the_midst_of_a_window(
     turn = session.edit(PROMPT)
     expected = editor.edit_session(long_clip(10), cuts=()).edit(PROMPT)
     assert torch.equal(turn.latents, expected.latents)
+
+
+def test_every_frame_and_the_sound_of_a_clip_with_a_pause(editor: Engine, tmp_path: Path) -> None:
+    clip, out = tmp_path / "clip.mkv", tmp_path / "out.mp4"
+    stamps = [40 * index + 480 * (index > 6) for index in range(13)]
+    write_clip(clip, num_frames=13, size=SIZE, stamps_ms=stamps, audio=True)
+    session = editor.session(clip, cuts=())
+    turn = session.edit(PROMPT, num_inference_steps=1, out=out)
+    turn.save(tmp_path / "saved.mp4")
+    assert out.read_bytes() == (tmp_path / "saved.mp4").read_bytes()
+    found = VideoReader(out)
+    assert (found.info.num_frames, found.info.fps) == (25, 25)
+    assert found.sound is not None and found.sound.codec == "aac"
+    assert turn.report["source"]["notes"] == [
+        "its frame rate varies: at 25 frames a second, held frames are repeated (13 became 25)",
+        "its sound (aac) is copied",
+    ]
+    slower = editor.session(clip, cuts=(), fps=12.5)
+    assert slower.source.sound is None
+    assert slower.source.describe()["notes"][1:] == [
+        "its 25 frames a second are taken for 12.5",
+        "its sound does not fit another rate, and is dropped",
+    ]
+
+
+def test_sizes_are_those_of_the_weights(editor: Engine, tmp_path: Path) -> None:
+    clip = long_clip(5, size=(48, 32))
+    config = editor.config
+    boxed = editor.reconfigured(replace(config, source_fit="letterbox")).session(clip, cuts=())
+    assert "between black bars of" in boxed.source.describe()["crop"]
+    whole = editor.session(clip, cuts=())
+    assert boxed.source.fingerprint != whole.source.fingerprint
+    turned = SIZE[::-1]
+    with pytest.raises(RequestError, match=rf"was made for {SIZE[0]}x{SIZE[1]} .height x width."):
+        editor.reconfigured(replace(config, size=turned))
+    sampling = replace(editor.checkpoint.sampling, sizes=(turned,))
+    either = Engine(
+        replace(editor.checkpoint, sampling=sampling),
+        editor.vae,
+        editor.text,
+        device=editor.device,
+        config=replace(config, size=turned),
+    )
+    turn = either.session(clip, cuts=()).edit(PROMPT, num_inference_steps=1)
+    assert turn.frames.shape == (5, *turned, 3)

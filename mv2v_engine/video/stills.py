@@ -1,0 +1,311 @@
+"""Images as a video: a folder, numbered files (`frames/%03d.png`), or an animated WebP.
+
+Pillow reads them one by one, upright by their EXIF, and what they say of transparency is composed
+as a video's is. A folder's images come in the order of their names, numbers by their value.
+
+T frames; sizes are (height, width) in pixels.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mv2v_engine.config import Alpha
+from mv2v_engine.errors import VideoError
+from mv2v_engine.video.clock import clock
+from mv2v_engine.video.scan import Check, VideoInfo, check_fps, check_picture_size, truncated
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+# of images that come without a rate
+DEFAULT_FPS = 25.0
+_MAX_IMAGES = 1 << 20
+_NUMBER = re.compile(r"%0?(\d*)d")
+
+
+@dataclass(frozen=True, slots=True)
+class Stills:
+    """What `scan_stills` found. files: one a frame, or the one that is animated.
+
+    order[i] is the stored frame that is shown at tick i. size: of every frame.
+    """
+
+    info: VideoInfo
+    files: tuple[Path, ...]
+    is_animated: bool
+    order: tuple[int, ...]
+    notes: tuple[str, ...]
+    alpha: Alpha
+
+
+def are_stills(path: Path) -> bool:
+    """Whether a path names images that make a video: a folder, a pattern, or an animated WebP."""
+    if path.is_dir() or (_NUMBER.search(path.name) and not path.exists()):
+        return True
+    if not path.is_file():
+        return False
+    with path.open("rb") as file:
+        head = file.read(64)
+    # the ANIM chunk comes right behind the first, whose flags announce it
+    return head[:4] == b"RIFF" and head[8:16] == b"WEBPVP8X" and bool(head[20] & 2)
+
+
+def count_stills(path: Path) -> tuple[int, int, int]:
+    """Frames, height and width of an animated image by its header.
+
+    Raises:
+        VideoError: it cannot be read.
+    """
+    with _opened(path) as image:
+        return getattr(image, "n_frames", 1), image.height, image.width
+
+
+def scan_stills(
+    path: Path, max_pixels: int | None, check: Check | None, alpha: Alpha, fps: float | None
+) -> Stills:
+    """Names, sizes and times of images; none is decoded but the first.
+
+    fps: of images that say no times.
+
+    Raises:
+        VideoError: there are none, they differ in size, one is no image, or it has alpha and that
+            is refused.
+    """
+    is_animated = path.is_file()
+    files = (path,) if is_animated else _listed(path)
+    rate, notes, stamps = Fraction(fps or DEFAULT_FPS).limit_denominator(1001), [], [0]
+    order: tuple[int, ...] = tuple(range(len(files)))
+    size: tuple[int, int] | None = None
+    has_alpha = False
+    for file in files:
+        if check is not None:
+            check()
+        with _opened(file) as image:
+            found = _upright_size(image)
+            if size is None:
+                size = found
+                check_picture_size(file, size[1], size[0], max_pixels)
+            if found != size:
+                raise VideoError(
+                    f"{file.name} is {found[1]}x{found[0]}, {files[0].name} before it "
+                    f"{size[1]}x{size[0]}; give images of one size"
+                )
+            has_alpha |= "A" in image.getbands() or "transparency" in image.info
+            if is_animated:
+                stamps = _stamps(image, path, check)
+                has_alpha = has_alpha and _is_seen_through(image)
+    assert size is not None
+    if is_animated:
+        told = [] if len(stamps) > 2 else [rate]
+        rate, order, held = clock(len(stamps) - 1, stamps[:-1], Fraction(1, 1000), told)
+        notes += [held] if held else []
+    else:
+        notes.append(f"{len(files)} images were taken at {float(rate):g} a second")
+    check_fps(f"the fps of {path.name}", rate)
+    if has_alpha:
+        if alpha == "refuse":
+            raise VideoError(
+                f"{path.name} has an alpha channel, which is refused here; take it composed over "
+                "black or white, or give images without it"
+            )
+        notes.append(f"its alpha channel was composed over {alpha}")
+    info = VideoInfo(
+        path=path,
+        width=size[1],
+        height=size[0],
+        num_frames=len(order),
+        fps=float(rate),
+        codec="webp" if is_animated else "images",
+        duration=float(len(order) / rate),
+        rotation=0,
+    )
+    return Stills(info, files, is_animated, order, tuple(notes), alpha)
+
+
+def decode_stills(
+    stills: Stills, wanted: Sequence[int], check: Check | None
+) -> Iterator[tuple[int, Tensor]]:
+    """Stored frames of increasing numbers, each with its number: uint8 [height, width, 3].
+
+    Raises:
+        VideoError: an image cannot be read, or is no longer there.
+    """
+    if stills.is_animated:
+        with _opened(stills.files[0]) as image:
+            for number in wanted:
+                if check is not None:
+                    check()
+                try:
+                    image.seek(number)
+                except EOFError:
+                    raise truncated(stills.files[0], number, max(stills.order) + 1) from None
+                yield number, _rgb(image, stills, stills.files[0])
+        return
+    for number in wanted:
+        if check is not None:
+            check()
+        with _opened(stills.files[number]) as image:
+            yield number, _rgb(image, stills, stills.files[number])
+
+
+def frames_of_images(images: Sequence[Any], alpha: Alpha = "black") -> Tensor | None:
+    """Pillow images or arrays [height, width, 3] of one size as uint8 [T, height, width, 3].
+
+    None if they are something else.
+    """
+    from PIL.Image import Image
+
+    if not images or not all(isinstance(each, Image | np.ndarray | Tensor) for each in images):
+        return None
+    frames: list[Tensor] = []
+    for number, image in enumerate(images):
+        if isinstance(image, Image):
+            frame = _composed(image, alpha, f"image {number}")
+        else:
+            frame = torch.as_tensor(np.asarray(image))
+        if frames and frame.shape != frames[0].shape:
+            raise VideoError(
+                f"image {number} is {list(frame.shape)}, the first one {list(frames[0].shape)}; "
+                "give images of one size"
+            )
+        frames.append(frame)
+    return torch.stack(frames)
+
+
+def _listed(path: Path) -> tuple[Path, ...]:
+    """The images of a folder or a pattern, in order."""
+    if path.is_dir():
+        files = [file for file in path.iterdir() if file.suffix.lower() in SUFFIXES]
+        files = [file for file in files if file.is_file() and not file.name.startswith(".")]
+        if not files:
+            known = ", ".join(sorted(SUFFIXES))
+            raise VideoError(
+                f"{path} is a folder without images ({known}); give a video file, or a folder of "
+                "its frames"
+            )
+        return tuple(sorted(files, key=_natural))[:_MAX_IMAGES]
+    match = _NUMBER.search(path.name)
+    assert match is not None
+    digits = rf"(\d{{{int(match[1])},}})" if match[1] else r"(\d+)"
+    before, after = path.name[: match.start()], path.name[match.end() :]
+    name = re.compile(re.escape(before) + digits + re.escape(after))
+    found = {}
+    for file in path.parent.iterdir() if path.parent.is_dir() else ():
+        if fits := name.fullmatch(file.name):
+            found[int(fits[1])] = file
+    if not found:
+        raise VideoError(f"no file has the name {path}; give the pattern of images that exist")
+    missing = next(number for number in range(min(found), max(found) + 2) if number not in found)
+    if missing <= max(found):
+        raise VideoError(
+            f"{path} has images {min(found)} to {max(found)}, but none of number {missing}; give "
+            "them without gaps, or their folder"
+        )
+    return tuple(found[number] for number in sorted(found))
+
+
+def _natural(path: Path) -> list[tuple[int, str]]:
+    """Numbers in a name by their value, so that 10 comes behind 9."""
+    parts = re.split(r"(\d+)", path.name)
+    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
+
+
+class _opened:
+    """An image file; what Pillow says of one that it cannot read becomes one VideoError."""
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+
+    def __enter__(self) -> Image:
+        from PIL import Image
+
+        try:
+            self._image = Image.open(self._path)
+        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+            raise self._unreadable(error) from error
+        return self._image
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        self._image.close()
+        if isinstance(error, OSError | ValueError | SyntaxError):
+            raise self._unreadable(error) from error
+
+    def _unreadable(self, error: BaseException) -> VideoError:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        return VideoError(
+            f"{self._path.name} cannot be read as an image ({reason}): damaged, or none; give "
+            "whole images"
+        )
+
+
+def _upright_size(image: Image) -> tuple[int, int]:
+    """(height, width) once EXIF's orientation is applied."""
+    is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
+    return (image.width, image.height) if is_turned else (image.height, image.width)
+
+
+def _stamps(image: Image, path: Path, check: Check | None) -> list[int]:
+    """When each frame begins and the last one ends, milliseconds."""
+    num_frames: int = getattr(image, "n_frames", 1)
+    stamps = [0]
+    for number in range(num_frames):
+        if check is not None:
+            check()
+        try:
+            image.seek(number)
+            image.load()
+        except EOFError:
+            raise truncated(path, number, num_frames) from None
+        # browsers show a frame of no length for as long
+        stamps.append(stamps[-1] + (int(image.info.get("duration", 0)) or 100))
+    image.seek(0)
+    return stamps
+
+
+def _is_seen_through(image: Image) -> bool:
+    extrema: Any = image.convert("RGBA").getextrema()
+    return bool(extrema[3][0] < 255)
+
+
+def _rgb(image: Image, stills: Stills, path: Path) -> Tensor:
+    from PIL import ImageOps
+
+    upright = ImageOps.exif_transpose(image)
+    frame = _composed(upright if upright is not None else image, stills.alpha, path.name)
+    if tuple(frame.shape[:2]) != (stills.info.height, stills.info.width):
+        raise VideoError(
+            f"{path.name} is {frame.shape[1]}x{frame.shape[0]} now, and was {stills.info.width}x"
+            f"{stills.info.height}; leave the images as they are"
+        )
+    return frame
+
+
+def _composed(image: Image, alpha: Alpha, name: str) -> Tensor:
+    """uint8 [height, width, 3]."""
+    from PIL import Image as images
+
+    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+        # Pillow would clip what is more than 8 bits
+        values = np.asarray(image).astype(np.float32)
+        grey = (values if image.mode == "F" else values / 257).round().clip(0, 255)
+        return torch.from_numpy(grey.astype(np.uint8))[..., None].repeat(1, 1, 3)
+    if "A" in image.getbands() or "transparency" in image.info:
+        if alpha == "refuse":
+            raise VideoError(
+                f"{name} has an alpha channel, which is refused here; take it composed over black "
+                "or white, or give images without it"
+            )
+        seen = image.convert("RGBA")
+        image = images.alpha_composite(images.new("RGBA", seen.size, alpha), seen)
+    return torch.from_numpy(np.array(image.convert("RGB")))
