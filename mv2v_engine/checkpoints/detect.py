@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mv2v_engine.checkpoints.names import Naming, Renames, Translation, translate
-from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header
+from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header, with_scales
 from mv2v_engine.errors import CheckpointError, nearest_names
 
 Format = Literal[
@@ -98,7 +98,8 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
         tensors |= read_header(file)
-    translation = translate(tensors, renames)
+    stored, tensors = tensors, with_scales(tensors)
+    translation = translate(tensors, renames, aside=stored.keys() - tensors.keys())
     _require_supported(root, tensors, translation.naming)
     format_, reason = _classify(found, translation, tensors)
     return Detected(

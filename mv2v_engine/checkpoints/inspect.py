@@ -108,7 +108,7 @@ def inspect_checkpoint(
     resolution = resolve(detect(path, renames))
     detected = resolution.detected
     numbers = tuple(_numbers(resolution)) if deep else None
-    dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in detected.tensors.values())
+    dtypes = Counter(info.kind for info in detected.tensors.values())
     return Inspection(
         path=detected.path,
         name=resolution.name,

@@ -87,8 +87,8 @@ def load_checkpoint(
 
     Args:
         path_or_name: a file or folder of a format that `detect` knows, or an embedded name.
-        dtype: of the parameters; None keeps what the file has. Under bfloat16 and float16 the
-            model's `keep_in_fp32_modules` stay float32.
+        dtype: of the parameters; None keeps what the file has, and float32 for float8 with scales.
+            Under bfloat16 and float16 the model's `keep_in_fp32_modules` stay float32.
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
         check_weights: refuse weights that are not finite, in the file or after the cast to `dtype`.
 
@@ -162,7 +162,7 @@ def _fill(
     with WeightReader() as reader:
         for name, source in sources:
             tensor = _shaped(reader.read(source.info), source)
-            wanted = dtype or source.info.dtype
+            wanted = dtype or tensor.dtype
             # a copy even when nothing changes: the file must not stay mapped
             copied = tensor.to(device, _stored_dtype(model, name, wanted), copy=True)
             _place(model, name, copied.contiguous())
@@ -203,7 +203,7 @@ def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtyp
 
 def _report(resolution: Resolution) -> LoadReport:
     detected = resolution.detected
-    dtypes = {str(s.info.dtype).removeprefix("torch.") for s in resolution.sources.values()}
+    dtypes = {source.info.kind for source in resolution.sources.values()}
     return LoadReport(
         format=detected.format,
         reason=detected.reason,

@@ -113,16 +113,19 @@ class Translation:
     dropped: tuple[str, ...]
 
 
-def translate(keys: Iterable[str], renames: Renames | None = None) -> Translation:
+def translate(
+    keys: Iterable[str], renames: Renames | None = None, *, aside: Iterable[str] = ()
+) -> Translation:
     """Users' renames first, then a common prefix is taken off, then the tables.
 
-    naming is None when no block of a Wan transformer is among the keys.
+    naming is None when no block of a Wan transformer is among the keys. aside: keys of the file
+    that are no parameters; renaming them is no error, and changes nothing.
 
     Raises:
         CheckpointError: a rename that meets no key, or two keys that end up with one name.
     """
     keys = list(keys)
-    names, dropped = _apply_renames(keys, renames or {})
+    names, dropped = _apply_renames(keys, renames or {}, aside)
     rest = [key for key in keys if key not in names and key not in dropped]
     prefix = next((p for p in _PREFIXES if rest and all(k.startswith(p) for k in rest)), "")
     bare = {key: key.removeprefix(prefix) for key in rest}
@@ -148,17 +151,22 @@ def _naming(keys: list[str]) -> Naming | None:
     return None
 
 
-def _apply_renames(keys: list[str], renames: Renames) -> tuple[dict[str, str], list[str]]:
+def _apply_renames(
+    keys: list[str], renames: Renames, aside: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
     names: dict[str, str] = {}
     dropped: list[str] = []
     used = set()
     # the longest rule wins, so that a module's rule may have exceptions
     rules = sorted(renames, key=len, reverse=True)
-    for key in keys:
+    others = set(aside)
+    for key in (*keys, *others):
         rule = next((r for r in rules if key == r or key.startswith(r + ".")), None)
         if rule is None:
             continue
         used.add(rule)
+        if key in others:
+            continue
         target = renames[rule]
         if target is None:
             dropped.append(key)
