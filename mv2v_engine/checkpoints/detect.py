@@ -33,6 +33,13 @@ _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
 # weights that lie beside a transformer in original Wan folders
 _COMPANION = re.compile(r"(?i)(.*vae.*|models_(t5|clip).*|.*umt5.*)")
+# one of Wan2.2 A14B's two experts, by the name of its file or folder: no tensor tells them apart
+_EXPERT = re.compile(
+    r"(?i).*(high|low)[-_ ]?noise.*|transformer_2"
+    r"|.*(a14b|wan[-_.]?2[-_.]?2).*[-_. ](high|low)([-_. ].*)?"
+)
+_EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+_WHOLE = "expected a whole transformer (Wan2.1 1.3B or 14B, Wan2.2 5B, or one made from them)"
 _UNSUPPORTED = {
     "img_emb.": "image-to-video",
     ".k_img.": "image-to-video",
@@ -95,6 +102,7 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
         found = _find_in_folder(root) if root.is_dir() else _find_by_file(root)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    _require_whole(root, found)
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
         tensors |= read_header(file)
@@ -144,6 +152,8 @@ def _find_in_folder(root: Path) -> _Found:
         if not weights.is_file():
             raise CheckpointError(f"{root} has {OWN_CONFIG} but no {OWN_WEIGHTS}; copy it there")
         return _Found((weights,), root, root / OWN_CONFIG, is_own=True)
+    if any(all((root / name).is_dir() for name in names) for names in _EXPERTS):
+        raise CheckpointError(_two_experts(root))
     if (root / "model_index.json").is_file():
         _require_wan_pipeline(root / "model_index.json")
         inner = root / "transformer"
@@ -185,11 +195,42 @@ def _require_wan_pipeline(path: Path) -> None:
             f"{path} describes a {index.get('_class_name')} with transformer {kind}; expected a "
             "pipeline of WanTransformer3DModel"
         )
-    if (index.get("transformer_2") or [None])[0] is not None:
-        raise CheckpointError(
-            f"{path} has two expert transformers; expected a single one (Wan2.1 1.3B or 14B, "
-            "Wan2.2 5B), or give one transformer folder"
-        )
+    if (index.get("transformer_2") or [None])[0] is not None or index.get("boundary_ratio"):
+        raise CheckpointError(_two_experts(path.parent))
+
+
+def _two_experts(folder: Path) -> str:
+    return (
+        f"{folder} has two experts, as Wan2.2 A14B: one for the first, noisy steps and one for the "
+        f"rest, and this engine runs one transformer for all steps; {_WHOLE}: neither expert is one"
+    )
+
+
+def _require_whole(root: Path, found: _Found) -> None:
+    """Refuse an expert of two, which has the tensors of a whole transformer.
+
+    Raises:
+        CheckpointError: its name, or what lies beside it, says that it is one.
+    """
+    if found.is_own:
+        return
+    inner = found.files[0].parent.resolve()
+    for names in _EXPERTS:
+        if inner.name in names and all((inner.parent / name).is_dir() for name in names):
+            raise CheckpointError(_one_expert(root, f"{' and '.join(names)} lie beside each other"))
+    for name in (found.files[0].stem, inner.name):
+        if _EXPERT.fullmatch(name):
+            raise CheckpointError(_one_expert(root, f"by its name, {name}"))
+    index = inner.parent / "model_index.json"
+    if inner.name == "transformer" and index.is_file():
+        _require_wan_pipeline(index)
+
+
+def _one_expert(root: Path, reason: str) -> str:
+    return (
+        f"{root} is one of two experts ({reason}), as Wan2.2 A14B's: trained for the noisy steps "
+        f"or for the rest alone, it cannot make a video from noise; {_WHOLE}"
+    )
 
 
 def _weights_in(folder: Path) -> tuple[Path, ...]:

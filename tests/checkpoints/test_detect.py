@@ -17,6 +17,7 @@ from mv2v_engine.checkpoints.weights import WeightReader, read_header
 from mv2v_engine.errors import CheckpointError
 
 State = dict[str, Tensor]
+EXPERTS = ("high_noise_model", "low_noise_model")
 
 
 class Unwelcome:
@@ -182,11 +183,54 @@ def test_other_pipelines_are_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"FluxPipeline.*WanTransformer3DModel"):
         detect(tmp_path)
-    index = {"transformer": ["diffusers", "WanTransformer3DModel"]}
-    index["transformer_2"] = index["transformer"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="two expert transformers"):
-        detect(tmp_path)
+
+
+PIPELINE = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+
+
+@pytest.mark.parametrize("names", [("transformer", "transformer_2"), EXPERTS])
+@pytest.mark.parametrize("index", [True, False])
+def test_two_experts_are_refused_and_each_of_them(
+    tmp_path: Path, wan: State, names: tuple[str, str], index: bool
+) -> None:
+    root = tmp_path / "Wan2.2-T2V-A14B"
+    for name in names:
+        write(root / name, "diffusion_pytorch_model.safetensors", wan)
+        (root / name / "config.json").write_text("{}")
+    if index:
+        second = {"transformer_2": PIPELINE["transformer"], "boundary_ratio": 0.875}
+        (root / "model_index.json").write_text(json.dumps(PIPELINE | second))
+    with pytest.raises(CheckpointError, match=r"has two experts.*one transformer for all") as said:
+        detect(root)
+    assert "give one" not in str(said.value)
+    for name in names:
+        for path in (root / name, root / name / "diffusion_pytorch_model.safetensors"):
+            with pytest.raises(CheckpointError, match="is one of two experts"):
+                detect(path)
+
+
+def test_an_expert_without_the_other_is_known_by_name_or_index(tmp_path: Path, wan: State) -> None:
+    for name in (
+        "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors",
+        "Wan2.2-T2V-A14B-HighNoise-Q8.safetensors",
+        "low_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors",
+    ):
+        with pytest.raises(CheckpointError, match="one of two experts"):
+            detect(write(tmp_path, name, wan))
+    alone = write(tmp_path / "a/transformer", "diffusion_pytorch_model.safetensors", wan)
+    index = PIPELINE | {"transformer_2": [None, None], "boundary_ratio": None}
+    (tmp_path / "a/model_index.json").write_text(json.dumps(index))
+    assert detect(alone.parent).format == detect(tmp_path / "a").format == "wan_original"
+    (tmp_path / "a/model_index.json").write_text(json.dumps(PIPELINE | {"boundary_ratio": 0.9}))
+    for path in (tmp_path / "a", alone.parent, alone):
+        with pytest.raises(CheckpointError, match="two experts"):
+            detect(path)
+
+
+@pytest.mark.parametrize("name", ["Wan2.2-TI2V-5B", "wan2.1_high_quality", "highland", "slow"])
+def test_other_names_are_no_experts(tmp_path: Path, wan: State, name: str) -> None:
+    assert detect(write(tmp_path, f"{name}.safetensors", wan)).format == "wan_original"
 
 
 def test_several_weight_files_must_be_chosen(tmp_path: Path, wan: State) -> None:

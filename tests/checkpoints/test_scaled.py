@@ -1,4 +1,4 @@
-"""Scaled float8: a weight is its number times its scale, or it is refused; never the bare number."""
+"""Scaled float8: a weight is its number times its scale, or it is refused; never bare."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ E4M3 = torch.float8_e4m3fn
 
 
 def quantised(wan: State, scale_leaf: str, *, rows: tuple[int, ...] | None = ()) -> State:
-    """Linear weights of the blocks as float8 with scales; rows: a scale's shape, None: [rows, 1]."""
+    """The blocks' linear weights as float8; rows: a scale's shape, None: [rows, 1]."""
     state = {}
     for key, value in wan.items():
         if key.startswith("blocks.") and key.endswith(".weight") and value.ndim == 2:
