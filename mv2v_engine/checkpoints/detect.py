@@ -38,6 +38,8 @@ _EXPERT = re.compile(
     r"(?i).*(high|low)[-_ ]?noise.*|transformer_2"
     r"|.*(a14b|wan[-_.]?2[-_.]?2).*[-_. ](high|low)([-_. ].*)?"
 )
+# where trainers of causal, distilled models keep the model
+_GENERATOR = re.compile(r"generator(_ema)?\.")
 _EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
 _WHOLE = "expected a whole transformer (Wan2.1 1.3B or 14B, Wan2.2 5B, or one made from them)"
 _UNSUPPORTED = {
@@ -91,14 +93,15 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     """Tell what a checkpoint is; reads headers only.
 
     Args:
-        path: a file, a folder, or the bare name of an embedded checkpoint.
+        path: a file, a folder, or the bare name of an embedded checkpoint; `PATH#NAME` takes the
+            transformer under a name (`generator_ema`) of several in a file.
         renames: the user's renames, see `names.read_renames`.
 
     Raises:
         CheckpointError: nothing there, no checkpoint, a missing shard, or unreadable weights.
     """
     try:
-        root = _resolve(path)
+        root, chosen = _resolve(path)
         found = _find_in_folder(root) if root.is_dir() else _find_by_file(root)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
@@ -107,8 +110,15 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     for file in found.files:
         tensors |= read_header(file)
     stored, tensors = tensors, with_scales(tensors)
-    translation = translate(tensors, renames, aside=stored.keys() - tensors.keys())
+    try:
+        scales = stored.keys() - tensors.keys()
+        translation = translate(tensors, renames, aside=scales, chosen=chosen)
+    except CheckpointError as error:
+        raise CheckpointError(f"{root}: {error}") from error
+    tensors = {key: info for key, info in tensors.items() if key not in translation.aside}
     _require_supported(root, tensors, translation.naming)
+    if chosen is None and _GENERATOR.match(translation.prefix):
+        raise CheckpointError(_generator(root, translation.prefix.rstrip(".")))
     format_, reason = _classify(found, translation, tensors)
     return Detected(
         format_, root, found.folder, found.files, found.config_file, tensors, translation, reason
@@ -132,18 +142,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _resolve(path: Path | str) -> Path:
+def _generator(root: Path, name: str) -> str:
+    return (
+        f"{root} holds a distilled generator ({name!r}), which trainers such as Self-Forcing save "
+        "of causal models of a few steps; this engine's transformer looks at all frames at once, "
+        "and no tensor tells which kind it is: if yours does too, say so with "
+        f"{root.name}#{name}"
+    )
+
+
+def _resolve(path: Path | str) -> tuple[Path, str | None]:
+    """The path, and the name behind its #."""
     name = str(path)
     embedded = embedded_names()
     if name in embedded:
-        return embedded_folder(name)
+        return embedded_folder(name), None
     root = Path(path).expanduser()
+    bare, mark, chosen = name.rpartition("#")
+    if mark and chosen and not root.exists() and Path(bare).expanduser().exists():
+        return Path(bare).expanduser(), chosen
     if not root.exists():
         known = nearest_names(name, embedded) if embedded else "none are installed"
         raise CheckpointError(
             f"no checkpoint at {name!r}; expected a file, a folder or an embedded name ({known})"
         )
-    return root
+    return root, None
 
 
 def _find_in_folder(root: Path) -> _Found:
@@ -184,6 +207,11 @@ def _config_beside(folder: Path) -> Path | None:
         return None
     config = read_json(path)
     described = config.get("_class_name", "WanModel")
+    if "causal" in str(described).lower():
+        raise CheckpointError(
+            f"{path} describes a {described}, which makes frames one after the other; this "
+            f"engine's transformer looks at all frames at once: {_WHOLE}"
+        )
     return path if described in ("WanTransformer3DModel", "WanModel") else None
 
 
@@ -309,6 +337,14 @@ def _classify(
     cameras = sum(name.endswith(".cam_encoder.weight") for name in names)
     memory = sorted(name for name in names if name.startswith(("tokenizers.", "mergers.")))
     says = [f"{translation.naming} Wan names"]
+    if translation.prefix:
+        averaged = ", averaged over training (EMA)" if translation.averaged else ""
+        says[0] += f" under {translation.prefix.rstrip('.')!r}{averaged}"
+    if translation.others:
+        others = " and ".join(repr(other.rstrip(".")) for other in translation.others)
+        says.append(f"{others} left aside (PATH#NAME takes another)")
+    if translation.parts:
+        says.append(f"{' and '.join(translation.parts)} in the same file")
     if found.is_own:
         return "mv2v_engine", f"{OWN_CONFIG} beside {OWN_WEIGHTS}"
     if cameras:

@@ -35,7 +35,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# under these keys trainers wrap a state dict
+# under these keys trainers wrap a state dict, whatever it is
 _WRAPPERS = ("state_dict", "model", "module")
 # what quantisers put beside `M.weight`: its scale (ComfyUI, its newer files and LightX2V), what is
 # for eight-bit products alone, and the mark of a file whose weights are all scaled
@@ -272,18 +272,33 @@ def _load_archive(path: Path, device: str) -> dict[str, Tensor]:
 
 
 def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a pickle's value, at most one trainer's wrapper deep."""
-    if isinstance(value, Mapping):
-        for wrapper in _WRAPPERS:
-            if isinstance(value.get(wrapper), Mapping):
-                value = value[wrapper]
-                break
-        tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)}
-        if tensors:
-            return tensors
-    raise CheckpointError(
-        f"{path} holds a {type(value).__name__} without tensors; expected a state dict"
-    )
+    """The tensors inside a pickle's value, below the names that trainers give them.
+
+    Dictionaries in it become prefixes of the keys, but for a single one under a name that says
+    nothing. Tensors beside dictionaries of tensors are a trainer's own.
+    """
+    tensors = _flatten(value) if isinstance(value, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__} without tensors; expected a state dict"
+        )
+    return tensors
+
+
+def _flatten(value: Mapping[Any, Any]) -> dict[str, Tensor]:
+    inner = {
+        name: tensors
+        for name, nested in value.items()
+        if isinstance(name, str)
+        and isinstance(nested, Mapping)
+        and (tensors := _flatten(nested))
+        and not name.startswith("optim")
+    }
+    if not inner:
+        return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if len(inner) == 1 and (name := next(iter(inner))) in _WRAPPERS:
+        return inner[name]
+    return {f"{name}.{key}": tensor for name, all_ in inner.items() for key, tensor in all_.items()}
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:
