@@ -208,8 +208,9 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     add(
         "--components",
         type=Path,
-        metavar="DIR",
-        help="vae, text_encoder and tokenizer from here; the checkpoint's own if not given",
+        metavar="PATH",
+        help="VAE, text encoder and tokenizer from this folder, of diffusers' layout, Wan's or "
+        "ComfyUI's; the checkpoint's own if not given",
     )
     add(
         "--rename",

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mv2v_engine.checkpoints.components import COMPANION
 from mv2v_engine.checkpoints.names import Naming, Renames, Translation, translate
 from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header, with_scales
 from mv2v_engine.errors import CheckpointError, nearest_names
@@ -31,8 +32,6 @@ OWN_WEIGHTS = "transformer.safetensors"
 PATCH_CELLS = 4
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
-# weights that lie beside a transformer in original Wan folders
-_COMPANION = re.compile(r"(?i)(.*vae.*|models_(t5|clip).*|.*umt5.*)")
 # one of Wan2.2 A14B's two experts, by the name of its file or folder: no tensor tells them apart
 _EXPERT = re.compile(
     r"(?i).*(high|low)[-_ ]?noise.*|transformer_2"
@@ -267,7 +266,7 @@ def _weights_in(folder: Path) -> tuple[Path, ...]:
         return _indexed(indices[0])
     files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.is_file()]
     named = [p for p in files if p.name.startswith("diffusion_pytorch_model")]
-    files = named or [p for p in files if not _COMPANION.fullmatch(p.name)]
+    files = named or [p for p in files if not COMPANION.fullmatch(p.name)]
     plain = [p for p in files if p.name == "diffusion_pytorch_model.safetensors"]
     if plain:
         return (plain[0],)

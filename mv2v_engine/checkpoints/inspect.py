@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from mv2v_engine.checkpoints.components import part_of
 from mv2v_engine.checkpoints.detect import Format, detect
 from mv2v_engine.checkpoints.modules import Shape
 from mv2v_engine.checkpoints.names import read_renames
-from mv2v_engine.checkpoints.resolve import Resolution, beside, resolve
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import (
     WEIGHT_SUFFIXES,
     TensorInfo,
@@ -179,11 +180,13 @@ def _numbers(resolution: Resolution) -> Iterable[Numbers]:
     """Read the transformer, and what lies beside it."""
     detected = resolution.detected
     yield _read("transformer", detected.path, list(detected.tensors.values()))
-    folders = {"vae": resolution.vae_path, "text_encoder": beside(detected, "text_encoder")}
-    for component, folder in folders.items():
-        if folder is not None and folder.is_dir():
-            files = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_SUFFIXES]
-            yield _read(component, folder, [i for f in files for i in read_header(f).values()])
+    places = {"vae": resolution.vae_path, "text_encoder": resolution.text_path}
+    for component, place in places.items():
+        if place is not None and place.is_dir():
+            files = [f for f in sorted(place.iterdir()) if f.suffix in WEIGHT_SUFFIXES]
+            yield _read(component, place, [i for f in files for i in read_header(f).values()])
+        elif place is not None:
+            yield _read(component, place, list(part_of(place, component).values()))
 
 
 def _read(component: str, path: Path, tensors: Sequence[TensorInfo]) -> Numbers:

@@ -17,7 +17,7 @@ from mv2v_engine.checkpoints.configs import TRAINED_FOR, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
-from mv2v_engine.checkpoints.resolve import Resolution, beside, resolve
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
 from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.files import save_json, save_tensors
@@ -58,9 +58,9 @@ class LoadReport:
 class Checkpoint:
     """A transformer ready to run, and where its VAE and text encoder lie.
 
-    vae_path, text_path: diffusers and transformers folders. tokenizer_path: a transformers
-    folder. None where the checkpoint has none. conditioning: the modes that the weights
-    were trained for (METHOD 13).
+    vae_path, text_path: diffusers and transformers folders, or single files. tokenizer_path: a
+    transformers folder. None where the checkpoint has none. conditioning: the modes that the
+    weights were trained for (METHOD 13).
     """
 
     name: str
@@ -100,10 +100,6 @@ def load_checkpoint(
     resolution = resolve(detect(path_or_name, renames))
     resolution.require_loadable()
     _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
-    folder = resolution.detected.folder
-    tokenizer = folder / "tokenizer"
-    if not tokenizer.is_dir():
-        tokenizer = folder / "google" / "umt5-xxl"
     return Checkpoint(
         name=resolution.name,
         format=resolution.detected.format,
@@ -111,8 +107,8 @@ def load_checkpoint(
         config=resolution.config,
         sampling=resolution.sampling,
         vae_path=resolution.vae_path,
-        text_path=beside(resolution.detected, "text_encoder"),
-        tokenizer_path=tokenizer if tokenizer.is_dir() else None,
+        text_path=resolution.text_path,
+        tokenizer_path=resolution.tokenizer_path,
         report=_report(resolution),
         conditioning=resolution.conditioning,
     )

@@ -111,8 +111,9 @@ class Engine:
             path_or_name: an embedded name, or a file or folder.
             device: None takes CUDA if there is one.
             dtype: of the transformer; None is bfloat16 on CUDA, float32 elsewhere.
-            components: a folder with `vae`, and `text_encoder` and `tokenizer`, for a checkpoint
-                that is a transformer alone (ReCamMaster, Memory-V2V, original Wan files).
+            components: a folder with VAE, text encoder and tokenizer, of diffusers' layout, Wan's
+                or ComfyUI's, for a checkpoint that is a transformer alone (ReCamMaster, Memory-V2V,
+                original Wan files).
             rename: a JSON file of names that cannot be inferred (see `run inspect`).
 
         Raises:
