@@ -1,6 +1,6 @@
 """A thin face of transformers' UMT5 encoder, prompt by prompt as Wan uses it.
 
-Prompts are cleaned (HTML entities, whitespace), padded to `max_length`, and the embedding is zero
+Prompts are cleaned (broken Unicode, HTML entities, whitespace), padded to `max_length`, and the embedding is zero
 past the prompt: cross-attention has no mask and sees those zeros, as in training (BASE_MODELS 2.3).
 
 S text tokens.
@@ -8,12 +8,13 @@ S text tokens.
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -51,9 +52,28 @@ _ORIGINAL_TOP = {
 }
 
 
+# what ftfy changes and a tokenizer does not: curly quotes, and letters read in another encoding
+_UNMENDED = re.compile("[\u0080-\u009f\u2018-\u201f]|[\u00c2-\u00f4][\u0080-\u00bf\u2013-\u20ac]")
+
+
 def clean_prompt(prompt: str) -> str:
-    """Undo HTML entities (twice, as Wan does) and collapse whitespace."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """A prompt as Wan's own code hands it to its tokenizer.
+
+    ftfy mends broken Unicode and makes quotes straight, HTML entities are undone twice, whitespace
+    is folded. Without ftfy, which is optional, the first is left out.
+    """
+    mended = prompt if (mend := _mender()) is None else mend(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
+
+
+@functools.cache
+def _mender() -> Callable[[str], str] | None:
+    """`ftfy.fix_text`, None where it is not installed."""
+    try:
+        import ftfy
+    except ImportError:
+        return None
+    return cast("Callable[[str], str]", ftfy.fix_text)
 
 
 def shortened(prompt: str) -> str:
@@ -158,6 +178,13 @@ class TextEncoder:
 
     @inference
     def _embed(self, prompt: str) -> Tensor:
+        if _mender() is None and _UNMENDED.search(prompt):
+            warnings.warn(
+                f"the prompt {shortened(prompt)!r} has curly quotes or broken Unicode, which the "
+                "original code mends and this installation cannot: pip install ftfy, or type "
+                "plain ones",
+                stacklevel=4,
+            )
         with torch_defaults():
             tokens = self.tokenizer(
                 prompt,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import warnings
 import weakref
@@ -16,6 +17,7 @@ from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from mv2v_engine import text
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.text import TextEncoder, clean_prompt, load_text_encoder
 
@@ -73,6 +75,43 @@ def test_prompts_are_cleaned_as_wan_does(folders: tuple[Path, Path]) -> None:
     assert clean_prompt("  a red\n\t ball &amp;amp; floor ") == "a red ball & floor"
     encoder = load(folders)
     assert encoder.encode(" a  red\nball ") is encoder.encode("a red ball")
+
+
+CURLY = "a \u201cred\u201d ball\u2019s floor"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        (CURLY, 'a "red" ball\'s floor'),
+        ("a cafÃ© floor", "a café floor"),
+        ("a \ufb02oor &amp;amp; a  ball", "a floor & a ball"),
+    ],
+)
+def test_ftfy_mends_prompts_as_in_the_originals(prompt: str, cleaned: str) -> None:
+    ftfy = pytest.importorskip("ftfy", reason="the extra `text` is not installed")
+    assert clean_prompt(prompt) == cleaned == " ".join(html.unescape(ftfy.fix_text(prompt)).split())
+
+
+def test_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_mender", lambda: lambda prompt: prompt.replace("x", "&lt;  a"))
+    assert clean_prompt(" x ") == "< a"
+
+
+def test_without_ftfy_what_is_left_is_said(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_mender", lambda: None)
+    assert clean_prompt(CURLY) == CURLY
+    encoder = load(folders)
+    for prompt in (CURLY, "a cafÃ© floor"):
+        with pytest.warns(UserWarning, match=r"curly quotes or broken.*pip install ftfy, or type"):
+            encoder.encode(prompt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Wan's own negative prompt among them
+        for prompt in ("a red ball", "a café", "色调艳丽\uff0c过曝"):
+            encoder.encode(prompt)
 
 
 def test_a_prompt_is_embedded_once(folders: tuple[Path, Path]) -> None:

@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -384,6 +385,8 @@ class Engine:
             "attention": self.attention,
             "scheduler": self.scheduler,
             "torch": torch.__version__,
+            # whose steps a turn is made of
+            **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),
         }
 
 
