@@ -37,6 +37,7 @@ MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
 SchedulerName = Literal["euler", "unipc"]
+Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 
 MAX_STEPS = 1000
@@ -49,7 +50,8 @@ class SamplingConfig:
     """What a checkpoint was made for: the window, its size and the sampler's defaults (METHOD 8).
 
     num_frames: pixel frames of one window, 4n+1. size: (height, width) in pixels. fps: the rate
-    that it was made at, for frames that come without one.
+    that it was made at, for frames that come without one. timesteps: how the model is told them;
+    "bfloat16" rounds them, as ReCamMaster does in training and inference.
     """
 
     num_frames: int = 81
@@ -60,6 +62,7 @@ class SamplingConfig:
     negative_prompt: str = ""
     fps: float = 16.0
     scheduler: SchedulerName = "euler"
+    timesteps: Timesteps = "exact"
 
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1 or self.num_frames < 1:
@@ -71,6 +74,9 @@ class SamplingConfig:
         if self.scheduler not in get_args(SchedulerName):
             known = ", ".join(get_args(SchedulerName))
             raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")
+        if self.timesteps not in get_args(Timesteps):
+            known = ", ".join(get_args(Timesteps))
+            raise RequestError(f"timesteps must be one of {known}, got {self.timesteps!r}")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -108,7 +114,7 @@ class ParallelConfig:
 class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
-    scheduler: None takes the checkpoint's.
+    scheduler, timesteps: None takes the checkpoint's.
     attention: the library; "auto" takes the fastest here, or what backend="reference" or
         "native" means.
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
@@ -168,6 +174,7 @@ class EngineConfig:
     responsiveness_heads: HeadMode = "concat"
     conditioning: Conditioning = "joint"
     scheduler: SchedulerName | None = None
+    timesteps: Timesteps | None = None
     fov_radius: float = 4.0
     fov_blend: float = 0.5
     cache_bytes: int = 4 << 30

@@ -1,7 +1,8 @@
 """A thin face of transformers' UMT5 encoder, prompt by prompt as Wan uses it.
 
-Prompts are cleaned (broken Unicode, HTML entities, whitespace), padded to `max_length`, and the embedding is zero
-past the prompt: cross-attention has no mask and sees those zeros, as in training (BASE_MODELS 2.3).
+Prompts are cleaned (broken Unicode, HTML entities, whitespace), padded to `max_length`, and the
+embedding is zero past the prompt: cross-attention has no mask and sees those zeros, as in training
+(BASE_MODELS 2.3).
 
 S text tokens.
 """

@@ -22,6 +22,7 @@ from mv2v_engine.config import (
     EngineConfig,
     MemoryMode,
     MergeMode,
+    Timesteps,
 )
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
@@ -74,6 +75,7 @@ class Engine:
         self.checkpoint, self.vae, self.text = checkpoint, vae, text
         self.device, self.config, self.sampling = device, config, checkpoint.sampling
         self.scheduler = config.scheduler or self.sampling.scheduler
+        self.timesteps: Timesteps = config.timesteps or self.sampling.timesteps
         self.transformer, self.team = checkpoint.transformer, team
         self.backend, self.attention = configure(self.transformer, config, device)
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
@@ -384,6 +386,7 @@ class Engine:
             "backend": self.backend,
             "attention": self.attention,
             "scheduler": self.scheduler,
+            "timesteps": self.timesteps,
             "torch": torch.__version__,
             # whose steps a turn is made of
             **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),

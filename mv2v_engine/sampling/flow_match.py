@@ -7,7 +7,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import SchedulerName
+from mv2v_engine.config import SchedulerName, Timesteps
 from mv2v_engine.defaults import torch_defaults
 
 
@@ -95,10 +95,18 @@ class UniPCSolver:
         return stepped
 
 
-def make_solver(name: SchedulerName, num_steps: int, shift: float) -> Solver:
-    """The solver of a turn: fresh, since UniPC remembers earlier steps."""
+def make_solver(
+    name: SchedulerName, num_steps: int, shift: float, timesteps: Timesteps = "exact"
+) -> Solver:
+    """The solver of a turn: fresh, since UniPC remembers earlier steps.
+
+    timesteps: "bfloat16" rounds what the model is told; the steps themselves stay exact.
+    """
     solvers: dict[SchedulerName, type[EulerSolver | UniPCSolver]] = {
         "euler": EulerSolver,
         "unipc": UniPCSolver,
     }
-    return solvers[name](num_steps, shift)
+    solver = solvers[name](num_steps, shift)
+    if timesteps == "bfloat16":
+        solver.timesteps = solver.timesteps.to(torch.bfloat16).to(torch.float32)
+    return solver

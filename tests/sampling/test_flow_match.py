@@ -132,6 +132,23 @@ def test_solvers_reach_the_data(name: Any) -> None:
     torch.testing.assert_close(latents, clean, rtol=0, atol=0.02)
 
 
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_rounded_timesteps_are_told_and_steps_stay_exact(name: Any) -> None:
+    """ReCamMaster: `timestep.to(torch.bfloat16)` for the model, the scheduler's own for a step."""
+    exact, rounded = make_solver(name, 50, 5.0), make_solver(name, 50, 5.0, "bfloat16")
+    assert rounded.timesteps.dtype == torch.float32
+    assert torch.equal(rounded.timesteps, exact.timesteps.to(torch.bfloat16).float())
+    apart = (rounded.timesteps - exact.timesteps).abs()
+    assert 0 < float(apart.max()) <= 2
+    if name == "euler":  # all but the first, 1000
+        assert int((apart > 0).sum()) == 49
+    latents = initial_noise((4, 5), 0)
+    for index in range(3):
+        ours, theirs = (s.step(latents.sin(), index, latents) for s in (rounded, exact))
+        assert torch.equal(ours, theirs)
+        latents = ours
+
+
 def test_a_solver_is_fresh_every_turn() -> None:
     assert make_solver("unipc", 4, 3.0) is not make_solver("unipc", 4, 3.0)
     runs = []
