@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mv2v_engine.checkpoints.components import COMPANION
+from mv2v_engine.checkpoints.identify import lora_of, of_tensors
 from mv2v_engine.checkpoints.names import Naming, Renames, Translation, translate
 from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header, with_scales
 from mv2v_engine.errors import CheckpointError, nearest_names
@@ -47,7 +48,9 @@ _UNSUPPORTED = {
     ".add_k_proj.": "image-to-video",
     "image_embedder.": "image-to-video",
     "vace_blocks.": "VACE",
-    "lora_": "LoRA",
+    "control_adapter.": "camera-control (Wan-Fun)",
+    "motion_encoder.": "Animate",
+    "audio_injector.": "speech-to-video",
 }
 
 
@@ -109,6 +112,9 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     for file in found.files:
         tensors |= read_header(file)
     stored, tensors = tensors, with_scales(tensors)
+    shapes = {key: info.shape for key, info in tensors.items()}
+    if lora := lora_of(shapes):
+        raise CheckpointError(f"{root} is {lora}")
     try:
         scales = stored.keys() - tensors.keys()
         translation = translate(tensors, renames, aside=scales, chosen=chosen)
@@ -322,6 +328,9 @@ def _require_supported(root: Path, tensors: dict[str, TensorInfo], naming: Namin
                 "made from it"
             )
     if naming is None:
+        what = of_tensors({key: info.shape for key, info in tensors.items()})
+        if what is not None:
+            raise CheckpointError(f"{root} is {what}; {_WHOLE}")
         keys = ", ".join(list(tensors)[:3])
         raise CheckpointError(
             f"{root} holds no Wan transformer (first keys: {keys}); expected keys such as "

@@ -31,6 +31,14 @@ from mv2v_engine.errors import CheckpointError
 from mv2v_engine.finite import largest_magnitude, refuse_weights, weight_fault
 
 _SHOWN = 12
+_KINDS: dict[Format, str] = {
+    "mv2v_engine": "this project's checkpoint",
+    "wan_diffusers": "a Wan text-to-video transformer under diffusers' names",
+    "wan_original": "a Wan text-to-video transformer under Wan's own names",
+    "recammaster": "a ReCamMaster transformer",
+    "memory_v2v": "a Memory-V2V transformer",
+    "lucy_edit": "a Lucy-Edit transformer",
+}
 
 
 @dataclass(frozen=True)
@@ -95,6 +103,21 @@ class Inspection:
     numbers: tuple[Numbers, ...] | None
     problem: str | None
 
+    @property
+    def command(self) -> str:
+        """What it is for."""
+        return f"run {'edit' if self.config.source_channels else 'novel-view'}"
+
+    @property
+    def sentence(self) -> str:
+        """What it is, in one sentence."""
+        shape = self.config
+        return (
+            f"{_KINDS[self.format]}: {shape.num_layers} blocks of {shape.dim:,} channels, "
+            f"{self.num_parameters:,} parameters, for videos of {shape.latent_channels} latent "
+            f"channels, {self.command}"
+        )
+
 
 def inspect_checkpoint(
     path: Path | str, rename: Path | str | None = None, *, deep: bool = False
@@ -143,6 +166,7 @@ def render_inspection(inspection: Inspection) -> str:
         files += f" and {len(inspection.files) - 4} more"
     dtypes = ", ".join(f"{dtype} ({count})" for dtype, count in inspection.dtypes.items())
     lines = [
+        f"{inspection.path} is {inspection.sentence}",
         f"checkpoint   {inspection.path}",
         f"format       {inspection.format}: {inspection.reason}",
         f"files        {files}, {sum(sizes) / 1e6:,.1f} MB",
@@ -151,7 +175,7 @@ def render_inspection(inspection: Inspection) -> str:
         f"{inspection.num_stored:,} in the file",
         "config       " + "\n             ".join(_config_lines(inspection.config)),
         f"trained for  {' and '.join(inspection.conditioning)} conditioning",
-        f"for          run {'edit' if inspection.config.source_channels else 'novel-view'}",
+        f"for          {inspection.command}",
         f"vae          {inspection.vae_path or 'none beside it: give --components'}",
         f"matched      {len(inspection.matched)} of "
         f"{len(inspection.matched) + len(inspection.missing) + len(inspection.initialised)}",

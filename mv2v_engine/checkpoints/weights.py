@@ -9,6 +9,7 @@ read as their product (`with_scales`).
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mv2v_engine.checkpoints.identify import of_bytes
 from mv2v_engine.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -118,7 +120,10 @@ def file_kind(path: Path) -> str:
         )
     if head.startswith(b"PK\x03\x04"):
         return "archive"
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
+    if head[8:9] == b"{":
+        return "safetensors"
+    what = of_bytes(head)
+    if what is None and path.suffix == ".safetensors":
         return "safetensors"
     if head[:1] == b"\x80":
         raise CheckpointError(
@@ -126,7 +131,8 @@ def file_kind(path: Path) -> str:
             "in streams; save its state dict again with a current `torch.save`"
         )
     raise CheckpointError(
-        f"{path} is no weight file; expected .safetensors or a torch archive (.pth, .pt, .ckpt)"
+        f"{path} is {what or 'no weight file'}; expected weights, .safetensors or a torch archive "
+        "(.pth, .pt, .ckpt)"
     )
 
 
@@ -267,8 +273,24 @@ def _load_archive(path: Path, device: str) -> dict[str, Tensor]:
             "run code; expected a plain state dict, save only `model.state_dict()`"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if inside := _other_zip(path):
+            raise CheckpointError(
+                f"{path} is a zip archive of {inside}; expected weights: unpack it"
+            ) from error
         raise _damaged(path, error) from error
     return _unwrap(value, path)
+
+
+def _other_zip(path: Path) -> str | None:
+    """What a whole zip archive holds that torch did not write."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return None
+    if not names or any(name.endswith("data.pkl") for name in names):
+        return None
+    return ", ".join(names[:3])
 
 
 def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:

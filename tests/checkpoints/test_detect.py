@@ -120,15 +120,27 @@ def test_empty_file_and_folder(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n", "LFS pointer"),
         (b"\n<!DOCTYPE html><html><body>401</body></html>", "web page"),
         (b"<html><body>Access denied</body></html>", "web page"),
-        (b"hello, I am a text", "no weight file"),
+        (b"hello, I am a text", "is text that begins 'hello, I am a text'; expected weights"),
+        (b"\x00\x01\x02\x03" * 9, "no weight file"),
+        (b'{"error": "Entry not found"}', "is JSON that begins .*Entry not found"),
+        (b"GGUF\x03\0\0\0" + b"\x05" * 40, "is a GGUF file"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "is a PNG image; expected weights"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "is a JPEG image"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", "is a WebP image"),
+        (b"\0\0\0\x20ftypisom\0\0\x02\0", "is a video"),
+        (b"\x1f\x8b\x08\0" + b"\x03" * 40, "is a gzip archive: unpack it"),
         (pickle.dumps({"a": 1}), "bare pickle"),
     ],
 )
 def test_what_is_not_weights_is_named(tmp_path: Path, content: bytes, says: str) -> None:
-    path = tmp_path / "wan.pth"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=says):
-        detect(path)
+    for name in ("wan.pth", "wan.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        if name.endswith("s") and says in ("no weight file", "bare pickle"):
+            says = "truncated or damaged"  # by its name; nothing says that it is another thing
+        with pytest.raises(CheckpointError, match=says) as caught:
+            detect(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_old_torch_files_are_told(tmp_path: Path, wan: State) -> None:
@@ -159,7 +171,7 @@ def test_other_zip_files_and_empty_dicts(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
-    with pytest.raises(CheckpointError, match="truncated or damaged"):
+    with pytest.raises(CheckpointError, match=r"is a zip archive of a\.txt; .*unpack it"):
         detect(path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(CheckpointError, match="without tensors"):
@@ -169,13 +181,55 @@ def test_other_zip_files_and_empty_dicts(tmp_path: Path) -> None:
         detect(path)
 
 
-def test_other_models_are_named(tmp_path: Path, wan: State) -> None:
-    path = write(tmp_path, "vae.safetensors", {"encoder.conv1.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"no Wan transformer.*encoder\.conv1\.weight"):
-        detect(path)
-    path = write(tmp_path, "i2v.safetensors", wan | {"img_emb.proj.0.bias": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match="image-to-video"):
-        detect(path)
+OTHERS = {
+    "LoRA of rank 4 for 1 layers": {
+        "diffusion_model.blocks.0.self_attn.q.lora_A.weight": (4, 8),
+        "diffusion_model.blocks.0.self_attn.q.lora_B.weight": (8, 4),
+    },
+    "LoRA of rank 2": {"lora_unet_blocks_0_self_attn_q.lora_down.weight": (2, 8)},
+    "Wan2.1's VAE, a component": {
+        "decoder.middle.0.residual.0.gamma": (8, 1, 1, 1),
+        "conv2.weight": (16, 16, 1, 1, 1),
+    },
+    "Wan2.2's VAE, a component": {
+        "decoder.mid_block.resnets.0.norm1.gamma": (8, 1, 1, 1),
+        "post_quant_conv.weight": (48, 48, 1, 1, 1),
+    },
+    "text encoder \\(UMT5\\), a component": {
+        "blocks.0.attn.q.weight": (8, 8),
+        "blocks.1.pos_embedding.embedding.weight": (32, 2),
+    },
+    "text encoder \\(T5\\)": {"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)},
+    "Stable Diffusion checkpoint": {
+        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+        "first_stage_model.decoder.up.0.block.0.norm1.weight": (8,),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (8, 8),
+    },
+    "FLUX": {"double_blocks.0.img_attn.qkv.weight": (8, 8)},
+    "CLIP text encoder": {"text_model.encoder.layers.0.mlp.fc1.weight": (8, 8)},
+    "VAE of another model": {"decoder.up.0.block.0.norm1.weight": (8,)},
+    "language model": {"model.layers.0.self_attn.q_proj.weight": (8, 8)},
+    "one rank's part": {"_fsdp_wrapped_module._flat_param": (8,)},
+    "first keys: some.thing": {"some.thing": (8,)},
+}
+
+
+@pytest.mark.parametrize("says", OTHERS)
+def test_other_models_are_named(tmp_path: Path, says: str) -> None:
+    state = {key: torch.zeros(shape) for key, shape in OTHERS[says].items()}
+    for name in ("other.safetensors", "other.pth"):
+        with pytest.raises(CheckpointError, match=says) as caught:
+            detect(write(tmp_path, name, state))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [("img_emb.proj.0.bias", "image-to-video"), ("vace_blocks.0.bias", "VACE")],
+)
+def test_other_wan_models_are_named(tmp_path: Path, wan: State, key: str, says: str) -> None:
+    with pytest.raises(CheckpointError, match=f"is a {says} checkpoint"):
+        detect(write(tmp_path, "other.safetensors", wan | {key: torch.zeros(2)}))
 
 
 def test_other_pipelines_are_named(tmp_path: Path) -> None:
