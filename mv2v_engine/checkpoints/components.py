@@ -42,26 +42,38 @@ _EXPECTED = {
 class Components:
     """Where components lie: folders as diffusers and transformers save them, or single files.
 
-    vaes: all that were found, with their latent channels, 0 of a folder.
+    vaes: all that were found, with their latent channels, 0 of a folder. is_asked: the user named
+    this place; of one that nobody named, several of a kind are as good as none.
     """
 
     place: Path
     vaes: tuple[tuple[Path, int], ...]
     text_encoders: tuple[Path, ...]
     tokenizer: Path | None
+    is_asked: bool = True
 
     def vae(self, channels: int) -> Path | None:
         """The VAE of so many latent channels if there is one, else any; None if there is none.
 
         Raises:
-            CheckpointError: there are several.
+            CheckpointError: there are several at a place that the user named.
         """
         fitting = [path for path, found in self.vaes if found == channels]
-        return _only(fitting or [path for path, _ in self.vaes], "VAEs", self.place)
+        return self._only(fitting or [path for path, _ in self.vaes], "VAEs")
 
     @property
     def text_encoder(self) -> Path | None:
-        return _only(list(self.text_encoders), "text encoders", self.place)
+        """The text encoder, as for `vae`."""
+        return self._only(list(self.text_encoders), "text encoders")
+
+    def _only(self, paths: list[Path], what: str) -> Path | None:
+        if len(paths) > 1 and self.is_asked:
+            listed = ", ".join(path.name for path in paths)
+            raise CheckpointError(
+                f"{self.place} holds several {what} ({listed}); give a folder with the one that is "
+                "meant"
+            )
+        return paths[0] if len(paths) == 1 else None
 
     def require_all(self) -> None:
         """Refuse a place where one of the three is missing.
@@ -106,7 +118,7 @@ def find_components(place: Path, *, is_asked: bool = True) -> Components:
     tokenizer = next((t for t in tokenizers if (t / "tokenizer_config.json").is_file()), None)
     if tokenizer is None and tokenizers[0].is_dir():
         tokenizer = tokenizers[0]  # its loader says what it lacks
-    return Components(place, tuple(vaes), tuple(encoders), tokenizer)
+    return Components(place, tuple(vaes), tuple(encoders), tokenizer, is_asked)
 
 
 def part_of(path: Path, part: str) -> dict[str, TensorInfo]:
@@ -174,12 +186,3 @@ def _latent_channels(path: Path) -> int:
     tensors = part_of(path, "vae")
     info = tensors.get("conv2.weight") or tensors.get("post_quant_conv.weight")
     return info.shape[0] if info is not None and info.shape else 0
-
-
-def _only(paths: list[Path], what: str, place: Path) -> Path | None:
-    if len(paths) > 1:
-        listed = ", ".join(path.name for path in paths)
-        raise CheckpointError(
-            f"{place} holds several {what} ({listed}); give a folder with the one that is meant"
-        )
-    return paths[0] if paths else None

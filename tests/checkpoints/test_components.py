@@ -97,6 +97,8 @@ def test_comfyuis_folder_and_a_vae_for_each_model(tmp_path: Path) -> None:
     write(tmp_path / "text_encoders/umt5_xxl_fp8.safetensors", umt5())
     with pytest.raises(CheckpointError, match=r"several text encoders \(umt5_xxl_fp16.*that is"):
         _ = find_components(tmp_path).text_encoder
+    # beside a checkpoint, whose user may have named another place
+    assert find_components(tmp_path, is_asked=False).text_encoder is None
 
 
 def test_a_file_with_everything(tmp_path: Path, wan: State) -> None:
