@@ -12,7 +12,7 @@ Files are told by their tensors; their names say only which are worth a look.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -75,8 +75,8 @@ class Components:
             )
         return paths[0] if len(paths) == 1 else None
 
-    def require_all(self) -> None:
-        """Refuse a place where one of the three is missing.
+    def require_all(self, parts: Sequence[str] = tuple(_EXPECTED)) -> None:
+        """Refuse a place where one of them is missing, of all three or of `parts`.
 
         Raises:
             CheckpointError: names it and what it is looked for as.
@@ -86,15 +86,15 @@ class Components:
             "text_encoder": self.text_encoders,
             "tokenizer": self.tokenizer,
         }
-        for part, there in found.items():
-            if not there:
+        for part in parts:
+            if not found[part]:
                 listed = self.place.name
                 if self.place.is_dir():
                     names = sorted(path.name for path in self.place.iterdir())
                     listed = ", ".join(names[:8]) or "nothing"
                 raise CheckpointError(
                     f"{self.place} lacks {_EXPECTED[part]} (there: {listed}); give a folder with "
-                    "all three, of diffusers' layout, Wan's or ComfyUI's"
+                    "all parts, of diffusers' layout, Wan's or ComfyUI's"
                 )
 
 

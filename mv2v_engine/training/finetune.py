@@ -112,6 +112,7 @@ def empty_text(checkpoint: Checkpoint, components: Path | None) -> Tensor | None
     text_path, tokenizer_path = checkpoint.text_path, checkpoint.tokenizer_path
     if components is not None:
         given = find_components(components)
+        given.require_all(("text_encoder", "tokenizer"))
         text_path, tokenizer_path = given.text_encoder, given.tokenizer
     if text_path is None or tokenizer_path is None:
         return None
