@@ -43,6 +43,7 @@ SchedulerName = Literal["euler", "unipc"]
 Alpha = Literal["black", "white", "refuse"]
 # how a source is brought to the model's shape: its edges are cut off, or bars are added
 Fit = Literal["crop", "letterbox"]
+Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 
 MAX_STEPS = 1000
@@ -56,6 +57,8 @@ class SamplingConfig:
 
     num_frames: pixel frames of one window, 4n+1. size: (height, width) in pixels. fps: the rate
     that it was made at, for frames that come without one. sizes: others that it was made for, too.
+    timesteps: how the model is told them; "bfloat16" rounds them, as ReCamMaster does in training
+    and inference.
     """
 
     num_frames: int = 81
@@ -67,6 +70,7 @@ class SamplingConfig:
     fps: float = 16.0
     scheduler: SchedulerName = "euler"
     sizes: tuple[tuple[int, int], ...] = ()
+    timesteps: Timesteps = "exact"
 
     def __post_init__(self) -> None:
         if self.num_frames % 4 != 1 or self.num_frames < 1:
@@ -78,6 +82,9 @@ class SamplingConfig:
         if self.scheduler not in get_args(SchedulerName):
             known = ", ".join(get_args(SchedulerName))
             raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")
+        if self.timesteps not in get_args(Timesteps):
+            known = ", ".join(get_args(Timesteps))
+            raise RequestError(f"timesteps must be one of {known}, got {self.timesteps!r}")
 
     def at(self, size: tuple[int, int] | None, name: str) -> SamplingConfig:
         """The same at another of its sizes, (height, width); None keeps its own.
@@ -133,7 +140,7 @@ class ParallelConfig:
 class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
-    scheduler: None takes the checkpoint's.
+    scheduler, timesteps: None takes the checkpoint's.
     attention: the library; "auto" takes the fastest here, or what backend="reference" or
         "native" means.
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
@@ -196,6 +203,7 @@ class EngineConfig:
     responsiveness_heads: HeadMode = "concat"
     conditioning: Conditioning = "joint"
     scheduler: SchedulerName | None = None
+    timesteps: Timesteps | None = None
     fov_radius: float = 4.0
     fov_blend: float = 0.5
     cache_bytes: int = 4 << 30

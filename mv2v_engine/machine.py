@@ -20,6 +20,7 @@ _PACKAGES = (
     "torch",
     "diffusers",
     "transformers",
+    "ftfy",
     "safetensors",
     "numpy",
     "av",

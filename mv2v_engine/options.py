@@ -28,6 +28,7 @@ from mv2v_engine.config import (
     ParallelConfig,
     Reuse,
     SchedulerName,
+    Timesteps,
 )
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.envs import launched_rank
@@ -48,6 +49,7 @@ _SETTINGS = (
     "merge",
     "merge_fraction",
     "scheduler",
+    "timesteps",
     "graphs",
     "conditioning",
     "reuse",
@@ -84,7 +86,18 @@ def add_sampler(group: argparse._ArgumentGroup, noise: str, steps: str) -> None:
         metavar="S",
         help="guidance scale, 1 is none; the checkpoint's if not given",
     )
+    add_solver(group)
+
+
+def add_solver(group: argparse._ArgumentGroup) -> None:
+    """What integrates the flow, and how the model is told where it stands."""
+    add = group.add_argument
     add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
+    add(
+        "--timesteps",
+        choices=get_args(Timesteps),
+        help="as they are or rounded to bfloat16; the checkpoint's if not given",
+    )
 
 
 def add_source(group: argparse._ArgumentGroup) -> None:
@@ -213,8 +226,9 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
     add(
         "--components",
         type=Path,
-        metavar="DIR",
-        help="vae, text_encoder and tokenizer from here; the checkpoint's own if not given",
+        metavar="PATH",
+        help="VAE, text encoder and tokenizer from this folder, of diffusers' layout, Wan's or "
+        "ComfyUI's; the checkpoint's own if not given",
     )
     add(
         "--rename",

@@ -1,19 +1,21 @@
 """A thin face of transformers' UMT5 encoder, prompt by prompt as Wan uses it.
 
-Prompts are cleaned (HTML entities, whitespace), padded to `max_length`, and the embedding is zero
-past the prompt: cross-attention has no mask and sees those zeros, as in training (BASE_MODELS 2.3).
+Prompts are cleaned (broken Unicode, HTML entities, whitespace), padded to `max_length`, and the
+embedding is zero past the prompt: cross-attention has no mask and sees those zeros, as in training
+(BASE_MODELS 2.3).
 
 S text tokens.
 """
 
 from __future__ import annotations
 
+import functools
 import html
 import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,7 +23,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
-from mv2v_engine.defaults import inference, torch_defaults
+from mv2v_engine.checkpoints.components import part_of
+from mv2v_engine.checkpoints.weights import WeightReader
+from mv2v_engine.defaults import inference, torch_defaults, without_memory
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
 from mv2v_engine.progress import without_bars
@@ -30,11 +34,47 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 _CACHED_PROMPTS = 16
+# Wan's own encoder file in transformers' words; its gate is the activated half
+_ORIGINAL_NAMES = {
+    "norm1": "layer.0.layer_norm",
+    "attn.q": "layer.0.SelfAttention.q",
+    "attn.k": "layer.0.SelfAttention.k",
+    "attn.v": "layer.0.SelfAttention.v",
+    "attn.o": "layer.0.SelfAttention.o",
+    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
+    "norm2": "layer.1.layer_norm",
+    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
+    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
+    "ffn.fc2": "layer.1.DenseReluDense.wo",
+}
+_ORIGINAL_TOP = {
+    "token_embedding.weight": "shared.weight",
+    "norm.weight": "encoder.final_layer_norm.weight",
+}
+
+
+# what ftfy changes and a tokenizer does not: curly quotes, and letters read in another encoding
+_UNMENDED = re.compile("[\u0080-\u009f\u2018-\u201f]|[\u00c2-\u00f4][\u0080-\u00bf\u2013-\u20ac]")
 
 
 def clean_prompt(prompt: str) -> str:
-    """Undo HTML entities (twice, as Wan does) and collapse whitespace."""
-    return re.sub(r"\s+", " ", html.unescape(html.unescape(prompt))).strip()
+    """A prompt as Wan's own code hands it to its tokenizer.
+
+    ftfy mends broken Unicode and makes quotes straight, HTML entities are undone twice, whitespace
+    is folded. Without ftfy, which is optional, the first is left out.
+    """
+    mended = prompt if (mend := _mender()) is None else mend(prompt)
+    return re.sub(r"\s+", " ", html.unescape(html.unescape(mended))).strip()
+
+
+@functools.cache
+def _mender() -> Callable[[str], str] | None:
+    """`ftfy.fix_text`, None where it is not installed."""
+    try:
+        import ftfy
+    except ImportError:
+        return None
+    return cast("Callable[[str], str]", ftfy.fix_text)
 
 
 def shortened(prompt: str) -> str:
@@ -139,6 +179,13 @@ class TextEncoder:
 
     @inference
     def _embed(self, prompt: str) -> Tensor:
+        if _mender() is None and _UNMENDED.search(prompt):
+            warnings.warn(
+                f"the prompt {shortened(prompt)!r} has curly quotes or broken Unicode, which the "
+                "original code mends and this installation cannot: pip install ftfy, or type "
+                "plain ones",
+                stacklevel=4,
+            )
         with torch_defaults():
             tokens = self.tokenizer(
                 prompt,
@@ -202,47 +249,127 @@ def load_text_encoder(
     is_offloaded: bool = False,
     check_weights: bool = True,
 ) -> TextEncoder:
-    """Load a transformers UMT5 folder and its tokenizer folder, without any network access.
+    """Load a UMT5 encoder and its tokenizer folder, without any network access.
 
-    check_weights: refuse weights that are not finite as `dtype`. The other arguments are
-    `TextEncoder`'s.
+    text_path: a transformers folder, or a single file: Wan's own, ComfyUI's, or one with other
+    models in it. check_weights: refuse weights that are not finite as `dtype`. The other arguments
+    are `TextEncoder`'s.
 
     Raises:
         CheckpointError: a folder is missing or incomplete, holds another kind of model, or weights
             that are not finite.
     """
     import transformers
-    from safetensors import SafetensorError
 
-    encoder = cast(Any, transformers.UMT5EncoderModel)
     text_path, tokenizer_path = Path(text_path), Path(tokenizer_path)
-    for path, needed in ((text_path, "config.json"), (tokenizer_path, "tokenizer_config.json")):
-        if not (path / needed).is_file():
-            raise CheckpointError(
-                f"{path} holds no {needed}; give a folder as transformers' save_pretrained "
-                "writes it"
-            )
+    if not (tokenizer_path / "tokenizer_config.json").is_file():
+        raise CheckpointError(_no_folder(tokenizer_path, "tokenizer_config.json"))
+    model = _read_file(text_path, dtype) if text_path.is_file() else _read_folder(text_path, dtype)
     try:
         with without_bars(), torch_defaults():
-            model, loading = encoder.from_pretrained(
-                str(text_path), local_files_only=True, dtype=dtype, output_loading_info=True
+            tokenizer = transformers.AutoTokenizer.from_pretrained(
+                str(tokenizer_path), local_files_only=True
             )
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            str(tokenizer_path), local_files_only=True
-        )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"cannot load the text encoder from {text_path} and {tokenizer_path}: {reason}; "
-            "give whole transformers folders of UMT5 and its tokenizer"
-        ) from error
-    missing = sorted(loading["missing_keys"])
-    if missing:
-        raise CheckpointError(
-            f"{text_path} lacks {len(missing)} tensors of its config, first {missing[0]}; "
-            "give the complete folder of a UMT5 encoder"
-        )
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise CheckpointError(_unloadable(f"the tokenizer from {tokenizer_path}", error)) from error
     if check_weights:
         found = (weight_fault(name, weight) for name, weight in model.named_parameters())
         refuse_weights(text_path, [fault for fault in found if fault is not None])
     return TextEncoder(model, tokenizer, max_length, device, dtype, is_offloaded=is_offloaded)
+
+
+def _no_folder(path: Path, lacking: str) -> str:
+    return (
+        f"{path} holds no {lacking}; give a folder as transformers' save_pretrained writes it, as "
+        "Wan's google/umt5-xxl/ is"
+    )
+
+
+def _unloadable(what: str, error: Exception) -> str:
+    return (
+        f"cannot load {what}: {str(error).splitlines()[0]}; give whole transformers folders of "
+        "UMT5 and its tokenizer"
+    )
+
+
+def _read_folder(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+    import transformers
+    from safetensors import SafetensorError
+
+    if not (path / "config.json").is_file():
+        raise CheckpointError(_no_folder(path, "config.json"))
+    encoder = cast(Any, transformers.UMT5EncoderModel)
+    try:
+        with without_bars(), torch_defaults():
+            model, loading = encoder.from_pretrained(
+                str(path), local_files_only=True, dtype=dtype, output_loading_info=True
+            )
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        raise CheckpointError(_unloadable(f"the text encoder from {path}", error)) from error
+    _require_all(path, loading["missing_keys"])
+    return cast("UMT5EncoderModel", model)
+
+
+def _read_file(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
+    """The encoder in a single file, by Wan's names or transformers'; every size is in a shape."""
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    infos = {_renamed(name): info for name, info in part_of(path, "text_encoder").items()}
+    first = "encoder.block.0.layer."
+    sizes = (
+        "shared.weight",
+        f"{first}0.SelfAttention.q.weight",
+        f"{first}0.SelfAttention.relative_attention_bias.weight",
+        f"{first}1.DenseReluDense.wi_0.weight",
+    )
+    if absent := [name for name in sizes if name not in infos or len(infos[name].shape) != 2]:
+        raise CheckpointError(
+            f"{path} is no UMT5 encoder: it lacks {absent[0]}; give "
+            "models_t5_umt5-xxl-enc-bf16.pth, umt5_xxl_fp16.safetensors or a transformers folder"
+        )
+    (vocabulary, width), (inner, _), (buckets, heads), (hidden, _) = (
+        infos[name].shape for name in sizes
+    )
+    blocks = {name.split(".")[2] for name in infos if name.startswith("encoder.block.")}
+    config = UMT5Config(
+        vocab_size=vocabulary,
+        d_model=width,
+        d_kv=inner // heads,
+        d_ff=hidden,
+        num_layers=len(blocks),
+        num_heads=heads,
+        relative_attention_num_buckets=buckets,
+        feed_forward_proj="gated-gelu",
+    )
+    with without_memory():
+        model = UMT5EncoderModel(config)
+    expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
+    _require_all(path, expected.keys() - infos.keys())
+    weights = {}
+    with WeightReader() as reader:
+        for name, shape in expected.items():
+            if infos[name].shape != shape:
+                raise CheckpointError(
+                    f"{path}: {infos[name].key} has shape {list(infos[name].shape)}, expected "
+                    f"{list(shape)}; give the weights of one UMT5 encoder"
+                )
+            # a copy even when nothing changes: the file must not stay mapped
+            weights[name] = reader.read(infos[name]).to(dtype, copy=True)
+    model.load_state_dict(weights, strict=False, assign=True)
+    model.tie_weights()
+    return model
+
+
+def _renamed(name: str) -> str:
+    if match := re.fullmatch(r"blocks\.(\d+)\.(.+)\.weight", name):
+        ours = _ORIGINAL_NAMES.get(match[2], match[2])
+        return f"encoder.block.{match[1]}.{ours}.weight"
+    return _ORIGINAL_TOP.get(name, name)
+
+
+def _require_all(path: Path, missing: Iterable[str]) -> None:
+    if names := sorted(missing):
+        raise CheckpointError(
+            f"{path} lacks {len(names)} tensors of its config, first {names[0]}; "
+            "give the complete UMT5 encoder"
+        )

@@ -12,7 +12,6 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-import pickle
 import re
 import threading
 from collections.abc import Callable, Mapping
@@ -23,6 +22,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mv2v_engine.checkpoints.components import part_of
+from mv2v_engine.checkpoints.weights import (
+    TensorInfo,
+    WeightReader,
+    read_header,
+    with_scales,
+)
 from mv2v_engine.defaults import inference, without_memory
 from mv2v_engine.errors import CheckpointError, RequestError, VideoError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
@@ -35,7 +41,7 @@ _TILE = 512
 _TILE_STRIDE = 384
 
 _WEIGHTS = "diffusion_pytorch_model.safetensors"
-# the original Wan2.1 file's names in diffusers' words, applied one after the other
+# the original Wan files' names in diffusers' words, applied one after the other
 _ORIGINAL_NAMES = (
     (r"^conv1\.", "quant_conv."),
     (r"^conv2\.", "post_quant_conv."),
@@ -45,6 +51,12 @@ _ORIGINAL_NAMES = (
     (r"\.middle\.1\.", ".mid_block.attentions.0."),
     (r"\.middle\.0\.", ".mid_block.resnets.0."),
     (r"\.middle\.2\.", ".mid_block.resnets.1."),
+    # Wan2.2's stages hold their layers; Wan2.1's are a flat list
+    (
+        r"\.(down|up)samples\.(\d+)\.\1samples\.\d+\.(resample|time_conv)\.",
+        r".\1_blocks.\2.\1sampler.\3.",
+    ),
+    (r"\.(down|up)samples\.(\d+)\.\1samples\.(\d+)\.", r".\1_blocks.\2.resnets.\3."),
     (r"\.downsamples\.", ".down_blocks."),
     (r"\.residual\.0\.", ".norm1."),
     (r"\.residual\.2\.", ".conv1."),
@@ -52,6 +64,31 @@ _ORIGINAL_NAMES = (
     (r"\.residual\.6\.", ".conv2."),
     (r"\.shortcut\.", ".conv_shortcut."),
 )
+# of Wan2.2's latents (diffusers' convert_wan_to_diffusers.py); Wan2.1's are the defaults
+_WAN22_MEAN = """
+    -0.2289 -0.0052 -0.1323 -0.2339 -0.2799 0.0174 0.1838 0.1557 -0.1382 0.0542
+    0.2813 0.0891 0.1570 -0.0098 0.0375 -0.1825 -0.2246 -0.1207 -0.0698 0.5109
+    0.2665 -0.2108 -0.2158 0.2502 -0.2055 -0.0322 0.1109 0.1567 -0.0729 0.0899
+    -0.2799 -0.1230 -0.0313 -0.1649 0.0117 0.0723 -0.2839 -0.2083 -0.0520 0.3748
+    0.0152 0.1957 0.1433 -0.2944 0.3573 -0.0548 -0.1681 -0.0667
+"""
+_WAN22_STD = """
+    0.4765 1.0364 0.4514 1.1677 0.5313 0.4990 0.4818 0.5013 0.8158 1.0344
+    0.5894 1.0901 0.6885 0.6165 0.8454 0.4978 0.5759 0.3523 0.7135 0.6804
+    0.5833 1.4146 0.8986 0.5659 0.7069 0.5338 0.4889 0.4917 0.4069 0.4999
+    0.6866 0.4093 0.5709 0.6065 0.6415 0.4944 0.5726 1.2042 0.5458 1.6887
+    0.3971 1.0600 0.3943 0.5537 0.5444 0.4089 0.7468 0.7744
+"""
+# what no shape tells of it
+_WAN22: dict[str, Any] = {
+    "is_residual": True,
+    "in_channels": 12,
+    "out_channels": 12,
+    "patch_size": 2,
+    "scale_factor_spatial": 16,
+    "latents_mean": [float(mean) for mean in _WAN22_MEAN.split()],
+    "latents_std": [float(deviation) for deviation in _WAN22_STD.split()],
+}
 _FINGERPRINT_SAMPLES = 64
 
 
@@ -219,9 +256,10 @@ class VideoVAE:
 def load_vae(
     path: Path | str, *, device: torch.device, dtype: torch.dtype, check_weights: bool = True
 ) -> VideoVAE:
-    """Load a VAE from a diffusers folder or an original `Wan2.1_VAE.pth` or `.safetensors`.
+    """Load a VAE from a diffusers folder or a single file.
 
-    A folder is the VAE's own, or a pipeline's that has it under `vae/`. Nothing is downloaded.
+    A folder is the VAE's own, or a pipeline's that has it under `vae/`. A file is Wan2.1's or
+    Wan2.2's own, ComfyUI's, or one with other models in it. Nothing is downloaded.
 
     check_weights: refuse weights that are not finite, in the file or after the cast to `dtype`.
 
@@ -232,21 +270,28 @@ def load_vae(
     path = Path(path)
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
-        config, weights = _read_folder(path, folder)
+        config, infos = _read_folder(path, folder)
     elif path.is_file():
-        config, weights = _read_original(path)
+        config, infos = _read_file(path)
     else:
         raise CheckpointError(
             f"{path} does not exist; give a diffusers VAE folder or Wan2.1_VAE.pth"
         )
-    placed = {name: weight.to(device, dtype) for name, weight in weights.items()}
-    if check_weights:
-        found = (weight_fault(name, weight, weights[name]) for name, weight in placed.items())
-        refuse_weights(path, [fault for fault in found if fault is not None])
-    return VideoVAE(_build(path, config, placed), dtype)
+    model = _build(path, config, infos)
+    faults, weights = [], {}
+    with WeightReader() as reader:
+        for name, info in infos.items():
+            stored = reader.read(info)
+            # a copy even when nothing changes: the file must not stay mapped
+            weights[name] = stored.to(device, dtype, copy=True)
+            if check_weights and (fault := weight_fault(name, weights[name], stored)):
+                faults.append(fault)
+    refuse_weights(path, faults)
+    model.load_state_dict(weights, assign=True)
+    return VideoVAE(model, dtype)
 
 
-def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
+def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -261,27 +306,29 @@ def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, Te
         )
     if not (folder / _WEIGHTS).is_file():
         raise CheckpointError(f"{folder} lacks {_WEIGHTS}; complete the folder")
-    return config, _read_tensors(folder / _WEIGHTS)
+    return config, with_scales(read_header(folder / _WEIGHTS))
 
 
-def _read_original(path: Path) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Config and diffusers-named weights of an original Wan2.1 VAE file."""
-    weights = _read_tensors(path)
-    if "encoder.conv1.weight" not in weights or "conv2.weight" not in weights:
-        first = next(iter(weights), "nothing")
+def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
+    """Config and diffusers-named tensors of a single file, Wan's own or another's of its names."""
+    infos = {_renamed(name): info for name, info in part_of(path, "vae").items()}
+    sizes = ("encoder.conv_in.weight", "decoder.norm_out.gamma", "post_quant_conv.weight")
+    if not all(name in infos and infos[name].shape for name in sizes):
         raise CheckpointError(
-            f"{path.name} is no original Wan2.1 VAE (it holds {first}); give Wan2.1_VAE.pth, or "
-            "the folder of a diffusers VAE instead of its weight file"
+            f"{path.name} is no Wan VAE; give Wan2.1_VAE.pth, Wan2.2_VAE.pth, a file with their "
+            "tensors, or the folder of a diffusers VAE"
         )
-    channels = len(weights["conv2.weight"])
-    if channels != 16:
+    width, decoder_width, channels = (infos[name].shape[0] for name in sizes)
+    is_22 = any(".downsampler." in name for name in infos)
+    config: dict[str, Any] = {"base_dim": width}
+    if is_22:
+        config = {**_WAN22, **config, "decoder_base_dim": decoder_width, "z_dim": channels}
+    if channels != (48 if is_22 else 16):
         raise CheckpointError(
-            f"{path.name} has {channels} latent channels; only Wan2.1's VAE (16) is read in its "
-            "original format: give Wan2.2's as a diffusers folder"
+            f"{path.name} has {channels} latent channels and no config that tells their means and "
+            "deviations; expected 16 (Wan2.1) or 48 (Wan2.2): give it as a diffusers folder"
         )
-    # the defaults are Wan2.1's constants; the width is read off the weights
-    config = {"base_dim": len(weights["encoder.conv1.weight"])}
-    return config, {_renamed(name): weight for name, weight in weights.items()}
+    return config, infos
 
 
 def _renamed(name: str) -> str:
@@ -294,27 +341,8 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _read_tensors(path: Path) -> dict[str, Tensor]:
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        if path.suffix == ".safetensors":
-            return load_file(path)
-        weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError, SafetensorError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
-            f"{path.name} cannot be read as weights ({reason}): damaged, truncated or of another "
-            "format; give the whole file"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(w, Tensor) for w in weights.values()):
-        raise CheckpointError(f"{path.name} holds no plain dictionary of tensors; give one")
-    return weights
-
-
-def _build(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Autoencoder:
-    """The model of `config` with exactly `weights`; built without memory of its own."""
+def _build(path: Path, config: dict[str, Any], weights: Mapping[str, TensorInfo]) -> Autoencoder:
+    """The model of `config`, which takes exactly `weights`; built without memory of its own."""
     try:
         with without_memory():
             model = Autoencoder(config)
@@ -332,10 +360,9 @@ def _build(path: Path, config: dict[str, Any], weights: dict[str, Tensor]) -> Au
             f"unknown, {example}; give weights and config of one model"
         )
     for name, weight in weights.items():
-        if weight.shape != expected[name].shape:
+        if weight.shape != tuple(expected[name].shape):
             raise CheckpointError(
                 f"{path}: {name} has shape {list(weight.shape)}, its config expects "
                 f"{list(expected[name].shape)}; give weights and config of one model"
             )
-    model.load_state_dict(weights, assign=True)
     return model

@@ -67,6 +67,8 @@ SIDEWAYS = {
     ("checkpoints", "models"),
     ("checkpoints", "tokens"),  # what models are made of
     ("vae", "models"),
+    ("vae", "checkpoints"),  # weight files and their names
+    ("text", "checkpoints"),
     ("training", "evaluation"),
 }
 # Units that may not use all of the layers below them.

@@ -140,6 +140,7 @@ def test_seeds(finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoin
         (["--merge", "off"], {"merge": "off", "merged": 0}),
         (["--merge", "discard", "--merge-fraction", "0.5"], {"merge": "discard", "fraction": 0.5}),
         (["--scheduler", "unipc", "--fov-radius", "2"], {"scheduler": "unipc"}),
+        (["--timesteps", "bfloat16"], {"timesteps": "bfloat16"}),
         (["--source-camera", "zoom_in", "--guidance", "1"], {}),
         (
             ["--cache-bytes", "27KiB", "--device-cache-bytes", "9 KiB", "--max-memory", "1"],
@@ -173,6 +174,7 @@ def test_options_reach_the_turns(
         "fraction": turn["plan"]["merge_fraction"],
         "merged": len(turn["merged_frames"]),
         "scheduler": turn["scheduler"],
+        "timesteps": turn["timesteps"],
         "conditioning": turn["plan"]["conditioning"],
         "reuse": turn.get("reuse", {}).get("conditioning"),
         "drift_gate": turn.get("reuse", {}).get("drift_gate"),

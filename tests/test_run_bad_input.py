@@ -236,7 +236,7 @@ def test_truncated_weights(refused: Refused, copied: Path) -> None:
 
 
 def test_components(refused: Refused, tmp_path: Path) -> None:
-    assert "has no folder 'vae'" in refused("--components", str(tmp_path))
+    assert "lacks a VAE" in refused("--components", str(tmp_path))
 
 
 def test_rename_file(refused: Refused, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import json
 import warnings
 import weakref
@@ -9,12 +10,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
 from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
+from mv2v_engine import text
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.text import TextEncoder, clean_prompt, load_text_encoder
 
@@ -72,6 +75,43 @@ def test_prompts_are_cleaned_as_wan_does(folders: tuple[Path, Path]) -> None:
     assert clean_prompt("  a red\n\t ball &amp;amp; floor ") == "a red ball & floor"
     encoder = load(folders)
     assert encoder.encode(" a  red\nball ") is encoder.encode("a red ball")
+
+
+CURLY = "a \u201cred\u201d ball\u2019s floor"
+
+
+@pytest.mark.parametrize(
+    ("prompt", "cleaned"),
+    [
+        (CURLY, 'a "red" ball\'s floor'),
+        ("a cafÃ© floor", "a café floor"),
+        ("a \ufb02oor &amp;amp; a  ball", "a floor & a ball"),
+    ],
+)
+def test_ftfy_mends_prompts_as_in_the_originals(prompt: str, cleaned: str) -> None:
+    ftfy = pytest.importorskip("ftfy", reason="the extra `text` is not installed")
+    assert clean_prompt(prompt) == cleaned == " ".join(html.unescape(ftfy.fix_text(prompt)).split())
+
+
+def test_it_comes_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text, "_mender", lambda: lambda prompt: prompt.replace("x", "&lt;  a"))
+    assert clean_prompt(" x ") == "< a"
+
+
+def test_without_ftfy_what_is_left_is_said(
+    folders: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(text, "_mender", lambda: None)
+    assert clean_prompt(CURLY) == CURLY
+    encoder = load(folders)
+    for prompt in (CURLY, "a cafÃ© floor"):
+        with pytest.warns(UserWarning, match=r"curly quotes or broken.*pip install ftfy, or type"):
+            encoder.encode(prompt)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        # Wan's own negative prompt among them
+        for prompt in ("a red ball", "a café", "色调艳丽\uff0c过曝"):
+            encoder.encode(prompt)
 
 
 def test_a_prompt_is_embedded_once(folders: tuple[Path, Path]) -> None:
@@ -186,3 +226,72 @@ def test_tokenizer_must_belong_to_the_encoder() -> None:
     tokenizer.pad_token = None
     with pytest.raises(CheckpointError, match="no padding token"):
         TextEncoder(tiny_model(), tokenizer, 8, CPU, torch.float32)
+
+
+def original_t5_name(name: str) -> str:
+    """transformers' UMT5 names as Wan's own file has them."""
+    for theirs, ours in (
+        ("shared.weight", "token_embedding.weight"),
+        ("encoder.final_layer_norm", "norm"),
+        ("encoder.block.", "blocks."),
+        ("layer.0.SelfAttention.relative_attention_bias", "pos_embedding.embedding"),
+        ("layer.0.SelfAttention.", "attn."),
+        ("layer.0.layer_norm", "norm1"),
+        ("layer.1.layer_norm", "norm2"),
+        ("layer.1.DenseReluDense.wi_0", "ffn.gate.0"),
+        ("layer.1.DenseReluDense.wi_1", "ffn.fc1"),
+        ("layer.1.DenseReluDense.wo", "ffn.fc2"),
+    ):
+        name = name.replace(theirs, ours)
+    return name
+
+
+def single_file(path: Path, kind: str) -> Path:
+    state = dict(tiny_model().named_parameters())
+    if kind == "wan":
+        torch.save({original_t5_name(k): v.data for k, v in state.items()}, path)
+    else:
+        prefix = "text_encoders.umt5xxl.transformer." if kind == "all in one" else ""
+        state = {prefix + key: value.data for key, value in state.items()}
+        save_file(state | {"spiece_model": torch.zeros(3, dtype=torch.uint8)}, path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["wan", "comfyui", "all in one"])
+def test_single_files_say_what_the_folder_says(
+    folders: tuple[Path, Path], tmp_path: Path, kind: str
+) -> None:
+    path = single_file(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", kind)
+    expected = load(folders).encode("a red ball")
+    assert torch.equal(load((path, folders[1])).encode("a red ball"), expected)
+    half = load_text_encoder(path, folders[1], max_length=12, device=CPU, dtype=torch.bfloat16)
+    assert half.model.shared.weight.dtype == torch.bfloat16
+
+
+def test_a_scaled_float8_file_is_its_products(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    state = {name: weight.data for name, weight in tiny_model().named_parameters()}
+    key = "encoder.block.1.layer.1.DenseReluDense.wo"
+    scale = state[f"{key}.weight"].abs().max() / 448
+    bits = (state[f"{key}.weight"] / scale).to(torch.float8_e4m3fn)
+    mark = torch.zeros(0, dtype=torch.float8_e4m3fn)
+    scaled = {f"{key}.weight": bits, f"{key}.scale_weight": scale, "scaled_fp8": mark}
+    save_file(state | scaled, tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors")
+    loaded = load((tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", folders[1]))
+    weight = loaded.model.encoder.block[1].layer[1].DenseReluDense.wo.weight
+    assert torch.equal(weight, bits.float() * scale)
+
+
+def test_unusable_single_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
+    path = tmp_path / "umt5.safetensors"
+    state = {name: weight.data for name, weight in tiny_model().named_parameters()}
+    norm, wo = "encoder.final_layer_norm.weight", "encoder.block.0.layer.1.DenseReluDense.wo.weight"
+    for change, message in (
+        ({norm: None}, f"lacks 1 tensors of its config, first {norm}"),
+        ({wo: torch.ones(16, 16)}, r"wo.weight has shape \[16, 16\], expected \[16, 32\]"),
+        ({"shared.weight": None}, "is no UMT5 encoder: it lacks shared.weight"),
+        ({wo: torch.full((16, 32), torch.nan)}, "not finite"),
+    ):
+        changed = {k: v for k, v in (state | change).items() if v is not None}
+        save_file(changed, path)
+        with pytest.raises(CheckpointError, match=message):
+            load((path, folders[1]))

@@ -328,7 +328,7 @@ def test_unusable_folders(tmp_path: Path) -> None:
     whole = weights_path.read_bytes()
 
     weights_path.write_bytes(whole[: len(whole) // 2])
-    expect_refused(tmp_path, "cannot be read as weights")
+    expect_refused(tmp_path, "is truncated or damaged")
     weights_path.unlink()
     expect_refused(tmp_path, r"lacks diffusion_pytorch_model.safetensors")
     weights_path.write_bytes(whole)
@@ -346,21 +346,65 @@ def test_unusable_folders(tmp_path: Path) -> None:
     expect_refused(tmp_path, "holds no readable config.json")
 
 
+def original_22_name(name: str) -> str:
+    """A diffusers parameter name in Wan2.2's spelling: stages that hold their layers."""
+    stage = re.match(r"(encoder|decoder)\.(down|up)_blocks\.(\d)\.(resnets\.\d|\w+)\.(.*)", name)
+    if not stage:
+        return original_name(name)
+    side, way, number, layer, rest = stage.groups()
+    index = layer.removeprefix("resnets.") if layer.startswith("resnets") else 9
+    rest = rest.replace("conv_shortcut.", "shortcut.")
+    for ours, theirs in (("norm1", 0), ("conv1", 2), ("norm2", 3), ("conv2", 6)):
+        rest = re.sub(rf"^{ours}\.(\w+)$", rf"residual.{theirs}.\1", rest)
+    return f"{side}.{way}samples.{number}.{way}samples.{index}.{rest}"
+
+
+@pytest.mark.parametrize("prefix", ["", "vae.", "first_stage_model.model."])
+def test_wan22s_own_file(tmp_path: Path, prefix: str) -> None:
+    from mv2v_engine.vae import _WAN22
+
+    torch.manual_seed(0)
+    model = Autoencoder({**_WAN22, "base_dim": 8, "decoder_base_dim": 16, "z_dim": 48}).eval()
+    weights = {prefix + original_22_name(k): v for k, v in model.state_dict().items()}
+    assert {
+        f"{prefix}encoder.downsamples.1.downsamples.9.time_conv.weight",
+        f"{prefix}decoder.upsamples.0.upsamples.2.residual.6.bias",
+        f"{prefix}decoder.upsamples.0.upsamples.9.resample.1.weight",
+    } <= weights.keys()
+    # a whole model in the file does not disturb
+    other = {"model.diffusion_model.blocks.0.self_attn.q.weight": torch.ones(2)} if prefix else {}
+    save_file(weights | other, tmp_path / "wan2.2_vae.safetensors")
+    loaded = load_vae(tmp_path / "wan2.2_vae.safetensors", device=CPU, dtype=torch.float32)
+    assert loaded.spatial_stride == 16 and loaded.latent_channels == 48
+    frames = random_frames(5, 32, 32)
+    latents = loaded.encode(frames)
+    assert torch.equal(latents, VideoVAE(model).encode(frames))
+    assert torch.equal(loaded.decode(latents), VideoVAE(model).decode(latents))
+
+
+def test_a_lone_file_of_diffusers_names(tmp_path: Path) -> None:
+    model = narrow_wan21()
+    save_file(model.state_dict(), tmp_path / "vae.safetensors")
+    loaded = load_vae(tmp_path / "vae.safetensors", device=CPU, dtype=torch.float32)
+    frames = random_frames(5, 16, 16)
+    assert torch.equal(loaded.encode(frames), VideoVAE(model).encode(frames))
+
+
 def test_unusable_files(tmp_path: Path) -> None:
     path = tmp_path / "Wan2.1_VAE.pth"
     path.write_bytes(b"")
-    expect_refused(path, "cannot be read as weights")
+    expect_refused(path, "is empty")
     path.write_bytes(b"nothing of the kind" * 50)
-    expect_refused(path, "cannot be read as weights")
+    expect_refused(path, "is no weight file")
     torch.save({"conv": torch.zeros(2)}, path)
-    expect_refused(path, r"is no original Wan2.1 VAE \(it holds conv\)")
+    expect_refused(path, r"is no Wan VAE; give Wan2\.1_VAE\.pth")
     torch.save({"epoch": 3}, path)
-    expect_refused(path, "no plain dictionary of tensors")
+    expect_refused(path, "without tensors")
     torch.save(narrow_wan21(), path)
-    expect_refused(path, "cannot be read as weights")
-    torch.save({"encoder.conv1.weight": torch.zeros(8, 3), "conv2.weight": torch.zeros(48)}, path)
-    expect_refused(path, r"has 48 latent channels.*Wan2.2's as a diffusers folder")
+    expect_refused(path, "Python objects besides tensors")
     weights = {original_name(key): value for key, value in narrow_wan21().state_dict().items()}
+    torch.save({**weights, "conv2.weight": torch.zeros(48, 48, 1, 1, 1)}, path)
+    expect_refused(path, r"has 48 latent channels.*expected 16 \(Wan2\.1\) or 48 \(Wan2\.2\)")
     del weights["decoder.upsamples.5.residual.2.bias"]
     torch.save(weights, path)
     expect_refused(path, r"1 tensors missing.*decoder.up_blocks.1.resnets.1.conv1.bias")

@@ -192,6 +192,9 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
     further on for one. A scheduler folder's kind and shift win.
     """
     sampling = SamplingConfig(negative_prompt=WAN_NEGATIVE_PROMPT)
+    if detected.format == "recammaster":
+        # its code casts them to the model's dtype, in training and inference
+        sampling = dataclasses.replace(sampling, timesteps="bfloat16")
     if config.source_channels:
         sampling = SamplingConfig(fps=24.0)
     elif config.out_channels == 48:

@@ -17,8 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from mv2v_engine.checkpoints.components import COMPANION
+from mv2v_engine.checkpoints.identify import lora_of, of_tensors
 from mv2v_engine.checkpoints.names import Naming, Renames, Translation, translate
-from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header
+from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header, with_scales
 from mv2v_engine.errors import CheckpointError, nearest_names
 
 Format = Literal[
@@ -31,15 +33,24 @@ OWN_WEIGHTS = "transformer.safetensors"
 PATCH_CELLS = 4
 _ASSETS = Path(__file__).resolve().parent.parent / "assets"
 _SHARD = re.compile(r"(.+)-(\d{5})-of-(\d{5})(\.\w+)")
-# weights that lie beside a transformer in original Wan folders
-_COMPANION = re.compile(r"(?i)(.*vae.*|models_(t5|clip).*|.*umt5.*)")
+# one of Wan2.2 A14B's two experts, by the name of its file or folder: no tensor tells them apart
+_EXPERT = re.compile(
+    r"(?i).*(high|low)[-_ ]?noise.*|transformer_2"
+    r"|.*(a14b|wan[-_.]?2[-_.]?2).*[-_. ](high|low)([-_. ].*)?"
+)
+# where trainers of causal, distilled models keep the model
+_GENERATOR = re.compile(r"generator(_ema)?\.")
+_EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+_WHOLE = "expected a whole transformer (Wan2.1 1.3B or 14B, Wan2.2 5B, or one made from them)"
 _UNSUPPORTED = {
     "img_emb.": "image-to-video",
     ".k_img.": "image-to-video",
     ".add_k_proj.": "image-to-video",
     "image_embedder.": "image-to-video",
     "vace_blocks.": "VACE",
-    "lora_": "LoRA",
+    "control_adapter.": "camera-control (Wan-Fun)",
+    "motion_encoder.": "Animate",
+    "audio_injector.": "speech-to-video",
 }
 _CAMERA_BRANCH = ".prope_attn."
 
@@ -85,22 +96,35 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     """Tell what a checkpoint is; reads headers only.
 
     Args:
-        path: a file, a folder, or the bare name of an embedded checkpoint.
+        path: a file, a folder, or the bare name of an embedded checkpoint; `PATH#NAME` takes the
+            transformer under a name (`generator_ema`) of several in a file.
         renames: the user's renames, see `names.read_renames`.
 
     Raises:
         CheckpointError: nothing there, no checkpoint, a missing shard, or unreadable weights.
     """
     try:
-        root = _resolve(path)
+        root, chosen = _resolve(path)
         found = _find_in_folder(root) if root.is_dir() else _find_by_file(root)
     except OSError as error:
         raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    _require_whole(root, found)
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
         tensors |= read_header(file)
-    translation = translate(tensors, renames)
+    stored, tensors = tensors, with_scales(tensors)
+    shapes = {key: info.shape for key, info in tensors.items()}
+    if lora := lora_of(shapes):
+        raise CheckpointError(f"{root} is {lora}")
+    try:
+        scales = stored.keys() - tensors.keys()
+        translation = translate(tensors, renames, aside=scales, chosen=chosen)
+    except CheckpointError as error:
+        raise CheckpointError(f"{root}: {error}") from error
+    tensors = {key: info for key, info in tensors.items() if key not in translation.aside}
     _require_supported(root, tensors, translation.naming)
+    if chosen is None and _GENERATOR.match(translation.prefix):
+        raise CheckpointError(_generator(root, translation.prefix.rstrip(".")))
     format_, reason = _classify(found, translation, tensors)
     return Detected(
         format_, root, found.folder, found.files, found.config_file, tensors, translation, reason
@@ -124,18 +148,31 @@ def read_json(path: Path) -> dict[str, Any]:
     return value
 
 
-def _resolve(path: Path | str) -> Path:
+def _generator(root: Path, name: str) -> str:
+    return (
+        f"{root} holds a distilled generator ({name!r}), which trainers such as Self-Forcing save "
+        "of causal models of a few steps; this engine's transformer looks at all frames at once, "
+        "and no tensor tells which kind it is: if yours does too, say so with "
+        f"{root.name}#{name}"
+    )
+
+
+def _resolve(path: Path | str) -> tuple[Path, str | None]:
+    """The path, and the name behind its #."""
     name = str(path)
     embedded = embedded_names()
     if name in embedded:
-        return embedded_folder(name)
+        return embedded_folder(name), None
     root = Path(path).expanduser()
+    bare, mark, chosen = name.rpartition("#")
+    if mark and chosen and not root.exists() and Path(bare).expanduser().exists():
+        return Path(bare).expanduser(), chosen
     if not root.exists():
         known = nearest_names(name, embedded) if embedded else "none are installed"
         raise CheckpointError(
             f"no checkpoint at {name!r}; expected a file, a folder or an embedded name ({known})"
         )
-    return root
+    return root, None
 
 
 def _find_in_folder(root: Path) -> _Found:
@@ -144,6 +181,8 @@ def _find_in_folder(root: Path) -> _Found:
         if not weights.is_file():
             raise CheckpointError(f"{root} has {OWN_CONFIG} but no {OWN_WEIGHTS}; copy it there")
         return _Found((weights,), root, root / OWN_CONFIG, is_own=True)
+    if any(all((root / name).is_dir() for name in names) for names in _EXPERTS):
+        raise CheckpointError(_two_experts(root))
     if (root / "model_index.json").is_file():
         _require_wan_pipeline(root / "model_index.json")
         inner = root / "transformer"
@@ -174,6 +213,11 @@ def _config_beside(folder: Path) -> Path | None:
         return None
     config = read_json(path)
     described = config.get("_class_name", "WanModel")
+    if "causal" in str(described).lower():
+        raise CheckpointError(
+            f"{path} describes a {described}, which makes frames one after the other; this "
+            f"engine's transformer looks at all frames at once: {_WHOLE}"
+        )
     return path if described in ("WanTransformer3DModel", "WanModel") else None
 
 
@@ -185,11 +229,42 @@ def _require_wan_pipeline(path: Path) -> None:
             f"{path} describes a {index.get('_class_name')} with transformer {kind}; expected a "
             "pipeline of WanTransformer3DModel"
         )
-    if (index.get("transformer_2") or [None])[0] is not None:
-        raise CheckpointError(
-            f"{path} has two expert transformers; expected a single one (Wan2.1 1.3B or 14B, "
-            "Wan2.2 5B), or give one transformer folder"
-        )
+    if (index.get("transformer_2") or [None])[0] is not None or index.get("boundary_ratio"):
+        raise CheckpointError(_two_experts(path.parent))
+
+
+def _two_experts(folder: Path) -> str:
+    return (
+        f"{folder} has two experts, as Wan2.2 A14B: one for the first, noisy steps and one for the "
+        f"rest, and this engine runs one transformer for all steps; {_WHOLE}: neither expert is one"
+    )
+
+
+def _require_whole(root: Path, found: _Found) -> None:
+    """Refuse an expert of two, which has the tensors of a whole transformer.
+
+    Raises:
+        CheckpointError: its name, or what lies beside it, says that it is one.
+    """
+    if found.is_own:
+        return
+    inner = found.files[0].parent.resolve()
+    for names in _EXPERTS:
+        if inner.name in names and all((inner.parent / name).is_dir() for name in names):
+            raise CheckpointError(_one_expert(root, f"{' and '.join(names)} lie beside each other"))
+    for name in (found.files[0].stem, inner.name):
+        if _EXPERT.fullmatch(name):
+            raise CheckpointError(_one_expert(root, f"by its name, {name}"))
+    index = inner.parent / "model_index.json"
+    if inner.name == "transformer" and index.is_file():
+        _require_wan_pipeline(index)
+
+
+def _one_expert(root: Path, reason: str) -> str:
+    return (
+        f"{root} is one of two experts ({reason}), as Wan2.2 A14B's: trained for the noisy steps "
+        f"or for the rest alone, it cannot make a video from noise; {_WHOLE}"
+    )
 
 
 def _weights_in(folder: Path) -> tuple[Path, ...]:
@@ -198,7 +273,7 @@ def _weights_in(folder: Path) -> tuple[Path, ...]:
         return _indexed(indices[0])
     files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.is_file()]
     named = [p for p in files if p.name.startswith("diffusion_pytorch_model")]
-    files = named or [p for p in files if not _COMPANION.fullmatch(p.name)]
+    files = named or [p for p in files if not COMPANION.fullmatch(p.name)]
     plain = [p for p in files if p.name == "diffusion_pytorch_model.safetensors"]
     if plain:
         return (plain[0],)
@@ -263,6 +338,9 @@ def _require_supported(root: Path, tensors: dict[str, TensorInfo], naming: Namin
             f"{OWN_CONFIG}, or a checkpoint without"
         )
     if naming is None:
+        what = of_tensors({key: info.shape for key, info in tensors.items()})
+        if what is not None:
+            raise CheckpointError(f"{root} is {what}; {_WHOLE}")
         keys = ", ".join(list(tensors)[:3])
         raise CheckpointError(
             f"{root} holds no Wan transformer (first keys: {keys}); expected keys such as "
@@ -277,6 +355,14 @@ def _classify(
     cameras = sum(name.endswith(".cam_encoder.weight") for name in names)
     memory = sorted(name for name in names if name.startswith(("tokenizers.", "mergers.")))
     says = [f"{translation.naming} Wan names"]
+    if translation.prefix:
+        averaged = ", averaged over training (EMA)" if translation.averaged else ""
+        says[0] += f" under {translation.prefix.rstrip('.')!r}{averaged}"
+    if translation.others:
+        others = " and ".join(repr(other.rstrip(".")) for other in translation.others)
+        says.append(f"{others} left aside (PATH#NAME takes another)")
+    if translation.parts:
+        says.append(f"{' and '.join(translation.parts)} in the same file")
     if found.is_own:
         return "mv2v_engine", f"{OWN_CONFIG} beside {OWN_WEIGHTS}"
     if cameras:

@@ -15,10 +15,11 @@ from pathlib import Path
 
 import torch
 
+from mv2v_engine.checkpoints.components import part_of
 from mv2v_engine.checkpoints.detect import Format, detect
 from mv2v_engine.checkpoints.modules import Shape
 from mv2v_engine.checkpoints.names import read_renames
-from mv2v_engine.checkpoints.resolve import Resolution, beside, resolve
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import (
     WEIGHT_SUFFIXES,
     TensorInfo,
@@ -30,6 +31,14 @@ from mv2v_engine.errors import CheckpointError
 from mv2v_engine.finite import largest_magnitude, refuse_weights, weight_fault
 
 _SHOWN = 12
+_KINDS: dict[Format, str] = {
+    "mv2v_engine": "this project's checkpoint",
+    "wan_diffusers": "a Wan text-to-video transformer under diffusers' names",
+    "wan_original": "a Wan text-to-video transformer under Wan's own names",
+    "recammaster": "a ReCamMaster transformer",
+    "memory_v2v": "a Memory-V2V transformer",
+    "lucy_edit": "a Lucy-Edit transformer",
+}
 
 
 @dataclass(frozen=True)
@@ -94,6 +103,21 @@ class Inspection:
     numbers: tuple[Numbers, ...] | None
     problem: str | None
 
+    @property
+    def command(self) -> str:
+        """What it is for."""
+        return f"run {'edit' if self.config.source_channels else 'novel-view'}"
+
+    @property
+    def sentence(self) -> str:
+        """What it is, in one sentence."""
+        shape = self.config
+        return (
+            f"{_KINDS[self.format]}: {shape.num_layers} blocks of {shape.dim:,} channels, "
+            f"{self.num_parameters:,} parameters, for videos of {shape.latent_channels} latent "
+            f"channels, {self.command}"
+        )
+
 
 def inspect_checkpoint(
     path: Path | str, rename: Path | str | None = None, *, deep: bool = False
@@ -108,7 +132,7 @@ def inspect_checkpoint(
     resolution = resolve(detect(path, renames))
     detected = resolution.detected
     numbers = tuple(_numbers(resolution)) if deep else None
-    dtypes = Counter(str(i.dtype).removeprefix("torch.") for i in detected.tensors.values())
+    dtypes = Counter(info.kind for info in detected.tensors.values())
     return Inspection(
         path=detected.path,
         name=resolution.name,
@@ -142,6 +166,7 @@ def render_inspection(inspection: Inspection) -> str:
         files += f" and {len(inspection.files) - 4} more"
     dtypes = ", ".join(f"{dtype} ({count})" for dtype, count in inspection.dtypes.items())
     lines = [
+        f"{inspection.path} is {inspection.sentence}",
         f"checkpoint   {inspection.path}",
         f"format       {inspection.format}: {inspection.reason}",
         f"files        {files}, {sum(sizes) / 1e6:,.1f} MB",
@@ -150,7 +175,7 @@ def render_inspection(inspection: Inspection) -> str:
         f"{inspection.num_stored:,} in the file",
         "config       " + "\n             ".join(_config_lines(inspection.config)),
         f"trained for  {' and '.join(inspection.conditioning)} conditioning",
-        f"for          run {'edit' if inspection.config.source_channels else 'novel-view'}",
+        f"for          {inspection.command}",
         f"vae          {inspection.vae_path or 'none beside it: give --components'}",
         f"matched      {len(inspection.matched)} of "
         f"{len(inspection.matched) + len(inspection.missing) + len(inspection.initialised)}",
@@ -179,11 +204,13 @@ def _numbers(resolution: Resolution) -> Iterable[Numbers]:
     """Read the transformer, and what lies beside it."""
     detected = resolution.detected
     yield _read("transformer", detected.path, list(detected.tensors.values()))
-    folders = {"vae": resolution.vae_path, "text_encoder": beside(detected, "text_encoder")}
-    for component, folder in folders.items():
-        if folder is not None and folder.is_dir():
-            files = [f for f in sorted(folder.iterdir()) if f.suffix in WEIGHT_SUFFIXES]
-            yield _read(component, folder, [i for f in files for i in read_header(f).values()])
+    places = {"vae": resolution.vae_path, "text_encoder": resolution.text_path}
+    for component, place in places.items():
+        if place is not None and place.is_dir():
+            files = [f for f in sorted(place.iterdir()) if f.suffix in WEIGHT_SUFFIXES]
+            yield _read(component, place, [i for f in files for i in read_header(f).values()])
+        elif place is not None:
+            yield _read(component, place, list(part_of(place, component).values()))
 
 
 def _read(component: str, path: Path, tensors: Sequence[TensorInfo]) -> Numbers:

@@ -17,7 +17,7 @@ from mv2v_engine.checkpoints.configs import TRAINED_FOR, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
-from mv2v_engine.checkpoints.resolve import Resolution, beside, resolve
+from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
 from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.files import save_json, save_tensors
@@ -58,9 +58,9 @@ class LoadReport:
 class Checkpoint:
     """A transformer ready to run, and where its VAE and text encoder lie.
 
-    vae_path, text_path: diffusers and transformers folders. tokenizer_path: a transformers
-    folder. None where the checkpoint has none. conditioning: the modes that the weights
-    were trained for (METHOD 13).
+    vae_path, text_path: diffusers and transformers folders, or single files. tokenizer_path: a
+    transformers folder. None where the checkpoint has none. conditioning: the modes that the
+    weights were trained for (METHOD 13).
     """
 
     name: str
@@ -87,8 +87,8 @@ def load_checkpoint(
 
     Args:
         path_or_name: a file or folder of a format that `detect` knows, or an embedded name.
-        dtype: of the parameters; None keeps what the file has. Under bfloat16 and float16 the
-            model's `keep_in_fp32_modules` stay float32.
+        dtype: of the parameters; None keeps what the file has, and float32 for float8 with scales.
+            Under bfloat16 and float16 the model's `keep_in_fp32_modules` stay float32.
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
         check_weights: refuse weights that are not finite, in the file or after the cast to `dtype`.
 
@@ -100,10 +100,6 @@ def load_checkpoint(
     resolution = resolve(detect(path_or_name, renames))
     resolution.require_loadable()
     _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
-    folder = resolution.detected.folder
-    tokenizer = folder / "tokenizer"
-    if not tokenizer.is_dir():
-        tokenizer = folder / "google" / "umt5-xxl"
     return Checkpoint(
         name=resolution.name,
         format=resolution.detected.format,
@@ -111,8 +107,8 @@ def load_checkpoint(
         config=resolution.config,
         sampling=resolution.sampling,
         vae_path=resolution.vae_path,
-        text_path=beside(resolution.detected, "text_encoder"),
-        tokenizer_path=tokenizer if tokenizer.is_dir() else None,
+        text_path=resolution.text_path,
+        tokenizer_path=resolution.tokenizer_path,
         report=_report(resolution),
         conditioning=resolution.conditioning,
     )
@@ -162,7 +158,7 @@ def _fill(
     with WeightReader() as reader:
         for name, source in sources:
             tensor = _shaped(reader.read(source.info), source)
-            wanted = dtype or source.info.dtype
+            wanted = dtype or tensor.dtype
             # a copy even when nothing changes: the file must not stay mapped
             copied = tensor.to(device, _stored_dtype(model, name, wanted), copy=True)
             _place(model, name, copied.contiguous())
@@ -203,7 +199,7 @@ def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtyp
 
 def _report(resolution: Resolution) -> LoadReport:
     detected = resolution.detected
-    dtypes = {str(s.info.dtype).removeprefix("torch.") for s in resolution.sources.values()}
+    dtypes = {source.info.kind for source in resolution.sources.values()}
     return LoadReport(
         format=detected.format,
         reason=detected.reason,

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
 
@@ -59,16 +59,20 @@ _TOP_BACK = {new: old for old, new in _TOP.items()}
 _BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
 _BLOCK_KEY = re.compile(r"blocks\.(0|[1-9]\d*)\.(.+)")
 _EXTRA_KEY = re.compile(r"(?:tokenizers|mergers)\.(?:0|[1-9]\d*)\.(?:weight|bias)")
-# what training wrappers and single-file exporters put before every key
-_PREFIXES = (
-    "model.diffusion_model.",
-    "diffusion_model.",
-    "pipe.dit.",
-    "module.",
-    "transformer.",
-    "model.",
-    "dit.",
+# what compilers, sharding, checkpointing and data parallelism write between the parts of a key
+_WRAPPER = re.compile(
+    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
 )
+# keys that one kind of model has and no other, below whatever stands before all of its keys
+_MARKS: dict[str, tuple[str, ...]] = {
+    "vae": ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"),
+    "text_encoder": (
+        "blocks.0.attn.q.weight",
+        "encoder.block.0.layer.0.SelfAttention.q.weight",
+    ),
+}
+_TRANSFORMER = re.compile(r"((?:.*\.)?)blocks\.\d+\.(?:self_attn|attn1)\.")
+_AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")
 
 
 def to_diffusers(key: str) -> str | None:
@@ -104,31 +108,74 @@ class Translation:
     """Keys of a file in our words.
 
     names: the file's key to ours. unknown: keys that no table knows. dropped: keys that the
-    user's rename file maps to null.
+    user's rename file maps to null. prefix: what stands before every key of the transformer.
+    others: prefixes of further transformers, which are left aside. parts: prefixes of other
+    models in the same file, by component. aside: all keys of others and parts.
     """
 
     naming: Naming | None
     names: dict[str, str]
     unknown: tuple[str, ...]
     dropped: tuple[str, ...]
+    prefix: str = ""
+    others: tuple[str, ...] = ()
+    parts: Mapping[str, str] = field(default_factory=dict)
+    aside: frozenset[str] = frozenset()
+
+    @property
+    def averaged(self) -> bool:
+        """Whether the weights' name says that they are averages over training."""
+        return bool(_AVERAGED.search(self.prefix))
 
 
-def translate(keys: Iterable[str], renames: Renames | None = None) -> Translation:
-    """Users' renames first, then a common prefix is taken off, then the tables.
+def bare(key: str) -> str:
+    """A key without what training wrappers write into it, wherever they stand."""
+    return _WRAPPER.sub("", key)
 
-    naming is None when no block of a Wan transformer is among the keys.
+
+def part_prefixes(keys: Iterable[str], part: str) -> list[str]:
+    """What stands before all keys of each Wan VAE ("vae") or T5 encoder ("text_encoder")."""
+    found = {key.removesuffix(mark) for key in keys for mark in _MARKS[part] if key.endswith(mark)}
+    return sorted(prefix for prefix in found if prefix == "" or prefix.endswith("."))
+
+
+def translate(
+    keys: Iterable[str],
+    renames: Renames | None = None,
+    *,
+    aside: Iterable[str] = (),
+    chosen: str | None = None,
+) -> Translation:
+    """Users' renames first, then what wrappers and exporters put before keys, then the tables.
+
+    naming is None when no block of a Wan transformer is among the keys. aside: keys of the file
+    that are no parameters; renaming them is no error, and changes nothing. chosen: under which
+    name the transformer lies, where there are several; None takes the one that is averaged over
+    training (EMA), as samples are made with it.
 
     Raises:
-        CheckpointError: a rename that meets no key, or two keys that end up with one name.
+        CheckpointError: a rename that meets no key, two keys that end up with one name, or several
+            transformers and none of them chosen.
     """
     keys = list(keys)
-    names, dropped = _apply_renames(keys, renames or {})
-    rest = [key for key in keys if key not in names and key not in dropped]
-    prefix = next((p for p in _PREFIXES if rest and all(k.startswith(p) for k in rest)), "")
-    bare = {key: key.removeprefix(prefix) for key in rest}
-    naming = _naming(list(bare.values()) or list(names.values()))
+    names, dropped = _apply_renames(keys, renames or {}, aside)
+    bares = {key: bare(key) for key in keys if key not in names and key not in dropped}
+    prefix, others = _choose(bares.values(), chosen)
+    parts = {
+        part: found[0]
+        for part in _MARKS
+        if (found := part_prefixes(bares.values(), part)) and found[0]
+    }
+    besides = [*others, *(_top(part, prefix) for part in parts.values())]
+    unused = frozenset(
+        key
+        for key, name in bares.items()
+        if not (prefix and name.startswith(prefix)) and name.startswith(tuple(besides))
+    )
+    rest = {key: name.removeprefix(prefix) for key, name in bares.items() if key not in unused}
+    naming = _naming(list(rest.values()) or list(names.values()))
     unknown = []
-    for key, name in bare.items():
+    for key, name in rest.items():
         ours = to_diffusers(name) if naming == "original" else None
         if ours is None and (naming != "original" or _EXTRA_KEY.fullmatch(name)):
             ours = name if is_known(name) else None
@@ -137,7 +184,35 @@ def translate(keys: Iterable[str], renames: Renames | None = None) -> Translatio
         else:
             names[key] = ours
     _require_unique(names)
-    return Translation(naming, names, tuple(unknown), tuple(dropped))
+    return Translation(
+        naming, names, tuple(unknown), tuple(dropped), prefix, tuple(others), parts, unused
+    )
+
+
+def _choose(names: Iterable[str], chosen: str | None) -> tuple[str, list[str]]:
+    """The prefix of the transformer that is meant, and those of the others."""
+    matches = map(_TRANSFORMER.match, names)
+    found = sorted({match[1] for match in matches if match is not None})
+    if chosen is not None:
+        fitting = [prefix for prefix in found if (prefix + ".").startswith(chosen + ".")]
+    else:
+        fitting = found if len(found) < 2 else [p for p in found if _AVERAGED.search(p)]
+    if chosen is None and not found:
+        return "", []
+    if len(fitting) != 1:
+        listed = ", ".join(repr(prefix.rstrip(".")) for prefix in found) or "none with a name"
+        got = f"no transformer {chosen!r}" if chosen is not None else "several transformers"
+        raise CheckpointError(
+            f"the file holds {got} (there: {listed}); name the one that is meant behind the path, "
+            "PATH#NAME"
+        )
+    return fitting[0], [prefix for prefix in found if prefix != fitting[0]]
+
+
+def _top(part: str, prefix: str) -> str:
+    """All of a part's group, unless the transformer lies in the same one."""
+    top = part.split(".")[0] + "."
+    return part if prefix.startswith(top) else top
 
 
 def _naming(keys: list[str]) -> Naming | None:
@@ -148,17 +223,22 @@ def _naming(keys: list[str]) -> Naming | None:
     return None
 
 
-def _apply_renames(keys: list[str], renames: Renames) -> tuple[dict[str, str], list[str]]:
+def _apply_renames(
+    keys: list[str], renames: Renames, aside: Iterable[str]
+) -> tuple[dict[str, str], list[str]]:
     names: dict[str, str] = {}
     dropped: list[str] = []
     used = set()
     # the longest rule wins, so that a module's rule may have exceptions
     rules = sorted(renames, key=len, reverse=True)
-    for key in keys:
+    others = set(aside)
+    for key in (*keys, *others):
         rule = next((r for r in rules if key == r or key.startswith(r + ".")), None)
         if rule is None:
             continue
         used.add(rule)
+        if key in others:
+            continue
         target = renames[rule]
         if target is None:
             dropped.append(key)

@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from mv2v_engine.checkpoints.components import Components, find_components
 from mv2v_engine.checkpoints.configs import (
     TRAINED_FOR,
     default_sampling,
@@ -43,8 +44,9 @@ class Resolution:
     model: the transformer on the meta device. sources: the file's tensor of each parameter.
     missing, unknown, mismatched (name, got, expected), undecided: what forbids it. initialised:
     parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
-    merger found. conditioning: the modes that the weights were trained for (METHOD 13). vae_path:
-    the VAE's folder, its own or the one that its config names; None where there is none.
+    merger found. conditioning: the modes that the weights were trained for (METHOD 13). vae_path,
+    text_path, tokenizer_path: of what came with it, or that its config names; None where there is
+    none (see `components`).
     """
 
     detected: Detected
@@ -61,6 +63,8 @@ class Resolution:
     mapping: tuple[str, ...]
     conditioning: tuple[Conditioning, ...]
     vae_path: Path | None
+    text_path: Path | None
+    tokenizer_path: Path | None
 
     def require_loadable(self) -> None:
         """Raise `CheckpointError` for whatever forbids loading, the most telling thing first."""
@@ -109,7 +113,7 @@ def resolve(detected: Detected) -> Resolution:
     infos = {name: detected.tensors[key] for key, name in detected.translation.names.items()}
     unknown = list(detected.translation.unknown)
     found, conditioning = Assignment(), TRAINED_FOR
-    vae_path = beside(detected, "vae")
+    vae_path = None
     if detected.format == "mv2v_engine" and detected.config_file is not None:
         own = read_own_config(detected.config_file)
         name, config, sampling = own.name, own.transformer, own.sampling
@@ -126,6 +130,9 @@ def resolve(detected: Detected) -> Resolution:
             unknown = [key for key in unknown if key not in found.names]
         config, sources = _with_extras(base, infos)
         sampling = default_sampling(detected, config)
+    components = own_components(detected)
+    if vae_path is None:
+        vae_path = components.vae(config.latent_channels)
     # parameters only: buffers are computed by the model, and no checkpoint holds them
     with without_memory():
         model = MV2VTransformer(config).eval()
@@ -151,17 +158,20 @@ def resolve(detected: Detected) -> Resolution:
         mapping=tuple(_mapping(sources)),
         conditioning=conditioning,
         vae_path=vae_path,
+        text_path=components.text_encoder,
+        tokenizer_path=components.tokenizer,
     )
 
 
-def beside(detected: Detected, component: str) -> Path | None:
-    """The folder of a component that lies in the checkpoint's own; None if there is none."""
-    folder = detected.folder / component
-    return folder if _is_component(folder) else None
+def own_components(detected: Detected) -> Components:
+    """What came with a checkpoint: in its own file, or beside it."""
+    if detected.translation.parts and len(detected.files) == 1:
+        return find_components(detected.files[0])
+    return find_components(detected.folder, is_asked=False)
 
 
-def _is_component(folder: Path) -> bool:
-    return (folder / "config.json").is_file()
+def _is_component(place: Path) -> bool:
+    return place.is_file() or (place / "config.json").is_file()
 
 
 def _assign(detected: Detected, base: TransformerConfig) -> Assignment:

@@ -2,20 +2,23 @@
 
 Reading a header costs no tensor data. `WeightReader` hands out tensors one at a time and closes
 its memory map every sixteenth of a file, so that pages already copied leave the process again.
-Pickles are read with `weights_only=True` alone.
+Pickles are read with `weights_only=True` alone. Weights of eight bits that lie beside a scale are
+read as their product (`with_scales`).
 """
 
 from __future__ import annotations
 
 import pickle
+import zipfile
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from mv2v_engine.checkpoints.identify import of_bytes
 from mv2v_engine.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -34,20 +37,36 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# under these keys trainers wrap a state dict
+# under these keys trainers wrap a state dict, whatever it is
 _WRAPPERS = ("state_dict", "model", "module")
+# what quantisers put beside `M.weight`: its scale (ComfyUI, its newer files and LightX2V), what is
+# for eight-bit products alone, and the mark of a file whose weights are all scaled
+_SCALES = ("scale_weight", "weight_scale")
+_OF_ACTIVATIONS = ("scale_input", "input_scale", "comfy_quant")
+_ALL_SCALED = "scaled_fp8"
+_FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _RECYCLE_PARTS = 16
 _RECYCLE_MIN_BYTES = 8 << 20
 
 
 @dataclass(frozen=True, slots=True)
 class TensorInfo:
-    """Where a tensor lies and what it is: its key as the file spells it, shape and dtype."""
+    """Where a tensor lies and what it is: its key as the file spells it, shape and dtype.
+
+    scale: what its numbers are to be multiplied with, one for all or one a row; None: nothing.
+    """
 
     key: str
     file: Path
     shape: tuple[int, ...]
     dtype: torch.dtype
+    scale: TensorInfo | None = None
+
+    @property
+    def kind(self) -> str:
+        """The dtype in words."""
+        scaled = " with scales" if self.scale is not None else ""
+        return str(self.dtype).removeprefix("torch.") + scaled
 
     @property
     def num_elements(self) -> int:
@@ -101,7 +120,10 @@ def file_kind(path: Path) -> str:
         )
     if head.startswith(b"PK\x03\x04"):
         return "archive"
-    if path.suffix == ".safetensors" or head[8:9] == b"{":
+    if head[8:9] == b"{":
+        return "safetensors"
+    what = of_bytes(head)
+    if what is None and path.suffix == ".safetensors":
         return "safetensors"
     if head[:1] == b"\x80":
         raise CheckpointError(
@@ -109,8 +131,63 @@ def file_kind(path: Path) -> str:
             "in streams; save its state dict again with a current `torch.save`"
         )
     raise CheckpointError(
-        f"{path} is no weight file; expected .safetensors or a torch archive (.pth, .pt, .ckpt)"
+        f"{path} is {what or 'no weight file'}; expected weights, .safetensors or a torch archive "
+        "(.pth, .pt, .ckpt)"
     )
+
+
+def with_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+    """The tensors that are weights, those of float8 with the scales that lie beside them.
+
+    A scale is `M.scale_weight` or `M.weight_scale` beside `M.weight`: one number, or one a row. The
+    rest of what quantisers write is for products in eight bits, which nothing here computes.
+
+    Raises:
+        CheckpointError: scales of another kind, a scale without its weight, or a weight whose scale
+            is missing in a file of scaled ones.
+    """
+    scales: dict[str, TensorInfo] = {}
+    aside = set()
+    for key, info in tensors.items():
+        module, _, leaf = key.rpartition(".")
+        if leaf in _SCALES and (weight := tensors.get(f"{module}.weight")):
+            scales[f"{module}.weight"] = _checked_scale(weight, info)
+        elif leaf.startswith(_SCALES):
+            raise CheckpointError(
+                f"{info.file}: {key} is no scale of a weight beside it; expected float8 weights "
+                "with one scale or one a row each, or weights before they were quantised"
+            )
+        elif leaf != _ALL_SCALED and leaf not in _OF_ACTIVATIONS:
+            continue
+        aside.add(key)
+    if not aside:
+        return dict(tensors)
+    weights = {
+        key: replace(info, scale=scales.get(key))
+        for key, info in tensors.items()
+        if key not in aside
+    }
+    for key, info in weights.items():
+        if info.dtype in _FLOAT8 and info.scale is None:
+            raise CheckpointError(
+                f"{info.file} has scaled float8 weights, but no scale of {key} "
+                f"({key.removesuffix('weight')}scale_weight); copy or download the whole file "
+                "again, with its scales"
+            )
+    return weights
+
+
+def _checked_scale(weight: TensorInfo, scale: TensorInfo) -> TensorInfo:
+    rows = weight.shape[:1]
+    of_rows = (rows, rows + (1,) * (len(weight.shape) - 1))
+    fits = scale.num_elements == 1 or scale.shape in of_rows
+    if weight.dtype not in _FLOAT8 or not scale.dtype.is_floating_point or not fits:
+        raise CheckpointError(
+            f"{weight.file}: {weight.key} {list(weight.shape)} is {weight.kind} with scales "
+            f"{list(scale.shape)} of {scale.kind}; expected float8 with one scale or one a row: "
+            "give the weights before they were quantised, or such a file"
+        )
+    return scale
 
 
 class WeightReader:
@@ -131,7 +208,14 @@ class WeightReader:
         self._file = self._get = None
 
     def read(self, info: TensorInfo) -> Tensor:
-        """The tensor on the CPU, possibly backed by the file's memory map."""
+        """The tensor on the CPU, possibly backed by the file's memory map; float32 if scaled."""
+        if info.scale is not None:
+            scale = self._stored(info.scale).float()
+            rows = (-1,) + (1,) * (len(info.shape) - 1)
+            return self._stored(info).float() * scale.reshape(rows if info.shape else ())
+        return self._stored(info)
+
+    def _stored(self, info: TensorInfo) -> Tensor:
         limit = max(_RECYCLE_MIN_BYTES, info.file.stat().st_size // _RECYCLE_PARTS)
         if self._get is None or self._file != info.file or self._since_open > limit:
             # the old map must be gone before a new one is filled
@@ -189,23 +273,54 @@ def _load_archive(path: Path, device: str) -> dict[str, Tensor]:
             "run code; expected a plain state dict, save only `model.state_dict()`"
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
+        if inside := _other_zip(path):
+            raise CheckpointError(
+                f"{path} is a zip archive of {inside}; expected weights: unpack it"
+            ) from error
         raise _damaged(path, error) from error
     return _unwrap(value, path)
 
 
+def _other_zip(path: Path) -> str | None:
+    """What a whole zip archive holds that torch did not write."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except (OSError, zipfile.BadZipFile):
+        return None
+    if not names or any(name.endswith("data.pkl") for name in names):
+        return None
+    return ", ".join(names[:3])
+
+
 def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
-    """The state dict inside a pickle's value, at most one trainer's wrapper deep."""
-    if isinstance(value, Mapping):
-        for wrapper in _WRAPPERS:
-            if isinstance(value.get(wrapper), Mapping):
-                value = value[wrapper]
-                break
-        tensors = {k: v for k, v in value.items() if isinstance(v, Tensor)}
-        if tensors:
-            return tensors
-    raise CheckpointError(
-        f"{path} holds a {type(value).__name__} without tensors; expected a state dict"
-    )
+    """The tensors inside a pickle's value, below the names that trainers give them.
+
+    Dictionaries in it become prefixes of the keys, but for a single one under a name that says
+    nothing. Tensors beside dictionaries of tensors are a trainer's own.
+    """
+    tensors = _flatten(value) if isinstance(value, Mapping) else {}
+    if not tensors:
+        raise CheckpointError(
+            f"{path} holds a {type(value).__name__} without tensors; expected a state dict"
+        )
+    return tensors
+
+
+def _flatten(value: Mapping[Any, Any]) -> dict[str, Tensor]:
+    inner = {
+        name: tensors
+        for name, nested in value.items()
+        if isinstance(name, str)
+        and isinstance(nested, Mapping)
+        and (tensors := _flatten(nested))
+        and not name.startswith("optim")
+    }
+    if not inner:
+        return {k: v for k, v in value.items() if isinstance(k, str) and isinstance(v, Tensor)}
+    if len(inner) == 1 and (name := next(iter(inner))) in _WRAPPERS:
+        return inner[name]
+    return {f"{name}.{key}": tensor for name, all_ in inner.items() for key, tensor in all_.items()}
 
 
 def _damaged(path: Path, error: Exception) -> CheckpointError:

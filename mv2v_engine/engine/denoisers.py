@@ -55,7 +55,9 @@ def engine_denoiser(
         plan=plan,
         conditioning=conditioning,
         noise=noise,
-        solver=make_solver(engine.scheduler, num_inference_steps, engine.sampling.flow_shift),
+        solver=make_solver(
+            engine.scheduler, num_inference_steps, engine.sampling.flow_shift, engine.timesteps
+        ),
         guidance_scale=guidance_scale,
     )
     return make_denoiser(engine.config, turn, graphs=engine.graphs, team=engine.team)

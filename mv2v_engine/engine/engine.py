@@ -6,6 +6,7 @@ import functools
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ from mv2v_engine.config import (
     EngineConfig,
     MemoryMode,
     MergeMode,
+    Timesteps,
 )
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
@@ -74,6 +76,7 @@ class Engine:
         self.device, self.config = device, config
         self.sampling = checkpoint.sampling.at(config.size, checkpoint.name)
         self.scheduler = config.scheduler or self.sampling.scheduler
+        self.timesteps: Timesteps = config.timesteps or self.sampling.timesteps
         self.transformer, self.team = checkpoint.transformer, team
         self.backend, self.attention = configure(self.transformer, config, device)
         self.memory = config.memory or default_memory(checkpoint.report.initialised)
@@ -112,8 +115,9 @@ class Engine:
             path_or_name: an embedded name, or a file or folder.
             device: None takes CUDA if there is one.
             dtype: of the transformer; None is bfloat16 on CUDA, float32 elsewhere.
-            components: a folder with `vae`, and `text_encoder` and `tokenizer`, for a checkpoint
-                that is a transformer alone (ReCamMaster, Memory-V2V, original Wan files).
+            components: a folder with VAE, text encoder and tokenizer, of diffusers' layout, Wan's
+                or ComfyUI's, for a checkpoint that is a transformer alone (ReCamMaster, Memory-V2V,
+                original Wan files).
             rename: a JSON file of names that cannot be inferred (see `run inspect`).
 
         Raises:
@@ -383,7 +387,10 @@ class Engine:
             "backend": self.backend,
             "attention": self.attention,
             "scheduler": self.scheduler,
+            "timesteps": self.timesteps,
             "torch": torch.__version__,
+            # whose steps a turn is made of
+            **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),
         }
 
 

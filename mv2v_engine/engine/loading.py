@@ -8,11 +8,11 @@ from typing import TYPE_CHECKING
 import torch
 
 from mv2v_engine import arguments
+from mv2v_engine.checkpoints.components import find_components
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.editing.descriptors import check_descriptor
 from mv2v_engine.engine.graphs import open_graphs
-from mv2v_engine.engine.places import component
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.attention_backends import resolve_attention
@@ -73,23 +73,23 @@ def load_parts(
     resolve_attention(config, place, dtype)
     open_graphs(config, place)
     check_descriptor(config)
-    for part in ("vae", "text_encoder", "tokenizer"):
-        component(components, part)
+    given = None if components is None else find_components(components)
+    if given is not None:
+        given.require_all()
     is_checked = config.check_weights
     checkpoint = load_checkpoint(
         path_or_name, device=place, dtype=dtype, rename=rename, check_weights=is_checked
     )
-    vae_path = component(components, "vae") or checkpoint.vae_path
+    vae_path, text_path = checkpoint.vae_path, checkpoint.text_path
+    tokenizer_path = checkpoint.tokenizer_path
+    if given is not None:
+        vae_path = given.vae(checkpoint.config.latent_channels)
+        text_path, tokenizer_path = given.text_encoder, given.tokenizer
     if vae_path is None:
-        raise CheckpointError(
-            f"{checkpoint.name} ({checkpoint.format}) holds no VAE; give a Wan diffusers "
-            "folder with vae, text_encoder and tokenizer as components (--components)"
-        )
+        raise CheckpointError(_lacks(checkpoint, "VAE"))
     # convolutions in half precision are slow or missing on a CPU
     vae_dtype = torch.float32 if place.type == "cpu" else dtype
     vae = load_vae(vae_path, device=place, dtype=vae_dtype, check_weights=is_checked)
-    text_path = component(components, "text_encoder") or checkpoint.text_path
-    tokenizer_path = component(components, "tokenizer") or checkpoint.tokenizer_path
     text = None
     if text_path is not None and tokenizer_path is not None:
         text = load_text_encoder(
@@ -103,11 +103,17 @@ def load_parts(
             check_weights=is_checked,
         )
     elif checkpoint.format != "mv2v_engine":
-        raise CheckpointError(
-            f"{checkpoint.name} ({checkpoint.format}) holds no text encoder; give a Wan "
-            "diffusers folder with text_encoder and tokenizer as components (--components)"
-        )
+        what = "text encoder" if text_path is None else "tokenizer"
+        raise CheckpointError(_lacks(checkpoint, what))
     return checkpoint, vae, text
+
+
+def _lacks(checkpoint: Checkpoint, what: str) -> str:
+    return (
+        f"{checkpoint.name} ({checkpoint.format}) holds no {what}; give a Wan diffusers folder "
+        "with vae, text_encoder and tokenizer as components (--components), or one with "
+        "Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/"
+    )
 
 
 def configure(

@@ -1,15 +1,13 @@
-"""Where an engine runs, and where its parts lie."""
+"""Where an engine runs, and in which dtype."""
 
 from __future__ import annotations
-
-from pathlib import Path
 
 import torch
 
 from mv2v_engine.arguments import mistaken
 from mv2v_engine.config import ParallelConfig
 from mv2v_engine.envs import local_rank
-from mv2v_engine.errors import CheckpointError, RequestError
+from mv2v_engine.errors import RequestError
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -69,13 +67,3 @@ def transformer_dtype(dtype: torch.dtype | None, place: torch.device) -> torch.d
     if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
         raise mistaken("dtype", dtype, " or ".join(map(str, _DTYPES)))
     return dtype
-
-
-def component(folder: Path | None, name: str) -> Path | None:
-    """A sub-folder of the given components, which must exist if a folder was given."""
-    if folder is None:
-        return None
-    path = folder / name
-    if not path.is_dir():
-        raise CheckpointError(f"{folder} has no folder {name!r}; expected a Wan diffusers folder")
-    return path

@@ -183,6 +183,7 @@ def weights_settings(engine: Engine, steps: int | None) -> dict[str, Any]:
         "steps": steps or sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
         "scheduler": engine.scheduler,
+        **({} if engine.timesteps == "exact" else {"timesteps": engine.timesteps}),
         "merge_fraction": config.merge_fraction,
         "checkpoint": engine.checkpoint.name,
         "weights": weights_fingerprint(engine.transformer.state_dict()),

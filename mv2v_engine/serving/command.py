@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import get_args
 
-from mv2v_engine.config import EngineConfig, MemoryMode, SchedulerName
+from mv2v_engine.config import EngineConfig, MemoryMode
 from mv2v_engine.envs import serving_tokens
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import (
@@ -16,6 +16,7 @@ from mv2v_engine.options import (
     add_model,
     add_picture,
     add_reuse,
+    add_solver,
     engine_config,
     read_resolution,
 )
@@ -179,10 +180,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     )
     add_memory_bounds(group, "videos a turn")
     add("--fov-radius", type=float, default=EngineConfig().fov_radius, metavar="R", help="metres")
-    group = parser.add_argument_group("sampling")
-    group.add_argument(
-        "--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given"
-    )
+    add_solver(parser.add_argument_group("sampling"))
     add_reuse(parser)
     add_model(parser, "tiny-nvs")
 

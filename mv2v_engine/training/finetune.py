@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
+from mv2v_engine.checkpoints.components import find_components
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.config import MergerConfig, TransformerConfig
 from mv2v_engine.errors import CheckpointError
@@ -110,7 +111,9 @@ def empty_text(checkpoint: Checkpoint, components: Path | None) -> Tensor | None
     """Embedding [S', text_dim] of the empty prompt, where there is a text encoder."""
     text_path, tokenizer_path = checkpoint.text_path, checkpoint.tokenizer_path
     if components is not None:
-        text_path, tokenizer_path = components / "text_encoder", components / "tokenizer"
+        given = find_components(components)
+        given.require_all(("text_encoder", "tokenizer"))
+        text_path, tokenizer_path = given.text_encoder, given.tokenizer
     if text_path is None or tokenizer_path is None:
         return None
     encoder = load_text_encoder(

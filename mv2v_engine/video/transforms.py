@@ -172,7 +172,8 @@ def crop_report(source: tuple[int, int], size: tuple[int, int], fit: Fit = "crop
         return replace(report, size=size, padded=padded)
     scale = max(size[0] / source[0], size[1] / source[1])
     scaled = (max(size[0], round(source[0] * scale)), max(size[1], round(source[1] * scale)))
-    top, left = (scaled[0] - size[0]) // 2, (scaled[1] - size[1]) // 2
+    # half to even, as torchvision's centre crop, with which the models' videos were cut
+    top, left = round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
     cropped = (top, scaled[0] - size[0] - top, left, scaled[1] - size[1] - left)
     return CropReport(source_size=source, size=size, scale=scale, cropped=cropped)
 

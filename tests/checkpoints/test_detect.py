@@ -17,6 +17,7 @@ from mv2v_engine.checkpoints.weights import WeightReader, read_header
 from mv2v_engine.errors import CheckpointError
 
 State = dict[str, Tensor]
+EXPERTS = ("high_noise_model", "low_noise_model")
 
 
 class Unwelcome:
@@ -119,15 +120,27 @@ def test_empty_file_and_folder(tmp_path: Path) -> None:
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 5\n", "LFS pointer"),
         (b"\n<!DOCTYPE html><html><body>401</body></html>", "web page"),
         (b"<html><body>Access denied</body></html>", "web page"),
-        (b"hello, I am a text", "no weight file"),
+        (b"hello, I am a text", "is text that begins 'hello, I am a text'; expected weights"),
+        (b"\x00\x01\x02\x03" * 9, "no weight file"),
+        (b'{"error": "Entry not found"}', "is JSON that begins .*Entry not found"),
+        (b"GGUF\x03\0\0\0" + b"\x05" * 40, "is a GGUF file"),
+        (b"\x89PNG\r\n\x1a\n" + b"\0" * 40, "is a PNG image; expected weights"),
+        (b"\xff\xd8\xff\xe0\0\x10JFIF", "is a JPEG image"),
+        (b"RIFF\x10\0\0\0WEBPVP8 ", "is a WebP image"),
+        (b"\0\0\0\x20ftypisom\0\0\x02\0", "is a video"),
+        (b"\x1f\x8b\x08\0" + b"\x03" * 40, "is a gzip archive: unpack it"),
         (pickle.dumps({"a": 1}), "bare pickle"),
     ],
 )
 def test_what_is_not_weights_is_named(tmp_path: Path, content: bytes, says: str) -> None:
-    path = tmp_path / "wan.pth"
-    path.write_bytes(content)
-    with pytest.raises(CheckpointError, match=says):
-        detect(path)
+    for name in ("wan.pth", "wan.safetensors"):
+        path = tmp_path / name
+        path.write_bytes(content)
+        if name.endswith("s") and says in ("no weight file", "bare pickle"):
+            says = "truncated or damaged"  # by its name; nothing says that it is another thing
+        with pytest.raises(CheckpointError, match=says) as caught:
+            detect(path)
+        assert "\n" not in str(caught.value)
 
 
 def test_old_torch_files_are_told(tmp_path: Path, wan: State) -> None:
@@ -158,7 +171,7 @@ def test_other_zip_files_and_empty_dicts(tmp_path: Path) -> None:
     path = tmp_path / "a.pth"
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a.txt", "hello")
-    with pytest.raises(CheckpointError, match="truncated or damaged"):
+    with pytest.raises(CheckpointError, match=r"is a zip archive of a\.txt; .*unpack it"):
         detect(path)
     torch.save({"epoch": 3}, path)
     with pytest.raises(CheckpointError, match="without tensors"):
@@ -168,10 +181,58 @@ def test_other_zip_files_and_empty_dicts(tmp_path: Path) -> None:
         detect(path)
 
 
-def test_other_models_are_named(tmp_path: Path, wan: State) -> None:
-    path = write(tmp_path, "vae.safetensors", {"encoder.conv1.weight": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match=r"no Wan transformer.*encoder\.conv1\.weight"):
-        detect(path)
+OTHERS = {
+    "LoRA of rank 4 for 1 layers": {
+        "diffusion_model.blocks.0.self_attn.q.lora_A.weight": (4, 8),
+        "diffusion_model.blocks.0.self_attn.q.lora_B.weight": (8, 4),
+    },
+    "LoRA of rank 2": {"lora_unet_blocks_0_self_attn_q.lora_down.weight": (2, 8)},
+    "Wan2.1's VAE, a component": {
+        "decoder.middle.0.residual.0.gamma": (8, 1, 1, 1),
+        "conv2.weight": (16, 16, 1, 1, 1),
+    },
+    "Wan2.2's VAE, a component": {
+        "decoder.mid_block.resnets.0.norm1.gamma": (8, 1, 1, 1),
+        "post_quant_conv.weight": (48, 48, 1, 1, 1),
+    },
+    "text encoder \\(UMT5\\), a component": {
+        "blocks.0.attn.q.weight": (8, 8),
+        "blocks.1.pos_embedding.embedding.weight": (32, 2),
+    },
+    "text encoder \\(T5\\)": {"encoder.block.0.layer.0.SelfAttention.q.weight": (8, 8)},
+    "Stable Diffusion checkpoint": {
+        "model.diffusion_model.input_blocks.0.0.weight": (8, 4, 3, 3),
+        "first_stage_model.decoder.up.0.block.0.norm1.weight": (8,),
+        "cond_stage_model.transformer.text_model.encoder.layers.0.mlp.fc1.weight": (8, 8),
+    },
+    "FLUX": {"double_blocks.0.img_attn.qkv.weight": (8, 8)},
+    "CLIP text encoder": {"text_model.encoder.layers.0.mlp.fc1.weight": (8, 8)},
+    "VAE of another model": {"decoder.up.0.block.0.norm1.weight": (8,)},
+    "language model": {"model.layers.0.self_attn.q_proj.weight": (8, 8)},
+    "one rank's part": {"_fsdp_wrapped_module._flat_param": (8,)},
+    "first keys: some.thing": {"some.thing": (8,)},
+}
+
+
+@pytest.mark.parametrize("says", OTHERS)
+def test_other_models_are_named(tmp_path: Path, says: str) -> None:
+    state = {key: torch.zeros(shape) for key, shape in OTHERS[says].items()}
+    for name in ("other.safetensors", "other.pth"):
+        with pytest.raises(CheckpointError, match=says) as caught:
+            detect(write(tmp_path, name, state))
+        assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "says"),
+    [("img_emb.proj.0.bias", "image-to-video"), ("vace_blocks.0.bias", "VACE")],
+)
+def test_other_wan_models_are_named(tmp_path: Path, wan: State, key: str, says: str) -> None:
+    with pytest.raises(CheckpointError, match=f"is a {says} checkpoint"):
+        detect(write(tmp_path, "other.safetensors", wan | {key: torch.zeros(2)}))
+
+
+def test_a_second_attention_for_cameras_is_named(tmp_path: Path, wan: State) -> None:
     branch = {f"blocks.{n}.prope_attn.q_proj.weight": torch.zeros(2, 2) for n in range(3)}
     path = write(tmp_path, "memorizon.safetensors", wan | branch)
     with pytest.raises(
@@ -180,9 +241,6 @@ def test_other_models_are_named(tmp_path: Path, wan: State) -> None:
         r"frame slots and masks, .*camera_attention of mv2v\.json",
     ):
         detect(path)
-    path = write(tmp_path, "i2v.safetensors", wan | {"img_emb.proj.0.bias": torch.zeros(2)})
-    with pytest.raises(CheckpointError, match="image-to-video"):
-        detect(path)
 
 
 def test_other_pipelines_are_named(tmp_path: Path) -> None:
@@ -190,11 +248,54 @@ def test_other_pipelines_are_named(tmp_path: Path) -> None:
     (tmp_path / "model_index.json").write_text(json.dumps(index))
     with pytest.raises(CheckpointError, match=r"FluxPipeline.*WanTransformer3DModel"):
         detect(tmp_path)
-    index = {"transformer": ["diffusers", "WanTransformer3DModel"]}
-    index["transformer_2"] = index["transformer"]
-    (tmp_path / "model_index.json").write_text(json.dumps(index))
-    with pytest.raises(CheckpointError, match="two expert transformers"):
-        detect(tmp_path)
+
+
+PIPELINE = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
+
+
+@pytest.mark.parametrize("names", [("transformer", "transformer_2"), EXPERTS])
+@pytest.mark.parametrize("index", [True, False])
+def test_two_experts_are_refused_and_each_of_them(
+    tmp_path: Path, wan: State, names: tuple[str, str], index: bool
+) -> None:
+    root = tmp_path / "Wan2.2-T2V-A14B"
+    for name in names:
+        write(root / name, "diffusion_pytorch_model.safetensors", wan)
+        (root / name / "config.json").write_text("{}")
+    if index:
+        second = {"transformer_2": PIPELINE["transformer"], "boundary_ratio": 0.875}
+        (root / "model_index.json").write_text(json.dumps(PIPELINE | second))
+    with pytest.raises(CheckpointError, match=r"has two experts.*one transformer for all") as said:
+        detect(root)
+    assert "give one" not in str(said.value)
+    for name in names:
+        for path in (root / name, root / name / "diffusion_pytorch_model.safetensors"):
+            with pytest.raises(CheckpointError, match="is one of two experts"):
+                detect(path)
+
+
+def test_an_expert_without_the_other_is_known_by_name_or_index(tmp_path: Path, wan: State) -> None:
+    for name in (
+        "wan2.2_t2v_high_noise_14B_fp8_scaled.safetensors",
+        "Wan2_2-T2V-A14B-LOW_fp8_e4m3fn_scaled_KJ.safetensors",
+        "Wan2.2-T2V-A14B-HighNoise-Q8.safetensors",
+        "low_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors",
+    ):
+        with pytest.raises(CheckpointError, match="one of two experts"):
+            detect(write(tmp_path, name, wan))
+    alone = write(tmp_path / "a/transformer", "diffusion_pytorch_model.safetensors", wan)
+    index = PIPELINE | {"transformer_2": [None, None], "boundary_ratio": None}
+    (tmp_path / "a/model_index.json").write_text(json.dumps(index))
+    assert detect(alone.parent).format == detect(tmp_path / "a").format == "wan_original"
+    (tmp_path / "a/model_index.json").write_text(json.dumps(PIPELINE | {"boundary_ratio": 0.9}))
+    for path in (tmp_path / "a", alone.parent, alone):
+        with pytest.raises(CheckpointError, match="two experts"):
+            detect(path)
+
+
+@pytest.mark.parametrize("name", ["Wan2.2-TI2V-5B", "wan2.1_high_quality", "highland", "slow"])
+def test_other_names_are_no_experts(tmp_path: Path, wan: State, name: str) -> None:
+    assert detect(write(tmp_path, f"{name}.safetensors", wan)).format == "wan_original"
 
 
 def test_several_weight_files_must_be_chosen(tmp_path: Path, wan: State) -> None:

@@ -29,6 +29,10 @@ def test_a_whole_memory_checkpoint(tmp_path: Path, memory: State) -> None:
         "yes, by its headers; --deep reads its numbers"
     )
     assert "for          run novel-view" in text and "vae          none beside it" in text
+    assert text.splitlines()[0] == (
+        f"{path} is a Memory-V2V transformer: 3 blocks of 128 channels, "
+        f"{found.num_parameters:,} parameters, for videos of 4 latent channels, run novel-view"
+    )
 
 
 def test_a_base_says_what_is_initialised(tmp_path: Path, wan: State) -> None:

@@ -56,6 +56,7 @@ def test_original_files(
     assert loaded.format == "wan_original" and loaded.name == "wan"
     assert loaded.config == dataclasses.replace(small, tokenizers=(2, 4, 8))
     assert loaded.vae_path is loaded.text_path is loaded.tokenizer_path is None
+    assert loaded.sampling.timesteps == "exact"
 
 
 def test_recammaster(tmp_path: Path, recammaster: State, renamed: Rename) -> None:
@@ -63,6 +64,7 @@ def test_recammaster(tmp_path: Path, recammaster: State, renamed: Rename) -> Non
     assert loaded.config.camera_conditioning == "target" and loaded.format == "recammaster"
     assert loaded.sampling.sizes == ()
     assert_holds(loaded.transformer, {renamed(key): value for key, value in recammaster.items()})
+    assert loaded.sampling.timesteps == "bfloat16"
 
 
 @pytest.mark.parametrize("name", ["memoryv2v.ckpt", "memoryv2v.safetensors"])
@@ -349,6 +351,10 @@ def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> Non
         ({"transformer": {"num_layers": 3}}, "does not describe a checkpoint"),
         ({"sampling": {"num_frames": 16}}, "4n"),
         ({"sampling": {"frames": 17}}, "frames"),
+        (
+            {"sampling": {"timesteps": "half"}},
+            "timesteps must be one of exact, bfloat16, got 'half'",
+        ),
         ({"sampling": {"scheduler": "ddim"}}, "scheduler must be one of euler, unipc, got 'ddim'"),
         ({"sampling": {"fps": 0}}, r"fps must lie in 0\.01\.\.1000, got 0"),
         ({"sampling": {"guidance_scale": 1e38}}, r"guidance_scale must lie in 0\.\.100, got"),

@@ -116,7 +116,7 @@ def test_components_from_another_folder(
     engine = load(tmp_path / "bare", components=worded_checkpoint)
     assert engine.text is not None
     engine.session(source_frames).render("pan_right", prompt="a red ball")
-    with pytest.raises(CheckpointError, match="has no folder 'text_encoder'"):
+    with pytest.raises(CheckpointError, match="lacks a text encoder"):
         load(tmp_path / "bare", components=tiny_checkpoint)
 
 

@@ -80,6 +80,21 @@ def _denoiser(
     return make_denoiser(EngineConfig(**reuse), turn, graphs=graphs)
 
 
+def _as_published(scheduler: Any) -> None:
+    """Wan's schedule, as diffusers had it when the pipeline came; later versions have another."""
+    set_timesteps = scheduler.set_timesteps
+
+    def wans(num_steps: int, **given: Any) -> None:
+        set_timesteps(num_steps, **given)
+        u = torch.linspace(0.999, 0, num_steps + 1, dtype=torch.float64)[:-1]
+        shift = scheduler.config.flow_shift
+        sigmas = shift * u / (1 + (shift - 1) * u)
+        scheduler.sigmas = torch.cat([sigmas, torch.zeros(1)]).float()
+        scheduler.timesteps = (sigmas * 1000).long()
+
+    scheduler.set_timesteps = wans
+
+
 def _pipeline_run(folder: Path, frames: Tensor) -> tuple[list[Tensor], Tensor]:
     """Latents after every step, and the video [T, height, width, 3] in 0..1."""
     from diffusers import LucyEditPipeline
@@ -87,6 +102,7 @@ def _pipeline_run(folder: Path, frames: Tensor) -> tuple[list[Tensor], Tensor]:
 
     pipeline = LucyEditPipeline.from_pretrained(folder)
     pipeline.set_progress_bar_config(disable=True)
+    _as_published(pipeline.scheduler)
     latents: list[Tensor] = []
 
     def keep(_: Any, step: int, timestep: Any, given: dict[str, Tensor]) -> dict[str, Tensor]:

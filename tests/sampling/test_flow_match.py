@@ -72,16 +72,36 @@ def test_euler_is_diffusers_flow_matching() -> None:
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("steps", [4, 20, 50])
-def test_unipc_is_diffusers_own(steps: int) -> None:
+def _wans(steps: int, shift: float) -> tuple[list[float], list[int]]:
+    """Sigmas and timesteps by Wan's words (wan/utils/fm_solvers_unipc.py), its end appended."""
+    training = (1.0 - np.linspace(1, 1 / 1000, 1000)[::-1]).astype(np.float32)
+    sigmas = np.linspace(training[0].item(), training[-1].item(), steps + 1)[:-1]
+    sigmas = shift * sigmas / (1 + (shift - 1) * sigmas)
+    return [*sigmas.tolist(), 0.0], (sigmas * 1000).astype(np.int64).tolist()
+
+
+@pytest.mark.parametrize("shift", [1.0, 3.0, 5.0, 12.0])
+@pytest.mark.parametrize("steps", [1, 4, 5, 20, 50, 200])
+def test_unipc_is_on_wans_schedule(steps: int, shift: float) -> None:
+    sigmas, timesteps = _wans(steps, shift)
+    solver = UniPCSolver(steps, shift)
+    assert solver.timesteps.tolist() == timesteps
+    assert np.abs(solver._scheduler.sigmas.numpy() - sigmas).max() < 1e-6
+    if (steps, shift) == (5, 5.0):
+        assert timesteps == [999, 952, 882, 768, 555]
+
+
+@pytest.mark.parametrize("steps", [4, 20])
+def test_unipc_takes_diffusers_own_steps(steps: int) -> None:
     from diffusers import UniPCMultistepScheduler
 
     scheduler = UniPCMultistepScheduler(
         prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
     )
     scheduler.set_timesteps(steps)
+    sigmas, timesteps = _wans(steps, 3.0)
+    scheduler.sigmas, scheduler.timesteps = torch.tensor(sigmas), torch.tensor(timesteps)
     solver = UniPCSolver(steps, 3.0)
-    assert solver.timesteps.tolist() == scheduler.timesteps.tolist()
     ours = theirs = initial_noise((4, 5), 0)
     for index, timestep in enumerate(scheduler.timesteps):
         ours = solver.step(_bent(ours, float(timestep)), index, ours)
@@ -89,6 +109,15 @@ def test_unipc_is_diffusers_own(steps: int) -> None:
             _bent(theirs, float(timestep)), timestep, theirs, return_dict=False
         )[0]
     assert torch.equal(ours, theirs)
+
+
+def test_unipc_counts_steps_of_one_timestep() -> None:
+    """At a high shift the first steps have the same timestep; none is skipped."""
+    solver, latents = UniPCSolver(200, 12.0), torch.zeros(2, 2)
+    assert len(set(solver.timesteps.tolist())) < 200
+    for index in range(200):
+        latents = solver.step(torch.zeros(2, 2), index, latents)
+    assert solver._scheduler.step_index == 200 and bool(latents.isfinite().all())
 
 
 @pytest.mark.parametrize("name", ["euler", "unipc"])
@@ -101,6 +130,23 @@ def test_solvers_reach_the_data(name: Any) -> None:
         sigma = max(float(solver.timesteps[index]) / 1000, 1e-3)
         latents = solver.step((latents - clean) / sigma, index, latents)
     torch.testing.assert_close(latents, clean, rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("name", ["euler", "unipc"])
+def test_rounded_timesteps_are_told_and_steps_stay_exact(name: Any) -> None:
+    """ReCamMaster: `timestep.to(torch.bfloat16)` for the model, the scheduler's own for a step."""
+    exact, rounded = make_solver(name, 50, 5.0), make_solver(name, 50, 5.0, "bfloat16")
+    assert rounded.timesteps.dtype == torch.float32
+    assert torch.equal(rounded.timesteps, exact.timesteps.to(torch.bfloat16).float())
+    apart = (rounded.timesteps - exact.timesteps).abs()
+    assert 0 < float(apart.max()) <= 2
+    if name == "euler":  # all but the first, 1000
+        assert int((apart > 0).sum()) == 49
+    latents = initial_noise((4, 5), 0)
+    for index in range(3):
+        ours, theirs = (s.step(latents.sin(), index, latents) for s in (rounded, exact))
+        assert torch.equal(ours, theirs)
+        latents = ours
 
 
 def test_a_solver_is_fresh_every_turn() -> None:

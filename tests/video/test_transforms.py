@@ -103,6 +103,28 @@ def test_any_size_is_covered(height: int, width: int, rows: int, columns: int) -
     assert report.scale == pytest.approx(max(rows / height, columns / width))
 
 
+@pytest.mark.parametrize(
+    ("source", "size", "top_left"),
+    [
+        ((1920, 1080), (480, 832), (500, 0)),  # 999 rows to lose: 499.5 is nearer to none, so even
+        ((9, 4), (4, 4), (2, 0)),  # 2.5
+        ((4, 11), (4, 4), (0, 4)),  # 3.5
+        ((10, 4), (4, 4), (3, 0)),
+    ],
+)
+def test_odd_crops_begin_where_torchvisions_do(
+    source: tuple[int, int], size: tuple[int, int], top_left: tuple[int, int]
+) -> None:
+    """`center_crop`: int(round((height - crop_height) / 2.0)), half to even."""
+    report = crop_report(source, size)
+    assert (report.cropped[0], report.cropped[2]) == top_left
+    scaled = tuple(max(w, round(s * report.scale)) for s, w in zip(source, size, strict=True))
+    assert tuple(a + b for a, b in zip(report.cropped[::2], report.cropped[1::2], strict=True)) == (
+        scaled[0] - size[0],
+        scaled[1] - size[1],
+    )
+
+
 def test_scaling_is_antialiased_and_centred() -> None:
     # one-pixel stripes must average out, not alias to black or white
     stripes = torch.zeros(1, 64, 96, 3, dtype=torch.uint8)

@@ -84,4 +84,6 @@ class EditRequest:
 def engine_settings(engine: Engine) -> dict[str, Any]:
     """What an edit's latents depend on beside its request; windows of one edit share it."""
     settings = {name: getattr(engine.config, name) for name in _SETTINGS}
-    return {**settings, "merge": engine.merge, "scheduler": engine.scheduler}
+    # exact ones stand in no folder of before there was a choice
+    rounded = {} if engine.timesteps == "exact" else {"timesteps": engine.timesteps}
+    return {**settings, "merge": engine.merge, "scheduler": engine.scheduler, **rounded}
