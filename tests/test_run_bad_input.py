@@ -72,7 +72,7 @@ def test_truncated_clip(refused: Refused, tmp_path: Path, source_clip: Path) -> 
 def test_editing_model(refused: Refused, lucy_folder: Path, tmp_path: Path) -> None:
     # before the clip is looked at
     said = refused(checkpoint=lucy_folder, clip=tmp_path / "none.mp4")
-    assert "lucy edits by instruction" in said and "give a checkpoint for novel views" in said
+    assert "lucy edits by instruction" in said and "use a checkpoint for novel views" in said
 
 
 def test_no_video(refused: Refused, tmp_path: Path) -> None:
