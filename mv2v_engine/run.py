@@ -62,6 +62,7 @@ from mv2v_engine.parser import Parser
 from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store_command import add_store
+from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.terminal import lasting_output, say
 
 
@@ -302,10 +303,16 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     )
     add = parser.add_argument_group("novel views alone").add_argument
     add(
+        "--grade",
+        choices=get_args(Grade),
+        help="of the worlds; plain if not given",
+    )
+    add(
         "--turns",
         type=int,
-        choices=(3, 5),
-        help="of a scene; of five, the last meets the first; 3 if not given",
+        choices=(3, 5, 9),
+        help="of a scene; of five, the last returns in three ways; of nine, it has eight to choose "
+        "from; 3 if not given",
     )
     add = parser.add_argument_group("edits alone").add_argument
     add("--windows", type=int, metavar="N", help="of every clip; 5, and 8 for some, if not given")

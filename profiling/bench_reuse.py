@@ -98,7 +98,7 @@ class Scene:
     def made(cls, engine: Engine, seed: int, steps: int) -> Scene:
         world, sampling = make_world(seed), engine.sampling
         source = film(world, named_trajectory("static", sampling.num_frames, sampling.size))
-        cameras = scene_trajectories(seed, sampling, TURNS)
+        cameras = list(scene_trajectories(seed, sampling, TURNS).values())[:TURNS]
         views = [film(world, camera, source) for camera in cameras]
         shared = {i: overlap(views[-1], view) for i, view in enumerate(views[:-1])}
         scene = cls(

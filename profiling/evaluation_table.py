@@ -17,9 +17,8 @@ from mv2v_engine.evaluation.protocol import ROWS
 
 @dataclass(frozen=True)
 class Table:
-    """measures: a title, a measure and its digits. costs: a title, a number and what it counts in.
-
-    labels: of rows and references.
+    """measures: a title, a measure and its digits; one that a file lacks is left out. costs: a
+    title, a number and what it counts in. labels: of rows and references.
     """
 
     measures: tuple[tuple[str, str, int], ...]
@@ -31,11 +30,16 @@ VIEWS = Table(
     (
         ("consistency where the source sees nothing (L1, lower is better)", "consistency", 3),
         ("PSNR where it sees, dB", "source_psnr", 2),
+        ("gradient energy, of the true views' through the VAE", "sharpness", 2),
+        ("ST-LPIPS", "st_lpips", 3),
         ("camera error, pixels", "camera_error", 2),
     ),
     (("tokens", "tokens", 1, 0), ("GFLOP a turn", "flops", 1e9, 1)),
     {
         **{row.name: row.label for row in ROWS},
+        # of version 1
+        "retrieved_1": "one video, retrieved",
+        "random_1": "one video, at random",
         "truth": "*the true views*",
         "vae": "*the true views through the VAE*",
         "source": "*the source's own frames*",
@@ -62,10 +66,12 @@ TABLES = {"mv2v-evaluation": VIEWS, "mv2v-edit-evaluation": EDITS}
 def markdown(results: dict[str, Any]) -> str:
     """Means with 95 % intervals, one row a method, then the references."""
     table = TABLES[results["format"]]
-    titles = [title for title, *_ in (*table.measures, *table.costs)]
+    some = next(iter(results["rows"].values()))
+    measures = [column for column in table.measures if column[1] in some]
+    titles = [title for title, *_ in (*measures, *table.costs)]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     for name, row in {**results["rows"], **results["references"]}.items():
-        cells = [_interval(row, measure, digits) for _, measure, digits in table.measures]
+        cells = [_interval(row, measure, digits) for _, measure, digits in measures]
         cells += [
             f"{row[cost] / unit:.{digits}f}" if cost in row else ""
             for _, cost, unit, digits in table.costs

@@ -24,7 +24,9 @@ from mv2v_engine.evaluation.visibility import camera_points, image_positions
 _STRIDES = (8, 4)  # pixels between the samples of a level, and the width of its blur
 _ITERATIONS = 8
 _HUBER = 0.1  # of full scale; larger differences are content, not camera
-_MARGIN = 8  # pixels around a silhouette, behind which another camera sees something else
+# pixels around a silhouette, behind which another camera sees something else: the fewer, the more
+# of a shift is taken for a turn; the more, the less a plain world has to align with
+_MARGIN = 4
 _SILHOUETTE = 1.25  # ratio of depths within the margin
 _FEWEST_PIXELS = 0.05  # share of a frame; fewer do not fix six numbers
 

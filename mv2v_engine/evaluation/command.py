@@ -22,7 +22,7 @@ from mv2v_engine.evaluation.protocol import QUICK, Protocol
 from mv2v_engine.evaluation.report import markdown
 
 AnyProtocol = TypeVar("AnyProtocol", Protocol, EditProtocol)
-_VIEWS_ALONE, _EDITS_ALONE = ("turns",), ("windows", "dino", "clip")
+_VIEWS_ALONE, _EDITS_ALONE = ("turns", "grade"), ("windows", "dino", "clip")
 
 
 def task_of(shape: TransformerConfig, asked: str | None, name: str) -> str:
@@ -59,9 +59,8 @@ def evaluate_checkpoint(args: argparse.Namespace, task: str, load: Callable[[], 
         table = edits_markdown(results)
     else:
         _refuse(args, _EDITS_ALONE, task)
-        views = _chosen(
-            QUICK if args.quick else Protocol(), scenes=args.scenes, turns=args.turns, **common
-        )
+        of_worlds = {"scenes": args.scenes, "turns": args.turns, "grade": args.grade}
+        views = _chosen(QUICK if args.quick else Protocol(), **of_worlds, **common)
         results, folder = _run(args, load, VIEWS, evaluate, views)
         table = markdown(results)
     if not args.quiet:

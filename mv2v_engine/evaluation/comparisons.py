@@ -14,21 +14,33 @@ Values = list[float | None]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A comparison of two rows, item by item, that is met within its bounds.
+    """A row's value, or two rows compared item by item, that is met within its bounds.
 
-    values: a row's, given what the task calls a row.
+    rows: of two the ratio, of one the mean, unless `compare` says otherwise. values: a row's, given
+    what the task calls a row. for_interval: the whole interval must lie within the bounds.
     """
 
     name: str
-    rows: tuple[str, str]
+    rows: tuple[str, ...]
     values: Callable[[Any], Values]
     at_most: float | None = None
     at_least: float | None = None
-    compare: Callable[[Values, Values], Estimate | None] = bootstrap.ratio
+    for_interval: bool = False
+    compare: Callable[..., Estimate | None] | None = None
 
-    def is_met(self, value: float) -> bool:
-        return (self.at_most is None or value <= self.at_most) and (
-            self.at_least is None or value >= self.at_least
+    def estimate(self, columns: Sequence[Values]) -> Estimate | None:
+        compare = self.compare or (bootstrap.mean if len(columns) == 1 else bootstrap.ratio)
+        return compare(*columns)
+
+    def is_met(self, estimate: Estimate) -> bool | None:
+        """None without bounds: it is told, and not judged."""
+        if self.at_most is None and self.at_least is None:
+            return None
+        low, high = estimate.value, estimate.value
+        if self.for_interval:
+            low, high = estimate.low, estimate.high
+        return (self.at_most is None or high <= self.at_most) and (
+            self.at_least is None or low >= self.at_least
         )
 
 
@@ -41,16 +53,16 @@ def compared(
     """
     table = {}
     for target in targets:
-        first, second = (values(target, name) for name in target.rows)
-        estimate = None
-        if first is not None and second is not None:
-            estimate = target.compare(first, second)
+        columns = [column for name in target.rows if (column := values(target, name)) is not None]
+        measured = len(columns) == len(target.rows)
+        estimate = target.estimate(columns) if measured else None
         if estimate is not None:
             bounds = {"at_most": target.at_most, "at_least": target.at_least}
             table[target.name] = {
                 **described(estimate),
                 **{name: bound for name, bound in bounds.items() if bound is not None},
-                "met": target.is_met(estimate.value),
+                **({"for_interval": True} if target.for_interval else {}),
+                "met": target.is_met(estimate),
             }
     return table
 
@@ -83,6 +95,7 @@ def targets_table(targets: dict[str, Any]) -> list[str]:
     if not targets:
         return []
     lines = ["", "| comparison | value | 95 % interval | target | met |", "|---|---|---|---|---|"]
+    judged = {True: "yes", False: "no", None: "-"}
     for name, target in targets.items():
         low, high = target["ci"]
         bounds = [
@@ -90,9 +103,10 @@ def targets_table(targets: dict[str, Any]) -> list[str]:
             for key, sign in (("at_least", "≥"), ("at_most", "≤"))
             if key in target
         ]
+        bound = ", ".join(bounds) + (", all of it" if "for_interval" in target else "")
         lines.append(
             f"| {name} | {target['value']:.3f} | {low:.3f} to {high:.3f} "
-            f"| {', '.join(bounds)} | {'yes' if target['met'] else 'no'} |"
+            f"| {bound or '-'} | {judged[target['met']]} |"
         )
     return lines
 

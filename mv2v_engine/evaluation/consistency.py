@@ -26,13 +26,15 @@ class View:
     """A camera in a known world and what it truly films.
 
     seen, invented: bool [T, height, width], which of its pixels show what the source shows too,
-    and which show what it never does; what is not sure is neither.
+    and which show what it never does; what is not sure is neither. unshown: of a wall or thing that
+    the source shows nothing of, so that nothing tells its colour.
     """
 
     camera: CameraTrajectory
     truth: Rendering
     seen: Tensor
     invented: Tensor
+    unshown: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,15 +58,20 @@ def film(world: World, camera: CameraTrajectory, source: View | None = None) -> 
     truth = render(world, camera)
     if source is None:
         everywhere = torch.ones_like(truth.depth, dtype=torch.bool)
-        return View(camera, truth, everywhere, ~everywhere)
+        return View(camera, truth, everywhere, ~everywhere, ~everywhere)
     projection = project(camera, truth.depth, source.camera, source.truth.depth)
-    return View(camera, truth, projection.seen, projection.unseen)
+    unshown = ~torch.isin(truth.surface, source.truth.surface.unique())
+    return View(camera, truth, projection.seen, projection.unseen, unshown)
 
 
-def overlap(later: View, earlier: View) -> Overlap:
-    """The geometry of a pair of turns: the same for every method that is measured on it."""
+def overlap(later: View, earlier: View, *, of_unshown: bool = False) -> Overlap:
+    """The geometry of a pair of turns: the same for every method that is measured on it.
+
+    of_unshown: count only what the source shows nothing of.
+    """
     projection = project(later.camera, later.truth.depth, earlier.camera, earlier.truth.depth)
-    return Overlap(projection, projection.seen & later.invented)
+    mask = projection.seen & later.invented
+    return Overlap(projection, mask & later.unshown if of_unshown else mask)
 
 
 def consistency(later: Tensor, earlier: Tensor, shared: Overlap) -> tuple[float, float]:

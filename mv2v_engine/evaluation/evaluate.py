@@ -7,7 +7,7 @@ scenes/scene_2000000.json ...     one file a finished scene, what an evaluation 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -24,30 +24,37 @@ from mv2v_engine.evaluation.folder import (
     weights_settings,
 )
 from mv2v_engine.evaluation.parallel import Measures, Processes
+from mv2v_engine.evaluation.perceptual import load_perceptual_distance
 from mv2v_engine.evaluation.protocol import Protocol
 from mv2v_engine.evaluation.report import markdown, summarise
 from mv2v_engine.evaluation.scene import SceneEvaluator
 
 VIEWS = EvaluationKind(
     format="mv2v-evaluation",
-    version=1,
+    version=2,
     item="scene",
     pictures=(figures.SIDE_BY_SIDE, figures.CONSISTENCY, figures.COST),
 )
 _MEMORY_COUNTS = range(0, 11)
 
 
-@dataclass(frozen=True)
+@dataclass
 class SceneJob:
     """Measure a scene and write its file, and the picture if it is the protocol's first."""
 
     protocol: Protocol
     folder: EvaluationFolder
     settings: dict[str, Any]
+    # of each process its own: engines and the network that measures are made once
+    _evaluator: SceneEvaluator | None = field(default=None, init=False)
 
     def __call__(self, engine: Engine, seed: int) -> Measures:
+        if self._evaluator is None:
+            self._evaluator = SceneEvaluator(engine, self.protocol)
+        evaluator = self._evaluator
+
         def measure() -> Measures:
-            scene = SceneEvaluator(engine, self.protocol).measure(seed)
+            scene = evaluator.measure(seed)
             if seed == self.protocol.first_scene:
                 figures.save_side_by_side(self.folder.folder / figures.SIDE_BY_SIDE, scene)
             return scene.measures
@@ -116,7 +123,14 @@ def _settings(engine: Engine, protocol: Protocol) -> dict[str, Any]:
     settings = asdict(protocol)
     del settings["scenes"]
     rows = [row.name for row in protocol.chosen_rows]
-    return {**settings, **weights_settings(engine, protocol.steps), "rows": rows}
+    # scenes with and without it make no mean
+    has_st_lpips = load_perceptual_distance() is not None
+    return {
+        **settings,
+        **weights_settings(engine, protocol.steps),
+        "rows": rows,
+        "st_lpips": has_st_lpips,
+    }
 
 
 def _costs(engine: Engine) -> dict[str, list[dict[str, Any]]]:

@@ -13,8 +13,13 @@ from mv2v_engine.evaluation.scene import SceneResult
 from mv2v_engine.files import replacing
 
 SIDE_BY_SIDE, CONSISTENCY, COST = "side_by_side.png", "consistency.png", "cost.png"
-_LABELS = {"truth": "true view", **{row.name: row.label for row in ROWS}}
-_SHOWN = ("truth", "independent", "previous", "memory", "memory_merged", "static")
+_LABELS = {
+    "source": "the source",
+    "truth": "true view",
+    "vae": "true view,\nthrough the VAE",
+    **{row.name: row.label for row in ROWS},
+}
+_SHOWN = ("source", "truth", "vae", "independent", "previous", "memory", "memory_merged", "static")
 _COSTS = {
     "flops_uniform": "all videos 1x2x2",
     "flops_dynamic": "tokenizers by rank",
@@ -40,12 +45,12 @@ def require_matplotlib() -> None:
 
 
 def save_side_by_side(path: Path, scene: SceneResult) -> None:
-    """The last frame of every turn, a row a method; an outline holds what the source never saw."""
+    """The last frame of every turn, a row a method; lines bound what the source never shows."""
     from matplotlib import pyplot
 
     rows = [name for name in _SHOWN if name in scene.frames]
     columns = len(scene.views)
-    height, width = scene.views[0].camera.size
+    height, width = scene.frames["truth"]["1"].shape[1:3]
     cell = 2.6
     figure, axes = pyplot.subplots(
         len(rows),
@@ -55,15 +60,19 @@ def save_side_by_side(path: Path, scene: SceneResult) -> None:
         layout="constrained",
     )
     for name, line in zip(rows, axes, strict=True):
-        for number, (view, axis) in enumerate(zip(scene.views, line, strict=True), 1):
-            axis.imshow(scene.frames[name][number - 1][-1].numpy())
+        for (turn, view), axis in zip(scene.views.items(), line, strict=True):
+            axis.imshow(scene.frames[name][turn][-1].numpy())
             invented = view.invented[-1].float()
-            if 0 < invented.mean() < 1:
-                axis.contour(_smoothed(invented).numpy(), [0.5], colors="#ff2fd0", linewidths=1)
+            if name != "source" and 0 < invented.mean() < 1:
+                # white on black is seen on whatever colour
+                for colour, linewidth in (("black", 1.8), ("white", 0.7)):
+                    edge = {"colors": colour, "linewidths": linewidth}
+                    axis.contour(_smoothed(invented).numpy(), [0.5], **edge)
             axis.set_xticks([])
             axis.set_yticks([])
             if name == rows[0]:
-                axis.set_title(f"turn {number}: {view.camera.name}", fontsize=9)
+                which = f"turn {turn}" if turn.isdecimal() else turn
+                axis.set_title(f"{which}: {view.camera.name}", fontsize=9)
         line[0].set_ylabel(_LABELS[name].replace(" as ", "\nas "), fontsize=8)
     save_figure(figure, path)
 
@@ -78,9 +87,10 @@ def save_consistency(path: Path, results: dict[str, Any]) -> None:
     from matplotlib import pyplot
 
     figure, axis = pyplot.subplots(figsize=(6.4, 4), layout="constrained")
-    rows = {**results["rows"], "truth": results["references"]["truth"]}
+    bounds = {name: results["references"][name] for name in ("truth", "vae")}
+    rows = results["rows"] | bounds
     for index, (name, row) in enumerate(rows.items()):
-        known = {int(n): v for n, v in row["by_turn"].items() if v["value"] is not None}
+        known = {int(n): v for n, v in row["by_turn"].items() if n.isdecimal()}
         if not known:
             continue
         values = [v["value"] for v in known.values()]
@@ -90,11 +100,13 @@ def save_consistency(path: Path, results: dict[str, Any]) -> None:
         ]
         # a little apart, so that intervals do not hide each other
         places = [number + 0.03 * (index - len(rows) / 2) for number in known]
-        style: dict[str, Any] = {"color": "black", "linestyle": ":"} if name == "truth" else {}
-        axis.errorbar(places, values, errors, marker="o", capsize=2, label=_LABELS[name], **style)
+        style: dict[str, Any] = {"label": _LABELS[name].replace("\n", " ")}
+        if name in bounds:
+            style |= {"color": "black" if name == "truth" else "gray", "linestyle": ":"}
+        axis.errorbar(places, values, errors, marker="o", capsize=2, **style)
     axis.set_xlabel("turn")
     axis.set_ylabel("L1 to earlier turns, unseen by the source")
-    axis.set_xticks(sorted({int(n) for row in rows.values() for n in row["by_turn"]}))
+    axis.locator_params(axis="x", integer=True)
     axis.set_ylim(bottom=0)
     axis.grid(alpha=0.3)
     axis.legend(fontsize=7)

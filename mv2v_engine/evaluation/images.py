@@ -24,6 +24,22 @@ def masked_l1(first: Tensor, second: Tensor, mask: Tensor) -> float:
     return float((first.float() - second.float()).abs()[mask].mean() / 255)
 
 
+def gradient_energy(frames: Tensor, mask: Tensor | None = None) -> float:
+    """Sum of the squared steps from a pixel to the next one, to the right and down, of full scale 1
+    and averaged over colours.
+
+    mask: [T, height, width], both pixels of a step lie in it.
+    """
+    total = 0.0
+    for axis in (1, 2):
+        steps = (frames.float() / 255).diff(dim=axis).pow(2).mean(-1)
+        if mask is not None:
+            length = mask.shape[axis] - 1
+            steps = steps[mask.narrow(axis, 0, length) & mask.narrow(axis, 1, length)]
+        total += float(steps.sum(dtype=torch.float64))
+    return total
+
+
 def flicker(frames: Tensor) -> float:
     """VBench's temporal flickering, (255 - mean |change|) / 255: 1 is a still picture."""
     return float(1 - (frames[1:].float() - frames[:-1].float()).abs().mean() / 255)

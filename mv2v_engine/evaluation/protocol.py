@@ -1,9 +1,11 @@
 """What is measured: the scenes, the turns of each, and the methods that answer them (METHOD 14).
 
 A scene is a held-out world filmed by a static camera. Three turns move to the same side of it in
-different ways, so that each reveals part of what the others do; a fourth looks the other way, and
-a fifth comes back to where the first was, when four videos are in memory (Table 4's point). The
-three-turn protocol is the first three of the five.
+different ways, so that each reveals part of what the others do. Of five, the fourth looks the other
+way, and the last is asked in three ways of the same four turns before it: the first turn's place
+again (loop closure), the first turn's very path (replay), and further the same way, where what the
+source shows nothing of must come back (open-domain return). Of nine, eight are in store, and the
+last closes the loop or takes a path that none of them took (detour): enough to choose from.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import combinations
-from typing import Literal
+from typing import Literal, get_args
 
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.config import (
@@ -24,30 +26,51 @@ from mv2v_engine.config import (
     SamplingConfig,
 )
 from mv2v_engine.errors import RequestError, nearest_names
-from mv2v_engine.synthetic.worlds import HELD_OUT
+from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 
 FIRST_SCENE = HELD_OUT + 1_000_000  # apart from the worlds that the VAE is measured on
-MAIN_TURNS = 3
-NumTurns = Literal[3, 5]
+NumTurns = Literal[3, 5, 9]
 
-# The extents are ReCamMaster's own, by family; the sign is the side of the scene.
-_MOVES = ("pan:{:.2f}", "arc:{:.2f}", "zoom:{:.3f}", "pan:{:.2f}", "pan:{:.2f}")
-_AMOUNTS = (19.88, -29.82, -1.988, -19.88, 14.91)
-_SIDED = (True, True, False, True, True)
+# The extents are ReCamMaster's own, by family; those of pans and arcs turn with the scene's side.
+_MOVES = (
+    ("pan", 19.88),
+    ("arc", -29.82),
+    ("zoom", -1.988),
+    ("pan", -19.88),
+    ("tilt", 9.94),
+    ("tilt", -9.94),
+    ("crane", 0.994),
+    ("zoom", 1.988),
+)
+_SIDED = ("pan", "arc")
+_CLOSURE = ("pan", 14.91)
+REPLAY, RETURN, DETOUR = "replay", "return", "detour"
+# the last turns by number of turns, each asked of the same turns before it
+_LAST: dict[int, dict[str, tuple[str, float]]] = {
+    3: {"3": _MOVES[2]},
+    5: {"5": _CLOSURE, REPLAY: _MOVES[0], RETURN: ("pan", 23.86)},
+    9: {"9": _CLOSURE, DETOUR: ("arc", 22.37)},
+}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Row:
-    """One method: how each of its turns remembers, and how its engine is configured."""
+    """One method: how each of its turns remembers, and how its engine is configured.
+
+    ranking: the engine's, or the oracle, which knows the world: the videos that show most of what
+    the source and those already chosen do not. after: the row that makes all turns but the last
+    ones; None is this one.
+    """
 
     name: str
     label: str
     memory: MemoryMode = "retrieved"
     merge: MergeMode = "off"
     conditioning: Conditioning = "joint"
-    ranking: MemoryRanking = "fov"
+    ranking: MemoryRanking | Literal["oracle"] = "fov"
     tokenizers: MemoryTokenizers = "ranked"
     max_memory: int = 10
+    after: str | None = None
 
     def configure(self, config: EngineConfig) -> EngineConfig:
         """The configuration of this method's engine; what it does not name stays."""
@@ -56,7 +79,8 @@ class Row:
             merge=self.merge,
             conditioning=self.conditioning,
             max_memory=self.max_memory,
-            memory_ranking=self.ranking,
+            # what an oracle did not choose is forgotten before
+            memory_ranking="fov" if self.ranking == "oracle" else self.ranking,
             memory_tokenizers=self.tokenizers,
         )
 
@@ -69,9 +93,22 @@ ROWS: tuple[Row, ...] = (
     Row(name="static", label="memory, static", conditioning="static"),
     Row(name="discard", label="discard instead of merge", merge="discard"),
     Row(name="uniform", label="uniform 1x2x2 tokens", tokenizers="uniform"),
-    Row(name="retrieved_1", label="one video, retrieved", max_memory=1),
-    Row(name="random_1", label="one video, at random", max_memory=1, ranking="random"),
     Row(name="no_source", label="no source (memory alone)", memory="alone"),
+    Row(name="retrieved_2", label="two videos, retrieved", max_memory=2, after="memory"),
+    Row(
+        name="random_2",
+        label="two videos, at random",
+        max_memory=2,
+        ranking="random",
+        after="memory",
+    ),
+    Row(
+        name="oracle_2",
+        label="two videos, by an oracle",
+        max_memory=2,
+        ranking="oracle",
+        after="memory",
+    ),
 )
 MAIN_ROWS = ("independent", "previous", "memory", "memory_merged", "static")
 
@@ -80,41 +117,63 @@ MAIN_ROWS = ("independent", "previous", "memory", "memory_merged", "static")
 class Protocol:
     """A measurement: equal protocols give equal numbers on the same weights.
 
-    first_scene: seed of the first world. turns: 3, or 5 with the first and fifth overlapping.
-    steps: denoising steps of a turn; None takes the checkpoint's.
+    grade: of the worlds. turns: 3; 5, where the last is asked in three ways; 9, where eight are in
+    store. steps: denoising steps of a turn; None takes the checkpoint's. rows: None are all that
+    the number of turns is for. first_scene: seed of the first world.
     """
 
     scenes: int = 40
+    grade: Grade = "plain"
     turns: NumTurns = 3
     steps: int | None = 10
-    rows: tuple[str, ...] = tuple(row.name for row in ROWS)
+    rows: tuple[str, ...] | None = None
     first_scene: int = FIRST_SCENE
 
     def __post_init__(self) -> None:
-        if self.scenes < 1 or self.turns not in (3, 5):
+        if self.scenes < 1 or self.turns not in _LAST:
             raise RequestError(
-                "an evaluation needs at least 1 scene of 3 or 5 turns, got "
+                "an evaluation needs at least 1 scene of 3, 5 or 9 turns, got "
                 f"{self.scenes} scenes of {self.turns}"
             )
+        if self.grade not in get_args(Grade):
+            raise RequestError(f"a scene's grade is one of {get_args(Grade)}, got {self.grade!r}")
         if self.first_scene < HELD_OUT:
             raise RequestError(
                 f"scenes from {HELD_OUT} on are never trained on, got {self.first_scene}"
             )
-        check_rows(self.rows, ROWS)
+        if self.rows is not None:
+            check_rows(self.rows, ROWS)
 
     @property
     def chosen_rows(self) -> tuple[Row, ...]:
         """The rows in their own order, so that shared turns are made by the plainest of them."""
-        return tuple(row for row in ROWS if row.name in self.rows)
+        if self.rows is not None:
+            return tuple(row for row in ROWS if row.name in self.rows)
+        if self.turns == 9:
+            return tuple(row for row in ROWS if row.after or row.name in ("independent", "memory"))
+        return tuple(row for row in ROWS if not row.after)
 
     @property
     def seeds(self) -> range:
         return range(self.first_scene, self.first_scene + self.scenes)
 
     @property
-    def pairs(self) -> tuple[tuple[int, int], ...]:
-        """Pairs of turns, the earlier first, numbered from 1."""
-        return tuple(combinations(range(1, self.turns + 1), 2))
+    def before(self) -> tuple[str, ...]:
+        """The turns before the last ones, by name, in order."""
+        return tuple(str(number) for number in range(1, self.turns))
+
+    @property
+    def last(self) -> tuple[str, ...]:
+        """The last turns, each asked of the same turns before it."""
+        return tuple(_LAST[self.turns])
+
+    @property
+    def pairs(self) -> tuple[tuple[str, str], ...]:
+        """Pairs of turns, the earlier first."""
+        return (
+            *combinations(self.before, 2),
+            *((earlier, last) for last in self.last for earlier in self.before),
+        )
 
 
 def check_rows(names: tuple[str, ...], rows: Sequence[Row]) -> None:
@@ -132,22 +191,27 @@ def check_rows(names: tuple[str, ...], rows: Sequence[Row]) -> None:
 QUICK = Protocol(scenes=4, steps=4, rows=MAIN_ROWS)
 
 
-def pair_name(pair: tuple[int, int]) -> str:
-    return f"{pair[0]}-{pair[1]}"
+def pair_name(earlier: str, later: str) -> str:
+    return f"{earlier}-{later}"
 
 
 def scene_trajectories(
-    seed: int, sampling: SamplingConfig, turns: int = MAIN_TURNS
-) -> list[CameraTrajectory]:
-    """The cameras of a scene's turns; even seeds look to the right, odd ones to the left."""
+    seed: int, sampling: SamplingConfig, turns: int = 3
+) -> dict[str, CameraTrajectory]:
+    """The cameras of a scene's turns by name, "1" to `turns` first; even seeds look to the right,
+    odd ones to the left."""
     side = 1 if seed % 2 == 0 else -1
-    cameras = []
-    for move, amount, sided in zip(_MOVES[:turns], _AMOUNTS, _SIDED, strict=False):
-        spec = move.format(amount * side if sided else amount)
-        cameras.append(named_trajectory(spec, sampling.num_frames, sampling.size))
+    numbered = {str(number): move for number, move in enumerate(_MOVES[: turns - 1], 1)}
+    cameras = {}
+    for name, (kind, amount) in (numbered | _LAST[turns]).items():
+        spec = f"{kind}:{amount * side if kind in _SIDED else amount:g}"
+        cameras[name] = named_trajectory(spec, sampling.num_frames, sampling.size)
     return cameras
 
 
 def turn_seed(scene: int, number: int) -> int:
-    """Seed of a turn's noise: its own for every turn, the same for all rows."""
+    """Seed of a turn's noise: its own for every turn, the same for all rows.
+
+    number: from 1, the turn's place among `scene_trajectories`.
+    """
     return scene * 16 + number

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from statistics import median
 from typing import Any
 
@@ -18,7 +18,7 @@ from mv2v_engine.evaluation.comparisons import (
     targets_table,
     with_interval,
 )
-from mv2v_engine.evaluation.protocol import MAIN_TURNS, ROWS, Protocol, pair_name
+from mv2v_engine.evaluation.protocol import DETOUR, REPLAY, RETURN, ROWS, Protocol, pair_name
 
 Scenes = Sequence[dict[str, Any]]
 
@@ -33,9 +33,15 @@ _QUALITY = (
     "translation_error",
     "flicker",
 )
+_ENERGIES = {
+    "sharpness": "energy",
+    "source_sharpness": "source_energy",
+    "unseen_sharpness": "unseen_energy",
+}
 _COST = ("tokens", "flops")
 _MAIN_PAIRS = ("1-2", "1-3", "2-3")
-_RETURN = "1-5"  # the pair that has four videos in memory
+# of five turns and of nine: the pair that has all others in memory
+_CLOSURE = ("1-5", "1-9")
 
 MEASURES = {
     "consistency": "mean L1 (0..1) of later against warped earlier turns, over pairs 1-2, 1-3 and "
@@ -43,23 +49,39 @@ MEASURES = {
     "features": "1 - cosine of 7x7 colour neighbourhoods, over the same pixels; lower is better",
     "source_psnr": "PSNR in dB against the true view, where the source sees the point",
     "unseen_psnr": "PSNR in dB where the source does not see the point",
+    "sharpness": "gradient energy of all turns over that of the true views through the VAE; 1 is "
+    "as sharp as the VAE allows",
+    "source_sharpness": "the same where the source sees the point",
+    "unseen_sharpness": "the same where it does not",
     "camera_error": "mean displacement in pixels between the requested camera and the one that "
     "aligns best with the turn; rotation_error in degrees, translation_error in metres",
     "flicker": "(255 - mean |change between frames|) / 255; 1 is a still picture",
+    "branches": "consistency of a last turn with the first one (loop closure, replay; open-domain "
+    "return: of walls and things that the source shows nothing of), or with all turns before it, "
+    "by pixels (detour; choice: all last turns)",
     "tokens": "of a turn's sequence before merging, mean over turns",
     "flops": "of all forwards of a turn, counted from its token plan, mean over turns",
     "seconds": "of denoising a turn, without VAE and retrieval; mean over turns, median of scenes",
 }
 
 
+_ST_LPIPS = {
+    "st_lpips": "shift-tolerant LPIPS (AlexNet) of every fourth frame against the true view; lower "
+    "is better",
+}
+
+
 def summarise(scenes: Scenes, protocol: Protocol) -> dict[str, Any]:
     """Everything that follows from the scenes' measures (see `MEASURES` for units)."""
+    has_st_lpips = "st_lpips" in scenes[0]["references"]["truth"]["turns"][0]
+    measures = MEASURES | (_ST_LPIPS if has_st_lpips else {})
+    quality = [*_QUALITY, *(_ST_LPIPS if has_st_lpips else ())]
     rows = {
-        row.name: _row(_Row(scenes, "rows", row.name), has_cost=True)
+        row.name: _row(_Row(scenes, "rows", row.name), quality, has_cost=True)
         for row in protocol.chosen_rows
     }
     references = {
-        name: _row(_Row(scenes, "references", name), has_cost=False)
+        name: _row(_Row(scenes, "references", name), quality, has_cost=False)
         for name in scenes[0]["references"]
     }
     return {
@@ -68,7 +90,7 @@ def summarise(scenes: Scenes, protocol: Protocol) -> dict[str, Any]:
         "references": references,
         "targets": targets(scenes, protocol),
         "responsiveness": _responsiveness(scenes),
-        "measures": MEASURES,
+        "measures": measures,
     }
 
 
@@ -77,6 +99,7 @@ class _Row:
 
     def __init__(self, scenes: Scenes, kind: str, name: str) -> None:
         self.scenes = [scene[kind][name] for scene in scenes]
+        self._best = [scene["references"]["vae"]["turns"] for scene in scenes]
 
     def pairs(self, names: Sequence[str], measure: str = "l1") -> Values:
         """Mean over the given pairs of turns."""
@@ -86,12 +109,36 @@ class _Row:
         """Mean over turns."""
         return [_mean([turn[measure] for turn in scene["turns"]]) for scene in self.scenes]
 
+    def sharpness(self, energy: str = "energy") -> Values:
+        """Over all turns, so that a turn with next to nothing to draw decides nothing."""
+        values: Values = []
+        for scene, best in zip(self.scenes, self._best, strict=True):
+            allowed = {turn["turn"]: turn[energy] for turn in best}
+            total = sum(allowed[turn["turn"]] for turn in scene["turns"])
+            made = sum(turn[energy] for turn in scene["turns"])
+            values.append(made / total if total else None)
+        return values
+
     def pair_names(self) -> list[str]:
         return sorted({name for pairs in self._pairs() for name in pairs})
 
-    def against_earlier(self, number: int) -> Values:
+    def later_turns(self) -> list[str]:
+        """Turns that can be compared with earlier ones, in order."""
+        return sorted({name.partition("-")[2] for name in self.pair_names()})
+
+    def against_earlier(self, later: str) -> Values:
         """Consistency of one turn with all turns before it."""
-        return self.pairs([pair_name((earlier, number)) for earlier in range(1, number)])
+        return self.pairs([n for n in self.pair_names() if n.partition("-")[2] == later])
+
+    def last_turns(self, *names: str) -> Values:
+        """Consistency of last turns with all turns before them, a pixel as much as another."""
+        values: Values = []
+        for pairs in self._pairs():
+            chosen = [pair for n, pair in pairs.items() if n.partition("-")[2] in names]
+            total = sum(pair["pixels"] for pair in chosen)
+            error = sum(pair["l1"] * pair["pixels"] for pair in chosen)
+            values.append(error / total if total else None)
+        return values
 
     def _pairs(self) -> list[dict[str, dict[str, float]]]:
         return [scene["pairs"] for scene in self.scenes]
@@ -102,13 +149,14 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(known) / len(known) if known else None
 
 
-def _row(row: _Row, *, has_cost: bool) -> dict[str, Any]:
+def _row(row: _Row, quality: Sequence[str], *, has_cost: bool) -> dict[str, Any]:
     summary: dict[str, Any] = {}
-
     add(summary, "consistency", row.pairs(_MAIN_PAIRS))
     add(summary, "features", row.pairs(_MAIN_PAIRS, "features"))
-    for measure in _QUALITY:
+    for measure in quality:
         add(summary, measure, row.turns(measure))
+    for measure, energy in _ENERGIES.items():
+        add(summary, measure, row.sharpness(energy))
     for measure in _COST if has_cost else ():
         estimate = bootstrap.mean(row.turns(measure))
         summary[measure] = estimate and rounded(estimate.value)
@@ -120,79 +168,97 @@ def _row(row: _Row, *, has_cost: bool) -> dict[str, Any]:
         name: described(bootstrap.mean(row.pairs([name]))) for name in row.pair_names()
     }
     summary["by_turn"] = {
-        str(number): described(bootstrap.mean(row.against_earlier(number)))
-        for number in range(2, len(row.scenes[0]["turns"]) + 1)
+        later: described(bootstrap.mean(row.against_earlier(later))) for later in row.later_turns()
+    }
+    branches = {name: bootstrap.mean(values(row)) for name, values in _BRANCHES.items()}
+    summary["branches"] = {
+        name: described(estimate) for name, estimate in branches.items() if estimate is not None
     }
     return summary
+
+
+def _of(measure: str) -> Callable[[_Row], Values]:
+    return lambda row: row.turns(measure)
 
 
 def _three_turns(row: _Row) -> Values:
     return row.pairs(_MAIN_PAIRS)
 
 
-def _first_third(row: _Row) -> Values:
-    return row.pairs(["1-3"])
+def _closure(row: _Row) -> Values:
+    return row.pairs(_CLOSURE)
 
 
-def _first_fifth(row: _Row) -> Values:
-    return row.pairs([_RETURN])
+def _replay(row: _Row) -> Values:
+    return row.pairs([pair_name("1", REPLAY)])
 
 
-def _from_the_third(row: _Row) -> Values:
-    """Where retrieval has a choice."""
-    return row.pairs([name for name in row.pair_names() if int(name[-1]) >= MAIN_TURNS])
+def _return(row: _Row) -> Values:
+    return row.pairs([pair_name("1", RETURN)])
 
 
-def _source_psnr(row: _Row) -> Values:
-    return row.turns("source_psnr")
+def _detour(row: _Row) -> Values:
+    return row.last_turns(DETOUR)
 
 
-def _camera_error(row: _Row) -> Values:
-    return row.turns("camera_error")
+def _choice(row: _Row) -> Values:
+    """Where a few of eight videos are chosen."""
+    return row.last_turns("9", DETOUR)
 
 
-_GAIN, _MERGED = ("memory", "independent"), ("memory_merged", "memory")
-_FUSED, _STATIC = ("memory_merged", "discard"), ("static", "memory")
+_BRANCHES = {
+    "loop closure": _closure,
+    "replay": _replay,
+    "open-domain return": _return,
+    "detour": _detour,
+    "choice": _choice,
+}
+_GAIN, _MERGED, _STATIC = (
+    ("memory", "independent"),
+    ("memory_merged", "memory"),
+    ("static", "memory"),
+)
+_RETRIEVED, _ORACLE = ("retrieved_2", "random_2"), ("oracle_2", "random_2")
+_WITHIN = 1.02  # of memory
 _TARGETS = (
+    Target(name="PSNR where seen, dB", rows=("memory",), values=_of("source_psnr"), at_least=26),
+    Target(name="camera error, px", rows=("memory",), values=_of("camera_error"), at_most=1.5),
+    Target(
+        name="gradient energy / truth through the VAE",
+        rows=("memory",),
+        values=_Row.sharpness,
+        at_least=0.85,
+        at_most=1.1,
+    ),
     Target(name="memory / independent", rows=_GAIN, values=_three_turns, at_most=0.5),
-    Target(name="memory / independent, 1-5", rows=_GAIN, values=_first_fifth, at_most=0.5),
+    Target(name="memory / independent, loop closure", rows=_GAIN, values=_closure, at_most=0.35),
+    Target(name="memory / independent, replay", rows=_GAIN, values=_replay),
     Target(
-        name="memory / previous, 1-3",
-        rows=("memory", "previous"),
-        values=_first_third,
-        at_most=1,
+        name="memory / independent, open-domain return", rows=_GAIN, values=_return, at_most=0.35
     ),
-    Target(
-        name="independent - memory, source_psnr",
-        rows=("independent", "memory"),
-        values=_source_psnr,
-        at_most=0.2,
-        compare=bootstrap.difference,
-    ),
-    Target(name="memory / independent, camera", rows=_GAIN, values=_camera_error, at_most=1),
-    Target(name="merged / memory", rows=_MERGED, values=_three_turns, at_most=1.02),
-    Target(name="merged / memory, 1-5", rows=_MERGED, values=_first_fifth, at_most=1.02),
-    Target(name="static / memory", rows=_STATIC, values=_three_turns, at_most=1.05),
-    Target(name="static / memory, 1-5", rows=_STATIC, values=_first_fifth, at_most=1.05),
-    Target(name="merged / discard", rows=_FUSED, values=_three_turns, at_most=1),
-    Target(name="merged / discard, 1-5", rows=_FUSED, values=_first_fifth, at_most=1),
-    Target(
-        name="retrieved / random",
-        rows=("retrieved_1", "random_1"),
-        values=_from_the_third,
-        at_most=1,
-    ),
+    Target(name="memory / independent, camera", rows=_GAIN, values=_of("camera_error"), at_most=1),
+    Target(name="merged / memory", rows=_MERGED, values=_three_turns, at_most=_WITHIN),
+    Target(name="merged / memory, loop closure", rows=_MERGED, values=_closure, at_most=_WITHIN),
+    Target(name="static / memory", rows=_STATIC, values=_three_turns, at_most=_WITHIN),
+    Target(name="static / memory, loop closure", rows=_STATIC, values=_closure, at_most=_WITHIN),
+    Target(name="retrieved / random", rows=_RETRIEVED, values=_choice, at_most=0.9),
+    Target(name="retrieved / random, loop closure", rows=_RETRIEVED, values=_closure),
+    Target(name="retrieved / random, detour", rows=_RETRIEVED, values=_detour),
+    Target(name="oracle / random", rows=_ORACLE, values=_choice),
+    Target(name="oracle / random, loop closure", rows=_ORACLE, values=_closure),
+    Target(name="oracle / random, detour", rows=_ORACLE, values=_detour),
 )
 
 
 def targets(scenes: Scenes, protocol: Protocol) -> dict[str, Any]:
-    """The comparisons that the method is judged by: value, interval, bound, whether it is met.
+    """What the method is judged by: value, interval, bound, whether it is met.
 
     A comparison is left out where its rows or turns were not measured.
     """
+    rows = {row.name for row in protocol.chosen_rows}
 
     def values(target: Target, name: str) -> Values | None:
-        is_measured = name in protocol.rows
+        is_measured = name in rows
         return target.values(_Row(scenes, "rows", name)) if is_measured else None
 
     return compared(_TARGETS, values)
@@ -212,22 +278,50 @@ def _responsiveness(scenes: Scenes) -> dict[str, Any]:
     }
 
 
+# title, measure, digits, whether its interval is shown
+_COLUMNS: tuple[tuple[str, str, int, bool], ...] = (
+    ("consistency ↓", "consistency", 4, True),
+    ("1 - cosine ↓", "features", 4, False),
+    ("PSNR where seen ↑", "source_psnr", 2, True),
+    ("gradient energy → 1", "sharpness", 2, True),
+    ("where seen", "source_sharpness", 2, False),
+    ("where not", "unseen_sharpness", 2, False),
+    ("ST-LPIPS ↓", "st_lpips", 3, True),
+    ("camera error, px ↓", "camera_error", 2, True),
+    ("flicker ↑", "flicker", 4, False),
+    ("tokens", "tokens", 0, False),
+    ("GFLOP a turn", "flops", 1, False),
+    ("seconds a turn", "seconds", 2, False),
+)
+
+
 def markdown(results: dict[str, Any]) -> str:
     """The result as tables that a README or a model card can show."""
     settings = results["settings"]
     lines = [
-        f"{results['scenes']} held-out scenes of {settings['turns']} turns, "
+        f"{results['scenes']} held-out {settings['grade']} worlds, {settings['turns']} turns each, "
         f"{settings['steps']} denoising steps, checkpoint {results['engine']['checkpoint']} on "
-        f"{results['engine']['device']}; 95 % bootstrap intervals over scenes.",
+        f"{results['engine']['device']}; 95 % bootstrap intervals over worlds.",
         *([] if settings["trained_for_memory"] else ["These weights never learned to remember."]),
         "",
-        "| | consistency ↓ | 1-2 | 1-3 | 2-3 | 1 - cosine ↓ | PSNR where seen ↑ "
-        "| camera error, px ↓ | flicker ↑ | tokens | GFLOP a turn | seconds a turn |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     named = [(_LABELS[name], row) for name, row in results["rows"].items()]
     named += [(f"*{name}*", row) for name, row in results["references"].items()]
-    lines += [_markdown_row(label, row) for label, row in named]
+    columns = [column for column in _COLUMNS if column[1] in results["measures"]]
+    rows = [
+        (label, [_cell(row, measure, digits, ci) for _, measure, digits, ci in columns])
+        for label, row in named
+    ]
+    lines += _table([title for title, *_ in columns], rows)
+    if "st_lpips" not in results["measures"]:
+        lines += ["", "ST-LPIPS was not measured: it needs mv2v_engine[eval]."]
+    branches = [name for name in _BRANCHES if any(name in row["branches"] for _, row in named)]
+    if branches:
+        rows = [
+            (label, [_described(row["branches"].get(name)) for name in branches])
+            for label, row in named
+        ]
+        lines += ["", "Consistency of the last turns, by branch:", "", *_table(branches, rows)]
     lines += targets_table(results["targets"])
     saved = [f"{100 * by['4']:.1f} % ({plan})" for plan, by in results["merging_saves"].items()]
     lines += [
@@ -235,26 +329,37 @@ def markdown(results: dict[str, Any]) -> str:
         f"Of a forward's FLOPs, merging saves with four memory videos: {', '.join(saved)}.",
     ]
     if results["responsiveness"]:
-        lines += ["", "| blocks | Pearson | Spearman | bottom-50 % overlap |", "|---|---|---|---|"]
-        for group, values in results["responsiveness"].items():
-            cells = [f"{values[name]['value']:.3f}" for name in values]
-            lines.append(f"| {group} | {' | '.join(cells)} |")
+        rows = [
+            (group, [f"{value['value']:.3f}" for value in values.values()])
+            for group, values in results["responsiveness"].items()
+        ]
+        titles = ["Pearson", "Spearman", "bottom-50 % overlap"]
+        lines += ["", *_table(titles, rows, corner="blocks")]
     return "\n".join(lines) + "\n"
 
 
-def _markdown_row(label: str, row: dict[str, Any]) -> str:
-    pairs = [number(row["pairs"].get(name, {}).get("value"), 4) for name in _MAIN_PAIRS]
-    flops = row.get("flops")
-    cells = [
-        label,
-        with_interval(row, "consistency", 4),
-        *pairs,
-        number(row["features"], 4),
-        with_interval(row, "source_psnr", 2),
-        with_interval(row, "camera_error", 2),
-        number(row["flicker"], 4),
-        number(row.get("tokens"), 0),
-        number(None if flops is None else flops / 1e9, 1),
-        number(row.get("seconds"), 2),
+def _cell(row: dict[str, Any], measure: str, digits: int, has_interval: bool) -> str:
+    if has_interval:
+        return with_interval(row, measure, digits)
+    value = row.get(measure)
+    if measure == "flops" and value is not None:
+        value /= 1e9
+    return number(value, digits)
+
+
+def _described(value: dict[str, Any] | None) -> str:
+    if value is None:
+        return "-"
+    low, high = value["ci"]
+    return f"{value['value']:.4f} ({low:.4f} to {high:.4f})"
+
+
+def _table(
+    titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, corner: str = ""
+) -> list[str]:
+    """Lines of Markdown. rows: a label and its cells."""
+    return [
+        f"| {corner} | {' | '.join(titles)} |",
+        "|---" * (len(titles) + 1) + "|",
+        *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows),
     ]
-    return f"| {' | '.join(cells)} |"

@@ -2,7 +2,8 @@
 
 The truth is rendered once, the source encoded once, and a turn that several rows would answer
 with the same plan on the same videos is denoised once: the first turn of most rows, and a
-later one where two ways of remembering chose the same.
+later one where two ways of remembering chose the same. Turns go by their names in the protocol;
+the last ones are answered by sessions that have taken over all turns before.
 
 T frames.
 """
@@ -12,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,9 +25,17 @@ from mv2v_engine.engine.request import TurnRequest
 from mv2v_engine.engine.turn import ViewTurn
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.evaluation.alignment import camera_error
-from mv2v_engine.evaluation.consistency import Overlap, View, consistency, film, overlap
-from mv2v_engine.evaluation.images import flicker, masked_psnr, structural_similarity
+from mv2v_engine.evaluation.consistency import View, consistency, film, overlap
+from mv2v_engine.evaluation.images import (
+    flicker,
+    gradient_energy,
+    masked_psnr,
+    structural_similarity,
+)
+from mv2v_engine.evaluation.perceptual import PerceptualDistance, load_perceptual_distance
 from mv2v_engine.evaluation.protocol import (
+    RETURN,
+    ROWS,
     Protocol,
     Row,
     pair_name,
@@ -39,23 +49,26 @@ from mv2v_engine.evaluation.responsiveness import (
 )
 from mv2v_engine.progress import StepDone
 from mv2v_engine.synthetic.worlds import make_world
+from mv2v_engine.vae import VideoVAE
 
 _FPS = 8.0
 _RECORDED_STEPS = 4  # noise levels at which responsiveness is compared
 
 Measures = dict[str, Any]
+# frames uint8 [T, height, width, 3] by the turn's name
+Videos = dict[str, Tensor]
 
 
 @dataclass(frozen=True, eq=False)
 class SceneResult:
     """`measures` is plain data, what a scene's file holds; the rest is for pictures.
 
-    frames: by row, one tensor [T, height, width, 3] a turn; "truth" among them.
+    frames: by row, the references among them. views: by the turn's name.
     """
 
     measures: Measures
-    frames: dict[str, list[Tensor]]
-    views: list[View]
+    frames: dict[str, Videos]
+    views: dict[str, View]
 
 
 class SceneEvaluator:
@@ -63,137 +76,207 @@ class SceneEvaluator:
 
     def __init__(self, engine: Engine, protocol: Protocol) -> None:
         self.engine, self.protocol = engine, protocol
+        names = {name for row in protocol.chosen_rows for name in (row.name, row.after)}
+        self.rows = {row.name: row for row in ROWS if row.name in names}
         self.engines = {
-            row.name: engine.reconfigured(row.configure(engine.config))
-            for row in protocol.chosen_rows
+            name: engine.reconfigured(row.configure(engine.config))
+            for name, row in self.rows.items()
         }
+        self.perception = load_perceptual_distance()
 
     def measure(self, seed: int) -> SceneResult:
         """Every row on the world of a seed."""
-        engine, protocol = self.engine, self.protocol
-        world, sampling = make_world(seed), engine.sampling
+        protocol, sampling = self.protocol, self.engine.sampling
+        world = make_world(seed, protocol.grade)
         source = film(world, named_trajectory("static", sampling.num_frames, sampling.size))
         cameras = scene_trajectories(seed, sampling, protocol.turns)
-        scene = _Scene(seed, source, [film(world, camera, source) for camera in cameras], protocol)
-        latents = engine.vae.encode(source.truth.frames)
-        frames = {"truth": [view.truth.frames for view in scene.views]}
+        views = {name: film(world, camera, source) for name, camera in cameras.items()}
+        scene = _Scene(seed, source, views, protocol, self.engine.vae, self.perception)
+        frames = dict(scene.references)
         rows: dict[str, Measures] = {}
-        agreement: dict[str, dict[str, float]] = {}
         for row in protocol.chosen_rows:
-            session = self.engines[row.name].view_session(
-                source.truth.frames, fps=_FPS, source_latents=latents
-            )
-            for number in range(1, protocol.turns + 1):
-                request = self._request(scene, row, number)
-                if row.name == "memory" and number == protocol.turns:
-                    agreement = _agreement(session, request)
-                scene.answer(session, request)
-            rows[row.name] = scene.measure(session.turns)
-            frames[row.name] = [turn.frames for turn in session.turns]
-            session.close()
+            turns = self._turns(scene, row)
+            own = protocol.last if row.after else tuple(turns)
+            rows[row.name] = scene.measure(turns, own)
+            frames[row.name] = {name: turns[name].frames for name in own}
         return SceneResult(
             {
                 "seed": seed,
                 "rows": rows,
-                "references": self._references(scene, frames["truth"]),
-                "responsiveness": agreement,
+                "references": scene.measure_references(),
+                "responsiveness": scene.agreement,
             },
             frames,
-            scene.views,
+            views,
         )
 
-    def _request(self, scene: _Scene, row: Row, number: int) -> TurnRequest:
+    def _turns(self, scene: _Scene, row: Row) -> dict[str, ViewTurn]:
+        """All turns of a row: those before the last, then each of the last ones after them."""
+        protocol, first = self.protocol, self.rows[row.after or row.name]
+        with closing(self._session(scene, first)) as session:
+            for name in protocol.before:
+                scene.answer(session, self._request(scene, first, name), name)
+            before = list(session.turns)
+        turns = dict(zip(protocol.before, before, strict=True))
+        for name in protocol.last:
+            request = self._request(scene, row, name)
+            with closing(self._session(scene, row)) as session:
+                for turn in before:
+                    session.adopt(turn)
+                if row.ranking == "oracle":
+                    _remember_alone(session, scene.best_memory(name, row.max_memory))
+                if row.name == "memory" and name == protocol.last[0]:
+                    scene.agreement = _agreement(session, request)
+                scene.answer(session, request, name)
+                turns[name] = session.turns[-1]
+        return turns
+
+    def _session(self, scene: _Scene, row: Row) -> ViewSession:
+        return self.engines[row.name].view_session(
+            scene.source.truth.frames, fps=_FPS, source_latents=scene.source_latents
+        )
+
+    def _request(self, scene: _Scene, row: Row, name: str) -> TurnRequest:
         return TurnRequest.of(
-            scene.views[number - 1].camera,
+            scene.views[name].camera,
             self.engine.sampling,
             memory=row.memory,
-            seed=turn_seed(scene.seed, number),
+            seed=turn_seed(scene.seed, list(scene.views).index(name) + 1),
             num_inference_steps=self.protocol.steps,
         )
 
-    def _references(self, scene: _Scene, truth: list[Tensor]) -> Measures:
-        """What no method can pass, and what one gets for nothing.
-
-        truth: the floor of the consistency measure. vae: the true views through the VAE, the
-        best that any denoiser could do. source: the source's own frames for every request.
-        """
-        vae = self.engine.vae
-        still = [scene.source.truth.frames] * len(truth)
-        return {
-            "truth": scene.measure_frames(truth),
-            "vae": scene.measure_frames([vae.decode(vae.encode(frames)) for frames in truth]),
-            "source": scene.measure_frames(still),
-        }
-
 
 class _Scene:
-    """The geometry of one scene and the turns already denoised in it."""
+    """The geometry of one scene, what is true of it, and the turns already denoised in it.
 
-    def __init__(self, seed: int, source: View, views: list[View], protocol: Protocol) -> None:
-        self.seed, self.source, self.views = seed, source, views
-        self.overlaps: dict[tuple[int, int], Overlap] = {}
-        for earlier, later in protocol.pairs:
-            shared = overlap(views[later - 1], views[earlier - 1])
-            if shared.is_measurable:
-                self.overlaps[earlier, later] = shared
+    agreement: of the blocks' responsiveness, once it has been measured.
+    """
+
+    def __init__(
+        self,
+        seed: int,
+        source: View,
+        views: dict[str, View],
+        protocol: Protocol,
+        vae: VideoVAE,
+        perception: PerceptualDistance | None,
+    ) -> None:
+        self.seed, self.source, self.views, self.protocol = seed, source, views, protocol
+        self.agreement: dict[str, dict[str, float]] = {}
+        self.source_latents = vae.encode(source.truth.frames)
+        truth = {name: view.truth.frames for name, view in views.items()}
+        # the floor of the consistency measure, the best that any denoiser could do, and what one
+        # gets for nothing: the source's own frames for every request
+        self.references: dict[str, Videos] = {
+            "truth": truth,
+            "vae": {name: vae.decode(vae.encode(frames)) for name, frames in truth.items()},
+            "source": dict.fromkeys(views, source.truth.frames),
+        }
+        self.overlaps = {
+            (earlier, later): overlap(views[later], views[earlier], of_unshown=later == RETURN)
+            for earlier, later in protocol.pairs
+        }
+        self._perception = perception
+        self._looks = {
+            name: perception.features(frames)
+            for name, frames in truth.items()
+            if perception is not None
+        }
         self._answers: dict[tuple[object, ...], ViewTurn] = {}
         self._measured: dict[ViewTurn, Measures] = {}
 
-    def answer(self, session: ViewSession, request: TurnRequest) -> None:
+    def answer(self, session: ViewSession, request: TurnRequest, name: str) -> None:
         """The session's next turn, adopted where another row has made the same one."""
         retrieval, plan = session.plan_turn(request)
         turns = session.turns
         source = turns[-1] if request.memory == "previous" and turns else None
-        # camera, noise and steps follow from the number
-        key = (len(turns) + 1, plan, source, *(turns[number - 1] for number in retrieval.turns))
+        # camera, noise and steps follow from the name
+        key = (name, plan, source, *(turns[number - 1] for number in retrieval.turns))
         if key in self._answers:
             session.adopt(self._answers[key])
         else:
             self._answers[key] = session.answer(request)
 
-    def measure(self, turns: Sequence[ViewTurn]) -> Measures:
-        """A row: quality and cost of every turn, consistency of every pair."""
-        for turn, view in zip(turns, self.views, strict=True):
-            if turn not in self._measured:
-                self._measured[turn] = {**_quality(turn.frames, view), **_cost(turn)}
+    def best_memory(self, name: str, count: int) -> set[str]:
+        """Which earlier turns show most of what a turn must invent: one after the other, each by
+        what neither the source nor those before it show, as long as that is anything."""
+        left, chosen = self.views[name].invented, set[str]()
+        masks = {
+            earlier: shared.projection.seen
+            for (earlier, later), shared in self.overlaps.items()
+            if later == name
+        }
+        while len(chosen) < count:
+            best = max(masks, key=lambda earlier: int((masks[earlier] & left).sum()))
+            if not bool((masks[best] & left).any()):
+                break
+            chosen.add(best)
+            left = left & ~masks[best]
+        return chosen
+
+    def measure(self, turns: dict[str, ViewTurn], own: Sequence[str]) -> Measures:
+        """A row: quality and cost of its own turns, consistency with all turns before them."""
+        for name in own:
+            if turns[name] not in self._measured:
+                self._measured[turns[name]] = {
+                    **self._quality(turns[name].frames, name),
+                    **_cost(turns[name]),
+                }
         return {
-            "turns": [self._measured[turn] for turn in turns],
-            "pairs": self._consistency([turn.frames for turn in turns]),
+            "turns": [self._measured[turns[name]] for name in own],
+            "pairs": self._consistency({n: turn.frames for n, turn in turns.items()}, own),
         }
 
-    def measure_frames(self, videos: Sequence[Tensor]) -> Measures:
-        """A row of frames that no turn made."""
+    def measure_references(self) -> Measures:
         return {
-            "turns": [
-                _quality(frames, view) for frames, view in zip(videos, self.views, strict=True)
-            ],
-            "pairs": self._consistency(videos),
+            name: {
+                "turns": [self._quality(frames, turn) for turn, frames in made.items()],
+                "pairs": self._consistency(made, list(made)),
+            }
+            for name, made in self.references.items()
         }
 
-    def _consistency(self, videos: Sequence[Tensor]) -> Measures:
+    def _consistency(self, videos: Videos, own: Sequence[str]) -> Measures:
         rows = {}
         for (earlier, later), shared in self.overlaps.items():
-            l1, features = consistency(videos[later - 1], videos[earlier - 1], shared)
-            rows[pair_name((earlier, later))] = {"l1": l1, "features": features}
+            if later in own and shared.is_measurable:
+                l1, features = consistency(videos[later], videos[earlier], shared)
+                pixels = int(shared.mask.sum())
+                rows[pair_name(earlier, later)] = {"l1": l1, "features": features, "pixels": pixels}
         return rows
 
+    def _quality(self, frames: Tensor, name: str) -> Measures:
+        """A turn against the truth; None where the scene has nothing to measure."""
+        view = self.views[name]
+        truth = view.truth.frames
+        error = camera_error(frames, view)
+        values: dict[str, float | None] = {
+            "psnr": masked_psnr(frames, truth),
+            "source_psnr": masked_psnr(frames, truth, view.seen),
+            "unseen_psnr": masked_psnr(frames, truth, view.invented),
+            "ssim": structural_similarity(frames, truth),
+            "flicker": flicker(frames),
+            "seen_fraction": float(view.seen.float().mean()),
+            "camera_error": None if error is None else error.pixels,
+            "rotation_error": None if error is None else error.degrees,
+            "translation_error": None if error is None else error.metres,
+            "energy": gradient_energy(frames),
+            "source_energy": gradient_energy(frames, view.seen),
+            "unseen_energy": gradient_energy(frames, view.invented),
+        }
+        if self._perception is not None:
+            looks = self._perception.features(frames)
+            values["st_lpips"] = self._perception.distance(looks, self._looks[name])
+        finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
+        return {"turn": name, "camera": view.camera.name, **finite}
 
-def _quality(frames: Tensor, view: View) -> Measures:
-    """A turn against the truth; None where the scene has nothing to measure."""
-    truth, error = view.truth.frames, camera_error(frames, view)
-    values: dict[str, float | None] = {
-        "psnr": masked_psnr(frames, truth),
-        "source_psnr": masked_psnr(frames, truth, view.seen),
-        "unseen_psnr": masked_psnr(frames, truth, view.invented),
-        "ssim": structural_similarity(frames, truth),
-        "flicker": flicker(frames),
-        "seen_fraction": float(view.seen.float().mean()),
-        "camera_error": None if error is None else error.pixels,
-        "rotation_error": None if error is None else error.degrees,
-        "translation_error": None if error is None else error.metres,
-    }
-    finite = {k: v if v is not None and math.isfinite(v) else None for k, v in values.items()}
-    return {"camera": view.camera.name, **finite}
+
+def _remember_alone(session: ViewSession, names: set[str]) -> None:
+    """Make a session forget all turns but these; it is the only one of its engine."""
+    cache = session.engine.cache
+    for entry in cache.entries():
+        if str(entry.turn) not in names:
+            cache.evict(entry.id)
 
 
 def _cost(turn: ViewTurn) -> Measures:

@@ -52,9 +52,11 @@ def test_quick_writes_everything(finished: Path) -> None:
         low, high = row["consistency_ci"]
         assert 0 < low <= row["consistency"] <= high < 1
         assert row["source_psnr"] > 0 and row["tokens"] > 0 and row["seconds"] > 0
+        assert row["source_sharpness"] > 0 and row["unseen_sharpness"] > 0
     assert results["rows"]["static"]["flops"] < results["rows"]["memory"]["flops"]
     assert results["settings"]["steps"] == 4 and results["settings"]["trained_for_memory"]
     assert "memory / independent" in results["targets"]
+    assert results["references"]["vae"]["sharpness"] == 1
     assert list(results["references"]) == ["truth", "vae", "source"]
     own, full = results["cost"].values()
     assert own[4]["flops_merged"] < own[4]["flops_dynamic"] < own[4]["flops_uniform"]
@@ -131,6 +133,7 @@ def test_a_folder_in_use_is_refused(again: Path, tiny_checkpoint: Path, capsys: 
     [
         (["--steps", "3"], "whose steps is 4, this one's is 3"),
         (["--turns", "5"], "whose turns is 3, this one's is 5"),
+        (["--grade", "textured"], "whose grade is 'plain', this one's is 'textured'"),
         (["--rows", "memory"], "whose rows is"),
     ],
 )

@@ -9,6 +9,7 @@ from torch import Tensor
 from mv2v_engine.evaluation.images import (
     feature_distance,
     flicker,
+    gradient_energy,
     masked_l1,
     masked_psnr,
     structural_similarity,
@@ -50,6 +51,19 @@ def test_flicker_of_a_step() -> None:
     assert flicker(still) == 1.0
     steps = torch.tensor([0, 51, 51], dtype=torch.uint8)[:, None, None, None].expand(3, 4, 4, 3)
     assert flicker(steps) == pytest.approx(1 - 0.1)
+
+
+def test_gradient_energy_of_an_edge() -> None:
+    frames = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
+    frames[:, :, 2:] = 51
+    # of each frame's 24 steps the 4 across the edge are a fifth of the scale
+    assert gradient_energy(frames) == pytest.approx(0.2**2 * 8)
+    mask = torch.zeros(2, 4, 4, dtype=torch.bool)
+    mask[0, 0, 1:] = True
+    # both pixels of a step lie within
+    assert gradient_energy(frames, mask) == pytest.approx(0.2**2)
+    mask[0, 0, 1] = False
+    assert gradient_energy(frames, mask) == 0
 
 
 def test_ssim_of_flat_pictures_is_the_luminance_term() -> None:

@@ -16,62 +16,89 @@ from mv2v_engine.evaluation.protocol import (
     scene_trajectories,
     turn_seed,
 )
-from mv2v_engine.synthetic.worlds import make_world
+from mv2v_engine.synthetic.worlds import Grade, make_world
 
 SAMPLING = SamplingConfig(num_frames=5, size=(48, 80))
 
 
+@pytest.mark.parametrize("grade", ["plain", "textured"])
 @pytest.mark.parametrize("seed", [FIRST_SCENE, FIRST_SCENE + 1])
-def test_the_turns_reveal_the_same_places(seed: int) -> None:
-    world = make_world(seed)
+def test_the_turns_reveal_the_same_places(seed: int, grade: Grade) -> None:
+    world = make_world(seed, grade)
     source = film(world, named_trajectory("static", 5, (48, 80)))
-    views = [film(world, camera, source) for camera in scene_trajectories(seed, SAMPLING, 5)]
+    cameras = scene_trajectories(seed, SAMPLING, 5)
+    views = {name: film(world, camera, source) for name, camera in cameras.items()}
 
-    def shared(earlier: int, later: int) -> float:
-        mask = overlap(views[later - 1], views[earlier - 1]).mask
+    def shared(earlier: str, later: str) -> float:
+        mask = overlap(views[later], views[earlier], of_unshown=later == "return").mask
         return float(mask[-1].float().mean())
 
-    assert all(shared(*pair) > 0.02 for pair in ((1, 2), (1, 3), (2, 3)))
+    assert all(shared(*pair) > 0.02 for pair in (("1", "2"), ("1", "3"), ("2", "3")))
     # the fourth looks away from the first and the fifth comes back
-    assert shared(1, 4) == shared(4, 5) == 0
-    assert shared(1, 5) > 0.15
+    assert shared("1", "4") == shared("4", "5") == 0
+    assert shared("1", "5") > 0.15
+    # all of the first turn again, and a wall or a thing that the source shows nothing of
+    assert shared("1", "replay") == float(views["1"].invented[-1].float().mean())
+    assert shared("1", "return") > 0.02
 
 
-def test_three_turns_begin_five_and_sides_alternate() -> None:
-    five = [camera.name for camera in scene_trajectories(FIRST_SCENE, SAMPLING, 5)]
-    three = [camera.name for camera in scene_trajectories(FIRST_SCENE, SAMPLING)]
-    assert three == five[:3] == ["pan:19.88", "arc:-29.82", "zoom:-1.988"]
-    other = [camera.name for camera in scene_trajectories(FIRST_SCENE + 1, SAMPLING)]
-    assert other == ["pan:-19.88", "arc:29.82", "zoom:-1.988"]
+def test_a_protocol_begins_as_a_shorter_one_and_sides_alternate() -> None:
+    def moves(seed: int, turns: int = 3) -> dict[str, str]:
+        cameras = scene_trajectories(seed, SAMPLING, turns)
+        return {name: camera.name for name, camera in cameras.items()}
+
+    three, five, nine = (moves(FIRST_SCENE, turns) for turns in (3, 5, 9))
+    assert three == {"1": "pan:19.88", "2": "arc:-29.82", "3": "zoom:-1.988"}
+    assert five == three | {
+        "4": "pan:-19.88",
+        "5": "pan:14.91",
+        "replay": "pan:19.88",
+        "return": "pan:23.86",
+    }
+    assert [nine[str(number)] for number in range(1, 5)] == list(five.values())[:4]
+    assert (len(nine), nine["9"], nine["detour"]) == (10, "pan:14.91", "arc:22.37")
+    mirrored = {"1": "pan:-19.88", "2": "arc:29.82", "3": "zoom:-1.988"}
+    assert moves(FIRST_SCENE + 1) == mirrored
 
 
 def test_every_turn_has_noise_of_its_own() -> None:
-    seeds = {turn_seed(scene, number) for scene in range(10) for number in range(1, 6)}
-    assert len(seeds) == 50
+    seeds = {turn_seed(scene, number) for scene in range(10) for number in range(1, 11)}
+    assert len(seeds) == 100
 
 
 def test_rows_differ_in_what_they_are_for() -> None:
     base = EngineConfig(fov_radius=2.0)
     configured = {row.name: row.configure(base) for row in ROWS}
     assert all(config.fov_radius == 2.0 for config in configured.values())
-    assert len({(row.configure(base), row.memory) for row in ROWS}) == len(ROWS)
+    # an oracle's engine is that of what is retrieved
+    assert len({(row.configure(base), row.memory) for row in ROWS}) == len(ROWS) - 1
     assert set(MAIN_ROWS) <= set(configured)
     assert configured["static"].conditioning == "static"
-    assert configured["random_1"].memory_ranking == "random"
-    assert configured["retrieved_1"].max_memory == configured["random_1"].max_memory == 1
+    assert configured["random_2"].memory_ranking == "random"
+    assert configured["retrieved_2"].max_memory == configured["random_2"].max_memory == 2
 
 
 def test_rows_run_in_their_own_order() -> None:
     protocol = Protocol(rows=("static", "independent"))
     assert [row.name for row in protocol.chosen_rows] == ["independent", "static"]
-    assert Protocol(turns=3).pairs == ((1, 2), (1, 3), (2, 3))
-    assert len(Protocol(turns=5).pairs) == 10
+    assert Protocol(turns=3).pairs == (("1", "2"), ("1", "3"), ("2", "3"))
+    # six of the four before, and each of these with each of the last
+    assert len(Protocol(turns=5).pairs) == 6 + 3 * 4
+
+
+def test_rows_that_choose_are_for_nine_turns() -> None:
+    few, many = (
+        {row.name for row in protocol.chosen_rows} for protocol in (Protocol(), Protocol(turns=9))
+    )
+    assert few | many == {row.name for row in ROWS}
+    assert many - few == {"retrieved_2", "random_2", "oracle_2"}
 
 
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"scenes": 0}, "at least 1 scene of 3 or 5 turns, got 0"),
+        ({"scenes": 0}, "at least 1 scene of 3, 5 or 9 turns, got 0"),
+        ({"grade": "bare"}, "grade is one of .*'furnished'.*got 'bare'"),
         ({"turns": 4}, "scenes of 4"),
         ({"rows": ("memori",)}, "no row 'memori'; nearest: memory"),
         ({"rows": ()}, "named once each"),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -11,7 +10,8 @@ import torch
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.view_session import ViewSession
-from mv2v_engine.evaluation.images import masked_psnr
+from mv2v_engine.evaluation.consistency import overlap
+from mv2v_engine.evaluation.images import gradient_energy, masked_psnr
 from mv2v_engine.evaluation.protocol import (
     FIRST_SCENE,
     ROWS,
@@ -24,6 +24,13 @@ from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
 
 PROTOCOL = Protocol(scenes=1, turns=5, steps=2)
+CHOICE = Protocol(
+    scenes=1,
+    grade="furnished",
+    turns=9,
+    steps=1,
+    rows=("memory", "retrieved_2", "random_2", "oracle_2"),
+)
 
 
 @pytest.fixture(scope="module")
@@ -31,78 +38,130 @@ def loaded(tiny_checkpoint: Path) -> Engine:
     return Engine.from_pretrained(tiny_checkpoint, device="cpu")
 
 
-@pytest.fixture(scope="module")
-def answered() -> list[str]:
-    """The turns that were denoised, in order."""
-    return []
-
-
-@pytest.fixture(scope="module")
-def scene(loaded: Engine, answered: list[str]) -> Iterator[SceneResult]:
+def measured(engine: Engine, protocol: Protocol) -> tuple[SceneResult, list[int]]:
+    """A scene, and the numbers of the turns that were denoised for it, in order."""
+    answered = []
     with pytest.MonkeyPatch.context() as patch:
         plain = ViewSession.answer
 
         def counted(session: ViewSession, *arguments: object) -> object:
-            answered.append(f"{len(session.turns) + 1}")
+            answered.append(len(session.turns) + 1)
             return plain(session, *arguments)  # type: ignore[arg-type]
 
         patch.setattr(ViewSession, "answer", counted)
-        yield SceneEvaluator(loaded, PROTOCOL).measure(FIRST_SCENE)
+        return SceneEvaluator(engine, protocol).measure(FIRST_SCENE), answered
 
 
-def test_equal_turns_are_denoised_once(scene: SceneResult, answered: list[str]) -> None:
+@pytest.fixture(scope="module")
+def five(loaded: Engine) -> tuple[SceneResult, list[int]]:
+    return measured(loaded, PROTOCOL)
+
+
+@pytest.fixture(scope="module")
+def scene(five: tuple[SceneResult, list[int]]) -> SceneResult:
+    return five[0]
+
+
+@pytest.fixture(scope="module")
+def nine(loaded: Engine) -> tuple[SceneResult, list[int]]:
+    return measured(loaded, CHOICE)
+
+
+def test_equal_turns_are_denoised_once(five: tuple[SceneResult, list[int]]) -> None:
+    scene, answered = five
     # the first turn differs by merging, discarding and static conditioning alone
-    assert answered.count("1") == 4
-    # seven other rows begin alike: previous, memory, uniform, no source and none go their ways,
-    # and one video, retrieved or random, is the only one there is
-    assert answered.count("2") == 3 + 5
-    assert len(answered) < len(ROWS) * PROTOCOL.turns
-    first = {name: videos[0] for name, videos in scene.frames.items()}
+    assert answered.count(1) == 4
+    # five other rows begin alike: none, previous, memory, uniform and no source go their ways
+    assert answered.count(2) == 3 + 5
+    assert answered.count(5) <= 3 * len(PROTOCOL.chosen_rows)
+    first = {name: videos["1"] for name, videos in scene.frames.items()}
     assert first["independent"] is first["memory"] is first["no_source"]
     assert first["memory_merged"] is not first["memory"]
 
 
-@pytest.mark.parametrize("name", ["previous", "memory", "static", "random_1", "no_source"])
+@pytest.mark.parametrize("last", PROTOCOL.last)
+@pytest.mark.parametrize("name", ["previous", "memory", "static", "no_source"])
 def test_a_row_is_what_a_session_of_its_own_gives(
-    scene: SceneResult, loaded: Engine, name: str
+    scene: SceneResult, loaded: Engine, name: str, last: str
 ) -> None:
     row = next(row for row in ROWS if row.name == name)
     engine = loaded.reconfigured(row.configure(loaded.config))
-    world = make_world(FIRST_SCENE)
+    world = make_world(FIRST_SCENE, "plain")
     still = named_trajectory("static", loaded.sampling.num_frames, loaded.sampling.size)
     session = engine.session(render(world, still).frames, fps=8.0)
-    for number, camera in enumerate(scene_trajectories(FIRST_SCENE, engine.sampling, 5), 1):
+    cameras = scene_trajectories(FIRST_SCENE, engine.sampling, 5)
+    for number, (turn_name, camera) in enumerate(cameras.items(), 1):
+        if turn_name not in (*PROTOCOL.before, last):
+            continue
         turn = session.render(
             camera,
             memory=row.memory,
             seed=turn_seed(FIRST_SCENE, number),
             num_inference_steps=2,
         )
-        assert torch.equal(turn.frames, scene.frames[name][number - 1])
+        assert torch.equal(turn.frames, scene.frames[name][turn_name])
     session.close()
 
 
 def test_what_is_measured(scene: SceneResult) -> None:
     rows = scene.measures["rows"]
-    assert set(rows) == {row.name for row in ROWS}
+    assert set(rows) == {row.name for row in PROTOCOL.chosen_rows}
+    branches = {"1-5", "1-replay", "1-return"}
     for name, row in rows.items():
-        assert set(row["pairs"]) >= {"1-2", "1-3", "2-3", "1-5"}
+        assert set(row["pairs"]) >= {"1-2", "1-3", "2-3", *branches}
         assert all(
             0 < pair["l1"] < 1 and 0 < pair["features"] < 2 for pair in row["pairs"].values()
         )
-        for turn, video, view in zip(row["turns"], scene.frames[name], scene.views, strict=True):
-            assert turn["source_psnr"] == masked_psnr(video, view.truth.frames, view.seen)
+        for turn, (turn_name, view) in zip(row["turns"], scene.views.items(), strict=True):
+            video, truth = scene.frames[name][turn_name], view.truth.frames
+            assert turn["turn"] == turn_name
+            assert turn["source_psnr"] == masked_psnr(video, truth, view.seen)
+            assert turn["source_energy"] == gradient_energy(video, view.seen) > 0
             assert turn["flops"] > 0 and turn["seconds"] > 0
     counts = {name: [turn["memory"] for turn in row["turns"]] for name, row in rows.items()}
-    assert counts["memory"] == counts["no_source"] == [0, 1, 2, 3, 4]
-    assert counts["independent"] == counts["previous"] == [0] * 5
-    assert counts["retrieved_1"] == counts["random_1"] == [0, 1, 1, 1, 1]
-    # the last turn looks where the first did
-    assert rows["retrieved_1"]["turns"][4]["retrieved"] == [1]
+    assert counts["memory"] == counts["no_source"] == [0, 1, 2, 3, 4, 4, 4]
+    assert counts["independent"] == counts["previous"] == [0] * 7
     tokens = {name: row["turns"][4]["tokens"] for name, row in rows.items()}
     assert tokens["uniform"] > tokens["memory"] > tokens["no_source"]
     flops = {name: row["turns"][4]["flops"] for name, row in rows.items()}
     assert flops["static"] < flops["memory"] and flops["memory_merged"] < flops["memory"]
+
+
+def test_an_open_domain_return_counts_what_the_source_shows_nothing_of(scene: SceneResult) -> None:
+    first, last = scene.views["1"], scene.views["return"]
+    shared = overlap(last, first).mask
+    counted = scene.measures["rows"]["memory"]["pairs"]["1-return"]["pixels"]
+    assert counted == int((shared & last.unshown).sum()) < int(shared.sum())
+
+
+def test_rankings_choose_from_the_same_eight_turns(nine: tuple[SceneResult, list[int]]) -> None:
+    scene, answered = nine
+    rows = scene.measures["rows"]
+    # eight turns of memory, which the others take over, then the last ones
+    assert answered[:8] == [*range(1, 9)] and set(answered[8:]) == {9}
+    chosen = {}
+    for name in ("retrieved_2", "random_2", "oracle_2"):
+        assert [turn["turn"] for turn in rows[name]["turns"]] == ["9", "detour"]
+        assert {pair.partition("-")[2] for pair in rows[name]["pairs"]} <= {"9", "detour"}
+        chosen[name] = [turn["retrieved"] for turn in rows[name]["turns"]]
+    assert all(len(turns) == 2 for name in ("retrieved_2", "random_2") for turns in chosen[name])
+    # the ninth looks where the first did
+    assert chosen["retrieved_2"][0][0] == 1
+    assert chosen["random_2"] != chosen["retrieved_2"]
+
+
+@pytest.mark.parametrize("last", CHOICE.last)
+def test_an_oracle_chooses_what_shows_most_of_the_rest(
+    nine: tuple[SceneResult, list[int]], last: str
+) -> None:
+    scene, _ = nine
+    turn = scene.measures["rows"]["oracle_2"]["turns"][CHOICE.last.index(last)]
+    shown = {
+        int(name): overlap(scene.views[last], scene.views[name]).mask for name in CHOICE.before
+    }
+    first = max(shown, key=lambda number: int(shown[number].sum()))
+    second = max(shown, key=lambda number: int((shown[number] & ~shown[first]).sum()))
+    assert set(turn["retrieved"]) == {first, second}
 
 
 def test_references_bound_the_rows(scene: SceneResult) -> None:
