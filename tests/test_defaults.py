@@ -14,6 +14,7 @@ from torch import Tensor
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.defaults import torch_defaults
 from mv2v_engine.files import tensor_digest
+from mv2v_engine.testing import relative_error
 
 ROOT = Path(__file__).resolve().parents[1] / "mv2v_engine"
 # what makes a tensor of nothing, and takes torch's defaults where it names no dtype or device
@@ -74,24 +75,27 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
-def _views(checkpoint: Path, frames: Tensor, config: EngineConfig) -> str:
+Video = tuple[Tensor, Tensor]
+
+
+def _views(checkpoint: Path, frames: Tensor, config: EngineConfig) -> Video:
     """Two turns, the second of which remembers the first."""
     engine = Engine.from_pretrained(checkpoint, device="cpu", config=config)
     session = engine.session(frames)
     session.render("pan_left", seed=3, prompt="a red ball")
     turn = session.render("arc:-20,3", seed=4, num_inference_steps=2, guidance_scale=2.0)
-    return tensor_digest(turn.latents, turn.frames)
+    return turn.latents, turn.frames
 
 
-def _edit(checkpoint: Path, clip: Path) -> str:
+def _edit(checkpoint: Path, clip: Path) -> Video:
     turn = Engine.from_pretrained(checkpoint, device="cpu").session(clip, cuts=()).edit("a ball")
-    return tensor_digest(turn.latents, turn.frames)
+    return turn.latents, turn.frames
 
 
 @pytest.fixture(scope="module")
 def expected(
     worded_checkpoint: Path, source_frames: Tensor, editor_folder: Path, long_clip: Path
-) -> dict[str, str]:
+) -> dict[str, Video]:
     views = {
         name: _views(worded_checkpoint, source_frames, config) for name, config in CONFIGS.items()
     }
@@ -111,13 +115,15 @@ CONFIGS = {
 HARD = ("float64", "another device", "autocast")
 CASES = [(kind, setting) for kind in (*CONFIGS, "edit") for setting in HARD]
 CASES += [("joint", setting) for setting in SETTINGS if setting not in HARD]
+# some CPUs' libraries add up in another order with another number of threads
+THREADS = {"one thread", "two threads"}
 
 
 @pytest.mark.parametrize(("kind", "setting"), CASES)
 def test_the_same_video(
     kind: str,
     setting: str,
-    expected: dict[str, str],
+    expected: dict[str, Video],
     worded_checkpoint: Path,
     source_frames: Tensor,
     editor_folder: Path,
@@ -128,7 +134,10 @@ def test_the_same_video(
             found = _edit(editor_folder, long_clip)
         else:
             found = _views(worded_checkpoint, source_frames, CONFIGS[kind])
-    assert found == expected[kind]
+    if setting in THREADS:
+        assert relative_error(found[0], expected[kind][0]) < 1e-4
+    else:
+        assert all(torch.equal(a, b) for a, b in zip(found, expected[kind], strict=True))
 
 
 def test_what_a_turn_made_in_inference_mode_is_remembered_outside(

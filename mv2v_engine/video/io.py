@@ -428,6 +428,7 @@ class VideoWriter:
         self._sound = sound
         self._copy: SoundCopy | None = None
         self.num_frames = 0
+        self._file: IO[bytes] | None = None
         self._container: OutputContainer | None = None
         self._stream: VideoStream | None = None
 
@@ -481,13 +482,20 @@ class VideoWriter:
         copy, self._copy = self._copy, None
         if copy is not None:
             copy.close()
-        if container is not None:
-            container.close()
+        file, self._file = self._file, None
+        try:
+            if container is not None:
+                container.close()
+        finally:
+            if file is not None:
+                file.close()
 
     def _open(self, height: int, width: int) -> VideoStream:
         import av
 
-        container = av.open(str(self.path), "w", format="mp4")
+        # a container that cannot write its end, on a full disk, keeps a file of its own open
+        self._file = self.path.open("wb")
+        container = av.open(self._file, "w", format="mp4")
         self._container = container
         # with its macroblock tree x264 reads memory that it never wrote: other bytes each run
         options = {"crf": str(self.crf), "mbtree": "0"}

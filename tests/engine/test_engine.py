@@ -40,6 +40,7 @@ def test_what_an_engine_says_of_itself(tiny_checkpoint: Path) -> None:
         "backend": BACKEND,
         "attention": "reference",
         "scheduler": "euler",
+        "timesteps": "exact",
         "torch": torch.__version__,
     }
 
