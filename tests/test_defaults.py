@@ -74,6 +74,18 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
 }
 
 
+def is_the_same_in_threads() -> bool:
+    """Whether torch's own convolution has the same bits in one thread and in two."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(2, 8, 12, 16), torch.randn(8, 8, 1, 1)
+    found = []
+    for number in (1, 2):
+        with threads(number):
+            layout = x.contiguous(memory_format=torch.channels_last)
+            found.append(torch.nn.functional.conv2d(layout, weight))
+    return torch.equal(*found)
+
+
 def _views(checkpoint: Path, frames: Tensor, config: EngineConfig) -> str:
     """Two turns, the second of which remembers the first."""
     engine = Engine.from_pretrained(checkpoint, device="cpu", config=config)
@@ -123,6 +135,8 @@ def test_the_same_video(
     editor_folder: Path,
     long_clip: Path,
 ) -> None:
+    if setting == "two threads" and not is_the_same_in_threads():
+        pytest.skip("on this CPU torch's convolutions give other bits in two threads")
     with SETTINGS[setting]():
         if kind == "edit":
             found = _edit(editor_folder, long_clip)
