@@ -71,7 +71,7 @@ def test_killed_again_and_again(tmp_path: Path, source_clip: Path, tiny_checkpoi
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "MV2V_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
