@@ -155,8 +155,12 @@ def test_the_command_line_refuses_what_is_in_use(
 
 TWO = """
 import os, sys
-from mv2v_engine import run
+import torch
+from mv2v_engine import Engine, run
 out, clip, checkpoint = sys.argv[1:]
+# a turn loads and counts what is the same for all
+frames = torch.zeros(9, 48, 64, 3, dtype=torch.uint8)
+Engine.from_pretrained(checkpoint, device="cpu").session(frames).render("static")
 def resume():
     pid = os.fork()
     if pid == 0:
