@@ -15,7 +15,7 @@ def _shell(words: str, tail: str, folder: Path) -> subprocess.CompletedProcess[s
     """A pipeline whose exit code is that of its first command."""
     command = f"set -o pipefail; '{sys.executable}' -m mv2v_engine.run {words} {tail}"
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=300
+        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=600
     )
 
 

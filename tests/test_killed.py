@@ -41,7 +41,9 @@ def child(folder):
 def finished(pid):
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
 
-Engine.from_pretrained(checkpoint, device="cpu")
+# a turn loads and counts what is the same for all
+frames = torch.zeros(9, 48, 64, 3, dtype=torch.uint8)
+Engine.from_pretrained(checkpoint, device="cpu").session(frames).render("static")
 began = time.monotonic()
 assert finished(child(unbroken)) == 0
 whole = time.monotonic() - began
@@ -71,7 +73,7 @@ def test_killed_again_and_again(tmp_path: Path, source_clip: Path, tiny_checkpoi
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "MV2V_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -52,7 +52,7 @@ def test_another_process_is_named_and_its_end_ends_the_lock(
     assert not lock.is_held and not lock.acquire(patience=0.1)
     if is_killed:
         process.kill()
-    process.communicate(timeout=60)
+    process.communicate(timeout=600)
     # only a killed one leaves its file, which stops nobody
     assert folder.exists() == is_killed
     lock.take()
@@ -71,7 +71,7 @@ def test_threads_and_objects_of_one_process_are_apart(tmp_path: Path) -> None:
 
     thread = threading.Thread(target=ask)
     thread.start()
-    thread.join(60)
+    thread.join(600)
     assert len(told) == 1
     # the lock goes with its object
     del first
@@ -133,7 +133,7 @@ def test_a_holder_that_removes_its_file_lets_no_two_in(tmp_path: Path) -> None:
     for thread in threads:
         thread.start()
     for thread in threads:
-        thread.join(120)
+        thread.join(600)
     assert (most, done) == (1, 30) and not list(tmp_path.iterdir())
 
 

@@ -48,7 +48,7 @@ def run_tool(project: Path, *arguments: str, **variables: str) -> str:
         env={name: value for name, value in chosen.items() if value or name == "PATH"},
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
     )
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
@@ -186,7 +186,7 @@ def test_no_cuda_kernel_spills(tmp_path: Path) -> None:
             [*command, "-o", str(tmp_path / "kernel.cubin"), str(source)],
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,
         )
         assert done.returncode == 0, done.stderr
         said = done.stdout + done.stderr

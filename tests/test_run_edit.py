@@ -236,7 +236,7 @@ def test_killed_and_resumed(
         [sys.executable, "-c", KILLED, *arguments],
         cwd=ROOT,
         capture_output=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "MV2V_NUM_THREADS": str(torch.get_num_threads())},
     )
     assert process.returncode == -signal.SIGKILL, process.stderr

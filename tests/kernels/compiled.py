@@ -90,16 +90,16 @@ def inspect(name: str, kernel: Any, folder: Path) -> Compiled:
     path = folder / f"{name}.cubin"
     path.write_bytes(kernel.asm["cubin"])
 
-    def dump(flag: str) -> str:
-        tool = str(TOOLS / "cuobjdump")
-        return subprocess.run(
-            [tool, flag, str(path)], capture_output=True, check=True, text=True
-        ).stdout
+    def dump(tool: str, *flags: str) -> str:
+        command = [str(TOOLS / tool), *flags, str(path)]
+        return subprocess.run(command, capture_output=True, check=True, text=True).stdout
 
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("--dump-resource-usage"))
+    usage = re.search(r"REG:(\d+) STACK:(\d+)", dump("cuobjdump", "--dump-resource-usage"))
     assert usage, f"no resource usage of {name}"
     pattern = r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)"
-    instructions = tuple(re.findall(pattern, dump("--dump-sass"), re.MULTILINE))
+    # cuobjdump's own listing takes twice as long
+    code = dump("nvdisasm", "--print-code", "--no-dataflow")
+    instructions = tuple(re.findall(pattern, code, re.MULTILINE))
     assert len(instructions) > 50, f"no machine code of {name}"
     return Compiled(name, kernel.metadata.shared, int(usage[1]), int(usage[2]), instructions)
 

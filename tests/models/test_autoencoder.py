@@ -12,7 +12,6 @@ from mv2v_engine.defaults import without_memory
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.autoencoder import Autoencoder, Tiles
 from mv2v_engine.ops.conv3d import speed_up_conv3d
-from mv2v_engine.testing import relative_error
 
 RESIDUAL: dict[str, Any] = {
     "base_dim": 8,
@@ -112,27 +111,34 @@ def test_the_bits_are_diffusers_in_half_precision(dtype: torch.dtype) -> None:
     assert torch.equal(ours.decode(latents).clamp(-1, 1), theirs.decode(latents).sample)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("layout", ["wan21", "wan22"])
+@pytest.mark.parametrize(
+    ("layout", "dtype"),
+    [
+        ("wan21", torch.float32),
+        ("wan21", torch.bfloat16),
+        ("wan22", torch.float32),
+        ("wan22-two-stages", torch.bfloat16),  # CPUs without instructions for it are slow
+    ],
+)
 @torch.no_grad()
 def test_tiles_are_diffusers(layout: str, dtype: torch.dtype) -> None:
-    """Within rounding: some CPUs' convolutions add up in another order where memory lies apart."""
-    bound = 8 * torch.finfo(dtype).eps
+    """But for rounding: in tiles diffusers goes through `quant_conv` frame by frame, and some CPUs
+    sum a product of another shape in another order."""
     ours, theirs = (model.to(dtype) for model in pair(layout))
     cells, patch = ours.config.scale_factor_spatial, ours.config.patch
     tiles = Tiles(side=4, stride=3)
-    pixels = video(ours, 5, rows=5, columns=8).to(dtype)
+    pixels = video(ours, 5, rows=5, columns=6).to(dtype)
     # diffusers measures an encoder's tiles in patches, a decoder's in pixels
     sizes = [length * cells // patch for length in (tiles.side, tiles.stride)]
     theirs.enable_tiling(sizes[0], sizes[0], sizes[1], sizes[1])
     latents = ours.encode(pixels, tiles=tiles)
-    assert relative_error(latents, theirs.encode(pixels).latent_dist.mode()) < bound
-    assert not torch.equal(latents, ours.encode(pixels))
+    torch.testing.assert_close(latents, theirs.encode(pixels).latent_dist.mode())
+    assert (latents - ours.encode(pixels)).abs().max() > 1e-3
     sizes = [length * cells for length in (tiles.side, tiles.stride)]
     theirs.enable_tiling(sizes[0], sizes[0], sizes[1], sizes[1])
     decoded = ours.decode(latents, tiles=tiles).clamp(-1, 1)
-    assert relative_error(decoded, theirs.decode(latents).sample) < bound
-    assert not torch.equal(decoded, ours.decode(latents).clamp(-1, 1))
+    torch.testing.assert_close(decoded, theirs.decode(latents).sample)
+    assert (decoded - ours.decode(latents).clamp(-1, 1)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("layout", ["wan21", "wan22-two-stages"])

@@ -10,7 +10,7 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.testing import assert_within_budget
 
-CASES = [(1, 1, 1), (2, 7, 35), (3, 130, 24)]
+CASES = [(1, 1, 1), (2, 7, 35), (3, 22, 24)]
 
 
 def _inputs(shape: tuple[int, int, int], dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:

@@ -143,7 +143,7 @@ def refusal(work: Callable[[], object]) -> str:
 def main() -> None:
     store, rank, size = next(iter(rendezvous("env://")))
     dist.init_process_group(
-        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=120)
+        "gloo", store=store, rank=rank, world_size=size, timeout=timedelta(seconds=600)
     )
     context = ContextGroup(dist.group.WORLD)  # type: ignore[arg-type]
     result: dict[str, Any] = {}

@@ -22,7 +22,7 @@ from tests.serving.fake_backend import FakeBackend
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-PATIENCE = 300.0  # seconds; what a busy machine may take to start or to stop
+PATIENCE = 600.0  # seconds; what a busy machine may take to start or to stop
 # what the metrics read of a turn
 REPORT: dict[str, Any] = {
     "plan": {"tokens_by_kind": {"target": 10}, "merges": []},

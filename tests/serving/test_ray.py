@@ -35,6 +35,7 @@ from mv2v_engine.serving.records import JobRecord, SessionRecord
 ROOT = Path(__file__).resolve().parents[2]
 # seconds, far beyond what anything takes: a loaded machine starts processes slowly
 PATIENCE = 600.0
+STARTING = 60.0
 SLOW = {
     "RAY_worker_register_timeout_seconds": "600",
     "RAY_gcs_server_request_timeout_seconds": "600",
@@ -151,7 +152,7 @@ class Client:
 def cluster() -> Iterator[None]:
     """A Ray cluster in this machine, of nothing but what two replicas take.
 
-    Skips where none comes up; Ray gives one half a minute.
+    Skips where none comes up.
     """
     # sockets lie in it, whose paths must be short
     folder = tempfile.mkdtemp(prefix="ray")
@@ -163,28 +164,45 @@ def cluster() -> Iterator[None]:
         for name, value in {**SLOW, **quiet, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}.items():
             patch.setenv(name, value)
         try:
-            start_ray(folder)
+            is_over = start_ray(folder)
             yield
-        finally:
             ray.shutdown()
+            is_over.set()
+        finally:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def start_ray(folder: str) -> None:
-    try:
-        ray.init(
-            "local",
-            num_cpus=2,
-            object_store_memory=80 << 20,
-            include_dashboard=False,
-            log_to_driver=False,
-            _temp_dir=folder,
-            _node_ip_address="127.0.0.1",
-        )
-    except Exception as error:
+def start_ray(folder: str) -> threading.Event:
+    """Returns what has to be set behind Ray's end, for its processes end with the thread that began
+    them. Ray itself waits for half a minute, but for each answer as long as `SLOW` lets it."""
+    failures: list[Exception] = []
+    is_up, is_over = threading.Event(), threading.Event()
+
+    def start() -> None:
+        try:
+            ray.init(
+                "local",
+                num_cpus=2,
+                object_store_memory=80 << 20,
+                include_dashboard=False,
+                log_to_driver=False,
+                _temp_dir=folder,
+                _node_ip_address="127.0.0.1",
+            )
+        except Exception as error:
+            failures.append(error)
+        is_up.set()
+        is_over.wait()
+
+    threading.Thread(target=start, daemon=True).start()
+    if not is_up.wait(STARTING):
+        pytest.skip(f"no cluster comes up in this machine within {STARTING:g} s")
+    for error in failures:
+        is_over.set()
         if "timed out during startup" not in str(error):
-            raise
+            raise error
         pytest.skip(f"no cluster comes up in this machine: {error}")
+    return is_over
 
 
 @pytest.fixture(scope="module")

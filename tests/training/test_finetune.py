@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
-from mv2v_engine.config import SamplingConfig
+from mv2v_engine.config import WAN_1_3B, SamplingConfig
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
@@ -144,10 +145,12 @@ def test_the_empty_prompt_is_the_encoders(worded_checkpoint: Path, tmp_path: Pat
 def test_a_full_size_step() -> None:
     """81 frames of 480x832 and six memory videos on fake tensors, in bytes and names.
 
-    Joint conditioning, which needs more than static does.
+    Joint conditioning, which needs more than static does. In six blocks: every other one adds the
+    same.
     """
-    plan = novel_view_plan(memory=6, fraction=0.3)
-    shape, previous = plan.shape, torch.get_default_dtype()
+    shape = replace(WAN_1_3B, num_layers=6, merge_blocks=None)
+    plan = novel_view_plan(memory=6, fraction=0.3, shape=shape)
+    previous = torch.get_default_dtype()
     with FakeTensorMode(), LiveBytes() as memory:
         torch.set_default_dtype(torch.bfloat16)
         try:
@@ -189,5 +192,5 @@ def test_a_full_size_step() -> None:
     frozen = sum(p.numel() for p in model.parameters()) - count
     # float32 weights, their average and Adam's two moments; bfloat16 for what is frozen
     assert held == pytest.approx(4 * 4 * count + 2 * frozen, rel=0.01)
-    # a block's input each and one block's own activations; all blocks' would be hundreds
-    assert memory.peak < 24 * GIB
+    # a block's input each and one block's own activations; all blocks' would be many times as much
+    assert memory.peak < 16 * GIB

@@ -94,7 +94,7 @@ def test_memory_does_not_grow_with_the_video(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=500,
+        timeout=600,
         env={**os.environ, "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr

@@ -85,7 +85,7 @@ def test_killed_in_any_window_it_goes_on_to_the_same_bits(
         cwd=ROOT,
         capture_output=True,
         text=True,
-        timeout=300,
+        timeout=600,
         env={**os.environ, "MV2V_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
