@@ -112,6 +112,8 @@ def _finish(
     """Run the windows that are not there yet; returns the exit code."""
     if not args.quiet:
         _say_source(session)
+        for words in session.warnings(request.prompt):
+            print(f"warning: {words}")
     for words in session.lost:
         say(words)
     out = None if results.has_video() else results.video

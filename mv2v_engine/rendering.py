@@ -40,6 +40,8 @@ def render(
         print(f"source {about['name']}: {about['window']}; {about['crop']}")
         for words in about.get("notes", ()):
             print(f"note: {words}")
+        for words in session.source.warnings:
+            print(f"warning: {words}")
         if done:
             print(f"resumed after {done} finished turns")
     with cancel_on_interrupt() as cancel, _saying_what_is_lost(session):

@@ -60,19 +60,38 @@ WAN_NEGATIVE_PROMPT = (
 )
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True, slots=True)
+class Knowledge:
+    """What weights know that were trained on little; the default says nothing, as of large ones.
+
+    source_psnr: decibels that the VAE reaches or exceeds when it encodes and decodes the first
+    frame of a source of the kind that the weights were trained on. words: all that occur in the
+    instructions that they were trained on.
+    """
+
+    source_psnr: float | None = None
+    words: tuple[str, ...] = ()
+
+
+NOTHING_SAID = Knowledge()
+
+
 def own_json(
     name: str,
     config: TransformerConfig,
     sampling: SamplingConfig,
     conditioning: Sequence[Conditioning],
     vae: str | None = None,
+    knowledge: Knowledge | None = None,
 ) -> dict[str, Any]:
     """The content of `mv2v.json`.
 
     conditioning: the modes that the weights were trained for. vae: the VAE's folder relative to
     the checkpoint's, where it is another one's; None: `vae/` beside the file.
     """
-    shared = {} if vae is None else {"vae": vae}
+    shared: dict[str, Any] = {} if vae is None else {"vae": vae}
+    if knowledge is not None:
+        shared["knowledge"] = dataclasses.asdict(knowledge)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -93,6 +112,7 @@ class OwnConfig:
     sampling: SamplingConfig
     conditioning: tuple[Conditioning, ...]
     vae: str | None = None
+    knowledge: Knowledge = NOTHING_SAID
 
 
 def read_own_config(path: Path) -> OwnConfig:
@@ -122,6 +142,7 @@ def read_own_config(path: Path) -> OwnConfig:
             SamplingConfig(**sampling),
             conditioning,
             vae,
+            _knowledge(value.get("knowledge", {})),
         )
     except (KeyError, TypeError, AttributeError, RequestError) as error:
         raise CheckpointError(
@@ -129,6 +150,17 @@ def read_own_config(path: Path) -> OwnConfig:
             "TransformerConfig and SamplingConfig and what conditioning they were trained for, "
             "correct it or copy it again"
         ) from error
+
+
+def _knowledge(words: Mapping[str, Any]) -> Knowledge:
+    """Raises RequestError, TypeError or AttributeError: a field is wrong, or new."""
+    known = Knowledge(**{name: _tupled(value) for name, value in words.items()})
+    least = known.source_psnr
+    if least is not None and (isinstance(least, bool) or not isinstance(least, int | float)):
+        raise RequestError(f"source_psnr is {least!r}, no number of decibels")
+    if not all(isinstance(word, str) for word in known.words):
+        raise RequestError("words are no list of words")
+    return known
 
 
 def transformer_config(words: Mapping[str, Any]) -> TransformerConfig:

@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.checkpoints.configs import TRAINED_FOR, own_json
+from mv2v_engine.checkpoints.configs import NOTHING_SAID, TRAINED_FOR, Knowledge, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
@@ -60,7 +60,7 @@ class Checkpoint:
 
     vae_path, text_path: diffusers and transformers folders, or single files. tokenizer_path: a
     transformers folder. None where the checkpoint has none. conditioning: the modes that the
-    weights were trained for (METHOD 13).
+    weights were trained for (METHOD 13). knowledge: what they know, where that is little.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Checkpoint:
     tokenizer_path: Path | None
     report: LoadReport
     conditioning: tuple[Conditioning, ...]
+    knowledge: Knowledge = NOTHING_SAID
 
 
 def load_checkpoint(
@@ -111,6 +112,7 @@ def load_checkpoint(
         tokenizer_path=resolution.tokenizer_path,
         report=_report(resolution),
         conditioning=resolution.conditioning,
+        knowledge=resolution.knowledge,
     )
 
 
@@ -124,6 +126,7 @@ def save_checkpoint(
     *,
     conditioning: Sequence[Conditioning] = TRAINED_FOR,
     vae: str | None = None,
+    knowledge: Knowledge | None = None,
 ) -> None:
     """Write `transformer.safetensors` and `mv2v.json`, each whole or not at all.
 
@@ -140,7 +143,7 @@ def save_checkpoint(
     }
     save_tensors(folder / OWN_WEIGHTS, tensors, {"format": "pt"})
     # last, because a folder counts as a checkpoint once it has this file
-    save_json(folder / OWN_CONFIG, own_json(name, config, sampling, conditioning, vae))
+    save_json(folder / OWN_CONFIG, own_json(name, config, sampling, conditioning, vae, knowledge))
 
 
 def _fill(

@@ -13,7 +13,9 @@ from pathlib import Path
 
 from mv2v_engine.checkpoints.components import Components, find_components
 from mv2v_engine.checkpoints.configs import (
+    NOTHING_SAID,
     TRAINED_FOR,
+    Knowledge,
     default_sampling,
     infer_config,
     read_own_config,
@@ -44,9 +46,9 @@ class Resolution:
     model: the transformer on the meta device. sources: the file's tensor of each parameter.
     missing, unknown, mismatched (name, got, expected), undecided: what forbids it. initialised:
     parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
-    merger found. conditioning: the modes that the weights were trained for (METHOD 13). vae_path,
-    text_path, tokenizer_path: of what came with it, or that its config names; None where there is
-    none (see `components`).
+    merger found. conditioning: the modes that the weights were trained for (METHOD 13). knowledge:
+    what they know, where that is little. vae_path, text_path, tokenizer_path: of what came with it,
+    or that its config names; None where there is none (see `components`).
     """
 
     detected: Detected
@@ -62,6 +64,7 @@ class Resolution:
     initialised: dict[str, str]
     mapping: tuple[str, ...]
     conditioning: tuple[Conditioning, ...]
+    knowledge: Knowledge
     vae_path: Path | None
     text_path: Path | None
     tokenizer_path: Path | None
@@ -112,12 +115,12 @@ def resolve(detected: Detected) -> Resolution:
     """
     infos = {name: detected.tensors[key] for key, name in detected.translation.names.items()}
     unknown = list(detected.translation.unknown)
-    found, conditioning = Assignment(), TRAINED_FOR
+    found, conditioning, knowledge = Assignment(), TRAINED_FOR, NOTHING_SAID
     vae_path = None
     if detected.format == "mv2v_engine" and detected.config_file is not None:
         own = read_own_config(detected.config_file)
         name, config, sampling = own.name, own.transformer, own.sampling
-        conditioning = own.conditioning
+        conditioning, knowledge = own.conditioning, own.knowledge
         if own.vae is not None:
             vae_path = (detected.folder / own.vae).resolve()
         sources = {name: Source(info, info.shape) for name, info in infos.items()}
@@ -157,6 +160,7 @@ def resolve(detected: Detected) -> Resolution:
         initialised=initialised,
         mapping=tuple(_mapping(sources)),
         conditioning=conditioning,
+        knowledge=knowledge,
         vae_path=vae_path,
         text_path=components.text_encoder,
         tokenizer_path=components.tokenizer,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.editing.session import EditSession
 from mv2v_engine.engine.editing.source import open_long_source
 from mv2v_engine.engine.editing.store import EditStore
+from mv2v_engine.engine.knowledge import source_warnings
 from mv2v_engine.engine.request import require_editing, require_novel_view
 from mv2v_engine.engine.source import AnySource, Source, load_source
 from mv2v_engine.engine.store import SessionFolder, SessionStore
@@ -65,6 +67,8 @@ def open_view_session(
             own_fps=sampling.fps,
             check=None if cancel is None else cancel.check,
         )
+    warnings = source_warnings(engine.checkpoint, engine.vae, loaded.frames[0])
+    loaded = replace(loaded, warnings=warnings)
     expected = engine.vae.latent_shape(sampling.num_frames, sampling.size)
     if source_latents is not None:
         arguments.instance("source_latents", source_latents, Tensor, "a tensor, or None")
@@ -137,6 +141,7 @@ def open_edit_session(
         fit=engine.config.source_fit,
         check=check,
     )
+    video.warnings = source_warnings(engine.checkpoint, engine.vae, video.read([0])[0])
     folder = None if given is None else EditStore(given)
     identity: dict[str, Any] = {}
     manifest = None

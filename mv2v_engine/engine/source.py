@@ -25,11 +25,15 @@ from mv2v_engine.video.transforms import WINDOWS, cover_and_crop, crop_report, s
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """frames uint8 [T, height, width, 3] of the model's window; `description` says what was cut."""
+    """frames uint8 [T, height, width, 3] of the model's window; `description` says what was cut.
+
+    warnings: in what it is unlike the videos that the weights know, in words.
+    """
 
     frames: Tensor
     fps: float
     description: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
     __repr__ = arguments.short_repr
 

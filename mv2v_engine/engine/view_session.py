@@ -279,6 +279,7 @@ class ViewSession(Session):
         )
         cancel.check()
         report = turn_report(engine, prepared, denoised, spans, number=number)
+        report["warnings"] = list(self.source.warnings)
         footage = Footage(latents, engine.vae.decode, engine.recent_frames)
         footage.decoded(frames)
         self._require_open()

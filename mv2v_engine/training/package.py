@@ -18,7 +18,7 @@ from typing import get_args
 import torch
 from safetensors.torch import load_file
 
-from mv2v_engine.checkpoints.configs import transformer_config
+from mv2v_engine.checkpoints.configs import Knowledge, transformer_config
 from mv2v_engine.checkpoints.detect import detect
 from mv2v_engine.checkpoints.load import save_checkpoint
 from mv2v_engine.checkpoints.resolve import resolve
@@ -27,21 +27,26 @@ from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import copy_file, make_folder, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.parser import Parser
+from mv2v_engine.synthetic.instructions import vocabulary
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.dit import TINY_EDIT_MEMORY_RECIPE, TINY_MEMORY_RECIPE, TINY_SAMPLING
 from mv2v_engine.training.log import Curve, plot_curves, read_curves
 
+# dB of the VAE that both share: hardly a held-out world is below, most real videos are
+# (profiling/results/known_sources.jsonl)
+LEAST_PSNR = 26.5
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _TEXT_PARTS = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """An embedded checkpoint's shape, sampler and the modes that it was trained for."""
+    """An embedded checkpoint's shape, sampler, trained modes and what it knows."""
 
     transformer: TransformerConfig
     sampling: SamplingConfig
     conditioning: tuple[Conditioning, ...]
+    knowledge: Knowledge
 
 
 MODELS = {
@@ -49,11 +54,13 @@ MODELS = {
         transformer=TINY,
         sampling=TINY_SAMPLING,
         conditioning=TINY_MEMORY_RECIPE.conditioning,
+        knowledge=Knowledge(source_psnr=LEAST_PSNR),
     ),
     "tiny-edit": Model(
         transformer=TINY_EDIT,
         sampling=TINY_SAMPLING,
         conditioning=TINY_EDIT_MEMORY_RECIPE.conditioning,
+        knowledge=Knowledge(source_psnr=LEAST_PSNR, words=vocabulary()),
     ),
 }
 
@@ -108,6 +115,7 @@ def package(
         torch.float16,
         conditioning=conditioning or model.conditioning,
         vae=shared_vae,
+        knowledge=model.knowledge,
     )
     resolve(detect(out)).require_loadable()
 

@@ -25,6 +25,7 @@ from mv2v_engine.engine.editing.result import EditFootage, FinishedWindow
 from mv2v_engine.engine.editing.source import LongSource
 from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.editing.window import edit_window
+from mv2v_engine.engine.knowledge import prompt_warnings
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.locks import WriterLock
@@ -289,10 +290,15 @@ class EditSession(Session):
                 number=edit.number,
                 decoding=decoding,
             )
+            report["warnings"] = list(self.warnings(edit.request.prompt))
             if self.store is not None:
                 self.store.finish(edit, report)
             edit.report = report
         return self._turns.setdefault(edit.number, self._turn(edit, edit.report))
+
+    def warnings(self, prompt: str) -> tuple[str, ...]:
+        """What the weights do not know of the source and of an instruction, in words."""
+        return (*self.source.warnings, *prompt_warnings(self.engine.checkpoint, prompt))
 
     def _turn(self, edit: Edit, report: dict[str, Any]) -> Turn:
         rows = [kept.report for kept in edit.windows]

@@ -36,7 +36,7 @@ class LongSource:
         name: for reports.
 
     sound: of the file, if it goes along with the edit. notes: what is changed of the video, in
-    words.
+    words. warnings: in what it is unlike the videos that the weights know.
     """
 
     def __init__(
@@ -58,6 +58,7 @@ class LongSource:
             self.sound, self.notes = None, ()
             self.num_frames = len(video)
             self.source_size = (video.shape[1], video.shape[2])
+        self.warnings: tuple[str, ...] = ()
         self._stream: Iterator[Tensor] | None = None
         self._held: deque[Tensor] = deque()
         self._next = 0  # the frame that the stream gives next; those held come just before
