@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import InitVar, dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
@@ -27,7 +27,6 @@ from mv2v_engine.shapes import TransformerConfig as TransformerConfig
 MergeMode = Literal["conv", "discard", "off"]
 MergeScope = Literal["group", "joint"]
 Conditioning = Literal["joint", "static"]
-Reuse = Literal["exact", "approximate"]
 RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
 BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
@@ -47,6 +46,11 @@ Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 
 MAX_STEPS = 1000
+# what is said to those who still ask for it
+REUSE_IS_GONE = (
+    "approximate reuse of joint conditioning is gone: fewer num_inference_steps (--steps) or a "
+    "step_cache (--step-cache) save as much and lose less; leave reuse out"
+)
 # far above what anybody samples with, 1 to 20, and far below what overflows
 MAX_GUIDANCE_SCALE = 100
 
@@ -166,10 +170,6 @@ class EngineConfig:
     size: (height, width) of turns, one that the checkpoint was made for; None: its first.
     source_fit: "letterbox" shows all of a source between black bars, "crop" fills the frame.
     source_alpha: what is put behind a source's transparent pixels; "refuse" does not take them.
-    reuse: "approximate" keeps the K and V of joint conditioning between whole forwards, at most
-        reuse_refresh steps apart; reuse_drift: a step makes one of its own once the first
-        block's conditioning output has changed by so much (relative L2) since the last; None
-        does not measure it.
     step_cache: steps are skipped while the timestep's modulation has changed by less than this
         (relative L1) since the last computed one; None computes all.
     feed_forward_chunk: tokens that a block's feed-forward takes at once, which bounds its hidden
@@ -215,9 +215,6 @@ class EngineConfig:
     size: tuple[int, int] | None = None
     source_fit: Fit = "crop"
     source_alpha: Alpha = "black"
-    reuse: Reuse = "exact"
-    reuse_refresh: int = 4
-    reuse_drift: float | None = 0.1
     step_cache: float | None = None
     feed_forward_chunk: int | None = 16_384
     memory_limit_bytes: int | None = None
@@ -225,10 +222,12 @@ class EngineConfig:
     batch_tokens: int | None = None
     check_weights: bool = True
     parallel: ParallelConfig = ParallelConfig()
+    reuse: InitVar[str | None] = None  # gone, and said so
 
-    def __post_init__(self) -> None:
+    def __post_init__(self, reuse: str | None) -> None:
         fit_fields(self)
-        self._check_reuse()
+        if reuse is not None:
+            raise RequestError(REUSE_IS_GONE)
         self._check_graphs()
         self._check_parallel()
         if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
@@ -252,24 +251,15 @@ class EngineConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise RequestError(f"{name} must be positive, or None for no bound, got {value}")
+        if self.step_cache is not None and not 0 <= self.step_cache < math.inf:
+            raise RequestError(
+                f"step_cache must be finite and not negative, or None, got {self.step_cache}"
+            )
         if not 0 <= (self.device_cache_bytes or 0) <= self.cache_bytes:
             raise RequestError(
                 f"device_cache_bytes is the device's part of cache_bytes: give 0.."
                 f"{self.cache_bytes:,} or raise cache_bytes, got {self.device_cache_bytes:,}"
             )
-
-    def _check_reuse(self) -> None:
-        if self.reuse == "approximate" and self.conditioning == "static":
-            raise RequestError(
-                'reuse="approximate" is for conditioning="joint": with "static" the conditioning '
-                'is kept exactly already; leave reuse at "exact"'
-            )
-        if self.reuse_refresh < 1:
-            raise RequestError(f"reuse_refresh counts steps, 1 or more, got {self.reuse_refresh}")
-        for name in ("reuse_drift", "step_cache"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise RequestError(f"{name} must be finite and not negative, or None, got {value}")
 
     def _check_graphs(self) -> None:
         if self.graphs == "on" and self.merge_scope == "joint" and self.merge != "off":
@@ -277,19 +267,19 @@ class EngineConfig:
                 'graphs="on" cannot be met with merge_scope="joint": there the data decide how '
                 'many tokens a block sees; use merge_scope="group", merge="off" or graphs="auto"'
             )
-        if self.graphs == "on" and (self.reuse != "exact" or self.step_cache is not None):
+        if self.graphs == "on" and self.step_cache is not None:
             raise RequestError(
-                'graphs="on" cannot be met with reuse="approximate" or a step_cache: their steps '
-                'find what earlier ones left; use graphs="auto"'
+                'graphs="on" cannot be met with a step_cache: its steps find what earlier ones '
+                'left; use graphs="auto"'
             )
 
     def _check_parallel(self) -> None:
         if self.parallel.num_ranks == 1:
             return
-        if self.reuse != "exact" or self.step_cache is not None:
+        if self.step_cache is not None:
             raise RequestError(
-                'several processes run exact steps alone: reuse="approximate" and a step_cache '
-                "decide by tensors of which each has a part; leave them out, or run one process"
+                "several processes run exact steps alone: what a step_cache adds again is a "
+                "tensor of which each has a part; leave it out, or run one process"
             )
         if self.graphs == "on":
             raise RequestError(

@@ -17,6 +17,7 @@ from mv2v_engine.checkpoints import detect
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.config import (
+    REUSE_IS_GONE,
     Alpha,
     AttentionName,
     BackendName,
@@ -26,13 +27,12 @@ from mv2v_engine.config import (
     GraphMode,
     MergeMode,
     ParallelConfig,
-    Reuse,
     SchedulerName,
     Timesteps,
 )
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.envs import launched_rank
-from mv2v_engine.parser import mistaken, num_bytes, number
+from mv2v_engine.parser import num_bytes
 from mv2v_engine.sampling.guidance import needs_guidance
 
 # what a source can be
@@ -52,9 +52,6 @@ _SETTINGS = (
     "timesteps",
     "graphs",
     "conditioning",
-    "reuse",
-    "reuse_refresh",
-    "reuse_drift",
     "step_cache",
     "cache_bytes",
     "device_cache_bytes",
@@ -167,6 +164,10 @@ def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:
     )
 
 
+def _gone(text: str) -> str:
+    raise argparse.ArgumentTypeError(REUSE_IS_GONE)
+
+
 def add_reuse(parser: argparse.ArgumentParser) -> None:
     """What later steps take over from earlier ones."""
     defaults = EngineConfig()
@@ -177,21 +178,8 @@ def add_reuse(parser: argparse.ArgumentParser) -> None:
         default=defaults.conditioning,
         help="static is computed once a turn, on weights trained for it",
     )
-    add("--reuse", choices=get_args(Reuse), default=defaults.reuse, help="of joint conditioning")
-    add(
-        "--reuse-refresh",
-        type=int,
-        default=defaults.reuse_refresh,
-        metavar="N",
-        help="steps from one whole forward to the next, at most",
-    )
-    add(
-        "--reuse-drift",
-        type=_drift,
-        default=defaults.reuse_drift,
-        metavar="D",
-        help="change of the first block's output that asks for one sooner; none: not measured",
-    )
+    for name in ("--reuse", "--reuse-refresh", "--reuse-drift"):
+        add(name, type=_gone, help=argparse.SUPPRESS)
     add(
         "--step-cache",
         type=float,
@@ -205,13 +193,6 @@ def _size(text: str) -> tuple[int, int]:
     if match is None:
         raise argparse.ArgumentTypeError(f"height x width as 480x832, got {text!r}")
     return int(match[1]), int(match[2])
-
-
-def _drift(text: str) -> float | None:
-    try:
-        return None if text == "none" else number(text)
-    except argparse.ArgumentTypeError:
-        raise mistaken("a finite number or none", text) from None
 
 
 def add_model(parser: argparse.ArgumentParser, default: str) -> None:

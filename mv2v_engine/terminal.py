@@ -273,10 +273,9 @@ def _short(value: float) -> str:
 
 def _reused(report: dict[str, Any]) -> list[str]:
     """Steps that ran the blocks, and those that ran them over the conditioning too."""
-    total, reuse = report["num_inference_steps"], report.get("reuse", {})
-    computed = len(reuse.get("steps_computed", range(total)))
-    is_static = report["plan"]["conditioning"] == "static"
-    whole = len(reuse["refreshes"]) if "refreshes" in reuse else 1 if is_static else computed
+    total = report["num_inference_steps"]
+    computed = len(report.get("reuse", {}).get("steps_computed", range(total)))
+    whole = 1 if report["plan"]["conditioning"] == "static" else computed
     return [f"{computed} of {total}", f"{whole} of {total}"]
 
 

@@ -188,7 +188,7 @@ DOORS: list[tuple[str, str, set[str]]] = [
     ("camera", "size", {"list"}),
     ("camera", "name", TEXTS),
     ("resized", "size", {"list"}),
-    ("config", "reuse_drift", {"none", "int", "float", "one number"}),
+    ("config", "step_cache", {"none", "int", "float", "one number"}),
     ("config", "memory", {"none"}),
     ("config", "max_memory", INTEGERS),
     ("config", "parallel", set()),

@@ -107,7 +107,7 @@ CONFIGS = {
     "static": EngineConfig(conditioning="static"),
     "unipc": EngineConfig(scheduler="unipc"),
     "random": EngineConfig(memory_ranking="random", memory_tokenizers="uniform"),
-    "reuse": EngineConfig(reuse="approximate", reuse_refresh=2),
+    "skipped": EngineConfig(step_cache=9.0),
 }
 
 

@@ -137,12 +137,8 @@ def test_cameras(refused: Refused, camera: str, words: str) -> None:
 @pytest.mark.parametrize(
     ("more", "words"),
     [
-        (["--reuse", "approximate", "--conditioning", "static"], "kept exactly already"),
-        (["--reuse-refresh", "0"], "reuse_refresh counts steps, 1 or more, got 0"),
-        (
-            ["--reuse-drift", "little"],
-            "--reuse-drift: must be a finite number or none, got 'little'",
-        ),
+        (["--reuse", "approximate"], "approximate reuse of joint conditioning is gone: fewer"),
+        (["--reuse-refresh", "2"], "a step_cache (--step-cache) save as much and lose less"),
         (["--step-cache", "-1"], "step_cache must be finite and not negative"),
     ],
 )

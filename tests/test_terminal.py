@@ -235,19 +235,19 @@ def test_memory_that_disk_lost_is_named() -> None:
 
 
 def test_reuse_is_told_beside_turns_without_it() -> None:
-    exact, kept, static = (report(1, []) for _ in range(3))
-    for row in (exact, kept, static):
+    exact, skipped, static = (report(1, []) for _ in range(3))
+    for row in (exact, skipped, static):
         row["num_inference_steps"] = 20
         row["plan"] |= {"conditioning": "joint"}  # type: ignore[operator]
-    kept["reuse"] = {"steps_computed": [0, 1, 5, 19], "refreshes": [{"step": 0}, {"step": 5}]}
+    skipped["reuse"] = {"steps_computed": [0, 1, 5, 19]}
     static["plan"] |= {"conditioning": "static"}  # type: ignore[operator]
     static["reuse"] = {"steps_computed": [0, 1, 5, 19]}
-    header, *rows = turn_table([exact, kept, static]).splitlines()
+    header, *rows = turn_table([exact, skipped, static]).splitlines()
     assert "steps computed  conditioning computed" in header
     cells = [row.split("8190")[1].split()[:6] for row in rows]
     assert [" ".join(each) for each in cells] == [
         "20 of 20 20 of 20",
-        "4 of 20 2 of 20",
+        "4 of 20 4 of 20",
         "4 of 20 1 of 20",
     ]
 

@@ -84,6 +84,13 @@ class Branch:
         )
         return velocity
 
+    def skipped(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """What a step gives that runs no block, after one that did."""
+        assert self.residual is not None
+        return self.transformer.forward_residual(
+            noisy, timestep, plan=self.plan, residual=self.residual
+        )
+
     def release(self) -> None:
         if self.cache is not None:
             self.cache.release()

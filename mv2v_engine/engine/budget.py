@@ -137,8 +137,6 @@ class Budget:
                 engine.dtype.itemsize,
                 config.feed_forward_chunk,
                 is_fused=engine.backend != "reference",
-                copies=_BRANCHES if config.reuse == "approximate" else 0,
-                probes=config.reuse_drift is not None,
                 residuals=_BRANCHES if config.step_cache is not None else 0,
             ),
         )

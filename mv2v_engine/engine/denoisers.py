@@ -1,4 +1,4 @@
-"""Which denoiser runs a turn: exact, with reuse, or over several processes."""
+"""Which denoiser runs a turn: of one process, or over several."""
 
 from __future__ import annotations
 
@@ -9,7 +9,6 @@ from torch import Tensor
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.graphs import Graphs
-from mv2v_engine.engine.reuse import ReusingDenoiser
 from mv2v_engine.engine.runner import Denoiser, NoisyTurn
 from mv2v_engine.engine.team import SharedDenoiser, Team
 from mv2v_engine.sampling.flow_match import make_solver
@@ -26,15 +25,13 @@ def make_denoiser(
     graphs: Graphs | None = None,
     team: Team | None = None,
 ) -> Denoiser:
-    """The denoiser of a turn as configured; exact unless reuse was asked for.
+    """The denoiser of a turn as configured.
 
     team: the processes that share its steps.
     """
     if team is not None:
         return SharedDenoiser(turn, team=team)
-    if config.reuse == "exact" and config.step_cache is None:
-        return Denoiser(turn, graphs=graphs)
-    return ReusingDenoiser(turn, config=config, graphs=graphs)
+    return Denoiser(turn, graphs=graphs, step_cache=config.step_cache)
 
 
 def engine_denoiser(

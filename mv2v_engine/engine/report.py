@@ -156,19 +156,10 @@ def turn_flops(
 
 def kept_bytes(engine: Engine, denoiser: Denoiser, steps: Sequence[MergeStep]) -> dict[str, int]:
     """What a turn kept between its steps: conditioning, and what skipped steps add again."""
-    config, branches = engine.config, len(denoiser.branches)
     element = engine.dtype.itemsize
-    is_approximate = config.reuse == "approximate"
-    kept = {
-        "conditioning_bytes": conditioning_bytes(
-            denoiser.plan,
-            element,
-            steps,
-            copies=branches if is_approximate else None,
-            probes=is_approximate and config.reuse_drift is not None,
-        )
-    }
-    if config.step_cache is not None:
+    kept = {"conditioning_bytes": conditioning_bytes(denoiser.plan, element, steps)}
+    if engine.config.step_cache is not None:
+        branches = len(denoiser.branches)
         kept["residual_bytes"] = branches * residual_bytes(denoiser.plan, element)
     return kept
 
@@ -184,9 +175,6 @@ def approximations(engine: Engine, plan: TokenPlan) -> list[str]:
     if not is_trained(engine, plan):
         trained = " and ".join(engine.checkpoint.conditioning)
         found.append(f"{plan.conditioning} conditioning on weights trained for {trained}")
-    if config.reuse == "approximate":
-        gate = "" if config.reuse_drift is None else f", or at drift {config.reuse_drift:g}"
-        found.append(f"conditioning renewed every {config.reuse_refresh} steps{gate}")
     if config.step_cache is not None:
         found.append(f"steps skipped below a change of {config.step_cache:g}")
     return found

@@ -23,6 +23,7 @@ from mv2v_engine.engine.buffers import Conditioning, StepBuffers, copied
 from mv2v_engine.engine.lease import Lease
 from mv2v_engine.errors import NotFiniteError
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.forward_pass import TargetResidual
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.models.static_cache import ConditioningCache
 from mv2v_engine.models.token_merge import MergeRecord
@@ -30,6 +31,7 @@ from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import Solver
 from mv2v_engine.sampling.guidance import guide
+from mv2v_engine.sampling.step_cache import computed_steps, relative_changes
 from mv2v_engine.tokens.flops import FORWARDS, Work, exact_work
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -37,6 +39,7 @@ if TYPE_CHECKING:
     from mv2v_engine.engine.graphs import Graphs
 
 STAGE = "sampling"
+_LEAVES = "steps that reuse what earlier ones left run eagerly"
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -64,8 +67,8 @@ class NoisyTurn:
 class Denoised:
     """Latents float32 [C, F, H, W]; the last step's merges, or the kept ones; what was run.
 
-    graphs: how the steps ran. reuse: what an approximation did; None for an exact turn. Both are
-    plain data for the report.
+    graphs: how the steps ran. reuse: which of them ran the blocks; None if all did. Both are plain
+    data for the report.
     """
 
     latents: Tensor
@@ -86,20 +89,34 @@ class Denoiser:
     elsewhere, in a pack with other turns', hands their velocities to `advance`.
     packed_steps: how many were run in a pack; counted by who packs.
     why_eager: what a turn says that never asked for graphs.
+    step_cache: below which change of the modulation a step runs no block; None runs all
+        (`sampling.step_cache`). Such a turn's steps run eagerly and alone: what a step leaves for
+        later ones lies where it happens to.
     """
 
     why_eager = "no step ran alone"
     context: ContextGroup | None = None  # the ranks that share a forward's tokens
 
-    def __init__(self, turn: NoisyTurn, *, graphs: Graphs | None = None) -> None:
+    def __init__(
+        self,
+        turn: NoisyTurn,
+        *,
+        graphs: Graphs | None = None,
+        step_cache: float | None = None,
+    ) -> None:
         device, solver, scale = turn.device, turn.solver, turn.guidance_scale
         self.transformer, self.plan, self.solver = turn.transformer, turn.plan, solver
         self.guidance_scale = scale
         self.timesteps = solver.timesteps.to(device)
         self.index, self.total, self.packed_steps = 0, len(self.timesteps), 0
         self._deltas = None if solver.deltas is None else solver.deltas.to(device)
-        self._graphs, self._asked = graphs, False
-        self._lease = Lease(graphs, None, "graphs are off" if graphs is None else self.why_eager)
+        self._step_cache = step_cache
+        self.computed = (True,) * self.total
+        if step_cache is not None:
+            self.computed = schedule(turn.transformer, self.timesteps, step_cache)
+        self._graphs, self._asked = graphs, step_cache is not None
+        why = _LEAVES if self._asked else "graphs are off" if graphs is None else self.why_eager
+        self._lease = Lease(graphs, None, why)
         # kept K and V depend on no text, so the branches share them
         is_static = turn.plan.conditioning == "static"
         self.cache = ConditioningCache(turn.plan) if is_static else None
@@ -112,6 +129,9 @@ class Denoiser:
             Branch(self.transformer, self.plan, given, text, self.cache, self.context)
             for text in given.texts
         ]
+        if self._step_cache is not None:
+            for branch in self.branches:
+                branch.residual = TargetResidual()
 
     @property
     def is_finished(self) -> bool:
@@ -140,6 +160,9 @@ class Denoiser:
         for branch in self.branches:
             if branch.cache is None:
                 branch.records.clear()  # of a step in a pack: a replay leaves none with the branch
+        if not self.computed[self.index]:
+            self.advance([branch.skipped(self.noisy, self.timestep) for branch in self.branches])
+            return
         self._load_step()
         kinds = tuple(branch.kind for branch in self.branches)
         is_repeatable = all(branch.is_repeatable for branch in self.branches)
@@ -148,6 +171,8 @@ class Denoiser:
 
     def samples(self) -> list[Sample] | None:
         """The next step's forwards for a pack, one a branch; None if the step has to run alone."""
+        if self._step_cache is not None:
+            return None
         noisy, timestep = self.noisy, self.timestep
         samples = [branch.sample(noisy, timestep) for branch in self.branches]
         ready = [sample for sample in samples if sample is not None]
@@ -211,7 +236,11 @@ class Denoiser:
 
     def work(self) -> dict[Work, int]:
         """What the steps run, in all branches together."""
-        return exact_work(self.plan, self.total * len(self.branches))
+        branches, skipped = len(self.branches), self.computed.count(False)
+        work = exact_work(self.plan, (self.total - skipped) * branches)
+        if self._step_cache is None:
+            return work
+        return {**work, "residual": skipped * branches, "schedule": self.total}
 
     def result(self) -> Denoised:
         """What the steps made, no longer written to.
@@ -222,8 +251,11 @@ class Denoiser:
         self._require_finite()
         # a forward that ran elsewhere has left its merges with the branch
         records = tuple(self.branches[0].records) or copied(self.buffers.records or ())
-        latents = self.buffers.latents[0].clone()
-        return Denoised(latents, records, self.work(), self.graph_report())
+        latents, reuse = self.buffers.latents[0].clone(), None
+        if self._step_cache is not None:
+            steps = [step for step, runs in enumerate(self.computed) if runs]
+            reuse = {"step_cache": self._step_cache, "steps_computed": steps}
+        return Denoised(latents, records, self.work(), self.graph_report(), reuse)
 
     def _require_finite(self) -> None:
         """The one place of a turn's steps that waits for the device."""
@@ -252,6 +284,15 @@ class Denoiser:
         for branch in self.branches:
             branch.release()
         self._lease.release()
+
+
+def schedule(
+    transformer: MV2VTransformer, timesteps_N: Tensor, threshold: float
+) -> tuple[bool, ...]:
+    """For each timestep whether its blocks run: a function of the weights and the steps alone."""
+    with torch.no_grad():
+        _, modulation = transformer.condition_embedder.time(timesteps_N)
+    return computed_steps(relative_changes(modulation), threshold)
 
 
 def not_finite(step: str, transformer: MV2VTransformer, guidance_scale: float) -> NotFiniteError:

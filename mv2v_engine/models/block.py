@@ -23,7 +23,6 @@ from mv2v_engine.models.camera_encoder import (
     projection,
 )
 from mv2v_engine.models.feed_forward import FeedForward
-from mv2v_engine.models.joint_cache import JointCache
 from mv2v_engine.models.modulation import Modulation, split_modulation
 from mv2v_engine.models.packed import PackedSequence
 from mv2v_engine.models.static_cache import ConditioningCache, KeysValues
@@ -57,16 +56,15 @@ class Block(nn.Module):
         context_BSC: Tensor,
         cameras_BFP: Tensor | None,
         kept: Series[KeysValues | None] | None = None,
-        keep: JointCache | None = None,
     ) -> Tensor:
         """New tokens [B, L, C]; every token sees its sample's, and those whose K and V are kept.
 
-        kept: one for every sample of a pack, otherwise one. keep: receives the conditioning's own.
+        kept: one for every sample of a pack, otherwise one.
         """
         modulation, ffn_modulation = self.modulations(temb_B6C, sequence.row)
 
         # 1. self-attention
-        attended = self._attend(sequence, modulation, cameras_BFP, kept, keep)
+        attended = self._attend(sequence, modulation, cameras_BFP, kept)
         x, hidden = self._add_norm2(sequence.x, attended, modulation)
         del attended  # at full size every tensor of all tokens counts: nothing outlives its use
 
@@ -124,13 +122,9 @@ class Block(nn.Module):
         modulation: Modulation,
         cameras_BFP: Tensor | None,
         kept: Series[KeysValues | None] | None,
-        keep: JointCache | None,
     ) -> Tensor:
         """What self-attention adds [B, L, C], over kept K and V too; its q, k and v go with it."""
         queries, keys, values = self._queries_keys_values(sequence, modulation, cameras_BFP)
-        if keep is not None:
-            assert isinstance(sequence, Sequence)
-            keep.refresh((keys, values), sequence)
         if kept is not None:
             # one after the other: half the copies at once
             keys = sequence.followed_by(keys, [pair and pair[0] for pair in kept])

@@ -257,8 +257,6 @@ class MV2VTransformer(nn.Module):
             elif begun.static_temb is not None:
                 layer = block.forward_static
                 given = (sequence, temb_6, begun.static_temb, begun.context, rows, begun.keep)
-            elif begun.keep is not None:
-                given += (None, begun.keep)
             begun.sequence = replace(sequence, x=self._run(layer, *given))
             begun.depth = index + 1
             del sequence, given  # a merge before the next block does not need them

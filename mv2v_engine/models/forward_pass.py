@@ -73,11 +73,6 @@ class ForwardPass:
         cache.start(self.plan, self.rows)
         self.keep = cache
 
-    def go_on_over(self, kept: ConditioningCache) -> None:
-        """Leave the conditioning's tokens: the blocks to come run the target over kept ones."""
-        self.sequence, _ = self.sequence.halves()
-        self.kept, self.rows = kept, kept.cameras
-
     def leave_in(self, residual: TargetResidual) -> None:
         """Remember the target's tokens as they are now, before the first block."""
         # a view would hold the whole sequence's tokens until the last block

@@ -15,7 +15,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import Conditioning
 from mv2v_engine.models.camera_encoder import row_dim
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -75,14 +74,11 @@ class ConditioningCache:
         is_trained: keep the graph of what is kept too, so that gradients flow back through it.
     """
 
-    serves: Conditioning = "static"
-
     def __init__(self, plan: TokenPlan, *, is_trained: bool = False) -> None:
-        if plan.conditioning != self.serves:
+        if plan.conditioning != "static":
             raise ValueError(
-                f"a {type(self).__name__} keeps conditioning={self.serves!r}, got a plan of "
-                f"{plan.conditioning!r}: what is exact for static conditioning is an "
-                "approximation for joint, which has a cache of its own"
+                f"K and V are kept of static conditioning, got a plan of {plan.conditioning!r}: "
+                "joint conditioning sees the noisy target, and its K and V change with every step"
             )
         self.plan, self._is_trained = plan, is_trained
         self.blocks: list[KeysValues] = []
@@ -93,11 +89,6 @@ class ConditioningCache:
         """Copy what is kept into a storage made for the plan; before anything is kept."""
         assert not self.blocks
         self._storage = storage
-
-    @property
-    def _is_taken(self) -> bool:
-        """Whether no other forward may be kept."""
-        return bool(self.blocks)
 
     @property
     def is_filled(self) -> bool:
@@ -113,7 +104,7 @@ class ConditioningCache:
         Raises:
             ValueError: it is another plan, gradients are on, or another forward was kept before.
         """
-        if plan != self.plan or self._is_taken:
+        if plan != self.plan or self.blocks:
             found = "holds another forward's" if self.blocks else "was made for another plan"
             raise ValueError(f"this cache {found}; make one for every turn")
         if torch.is_grad_enabled() and not self._is_trained:

@@ -19,10 +19,10 @@ if TYPE_CHECKING:
 
 _BLOCK_PARTS = ("self_attention", "linear", "cross_attention")
 
-# What a step may run in each guidance branch: a whole forward; the target over kept K/V; the first
-# block whole and the rest as "kept"; no block. And once a turn, "schedule", for every timestep.
-Work = Literal["whole", "kept", "probed", "residual", "schedule"]
-FORWARDS: tuple[Work, ...] = ("whole", "kept", "probed")
+# What a step may run in each guidance branch: a whole forward; the target over kept K/V; no block.
+# And once a turn, "schedule", for every timestep.
+Work = Literal["whole", "kept", "residual", "schedule"]
+FORWARDS: tuple[Work, ...] = ("whole", "kept")
 
 
 def exact_work(plan: TokenPlan, num_forwards: int) -> dict[Work, int]:
@@ -39,7 +39,6 @@ def work_flops(plan: TokenPlan, work: Work, steps: Sequence[MergeStep] | None = 
     tables = {
         "whole": flop_table,
         "kept": kept_flop_table,
-        "probed": probed_flop_table,
         "residual": residual_flop_table,
     }
     return sum(tables[work](plan, steps).values())
@@ -81,24 +80,6 @@ def kept_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -
         "camera": _camera_flops(plan, plan.shape.num_layers, plan.target.num_frames),
         "embedding": _embedding_flops(plan, timesteps=1),
         "head": _head_flops(plan),
-    }
-
-
-def probed_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dict[str, int]:
-    """FLOPs by part of one joint forward whose first block is whole and the others' target's."""
-    steps = plan.merge_steps if steps is None else steps
-    lengths, target = plan.lengths_by_block(steps), plan.target
-    first = [step for step in steps if step.block == 0]
-    kept = (target.length,) * (len(lengths) - 1)
-    camera = _camera_flops(plan, 1 + len(first), len(plan.frame_table))
-    return {
-        "first_block": sum(_block_parts(plan, lengths[:1], lengths[:1]).values()),
-        "target_blocks": sum(_block_parts(plan, kept, lengths[1:]).values()),
-        "tokenize": _tokenize_flops(plan, plan.segments),
-        "camera": camera + _camera_flops(plan, plan.shape.num_layers - 1, target.num_frames),
-        "embedding": _embedding_flops(plan, timesteps=1),
-        "head": _head_flops(plan),
-        "merge": sum(_merge_flops(plan, step) for step in first),
     }
 
 
@@ -146,22 +127,12 @@ def conditioning_bytes(
     plan: TokenPlan,
     element_bytes: int,
     steps: Sequence[MergeStep] | None = None,
-    *,
-    copies: int | None = None,
-    probes: bool = False,
 ) -> int:
-    """What is kept of the conditioning for a turn: every block's K and V of its tokens.
-
-    copies: None is what exact reuse keeps, one with static conditioning and nothing with joint;
-    approximate reuse keeps one a guidance branch. probes: the first block's output is kept in
-    place of its K and V.
-    """
-    if copies is None:
-        copies = int(plan.conditioning == "static")
-    tokens = [length - plan.target.length for length in plan.lengths_by_block(steps)]
-    # a K or V is as wide as an output
-    kept = 2 * sum(tokens[1:]) + tokens[0] if probes else 2 * sum(tokens)
-    return copies * kept * plan.shape.dim * element_bytes
+    """What a turn with static conditioning keeps of it: every block's K and V of its tokens."""
+    if plan.conditioning == "joint":
+        return 0
+    tokens = sum(length - plan.target.length for length in plan.lengths_by_block(steps))
+    return 2 * tokens * plan.shape.dim * element_bytes
 
 
 def residual_bytes(plan: TokenPlan, element_bytes: int) -> int:

@@ -12,12 +12,10 @@ an operation is not seen. t target tokens, c conditioning tokens, L = t + c.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-from mv2v_engine.tokens.flops import conditioning_bytes, residual_bytes
-from mv2v_engine.tokens.layout import MergeStep
+from mv2v_engine.tokens.flops import residual_bytes
 from mv2v_engine.tokens.plan import TokenPlan
 
 
@@ -27,15 +25,12 @@ class Execution:
 
     element_bytes: of a token's element. chunk: the feed-forward's tokens at once, None for all.
     is_fused: operations are kernels, without intermediates of their own; the reference has
-    float32 ones. copies: of joint conditioning's K and V that approximate reuse keeps, one a
-    guidance branch; probes: as `conditioning_bytes` has it. residuals: of skipped steps.
+    float32 ones. residuals: of skipped steps, one a guidance branch.
     """
 
     element_bytes: int
     chunk: int | None = None
     is_fused: bool = True
-    copies: int = 0
-    probes: bool = False
     residuals: int = 0
 
 
@@ -50,7 +45,6 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     block = _Block(plan, execution)
     if plan.conditioning == "joint":
         peak = max(block.joint(length) + _merged_table(plan, length) for length in lengths)
-        peak += block.kept_by_branches(steps)
     else:
         own = [length - plan.target.length for length in lengths]
         kept = [0, *accumulate(2 * block.row * count for count in own)]
@@ -89,22 +83,7 @@ class _Block:
 
     def joint(self, length: int) -> int:
         """All tokens together."""
-        fullest = max(length * self.row + self._attend(length), self._feed_forward(length))
-        if self.run.copies:
-            # beside q, k and v: fresh copies, and their difference from those kept before
-            own, merges = length - self.target, self.plan.merge != "off"
-            compared = own * ((3 + 2 * merges) * self.row + self.widened)
-            fullest = max(fullest, 4 * length * self.row + compared)
-        return fullest
-
-    def kept_by_branches(self, steps: Sequence[MergeStep]) -> int:
-        """For approximate reuse; to be probed, every branch's first block runs before the rest."""
-        run, plan = self.run, self.plan
-        kept = conditioning_bytes(
-            plan, run.element_bytes, steps, copies=run.copies, probes=run.probes
-        )
-        waiting = max(run.copies - 1, 0) * plan.length * self.row if run.probes else 0
-        return kept + waiting
+        return max(length * self.row + self._attend(length), self._feed_forward(length))
 
     def static(self, own: int) -> int:
         """The conditioning by itself, whose K and V stay, then the target over both."""

@@ -355,7 +355,7 @@ def test_a_replayed_step_forgets_the_merges_of_a_packed_one(
 
 
 def test_steps_that_reuse_earlier_ones_run_alone(engine: Engine, source_frames: Tensor) -> None:
-    reusing = engine.reconfigured(EngineConfig(reuse="approximate"))
+    reusing = engine.reconfigured(EngineConfig(step_cache=9.0))
     sessions = [reusing.session(source_frames) for _ in range(2)]
     request = _request(engine, "pan_left", 4)
     expected = reusing.session(source_frames).answer(request)

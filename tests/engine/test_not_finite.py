@@ -32,8 +32,6 @@ BAD = (math.nan, math.inf)
 SETTINGS: dict[str, dict[str, Any]] = {
     "joint": {},
     "static": {"conditioning": "static", "merge": "off"},
-    "approximate": {"reuse": "approximate"},
-    "by interval": {"reuse": "approximate", "reuse_drift": None},
     "step cache": {"step_cache": 0.2},
     "UniPC": {"scheduler": "unipc"},
 }

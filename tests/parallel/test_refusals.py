@@ -45,7 +45,6 @@ def test_a_mesh_that_cannot_be(fields: dict[str, Any], message: str) -> None:
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
-        ({"reuse": "approximate"}, "exact steps alone"),
         ({"step_cache": 0.1}, "exact steps alone"),
         ({"graphs": "on"}, "gloo cannot be captured"),
     ],

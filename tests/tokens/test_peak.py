@@ -10,15 +10,11 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mv2v_engine.config import TINY, WAN_1_3B, EngineConfig
-from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.config import TINY, WAN_1_3B
 from mv2v_engine.engine.counting import LiveBytes
-from mv2v_engine.engine.reuse import ReusingDenoiser
-from mv2v_engine.engine.runner import NoisyTurn
 from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
@@ -123,34 +119,6 @@ def test_ten_memories_at_full_depth() -> None:
     joint = novel_view_plan(memory=10)
     assert forward_peak_bytes(joint, execution) < 1.75e9
     assert forward_peak_bytes(joint, replace(execution, chunk=None)) > 3.1e9
-
-
-@pytest.mark.parametrize(("merge", "drift"), [("off", None), ("conv", 1e9)])
-def test_approximate_reuse_keeps_a_copy_for_each_branch(merge: Any, drift: float | None) -> None:
-    """Real tensors: whether a step refreshes is read on the host."""
-    plan = novel_view_plan(memory=4, merge=merge, shape=SHALLOW_TINY, frames=17, size=(96, 160))
-    shape = plan.shape
-    model = MV2VTransformer(shape).requires_grad_(False)
-    given = [torch.randn(1, shape.in_channels, *s.grid) for s in plan.segments]
-    text = torch.randn(1, shape.text_len, shape.text_dim)
-    cameras = torch.randn(1, len(given), plan.target.num_frames, 12)
-    turn = NoisyTurn(
-        transformer=model,
-        plan=plan,
-        conditioning=Conditioning(given[1:], cameras, text, text),
-        noise=given[0],
-        solver=make_solver("euler", 4, 3.0),
-        guidance_scale=3.0,
-    )
-    config = EngineConfig(reuse="approximate", reuse_refresh=2, reuse_drift=drift)
-    denoiser = ReusingDenoiser(turn, config=config)
-    with LiveBytes() as live:
-        while not denoiser.is_finished:
-            denoiser.step()
-    execution = Execution(4, is_fused=False, copies=2, probes=drift is not None)
-    found = forward_peak_bytes(plan, execution)
-    print(f"\n{live.peak:,} bytes counted, {found / live.peak:.4f} of them predicted")
-    assert found == pytest.approx(live.peak, rel=0.1)
 
 
 def test_merging_bounds_what_static_keeps() -> None:

@@ -24,11 +24,10 @@ _SETTINGS = (
     "rope",
     "responsiveness_heads",
     "conditioning",
-    "reuse",
-    "reuse_refresh",
-    "reuse_drift",
     "step_cache",
 )
+# what older folders hold of a choice that is gone, where nothing was reused
+_EXACT = {"reuse": "exact", "reuse_refresh": 4, "reuse_drift": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,4 +85,5 @@ def engine_settings(engine: Engine) -> dict[str, Any]:
     settings = {name: getattr(engine.config, name) for name in _SETTINGS}
     # exact ones stand in no folder of before there was a choice
     rounded = {} if engine.timesteps == "exact" else {"timesteps": engine.timesteps}
-    return {**settings, "merge": engine.merge, "scheduler": engine.scheduler, **rounded}
+    own = {"merge": engine.merge, "scheduler": engine.scheduler}
+    return {**settings, **_EXACT, **own, **rounded}

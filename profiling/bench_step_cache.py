@@ -1,6 +1,6 @@
-"""What approximate reuse saves, and what it does to the picture: whole turns against exact ones.
+"""What skipping steps saves, and what it does to the picture: whole turns against exact ones.
 
-`python profiling/bench_reuse.py [--scenes 8] [--steps 20] [--out profiling/results/reuse.json]`
+`python profiling/bench_step_cache.py [--scenes 8] [--steps 20] [--out RESULTS.json]`
 
 Held-out worlds of known geometry. Four exact turns are made once; the fifth, which remembers up to
 four, is made with every setting from the same noise and memory, and compared with the exact one of
@@ -53,7 +53,7 @@ class Setting:
 
 
 def settings(steps: int) -> list[Setting]:
-    """Exact turns, then fewer steps of them, then both knobs alone and together."""
+    """Exact turns, then fewer steps of them, then steps skipped."""
     found = [
         Setting("joint", {}, "joint"),
         Setting("static", {"conditioning": "static"}, "static"),
@@ -63,24 +63,13 @@ def settings(steps: int) -> list[Setting]:
         Setting(f"{count} steps", {}, "joint", count)
         for count in (max(1, share * steps // 20) for share in (13, 9, 6))
     ]
-    for refresh in (2, 3, 4, 6, steps):
-        changes = {"reuse": "approximate", "reuse_refresh": refresh, "reuse_drift": None}
-        found.append(Setting(f"every {refresh}", changes, "joint"))
-    for drift in (0.05, 0.1, 0.2):
-        changes = {"reuse": "approximate", "reuse_refresh": steps, "reuse_drift": drift}
-        found.append(Setting(f"drift {drift:g}", changes, "joint"))
     for threshold in (0.1, 0.15, 0.2, 0.3):
         cache = {"step_cache": threshold}
         found.append(Setting(f"cache {threshold:g}", cache, "joint"))
         static = {"conditioning": "static", **cache}
         found.append(Setting(f"static, cache {threshold:g}", static, "static"))
     found.append(Setting("unipc, cache 0.15", {"scheduler": "unipc", "step_cache": 0.15}, "unipc"))
-    both = {"reuse": "approximate", "reuse_refresh": 4, "reuse_drift": 0.1}
-    found.append(Setting("every 4, drift 0.1", both, "joint"))
-    return [
-        *found,
-        Setting("every 4, drift 0.1, cache 0.15", {**both, "step_cache": 0.15}, "joint"),
-    ]
+    return found
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,7 +187,7 @@ def _row(setting: Setting, scenes: list[dict[str, Any]]) -> dict[str, Any]:
         **values,
         "worst_psnr": digits(min(psnrs)) if psnrs else None,
         "time_ratio": digits(median(scene["time_ratio"] for scene in scenes)),
-        # of the first scene: which steps were refreshed and why, and what had drifted
+        # of the first scene: which steps were computed
         "first_scene": scenes[0]["reuse"],
     }
 

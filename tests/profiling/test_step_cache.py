@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from bench_reuse import Setting, measure, settings
+from bench_step_cache import Setting, measure, settings
 
 from mv2v_engine import Engine
 
@@ -25,14 +25,14 @@ def test_settings_against_exact_turns(tiny_checkpoint: Path) -> None:
     chosen = [
         Setting("joint", {}, "joint"),
         Setting("fewer", {}, "joint", 2),
-        Setting("closed", {"reuse": "approximate", "reuse_drift": 0.0}, "joint"),
-        Setting("open", {"reuse": "approximate", "reuse_refresh": 3, "reuse_drift": None}, "joint"),
+        Setting("closed", {"step_cache": 0.0}, "joint"),
+        Setting("open", {"step_cache": 9.0}, "joint"),
     ]
-    joint, fewer, closed, kept = measure(engine, chosen, range(2_000_000, 2_000_001), 4)
+    joint, fewer, closed, skipped = measure(engine, chosen, range(2_000_000, 2_000_001), 4)
     assert joint["psnr"] is None and joint["flop_ratio"] == joint["time_ratio"] == 1
     assert joint["memory"] == closed["memory"] == 4 and joint["whole"] == joint["computed"] == 4
     assert (fewer["computed"], fewer["flop_ratio"]) == (2, 0.5)
     # bit for bit: as good as this measure can say
     assert closed["latents"] == 0 and closed["psnr"] == closed["worst_psnr"] > 78
-    assert kept["whole"] == 2 and kept["flop_ratio"] < 1 and kept["psnr"] < 78
-    assert [row["step"] for row in kept["first_scene"]["refreshes"]] == [0, 3]
+    assert skipped["computed"] == 2 and skipped["flop_ratio"] < 1 and skipped["psnr"] < 78
+    assert skipped["first_scene"]["steps_computed"] == [0, 3]
