@@ -15,7 +15,7 @@ help:
 	@echo "make demo       re-render a clip from three cameras with the embedded model"
 	@echo "make demo-edit  edit a long clip by instruction with the embedded model"
 	@echo "make test       run all tests"
-	@echo "make bench      measure tiny-nvs on this CPU, some minutes; results, plot and README follow"
+	@echo "make bench      measure tiny-nvs on this CPU, some minutes; results, plot and tables follow"
 	@echo "make gate       this checkout's hot paths against the baseline's, in one run"
 	@echo "make check      lint, format, types, layering"
 	@echo "make format     format the code"

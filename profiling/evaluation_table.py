@@ -1,4 +1,4 @@
-"""The README's table of an evaluation: `python profiling/evaluation_table.py results.json`.
+"""An evaluation as the table of README and guides: `python profiling/evaluation_table.py FILE`.
 
 The file is what `python -m mv2v_engine.run evaluate` writes; its `table.md` says more.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,14 +64,18 @@ EDITS = Table(
 TABLES = {"mv2v-evaluation": VIEWS, "mv2v-edit-evaluation": EDITS}
 
 
-def markdown(results: dict[str, Any]) -> str:
-    """Means with 95 % intervals, one row a method, then the references."""
+def markdown(results: dict[str, Any], rows: Sequence[str] | None = None) -> str:
+    """Means with 95 % intervals, one row a method, then the references.
+
+    rows: the methods that are shown; None shows all.
+    """
     table = TABLES[results["format"]]
     some = next(iter(results["rows"].values()))
     measures = [column for column in table.measures if column[1] in some]
     titles = [title for title, *_ in (*measures, *table.costs)]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
-    for name, row in {**results["rows"], **results["references"]}.items():
+    shown = {n: row for n, row in results["rows"].items() if rows is None or n in rows}
+    for name, row in {**shown, **results["references"]}.items():
         cells = [_interval(row, measure, digits) for _, measure, digits in measures]
         cells += [
             f"{row[cost] / unit:.{digits}f}" if cost in row else ""

@@ -1,4 +1,4 @@
-"""Tables in the README and docs, from the committed results: printed, or written in.
+"""Tables of measurements in the guides, from the committed results: printed, or written in.
 
 `python profiling/readme_numbers.py [--write]`
 
@@ -16,8 +16,7 @@ from typing import Any
 from measure import ROOT, read_rows
 
 RESULTS = ROOT / "profiling" / "results"
-README, SCALING = ROOT / "README.md", ROOT / "docs" / "scaling.md"
-SERVING = ROOT / "docs" / "serving.md"
+COSTS, SCALING, SERVING = (ROOT / "docs" / f"{name}.md" for name in ("costs", "scaling", "serving"))
 Row = dict[str, Any]
 
 
@@ -167,7 +166,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
 }
 # which tables a page has
 PAGES: dict[Path, tuple[str, ...]] = {
-    README: ("memory", "peers", "turns", "peaks"),
+    COSTS: ("memory", "peers", "turns", "peaks"),
     SCALING: ("hourly", "growth"),
     SERVING: ("faults",),
 }

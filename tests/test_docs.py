@@ -12,7 +12,7 @@ import pytest
 from mv2v_engine import errors
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
-GUIDES = ("embedding.md", "serving.md", "scaling.md", "tuning-memory.md")
+README = DOCS.parent / "README.md"
 
 
 def blocks(page: str, language: str) -> list[tuple[int, str]]:
@@ -80,9 +80,15 @@ def test_the_errors_are_those_that_there_are() -> None:
     assert {row[0].strip("`") for row in rows} == public - {"MV2VError", "TrainingError"}
 
 
-@pytest.mark.parametrize("page", GUIDES)
-def test_links_lead_somewhere(page: str) -> None:
-    text = (DOCS / page).read_text(encoding="utf-8")
-    targets = re.findall(r"\]\((?!https?://)([^)#]+)", text)
-    missing = [target for target in targets if not (DOCS / target).exists()]
+@pytest.mark.parametrize("page", [README, *sorted(DOCS.glob("*.md"))], ids=lambda page: page.name)
+def test_links_lead_somewhere(page: Path) -> None:
+    targets = re.findall(r"\]\((?!https?://)([^)#]+)", page.read_text(encoding="utf-8"))
+    missing = [target for target in targets if not (page.parent / target).exists()]
     assert not missing
+
+
+def test_the_readme_stays_one_that_is_read() -> None:
+    text = README.read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= 250
+    unnamed = [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in text]
+    assert unnamed == []

@@ -1,4 +1,4 @@
-"""The hot paths run, the gate tells slower from not, and the README's tables are the results'."""
+"""The hot paths run, the gate tells slower from not, and the guides' tables are the results'."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_an_unknown_commit_is_refused() -> None:
 def test_the_pages_hold_the_results() -> None:
     for page in readme_numbers.PAGES:
         assert readme_numbers.written(page) == page.read_text(encoding="utf-8"), page.name
-    text = readme_numbers.README.read_text(encoding="utf-8")
-    assert "docs/cost_of_memory.svg" in text
+    text = readme_numbers.COSTS.read_text(encoding="utf-8")
+    assert "(cost_of_memory.svg)" in text
     svg = (ROOT / "docs" / "cost_of_memory.svg").read_text(encoding="utf-8")
     assert "memory videos" in svg and "tokenizers by rank" in svg
 
