@@ -22,19 +22,22 @@ from pathlib import Path
 
 from mv2v_engine.checkpoints.detect import embedded_folder
 from mv2v_engine.errors import TrainingError
+from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.training.command import run_command
 
 # both tasks take the embedded one
 VAE = embedded_folder("tiny-nvs") / "vae"
 # seeds of the clips that teach instructions, apart from those of whole windows
 SHORT_CLIPS = 200_000
+# of the worlds that most is learned on, as many more of each grade
+WORLDS_OF_GRADE: dict[Grade, float] = {"plain": 1.0, "furnished": 0.25, "textured": 0.1}
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Settings:
     """out: everything is below it. minutes: that the transformer learns for. worlds: of the grade
     that most is learned on. jobs: processes that render and encode side by side. start_from: a
-    checkpoint in place of the first stage's."""
+    checkpoint in place of all stages but the last."""
 
     out: Path
     minutes: float
@@ -60,10 +63,11 @@ class Command:
 
 
 def views(settings: Settings) -> Iterator[Command]:
-    """Cameras in two latent frames, then whole clips, then memory, also where walls hide things."""
+    """Cameras in two latent frames, then whole clips, then memory in worlds of every grade."""
     device, vae = ("--device", settings.device), ("--vae", VAE)
-    latents = {grade: settings.out / "latents" / grade for grade in ("plain", "furnished")}
-    for grade, worlds in (("plain", settings.worlds), ("furnished", settings.worlds // 4)):
+    latents = {grade: settings.out / "latents" / grade for grade in WORLDS_OF_GRADE}
+    for grade, share in WORLDS_OF_GRADE.items():
+        worlds = max(1, round(settings.worlds * share))
         what = ("--worlds", f"0:{worlds}", "--grade", grade, "--cameras", 8)
         out = (*vae, "--out", latents[grade])
         yield Command("training.latents", (*what, *out, *device), is_shared=True)
@@ -74,7 +78,7 @@ def views(settings: Settings) -> Iterator[Command]:
         vae,
         Stage("cameras", 0.15, (*plain, "--frames", 2, 4, "--no-memory", 1)),
         Stage("clips", 0.35, (*plain, "--no-memory", 1)),
-        Stage("memory", 0.5, all_grades),
+        Stage("memory", 0.5, (*all_grades, *_rates(2e-3))),
     )
 
 
@@ -128,7 +132,7 @@ def _stages(
     """
     out, before = settings.out, settings.start_from
     if before is not None:
-        stages = stages[1:]
+        stages = stages[-1:]
     minutes = settings.minutes / sum(stage.share for stage in stages)
     for stage in stages:
         start = () if before is None else ("--start-from", before)
@@ -182,7 +186,11 @@ def main() -> None:
     add("--out", type=Path, required=True)
     add("--minutes", type=float, default=720, help="that the transformer learns for, default 720")
     add("--worlds", type=int, default=2000, help="rendered and encoded first, default 2000")
-    add("--start-from", metavar="NAME_OR_PATH", help="a checkpoint in place of the first stage's")
+    add(
+        "--start-from",
+        metavar="NAME_OR_PATH",
+        help="a checkpoint in place of all stages but the last",
+    )
     add("--jobs", type=int, help="processes that render; not given: one a core")
     add("--device", default="cpu")
     add("--list", action="store_true", help="print the commands alone")
