@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
+from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.synthetic import demo_clip
 from mv2v_engine.synthetic.edit_worlds import edit_camera, make_edit_world, target_in_view
 from mv2v_engine.synthetic.instructions import all_prompts
+from mv2v_engine.synthetic.render import render
+from mv2v_engine.synthetic.worlds import BOX, CYLINDER, NUM_WALLS, SPHERE, make_world
 from mv2v_engine.video.io import probe_video, read_video
 
 
@@ -54,3 +59,20 @@ def test_the_clip_to_edit(
     camera = edit_camera(world, demo_clip.EDIT_WORLD, num_frames=85, size=(96, 160))
     seen = target_in_view(world.world, camera)
     assert bool(seen[0]) and not bool(seen[15:49].any()) and bool(seen[60])
+
+
+def test_the_views_clip_shows_what_it_was_chosen_for() -> None:
+    """A sphere, a box and a cylinder; and both cameras uncover a thing that the source hides."""
+    world = make_world(demo_clip.DEMO_WORLD, "plain")
+
+    def shares(camera: str, frame: int) -> Tensor:
+        path = named_trajectory(camera, 17, (96, 160))
+        moment = replace(path, poses=path.poses[frame : frame + 1])
+        surface = render(world, moment, samples=1).surface.flatten()
+        counts = torch.bincount(surface, minlength=NUM_WALLS + len(world.kind_N))
+        return counts[NUM_WALLS:] / len(surface)
+
+    first = shares("static", 0)
+    assert set(world.kind_N[first >= 0.02].tolist()) == {SPHERE, BOX, CYLINDER}
+    for camera in ("pan_right", "arc_left"):
+        assert bool((shares(camera, 16)[first < 0.001] >= 0.02).any()), camera
