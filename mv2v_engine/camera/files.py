@@ -17,6 +17,7 @@ N poses of a file, T frames.
 
 from __future__ import annotations
 
+import math
 import os
 import re
 from collections.abc import Callable, Mapping, Sequence
@@ -58,6 +59,7 @@ from mv2v_engine.camera.reading import (
     CameraFile,
     Lens,
     Recording,
+    printable,
 )
 from mv2v_engine.camera.resampling import even_places, resampled_poses, resampled_values
 from mv2v_engine.camera.trajectories import (
@@ -101,7 +103,7 @@ class _Spec:
         """How errors and reports call it: without the folders above it."""
         camera = "" if self.camera is None else f"#{self.camera}"
         options = f"?{self.options}" if self.options else ""
-        return f"{Path(self.place).name or self.place}{camera}{options}"
+        return printable(f"{Path(self.place).name or self.place}{camera}{options}")
 
 
 def _split(text: str, exists: Callable[[str], bool]) -> _Spec | None:
@@ -295,8 +297,8 @@ def trajectory_json(trajectory: CameraTrajectory) -> dict[str, Any]:
 
 
 def _open(path: Path) -> CameraFile:
-    if path.is_dir():
-        inside = next((name for name in _IN_FOLDER if (path / name).is_file()), None)
+    if os.path.isdir(path):
+        inside = next((name for name in _IN_FOLDER if os.path.isfile(path / name)), None)
         if inside is None:
             raise CameraError(
                 f"cannot read camera file {path}: it is a folder without "
@@ -306,7 +308,7 @@ def _open(path: Path) -> CameraFile:
 
     def beside(name: str) -> bytes | None:
         other = path.parent / name
-        return _bytes(other) if other.is_file() else None
+        return _bytes(other) if os.path.isfile(other) else None
 
     return CameraFile(path.name, _bytes(path), beside)
 
@@ -408,6 +410,7 @@ def _finished(
     notes: what was changed before this.
     """
     require_finite_poses(recording.poses, name=recording.name)
+    recording = _with_asked_lens(recording, file, options, notes)
     recording = _chosen(_ordered(recording, file, options, notes), file, options, notes)
     poses, lens = recording.poses, recording.lens
     if options.scale != 1:
@@ -430,19 +433,31 @@ def _finished(
         )
         poses = resampled_poses(poses, places)
     checked = validate_poses(poses, name=recording.name)
-    intrinsics = None
-    if options.lens == "default":
-        if lens is not None or recording.problem:
-            notes.append("its lens was not taken, but the default one")
-    elif recording.problem:
-        raise recording.problem
-    elif lens is not None:
-        intrinsics = _fitted_lens(lens, file, len(recording.poses), places, size, notes)
+    intrinsics = default_intrinsics(*size)
+    if lens is not None:
+        intrinsics = _fitted_lens(lens, file, places, size, notes)
     if options.unchecked:
         notes.append("whether it is plausible was not checked, as asked")
-    if intrinsics is None:
-        intrinsics = default_intrinsics(*size)
     return CameraTrajectory(checked, intrinsics, size, file, tuple(notes))
+
+
+def _with_asked_lens(
+    recording: Recording, file: str, options: CameraOptions, notes: list[str]
+) -> Recording:
+    """Leave the lens out where the default one is asked for, or refuse what cannot be taken."""
+    if options.lens == "default":
+        if recording.lens is not None or recording.problem:
+            notes.append("its lens was not taken, but the default one")
+        return replace(recording, lens=None, problem=None)
+    if recording.problem:
+        raise recording.problem
+    if recording.lens is not None:
+        shape, count = tuple(recording.lens.intrinsics.shape), len(recording.poses)
+        if shape not in ((3, 3), (count, 3, 3)):
+            raise CameraError(
+                f"{file}: intrinsics must have shape [3, 3] or [{count}, 3, 3], got {list(shape)}"
+            )
+    return recording
 
 
 def _other_count(file: str, found: int, wanted: int) -> str:
@@ -463,6 +478,8 @@ def _ordered(
         require_finite_poses(recording.times[:, None], name=f"{file}: times")
         order = recording.times.argsort(stable=True)
         times = recording.times[order]
+        if not math.isfinite(float(times[-1] - times[0])):
+            raise CameraError(f"{file} has times from {float(times[0]):g} to {float(times[-1]):g}")
         again = (times[1:] == times[:-1]).nonzero()
         if len(again):
             stamp = float(times[int(again[0])])
@@ -483,7 +500,7 @@ def _ordered(
         return recording
     first, last = indices[0], indices[-1]
     ends = (
-        f", {recording.names[first][:60]} to {recording.names[last][:60]}"
+        f", {printable(recording.names[first][:60])} to {printable(recording.names[last][:60])}"
         if recording.names is not None
         else ""
     )
@@ -526,12 +543,7 @@ def _picked(recording: Recording, indices: Tensor) -> Recording:
 
 
 def _fitted_lens(
-    lens: Lens,
-    file: str,
-    num_poses: int,
-    places: Tensor | None,
-    size: tuple[int, int],
-    notes: list[str],
+    lens: Lens, file: str, places: Tensor | None, size: tuple[int, int], notes: list[str]
 ) -> Tensor:
     """Intrinsics of the video's frames, whose pixels are square if the file's are."""
     intrinsics, own_size = lens.intrinsics, lens.size
@@ -543,7 +555,7 @@ def _fitted_lens(
     if min(image) < 1:
         raise CameraError(f"{file}: size must be positive pixels, got {list(image)}")
     try:
-        require_pinhole(intrinsics, num_poses)
+        require_pinhole(intrinsics, len(intrinsics))
     except CameraError as error:
         raise CameraError(f"{file}: {error}") from error
     shapes = [image[1] / image[0], size[1] / size[0]]

@@ -14,6 +14,7 @@ import io
 import json
 import math
 import re
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from tokenize import TokenError
@@ -317,7 +318,10 @@ def _read_npy(file: CameraFile, camera: str | None, _: Quaternion) -> Recording:
             (1, 0): np.lib.format.read_array_header_1_0,
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
-        shape, is_columns, dtype = read(stream)
+        with warnings.catch_warnings():
+            # that Python 2 wrote it is of no matter
+            warnings.simplefilter("ignore")
+            shape, is_columns, dtype = read(stream)
     # a header is Python's own syntax
     except (ValueError, LookupError, TypeError, EOFError, *_SYNTAX) as error:
         raise file.refused(" is no npy file that can be read; save it again") from error
@@ -338,7 +342,8 @@ def _read_npy(file: CameraFile, camera: str | None, _: Quaternion) -> Recording:
     if not found:
         file.check_count(0)
     values = np.frombuffer(file.data, dtype, offset=stream.tell())
-    array = values.reshape(shape, order="F" if is_columns else "C").astype(np.float64)
+    with np.errstate(invalid="ignore"):  # NaN is told where it stands
+        array = values.reshape(shape, order="F" if is_columns else "C").astype(np.float64)
     name = f"{file.name}: poses"
     return Recording(matrix_poses(file, torch.from_numpy(array.copy()), name), name)
 
@@ -406,6 +411,12 @@ def _read_tum(file: CameraFile, camera: str | None, quaternion: Quaternion) -> R
     """Seconds, x y z, and a quaternion whose w is its last number: camera-to-world."""
     values = file.table()
     turned = values[:, 4:]
+    header = file.header()
+    if quaternion == "xyzw" and len(header) == 8 and re.search(r"w\b", header[4], re.IGNORECASE):
+        raise file.refused(
+            f": its header names {header[4][:40]} before the other three of the quaternion; is it "
+            "in the order w x y z (option quaternion=wxyz)?"
+        )
     if quaternion == "xyzw":
         turned = turned[:, [3, 0, 1, 2]]
     poses = torch.cat([rotations(file, turned), values[:, 1:4, None]], dim=-1)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import codecs
 import json
 import math
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -76,7 +77,7 @@ class CameraFile:
     def __init__(
         self, name: str, data: bytes, beside: Callable[[str], bytes | None] = lambda _: None
     ) -> None:
-        self.name, self.data, self.beside = name, data, beside
+        self.name, self.data, self.beside = printable(name), data, beside
         self.ending = name.rpartition(".")[2].lower() if "." in name else ""
 
     def refused(self, why: str) -> CameraError:
@@ -123,7 +124,7 @@ class CameraFile:
         found = []
         for number, line in enumerate((self.text or "").splitlines(), 1):
             words = line.strip()
-            if words and not words.startswith("#") and "://" not in words:
+            if words.replace(",", " ").strip() and not words.startswith("#") and "://" not in words:
                 found.append(Row(number, words))
         return found
 
@@ -134,6 +135,13 @@ class CameraFile:
         if len(rows) > 1 and not any(map(is_number, rows[0].fields)):
             rows = rows[1:] if len(rows[1].fields) == len(rows[0].fields) else []
         return rows if rows and is_number(rows[0].fields[0]) else []
+
+    def header(self) -> list[str]:
+        """The names of a table's columns, if a line before its numbers has some."""
+        first = self.table_rows[0].number if self.table_rows else 1
+        lines = (self.text or "").splitlines()[: first - 1]
+        names = lines[-1].strip().lstrip("#").strip() if lines else ""
+        return re.split(r"\s*,\s*|\s+", names) if names else []
 
     def table(self) -> Tensor:
         """The numbers of a text's rows, all of one length: float64 [rows, columns]."""
@@ -167,6 +175,11 @@ class CameraFile:
             )
         if not count:
             raise self.refused(" has no poses; a camera needs one pose per frame")
+
+
+def printable(name: str) -> str:
+    """A name from outside as a line of text can have it."""
+    return "".join(letter if letter.isprintable() else "?" for letter in name)
 
 
 class Row(NamedTuple):

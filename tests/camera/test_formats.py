@@ -412,6 +412,27 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: (p / "a.txt").write_text("1 0 0 0\n0 1 0 0\n0 0 1 0\n") and p / "a.txt",
         "has 3 lines of 4 numbers",
     ),
+    "lenses of other frames": (
+        lambda p: changed(
+            written.own(p / "a.json", POSES),
+            '"version": 1',
+            '"version": 1, "size": [4, 4], "intrinsics": '
+            + json.dumps([[[1, 0, 2], [0, 1, 2], [0, 0, 1]]] * 2),
+        ).rename(p / "a.json?frames=0:6"),
+        "intrinsics must have shape [3, 3] or [6, 3, 3], got [2, 3, 3]",
+    ),
+    "times beyond numbers": (
+        lambda p: changed(
+            changed(written.tum(p / "a.txt", POSES), "1305031102.250000000", "-1.7e308"),
+            "1305031102.281250000",
+            "1.7e308",
+        ),
+        "has times from -1.7e+308 to 1.7e+308",
+    ),
+    "a name of two lines": (
+        lambda p: (p / "a\nb.txt").write_text("") or p / "a\nb.txt",
+        "a?b.txt is empty",
+    ),
     "far away": (
         lambda p: written.npy(p / "a.npy", POSES + np.eye(4)[3] * [[0], [0], [1], [0]] * 1e300),
         "lie 1e+300 metres from the origin",
@@ -481,6 +502,27 @@ def test_quaternions_in_the_other_order(tmp_path: Path) -> None:
     message = refused(file)
     assert "180 degrees" in message and "quaternions in the other order" in message
     assert same(read(f"{file}?quaternion=wxyz"), POSES)
+
+
+@pytest.mark.parametrize(
+    ("header", "is_refused"),
+    [
+        ("#timestamp,p_x,p_y,p_z,q_w,q_x,q_y,q_z", True),
+        ("stamp tx ty tz qw qx qy qz", True),
+        ("# timestamp tx ty tz qx qy qz qw", False),
+        ("stamp,x,y,z,qx,qy,qz,qw", False),
+        ("# recorded by w and others", False),
+    ],
+)
+def test_a_header_says_the_order_of_quaternions(
+    tmp_path: Path, header: str, is_refused: bool
+) -> None:
+    file = written.tum(tmp_path / "t.csv", POSES)
+    file.write_text("\n".join([header, *file.read_text().splitlines()[1:]]).replace(" ", ","))
+    if is_refused:
+        assert "before the other three" in refused(file) and "quaternion=wxyz" in refused(file)
+    else:
+        assert same(read(file), POSES)
 
 
 def test_opengl_axes_read_as_opencv_are_named(tmp_path: Path) -> None:
