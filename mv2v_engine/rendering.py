@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 
 from mv2v_engine import __version__
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import TurnRequest, camera_notes
 from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import StorageError
@@ -42,6 +42,9 @@ def render(
             print(f"note: {words}")
         for words in session.source.warnings:
             print(f"warning: {words}")
+        for number, request in enumerate(requests, 1):
+            for words in camera_notes(request.camera, session.engine.transformer.config):
+                print(f"note: the camera of turn {number}, {request.camera.name}: {words}")
         if done:
             print(f"resumed after {done} finished turns")
     with cancel_on_interrupt() as cancel, _saying_what_is_lost(session):

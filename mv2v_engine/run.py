@@ -1,4 +1,4 @@
-"""The command line: `python -m mv2v_engine.run novel-view | edit | evaluate | serve | ...`.
+"""The command line: `python -m mv2v_engine.run novel-view | edit | camera | evaluate | ...`.
 
 Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
@@ -13,6 +13,7 @@ another reason, such as a full disk, it is 3.
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -22,6 +23,7 @@ from typing import get_args
 import torch
 
 from mv2v_engine import Engine, EngineConfig, __version__
+from mv2v_engine.camera.drawing import save_drawing
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
 from mv2v_engine.config import MemoryMode
@@ -33,6 +35,7 @@ from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.engine.source import load_source
 from mv2v_engine.envs import launched_rank, num_threads
 from mv2v_engine.errors import (
+    CameraError,
     CancelledError,
     MV2VError,
     RequestError,
@@ -63,7 +66,7 @@ from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store_command import add_store
 from mv2v_engine.synthetic.worlds import Grade
-from mv2v_engine.terminal import lasting_output, say
+from mv2v_engine.terminal import camera_words, lasting_output, say
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -120,7 +123,9 @@ def novel_view(args: argparse.Namespace) -> int:
         return 0
     source_camera = None
     if args.source_camera is not None:
-        source_camera = resolve_camera(args.source_camera, sampling.num_frames, sampling.size)
+        source_camera = resolve_camera(
+            args.source_camera, sampling.num_frames, sampling.size, is_source=True
+        )
     results = ResultFolder(args.out)
     results.check_writable()
     source = load_source(
@@ -184,6 +189,27 @@ def evaluate(args: argparse.Namespace) -> int:
     return 0
 
 
+def camera(args: argparse.Namespace) -> int:
+    """Print camera paths as a model would be given them, and draw them; tell what looks wrong."""
+    sampling = read_resolution(args).sampling
+    shown, problems = [], []
+    for spec in args.spec:
+        try:
+            shown.append(resolve_camera(spec, sampling.num_frames, sampling.size))
+        except CameraError as error:
+            # what can be read is shown all the same, as it is: that is how one sees what is wrong
+            shown.append(resolve_camera(spec, None, sampling.size, check=False))
+            problems.append(str(error))
+    for trajectory in shown:
+        print(camera_words(trajectory) + "\n")
+    if args.plot is not None:
+        name = re.sub(r"[^A-Za-z0-9.-]+", "_", shown[0].name).strip("_")[:60]
+        place = args.plot or f"{name}.png"
+        save_drawing(place, shown)
+        print(place)
+    return _said(f"error: {'; '.join(problems)}", REFUSED) if problems else 0
+
+
 def info(args: argparse.Namespace) -> int:
     """Print versions, devices and backends."""
     print(describe_machine())
@@ -219,6 +245,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     _add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
     add_edit(commands.add_parser("edit", help="edit a long clip by instruction"))
+    _add_camera(commands.add_parser("camera", help="show what a camera or a camera file is"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
     add_serve(commands.add_parser("serve", help="sessions and turns over HTTP, and a page"))
     add_store(commands.add_parser("store", help="check or repair the store of a service"))
@@ -247,8 +274,8 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
         action="append",
         required=True,
         metavar="SPEC",
-        help="a preset (pan_right), a move (arc:-40), a camera file, or file.json#cam03; "
-        "one turn for each",
+        help="a preset (pan_right), moves (arc:-40+tilt:5), or a camera file with options "
+        "(rig.json#cam03?resample, transforms.json?relative&scale=0.01); one turn for each",
     )
     add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
     add(
@@ -273,6 +300,31 @@ def _add_novel_view(parser: argparse.ArgumentParser) -> None:
     add_model(parser, "tiny-nvs")
     add_parallel(parser)
     add_folder(parser, "session")
+
+
+def _add_camera(parser: argparse.ArgumentParser) -> None:
+    parser.set_defaults(command=camera, rename=None)
+    add = parser.add_argument
+    add(
+        "spec",
+        nargs="+",
+        metavar="SPEC",
+        help="a preset, moves, or a camera file with options, as novel-view --camera takes it",
+    )
+    add(
+        "--plot",
+        nargs="?",
+        const="",
+        metavar="FILE",
+        help="draw the paths from above as FILE.png, named after the first if no FILE follows; "
+        "not drawn if not given",
+    )
+    add(
+        "--checkpoint",
+        default="tiny-nvs",
+        metavar="NAME_OR_PATH",
+        help="the model whose frames and size are meant; tiny-nvs if not given",
+    )
 
 
 def _add_evaluate(parser: argparse.ArgumentParser) -> None:

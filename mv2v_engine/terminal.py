@@ -5,6 +5,7 @@ Bars and lines are adapters over progress events, tables over the reports of wha
 
 from __future__ import annotations
 
+import math
 import os
 import signal
 import sys
@@ -17,6 +18,8 @@ from typing import Any, TextIO, cast
 
 from tqdm import tqdm
 
+from mv2v_engine.camera.poses import rotation_degrees
+from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.envs import is_ci, launched_rank
 from mv2v_engine.errors import StorageError
 from mv2v_engine.progress import (
@@ -27,10 +30,12 @@ from mv2v_engine.progress import (
     WindowDone,
     WindowStarted,
 )
+from mv2v_engine.video.contact_sheet import spaced_frames
 
 # torchrun passes a Ctrl-C on which its processes have from the terminal already
 ECHO_SECONDS = 3.0
 _STAGES = ("vae", "text", "memory", "sampling")
+_POSES_SHOWN = 9  # of a camera, at most
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
 
@@ -202,16 +207,52 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns; those that hold only numbers to the right."""
     columns = list(zip(headers, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
-    right = [
-        all(cell in ("", "-") or cell.replace(".", "", 1).isdigit() for cell in column[1:])
-        for column in columns
-    ]
+    right = [all(map(_is_numeric, column[1:])) for column in columns]
     lines = []
     for row in (headers, *rows):
         cells = zip(row, widths, right, strict=True)
         line = "  ".join(c.rjust(w) if is_right else c.ljust(w) for c, w, is_right in cells)
         lines.append(line.rstrip())
     return "\n".join(lines)
+
+
+def camera_words(trajectory: CameraTrajectory) -> str:
+    """A camera's path: what was changed of it, its lens, how far it goes, and some of its poses."""
+    poses, (height, width) = trajectory.poses.double(), trajectory.size
+    lens = trajectory.intrinsics.reshape(-1, 3, 3)[0]
+    across, down = (
+        math.degrees(2 * math.atan(pixels / (2 * float(lens[axis, axis]))))
+        for axis, pixels in enumerate((width, height))
+    )
+    places = poses[..., 3]
+    length = float((places[1:] - places[:-1]).norm(dim=-1).sum())
+    reach = float((places - places[0]).norm(dim=-1).max())
+    turned = float(rotation_degrees(poses[0, :, :3].T @ poses[:, :, :3]).max())
+    lines = [
+        f"{trajectory.name}: {trajectory.num_frames} frames",
+        *(f"note: {words}" for words in trajectory.notes),
+        f"lens: {float(lens[0, 0]) / width:.3g} of the image's width, {across:.1f} degrees across "
+        f"and {down:.1f} down",
+        f"path: {length:.3g} metres long, up to {reach:.3g} metres and {turned:.3g} degrees from "
+        "its first pose",
+    ]
+    rows = []
+    for frame in spaced_frames(trajectory.num_frames, _POSES_SHOWN):
+        pose = poses[frame]
+        yaw = math.atan2(float(pose[0, 2]), float(pose[2, 2]))
+        pitch = math.asin(max(-1.0, min(1.0, -float(pose[1, 2]))))
+        roll = math.atan2(float(pose[1, 0]), float(pose[1, 1]))
+        degrees = [math.degrees(angle) for angle in (yaw, pitch, roll)]
+        # no -0.0
+        rows.append([str(frame), *(f"{value + 0.0:.2f}" for value in pose[:, 3].tolist())])
+        rows[-1] += [f"{round(value, 1) + 0.0:.1f}" for value in degrees]
+    headers = ["frame", "right m", "down m", "forward m", "yaw right", "pitch up", "roll"]
+    return "\n".join([*lines, table(headers, rows)])
+
+
+def _is_numeric(cell: str) -> bool:
+    """Whether a cell is a number, or stands for none."""
+    return cell in ("", "-") or cell.removeprefix("-").replace(".", "", 1).isdigit()
 
 
 def turn_table(reports: Sequence[dict[str, Any]]) -> str:

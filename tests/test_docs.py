@@ -4,12 +4,20 @@ from __future__ import annotations
 
 import importlib
 import re
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mv2v_engine import errors
+from mv2v_engine.camera.files import resolve_camera
+from mv2v_engine.camera.options import CameraOptions
+from mv2v_engine.camera.poses import default_intrinsics
+from mv2v_engine.config import SamplingConfig
+from mv2v_engine.serving.schemas import TurnRequest
+from mv2v_engine.serving.turn_request import make_camera
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"
@@ -68,6 +76,43 @@ def test_tuning_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     # both turns were remembered, one of them read from the folder
     assert len(names["report"]["memory"]["retrieved"]) == 2
     assert few.cache.counters()["reloads"] > 0 == few.cache.counters()["evictions"]
+
+
+def test_cameras(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Every file on the page holds the same path, and every option on it is one."""
+    text = (DOCS / "cameras.md").read_text(encoding="utf-8")
+    files = dict(re.findall(r"^```\w+ (\S+)\n(.*?)^```$", text, re.DOTALL | re.MULTILINE))
+    assert len(files) == 9
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="utf-8")
+    names = run_page("cameras.md", tmp_path, monkeypatch)
+    shown = capsys.readouterr()
+    assert (tmp_path / "cameras.png").stat().st_size > 10_000 and not shown.err
+    assert "its 3 poses were resampled to 17" in shown.out
+    first = resolve_camera("camera.json", 3, (96, 160))
+    for name in sorted(set(files) - {"cameras.txt", "request.json"}):
+        spec = f"{name}#cam01" if name == "extrinsics.json" else name
+        camera = resolve_camera(spec, 3, (96, 160))
+        torch.testing.assert_close(camera.poses, first.poses, rtol=0, atol=3e-6, msg=spec)
+        # 1500 of 1600 pixels are 150 of 160
+        has_lens = name not in ("groundtruth.txt", "poses.txt", "extrinsics.json")
+        lens = first.intrinsics if has_lens else default_intrinsics(96, 160)
+        torch.testing.assert_close(camera.intrinsics, lens, msg=spec)
+    own = resolve_camera("own.json", 17, (96, 160))
+    assert torch.equal(own.poses, names["camera"].poses)
+    assert resolve_camera("poses.npy", 17, (96, 160)).poses[-1].equal(torch.eye(3, 4))
+    request = TurnRequest.model_validate_json((tmp_path / "request.json").read_bytes())
+    asked = request.to_dict()["camera"]
+    sampling = SamplingConfig(
+        num_frames=17, size=(96, 160), fps=8.0, num_inference_steps=4, guidance_scale=1.0
+    )
+    sent = make_camera(asked, sampling)
+    assert sent.poses[-1, 0, 3].item() == 0.5 and "resampled" in sent.notes[-1]
+    known = {field.name for field in fields(CameraOptions)}
+    told = table("cameras.md", "| option | what it does |")
+    assert {re.match(r"`(\w+)", row[0])[1] for row in told} == known  # type: ignore[index]
 
 
 def test_the_errors_are_those_that_there_are() -> None:

@@ -105,6 +105,45 @@ def matrices(name: str, value: Any) -> Tensor:
         raise arguments.mistaken(name, value, expected, kind=CameraError) from None
 
 
+def require_finite_poses(poses: Tensor, *, name: str) -> None:
+    """Refuse NaN and infinity in poses [T, ...].
+
+    Raises:
+        CameraError: naming the first frame that has them.
+    """
+    bad = (~poses.isfinite()).flatten(1).any(1).nonzero()
+    if len(bad):
+        raise CameraError(f"{name} hold NaN or infinity at frame {int(bad[0])}; all must be finite")
+
+
+def require_rotations(rotations: Tensor, *, name: str) -> None:
+    """Refuse finite matrices [T, 3, 3] that are not orthonormal with determinant +1.
+
+    Raises:
+        CameraError: naming the frame that is farthest from it, or the first that is mirrored.
+    """
+    rotations = rotations.double()
+    gram = rotations @ rotations.transpose(1, 2)
+    identity = torch.eye(3, dtype=gram.dtype, device=gram.device)
+    error = (gram - identity).abs().flatten(1).amax(1)
+    worst = int(error.argmax())
+    if float(error[worst]) > 1e-3:
+        squared = float(gram[worst].trace()) / 3
+        is_scaled = float((gram[worst] - squared * identity).abs().max()) < 1e-3 * squared
+        advice = f"; it is one times {math.sqrt(squared):.3g}, divide by that" if is_scaled else ""
+        raise CameraError(
+            f"{name}: the rotation of frame {worst} is not orthonormal "
+            f"(R R^T differs from identity by {float(error[worst]):.3g}, at most 0.001 allowed)"
+            f"{advice}"
+        )
+    mirrored = (torch.linalg.det(rotations) < 0).nonzero()
+    if len(mirrored):
+        raise CameraError(
+            f"{name}: a rotation has determinant -1 (left-handed axes), that of frame "
+            f"{int(mirrored[0])}; convert to OpenCV axes: x right, y down, z forward"
+        )
+
+
 def validate_poses(poses: Any, *, name: str = "poses") -> Tensor:
     """Return float32 poses [T, 3, 4] on the CPU, or say what is wrong with them.
 
@@ -119,9 +158,7 @@ def validate_poses(poses: Any, *, name: str = "poses") -> Tensor:
         raise CameraError(
             f"{name} must have shape [frames, 3, 4] (camera-to-world), got {list(poses.shape)}"
         )
-    bad = (~poses.isfinite()).flatten(1).any(1).nonzero()
-    if len(bad):
-        raise CameraError(f"{name} hold NaN or infinity at frame {int(bad[0])}; all must be finite")
+    require_finite_poses(poses, name=name)
     farthest = float(poses[:, :3, 3].abs().max())
     if farthest > MAX_METRES:
         raise CameraError(
@@ -136,22 +173,44 @@ def validate_poses(poses: Any, *, name: str = "poses") -> Tensor:
                 f"(column-vector convention), got {poses[0, 3].tolist()}; transpose the matrices?"
             )
         poses = poses[:, :3]
-    rotation = poses[..., :3]
-    gram = rotation @ rotation.transpose(1, 2)
-    error = (gram - torch.eye(3, dtype=poses.dtype, device=poses.device)).abs().flatten(1).amax(1)
-    worst = int(error.argmax())
-    if float(error[worst]) > 1e-3:
-        raise CameraError(
-            f"{name}: the rotation of frame {worst} is not orthonormal "
-            f"(R R^T differs from identity by {float(error[worst]):.3g}, at most 0.001 allowed)"
-        )
-    if bool((torch.linalg.det(rotation) < 0).any()):
-        raise CameraError(
-            f"{name}: a rotation has determinant -1 (left-handed axes); "
-            "convert to OpenCV axes: x right, y down, z forward"
-        )
+    require_rotations(poses[..., :3], name=name)
     checked: Tensor = poses.to(torch.float32)
     return checked
+
+
+def quaternion_rotations(quaternions: Tensor) -> Tensor:
+    """Rotation matrices [..., 3, 3] of unit quaternions [..., 4] in the order w x y z."""
+    w, x, y, z = quaternions.unbind(-1)
+    rows = [
+        *(1 - 2 * (y * y + z * z), 2 * (x * y - w * z), 2 * (x * z + w * y)),
+        *(2 * (x * y + w * z), 1 - 2 * (x * x + z * z), 2 * (y * z - w * x)),
+        *(2 * (x * z - w * y), 2 * (y * z + w * x), 1 - 2 * (x * x + y * y)),
+    ]
+    return torch.stack(rows, dim=-1).reshape(*quaternions.shape[:-1], 3, 3)
+
+
+def rotation_quaternions(rotations: Tensor) -> Tensor:
+    """Unit quaternions [T, 4], w x y z, of rotations [T, 3, 3]; of either sign.
+
+    The largest eigenvector of a symmetric matrix (Bar-Itzhack 2000), which no angle upsets.
+    """
+    (a, b, c), (d, e, f), (g, h, i) = (row.unbind(-1) for row in rotations.unbind(-2))
+    rows = [
+        *(a + e + i, h - f, c - g, d - b),
+        *(h - f, a - e - i, b + d, c + g),
+        *(c - g, b + d, e - a - i, f + h),
+        *(d - b, c + g, f + h, i - a - e),
+    ]
+    found: Tensor = torch.linalg.eigh(torch.stack(rows, dim=-1).unflatten(-1, (4, 4)))[1]
+    return found[..., -1]
+
+
+def rotation_degrees(rotations: Tensor) -> Tensor:
+    """By how many degrees each of the rotations [..., 3, 3] turns, from 0 to 180."""
+    skew = rotations - rotations.transpose(-1, -2)
+    sine = skew[..., (2, 0, 1), (1, 2, 0)].norm(dim=-1) / 2
+    cosine = (rotations.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2
+    return torch.rad2deg(torch.atan2(sine, cosine))
 
 
 def look_at_angle(offset: float, distance: float) -> float:

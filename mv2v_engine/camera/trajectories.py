@@ -3,7 +3,7 @@
 A move is written `name` for a preset, or `kind:amount` for a move of one's own:
 `pan:30` (degrees, right positive), `tilt:-10` (degrees, up positive), `zoom:1.5` (metres,
 forward positive), `translate:x,y,z` (metres), `arc:-45` or `arc:-45,3` (degrees about a point
-`radius` metres ahead, left negative), `static`.
+`radius` metres ahead, left negative), `static`. Moves and presets add up: `pan:30+tilt:10`.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor
 from mv2v_engine import arguments
 from mv2v_engine.camera.poses import (
     MAX_METRES,
+    compose,
     default_intrinsics,
     identity_poses,
     look_at_angle,
@@ -35,6 +36,7 @@ from mv2v_engine.errors import CameraError, nearest_names
 _SKEW = 1e-3  # of the focal length, what is taken for none
 # of a move, at most: ten turns of a camera, and as far as a pose may lie
 MOST = {"degrees": 3600.0, "metres": MAX_METRES}
+MAX_MOVES = 16  # that one camera adds up
 SUBJECT_DISTANCE = 4.0  # metres; the point that ReCamMaster's arcs and translations face
 
 
@@ -50,6 +52,7 @@ class CameraTrajectory:
             [T, 3, 3].
         size: (height, width) of the image that the intrinsics refer to.
         name: how a report calls it.
+        notes: what was changed of it when it was read, in words.
 
     Raises:
         CameraError, RequestError: an argument is no such thing.
@@ -59,24 +62,22 @@ class CameraTrajectory:
     intrinsics: Tensor
     size: tuple[int, int]
     name: str = "custom"
+    notes: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         poses = validate_poses(self.poses)
         intrinsics = matrices("intrinsics", self.intrinsics).to(torch.float32)
-        shape = tuple(intrinsics.shape)
-        if shape not in ((3, 3), (len(poses), 3, 3)):
-            raise CameraError(
-                f"intrinsics must have shape [3, 3] or [{len(poses)}, 3, 3], got {list(shape)}"
-            )
-        focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
-        if not bool(intrinsics.isfinite().all()) or bool((focal <= 0).any()):
-            raise CameraError("intrinsics must be finite with positive focal lengths")
-        _require_pinhole(intrinsics)
+        require_pinhole(intrinsics, len(poses))
         arguments.text("name", self.name)
+        notes = tuple(
+            arguments.text("notes", words)
+            for words in arguments.sequence("notes", self.notes, str, "sentences")
+        )
         size = checked_size(self.size)
         object.__setattr__(self, "poses", poses)
         object.__setattr__(self, "intrinsics", intrinsics)
         object.__setattr__(self, "size", size)
+        object.__setattr__(self, "notes", notes)
 
     __repr__ = arguments.short_repr
 
@@ -96,17 +97,36 @@ class CameraTrajectory:
         """The same path seen at another image size: intrinsics scale, poses stay."""
         size = checked_size(size)
         factors = [size[1] / self.size[1], size[0] / self.size[0], 1.0]
-        scale = _floats(factors)
-        intrinsics = self.intrinsics * scale[:, None]
-        return CameraTrajectory(self.poses, intrinsics, size, self.name)
+        return replace(self, intrinsics=self.intrinsics * _floats(factors)[:, None], size=size)
 
 
-def _require_pinhole(intrinsics: Tensor) -> None:
-    """Refuse finite intrinsics [..., 3, 3] that are not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]].
+def covering_intrinsics(
+    intrinsics: Tensor, size: tuple[float, float], covered: tuple[int, int]
+) -> Tensor:
+    """Intrinsics [..., 3, 3] of images whose middle, scaled, covers another (height, width).
+
+    Sources are cropped so, and the frames that models were trained on: square pixels stay square.
+    """
+    scale = max(covered[0] / size[0], covered[1] / size[1])
+    moved = [(covered[1] - size[1] * scale) / 2, (covered[0] - size[0] * scale) / 2]
+    rows = [[scale, 0.0, moved[0]], [0.0, scale, moved[1]], [0.0, 0.0, 1.0]]
+    return torch.tensor(rows, dtype=intrinsics.dtype, device=intrinsics.device) @ intrinsics
+
+
+def require_pinhole(intrinsics: Tensor, num_frames: int) -> None:
+    """Refuse what is not [[fx, 0, cx], [0, fy, cy], [0, 0, 1]], or one of these a frame.
 
     Raises:
-        CameraError: naming the first frame, and what it has.
+        CameraError: naming the first frame that has others, and what it has.
     """
+    shape = tuple(intrinsics.shape)
+    if shape not in ((3, 3), (num_frames, 3, 3)):
+        raise CameraError(
+            f"intrinsics must have shape [3, 3] or [{num_frames}, 3, 3], got {list(shape)}"
+        )
+    focal = intrinsics.diagonal(dim1=-2, dim2=-1)[..., :2]
+    if not bool(intrinsics.isfinite().all()) or bool((focal <= 0).any()):
+        raise CameraError("intrinsics must be finite with positive focal lengths")
     for frame, k in enumerate(intrinsics.reshape(-1, 3, 3)):
         beside = torch.stack([k[0, 1], k[1, 0]]) / k[0, 0]
         last = k[2] - k.new_tensor([0.0, 0.0, 1.0])
@@ -222,16 +242,15 @@ _MOVES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[str, ...],
 }
 
 
+# in which moves are made that are added up
+_ORDER = ("arc", "translate", "crane", "zoom", "pan", "tilt", "static")
+# a sign before a number adds nothing up
+_PLUS = re.compile(r" *\+ *(?=[A-Za-z_])")
 _AMOUNT = re.compile(r" *[-+]?([0-9]+\.?[0-9]*|\.[0-9]+)([eE][-+]?[0-9]+)? *")
 
 
-def named_poses(spec: str, num_frames: int) -> Tensor:
-    """Poses [T, 3, 4] of a preset name or a `kind:amount` move (see the module docstring).
-
-    Raises:
-        CameraError: unknown name (nearest ones offered), wrong number of amounts, not numbers, or
-            more than `MOST`.
-    """
+def _move_poses(spec: str, num_frames: int) -> Tensor:
+    """Poses [T, 3, 4] of one preset or move; raises as `named_poses`."""
     if spec in PRESETS:
         return PRESETS[spec](num_frames)
     kind, _, text = spec.partition(":")
@@ -239,7 +258,8 @@ def named_poses(spec: str, num_frames: int) -> Tensor:
         near = nearest_names(spec, [*PRESETS, *_MOVES])
         raise CameraError(
             f"unknown camera {spec!r}; nearest: {near}. Presets: {', '.join(PRESETS)}; "
-            f"moves: {', '.join(usage for *_, usage in _MOVES.values())}; or poses as JSON"
+            f"moves: {', '.join(usage for *_, usage in _MOVES.values())}, which add up as in "
+            "pan:30+tilt:10; or poses as JSON"
         )
     move, counts, units, usage = _MOVES[kind]
     parts = text.split(",") if text else []
@@ -259,6 +279,38 @@ def named_poses(spec: str, num_frames: int) -> Tensor:
     return move(num_frames, *amounts)
 
 
+def is_move(spec: str) -> bool:
+    """Whether a camera's name begins as a preset or a move does."""
+    name = re.split(r"[:+]", spec, maxsplit=1)[0].strip()
+    return name in PRESETS or name in _MOVES
+
+
+def named_poses(spec: str, num_frames: int) -> Tensor:
+    """Poses [T, 3, 4] of presets and `kind:amount` moves (see the module docstring).
+
+    Several are made at once, in one order however they are written: first those that move the
+    camera, then pan, then tilt, so that the horizon stays level.
+
+    Raises:
+        CameraError: unknown name (nearest ones offered), wrong number of amounts, not numbers,
+            more than `MOST`, or more than `MAX_MOVES`.
+    """
+    parts = _PLUS.split(spec)
+    if len(parts) > MAX_MOVES:
+        raise CameraError(f"a camera adds up {len(parts)} moves; at most {MAX_MOVES} are taken")
+    # sorted is stable: moves of one kind stay as they are written
+    parts.sort(key=_place_in_order)
+    poses = _move_poses(parts[0], num_frames)
+    for part in parts[1:]:
+        poses = compose(poses, _move_poses(part, num_frames))
+    return poses
+
+
+def _place_in_order(move: str) -> int:
+    kind = re.split(r"[:_]", move, maxsplit=1)[0]
+    return _ORDER.index(kind) if kind in _ORDER else 0
+
+
 def named_trajectory(spec: str, num_frames: int, size: tuple[int, int]) -> CameraTrajectory:
-    """A preset or `kind:amount` move as a trajectory with the default 24 mm intrinsics."""
+    """Presets and `kind:amount` moves as a trajectory with the default 24 mm intrinsics."""
     return CameraTrajectory(named_poses(spec, num_frames), default_intrinsics(*size), size, spec)

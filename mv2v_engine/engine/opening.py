@@ -51,7 +51,7 @@ def open_view_session(
     sampling, given = engine.sampling, _checked(id, store, resume)
     camera = None
     if cameras is not None:
-        camera = resolve_camera(cameras, sampling.num_frames, sampling.size)
+        camera = resolve_camera(cameras, sampling.num_frames, sampling.size, is_source=True)
     if isinstance(source, Source):
         loaded = source
     else:
@@ -69,6 +69,8 @@ def open_view_session(
         )
     warnings = source_warnings(engine.checkpoint, engine.vae, loaded.frames[0])
     loaded = replace(loaded, warnings=warnings)
+    if camera is not None:
+        loaded = loaded.noting(f"its camera: {words}" for words in camera.notes)
     expected = engine.vae.latent_shape(sampling.num_frames, sampling.size)
     if source_latents is not None:
         arguments.instance("source_latents", source_latents, Tensor, "a tensor, or None")

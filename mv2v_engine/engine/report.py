@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import TurnRequest, camera_notes
 from mv2v_engine.engine.runner import Denoised, Denoiser
 from mv2v_engine.memory.retrieval import Retrieval
 from mv2v_engine.models.token_merge import MergeRecord
@@ -46,6 +46,7 @@ def turn_report(
     return {
         "turn": number,
         "camera": request.camera.name,
+        "notes": camera_notes(request.camera, engine.transformer.config),
         "seed": request.seed,
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,

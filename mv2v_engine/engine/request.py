@@ -9,7 +9,7 @@ import torch
 
 from mv2v_engine import arguments
 from mv2v_engine.camera.files import Camera, resolve_camera
-from mv2v_engine.camera.poses import normalised_intrinsics
+from mv2v_engine.camera.poses import default_intrinsics, normalised_intrinsics
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import (
     MAX_GUIDANCE_SCALE,
@@ -61,8 +61,8 @@ class TurnRequest:
         """A request as a user makes it; None takes the checkpoint's default.
 
         Args:
-            camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, a trajectory, or
-                poses [T, 3, 4] or [T, 4, 4].
+            camera: a preset ("pan_right"), moves ("arc:-40+tilt:5"), a camera file with its
+                options, a trajectory, or poses [T, 3, 4] or [T, 4, 4].
 
         Raises:
             CameraError, RequestError: what the checkpoint cannot serve.
@@ -171,6 +171,15 @@ def check_camera(camera: CameraTrajectory, config: TransformerConfig) -> None:
             f"{float(lens[..., 2:].abs().max()):g} off the centre: attention of this model takes "
             f"1/{MAX_LENS} to {MAX_LENS}, and {MAX_LENS}; are the intrinsics pixels of `size`?"
         )
+
+
+def camera_notes(camera: CameraTrajectory, config: TransformerConfig) -> list[str]:
+    """What was changed of a camera, and what this model does not take of it, in words."""
+    notes, default = list(camera.notes), default_intrinsics(*camera.size)
+    has_lens = not torch.allclose(camera.intrinsics, default.expand_as(camera.intrinsics))
+    if has_lens and config.camera_attention == "none":
+        notes.append("its lens counts for what is remembered alone: this model has one of its own")
+    return notes
 
 
 def require_novel_view(config: TransformerConfig, name: str) -> None:

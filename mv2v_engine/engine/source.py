@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import IO, Any, TypeAlias
@@ -41,6 +41,11 @@ class Source:
     def fingerprint(self) -> str:
         """Identity of the pixels, for resuming."""
         return hashlib.sha256(self.frames.numpy().tobytes()).hexdigest()[:16]
+
+    def noting(self, notes: Iterable[str]) -> Source:
+        """The same source, with more that was changed of it in its description."""
+        told = [*self.description.get("notes", ()), *notes]
+        return replace(self, description=self.description | {"notes": told})
 
 
 # what a session's source can be, and the same for errors

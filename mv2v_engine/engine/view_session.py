@@ -108,9 +108,11 @@ class ViewSession(Session):
         """Re-render the source from another camera, remembering this session's earlier turns.
 
         Args:
-            camera: a preset ("pan_right"), a move ("arc:-40"), a camera file, a trajectory, or
-                poses [T, 3, 4] or [T, 4, 4] as a tensor, an array or lists, seen through the
-                default lens. Poses are relative to the source's first frame.
+            camera: a preset ("pan_right"), moves ("arc:-40+tilt:5"), a camera file with its
+                options ("transforms.json?relative"), a trajectory, or poses [T, 3, 4] or
+                [T, 4, 4] as a tensor, an array or lists, seen through the default lens. Poses are
+                relative to the source's first frame; files and poses that look as if they were
+                not are refused, a trajectory is taken as it is.
             memory: "retrieved" by field-of-view overlap; "alone" the same and no source, once
                 something is remembered; "previous" takes the last turn as the source; "none"
                 forgets. None takes the engine's default (see `EngineConfig`).

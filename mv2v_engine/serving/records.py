@@ -103,6 +103,11 @@ class TurnRecord:
     entry: dict[str, Any] | None = field(default=None, repr=False)
     damage: str | None = None
 
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was changed of its camera, and what the model does not know of what was asked."""
+        return (*self.report.get("notes", ()), *self.report.get("warnings", ()))
+
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class JobRecord:
@@ -133,6 +138,12 @@ class JobRecord:
     @property
     def is_ended(self) -> bool:
         return self.state in ENDED
+
+    @property
+    def warnings(self) -> tuple[str, ...]:
+        """What was changed of its camera, such as that it was resampled."""
+        camera = self.request.get("camera")
+        return tuple(camera.get("notes", ())) if isinstance(camera, dict) else ()
 
 
 def new_job(session: SessionRecord, request: dict[str, Any]) -> JobRecord:

@@ -10,8 +10,10 @@ from pydantic import (
     AfterValidator,
     BaseModel,
     ConfigDict,
+    Discriminator,
     Field,
     StringConstraints,
+    Tag,
     model_validator,
 )
 
@@ -30,12 +32,13 @@ _PROGRESS = {
     "seconds_left": 1.4,
 }
 
-# a preset or a move and its numbers; never the name of a file. The pattern is for the schema alone:
-# the camera's own check says which ones there are
+# presets and moves and their numbers; never the name of a file. The pattern is for the schema
+# alone: the camera's own check says which ones there are
+_MOVE = "[A-Za-z_]+(:[-+0-9.,eE ]+)?"
 CameraText = Annotated[
     str,
     StringConstraints(max_length=100),
-    Field(json_schema_extra={"pattern": r"^[A-Za-z_]+(:[-+0-9.,eE ]+)?$"}),
+    Field(json_schema_extra={"pattern": rf"^{_MOVE}( *\+ *{_MOVE})*$"}),
 ]
 Text = Annotated[str, StringConstraints(max_length=8192)]
 Finite = Annotated[float, Field(allow_inf_nan=False)]
@@ -84,6 +87,46 @@ class Trajectory(BaseModel):
     poses: Annotated[list[Pose], Field(min_length=1, max_length=MAX_POSES)]
 
 
+FileName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class CameraFiles(BaseModel):
+    """A camera file as a command line names it, with what it holds.
+
+    spec: a name of `files`, with a camera's name and options where it has some. files: text, JSON,
+    or {"base64": bytes}, by name. The server's own files are never opened.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra=example(
+            {
+                "spec": "poses.json?relative&scale=0.01",
+                "files": {"poses.json": [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]]},
+            }
+        ),
+    )
+
+    spec: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+    files: Annotated[
+        dict[FileName, str | dict[str, Any] | list[Any]], Field(min_length=1, max_length=4)
+    ]
+
+
+def _camera_kind(value: Any) -> str:
+    """Which object a camera is meant to be; of a tag in capitals an error says nothing."""
+    if isinstance(value, dict):
+        return "CameraFiles" if "files" in value or "spec" in value else "Trajectory"
+    return "CameraFiles" if isinstance(value, CameraFiles) else "Trajectory"
+
+
+CameraObject = Annotated[
+    Annotated[Trajectory, Tag("Trajectory")] | Annotated[CameraFiles, Tag("CameraFiles")],
+    Discriminator(_camera_kind),
+]
+
+
 class TurnRequest(BaseModel):
     """A turn: a camera for a model of novel views, an instruction for one that edits.
 
@@ -96,8 +139,9 @@ class TurnRequest(BaseModel):
         json_schema_extra=example(_REQUEST, {"prompt": "make the sphere red"}),
     )
 
-    camera: CameraText | Trajectory | None = Field(
-        default=None, description="a preset (pan_right), a move (arc:-40), or a trajectory"
+    camera: CameraText | CameraObject | None = Field(
+        default=None,
+        description="a preset (pan_right), moves (arc:-40+tilt:5), a trajectory, or camera files",
     )
     prompt: Text | None = Field(default=None, description="the instruction")
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
@@ -188,7 +232,10 @@ class SessionWithFootprint(Session):
 
 
 class Turn(BaseModel):
-    """A finished turn. report: the engine's own, of memory, tokens, seconds and bytes."""
+    """A finished turn. report: the engine's own, of memory, tokens, seconds and bytes.
+
+    warnings: what was changed of its camera, and what the model does not know.
+    """
 
     model_config = ConfigDict(
         from_attributes=True,
@@ -202,6 +249,7 @@ class Turn(BaseModel):
                 "report": {"turn": 1, "camera": "arc:-40", "seconds": {"sampling": 3.1}},
                 "created": CREATED,
                 "bytes": 96_412,
+                "warnings": [],
                 "damage": None,
             }
         ),
@@ -215,6 +263,7 @@ class Turn(BaseModel):
     report: dict[str, Any]
     created: float
     bytes: int
+    warnings: list[str]
     damage: str | None
 
 
@@ -226,7 +275,10 @@ class JobError(BaseModel):
 
 
 class Job(BaseModel):
-    """A turn that was asked for. progress: the last event, as the stream of events has it."""
+    """A turn that was asked for. progress: the last event, as the stream of events has it.
+
+    warnings: what was changed of its camera. A camera's files are kept as the trajectory in them.
+    """
 
     model_config = ConfigDict(
         from_attributes=True,
@@ -246,6 +298,7 @@ class Job(BaseModel):
                 "progress": _PROGRESS,
                 "position": None,
                 "is_cancelling": False,
+                "warnings": [],
             }
         ),
     )
@@ -264,6 +317,7 @@ class Job(BaseModel):
     progress: dict[str, Any] | None
     position: int | None
     is_cancelling: bool
+    warnings: list[str]
 
 
 class Sampling(BaseModel):

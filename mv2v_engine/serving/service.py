@@ -36,7 +36,7 @@ from mv2v_engine.serving.records import (
 )
 from mv2v_engine.serving.scheduler import with_progress
 from mv2v_engine.serving.sessions import disk_errors
-from mv2v_engine.serving.turn_request import make_request
+from mv2v_engine.serving.turn_request import kept_request, make_request
 
 # a session that is only looked at is touched no more often than that
 _TOUCH_SECONDS = 3600.0
@@ -179,8 +179,8 @@ class Service(Lifecycle):
     ) -> tuple[JobRecord, bool]:
         """Ask for a turn.
 
-        request: "camera" (a preset, a move, or a trajectory's JSON) or "prompt", and of "seed",
-            "num_inference_steps", "guidance_scale", "memory" those that were set.
+        request: "camera" (a preset, moves, a trajectory as JSON, or files) or "prompt", and of
+            "seed", "num_inference_steps", "guidance_scale", "memory" those that were set.
         key: of idempotency; the same key and request give the same job again.
 
         Returns:
@@ -201,12 +201,13 @@ class Service(Lifecycle):
             )
         request = {name: value for name, value in request.items() if value is not None}
         try:
-            await asyncio.to_thread(make_request, request, about)
+            made = await asyncio.to_thread(make_request, request, about)
         except MV2VError as error:
             param = "camera" if isinstance(error, CameraError) else None
             message = client_words(str(error))
             raise ApiError("unprocessable_turn", message, param=param) from error
-        return await self._whole(self._submit(new_job(session, request), key))
+        job = new_job(session, kept_request(request, made))
+        return await self._whole(self._submit(job, key))
 
     async def job(self, owner: str, job_id: str) -> JobRecord:
         """With its newest progress, and its position while it waits. Raises not_found."""

@@ -1,13 +1,17 @@
 """From what a job asks for to the engine's request: checked once at the door, made again to run.
 
-Nothing here opens a file: a camera is a name, a move, or a trajectory written out.
+Nothing here opens a file: a camera is a name, moves, a trajectory written out, or files that came
+with the request.
 """
 
 from __future__ import annotations
 
+import base64
+import json
+from dataclasses import replace
 from typing import Any
 
-from mv2v_engine.camera.files import parse_trajectory
+from mv2v_engine.camera.files import given_trajectory, parse_trajectory, trajectory_json
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.config import SamplingConfig
 from mv2v_engine.engine.editing.request import EditRequest
@@ -52,7 +56,7 @@ def make_request(asked: dict[str, Any], about: dict[str, Any]) -> TurnRequest | 
 
 
 def make_camera(camera: str | dict[str, Any], sampling: SamplingConfig) -> CameraTrajectory:
-    """A camera as a request has it.
+    """A camera as a request has it, or as `kept_request` keeps it.
 
     Raises:
         CameraError: no such preset or move, or no trajectory of the model's length.
@@ -61,7 +65,45 @@ def make_camera(camera: str | dict[str, Any], sampling: SamplingConfig) -> Camer
         if len(camera) > _MAX_NAME:
             raise CameraError(f"a camera's name has {len(camera)} characters; write a move")
         return named_trajectory(camera, sampling.num_frames, sampling.size)
-    return parse_trajectory(camera, num_frames=sampling.num_frames, size=sampling.size)
+    how: dict[str, Any] = {"num_frames": sampling.num_frames, "size": sampling.size}
+    if "files" in camera:
+        files = {name: _content(name, given) for name, given in camera["files"].items()}
+        return given_trajectory(camera["spec"], files, **how)
+    if "notes" not in camera:
+        return parse_trajectory(camera, check=True, **how)
+    own = {key: value for key, value in camera.items() if key not in ("name", "notes")}
+    found = parse_trajectory(own, name=camera["name"], **how)
+    return replace(found, notes=tuple(camera["notes"]))
+
+
+def _content(name: str, given: Any) -> bytes:
+    """A file's bytes, from its text, its JSON, or base64.
+
+    Raises:
+        CameraError: it is no base64.
+    """
+    if isinstance(given, str):
+        return given.encode("utf-8", "surrogatepass")
+    if isinstance(given, dict) and list(given) == ["base64"]:
+        try:
+            return base64.b64decode(given["base64"], validate=True)
+        except (ValueError, TypeError) as error:
+            raise CameraError(f"{name[:100]} is no base64 ({error}); encode its bytes") from error
+    return json.dumps(given).encode()
+
+
+def kept_request(asked: dict[str, Any], made: TurnRequest | EditRequest) -> dict[str, Any]:
+    """What is kept of a request until it is made: of a camera's files, the camera alone.
+
+    So they are read once, what was changed of them stands in the request, and they take no room.
+    """
+    camera = asked.get("camera")
+    if not isinstance(camera, dict) or isinstance(made, EditRequest):
+        return asked
+    if "files" not in camera and not made.camera.notes:
+        return asked
+    about = {"name": made.camera.name, "notes": list(made.camera.notes)}
+    return asked | {"camera": trajectory_json(made.camera) | about}
 
 
 def sampling_of(about: dict[str, Any]) -> SamplingConfig:

@@ -176,6 +176,21 @@ def test_resolve_camera(tmp_path: Path) -> None:
         resolve_camera("pan_lft", 2, SIZE)
 
 
+def test_options_of_a_camera_by_name(tmp_path: Path) -> None:
+    """Eighty-one poses of a rig for a model of fewer frames, as asked."""
+    ahead = [unreal_matrix(30.0, (100 + i, 200.0, 150.0)) for i in range(81)]
+    rig = write_recammaster(tmp_path / "rig.JSON", {"cam01": ahead, "cam03": ahead[::-1]})
+    with pytest.raises(CameraError, match=r"has 81 poses, the video has 17 frames.*resample"):
+        resolve_camera(f"{rig}#cam03", 17, SIZE)
+    found = resolve_camera(f"{rig}#cam03?resample", 17, SIZE)
+    whole = resolve_camera(f"{rig}#cam03", 81, SIZE)
+    torch.testing.assert_close(found.poses, whole.poses[::5], rtol=0, atol=1e-6)
+    assert found.name == "rig.JSON#cam03?resample"
+    assert "centimetres" in found.notes[0] and "81 poses were resampled to 17" in found.notes[1]
+    with pytest.raises(CameraError, match=r"no camera 'cam3'; nearest: .*cam03"):
+        resolve_camera(f"{rig}#cam3?resample", 17, SIZE)
+
+
 def bad_rotation() -> list[Any]:
     poses = identity_poses(3)
     poses[1, 0, 0] = 1.5

@@ -181,3 +181,49 @@ def test_unusable_intrinsics_are_refused(
 ) -> None:
     with pytest.raises(CameraError, match=message):
         CameraTrajectory(identity_poses(2), intrinsics, size)
+
+
+@pytest.mark.parametrize(
+    ("spec", "parts"),
+    [
+        ("pan:30+tilt:10", ("pan:30", "tilt:10")),
+        ("tilt:10 + pan:+30", ("pan:30", "tilt:10")),
+        ("tilt:1e+1+zoom:2+pan:30+arc:-40", ("arc:-40", "zoom:2", "pan:30", "tilt:10")),
+        ("pan:10+pan:20", ("pan:30",)),
+        ("zoom:1+static+zoom:0.5", ("zoom:1.5",)),
+        ("tilt_up+arc_left", ("arc_left", "tilt_up")),
+        ("pan_left+crane:1", ("crane:1", "pan_left")),
+    ],
+)
+def test_moves_add_up_in_one_order(spec: str, parts: tuple[str, ...]) -> None:
+    """Each is made in the axes of the one before it, at every frame."""
+    expected = torch.eye(4).repeat(9, 1, 1)
+    for part in parts:
+        poses = torch.cat([named_poses(part, 9), torch.eye(4)[None, 3:].expand(9, 1, 4)], dim=1)
+        expected = expected @ poses
+    torch.testing.assert_close(named_poses(spec, 9), expected[:, :3], rtol=0, atol=1e-6)
+    trajectory = named_trajectory(spec, 9, (48, 64))
+    assert trajectory.name == spec and trajectory.notes == ()
+
+
+def test_pan_and_tilt_keep_the_horizon_level() -> None:
+    for spec in ("pan:30+tilt:10", "tilt:10+pan:30"):
+        # the camera's right stays level: it has no share of down
+        assert named_poses(spec, 9)[:, 1, 0].abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("spec", "words"),
+    [
+        ("pan:30+", "camera 'pan:30\\+': amounts must be finite numbers"),
+        ("pan:30++tilt:10", "amounts must be finite"),
+        ("pan:30+tlit:10", "unknown camera 'tlit:10'; nearest:"),
+        ("+pan:30", "unknown camera ''"),
+        ("pan:30-tilt:10", "amounts must be finite"),
+        ("+".join(["pan:1"] * 17), "adds up 17 moves; at most 16"),
+        ("+".join(["zoom:1e7"] * 2), "lie 2e\\+07 metres from the origin"),
+    ],
+)
+def test_sums_that_are_none(spec: str, words: str) -> None:
+    with pytest.raises(CameraError, match=words):
+        named_trajectory(spec, 9, (48, 64))

@@ -179,7 +179,7 @@ def test_two_turns_and_a_cancelled_third(
     # machine makes so many steps before it is told to stop
     page.get_by_label("Steps").fill("1000")
     page.get_by_label("Tilt in degrees").fill("10")
-    expect(page.locator("figcaption code")).to_have_text("poses")
+    expect(page.locator("figcaption code")).to_have_text("arc:-40+tilt:10")
     page.get_by_role("button", name="Render this view").click()
     job = page.locator(".job")
     job.get_by_text(re.compile(r"Sampling: step \d+ of 1,?000, .* left")).wait_for()

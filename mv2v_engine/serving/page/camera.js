@@ -2,14 +2,15 @@
 //
 // A pose is [R | t] as 12 numbers, row by row: camera-to-world, OpenCV axes (x right, y down,
 // z forward), metres, relative to the source's first frame. The engine's own are in
-// mv2v_engine/camera/trajectories.py; a move alone is sent by name and made there, a combination is
-// made here and sent as poses.
+// mv2v_engine/camera/trajectories.py; moves are sent by name and made there.
 
 import { signed } from "./format.js";
 
 export const SUBJECT_DISTANCE = 4; // metres; what arcs turn about
+/** In which moves are made that add up, however they are written. */
+const ORDER = ["arc", "translate", "crane", "zoom", "pan", "tilt", "static"];
 
-/** The free moves, in the order they are applied. positive, negative: what the directions mean. */
+/** The free moves. positive, negative: what the directions mean. */
 export const AXES = {
   arc: { name: "Arc", unit: "°", limit: 120, step: 1, positive: "right", negative: "left" },
   pan: { name: "Pan", unit: "°", limit: 90, step: 1, positive: "right", negative: "left" },
@@ -70,33 +71,27 @@ function sampled(pose, count) {
   return Array.from({ length: count }, (_, index) => pose(count > 1 ? index / (count - 1) : 0));
 }
 
-/** The free moves of some amounts, together. */
-function combined(amounts, count) {
-  return sampled((p) => {
-    const pose = compose(arc(p * amounts.arc), moved(0, 0, p * amounts.zoom));
-    return compose(compose(pose, yaw(p * amounts.pan)), pitch(p * amounts.tilt));
-  }, count);
-}
-
 export const still = () => ({ arc: 0, pan: 0, tilt: 0, zoom: 0 });
 
-/**
- * What to ask the service for: a move's name, or poses where several are combined.
- *
- * The model gives the number of frames and the size, [height, width] in pixels.
- */
-export function cameraOf(amounts, { num_frames: frames, size }) {
+/** What to ask the service for: a move, or several that add up. */
+export function cameraOf(amounts) {
   const used = Object.keys(AXES).filter((axis) => amounts[axis] !== 0);
-  if (used.length === 0) return "static";
-  if (used.length === 1) return `${used[0]}:${amounts[used[0]]}`;
-  const rows = (pose) => [pose.slice(0, 4), pose.slice(4, 8), pose.slice(8, 12)];
-  return {
-    format: "mv2v-camera",
-    version: 1,
-    convention: "opencv camera-to-world, metres",
-    size,
-    poses: combined(amounts, frames).map(rows),
-  };
+  return used.map((axis) => `${axis}:${amounts[axis]}`).join("+") || "static";
+}
+
+const partsOf = (camera) => String(camera).split(/ *\+ *(?=[A-Za-z_])/);
+
+/** The poses of one move or preset; null if it is unknown here. */
+function moveOf(camera, presets, count) {
+  if (presets.has(camera)) {
+    const poses = presets.get(camera);
+    const last = poses.length - 1;
+    return sampled((p) => poses[Math.round(p * last)].flat(), Math.min(count, poses.length));
+  }
+  const [kind, text] = camera.split(":");
+  const amounts = text ? text.split(",").map(Number) : [];
+  if (!(kind in MOVES) || amounts.some(Number.isNaN)) return null;
+  return sampled((p) => MOVES[kind](p, ...amounts), count);
 }
 
 /**
@@ -107,14 +102,16 @@ export function cameraOf(amounts, { num_frames: frames, size }) {
 export function pathOf(camera, presets, count = 17) {
   if (camera && typeof camera === "object") {
     const poses = (camera.poses ?? []).map((pose) => pose.flat());
+    if (poses.length === 0) return null;
     const stride = Math.max(1, Math.floor((poses.length - 1) / (count - 1)));
     return poses.filter((_, index) => index % stride === 0 || index === poses.length - 1);
   }
-  if (presets.has(camera)) return presets.get(camera).map((pose) => pose.flat());
-  const [kind, text] = String(camera).split(":");
-  const amounts = text ? text.split(",").map(Number) : [];
-  if (!(kind in MOVES) || amounts.some(Number.isNaN)) return null;
-  return sampled((p) => MOVES[kind](p, ...amounts), count);
+  const place = (part) => ORDER.indexOf(part.split(/[:_]/)[0]);
+  const paths = partsOf(camera).sort((a, b) => place(a) - place(b))
+    .map((part) => moveOf(part, presets, count));
+  if (paths.includes(null)) return null;
+  return paths.reduce((path, next) =>
+    path.slice(0, next.length).map((pose, index) => compose(pose, next[index])));
 }
 
 /** A move in words: "Arc left 40°". */
@@ -132,8 +129,12 @@ export function amountsWords(amounts) {
 export function requestWords(request) {
   if (request.prompt && !request.camera) return request.prompt;
   const camera = request.camera;
-  if (camera && typeof camera === "object") return "Combined move";
-  const [kind, text] = String(camera).split(":");
+  if (camera && typeof camera === "object") return camera.name ?? "Camera file";
+  return partsOf(camera).map(moveWords).join(", ");
+}
+
+function moveWords(camera) {
+  const [kind, text] = camera.split(":");
   if (kind in AXES && text && !text.includes(",")) return axisWords(kind, Number(text));
   if (kind === "static") return "The source's own camera";
   if (text) return `${kind} ${text}`;

@@ -114,7 +114,7 @@ export class CameraPicker {
     }
     for (const [name, chip] of this.chips) chip.setAttribute("aria-pressed", name === this.preset);
     this.words.textContent = this.preset ? presetWords(this.preset) : amountsWords(this.amounts);
-    this.code.textContent = typeof camera === "string" ? camera : "poses";
+    this.code.textContent = camera;
     this.#draw();
     this.onchange();
   }
@@ -140,7 +140,7 @@ export class CameraPicker {
 
   /** What to ask for. */
   get camera() {
-    return this.preset ?? cameraOf(this.amounts, this.model);
+    return this.preset ?? cameraOf(this.amounts);
   }
 
   /** turns: {number, camera} of the session's, drawn beside the next one. */

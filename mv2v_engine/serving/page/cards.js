@@ -120,7 +120,7 @@ export function turnCard(session, turn, { player, aspect, numFrames, open, onbra
     && button("Branch", () => card.attempt(fork, () => onbranch(turn.number)), "branch");
   if (fork) fork.title = `A new session that remembers turns 1 to ${turn.number}`;
   replace(card.body,
-    (turn.report.warnings ?? []).map((warning) => h("p", { class: "note" }, warning)),
+    turn.warnings.map((warning) => h("p", { class: "note" }, warning)),
     memorySection(turn.report, { numFrames, open }),
     costSection(turn.report),
     h("div", { class: "row tools" }, save, fork));

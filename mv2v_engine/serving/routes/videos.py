@@ -88,7 +88,7 @@ def _video(
         remixed_from_video_id=job.request.get("remixed_from"),
         error=JobError(**job.error) if job.error is not None else None,
         session_id=session.id,
-        warnings=list(session.warnings),
+        warnings=[*session.warnings, *job.warnings],
     )
 
 
