@@ -28,9 +28,10 @@ from targets import target
 from mv2v_engine import CancelToken, Engine
 from mv2v_engine.camera.trajectories import PRESETS, named_trajectory
 from mv2v_engine.config import EngineConfig
+from mv2v_engine.engine.denoise import Denoiser, denoise
 from mv2v_engine.engine.report import turn_flops
-from mv2v_engine.engine.runner import Conditioning, Denoiser, NoisyTurn, denoise
 from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.progress import Event, Spans, StageDone, StageStarted
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.synthetic.render import render
@@ -126,7 +127,7 @@ def denoised_turns(
         for config, kind in KINDS.items():
             plan, spans = setting.plan(kind, count), Spans(setting.device)
             given = Inputs(setting, plan)
-            turn = NoisyTurn(
+            denoiser = Denoiser(
                 transformer=setting.transformer,
                 plan=plan,
                 conditioning=Conditioning(given.latents[1:], given.cameras, given.text, given.text),
@@ -134,7 +135,6 @@ def denoised_turns(
                 solver=make_solver("euler", steps, setting.sampling.flow_shift),
                 guidance_scale=guidance,
             )
-            denoiser = Denoiser(turn)
             with spans.stage("sampling"):
                 for _ in denoise(denoiser, CancelToken()):
                     pass

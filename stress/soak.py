@@ -41,7 +41,7 @@ from mv2v_engine.engine.results import ViewResults
 from mv2v_engine.engine.session import Session
 from mv2v_engine.errors import CancelledError
 from mv2v_engine.files import save_json
-from mv2v_engine.models import dit
+from mv2v_engine.models import rope
 from mv2v_engine.testing import largest_file
 
 MOVES = ("pan", "tilt", "arc")
@@ -211,11 +211,11 @@ def measured(soak: Soak) -> dict[str, int]:
     """What is left when no session is open."""
     soak.rest()
     engines = soak.engines
-    rotary_tables = dit._rotary_table.cache_info().currsize
+    rotary_tables = rope.table_on.cache_info().currsize
     graphs = sum(len(engine.graphs) for engine in engines)
     graph_bytes = sum(sum(engine.graphs.bytes().values()) for engine in engines)
     # these it may keep; what else is left shows without them
-    dit._rotary_table.cache_clear()
+    rope.table_on.cache_clear()
     for engine in engines:
         engine.graphs.clear()
     gc.collect()
@@ -268,7 +268,7 @@ def growth(samples: list[dict[str, int]], *, graph_bytes: int = 0) -> dict[str, 
         rows[name] = {"early": low, "late": high, "allowed": most, "grows": high - low > most}
     # these fill up to what they are allowed
     caps = {
-        "rotary_tables": dit._rotary_table.cache_info().maxsize or 0,
+        "rotary_tables": rope.table_on.cache_info().maxsize or 0,
         "graph_bytes": graph_bytes,
     }
     for name, cap in caps.items():

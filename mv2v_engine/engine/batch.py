@@ -15,10 +15,10 @@ from itertools import count, islice
 from mv2v_engine import arguments
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.admission import admit
+from mv2v_engine.engine.denoise import Denoiser, StepDue
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.recall import Ranked
 from mv2v_engine.engine.request import Request, require_task
-from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import (
@@ -28,7 +28,7 @@ from mv2v_engine.errors import (
     RequestError,
     is_out_of_memory,
 )
-from mv2v_engine.models.packed import Sample
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.progress import CancelToken, Event, cancel_token
 from mv2v_engine.sampling.guidance import needs_guidance
 
@@ -260,7 +260,7 @@ class TurnBatch:
         """Whether the pack ran; if not, each turn's own step shows which of them is at fault."""
         everything = [sample for samples in packed.values() for sample in samples]
         try:
-            velocities = iter(self.engine.transformer.forward_packed(everything))
+            velocities = iter(self.engine.transformer.forward_samples(everything))
         except FAILURES as error:
             self.pack_failure = str(error)
             if isinstance(error, KernelUnavailableError):

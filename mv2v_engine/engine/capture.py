@@ -35,7 +35,7 @@ class Recorder(Protocol):
         """
 
     def pool_bytes(self) -> int:
-        """What the pool of all graphs holds; what CUDA itself keeps for a graph is not told."""
+        """The bytes of the pool of all graphs; what CUDA itself keeps for a graph is not told."""
 
     def enter(self) -> None:
         """A turn begins: it waits for the last one, which may have run on another stream."""

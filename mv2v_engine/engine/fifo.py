@@ -25,10 +25,10 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.defaults import inference
-from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.denoise import STAGE, not_finite
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.request import sampled
-from mv2v_engine.engine.runner import STAGE, not_finite
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.finite import is_finite
 from mv2v_engine.models.dit import MV2VTransformer

@@ -7,11 +7,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from mv2v_engine.engine.budget import Budget
+from mv2v_engine.engine.denoise import Denoised, Denoiser
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.request import Request, camera_notes
-from mv2v_engine.engine.runner import Denoised, Denoiser
 from mv2v_engine.memory.retrieval import Retrieval
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.progress import Spans
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.flops import (

@@ -27,16 +27,22 @@ from mv2v_engine.camera.files import Camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.budget import Budget, overflow_error, overflow_reason
-from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.denoisers import engine_denoiser
+from mv2v_engine.engine.denoise import (
+    Denoised,
+    Denoiser,
+    StepDue,
+    denoise,
+    engine_denoiser,
+    stepwise,
+)
 from mv2v_engine.engine.folder import STORAGE_ERROR, SessionFolder
 from mv2v_engine.engine.knowledge import prompt_warnings
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.recall import EditRecall, Ranked, Recall, ViewRecall
 from mv2v_engine.engine.report import edit_report, view_report, window_report
 from mv2v_engine.engine.request import Request, check_camera, require_task
-from mv2v_engine.engine.runner import Denoised, Denoiser, StepDue, denoise, stepwise
 from mv2v_engine.engine.source import LongSource, Source, source_trajectory
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.engine.turn import Draft, FinishedWindow, Footage, KeptWindow, Turn
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
 from mv2v_engine.finite import require_finite

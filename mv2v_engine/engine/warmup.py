@@ -14,10 +14,10 @@ from typing import Any
 import torch
 
 from mv2v_engine.arguments import sequence
-from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.denoisers import engine_denoiser
+from mv2v_engine.engine.denoise import engine_denoiser
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.source import source_trajectory
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import RequestError
 from mv2v_engine.tokens.plan import TokenPlan
 

@@ -175,6 +175,16 @@ class TokenPlan:
         )
 
     @cached_property
+    def camera_dim(self) -> int:
+        """Numbers of a camera as it is given."""
+        return self.shape.camera_dim
+
+    @cached_property
+    def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
+        """Every segment's latents (C, F, H, W); the target's hold a source on channels, too."""
+        return tuple((self.shape.channels_of(s.role), *s.grid) for s in self.segments)
+
+    @cached_property
     def frame_table(self) -> tuple[FrameSpan, ...]:
         """Every frame's token range, in sequence order."""
         table, start = [], 0

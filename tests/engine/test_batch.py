@@ -13,10 +13,10 @@ from torch import Tensor
 from mv2v_engine import CancelToken, Engine, EngineConfig, Session, Turn
 from mv2v_engine.engine import graphs
 from mv2v_engine.engine.batch import TOKENS, TurnBatch, TurnEvent
+from mv2v_engine.engine.denoise import Denoiser, StepDue
 from mv2v_engine.engine.request import Request
-from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.errors import CancelledError, KernelUnavailableError, RequestError
-from mv2v_engine.models.packed import Sample
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.progress import StepDone
 from mv2v_engine.testing import relative_error
 from tests.engine.graph_stand_in import StandIn
@@ -68,13 +68,14 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> list[list[Sample]]:
     from mv2v_engine.models.dit import MV2VTransformer
 
     seen: list[list[Sample]] = []
-    real = MV2VTransformer.forward_packed
+    real = MV2VTransformer.forward_samples
 
     def watch(self: MV2VTransformer, samples: list[Sample]) -> list[Tensor]:
-        seen.append(samples)
+        if len(samples) > 1:
+            seen.append(samples)
         return real(self, samples)
 
-    monkeypatch.setattr(MV2VTransformer, "forward_packed", watch)
+    monkeypatch.setattr(MV2VTransformer, "forward_samples", watch)
     return seen
 
 
@@ -219,7 +220,7 @@ def test_a_failing_turn_leaves_the_others_as_they_are(
     elif fault == "step":
         _break_step(monkeypatch, engine, 4)
     elif fault == "pack":
-        monkeypatch.setattr(engine.transformer, "forward_packed", _raise)
+        _refuse_packs(monkeypatch, engine, RuntimeError("broken"))
     elif fault == "finish":
         monkeypatch.setattr(sessions[1], "_keep_view", _raise)
     else:
@@ -242,13 +243,24 @@ def _raise(*args: Any, **kwargs: Any) -> None:
     raise RuntimeError("broken")
 
 
+def _refuse_packs(monkeypatch: pytest.MonkeyPatch, engine: Engine, error: Exception) -> list[int]:
+    """Forwards of several samples fail; how many samples each had."""
+    real, asked = engine.transformer.forward_samples, list[int]()
+
+    def run(samples: list[Sample]) -> list[Tensor]:
+        if len(samples) == 1:
+            return real(samples)
+        asked.append(len(samples))
+        raise error
+
+    monkeypatch.setattr(engine.transformer, "forward_samples", run)
+    return asked
+
+
 def test_a_pack_that_does_not_fit_runs_apart_and_halves_the_budget(
     engine: Engine, source_frames: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def too_much(samples: list[Sample]) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    monkeypatch.setattr(engine.transformer, "forward_packed", too_much)
+    _refuse_packs(monkeypatch, engine, torch.OutOfMemoryError("CUDA out of memory"))
     batch = TurnBatch(engine)
     turns = [(engine.session(source_frames), _request(engine, "pan_left")) for _ in range(3)]
     results = batch.answer_all(turns)
@@ -260,13 +272,8 @@ def test_a_pack_that_does_not_fit_runs_apart_and_halves_the_budget(
 def test_a_library_that_takes_no_packs_is_asked_once(
     engine: Engine, source_frames: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked = []
-
-    def refuse(samples: list[Sample]) -> None:
-        asked.append(len(samples))
-        raise KernelUnavailableError("cudnn takes no packed sequences")
-
-    monkeypatch.setattr(engine.transformer, "forward_packed", refuse)
+    error = KernelUnavailableError("cudnn takes no packed sequences")
+    asked = _refuse_packs(monkeypatch, engine, error)
     batch = TurnBatch(engine)
     turns = [(engine.session(source_frames), _request(engine, "pan_left", 3)) for _ in range(2)]
     for result in batch.answer_all(turns):
@@ -344,7 +351,7 @@ def test_a_replayed_step_forgets_the_merges_of_a_packed_one(
         if index == 2:
             own = due.samples()
             assert own is not None
-            due.advance(captured.transformer.forward_packed([*own, *own])[:1])
+            due.advance(captured.transformer.forward_samples([*own, *own])[:1])
             stale = list(due.branches[0].records)
         else:
             due.step()

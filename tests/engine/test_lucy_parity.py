@@ -12,10 +12,9 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.denoisers import make_denoiser
+from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.engine.graphs import Graphs
-from mv2v_engine.engine.runner import Denoiser, NoisyTurn
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.testing import relative_error
@@ -52,7 +51,7 @@ def _denoiser(
     plan: TokenPlan | None = None,
     *,
     graphs: Graphs | None = None,
-    **reuse: Any,
+    step_cache: float | None = None,
 ) -> Denoiser:
     """A window's denoiser; memory is other clips' latents."""
     source = editor.vae.encode(frames)
@@ -67,15 +66,16 @@ def _denoiser(
         editor.text_embedding(NEGATIVE),
         source[None],
     )
-    turn = NoisyTurn(
+    return Denoiser(
         transformer=editor.transformer,
         plan=plan,
         conditioning=conditioning,
         noise=initial_noise((1, *source.shape), 3),
         solver=make_solver(editor.scheduler, STEPS, editor.sampling.flow_shift),
         guidance_scale=5.0,
+        graphs=graphs,
+        step_cache=step_cache,
     )
-    return make_denoiser(EngineConfig(**reuse), turn, graphs=graphs)
 
 
 def _as_published(scheduler: Any) -> None:
@@ -231,7 +231,7 @@ def test_packed_steps_read_each_turns_source(
     for _ in range(STEPS):
         samples = [denoiser.samples() for denoiser in packed]
         everything = [sample for own in samples if own is not None for sample in own]
-        velocities = editor.transformer.forward_packed(everything)
+        velocities = editor.transformer.forward_samples(everything)
         for denoiser in packed:
             if everything:
                 denoiser.advance([velocities.pop(0) for _ in denoiser.branches])

@@ -16,7 +16,7 @@ from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
-from mv2v_engine.models import dit
+from mv2v_engine.models import rope
 from mv2v_engine.ops import attention as attention_op
 from mv2v_engine.progress import Event, StageStarted, StepDone
 
@@ -51,7 +51,7 @@ class _Allocations(LiveBytes):
 
     def alive(self) -> list[int]:
         """Bytes of every storage that still lives."""
-        dit._rotary_table.cache_clear()  # a few plans' tables stay, whatever becomes of a turn
+        rope.table_on.cache_clear()  # a few plans' tables stay, whatever becomes of a turn
         return [storage.nbytes() for each in self.made if (storage := each()) is not None]
 
 

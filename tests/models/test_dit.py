@@ -13,7 +13,7 @@ from torch import Tensor
 from mv2v_engine.config import MergerConfig, TransformerConfig
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 

@@ -21,8 +21,8 @@ from torch.distributed.rendezvous import rendezvous
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.kept import ConditioningCache
+from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.parallel.ranks import is_of_the_group
 from mv2v_engine.parallel.traffic import forward_traffic
@@ -79,10 +79,10 @@ def run(plan: TokenPlan, context: ContextGroup | None) -> tuple[list[Tensor], li
     records: list[MergeRecord] = []
     kept = ConditioningCache(plan) if plan.conditioning == "static" else None
     given: dict[str, Any] = {"plan": plan, "cameras": cameras, "records": records}
-    velocities = [model(latents, timestep, text, **given, keep=kept, context=context)]
+    velocities = [model(latents, timestep, text, **given, kept=kept, ranks=context)]
     if kept is not None:
-        again = (0.5 * latents[0], 0.5 * timestep, -text)
-        velocities.append(model.forward_target(*again, kept=kept, context=context))
+        again = ([0.5 * latents[0]], 0.5 * timestep, -text)
+        velocities.append(model(*again, plan=plan, kept=kept, ranks=context))
     return velocities, records
 
 
@@ -93,7 +93,7 @@ def of_frames(context: ContextGroup | None) -> Tensor:
     randomise(model)
     latents, _, text, _ = inputs(plan, batch=2)
     timestep = torch.tensor([[100.0, 300.0, 500.0], [900.0, 600.0, 30.0]])
-    velocity: Tensor = model(latents, timestep, text, plan=plan, context=context)
+    velocity: Tensor = model(latents, timestep, text, plan=plan, ranks=context)
     return velocity
 
 

@@ -16,7 +16,7 @@ from trace_turn import ranges, trace
 
 from mv2v_engine import Engine
 from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.text import TextEncoder
 
 CPU = torch.device("cpu")
