@@ -16,11 +16,11 @@ from torch import Tensor
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import SamplingConfig
 from mv2v_engine.engine.batch import TOKENS
-from mv2v_engine.engine.fifo import edit_fifo
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
+from mv2v_engine.evaluation.fifo import edit_fifo
 from mv2v_engine.files import save_tensors, tensor_digest
 from mv2v_engine.progress import StageStarted
 from tests.engine.graphed_turns import Asked, StandInTurns, steps

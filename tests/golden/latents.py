@@ -28,9 +28,9 @@ from torch import Tensor
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import ParallelConfig
 from mv2v_engine.engine import graphs
-from mv2v_engine.engine.fifo import edit_fifo
 from mv2v_engine.engine.request import Request
 from mv2v_engine.envs import launched_rank
+from mv2v_engine.evaluation.fifo import edit_fifo
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import as_cameras, randomise, tiny_config
 from mv2v_engine.tokens.plan import turn_plan

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine import Engine
-from mv2v_engine.engine.fifo import FifoEdit, FifoQueue, edit_fifo, fifo_steps
 from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import CancelledError, RequestError, VideoError
+from mv2v_engine.evaluation.fifo import FifoEdit, FifoQueue, edit_fifo, fifo_steps
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import shifted_sigmas
 from mv2v_engine.testing import relative_error, tiny_config
