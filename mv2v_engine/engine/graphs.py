@@ -1,4 +1,4 @@
-"""The captured sampler: a step recorded once for a token plan, replayed by every later step.
+"""Captured steps: a step is recorded once for a token plan, and replayed by every later step.
 
 A turn leases the graphs for as long as it runs; one turn at a time has them. The others meanwhile
 run eagerly, on tensors of their own, and their reports say so: waiting would let one long turn hold

@@ -115,8 +115,8 @@ class Sequence:
 
     @property
     def _lengths(self) -> list[int]:
-        """Tokens of every sample, on all ranks together."""
-        return [part.layout.length for part in self.parts or (self,)]
+        """Tokens of every sample of several."""
+        return [part.layout.length for part in self.parts]
 
     @property
     def target_length(self) -> int:
@@ -197,8 +197,9 @@ class Sequence:
 
     def followed_by(self, own: Tensor, kept: Series[Tensor | None]) -> Tensor:
         """K or V of every sample's tokens [B, L, N, D], each followed by what is kept for it."""
-        parts = zip(own.split(self._lengths, 1), kept, strict=True)
-        return torch.cat([each for pair in parts for each in pair if each is not None], 1)
+        of_samples = own.split(self._lengths, 1) if self.parts else [own]
+        pairs = zip(of_samples, kept, strict=True)
+        return torch.cat([each for pair in pairs for each in pair if each is not None], 1)
 
     def pack_over(self, kept: Series[KeysValues | None] | None) -> Pack | None:
         """The pack that says which queries attend to which keys, after `followed_by`.
