@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
-from mv2v_engine.defaults import inference
+from mv2v_engine.defaults import inference, no_gradients
 from mv2v_engine.engine.graphs import Graphs, Lease
 from mv2v_engine.engine.step import Branch, Conditioning, StepBuffers, copied
 from mv2v_engine.errors import NotFiniteError
@@ -144,7 +144,6 @@ class Denoiser:
         """The next step's, [1]."""
         return self.timesteps[self.index : self.index + 1]
 
-    @inference
     def step(self) -> None:
         """Run one step, alone."""
         if self._graphs is not None and not self._asked:
@@ -153,17 +152,18 @@ class Denoiser:
             if branch.cache is None:
                 branch.records.clear()  # of a step in a pack: a replay leaves none with the branch
         noisy, timestep = self.buffers.noisy, self.timestep
-        if self._shared is not None:
-            self.advance(self._shared.velocities(self.branches, noisy, timestep))
-        elif not self.computed[self.index]:
-            self.advance([branch.skipped(noisy, timestep) for branch in self.branches])
-        else:
-            self._load_step()
-            if self._lease.entry is None:
-                self._forward()
+        with no_gradients():
+            if self._shared is not None:
+                self.advance(self._shared.velocities(self.branches, noisy, timestep))
+            elif not self.computed[self.index]:
+                self.advance([branch.skipped(noisy, timestep) for branch in self.branches])
             else:
-                self._lease.run(self._repeated(), self._forward)
-            self._end_step()
+                self._load_step()
+                if self._lease.entry is None:
+                    self._forward()
+                else:
+                    self._lease.run(self._repeated(), self._forward)
+                self._end_step()
 
     def samples(self) -> list[Sample] | None:
         """The next step's forwards for a pack, one a branch; None if the step has to run alone.

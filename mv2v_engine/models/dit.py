@@ -151,8 +151,10 @@ class MV2VTransformer(nn.Module):
         kept = [sample.kept if sample.is_kept else None for sample in samples]
         sequence = Sequence.packed([self._embed(sample) for sample in samples])
         embedded = _targets(sequence, samples)
+        merges = any(sample.plan.merge != "off" and not sample.is_kept for sample in samples)
+        merging_blocks = self.config.merging_blocks if merges else ()
         for index, block in enumerate(self._layers()):
-            if index in self.config.merging_blocks:
+            if index in merging_blocks:
                 sequence = self._merge(index, sequence, samples)
             if sequence.static_temb_6 is not None:
                 x = _static(block, sequence, samples[0].kept)

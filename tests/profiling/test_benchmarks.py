@@ -133,8 +133,10 @@ def test_other_blocks_compute_the_same(has_camera: bool) -> None:
     plan = plan if has_camera else bench_block.without_cameras(plan)
     bench = bench_block.Bench(plan, CPU)
     bench.block.float()
-    bench.sequence = bench_block.replace(bench.sequence, x=bench.sequence.x.float())
     bench.text = bench.text.float()
+    bench.sequence = bench_block.replace(
+        bench.sequence, x=bench.sequence.x.float(), text=bench.text
+    )
     with torch.inference_mode():
         expected = bench.ours("reference")() - bench.sequence.x
         others = [bench.eager()]
