@@ -20,15 +20,22 @@ Arguments = ParamSpec("Arguments")
 Result = TypeVar("Result")
 
 
+@contextmanager
+def no_gradients() -> Iterator[None]:
+    """Run a block without gradients, in the dtypes that it names."""
+    with torch.no_grad(), ExitStack() as stack:
+        for kind in ("cpu", "cuda"):
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def inference(function: Callable[Arguments, Result]) -> Callable[Arguments, Result]:
-    """Decorate a function so that it runs without gradients, in the dtypes that it names."""
+    """Decorate a function so that it runs under `no_gradients`."""
 
     @functools.wraps(function)
     def run(*args: Arguments.args, **kwargs: Arguments.kwargs) -> Result:
-        with torch.no_grad(), ExitStack() as stack:
-            for kind in ("cpu", "cuda"):
-                if torch.is_autocast_enabled(kind):
-                    stack.enter_context(torch.autocast(kind, enabled=False))
+        with no_gradients():
             return function(*args, **kwargs)
 
     return run

@@ -26,8 +26,8 @@ from measure import Report, digits, provenance, reason, table
 from op_cases import random_tensors
 
 from mv2v_engine.config import Conditioning, SamplingConfig
-from mv2v_engine.models.packed import Sample
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.kept import ConditioningCache
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.plan import novel_view_plan
 
@@ -78,7 +78,7 @@ class Case:
             sample.encoder_hidden_states,
             plan=sample.plan,
             cameras=sample.cameras,
-            keep=cache,
+            kept=cache,
         )
         return replace(sample, latents=sample.latents[:1], kept=cache)
 
@@ -113,7 +113,7 @@ def seconds(run: Callable[[], Any], device: torch.device) -> float:
 def compare(case: Case, count: int, rounds: int) -> dict[str, Any]:
     """A row's figures; ratios within a round are freer of drift than those of medians."""
     samples = case.samples(count)
-    run = case.setting.transformer.forward_packed
+    run = case.setting.transformer.forward_samples
     alone, packed = [run([sample])[0] for sample in samples], run(samples)
     error = max(relative_error(ours, own) for ours, own in zip(packed, alone, strict=True))
     del alone, packed

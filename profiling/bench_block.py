@@ -37,7 +37,7 @@ from torch import Tensor
 
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.models.block import Block
-from mv2v_engine.models.token_merge import Sequence
+from mv2v_engine.models.sequence import Sequence
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.testing import randomise, relative_error, tiny_config
@@ -75,10 +75,20 @@ class Bench:
         angles = new(1, plan.length, shape.attention_head_dim // 2, dtype=torch.float32)
         rope = torch.cat([angles.cos(), angles.sin()], -1)
         frames = torch.arange(len(plan.frame_table), device=device)[None]
-        self.sequence = Sequence.of(new(1, plan.length, width), rope, frames, plan.layout)
+        x = new(1, plan.length, width)
         self.temb = new(1, 6, width, dtype=torch.float32)
-        self.context = new(1, shape.text_len, width)
+        self.text = new(1, shape.text_len, width)
         self.cameras = new(1, len(plan.frame_table), 12) if shape.has_camera else None
+        self.sequence = Sequence.of(
+            x,
+            rope,
+            frames,
+            plan.layout,
+            temb=self.temb[:, 0],
+            temb_6=self.temb,
+            text=self.text,
+            cameras=self.cameras,
+        )
         self.fused_backend = resolve("auto", device)
         heads = {"num_heads": shape.num_attention_heads, "head_dim": shape.attention_head_dim}
         self.attention = resolve_attention(EngineConfig(), device, torch.bfloat16, **heads)
@@ -92,18 +102,18 @@ class Bench:
                     module.backend = backend  # type: ignore[assignment]
                 if hasattr(module, "attention_backend"):
                     module.attention_backend = self.attention  # type: ignore[assignment]
-            out: Tensor = self.block(self.sequence, self.temb, self.context, self.cameras)
+            out: Tensor = self.block(self.sequence)[0]
             return out
 
         return run
 
     def eager(self) -> Callable[[], Tensor]:
         block = EagerBlock(self.block, self.sequence, attention_backend=self.attention)
-        return lambda: block(self.sequence.x, self.temb, self.context, self.cameras)
+        return lambda: block(self.sequence.x, self.temb, self.text, self.cameras)
 
     def diffusers(self) -> Callable[[], Tensor]:
         block = diffusers_block(self.block, self.sequence)
-        return lambda: block(self.sequence.x, self.temb, self.context)
+        return lambda: block(self.sequence.x, self.temb, self.text)
 
     @property
     def phases(self) -> tuple[tuple[int, int]]:

@@ -26,8 +26,8 @@ from measure import Report, Timer, digits, existing_device, provenance, table
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import WAN_1_3B, SamplingConfig
-from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.runner import Denoiser, NoisyTurn
+from mv2v_engine.engine.denoise import Denoiser
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
 
@@ -45,7 +45,7 @@ def denoiser(setting: Setting, kind: str, memory: int, *, counts: bool) -> Denoi
     """A turn under way, which has made its first step."""
     plan = setting.plan(kind, memory)
     given = Inputs(setting, plan)
-    turn = NoisyTurn(
+    made = Denoiser(
         transformer=setting.transformer,
         plan=plan,
         conditioning=Conditioning(given.latents[1:], given.cameras, given.text, None),
@@ -53,7 +53,6 @@ def denoiser(setting: Setting, kind: str, memory: int, *, counts: bool) -> Denoi
         solver=make_solver("euler", MOST_STEPS, setting.sampling.flow_shift),
         guidance_scale=1.0,
     )
-    made = Denoiser(turn)
     if not counts:
         object.__setattr__(made.buffers, "count_finite", lambda: None)
     made.step()

@@ -26,10 +26,10 @@ from measure import Report, digits, provenance, reason, table, usable_device
 
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.config import WAN_1_3B, Conditioning, TransformerConfig
-from mv2v_engine.engine.buffers import Conditioning as Given
 from mv2v_engine.engine.capture import open_recorder
+from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.engine.graphs import Graphs, flops_per_launch
-from mv2v_engine.engine.runner import Denoiser, NoisyTurn
+from mv2v_engine.engine.step import Conditioning as Given
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.backend import resolve
@@ -102,7 +102,7 @@ class Turns:
 
     def run(self, graphs: Graphs | None) -> tuple[torch.Tensor, float, float, dict[str, Any]]:
         """Latents, seconds and host seconds of a step after the first, and how the steps ran."""
-        turn = NoisyTurn(
+        denoiser = Denoiser(
             transformer=self.model,
             plan=self.plan,
             conditioning=self.given,
@@ -110,8 +110,8 @@ class Turns:
             # the first step, which may fill K and V, is not timed
             solver=make_solver("euler", self.steps + 1, 5.0),
             guidance_scale=1.0,
+            graphs=graphs,
         )
-        denoiser = Denoiser(turn, graphs=graphs)
         try:
             denoiser.step()
             self._wait()

@@ -23,7 +23,7 @@ from mv2v_engine.config import TINY, CameraAttention
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import frame_cameras
 from mv2v_engine.models.rope import rotary_table
-from mv2v_engine.models.token_merge import Sequence
+from mv2v_engine.models.sequence import Sequence
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.testing import as_cameras, randomise
 from mv2v_engine.tokens.plan import turn_plan
@@ -44,15 +44,23 @@ def block(form: CameraAttention, backend: str, *, trains: bool) -> Callable[[], 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, plan.length, shape.dim, generator=generator)
     frames = torch.arange(len(plan.frame_table))[None]
-    sequence = Sequence.of(x, rotary_table(plan)[None], frames, plan.layout)
     temb = torch.randn(1, 6, shape.dim, generator=generator)
-    context = torch.randn(1, shape.text_len, shape.dim, generator=generator)
+    text = torch.randn(1, shape.text_len, shape.dim, generator=generator)
     drawn = torch.randn(1, len(plan.segments), GRID[0], 12, generator=generator)
-    cameras = frame_cameras(plan, as_cameras(drawn, shape))
+    sequence = Sequence.of(
+        x,
+        rotary_table(plan)[None],
+        frames,
+        plan.layout,
+        temb=temb[:, 0],
+        temb_6=temb,
+        text=text,
+        cameras=frame_cameras(plan, as_cameras(drawn, shape)),
+    )
 
     def run() -> None:
         with torch.set_grad_enabled(trains):
-            out = made(sequence, temb, context, cameras)
+            out, _ = made(sequence)
             if trains:
                 out.backward(x)
 

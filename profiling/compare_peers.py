@@ -26,8 +26,8 @@ from measure import Report, Timer, digits, existing_device, installed, provenanc
 from targets import target
 from torch import Tensor
 
-from mv2v_engine.models.camera_encoder import frame_cameras
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import relative_error
 from mv2v_engine.tokens.plan import turn_plan
 
@@ -95,8 +95,14 @@ def eager_forward(setting: Setting, given: Inputs) -> Run:
     """The plan's forward in eager blocks; embedding and head are ours, a hundredth of it."""
     model, plan = setting.transformer, given.plan
     assert given.cameras is not None
-    cameras = frame_cameras(plan, given.cameras)
-    sequence = model._embed(given.latents, plan)
+    sample = Sample(
+        latents=given.latents,
+        timestep=given.timestep,
+        encoder_hidden_states=given.text,
+        plan=plan,
+        cameras=given.cameras,
+    )
+    sequence = model._embed(sample)
     # torch's own choice on a CPU; on CUDA the library that ours uses
     attention = "reference" if setting.device.type == "cpu" else "auto"
     blocks = [
@@ -105,12 +111,12 @@ def eager_forward(setting: Setting, given: Inputs) -> Run:
     ]
 
     def run() -> Tensor:
-        x = model._embed(given.latents, plan).x
-        temb, temb_6 = model.condition_embedder.time(given.timestep)
-        context = model.condition_embedder.text(given.text)
+        entering = model._embed(sample)
+        x, text = entering.x, entering.text
+        assert text is not None
         for block in blocks:
-            x = block(x, temb_6, context, cameras)
-        return model._head(x[:, : plan.target.length], temb, plan)
+            x = block(x, entering.temb_6, text, entering.cameras)
+        return model._velocity(x[:, : plan.target.length], entering.temb, plan)
 
     return run
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
 from mv2v_engine.models.block import Block
-from mv2v_engine.models.token_merge import Sequence
+from mv2v_engine.models.sequence import Sequence
 from mv2v_engine.ops.attention import attention
 
 

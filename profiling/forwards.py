@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.config import WAN_1_3B, SamplingConfig
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.tokens.flops import flop_table, kept_flop_table
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
@@ -108,16 +108,16 @@ class Inputs:
 
     def first(self) -> Tensor:
         """The whole plan's forward; with static conditioning it keeps K and V as it goes."""
-        keep = ConditioningCache(self.plan) if self.plan.conditioning == "static" else None
+        kept = ConditioningCache(self.plan) if self.plan.conditioning == "static" else None
         velocity: Tensor = self.model(
             self.latents,
             self.timestep,
             self.text,
             plan=self.plan,
             cameras=self.cameras,
-            keep=keep,
+            kept=kept,
         )
-        self.kept = keep
+        self.kept = kept
         return velocity
 
     def later(self) -> Tensor:
@@ -127,7 +127,10 @@ class Inputs:
         if self.kept is None:
             self.first()
         assert self.kept is not None
-        return self.model.forward_target(self.latents[0], self.timestep, self.text, kept=self.kept)
+        velocity: Tensor = self.model(
+            self.latents[:1], self.timestep, self.text, plan=self.plan, kept=self.kept
+        )
+        return velocity
 
 
 def flops(plan: TokenPlan, *, later: bool) -> int:

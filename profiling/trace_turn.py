@@ -23,7 +23,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS, named_trajectory
 from mv2v_engine.config import EngineConfig
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
@@ -60,15 +60,9 @@ def ranges(transformer: MV2VTransformer) -> Iterator[None]:
     """Ranges for every step, forward and block; the stages have theirs anyhow."""
     with ExitStack() as stack:
         stack.enter_context(_replaced(Denoiser, "step", "step"))
-        for attribute, name in (
-            ("forward", "forward"),
-            ("forward_target", "forward of the target"),
-        ):
-            stack.enter_context(_replaced(transformer, attribute, name))
+        stack.enter_context(_replaced(transformer, "forward_samples", "forward"))
         for index, block in enumerate(transformer.blocks):
-            # the static form calls the other, for its target
-            for attribute, name in (("forward", ""), ("forward_static", " static")):
-                stack.enter_context(_replaced(block, attribute, f"block {index}{name}"))
+            stack.enter_context(_replaced(block, "forward", f"block {index}"))
         yield
 
 
@@ -76,7 +70,7 @@ def trace(engine: Engine, out: Path | None, *, memory: int, steps: int) -> profi
     """Profile a turn with so many memory videos into a Chrome trace; no file: NVTX ranges."""
     sampling, cameras = engine.sampling, list(islice(PRESETS, memory + 1))
     still = named_trajectory("static", sampling.num_frames, sampling.size)
-    session = engine.view_session(render(make_world(WORLD), still).frames, fps=8.0)
+    session = engine.session(render(make_world(WORLD), still).frames, fps=8.0)
     for camera in cameras[:-1]:
         session.render(camera, num_inference_steps=1)
     with ranges(engine.transformer):

@@ -1,6 +1,6 @@
 """The seam to CUDA's graphs: capture a function once, replay its launches.
 
-`Recorder` is all that the sampler knows of them. `CudaRecorder` keeps one memory pool for all of
+`Recorder` is all that the engine knows of them. `CudaRecorder` keeps one memory pool for all of
 its graphs: what one needs between two of its launches, another may use too, as no two ever run at
 the same time. Torch gives the pool's bytes back when the last of its graphs is gone.
 """
@@ -35,7 +35,7 @@ class Recorder(Protocol):
         """
 
     def pool_bytes(self) -> int:
-        """What the pool of all graphs holds; what CUDA itself keeps for a graph is not told."""
+        """The bytes of the pool of all graphs; what CUDA itself keeps for a graph is not told."""
 
     def enter(self) -> None:
         """A turn begins: it waits for the last one, which may have run on another stream."""

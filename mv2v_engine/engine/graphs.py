@@ -1,4 +1,4 @@
-"""The captured sampler: a step recorded once for a token plan, replayed by every later step.
+"""Captured steps: a step is recorded once for a token plan, and replayed by every later step.
 
 A turn leases the graphs for as long as it runs; one turn at a time has them. The others meanwhile
 run eagerly, on tensors of their own, and their reports say so: waiting would let one long turn hold
@@ -15,19 +15,20 @@ from __future__ import annotations
 import threading
 import traceback
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.config import EngineConfig, GraphMode
-from mv2v_engine.engine.buffers import Signature, StepBuffers
 from mv2v_engine.engine.capture import Graph, Recorder, open_recorder
-from mv2v_engine.engine.lease import Lease
+from mv2v_engine.engine.step import Signature, StepBuffers
 from mv2v_engine.errors import KernelUnavailableError, MemoryBudgetError
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import KeptLayout, KeptStorage
+from mv2v_engine.models.kept import KeptLayout, KeptStorage
+from mv2v_engine.models.rope import table_on
 from mv2v_engine.tokens.flops import flop_table, kept_flop_table
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -41,7 +42,7 @@ _BUSY = "another turn of this engine is replaying"
 
 @dataclass(frozen=True)
 class _Key:
-    """What a captured step depends on beyond the values of its buffers."""
+    """All that a captured step depends on beside the values of its buffers."""
 
     plan: TokenPlan
     dtype: torch.dtype
@@ -67,8 +68,76 @@ class Entry:
             self.graphs.popitem()[1].reset()
 
 
+class Lease:
+    """Made by `Graphs.lease`. Without an entry every step runs eagerly; reason: why."""
+
+    def __init__(self, graphs: Graphs | None, entry: Entry | None, reason: str | None) -> None:
+        self._graphs, self.entry, self.reason = graphs, entry, reason
+        self._captured = self._replayed = 0
+
+    @property
+    def buffers(self) -> StepBuffers | None:
+        """The tensors that the steps have to work on; None: the turn's own."""
+        return None if self.entry is None else self.entry.buffers
+
+    @property
+    def kept(self) -> KeptStorage | None:
+        """The place where conditioning has to be kept; None: anywhere."""
+        return None if self.entry is None else self.entry.kept
+
+    @property
+    def awaits_capture(self) -> bool:
+        """Whether steps are eager so far, but need not stay so."""
+        return self.entry is not None and self.reason is None and not self.entry.graphs
+
+    def run(self, kinds: tuple[str, ...] | None, step: Callable[[], Iterable[str]]) -> None:
+        """Run a step.
+
+        Args:
+            kinds: the kinds of its forwards, equal for steps that launch the same; None for a step
+                that cannot be repeated as it is.
+            step: gives the kinds of the forwards that it ran.
+
+        Raises:
+            KernelUnavailableError: graphs="on", and it cannot be captured.
+        """
+        graphs, entry = self._graphs, self.entry
+        if graphs is None or entry is None or self.reason is not None:
+            step()
+            return
+        if kinds is None or not entry.warm.issuperset(kinds):
+            entry.warm.update(step())
+            return
+        if kinds in entry.graphs:
+            self._replayed += 1
+        else:
+            self.reason = graphs.capture(entry, kinds, step)
+            if self.reason is not None:
+                step()
+                return
+            self._captured += 1
+        graphs.replay(entry.graphs[kinds])
+
+    def report(self, total: int) -> dict[str, Any]:
+        """How a turn of so many steps ran, and what all graphs hold."""
+        return {
+            "mode": "off" if self._graphs is None else self._graphs.mode,
+            "eager_steps": total - self._captured - self._replayed,
+            "captured_steps": self._captured,
+            "replayed_steps": self._replayed,
+            "bytes": {} if self._graphs is None else self._graphs.bytes(),
+            "reason": self.reason,
+        }
+
+    def release(self) -> None:
+        """The turn has ended, however it did."""
+        entry, self.entry = self.entry, None
+        if entry is not None and self._graphs is not None:
+            self._graphs.release(entry)
+
+
 def flops_per_launch(plan: TokenPlan) -> float:
-    """Of the forward that a plan's steps repeat."""
+    """FLOPs a launch of the forward that a plan's steps repeat."""
     table = kept_flop_table(plan) if plan.conditioning == "static" else flop_table(plan)
     return sum(table.values()) / (LAUNCHES_PER_BLOCK * plan.shape.num_layers)
 
@@ -110,7 +179,7 @@ class Graphs:
         self._leased = threading.Lock()
 
     def bytes(self) -> dict[str, int]:
-        """What is held on the device now: the pool, the arena, and the graphs' buffers."""
+        """The bytes held on the device now: the pool, the arena, and the graphs' buffers."""
         pool = 0 if self._recorder is None else self._recorder.pool_bytes()
         arena = 0 if self._arena is None else self._arena.nbytes
         buffers = sum(entry.buffers.num_bytes for entry in list(self._entries.values()))
@@ -253,7 +322,7 @@ class Graphs:
             key,
             own.reserved(key.plan),
             None if layout is None or self._arena is None else layout.storage(self._arena),
-            transformer.constants(key.plan, device),
+            (table_on(key.plan, device),),
         )
         self._entries[key] = entry
         return entry

@@ -9,6 +9,7 @@ them ready for the next one.
 from __future__ import annotations
 
 import weakref
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count
 from typing import Any
@@ -18,13 +19,10 @@ from torch import Tensor
 
 from mv2v_engine.config import ParallelConfig
 from mv2v_engine.defaults import inference
-from mv2v_engine.engine.branch import Branch
-from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.lease import Lease
-from mv2v_engine.engine.runner import Denoiser, NoisyTurn
+from mv2v_engine.engine.step import Branch, Conditioning, StepBuffers
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.parallel.context import Shard, head_lengths
 from mv2v_engine.parallel.ranks import Ranks, check_launch
 from mv2v_engine.parallel.traffic import step_traffic
@@ -57,6 +55,10 @@ class Team:
     def next_number(self) -> int:
         return next(self._numbers)
 
+    def begin(self, plan: TokenPlan, buffers: StepBuffers) -> SharedTurn:
+        """A turn whose steps the ranks share."""
+        return SharedTurn(self, plan, buffers)
+
 
 def open_team(config: ParallelConfig, device: torch.device) -> Team | None:
     """The other processes, met; None where there are none.
@@ -76,49 +78,38 @@ def open_team(config: ParallelConfig, device: torch.device) -> Team | None:
     return Team(Ranks(config, device))
 
 
-class SharedDenoiser(Denoiser):
-    """A turn under way on rank 0, whose forwards run on all ranks.
+class SharedTurn:
+    """A turn's steps on rank 0, whose forwards run on all ranks.
 
     received_bytes: what the other ranks have sent to rank 0 for it.
     """
 
-    why_eager = "steps that several processes share run eagerly"
-
-    def __init__(self, turn: NoisyTurn, *, team: Team) -> None:
-        self.team, self.context = team, team.ranks.context
-        super().__init__(turn)
-        self._lease = Lease(None, None, self.why_eager)
+    def __init__(self, team: Team, plan: TokenPlan, buffers: StepBuffers) -> None:
+        self.ranks, self.plan, self._team, self._buffers = team.ranks, plan, team, buffers
+        self._num_branches = len(buffers.conditioning.texts)
         self.received_bytes, self._number = 0, 0
 
-    def samples(self) -> None:
-        """Its steps run alone: the other ranks know of one turn a step."""
-        return None
-
-    @inference
-    def step(self) -> None:
-        self.advance(self._velocities())
-
-    def _velocities(self) -> list[Tensor]:
-        ranks = self.team.ranks
+    def velocities(
+        self, branches: Sequence[Branch], noisy: Tensor, timestep: Tensor
+    ) -> list[Tensor]:
+        """The velocities of one step, in the branches' order."""
+        ranks = self.ranks
         with ranks.together():
             if not self._number:
-                self._begin(ranks)
+                self._begin(_spec(noisy))
             before = _received(ranks)
-            for branch in self.branches:
-                if branch.cache is None:
-                    branch.records.clear()
-            noisy, timestep = self.noisy.contiguous(), self.timestep.contiguous()
+            noisy, timestep = noisy.contiguous(), timestep.contiguous()
             ranks.say("step", self._number)
             ranks.share(noisy)
             ranks.share(timestep)
-            own = [branch.velocity(noisy, timestep) for branch in ranks.own(self.branches)]
-            velocities = ranks.exchange(own, len(self.branches))
+            own = _forwards(ranks.own(branches), noisy, timestep)
+            velocities = ranks.exchange(own, self._num_branches)
             self.received_bytes += _received(ranks) - before
         return velocities
 
-    def _begin(self, ranks: Ranks) -> None:
+    def _begin(self, noisy: _Spec) -> None:
         """Give every rank what all steps of the turn read."""
-        given = self.buffers.conditioning
+        ranks, given = self.ranks, self._buffers.conditioning
         texts = given.texts
         tensors = [*given.latents, *([] if given.cameras is None else [given.cameras]), *texts]
         begin = _Begin(
@@ -126,34 +117,37 @@ class SharedDenoiser(Denoiser):
             tuple(map(_spec, given.latents)),
             None if given.cameras is None else _spec(given.cameras),
             tuple(map(_spec, texts)),
-            _spec(self.noisy),
+            noisy,
         )
-        number = self.team.next_number()
+        number = self._team.next_number()
         ranks.say("begin", number, begin)
         for tensor in tensors:
             ranks.share(tensor.contiguous())
         self._number = number
 
-    def work(self) -> dict[Work, int]:
-        forwards = self.total * len(self.branches)
+    def work(self, forwards: int) -> dict[Work, int]:
+        """The work of so many forwards, on all ranks together."""
         if self.plan.conditioning == "joint" or not forwards:
             return {"whole": forwards}
         # every group of ranks keeps the conditioning for its own branches
-        first = self.team.ranks.groups_of(len(self.branches))
+        first = self.ranks.groups_of(self._num_branches)
         return {"whole": first, "kept": forwards - first}
 
     def release(self) -> None:
-        super().release()
-        ranks, number = self.team.ranks, self._number
+        """The turn has ended, however it did."""
+        ranks, number = self.ranks, self._number
         if number and ranks.failure is None and not ranks.is_closed:
             with ranks.together():
                 ranks.say("release", number)
         self._number = 0
 
-    def parallel_report(self) -> dict[str, Any]:
-        """How the turn ran over the ranks, as plain data."""
-        ranks, plan = self.team.ranks, self.plan
-        config, groups = ranks.config, ranks.groups_of(len(self.branches))
+    def report(self, element_bytes: int) -> dict[str, Any]:
+        """How the turn ran over the ranks, as plain data.
+
+        element_bytes: the size of a token's element.
+        """
+        ranks, plan = self.ranks, self.plan
+        config, groups = ranks.config, ranks.groups_of(self._num_branches)
         heads, tokens = [plan.shape.num_attention_heads], [plan.length]
         if ranks.context is not None:
             heads = head_lengths(plan.shape.num_attention_heads, config.context)
@@ -167,8 +161,8 @@ class SharedDenoiser(Denoiser):
                 guidance=config.guidance,
                 context=config.context,
                 rank=0,
-                element_bytes=self.transformer.patch_embedding.weight.itemsize,
-                branches=len(self.branches),
+                element_bytes=element_bytes,
+                branches=self._num_branches,
                 is_kept=plan.conditioning == "static",
             )
         return {
@@ -209,7 +203,7 @@ class _Share:
         ranks, device = self.ranks, self.ranks.device
         noisy = ranks.share(torch.empty(self.noisy[0], dtype=self.noisy[1], device=device))
         timestep = ranks.share(torch.empty(1, dtype=torch.float32, device=device))
-        own = [branch.velocity(noisy, timestep) for branch in self.branches]
+        own = _forwards(self.branches, noisy, timestep)
         ranks.exchange(own, self.num_branches)
 
     def release(self) -> None:
@@ -237,6 +231,11 @@ def serve(ranks: Ranks, transformer: MV2VTransformer) -> None:
                 shares[more[0]].step()
             else:
                 shares.pop(more[0]).release()
+
+
+def _forwards(branches: Sequence[Branch], noisy: Tensor, timestep: Tensor) -> list[Tensor]:
+    samples = [[branch.sample(noisy, timestep)] for branch in branches]
+    return [b.transformer.forward_samples(s)[0] for b, s in zip(branches, samples, strict=True)]
 
 
 def _spec(tensor: Tensor) -> _Spec:

@@ -13,9 +13,9 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.engine.engine import Engine
-from mv2v_engine.engine.fifo import edit_fifo
 from mv2v_engine.evaluation.edit_protocol import EditProtocol, EditRow
 from mv2v_engine.evaluation.editing_measures import EditMeasurer
+from mv2v_engine.evaluation.fifo import edit_fifo
 from mv2v_engine.evaluation.frame_features import frame_consistency
 from mv2v_engine.evaluation.parallel import Measures
 from mv2v_engine.synthetic.edit_clips import EditClip, make_edit_clip
@@ -128,7 +128,7 @@ class ClipEvaluator:
 
 def _edited(engine: Engine, source: Tensor, prompt: str, given: dict[str, Any]) -> _Edited:
     """A whole edit by a session of its own. The worlds are one shot each."""
-    session = engine.edit_session(source, cuts=())
+    session = engine.session(source, cuts=())
     turn = session.edit(prompt, **given)
     edited = _Edited(turn.frames, turn.report["flops"], turn.report["seconds"]["sampling"])
     session.close()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.merging import responsiveness
 
 
 @contextmanager
@@ -29,10 +30,9 @@ def recorded_responsiveness(transformer: MV2VTransformer) -> Iterator[list[Tenso
     current: list[Tensor] = []
 
     def record(block: nn.Module, inputs: tuple[Any, ...]) -> None:
-        sequence, temb_B6C, _, cameras_BFP = inputs
         assert isinstance(block, Block)
         with torch.no_grad():
-            scores = transformer.responsiveness(block, sequence, temb_B6C, None, cameras_BFP)
+            scores = responsiveness(transformer, block, inputs[0])
         current.append(scores[0].cpu())
         if len(current) == len(transformer.blocks):
             forwards.append(torch.stack(current))

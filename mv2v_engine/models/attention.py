@@ -34,7 +34,11 @@ class _Projections(nn.Module):
         self.backend = "reference"
         self.attention_backend = "reference"
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack | None) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> Tensor:
+        """[B, L, N, D], before the output projection.
+
+        pack: of several samples in one sequence, each of which attends to its own alone.
+        """
         if pack is None:
             return attention(q, k, v, backend=self.attention_backend)
         out, _ = attention_varlen(
@@ -77,13 +81,6 @@ class SelfAttention(_Projections):
         keys = self._norm(self.to_k(hidden_BLC), self.norm_k.weight, rope_BLD)
         return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, pack: Pack | None = None) -> Tensor:
-        """[B, L, N, D], before the output projection.
-
-        pack: the samples of one packed sequence, each of which attends to itself alone.
-        """
-        return self._attention(q, k, v, pack)
-
     def plain_queries(self, hidden_BLC: Tensor) -> Tensor:
         """Normalised, unrotated queries [B, L, C] for responsiveness (METHOD 6)."""
         return self._norm(self.to_q(hidden_BLC), self.norm_q.weight).flatten(2)
@@ -94,12 +91,12 @@ class SelfAttention(_Projections):
 
 
 class CrossAttention(_Projections):
-    """Attention to the text context, without positions and without a mask, as Wan does."""
+    """Attention to the text, without positions and without a mask, as Wan does."""
 
-    def forward(self, hidden_BLC: Tensor, context_BSC: Tensor, pack: Pack | None = None) -> Tensor:
-        k = self._norm(self.to_k(context_BSC), self.norm_k.weight)
-        v = self.to_v(context_BSC).unflatten(-1, (self.num_heads, -1))
-        return self.out(self._attention(self._queries(hidden_BLC), k, v, pack))
-
-    def _queries(self, hidden_BLC: Tensor) -> Tensor:
-        return self._norm(self.to_q(hidden_BLC), self.norm_q.weight)
+    def forward(self, hidden_BLC: Tensor, text_BSC: Tensor, pack: Pack | None = None) -> Tensor:
+        keys = self._norm(self.to_k(text_BSC), self.norm_k.weight)
+        values = self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
+        # the queries are not named: they are gone before the output is made
+        return self.out(
+            self.attend(self._norm(self.to_q(hidden_BLC), self.norm_q.weight), keys, values, pack)
+        )

@@ -1,9 +1,9 @@
-"""A transformer block: Wan's, with the camera, and its static form (METHOD 5 and 13).
+"""A transformer block: Wan's, with the camera (METHOD 5).
 
-A packed sequence passes like any other: its tokens name their timestep, and attention stays within
-each of its samples.
+Static conditioning (METHOD 13) is two calls of it: one of the conditioning, without text, and one
+of the target over the K and V that the first one had.
 
-B batch, L tokens, S text tokens, C width, F frames of the plan, P numbers of a camera.
+B batch, L tokens, N heads, D head dim, C width, P numbers of a camera.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from mv2v_engine.models.camera_encoder import (
     projection,
 )
 from mv2v_engine.models.feed_forward import FeedForward
+from mv2v_engine.models.kept import KeysValues
 from mv2v_engine.models.modulation import Modulation, split_modulation
-from mv2v_engine.models.packed import PackedSequence
-from mv2v_engine.models.static_cache import ConditioningCache, KeysValues
-from mv2v_engine.models.token_merge import Sequence
+from mv2v_engine.models.sequence import Sequence
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.ops.prope import prope
@@ -51,142 +50,43 @@ class Block(nn.Module):
 
     def forward(
         self,
-        sequence: Sequence | PackedSequence,
-        temb_B6C: Tensor,
-        context_BSC: Tensor,
-        cameras_BFP: Tensor | None,
+        sequence: Sequence,
         kept: Series[KeysValues | None] | None = None,
-    ) -> Tensor:
+        keeps: bool = False,
+    ) -> tuple[Tensor, KeysValues | None]:
         """New tokens [B, L, C]; every token sees its sample's, and those whose K and V are kept.
 
-        kept: one for every sample of a pack, otherwise one.
+        kept: one for every sample. keeps: K and V of the sequence's own tokens are returned, too.
         """
-        modulation, ffn_modulation = self.modulations(temb_B6C, sequence.row)
+        own, ffn = self._modulations(sequence)
 
         # 1. self-attention
-        attended = self._attend(sequence, modulation, cameras_BFP, kept)
-        x, hidden = self._add_norm2(sequence.x, attended, modulation)
-        del attended  # at full size every tensor of all tokens counts: nothing outlives its use
+        attended, keys_values = self._attend(sequence, own, kept, keeps)
 
         # 2. cross-attention
-        attended = self.attn2(hidden, context_BSC, sequence.text)
-        del hidden
-        x, hidden = self._add_adaln(x, attended, ffn_modulation)
+        if sequence.text is None:
+            x, hidden = self._add_adaln(sequence.x, attended, ffn, gate=own.gate)
+        else:
+            x, hidden = self._add_norm2(sequence.x, attended, own)
+            del attended  # at full size every tensor of all tokens counts: nothing outlives its use
+            attended = self.attn2(hidden, sequence.text, sequence.text_pack)
+            del hidden
+            x, hidden = self._add_adaln(x, attended, ffn)
         del attended
 
         # 3. feed-forward
-        return self._add_gated(x, self.ffn(hidden), ffn_modulation)
+        x = gated_residual(x, self.ffn(hidden), ffn.gate, row=ffn.row, backend=self.backend)
+        return x, keys_values
 
-    def modulations(
-        self, temb_B6C: Tensor, row_BL: Tensor | None = None
-    ) -> tuple[Modulation, Modulation]:
-        """The attention's and the feed-forward's."""
-        return split_modulation(self.scale_shift_table, temb_B6C, row_BL)
+    def attention_input(self, sequence: Sequence, modulation: Modulation | None = None) -> Tensor:
+        """The modulated tokens, with their cameras, from which q, k and v are made.
 
-    def forward_static(
-        self,
-        sequence: Sequence,
-        temb_B6C: Tensor,
-        static_temb_B6C: Tensor,
-        context_BSC: Tensor,
-        cameras_BFP: Tensor | None,
-        keep: ConditioningCache | None = None,
-    ) -> Tensor:
-        """As `forward`, with conditioning that sees only itself, at t = 0 and without text.
-
-        (METHOD 13.) Target queries see everything. keep: receives the conditioning's K and V.
+        modulation: the attention's, where it is known already.
         """
-        target, conditioning = sequence.halves()
-        x_c, keys_values = self._forward_conditioning(conditioning, static_temb_B6C, cameras_BFP)
-        if keep is not None:
-            keep.append(keys_values)
-        x_t = self.forward(target, temb_B6C, context_BSC, cameras_BFP, [keys_values])
-        return torch.cat([x_t, x_c], 1)
-
-    def _forward_conditioning(
-        self, conditioning: Sequence, temb_B6C: Tensor, cameras_BFP: Tensor | None
-    ) -> tuple[Tensor, KeysValues]:
-        """New conditioning tokens, and the K and V that they had: neither knows of the target."""
-        modulation, ffn_modulation = self.modulations(temb_B6C)
-        queries, keys, values = self._queries_keys_values(conditioning, modulation, cameras_BFP)
-        attended = self.attn1.attend(queries, keys, values)
-        del queries
-        attended = self._project(attended, conditioning, cameras_BFP)
-        x, hidden = self._add_adaln(conditioning.x, attended, ffn_modulation, gate=modulation.gate)
-        del attended
-        return self._add_gated(x, self.ffn(hidden), ffn_modulation), (keys, values)
-
-    def _attend(
-        self,
-        sequence: Sequence | PackedSequence,
-        modulation: Modulation,
-        cameras_BFP: Tensor | None,
-        kept: Series[KeysValues | None] | None,
-    ) -> Tensor:
-        """What self-attention adds [B, L, C], over kept K and V too; its q, k and v go with it."""
-        queries, keys, values = self._queries_keys_values(sequence, modulation, cameras_BFP)
-        if kept is not None:
-            # one after the other: half the copies at once
-            keys = sequence.followed_by(keys, [pair and pair[0] for pair in kept])
-            values = sequence.followed_by(values, [pair and pair[1] for pair in kept])
-        attended = self.attn1.attend(queries, keys, values, sequence.pack_over(kept))
-        del queries, keys, values
-        return self._project(attended, sequence, cameras_BFP)
-
-    def _queries_keys_values(
-        self,
-        sequence: Sequence | PackedSequence,
-        modulation: Modulation,
-        cameras_BFP: Tensor | None,
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """q, k, v [B, L, N, D] of the sequence's own tokens.
-
-        Where they lie over ranks: of all tokens, with the heads of this rank.
-        """
-        hidden = self.attention_input(sequence, modulation, cameras_BFP)
-        queries = self.attn1.queries(hidden, sequence.rope)
-        queries = self._from_cameras(queries, "query", sequence, cameras_BFP)
-        shard = sequence.shard
-        if shard is not None:
-            queries = shard.by_heads(queries)
-        keys, values = self.attn1.keys_values(hidden, sequence.rope)
-        del hidden
-        keys = self._from_cameras(keys, "key", sequence, cameras_BFP)
-        values = self._from_cameras(values, "key", sequence, cameras_BFP)
-        if shard is None:
-            return queries, keys, values
-        keys = shard.by_heads(keys)
-        return queries, keys, shard.by_heads(values)
-
-    def _from_cameras(
-        self,
-        x_BLND: Tensor,
-        role: Role,
-        sequence: Sequence | PackedSequence,
-        cameras_BFP: Tensor | None,
-    ) -> Tensor:
-        """PRoPE of this rank's tokens with all heads; without it they are left as they are."""
-        if not self.camera_channels:
-            return x_BLND
-        assert cameras_BFP is not None
-        return prope(
-            x_BLND,
-            projection(cameras_BFP, role),
-            sequence.token_frames,
-            channels=self.camera_channels,
-            backend=self.backend,
-        )
-
-    def attention_input(
-        self,
-        sequence: Sequence | PackedSequence,
-        modulation: Modulation,
-        cameras_BFP: Tensor | None,
-    ) -> Tensor:
-        """The modulated tokens, with their cameras, from which q, k and v are made."""
+        modulation = modulation or self._modulations(sequence)[0]
         camera = frames = None
-        if self.cam_encoder is not None and cameras_BFP is not None:
-            poses = cameras_BFP[..., :POSE_DIM]
+        if self.cam_encoder is not None and sequence.cameras is not None:
+            poses = sequence.cameras[..., :POSE_DIM]
             camera = self.cam_encoder(poses.to(self.cam_encoder.weight.dtype))
             frames = sequence.token_frames
         return adaln(
@@ -200,17 +100,57 @@ class Block(nn.Module):
             backend=self.backend,
         )
 
-    def _project(
+    def _modulations(self, sequence: Sequence) -> tuple[Modulation, Modulation]:
+        """The attention's and the feed-forward's."""
+        return split_modulation(self.scale_shift_table, sequence.temb_6, sequence.row)
+
+    def _attend(
         self,
-        attended: Tensor,
-        sequence: Sequence | PackedSequence,
-        cameras_BFP: Tensor | None,
-    ) -> Tensor:
-        """What attention made, projected, and by the camera's projector after it (METHOD 5)."""
-        if sequence.shard is not None:
-            attended = sequence.shard.by_tokens(attended, self.attn1.num_heads)
-        out = self.attn1.out(self._from_cameras(attended, "output", sequence, cameras_BFP))
-        return out if self.projector is None else self.projector(out)
+        sequence: Sequence,
+        modulation: Modulation,
+        kept: Series[KeysValues | None] | None,
+        keeps: bool,
+    ) -> tuple[Tensor, KeysValues | None]:
+        """The result of self-attention [B, L, C], and with `keeps` the K and V of the tokens.
+
+        Over ranks, q, k and v become those of all tokens with this rank's heads.
+        """
+        hidden, shard = self.attention_input(sequence, modulation), sequence.shard
+        queries = self.attn1.queries(hidden, sequence.rope)
+        queries = self._from_cameras(queries, "query", sequence)
+        if shard is not None:
+            queries = shard.by_heads(queries)
+        keys, values = self.attn1.keys_values(hidden, sequence.rope)
+        del hidden
+        keys = self._from_cameras(keys, "key", sequence)
+        values = self._from_cameras(values, "key", sequence)
+        if shard is not None:
+            keys = shard.by_heads(keys)
+            values = shard.by_heads(values)
+        own = (keys, values) if keeps else None
+        if kept is not None:
+            # one after the other: half the copies at once
+            keys = sequence.followed_by(keys, [pair and pair[0] for pair in kept])
+            values = sequence.followed_by(values, [pair and pair[1] for pair in kept])
+        attended = self.attn1.attend(queries, keys, values, sequence.pack_over(kept))
+        del queries, keys, values
+        if shard is not None:
+            attended = shard.by_tokens(attended, self.attn1.num_heads)
+        out = self.attn1.out(self._from_cameras(attended, "output", sequence))
+        return (out if self.projector is None else self.projector(out)), own
+
+    def _from_cameras(self, x_BLND: Tensor, role: Role, sequence: Sequence) -> Tensor:
+        """PRoPE of this rank's tokens with all heads; without it they are left as they are."""
+        if not self.camera_channels:
+            return x_BLND
+        assert sequence.cameras is not None
+        return prope(
+            x_BLND,
+            projection(sequence.cameras, role),
+            sequence.token_frames,
+            channels=self.camera_channels,
+            backend=self.backend,
+        )
 
     def _add_norm2(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
         """The gated sum, and what cross-attention is given."""
@@ -239,6 +179,3 @@ class Block(nn.Module):
             eps=self.eps,
             backend=self.backend,
         )
-
-    def _add_gated(self, x: Tensor, y: Tensor, modulation: Modulation) -> Tensor:
-        return gated_residual(x, y, modulation.gate, row=modulation.row, backend=self.backend)

@@ -34,22 +34,22 @@ def camera_projector(dim: int) -> nn.Linear:
     return projector
 
 
-def row_dim(config: TransformerConfig) -> int:
+def frame_dim(config: TransformerConfig) -> int:
     """Numbers of a frame within the model: its pose, and with PRoPE a matrix and its inverse."""
     return POSE_DIM if config.camera_attention == "none" else POSE_DIM + 2 * _MATRIX
 
 
 def frame_cameras(plan: TokenPlan, cameras_BVFP: Tensor) -> Tensor:
-    """The camera of every frame of the plan [B, R, `row_dim`] from the tracks [B, V, F, P]."""
+    """The camera of every frame of the plan [B, R, `frame_dim`] from the tracks [B, V, F, P]."""
     shape = plan.shape
-    if cameras_BVFP.shape[3] != shape.camera_dim:
-        has = "its pose" if shape.camera_dim == POSE_DIM else "its pose, then its intrinsics"
+    if cameras_BVFP.shape[3] != plan.camera_dim:
+        has = "its pose" if plan.camera_dim == POSE_DIM else "its pose, then its intrinsics"
         raise ValueError(
-            f"with camera_attention={shape.camera_attention!r} a camera has {shape.camera_dim} "
+            f"with camera_attention={shape.camera_attention!r} a camera has {plan.camera_dim} "
             f"numbers, {has} (`CameraTrajectory.vectors`); got tracks of shape "
             f"{tuple(cameras_BVFP.shape)}"
         )
-    rows = []
+    by_segment = []
     for segment in plan.segments:
         track = segment.camera or 0
         if track >= cameras_BVFP.shape[1] or segment.num_frames > cameras_BVFP.shape[2]:
@@ -57,17 +57,17 @@ def frame_cameras(plan: TokenPlan, cameras_BVFP: Tensor) -> Tensor:
                 f"{segment.role} needs camera track {track} of {segment.num_frames} frames, "
                 f"got tracks of shape {tuple(cameras_BVFP.shape)}"
             )
-        rows.append(cameras_BVFP[:, track, : segment.num_frames])
-    return camera_rows(shape, torch.cat(rows, dim=1))
+        by_segment.append(cameras_BVFP[:, track, : segment.num_frames])
+    return with_matrices(shape, torch.cat(by_segment, dim=1))
 
 
-def camera_rows(config: TransformerConfig, rows_BRP: Tensor) -> Tensor:
-    """What blocks take of every camera: with PRoPE its matrices too, [B, R, `row_dim`]."""
+def with_matrices(config: TransformerConfig, cameras_BRP: Tensor) -> Tensor:
+    """The numbers of every camera that blocks read [B, R, `frame_dim`], with PRoPE its matrices."""
     if config.camera_attention == "none":
-        return rows_BRP
-    rows_BRP = rows_BRP.float()
-    matrices = _projections(rows_BRP, config)
-    return torch.cat([rows_BRP[..., :POSE_DIM], *(each.flatten(-2) for each in matrices)], -1)
+        return cameras_BRP
+    cameras_BRP = cameras_BRP.float()
+    matrices = _projections(cameras_BRP, config)
+    return torch.cat([cameras_BRP[..., :POSE_DIM], *(each.flatten(-2) for each in matrices)], -1)
 
 
 def _projections(cameras_BRP: Tensor, config: TransformerConfig) -> tuple[Tensor, Tensor]:
@@ -99,13 +99,13 @@ def _product(a: Tensor, b: Tensor) -> Tensor:
     return (a[..., :, :, None] * b[..., None, :, :]).sum(-2)
 
 
-def projection(rows_BRP: Tensor, role: Role) -> Tensor:
-    """What multiplies a frame's q ("query"), k and v ("key"), and attention's result ("output").
+def projection(cameras_BRP: Tensor, role: Role) -> Tensor:
+    """The matrix for a frame's q ("query"), for its k and v ("key"), or for the result ("output").
 
-    Rows of `frame_cameras` with PRoPE -> [B, R, 4, 4]: P^T, P^-1 and P, so that the logit of a
+    What `frame_cameras` gives with PRoPE -> [B, R, 4, 4]: P^T, P^-1 and P, so that the logit of a
     query of camera i and a key of camera j is q^T P_i P_j^-1 k.
     """
-    forward, inverse = rows_BRP[..., POSE_DIM:].unflatten(-1, (2, 4, 4)).unbind(-3)
+    forward, inverse = cameras_BRP[..., POSE_DIM:].unflatten(-1, (2, 4, 4)).unbind(-3)
     if role == "query":
         forward = forward.transpose(-1, -2)
     chosen: Tensor = inverse if role == "key" else forward

@@ -12,8 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from collections.abc import Sequence as Series
 from dataclasses import replace
-from functools import lru_cache
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -22,25 +21,20 @@ from torch.utils.checkpoint import checkpoint
 from mv2v_engine.config import HeadMode, TransformerConfig
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import frame_cameras
-from mv2v_engine.models.forward_pass import (
-    ForwardPass,
-    TargetResidual,
-    check_inputs,
-    check_latents,
-    check_timestep,
-)
-from mv2v_engine.models.merging import merged_before
+from mv2v_engine.models.kept import ConditioningCache, KeysValues, TargetResidual
+from mv2v_engine.models.merging import Merger, MergeRecord, merged
 from mv2v_engine.models.modulation import ConditionEmbedder
-from mv2v_engine.models.packed import Sample, run_packed
-from mv2v_engine.models.rope import rotary_table
-from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.models.token_merge import Merger, MergeRecord, Sequence
+from mv2v_engine.models.rope import table_on
+from mv2v_engine.models.sample import Sample
+from mv2v_engine.models.sequence import Sequence
 from mv2v_engine.ops.adaln import adaln
-from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
+
+# what a block does, or does again on the way back
+_Layer = Callable[..., tuple[Tensor, KeysValues | None]]
 
 
 class MV2VTransformer(nn.Module):
@@ -102,9 +96,9 @@ class MV2VTransformer(nn.Module):
         plan: TokenPlan,
         cameras: Tensor | None = None,
         records: list[MergeRecord] | None = None,
-        keep: ConditioningCache | None = None,
+        kept: ConditioningCache | None = None,
         residual: TargetResidual | None = None,
-        context: ContextGroup | None = None,
+        ranks: ContextGroup | None = None,
     ) -> Tensor:
         """Velocity of the target latents [B, C_out, F, H, W].
 
@@ -117,83 +111,63 @@ class MV2VTransformer(nn.Module):
                 or [B, V, F, 16] with intrinsics for `camera_attention`, as
                 `CameraTrajectory.vectors` gives them; None for a model without cameras.
             records: receives what every merge did.
-            keep: receives what `forward_target` needs.
+            kept: the K and V of static conditioning, which one forward leaves for later ones. An
+                empty one is filled. With a full one the target runs alone over what it holds;
+                conditioning latents and cameras are not read then, and may be left out.
             residual: receives what `forward_residual` needs.
-            context: ranks that all call this alike and share the tokens; what is kept is then
+            ranks: processes that all call this alike and share the tokens; what is kept is then
                 this rank's part. Each gets the whole velocity.
-        """
-        given = (latents, timestep, encoder_hidden_states)
-        begun = self.begin(*given, plan=plan, cameras=cameras, residual=residual, context=context)
-        if keep is not None:
-            begun.keep_in(keep)
-        self.run_blocks(begun, records=records)
-        return self.finish(begun)
-
-    def forward_target(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        *,
-        kept: ConditioningCache,
-        residual: TargetResidual | None = None,
-        context: ContextGroup | None = None,
-    ) -> Tensor:
-        """`forward` for other target latents, timestep and text: conditioning as it was kept.
-
-        Args:
-            latents: the target's [B, C_in, F, H, W]; the rest as in `forward`.
 
         Raises:
-            ValueError: no forward has filled the cache.
+            ValueError: what does not fit the plan or the model.
         """
-        given = (latents, timestep, encoder_hidden_states)
-        begun = self.begin_target(*given, kept=kept, residual=residual, context=context)
-        self.run_blocks(begun)
-        return self.finish(begun)
+        sample = Sample(
+            latents=latents,
+            timestep=timestep,
+            encoder_hidden_states=encoder_hidden_states,
+            plan=plan,
+            cameras=cameras,
+            records=records,
+            kept=kept,
+            residual=residual,
+            ranks=ranks,
+        )
+        return self.forward_samples([sample])[0]
 
-    def begin_target(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        *,
-        kept: ConditioningCache,
-        residual: TargetResidual | None = None,
-        context: ContextGroup | None = None,
-    ) -> ForwardPass:
-        """A forward before its first block, for `run_blocks` and `finish`; as `forward_target`."""
-        plan = kept.plan
-        if len(kept.blocks) != len(self.blocks):
-            raise ValueError(
-                f"the cache holds {len(kept.blocks)} of {len(self.blocks)} blocks; fill it with "
-                "forward(..., keep=cache) first"
-            )
-        check_latents([latents], plan)
-        target = self._embed([latents], plan).over(context)
-        temb, temb_6 = self.condition_embedder.time(timestep)
-        text = self.condition_embedder.text(encoder_hidden_states)
-        begun = ForwardPass(plan, target, temb, temb_6, None, text, kept.cameras, kept=kept)
-        if residual is not None:
-            begun.leave_in(residual)
-        return begun
+    def forward_samples(self, samples: Series[Sample]) -> list[Tensor]:
+        """Velocities [B, C_out, F, H, W] of samples whose tokens run as one sequence.
 
-    def forward_packed(self, samples: Series[Sample]) -> list[Tensor]:
-        """Velocities [1, C_out, F, H, W] of samples whose tokens run as one sequence.
-
-        Each is what `forward`, or `forward_target` where K and V are kept, gives for it alone,
-        within rounding; a single one is run so.
+        Each is what `forward` gives for it alone, within rounding; a single one may be a batch and
+        fill its `kept`, several are batches of one.
 
         Raises:
-            ValueError: a sample is no batch of one, is static without K and V, or does not fit
-                the model.
+            ValueError: as `forward`, or what several samples cannot hold.
         """
-        begun = [sample.begin(self) for sample in samples]
-        if len(samples) == 1:
-            self.run_blocks(begun[0], records=samples[0].records)
-        else:
-            run_packed(self, begun, [sample.records for sample in samples])
-        return [self.finish(each) for each in begun]
+        if not samples:
+            return []
+        for sample in samples:
+            sample.check(is_alone=len(samples) == 1)
+        # while a cache is being filled it is not read
+        kept = [sample.kept if sample.is_kept else None for sample in samples]
+        sequence = Sequence.packed([self._embed(sample) for sample in samples])
+        embedded = _targets(sequence, samples)
+        merges = any(sample.plan.merge != "off" and not sample.is_kept for sample in samples)
+        merging_blocks = self.config.merging_blocks if merges else ()
+        for index, block in enumerate(self._layers()):
+            if index in merging_blocks:
+                sequence = self._merge(index, sequence, samples)
+            if sequence.static_temb_6 is not None:
+                x = _static(block, sequence, samples[0].kept)
+            else:
+                x, _ = block(sequence, _of_block(kept, index))
+            sequence = replace(sequence, x=x)
+            del x  # a merge before the next block does not need them
+        for sample, before, after in zip(
+            samples, embedded, _targets(sequence, samples), strict=True
+        ):
+            if sample.residual is not None and before is not None and after is not None:
+                sample.residual.value = after - before
+        return [self._head(*pair) for pair in zip(sequence.split(), samples, strict=True)]
 
     def forward_residual(
         self, latents: Tensor, timestep: Tensor, *, plan: TokenPlan, residual: TargetResidual
@@ -203,146 +177,81 @@ class MV2VTransformer(nn.Module):
         Args:
             latents: the target's [B, C_in, F, H, W]. residual: as `forward` of that plan left it.
         """
-        check_latents([latents], plan)
-        target = self._embed([latents], plan)
-        temb = self.condition_embedder.time_embedding(timestep)
-        return self._head(target.x + residual.read(), temb, plan)
+        video = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
+        x = video.flatten(2).transpose(1, 2) + residual.read()
+        return self._velocity(x, self.condition_embedder.time_embedding(timestep), plan)
 
-    def begin(
-        self,
-        latents: Series[Tensor],
-        timestep: Tensor,
-        encoder_hidden_states: Tensor,
-        *,
-        plan: TokenPlan,
-        cameras: Tensor | None = None,
-        residual: TargetResidual | None = None,
-        context: ContextGroup | None = None,
-    ) -> ForwardPass:
-        """A forward before its first block, for `run_blocks` and `finish`; as `forward`."""
-        check_inputs(latents, plan, cameras)
-        rows = None if cameras is None else frame_cameras(plan, cameras)
-        check_timestep(timestep, plan)
-        sequence = self._embed(latents, plan).over(context)
-        if timestep.ndim == 2:
-            sequence = sequence.with_frame_timesteps()
-        temb, temb_6 = self.condition_embedder.time(timestep.flatten())
-        static_temb = None
-        if plan.conditioning == "static":
-            _, static_temb = self.condition_embedder.time(torch.zeros_like(timestep))
-        text = self.condition_embedder.text(encoder_hidden_states)
-        begun = ForwardPass(plan, sequence, temb, temb_6, static_temb, text, rows)
-        if residual is not None:
-            begun.leave_in(residual)
-        return begun
-
-    def run_blocks(
-        self,
-        begun: ForwardPass,
-        *,
-        stop: int | None = None,
-        records: list[MergeRecord] | None = None,
-    ) -> None:
-        """Take a forward through its next blocks, up to block `stop` or to the end."""
-        for index in range(begun.depth, len(self.blocks) if stop is None else stop):
-            block = self.blocks[index]
-            assert isinstance(block, Block)
-            if begun.is_merging and index in self.config.merging_blocks:
-                begun.sequence = merged_before(self, index, begun, records)
-            sequence, temb_6, rows = begun.sequence, begun.temb_6, begun.rows
-            given: tuple[Any, ...] = (sequence, temb_6, begun.context, rows)
-            layer: Callable[..., Tensor] = block
-            if begun.kept is not None:
-                given += ([begun.kept.of_block(index)],)
-            elif begun.static_temb is not None:
-                layer = block.forward_static
-                given = (sequence, temb_6, begun.static_temb, begun.context, rows, begun.keep)
-            begun.sequence = replace(sequence, x=self._run(layer, *given))
-            begun.depth = index + 1
-            del sequence, given  # a merge before the next block does not need them
-
-    def finish(self, begun: ForwardPass) -> Tensor:
-        """The velocity of a forward whose blocks have all run."""
-        sequence = begun.sequence
-        hidden = sequence.x[:, : sequence.target_length]
-        begun.fill_residual(hidden)
-        shard = sequence.shard and sequence.shard.alone(0)
-        return self._head(hidden, begun.temb, begun.plan, sequence.row, shard)
-
-    def constants(self, plan: TokenPlan, device: torch.device) -> tuple[Tensor, ...]:
-        """What a forward of the plan reads beside its arguments and the weights; made once."""
-        return (_rotary_table(plan, device),)
-
-    def _run(self, layer: Callable[..., Tensor], *arguments: Any) -> Tensor:
-        if self.gradient_checkpointing and torch.is_grad_enabled():
-            # nothing here draws random numbers, so their state need not be kept
-            result: Tensor = checkpoint(
-                layer, *arguments, use_reentrant=False, preserve_rng_state=False
-            )
-            return result
-        return layer(*arguments)
-
-    def _embed(self, latents: Series[Tensor], plan: TokenPlan) -> Sequence:
-        """Tokenize the plan's first segments, the target with the base model's patch embedding."""
+    def _embed(self, sample: Sample) -> Sequence:
+        """The tokens of the first block: the target's alone where the conditioning is kept."""
+        plan, embedder = sample.plan, self.condition_embedder
+        count = 1 if sample.is_kept else len(plan.segments)
+        latents = sample.latents[:count]
         target = self.patch_embedding(latents[0].to(self.patch_embedding.weight.dtype))
         parts = [target.flatten(2).transpose(1, 2)]
-        for latent, segment in zip(latents[1:], plan.segments[1:], strict=False):
+        for latent, segment in zip(latents[1:], plan.segments[1:count], strict=True):
             parts.append(self.tokenizers[str(segment.tokenizer)](latent))
-        x, layout = torch.cat(parts, dim=1), Layout(plan.layout.runs[: len(latents)])
+        x, layout = torch.cat(parts, dim=1), Layout(plan.layout.runs[:count])
         frames = torch.arange(layout.num_frames, device=x.device).expand(len(x), -1)
-        # a fake tensor's table has no bits: kept, it would be served to real forwards
-        make = _rotary_table if type(x) is Tensor else _rotary_table.__wrapped__
-        rope = make(plan, x.device)[None, : layout.length]
-        return Sequence.of(x, rope, frames, layout)
-
-    def responsiveness(
-        self,
-        block: Block,
-        sequence: Sequence,
-        temb_6: Tensor,
-        static_temb: Tensor | None,
-        rows: Tensor | None,
-        whole: Sequence | None = None,
-    ) -> Tensor:
-        """R_t [B, F'] of the conditioning frames that enter this block (Eq. 4-5).
-
-        The other arguments are what the block itself is given. whole: the sequence's tokens of all
-        ranks; each takes its own queries and all keys, and the largest of all ranks is R_t.
-        """
-        split, runs = sequence.target_length, sequence.layout.runs[1:]
-        if static_temb is None and sequence.shard is None:
-            hidden = block.attention_input(sequence, block.modulations(temb_6)[0], rows)
-            target, conditioning = hidden[:, :split], hidden[:, split:]
+        if sample.kept is not None and sample.is_kept:
+            cameras = sample.kept.cameras
         else:
-            halves = sequence.halves()[0], (whole or sequence).halves()[1]
-            modulations = temb_6, temb_6 if static_temb is None else static_temb
-            target, conditioning = (
-                block.attention_input(half, block.modulations(temb)[0], rows)
-                for half, temb in zip(halves, modulations, strict=True)
-            )
-        heads = self.config.num_attention_heads if self.responsiveness_heads == "mean" else 1
-        scores = frame_responsiveness(
-            block.attn1.plain_queries(target),
-            block.attn1.plain_keys(conditioning),
-            frames=[run.num_frames for run in runs],
-            tokens=[run.tokens_per_frame for run in runs],
-            num_heads=heads,
-            backend=self.backend,
-        )
-        if sequence.shard is not None:
-            sequence.shard.context.take_largest(scores)
-        return scores
+            cameras = None if sample.cameras is None else frame_cameras(plan, sample.cameras)
+        # a fake tensor's table has no bits: kept, it would be served to real forwards
+        table = table_on if type(x) is Tensor else table_on.__wrapped__
+        temb, temb_6 = embedder.time(sample.timestep.flatten())
+        static_temb_6 = None
+        if plan.conditioning == "static" and not sample.is_kept:
+            _, static_temb_6 = embedder.time(torch.zeros_like(sample.timestep))
+            if sample.kept is not None:
+                sample.kept.start(plan, cameras)
+        sequence = Sequence.of(
+            x,
+            table(plan, x.device)[None, : layout.length],
+            frames,
+            layout,
+            temb=temb,
+            temb_6=temb_6,
+            static_temb_6=static_temb_6,
+            text=embedder.text(sample.encoder_hidden_states),
+            cameras=cameras,
+        ).over(sample.ranks)
+        return sequence.with_frame_timesteps() if sample.timestep.ndim == 2 else sequence
 
-    def _head(
+    def _merge(self, index: int, sequence: Sequence, samples: Series[Sample]) -> Sequence:
+        """The tokens as they enter merging block `index`; what is kept has merged before."""
+        own = sequence.split()
+        fused = [
+            part
+            if sample.plan.merge == "off" or sample.is_kept
+            else merged(self, index, part, sample.plan, sample.records)
+            for part, sample in zip(own, samples, strict=True)
+        ]
+        has_merged = any(after is not before for after, before in zip(fused, own, strict=True))
+        return Sequence.packed(fused) if has_merged else sequence
+
+    def _layers(self) -> Series[_Layer]:
+        """The blocks, of which training keeps the inputs alone where it is told to."""
+        if not (self.gradient_checkpointing and torch.is_grad_enabled()):
+            return list(self.blocks)
+        # nothing here draws random numbers, so their state need not be kept
+        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+        return [partial(again, block) for block in self.blocks]
+
+    def _head(self, sequence: Sequence, sample: Sample) -> Tensor:
+        shard = sequence.shard and sequence.shard.alone(0)
+        hidden = sequence.x[:, : sequence.target_length]
+        return self._velocity(hidden, sequence.temb, sample.plan, sequence.row, shard)
+
+    def _velocity(
         self,
         x_BLC: Tensor,
-        temb_BC: Tensor,
+        temb_TC: Tensor,
         plan: TokenPlan,
         row_BL: Tensor | None = None,
         shard: Shard | None = None,
     ) -> Tensor:
         """Normalise, modulate, project and unpatch the target tokens."""
-        shift, scale = (self.scale_shift_table.float() + temb_BC.float()[:, None]).unbind(1)
+        shift, scale = (self.scale_shift_table.float() + temb_TC.float()[:, None]).unbind(1)
         x = adaln(x_BLC, scale, shift, row=row_BL, eps=self.config.eps, backend=self.backend)
         patches = self.proj_out(x) if shard is None else shard.gather(self.proj_out(x))
         frames, (rows, columns) = plan.target.num_frames, plan.target.token_grid
@@ -351,10 +260,30 @@ class MV2VTransformer(nn.Module):
         return video
 
 
-# a plan of 100,000 tokens has a table of 50 MB
-@lru_cache(maxsize=8)
-def _rotary_table(plan: TokenPlan, device: torch.device) -> Tensor:
-    """The plan's table on a device; plans repeat over every step of a turn."""
-    # made under inference mode, a cached table could never be trained with again
-    with torch.inference_mode(False):
-        return rotary_table(plan).to(device)
+def _static(block: _Layer, sequence: Sequence, cache: ConditioningCache | None) -> Tensor:
+    """Run a block so that the conditioning sees only itself and the target sees everything."""
+    target, conditioning = sequence.halves()
+    x_c, keys_values = block(conditioning, None, True)
+    assert keys_values is not None
+    if cache is not None:
+        cache.append(keys_values)
+    x_t, _ = block(target, [keys_values])
+    return torch.cat([x_t, x_c], 1)
+
+
+def _of_block(kept: Series[ConditioningCache | None], index: int) -> list[KeysValues | None] | None:
+    """The kept K and V that block `index` reads, one a sample; None if no sample has any."""
+    if not any(cache is not None for cache in kept):
+        return None
+    return [None if cache is None else cache.of_block(index) for cache in kept]
+
+
+def _targets(sequence: Sequence, samples: Series[Sample]) -> list[Tensor | None]:
+    """Copies of the target's tokens of the samples that ask for a residual.
+
+    A view would hold the whole sequence's tokens until the last block.
+    """
+    return [
+        None if sample.residual is None else part.x[:, : part.target_length].clone()
+        for part, sample in zip(sequence.split(), samples, strict=True)
+    ]

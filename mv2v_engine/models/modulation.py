@@ -1,4 +1,4 @@
-"""Timestep and text conditioning: what modulates a block, and the context it attends to.
+"""Timestep and text conditioning: what modulates a block, and the text it attends to.
 
 Names follow diffusers' `condition_embedder`. B batch, L tokens, S text tokens, C width.
 """
@@ -68,7 +68,7 @@ class _TextEmbedder(nn.Module):
 
 
 class ConditionEmbedder(nn.Module):
-    """Timestep to modulation vectors, text embeddings to context."""
+    """Timesteps become modulation vectors, text embeddings what blocks attend to."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -90,7 +90,7 @@ class ConditionEmbedder(nn.Module):
         return temb.to(self.time_proj.weight.dtype)
 
     def text(self, text_BSD: Tensor) -> Tensor:
-        """Context [B, S, C] of text embeddings [B, S, text_dim]."""
+        """Text [B, S, C] of embeddings [B, S, text_dim]."""
         weight = self.text_embedder.linear_1.weight
-        context: Tensor = self.text_embedder(text_BSD.to(weight.dtype))
-        return context
+        text: Tensor = self.text_embedder(text_BSD.to(weight.dtype))
+        return text

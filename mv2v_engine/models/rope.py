@@ -6,6 +6,8 @@ for time and 2*(D//6) for rows and for columns, as Wan's does (44/42/42 of 128).
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -46,3 +48,12 @@ def rotary_table(plan: TokenPlan) -> Tensor:
         parts_cos.append(angles.cos().mean(-2))
         parts_sin.append(angles.sin().mean(-2))
     return torch.cat(parts_cos + parts_sin, dim=-1).to(torch.float32)
+
+
+# a plan of 100,000 tokens has a table of 50 MB
+@lru_cache(maxsize=8)
+def table_on(plan: TokenPlan, device: torch.device) -> Tensor:
+    """The plan's table on a device; plans repeat over every step of a turn."""
+    # made under inference mode, a cached table could never be trained with again
+    with torch.inference_mode(False):
+        return rotary_table(plan).to(device)

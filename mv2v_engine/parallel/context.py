@@ -85,7 +85,7 @@ class Shard:
 
     @cached_property
     def lengths(self) -> list[list[int]]:
-        """Of every rank, its tokens of each part."""
+        """The tokens of each part that every rank has."""
         by_part = [even_lengths(part, self.context.size) for part in self.parts]
         return [list(of_rank) for of_rank in zip(*by_part, strict=True)]
 

@@ -82,6 +82,6 @@ def step_traffic(
 
 
 def _tokens(target: int, length: int, size: int) -> list[int]:
-    """Of every rank: its tokens of the target and of the conditioning."""
+    """The tokens of the target and of the conditioning together that every rank has."""
     pairs = zip(even_lengths(target, size), even_lengths(length - target, size), strict=True)
     return [sum(pair) for pair in pairs]

@@ -183,12 +183,11 @@ def main() -> None:
 
 
 def compile_blocks(model: MV2VTransformer) -> None:
-    """Compile both forms of every block, each shape anew; parameters and names stay."""
+    """Compile every block, each shape anew; parameters and names stay."""
     torch._dynamo.config.recompile_limit = 512
     torch._dynamo.config.accumulated_recompile_limit = 4096
     for block in model.blocks:
-        for name in ("forward", "forward_static"):
-            setattr(block, name, torch.compile(getattr(block, name), dynamic=False))
+        block.forward = torch.compile(block.forward, dynamic=False)
 
 
 def _model(args: argparse.Namespace, device: torch.device) -> MV2VTransformer:

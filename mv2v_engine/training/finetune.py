@@ -29,7 +29,7 @@ from mv2v_engine.files import save_json
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.token_merge import Merger
+from mv2v_engine.models.merging import Merger
 from mv2v_engine.parser import Parser
 from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training.command import run_command

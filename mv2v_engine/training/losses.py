@@ -8,8 +8,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.models.camera_encoder import camera_rows
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.camera_encoder import with_matrices
+from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.tokens.flops import conditioning_flops
 from mv2v_engine.training.distributed import own_generator
 from mv2v_engine.training.odds import MemoryRecipe
@@ -65,16 +65,17 @@ def _velocity(model: nn.Module, batch: Batch, target: Tensor, timestep: Tensor) 
         velocity: Tensor = model(*first, **given)
         return velocity
     kept = ConditioningCache(batch.plan, is_trained=True)
-    velocity = model(*first, **given, keep=kept)
+    velocity = model(*first, **given, kept=kept)
     count = batch.siblings.latents.shape[1]
-    rows = camera_rows(batch.plan.shape, batch.siblings.cameras.flatten(0, 1))
+    cameras = with_matrices(batch.plan.shape, batch.siblings.cameras.flatten(0, 1))
     # the parameters are the wrapped module's, and DistributedDataParallel waits for their gradients
     own: Any = getattr(model, "module", model)
-    siblings: Tensor = own.forward_target(
-        target[size:],
+    siblings: Tensor = own.forward(
+        [target[size:]],
         timestep[size:],
         batch.text.repeat_interleave(count, 0),
-        kept=kept.repeated(count, rows),
+        plan=batch.plan,
+        kept=kept.repeated(count, cameras),
     )
     return torch.cat([velocity, siblings])
 

@@ -9,10 +9,10 @@ import torch
 
 from mv2v_engine import CancelToken
 from mv2v_engine.config import GraphMode
-from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.capture import Recorder
+from mv2v_engine.engine.denoise import Denoised, Denoiser, denoise
 from mv2v_engine.engine.graphs import Graphs
-from mv2v_engine.engine.runner import Denoised, Denoiser, NoisyTurn, denoise
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.testing import as_cameras, randomise, tiny_config
@@ -69,15 +69,15 @@ class GraphedTurns:
         if plan.shape.has_camera:
             given = as_cameras(cameras, plan.shape).to(self.device)
         text, negative = text.to(self.device), negative.to(self.device)
-        turn = NoisyTurn(
+        return Denoiser(
             transformer=self.model,
             plan=plan,
             conditioning=Conditioning(others, given, text, negative),
             noise=noise,
             solver=make_solver(asked.solver, asked.steps, 3.0),
             guidance_scale=asked.scale,
+            graphs=graphs,
         )
-        return Denoiser(turn, graphs=graphs)
 
     def run(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoised:
         turn = denoise(self.denoiser(plan, asked, graphs), CancelToken())

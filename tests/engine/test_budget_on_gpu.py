@@ -13,11 +13,11 @@ from torch import Tensor
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import WAN_1_3B
 from mv2v_engine.engine.budget import CUBLAS_WORKSPACE, module_bytes
-from mv2v_engine.engine.vae_bytes import vae_peak_bytes
+from mv2v_engine.engine.counting import vae_peak_bytes
 from mv2v_engine.errors import MemoryBudgetError
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import novel_view_plan
@@ -65,9 +65,9 @@ def test_a_full_size_forward(
     keep = ConditioningCache(plan) if conditioning == "static" else None
     before = torch.cuda.memory_allocated()
     torch.cuda.reset_peak_memory_stats()
-    model(given, timestep, text, plan=plan, cameras=cameras, keep=keep)
+    model(given, timestep, text, plan=plan, cameras=cameras, kept=keep)
     if keep is not None:
-        model.forward_target(given[0], timestep, text, kept=keep)
+        model([given[0]], timestep, text, plan=plan, kept=keep)
     measured = torch.cuda.max_memory_allocated() - before
     is_fused = model.backend != "reference"
     execution = Execution(2, EngineConfig().feed_forward_chunk, is_fused)

@@ -10,8 +10,8 @@ import torch
 
 from mv2v_engine import CancelToken
 from mv2v_engine.config import WAN_1_3B
+from mv2v_engine.engine.denoise import denoise
 from mv2v_engine.engine.graphs import FLOPS_PER_LAUNCH, flops_per_launch
-from mv2v_engine.engine.runner import denoise
 from mv2v_engine.errors import CancelledError, KernelUnavailableError
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.sampling.guidance import guide
@@ -144,8 +144,8 @@ def test_other_errors_of_a_capture_are_the_turns(error: BaseException) -> None:
 def test_a_step_that_waits_for_data_cannot_be_captured(monkeypatch: pytest.MonkeyPatch) -> None:
     turns = Turns("auto")
     plan = turns.plan(merge="off")
-    head = turns.model._head
-    monkeypatch.setattr(turns.model, "_head", lambda x, *rest: head(x * float(x.any()), *rest))
+    head = turns.model._velocity
+    monkeypatch.setattr(turns.model, "_velocity", lambda x, *rest: head(x * float(x.any()), *rest))
     report = turns.check(plan)
     assert "_local_scalar_dense" in report["reason"] and steps(report) == (3, 0, 0)
 
@@ -225,13 +225,14 @@ def test_threads_share_the_graphs() -> None:
 def test_steps_that_run_elsewhere_need_no_graphs() -> None:
     """A turn whose velocities others compute, and one that goes on alone after such a step."""
     turns = Turns()
+    forward = turns.model.forward_samples
     for conditioning in ("joint", "static"):
         plan = turns.plan(conditioning)
         denoiser = turns.denoiser(plan, Asked(), turns.graphs)
         with torch.no_grad():
             while denoiser.index < 2:
                 velocities = [
-                    branch.velocity(denoiser.latents, denoiser.timestep)
+                    forward([branch.sample(denoiser.latents, denoiser.timestep)])[0]
                     for branch in denoiser.branches
                 ]
                 denoiser.advance(velocities)

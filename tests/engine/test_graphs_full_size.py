@@ -17,10 +17,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mv2v_engine.config import WAN_1_3B
-from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.engine.graphs import LAUNCHES_PER_BLOCK
-from mv2v_engine.engine.runner import Denoiser, NoisyTurn
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.rope import table_on
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.tokens.plan import novel_view_plan
 
@@ -78,7 +79,7 @@ def model() -> MV2VTransformer:
 def test_a_full_size_step_can_be_captured(model: MV2VTransformer, conditioning: Any) -> None:
     plan = novel_view_plan(memory=10, conditioning=conditioning)
     frames, text = plan.target.num_frames, torch.empty(1, 512, 4096, device=META)
-    turn = NoisyTurn(
+    denoiser = Denoiser(
         transformer=model,
         plan=plan,
         conditioning=Conditioning(
@@ -91,8 +92,7 @@ def test_a_full_size_step_can_be_captured(model: MV2VTransformer, conditioning: 
         solver=make_solver("euler", 4, 5.0),
         guidance_scale=5.0,
     )
-    denoiser = Denoiser(turn)
-    model.constants(plan, META)
+    table_on(plan, META)
     if conditioning == "static":
         denoiser.step()
     with torch.no_grad(), FromHost(), OnDevice() as step:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
 from mv2v_engine.engine.capture import CudaRecorder, open_recorder
-from mv2v_engine.engine.runner import denoise
+from mv2v_engine.engine.denoise import denoise
 from mv2v_engine.errors import CancelledError
 from tests.engine.graphed_turns import Asked, GraphedTurns, steps
 

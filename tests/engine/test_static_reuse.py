@@ -12,12 +12,14 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
-from mv2v_engine.engine import runner
+from mv2v_engine.engine import denoise as loop
+from mv2v_engine.engine.denoise import Denoised, Denoiser, denoise
 from mv2v_engine.engine.report import turn_flops
-from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, NoisyTurn, denoise
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import CancelledError
+from mv2v_engine.models import merging
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -47,7 +49,7 @@ def _conditioning(plan: TokenPlan) -> Conditioning:
 
 
 def _turn(model: MV2VTransformer, plan: TokenPlan, token: CancelToken | None = None) -> Any:
-    turn = NoisyTurn(
+    denoiser = Denoiser(
         transformer=model,
         plan=plan,
         conditioning=_conditioning(plan),
@@ -55,7 +57,7 @@ def _turn(model: MV2VTransformer, plan: TokenPlan, token: CancelToken | None = N
         solver=make_solver("euler", STEPS, 3.0),
         guidance_scale=SCALE,
     )
-    return denoise(Denoiser(turn), token or CancelToken())
+    return denoise(denoiser, token or CancelToken())
 
 
 def _finished(model: MV2VTransformer, plan: TokenPlan) -> Denoised:
@@ -68,7 +70,9 @@ def _finished(model: MV2VTransformer, plan: TokenPlan) -> Denoised:
             return result
 
 
-def _recomputed(model: MV2VTransformer, plan: TokenPlan, chosen: list[Tensor]) -> Tensor:
+def _recomputed(
+    model: MV2VTransformer, plan: TokenPlan, chosen: list[Tensor], patch: pytest.MonkeyPatch
+) -> Tensor:
     """The guided turn written out, with whole forwards alone; chosen: scores of every merge."""
     given, solver = _conditioning(plan), make_solver("euler", STEPS, 3.0)
     latents = torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1))
@@ -76,23 +80,24 @@ def _recomputed(model: MV2VTransformer, plan: TokenPlan, chosen: list[Tensor]) -
         velocities = []
         for text in (given.text, given.negative_text):
             scores = iter(chosen)
-            model.responsiveness = lambda *_, scores=scores: next(scores)  # type: ignore[method-assign]
+            patch.setattr(merging, "responsiveness", lambda *_, scores=scores: next(scores))
             timestep = solver.timesteps[index : index + 1]
             inputs = ([latents, *given.latents], timestep, text)
             velocities.append(model(*inputs, plan=plan, cameras=given.cameras))
         positive, negative = velocities
         latents = solver.step(negative + SCALE * (positive - negative), index, latents)
-    del model.responsiveness
     return latents[0]
 
 
 @pytest.mark.parametrize("merge", ["off", "conv", "discard"])
-def test_a_guided_turn_equals_recomputation(model: MV2VTransformer, merge: str) -> None:
+def test_a_guided_turn_equals_recomputation(
+    model: MV2VTransformer, merge: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     plan = _plan(merge)
     turn = _finished(model, plan)
     chosen = [record.responsiveness for record in turn.records]
     assert turn.num_forwards == 2 * STEPS and len(chosen) == (0 if merge == "off" else 2)
-    assert relative_error(turn.latents, _recomputed(model, plan, chosen)) < 1e-5
+    assert relative_error(turn.latents, _recomputed(model, plan, chosen, monkeypatch)) < 1e-5
 
 
 def test_conditioning_is_computed_once_a_turn(model: MV2VTransformer) -> None:
@@ -133,7 +138,7 @@ def test_nothing_is_kept_after_a_turn(
         caches.append(ConditioningCache(plan))
         return caches[-1]
 
-    monkeypatch.setattr(runner, "ConditioningCache", watched)
+    monkeypatch.setattr(loop, "ConditioningCache", watched)
     token = CancelToken()
     turn = _turn(model, _plan(), token)
     next(turn)

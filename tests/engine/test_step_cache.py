@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
-from mv2v_engine.engine.denoisers import make_denoiser
+from mv2v_engine.engine.denoise import Denoised, Denoiser, denoise
 from mv2v_engine.engine.report import turn_flops
-from mv2v_engine.engine.runner import Conditioning, Denoised, Denoiser, NoisyTurn, denoise
+from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.flow_match import make_solver
@@ -44,15 +44,15 @@ def _denoiser(
     latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in plan.segments[1:]]
     cameras = torch.randn(1, len(plan.segments), GRID[0], 12, generator=generator)
     text, negative = torch.randn(2, 1, 6, 10, generator=generator).unbind()
-    turn = NoisyTurn(
+    return Denoiser(
         transformer=model,
         plan=plan,
         conditioning=Conditioning(latents, cameras, text, negative),
         noise=torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1)),
         solver=make_solver(config.scheduler or "euler", STEPS, 3.0),
         guidance_scale=scale,
+        step_cache=config.step_cache,
     )
-    return make_denoiser(config, turn)
 
 
 def _finished(denoiser: Denoiser) -> Denoised:

@@ -14,7 +14,7 @@ from mv2v_engine.evaluation.responsiveness import (
     spearman,
 )
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import CameraAttention, TransformerConfig
-from mv2v_engine.models.camera_encoder import POSE_DIM, frame_cameras, projection, row_dim
+from mv2v_engine.models.camera_encoder import POSE_DIM, frame_cameras, frame_dim, projection
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import as_cameras, max_error, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -114,7 +114,9 @@ def test_matrices_are_the_projection_and_its_inverse(form: str) -> None:
     shape = _shape(form)
     plan, cameras = _plan(shape), _cameras(shape)
     rows = frame_cameras(plan, cameras)
-    assert rows.shape == (1, len(plan.frame_table), row_dim(shape)) and rows.dtype == torch.float32
+    assert (
+        rows.shape == (1, len(plan.frame_table), frame_dim(shape)) and rows.dtype == torch.float32
+    )
     assert torch.equal(rows[0, :, :POSE_DIM], cameras[0, ..., :12].flatten(0, 1))
     assert frame_cameras(plan, cameras.bfloat16()).dtype == torch.float32
     wide = cameras[0].double().flatten(0, 1)

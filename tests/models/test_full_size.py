@@ -19,13 +19,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from mv2v_engine.config import LUCY_5B, WAN_1_3B, TransformerConfig
-from mv2v_engine.models import dit
+from mv2v_engine.models import rope
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.packed import Sample
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import cpu_flops
-from mv2v_engine.tokens.editing import window_plan
 from mv2v_engine.tokens.flops import flop_table
-from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, window_plan
 
 
 def _dense_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -68,9 +67,9 @@ FORMULAS = cpu_flops() | {
 @pytest.fixture(autouse=True)
 def no_fake_tables() -> Iterator[None]:
     """A table made under fake tensors is kept for nobody."""
-    before = dit._rotary_table.cache_info().currsize
+    before = rope.table_on.cache_info().currsize
     yield
-    assert dit._rotary_table.cache_info().currsize == before
+    assert rope.table_on.cache_info().currsize == before
 
 
 # a block of the reference is many operations: six of them, of which the third and fifth merge
@@ -137,5 +136,5 @@ def test_a_full_size_pack_never_waits_for_data() -> None:
             )
             for plan in (novel_view_plan(memory=n, shape=model.config) for n in (10, 2, 0))
         ]
-        velocities = model.forward_packed(samples)
+        velocities = model.forward_samples(samples)
     assert [tuple(v.shape) for v in velocities] == [(1, 16, 21, 60, 104)] * 3

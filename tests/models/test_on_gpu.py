@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.checkpoints import Checkpoint, load_checkpoint
-from mv2v_engine.models.packed import Sample
-from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.kept import ConditioningCache
+from mv2v_engine.models.merging import MergeRecord
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import FACTOR, relative_error
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
 
@@ -113,7 +113,7 @@ def _pack(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Sample]:
             cache = ConditioningCache(plan)
             inputs = sample.latents, sample.timestep, sample.encoder_hidden_states
             with torch.backends.cudnn.flags(allow_tf32=False):
-                model(*inputs, plan=plan, cameras=sample.cameras, keep=cache)
+                model(*inputs, plan=plan, cameras=sample.cameras, kept=cache)
             sample = replace(sample, latents=sample.latents[:1], kept=cache)
         samples.append(sample)
     return samples
@@ -124,7 +124,7 @@ def _pack(checkpoint: Checkpoint, dtype: torch.dtype) -> list[Sample]:
 def test_a_pack_is_as_exact_as_its_samples_alone(dtype: torch.dtype) -> None:
     checkpoint = _load("cuda", dtype)
     wide = _widened(checkpoint)
-    run, exactly = checkpoint.transformer.forward_packed, wide.transformer.forward_packed
+    run, exactly = checkpoint.transformer.forward_samples, wide.transformer.forward_samples
     wide.transformer.set_backend("reference")
     checkpoint.transformer.set_backend("triton")
     samples, oracles = _pack(checkpoint, dtype), _pack(wide, torch.float64)
@@ -142,11 +142,11 @@ def test_a_pack_never_waits_for_the_device() -> None:
     checkpoint = _load("cuda", torch.bfloat16)
     checkpoint.transformer.set_backend("triton")
     samples = _pack(checkpoint, torch.bfloat16)
-    checkpoint.transformer.forward_packed(samples)  # compiles; makes the tables of positions
+    checkpoint.transformer.forward_samples(samples)  # compiles; makes the tables of positions
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        checkpoint.transformer.forward_packed(samples)
+        checkpoint.transformer.forward_samples(samples)
     finally:
         torch.cuda.set_sync_debug_mode("default")
 

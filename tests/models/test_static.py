@@ -17,13 +17,14 @@ PLAN = turn_plan(tiny_config(), (3, 12, 20), (4, 8), merge="off", conditioning="
 
 
 class _Watched(Block):
-    """A block that keeps what it gave."""
+    """A block that keeps what it gave for the conditioning."""
 
     seen: list[Tensor]
 
-    def forward_static(self, *arguments: Any) -> Tensor:
-        out = super().forward_static(*arguments)
-        self.seen.append(out)
+    def forward(self, *arguments: Any) -> Any:
+        out = super().forward(*arguments)
+        if arguments[0].text is None:
+            self.seen.append(out[0])
         return out
 
 
@@ -52,10 +53,10 @@ def _run(model: MV2VTransformer, **changes: Tensor) -> tuple[Tensor, Tensor, lis
         plan=PLAN,
         cameras=changes.get("cameras", cameras),
     )
-    split, states = PLAN.target.length, []
+    states = []
     for block in model.blocks:
         assert isinstance(block, _Watched)
-        states.append(block.seen.pop()[:, split:])
+        states.append(block.seen.pop())
     return velocity, states[-1], states
 
 

@@ -10,9 +10,10 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import TransformerConfig
+from mv2v_engine.models import merging
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache, KeptLayout
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.kept import ConditioningCache, KeptLayout
+from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
@@ -60,7 +61,7 @@ def _filled(
     noisy, timestep, text = _step(plan, 1, batch)
     inputs = ([noisy, *latents], timestep, text)
     with torch.no_grad():
-        first = model(*inputs, plan=plan, cameras=cameras, records=records, keep=cache)
+        first = model(*inputs, plan=plan, cameras=cameras, records=records, kept=cache)
         assert torch.equal(first, model(*inputs, plan=plan, cameras=cameras))
     assert cache.is_filled
     return cache, records
@@ -103,9 +104,9 @@ def test_kept_equals_recomputed(
         scores = iter([record.responsiveness for record in records])
         # recomputed with the first forward's choice of frames
         with monkeypatch.context() as patch:
-            patch.setattr(model, "responsiveness", lambda *_, scores=scores: next(scores))
+            patch.setattr(merging, "responsiveness", lambda *_, scores=scores: next(scores))
             expected = model([noisy, *latents], timestep, text, plan=plan, cameras=cameras)
-        got = model.forward_target(noisy, timestep, text, kept=cache)
+        got = model([noisy], timestep, text, plan=plan, kept=cache)
         assert relative_error(got, expected) < 4 * torch.finfo(dtype).eps
 
 
@@ -118,7 +119,7 @@ def test_frames_stay_chosen() -> None:
     own: list[MergeRecord] = []
     free = model([noisy, *latents], timestep, text, plan=plan, cameras=cameras, records=own)
     assert any(not torch.equal(a.merged, b.merged) for a, b in zip(first, own, strict=True))
-    got = model.forward_target(noisy, timestep, text, kept=cache)
+    got = model([noisy], timestep, text, plan=plan, kept=cache)
     assert relative_error(got, free) > 1e-4
 
 
@@ -129,7 +130,7 @@ def test_a_batch_keeps_for_every_sample() -> None:
     assert cameras is not None
     whole, _ = _filled(model, plan, batch=2)
     noisy, timestep, text = _step(plan, 2, batch=2)
-    got = model.forward_target(noisy, timestep, text, kept=whole)
+    got = model([noisy], timestep, text, plan=plan, kept=whole)
     first_noisy, first_timestep, first_text = _step(plan, 1, batch=2)
     for i in range(2):
         one, cache = slice(i, i + 1), ConditioningCache(plan)
@@ -137,9 +138,9 @@ def test_a_batch_keeps_for_every_sample() -> None:
         with torch.no_grad():
             model(
                 own, first_timestep[one], first_text[one], plan=plan, cameras=cameras[one],
-                keep=cache,
+                kept=cache,
             )  # fmt: skip
-        single = model.forward_target(noisy[one], timestep[one], text[one], kept=cache)
+        single = model([noisy[one]], timestep[one], text[one], plan=plan, kept=cache)
         assert relative_error(got[one], single) < 1e-5
 
 
@@ -163,26 +164,25 @@ def test_misuse_is_refused() -> None:
     noisy, timestep, text = _step(plan, 1)
 
     def fill(cache: ConditioningCache) -> None:
-        model([noisy, *latents], timestep, text, plan=plan, cameras=cameras, keep=cache)
+        model([noisy, *latents], timestep, text, plan=plan, cameras=cameras, kept=cache)
 
     with pytest.raises(ValueError, match="got a plan of 'joint'"):
         ConditioningCache(replace(plan, conditioning="joint"))
-    empty = ConditioningCache(plan)
-    with pytest.raises(ValueError, match=r"0 of 3 blocks; fill it"):
-        model.forward_target(noisy, timestep, text, kept=empty)
     with pytest.raises(ValueError, match=r"run under torch\.no_grad"):
-        fill(empty)
+        fill(ConditioningCache(plan))
     cache, _ = _filled(model, plan)
+    half = ConditioningCache(plan)
+    half.append(cache.of_block(0))
     with torch.no_grad():
         with pytest.raises(ValueError, match="holds another forward's"):
-            fill(cache)
+            fill(half)
         with pytest.raises(ValueError, match="made for another plan"):
             fill(ConditioningCache(replace(plan, merge="conv")))
     with pytest.raises(ValueError, match="target latents must have shape"):
-        model.forward_target(noisy[:, :, :2], timestep, text, kept=cache)
+        model([noisy[:, :, :2]], timestep, text, plan=plan, kept=cache)
     cache.release()
-    with pytest.raises(ValueError, match=r"0 of 3 blocks"):
-        model.forward_target(noisy, timestep, text, kept=cache)
+    with pytest.raises(ValueError, match="the plan has 4 segments, got 1"):
+        model([noisy], timestep, text, plan=plan, kept=cache)
 
 
 def test_bytes_of_a_full_size_turn() -> None:

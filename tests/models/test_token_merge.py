@@ -7,14 +7,8 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import MergerConfig
-from mv2v_engine.models.token_merge import (
-    Merger,
-    Sequence,
-    apply_merge,
-    joint_counts,
-    merge_order,
-    token_slots,
-)
+from mv2v_engine.models.merging import Merger, apply_merge, joint_counts, merge_order
+from mv2v_engine.models.sequence import Sequence, token_slots
 from mv2v_engine.testing import tiny_config
 from mv2v_engine.tokens.layout import Layout
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -36,7 +30,10 @@ def _sequence(plan: TokenPlan, batch: int = 1) -> Sequence:
     x = torch.randn(batch, plan.length, 24)
     x[..., 0] = slots
     rope = torch.randn(1, plan.length, ROTARY)
-    return Sequence.of(x, rope, frames, plan.layout)
+    nothing = torch.empty(batch, 0)
+    return Sequence.of(
+        x, rope, frames, plan.layout, temb=nothing, temb_6=nothing, text=None, cameras=None
+    )
 
 
 def _merge(

@@ -21,13 +21,12 @@ from torch.distributed.rendezvous import rendezvous
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.kept import ConditioningCache
+from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.parallel.ranks import is_of_the_group
 from mv2v_engine.parallel.traffic import forward_traffic
 from mv2v_engine.testing import as_cameras, randomise, tiny_config
-from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 # 3 frames of 7x11 tokens: no number of them divides by 2
@@ -53,8 +52,8 @@ def cases() -> Iterator[tuple[str, TokenPlan]]:
     ]
     for name, config, changes in views:
         yield name, turn_plan(config, GRID, **changes)
-    yield "edit", editing_plan(tiny_config(**EDITOR), GRID, (4, 8), fraction=0.5)
-    yield "static edit", editing_plan(tiny_config(**EDITOR), GRID, (4,), conditioning="static")
+    yield "edit", turn_plan(tiny_config(**EDITOR), GRID, (4, 8), fraction=0.5)
+    yield "static edit", turn_plan(tiny_config(**EDITOR), GRID, (4,), conditioning="static")
 
 
 def inputs(plan: TokenPlan, batch: int = 1) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
@@ -80,21 +79,21 @@ def run(plan: TokenPlan, context: ContextGroup | None) -> tuple[list[Tensor], li
     records: list[MergeRecord] = []
     kept = ConditioningCache(plan) if plan.conditioning == "static" else None
     given: dict[str, Any] = {"plan": plan, "cameras": cameras, "records": records}
-    velocities = [model(latents, timestep, text, **given, keep=kept, context=context)]
+    velocities = [model(latents, timestep, text, **given, kept=kept, ranks=context)]
     if kept is not None:
-        again = (0.5 * latents[0], 0.5 * timestep, -text)
-        velocities.append(model.forward_target(*again, kept=kept, context=context))
+        again = ([0.5 * latents[0]], 0.5 * timestep, -text)
+        velocities.append(model(*again, plan=plan, kept=kept, ranks=context))
     return velocities, records
 
 
 def of_frames(context: ContextGroup | None) -> Tensor:
     """A batch of two targets, every frame at a timestep of its own."""
-    plan = editing_plan(tiny_config(**EDITOR), GRID, ())
+    plan = turn_plan(tiny_config(**EDITOR), GRID, ())
     model = MV2VTransformer(plan.shape).eval().requires_grad_(False)
     randomise(model)
     latents, _, text, _ = inputs(plan, batch=2)
     timestep = torch.tensor([[100.0, 300.0, 500.0], [900.0, 600.0, 30.0]])
-    velocity: Tensor = model(latents, timestep, text, plan=plan, context=context)
+    velocity: Tensor = model(latents, timestep, text, plan=plan, ranks=context)
     return velocity
 
 

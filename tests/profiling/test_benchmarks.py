@@ -133,8 +133,10 @@ def test_other_blocks_compute_the_same(has_camera: bool) -> None:
     plan = plan if has_camera else bench_block.without_cameras(plan)
     bench = bench_block.Bench(plan, CPU)
     bench.block.float()
-    bench.sequence = bench_block.replace(bench.sequence, x=bench.sequence.x.float())
-    bench.context = bench.context.float()
+    bench.text = bench.text.float()
+    bench.sequence = bench_block.replace(
+        bench.sequence, x=bench.sequence.x.float(), text=bench.text
+    )
     with torch.inference_mode():
         expected = bench.ours("reference")() - bench.sequence.x
         others = [bench.eager()]
@@ -152,7 +154,7 @@ def test_the_eager_block_does_not_use_the_operations(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr(bench.block.attn1, "backend", "triton")
     block = EagerBlock(bench.block, bench.sequence, attention_backend="reference")
     with torch.inference_mode():
-        assert block(bench.sequence.x, bench.temb, bench.context, bench.cameras).isfinite().all()
+        assert block(bench.sequence.x, bench.temb, bench.text, bench.cameras).isfinite().all()
 
 
 def test_full_size_shapes_are_refused_on_a_cpu(monkeypatch: pytest.MonkeyPatch) -> None:

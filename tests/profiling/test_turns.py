@@ -16,7 +16,7 @@ from trace_turn import ranges, trace
 
 from mv2v_engine import Engine
 from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.engine.runner import Denoiser
+from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.text import TextEncoder
 
 CPU = torch.device("cpu")
@@ -101,6 +101,6 @@ def test_a_trace_names_stages_steps_and_blocks(engine: Engine, tmp_path: Path) -
 
 def test_ranges_end_with_an_error(engine: Engine) -> None:
     with pytest.raises(ValueError, match="toy"), ranges(engine.transformer):
-        assert "forward" in vars(engine.transformer)
+        assert "forward_samples" in vars(engine.transformer)
         raise ValueError("toy")
-    assert "forward" not in vars(engine.transformer)
+    assert "forward_samples" not in vars(engine.transformer)

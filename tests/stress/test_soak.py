@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import soak
 
-from mv2v_engine.models import dit
+from mv2v_engine.models import rope
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="it reads /proc")
 
@@ -50,7 +50,7 @@ def test_what_grows_is_found() -> None:
     assert soak.growth(samples(rss_bytes=32 << 20))["rss_bytes"]["grows"]
     assert not soak.growth(samples(objects=120))["objects"]["grows"]
     assert soak.growth(samples(objects=130))["objects"]["grows"]
-    most = dit._rotary_table.cache_info().maxsize
+    most = rope.table_on.cache_info().maxsize
     assert (
         most is not None and soak.growth(samples(rotary_tables=most + 1))["rotary_tables"]["grows"]
     )

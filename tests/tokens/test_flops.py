@@ -11,8 +11,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine.config import MergerConfig, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.kept import ConditioningCache
+from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.testing import cpu_flops, randomise, tiny_config
 from mv2v_engine.tokens.flops import block_flops, conditioning_flops, flop_table, kept_flop_table
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -35,9 +35,9 @@ def _counted(
     with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter, torch.no_grad():
         timestep = torch.tensor([500.0])
         if keep is not None and keep.is_filled:
-            model.forward_target(latents[0], timestep, text, kept=keep)
+            model([latents[0]], timestep, text, plan=plan, kept=keep)
         else:
-            model(latents, timestep, text, plan=plan, cameras=cameras, records=records, keep=keep)
+            model(latents, timestep, text, plan=plan, cameras=cameras, records=records, kept=keep)
     return int(counter.get_total_flops()), records
 
 

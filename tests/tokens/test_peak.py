@@ -12,9 +12,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mv2v_engine.config import TINY, WAN_1_3B
 from mv2v_engine.engine.counting import LiveBytes
-from mv2v_engine.models import dit
+from mv2v_engine.models import rope
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.static_cache import ConditioningCache
+from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
@@ -28,9 +28,9 @@ SHALLOW_TINY = replace(TINY, num_layers=3, merge_blocks=None)
 @pytest.fixture(autouse=True)
 def no_fake_tables() -> Iterator[None]:
     """A table made under fake tensors is of no use to anyone else."""
-    dit._rotary_table.cache_clear()
+    rope.table_on.cache_clear()
     yield
-    dit._rotary_table.cache_clear()
+    rope.table_on.cache_clear()
 
 
 def counted(plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str) -> int:
@@ -53,9 +53,9 @@ def counted(plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str
             text, timestep = torch.empty(1, shape.text_len, shape.text_dim), torch.empty(1)
             keep = ConditioningCache(plan) if plan.conditioning == "static" else None
             with LiveBytes() as live:
-                model(given, timestep, text, plan=plan, cameras=cameras, keep=keep)
+                model(given, timestep, text, plan=plan, cameras=cameras, kept=keep)
                 if keep is not None:
-                    model.forward_target(given[0], timestep, text, kept=keep)
+                    model([given[0]], timestep, text, plan=plan, kept=keep)
     finally:
         torch.set_default_dtype(previous)
     return live.peak

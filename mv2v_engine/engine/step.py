@@ -1,19 +1,25 @@
-"""What a step of a turn reads and writes, as tensors: the turn's own, or those of captured steps.
+"""The tensors that a step of a turn reads and writes, and its guidance branches.
 
-A step runs the same function on either, so that a replayed step is an eager one bit for bit.
+The tensors are the turn's own, or those of captured steps: a step runs the same function on either,
+so that a replayed step is an eager one bit for bit.
+
 C latent channels, F H W latent grid, V camera tracks, S text tokens.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.finite import is_finite
-from mv2v_engine.models.token_merge import MergeRecord
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.kept import ConditioningCache, TargetResidual
+from mv2v_engine.models.merging import MergeRecord
+from mv2v_engine.models.sample import Sample
+from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -22,7 +28,7 @@ Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 @dataclass(frozen=True, eq=False)
 class Conditioning:
-    """What every step of a turn shares.
+    """The tensors that all steps of a turn share.
 
     latents: [1, C, F, H, W] per conditioning segment. cameras: [1, V, F, 12 or 16] or None.
     text, negative_text: [1, S, text_dim]; the latter only with guidance. source: [1, C, F, H, W]
@@ -37,11 +43,11 @@ class Conditioning:
 
     @property
     def texts(self) -> list[Tensor]:
-        """One for each guidance branch, the positive one first."""
+        """The text of each guidance branch, the positive one first."""
         return [self.text] if self.negative_text is None else [self.text, self.negative_text]
 
     def at_scale(self, guidance_scale: float) -> Conditioning:
-        """Without text that guidance does not need."""
+        """The same without text that guidance does not need."""
         return self if needs_guidance(guidance_scale) else replace(self, negative_text=None)
 
 
@@ -96,7 +102,7 @@ class StepBuffers:
         return self.latents if source is None else torch.cat([self.latents, source], dim=1)
 
     def tensors(self) -> Iterator[Tensor]:
-        """All of them, in an order that equal signatures share."""
+        """All tensors, in an order that equal signatures share."""
         yield from (self.latents, self.timestep, self.delta, self.guidance_scale)
         yield self.finite_steps
         yield from () if self.velocity is None else (self.velocity,)
@@ -109,8 +115,8 @@ class StepBuffers:
 
     @property
     def signature(self) -> Signature:
-        """Shapes and dtypes: they tell the number of branches, and whether the step moves the
-        latents."""
+        """Shapes and dtypes of all tensors: they tell the number of branches, and whether the step
+        moves the latents."""
         return tuple((tuple(tensor.shape), tensor.dtype) for tensor in self.tensors())
 
     @property
@@ -183,3 +189,57 @@ def copied(records: Sequence[MergeRecord]) -> tuple[MergeRecord, ...]:
         MergeRecord(r.step, r.merged.clone(), r.responsiveness.clone(), r.frames.clone())
         for r in records
     )
+
+
+@dataclass(eq=False)
+class Branch:
+    """One guidance branch of a turn: its text, and what one forward leaves for later ones.
+
+    cache: where the conditioning's K and V are kept, for all branches, since they depend on no
+    text; None computes them in every forward. ranks: the processes that share a forward's tokens.
+    residual: what the blocks added, for steps that run none; None where all do. records: the last
+    whole forward's merges.
+    """
+
+    transformer: MV2VTransformer
+    plan: TokenPlan
+    conditioning: Conditioning
+    text: Tensor
+    cache: ConditioningCache | None
+    ranks: ContextGroup | None = None
+    residual: TargetResidual | None = None
+    records: list[MergeRecord] = field(default_factory=list)
+
+    @property
+    def runs_target(self) -> bool:
+        """Whether the next forward runs the target alone."""
+        return self.cache is not None and self.cache.is_filled
+
+    def sample(self, noisy: Tensor, timestep: Tensor) -> Sample:
+        """The next forward. noisy: the target as the model takes it, `StepBuffers.noisy`."""
+        if not self.runs_target:
+            self.records.clear()
+        return Sample(
+            latents=[noisy, *self.conditioning.latents],
+            timestep=timestep,
+            encoder_hidden_states=self.text,
+            plan=self.plan,
+            cameras=self.conditioning.cameras,
+            records=self.records,
+            kept=self.cache,
+            residual=self.residual,
+            ranks=self.ranks,
+        )
+
+    def skipped(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+        """The velocity of a step that runs no block, after one that did."""
+        assert self.residual is not None
+        return self.transformer.forward_residual(
+            noisy, timestep, plan=self.plan, residual=self.residual
+        )
+
+    def release(self) -> None:
+        """Let go of what is kept."""
+        for kept in (self.cache, self.residual):
+            if kept is not None:
+                kept.release()

@@ -1,7 +1,8 @@
-"""The runner: denoises one turn on a token plan, step by step.
+"""The loop of a turn: denoise on a token plan, step by step.
 
 With static conditioning the first forward keeps the conditioning's K and V, and every later one
-runs the target alone over them (METHOD 13).
+runs the target alone over them (METHOD 13). A turn with a step cache runs some of its steps without
+the transformer's blocks (`sampling.step_cache`).
 
 C latent channels, F H W latent grid.
 """
@@ -10,57 +11,33 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
-from mv2v_engine.defaults import inference
-from mv2v_engine.engine.branch import Branch, ForwardKind
-from mv2v_engine.engine.buffers import Conditioning, StepBuffers, copied
-from mv2v_engine.engine.lease import Lease
+from mv2v_engine.defaults import inference, no_gradients
+from mv2v_engine.engine.graphs import Graphs, Lease
+from mv2v_engine.engine.step import Branch, Conditioning, StepBuffers, copied
 from mv2v_engine.errors import NotFiniteError
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.forward_pass import TargetResidual
-from mv2v_engine.models.packed import Sample
-from mv2v_engine.models.static_cache import ConditioningCache
-from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.parallel.context import ContextGroup
+from mv2v_engine.models.kept import ConditioningCache, TargetResidual
+from mv2v_engine.models.merging import MergeRecord
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.progress import CancelToken, StepDone
-from mv2v_engine.sampling.flow_match import Solver
+from mv2v_engine.sampling.flow_match import Solver, make_solver
 from mv2v_engine.sampling.guidance import guide
 from mv2v_engine.sampling.step_cache import computed_steps, relative_changes
 from mv2v_engine.tokens.flops import FORWARDS, Work, exact_work
 from mv2v_engine.tokens.plan import TokenPlan
 
 if TYPE_CHECKING:
-    from mv2v_engine.engine.graphs import Graphs
+    from mv2v_engine.engine.parts import Parts
+    from mv2v_engine.engine.team import Team
 
 STAGE = "sampling"
-_LEAVES = "steps that reuse what earlier ones left run eagerly"
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class NoisyTurn:
-    """A turn before its first step: what is denoised, on what, and by which schedule.
-
-    noise: [1, C, F, H, W], on any device; never written to. solver: of this turn alone, since it
-    may remember its steps.
-    """
-
-    transformer: MV2VTransformer
-    plan: TokenPlan
-    conditioning: Conditioning
-    noise: Tensor
-    solver: Solver
-    guidance_scale: float
-
-    @property
-    def device(self) -> torch.device:
-        """Where its forwards run."""
-        return next(self.transformer.parameters()).device
+ForwardKind = Literal["whole", "target"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -87,51 +64,71 @@ class Denoiser:
 
     `step` runs a step alone, with graphs where they serve. Whoever runs the branches' forwards
     elsewhere, in a pack with other turns', hands their velocities to `advance`.
-    packed_steps: how many were run in a pack; counted by who packs.
-    why_eager: what a turn says that never asked for graphs.
-    step_cache: below which change of the modulation a step runs no block; None runs all
-        (`sampling.step_cache`). Such a turn's steps run eagerly and alone: what a step leaves for
-        later ones lies where it happens to.
-    """
+    packed_steps: how many were run in a pack; counted by who packs. computed: for each step,
+    whether it runs the blocks.
 
-    why_eager = "no step ran alone"
-    context: ContextGroup | None = None  # the ranks that share a forward's tokens
+    Args:
+        noise: [1, C, F, H, W], on any device; never written to.
+        solver: used by this turn alone, since it may remember its steps.
+        graphs: replay captured steps. team: the processes that share every step.
+        step_cache: below which change of the modulation a step runs no block; None runs all.
+    """
 
     def __init__(
         self,
-        turn: NoisyTurn,
         *,
+        transformer: MV2VTransformer,
+        plan: TokenPlan,
+        conditioning: Conditioning,
+        noise: Tensor,
+        solver: Solver,
+        guidance_scale: float,
         graphs: Graphs | None = None,
+        team: Team | None = None,
         step_cache: float | None = None,
     ) -> None:
-        device, solver, scale = turn.device, turn.solver, turn.guidance_scale
-        self.transformer, self.plan, self.solver = turn.transformer, turn.plan, solver
-        self.guidance_scale = scale
+        device = next(transformer.parameters()).device
+        self.transformer, self.plan, self.solver = transformer, plan, solver
+        self.guidance_scale, self._step_cache = guidance_scale, step_cache
         self.timesteps = solver.timesteps.to(device)
         self.index, self.total, self.packed_steps = 0, len(self.timesteps), 0
         self._deltas = None if solver.deltas is None else solver.deltas.to(device)
-        self._step_cache = step_cache
         self.computed = (True,) * self.total
         if step_cache is not None:
-            self.computed = schedule(turn.transformer, self.timesteps, step_cache)
-        self._graphs, self._asked = graphs, step_cache is not None
-        why = _LEAVES if self._asked else "graphs are off" if graphs is None else self.why_eager
-        self._lease = Lease(graphs, None, why)
+            self.computed = schedule(transformer, self.timesteps, step_cache)
+        self._graphs, self._asked, reason = graphs, False, "no step ran alone"
+        if graphs is None:
+            reason = "graphs are off"
+        if step_cache is not None:
+            self._asked, reason = True, "steps that reuse what earlier ones left run eagerly"
+        if team is not None:
+            self._graphs, reason = None, "steps that several processes share run eagerly"
+        self._lease = Lease(self._graphs, None, reason)
         # kept K and V depend on no text, so the branches share them
-        is_static = turn.plan.conditioning == "static"
-        self.cache = ConditioningCache(turn.plan) if is_static else None
-        given, has_deltas = (turn.conditioning, turn.noise, scale), self._deltas is not None
-        self._work_on(StepBuffers.of_turn(*given, device=device, moves_latents=has_deltas))
+        self.cache = ConditioningCache(plan) if plan.conditioning == "static" else None
+        self._ranks = None if team is None else team.ranks.context
+        has_deltas = self._deltas is not None
+        self._work_on(
+            StepBuffers.of_turn(
+                conditioning, noise, guidance_scale, device=device, moves_latents=has_deltas
+            )
+        )
+        self._shared = None if team is None else team.begin(plan, self.buffers)
 
     def _work_on(self, buffers: StepBuffers) -> None:
         self.buffers, given = buffers, buffers.conditioning
         self.branches = [
-            Branch(self.transformer, self.plan, given, text, self.cache, self.context)
+            Branch(
+                self.transformer,
+                self.plan,
+                given,
+                text,
+                self.cache,
+                self._ranks,
+                None if self._step_cache is None else TargetResidual(),
+            )
             for text in given.texts
         ]
-        if self._step_cache is not None:
-            for branch in self.branches:
-                branch.residual = TargetResidual()
 
     @property
     def is_finished(self) -> bool:
@@ -143,40 +140,41 @@ class Denoiser:
         return self.buffers.latents
 
     @property
-    def noisy(self) -> Tensor:
-        """The target as the next step's forwards take it, `StepBuffers.noisy`."""
-        return self.buffers.noisy
-
-    @property
     def timestep(self) -> Tensor:
-        """Of the next step, [1]."""
+        """The next step's, [1]."""
         return self.timesteps[self.index : self.index + 1]
 
-    @inference
     def step(self) -> None:
-        """One step, alone."""
+        """Run one step, alone."""
         if self._graphs is not None and not self._asked:
             self._take(self._graphs)
         for branch in self.branches:
             if branch.cache is None:
                 branch.records.clear()  # of a step in a pack: a replay leaves none with the branch
-        if not self.computed[self.index]:
-            self.advance([branch.skipped(self.noisy, self.timestep) for branch in self.branches])
-            return
-        self._load_step()
-        kinds = tuple(branch.kind for branch in self.branches)
-        is_repeatable = all(branch.is_repeatable for branch in self.branches)
-        self._lease.run(kinds if is_repeatable else None, self._forward)
-        self._end_step()
+        noisy, timestep = self.buffers.noisy, self.timestep
+        with no_gradients():
+            if self._shared is not None:
+                self.advance(self._shared.velocities(self.branches, noisy, timestep))
+            elif not self.computed[self.index]:
+                self.advance([branch.skipped(noisy, timestep) for branch in self.branches])
+            else:
+                self._load_step()
+                if self._lease.entry is None:
+                    self._forward()
+                else:
+                    self._lease.run(self._repeated(), self._forward)
+                self._end_step()
 
     def samples(self) -> list[Sample] | None:
-        """The next step's forwards for a pack, one a branch; None if the step has to run alone."""
-        if self._step_cache is not None:
+        """The next step's forwards for a pack, one a branch; None if the step has to run alone.
+
+        That is one whose forwards keep something for later steps, or run on other processes: they
+        know of one turn a step.
+        """
+        if self._step_cache is not None or self._shared is not None or self._keeps:
             return None
-        noisy, timestep = self.noisy, self.timestep
-        samples = [branch.sample(noisy, timestep) for branch in self.branches]
-        ready = [sample for sample in samples if sample is not None]
-        return ready if len(ready) == len(samples) else None
+        noisy, timestep = self.buffers.noisy, self.timestep
+        return [branch.sample(noisy, timestep) for branch in self.branches]
 
     @inference
     def advance(self, velocities: Sequence[Tensor]) -> None:
@@ -184,6 +182,18 @@ class Denoiser:
         self._load_step()
         self._guide(velocities)
         self._end_step()
+
+    @property
+    def _keeps(self) -> bool:
+        """Whether the next step's forwards fill the kept K and V."""
+        return self.cache is not None and not self.cache.is_filled
+
+    def _repeated(self) -> tuple[ForwardKind, ...] | None:
+        """The kinds of the next step's forwards; None if it may not be captured, since a replay
+        runs none of the code that keeps something for later."""
+        if self._keeps or self._step_cache is not None:
+            return None
+        return ("whole" if self.cache is None else "target",) * len(self.branches)
 
     def _take(self, graphs: Graphs) -> None:
         """Move to the buffers of captured steps, if graphs serve this turn."""
@@ -203,12 +213,17 @@ class Denoiser:
             self.buffers.delta.copy_(self._deltas[self.index : self.index + 1])
 
     def _forward(self) -> list[ForwardKind]:
-        """All of a step that runs on the device: what is captured. The forwards that it ran."""
-        noisy, timestep = self.noisy, self.buffers.timestep
+        """Run all of a step that runs on the device, which is what is captured.
+
+        Returns:
+            The kinds of the forwards that it ran.
+        """
+        noisy, timestep = self.buffers.noisy, self.buffers.timestep
         kinds, velocities = list[ForwardKind](), []
         for branch in self.branches:
-            kinds.append(branch.kind)
-            velocities.append(branch.velocity(noisy, timestep))
+            kinds.append("target" if branch.runs_target else "whole")
+            samples = [branch.sample(noisy, timestep)]
+            velocities.extend(self.transformer.forward_samples(samples))
         self._guide(velocities)
         if self.buffers.records is not None and self.branches[0].records:
             self.buffers.keep(self.branches[0].records)
@@ -217,7 +232,7 @@ class Denoiser:
         return kinds
 
     def _guide(self, velocities: Sequence[Tensor]) -> None:
-        """Guidance, and the latents' move unless the solver makes it."""
+        """Guide, and move the latents unless the solver does."""
         buffers = self.buffers
         velocity = guide(velocities, buffers.guidance_scale)
         if buffers.velocity is None:
@@ -235,15 +250,18 @@ class Denoiser:
         self.index += 1
 
     def work(self) -> dict[Work, int]:
-        """What the steps run, in all branches together."""
+        """The forwards and other work of all steps, in all branches together."""
         branches, skipped = len(self.branches), self.computed.count(False)
-        work = exact_work(self.plan, (self.total - skipped) * branches)
+        forwards = (self.total - skipped) * branches
+        if self._shared is not None:
+            return self._shared.work(forwards)
+        work = exact_work(self.plan, forwards)
         if self._step_cache is None:
             return work
         return {**work, "residual": skipped * branches, "schedule": self.total}
 
     def result(self) -> Denoised:
-        """What the steps made, no longer written to.
+        """The result of the steps, no longer written to.
 
         Raises:
             NotFiniteError: a step gave latents that are not finite.
@@ -258,7 +276,7 @@ class Denoiser:
         return Denoised(latents, records, self.work(), self.graph_report(), reuse)
 
     def _require_finite(self) -> None:
-        """The one place of a turn's steps that waits for the device."""
+        """Raise if a step's latents are not finite; the one place that waits for the device."""
         finite = int(self.buffers.finite_steps)
         if finite == self.index:
             return
@@ -277,13 +295,44 @@ class Denoiser:
 
     def parallel_report(self) -> dict[str, Any] | None:
         """How the steps ran over several processes; None where one ran them."""
-        return None
+        element_bytes = self.transformer.patch_embedding.weight.itemsize
+        return None if self._shared is None else self._shared.report(element_bytes)
 
     def release(self) -> None:
         """Let go of what is kept: an error's traceback would hold it as long as the error lives."""
         for branch in self.branches:
             branch.release()
         self._lease.release()
+        if self._shared is not None:
+            self._shared.release()
+
+
+def engine_denoiser(
+    parts: Parts,
+    plan: TokenPlan,
+    conditioning: Conditioning,
+    noise: Tensor,
+    *,
+    num_inference_steps: int,
+    guidance_scale: float,
+) -> Denoiser:
+    """The denoiser of a turn on an engine's weights, by its scheduler, graphs and processes.
+
+    noise: [1, C, F, H, W] of the latents, on any device.
+    """
+    return Denoiser(
+        transformer=parts.transformer,
+        plan=plan,
+        conditioning=conditioning,
+        noise=noise,
+        solver=make_solver(
+            parts.scheduler, num_inference_steps, parts.sampling.flow_shift, parts.timesteps
+        ),
+        guidance_scale=guidance_scale,
+        graphs=parts.graphs,
+        team=parts.team,
+        step_cache=parts.config.step_cache,
+    )
 
 
 def schedule(
@@ -296,7 +345,7 @@ def schedule(
 
 
 def not_finite(step: str, transformer: MV2VTransformer, guidance_scale: float) -> NotFiniteError:
-    """What to raise after a step that gave latents that are not finite. step: its name."""
+    """The error to raise after a step that gave latents that are not finite. step: its name."""
     dtype = str(next(transformer.parameters()).dtype).removeprefix("torch.")
     wider = "use bfloat16 or float32, " if dtype == "float16" else ""
     # a scale of 1 or less makes no velocity larger than those that the model computed
@@ -317,38 +366,45 @@ class StepDue:
     denoiser: Denoiser
 
 
-def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None, Denoised]:
-    """Run a turn to its end, alone; yields after every step.
+@overload
+def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None, Denoised]: ...
+
+
+@overload
+def denoise(
+    denoiser: Denoiser, cancel: CancelToken, *, hands_over: Literal[True]
+) -> Generator[StepDone | StepDue, None, Denoised]: ...
+
+
+def denoise(
+    denoiser: Denoiser, cancel: CancelToken, *, hands_over: bool = False
+) -> Generator[StepDone | StepDue, None, Denoised]:
+    """Run a turn to its end; yields after every step.
+
+    hands_over: every step is left to the caller, who runs it where a `StepDue` comes.
 
     Raises:
         CancelledError: between two steps, if the token was set.
         NotFiniteError: a step gave latents that are not finite; known at the end.
     """
-    with closing(stepwise(denoiser, cancel)) as turn:
-        while True:
-            try:
-                event = next(turn)
-            except StopIteration as stop:
-                denoised: Denoised = stop.value
-                return denoised
-            if isinstance(event, StepDue):
-                denoiser.step()
-            else:
-                yield event
-
-
-def stepwise(
-    denoiser: Denoiser, cancel: CancelToken
-) -> Generator[StepDone | StepDue, None, Denoised]:
-    """As `denoise`, with every step left to the caller."""
     began, total = time.monotonic(), denoiser.total
     try:
         while not denoiser.is_finished:
             cancel.check()
-            yield StepDue(denoiser)
+            if hands_over:
+                yield StepDue(denoiser)
+            else:
+                denoiser.step()
             done = denoiser.index
             yield StepDone(STAGE, done, total, (time.monotonic() - began) / done * (total - done))
         cancel.check()
         return denoiser.result()
     finally:
         denoiser.release()
+
+
+def stepwise(
+    denoiser: Denoiser, cancel: CancelToken
+) -> Generator[StepDone | StepDue, None, Denoised]:
+    """As `denoise`, with every step left to the caller."""
+    return denoise(denoiser, cancel, hands_over=True)

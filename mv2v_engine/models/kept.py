@@ -1,4 +1,6 @@
-"""What static conditioning keeps for a turn: the conditioning's K and V of every block (METHOD 13).
+"""The tensors that one forward leaves for later ones of its turn.
+
+With static conditioning these are the conditioning's K and V of every block (METHOD 13).
 
 They depend on neither the noisy target nor the timestep nor the text, so the first forward of a
 turn makes them and all later ones, of both guidance branches, attend to them as they are. Frames
@@ -15,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mv2v_engine.models.camera_encoder import row_dim
+from mv2v_engine.models.camera_encoder import frame_dim
 from mv2v_engine.tokens.plan import TokenPlan
 
 KeysValues = tuple[Tensor, Tensor]
@@ -32,9 +34,9 @@ class KeptStorage:
 
 
 class KeptLayout:
-    """Where a plan's kept tensors lie in a buffer: in order of depth, at offsets fixed by the plan.
+    """The places of a plan's kept tensors in a buffer: in order of depth, at fixed offsets.
 
-    num_bytes: of the buffer, at least. cameras: their dtype, None without cameras.
+    num_bytes: the least size of the buffer. cameras: their dtype, None without cameras.
     """
 
     def __init__(self, plan: TokenPlan, dtype: torch.dtype, cameras: torch.dtype | None) -> None:
@@ -46,7 +48,7 @@ class KeptLayout:
                 self._place((1, length - plan.target.length, *heads), dtype)
         self._has_cameras = cameras is not None
         if cameras is not None:
-            self._place((1, plan.target.num_frames, row_dim(plan.shape)), cameras)
+            self._place((1, plan.target.num_frames, frame_dim(plan.shape)), cameras)
 
     def _place(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._pieces.append((self.num_bytes, shape, dtype))
@@ -64,7 +66,7 @@ class KeptLayout:
 
 
 class ConditioningCache:
-    """One turn's kept K and V. `MV2VTransformer.forward` fills it, `forward_target` reads it.
+    """One turn's kept K and V: the first forward that is given it fills it, later ones read it.
 
     blocks: k (normalised, rotated) and v [B, L, N, D] of every block's conditioning, after the
     merges before it. cameras: [B, F, P] of the target's frames; None for a model without cameras.
@@ -95,10 +97,10 @@ class ConditioningCache:
         return len(self.blocks) == self.plan.shape.num_layers
 
     def of_block(self, index: int) -> KeysValues:
-        """What block `index` attends to."""
+        """The K and V that block `index` attends to."""
         return self.blocks[index]
 
-    def start(self, plan: TokenPlan, rows_BFP: Tensor | None) -> None:
+    def start(self, plan: TokenPlan, cameras_BFP: Tensor | None) -> None:
         """Take up a forward's plan and the cameras of all its frames, before its first block.
 
         Raises:
@@ -112,23 +114,26 @@ class ConditioningCache:
                 "a cache would keep every block's graph alive; run under torch.no_grad(), or "
                 "say is_trained=True"
             )
-        self.cameras = None if rows_BFP is None else rows_BFP[:, : plan.target.num_frames]
+        self.cameras = None if cameras_BFP is None else cameras_BFP[:, : plan.target.num_frames]
         if self._storage is not None and self.cameras is not None:
             assert self._storage.cameras is not None
             self.cameras = self._storage.cameras.copy_(self.cameras)
 
     def append(self, keys_values: KeysValues) -> None:
-        """The next block's."""
+        """Keep the next block's K and V."""
         if self._storage is not None:
             keys, values = self._storage.blocks[len(self.blocks)]
             keys_values = keys.copy_(keys_values[0]), values.copy_(keys_values[1])
         self.blocks.append(keys_values)
 
-    def repeated(self, count: int, rows_BFP: Tensor | None) -> ConditioningCache:
-        """The same for `count` targets of every sample: K and V [B * count, L, N, D], a sample's
-        targets side by side. rows: cameras [B * count, F, P] of the targets' frames."""
+    def repeated(self, count: int, cameras_BFP: Tensor | None) -> ConditioningCache:
+        """The same for `count` targets of every sample: K and V [B * count, L, N, D].
+
+        A sample's targets lie side by side. cameras: those of the targets' frames
+        [B * count, F, P].
+        """
         other = ConditioningCache(self.plan, is_trained=self._is_trained)
-        other.cameras = rows_BFP
+        other.cameras = cameras_BFP
         other.blocks = [
             (keys.repeat_interleave(count, 0), values.repeat_interleave(count, 0))
             for keys, values in self.blocks
@@ -139,3 +144,23 @@ class ConditioningCache:
         """Let go of every tensor, whoever still holds the cache."""
         self.blocks.clear()
         self.cameras = self._storage = None
+
+
+class TargetResidual:
+    """The sum of all that a forward's blocks added to the target's tokens [B, L, C]."""
+
+    def __init__(self) -> None:
+        self.value: Tensor | None = None
+
+    def read(self) -> Tensor:
+        """The residual of the last forward.
+
+        Raises:
+            ValueError: no forward has left one.
+        """
+        if self.value is None:
+            raise ValueError("no forward has left a residual; run forward(..., residual=) first")
+        return self.value
+
+    def release(self) -> None:
+        self.value = None

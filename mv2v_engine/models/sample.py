@@ -1,0 +1,127 @@
+"""The inputs of a forward, and the check that they fit the plan.
+
+B batch, C channels, V camera tracks, F H W latent grid, S text tokens, P numbers of a camera.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence as Series
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from mv2v_engine.models.kept import ConditioningCache, TargetResidual
+from mv2v_engine.models.merging import MergeRecord
+from mv2v_engine.parallel.context import ContextGroup
+from mv2v_engine.tokens.plan import TokenPlan
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sample:
+    """One sample of a forward, or a batch of samples of one plan.
+
+    The fields are the arguments of `MV2VTransformer.forward`.
+    """
+
+    latents: Series[Tensor]
+    timestep: Tensor
+    encoder_hidden_states: Tensor
+    plan: TokenPlan
+    cameras: Tensor | None = None
+    records: list[MergeRecord] | None = None
+    kept: ConditioningCache | None = None
+    residual: TargetResidual | None = None
+    ranks: ContextGroup | None = None
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the target runs alone, over K and V that another forward has kept."""
+        return self.kept is not None and self.kept.is_filled
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens that enter the first block."""
+        return self.plan.target.length if self.is_kept else self.plan.length
+
+    def check(self, *, is_alone: bool) -> None:
+        """Refuse tensors that the plan was not made for, and what several samples cannot hold.
+
+        Raises:
+            ValueError: a count, a shape, or cameras where the model has none.
+        """
+        self._check_kept()
+        if not is_alone:
+            self._check_packed()
+        self._check_latents()
+        if not self.is_kept:
+            self._check_cameras()
+            self._check_timestep()
+
+    def _check_kept(self) -> None:
+        if self.kept is not None and self.kept.plan != self.plan:
+            raise ValueError("this cache was made for another plan; make one for every turn")
+
+    def _check_packed(self) -> None:
+        if self.timestep.ndim != 1:
+            raise ValueError(
+                f"a sample of a pack has one timestep [1], got {list(self.timestep.shape)}; run "
+                "frames of different timesteps alone"
+            )
+        batches = [len(self.timestep), len(self.encoder_hidden_states)]
+        batches += [len(latent) for latent in self.latents]
+        if batches.count(1) != len(batches):
+            raise ValueError(
+                f"a sample of a pack is a batch of one, got batches of {sorted(set(batches))}; "
+                "make a sample of each"
+            )
+        if self.plan.conditioning == "static" and not self.is_kept:
+            raise ValueError(
+                "a sample with static conditioning joins a pack once its K and V are kept; run "
+                "forward(..., kept=cache) alone first"
+            )
+
+    def _check_latents(self) -> None:
+        plan = self.plan
+        if len(self.latents) != len(plan.segments) and not (self.is_kept and self.latents):
+            raise ValueError(f"the plan has {len(plan.segments)} segments, got {len(self.latents)}")
+        for latent, segment, expected in zip(
+            self.latents, plan.segments, plan.latent_shapes, strict=False
+        ):
+            if tuple(latent.shape[1:]) != expected:
+                source = plan.shape.source_channels if segment.role == "target" else 0
+                carries = f", the last {source} channels the source's" if source else ""
+                raise ValueError(
+                    f"{segment.role} latents must have shape [B, {', '.join(map(str, expected))}]"
+                    f"{carries}, got {list(latent.shape)}"
+                )
+        if plan.scope == "joint" and len(self.latents[0]) > 1 and not self.is_kept:
+            raise ValueError(
+                f'scope="joint" merges other counts in every sample, got a batch of '
+                f'{len(self.latents[0])}; run one sample at a time or use scope="group"'
+            )
+
+    def _check_cameras(self) -> None:
+        shape = self.plan.shape
+        if (self.cameras is None) != (self.plan.target.camera is None):
+            raise ValueError(
+                f"cameras are {'missing' if self.cameras is None else 'given'}, but the model's "
+                f"camera_conditioning is {shape.camera_conditioning!r} and its camera_attention "
+                f"{shape.camera_attention!r}"
+            )
+
+    def _check_timestep(self) -> None:
+        timestep, plan = self.timestep, self.plan
+        if timestep.ndim == 1:
+            return
+        frames = plan.target.num_frames
+        if timestep.ndim != 2 or timestep.shape[1] != frames:
+            raise ValueError(
+                f"timestep must have shape [B], or [B, {frames}] for one a target frame, got "
+                f"{list(timestep.shape)}"
+            )
+        if len(plan.segments) > 1 or plan.conditioning != "joint":
+            raise ValueError(
+                "a timestep for every frame leaves open which one conditioning tokens have: give a "
+                f'plan of a target alone, conditioning="joint"; got {len(plan.segments)} segments, '
+                f"{plan.conditioning!r}"
+            )
