@@ -127,7 +127,7 @@ def test_uniform_tokens_and_random_retrieval(tiny_checkpoint: Path, source_frame
     session = engine.session(source_frames)
     for camera in ("pan:10", "pan:-10", "tilt:5", "arc:12"):
         session.render(camera, num_inference_steps=1)
-    request = functools.partial(Request.of, "pan:10", engine.sampling, memory="retrieved")
+    request = functools.partial(Request.view, "pan:10", engine.sampling, memory="retrieved")
     drawn = [session.plan_turn(request(seed=seed))[0] for seed in range(30)]
     # by overlap it would always be the first turn
     assert {retrieval.turns for retrieval in drawn} == {(1,), (2,), (3,), (4,)}
