@@ -26,13 +26,6 @@ from mv2v_engine import Engine, EngineConfig, __version__
 from mv2v_engine.camera.drawing import save_drawing
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
-from mv2v_engine.config import MemoryMode
-from mv2v_engine.editing import add_edit
-from mv2v_engine.engine.engine import default_memory
-from mv2v_engine.engine.opening import open_view_session, session_identity
-from mv2v_engine.engine.request import TurnRequest, require_novel_view
-from mv2v_engine.engine.results import ResultFolder
-from mv2v_engine.engine.source import load_source
 from mv2v_engine.envs import launched_rank, num_threads
 from mv2v_engine.errors import (
     CameraError,
@@ -44,29 +37,20 @@ from mv2v_engine.errors import (
 )
 from mv2v_engine.machine import describe_machine
 from mv2v_engine.options import (
-    CLIP,
     INTERRUPTED,
     PARTIAL,
     REFUSED,
     add_folder,
-    add_memory_bounds,
     add_model,
-    add_parallel,
-    add_reuse,
-    add_sampler,
-    add_source,
-    engine_config,
-    follows,
     loading,
-    parallel_config,
     read_resolution,
 )
 from mv2v_engine.parser import Parser
-from mv2v_engine.rendering import render
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store_command import add_store
 from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.terminal import camera_words, lasting_output, say
+from mv2v_engine.turns import add_edit, add_novel_view
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -98,78 +82,6 @@ def _run(argv: Sequence[str] | None) -> int:
         return _said(
             f"error: {_rank_name()}out of memory: {reason}; use a smaller clip or model", REFUSED
         )
-
-
-def novel_view(args: argparse.Namespace) -> int:
-    """Re-render a clip from every camera in turn, into a session's folder."""
-    resolution = read_resolution(args)
-    sampling = resolution.sampling
-    shared = parallel_config(args, sampling.guidance_scale)
-    config = engine_config(args, fov_radius=args.fov_radius, parallel=shared)
-    require_novel_view(resolution.config, resolution.name)
-    requests = [
-        TurnRequest.of(
-            camera,
-            sampling,
-            prompt=args.prompt,
-            seed=args.seed,
-            num_inference_steps=args.steps,
-            guidance_scale=args.guidance,
-            memory=args.memory or default_memory(resolution.initialised),
-        )
-        for camera in args.camera
-    ]
-    if follows(args, config):
-        return 0
-    source_camera = None
-    if args.source_camera is not None:
-        source_camera = resolve_camera(
-            args.source_camera, sampling.num_frames, sampling.size, is_source=True
-        )
-    results = ResultFolder(args.out)
-    results.check_writable()
-    source = load_source(
-        args.clip,
-        num_frames=sampling.num_frames,
-        size=sampling.size,
-        window=args.window,
-        fps=args.fps,
-        max_pixels=config.max_source_pixels,
-        own_fps=sampling.fps,
-        alpha=config.source_alpha,
-        fit=config.source_fit,
-    )
-    with results.store.lock():
-        resume = args.resume and results.store.exists()
-        if resume:
-            identity = session_identity(source, resolution.name, source_camera)
-            results.check_resumable(requests, identity)
-        elif args.overwrite:
-            results.check_not_inside(args.clip)
-        else:
-            results.check_free()
-
-        with Engine.from_pretrained(args.checkpoint, **loading(args, config)) as engine:
-            for request in requests:
-                engine.check_text(request.prompt, request.guidance_scale)
-            results.remove_unfinished()
-            if args.overwrite:
-                results.clear()
-            session = open_view_session(
-                engine,
-                source,
-                cameras=source_camera,
-                store=args.out,
-                resume=resume,
-                is_locked=True,
-            )
-            try:
-                return PARTIAL if render(session, requests, results, is_quiet=args.quiet) else 0
-            except MV2VError as error:
-                # nothing was made, so that the same command can be given again
-                if not (resume or session.turns or isinstance(error, CancelledError)):
-                    results.clear()
-                raise
 
 
 def evaluate(args: argparse.Namespace) -> int:
@@ -243,7 +155,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = Parser(prog="mv2v_engine.run", description="Multi-turn video-to-video generation.")
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    _add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
+    add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
     add_edit(commands.add_parser("edit", help="edit a long clip by instruction"))
     _add_camera(commands.add_parser("camera", help="show what a camera or a camera file is"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
@@ -261,45 +173,6 @@ def _parser() -> argparse.ArgumentParser:
     )
     command.set_defaults(command=inspect)
     return parser
-
-
-def _add_novel_view(parser: argparse.ArgumentParser) -> None:
-    defaults = EngineConfig()
-    parser.set_defaults(command=novel_view)
-    parser.add_argument("clip", type=Path, help=f"the source: {CLIP}")
-    group = parser.add_argument_group("the turns")
-    add = group.add_argument
-    add(
-        "--camera",
-        action="append",
-        required=True,
-        metavar="SPEC",
-        help="a preset (pan_right), moves (arc:-40+tilt:5), or a camera file with options "
-        "(rig.json#cam03?resample, transforms.json?relative&scale=0.01); one turn for each",
-    )
-    add("--out", type=Path, required=True, metavar="DIR", help="where everything is written")
-    add(
-        "--window",
-        metavar="W",
-        help="first, middle, last, even, pad, or the frame to start at; all if not given",
-    )
-    add_source(group)
-    add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
-    add("--prompt", default="", metavar="TEXT", help="none if not given")
-    add_sampler(group, "every turn", "a turn")
-    group = parser.add_argument_group("the memory")
-    add = group.add_argument
-    add(
-        "--memory",
-        choices=get_args(MemoryMode),
-        help="retrieved if the weights learned to, else none, if not given",
-    )
-    add_memory_bounds(group, "videos a turn")
-    add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
-    add_reuse(parser)
-    add_model(parser, "tiny-nvs")
-    add_parallel(parser)
-    add_folder(parser, "session")
 
 
 def _add_camera(parser: argparse.ArgumentParser) -> None:

@@ -30,7 +30,7 @@ from mv2v_engine.camera.trajectories import PRESETS, named_trajectory
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.report import turn_flops
 from mv2v_engine.engine.runner import Conditioning, Denoiser, NoisyTurn, denoise
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.session import Session
 from mv2v_engine.progress import Event, Spans, StageDone, StageStarted
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.synthetic.render import render
@@ -49,7 +49,7 @@ COLUMNS += "tflop_per_s peak_mib skipped"
 Row = dict[str, Any]
 
 
-def stage_seconds(session: ViewSession, camera: str, **request: Any) -> tuple[Row, Row, float]:
+def stage_seconds(session: Session, camera: str, **request: Any) -> tuple[Row, Row, float]:
     """A turn's report, and its seconds by stage with the VAE's two parts told apart.
 
     And those of the process while it was sampling, which other load on the machine leaves alone.
@@ -76,13 +76,13 @@ def stage_seconds(session: ViewSession, camera: str, **request: Any) -> tuple[Ro
     return turn.report, stages, spent[0]
 
 
-def sessions(engine: Engine) -> dict[str, ViewSession]:
+def sessions(engine: Engine) -> dict[str, Session]:
     """One for each configuration, of one source."""
     sampling = engine.sampling
     camera = named_trajectory("static", sampling.num_frames, sampling.size)
     frames = render(make_world(WORLD), camera).frames
     return {
-        name: engine.reconfigured(config).view_session(frames, fps=8.0)
+        name: engine.reconfigured(config).session(frames, fps=8.0)
         for name, config in CONFIGS.items()
     }
 

@@ -24,7 +24,7 @@ from measure import digits, provenance, table
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.camera.trajectories import named_trajectory
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.evaluation.consistency import Overlap, View, consistency, film, overlap
 from mv2v_engine.evaluation.images import masked_psnr, structural_similarity
@@ -98,16 +98,14 @@ class Scene:
             {i: pair for i, pair in shared.items() if pair.is_measurable},
             engine.vae.encode(source.truth.frames),
         )
-        session = engine.view_session(
-            source.truth.frames, fps=8.0, source_latents=scene.source_latents
-        )
+        session = engine.session(source.truth.frames, fps=8.0, source_latents=scene.source_latents)
         for number in range(1, TURNS):
-            scene.turns.append(session.answer(scene.request(engine, number, steps)))
+            scene.turns.append(session.ask(scene.request(engine, number, steps)))
         session.close()
         return scene
 
-    def request(self, engine: Engine, number: int, steps: int) -> TurnRequest:
-        return TurnRequest.of(
+    def request(self, engine: Engine, number: int, steps: int) -> Request:
+        return Request.view(
             self.views[number - 1].camera,
             engine.sampling,
             memory="retrieved",
@@ -118,7 +116,7 @@ class Scene:
     def last_turn(self, engine: Engine, steps: int) -> tuple[Turn, float]:
         """The last turn and the seconds of its denoising."""
         frames = self.source.truth.frames
-        session = engine.view_session(frames, fps=8.0, source_latents=self.source_latents)
+        session = engine.session(frames, fps=8.0, source_latents=self.source_latents)
         for turn in self.turns:
             session.adopt(turn)
         marks: list[float] = []
@@ -127,7 +125,7 @@ class Scene:
             if isinstance(event, StageStarted | StageDone) and event.stage == "sampling":
                 marks.append(time.process_time())
 
-        turn = session.answer(self.request(engine, TURNS, steps), watch)
+        turn = session.ask(self.request(engine, TURNS, steps), watch)
         session.close()
         return turn, marks[1] - marks[0]
 

@@ -19,8 +19,14 @@ from measure import Report, digits, provenance, table
 from torch import nn
 
 from mv2v_engine.config import WAN_1_3B, EngineConfig
-from mv2v_engine.engine.budget import CUBLAS_WORKSPACE, Parts, embed_bytes, module_bytes, predict
-from mv2v_engine.engine.vae_bytes import vae_peak_bytes
+from mv2v_engine.engine.budget import (
+    CUBLAS_WORKSPACE,
+    Footprint,
+    embed_bytes,
+    module_bytes,
+    predict,
+)
+from mv2v_engine.engine.counting import vae_peak_bytes
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.text import TextEncoder
@@ -35,7 +41,7 @@ FRAMES, SIZE, TEXT_LENGTH = 81, (480, 832), 512
 COLUMNS = "memory conditioning merge text peak_gib fullest sampling_gib kept_gib fits_24_gib"
 
 
-def full_size_parts() -> Parts:
+def full_size_parts() -> Footprint:
     """Wan 1.3B with cameras and memory, its VAE and UMT5-XXL in bfloat16."""
     import transformers
 
@@ -57,7 +63,7 @@ def full_size_parts() -> Parts:
     encode, decode = vae_peak_bytes(vae, FRAMES, SIZE)
     channels, *grid = vae.latent_shape(FRAMES, SIZE)
     video = channels * grid[0] * grid[1] * grid[2] * torch.float32.itemsize
-    return Parts(
+    return Footprint(
         transformer=module_bytes(transformer) + (depth // 3 - 1) * module_bytes(transformer.blocks),
         vae=module_bytes(vae.model),
         text=module_bytes(text),

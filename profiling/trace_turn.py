@@ -76,7 +76,7 @@ def trace(engine: Engine, out: Path | None, *, memory: int, steps: int) -> profi
     """Profile a turn with so many memory videos into a Chrome trace; no file: NVTX ranges."""
     sampling, cameras = engine.sampling, list(islice(PRESETS, memory + 1))
     still = named_trajectory("static", sampling.num_frames, sampling.size)
-    session = engine.view_session(render(make_world(WORLD), still).frames, fps=8.0)
+    session = engine.session(render(make_world(WORLD), still).frames, fps=8.0)
     for camera in cameras[:-1]:
         session.render(camera, num_inference_steps=1)
     with ranges(engine.transformer):

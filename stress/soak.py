@@ -36,9 +36,9 @@ from measure import ROOT, provenance, table
 from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine
-from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.results import ResultFolder
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.results import ViewResults
+from mv2v_engine.engine.session import Session
 from mv2v_engine.errors import CancelledError
 from mv2v_engine.files import save_json
 from mv2v_engine.models import dit
@@ -91,7 +91,7 @@ class Soak:
         self.engines = [engine.reconfigured(one) for one in (loose, tiers, static)]
         self.source, self.folder, self.steps = source, folder, steps
         self.random = random.Random(seed)
-        self.open: list[tuple[ViewSession, ResultFolder | None]] = []
+        self.open: list[tuple[Session, ViewResults | None]] = []
         self.done: Counter[str] = Counter()
         self.num_folders = 0
 
@@ -125,13 +125,13 @@ class Soak:
         """Everything once: libraries load and pools fill on first use."""
         for engine in self.engines:
             for folder in (None, self.folder / f"warm{self.engines.index(engine)}"):
-                session = engine.view_session(self.source, store=folder)
+                session = engine.session(self.source, store=folder)
                 self._turn(session)
                 self._turn(session)
                 if folder is not None:
-                    ResultFolder(folder).publish(session, version="soak")
+                    ViewResults(folder).publish(session, version="soak")
                     session.close()
-                    session = engine.view_session(self.source, store=folder, resume=True)
+                    session = engine.session(self.source, store=folder, resume=True)
                     with largest_file(100):
                         self._turn(session)
                     self._cancelled(session)
@@ -146,7 +146,7 @@ class Soak:
     def _begin(self) -> None:
         engine = self.random.choice(self.engines)
         if self.random.random() < 0.4:
-            self.open.append((engine.view_session(self.source), None))
+            self.open.append((engine.session(self.source), None))
             self.done["opened"] += 1
             return
         kept = sorted(self.folder.iterdir())
@@ -159,37 +159,37 @@ class Soak:
                 shutil.rmtree(old)
             self.num_folders += 1
             folder, resume = self.folder / f"{self.num_folders:05d}", False
-        session = engine.view_session(self.source, store=folder, resume=resume)
-        self.open.append((session, ResultFolder(folder)))
+        session = engine.session(self.source, store=folder, resume=resume)
+        self.open.append((session, ViewResults(folder)))
         self.done["resumed" if resume else "opened with a folder"] += 1
 
-    def _end(self, session: ViewSession) -> None:
+    def _end(self, session: Session) -> None:
         if self.random.random() < 0.5:
             session.close()
             self.done["closed"] += 1
         else:
             self.done["dropped"] += 1
 
-    def _request(self, session: ViewSession) -> TurnRequest:
+    def _request(self, session: Session) -> Request:
         pick = self.random
         memory = pick.choices(("retrieved", "none", "previous", "alone"), (8, 1, 1, 1))[0]
-        return TurnRequest.of(
+        return Request.view(
             f"{pick.choice(MOVES)}:{pick.choice((-20, -12, -5, 5, 12, 20))}",
-            session.engine.sampling,
+            session.parts.sampling,
             seed=pick.randrange(1000),
             num_inference_steps=pick.randint(1, self.steps),
             memory=memory,
         )
 
-    def _turn(self, session: ViewSession) -> None:
-        turn = session.answer(self._request(session))
+    def _turn(self, session: Session) -> None:
+        turn = session.ask(self._request(session))
         self.done["turns"] += 1
         self.done["memory videos"] += len(turn.report["memory"]["retrieved"])
         self.done["not stored at first"] += "storage_error" in turn.report
 
-    def _cancelled(self, session: ViewSession) -> None:
+    def _cancelled(self, session: Session) -> None:
         num_turns = len(session.turns)
-        turn = session.perform(self._request(session), Countdown(self.random.randint(1, 20)))
+        turn = session.events(self._request(session), Countdown(self.random.randint(1, 20)))
         try:
             for number, _ in enumerate(turn):
                 if number == 6 and self.random.random() < 0.3:

@@ -23,8 +23,7 @@ from torch import Tensor
 from mv2v_engine import CameraTrajectory, CancelToken, Engine, EngineConfig, Session
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses
 from mv2v_engine.config import ParallelConfig
-from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import MV2VError
 from mv2v_engine.files import tensor_digest
 
@@ -97,9 +96,8 @@ def doors(
     frames = source_frames
     view, edit = views.session(frames), edits.session(moving_frames(6), cuts=())
     turn = view.render("static", num_inference_steps=1)
-    request = TurnRequest.of("static", views.sampling, memory="none", num_inference_steps=1)
+    request = Request.view("static", views.sampling, memory="none", num_inference_steps=1)
     poses, lens = identity_poses(FRAMES), default_intrinsics(*SIZE)
-    assert isinstance(view, ViewSession)
     return {
         "load": lambda **k: Engine.from_pretrained(**{"path_or_name": worded_checkpoint} | k),
         "reconfigured": views.reconfigured,
@@ -107,15 +105,12 @@ def doors(
         "parallel": ParallelConfig,
         "session": lambda **k: views.session(**{"source": frames} | k),
         "edit session": lambda **k: edits.session(**{"source": moving_frames(6), "cuts": ()} | k),
-        "edit_session": lambda **k: edits.edit_session(
-            **{"source": moving_frames(6), "cuts": ()} | k
-        ),
         "render": lambda **k: view.render(
             **{"camera": "static", "num_inference_steps": 1, "prompt": "a"} | k
         ),
         "edit": lambda **k: edit.edit(**{"prompt": "a ball", "num_inference_steps": 1} | k),
-        "perform": lambda **k: next(view.perform(**{"request": request} | k)),
-        "answer": view.answer,
+        "events": lambda **k: next(view.events(**{"request": request} | k)),
+        "ask": view.ask,
         "plan_turn": view.plan_turn,
         "adopt": view.adopt,
         "answer_all": lambda **k: views.answer_all(**{"turns": [(view, request)]} | k),
@@ -150,7 +145,7 @@ DOORS: list[tuple[str, str, set[str]]] = [
     ("edit session", "source", set()),
     ("edit session", "cuts", {"none", "list", "tuple", "set", "no frames"}),
     ("edit session", "cameras", {"none"}),
-    ("edit_session", "cancel", {"none"}),
+    ("edit session", "cancel", {"none"}),
     ("render", "camera", set()),
     ("render", "prompt", TEXTS),
     ("render", "seed", INTEGERS),
@@ -168,10 +163,10 @@ DOORS: list[tuple[str, str, set[str]]] = [
     ("edit", "cancel", {"none"}),
     ("edit", "on_window", {"none", "class"}),
     ("edit", "out", {"none"}),
-    ("perform", "request", set()),
-    ("perform", "cancel", {"none"}),
-    ("answer", "request", set()),
-    ("answer", "on_progress", {"none", "class"}),
+    ("events", "request", set()),
+    ("events", "cancel", {"none"}),
+    ("ask", "request", set()),
+    ("ask", "on_progress", {"none", "class"}),
     ("plan_turn", "request", set()),
     ("adopt", "turn", set()),
     ("answer_all", "turns", {"tuple", "no frames", "stream"}),
@@ -215,10 +210,10 @@ def test_what_an_argument_cannot_mean(
     wrong = set(WRONG) - right - ({"function"} if argument in CALLED else set())
     for name in sorted(wrong):
         given: dict[str, Any] = {argument: WRONG[name]}
-        if (door, argument) == ("answer", "on_progress"):
-            given["request"] = TurnRequest.of(
+        if (door, argument) == ("ask", "on_progress"):
+            given["request"] = Request.view(
                 "static",
-                doors["plan_turn"].__self__.engine.sampling,
+                doors["plan_turn"].__self__.parts.sampling,
                 memory="none",  # type: ignore[attr-defined]
             )
         try:
@@ -281,7 +276,7 @@ def test_anything_else(views: Engine, name: str, value: Any) -> None:
     """A request is made, or it is an MV2VError."""
     given = {"camera": "static", "memory": "none"} | {name: value}
     try:
-        request = TurnRequest.of(given.pop("camera"), views.sampling, **given)
+        request = Request.view(given.pop("camera"), views.sampling, **given)
     except MV2VError:
         return
     assert isinstance(request.seed, int) and 1 <= request.num_inference_steps <= 1000
@@ -319,7 +314,7 @@ POSES[:, 0, 3] = np.linspace(0, 1, FRAMES)
     ids=lambda value: type(value).__name__,
 )
 def test_poses_are_a_camera(views: Engine, camera: Any) -> None:
-    request = TurnRequest.of(camera, views.sampling, memory="none")
+    request = Request.view(camera, views.sampling, memory="none")
     assert torch.allclose(request.camera.poses, torch.tensor(POSES[:, :3], dtype=torch.float32))
 
 
@@ -353,5 +348,5 @@ def test_a_repr_is_short_and_shows_no_numbers_of_a_tensor(
         said = repr(value)
         assert len(said) < 300 and "tensor(" not in said and "object at" not in said, said
     assert repr(views) == "Engine('worded', novel views, float32 on cpu)"
-    assert repr(session) == "ViewSession(id='s', model='worded', turns=1)"
+    assert repr(session) == "Session(id='s', model='worded', turns=1)"
     assert "number=1, camera='pan_left', seed=0" in repr(turn)

@@ -24,7 +24,7 @@ from pathlib import Path
 import av, PIL.Image, torch
 torch.set_num_threads(1)
 from mv2v_engine import Engine, run
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 
 clip, checkpoint, unbroken, out, kills, *cameras = sys.argv[1:]
 
@@ -58,8 +58,8 @@ while len(counts) < int(kills):
         whole /= 2  # the machine was busy before, and is not now
         shutil.rmtree(out)
         continue
-    store = SessionStore(Path(out))
-    counts.append(len(list(store.turns())) if store.exists() else 0)
+    store = SessionFolder(Path(out))
+    counts.append(len(list(store.drafts())) if store.exists() else 0)
 print(json.dumps([counts, finished(child(out))]))
 """
 

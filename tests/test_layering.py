@@ -53,7 +53,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"__init__"}),
     frozenset({"machine", "terminal", "options"}),
-    frozenset({"serving", "training", "evaluation", "rendering", "editing"}),
+    frozenset({"serving", "training", "evaluation", "turns"}),
     frozenset({"run"}),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
@@ -229,6 +229,28 @@ def test_every_file_keeps_the_direction_and_the_bans() -> None:
     for path in files:
         found += violations(path.read_text(encoding="utf-8"), path.relative_to(ROOT).as_posix())
     assert not found, "\n" + "\n".join(found)
+
+
+def engine_imports() -> dict[str, set[str]]:
+    """Which modules of engine/ each of them imports, for types alone or not."""
+    found = {}
+    for path in sorted((ROOT / PACKAGE / "engine").rglob("*.py")):
+        tree = ast.parse(path.read_text(encoding="utf-8"))
+        module = path.relative_to(ROOT).with_suffix("").parts
+        names = {
+            name
+            for node in ast.walk(tree)
+            if isinstance(node, ast.Import | ast.ImportFrom)
+            for name in imported_modules(node, module, is_package=False)
+        }
+        found[path.stem] = {name[2] for name in names if name[:2] == (PACKAGE, "engine")}
+    return found
+
+
+def test_the_engine_is_a_door_that_nothing_behind_it_knows() -> None:
+    imports = engine_imports()
+    assert len(imports) > 15
+    assert not [name for name, used in imports.items() if "engine" in used]
 
 
 def test_folders_that_must_not_become_packages() -> None:

@@ -192,7 +192,7 @@ def test_interrupting_keeps_windows_and_says_how_to_go_on(
 ) -> None:
     out = tmp_path / "a folder" / "edited.mp4"
     with monkeypatch.context() as patch:
-        patch.setattr("mv2v_engine.editing.turn_progress", interrupting)
+        patch.setattr("mv2v_engine.turns.turn_progress", interrupting)
         assert run.main(words(long_clip, out, editor_folder)) == 130
     errors = capsys.readouterr().err
     said, _, command = errors.partition("; continue with: ")
@@ -209,7 +209,7 @@ def test_interrupting_keeps_windows_and_says_how_to_go_on(
 
 KILLED = """
 import contextlib, os, signal, sys
-from mv2v_engine import editing, run
+from mv2v_engine import run, turns
 from mv2v_engine.progress import StepDone, WindowStarted
 
 @contextlib.contextmanager
@@ -222,7 +222,7 @@ def killing(title, num_steps):
             os.kill(os.getpid(), signal.SIGKILL)
     yield show
 
-editing.turn_progress = killing
+turns.turn_progress = killing
 run.main(sys.argv[1:])
 """
 
@@ -343,7 +343,7 @@ def test_the_overview_of_a_long_video_is_capped(
     whole = np.asarray(Image.open(overview))
     overview.unlink()
     written = (folder / "edited.mp4").stat().st_mtime_ns
-    monkeypatch.setattr("mv2v_engine.engine.editing.results.MAX_WINDOWS", 2)
+    monkeypatch.setattr("mv2v_engine.engine.results.MAX_WINDOWS", 2)
     assert (
         run.main(words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")) == 0
     )

@@ -11,15 +11,16 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
-from typing import TYPE_CHECKING
 
 from mv2v_engine import arguments
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.admission import admit
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.parts import Parts
+from mv2v_engine.engine.recall import Ranked
+from mv2v_engine.engine.request import Request, require_task
 from mv2v_engine.engine.runner import Denoiser, StepDue
-from mv2v_engine.engine.turn import ViewTurn
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import (
     CancelledError,
     KernelUnavailableError,
@@ -30,10 +31,6 @@ from mv2v_engine.errors import (
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.progress import CancelToken, Event, cancel_token
 from mv2v_engine.sampling.guidance import needs_guidance
-
-if TYPE_CHECKING:
-    from mv2v_engine.engine.engine import Engine
-
 
 # of one forward on a GPU: a full-size target by itself, or a hundred small turns
 TOKENS = 32_768
@@ -61,16 +58,17 @@ class BatchedTurn:
     def __init__(
         self,
         number: int,
-        session: ViewSession,
-        request: TurnRequest,
+        session: Session,
+        request: Request,
         cancel: CancelToken,
         on_progress: Callable[[TurnEvent], None] | None,
     ) -> None:
         self.number, self.session, self.request = number, session, request
         self.cancel, self._on_progress = cancel, on_progress
-        self.result: ViewTurn | Exception | None = None
-        self.tokens = 0
-        self._events: Generator[Event | StepDue, None, ViewTurn] | None = None
+        self.result: Turn | Exception | None = None
+        self.tokens = self._num_turns = 0
+        self._ranked: Ranked | None = None
+        self._events: Generator[Event | StepDue, None, Turn] | None = None
 
     @property
     def is_done(self) -> bool:
@@ -79,7 +77,8 @@ class BatchedTurn:
     def plan(self) -> None:
         """Find out how many tokens its forwards have in one step; a first static one runs alone."""
         if not self.tokens:
-            _, plan = self.session.plan_turn(self.request)
+            self._ranked = self.session.plan_turn(self.request)
+            self._num_turns, plan = len(self.session.turns), self._ranked[1]
             length = plan.length if plan.conditioning == "joint" else plan.target.length
             self.tokens = length * (2 if needs_guidance(self.request.guidance_scale) else 1)
 
@@ -91,7 +90,10 @@ class BatchedTurn:
         if self._events is None:
             if error is not None:
                 raise error
-            self._events = self.session.hand_over(self.request, self.cancel)
+            # the session may have been given a turn by hand since
+            is_new = self._num_turns == len(self.session.turns)
+            ranked = self._ranked if is_new else None
+            self._events = self.session.hand_over(self.request, self.cancel, ranked)
         try:
             event = next(self._events) if error is None else self._events.throw(error)
             while not isinstance(event, StepDue):
@@ -121,7 +123,7 @@ class TurnBatch:
     before. One that fails or is cancelled leaves the others, its session's too, as they were.
     """
 
-    def __init__(self, engine: Engine, token_budget: int | None = None) -> None:
+    def __init__(self, engine: Parts, token_budget: int | None = None) -> None:
         self.engine = engine
         if engine.team is not None:
             raise RequestError(
@@ -143,8 +145,8 @@ class TurnBatch:
 
     def add(
         self,
-        session: ViewSession,
-        request: TurnRequest,
+        session: Session,
+        request: Request,
         *,
         cancel: CancelToken | None = None,
         on_progress: Callable[[TurnEvent], None] | None = None,
@@ -154,12 +156,13 @@ class TurnBatch:
         Raises:
             RequestError: the session is of an engine with other weights.
         """
-        arguments.instance("session", session, ViewSession, "a session of novel views")
-        arguments.instance("request", request, TurnRequest, "a TurnRequest")
+        arguments.instance("session", session, Session, "a session of novel views")
+        arguments.instance("request", request, Request, "a Request")
         arguments.callback("on_progress", on_progress)
-        if session.engine.transformer is not self.engine.transformer:
+        require_task(session.parts.transformer.config, session.parts.checkpoint.name, edits=False)
+        if session.parts.transformer is not self.engine.transformer:
             raise RequestError(
-                f"session {session.id} runs on {session.engine.checkpoint.name} as another engine "
+                f"session {session.id} runs on {session.parts.checkpoint.name} as another engine "
                 "loaded it; a batch takes sessions of one engine"
             )
         turn = BatchedTurn(next(self._numbers), session, request, cancel_token(cancel), on_progress)
@@ -168,11 +171,11 @@ class TurnBatch:
 
     def answer_all(
         self,
-        turns: Sequence[tuple[ViewSession, TurnRequest]],
+        turns: Sequence[tuple[Session, Request]],
         *,
         cancels: Sequence[CancelToken | None] | None = None,
         on_progress: Callable[[TurnEvent], None] | None = None,
-    ) -> list[ViewTurn | Exception]:
+    ) -> list[Turn | Exception]:
         """Add turns and run everything: each gets what its own `answer` gives, within rounding.
 
         Args:
@@ -184,10 +187,10 @@ class TurnBatch:
         Raises:
             RequestError: a session is of another engine, or there are other than one token a turn.
         """
-        pairs = list(arguments.sequence("turns", turns, tuple, "pairs (session, TurnRequest)"))
+        pairs = list(arguments.sequence("turns", turns, tuple, "pairs (session, Request)"))
         if any(len(pair) != 2 for pair in pairs):
             raise RequestError(
-                "turns must be pairs (session, TurnRequest), got tuples of other lengths"
+                "turns must be pairs (session, Request), got tuples of other lengths"
             )
         if cancels is not None and (isinstance(cancels, str) or not isinstance(cancels, Sequence)):
             raise arguments.mistaken("cancels", cancels, "a token, or None, for each turn")

@@ -5,22 +5,21 @@ Bytes are of tensors alive at once; what a library allocates inside an operation
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.engine.vae_bytes import vae_peak_bytes
-from mv2v_engine.errors import MemoryBudgetError
+from mv2v_engine.engine.counting import vae_peak_bytes
+from mv2v_engine.engine.parts import Parts
+from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
+from mv2v_engine.progress import Spans
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
-from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
-
-if TYPE_CHECKING:
-    from mv2v_engine.engine.engine import Engine
+from mv2v_engine.tokens.plan import TokenPlan
 
 # torch keeps this much for cuBLAS on Hopper, and less elsewhere
 CUBLAS_WORKSPACE = 32 << 20
@@ -28,10 +27,12 @@ CUBLAS_WORKSPACE = 32 << 20
 _STEP_VIDEOS = 3
 # with guidance
 _BRANCHES = 2
+# what a failed turn is advised to save, of what was predicted
+_LESS = 0.9
 
 
 @dataclass(frozen=True, kw_only=True)
-class Parts:
+class Footprint:
     """An engine's bytes on its device that no plan changes.
 
     transformer, vae, text: weights. is_text_offloaded: the last are there for the stage "text"
@@ -87,77 +88,79 @@ class Prediction:
         return spans
 
 
-def predict(parts: Parts, plan: TokenPlan) -> Prediction:
+def predict(footprint: Footprint, plan: TokenPlan) -> Prediction:
     """A turn's stages, with guidance; a prompt whose embedding is kept takes less of "text"."""
-    source = parts.video
-    copied = plan.num_memory if parts.copies_memory else 0
-    inputs = source + copied * parts.video + 2 * parts.embedding
+    source = footprint.video
+    copied = plan.num_memory if footprint.copies_memory else 0
+    inputs = source + copied * footprint.video + 2 * footprint.embedding
     table = plan.length * plan.shape.attention_head_dim * 4
-    arriving = parts.text if parts.is_text_offloaded else 0
-    forward = forward_peak_bytes(plan, parts.execution)
+    arriving = footprint.text if footprint.is_text_offloaded else 0
+    forward = forward_peak_bytes(plan, footprint.execution)
     steps = () if plan.scope == "joint" else None
-    in_arena = min(parts.arena, conditioning_bytes(plan, parts.execution.element_bytes, steps))
+    in_arena = min(
+        footprint.arena, conditioning_bytes(plan, footprint.execution.element_bytes, steps)
+    )
     own = {
-        "vae encode": parts.encode,
-        "text": source + arriving + parts.embed,
+        "vae encode": footprint.encode,
+        "text": source + arriving + footprint.embed,
         "memory": inputs,
-        "sampling": inputs + _STEP_VIDEOS * parts.video + forward - in_arena,
-        "vae decode": inputs + table + parts.decode,
+        "sampling": inputs + _STEP_VIDEOS * footprint.video + forward - in_arena,
+        "vae decode": inputs + table + footprint.decode,
     }
-    return Prediction({name: parts.resident + count for name, count in own.items()})
+    return Prediction({name: footprint.resident + count for name, count in own.items()})
 
 
 class Budget:
     """The bytes of an engine's turns: what they will take, may take, and how to take less."""
 
-    def __init__(self, engine: Engine) -> None:
-        self.engine = engine
+    def __init__(self, parts: Parts) -> None:
+        self.parts = parts
 
-    def parts(self) -> Parts:
+    def footprint(self) -> Footprint:
         """As they are now: the cache fills, the text encoder comes and goes."""
-        engine, config = self.engine, self.engine.config
-        shape, text, sampling = engine.transformer.config, engine.text, engine.sampling
-        encode, decode = vae_peak_bytes(engine.vae, sampling.num_frames, sampling.size)
-        on_gpu, held = engine.device.type == "cuda", engine.graphs.bytes()
-        return Parts(
-            transformer=module_bytes(engine.transformer),
-            vae=module_bytes(engine.vae.model),
+        parts, config = self.parts, self.parts.config
+        shape, text, sampling = parts.transformer.config, parts.text, parts.sampling
+        encode, decode = vae_peak_bytes(parts.vae, sampling.num_frames, sampling.size)
+        on_gpu, held = parts.device.type == "cuda", parts.graphs.bytes()
+        return Footprint(
+            transformer=module_bytes(parts.transformer),
+            vae=module_bytes(parts.vae.model),
             text=0 if text is None else module_bytes(text.model),
             is_text_offloaded=text is not None and text.is_offloaded,
             cache=self._cache_bytes(),
-            video=engine.video_bytes,
+            video=parts.video_bytes,
             copies_memory=config.device_cache_bytes is not None,
-            embedding=shape.text_len * shape.text_dim * engine.dtype.itemsize,
+            embedding=shape.text_len * shape.text_dim * parts.dtype.itemsize,
             encode=encode,
             decode=decode,
             embed=0 if text is None else embed_bytes(text),
             workspace=held["pool"] + held["buffers"] + (CUBLAS_WORKSPACE if on_gpu else 0),
             arena=held["arena"],
             execution=Execution(
-                engine.dtype.itemsize,
+                parts.dtype.itemsize,
                 config.feed_forward_chunk,
-                is_fused=engine.backend != "reference",
+                is_fused=parts.backend != "reference",
                 residuals=_BRANCHES if config.step_cache is not None else 0,
             ),
         )
 
     def predict(self, plan: TokenPlan) -> Prediction:
         """Peak bytes of a turn's stages."""
-        return predict(self.parts(), plan)
+        return predict(self.footprint(), plan)
 
     def limit(self) -> int | None:
         """What everything of this engine together may take; None: nobody says."""
-        engine, limits = self.engine, []
-        if engine.config.memory_limit_bytes is not None:
-            limits.append(engine.config.memory_limit_bytes)
-        if engine.device.type == "cuda":
-            free, _ = torch.cuda.mem_get_info(engine.device)
-            unused = torch.cuda.memory_reserved(engine.device)
-            unused -= torch.cuda.memory_allocated(engine.device)
-            own = module_bytes(engine.transformer) + module_bytes(engine.vae.model)
-            if engine.text is not None and not engine.text.is_offloaded:
-                own += module_bytes(engine.text.model)
-            own += sum(engine.graphs.bytes().values())
+        parts, limits = self.parts, []
+        if parts.config.memory_limit_bytes is not None:
+            limits.append(parts.config.memory_limit_bytes)
+        if parts.device.type == "cuda":
+            free, _ = torch.cuda.mem_get_info(parts.device)
+            unused = torch.cuda.memory_reserved(parts.device)
+            unused -= torch.cuda.memory_allocated(parts.device)
+            own = module_bytes(parts.transformer) + module_bytes(parts.vae.model)
+            if parts.text is not None and not parts.text.is_offloaded:
+                own += module_bytes(parts.text.model)
+            own += sum(parts.graphs.bytes().values())
             limits.append(free + unused + own + self._cache_bytes())
         return min(limits, default=None)
 
@@ -173,53 +176,40 @@ class Budget:
         found = self.predict(plan)
         if found.peak > limit:
             raise MemoryBudgetError(
-                f"this turn needs {found.peak:,} bytes of {self.engine.device} in its stage "
+                f"this turn needs {found.peak:,} bytes of {self.parts.device} in its stage "
                 f"{found.fullest!r}, {limit:,} are available; {self.advice(plan, limit)}"
             )
 
     def place_text(self) -> None:
         """Put the text encoder's weights where `EngineConfig.text_offload` wants them."""
-        text, mode = self.engine.text, self.engine.config.text_offload
+        text, mode = self.parts.text, self.parts.config.text_offload
         if text is None:
             return
         if mode != "auto":
             text.offload(mode == "always")
-        elif self.engine.device.type == "cuda":  # a CPU engine's device is the host
-            limit, parts = self.limit(), replace(self.parts(), is_text_offloaded=False)
-            text.offload(limit is not None and predict(parts, self.largest_plan()).peak > limit)
+        elif self.parts.device.type == "cuda":  # a CPU engine's device is the host
+            limit, footprint = self.limit(), replace(self.footprint(), is_text_offloaded=False)
+            text.offload(limit is not None and predict(footprint, self.largest_plan()).peak > limit)
 
     def largest_plan(self) -> TokenPlan:
-        """Of a turn that remembers as many videos as the configuration allows."""
-        engine, config = self.engine, self.engine.config
-        shape, sampling = engine.transformer.config, engine.sampling
-        _, frames, rows, columns = engine.vae.latent_shape(sampling.num_frames, sampling.size)
-        remembers = engine.memory in ("retrieved", "alone") and shape.tokenizers
-        return turn_plan(
-            shape,
-            (frames, rows, columns),
-            memory_tokenizers(
-                config.max_memory if remembers else 0,
-                shape.tokenizers,
-                mode=config.memory_tokenizers,
-            ),
-            source=not shape.source_channels,
-            merge=engine.merge,
-            scope=config.merge_scope,
-            fraction=config.merge_fraction,
-            conditioning=config.conditioning,
-        )
+        """The plan of a turn that remembers as many videos as the configuration allows."""
+        parts = self.parts
+        remembers = parts.memory_mode in ("retrieved", "alone")
+        has_tokenizers = bool(parts.transformer.config.tokenizers)
+        return parts.plan_of(parts.config.max_memory if remembers and has_tokenizers else 0)
 
     def advice(self, plan: TokenPlan, limit: int) -> str:
         """The single settings that bring a turn's peak to a limit, or what comes nearest."""
-        parts = self.parts()
+        footprint = self.footprint()
         peaks = {
-            words: predict(*changed).peak for words, changed in self._changes(parts, plan, limit)
+            words: predict(*changed).peak
+            for words, changed in self._changes(footprint, plan, limit)
         }
         enough = [f"{words} ({peak:,})" for words, peak in peaks.items() if peak <= limit]
         if enough:
             return f"try {' or '.join(enough)}"
         words = min(peaks, key=lambda name: peaks[name])
-        if peaks[words] == predict(parts, plan).peak:
+        if peaks[words] == predict(footprint, plan).peak:
             return "no setting lowers it: use a larger device, or a smaller model"
         return (
             f"no single setting brings it there, {words} comes nearest ({peaks[words]:,}): change "
@@ -227,38 +217,38 @@ class Budget:
         )
 
     def _changes(
-        self, parts: Parts, plan: TokenPlan, limit: int
-    ) -> Iterator[tuple[str, tuple[Parts, TokenPlan]]]:
+        self, footprint: Footprint, plan: TokenPlan, limit: int
+    ) -> Iterator[tuple[str, tuple[Footprint, TokenPlan]]]:
         """What a user may change, most harmless first."""
-        if parts.text and not parts.is_text_offloaded and self.engine.device.type == "cuda":
-            yield 'text_offload="always"', (replace(parts, is_text_offloaded=True), plan)
-        smaller = max((parts.execution.chunk or plan.length) // 4, 1)
-        execution = replace(parts.execution, chunk=smaller)
-        yield f"feed_forward_chunk={smaller}", (replace(parts, execution=execution), plan)
-        if parts.cache > parts.video:
-            less = replace(parts, cache=parts.video, copies_memory=True)
+        if footprint.text and not footprint.is_text_offloaded and self.parts.device.type == "cuda":
+            yield 'text_offload="always"', (replace(footprint, is_text_offloaded=True), plan)
+        smaller = max((footprint.execution.chunk or plan.length) // 4, 1)
+        execution = replace(footprint.execution, chunk=smaller)
+        yield f"feed_forward_chunk={smaller}", (replace(footprint, execution=execution), plan)
+        if footprint.cache > footprint.video:
+            less = replace(footprint, cache=footprint.video, copies_memory=True)
             # a CPU's arenas are one memory
-            name = "cache_bytes" if self.engine.device.type == "cpu" else "device_cache_bytes"
-            yield f"{name}={parts.video}", (less, plan)
+            name = "cache_bytes" if self.parts.device.type == "cpu" else "device_cache_bytes"
+            yield f"{name}={footprint.video}", (less, plan)
         if plan.merge == "off" and plan.shape.merger is not None:
-            yield 'merge="conv"', (parts, replace(plan, merge="conv"))
+            yield 'merge="conv"', (footprint, replace(plan, merge="conv"))
         if plan.conditioning == "static":
-            yield 'conditioning="joint"', (parts, replace(plan, conditioning="joint"))
+            yield 'conditioning="joint"', (footprint, replace(plan, conditioning="joint"))
         for count in reversed(range(plan.num_memory)):
             segments = plan.segments[: len(plan.segments) - plan.num_memory + count]
-            fraction = self.engine.config.merge_fraction
+            fraction = self.parts.config.merge_fraction
             fewer = replace(plan, segments=segments, fraction=fraction)
-            if count == 0 or predict(parts, fewer).peak <= limit:
-                yield f"max_memory={count}", (parts, fewer)
+            if count == 0 or predict(footprint, fewer).peak <= limit:
+                yield f"max_memory={count}", (footprint, fewer)
                 return
 
     def _cache_bytes(self) -> int:
         """The latent memory on the device after this turn."""
-        engine, config = self.engine, self.engine.config
+        parts, config = self.parts, self.parts.config
         if config.device_cache_bytes is None:
-            return min(engine.cache.bytes_used + engine.video_bytes, config.cache_bytes)
+            return min(parts.cache.bytes_used + parts.video_bytes, config.cache_bytes)
         # a CPU's two arenas are one memory
-        is_host = engine.device.type == "cpu"
+        is_host = parts.device.type == "cpu"
         return config.cache_bytes if is_host else config.device_cache_bytes
 
 
@@ -276,3 +266,29 @@ def embed_bytes(text: TextEncoder) -> int:
     scores = config.num_heads * length**2 * (4 * size + wide)
     hidden = 3 * length * config.d_ff * size
     return int(max(scores, hidden) + 6 * length * config.d_model * size)
+
+
+def overflow_reason(error: MemoryError | RuntimeError) -> str:
+    """Why a turn has run out of memory; an error of another kind is raised again."""
+    if not is_out_of_memory(error):
+        raise error
+    return str(error).splitlines()[0] if str(error) else type(error).__name__
+
+
+def overflow_error(
+    parts: Parts, spans: Spans, plan: TokenPlan, reason: str, outcome: str
+) -> MemoryBudgetError:
+    """Give back what a failed turn held, and say what happened. Call it outside the handler."""
+    gc.collect()
+    parts.graphs.trim()
+    holder = "the process"
+    if parts.device.type == "cuda":
+        torch.cuda.empty_cache()
+        holder = "torch"
+    stage, found = spans.current, Budget(parts).predict(plan)
+    return MemoryBudgetError(
+        f"{parts.device} had no memory left in the stage {stage!r} ({reason}): "
+        f"{spans.peak_bytes.get(stage, 0):,} bytes were held by {holder}, "
+        f"{found.by_span().get(stage, found.peak):,} predicted for this engine's tensors; "
+        f"{outcome}; {Budget(parts).advice(plan, int(_LESS * found.peak))}"
+    )

@@ -1,18 +1,33 @@
-"""Bytes of the tensors that live at once, counted as they are made and freed.
+"""Bytes of the tensors that live at once, counted as they are made and freed; the VAE's peak.
 
-Exact on any device, also on fake and meta tensors, which have sizes and no memory. What a library
-allocates inside an operation is not seen.
+Exact on any device, also on fake and meta tensors, which have sizes and no memory: the VAE's are
+counted by running a twin of the model on these. What a library allocates inside an operation is not
+seen.
+
+T pixel frames.
 """
 
 from __future__ import annotations
 
 import weakref
+from dataclasses import asdict
 from functools import lru_cache
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+
+from mv2v_engine.defaults import without_memory
+from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
+from mv2v_engine.ops.conv3d import speed_up_conv3d
+from mv2v_engine.vae import VideoVAE
+
+# from the third latent frame on, every further one adds the same
+_LATENTS = (3, 4)
+_CAT, _SOFTMAX = torch.ops.aten.cat.default, torch.ops.aten._safe_softmax.default
+_REDUCTIONS = (torch.ops.aten.linalg_vector_norm.default, torch.ops.aten.mean.dim)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -60,3 +75,114 @@ class LiveBytes(TorchDispatchMode):
 def gives_its_input(func: Any) -> bool:
     """Whether an operation returns a view of what it was given, or that itself."""
     return any(value.alias_info is not None for value in func._schema.returns)
+
+
+def vae_peak_bytes(vae: VideoVAE, num_frames: int, size: tuple[int, int]) -> tuple[int, int]:
+    """The most that encoding and that decoding a video has made and not freed.
+
+    Weights are not part of it, nor is what a library allocates inside a convolution.
+    """
+    return _counted(
+        vae.model.config,
+        vae.dtype,
+        vae.tile_above,
+        vae.device.type == "cpu",
+        (num_frames - 1) // vae.temporal_stride + 1,
+        size,
+    )
+
+
+@lru_cache(maxsize=16)
+def _counted(
+    config: AutoencoderConfig,
+    dtype: torch.dtype,
+    tile_above: int,
+    by_taps: bool,
+    num_latents: int,
+    size: tuple[int, int],
+) -> tuple[int, int]:
+    twin = _twin(config, dtype, tile_above, by_taps)
+    values = ((num_latents - 1) * twin.temporal_stride + 1) * size[0] * size[1] * 3
+    # the frames' bytes come to a GPU first
+    copied = 0 if by_taps else values
+    if num_latents < sum(_LATENTS):  # all of them are less work
+        encode, decode = _run(twin, num_latents, size)
+        return encode + copied, decode
+    before, after = (_run(twin, count, size) for count in _LATENTS)
+    further = num_latents - _LATENTS[-1]
+    encode, decode = (b + further * (b - a) for a, b in zip(before, after, strict=True))
+    # of a long or narrow model's video the pixels as such weigh more: float32 before and after an
+    # operation; on the way out bytes too, and what the model computes in
+    return max(encode, 8 * values) + copied, max(decode, (9 + dtype.itemsize) * values)
+
+
+class _ShapesAlone(LiveBytes):
+    """Knows itself what most of a VAE's operations give.
+
+    Without memory, torch asks Python code of its own, for which it imports its compiler: that takes
+    longer than a whole count.
+    """
+
+    def call(self, func: Any, args: Any, kwargs: Any) -> Any:
+        given = args[0] if func is _CAT else [each for each in args if isinstance(each, Tensor)]
+        shape = _shape_of(func, args, given) if not kwargs.keys() - {"memory_format"} else None
+        if shape is None or len({x.dtype for x in given}) > 1:
+            return super().call(func, args, kwargs)
+        return args[0] if gives_its_input(func) else _empty(shape, given[0], **kwargs)
+
+
+def _shape_of(func: Any, args: Any, given: list[Tensor]) -> list[int] | None:
+    """What an operation gives of the tensors that it is given; None: torch knows it."""
+    shape = list(given[0].shape) if given else []
+    if func is _CAT:
+        axis = args[1] if len(args) > 1 else 0
+        shape[axis] = sum(x.shape[axis] for x in given)
+        return shape
+    if func in _REDUCTIONS:
+        *_, given_axes, is_kept = args if isinstance(args[-1], bool) else (*args, False)
+        axes = {axis % len(shape) for axis in given_axes}
+        if is_kept:
+            return [1 if axis in axes else size for axis, size in enumerate(shape)]
+        return [size for axis, size in enumerate(shape) if axis not in axes]
+    if func is not _SOFTMAX and torch.Tag.pointwise not in func.tags:
+        return None
+    sizes = (zip(reversed(x.shape), reversed(shape), strict=False) for x in given)
+    is_first_largest = all(size in (1, whole) for pairs in sizes for size, whole in pairs)
+    return shape if is_first_largest and shape else None
+
+
+def _empty(
+    shape: list[int], like: Tensor, memory_format: torch.memory_format = torch.preserve_format
+) -> Tensor:
+    """Without gaps; of the shape of `like`, the axes lie as they do there."""
+    if memory_format == torch.preserve_format:
+        if shape == list(like.shape) and not like.is_contiguous():
+            strides, step = list(like.stride()), 1
+            for axis in sorted(range(like.ndim), key=like.stride):
+                if shape[axis] > 1:
+                    strides[axis], step = step, step * shape[axis]
+            return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
+        memory_format = torch.contiguous_format
+    return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
+
+
+def _twin(
+    config: AutoencoderConfig, dtype: torch.dtype, tile_above: int, by_taps: bool
+) -> VideoVAE:
+    """The same model without memory; `by_taps`: as it runs on a CPU."""
+    with without_memory():
+        model = Autoencoder(asdict(config))
+    if by_taps:
+        speed_up_conv3d(model)
+    return VideoVAE(model, dtype, tile_above=tile_above)
+
+
+def _run(twin: VideoVAE, num_latents: int, size: tuple[int, int]) -> tuple[int, int]:
+    """Peak bytes of encoding and of decoding so many latent frames."""
+    num_frames = (num_latents - 1) * twin.temporal_stride + 1
+    frames = torch.empty(num_frames, *size, 3, dtype=torch.uint8, device="meta")
+    with _ShapesAlone() as encoding:
+        latents = twin.encode(frames)
+    with _ShapesAlone() as decoding:
+        twin.decode_on_device(latents)
+    return encoding.peak, decoding.peak

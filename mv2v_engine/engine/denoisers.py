@@ -2,20 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.graphs import Graphs
+from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.runner import Denoiser, NoisyTurn
 from mv2v_engine.engine.team import SharedDenoiser, Team
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.tokens.plan import TokenPlan
-
-if TYPE_CHECKING:
-    from mv2v_engine.engine.engine import Engine
 
 
 def make_denoiser(
@@ -35,7 +31,7 @@ def make_denoiser(
 
 
 def engine_denoiser(
-    engine: Engine,
+    engine: Parts,
     plan: TokenPlan,
     conditioning: Conditioning,
     noise: Tensor,

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import functools
-import math
+import uuid
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -14,89 +12,45 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.camera.files import Camera
-from mv2v_engine.checkpoints.load import Checkpoint
-from mv2v_engine.checkpoints.resolve import is_trained_for_memory
-from mv2v_engine.config import (
-    MAX_GUIDANCE_SCALE,
-    EngineConfig,
-    MemoryMode,
-    MergeMode,
-    Timesteps,
-)
+from mv2v_engine.camera.files import Camera, resolve_camera
+from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.checkpoints.load import load_checkpoint
+from mv2v_engine.config import MAX_GUIDANCE_SCALE, EngineConfig
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
-from mv2v_engine.engine.editing.descriptors import (
-    SegmentDescriber,
-    open_describer,
-)
-from mv2v_engine.engine.editing.session import EditSession
-from mv2v_engine.engine.follower import follow
-from mv2v_engine.engine.footage import RecentFrames
-from mv2v_engine.engine.graphs import open_graphs
-from mv2v_engine.engine.loading import (
-    check_parts,
+from mv2v_engine.engine.device import rank_device, transformer_dtype
+from mv2v_engine.engine.folder import SessionFolder, kept_for_one
+from mv2v_engine.engine.knowledge import source_warnings
+from mv2v_engine.engine.parts import (
+    Parts,
     check_same_weights,
     checked_arguments,
     configure,
     load_parts,
 )
-from mv2v_engine.engine.opening import open_edit_session, open_view_session
-from mv2v_engine.engine.places import rank_device, transformer_dtype
-from mv2v_engine.engine.request import TurnRequest, check_text
+from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
-from mv2v_engine.engine.source import AnySource, Source
-from mv2v_engine.engine.team import Team, open_team
-from mv2v_engine.engine.turn import ViewTurn
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.source import (
+    AnySource,
+    LongSource,
+    Source,
+    load_source,
+    open_long_source,
+    view_identity,
+)
+from mv2v_engine.engine.team import open_team, serve
+from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.warmup import warm_up
 from mv2v_engine.errors import RequestError
-from mv2v_engine.memory.cache import MemoryCache
-from mv2v_engine.memory.entry import LatentKind
-from mv2v_engine.progress import CancelToken
-from mv2v_engine.text import TextEncoder
+from mv2v_engine.finite import require_finite
+from mv2v_engine.parallel.ranks import Ranks, check_launch
+from mv2v_engine.progress import CancelToken, cancel_token
 from mv2v_engine.tokens.plan import TokenPlan
-from mv2v_engine.vae import VideoVAE
+from mv2v_engine.video.shots import find_cuts
 
 
-class Engine:
+class Engine(Parts):
     """Loads once, serves many sessions. Make one with `from_pretrained`."""
-
-    def __init__(
-        self,
-        checkpoint: Checkpoint,
-        vae: VideoVAE,
-        text: TextEncoder | None,
-        *,
-        device: torch.device,
-        config: EngineConfig,
-        team: Team | None = None,
-    ) -> None:
-        self.checkpoint, self.vae, self.text = checkpoint, vae, text
-        self.device, self.config = device, config
-        self.sampling = checkpoint.sampling.at(config.size, checkpoint.name)
-        self.scheduler = config.scheduler or self.sampling.scheduler
-        self.timesteps: Timesteps = config.timesteps or self.sampling.timesteps
-        self.transformer, self.team = checkpoint.transformer, team
-        self.backend, self.attention = configure(self.transformer, config, device)
-        self.memory = config.memory or default_memory(checkpoint.report.initialised)
-        has_mergers = self.transformer.config.merger is not None
-        self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
-        check_parts(self)
-        self.graphs = open_graphs(config if team is None else replace(config, graphs="off"), device)
-        self.cache = MemoryCache(
-            config.cache_bytes,
-            device,
-            device_bytes=config.device_cache_bytes,
-            page_bytes=self.video_bytes,
-        )
-        self.budget = Budget(self)
-        self.recent_frames = RecentFrames(config.frames_bytes)
-
-    def __repr__(self) -> str:
-        dtype, config = str(self.dtype).removeprefix("torch."), self.transformer.config
-        task = "edits" if config.source_channels else "novel views"
-        return f"Engine({self.checkpoint.name!r}, {task}, {dtype} on {self.device})"
 
     @classmethod
     def from_pretrained(
@@ -114,7 +68,7 @@ class Engine:
         Args:
             path_or_name: an embedded name, or a file or folder.
             device: None takes CUDA if there is one.
-            dtype: of the transformer; None is bfloat16 on CUDA, float32 elsewhere.
+            dtype: the transformer's; None is bfloat16 on CUDA, float32 elsewhere.
             components: a folder with VAE, text encoder and tokenizer, of diffusers' layout, Wan's
                 or ComfyUI's, for a checkpoint that is a transformer alone (ReCamMaster, Memory-V2V,
                 original Wan files).
@@ -160,7 +114,33 @@ class Engine:
             ParallelError: another process failed, or rank 0 is gone.
             CheckpointError, RequestError, KernelUnavailableError: as `from_pretrained`.
         """
-        follow(path_or_name, device=device, dtype=dtype, config=config, rename=rename)
+        checked_arguments(path_or_name, config=config, components=None, rename=rename)
+        if check_launch(config.parallel) == 0:
+            raise RequestError(
+                "this is rank 0, which has the engine: make it with Engine.from_pretrained; the "
+                "other processes call Engine.follow"
+            )
+        place = rank_device(device, config.parallel)
+        ranks = Ranks(config.parallel, place)
+        try:
+            with ranks.together():
+                # a rank that runs parts of steps needs no VAE and no text encoder
+                checkpoint = load_checkpoint(
+                    path_or_name,
+                    device=place,
+                    dtype=transformer_dtype(dtype, place),
+                    rename=rename,
+                    check_weights=config.check_weights,
+                )
+                configure(checkpoint.transformer, config, place)
+            serve(ranks, checkpoint.transformer)
+        finally:
+            ranks.close()
+
+    @property
+    def budget(self) -> Budget:
+        """The bytes that turns take of the device, and may take."""
+        return Budget(self)
 
     def close(self) -> None:
         """Let the other processes go, if there are any: no turn runs after that."""
@@ -197,9 +177,8 @@ class Engine:
         Kernels are compiled and tuned, tables built, steps captured where graphs serve.
 
         Args:
-            plans: as `ViewSession.plan_turn`, `EditSession.plans`, `tokens.plan.novel_view_plan`
-                or `tokens.editing.editing_plan` give them.
-            guidance_scale: of the turns to come; None takes the checkpoint's default.
+            plans: as `Session.plan_turn`, `Session.plans`, or `tokens.plan` give them.
+            guidance_scale: that of the turns to come; None takes the checkpoint's default.
 
         Returns:
             A row a plan, the largest first: its tokens, the seconds it took, how its steps ran.
@@ -224,176 +203,182 @@ class Engine:
         resume: bool = False,
         source_latents: Tensor | None = None,
         cuts: Sequence[int] | None = None,
+        cancel: CancelToken | None = None,
+        is_locked: bool = False,
     ) -> Session:
-        """Open a session of the kind that the model serves: see `view_session`, `edit_session`.
-
-        Raises:
-            RequestError: an argument of the other kind; else as those two.
-        """
-        views: dict[str, Any] = {
-            "cameras": cameras,
-            "window": window,
-            "source_latents": source_latents,
-        }
-        edits: dict[str, Any] = {"cuts": cuts}
-        is_editor = bool(self.transformer.config.source_channels)
-        if other := [k for k, v in (views if is_editor else edits).items() if v is not None]:
-            kind = "edits by instruction" if is_editor else "renders novel views"
-            raise RequestError(f"{self.checkpoint.name} {kind}, leave out {' and '.join(other)}")
-        common: dict[str, Any] = {"id": id, "fps": fps, "store": store, "resume": resume}
-        if not is_editor:
-            return self.view_session(source, **common, **views)
-        if isinstance(source, Source):
-            raise RequestError(
-                f"{self.checkpoint.name} edits long videos, got one window that is already read; "
-                "give the file or its frames"
-            )
-        return self.edit_session(source, **common, **edits)
-
-    def edit_session(
-        self,
-        source: AnySource,
-        *,
-        id: str | None = None,
-        fps: float | None = None,
-        cuts: Sequence[int] | None = None,
-        store: Path | str | None = None,
-        resume: bool = False,
-        cancel: CancelToken | None = None,
-    ) -> EditSession:
-        """Open a session that edits a video of any length by instruction.
+        """Open a session of the kind that the model serves.
 
         Args:
-            source: a video file, which is streamed, or frames uint8 [T, height, width, 3], a
-                tensor or an array.
-            fps: of the edits; None keeps the source's, of bare frames the checkpoint's.
-            cuts: first frames of the video's shots but the first; () says that it is one shot,
-                None looks for cuts in one pass over the video. No window straddles a cut: with a
-                cut at every frame, every frame is a window.
+            source: of novel views, a clip that can be cut to the model's length, or what
+                `load_source` gave; of edits, a video of any length. A file, which an edit streams,
+                or frames uint8 [T, height, width, 3], a tensor or an array.
+            fps: the rate of the turns; None keeps the source's, of bare frames the checkpoint's.
             store: a folder that keeps the session; `resume` takes up what it holds.
-            cancel: ends the look for cuts, which takes as long as the video is.
-
-        Raises:
-            VideoError, StorageError: what does not fit.
-            CancelledError: `cancel` was cancelled before the cuts were found.
-            RequestError: so too, or the model renders novel views.
-        """
-        return open_edit_session(
-            self, source, id=id, fps=fps, cuts=cuts, store=store, resume=resume, cancel=cancel
-        )
-
-    def view_session(
-        self,
-        source: AnySource | Source,
-        *,
-        id: str | None = None,
-        fps: float | None = None,
-        cameras: Camera | None = None,
-        store: Path | str | None = None,
-        window: str | int | None = None,
-        resume: bool = False,
-        source_latents: Tensor | None = None,
-        cancel: CancelToken | None = None,
-    ) -> ViewSession:
-        """Open a session that renders a source video from other cameras.
-
-        Args:
-            source: a video file, frames uint8 [T, height, width, 3], or what `load_source` gave.
-            fps: of the turns; None keeps the source's, of bare frames the checkpoint's.
-            cameras: the source's own path, as `ViewSession.render` takes one; unknown means static.
-            store: a folder that keeps the session; `resume` takes up what it holds.
-            window: which frames of a clip of another length than the model's (first, middle,
-                last, even, pad, or a start); None insists on the model's length.
-            source_latents: the source as this engine's VAE encodes it [C, F, H, W], where
-                several sessions share it; None encodes it on first use.
-            cancel: ends the reading of the file.
+            cancel: ends the reading of the file, and the look for cuts.
+            is_locked: the caller keeps other writers out of the folder.
+            cameras: of novel views, the source's own path, as `Session.render` takes one; unknown
+                means static.
+            window: of novel views, which frames of a clip of another length than the model's
+                (first, middle, last, even, pad, or a start); None insists on the model's length.
+            source_latents: of novel views, the source as this engine's VAE encodes it
+                [C, F, H, W], where several sessions share it; None encodes it on first use.
+            cuts: of edits, first frames of the video's shots but the first; () says that it is
+                one shot, None looks for cuts in one pass over the video. No window straddles a
+                cut: with a cut at every frame, every frame is a window.
 
         Raises:
             VideoError, CameraError, StorageError: what does not fit.
-            RequestError: so too, or the model edits by instruction.
+            RequestError: so too, or an argument of the other task.
+            CancelledError: `cancel` was cancelled before the session was open.
         """
-        return open_view_session(
-            self,
-            source,
-            id=id,
-            fps=fps,
-            cameras=cameras,
-            store=store,
-            window=window,
-            resume=resume,
-            source_latents=source_latents,
-            cancel=cancel,
-        )
+        views = {"cameras": cameras, "window": window, "source_latents": source_latents}
+        others = views if self.is_editor else {"cuts": cuts}
+        if wrong := [name for name, value in others.items() if value is not None]:
+            kind = "edits by instruction" if self.is_editor else "renders novel views"
+            raise RequestError(f"{self.checkpoint.name} {kind}, leave out {' and '.join(wrong)}")
+        if id is not None:
+            arguments.text("id", id)
+        arguments.flag("resume", resume)
+        folder = None
+        if store is not None:
+            folder = SessionFolder(arguments.path("store", store, "the path of a folder"))
+        check = cancel_token(cancel).check
+        camera = None
+        if cameras is not None:
+            size, count = self.sampling.size, self.sampling.num_frames
+            camera = resolve_camera(cameras, count, size, is_source=True)
+        if source_latents is not None:
+            self._check_latents(source_latents)
+        if cuts is not None:
+            cuts = _frame_numbers(cuts)
+        opened = self._opened(source, window, fps, check)
+        if camera is not None and isinstance(opened, Source):
+            opened = opened.noting(f"its camera: {words}" for words in camera.notes)
+        with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
+            manifest, identity = None, dict[str, Any]()
+            if folder is not None:
+                identity = self._identity(opened, camera)
+            if folder is not None and resume:
+                manifest = folder.read()
+                folder.check_identity(manifest, identity)
+                # found once, they are what the finished windows follow
+                cuts = manifest["identity"].get("cuts") if cuts is None else cuts
+            if isinstance(opened, LongSource):
+                if cuts is None:
+                    cuts = find_cuts(opened.frames(check=check), opened.fps)
+                identity["cuts"] = cuts = list(cuts)
+            session = Session(
+                self,
+                opened,
+                id=id or (manifest["id"] if manifest else new_id()),
+                camera=camera,
+                cuts=cuts or (),
+                folder=folder,
+                lock=lock,
+                source_latents=source_latents,
+            )
+            if folder is not None and manifest is None:
+                folder.create(session.id, identity)
+            elif folder is not None and manifest is not None:
+                folder.check_identity(manifest, identity)
+                if folder.is_writable:
+                    folder.remove_unfinished()
+                session.restore()
+        return session
+
+    def _opened(
+        self,
+        source: AnySource | Source,
+        window: str | int | None,
+        fps: float | None,
+        check: Callable[[], None],
+    ) -> Source | LongSource:
+        """The source at the model's size."""
+        sampling, config = self.sampling, self.config
+        common: dict[str, Any] = {
+            "size": sampling.size,
+            "fps": fps,
+            "own_fps": sampling.fps,
+            "max_pixels": config.max_source_pixels,
+            "alpha": config.source_alpha,
+            "fit": config.source_fit,
+            "check": check,
+        }
+        if not self.is_editor:
+            if not isinstance(source, Source):
+                source = load_source(
+                    source, num_frames=sampling.num_frames, window=window, **common
+                )
+            warnings = source_warnings(self.checkpoint, self.vae, source.frames[0])
+            return replace(source, warnings=warnings)
+        name = self.checkpoint.name
+        if isinstance(source, Source):
+            raise RequestError(
+                f"{name} edits long videos, got one window that is already read; give the file or "
+                "its frames"
+            )
+        if self.text is None:
+            raise RequestError(
+                f"{name} has no text encoder, and an edit needs its instruction read; give the "
+                "folder that has text_encoder and tokenizer"
+            )
+        if config.memory_ranking != "fov":
+            raise RequestError(
+                f"memory_ranking={config.memory_ranking!r} draws novel views; an edit's windows "
+                "are ranked by their sources: leave it out"
+            )
+        video = open_long_source(source, **common)
+        video.warnings = source_warnings(self.checkpoint, self.vae, video.read([0])[0])
+        return video
+
+    def _identity(
+        self, source: Source | LongSource, camera: CameraTrajectory | None
+    ) -> dict[str, Any]:
+        """What a resumed session must agree with, but for its cuts."""
+        name = self.checkpoint.name
+        if isinstance(source, Source):
+            return {**view_identity(source, name, camera), "vae": self.vae.key}
+        return {
+            "source": source.fingerprint,
+            "checkpoint": name,
+            "vae": self.vae.key,
+            "descriptor": self.describer.key,
+        }
+
+    def _check_latents(self, source_latents: Tensor) -> None:
+        """Refuse a source's latents that are not this engine's."""
+        arguments.instance("source_latents", source_latents, Tensor, "a tensor, or None")
+        if tuple(source_latents.shape) != self.latent_shape:
+            raise RequestError(
+                f"source_latents must have shape {list(self.latent_shape)}, got "
+                f"{list(source_latents.shape)}; encode the source with this engine's vae"
+            )
+        require_finite(source_latents, "source_latents", "encode the source with this engine's vae")
 
     def answer_all(
         self,
-        turns: Sequence[tuple[ViewSession, TurnRequest]],
+        turns: Sequence[tuple[Session, Request]],
         *,
         token_budget: int | None = None,
         cancels: Sequence[CancelToken | None] | None = None,
         on_progress: Callable[[TurnEvent], None] | None = None,
-    ) -> list[ViewTurn | Exception]:
+    ) -> list[Turn | Exception]:
         """Answer requests of several sessions together; see `TurnBatch.answer_all`."""
         batch = TurnBatch(self, token_budget)
         return batch.answer_all(turns, cancels=cancels, on_progress=on_progress)
 
-    def check_text(self, prompt: str, guidance_scale: float) -> None:
-        """Refuse a prompt that nothing here could read, and guidance towards nothing."""
-        arguments.text("prompt", prompt)
-        arguments.number("guidance_scale", guidance_scale)
-        check_text(self.checkpoint.name, prompt, guidance_scale, has_text=self.text is not None)
 
-    @functools.cached_property
-    def latent_kind(self) -> LatentKind:
-        """The latents of this engine's turns: other ones in the cache are not candidates."""
-        shape = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
-        return LatentKind(self.vae.key, shape, torch.float32)
-
-    @functools.cached_property
-    def describer(self) -> SegmentDescriber:
-        """What compares the segments of a long edit."""
-        return open_describer(self.config, self.device)
-
-    @property
-    def video_bytes(self) -> int:
-        """Bytes of one turn's latents."""
-        shape = self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
-        return math.prod(shape) * torch.float32.itemsize
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """Of the transformer's tokens."""
-        return self.transformer.patch_embedding.weight.dtype
-
-    def text_embedding(self, prompt: str) -> Tensor:
-        """[1, S, text_dim]; zeros for a checkpoint without text."""
-        return self.text_embeddings([prompt])[0]
-
-    def text_embeddings(self, prompts: Sequence[str]) -> list[Tensor]:
-        """`text_embedding` of several, for which an offloaded encoder travels once."""
-        shape = self.transformer.config
-        if self.text is None:
-            size = (1, shape.text_len, shape.text_dim)
-            nothing = torch.zeros(size, dtype=torch.float32, device=self.device)
-            return [nothing] * len(prompts)
-        return self.text.encode_all(prompts)
-
-    def describe(self) -> dict[str, Any]:
-        """What a report says of the engine."""
-        return {
-            "checkpoint": self.checkpoint.name,
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "backend": self.backend,
-            "attention": self.attention,
-            "scheduler": self.scheduler,
-            "timesteps": self.timesteps,
-            "torch": torch.__version__,
-            # whose steps a turn is made of
-            **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),
-        }
+def new_id() -> str:
+    """An id for a session that was given none."""
+    return uuid.uuid4().hex[:12]
 
 
-def default_memory(initialised: Iterable[str]) -> MemoryMode:
-    """What a turn remembers unless it is told: nothing, on weights that never learned to."""
-    return "retrieved" if is_trained_for_memory(initialised) else "none"
+def _frame_numbers(cuts: Sequence[int]) -> list[int]:
+    """First frames of shots, as a caller gives them.
+
+    Raises:
+        RequestError: they are no sequence of integers.
+    """
+    if isinstance(cuts, str | bytes) or not isinstance(cuts, Iterable):
+        raise arguments.mistaken("cuts", cuts, "a sequence of frame numbers, or None")
+    return [arguments.integer(f"cuts[{place}]", cut) for place, cut in enumerate(cuts)]

@@ -19,14 +19,14 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.buffers import Conditioning
-from mv2v_engine.engine.prompts import guidance_texts
+from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.request import sampled
 from mv2v_engine.engine.runner import STAGE, not_finite
 from mv2v_engine.errors import RequestError, VideoError
@@ -36,12 +36,8 @@ from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.fifo import FifoForward, fifo_schedule, fifo_stride
 from mv2v_engine.sampling.flow_match import initial_noise, shifted_sigmas
 from mv2v_engine.sampling.guidance import guide
-from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.flops import work_flops
-from mv2v_engine.tokens.plan import TokenPlan
-
-if TYPE_CHECKING:
-    from mv2v_engine.engine.engine import Engine
+from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,7 +138,7 @@ def fifo_steps(num_inference_steps: int, model_frames: int, *, lookahead: bool =
 
 
 def edit_fifo(
-    engine: Engine,
+    engine: Parts,
     frames: Tensor,
     prompt: str,
     *,
@@ -207,7 +203,7 @@ def edit_fifo(
     return FifoEdit(edited, latents, report)
 
 
-def _check(engine: Engine, frames: Tensor) -> None:
+def _check(engine: Parts, frames: Tensor) -> None:
     height, width = engine.sampling.size
     if not engine.transformer.config.source_channels:
         raise RequestError(
@@ -221,20 +217,20 @@ def _check(engine: Engine, frames: Tensor) -> None:
         )
 
 
-def _planned(engine: Engine, asked: int, lookahead: bool) -> tuple[TokenPlan, Tensor]:
+def _planned(engine: Parts, asked: int, lookahead: bool) -> tuple[TokenPlan, Tensor]:
     """The plan of one forward, and the noise levels of at least as many steps as asked for."""
     sampling = engine.sampling
     _, *grid = engine.vae.latent_shape(sampling.num_frames, sampling.size)
     shape = (grid[0], grid[1], grid[2])
-    plan = editing_plan(engine.transformer.config, shape, (), merge="off")
+    plan = turn_plan(engine.transformer.config, shape, (), merge="off")
     steps = fifo_steps(asked, shape[0], lookahead=lookahead)
     return plan, shifted_sigmas(steps, sampling.flow_shift)
 
 
-def _conditioning(engine: Engine, prompt: str, scale: float, source: Tensor) -> Conditioning:
+def _conditioning(engine: Parts, prompt: str, scale: float, source: Tensor) -> Conditioning:
     """source: [C, N, H, W]."""
     engine.check_text(prompt, scale)
-    texts = guidance_texts(engine, prompt, scale)
+    texts = engine.guidance_texts(prompt, scale)
     return Conditioning((), None, *texts, source[None].to(engine.device))
 
 
@@ -257,7 +253,7 @@ def _driven(
             on_progress(StepDone(STAGE, done, total, left))
 
 
-def padded_clip(engine: Engine, frames: Tensor) -> Tensor:
+def padded_clip(engine: Parts, frames: Tensor) -> Tensor:
     """The clip with its last frame repeated up to a length that the VAE takes."""
     missing = -(len(frames) - 1) % engine.vae.temporal_stride
     return torch.cat([frames, frames[-1:].expand(missing, -1, -1, -1)])

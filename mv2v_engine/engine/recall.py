@@ -1,65 +1,139 @@
-"""What a turn remembers, the plan it runs, and what its steps are conditioned on (METHOD 1-5).
+"""What a turn remembers, the plan it runs, and what its steps are conditioned on (METHOD 1-5, 10).
 
-C latent channels, F H W latent grid, V camera tracks.
+A novel view remembers the session's earlier turns by their fields of view, a window of an edit the
+windows of the same edit before it by their sources; both through the engine's cache.
+
+C latent channels, F H W latent grid, V camera tracks, D numbers of a descriptor.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
-from typing import TYPE_CHECKING
+import weakref
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.camera.poses import relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.turn import ViewTurn
-from mv2v_engine.memory.cache import MemoryCache
+from mv2v_engine.config import MemoryMode
+from mv2v_engine.engine.parts import Parts
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.turn import KeptWindow, Turn
 from mv2v_engine.memory.entry import MemoryEntry
 from mv2v_engine.memory.retrieval import Retrieval, rank_memory
-from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from mv2v_engine.memory.segment_retrieval import SegmentKey, rank_segments
+from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.video.windows import EditWindow
 
-if TYPE_CHECKING:
-    from mv2v_engine.engine.engine import Engine
+# what is remembered, and the plan of that
+Ranked = tuple[Retrieval, TokenPlan]
+
+
+@dataclass(frozen=True, eq=False)
+class Recalled:
+    """What a window's steps are conditioned on.
+
+    latents: [1, C, F, H, W] of each conditioning segment, on the device. cameras: tracks
+    [1, V, F, 12 or 16]; None for a model without cameras.
+    """
+
+    retrieval: Retrieval
+    plan: TokenPlan
+    latents: list[Tensor]
+    cameras: Tensor | None = None
 
 
 class Recall:
-    """One session's way to its memory. camera: the source's own path.
+    """A way to the memory that keeps entries of its own in the cache. id: what these begin with.
 
-    owner: whose entries in the cache are this session's; another one under the same id has its
-        own.
+    Another one under the same id has its own entries. One that is dropped takes them with it.
     """
 
-    def __init__(self, engine: Engine, session_id: str, camera: CameraTrajectory) -> None:
-        self.engine, self.session_id, self.camera = engine, session_id, camera
+    def __init__(self, parts: Parts, id: str) -> None:
+        self.parts, self.id = parts, id
         self.owner = object()
+        # one that is dropped without `forget`, wherever its last reference goes
+        weakref.finalize(self, parts.cache.abandon, self.owner).atexit = False
+
+    @property
+    def top_k(self) -> int:
+        """The most videos that a window remembers."""
+        return self.parts.config.max_memory if self.parts.transformer.config.tokenizers else 0
 
     def entry_id(self, number: int) -> str:
-        """What the cache calls a turn of this session."""
-        return f"{self.session_id}/{number}"
+        """What the cache calls a turn or a window, counted from 1."""
+        return f"{self.id}/{number}"
 
-    def rank(self, request: TurnRequest, num_turns: int) -> Retrieval:
-        """What a turn after `num_turns` others remembers, best first."""
-        config = self.engine.config
+    def add(
+        self,
+        number: int,
+        latents: Tensor,
+        reload: Callable[[], Tensor] | None,
+        trajectory: CameraTrajectory | None = None,
+    ) -> MemoryEntry:
+        """Remember a finished video. latents: [C, F, H, W]. reload: reads them again."""
+        entry = MemoryEntry(
+            id=self.entry_id(number),
+            turn=number,
+            latents=latents,
+            trajectory=trajectory,
+            key=self.parts.latent_kind.key,
+            reload=reload,
+            owner=self.owner,
+        )
+        self.parts.cache.add(entry)
+        return entry
+
+    def forget(self) -> None:
+        """Leave nothing of this in the cache."""
+        self.parts.cache.forget(self.owner)
+
+    def _gathered(
+        self, ranked: Ranked, rank: Callable[[], Ranked]
+    ) -> tuple[Retrieval, TokenPlan, list[MemoryEntry]]:
+        """What is remembered, its plan and its entries; what cannot be read again is left out."""
+        (retrieval, plan), cache, lost = ranked, self.parts.cache, dict[str, str]()
+        while True:
+            cache.prefetch(retrieval.ids)
+            entries, missing = cache.gather(retrieval.ids)
+            if not missing:
+                return dataclasses.replace(retrieval, lost=tuple(lost.items())), plan, entries
+            lost |= missing  # the cache has forgotten them, so the ranking moves on
+            retrieval, plan = rank()
+
+
+class ViewRecall(Recall):
+    """The memory of a session of novel views. camera: the source's own path."""
+
+    def __init__(self, parts: Parts, id: str, camera: CameraTrajectory) -> None:
+        super().__init__(parts, id)
+        self.camera = camera
+
+    def rank(self, request: Request, num_turns: int) -> Ranked:
+        """What a turn after `num_turns` others remembers, best first, and its plan."""
+        retrieval = self._ranked(request, num_turns)
+        has_source = not (request.memory == "alone" and retrieval.ids)
+        return retrieval, self.parts.plan(retrieval.tokenizers, has_source=has_source)
+
+    def _ranked(self, request: Request, num_turns: int) -> Retrieval:
+        config, cache = self.parts.config, self.parts.cache
         if request.memory not in ("retrieved", "alone"):
             reason = "memory is off"
             if request.memory == "previous":
                 reason = "the last turn is the source" if num_turns else "this is the first turn"
-            return Retrieval((), (), (), (), num_turns, reason)
-        held = [
-            entry
-            for entry in self.engine.cache.entries(self.engine.latent_kind)
-            if entry.owner is self.owner
-        ]
+            return Retrieval.nothing(num_turns, reason)
+        held = [e for e in cache.entries(self.parts.latent_kind) if e.owner is self.owner]
         shuffle = None
         if config.memory_ranking == "random":
             shuffle = torch.Generator().manual_seed(request.seed)
+        assert request.camera is not None
         return rank_memory(
             request.camera,
             held,
-            top_k=config.max_memory if self.engine.transformer.config.tokenizers else 0,
+            top_k=self.top_k,
             radius=config.fov_radius,
             blend=config.fov_blend,
             # trajectories lie on the CPU, whatever runs the model
@@ -68,44 +142,32 @@ class Recall:
             shuffle=shuffle,
         )
 
-    def plan(self, request: TurnRequest, retrieval: Retrieval) -> TokenPlan:
-        config, sampling = self.engine.config, self.engine.sampling
-        _, *grid = self.engine.vae.latent_shape(sampling.num_frames, sampling.size)
-        frames, rows, columns = grid
-        return turn_plan(
-            self.engine.transformer.config,
-            (frames, rows, columns),
-            retrieval.tokenizers,
-            source=not (request.memory == "alone" and retrieval.ids),
-            merge=self.engine.merge,
-            scope=config.merge_scope,
-            fraction=config.merge_fraction,
-            conditioning=config.conditioning,
-            rope=config.rope,
-        )
+    def recall(
+        self, request: Request, source: Tensor, turns: Sequence[Turn], ranked: Ranked | None = None
+    ) -> Recalled:
+        """What a turn is conditioned on.
 
-    def condition(
-        self, request: TurnRequest, source: Tensor, turns: list[ViewTurn]
-    ) -> tuple[Retrieval, TokenPlan, list[Tensor], Tensor | None]:
-        """What is remembered, its plan, latents [1, C, F, H, W] and cameras [1, V, F, 12 or 16].
-
-        source: the source's latents [C, F, H, W]. turns: the session's finished ones.
+        source: the source's latents [C, F, H, W]. turns: the session's finished ones. ranked: what
+        `rank` has given already.
         """
-        retrieval, plan, entries = gathered(
-            self.engine.cache,
-            lambda: self.rank(request, len(turns)),
-            lambda ranked: self.plan(request, ranked),
-        )
+
+        def rank() -> Ranked:
+            return self.rank(request, len(turns))
+
+        if ranked is None or not all(id in self.parts.cache for id in ranked[0].ids):
+            ranked = rank()
+        retrieval, plan, entries = self._gathered(ranked, rank)
         source_camera = self.camera
         if request.memory == "previous" and turns:
-            source, source_camera = turns[-1].latents, turns[-1].trajectory
+            source, source_camera = turns[-1].latents, turns[-1].camera
+        assert request.camera is not None
         cameras = self._cameras(
             plan, [request.camera, source_camera, *(entry.camera for entry in entries)]
         )
-        device = self.engine.device
+        device = self.parts.device
         has_source = any(segment.role == "source" for segment in plan.segments)
         videos = [*([source] if has_source else []), *(entry.latents for entry in entries)]
-        return (
+        return Recalled(
             retrieval,
             plan,
             [video.to(device)[None] for video in videos],
@@ -122,22 +184,83 @@ class Recall:
             target = trajectories[0]
             poses = relative_to(target.poses, target.poses[0])
             trajectories = [dataclasses.replace(target, poses=poses)]
-        stride = self.engine.vae.temporal_stride
+        stride = self.parts.vae.temporal_stride
         return torch.stack([t.vectors(shape.camera_dim, stride=stride) for t in trajectories])
 
 
-def gathered(
-    cache: MemoryCache,
-    rank: Callable[[], Retrieval],
-    make_plan: Callable[[Retrieval], TokenPlan],
-) -> tuple[Retrieval, TokenPlan, list[MemoryEntry]]:
-    """What is remembered, its plan and its entries; what cannot be read again is left out."""
-    lost: dict[str, str] = {}
-    while True:
-        retrieval = rank()
-        cache.prefetch(retrieval.ids)
-        plan = make_plan(retrieval)
-        entries, missing = cache.gather(retrieval.ids)
-        if not missing:
-            return dataclasses.replace(retrieval, lost=tuple(lost.items())), plan, entries
-        lost |= missing  # the cache has forgotten them, so the ranking moves on
+class EditRecall(Recall):
+    """The memory of one edit under way: its finished windows.
+
+    What the cache has no room for is read again from where the window is kept.
+    """
+
+    def __init__(self, parts: Parts, id: str, mode: MemoryMode) -> None:
+        super().__init__(parts, id)
+        self.mode = mode
+        self._keys: list[SegmentKey] = []
+
+    @property
+    def _crosses_shots(self) -> bool:
+        return self.parts.config.cross_shot_similarity is not None
+
+    def is_wanted(self, window: EditWindow, later: EditWindow) -> bool:
+        """Whether a window may be remembered when a later one is edited."""
+        if self.mode == "none" or not self.top_k:
+            return False
+        return window.shot == later.shot or self._crosses_shots
+
+    def keep(self, window: EditWindow, kept: KeptWindow, latents: Tensor) -> None:
+        """Remember a finished window. latents: [C, F, H, W], the window's."""
+        if self._keys and self._keys[-1].shot != window.shot and not self._crosses_shots:
+            self.forget()  # the shot before
+        assert kept.descriptor is not None
+        entry = self.add(window.number + 1, latents, kept.read)
+        self._keys.append(SegmentKey(entry.id, entry.turn, kept.descriptor, window.shot))
+
+    def rank(self, window: EditWindow, descriptor: Tensor) -> Ranked:
+        """The windows that this one remembers, best first. descriptor: of its source, [D]."""
+        retrieval = self._ranked(window, descriptor)
+        # whether the first of them comes just before the window, in its own shot
+        before = (self.entry_id(window.number), window.shot)
+        preceding = retrieval.ids[:1] == before[:1] and before in (
+            (key.id, key.shot) for key in self._keys
+        )
+        return retrieval, self.parts.plan(retrieval.tokenizers, preceding=preceding)
+
+    def _ranked(self, window: EditWindow, descriptor: Tensor) -> Retrieval:
+        if self.mode == "none":
+            return Retrieval.nothing(len(self._keys), "memory is off")
+        config = self.parts.config
+        return rank_segments(
+            descriptor,
+            [key for key in self._keys if key.id in self.parts.cache],
+            top_k=self.top_k,
+            shot=window.shot,
+            cross_shot_similarity=config.cross_shot_similarity,
+            tokenizers=config.memory_tokenizers,
+        )
+
+    def recall(self, window: EditWindow, descriptor: Tensor) -> Recalled:
+        """What a window is conditioned on. descriptor: of its source, [D]."""
+
+        def rank() -> Ranked:
+            return self.rank(window, descriptor)
+
+        retrieval, plan, entries = self._gathered(rank(), rank)
+        latents = [entry.latents.to(self.parts.device)[None] for entry in entries]
+        return Recalled(retrieval, plan, latents)
+
+    def largest_plan(self, window: EditWindow) -> TokenPlan:
+        """The longest plan that a window may get, known before its source is read."""
+        count = sum(self._crosses_shots or key.shot == window.shot for key in self._keys)
+        return self.parts.plan_of(0 if self.mode == "none" else min(count, self.top_k))
+
+    def plans(self, most: int) -> list[TokenPlan]:
+        """The plans of windows with none to `most` others of their shot before them."""
+        counts = range(1 if self.mode == "none" else min(most, self.top_k) + 1)
+        return [self.parts.plan_of(count) for count in counts]
+
+    def forget(self) -> None:
+        """The edit, or its shot, has ended: nothing of it stays in the cache."""
+        self._keys.clear()
+        super().forget()

@@ -1,16 +1,19 @@
-"""A turn's report: what was asked, remembered, merged and spent, as plain data."""
+"""The report of a turn or a window: what was asked, remembered, merged and spent, as plain data."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
-from mv2v_engine.engine.request import TurnRequest, camera_notes
+from mv2v_engine.engine.budget import Budget
+from mv2v_engine.engine.parts import Parts
+from mv2v_engine.engine.request import Request, camera_notes
 from mv2v_engine.engine.runner import Denoised, Denoiser
 from mv2v_engine.memory.retrieval import Retrieval
 from mv2v_engine.models.token_merge import MergeRecord
-from mv2v_engine.progress import CancelToken, Spans
+from mv2v_engine.progress import Spans
+from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.flops import (
     FORWARDS,
     Work,
@@ -22,60 +25,130 @@ from mv2v_engine.tokens.flops import (
     work_flops,
 )
 from mv2v_engine.tokens.layout import MergeStep
-from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.tokens.plan import TokenPlan, window_plan
+from mv2v_engine.video.windows import EditWindow
 
-if TYPE_CHECKING:
-    from mv2v_engine.engine.engine import Engine
-
-
-@dataclass(frozen=True, eq=False)
-class Prepared:
-    """A turn before its first step."""
-
-    request: TurnRequest
-    retrieval: Retrieval
-    denoiser: Denoiser
-    cancel: CancelToken
+FULL_SIZE = (480, 832)
 
 
-def turn_report(
-    engine: Engine, prepared: Prepared, denoised: Denoised, spans: Spans, *, number: int
+def view_report(
+    parts: Parts,
+    request: Request,
+    denoiser: Denoiser,
+    denoised: Denoised,
+    retrieval: Retrieval,
+    spans: Spans,
+    *,
+    number: int,
 ) -> dict[str, Any]:
-    """Everything about a turn (ARCHITECTURE, contracts)."""
-    request, retrieval, plan = prepared.request, prepared.retrieval, prepared.denoiser.plan
+    """The report of a novel view."""
+    assert request.camera is not None
     return {
         "turn": number,
         "camera": request.camera.name,
-        "notes": camera_notes(request.camera, engine.transformer.config),
+        "notes": camera_notes(request.camera, parts.transformer.config),
+        **_asked(request),
+        "memory": {
+            "mode": request.memory,
+            "ranking": parts.config.memory_ranking,
+            **retrieval.to_dict(),
+        },
+        **_run(parts, denoiser, denoised, retrieval, spans, "turn"),
+        **_cache(parts),
+        **parts.describe(),
+    }
+
+
+def window_report(
+    parts: Parts,
+    window: EditWindow,
+    denoiser: Denoiser,
+    denoised: Denoised,
+    retrieval: Retrieval,
+    spans: Spans,
+) -> dict[str, Any]:
+    """The report of an edit's window, up to its latents.
+
+    A `turn` of its memory is a window, counted from 1.
+    """
+    first = window.new_frames
+    return {
+        "window": window.number + 1,
+        "shot": window.shot + 1,
+        "frames": [window.start, window.stop],
+        "new_frames": [window.start + first.start, window.start + first.stop],
+        "memory": retrieval.to_dict(),
+        **_run(parts, denoiser, denoised, retrieval, spans, "window"),
+    }
+
+
+def edit_report(
+    parts: Parts,
+    request: Request,
+    source: Mapping[str, Any],
+    windows: Sequence[EditWindow],
+    rows: Sequence[Mapping[str, Any]],
+    *,
+    number: int,
+    decoding: Spans,
+) -> dict[str, Any]:
+    """The report of a whole edit but for its windows' own reports (`rows`).
+
+    decoding: the windows that this process has decoded meanwhile.
+    """
+    counts = [len(row["memory"]["retrieved"]) for row in rows]
+    config, peaks = parts.config, decoding.peak_name
+    return {
+        "turn": number,
+        **_asked(request),
+        "memory": {
+            "mode": request.memory,
+            "max_memory": config.max_memory,
+            "cross_shot_similarity": config.cross_shot_similarity,
+            "descriptor": parts.describer.describe(),
+        },
+        "source": dict(source),
+        "num_windows": len(windows),
+        "window_frames": parts.sampling.num_frames,
+        "window_starts": [window.start for window in windows],
+        "shots": 1 + max(window.shot for window in windows),
+        "flops": sum(row["flops"] for row in rows),
+        "flops_exact": sum(row["flops_exact"] for row in rows),
+        "full_size": full_size_rows(parts, request, counts),
+        "approximations": sorted({words for row in rows for words in row["approximations"]}),
+        "conditioning_is_trained": all(row["conditioning_is_trained"] for row in rows),
+        "seconds": _summed([*(row["seconds"] for row in rows), decoding.seconds]),
+        peaks: _highest([*(row.get(peaks, {}) for row in rows), decoding.peak_bytes]),
+        "predicted_peak_bytes": _highest(row["predicted_peak_bytes"] for row in rows),
+        **_cache(parts),
+        **parts.describe(),
+    }
+
+
+def _asked(request: Request) -> dict[str, Any]:
+    return {
         "seed": request.seed,
         "prompt": request.prompt,
         "num_inference_steps": request.num_inference_steps,
         "guidance_scale": request.guidance_scale,
-        "memory": {
-            "mode": request.memory,
-            "ranking": engine.config.memory_ranking,
-            **retrieval.to_dict(),
-        },
-        **run_report(engine, prepared.denoiser, denoised, retrieval),
-        "approximations": approximations(engine, plan),
-        "conditioning_is_trained": is_trained(engine, plan),
-        **spent(engine, plan, spans),
-        **cache_report(engine),
-        **engine.describe(),
     }
 
 
-def run_report(
-    engine: Engine,
+def _run(
+    parts: Parts,
     denoiser: Denoiser,
     denoised: Denoised,
     retrieval: Retrieval,
-    *,
-    memory_name: str = "turn",
+    spans: Spans,
+    memory_name: str,
 ) -> dict[str, Any]:
-    """One denoising run: its plan, what it merged, what it computed and kept.
+    """One denoising run: its plan, what it merged, what it computed, kept and spent.
 
     memory_name: what made the remembered videos, turns or windows.
+
+    `peak_bytes` and `predicted_peak_bytes` are of the same thing, the device's tensors. On a CPU
+    nobody can tell them from what else the process holds, so the measured one is left out, and
+    what is known of the whole process is called `process_peak_bytes`.
     """
     plan, steps = denoiser.plan, [record.step for record in denoised.records]
     names = segment_names(plan, retrieval.turns, memory_name)
@@ -85,34 +158,74 @@ def run_report(
         "forwards": denoised.num_forwards,
         "packed_steps": denoiser.packed_steps,
         **turn_flops(plan, steps, denoised.work),
-        **kept_bytes(engine, denoiser, steps),
+        **_kept_bytes(parts, denoiser, steps),
         **({} if denoised.reuse is None else {"reuse": denoised.reuse}),
         "graphs": denoised.graphs,
         **({} if (shared := denoiser.parallel_report()) is None else {"parallel": shared}),
-    }
-
-
-def spent(engine: Engine, plan: TokenPlan, spans: Spans) -> dict[str, Any]:
-    """Seconds and bytes by stage.
-
-    `peak_bytes` and `predicted_peak_bytes` are of the same thing, the device's tensors. On a CPU
-    nobody can tell them from what else the process holds, so the measured one is left out, and
-    what is known of the whole process is called `process_peak_bytes`.
-    """
-    return {
+        "approximations": _approximations(parts, plan),
+        "conditioning_is_trained": plan.conditioning in parts.checkpoint.conditioning,
         "seconds": {name: round(value, 4) for name, value in spans.seconds.items()},
         spans.peak_name: dict(spans.peak_bytes),
-        "predicted_peak_bytes": engine.budget.predict(plan).by_span(),
+        "predicted_peak_bytes": Budget(parts).predict(plan).by_span(),
     }
 
 
-def cache_report(engine: Engine) -> dict[str, Any]:
+def full_size_rows(parts: Parts, request: Request, counts: Sequence[int]) -> list[dict[str, Any]]:
+    """What a window of the 5B model at 480x832 takes by count, a row a number of memories.
+
+    counts: the number of memories of each window of the edit.
+    """
+    config, rows = parts.config, []
+    forwards = request.num_inference_steps * (2 if needs_guidance(request.guidance_scale) else 1)
+    for count, windows in sorted(Counter(counts).items()):
+        plan = window_plan(
+            memory=count,
+            size=FULL_SIZE,
+            merge=parts.merge,
+            fraction=config.merge_fraction,
+            conditioning=config.conditioning,
+            tokenizers=config.memory_tokenizers,
+        )
+        flops = turn_flops(plan, plan.merge_steps, forwards)
+        rows.append(
+            {
+                "memory": count,
+                "windows": windows,
+                "frames": 81,
+                "size": list(FULL_SIZE),
+                "tokens": plan.length,
+                "tokens_by_kind": plan.lengths_by_kind,
+                "flops_per_forward": sum(flops["flops_per_forward"].values()),
+                "forwards": forwards,
+                "flops": flops["flops"],
+            }
+        )
+    return rows
+
+
+def _summed(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
+    total: dict[str, float] = {}
+    for row in rows:
+        for name, value in row.items():
+            total[name] = round(total.get(name, 0.0) + value, 4)
+    return total
+
+
+def _highest(rows: Iterable[Mapping[str, int]]) -> dict[str, int]:
+    highest: dict[str, int] = {}
+    for row in rows:
+        for name, value in row.items():
+            highest[name] = max(value, highest.get(name, 0))
+    return highest
+
+
+def _cache(parts: Parts) -> dict[str, Any]:
     """The memory as it is now."""
     return {
-        "cache_bytes": engine.cache.bytes_used,
-        "cache_bytes_by_tier": engine.cache.bytes_by_tier(),
+        "cache_bytes": parts.cache.bytes_used,
+        "cache_bytes_by_tier": parts.cache.bytes_by_tier(),
         # of all the engine's sessions since it was made
-        "cache_counters": engine.cache.counters(),
+        "cache_counters": parts.cache.counters(),
     }
 
 
@@ -155,26 +268,21 @@ def turn_flops(
     }
 
 
-def kept_bytes(engine: Engine, denoiser: Denoiser, steps: Sequence[MergeStep]) -> dict[str, int]:
+def _kept_bytes(parts: Parts, denoiser: Denoiser, steps: Sequence[MergeStep]) -> dict[str, int]:
     """What a turn kept between its steps: conditioning, and what skipped steps add again."""
-    element = engine.dtype.itemsize
+    element = parts.dtype.itemsize
     kept = {"conditioning_bytes": conditioning_bytes(denoiser.plan, element, steps)}
-    if engine.config.step_cache is not None:
+    if parts.config.step_cache is not None:
         branches = len(denoiser.branches)
         kept["residual_bytes"] = branches * residual_bytes(denoiser.plan, element)
     return kept
 
 
-def is_trained(engine: Engine, plan: TokenPlan) -> bool:
-    """Whether the weights are known to have been trained for the plan's conditioning."""
-    return plan.conditioning in engine.checkpoint.conditioning
-
-
-def approximations(engine: Engine, plan: TokenPlan) -> list[str]:
+def _approximations(parts: Parts, plan: TokenPlan) -> list[str]:
     """In words, all in which a turn differs from what its weights were made for; mostly nothing."""
-    config, found = engine.config, []
-    if not is_trained(engine, plan):
-        trained = " and ".join(engine.checkpoint.conditioning)
+    config, found = parts.config, list[str]()
+    if plan.conditioning not in parts.checkpoint.conditioning:
+        trained = " and ".join(parts.checkpoint.conditioning)
         found.append(f"{plan.conditioning} conditioning on weights trained for {trained}")
     if config.step_cache is not None:
         found.append(f"steps skipped below a change of {config.step_cache:g}")

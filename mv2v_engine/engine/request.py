@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
 
@@ -35,19 +36,27 @@ NO_EDITS = (
 )
 
 
-@dataclass(frozen=True, kw_only=True, eq=False)
-class TurnRequest:
-    """One novel-view turn. camera: poses relative to the source's first frame, one per frame."""
+# the memory modes of an edit, whose windows remember each other
+_EDIT_MODES: tuple[MemoryMode, ...] = ("retrieved", "none")
 
-    camera: CameraTrajectory
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """What one turn is asked for: a novel view by its camera, an edit by its prompt.
+
+    camera: poses relative to the source's first frame, one a frame; None for an edit. Two equal
+    requests give the same edit.
+    """
+
     prompt: str
     seed: int
     num_inference_steps: int
     guidance_scale: float
     memory: MemoryMode
+    camera: CameraTrajectory | None = None
 
     @classmethod
-    def of(
+    def view(
         cls,
         camera: Camera,
         sampling: SamplingConfig,
@@ -57,8 +66,8 @@ class TurnRequest:
         seed: int = 0,
         num_inference_steps: int | None = None,
         guidance_scale: float | None = None,
-    ) -> TurnRequest:
-        """A request as a user makes it; None takes the checkpoint's default.
+    ) -> Request:
+        """A novel view as a user asks for it; None takes the checkpoint's default.
 
         Args:
             camera: a preset ("pan_right"), moves ("arc:-40+tilt:5"), a camera file with its
@@ -80,26 +89,70 @@ class TurnRequest:
             **sampled(sampling, seed, num_inference_steps, guidance_scale),
         )
 
-    def difference(self, trajectory: CameraTrajectory, report: dict[str, Any]) -> str | None:
-        """How a finished turn differs from this request, in words; None if it answers it."""
-        asked = {
-            "camera": self.camera.name,
-            "seed": self.seed,
-            "num_inference_steps": self.num_inference_steps,
-            "memory": self.memory,
-            "guidance_scale": self.guidance_scale,
-            "prompt": self.prompt,
-        }
+    @classmethod
+    def edit(
+        cls,
+        prompt: str,
+        sampling: SamplingConfig,
+        *,
+        memory: MemoryMode,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+    ) -> Request:
+        """An edit as a user asks for it; None takes the checkpoint's default.
+
+        Raises:
+            RequestError: no instruction, or what no checkpoint can serve.
+        """
+        if not arguments.text("prompt", prompt).strip():
+            raise RequestError(
+                f"an edit needs an instruction, got the prompt {arguments.shown(prompt)}; say what "
+                "to change"
+            )
+        return cls(
+            prompt=str(prompt),
+            memory=arguments.choice("memory", memory, _EDIT_MODES),
+            **sampled(sampling, seed, num_inference_steps, guidance_scale),
+        )
+
+    @classmethod
+    def of_report(cls, report: Mapping[str, Any], camera: CameraTrajectory | None) -> Request:
+        """The request that a finished turn's report answers, unchecked."""
+        memory = report.get("memory")
+        mode = memory.get("mode") if isinstance(memory, Mapping) else None
+        words = {name: report.get(name) for name in _NAMES}
+        return cls(**{**words, "memory": mode, "camera": camera})  # type: ignore[arg-type]
+
+    def to_dict(self) -> dict[str, Any]:
+        """Everything but the camera as plain data, for a folder's manifest."""
+        return {name: getattr(self, name) for name in _NAMES}
+
+    def difference(
+        self, report: Mapping[str, Any], trajectory: CameraTrajectory | None
+    ) -> str | None:
+        """How a finished turn differs from this request, in words; None if it answers it.
+
+        trajectory: the finished turn's camera.
+        """
+        asked: dict[str, Any] = self.to_dict()
         done = {**report, "memory": report["memory"]["mode"]}
+        if self.camera is not None:
+            asked = {"camera": self.camera.name, **asked}
         for name, value in asked.items():
             if done[name] != value:
                 return f"{name} {done[name]!r} instead of {value!r}"
+        if self.camera is None or trajectory is None:
+            return None
         if not torch.equal(trajectory.poses, self.camera.poses):
             return f"other poses under the name {self.camera.name!r}"
         lenses = trajectory.intrinsics, self.camera.intrinsics
         if not torch.equal(*torch.broadcast_tensors(*lenses)):
             return f"another lens under the name {self.camera.name!r}"
         return None
+
+
+_NAMES = ("seed", "num_inference_steps", "memory", "guidance_scale", "prompt")
 
 
 def sampled(
@@ -182,21 +235,11 @@ def camera_notes(camera: CameraTrajectory, config: TransformerConfig) -> list[st
     return notes
 
 
-def require_novel_view(config: TransformerConfig, name: str) -> None:
-    """Refuse turns with a camera of a model that edits by instruction.
+def require_task(config: TransformerConfig, name: str, *, edits: bool) -> None:
+    """Refuse what a model does not do. edits: whether it has to edit by instruction.
 
     Raises:
-        RequestError: it takes the source on the target's channels.
+        RequestError: it does the other task.
     """
-    if config.source_channels:
-        raise RequestError(f"{name} {NO_VIEWS}")
-
-
-def require_editing(config: TransformerConfig, name: str) -> None:
-    """Refuse edits of a model that renders novel views.
-
-    Raises:
-        RequestError: its source is tokens of its own.
-    """
-    if not config.source_channels:
-        raise RequestError(f"{name} {NO_EDITS}")
+    if bool(config.source_channels) != edits:
+        raise RequestError(f"{name} {NO_EDITS if edits else NO_VIEWS}")

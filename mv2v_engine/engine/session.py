@@ -1,57 +1,367 @@
-"""What every session is: one source, many turns that remember the ones before (METHOD 1).
+"""A session: one source, many turns that remember the ones before (METHOD 1).
 
-What a session can be asked for follows from its engine's model: `ViewSession` re-renders the source
-from other cameras, `EditSession` edits it by instruction.
+What it can be asked for follows from the engine's model: novel views of the source, or edits of it
+by instruction. A turn is a generator of progress events that goes through its windows; a novel view
+has one, an edit as many as the video is long. A window is finished once it is kept, in the
+session's folder or in memory.
+
+The world frame of a session is the source's first camera: every pose, asked or remembered, is
+relative to it (METHOD 5).
+
+C latent channels, F H W latent grid, D numbers of a descriptor.
 """
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
+from torch import Tensor
+
+from mv2v_engine import arguments
 from mv2v_engine.camera.files import Camera
+from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
-from mv2v_engine.engine.request import NO_EDITS, NO_VIEWS
-from mv2v_engine.engine.turn import Turn
-from mv2v_engine.errors import RequestError
+from mv2v_engine.engine.budget import Budget, overflow_error, overflow_reason
+from mv2v_engine.engine.buffers import Conditioning
+from mv2v_engine.engine.denoisers import engine_denoiser
+from mv2v_engine.engine.folder import STORAGE_ERROR, SessionFolder
+from mv2v_engine.engine.knowledge import prompt_warnings
+from mv2v_engine.engine.parts import Parts
+from mv2v_engine.engine.recall import EditRecall, Ranked, Recall, ViewRecall
+from mv2v_engine.engine.report import edit_report, view_report, window_report
+from mv2v_engine.engine.request import Request, check_camera, require_task
+from mv2v_engine.engine.runner import Denoised, Denoiser, StepDue, denoise, stepwise
+from mv2v_engine.engine.source import LongSource, Source, source_trajectory
+from mv2v_engine.engine.turn import Draft, FinishedWindow, Footage, KeptWindow, Turn
+from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
+from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
-from mv2v_engine.progress import CancelToken, Event
+from mv2v_engine.progress import (
+    CancelToken,
+    Event,
+    Spans,
+    TurnNotStored,
+    WindowDone,
+    WindowStarted,
+    cancel_token,
+    driven,
+    staged,
+)
+from mv2v_engine.sampling.flow_match import initial_noise
+from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.video.io import video_path, video_writer
+from mv2v_engine.video.windows import EditWindow, edit_windows
 
-if TYPE_CHECKING:
-    from mv2v_engine.engine.editing.result import FinishedWindow
-    from mv2v_engine.engine.engine import Engine
+Happening = TypeVar("Happening", bound="Event | StepDue")
+Steps = Callable[[Denoiser, CancelToken], Generator[Happening, None, Denoised]]
+# odd, so that the low bits, from which torch seeds, differ between the windows of an edit
+_SEED_STEP = 0x9E3779B97F4A7C15
 
 
-class Session(ABC):
+def window_seed(seed: int, number: int) -> int:
+    """The seed of a window's noise, another one for every window; the first has the request's."""
+    return (seed + number * _SEED_STEP) % 2**63
+
+
+class Session:
     """Made by `Engine.session`; not thread-safe, one turn at a time.
 
-    One with a folder keeps every other writer out of it until it is closed or gone.
+    With a folder, latents lie there, and a session stays as small as its reports; without one, the
+    latents of every turn stay in memory. One with a folder keeps every other writer out of it until
+    it is closed or gone. Dropped or closed, it takes its entries in the engine's memory with it.
 
-    lost: what of the folder could not be read when the session was resumed, in words.
-
-    lock: the folder's; None if there is no folder, it can only be read, or the caller keeps others
-        out.
+    source: what the model sees of the clip, or the video of an edit, which is streamed. cuts: the
+    first frames of its shots but the first. windows: what the model will see, in order. lost: what
+    of the folder could not be read when the session was resumed, in words.
     """
 
-    def __init__(self, engine: Engine, id: str, lock: WriterLock | None = None) -> None:
-        self.engine, self.id, self._lock = engine, id, lock
+    def __init__(
+        self,
+        parts: Parts,
+        source: Source | LongSource,
+        *,
+        id: str,
+        camera: CameraTrajectory | None = None,
+        cuts: Sequence[int] = (),
+        folder: SessionFolder | None = None,
+        lock: WriterLock | None = None,
+        source_latents: Tensor | None = None,
+    ) -> None:
+        """Take an opened source.
+
+        camera: the source's own path; None: it stands still. lock: the folder's; None if there is
+        no folder, it can only be read, or the caller keeps others out.
+        """
+        self.parts, self.source, self.id, self.cuts = parts, source, id, tuple(cuts)
+        self.folder, self._lock, self._source_latents = folder, lock, source_latents
+        self.windows = edit_windows(source.num_frames, parts.sampling.num_frames, cuts=self.cuts)
         self.lost: tuple[str, ...] = ()
+        self._drafts: list[Draft] = []
+        self._turns: dict[int, Turn] = {}
         self._is_closed = False
+        path = source_trajectory(camera, parts.sampling.num_frames, parts.sampling.size)
+        check_camera(path, parts.transformer.config)
+        self._recall = ViewRecall(parts, id, path)
 
     def __repr__(self) -> str:
-        model, turns = self.engine.checkpoint.name, len(self.turns)
-        return f"{type(self).__name__}(id={self.id!r}, model={model!r}, turns={turns})"
+        model, turns = self.parts.checkpoint.name, len(self.turns)
+        return f"Session(id={self.id!r}, model={model!r}, turns={turns})"
 
     @property
-    @abstractmethod
-    def turns(self) -> Sequence[Turn]:
-        """Finished turns in order."""
+    def turns(self) -> list[Turn]:
+        """Finished turns in the order in which they were begun."""
+        return [self._turns[number] for number in sorted(self._turns)]
+
+    @property
+    def unstored(self) -> tuple[Turn, ...]:
+        """Finished turns that the session's folder has not taken yet."""
+        if self.folder is None:
+            return ()
+        waiting = {d.number for d in self._drafts if d.num_stored < d.num_done}
+        return tuple(turn for turn in self.turns if turn.number in waiting)
+
+    @property
+    def unfinished(self) -> tuple[tuple[Request, int], ...]:
+        """Edits that were cut off, and how many of their windows are finished."""
+        return tuple((each.request, each.num_done) for each in self._drafts if each.report is None)
+
+    def render(
+        self,
+        camera: Camera,
+        *,
+        prompt: str = "",
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        memory: MemoryMode | None = None,
+        on_progress: Callable[[Event], None] | None = None,
+        cancel: CancelToken | None = None,
+    ) -> Turn:
+        """Re-render the source from another camera, remembering this session's earlier turns.
+
+        Args:
+            camera: a preset ("pan_right"), moves ("arc:-40+tilt:5"), a camera file with its
+                options ("transforms.json?relative"), a trajectory, or poses [T, 3, 4] or
+                [T, 4, 4] as a tensor, an array or lists, seen through the default lens. Poses are
+                relative to the source's first frame; files and poses that look as if they were
+                not are refused, a trajectory is taken as it is.
+            memory: "retrieved" by field-of-view overlap; "alone" the same and no source, once
+                something is remembered; "previous" takes the last turn as the source; "none"
+                forgets. None takes the engine's default (see `EngineConfig`).
+
+        Raises:
+            CameraError, RequestError: the request does not fit the checkpoint.
+            MemoryBudgetError: it cannot fit the device, or the memory ended in the middle; the
+                session is as it was.
+            NotFiniteError: the steps, the VAE or the text encoder gave numbers that are not
+                finite; the session is as it was.
+            CancelledError: the token was set; the session is as it was.
+
+        A turn that the session's folder does not take is returned and remembered all the same: it
+        is in `unstored`, its report has a `storage_error`, a `TurnNotStored` event says so, and
+        the end of the next turn, or `store_missing`, tries again.
+        """
+        self._require_task(edits=False)
+        asked = (prompt, seed, num_inference_steps, guidance_scale, memory)
+        return self.ask(self.request(camera, *asked), on_progress, cancel)
+
+    def edit(
+        self,
+        prompt: str,
+        *,
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        memory: MemoryMode | None = None,
+        on_progress: Callable[[Event], None] | None = None,
+        cancel: CancelToken | None = None,
+        on_window: Callable[[FinishedWindow], None] | None = None,
+        out: Path | str | None = None,
+    ) -> Turn:
+        """Edit the whole video by one instruction.
+
+        Windows are finished one by one and never lost: after an error or a cancellation they wait
+        in the session, in its folder if it has one, and the same request goes on behind them, to
+        the same bits as an unbroken one. A request whose windows are all there gives its turn
+        again. Another request is a turn of its own, with windows and a memory of its own.
+
+        Args:
+            memory: "retrieved" remembers this edit's own earlier windows, "none" forgets them.
+                None takes the engine's default (see `EngineConfig`).
+            on_window: given every window that this call finishes, decoded.
+            out: an mp4 that is written as windows finish, and is there when the last one has.
+
+        Raises:
+            RequestError: the request does not fit the checkpoint.
+            VideoError: a frame cannot be read, or changes its size.
+            MemoryBudgetError: a window cannot fit the device, or the memory ended in the middle.
+            NotFiniteError: the steps, the VAE or the text encoder gave numbers that are not
+                finite; that window is dropped.
+            StorageError: the folder does not take a window, or `out` cannot be written.
+            CancelledError: the token was set.
+        """
+        self._require_task(edits=True)
+        asked = (prompt, seed, num_inference_steps, guidance_scale, memory)
+        return self.ask(self.request(None, *asked), on_progress, cancel, on_window, out)
+
+    def request(
+        self,
+        camera: Camera | None = None,
+        prompt: str = "",
+        seed: int = 0,
+        num_inference_steps: int | None = None,
+        guidance_scale: float | None = None,
+        memory: MemoryMode | None = None,
+    ) -> Request:
+        """The request of a turn, for `ask` and `events`; as `render` and `edit` take it.
+
+        camera: None for an edit.
+
+        Raises:
+            CameraError, RequestError: it does not fit the checkpoint.
+        """
+        parts = self.parts
+        common: dict[str, Any] = {
+            "prompt": prompt,
+            "seed": seed,
+            "num_inference_steps": num_inference_steps,
+            "guidance_scale": guidance_scale,
+            "memory": parts.memory_mode if memory is None else memory,
+        }
+        if not parts.is_editor:
+            # whoever gives none is told what a camera is
+            return Request.view(camera, parts.sampling, **common)  # type: ignore[arg-type]
+        if camera is not None:
+            self._require_task(edits=False)
+        return Request.edit(sampling=parts.sampling, **common)
+
+    def ask(
+        self,
+        request: Request,
+        on_progress: Callable[[Event], None] | None = None,
+        cancel: CancelToken | None = None,
+        on_window: Callable[[FinishedWindow], None] | None = None,
+        out: Path | str | None = None,
+    ) -> Turn:
+        """Make a turn: see `render` and `edit`."""
+        return driven(self.events(request, cancel, on_window=on_window, out=out), on_progress)
+
+    def events(
+        self,
+        request: Request,
+        cancel: CancelToken | None = None,
+        *,
+        on_window: Callable[[FinishedWindow], None] | None = None,
+        out: Path | str | None = None,
+    ) -> Generator[Event, None, Turn]:
+        """The turn as an iterator of progress events that returns the `Turn`."""
+        self._check(request)
+        arguments.callback("on_window", on_window)
+        if out is not None:
+            out = video_path("out", out)
+        return self._turn(request, cancel_token(cancel), denoise, on_window=on_window, out=out)
+
+    def hand_over(
+        self, request: Request, cancel: CancelToken | None = None, ranked: Ranked | None = None
+    ) -> Generator[Event | StepDue, None, Turn]:
+        """As `events`, with every step left to the caller: it is due where a `StepDue` comes.
+
+        ranked: what `plan_turn` has given for this turn.
+        """
+        self._check(request)
+        return self._turn(request, cancel_token(cancel), stepwise, ranked=ranked)
+
+    def plan_turn(self, request: Request) -> Ranked:
+        """What a novel view would remember and the plan it would run, without running it."""
+        arguments.instance("request", request, Request, "a Request")
+        self._require_task(edits=request.camera is None)
+        if request.camera is None:
+            raise RequestError("what an edit remembers follows from its windows; see `plans`")
+        return self._recall.rank(request, len(self.turns))
+
+    def plans(self) -> list[TokenPlan]:
+        """The plans that an edit with memory may run, for `Engine.warmup`."""
+        memory = EditRecall(self.parts, self.id, self.parts.memory_mode)
+        shots = [window.shot for window in self.windows]
+        return memory.plans(max(shots.count(shot) for shot in set(shots)) - 1)
+
+    def warnings(self, prompt: str = "") -> tuple[str, ...]:
+        """What the weights do not know of the source and of an edit's instruction, in words."""
+        words = prompt_warnings(self.parts.checkpoint, prompt) if self.parts.is_editor else ()
+        return (*self.source.warnings, *words)
+
+    def number_of(self, request: Request) -> int:
+        """The number of the turn that a request has begun, or would."""
+        return self._taken_up(request).number
+
+    def adopt(self, turn: Turn) -> None:
+        """Take a finished novel view of another session of the same source as the next turn.
+
+        Its latents stay where they are, in memory or in the other session's folder. If this one's
+        folder does not take it, it is in `unstored`.
+
+        Raises:
+            RequestError: it was another session's turn of another number, or this one is closed.
+        """
+        self._require_open()
+        arguments.instance("turn", turn, Turn, "a turn of a session of novel views")
+        self._require_task(edits=False)
+        if turn.trajectory is None:
+            raise RequestError(f"turn {turn.number} is an edit; a session of views adopts views")
+        if turn.number != len(self.turns) + 1:
+            raise RequestError(
+                f"this session's next turn is number {len(self.turns) + 1}, got a turn that was "
+                f"number {turn.number}; adopt turns in their order"
+            )
+        request = Request.of_report(turn.report, turn.camera)
+        windows = list(turn.footage.windows)
+        self._keep_view(Draft(turn.number, request, {}, windows, turn.report), turn)
+
+    def store_missing(self) -> None:
+        """Try again to store what the session's folder has not taken, in order.
+
+        Raises:
+            RequestError: the session is closed.
+            StorageError: it does not take the first of them; the later ones were not tried.
+        """
+        self._require_open()
+        for draft in self._drafts if self.folder is not None else ():
+            self._store(draft)
+
+    def restore(self) -> None:
+        """Take up the turns of the session's folder; of their latents as many as memory holds.
+
+        An edit with a window that is lost is unfinished from there on; a novel view whose file is
+        lost keeps its place and its report, and is not remembered.
+
+        Raises:
+            RequestError: there is no folder.
+            StorageError: its manifest cannot be read, or is of the other task.
+        """
+        if self.folder is None:
+            raise RequestError("this session has no folder to restore from; give it a store")
+        for draft, latents in self.folder.drafts():
+            if (draft.request.camera is None) != self.parts.is_editor:
+                raise StorageError(
+                    f"{self.folder.manifest} holds turns of the other task; choose another folder"
+                )
+            self._drafts.append(draft)
+            if draft.report is not None:
+                self._turns[draft.number] = self._finished(draft)
+            if latents is not None:
+                self._remember(draft, latents)
+        self.lost = tuple(draft.lost for draft in self._drafts if draft.lost is not None)
 
     def close(self) -> None:
         """Forget this session's memory, and let others write into its folder, which stays."""
         self._is_closed = True
+        self._recall.forget()
+        self.source.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -67,41 +377,336 @@ class Session(ABC):
                 "or begin another"
             )
 
-    def render(
-        self,
-        camera: Camera,
-        *,
-        prompt: str = "",
-        seed: int = 0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        memory: MemoryMode | None = None,
-        on_progress: Callable[[Event], None] | None = None,
-        cancel: CancelToken | None = None,
-    ) -> Turn:
-        """Re-render the source from another camera: see `ViewSession.render`.
+    def _require_task(self, *, edits: bool) -> None:
+        require_task(self.parts.transformer.config, self.parts.checkpoint.name, edits=edits)
 
-        Raises:
-            RequestError: the model edits by instruction.
-        """
-        raise RequestError(f"{self.engine.checkpoint.name} {NO_VIEWS}")
+    def _check(self, request: Request) -> None:
+        """Refuse what this session cannot be asked for."""
+        self._require_open()
+        arguments.instance("request", request, Request, "a Request")
+        parts, camera = self.parts, request.camera
+        self._require_task(edits=camera is None)
+        parts.check_text(request.prompt, request.guidance_scale)
+        if camera is not None:
+            check_camera(camera, parts.transformer.config)
+        elif parts.text is not None:
+            parts.text.require_whole(request.prompt)
 
-    def edit(
+    def _turn(
         self,
-        prompt: str,
+        request: Request,
+        cancel: CancelToken,
+        steps: Steps[Happening],
         *,
-        seed: int = 0,
-        num_inference_steps: int | None = None,
-        guidance_scale: float | None = None,
-        memory: MemoryMode | None = None,
-        on_progress: Callable[[Event], None] | None = None,
-        cancel: CancelToken | None = None,
         on_window: Callable[[FinishedWindow], None] | None = None,
         out: Path | str | None = None,
-    ) -> Turn:
-        """Edit the source by instruction: see `EditSession.edit`.
+        ranked: Ranked | None = None,
+    ) -> Generator[Event | Happening, None, Turn]:
+        """All windows of a turn."""
+        parts, draft, total = self.parts, self._taken_up(request), len(self.windows)
+        decoding = Spans(parts.device)
+        with ExitStack() as stack:
+            memory = stack.enter_context(self._remembering(draft))
+            writer = None
+            if out is not None:
+                sound = self.source.sound
+                writer = stack.enter_context(video_writer(out, self.source.fps, sound=sound))
+                for window in self.windows[: draft.num_done]:
+                    # an edit that goes on: these are decoded once more
+                    again = yield from self._decoded(draft, window, decoding, cancel)
+                    writer.add(again.new_frames)
+            began, done_before = time.monotonic(), draft.num_done
+            for window in self.windows[done_before:]:
+                if parts.is_editor:
+                    yield WindowStarted(window.number + 1, total)
+                spans, reason = Spans(parts.device), ""
+                try:
+                    made = yield from self._window(
+                        draft, window, memory, spans, cancel, steps, ranked
+                    )
+                except NotFiniteError as error:
+                    error.args = (f"{error}; {self._outcome(draft, window)}",)
+                    raise
+                except (MemoryError, RuntimeError) as error:
+                    reason = overflow_reason(error)
+                if reason:
+                    # with the error gone, no traceback holds the turn's tensors any more
+                    plan = self._plan_of(request, window, memory)
+                    outcome = self._outcome(draft, window)
+                    raise overflow_error(parts, spans, plan, reason, outcome)
+                kept, frames = made
+                self._require_open()
+                if frames is not None:
+                    turn = self._view(draft, kept, frames)
+                    failure = self._keep_view(draft, turn)
+                    if failure is not None:
+                        yield TurnNotStored(turn.number, str(failure))
+                    return turn
+                assert isinstance(memory, EditRecall)
+                self._keep_window(draft, window, kept, memory)
+                if on_window is not None or writer is not None:
+                    finished = yield from self._decoded(draft, window, decoding, cancel)
+                    if writer is not None:
+                        writer.add(finished.new_frames)
+                    if on_window is not None:
+                        on_window(finished)
+                pace = (time.monotonic() - began) / (draft.num_done - done_before)
+                yield WindowDone(window.number + 1, total, pace * (total - draft.num_done))
+            return self._edited(draft, decoding)
+
+    def _window(
+        self,
+        draft: Draft,
+        window: EditWindow,
+        memory: Recall,
+        spans: Spans,
+        cancel: CancelToken,
+        steps: Steps[Happening],
+        ranked: Ranked | None,
+    ) -> Generator[Event | Happening, None, tuple[KeptWindow, Tensor | None]]:
+        """One denoising run, with noise of its own; of a novel view the decoded frames, too.
 
         Raises:
-            RequestError: the model renders novel views.
+            VideoError: its frames cannot be read.
+            MemoryBudgetError: it cannot fit the device; nothing has run.
+            NotFiniteError: a number that was computed is not finite.
+            CancelledError: the token was set.
         """
-        raise RequestError(f"{self.engine.checkpoint.name} {NO_EDITS}")
+        parts, request, budget = self.parts, draft.request, Budget(self.parts)
+        cancel.check()
+        if budget.limit() is not None:
+            if isinstance(memory, ViewRecall):
+                ranked = ranked or memory.rank(request, len(self.turns))
+            budget.check(ranked[1] if ranked else self._plan_of(request, window, memory))
+        latents, frames = self._source_latents, None
+        if latents is None:
+            if isinstance(self.source, Source):
+                frames = self.source.frames
+            else:
+                read = partial(self.source.window, window, cancel.check)
+                frames = yield from staged(spans, "video", read)
+                cancel.check()
+            encode = partial(parts.vae.encode, frames, check=cancel.check)
+            latents = yield from staged(spans, "vae", encode)
+            if not parts.is_editor:
+                self._source_latents = latents
+            cancel.check()
+        texts = yield from staged(
+            spans,
+            "text",
+            lambda: parts.guidance_texts(request.prompt, request.guidance_scale),
+        )
+        cancel.check()
+        descriptor, on_channels = None, None
+        with spans.stage("memory") as started:
+            yield started
+            if isinstance(memory, EditRecall):
+                assert frames is not None
+                descriptor = self._described(frames[: window.stop - window.start], latents)
+                recalled = memory.recall(window, descriptor)
+                on_channels = latents.to(parts.device)[None]
+            else:
+                recalled = self._recall.recall(request, latents, self.turns, ranked)
+        yield spans.done("memory")
+        denoiser = engine_denoiser(
+            parts,
+            recalled.plan,
+            Conditioning(recalled.latents, recalled.cameras, *texts, on_channels),
+            initial_noise((1, *latents.shape), window_seed(request.seed, window.number)),
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+        )
+        with spans.stage("sampling") as started:
+            yield started
+            denoised = yield from steps(denoiser, cancel)
+        yield spans.done("sampling")
+        made, retrieval = denoised.latents.cpu(), recalled.retrieval
+        if parts.is_editor:
+            report = window_report(parts, window, denoiser, denoised, retrieval, spans)
+            return KeptWindow(report, made, descriptor), None
+        decode = partial(parts.vae.decode, made, check=cancel.check)
+        frames = yield from staged(spans, "vae", decode)
+        cancel.check()
+        report = view_report(
+            parts, request, denoiser, denoised, retrieval, spans, number=draft.number
+        )
+        report["warnings"] = list(self.warnings())
+        return KeptWindow(report, made), frames
+
+    def _described(self, frames: Tensor, latents: Tensor) -> Tensor:
+        """The descriptor [D] of a window's source."""
+        descriptor = self.parts.describer(frames, latents)
+        require_finite(
+            descriptor,
+            "the numbers by which the window's source is compared",
+            "copy the descriptor's weights again, or leave the descriptor out",
+        )
+        return descriptor
+
+    def _plan_of(self, request: Request, window: EditWindow, memory: Recall) -> TokenPlan:
+        """The plan of a window, the longest one where its source is not read yet."""
+        if isinstance(memory, EditRecall):
+            return memory.largest_plan(window)
+        return self.plan_turn(request)[1]
+
+    def _outcome(self, draft: Draft, window: EditWindow) -> str:
+        """What becomes of a turn whose window fails."""
+        if self.parts.is_editor:
+            return f"window {window.number + 1} is dropped, finished ones are kept"
+        return f"turn {draft.number} is dropped, earlier ones are kept"
+
+    @contextmanager
+    def _remembering(self, draft: Draft) -> Iterator[Recall]:
+        """The memory of a turn under way.
+
+        The cache spares the entries of a session of views, the coming one included. Those of an
+        edit are its own: windows that it has finished before are taken back, and go with it.
+        """
+        if not self.parts.is_editor:
+            numbers = range(1, draft.number + 1)
+            with self.parts.cache.pinned(self._recall.entry_id(number) for number in numbers):
+                yield self._recall
+            return
+        memory = EditRecall(self.parts, f"{self.id}/{draft.number}", draft.request.memory)
+        try:
+            self.store_missing()
+            for window, kept in zip(self.windows, draft.windows, strict=False):
+                is_coming = draft.num_done < len(self.windows)
+                if is_coming and memory.is_wanted(window, self.windows[draft.num_done]):
+                    memory.keep(window, kept, kept.read())
+            yield memory
+        finally:
+            memory.forget()
+            self.source.close()
+
+    def _taken_up(self, request: Request) -> Draft:
+        """The edit that a request has begun, or a new turn."""
+        settings: dict[str, Any] = {}
+        if self.parts.is_editor:
+            settings = self.parts.edit_settings()
+            for draft in self._drafts:
+                if (draft.request, draft.settings) == (request, settings):
+                    return draft
+        number = max((draft.number for draft in self._drafts), default=0) + 1
+        return Draft(number, request, settings)
+
+    def _view(self, draft: Draft, kept: KeptWindow, frames: Tensor) -> Turn:
+        """A finished novel view, which is nobody's yet."""
+        draft.windows, draft.report = [kept], kept.report
+        turn = self._finished(draft)
+        turn.footage.decoded(frames)
+        return turn
+
+    def _finished(self, draft: Draft) -> Turn:
+        """A turn of which every window is finished."""
+        assert draft.report is not None
+        report, camera, new_frames = draft.report, draft.request.camera, None
+        if camera is None:
+            report = {**report, "windows": [kept.report for kept in draft.windows]}
+            new_frames = [window.new_frames for window in self.windows]
+        footage = Footage(
+            draft.windows, self.parts.vae.decode, self.parts.recent_frames, new_frames
+        )
+        source = self.source
+        return Turn(draft.number, camera, footage, source.fps, report, source.sound)
+
+    def _keep_view(self, draft: Draft, turn: Turn) -> StorageError | None:
+        """Store, remember, list; what the folder said if it does not take the turn."""
+        failure = None
+        self._drafts.append(draft)
+        try:
+            if self.folder is None:
+                self._remember(draft, turn.latents)
+            else:
+                self.store_missing()
+        except StorageError as error:
+            failure = error
+            self._remember(draft, turn.latents)
+        except BaseException:
+            # interrupted: the turn was never made
+            self._drafts.remove(draft)
+            raise
+        self._turns[turn.number] = turn
+        return failure
+
+    def _keep_window(
+        self, draft: Draft, window: EditWindow, kept: KeptWindow, memory: EditRecall
+    ) -> None:
+        """A window is finished: it is the session's, and the folder's if it takes it."""
+        assert window.number == draft.num_done and kept.latents is not None
+        latents = kept.latents
+        draft.windows.append(kept)
+        if draft not in self._drafts:
+            self._drafts.append(draft)
+        self.store_missing()
+        if memory.is_wanted(window, window):
+            memory.keep(window, kept, latents)
+
+    def _store(self, draft: Draft) -> None:
+        """Give the folder what it lacks of a turn's finished windows, in order."""
+        assert self.folder is not None
+        while draft.num_stored < draft.num_done:
+            number, kept = draft.num_stored + 1, draft.windows[draft.num_stored]
+            latents = kept.read()
+            try:
+                digest = self.folder.append(draft, number, latents)
+            except StorageError as error:
+                self._note(draft, str(error))
+                raise
+            row = {"number": draft.number, "camera": draft.request.camera}
+            read = partial(self.folder.latents, row, number, digest)
+            draft.num_stored = number
+            if draft.request.camera is not None and draft.report is not None:
+                draft.report.pop(STORAGE_ERROR, None)
+                self._remember(draft, latents, read)
+            kept.stored(read)
+
+    def _note(self, draft: Draft, failure: str) -> None:
+        """Write into the reports of views why the folder has not taken them."""
+        for waiting in self._drafts[self._drafts.index(draft) :]:
+            if waiting.request.camera is not None and waiting.report is not None:
+                waiting.report[STORAGE_ERROR] = failure
+
+    def _remember(
+        self, draft: Draft, latents: Tensor, reload: Callable[[], Tensor] | None = None
+    ) -> None:
+        """Put a novel view into the memory."""
+        if reload is None and draft.num_stored:
+            reload = draft.windows[0].read_stored
+        self._recall.add(draft.number, latents, reload, draft.request.camera)
+
+    def _decoded(
+        self, draft: Draft, window: EditWindow, decoding: Spans, cancel: CancelToken
+    ) -> Generator[Event, None, FinishedWindow]:
+        """A finished window of an edit, decoded."""
+        cancel.check()
+        kept = draft.windows[window.number]
+        latents = kept.read()
+        decode = partial(self.parts.vae.decode, latents, check=cancel.check)
+        frames = yield from staged(decoding, "vae", decode)
+        return FinishedWindow(window, latents, frames, kept.report)
+
+    def _edited(self, draft: Draft, decoding: Spans) -> Turn:
+        """A finished edit as a turn, which it stays."""
+        if draft.report is None:
+            source = {**self.source.describe(), "cuts": list(self.cuts)}
+            rows = [kept.report for kept in draft.windows]
+            draft.report = edit_report(
+                self.parts,
+                draft.request,
+                source,
+                self.windows,
+                rows,
+                number=draft.number,
+                decoding=decoding,
+            )
+            draft.report["warnings"] = list(self.warnings(draft.request.prompt))
+            if self.folder is not None:
+                try:
+                    self.folder.finish(draft)
+                except StorageError:
+                    draft.report = None
+                    raise
+        if draft.number not in self._turns:
+            self._turns[draft.number] = self._finished(draft)
+        return self._turns[draft.number]

@@ -9,24 +9,21 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from mv2v_engine.arguments import sequence
 from mv2v_engine.engine.buffers import Conditioning
 from mv2v_engine.engine.denoisers import engine_denoiser
-from mv2v_engine.engine.prompts import guidance_texts
+from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.source import source_trajectory
 from mv2v_engine.errors import RequestError
 from mv2v_engine.tokens.plan import TokenPlan
 
-if TYPE_CHECKING:
-    from mv2v_engine.engine.engine import Engine
-
 
 def warm_up(
-    engine: Engine, plans: Iterable[TokenPlan], guidance_scale: float
+    engine: Parts, plans: Iterable[TokenPlan], guidance_scale: float
 ) -> list[dict[str, Any]]:
     """As `Engine.warmup`. Large plans first: they size the graphs' pool and arena for all."""
     rows = []
@@ -35,8 +32,8 @@ def warm_up(
         if plan.shape != engine.transformer.config:
             raise RequestError(
                 "a plan to warm up is of another transformer than the engine's; make it with "
-                "ViewSession.plan_turn, EditSession.plans, or a plan of tokens.plan or "
-                "tokens.editing with shape=engine.transformer.config"
+                "Session.plan_turn, Session.plans, or a plan of tokens.plan with "
+                "shape=engine.transformer.config"
             )
         began = time.perf_counter()
         report = _run(engine, plan, guidance_scale)
@@ -46,7 +43,7 @@ def warm_up(
     return rows
 
 
-def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, Any]:
+def _run(engine: Parts, plan: TokenPlan, guidance_scale: float) -> dict[str, Any]:
     """A turn of zeros, as long as it takes to run every kind of step; how its steps ran."""
     denoiser = engine_denoiser(
         engine,
@@ -70,7 +67,7 @@ def _run(engine: Engine, plan: TokenPlan, guidance_scale: float) -> dict[str, An
         denoiser.release()
 
 
-def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditioning:
+def _nothing(engine: Parts, plan: TokenPlan, guidance_scale: float) -> Conditioning:
     """Conditioning of a turn's shapes and dtypes; the text as of an empty prompt."""
     zeros = partial(torch.zeros, dtype=torch.float32, device=engine.device)
     cameras = None
@@ -85,6 +82,6 @@ def _nothing(engine: Engine, plan: TokenPlan, guidance_scale: float) -> Conditio
     return Conditioning(
         [zeros(1, channels, *s.grid) for s in plan.segments[1:]],
         cameras,
-        *guidance_texts(engine, "", guidance_scale),
+        *engine.guidance_texts("", guidance_scale),
         source,
     )

@@ -9,7 +9,6 @@ from typing import Any, TypeVar
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.engine.engine import Engine
-from mv2v_engine.engine.results import ResultFolder
 from mv2v_engine.errors import RequestError
 from mv2v_engine.evaluation.edit_protocol import QUICK_EDITS, EditProtocol
 from mv2v_engine.evaluation.edit_report import edits_markdown
@@ -20,6 +19,7 @@ from mv2v_engine.evaluation.folder import EvaluationFolder
 from mv2v_engine.evaluation.parallel import Processes, default_jobs
 from mv2v_engine.evaluation.protocol import QUICK, Protocol
 from mv2v_engine.evaluation.report import markdown
+from mv2v_engine.files import require_writable
 
 AnyProtocol = TypeVar("AnyProtocol", Protocol, EditProtocol)
 _VIEWS_ALONE, _EDITS_ALONE = ("turns", "grade"), ("windows", "dino", "clip")
@@ -87,7 +87,7 @@ def _run(
     measure: Callable[..., dict[str, Any]],
     protocol: Protocol | EditProtocol,
 ) -> tuple[dict[str, Any], EvaluationFolder]:
-    ResultFolder(args.out).check_writable()
+    require_writable(args.out)
     folder = EvaluationFolder(args.out, kind)
     if not args.resume and not args.overwrite:
         folder.check_free()

@@ -128,7 +128,7 @@ class ClipEvaluator:
 
 def _edited(engine: Engine, source: Tensor, prompt: str, given: dict[str, Any]) -> _Edited:
     """A whole edit by a session of its own. The worlds are one shot each."""
-    session = engine.edit_session(source, cuts=())
+    session = engine.session(source, cuts=())
     turn = session.edit(prompt, **given)
     edited = _Edited(turn.frames, turn.report["flops"], turn.report["seconds"]["sampling"])
     session.close()

@@ -10,7 +10,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from mv2v_engine.engine.engine import Engine
-from mv2v_engine.engine.request import require_editing
+from mv2v_engine.engine.request import require_task
 from mv2v_engine.evaluation.edit_clip import ClipEvaluator
 from mv2v_engine.evaluation.edit_figures import BARS, save_bars, save_windows
 from mv2v_engine.evaluation.edit_protocol import EditProtocol, picture_of
@@ -80,7 +80,7 @@ def evaluate_edits(
         StorageError: the folder holds something else, or cannot be written.
         MemoryBudgetError: one of the processes was killed.
     """
-    require_editing(engine.transformer.config, engine.checkpoint.name)
+    require_task(engine.transformer.config, engine.checkpoint.name, edits=True)
     require_matplotlib()
     settings = _settings(engine, protocol)
     measured = measure_missing(

@@ -17,7 +17,8 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
-from mv2v_engine.engine.engine import Engine, default_memory
+from mv2v_engine.engine.engine import Engine
+from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.errors import StorageError
 from mv2v_engine.evaluation.parallel import MeasureFn, Measures, Processes, measure_all
 from mv2v_engine.files import replacing, save_json

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.engine import Engine
-from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.turn import ViewTurn
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.turn import Turn
 from mv2v_engine.evaluation.alignment import camera_error
 from mv2v_engine.evaluation.consistency import View, consistency, film, overlap
 from mv2v_engine.evaluation.images import (
@@ -110,7 +110,7 @@ class SceneEvaluator:
             views,
         )
 
-    def _turns(self, scene: _Scene, row: Row) -> dict[str, ViewTurn]:
+    def _turns(self, scene: _Scene, row: Row) -> dict[str, Turn]:
         """All turns of a row: those before the last, then each of the last ones after them."""
         protocol, first = self.protocol, self.rows[row.after or row.name]
         with closing(self._session(scene, first)) as session:
@@ -131,13 +131,13 @@ class SceneEvaluator:
                 turns[name] = session.turns[-1]
         return turns
 
-    def _session(self, scene: _Scene, row: Row) -> ViewSession:
-        return self.engines[row.name].view_session(
+    def _session(self, scene: _Scene, row: Row) -> Session:
+        return self.engines[row.name].session(
             scene.source.truth.frames, fps=_FPS, source_latents=scene.source_latents
         )
 
-    def _request(self, scene: _Scene, row: Row, name: str) -> TurnRequest:
-        return TurnRequest.of(
+    def _request(self, scene: _Scene, row: Row, name: str) -> Request:
+        return Request.view(
             scene.views[name].camera,
             self.engine.sampling,
             memory=row.memory,
@@ -182,10 +182,10 @@ class _Scene:
             for name, frames in truth.items()
             if perception is not None
         }
-        self._answers: dict[tuple[object, ...], ViewTurn] = {}
-        self._measured: dict[ViewTurn, Measures] = {}
+        self._answers: dict[tuple[object, ...], Turn] = {}
+        self._measured: dict[Turn, Measures] = {}
 
-    def answer(self, session: ViewSession, request: TurnRequest, name: str) -> None:
+    def answer(self, session: Session, request: Request, name: str) -> None:
         """The session's next turn, adopted where another row has made the same one."""
         retrieval, plan = session.plan_turn(request)
         turns = session.turns
@@ -195,7 +195,7 @@ class _Scene:
         if key in self._answers:
             session.adopt(self._answers[key])
         else:
-            self._answers[key] = session.answer(request)
+            self._answers[key] = session.ask(request)
 
     def best_memory(self, name: str, count: int) -> set[str]:
         """Which earlier turns show most of what a turn must invent: one after the other, each by
@@ -214,7 +214,7 @@ class _Scene:
             left = left & ~masks[best]
         return chosen
 
-    def measure(self, turns: dict[str, ViewTurn], own: Sequence[str]) -> Measures:
+    def measure(self, turns: dict[str, Turn], own: Sequence[str]) -> Measures:
         """A row: quality and cost of its own turns, consistency with all turns before them."""
         for name in own:
             if turns[name] not in self._measured:
@@ -271,15 +271,15 @@ class _Scene:
         return {"turn": name, "camera": view.camera.name, **finite}
 
 
-def _remember_alone(session: ViewSession, names: set[str]) -> None:
+def _remember_alone(session: Session, names: set[str]) -> None:
     """Make a session forget all turns but these; it is the only one of its engine."""
-    cache = session.engine.cache
+    cache = session.parts.cache
     for entry in cache.entries():
         if str(entry.turn) not in names:
             cache.evict(entry.id)
 
 
-def _cost(turn: ViewTurn) -> Measures:
+def _cost(turn: Turn) -> Measures:
     report = turn.report
     return {
         "tokens": report["plan"]["tokens"],
@@ -290,11 +290,11 @@ def _cost(turn: ViewTurn) -> Measures:
     }
 
 
-def _agreement(session: ViewSession, request: TurnRequest) -> dict[str, dict[str, float]]:
+def _agreement(session: Session, request: Request) -> dict[str, dict[str, float]]:
     """How the blocks agree in a turn that is given up before it is decoded, to time none of it."""
     few = dataclasses.replace(request, num_inference_steps=_RECORDED_STEPS)
-    with recorded_responsiveness(session.engine.transformer) as forwards:
-        events = session.perform(few)
+    with recorded_responsiveness(session.parts.transformer) as forwards:
+        events = session.events(few)
         for event in events:
             if isinstance(event, StepDone) and event.step == event.total:
                 break

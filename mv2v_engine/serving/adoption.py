@@ -13,15 +13,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from mv2v_engine.engine.editing.store import EditStore
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import database
 from mv2v_engine.serving.digests import promised
 from mv2v_engine.serving.folders import (
     RESULTS,
     Store,
-    engine_store,
     latents_paths,
     manifest_row,
     reading,
@@ -29,7 +27,6 @@ from mv2v_engine.serving.folders import (
     source_path,
     stored_identity,
 )
-from mv2v_engine.serving.records import Kind
 from mv2v_engine.serving.tables import text
 
 
@@ -80,19 +77,19 @@ def adopt(
     """
     sessions = db.execute("SELECT * FROM sessions WHERE NOT is_deleting").fetchall()
     turns = db.execute("SELECT * FROM turns").fetchall()
-    kinds: dict[str, Kind] = {row["id"]: row["kind"] for row in sessions}
+    known = {row["id"] for row in sessions}
     sources = [
         (
             _source(store, row),
-            text(stored_identity(store.session(row["id"]), row["kind"])),
+            text(stored_identity(store.session(row["id"]))),
             row["id"],
         )
         for row in sessions
     ]
     updates = [
-        (*_turn(store, kinds[row["session"]], row), row["session"], row["number"])
+        (*_turn(store, row), row["session"], row["number"])
         for row in turns
-        if row["session"] in kinds
+        if row["session"] in known
     ]
 
     def work(db: sqlite3.Connection) -> None:
@@ -119,7 +116,7 @@ def _source(store: Store, row: sqlite3.Row) -> str:
     return json.dumps(files)
 
 
-def _turn(store: Store, kind: Kind, row: sqlite3.Row) -> tuple[str, str | None, bool]:
+def _turn(store: Store, row: sqlite3.Row) -> tuple[str, str | None, bool]:
     """A turn's promises, its row of the manifest without the report, whether it is published."""
     folder, number = store.session(row["session"]), row["number"]
     latents, results = latents_paths(folder, number), result_paths(folder, number)
@@ -128,12 +125,12 @@ def _turn(store: Store, kind: Kind, row: sqlite3.Row) -> tuple[str, str | None, 
     entry, files = None, {}
     try:
         files = promised(folder, latents)
-        manifest_row(folder, kind, number)
+        manifest_row(folder, number)
     except StorageError:
         pass  # of a damaged manifest nothing more is known than the bytes
     else:
         try:
-            entry = checked_entry(folder, kind, number)
+            entry = checked_entry(folder, number)
         except StorageError:
             is_whole = False
     if not files or (entry is None and not is_whole):
@@ -145,21 +142,15 @@ def _turn(store: Store, kind: Kind, row: sqlite3.Row) -> tuple[str, str | None, 
     return json.dumps(files), text(entry), is_published
 
 
-def checked_entry(folder: Path, kind: Kind, number: int) -> dict[str, Any]:
+def checked_entry(folder: Path, number: int) -> dict[str, Any]:
     """A finished turn's row of the manifest without its report; its latents are what it says.
 
     Raises:
         StorageError: they are not, or there is no such row.
     """
-    row = manifest_row(folder, kind, number)
+    row = manifest_row(folder, number)
     if row is None:
         raise StorageError(f"{folder.name} holds no finished turn {number}")
     with reading(folder):
-        manifest = engine_store(folder, kind)
-        if isinstance(manifest, SessionStore):
-            # turns of before digests were kept have none
-            manifest.latents(number, row.get("sha256"))
-        if isinstance(manifest, EditStore):
-            for window, digest in enumerate(row["windows"], 1):
-                manifest.window(number, window, digest)
+        SessionFolder(folder).check_windows(row)
     return {name: value for name, value in row.items() if name != "report"}

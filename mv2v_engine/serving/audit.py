@@ -21,8 +21,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mv2v_engine.engine.editing.store import EditStore
-from mv2v_engine.engine.store import SessionFolder
+from mv2v_engine.engine.folder import SessionFolder, current_row
 from mv2v_engine.errors import InUseError, StorageError
 from mv2v_engine.serving import tables
 from mv2v_engine.serving.claims import taken
@@ -32,7 +31,6 @@ from mv2v_engine.serving.errors import ApiError, client_words
 from mv2v_engine.serving.folders import (
     RESULTS,
     Store,
-    engine_store,
     reading,
     result_path,
     result_paths,
@@ -214,7 +212,7 @@ class Audit:
     def _mend_manifest(
         self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord], wrong: str
     ) -> str | None:
-        manifest = engine_store(folder, session.kind)
+        manifest = SessionFolder(folder)
         entries = [turn.entry for turn in turns]
         if turns and (session.identity is None or None in entries):
             return f"session.json is damaged, and the rows do not have what it held: {wrong}"
@@ -243,9 +241,9 @@ def _rows(manifest: SessionFolder, turns: Sequence[TurnRecord]) -> list[dict[str
     except StorageError as error:
         log.warning("of session.json nothing but what the database has is left: %s", error)
     for turn in turns:
-        rows[turn.number] = {**(turn.entry or {}), "report": _report(manifest, turn)}
+        rows[turn.number] = _row(turn)
     for number in range(1, max(rows)):
-        if number not in rows and isinstance(manifest, EditStore):
+        if number not in rows and rows[max(rows)]["camera"] is None:
             # an edit that was unfinished: without settings, no request goes on with it
             nothing: dict[str, Any] = {"settings": {}, "windows": [], "report": None}
             rows[number] = {**rows[max(rows)], **nothing, "number": number}
@@ -287,7 +285,7 @@ def manifest_problem(
 
 
 def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]) -> str | None:
-    store = engine_store(folder, session.kind)
+    store = SessionFolder(folder)
     if not store.exists():
         return "it is missing" if turns else None
     with reading(folder):
@@ -300,9 +298,8 @@ def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord
             if turn.number not in by_number:
                 return f"it does not list turn {turn.number}"
             row = by_number[turn.number]
-            wrong = [
-                name for name, value in (turn.entry or {}).items() if row.get(name, ...) != value
-            ]
+            entry = {} if turn.entry is None else _row(turn)
+            wrong = [name for name in entry.keys() - {"report"} if row[name] != entry[name]]
             if wrong:
                 return f"turn {turn.number} has another {wrong[0]}"
             if not isinstance(row.get("report"), dict):
@@ -310,10 +307,10 @@ def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord
     return None
 
 
-def _report(manifest: SessionFolder, turn: TurnRecord) -> dict[str, Any]:
-    """A turn's report as the manifest has it: an edit's windows have theirs beside them."""
-    left_out = {"windows"} if isinstance(manifest, EditStore) else set()
-    return {name: value for name, value in turn.report.items() if name not in left_out}
+def _row(turn: TurnRecord) -> dict[str, Any]:
+    """A turn's row of the manifest; the reports of an edit's windows lie beside them."""
+    report = {name: value for name, value in turn.report.items() if name != "windows"}
+    return current_row({**(turn.entry or {}), "report": report})
 
 
 def _again(db: sqlite3.Connection, session: SessionRecord) -> SessionRecord:

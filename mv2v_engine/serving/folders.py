@@ -4,7 +4,7 @@
     service.sqlite3 (-wal, -shm)    lock  worker.lock
     spare                           bytes that are given up where a full disk must take a write
     sessions/<id>/  source                          the upload, under no name of its user's
-                    session.json  turns/            the engine's own (engine.store)
+                    session.json  turns/            the engine's own (engine.folder)
                     results/turn_0001.mp4, .jpg     written by rename, after the engine's
                     rows/                           a copy of the session's rows (mirror)
     set-aside/                      what a start found and no row promises; nothing removes it
@@ -26,14 +26,13 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from mv2v_engine.engine.editing.store import EditStore
-from mv2v_engine.engine.store import SessionFolder, SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import flush, make_folder, move
 from mv2v_engine.locks import Lock
 from mv2v_engine.serving.database import Database
 from mv2v_engine.serving.errors import FULL, ApiError
-from mv2v_engine.serving.records import Kind, TurnFile, is_id
+from mv2v_engine.serving.records import TurnFile, is_id
 
 # what reading a manifest of other names and types than it should have ends in
 _GARBLED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, StopIteration)
@@ -207,11 +206,6 @@ def result_path(folder: Path, number: int, which: TurnFile) -> Path:
     return folder / "results" / f"turn_{number:04d}.{_SUFFIXES[which]}"
 
 
-def engine_store(folder: Path, kind: Kind) -> SessionFolder:
-    """What the engine keeps in a session's folder."""
-    return SessionStore(folder) if kind == "views" else EditStore(folder)
-
-
 @contextmanager
 def reading(folder: Path) -> Iterator[None]:
     """Whatever a session's damaged manifest does to those who read it, as one error.
@@ -229,41 +223,41 @@ def reading(folder: Path) -> Iterator[None]:
         ) from error
 
 
-def manifest_row(folder: Path, kind: Kind, number: int | None) -> dict[str, Any] | None:
+def manifest_row(folder: Path, number: int | None) -> dict[str, Any] | None:
     """A finished turn as the manifest has it, its report whole; None if it has not.
 
     Raises:
         StorageError: the folder's manifest is damaged, or a window of an edit.
     """
-    store = engine_store(folder, kind)
+    store = SessionFolder(folder)
     if number is None or not store.exists():
         return None
     with reading(folder):
         for row in store.read()["turns"]:
             if row.get("number") == number and row.get("report") is not None:
                 report = dict(row["report"])
-                if isinstance(store, EditStore):
+                if row["camera"] is None:
                     report["windows"] = store.window_reports(number)
                 return {**row, "report": report}
     return None
 
 
-def manifest_entry(folder: Path, kind: Kind, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
+def manifest_entry(folder: Path, number: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """A finished turn's row of the manifest without the report, and the session's identity.
 
     Raises:
         StorageError: the folder's manifest is damaged, or has no such turn.
     """
     with reading(folder):
-        manifest = engine_store(folder, kind).read()
+        manifest = SessionFolder(folder).read()
         row = next(row for row in manifest["turns"] if row["number"] == number)
         entry = {name: value for name, value in row.items() if name != "report"}
         return entry, manifest["identity"]
 
 
-def stored_identity(folder: Path, kind: Kind) -> dict[str, Any] | None:
+def stored_identity(folder: Path) -> dict[str, Any] | None:
     """What the engine's manifest says of its session; None if there is no whole one."""
-    store = engine_store(folder, kind)
+    store = SessionFolder(folder)
     try:
         with reading(folder):
             identity: dict[str, Any] | None = store.read()["identity"] if store.exists() else None
@@ -272,13 +266,13 @@ def stored_identity(folder: Path, kind: Kind) -> dict[str, Any] | None:
         return None
 
 
-def finished_report(folder: Path, kind: Kind, number: int | None) -> dict[str, Any] | None:
+def finished_report(folder: Path, number: int | None) -> dict[str, Any] | None:
     """The report of a turn that the session's folder has whole; None if it has not.
 
     Raises:
         StorageError: as `manifest_row`.
     """
-    row = manifest_row(folder, kind, number)
+    row = manifest_row(folder, number)
     return None if row is None else row["report"]
 
 
@@ -302,7 +296,7 @@ def turn_bytes(folder: Path, number: int) -> int:
     return sum(path.stat().st_size for path in paths)
 
 
-def sweep_session(folder: Path, kind: Kind) -> None:
+def sweep_session(folder: Path) -> None:
     """Remove what a killed worker left in a session: half-written files, and unlisted turns.
 
     Raises:
@@ -314,7 +308,7 @@ def sweep_session(folder: Path, kind: Kind) -> None:
         for path in place.iterdir() if place.is_dir() else ():
             if _UNFINISHED.fullmatch(path.name):
                 path.unlink(missing_ok=True)
-    store = engine_store(folder, kind)
+    store = SessionFolder(folder)
     with reading(folder):
         listed = store.listed_files() if store.exists() else set()
     for path in [*folder.glob("turns/*.safetensors"), *folder.glob("turns/*/*.safetensors")]:

@@ -21,12 +21,9 @@ import torch
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS
-from mv2v_engine.engine.editing.request import EditRequest
-from mv2v_engine.engine.editing.session import EditSession
-from mv2v_engine.engine.opening import open_edit_session, open_view_session
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
-from mv2v_engine.engine.view_session import ViewSession
 from mv2v_engine.errors import (
     NO_PRIMITIVE,
     CancelledError,
@@ -92,7 +89,7 @@ class Host:
 
     def __init__(self, engine: Engine, *, max_open: int, has_claims: bool = False) -> None:
         self.engine, self.max_open, self.has_claims = engine, max_open, has_claims
-        self._open: OrderedDict[str, ViewSession | EditSession] = OrderedDict()
+        self._open: OrderedDict[str, Session] = OrderedDict()
         self.about = _describe(engine)
 
     def warm_up(self) -> None:
@@ -101,9 +98,9 @@ class Host:
         frames = torch.zeros(
             (sampling.num_frames, *sampling.size, 3), dtype=torch.uint8, device="cpu"
         )
-        session = self.engine.session(frames, cuts=() if self._is_editor else None)
+        session = self.engine.session(frames, cuts=() if self.engine.is_editor else None)
         try:
-            if self._is_editor:
+            if self.engine.is_editor:
                 session.edit("-", num_inference_steps=2)
             else:
                 session.render("static", num_inference_steps=2)
@@ -171,21 +168,15 @@ class Host:
             "the session is as it was",
         )
 
-    @property
-    def _is_editor(self) -> bool:
-        return bool(self.about["kind"] == "edits")
-
     def _run(
         self, job: Json, session: Json, folder: Path, cancel: CancelToken
     ) -> Generator[Json, None, None]:
         request = make_request(job["request"], self.about)
         cancel.check()
         opened = self._session(session, folder, cancel)
-        if isinstance(opened, EditSession):
-            assert isinstance(request, EditRequest)
-            turn: Turn = yield from _edited(opened, request, folder, cancel)
+        if self.engine.is_editor:
+            turn = yield from _edited(opened, request, folder, cancel)
         else:
-            assert isinstance(request, TurnRequest)
             turn = yield from self._rendered(opened, request, session["id"], job["number"], cancel)
         # from here on the turn is finished, whatever becomes of its files
         caught = Caught()
@@ -205,8 +196,8 @@ class Host:
 
     def _rendered(
         self,
-        opened: ViewSession,
-        request: TurnRequest,
+        opened: Session,
+        request: Request,
         session_id: str,
         number: int,
         cancel: CancelToken,
@@ -216,7 +207,7 @@ class Host:
         done = len(opened.turns)
         if done >= number:
             turn = opened.turns[number - 1]
-            difference = request.difference(turn.trajectory, turn.report)
+            difference = request.difference(turn.report, turn.trajectory)
             if difference:
                 raise StorageError(
                     f"the session's folder has another turn {number}: {difference}; branch from "
@@ -228,7 +219,7 @@ class Host:
                 f"the session's folder has {done} turns, and turn {number} is to be made; restore "
                 "the folder"
             )
-        made = yield from _translated(opened.perform(request, cancel))
+        made = yield from _translated(opened.events(request, cancel))
         try:
             opened.store_missing()
         except StorageError:
@@ -237,37 +228,37 @@ class Host:
             raise
         return made
 
-    def _session(
-        self, session: Json, folder: Path, cancel: CancelToken | None = None
-    ) -> ViewSession | EditSession:
+    def _session(self, session: Json, folder: Path, cancel: CancelToken | None = None) -> Session:
         """A session, opened again from its folder if it is not in memory."""
         opened = self._open.pop(session["id"], None)
         if opened is None:
             resume = (folder / "session.json").exists()
-            common: Json = {"id": session["id"], "store": folder, "resume": resume}
-            common["is_locked"] = self.has_claims
-            source = source_path(folder)
-            if self._is_editor:
-                opened = open_edit_session(self.engine, source, cancel=cancel, **common)
-            else:
+            window = None
+            if not self.engine.is_editor:
                 wanted = self.engine.sampling.num_frames
                 window = session_window(session["frames"], wanted, session["window"])
-                opened = open_view_session(
-                    self.engine, source, window=window, cancel=cancel, **common
-                )
+            opened = self.engine.session(
+                source_path(folder),
+                id=session["id"],
+                store=folder,
+                resume=resume,
+                window=window,
+                cancel=cancel,
+                is_locked=self.has_claims,
+            )
         self._open[session["id"]] = opened
         while len(self._open) > self.max_open:
             self.release(next(iter(self._open)))
         return opened
 
-    def _memory(self, opened: ViewSession | EditSession, request: Any) -> Json:
+    def _memory(self, opened: Session, request: Request) -> Json:
         """What a session holds, and what a turn like the last one would be made of."""
         entries = self.engine.cache.entries()
         num_bytes = sum(
             entry.num_bytes for entry in entries if entry.id.startswith(f"{opened.id}/")
         )
         tokens = None
-        if isinstance(opened, ViewSession):
+        if not self.engine.is_editor:
             # the turn is finished, though another one like it may have no room
             with suppress(MV2VError):
                 tokens = opened.plan_turn(request)[1].lengths_by_kind
@@ -275,14 +266,14 @@ class Host:
 
 
 def _edited(
-    opened: EditSession, request: EditRequest, folder: Path, cancel: CancelToken
+    opened: Session, request: Request, folder: Path, cancel: CancelToken
 ) -> Generator[Json, None, Turn]:
     """An edit, behind the windows that an earlier attempt has kept."""
     number = opened.number_of(request)
     yield {"type": "started", "number": number}
     video = result_path(folder, number, "video")
     out = None if video.exists() else video
-    return (yield from _translated(opened.perform(request, cancel, out=out)))
+    return (yield from _translated(opened.events(request, cancel, out=out)))
 
 
 def publish_turn(turn: Turn, folder: Path) -> None:
@@ -325,12 +316,12 @@ def _describe(engine: Engine) -> Json:
     """As `Backend.about`."""
     sampling = dataclasses.asdict(engine.sampling)
     return {
-        "kind": "edits" if engine.transformer.config.source_channels else "views",
+        "kind": "edits" if engine.is_editor else "views",
         "engine": engine.describe(),
         "digest": weights_fingerprint(engine.transformer.state_dict(), engine.vae.key),
         "has_text": engine.text is not None,
         "source_fit": engine.config.source_fit,
-        "memory": engine.memory,
+        "memory": engine.memory_mode,
         "presets": list(PRESETS),
         "sampling": sampling | {"size": list(engine.sampling.size)},
     }

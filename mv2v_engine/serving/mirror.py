@@ -92,7 +92,6 @@ async def mend_rows(database: Database, folder: Path, session_id: str) -> None:
 def _mended(folder: Path, rows: Rows) -> list[tuple[int | None, dict[str, Any]]]:
     """Damaged rows as their copies have them, by the turn's number, None for the session."""
     found: list[tuple[int | None, dict[str, Any]]] = []
-    kind: Kind = "edits" if rows.session["kind"] == "edits" else "views"
     for number, row in [(None, rows.session), *rows.turns.items()]:
         try:
             _checked(row, _SESSION_COLUMNS if number is None else _TURN_COLUMNS)
@@ -100,7 +99,7 @@ def _mended(folder: Path, rows: Rows) -> list[tuple[int | None, dict[str, Any]]]
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             what = "the session" if number is None else f"turn {number}"
             log.error("the row of %s of %s is damaged: %s", what, folder.name, error)
-        good = copied_turn(folder, kind, number) if number else _copied_session(folder)
+        good = copied_turn(folder, number) if number else _copied_session(folder)
         if good is not None:
             found.append((number, good))
             log.warning("it is written again from its copy")
@@ -192,14 +191,14 @@ def read_rows(folder: Path) -> Rows:
     with reading(folder):
         # copies of before there was a choice have none
         session = _checked({"window": None, **value["row"]}, _SESSION_COLUMNS)
-        identity = text(stored_identity(folder, session["kind"]))
+        identity = text(stored_identity(folder))
         rows = Rows(str(value["store"]), session | {"identity": identity})
     copied = {
         int(path.stem.removeprefix("turn_"))
         for path in (folder / FOLDER).glob("turn_[0-9][0-9][0-9][0-9].json")
     }
     for number in sorted(copied | finished_numbers(folder)):
-        found = copied_turn(folder, session["kind"], number)
+        found = copied_turn(folder, number)
         if found is not None:
             rows.turns[number] = found
     return rows
@@ -215,7 +214,7 @@ def had_rows_in(folder: Path) -> str | None:
         return None
 
 
-def copied_turn(folder: Path, kind: Kind, number: int) -> dict[str, Any] | None:
+def copied_turn(folder: Path, number: int) -> dict[str, Any] | None:
     """A turn's row as its copy has it, or, without one, the engine's manifest; else None."""
     try:
         value = _read_json(folder / FOLDER / _turn_name(number))
@@ -226,21 +225,21 @@ def copied_turn(folder: Path, kind: Kind, number: int) -> dict[str, Any] | None:
                     return row
     except StorageError as error:
         log.warning("%s", error)
-    return turn_row(folder, kind, number)
+    return turn_row(folder, number)
 
 
-def turn_row(folder: Path, kind: Kind, number: int) -> dict[str, Any] | None:
+def turn_row(folder: Path, number: int) -> dict[str, Any] | None:
     """The row of a finished turn as the engine's manifest and files have it.
 
     None if they are damaged, which is said.
     """
     try:
-        found = manifest_row(folder, kind, number)
+        found = manifest_row(folder, number)
         if found is None:
             return None
         with reading(folder):
             report = found["report"]
-            request = found.get("request") or _request(report)
+            request = found["request"] if found["camera"] is None else _request(report)
             files = promised(folder, latents_paths(folder, number))
             entry = {name: value for name, value in found.items() if name != "report"}
             return {

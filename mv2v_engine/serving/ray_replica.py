@@ -145,7 +145,7 @@ class Replica:
         """Another may have gone on with the session, or have died while it wrote."""
         if not was_last:
             self._host.release(order["session"]["id"])
-            sweep_session(Path(order["folder"]), self._host.about["kind"])
+            sweep_session(Path(order["folder"]))
 
 
 def _opened(setup: Json) -> tuple[Host, OpenJob]:

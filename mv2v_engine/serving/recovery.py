@@ -99,13 +99,13 @@ async def _take_up(session: SessionRecord, store: Store, database: Database) -> 
     numbers = await asyncio.to_thread(finished_numbers, folder)
     lacking = numbers - await database.read(partial(_told, session_id=session.id))
     for number in sorted(lacking):
-        row = await asyncio.to_thread(copied_turn, folder, session.kind, number)
+        row = await asyncio.to_thread(copied_turn, folder, number)
         if row is not None:
             insert = partial(insert_turn, session_id=session.id, row=row)
             await database.write(insert, makes_room=True)
             log.warning("turn %d of %s had no row, and was taken up", number, session.id)
     if lacking and session.identity is None:
-        identity = await asyncio.to_thread(stored_identity, folder, session.kind)
+        identity = await asyncio.to_thread(stored_identity, folder)
         if identity is not None:
             keep = partial(tables.set_identity, session_id=session.id, identity=identity)
             await database.write(keep, makes_room=True)

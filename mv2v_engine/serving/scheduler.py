@@ -353,7 +353,7 @@ def _recorded(
         raise StorageError(f"turn {number} is said to be finished, and has no latents")
     results = result_paths(folder, number) if done["published"] else []
     files = promised(folder, [*latents, *results])
-    entry, identity = manifest_entry(folder, session.kind, number)
+    entry, identity = manifest_entry(folder, number)
     turn = TurnRecord(
         session=session.id,
         number=number,
@@ -371,8 +371,8 @@ def _recorded(
 
 def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> dict[str, Any] | None:
     with taken(folder):
-        sweep_session(folder, session.kind)
-        report = finished_report(folder, session.kind, number)
+        sweep_session(folder)
+        report = finished_report(folder, number)
     if report is None or number is None:
         return None
     # its video may be half of an edit's or missing: written again, it is the same

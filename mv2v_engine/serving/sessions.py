@@ -20,7 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import StorageError, VideoError
 from mv2v_engine.files import flush, make_folder, move, share_file
 from mv2v_engine.serving import jobs, tables
@@ -383,7 +383,7 @@ def _place_branch(store: Store, parent: SessionRecord, branch: SessionRecord) ->
     try:
         share_file(source_path(old), source_path(staging))
         if number:
-            SessionStore(old).branch(staging, id=branch.id, count=number)
+            SessionFolder(old).branch(staging, id=branch.id, count=number)
         for turn in range(1, number + 1):
             for which in get_args(TurnFile):
                 path = result_path(old, turn, which)

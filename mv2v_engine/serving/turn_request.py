@@ -14,8 +14,7 @@ from typing import Any
 from mv2v_engine.camera.files import given_trajectory, parse_trajectory, trajectory_json
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.config import SamplingConfig
-from mv2v_engine.engine.editing.request import EditRequest
-from mv2v_engine.engine.request import NO_EDITS, NO_VIEWS, TurnRequest, check_text
+from mv2v_engine.engine.request import NO_EDITS, NO_VIEWS, Request, check_text
 from mv2v_engine.errors import CameraError, RequestError
 
 # what both kinds of turn can be asked for, beside a camera or an instruction
@@ -23,7 +22,7 @@ _COMMON = ("seed", "num_inference_steps", "guidance_scale")
 _MAX_NAME = 200
 
 
-def make_request(asked: dict[str, Any], about: dict[str, Any]) -> TurnRequest | EditRequest:
+def make_request(asked: dict[str, Any], about: dict[str, Any]) -> Request:
     """The turn that is asked for.
 
     asked: as `Service.submit` takes it. about: as `Backend.about` gives it.
@@ -40,17 +39,16 @@ def make_request(asked: dict[str, Any], about: dict[str, Any]) -> TurnRequest | 
     common["memory"] = asked.get("memory") or about["memory"]
     camera, prompt = asked.get("camera"), asked.get("prompt") or ""
     sampling = sampling_of(about)
-    request: TurnRequest | EditRequest
     if about["kind"] == "edits":
         if camera is not None:
             raise RequestError(f"{name} {NO_VIEWS}")
-        request = EditRequest.of(prompt, sampling, **common)
+        request = Request.edit(prompt, sampling, **common)
     elif camera is None:
         advice = NO_EDITS if prompt else "renders novel views; give a camera"
         raise RequestError(f"{name} {advice}")
     else:
         trajectory = make_camera(camera, sampling)
-        request = TurnRequest.of(trajectory, sampling, prompt=prompt, **common)
+        request = Request.view(trajectory, sampling, prompt=prompt, **common)
     check_text(name, request.prompt, request.guidance_scale, has_text=about["has_text"])
     return request
 
@@ -92,13 +90,13 @@ def _content(name: str, given: Any) -> bytes:
     return json.dumps(given).encode()
 
 
-def kept_request(asked: dict[str, Any], made: TurnRequest | EditRequest) -> dict[str, Any]:
+def kept_request(asked: dict[str, Any], made: Request) -> dict[str, Any]:
     """What is kept of a request until it is made: of a camera's files, the camera alone.
 
     So they are read once, what was changed of them stands in the request, and they take no room.
     """
     camera = asked.get("camera")
-    if not isinstance(camera, dict) or isinstance(made, EditRequest):
+    if not isinstance(camera, dict) or made.camera is None:
         return asked
     if "files" not in camera and not made.camera.notes:
         return asked
@@ -115,7 +113,7 @@ def sampling_of(about: dict[str, Any]) -> SamplingConfig:
 
 
 def session_window(num_frames: int, wanted: int, chosen: str | None = None) -> str | None:
-    """Which frames of a video a session of views takes, as `Engine.view_session` names it."""
+    """Which frames of a video a session of views takes, as `Engine.session` names it."""
     if chosen is not None:
         return chosen
     if num_frames == wanted:

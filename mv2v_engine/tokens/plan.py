@@ -9,7 +9,7 @@ F latent frames, H W latent rows and columns, L tokens, C width, k a tokenizer's
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, Literal
@@ -17,6 +17,7 @@ from typing import Any, Literal
 from torch import Tensor
 
 from mv2v_engine.config import (
+    LUCY_5B,
     WAN_1_3B,
     Conditioning,
     MemoryTokenizers,
@@ -110,7 +111,7 @@ class TokenPlan:
         if self.shape.source_channels and "source" in roles:
             raise RequestError(
                 "this model takes the source on the target's channels and a plan without a source "
-                f"segment (tokens.editing.editing_plan), got {roles}"
+                f"segment (tokens.plan.turn_plan), got {roles}"
             )
         for segment in self.segments:
             if min(segment.grid) < 1:
@@ -295,40 +296,27 @@ def turn_plan(
     tokenizers: Sequence[int],
     *,
     source: bool = True,
+    preceding: bool = True,
     merge: MergeMode = "conv",
     scope: MergeScope = "group",
     fraction: float | None = None,
     conditioning: Conditioning = "joint",
     rope: RopeMode = "pooled",
 ) -> TokenPlan:
-    """The plan of a novel-view turn: target, source, then memory by rank (METHOD 2 and 4).
+    """The plan of a novel view, or of an edit's window: target, source, memory by rank (METHOD 2).
 
-    grid: latent (frames, rows, columns), the same for every video. tokenizers: one per memory
-    video, best first. Camera tracks: 0 target, 1 source, 2... memory; all 0 for a stock
-    ReCamMaster, whose conditioning tokens take the target's camera (METHOD 5).
+    An edit's source rides on the target's channels, so that its plan has no source segment.
+
+    Args:
+        grid: latent (frames, rows, columns), the same for every video.
+        tokenizers: one per memory video, best first.
+        source: whether a novel view has its source.
+        preceding: whether the first memory video of an edit is the segment just before.
     """
-    frames = grid[0]
-    shared = shape.camera_conditioning == "target"
-
-    def track(index: int) -> int | None:
-        return (0 if shared else index) if shape.has_camera else None
-
-    segments = [Segment(role="target", grid=grid, camera=track(0))]
-    if source:
-        segments.append(
-            Segment(role="source", grid=grid, tau=frames, camera=track(1), mergeable=True)
-        )
-    for rank, tokenizer in enumerate(tokenizers):
-        segments.append(
-            Segment(
-                role="memory",
-                grid=grid,
-                tokenizer=tokenizer,
-                tau=2 * frames,
-                camera=track(2 + rank),
-                mergeable=True,
-            )
-        )
+    if shape.source_channels:
+        segments = _edit_segments(grid, tokenizers, preceding)
+    else:
+        segments = _view_segments(shape, grid, tokenizers, source)
     return TokenPlan(
         segments=tuple(segments),
         shape=shape,
@@ -338,6 +326,54 @@ def turn_plan(
         conditioning=conditioning,
         rope=rope,
     )
+
+
+def _view_segments(
+    shape: TransformerConfig,
+    grid: tuple[int, int, int],
+    tokenizers: Sequence[int],
+    has_source: bool,
+) -> Iterator[Segment]:
+    """Temporal ids and camera tracks of METHOD 4 and 5.
+
+    Tracks: 0 target, 1 source, 2... memory; all 0 for a stock ReCamMaster, whose conditioning
+    tokens take the target's camera.
+    """
+    frames, is_shared = grid[0], shape.camera_conditioning == "target"
+
+    def track(index: int) -> int | None:
+        return (0 if is_shared else index) if shape.has_camera else None
+
+    yield Segment(role="target", grid=grid, camera=track(0))
+    if has_source:
+        yield Segment(role="source", grid=grid, tau=frames, camera=track(1), mergeable=True)
+    for rank, tokenizer in enumerate(tokenizers):
+        yield Segment(
+            role="memory",
+            grid=grid,
+            tokenizer=tokenizer,
+            tau=2 * frames,
+            camera=track(2 + rank),
+            mergeable=True,
+        )
+
+
+def _edit_segments(
+    grid: tuple[int, int, int], tokenizers: Sequence[int], has_preceding: bool
+) -> Iterator[Segment]:
+    """The segment just before takes the ids T..2T-1, all other memory shares 2T..3T-1; memory
+    frames run backwards (METHOD 4)."""
+    frames = grid[0]
+    yield Segment(role="target", grid=grid)
+    for rank, tokenizer in enumerate(tokenizers):
+        yield Segment(
+            role="memory",
+            grid=grid,
+            tokenizer=tokenizer,
+            tau=frames if has_preceding and rank == 0 else 2 * frames,
+            mergeable=True,
+            reverse=True,
+        )
 
 
 def latent_grid(
@@ -366,15 +402,41 @@ def novel_view_plan(
 ) -> TokenPlan:
     """The plan of a turn with `memory` retrieved videos, without any weights (METHOD 16).
 
-    tokenizers: by rank, or 1x2x2 for every memory video (the ablation).
+    tokenizers: by rank, or 1x2x2 for every memory video (the ablation). spatial_stride: the VAE's.
     """
     if memory < 0:
         raise RequestError(f"memory must be a count of videos, got {memory}")
     return turn_plan(
         shape,
         latent_grid(frames, size, spatial_stride=spatial_stride),
-        memory_tokenizers(memory, mode=tokenizers),
+        memory_tokenizers(memory, shape.tokenizers, mode=tokenizers),
         merge=merge,
         fraction=fraction,
         conditioning=conditioning,
+    )
+
+
+def window_plan(
+    *,
+    memory: int,
+    frames: int = 81,
+    size: tuple[int, int] = (480, 832),
+    merge: MergeMode = "conv",
+    fraction: float | None = None,
+    conditioning: Conditioning = "joint",
+    shape: TransformerConfig = LUCY_5B,
+    tokenizers: MemoryTokenizers = "ranked",
+    spatial_stride: int = 16,
+) -> TokenPlan:
+    """As `novel_view_plan`, of an edit's window that remembers `memory` segments."""
+    return novel_view_plan(
+        memory=memory,
+        frames=frames,
+        size=size,
+        merge=merge,
+        fraction=fraction,
+        conditioning=conditioning,
+        shape=shape,
+        tokenizers=tokenizers,
+        spatial_stride=spatial_stride,
     )

@@ -16,8 +16,7 @@ from torch import Tensor
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.memory.segment_retrieval import SegmentKey, latent_descriptor, rank_segments
-from mv2v_engine.tokens.editing import editing_plan
-from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 from mv2v_engine.training.distributed import own_generator
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.odds import MemoryRecipe, chance, number, padded_text, pick
@@ -118,7 +117,7 @@ class EditSampler:
         follows = not chance(self.recipe.not_following, generator)
         _, *grid = self.latents.latent_shape
         frames, rows, columns = grid
-        plan = editing_plan(
+        plan = turn_plan(
             self.shape,
             (frames, rows, columns),
             drawn.tokenizers,

@@ -13,7 +13,7 @@ from torch import Tensor
 from mv2v_engine import CancelToken, Engine, EngineConfig, Session, Turn
 from mv2v_engine.engine import graphs
 from mv2v_engine.engine.batch import TOKENS, TurnBatch, TurnEvent
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.runner import Denoiser, StepDue
 from mv2v_engine.errors import CancelledError, KernelUnavailableError, RequestError
 from mv2v_engine.models.packed import Sample
@@ -38,8 +38,8 @@ def engine(tiny_checkpoint: Path) -> Engine:
     return Engine.from_pretrained(tiny_checkpoint, device="cpu", config=config)
 
 
-def _request(engine: Engine, camera: str, steps: int = 2, scale: float = 1.0) -> TurnRequest:
-    return TurnRequest.of(
+def _request(engine: Engine, camera: str, steps: int = 2, scale: float = 1.0) -> Request:
+    return Request.view(
         camera,
         engine.sampling,
         memory="retrieved",
@@ -53,7 +53,7 @@ def _session(engine: Engine, frames: Tensor, cameras: tuple[str, ...] = ()) -> S
     """With finished turns of one step."""
     session = engine.session(frames)
     for camera in cameras:
-        session.answer(_request(engine, camera, 1))
+        session.ask(_request(engine, camera, 1))
     return session
 
 
@@ -90,7 +90,7 @@ def test_each_turn_is_what_it_is_alone(
     requests = [_request(engine, *asked) for _, *asked in TURNS]
     results = engine.answer_all(list(zip(batched, requests, strict=True)))
     for result, session, twin, request in zip(results, batched, alone, requests, strict=True):
-        turn, expected = _turn(result), twin.answer(request)
+        turn, expected = _turn(result), twin.ask(request)
         assert relative_error(turn.latents, expected.latents) < ROUNDING
         assert (turn.frames.int() - expected.frames.int()).abs().max() <= 1
         assert session.turns[-1] is turn and turn.number == expected.number
@@ -109,7 +109,7 @@ def test_turns_of_one_session_remember_each_other(engine: Engine, source_frames:
     asked = [(session, _request(engine, camera)) for camera in cameras]
     results = engine.answer_all([*asked, (beside, _request(engine, "tilt_up", 5))])
     for result, camera in zip(results[:3], cameras, strict=True):
-        turn, expected = _turn(result), twin.answer(_request(engine, camera))
+        turn, expected = _turn(result), twin.ask(_request(engine, camera))
         own, theirs = (report["memory"]["retrieved"] for report in (turn.report, expected.report))
         assert [row["turn"] for row in own] == [row["turn"] for row in theirs]
         assert len(own) == turn.number - 1
@@ -147,7 +147,7 @@ def test_on_a_cpu_turns_run_one_after_the_other_unless_told_otherwise(
 
     request = _request(plain, "pan_left")
     turns = [(session, request) for session in sessions]
-    expected = plain.session(source_frames).answer(request)
+    expected = plain.session(source_frames).ask(request)
     for result in plain.answer_all(turns, on_progress=listen):
         assert torch.equal(_turn(result).latents, expected.latents)
     assert ended == [0, 0, 1, 1] and not packs
@@ -174,7 +174,7 @@ def test_events_name_their_turn(engine: Engine, source_frames: Tensor) -> None:
     asked = [(session, _request(engine, "pan_left")) for session in sessions]
     engine.answer_all([*asked, asked[0]], on_progress=events.append)
     twin, expected = engine.session(source_frames), []
-    twin.answer(_request(engine, "pan_left"), expected.append)
+    twin.ask(_request(engine, "pan_left"), expected.append)
     for number, session in enumerate(("ann", "bob")):
         own = [e.event for e in events if (e.turn, e.session) == (number, session)]
         assert [type(event) for event in own] == [type(event) for event in expected]
@@ -202,7 +202,7 @@ def test_a_failing_turn_leaves_the_others_as_they_are(
 ) -> None:
     sessions = [engine.session(source_frames) for _ in range(3)]
     requests = [_request(engine, "pan_left", steps) for steps in (3, 4, 2)]
-    expected = {i: engine.session(source_frames).answer(requests[i]) for i in (0, 2)}
+    expected = {i: engine.session(source_frames).ask(requests[i]) for i in (0, 2)}
     again, cancels = (sessions[1], _request(engine, "zoom_in")), [CancelToken() for _ in range(4)]
     error, heard = RuntimeError, list[TurnEvent]()
 
@@ -215,13 +215,13 @@ def test_a_failing_turn_leaves_the_others_as_they_are(
             cancels[1].cancel()
 
     if fault == "prepare":
-        monkeypatch.setattr(sessions[1]._recall, "condition", _raise)
+        monkeypatch.setattr(sessions[1]._recall, "recall", _raise)
     elif fault == "step":
         _break_step(monkeypatch, engine, 4)
     elif fault == "pack":
         monkeypatch.setattr(engine.transformer, "forward_packed", _raise)
     elif fault == "finish":
-        monkeypatch.setattr(sessions[1], "finish", _raise)
+        monkeypatch.setattr(sessions[1], "_keep_view", _raise)
     else:
         error = CancelledError if fault == "cancel" else RuntimeError
     turns = [*zip(sessions, requests, strict=True), again]
@@ -326,7 +326,7 @@ def test_packed_and_captured_steps_make_one_turn(
         strict=True,
     ):
         turn = _turn(result)
-        expected = _session(plain, source_frames, ("tilt_up",)).answer(request)
+        expected = _session(plain, source_frames, ("tilt_up",)).ask(request)
         assert relative_error(turn.latents, expected.latents) < ROUNDING
         assert turn.report["merged_frames"] == expected.report["merged_frames"] != []
         if request.num_inference_steps == 6:
@@ -358,7 +358,7 @@ def test_steps_that_reuse_earlier_ones_run_alone(engine: Engine, source_frames: 
     reusing = engine.reconfigured(EngineConfig(step_cache=9.0))
     sessions = [reusing.session(source_frames) for _ in range(2)]
     request = _request(engine, "pan_left", 4)
-    expected = reusing.session(source_frames).answer(request)
+    expected = reusing.session(source_frames).ask(request)
     turns = [(session, request) for session in sessions]
     for result in reusing.answer_all(turns, token_budget=TOKENS):
         assert torch.equal(_turn(result).latents, expected.latents)
@@ -388,6 +388,6 @@ def test_an_engine_on_the_same_weights_shares_a_batch(
     turns = [(own.session(source_frames), request) for own in (engine, other)]
     results = engine.answer_all(turns)
     for result, own in zip(results, (engine, other), strict=True):
-        expected = own.session(source_frames).answer(request)
+        expected = own.session(source_frames).ask(request)
         assert relative_error(_turn(result).latents, expected.latents) < ROUNDING
     assert [_turn(result).report["packed_steps"] for result in results] == [2, 2]

@@ -13,9 +13,9 @@ from peak_memory import full_size_parts
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine.budget import Budget, Parts, predict
+from mv2v_engine.engine.budget import Budget, Footprint, predict
 from mv2v_engine.engine.counting import LiveBytes
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import MemoryBudgetError, RequestError
 from mv2v_engine.progress import StageDone, StageStarted
 from mv2v_engine.tokens.plan import novel_view_plan
@@ -38,12 +38,12 @@ def test_a_turns_own_bytes(
     for camera in ("pan_right", "arc_left", "pan_left"):
         counted: dict[str, int] = {}
         with LiveBytes() as live:
-            for event in session.events(camera, guidance_scale=3.0):
+            for event in session.events(session.request(camera, guidance_scale=3.0)):
                 if isinstance(event, StageStarted):
                     live.peak = live.now
                 elif isinstance(event, StageDone):
                     counted[event.stage] = live.peak
-    parts, report = engine.budget.parts(), session.turns[-1].report
+    parts, report = engine.budget.footprint(), session.turns[-1].report
     weights = parts.transformer + parts.vae + parts.text
     predicted = report["predicted_peak_bytes"]
     # what a CPU's process holds is not beside it under its name
@@ -60,25 +60,25 @@ def test_a_turn_that_cannot_fit_is_refused_before_it_runs(
     engine = _engine(tiny_checkpoint, merge="off", conditioning="static")
     session = engine.session(source_frames)
     session.render("pan_right", memory="retrieved")
-    request = TurnRequest.of("arc_left", engine.sampling, memory="retrieved")
+    request = Request.view("arc_left", engine.sampling, memory="retrieved")
     found = engine.budget.predict(session.plan_turn(request)[1])
     for limit, refused in ((found.peak, False), (found.peak - 1, True)):
         small = engine.reconfigured(replace(engine.config, memory_limit_bytes=limit))
         other = small.session(source_frames)
         other.adopt(session.turns[0])
         if not refused:
-            other.answer(request)
+            other.ask(request)
             continue
         monkeypatch.setattr(engine.vae, "encode", None)
         with pytest.raises(MemoryBudgetError) as caught:
-            other.answer(request)
+            other.ask(request)
         said = str(caught.value)
         assert f"needs {found.peak:,} bytes of cpu in its stage {found.fullest!r}" in said
         assert f"{limit:,} are available" in said
         assert len(other.turns) == 1
 
 
-def test_what_a_refusal_advises(full_size: Parts) -> None:
+def test_what_a_refusal_advises(full_size: Footprint) -> None:
     """Static without merging is what needs the text encoder out of the way."""
     plan = novel_view_plan(memory=10, conditioning="static", merge="off")
     budget = _budget(full_size)
@@ -89,7 +89,7 @@ def test_what_a_refusal_advises(full_size: Parts) -> None:
     for setting in ('text_offload="always"', 'merge="conv"', 'conditioning="joint"', "max_memory="):
         assert setting in said
     assert "feed_forward_chunk" not in said  # it would not suffice
-    budget.engine.config = EngineConfig(memory_limit_bytes=4 * GIB)
+    budget.parts.config = EngineConfig(memory_limit_bytes=4 * GIB)
     with pytest.raises(MemoryBudgetError, match=r"no single setting brings it there, text_offload"):
         budget.check(plan)
     light = replace(full_size, is_text_offloaded=True)
@@ -97,7 +97,7 @@ def test_what_a_refusal_advises(full_size: Parts) -> None:
 
 
 @pytest.fixture(scope="module")
-def full_size() -> Parts:
+def full_size() -> Footprint:
     return full_size_parts()
 
 
@@ -109,10 +109,10 @@ class _Device:
         self.config = EngineConfig(memory_limit_bytes=24 * GIB)
 
 
-def _budget(parts: Parts) -> Budget:
+def _budget(footprint: Footprint) -> Budget:
     budget = Budget(_Device())  # type: ignore[arg-type]
-    budget.parts = lambda: parts  # type: ignore[method-assign]
-    budget.limit = lambda: budget.engine.config.memory_limit_bytes  # type: ignore[method-assign]
+    budget.footprint = lambda: footprint  # type: ignore[method-assign]
+    budget.limit = lambda: budget.parts.config.memory_limit_bytes  # type: ignore[method-assign]
     return budget
 
 
@@ -126,7 +126,7 @@ def _budget(parts: Parts) -> Budget:
     ],
 )
 def test_ten_memories_in_24_gib(
-    full_size: Parts, conditioning: Any, merge: Any, resident: float, offloaded: float
+    full_size: Footprint, conditioning: Any, merge: Any, resident: float, offloaded: float
 ) -> None:
     """81 frames of 480x832, 1.3B: all fit without the text encoder; with it, all but one.
 
@@ -150,10 +150,10 @@ def test_ten_memories_in_24_gib(
     ("auto", 30 * GIB, False),
 ])  # fmt: skip
 def test_where_the_text_encoder_waits(
-    full_size: Parts, mode: Any, limit: int | None, expected: bool
+    full_size: Footprint, mode: Any, limit: int | None, expected: bool
 ) -> None:
     budget = _budget(full_size)
-    engine: Any = budget.engine
+    engine: Any = budget.parts
     engine.config = EngineConfig(text_offload=mode, memory_limit_bytes=limit)
     plan = novel_view_plan(memory=10, conditioning="static", merge="off")
     budget.largest_plan = lambda: plan  # type: ignore[method-assign]
@@ -196,7 +196,10 @@ def test_bounds_must_be_positive(field: str) -> None:
 def test_the_arenas_count_whole(tiny_checkpoint: Path) -> None:
     """A CPU's two arenas are one memory; loose latents count as they come, with one to come."""
     video = _engine(tiny_checkpoint).video_bytes
-    loose = _engine(tiny_checkpoint).budget.parts()
+    loose = _engine(tiny_checkpoint).budget.footprint()
     assert (loose.cache, loose.copies_memory) == (video, False)
     tiers = _engine(tiny_checkpoint, cache_bytes=10 * video, device_cache_bytes=3 * video)
-    assert (tiers.budget.parts().cache, tiers.budget.parts().copies_memory) == (10 * video, True)
+    assert (tiers.budget.footprint().cache, tiers.budget.footprint().copies_memory) == (
+        10 * video,
+        True,
+    )

@@ -81,7 +81,7 @@ def test_a_running_sessions_turns_stay_near(tiny_checkpoint: Path, source_frames
     engine = tiered(tiny_checkpoint, 2, 2)
     running = engine.session(source_frames, id="running")
     running.render("pan_right")
-    events = running.events("arc_left")
+    events = running.events(running.request("arc_left"))
     next(events)
     others = [engine.session(source_frames, id=f"other{number}") for number in range(4)]
     for other in others[:3]:

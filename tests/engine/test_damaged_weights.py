@@ -58,7 +58,7 @@ def test_one_number_is_found_by_loading_and_by_inspecting(
     # asked for all the same, the turn says it
     config = EngineConfig(check_weights=False)
     engine = Engine.from_pretrained(folder, device="cpu", config=config)
-    session = engine.view_session(source_frames)
+    session = engine.session(source_frames)
     with pytest.raises(NotFiniteError, match="turn 1 is dropped"):
         session.render("pan_right", prompt="a ball")
     assert not session.turns and not len(engine.cache)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine.engine import default_memory
+from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.errors import (
     CheckpointError,
     KernelUnavailableError,
@@ -150,7 +150,7 @@ def test_a_base_without_memory_keeps_its_own_quality(
     base = make_checkpoint(tmp_path / "base", merger=None)
     assert (load(base).merge, load(base, merge="conv").merge) == ("off", "conv")
     trained = load(tiny_checkpoint)
-    assert (trained.memory, trained.merge) == ("retrieved", "conv")
+    assert (trained.memory_mode, trained.merge) == ("retrieved", "conv")
 
 
 def test_the_same_weights_under_another_configuration(

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine, EngineConfig, Session, run
-from mv2v_engine.engine.results import ResultFolder
+from mv2v_engine.engine.results import ViewResults
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.progress import Event, TurnNotStored
 from mv2v_engine.testing import largest_file
@@ -133,7 +133,7 @@ def test_an_adopted_turn_waits_for_room_too(
 def test_publishing_writes_what_it_can(
     engine: Engine, source_frames: Tensor, tmp_path: Path
 ) -> None:
-    results = ResultFolder(tmp_path)
+    results = ViewResults(tmp_path)
     session = engine.session(source_frames, store=tmp_path)
     session.render("pan_right")
     session.render("arc_left")
@@ -296,7 +296,7 @@ def test_a_turn_that_is_let_go_of_between_events_leaves_nothing(
 ) -> None:
     session = engine.session(source_frames)
     for count in range(1, 9):
-        events = session.events("pan_right", num_inference_steps=2)
+        events = session.events(session.request("pan_right", num_inference_steps=2))
         for _ in range(count):
             next(events)
         del events
@@ -308,7 +308,7 @@ def test_publishing_is_cancelled_between_its_files(
 ) -> None:
     session = engine.session(source_frames, store=tmp_path)
     session.render("pan_right", num_inference_steps=1)
-    results, written = ResultFolder(tmp_path), []
+    results, written = ViewResults(tmp_path), []
     # the folder, the video, the picture; the video is there already; the report
     for checks in (1, 2, 3, 3):
         with pytest.raises(CancelledError):

@@ -16,8 +16,7 @@ from mv2v_engine.errors import CancelledError, RequestError, VideoError
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import shifted_sigmas
 from mv2v_engine.testing import relative_error, tiny_config
-from mv2v_engine.tokens.editing import editing_plan
-from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 SIZE, GRID = (64, 96), (3, 4, 6)
 SHAPE = tiny_config(in_channels=32, out_channels=16, source_channels=16, camera_conditioning="none")
@@ -58,7 +57,7 @@ def test_an_exact_flow_ends_at_its_clip(
 ) -> None:
     generator = torch.Generator().manual_seed(0)
     clip = torch.randn(1, 16, num_frames, *grid[1:], generator=generator)
-    plan = editing_plan(SHAPE, grid, (), merge="off")
+    plan = turn_plan(SHAPE, grid, (), merge="off")
     text = torch.zeros(1, 1, 1)
     steps = fifo_steps(6, grid[0], lookahead=lookahead)
     given = Conditioning((), None, text, text, clip)
@@ -87,7 +86,7 @@ def test_an_exact_flow_ends_at_its_clip(
 
 def test_the_queue_begins_at_its_levels() -> None:
     clip = torch.ones(1, 16, 5, 4, 6)
-    plan = editing_plan(SHAPE, GRID, (), merge="off")
+    plan = turn_plan(SHAPE, GRID, (), merge="off")
     sigmas = shifted_sigmas(6, 5.0)
     given = Conditioning((), None, torch.zeros(1, 1, 1), None, clip)
     common = {"seed": 1, "guidance_scale": 1.0}

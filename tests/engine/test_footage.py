@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine.results import ResultFolder
+from mv2v_engine.engine.results import ViewResults
 from mv2v_engine.errors import RequestError, StorageError
 
 CAMERAS = ("pan_right", "arc_left", "pan:8", "tilt_up", "pan:-8")
@@ -121,7 +121,7 @@ def test_publishing_decodes_nothing_again(
     decode = engine.vae.decode
     monkeypatch.setattr(engine.vae, "decode", lambda *a, **k: calls.append(1) or decode(*a, **k))
     engine.recent_frames.capacity_bytes = 0
-    results = ResultFolder(tmp_path / "out")
+    results = ViewResults(tmp_path / "out")
     session = engine.session(source_frames, store=tmp_path / "out")
     pictures = []
     for camera in CAMERAS[:3]:
@@ -132,5 +132,5 @@ def test_publishing_decodes_nothing_again(
     # from the folder alone it is the same picture
     session.close()
     session = engine.session(source_frames, store=tmp_path / "out", resume=True)
-    ResultFolder(tmp_path / "out").publish(session, version="0")
+    ViewResults(tmp_path / "out").publish(session, version="0")
     assert results.overview.read_bytes() == pictures[2] != pictures[1]

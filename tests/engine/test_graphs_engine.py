@@ -12,7 +12,7 @@ from torch import Tensor
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import Conditioning
 from mv2v_engine.engine import graphs
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import KernelUnavailableError, RequestError
 from mv2v_engine.testing import tiny_config
 from mv2v_engine.tokens.plan import novel_view_plan, turn_plan
@@ -95,7 +95,7 @@ def test_after_a_warm_up_nothing_is_captured(
         for memory in (0, 1, 2)
     ]
     session = engine.session(source_frames)
-    request = TurnRequest.of("pan_right", engine.sampling, memory="retrieved")
+    request = Request.view("pan_right", engine.sampling, memory="retrieved")
     assert session.plan_turn(request)[1] == plans[0]
     rows = engine.warmup([*plans, plans[0]], guidance_scale=3.0)
     assert [row["tokens"] for row in rows] == [plan.length for plan in reversed(plans)]
@@ -117,7 +117,7 @@ def test_a_cpu_has_no_graphs(tiny_checkpoint: Path, source_frames: Tensor) -> No
         Engine.from_pretrained("no-such-checkpoint", device="cpu", config=EngineConfig(graphs="on"))
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu")
     session = engine.session(source_frames)
-    request = TurnRequest.of("pan_right", engine.sampling, memory="none")
+    request = Request.view("pan_right", engine.sampling, memory="none")
     (row,) = engine.warmup([session.plan_turn(request)[1]])
     assert (row["eager_steps"], row["captured_steps"], row["mode"]) == (1, 0, "auto")
     report = session.render("pan_right").report["graphs"]

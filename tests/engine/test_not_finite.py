@@ -16,12 +16,10 @@ from torch import Tensor
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import SamplingConfig
 from mv2v_engine.engine.batch import TOKENS
-from mv2v_engine.engine.editing.request import EditRequest
-from mv2v_engine.engine.editing.store import EditStore
 from mv2v_engine.engine.fifo import edit_fifo
-from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.store import SessionStore
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.folder import SessionFolder
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.session import Session
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
 from mv2v_engine.files import save_tensors, tensor_digest
 from mv2v_engine.progress import StageStarted
@@ -100,9 +98,9 @@ def test_a_turn_that_is_not_finite_was_never_made(
     engine: Engine, source_frames: Tensor, tmp_path: Path, name: str, folder: bool
 ) -> None:
     engine = engine.reconfigured(EngineConfig(**SETTINGS[name]))
-    unbroken = engine.view_session(source_frames)
+    unbroken = engine.session(source_frames)
     expected = [unbroken.render(camera) for camera in CAMERAS]
-    session = engine.view_session(source_frames, store=tmp_path if folder else None)
+    session = engine.session(source_frames, store=tmp_path if folder else None)
     session.render(CAMERAS[0])
     before, held, stages = contents(tmp_path), engine.cache.ids(), []
     with (
@@ -140,7 +138,7 @@ def test_the_part_that_overflows_is_named(
             "numbers for the prompt 'a red ",
         ),
     }[part]
-    session = engine.view_session(source_frames, store=tmp_path)
+    session = engine.session(source_frames, store=tmp_path)
     before = contents(tmp_path)
     with (
         one_bad(weights, math.inf),
@@ -149,7 +147,7 @@ def test_the_part_that_overflows_is_named(
         session.render("pan_right", prompt="a red ball")
     assert contents(tmp_path) == before and not session.turns and not len(engine.cache)
     turn = session.render("pan_right", prompt="a red ball")
-    other = Engine.from_pretrained(worded_checkpoint, device="cpu").view_session(source_frames)
+    other = Engine.from_pretrained(worded_checkpoint, device="cpu").session(source_frames)
     assert torch.equal(turn.frames, other.render("pan_right", prompt="a red ball").frames)
 
 
@@ -158,7 +156,7 @@ def test_one_turn_of_a_batch_fails_alone(tiny_checkpoint: Path, source_frames: T
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", config=config)
 
     def batch(bad: int | None) -> list[Any]:
-        sessions = [engine.view_session(source_frames) for _ in CAMERAS]
+        sessions = [engine.session(source_frames) for _ in CAMERAS]
         for session in sessions:
             session.render("static", num_inference_steps=1)
         if bad is not None:
@@ -166,7 +164,7 @@ def test_one_turn_of_a_batch_fails_alone(tiny_checkpoint: Path, source_frames: T
             assert damaged is not None
             sessions[bad]._source_latents = torch.full_like(damaged, math.nan)
         asked = [
-            TurnRequest.of(camera, engine.sampling, memory="retrieved", seed=number)
+            Request.view(camera, engine.sampling, memory="retrieved", seed=number)
             for number, camera in enumerate(CAMERAS)
         ]
         results = engine.answer_all(list(zip(sessions, asked, strict=True)))
@@ -186,8 +184,8 @@ def test_an_edit_keeps_the_windows_before(
     editor_folder: Path, long_clip: Path, tmp_path: Path
 ) -> None:
     engine = Engine.from_pretrained(editor_folder, device="cpu")
-    expected = engine.edit_session(long_clip, cuts=()).edit("a red ball")
-    session = engine.edit_session(long_clip, cuts=(), store=tmp_path)
+    expected = engine.session(long_clip, cuts=()).edit("a red ball")
+    session = engine.session(long_clip, cuts=(), store=tmp_path)
     weight, finished = engine.transformer.proj_out.weight, []
 
     def spoil(window: Any) -> None:
@@ -208,8 +206,8 @@ def test_a_fifo_edit_names_its_iteration(
     editor_folder: Path, long_clip: Path, lookahead: bool
 ) -> None:
     engine = Engine.from_pretrained(editor_folder, device="cpu")
-    frames = engine.edit_session(long_clip, cuts=()).source.window(
-        engine.edit_session(long_clip, cuts=()).windows[0]
+    frames = engine.session(long_clip, cuts=()).source.window(
+        engine.session(long_clip, cuts=()).windows[0]
     )
     with (
         one_bad(engine.transformer.proj_out.weight),
@@ -222,18 +220,17 @@ def test_a_fifo_edit_names_its_iteration(
         edit_fifo(engine, frames, "a red ball", guidance_scale=1e38)
 
 
-def poison(store: SessionStore, number: int, bad: float, *, is_old: bool) -> None:
+def poison(store: SessionFolder, number: int, bad: float, *, is_old: bool) -> None:
     """What an engine that did not check would have stored, digest and all."""
     manifest = store.read()
     row = next(row for row in manifest["turns"] if row["number"] == number)
-    tensors = store._tensors(number, row["sha256"])
-    tensors[0].view(-1)[3] = bad
-    names = ("latents", "poses", "intrinsics")
-    save_tensors(store.turn_path(number), dict(zip(names, tensors, strict=True)))
-    row["sha256"] = tensor_digest(*tensors)
+    tensors, _ = store._tensors(row, 1, row["windows"][0])
+    tensors["latents"].view(-1)[3] = bad
+    save_tensors(store.window_path(row, 1), tensors)
+    row["windows"] = [tensor_digest(*tensors.values())]
     if is_old:
-        del row["path"]
-    store._write(manifest)
+        del row["camera"]["poses"], row["camera"]["intrinsics"]
+    store.write(manifest)
 
 
 @pytest.mark.parametrize("bad", BAD)
@@ -242,17 +239,17 @@ def test_a_stored_turn_that_is_not_finite_is_lost_alone(
     engine: Engine, source_frames: Tensor, tmp_path: Path, bad: float, is_old: bool
 ) -> None:
     """Whether its list has a copy of its camera or not, which is good in the file."""
-    session = engine.view_session(source_frames, store=tmp_path)
+    session = engine.session(source_frames, store=tmp_path)
     for camera in CAMERAS[:2]:
         session.render(camera)
     session.close()
-    store = SessionStore(tmp_path)
+    store = SessionFolder(tmp_path)
     poison(store, 1, bad, is_old=is_old)
     row = next(row for row in store.read()["turns"] if row["number"] == 1)
     said = r"turn 1 is lost: .*turn_01\.safetensors holds latents that are not finite"
     with pytest.raises(StorageError, match=said):
-        store.latents(1, row["sha256"])
-    session = engine.view_session(source_frames, store=tmp_path, resume=True)
+        store.latents(row, 1, row["windows"][0])
+    session = engine.session(source_frames, store=tmp_path, resume=True)
     (words,) = session.lost
     assert re.search(said, words) and len(session.turns) == 2 and len(engine.cache) == 1
     with pytest.raises(StorageError, match=said):
@@ -266,18 +263,19 @@ def test_a_stored_window_that_is_not_finite_is_made_again(
     editor_folder: Path, long_clip: Path, tmp_path: Path
 ) -> None:
     engine = Engine.from_pretrained(editor_folder, device="cpu")
-    session = engine.edit_session(long_clip, cuts=(), store=tmp_path)
+    session = engine.session(long_clip, cuts=(), store=tmp_path)
     expected = session.edit("a red ball").latents
-    store, (edit,) = EditStore(tmp_path), session._edits
+    store, (edit,) = SessionFolder(tmp_path), session._drafts
     kept = edit.windows[1]
     latents = kept.read().clone()
     latents.view(-1)[3] = math.nan
-    digest = store.append(edit, 2, latents, kept.descriptor, kept.report)
+    edit.report = None
+    digest = store.append(edit, 2, latents)
     session.close()
     said = r"window_00002\.safetensors holds latents that are not finite"
     with pytest.raises(StorageError, match=said):
-        store.latents(1, 2, digest)
-    resumed = engine.edit_session(long_clip, cuts=(), store=tmp_path, resume=True)
+        store.latents({"number": 1, "camera": None}, 2, digest)
+    resumed = engine.session(long_clip, cuts=(), store=tmp_path, resume=True)
     assert re.search(said, resumed.lost[0]) and resumed.unfinished[0][1] == 1
     assert torch.equal(resumed.edit("a red ball").latents, expected)
 
@@ -286,7 +284,7 @@ def test_a_given_source_is_finite(engine: Engine, source_frames: Tensor) -> None
     latents = engine.vae.encode(source_frames)
     latents[0, 0, 0, 0] = math.nan
     with pytest.raises(NotFiniteError, match=r"source_latents are not finite \(1 of 2,304"):
-        engine.view_session(source_frames, source_latents=latents)
+        engine.session(source_frames, source_latents=latents)
 
 
 NUMBERS: list[tuple[str, Any]] = [
@@ -301,10 +299,10 @@ def test_numbers_that_cannot_be_meant(
     engine: Engine, source_frames: Tensor, name: str, value: Any
 ) -> None:
     """Of both tasks alike."""
-    session = engine.view_session(source_frames)
+    session = engine.session(source_frames)
     for ask in (
         lambda: session.render("pan_right", **{name: value}),
-        lambda: EditRequest.of("a red ball", engine.sampling, memory="none", **{name: value}),
+        lambda: Request.edit("a red ball", engine.sampling, memory="none", **{name: value}),
     ):
         with pytest.raises(RequestError, match=rf"^{name} must (lie in [01]\.\.|be an? )"):
             ask()
@@ -328,12 +326,12 @@ def test_an_old_folder_of_such_a_number_can_be_read(
     engine: Engine, source_frames: Tensor, tmp_path: Path
 ) -> None:
     """What was asked then is told; the latents decide."""
-    session = engine.view_session(source_frames, store=tmp_path)
+    session = engine.session(source_frames, store=tmp_path)
     turn = session.render("pan_right")
-    latents, store = turn.latents, SessionStore(tmp_path)
+    latents, store = turn.latents, SessionFolder(tmp_path)
     session.close()
     manifest = store.read()
     manifest["turns"][0]["report"]["guidance_scale"] = 1e38
-    store._write(manifest)
-    resumed = engine.view_session(source_frames, store=tmp_path, resume=True)
-    assert isinstance(resumed, ViewSession) and torch.equal(resumed.turns[0].latents, latents)
+    store.write(manifest)
+    resumed = engine.session(source_frames, store=tmp_path, resume=True)
+    assert isinstance(resumed, Session) and torch.equal(resumed.turns[0].latents, latents)

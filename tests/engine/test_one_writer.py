@@ -14,7 +14,7 @@ import pytest
 from torch import Tensor
 
 from mv2v_engine import Engine, run
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import RequestError, StorageError
 
 IN_USE = "is in use: another session of this process writes into it"
@@ -41,14 +41,14 @@ def folder(tmp_path: Path, engine: Engine, source_clip: Path) -> Path:
 
 def test_two_sessions_on_one_folder(folder: Path, engine: Engine, source_clip: Path) -> None:
     assert "writer.lock" not in contents(folder)
-    first = engine.view_session(source_clip, store=folder, resume=True)
+    first = engine.session(source_clip, store=folder, resume=True)
     before = contents(folder)
     other = engine.session(source_clip).render("pan_right", num_inference_steps=1)
     told: list[str] = []
 
     def second(**how: object) -> None:
         with pytest.raises(StorageError, match=IN_USE) as caught:
-            session = engine.view_session(source_clip, store=folder, **how)  # type: ignore[arg-type]
+            session = engine.session(source_clip, store=folder, **how)  # type: ignore[arg-type]
             session.adopt(other)
         told.append(str(caught.value))
 
@@ -60,7 +60,7 @@ def test_two_sessions_on_one_folder(folder: Path, engine: Engine, source_clip: P
     assert len(told) == 3 and contents(folder) == before
     # each turn of the first is there, under a number of its own
     assert first.render("arc_left", num_inference_steps=1).number == 2
-    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1, 2]
+    assert [row["number"] for row in SessionFolder(folder).read()["turns"]] == [1, 2]
 
 
 @pytest.mark.parametrize("ending", ["closed", "dropped", "failed"])
@@ -71,7 +71,7 @@ def test_the_folder_is_free_when_its_session_has_ended(
         with pytest.raises(StorageError, match="whose source is"):
             engine.session(255 - source_frames, store=folder, resume=True)
     else:
-        session = engine.view_session(source_clip, store=folder, resume=True)
+        session = engine.session(source_clip, store=folder, resume=True)
         # a turn outlives its session, and reads on
         turn = session.turns[0]
         if ending == "closed":
@@ -85,8 +85,8 @@ def test_the_folder_is_free_when_its_session_has_ended(
 
 
 def test_a_closed_session_writes_no_more(folder: Path, engine: Engine, source_clip: Path) -> None:
-    session = engine.view_session(source_clip, store=folder, resume=True)
-    under_way = session.events("arc_left", num_inference_steps=1)
+    session = engine.session(source_clip, store=folder, resume=True)
+    under_way = session.events(session.request("arc_left", num_inference_steps=1))
     next(under_way)
     session.close()
     engine.session(source_clip, store=folder, resume=True).render("tilt_up", num_inference_steps=1)
@@ -110,16 +110,16 @@ def test_a_session_that_is_refused_leaves_nothing(
 ) -> None:
     with pytest.raises(StorageError, match="holds no session; start one"):
         engine.session(source_clip, store=tmp_path / "a" / "b", resume=True)
-    session = editor.edit_session(long_clip, cuts=(), store=tmp_path / "edits")
+    session = editor.session(long_clip, cuts=(), store=tmp_path / "edits")
     assert [path.name for path in tmp_path.iterdir()] == ["edits"]
     with pytest.raises(StorageError, match=IN_USE):
-        editor.edit_session(long_clip, cuts=(), store=tmp_path / "edits", resume=True)
+        editor.session(long_clip, cuts=(), store=tmp_path / "edits", resume=True)
     with pytest.raises(StorageError, match=IN_USE):
-        editor.edit_session(long_clip, cuts=(), store=tmp_path / "edits")
+        editor.session(long_clip, cuts=(), store=tmp_path / "edits")
     session.close()
     with pytest.raises(RequestError, match="is closed"):
         session.edit("a red ball")
-    editor.edit_session(long_clip, store=tmp_path / "edits", resume=True)
+    editor.session(long_clip, store=tmp_path / "edits", resume=True)
 
 
 def test_the_command_line_refuses_what_is_in_use(
@@ -135,7 +135,7 @@ def test_the_command_line_refuses_what_is_in_use(
 ) -> None:
     out = tmp_path / "edited.mp4"
     views = engine.session(source_clip, store=folder, resume=True)
-    edits = editor.edit_session(long_clip, cuts=(), store=tmp_path / "edited.edit")
+    edits = editor.session(long_clip, cuts=(), store=tmp_path / "edited.edit")
     before = contents(tmp_path)
     asked = {
         folder: ["novel-view", str(source_clip), "--camera", "pan_right", "--out", str(folder)],
@@ -189,9 +189,9 @@ def test_resumes_at_once_lose_no_turn(
     assert set(codes) <= {0, run.REFUSED} and 0 in codes, done.stderr
     refusals = [line for line in done.stderr.splitlines() if "is in use: process" in line]
     assert len(refusals) == codes.count(run.REFUSED), done.stderr
-    rows = SessionStore(folder).read()["turns"]
+    rows = SessionFolder(folder).read()["turns"]
     assert [row["number"] for row in rows] == [1, 2]
-    assert len(list(SessionStore(folder).turns())) == 2
+    assert len(list(SessionFolder(folder).drafts())) == 2
 
 
 READ_ONLY = """

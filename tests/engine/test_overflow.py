@@ -13,8 +13,8 @@ from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.engine.counting import LiveBytes
-from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.session import Session
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
 from mv2v_engine.models import dit
 from mv2v_engine.ops import attention as attention_op
@@ -55,18 +55,18 @@ class _Allocations(LiveBytes):
         return [storage.nbytes() for each in self.made if (storage := each()) is not None]
 
 
-def _request(session: ViewSession) -> TurnRequest:
-    return TurnRequest.of("arc_left", session.engine.sampling, memory="retrieved")
+def _request(session: Session) -> Request:
+    return Request.view("arc_left", session.parts.sampling, memory="retrieved")
 
 
 def _fail(
-    session: ViewSession, failure: Failure, when: Callable[[Event], bool], *, skip: int = 60
+    session: Session, failure: Failure, when: Callable[[Event], bool], *, skip: int = 60
 ) -> str:
     """Let an operation fail soon after an event; what the turn says, when it has left nothing."""
     request, allocations = _request(session), _Allocations()
     session.plan_turn(request)  # what retrieval keeps for all turns
     with allocations, pytest.raises(MemoryBudgetError) as caught:
-        for event in session.perform(request):
+        for event in session.events(request):
             if when(event):
                 allocations.fail(failure, skip)
     assert caught.value.__cause__ is None and caught.value.__context__ is None
@@ -91,7 +91,7 @@ def test_in_a_step(
     assert "in the stage 'sampling'" in said and f"{predicted:,} predicted" in said
     assert "bytes were held by the process" in said and "earlier ones are kept" in said
     assert len(session.turns) == 1 and len(engine.cache) == 2
-    again, expected = (each.answer(_request(session)) for each in (session, untroubled))
+    again, expected = (each.ask(_request(session)) for each in (session, untroubled))
     assert again.number == 2 and torch.equal(again.latents, expected.latents)
 
 
@@ -106,13 +106,13 @@ def test_in_the_encoder_and_in_the_decoder(engine: Engine, source_frames: Tensor
     assert session.turns == [] and len(engine.cache) == 0
     session.render("pan_right")  # the source is encoded now: the next VAE stage is the decoder's
     assert "in the stage 'vae'" in _fail(session, HOST, at_vae, skip=600)
-    assert session.answer(_request(session)).number == 2
+    assert session.ask(_request(session)).number == 2
 
 
 def test_other_failures_stay_what_they_are(engine: Engine, source_frames: Tensor) -> None:
     session, allocations = engine.session(source_frames), _Allocations()
     with allocations, pytest.raises(RuntimeError, match="shapes differ") as caught:
-        for event in session.perform(_request(session)):
+        for event in session.events(_request(session)):
             if isinstance(event, StepDone):
                 allocations.fail((RuntimeError, "shapes differ"), skip=60)
     assert type(caught.value) is RuntimeError

@@ -16,7 +16,7 @@ from mv2v_engine.camera.files import save_trajectory
 from mv2v_engine.camera.poses import default_intrinsics
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine import graphs
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import CameraError
 from tests.engine.graph_stand_in import StandIn
 
@@ -108,7 +108,7 @@ def test_a_warm_plan_is_the_turns(
     config = EngineConfig(graphs="on", merge="conv", memory="retrieved")
     engine = Engine.from_pretrained(prope, device="cpu", config=config)
     session = engine.session(source_frames)
-    request = TurnRequest.of("pan_right", engine.sampling, memory="retrieved")
+    request = Request.view("pan_right", engine.sampling, memory="retrieved")
     (row,) = engine.warmup([session.plan_turn(request)[1]])
     assert row["captured_steps"] == recorder.captures == 1
     session.render("pan_right")

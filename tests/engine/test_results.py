@@ -13,24 +13,24 @@ from torch import Tensor
 
 from mv2v_engine import Engine, Session
 from mv2v_engine.config import SamplingConfig
-from mv2v_engine.engine.request import TurnRequest
-from mv2v_engine.engine.results import ResultFolder
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.results import ViewResults
 from mv2v_engine.errors import StorageError
 
 SAMPLING = SamplingConfig(num_frames=9, size=(48, 64), num_inference_steps=3, guidance_scale=1.0)
 
 
-def request(camera: str, **changes: object) -> TurnRequest:
-    return TurnRequest.of(camera, SAMPLING, **{"memory": "retrieved"} | changes)
+def request(camera: str, **changes: object) -> Request:
+    return Request.view(camera, SAMPLING, **{"memory": "retrieved"} | changes)
 
 
 @pytest.fixture
-def results(tmp_path: Path) -> ResultFolder:
-    return ResultFolder(tmp_path / "out")
+def results(tmp_path: Path) -> ViewResults:
+    return ViewResults(tmp_path / "out")
 
 
 @pytest.fixture
-def session(results: ResultFolder, engine: Engine, source_frames: Tensor) -> Session:
+def session(results: ViewResults, engine: Engine, source_frames: Tensor) -> Session:
     session = engine.session(source_frames, store=results.folder)
     session.render("pan_right")
     session.render("arc:-20,3.5")
@@ -42,7 +42,7 @@ def names(folder: Path) -> set[str]:
     return {path.relative_to(folder).as_posix() for path in paths}
 
 
-def test_everything_is_written(results: ResultFolder, session: Session) -> None:
+def test_everything_is_written(results: ViewResults, session: Session) -> None:
     written = results.publish(session, version="1.2.3")
     assert [path.name for path in written] == [
         "turn_01_pan_right.mp4",
@@ -55,7 +55,7 @@ def test_everything_is_written(results: ResultFolder, session: Session) -> None:
     assert Image.open(results.overview).size == (5 * (320 + 4) + 4, 3 * (26 + 240 + 4))
     report = json.loads(results.report.read_text())
     assert report["format"] == "mv2v-report" and report["version"] == 1
-    assert report["engine"] == {"version": "1.2.3", **session.engine.describe()}
+    assert report["engine"] == {"version": "1.2.3", **session.parts.describe()}
     assert report["source"]["window"] == "all 9 frames"
     assert [turn["file"] for turn in report["turns"]] == [path.name for path in written[:2]]
     assert report["turns"][1]["memory"]["retrieved"][0]["turn"] == 1
@@ -63,7 +63,7 @@ def test_everything_is_written(results: ResultFolder, session: Session) -> None:
 
 
 def test_the_overview_shows_the_newest_turns(
-    results: ResultFolder, session: Session, monkeypatch: pytest.MonkeyPatch
+    results: ViewResults, session: Session, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     results.publish(session, version="0")
     both = np.asarray(Image.open(results.overview))
@@ -76,7 +76,7 @@ def test_the_overview_shows_the_newest_turns(
     assert (newest[:26] != both[:26]).any() and (newest[26:row] == both[26:row]).all()
 
 
-def test_missing_videos_are_made_again(results: ResultFolder, session: Session) -> None:
+def test_missing_videos_are_made_again(results: ViewResults, session: Session) -> None:
     first, second, *_ = results.publish(session, version="0")
     content, kept = first.read_bytes(), second.stat().st_mtime_ns
     first.unlink()
@@ -84,13 +84,13 @@ def test_missing_videos_are_made_again(results: ResultFolder, session: Session) 
     assert first.read_bytes() == content and second.stat().st_mtime_ns == kept
 
 
-def test_clearing_takes_its_own_files_alone(results: ResultFolder, session: Session) -> None:
+def test_clearing_takes_its_own_files_alone(results: ViewResults, session: Session) -> None:
     results.publish(session, version="0")
     mine = {"holiday.mp4", "turn_03_mine.mp4", "turns/notes.txt", "turn_01_pan_left.mp4"}
     for name in mine:
         (results.folder / name).write_text("mine")
     # as left by a kill between a turn's tensors and the manifest
-    (results.store.turn_path(3)).write_text("cut off")
+    (results.store.window_path({"number": 3, "camera": {}}, 1)).write_text("cut off")
     results.clear()
     assert names(results.folder) == mine
     (results.folder / "turns" / "notes.txt").unlink()
@@ -98,7 +98,7 @@ def test_clearing_takes_its_own_files_alone(results: ResultFolder, session: Sess
     assert not (results.folder / "turns").exists()
 
 
-def test_another_programs_session_is_not_cleared(results: ResultFolder) -> None:
+def test_another_programs_session_is_not_cleared(results: ViewResults) -> None:
     results.folder.mkdir()
     results.store.manifest.write_text('{"format": "browser"}')
     with pytest.raises(StorageError, match="no session of this engine"):
@@ -106,7 +106,7 @@ def test_another_programs_session_is_not_cleared(results: ResultFolder) -> None:
     assert names(results.folder) == {"session.json"}
 
 
-def test_what_a_kill_left_is_swept(results: ResultFolder, session: Session) -> None:
+def test_what_a_kill_left_is_swept(results: ViewResults, session: Session) -> None:
     before = names(results.folder)
     left = [".session-ab_12xyz.json", ".turn_01_arc_-20_3.5-abcdefgh.mp4", ".overview-12345678.png"]
     for name in [*left, "turns/.turn_02-abcdefgh.safetensors", ".session-mine.json", ".notes"]:
@@ -115,7 +115,7 @@ def test_what_a_kill_left_is_swept(results: ResultFolder, session: Session) -> N
     assert names(results.folder) == before | {".session-mine.json", ".notes"}
 
 
-def test_a_taken_folder(results: ResultFolder, session: Session) -> None:
+def test_a_taken_folder(results: ViewResults, session: Session) -> None:
     with pytest.raises(StorageError, match="already holds a session of 2 turns; continue it with"):
         results.check_free()
     results.publish(session, version="0")
@@ -124,15 +124,15 @@ def test_a_taken_folder(results: ResultFolder, session: Session) -> None:
         results.check_free()
 
 
-def test_a_source_that_would_be_removed(results: ResultFolder, session: Session) -> None:
+def test_a_source_that_would_be_removed(results: ViewResults, session: Session) -> None:
     video, *_ = results.publish(session, version="0")
-    with pytest.raises(StorageError, match="is itself a result"):
-        results.check_not_inside(video)
-    results.check_not_inside(results.folder / "holiday.mp4")
+    with pytest.raises(StorageError, match="belongs to the session that --overwrite would remove"):
+        results.check_replaceable(video)
+    results.check_replaceable(results.folder / "holiday.mp4")
 
 
 def test_only_the_same_turns_are_resumed(
-    results: ResultFolder, session: Session, tmp_path: Path
+    results: ViewResults, session: Session, tmp_path: Path
 ) -> None:
     identity = {"checkpoint": "tiny"}
     first, second = request("pan_right"), request("arc:-20,3.5")
@@ -156,29 +156,29 @@ def test_only_the_same_turns_are_resumed(
 
 
 def test_a_renamed_camera_file_with_other_poses(
-    results: ResultFolder, engine: Engine, source_frames: Tensor
+    results: ViewResults, engine: Engine, source_frames: Tensor
 ) -> None:
     session = engine.session(source_frames, store=results.folder)
     turn = session.render("pan_right")
     other = request("pan:5")
     object.__setattr__(other.camera, "name", "pan_right")
     assert (
-        other.difference(turn.trajectory, turn.report) == "other poses under the name 'pan_right'"
+        other.difference(turn.report, turn.trajectory) == "other poses under the name 'pan_right'"
     )
     same = request("pan_right")
     lens = turn.trajectory.intrinsics.repeat(9, 1, 1)
-    assert same.difference(replace(turn.trajectory, intrinsics=lens), turn.report) is None
+    assert same.difference(turn.report, replace(turn.trajectory, intrinsics=lens)) is None
     lens[3, 0, 0] *= 1.1
     assert (
-        same.difference(replace(turn.trajectory, intrinsics=lens), turn.report)
+        same.difference(turn.report, replace(turn.trajectory, intrinsics=lens))
         == "another lens under the name 'pan_right'"
     )
 
 
 def test_checking_leaves_nothing(tmp_path: Path) -> None:
-    ResultFolder(tmp_path / "a" / "b").check_writable()
+    ViewResults(tmp_path / "a" / "b").check_writable()
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
     for folder in (tmp_path / "file", tmp_path / "file" / "out", tmp_path / ("x" * 300)):
         with pytest.raises(StorageError, match=r"cannot write into .*; choose another folder"):
-            ResultFolder(folder).check_writable()
+            ViewResults(folder).check_writable()

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mv2v_engine import CameraTrajectory, CancelToken, Engine, EngineConfig, Session
 from mv2v_engine.camera.trajectories import named_trajectory
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import CameraError, CancelledError, RequestError
 from mv2v_engine.progress import Event, StageDone, StageStarted, StepDone
 from mv2v_engine.video.io import read_video
@@ -127,7 +127,7 @@ def test_uniform_tokens_and_random_retrieval(tiny_checkpoint: Path, source_frame
     session = engine.session(source_frames)
     for camera in ("pan:10", "pan:-10", "tilt:5", "arc:12"):
         session.render(camera, num_inference_steps=1)
-    request = functools.partial(TurnRequest.of, "pan:10", engine.sampling, memory="retrieved")
+    request = functools.partial(Request.view, "pan:10", engine.sampling, memory="retrieved")
     drawn = [session.plan_turn(request(seed=seed))[0] for seed in range(30)]
     # by overlap it would always be the first turn
     assert {retrieval.turns for retrieval in drawn} == {(1,), (2,), (3,), (4,)}
@@ -140,10 +140,10 @@ def test_uniform_tokens_and_random_retrieval(tiny_checkpoint: Path, source_frame
 def test_a_planned_turn_is_the_one_that_runs(engine: Engine, source_frames: Tensor) -> None:
     session = engine.session(source_frames)
     session.render("pan_right")
-    request = TurnRequest.of("arc_left", engine.sampling, memory="retrieved")
+    request = Request.view("arc_left", engine.sampling, memory="retrieved")
     retrieval, plan = session.plan_turn(request)
     assert len(session.turns) == 1
-    report = session.answer(request).report
+    report = session.ask(request).report
     assert report["plan"] == plan.describe()
     assert report["memory"]["retrieved"] == retrieval.to_dict()["retrieved"]
 
@@ -294,7 +294,7 @@ def test_events_come_in_order(engine: Engine, source_frames: Tensor) -> None:
 
 def test_an_iterator_of_events_returns_the_turn(engine: Engine, source_frames: Tensor) -> None:
     session = engine.session(source_frames)
-    events = session.events("pan_right")
+    events = session.events(session.request("pan_right"))
     while True:
         try:
             next(events)

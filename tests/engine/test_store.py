@@ -13,8 +13,9 @@ from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import named_trajectory
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import RequestError, StorageError
+from tests.engine.old_folders import as_version_1
 
 CAMERAS = ("pan_right", "arc_left", "pan_right")
 
@@ -57,6 +58,21 @@ def test_a_resumed_session_goes_on_bit_for_bit(
     assert again.turns[2].report == session.turns[2].report
 
 
+def test_a_folder_of_the_version_before_goes_on(
+    folder: Path, engine: Engine, source_frames: Tensor
+) -> None:
+    before = SessionFolder(folder).read()
+    as_version_1(folder)
+    assert SessionFolder(folder).read() == {**before, "version": 1}
+    session = engine.session(source_frames, store=folder, resume=True)
+    turn, expected = session.render(CAMERAS[2]), engine.session(source_frames)
+    for camera in CAMERAS:
+        last = expected.render(camera)
+    assert torch.equal(turn.latents, last.latents) and not session.lost
+    after = SessionFolder(folder).read()
+    assert after["version"] == 2 and after["turns"][:2] == before["turns"]
+
+
 def test_a_folder_is_not_taken_over(folder: Path, engine: Engine, source_frames: Tensor) -> None:
     with pytest.raises(StorageError, match="already holds a session; resume it"):
         engine.session(source_frames, store=folder)
@@ -91,11 +107,13 @@ def test_other_input_does_not_go_on(
 
 DAMAGE: list[tuple[Callable[[dict[str, Any]], Any], str]] = [
     (lambda m: m.update(format="other"), "is no session of this engine"),
-    (lambda m: m.update(version=9), "has version 9, this engine reads 1"),
+    (lambda m: m.update(version=9), "has version 9, this engine reads up to 2"),
     (lambda m: m.pop("turns"), "turns must be a list"),
     (lambda m: m.update(identity=None), "identity must be a dict"),
-    (lambda m: m["turns"][0].pop("camera"), "turn 1's camera must be a str, got None"),
-    (lambda m: m["turns"][0].update(size=[48]), "turn 1's camera is none"),
+    (lambda m: m["turns"][0].pop("camera"), "holds turns of the other task"),
+    (lambda m: m["turns"][0].update(camera="pan"), "turn 1's camera must be a dict, got 'pan'"),
+    (lambda m: m["turns"][0]["camera"].update(size=[48]), "turn 1's camera is none"),
+    (lambda m: m["turns"][0].pop("request"), "turn 1's request must be a dict, got None"),
     (lambda m: m["turns"].append(3), "turn 3 must be a dict, got 3"),
     (lambda m: m["turns"].pop(0), "turn 1 has the number 2"),
     (lambda m: m["turns"][1].update(nulber=m["turns"][1].pop("number")), "number must be a int"),
@@ -135,10 +153,10 @@ def turned(content: bytes, place: int) -> bytes:
 def test_a_damaged_turn_is_lost_alone(
     folder: Path, engine: Engine, source_frames: Tensor, damage: str, number: int
 ) -> None:
-    path = SessionStore(folder).turn_path(number)
+    path = folder / "turns" / f"turn_{number:02d}.safetensors"
     content = path.read_bytes()
     path.write_bytes(DAMAGED_BYTES[damage](content))
-    session = engine.view_session(source_frames, store=folder, resume=True)
+    session = engine.session(source_frames, store=folder, resume=True)
     (words,) = session.lost
     assert words.startswith(f"turn {number} is lost: {path} cannot be read again (")
     assert words.endswith("restore the file, or go on without it")
@@ -162,7 +180,7 @@ def test_a_damaged_turn_is_lost_alone(
     session.close()
     # restored, it is a turn like any other
     path.write_bytes(content)
-    whole = engine.view_session(source_frames, store=folder, resume=True)
+    whole = engine.session(source_frames, store=folder, resume=True)
     assert not whole.lost and torch.equal(whole.turns[2].latents, turn.latents)
     assert whole.turns[number - 1].frames.shape == source_frames.shape
 
@@ -178,7 +196,7 @@ def test_a_damaged_list_is_one_clear_error_or_none(
         damaged = DAMAGED_BYTES[damage](content) if place is None else turned(content, place)
         path.write_bytes(damaged)
         try:
-            read = SessionStore(folder).read()
+            read = SessionFolder(folder).read()
         except StorageError as error:
             assert str(error).startswith(f"{path} ") and "choose another folder" in str(error)
             with pytest.raises(StorageError):
@@ -193,11 +211,12 @@ def test_folders_of_before_digests(folder: Path, engine: Engine, source_frames: 
         for row in manifest["turns"]:
             del row["sha256"], row["path"]
 
+    as_version_1(folder)
     change(folder, older)
     session = engine.session(source_frames, store=folder, resume=True)
     assert len(session.turns) == 2 and not session.lost
     session.close()
-    SessionStore(folder).turn_path(1).write_bytes(b"")
+    (folder / "turns" / "turn_01.safetensors").write_bytes(b"")
     # only its file had the camera
     with pytest.raises(StorageError, match=r"^turn 1 is lost: .*turn_01\.safetensors"):
         engine.session(source_frames, store=folder, resume=True)
@@ -206,14 +225,14 @@ def test_folders_of_before_digests(folder: Path, engine: Engine, source_frames: 
 def test_a_branch_begins_with_the_same_memory(
     folder: Path, engine: Engine, source_frames: Tensor, tmp_path: Path
 ) -> None:
-    store, other = SessionStore(folder), tmp_path / "branch"
+    store, other = SessionFolder(folder), tmp_path / "branch"
     store.branch(other, id="branch", count=1)
-    session = engine.view_session(source_frames, store=other, resume=True)
+    session = engine.session(source_frames, store=other, resume=True)
     assert session.id == "branch" and len(session.turns) == 1
     turn = session.render("arc_left", num_inference_steps=1)
     assert turn.number == 2
     assert [row["turn"] for row in turn.report["memory"]["retrieved"]] == [1]
-    assert SessionStore(other).listed_files() == set((other / "turns").iterdir())
+    assert SessionFolder(other).listed_files() == set((other / "turns").iterdir())
     before = (other / "session.json").read_bytes()
     with pytest.raises(StorageError, match="is in use"):
         store.branch(other, id="again", count=1)

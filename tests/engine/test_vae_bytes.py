@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mv2v_engine.engine import vae_bytes
-from mv2v_engine.engine.counting import LiveBytes
-from mv2v_engine.engine.vae_bytes import vae_peak_bytes
+from mv2v_engine.engine import counting
+from mv2v_engine.engine.counting import LiveBytes, vae_peak_bytes
 from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
 from mv2v_engine.vae import VideoVAE
 
@@ -59,7 +58,7 @@ def test_real_tensors_take_what_was_predicted(num_frames: int) -> None:
 def test_a_long_video_is_predicted_from_its_first_frames(base_dim: int) -> None:
     """Narrow, its pixels weigh most at the end; wide, a chunk's features."""
     config = AutoencoderConfig(**SMALL | {"base_dim": base_dim})
-    twin = vae_bytes._twin(config, torch.bfloat16, 1 << 30, False)
+    twin = counting._twin(config, torch.bfloat16, 1 << 30, False)
     counted = _counted(twin, 25, SIZE)
     assert vae_peak_bytes(twin, 25, SIZE) == pytest.approx(counted, rel=0.03)
 
@@ -72,11 +71,11 @@ def test_shapes_and_layouts_are_those_of_torch(
 ) -> None:
     """Else other copies would be counted than are made."""
     config = AutoencoderConfig(**SMALL | changes)
-    twin = vae_bytes._twin(config, torch.bfloat16, SIZE[0] * SIZE[1] - 1, by_taps)
+    twin = counting._twin(config, torch.bfloat16, SIZE[0] * SIZE[1] - 1, by_taps)
     num_frames = 4 * num_latents - 3
     encode, decode = _counted(twin, num_frames, SIZE)
     copied = num_frames * SIZE[0] * SIZE[1] * 3
-    assert vae_bytes._run(twin, num_latents, SIZE) == (encode - copied, decode)
+    assert counting._run(twin, num_latents, SIZE) == (encode - copied, decode)
 
 
 def test_tiles_take_less() -> None:
@@ -87,7 +86,7 @@ def test_tiles_take_less() -> None:
 
 
 def test_wans_own_at_full_size() -> None:
-    twin = vae_bytes._twin(AutoencoderConfig(), torch.bfloat16, 480 * 832, False)
+    twin = counting._twin(AutoencoderConfig(), torch.bfloat16, 480 * 832, False)
     encode, decode = vae_peak_bytes(twin, 81, (480, 832))
     # four frames of 96 channels at full resolution are 307 MB; about ten such are alive
     assert 3.0e9 < encode < decode < 4.5e9

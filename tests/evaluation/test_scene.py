@@ -9,7 +9,7 @@ import torch
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import named_trajectory
-from mv2v_engine.engine.view_session import ViewSession
+from mv2v_engine.engine.session import Session
 from mv2v_engine.evaluation.consistency import overlap
 from mv2v_engine.evaluation.images import gradient_energy, masked_psnr
 from mv2v_engine.evaluation.protocol import (
@@ -42,13 +42,13 @@ def measured(engine: Engine, protocol: Protocol) -> tuple[SceneResult, list[int]
     """A scene, and the numbers of the turns that were denoised for it, in order."""
     answered = []
     with pytest.MonkeyPatch.context() as patch:
-        plain = ViewSession.answer
+        plain = Session.ask
 
-        def counted(session: ViewSession, *arguments: object) -> object:
+        def counted(session: Session, *arguments: object) -> object:
             answered.append(len(session.turns) + 1)
             return plain(session, *arguments)  # type: ignore[arg-type]
 
-        patch.setattr(ViewSession, "answer", counted)
+        patch.setattr(Session, "ask", counted)
         return SceneEvaluator(engine, protocol).measure(FIRST_SCENE), answered
 
 

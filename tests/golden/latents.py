@@ -29,11 +29,10 @@ from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import ParallelConfig
 from mv2v_engine.engine import graphs
 from mv2v_engine.engine.fifo import edit_fifo
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.envs import launched_rank
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import as_cameras, randomise, tiny_config
-from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training.losses import flow_loss
 from mv2v_engine.training.recipe import Batch, Siblings
@@ -85,7 +84,7 @@ def rendered(
     engine: Engine, memory: Any = None, *, scale: float = 2.0, prompt: str = "a red ball"
 ) -> Tensor:
     """The latents of a session's three turns [3, C, F, H, W]."""
-    session = engine.view_session(clip(9, SIZE))
+    session = engine.session(clip(9, SIZE))
     for seed, camera in enumerate(CAMERAS):
         session.render(camera, seed=seed, prompt=prompt, guidance_scale=scale, memory=memory)
     return torch.stack([turn.latents for turn in session.turns])
@@ -123,11 +122,11 @@ def captured(plain: Engine) -> Tensor:
 
 def packed(engine: Engine) -> Tensor:
     """The last turns of two sessions, of which one remembers."""
-    sessions = [engine.view_session(clip(9, SIZE)) for _ in range(2)]
+    sessions = [engine.session(clip(9, SIZE)) for _ in range(2)]
     sessions[0].render("pan_left", seed=5)
     asked: dict[str, Any] = {"memory": "retrieved", "prompt": "ball"}
     requests = [
-        TurnRequest.of(camera, engine.sampling, seed=7, guidance_scale=scale, **asked)
+        Request.view(camera, engine.sampling, seed=7, guidance_scale=scale, **asked)
         for camera, scale in (("pan_right", 2.0), ("zoom_in", 1.0))
     ]
     pairs = list(zip(sessions, requests, strict=True))
@@ -149,7 +148,7 @@ def edits(folder: Path) -> Iterator[tuple[str, Tensor]]:
     plain = Engine.from_pretrained(checkpoint, device="cpu", config=BASE)
     frames = clip(13, EDIT_SIZE)
     for config in (BASE, STATIC):
-        session = plain.reconfigured(config).edit_session(frames)
+        session = plain.reconfigured(config).session(frames)
         turn = session.edit("a red ball", seed=4, guidance_scale=3.0)
         yield f"edit, {config.conditioning}", turn.latents
     fifo = edit_fifo(plain, frames, "a red ball", seed=4, guidance_scale=3.0)
@@ -169,7 +168,7 @@ def forwards() -> Iterator[tuple[str, Tensor]]:
     for conditioning in ("joint", "static"):
         yield f"gradients, {conditioning}", gradients(conditioning)
     editor = tiny_config(in_channels=8, source_channels=4, camera_conditioning="none")
-    plan, model = editing_plan(editor, (3, 6, 10), ()), small(editor)
+    plan, model = turn_plan(editor, (3, 6, 10), ()), small(editor)
     timestep = torch.tensor([[100.0, 300.0, 500.0], [900.0, 600.0, 30.0]])
     with torch.no_grad():
         latents = [draw(2, 8, 3, 6, 10, seed=0)]

@@ -15,7 +15,6 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.token_merge import MergeRecord
 from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
-from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 GRID = (3, 12, 20)
@@ -132,7 +131,7 @@ def test_editing_plan_equals_the_explicit_transformer(
 ) -> None:
     # the source rides on the target's channels; memory runs backwards in time
     config = tiny_config(camera_conditioning="none", in_channels=8, source_channels=4)
-    plan = editing_plan(config, SMALL, (4, 4, 8), fraction=0.5, conditioning=conditioning)
+    plan = turn_plan(config, SMALL, (4, 4, 8), fraction=0.5, conditioning=conditioning)
     model = _model(config)
     latents, timestep, text, _ = _inputs(plan)
     assert [latent.shape[1] for latent in latents] == [8, 4, 4, 4]

@@ -23,9 +23,8 @@ from mv2v_engine.models import dit
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.packed import Sample
 from mv2v_engine.testing import cpu_flops
-from mv2v_engine.tokens.editing import window_plan
 from mv2v_engine.tokens.flops import flop_table
-from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, window_plan
 
 
 def _dense_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:

@@ -27,7 +27,6 @@ from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.parallel.ranks import is_of_the_group
 from mv2v_engine.parallel.traffic import forward_traffic
 from mv2v_engine.testing import as_cameras, randomise, tiny_config
-from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
 # 3 frames of 7x11 tokens: no number of them divides by 2
@@ -53,8 +52,8 @@ def cases() -> Iterator[tuple[str, TokenPlan]]:
     ]
     for name, config, changes in views:
         yield name, turn_plan(config, GRID, **changes)
-    yield "edit", editing_plan(tiny_config(**EDITOR), GRID, (4, 8), fraction=0.5)
-    yield "static edit", editing_plan(tiny_config(**EDITOR), GRID, (4,), conditioning="static")
+    yield "edit", turn_plan(tiny_config(**EDITOR), GRID, (4, 8), fraction=0.5)
+    yield "static edit", turn_plan(tiny_config(**EDITOR), GRID, (4,), conditioning="static")
 
 
 def inputs(plan: TokenPlan, batch: int = 1) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
@@ -89,7 +88,7 @@ def run(plan: TokenPlan, context: ContextGroup | None) -> tuple[list[Tensor], li
 
 def of_frames(context: ContextGroup | None) -> Tensor:
     """A batch of two targets, every frame at a timestep of its own."""
-    plan = editing_plan(tiny_config(**EDITOR), GRID, ())
+    plan = turn_plan(tiny_config(**EDITOR), GRID, ())
     model = MV2VTransformer(plan.shape).eval().requires_grad_(False)
     randomise(model)
     latents, _, text, _ = inputs(plan, batch=2)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
 from mv2v_engine.config import ParallelConfig
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.envs import launched_rank
 from mv2v_engine.errors import MV2VError
 from mv2v_engine.models.block import Block
@@ -50,18 +50,18 @@ def cancelled_after_a_step(render: Callable[..., object]) -> str:
 def lead(checkpoint: str, clip: str, out: Path) -> dict[str, Any]:
     told: dict[str, Any] = {}
     with Engine.from_pretrained(checkpoint, device="cpu", config=CONFIG) as engine:
-        session = engine.view_session(clip, store=out / "session")
+        session = engine.session(clip, store=out / "session")
         told["cancelled"] = cancelled_after_a_step(session.render)
         turns = [session.render(camera, seed=3) for camera in ("pan_right", "arc_left")]
         told["parallel"] = turns[-1].report["parallel"]
         told["work"] = turns[-1].report["work"]
-        request = TurnRequest.of("pan_right", engine.sampling, memory="retrieved")
+        request = Request.view("pan_right", engine.sampling, memory="retrieved")
         told["warmed"] = engine.warmup([session.plan_turn(request)[1]])
         told["batch"] = said(lambda: engine.answer_all([]))
         files = (out / "session").rglob("*")
         told["files"] = sorted(path.name for path in files if path.suffix != ".lock")
         alone = Engine.from_pretrained(checkpoint, device="cpu", config=EngineConfig(**STATIC))
-        one = alone.view_session(clip)
+        one = alone.session(clip)
         for turn, camera in zip(turns, ("pan_right", "arc_left"), strict=True):
             expected = one.render(camera, seed=3)
             told.setdefault("differences", []).append(
@@ -74,7 +74,7 @@ def lead(checkpoint: str, clip: str, out: Path) -> dict[str, Any]:
         told["not_finite"] = said(lambda: session.render("pan_left", seed=3))
         told["turns_then"] = len(session.turns)
         session._source_latents = whole
-        healed = alone.view_session(clip)
+        healed = alone.session(clip)
         for camera in ("pan_right", "arc_left"):
             healed.render(camera, seed=3)
         expected, turn = (each.render("pan_left", seed=3) for each in (healed, session))

@@ -13,8 +13,10 @@ from typing import Any
 
 import torch
 
-from mv2v_engine.camera.trajectories import named_trajectory
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.config import SamplingConfig
+from mv2v_engine.engine.folder import SessionFolder
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.serving.folders import result_path, turn_bytes
 from mv2v_engine.serving.records import JobRecord, SessionRecord
 
@@ -39,11 +41,13 @@ CRASHED = {"type": "failed", "code": "worker_crashed", "message": "the worker en
 
 def store_turn(folder: Path, session_id: str, number: int) -> None:
     """Commit a turn as the engine's store does."""
-    store = SessionStore(folder)
+    store = SessionFolder(folder)
     if not store.exists():
         store.create(session_id, {"source": "fake"})
-    camera = named_trajectory("static", NUM_FRAMES, SIZE)
-    store.append(number, torch.full((1, 1, 2, 2), float(number)), camera, {"turn": number})
+    sampling = SamplingConfig(num_frames=NUM_FRAMES, size=SIZE)
+    request = Request.view("static", sampling, memory="none")
+    latents, report = torch.full((1, 1, 2, 2), float(number)), {"turn": number}
+    store.append(Draft(number, request, {}, [KeptWindow(report, latents)], report), 1, latents)
 
 
 def write_results(folder: Path, number: int) -> None:

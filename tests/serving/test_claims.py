@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from mv2v_engine import Engine
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.serving.claims import Claim, issue, taken
@@ -45,10 +45,10 @@ def test_an_attempt_that_is_believed_dead_gives_way(
     ):
         pass
     assert [event["type"] for event in first] == ["cancelled"]
-    assert SessionStore(folder).read()["turns"] == []
+    assert SessionFolder(folder).read()["turns"] == []
     second = list(made(replica(engine), folder, Claim(folder, token, "second")))
     assert second[-1]["type"] == "done"
-    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1]
+    assert [row["number"] for row in SessionFolder(folder).read()["turns"]] == [1]
 
 
 def test_the_right_to_write_goes_to_the_newest(tmp_path: Path) -> None:
@@ -86,11 +86,11 @@ def test_a_command_line_in_a_served_folder_is_left_alone(tmp_path: Path) -> None
     unlisted = tmp_path / "turns" / "turn_01.safetensors"
     unlisted.write_bytes(b"a turn that is being stored")
     with pytest.raises(StorageError, match="is in use"), taken(tmp_path):
-        sweep_session(tmp_path, "views")
+        sweep_session(tmp_path)
     assert unlisted.exists()
     writer.release()
     with taken(tmp_path):
         assert not WriterLock(tmp_path).acquire()
-        sweep_session(tmp_path, "views")
+        sweep_session(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["turns"]
     assert not unlisted.exists()

@@ -17,9 +17,9 @@ import pytest
 import torch
 from store_check import check_store
 
-from mv2v_engine.engine.editing.edit import Edit
-from mv2v_engine.engine.editing.request import EditRequest
-from mv2v_engine.engine.editing.store import EditStore
+from mv2v_engine.engine.folder import SessionFolder
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.errors import StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.run import main
@@ -382,22 +382,24 @@ async def test_a_damaged_list_of_edits_is_written_again(
     """Its finished edits whole; of one between them that was unfinished nothing can be believed."""
     async with serving(tmp_path, FakeBackend(kind="edits")) as (service, _):
         session = await new_session(service)
-    store = EditStore(service.store.session(session.id))
+    store = SessionFolder(service.store.session(session.id))
     store.create(session.id, {"source": "x", "cuts": []})
     for number in (1, 2, 3):
-        request = EditRequest(
+        request = Request(
             prompt=f"a ball {number}",
             seed=number,
             num_inference_steps=2,
             guidance_scale=1.0,
             memory="none",
         )
-        edit = Edit(number, request, {"merge": "none"})
+        latents = torch.full((1, 1, 2, 2), float(number))
+        windows = [KeptWindow({"window": each}, latents, torch.zeros(3)) for each in (1, 2)]
+        edit = Draft(number, request, {"merge": "none"}, windows)
         for window in (1, 2):
-            latents = torch.full((1, 1, 2, 2), float(number))
-            store.append(edit, window, latents, torch.zeros(3), {"window": window})
+            store.append(edit, window, latents)
         if number != 2:
-            store.finish(edit, {"turn": number, "num_windows": 2})
+            edit.report = {"turn": number, "num_windows": 2}
+            store.finish(edit)
     whole = store.read()
     async with serving(tmp_path, FakeBackend(kind="edits")) as (service, _):
         assert [turn.number for turn in await service.turns("", session.id)] == [1, 3]
@@ -409,7 +411,7 @@ async def test_a_damaged_list_of_edits_is_written_again(
     first, second, third = store.read()["turns"]
     assert [first, third] == [whole["turns"][0], whole["turns"][2]]
     # no request goes on with the one that was lost
-    assert [edit.num_done for edit in store.edits()] == [2, 0, 2]
+    assert [edit.num_done for edit, _ in store.drafts()] == [2, 0, 2]
     assert second["settings"] == {} and second["report"] is None
 
 

@@ -22,8 +22,8 @@ import uvicorn.logging  # noqa: F401  (its logger is among those that are config
 from PIL import Image
 
 from mv2v_engine import Engine, EngineConfig, __version__
-from mv2v_engine.engine.request import require_editing
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
+from mv2v_engine.engine.request import require_task
 from mv2v_engine.errors import MV2VError, StorageError, VideoError
 from mv2v_engine.files import save_json
 from mv2v_engine.ops.native import ABI_VERSION
@@ -404,7 +404,7 @@ def test_an_error_of_the_engine_advises_what_a_client_can_do(
     engine = Engine.from_pretrained(
         tiny_checkpoint, device="cpu", config=EngineConfig(memory_limit_bytes=1 << 20)
     )
-    store, found = SessionStore(tmp_path / "session"), {}
+    store, found = SessionFolder(tmp_path / "session"), {}
     (tmp_path / "file").touch()
 
     def made(call: Callable[[], object]) -> None:
@@ -416,16 +416,16 @@ def test_an_error_of_the_engine_advises_what_a_client_can_do(
         assert not re.search(r"choose another|--\w|\btry \w+=|\(\)|resume=|Engine", said), said
         assert str(tmp_path) not in said
 
-    made(lambda: engine.view_session(source_frames).render("pan_right"))
+    made(lambda: engine.session(source_frames).render("pan_right"))
     made(lambda: save_json(tmp_path / "file" / "x.json", {}))
     assert found["StorageError"].endswith("; whoever runs the service can restore it")
     made(store.read)
     store.create("s", {"source": "x"})
     made(lambda: store.check_identity(store.read(), {"source": "y"}))
-    made(lambda: store.latents(1, None))
-    made(lambda: engine.view_session(source_frames, store=store.folder))
+    made(lambda: store.latents({"number": 1, "camera": {}}, 1, None))
+    made(lambda: engine.session(source_frames, store=store.folder))
     made(lambda: select_window(20, 9, None))
-    made(lambda: require_editing(engine.transformer.config, "tiny"))
+    made(lambda: require_task(engine.transformer.config, "tiny", edits=True))
     with store.lock():
         made(store.lock)
     full = StorageError("cannot write /x/y: No space left on device; choose another place")

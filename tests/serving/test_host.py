@@ -12,7 +12,7 @@ import pytest
 from PIL import Image
 
 from mv2v_engine import Engine
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
@@ -69,7 +69,7 @@ def test_a_fault_in_a_turn_fails_it_and_leaves_the_session(host: Host, folder: P
         weights.data = whole
     *_, last = run(host, folder, 2, TURN)
     assert (last["type"], last["number"]) == ("done", 2)
-    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1, 2]
+    assert [row["number"] for row in SessionFolder(folder).read()["turns"]] == [1, 2]
 
 
 def test_a_process_whose_arithmetic_stays_broken_ends(
@@ -129,9 +129,9 @@ def test_a_turn_is_made_once_whatever_is_asked(host: Host, folder: Path) -> None
         assert kinds == ["started", "done"]
         assert video.read_bytes() == before
         each.close()
-    assert len(SessionStore(folder).read()["turns"]) == 1
-    assert finished_report(folder, "views", 1) == done["report"]
-    assert finished_report(folder, "views", 2) is None
+    assert len(SessionFolder(folder).read()["turns"]) == 1
+    assert finished_report(folder, 1) == done["report"]
+    assert finished_report(folder, 2) is None
     # another request under the same number is nobody's turn
     last = list(run(host, folder, 1, TURN | {"seed": 3}))[-1]
     assert last["code"] == "internal" and "another turn 1: seed 0 instead of 3" in last["message"]
@@ -149,7 +149,7 @@ def test_cancelling_takes_one_step(host: Host, folder: Path) -> None:
                 cancel.cancel()
     assert event == {"type": "cancelled"}
     assert steps == 2
-    assert SessionStore(folder).read()["turns"] == []
+    assert SessionFolder(folder).read()["turns"] == []
     assert [path.name for path in folder.iterdir()] != [] and not (folder / "results").exists()
     assert list(run(host, folder, 1, TURN))[-1]["type"] == "done"
 
@@ -185,7 +185,7 @@ def test_a_full_disk_costs_the_turn_or_its_files_for_now(
         raise StorageError("cannot write") from OSError(errno.ENOSPC, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(SessionStore, "append", full)
+        patch.setattr(SessionFolder, "append", full)
         last = list(run(host, folder, 2, TURN))[-1]
         assert (last["type"], last["code"]) == ("failed", "disk_full")
     with monkeypatch.context() as patch:
@@ -253,7 +253,7 @@ def test_edits_go_on_behind_their_windows(
             windows.append(event["number"])
             cancel.cancel()
     assert event == CANCELLED and windows == [1]
-    assert finished_report(folder, "edits", 1) is None
+    assert finished_report(folder, 1) is None
     host.close()
     again = Host(host.engine, max_open=1)
     events = list(run(again, folder, None, request, frames=23))
@@ -261,7 +261,7 @@ def test_edits_go_on_behind_their_windows(
     assert (events[-1]["type"], events[-1]["number"]) == ("done", 1)
     assert probe_video(result_path(folder, 1, "video")).num_frames == 23
     # what a start finds of it is the whole report, its windows' rows included
-    assert finished_report(folder, "edits", 1) == json.loads(json.dumps(events[-1]["report"]))
+    assert finished_report(folder, 1) == json.loads(json.dumps(events[-1]["report"]))
     assert len(events[-1]["report"]["windows"]) == 5
     # asked for again it is the same turn
     events = list(run(again, folder, None, request, frames=23))

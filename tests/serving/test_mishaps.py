@@ -14,9 +14,9 @@ from typing import Any
 import pytest
 import torch
 
-from mv2v_engine.engine.editing.edit import Edit
-from mv2v_engine.engine.editing.request import EditRequest
-from mv2v_engine.engine.editing.store import EditStore
+from mv2v_engine.engine.folder import SessionFolder
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving import local
 from mv2v_engine.serving.config import ServingConfig
@@ -158,20 +158,22 @@ def test_a_report_that_lacks_something_is_counted_as_far_as_it_goes(tmp_path: Pa
 
 
 def test_a_recovered_edit_has_its_windows(tmp_path: Path) -> None:
-    store = EditStore(tmp_path)
+    store = SessionFolder(tmp_path)
     store.create("session", {"source": "x"})
-    request = EditRequest(
+    request = Request(
         prompt="a ball", seed=0, num_inference_steps=2, guidance_scale=1.0, memory="none"
     )
-    edit = Edit(1, request, {})
     rows = [{"window": 1, "plan": {"tokens": 5}}, {"window": 2, "plan": {"tokens": 7}}]
-    for number, row in enumerate(rows, 1):
-        store.append(edit, number, torch.zeros(1, 1, 2, 2), torch.zeros(3), row)
-    assert finished_report(tmp_path, "edits", 1) is None
-    store.finish(edit, {"turn": 1, "num_windows": 2})
-    found = finished_report(tmp_path, "edits", 1)
+    latents = torch.zeros(1, 1, 2, 2)
+    edit = Draft(1, request, {}, [KeptWindow(row, latents, torch.zeros(3)) for row in rows])
+    for number in (1, 2):
+        store.append(edit, number, latents)
+    assert finished_report(tmp_path, 1) is None
+    edit.report = {"turn": 1, "num_windows": 2}
+    store.finish(edit)
+    found = finished_report(tmp_path, 1)
     assert found == {"turn": 1, "num_windows": 2, "windows": rows}
     assert json.loads(json.dumps(found)) == found
-    store.window_path(1, 2).write_bytes(b"damaged")
+    store.window_path({"number": 1, "camera": None}, 2).write_bytes(b"damaged")
     with pytest.raises(StorageError, match="cannot be read again"):
-        finished_report(tmp_path, "edits", 1)
+        finished_report(tmp_path, 1)

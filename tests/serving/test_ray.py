@@ -25,7 +25,7 @@ os.environ["RAY_SERVE_MAX_QUEUE_LENGTH_RESPONSE_DEADLINE_S"] = "20"
 import ray
 from ray.exceptions import RayActorError
 
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.serving.claims import issue
 from mv2v_engine.serving.config import Cluster, ServingConfig
@@ -270,7 +270,7 @@ def test_another_replica_makes_the_turn_of_one_that_is_killed(
     video = client.http.get(f"/v1/sessions/{session}/turns/2/video")
     assert video.status_code == 200 and b"ftyp" in video.content[:16]
     folder = service.config.store / "sessions" / session
-    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1, 2]
+    assert [row["number"] for row in SessionFolder(folder).read()["turns"]] == [1, 2]
     left = {path.name for path in folder.rglob("*") if path.name.startswith(".")}
     assert left == set()
     # the next one remembers both, and the dead replica has a successor

@@ -11,7 +11,7 @@ import pytest
 from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine
-from mv2v_engine.engine.request import TurnRequest
+from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.progress import Event, StageStarted
 from mv2v_engine.serving import tracing, worker
@@ -102,8 +102,8 @@ def test_turns_that_run_together_keep_their_spans_apart(
 ) -> None:
     from opentelemetry import trace
 
-    request = TurnRequest.of("pan_right", engine.sampling, memory="none")
-    turns = [(engine.view_session(source_frames), request) for _ in range(2)]
+    request = Request.view("pan_right", engine.sampling, memory="none")
+    turns = [(engine.session(source_frames), request) for _ in range(2)]
     with open_job("session_1", "job_1"):
         engine.answer_all(turns, token_budget=10_000)
         assert not trace.get_current_span().get_span_context().is_valid

@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from mv2v_engine.engine.store import SessionStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.locks import Lock
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.folders import sweep_session, worker_lock
@@ -136,9 +136,9 @@ def test_a_worker_from_its_setup_to_the_end_of_its_server(
     assert last == {"type": "cancelled"}
     assert worker.process.wait() == 0
     before = sorted(folder.rglob("*"))
-    sweep_session(folder, "views")
+    sweep_session(folder)
     assert sorted(folder.rglob("*")) == before
-    assert [row["number"] for row in SessionStore(folder).read()["turns"]] == [1]
+    assert [row["number"] for row in SessionFolder(folder).read()["turns"]] == [1]
     assert Lock(worker_lock(tmp_path)).acquire()
 
 

@@ -6,10 +6,9 @@ from dataclasses import FrozenInstanceError, replace
 
 import pytest
 
-from mv2v_engine.config import WAN_1_3B, WAN_5B, MergerConfig, TransformerConfig
+from mv2v_engine.config import LUCY_5B, WAN_1_3B, MergerConfig, TransformerConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.testing import tiny_config
-from mv2v_engine.tokens.editing import editing_plan, window_plan
 from mv2v_engine.tokens.plan import (
     Segment,
     TokenPlan,
@@ -17,6 +16,7 @@ from mv2v_engine.tokens.plan import (
     memory_tokenizers,
     novel_view_plan,
     turn_plan,
+    window_plan,
 )
 
 PETA = 1e15
@@ -331,10 +331,10 @@ def test_memory_of_an_editing_window_merges_alone() -> None:
 
 
 def test_editing_plan_orders_time() -> None:
-    plan = editing_plan(WAN_5B, (21, 30, 52), (4, 4, 8))
+    plan = turn_plan(LUCY_5B, (21, 30, 52), (4, 4, 8))
     assert [segment.tau for segment in plan.segments] == [0, 21, 42, 42]
     assert [segment.reverse for segment in plan.segments] == [False, True, True, True]
-    far = editing_plan(WAN_5B, (21, 30, 52), (4, 4), preceding=False)
+    far = turn_plan(LUCY_5B, (21, 30, 52), (4, 4), preceding=False)
     assert [segment.tau for segment in far.segments] == [0, 42, 42]
     assert isinstance(plan.shape, TransformerConfig)
     # 30 x 52 by four and by eight: 8 x 13 and 4 x 7

@@ -7,9 +7,8 @@ from dataclasses import replace
 import pytest
 import torch
 
-from mv2v_engine.config import WAN_5B
+from mv2v_engine.config import LUCY_5B
 from mv2v_engine.testing import tiny_config
-from mv2v_engine.tokens.editing import editing_plan
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
 from mv2v_engine.tokens.positions import covered_cells
 
@@ -37,7 +36,7 @@ def test_without_a_source_memory_keeps_its_range() -> None:
 
 
 def test_editing_reverses_memory() -> None:
-    plan = editing_plan(WAN_5B, (5, 12, 20), (4, 4, 8))
+    plan = turn_plan(LUCY_5B, (5, 12, 20), (4, 4, 8))
     target, preceding, *others = _taus(plan)
     assert target == [0, 1, 2, 3, 4]
     assert preceding == [9, 8, 7, 6, 5]

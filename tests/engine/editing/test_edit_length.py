@@ -55,7 +55,7 @@ engine.vae.encode, engine.vae.decode = encode, decode
 held = []
 
 def edited(name, num_frames):
-    session = engine.edit_session(clip(name, num_frames), store=f"{folder}/{name}", cuts=())
+    session = engine.session(clip(name, num_frames), store=f"{folder}/{name}", cuts=())
     return session.edit("a red ball", out=f"{folder}/{name}_out.mp4",
                         on_window=lambda _: held.append(engine.cache.bytes_used))
 

@@ -12,8 +12,8 @@ from torch import Tensor
 from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2Config, Dinov2Model
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine import loading
-from mv2v_engine.engine.editing import window as windows
+from mv2v_engine.engine import parts
+from mv2v_engine.engine import session as windows
 from mv2v_engine.engine.runner import Denoiser
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.memory.segment_retrieval import latent_descriptor, segment_scores
@@ -45,7 +45,7 @@ def retrieved(report: dict[str, Any]) -> list[list[int]]:
 
 def test_the_plan_that_ran(editor: Engine, denoisers: list[Denoiser]) -> None:
     frames = long_clip(25)
-    turn = editor.edit_session(frames, cuts=()).edit(PROMPT)
+    turn = editor.session(frames, cuts=()).edit(PROMPT)
     sources = [editor.vae.encode(frames[start : start + 5]) for start in range(0, 25, 5)]
     for number, (denoiser, remembered) in enumerate(
         zip(denoisers, retrieved(turn.report), strict=True)
@@ -77,10 +77,10 @@ def _key(descriptor: Tensor) -> Any:
 
 def test_at_most_so_many_and_none_without_memory(editor: Engine) -> None:
     frames = long_clip(15)
-    remembering = editor.edit_session(frames, cuts=()).edit(PROMPT)
-    one = editor.reconfigured(EngineConfig(max_memory=1)).edit_session(frames, cuts=()).edit(PROMPT)
+    remembering = editor.session(frames, cuts=()).edit(PROMPT)
+    one = editor.reconfigured(EngineConfig(max_memory=1)).session(frames, cuts=()).edit(PROMPT)
     assert retrieved(one.report) == [[], [1], [2]]
-    without = editor.edit_session(frames, cuts=()).edit(PROMPT, memory="none")
+    without = editor.session(frames, cuts=()).edit(PROMPT, memory="none")
     assert retrieved(without.report) == [[], [], []]
     assert without.report["windows"][1]["memory"]["reason"] == "memory is off"
     # nothing else differs between them before there is something to remember
@@ -101,7 +101,7 @@ def test_no_object_of_one_shot_enters_another(edit_checkpoint: Path) -> None:
     for engine, is_apart in zip(engines, (True, False), strict=True):
         turns = []
         for begin in (first, other):
-            session = engine.edit_session(torch.cat([begin, second]))
+            session = engine.session(torch.cat([begin, second]))
             assert session.cuts == (13,)  # found
             turns.append(session.edit(PROMPT))
         one, two = (turn.latents for turn in turns)
@@ -116,21 +116,21 @@ def test_no_window_is_just_before_the_first_of_a_shot(
     editor: Engine, denoisers: list[Denoiser]
 ) -> None:
     engine = editor.reconfigured(EngineConfig(cross_shot_similarity=-1.0))
-    engine.edit_session(long_clip(15), cuts=(5,)).edit(PROMPT)
+    engine.session(long_clip(15), cuts=(5,)).edit(PROMPT)
     taus = [[segment.tau for segment in each.plan.segments[1:]] for each in denoisers]
     assert taus == [[], [4], [2, 4]]
     denoisers.clear()
     strict = editor.reconfigured(EngineConfig(cross_shot_similarity=1.0))
-    strict.edit_session(long_clip(15), cuts=(5,)).edit(PROMPT)
+    strict.session(long_clip(15), cuts=(5,)).edit(PROMPT)
     assert [each.plan.num_memory for each in denoisers] == [0, 0, 1]
 
 
 def test_a_small_cache_gives_the_same_edit(editor: Engine) -> None:
     frames = long_clip(25)
-    expected = editor.edit_session(frames, cuts=()).edit(PROMPT)
+    expected = editor.session(frames, cuts=()).edit(PROMPT)
     small = editor.reconfigured(EngineConfig(cache_bytes=2 * VIDEO_BYTES))
     used = []
-    session = small.edit_session(frames, cuts=())
+    session = small.session(frames, cuts=())
     turn = session.edit(PROMPT, on_window=lambda _: used.append(small.cache.bytes_used))
     assert torch.equal(turn.latents, expected.latents)
     assert max(used) == 2 * VIDEO_BYTES and small.cache.counters()["reloads"] > 0
@@ -149,7 +149,7 @@ def dino(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_segments_are_found_by_dinov2(editor: Engine, dino: Path) -> None:
     config = EngineConfig(descriptor=str(dino), descriptor_batch=3, descriptor_device="cpu")
     engine, frames = editor.reconfigured(config), long_clip(18)
-    report = engine.edit_session(frames, cuts=()).edit(PROMPT, num_inference_steps=1).report
+    report = engine.session(frames, cuts=()).edit(PROMPT, num_inference_steps=1).report
     assert report["memory"]["descriptor"] == {
         "kind": "dinov2",
         "folder": str(dino),
@@ -178,7 +178,7 @@ def test_a_folder_of_another_kind_is_refused_before_any_weights(
     def read(*_: object, **__: object) -> None:
         raise AssertionError("weights were read")
 
-    monkeypatch.setattr(loading, "load_checkpoint", read)
+    monkeypatch.setattr(parts, "load_checkpoint", read)
     for folder, words in (
         (tmp_path / "clip", "holds a model of type 'clip_vision_model', expected dinov2"),
         (tmp_path, "holds no readable config.json"),

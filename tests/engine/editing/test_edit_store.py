@@ -14,12 +14,13 @@ import pytest
 import torch
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine.editing.store import EditStore
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import StorageError
 from mv2v_engine.progress import Event, WindowDone
 from mv2v_engine.testing import largest_file
 from mv2v_engine.video.io import write_video
 from tests.engine.editing.conftest import long_clip
+from tests.engine.old_folders import as_version_1
 
 PROMPT, ROOT = "a red ball", Path(__file__).resolve().parents[3]
 
@@ -56,9 +57,9 @@ engine = Engine.from_pretrained(checkpoint, device="cpu")
 for number, last in enumerate((1, 3)):
     pid = os.fork()
     if pid == 0:
-        session = engine.edit_session(clip, store=store, resume=number > 0)
+        session = engine.session(clip, store=store, resume=number > 0)
         done = 0
-        for event in session.edit_events(prompt, out=out):
+        for event in session.events(session.request(prompt=prompt), out=out):
             done += isinstance(event, WindowDone)
             # in the midst of the window after
             if isinstance(event, StepDone) and done == last - number:
@@ -77,7 +78,7 @@ def test_killed_in_any_window_it_goes_on_to_the_same_bits(
     clip = tmp_path / "clip.mp4"
     write_video(clip, long_clip(23), 12)
     folder, outs = tmp_path / "out", [tmp_path / "one.mp4", tmp_path / "two.mp4"]
-    unbroken = editor.edit_session(clip, id="s", store=tmp_path / "whole")
+    unbroken = editor.session(clip, id="s", store=tmp_path / "whole")
     expected = unbroken.edit(PROMPT, out=outs[0])
     arguments = [str(each) for each in (clip, edit_checkpoint, folder, outs[1], PROMPT)]
     done = subprocess.run(
@@ -89,7 +90,7 @@ def test_killed_in_any_window_it_goes_on_to_the_same_bits(
         env={**os.environ, "MV2V_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
     )
     assert done.returncode == 0, done.stderr
-    session = editor.edit_session(clip, store=folder, resume=True)
+    session = editor.session(clip, store=folder, resume=True)
     ((request, num_done),) = session.unfinished
     assert request.prompt == PROMPT and num_done == 3 and not session.turns
     assert not outs[1].exists()
@@ -110,16 +111,18 @@ def test_killed_in_any_window_it_goes_on_to_the_same_bits(
 
 def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path) -> None:
     frames = long_clip(8)
-    session = editor.edit_session(frames, store=tmp_path)
+    session = editor.session(frames, store=tmp_path)
     first = session.edit(PROMPT, num_inference_steps=1)
-    events = session.edit_events("the floor", num_inference_steps=1)
+    events = session.events(session.request(prompt="the floor", num_inference_steps=1))
     while not isinstance(next(events), WindowDone):
         pass
     events.close()
     # the folder has the latents, memory does not
-    assert all(kept.latents is None for edit in session._edits for kept in edit.windows)
+    assert all(kept.latents is None for edit in session._drafts for kept in edit.windows)
     session.close()
-    again = editor.edit_session(frames, store=tmp_path, resume=True)
+    # as the version before wrote it
+    as_version_1(tmp_path)
+    again = editor.session(frames, store=tmp_path, resume=True)
     assert again.id == session.id and len(again.turns) == 1
     assert [(request.prompt, done) for request, done in again.unfinished] == [("the floor", 1)]
     restored = again.turns[0]
@@ -130,12 +133,12 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
     assert again.edit("the ball", num_inference_steps=1).number == 3
     second = again.edit("the floor", num_inference_steps=1)
     assert [turn.number for turn in again.turns] == [1, 2, 3]
-    alone = editor.edit_session(frames).edit("the floor", num_inference_steps=1)
+    alone = editor.session(frames).edit("the floor", num_inference_steps=1)
     assert torch.equal(second.latents, alone.latents)
     # under other settings it is another edit, not half of this one
     config = EngineConfig(max_memory=0)
     again.close()
-    other = editor.reconfigured(config).edit_session(frames, store=tmp_path, resume=True)
+    other = editor.reconfigured(config).session(frames, store=tmp_path, resume=True)
     assert other.edit(PROMPT, num_inference_steps=1).number == 4
 
 
@@ -143,20 +146,20 @@ def test_only_what_was_begun_is_resumed(
     editor: Engine, engine: Engine, edit_checkpoint: Path, tmp_path: Path
 ) -> None:
     frames, folder = long_clip(6), tmp_path / "edits"
-    editor.edit_session(frames, cuts=(3,), store=folder).edit(PROMPT, num_inference_steps=1)
+    editor.session(frames, cuts=(3,), store=folder).edit(PROMPT, num_inference_steps=1)
     before = contents(folder)
     with pytest.raises(StorageError, match="already holds a session; resume it"):
-        editor.edit_session(frames, store=folder)
+        editor.session(frames, store=folder)
     with pytest.raises(StorageError, match="holds a session whose source is"):
-        editor.edit_session(long_clip(6, seed=1), store=folder, resume=True)
+        editor.session(long_clip(6, seed=1), store=folder, resume=True)
     with pytest.raises(StorageError, match=r"holds a session whose cuts is \[3\], this one's"):
-        editor.edit_session(frames, cuts=(), store=folder, resume=True)
-    assert editor.edit_session(frames, store=folder, resume=True).cuts == (3,)
+        editor.session(frames, cuts=(), store=folder, resume=True)
+    assert editor.session(frames, store=folder, resume=True).cuts == (3,)
     views = tmp_path / "views"
     engine.session(long_clip(9, size=(48, 64)), store=views)
-    with pytest.raises(StorageError, match=r"session\.json is no session of this engine"):
-        editor.edit_session(frames, store=views, resume=True)
-    with pytest.raises(StorageError, match=r"session\.json is no session of this engine"):
+    with pytest.raises(StorageError, match="holds a session whose source is"):
+        editor.session(frames, store=views, resume=True)
+    with pytest.raises(StorageError, match="holds a session whose source is"):
         engine.session(long_clip(9, size=(48, 64)), store=folder, resume=True)
     assert contents(folder) == before
     manifest = json.loads((folder / "session.json").read_text())
@@ -167,7 +170,7 @@ def test_only_what_was_begun_is_resumed(
             manifest.pop("sha256")
         (folder / "session.json").write_text(json.dumps(manifest))
         with pytest.raises(StorageError, match=f"is damaged: .*{words}"):
-            editor.edit_session(frames, store=folder, resume=True)
+            editor.session(frames, store=folder, resume=True)
 
 
 DAMAGED: dict[str, Callable[[bytes], bytes]] = {
@@ -184,13 +187,13 @@ DAMAGED: dict[str, Callable[[bytes], bytes]] = {
 def test_from_a_damaged_window_on_the_edit_is_made_again(
     editor: Engine, tmp_path: Path, damage: str, window: int
 ) -> None:
-    frames, store = long_clip(13), EditStore(tmp_path)
-    session = editor.edit_session(frames, cuts=(), store=tmp_path)
+    frames, store = long_clip(13), SessionFolder(tmp_path)
+    session = editor.session(frames, cuts=(), store=tmp_path)
     expected = session.edit(PROMPT, num_inference_steps=1).latents
     session.close()
-    path = store.window_path(1, window)
+    path = store.window_path({"number": 1, "camera": None}, window)
     path.write_bytes(DAMAGED[damage](path.read_bytes()))
-    again = editor.edit_session(frames, store=tmp_path, resume=True)
+    again = editor.session(frames, store=tmp_path, resume=True)
     (words,) = again.lost
     assert words.startswith(f"{path} cannot be read again (") and "behind it again" in words
     assert not again.turns and [done for _, done in again.unfinished] == [window - 1]
@@ -199,15 +202,15 @@ def test_from_a_damaged_window_on_the_edit_is_made_again(
     numbers = [event.number for event in made if isinstance(event, WindowDone)]
     assert numbers == list(range(window, 4)) and torch.equal(turn.latents, expected)
     again.close()
-    whole = editor.edit_session(frames, store=tmp_path, resume=True)
+    whole = editor.session(frames, store=tmp_path, resume=True)
     assert not whole.lost and torch.equal(whole.turns[0].latents, expected)
 
 
 def test_a_full_disk_ends_the_edit_and_keeps_its_windows(editor: Engine, tmp_path: Path) -> None:
     frames = long_clip(13)
-    expected = editor.edit_session(frames).edit(PROMPT, num_inference_steps=1)
-    session = editor.edit_session(frames, store=tmp_path)
-    events = session.edit_events(PROMPT, num_inference_steps=1)
+    expected = editor.session(frames).edit(PROMPT, num_inference_steps=1)
+    session = editor.session(frames, store=tmp_path)
+    events = session.events(session.request(prompt=PROMPT, num_inference_steps=1))
     while not isinstance(next(events), WindowDone):
         pass
     before = contents(tmp_path)
@@ -224,15 +227,27 @@ def test_a_full_disk_ends_the_edit_and_keeps_its_windows(editor: Engine, tmp_pat
     assert [event.number for event in done] == [3]
     assert torch.equal(turn.latents, expected.latents)
     session.close()
-    resumed = editor.edit_session(frames, store=tmp_path, resume=True)
+    resumed = editor.session(frames, store=tmp_path, resume=True)
     assert torch.equal(resumed.turns[0].latents, expected.latents)
+
+
+def test_an_edit_without_room_is_stored_before_the_next(editor: Engine, tmp_path: Path) -> None:
+    session = editor.session(long_clip(5), cuts=(), store=tmp_path)
+    with largest_file(500), pytest.raises(StorageError, match="File too large"):
+        session.edit(PROMPT, num_inference_steps=1)
+    session.edit("the floor", num_inference_steps=1)
+    rows = SessionFolder(tmp_path).read()["turns"]
+    assert [(row["request"]["prompt"], len(row["windows"])) for row in rows] == [
+        (PROMPT, 1),
+        ("the floor", 1),
+    ]
 
 
 def test_a_video_that_finds_no_room_leaves_nothing_but_the_windows(
     editor: Engine, tmp_path: Path
 ) -> None:
     noise = torch.randint(0, 255, (10, 32, 48, 3), dtype=torch.uint8)
-    session = editor.edit_session(noise, cuts=())
+    session = editor.session(noise, cuts=())
     with largest_file(300), pytest.raises(StorageError, match=r"cannot write .*out\.mp4"):
         session.edit(PROMPT, num_inference_steps=1, out=tmp_path / "out.mp4")
     assert not list(tmp_path.iterdir())

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
-from mv2v_engine.engine.editing.result import FinishedWindow
-from mv2v_engine.engine.editing.source import open_long_source
-from mv2v_engine.engine.editing.window import window_seed
+from mv2v_engine.engine.session import window_seed
+from mv2v_engine.engine.source import open_long_source
+from mv2v_engine.engine.turn import FinishedWindow
 from mv2v_engine.errors import CancelledError, MemoryBudgetError, RequestError, VideoError
 from mv2v_engine.progress import Event, StepDone, WindowDone, WindowStarted
 from mv2v_engine.sampling.flow_match import initial_noise
@@ -43,7 +43,7 @@ def test_as_many_frames_as_the_source_and_as_fast(
 
 def test_windows_are_stitched_without_a_frame_twice(editor: Engine) -> None:
     seen: list[FinishedWindow] = []
-    session = editor.edit_session(long_clip(13), cuts=())
+    session = editor.session(long_clip(13), cuts=())
     turn = session.edit(PROMPT, on_window=seen.append)
     assert [each.window for each in seen] == list(session.windows)
     assert [(each.window.start, len(each.new_frames)) for each in seen] == [(0, 5), (5, 5), (8, 3)]
@@ -80,23 +80,23 @@ def test_windows_have_noise_of_their_own(editor: Engine) -> None:
     assert len({noise.numpy().tobytes() for noise in noises}) == 100
     # a source that stands still differs by nothing else
     still = long_clip(5)[:1].expand(10, -1, -1, -1)
-    first, second = editor.edit_session(still, cuts=()).edit(PROMPT, memory="none").latents
+    first, second = editor.session(still, cuts=()).edit(PROMPT, memory="none").latents
     assert not torch.equal(first, second)
     one, again, other = (
-        editor.edit_session(still, cuts=()).edit(PROMPT, seed=seed).latents for seed in (0, 0, 1)
+        editor.session(still, cuts=()).edit(PROMPT, seed=seed).latents for seed in (0, 0, 1)
     )
     assert torch.equal(one, again) and not torch.equal(one, other)
 
 
 def test_the_words_and_the_source_count(editor: Engine) -> None:
-    session = editor.edit_session(long_clip(10), cuts=())
+    session = editor.session(long_clip(10), cuts=())
     red = session.edit(PROMPT)
     floor = session.edit("the floor")
     assert [turn.number for turn in session.turns] == [1, 2]
     assert not torch.equal(red.latents[0], floor.latents[0])
     # asked again, a finished edit is given again
     assert session.edit(PROMPT) is red
-    other = editor.edit_session(long_clip(10, seed=1), cuts=()).edit(PROMPT)
+    other = editor.session(long_clip(10, seed=1), cuts=()).edit(PROMPT)
     assert not torch.equal(red.latents[0], other.latents[0])
     guided = session.edit(PROMPT, guidance_scale=3.0)
     assert not torch.equal(red.latents[0], guided.latents[0])
@@ -105,7 +105,7 @@ def test_the_words_and_the_source_count(editor: Engine) -> None:
 
 def test_progress_runs_over_all_windows(editor: Engine) -> None:
     events: list[Event] = []
-    editor.edit_session(long_clip(13), cuts=()).edit(PROMPT, on_progress=events.append)
+    editor.session(long_clip(13), cuts=()).edit(PROMPT, on_progress=events.append)
     started = [event for event in events if isinstance(event, WindowStarted)]
     done = [event for event in events if isinstance(event, WindowDone)]
     assert [(each.number, each.total) for each in started] == [(1, 3), (2, 3), (3, 3)]
@@ -116,7 +116,7 @@ def test_progress_runs_over_all_windows(editor: Engine) -> None:
 
 
 def test_the_report_says_what_every_window_did(editor: Engine) -> None:
-    session = editor.edit_session(long_clip(17), cuts=(12,), fps=6.0)
+    session = editor.session(long_clip(17), cuts=(12,), fps=6.0)
     report = session.edit(PROMPT, seed=3).report
     assert report["prompt"] == PROMPT and report["seed"] == 3
     assert report["source"]["frames"] == 17 and report["source"]["cuts"] == [12]
@@ -143,7 +143,7 @@ def test_the_report_says_what_every_window_did(editor: Engine) -> None:
 
 
 def test_a_cut_at_every_frame_makes_every_frame_a_window(editor: Engine) -> None:
-    turn = editor.edit_session(long_clip(4), cuts=(1, 2, 3)).edit(PROMPT, num_inference_steps=1)
+    turn = editor.session(long_clip(4), cuts=(1, 2, 3)).edit(PROMPT, num_inference_steps=1)
     assert turn.frames.shape[0] == 4 and turn.report["num_windows"] == 4
     assert not any(row["memory"]["retrieved"] for row in turn.report["windows"])
 
@@ -161,7 +161,7 @@ def test_a_frame_of_another_size_ends_the_edit_and_no_window_is_lost(
     words = r"changes its frame size from 48x32 to 64x64; re-encode it at one size"
     with pytest.raises(VideoError, match=words):
         editor.session(clip)
-    session = editor.edit_session(clip, cuts=())
+    session = editor.session(clip, cuts=())
     for _ in range(2):
         with pytest.raises(VideoError, match=words):
             session.edit(PROMPT, num_inference_steps=1, out=tmp_path / "out.mp4")
@@ -171,7 +171,7 @@ def test_a_frame_of_another_size_ends_the_edit_and_no_window_is_lost(
 
 
 def test_what_an_editor_refuses(editor: Engine, engine: Engine, tmp_path: Path) -> None:
-    session = editor.edit_session(long_clip(5), cuts=())
+    session = editor.session(long_clip(5), cuts=())
     for prompt in ("", "  \n"):
         with pytest.raises(RequestError, match="an edit needs an instruction, got the prompt"):
             session.edit(prompt)
@@ -184,8 +184,6 @@ def test_what_an_editor_refuses(editor: Engine, engine: Engine, tmp_path: Path) 
         session.edit(PROMPT, num_inference_steps=0)
     with pytest.raises(RequestError, match=r"editor edits by instruction.*tiny-nvs"):
         session.render("pan_right")
-    with pytest.raises(RequestError, match="editor edits by instruction"):
-        editor.view_session(long_clip(5))
     with pytest.raises(RequestError, match="editor edits by instruction, leave out window"):
         editor.session(long_clip(5), window="first")
     views = engine.session(long_clip(9, size=(48, 64)))
@@ -193,19 +191,17 @@ def test_what_an_editor_refuses(editor: Engine, engine: Engine, tmp_path: Path) 
         views.edit(PROMPT)
     with pytest.raises(RequestError, match="tiny renders novel views, leave out cuts"):
         engine.session(long_clip(9, size=(48, 64)), cuts=())
-    with pytest.raises(RequestError, match="tiny renders novel views"):
-        engine.edit_session(long_clip(9))
     with pytest.raises(VideoError, match="with at least 1 frame"):
-        editor.edit_session(long_clip(5)[:0])
+        editor.session(long_clip(5)[:0])
     with pytest.raises(VideoError, match=r"cuts must increase within 1\.\.4"):
-        editor.edit_session(long_clip(5), cuts=(5,))
+        editor.session(long_clip(5), cuts=(5,))
     with pytest.raises(RequestError, match="resume needs the session's folder"):
-        editor.edit_session(long_clip(5), resume=True)
+        editor.session(long_clip(5), resume=True)
     drawing = editor.reconfigured(EngineConfig(memory_ranking="random"))
     with pytest.raises(RequestError, match="memory_ranking='random' draws novel views"):
         drawing.session(long_clip(5))
     with pytest.raises(VideoError, match="does not exist"):
-        editor.edit_session(tmp_path / "none.mp4")
+        editor.session(tmp_path / "none.mp4")
 
 
 def test_an_editor_without_words_is_refused(edit_checkpoint: Path) -> None:
@@ -233,13 +229,13 @@ class Countdown(CancelToken):
 
 def test_cancelled_anywhere_it_goes_on_to_the_same_bits(editor: Engine, tmp_path: Path) -> None:
     frames, out = long_clip(8), tmp_path / "out.mp4"
-    expected = editor.edit_session(frames, cuts=()).edit(PROMPT, num_inference_steps=1, out=out)
+    expected = editor.session(frames, cuts=()).edit(PROMPT, num_inference_steps=1, out=out)
     whole = out.read_bytes()
     out.unlink()
     checks, seen = 0, set()
     while True:
         checks += 5
-        session = editor.edit_session(frames, cuts=())
+        session = editor.session(frames, cuts=())
         try:
             session.edit(PROMPT, num_inference_steps=1, out=out, cancel=Countdown(checks))
             break
@@ -268,16 +264,16 @@ def test_the_look_for_cuts_ends_when_cancelled(editor: Engine, tmp_path: Path) -
 
     frames, token = long_clip(12), Seen(4)
     with pytest.raises(CancelledError):
-        editor.edit_session(frames, store=tmp_path / "edits", cancel=token)
+        editor.session(frames, store=tmp_path / "edits", cancel=token)
     # at the very frame, and nothing is begun in the folder
     assert token.num_checks == 4
-    session = editor.edit_session(frames, store=tmp_path / "edits", cancel=CancelToken())
-    assert session.cuts == editor.edit_session(frames).cuts
+    session = editor.session(frames, store=tmp_path / "edits", cancel=CancelToken())
+    assert session.cuts == editor.session(frames).cuts
 
 
 def test_an_edit_that_is_let_go_of_leaves_nothing_behind(editor: Engine, tmp_path: Path) -> None:
-    session = editor.edit_session(long_clip(10), cuts=())
-    events = session.edit_events(PROMPT, out=tmp_path / "out.mp4")
+    session = editor.session(long_clip(10), cuts=())
+    events = session.events(session.request(prompt=PROMPT), out=tmp_path / "out.mp4")
     while not isinstance(next(events), WindowDone):
         pass
     assert len(editor.cache) == 1 and len(list(tmp_path.iterdir())) == 1
@@ -288,13 +284,13 @@ def test_an_edit_that_is_let_go_of_leaves_nothing_behind(editor: Engine, tmp_pat
 
 def test_a_window_that_cannot_fit_is_refused_before_it_runs(edit_checkpoint: Path) -> None:
     loaded = Engine.from_pretrained(edit_checkpoint, device="cpu")
-    plans = loaded.edit_session(long_clip(15), cuts=()).plans()
+    plans = loaded.session(long_clip(15), cuts=()).plans()
     assert [plan.num_memory for plan in plans] == [0, 1, 2]
     assert [row["tokens"] for row in loaded.warmup(plans)] == [20, 16, 12]
     need = [loaded.budget.predict(plan).stages["sampling"] for plan in plans]
     assert need[0] < need[2] <= loaded.budget.predict(loaded.budget.largest_plan()).peak
     tight = loaded.reconfigured(EngineConfig(memory_limit_bytes=1 << 10))
-    session = tight.edit_session(long_clip(15), cuts=())
+    session = tight.session(long_clip(15), cuts=())
     with pytest.raises(MemoryBudgetError, match=r"needs .* bytes of cpu in its stage"):
         session.edit(PROMPT)
     assert not session.unfinished
@@ -303,7 +299,7 @@ def test_a_window_that_cannot_fit_is_refused_before_it_runs(edit_checkpoint: Pat
 def test_memory_that_ends_in_the_midst_of_a_window(
     editor: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    session = editor.edit_session(long_clip(10), cuts=())
+    session = editor.session(long_clip(10), cuts=())
     encode, calls = editor.vae.encode, []
 
     def failing(*given: object, **named: object) -> object:
@@ -318,7 +314,7 @@ def test_memory_that_ends_in_the_midst_of_a_window(
         session.edit(PROMPT)
     assert session.unfinished[0][1] == 1
     turn = session.edit(PROMPT)
-    expected = editor.edit_session(long_clip(10), cuts=()).edit(PROMPT)
+    expected = editor.session(long_clip(10), cuts=()).edit(PROMPT)
     assert torch.equal(turn.latents, expected.latents)
 
 

@@ -1,0 +1,364 @@
+"""The ground floor of an engine: its weights on a device, what runs them, and the memory.
+
+Everything that makes turns works on a `Parts`; `Engine` is the same with a door.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from mv2v_engine import arguments
+from mv2v_engine.checkpoints.components import find_components
+from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
+from mv2v_engine.checkpoints.resolve import is_trained_for_memory
+from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode, Timesteps
+from mv2v_engine.engine.descriptors import (
+    SegmentDescriber,
+    check_descriptor,
+    open_describer,
+)
+from mv2v_engine.engine.graphs import open_graphs
+from mv2v_engine.engine.request import check_text
+from mv2v_engine.engine.team import Team
+from mv2v_engine.engine.turn import RecentFrames
+from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError
+from mv2v_engine.memory.cache import MemoryCache
+from mv2v_engine.memory.entry import LatentKind
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.ops.attention_backends import resolve_attention
+from mv2v_engine.ops.backend import resolve
+from mv2v_engine.parallel.context import head_lengths
+from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.text import TextEncoder, load_text_encoder
+from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
+from mv2v_engine.vae import VideoVAE, load_vae
+
+# the settings on which an edit's latents depend, beside the weights
+_OF_AN_EDIT = (
+    "max_memory",
+    "cross_shot_similarity",
+    "memory_tokenizers",
+    "merge_scope",
+    "merge_fraction",
+    "rope",
+    "responsiveness_heads",
+    "conditioning",
+    "step_cache",
+)
+# what older folders hold of a choice that is gone, where nothing was reused
+_EXACT = {"reuse": "exact", "reuse_refresh": 4, "reuse_drift": 0.1}
+# settings that all engines on the same weights share
+_OF_THE_WEIGHTS = (
+    "backend",
+    "attention",
+    "responsiveness_heads",
+    "feed_forward_chunk",
+    "text_offload",
+    "parallel",
+)
+
+
+def checked_arguments(
+    path_or_name: Path | str,
+    *,
+    config: EngineConfig | None,
+    components: Path | str | None,
+    rename: Path | str | None,
+) -> tuple[EngineConfig, Path | None]:
+    """The configuration and the components' folder that a caller passed to `from_pretrained`.
+
+    Raises:
+        RequestError: an argument of another type.
+    """
+    arguments.path("path_or_name", path_or_name, "an embedded name, or the path of a checkpoint")
+    if config is None:
+        config = EngineConfig()
+    arguments.instance("config", config, EngineConfig, "an EngineConfig")
+    if rename is not None:
+        arguments.path("rename", rename, "the path of a JSON file")
+    if components is None:
+        return config, None
+    return config, arguments.path("components", components, "the path of a folder")
+
+
+def load_parts(
+    path_or_name: Path | str,
+    place: torch.device,
+    dtype: torch.dtype,
+    config: EngineConfig,
+    *,
+    components: Path | None,
+    rename: Path | str | None,
+) -> tuple[Checkpoint, VideoVAE, TextEncoder | None]:
+    """As `Engine.from_pretrained`, up to the engine."""
+    # refuse before anything large is read
+    resolve(config.backend, place)
+    resolve_attention(config, place, dtype)
+    open_graphs(config, place)
+    check_descriptor(config)
+    given = None if components is None else find_components(components)
+    if given is not None:
+        given.require_all()
+    is_checked = config.check_weights
+    checkpoint = load_checkpoint(
+        path_or_name, device=place, dtype=dtype, rename=rename, check_weights=is_checked
+    )
+    vae_path, text_path = checkpoint.vae_path, checkpoint.text_path
+    tokenizer_path = checkpoint.tokenizer_path
+    if given is not None:
+        vae_path = given.vae(checkpoint.config.latent_channels)
+        text_path, tokenizer_path = given.text_encoder, given.tokenizer
+    if vae_path is None:
+        raise CheckpointError(_lacks(checkpoint, "VAE"))
+    # convolutions in half precision are slow or missing on a CPU
+    vae_dtype = torch.float32 if place.type == "cpu" else dtype
+    vae = load_vae(vae_path, device=place, dtype=vae_dtype, check_weights=is_checked)
+    text = None
+    if text_path is not None and tokenizer_path is not None:
+        text = load_text_encoder(
+            text_path,
+            tokenizer_path,
+            max_length=checkpoint.config.text_len,
+            device=place,
+            dtype=dtype,
+            # on the host until it is known what else a turn needs
+            is_offloaded=config.text_offload != "never" and place.type == "cuda",
+            check_weights=is_checked,
+        )
+    elif checkpoint.format != "mv2v_engine":
+        what = "text encoder" if text_path is None else "tokenizer"
+        raise CheckpointError(_lacks(checkpoint, what))
+    return checkpoint, vae, text
+
+
+def _lacks(checkpoint: Checkpoint, what: str) -> str:
+    return (
+        f"{checkpoint.name} ({checkpoint.format}) holds no {what}; give a Wan diffusers folder "
+        "with vae, text_encoder and tokenizer as components (--components), or one with "
+        "Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/"
+    )
+
+
+def configure(
+    transformer: MV2VTransformer, config: EngineConfig, device: torch.device
+) -> tuple[str, str]:
+    """Set a transformer up as configured; the backend and the attention library that it runs on.
+
+    Raises:
+        RequestError: a process would have no attention head.
+        KernelUnavailableError: an explicit request cannot be met.
+    """
+    shape, dtype = transformer.config, transformer.patch_embedding.weight.dtype
+    backend = resolve(config.backend, device, dtype)
+    attention = resolve_attention(
+        config,
+        device,
+        dtype,
+        num_heads=head_lengths(shape.num_attention_heads, config.parallel.context)[0],
+        head_dim=shape.attention_head_dim,
+    )
+    # under "auto" a call whose shape that library does not take goes to the next one
+    is_free = config.attention == "auto" and attention != "reference"
+    transformer.set_backend(backend, "auto" if is_free else attention)
+    transformer.responsiveness_heads = config.responsiveness_heads
+    transformer.set_feed_forward_chunk(config.feed_forward_chunk)
+    return backend, attention
+
+
+def check_same_weights(own: EngineConfig, asked: EngineConfig) -> None:
+    """Refuse settings that another engine on the same weights cannot have of its own."""
+    arguments.instance("config", asked, EngineConfig, "an EngineConfig")
+    for name in _OF_THE_WEIGHTS:
+        one, other = getattr(own, name), getattr(asked, name)
+        if one != other:
+            raise RequestError(
+                f"{name} is shared by all engines on these weights: it is {one!r}, asked was "
+                f"{other!r}; load them again with from_pretrained"
+            )
+
+
+def default_memory(initialised: Iterable[str]) -> MemoryMode:
+    """What a turn remembers unless it is told: nothing, on weights that never learned to."""
+    return "retrieved" if is_trained_for_memory(initialised) else "none"
+
+
+class Parts:
+    """A checkpoint on a device, and what its sessions share.
+
+    memory_mode: what a turn remembers unless it is told. merge: the mode of merging. sampling: the
+    checkpoint's defaults at the configured size. backend, attention: what the transformer runs on.
+    cache: the memory. team: the other processes that share its steps.
+    """
+
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        vae: VideoVAE,
+        text: TextEncoder | None,
+        *,
+        device: torch.device,
+        config: EngineConfig,
+        team: Team | None = None,
+    ) -> None:
+        self.checkpoint, self.vae, self.text = checkpoint, vae, text
+        self.device, self.config = device, config
+        self.sampling = checkpoint.sampling.at(config.size, checkpoint.name)
+        self.scheduler = config.scheduler or self.sampling.scheduler
+        self.timesteps: Timesteps = config.timesteps or self.sampling.timesteps
+        self.transformer, self.team = checkpoint.transformer, team
+        self.backend, self.attention = configure(self.transformer, config, device)
+        self.memory_mode = config.memory or default_memory(checkpoint.report.initialised)
+        has_mergers = self.transformer.config.merger is not None
+        self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
+        self._check()
+        self.graphs = open_graphs(config if team is None else replace(config, graphs="off"), device)
+        self.cache = MemoryCache(
+            config.cache_bytes,
+            device,
+            device_bytes=config.device_cache_bytes,
+            page_bytes=self.video_bytes,
+        )
+        self.recent_frames = RecentFrames(config.frames_bytes)
+
+    def __repr__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        task = "edits" if self.is_editor else "novel views"
+        return f"{type(self).__name__}({self.checkpoint.name!r}, {task}, {dtype} on {self.device})"
+
+    @property
+    def is_editor(self) -> bool:
+        """Whether the model edits by instruction; else it renders novel views."""
+        return bool(self.transformer.config.source_channels)
+
+    @property
+    def latent_shape(self) -> tuple[int, int, int, int]:
+        """The latents of one window: channels, frames, rows, columns."""
+        return self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
+
+    def _check(self) -> None:
+        """Refuse parts that do not fit each other before a turn has been paid for."""
+        name, shape = self.checkpoint.name, self.transformer.config
+        latents = self.latent_shape
+        if latents[0] != shape.latent_channels:
+            raise CheckpointError(
+                f"the VAE has {latents[0]} latent channels, the transformer takes "
+                f"{shape.latent_channels}; give the VAE that belongs to {name}"
+            )
+        if self.text is not None and self.text.dim != shape.text_dim:
+            raise CheckpointError(
+                f"the text encoder gives embeddings of {self.text.dim}, the transformer takes "
+                f"{shape.text_dim}; give the text encoder that belongs to {name}"
+            )
+        if self.video_bytes > self.config.cache_bytes:
+            raise MemoryBudgetError(
+                f"one video of {name} is {self.video_bytes:,} bytes of latents, cache_bytes allows "
+                f"{self.config.cache_bytes:,}; raise it"
+            )
+        on_device = self.config.device_cache_bytes
+        if on_device is not None and self.video_bytes > on_device:
+            raise MemoryBudgetError(
+                f"one video of {name} is {self.video_bytes:,} bytes of latents, device_cache_bytes "
+                f"allows {on_device:,}; raise it, or leave it out"
+            )
+
+    def plan(
+        self, tokenizers: Sequence[int], *, has_source: bool = True, preceding: bool = True
+    ) -> TokenPlan:
+        """The plan of a window as configured; the arguments as `turn_plan` takes them."""
+        config, (_, frames, rows, columns) = self.config, self.latent_shape
+        return turn_plan(
+            self.transformer.config,
+            (frames, rows, columns),
+            tokenizers,
+            source=has_source,
+            preceding=preceding,
+            merge=self.merge,
+            scope=config.merge_scope,
+            fraction=config.merge_fraction,
+            conditioning=config.conditioning,
+            rope=config.rope,
+        )
+
+    def plan_of(self, num_memory: int) -> TokenPlan:
+        """The plan of a window that remembers so many videos."""
+        available, mode = self.transformer.config.tokenizers, self.config.memory_tokenizers
+        return self.plan(memory_tokenizers(num_memory, available, mode=mode))
+
+    def edit_settings(self) -> dict[str, Any]:
+        """What an edit's latents depend on beside its request; windows of one edit share it."""
+        settings = {name: getattr(self.config, name) for name in _OF_AN_EDIT}
+        # exact ones stand in no folder of before there was a choice
+        rounded = {} if self.timesteps == "exact" else {"timesteps": self.timesteps}
+        own = {"merge": self.merge, "scheduler": self.scheduler}
+        return {**settings, **_EXACT, **own, **rounded}
+
+    def check_text(self, prompt: str, guidance_scale: float) -> None:
+        """Refuse a prompt that nothing here could read, and guidance towards nothing."""
+        arguments.text("prompt", prompt)
+        arguments.number("guidance_scale", guidance_scale)
+        check_text(self.checkpoint.name, prompt, guidance_scale, has_text=self.text is not None)
+
+    @functools.cached_property
+    def latent_kind(self) -> LatentKind:
+        """The latents of this engine's turns: other ones in the cache are not candidates."""
+        return LatentKind(self.vae.key, self.latent_shape, torch.float32)
+
+    @functools.cached_property
+    def describer(self) -> SegmentDescriber:
+        """What compares the segments of a long edit."""
+        return open_describer(self.config, self.device)
+
+    @property
+    def video_bytes(self) -> int:
+        """Bytes of one turn's latents."""
+        return math.prod(self.latent_shape) * torch.float32.itemsize
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the transformer's tokens."""
+        return self.transformer.patch_embedding.weight.dtype
+
+    def text_embedding(self, prompt: str) -> Tensor:
+        """[1, S, text_dim]; zeros for a checkpoint without text."""
+        return self.text_embeddings([prompt])[0]
+
+    def text_embeddings(self, prompts: Sequence[str]) -> list[Tensor]:
+        """`text_embedding` of several, for which an offloaded encoder travels once."""
+        shape = self.transformer.config
+        if self.text is None:
+            size = (1, shape.text_len, shape.text_dim)
+            nothing = torch.zeros(size, dtype=torch.float32, device=self.device)
+            return [nothing] * len(prompts)
+        return self.text.encode_all(prompts)
+
+    def guidance_texts(self, prompt: str, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+        """Embeddings [1, S, text_dim] of the prompt and, with guidance, of the negative prompt."""
+        prompts = [prompt]
+        if needs_guidance(guidance_scale):
+            prompts.append(self.sampling.negative_prompt)
+        text, *negative = self.text_embeddings(prompts)
+        return text, negative[0] if negative else None
+
+    def describe(self) -> dict[str, Any]:
+        """What a report says of the engine."""
+        return {
+            "checkpoint": self.checkpoint.name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backend": self.backend,
+            "attention": self.attention,
+            "scheduler": self.scheduler,
+            "timesteps": self.timesteps,
+            "torch": torch.__version__,
+            # whose steps a turn is made of
+            **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),
+        }
