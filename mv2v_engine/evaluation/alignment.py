@@ -32,7 +32,7 @@ _FEWEST_PIXELS = 0.05  # share of a frame; fewer do not fix six numbers
 
 
 @dataclass(frozen=True, slots=True)
-class CameraError:
+class PoseError:
     """Means over frames of the best pose against the requested one.
 
     pixels: how far the pose moves the image, at most its diagonal, the one number that does not
@@ -44,7 +44,7 @@ class CameraError:
     metres: float
 
 
-def camera_error(frames: Tensor, view: View, *, every: int = 4) -> CameraError | None:
+def camera_error(frames: Tensor, view: View, *, every: int = 4) -> PoseError | None:
     """How far the camera of a turn's frames [T, height, width, 3] is from the view's.
 
     every: frames between those that are aligned; the first, where all cameras still agree, is
@@ -66,7 +66,7 @@ def camera_error(frames: Tensor, view: View, *, every: int = 4) -> CameraError |
     trace = poses[:, :3, :3].diagonal(dim1=1, dim2=2).sum(1)
     angle = torch.rad2deg(((trace - 1) / 2).clamp(-1, 1).acos())
     metres = poses[:, :3, 3].norm(dim=1)
-    return CameraError(float(pixels.mean()), float(angle.mean()), float(metres.mean()))
+    return PoseError(float(pixels.mean()), float(angle.mean()), float(metres.mean()))
 
 
 def _frames_of(camera: CameraTrajectory, chosen: Tensor) -> CameraTrajectory:
