@@ -17,6 +17,9 @@ from measure import ROOT, read_rows
 
 RESULTS = ROOT / "profiling" / "results"
 COSTS, SCALING, SERVING = (ROOT / "docs" / f"{name}.md" for name in ("costs", "scaling", "serving"))
+ARCHITECTURE = ROOT / "docs" / "architecture.md"
+# [`Session.render`](../mv2v_engine/engine/session.py#L139)
+_PLACE = re.compile(r"\[`([\w.]+)`\]\(([\w/.]+)#L\d+\)")
 Row = dict[str, Any]
 
 
@@ -189,6 +192,24 @@ def written(page: Path) -> str:
     return text
 
 
+def placed(page: Path) -> str:
+    """A page's text with every link to a name of the code at the line that defines it."""
+
+    def link(found: re.Match[str]) -> str:
+        name, path = found[1], found[2]
+        lines = (page.parent / path).read_text(encoding="utf-8").splitlines()
+        # of `Class.method` the method behind its class
+        at, wanted = 0, name.split(".")
+        for part in wanted:
+            define = re.compile(rf"\s*(?:class|def|async def) {part}\b")
+            at = next((i for i in range(at, len(lines)) if define.match(lines[i])), -1)
+            if at < 0:
+                raise SystemExit(f"{page.name}: {path} defines no {name}; correct the page")
+        return f"[`{name}`]({path}#L{at + 1})"
+
+    return _PLACE.sub(link, page.read_text(encoding="utf-8"))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--write", action="store_true", help="into the pages")
@@ -196,6 +217,7 @@ def main() -> None:
     if args.write:
         for page in PAGES:
             page.write_text(written(page), encoding="utf-8")
+        ARCHITECTURE.write_text(placed(ARCHITECTURE), encoding="utf-8")
         return
     for name in TABLES:
         print(f"{block(name)}\n")

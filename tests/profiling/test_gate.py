@@ -75,6 +75,13 @@ def test_the_pages_hold_the_results() -> None:
     assert "memory videos" in svg and "tokenizers by rank" in svg
 
 
+def test_the_walk_of_a_turn_is_the_codes() -> None:
+    page = readme_numbers.ARCHITECTURE
+    text = page.read_text(encoding="utf-8")
+    assert readme_numbers.placed(page) == text, "python profiling/readme_numbers.py --write"
+    assert text.count("#L") > 20
+
+
 def test_the_plot_is_drawn_from_counted_rows_alone(tmp_path: Path) -> None:
     report = Report(tmp_path / "rows.jsonl", {"model": "toy", "device": "cpu"})
     count_full_size(report)
