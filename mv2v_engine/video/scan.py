@@ -178,6 +178,13 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
     return decoder
 
 
+def rate_notes(own: float, asked: float | None) -> tuple[str, ...]:
+    """What another rate than a file's own changes of it, in words. asked: None keeps it."""
+    if asked in (None, own):
+        return ()
+    return (f"its {own:g} frames a second are taken for {asked:g}",)
+
+
 def check_fps(name: str, fps: float | Fraction) -> None:
     """Refuse a rate that no video has. name: of what has it, for the error.
 

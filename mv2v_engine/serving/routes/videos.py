@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -202,15 +203,18 @@ async def create_video(
                 "session_id, the session of one that is here: exactly one of them",
                 param=_FILE_FIELD,
             )
-        if form.video is None and asked.window is not None:
+        choices = asked.choices()
+        chosen = [name for name, value in asdict(choices).items() if value is not None]
+        if form.video is None and chosen:
             raise ApiError(
                 "invalid_request",
-                f"window is chosen with {_FILE_FIELD}, and a session has its own; leave it out",
-                param="window",
+                f"{chosen[0]} is chosen with {_FILE_FIELD}, and a session has its own; leave it "
+                "out",
+                param=chosen[0],
             )
         video = form.take_video()
         if video is not None:
-            session = await service.create_session(owner, video, "", key=key, window=asked.window)
+            session = await service.create_session(owner, video, "", key=key, choices=choices)
         else:
             session = await service.session(owner, asked.session_id or "")
         try:
