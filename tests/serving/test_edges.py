@@ -35,6 +35,7 @@ from mv2v_engine.serving.logs import configure_logs
 from mv2v_engine.serving.protocol import setup_message
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.transforms import select_window
+from tests.serving.conftest import REPORT
 from tests.video.conftest import with_alpha, write_clip
 
 TRAJECTORY = {
@@ -581,6 +582,20 @@ def test_a_way_of_reading_that_is_none_is_refused(
         assert (error["code"], error["param"]) == ("invalid_request", name), error
         assert words in error["message"], error
     assert len(http.get("/v1/sessions?limit=100").json()["data"]) == before
+
+
+def test_a_finished_video_says_what_its_turn_does(
+    http: httpx.Client, made: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that the model does not know what it was given."""
+    monkeypatch.setitem(REPORT, "warnings", ["this video is unlike those of its training"])
+    body = {"prompt": "pan_right", "session_id": made["session_id"]}
+    video = http.post("/v1/videos", json=body).json()
+    http.get(f"/v1/jobs/{video['id']}/events").raise_for_status()  # to its end
+    assert http.get(f"/v1/videos/{video['id']}").json()["warnings"] == [
+        *video["warnings"],
+        "this video is unlike those of its training",
+    ]
 
 
 def test_alpha_is_refused_where_its_user_says_so(

@@ -72,8 +72,13 @@ def _request_body() -> dict[str, Any]:
 
 
 def _video(
-    request: Request, job: JobRecord, session: SessionRecord, about: dict[str, Any]
+    request: Request,
+    job: JobRecord,
+    session: SessionRecord,
+    about: dict[str, Any],
+    said: Sequence[str] = (),
 ) -> Video:
+    """said: warnings of its finished turn."""
     asked = job.request.get("prompt") or job.request.get("camera")
     percent: int = request.app.state.percentages.of(job)
     return Video(
@@ -89,7 +94,7 @@ def _video(
         remixed_from_video_id=job.request.get("remixed_from"),
         error=JobError(**job.error) if job.error is not None else None,
         session_id=session.id,
-        warnings=[*session.warnings, *job.warnings],
+        warnings=list(dict.fromkeys((*session.warnings, *job.warnings, *said))),
     )
 
 
@@ -270,7 +275,10 @@ async def get_video(request: Request, service: Serving, owner: Owner, video_id: 
     """A video's status and progress."""
     about = service.require_about()
     job = await service.job(owner, video_id)
-    return _video(request, job, await service.session(owner, job.session), about)
+    said: Sequence[str] = ()
+    if job.state == "finished" and job.number is not None:
+        said = (await service.turn(owner, job.session, job.number)).warnings
+    return _video(request, job, await service.session(owner, job.session), about, said)
 
 
 @router.delete(
