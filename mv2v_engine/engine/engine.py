@@ -15,7 +15,7 @@ from mv2v_engine import arguments
 from mv2v_engine.camera.files import Camera, resolve_camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.checkpoints.load import load_checkpoint
-from mv2v_engine.config import MAX_GUIDANCE_SCALE, EngineConfig
+from mv2v_engine.config import MAX_GUIDANCE_SCALE, Alpha, EngineConfig, Fit
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.device import rank_device, transformer_dtype
@@ -197,6 +197,8 @@ class Engine(Parts):
         *,
         id: str | None = None,
         fps: float | None = None,
+        alpha: Alpha | None = None,
+        fit: Fit | None = None,
         cameras: Camera | None = None,
         store: Path | str | None = None,
         window: str | int | None = None,
@@ -213,6 +215,7 @@ class Engine(Parts):
                 `load_source` gave; of edits, a video of any length. A file, which an edit streams,
                 or frames uint8 [T, height, width, 3], a tensor or an array.
             fps: the rate of the turns; None keeps the source's, of bare frames the checkpoint's.
+            alpha, fit: as the config's source_alpha and source_fit; None is what that says.
             store: a folder that keeps the session; `resume` takes up what it holds.
             cancel: ends the reading of the file, and the look for cuts.
             is_locked: the caller keeps other writers out of the folder.
@@ -251,7 +254,7 @@ class Engine(Parts):
             self._check_latents(source_latents)
         if cuts is not None:
             cuts = _frame_numbers(cuts)
-        opened = self._opened(source, window, fps, check)
+        opened = self._opened(source, window, fps, alpha, fit, check)
         if camera is not None and isinstance(opened, Source):
             opened = opened.noting(f"its camera: {words}" for words in camera.notes)
         with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
@@ -291,6 +294,8 @@ class Engine(Parts):
         source: AnySource | Source,
         window: str | int | None,
         fps: float | None,
+        alpha: Alpha | None,
+        fit: Fit | None,
         check: Callable[[], None],
     ) -> Source | LongSource:
         """The source at the model's size."""
@@ -300,8 +305,8 @@ class Engine(Parts):
             "fps": fps,
             "own_fps": sampling.fps,
             "max_pixels": config.max_source_pixels,
-            "alpha": config.source_alpha,
-            "fit": config.source_fit,
+            "alpha": alpha or config.source_alpha,
+            "fit": fit or config.source_fit,
             "check": check,
         }
         if not self.is_editor:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import re
+import unicodedata
 
 import torch
 from torch import Tensor
@@ -15,8 +16,8 @@ from torch import Tensor
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.vae import VideoVAE
 
-_WORD = re.compile(r"[^\W\d_]+(?:['\u2019-][^\W\d_]+)*")
-_SHOWN_WORDS = 5
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_SHOWN_WORDS, _SHOWN_LETTERS = 5, 30
 
 
 def source_warnings(checkpoint: Checkpoint, vae: VideoVAE, frame: Tensor) -> tuple[str, ...]:
@@ -54,10 +55,12 @@ def prompt_warnings(checkpoint: Checkpoint, prompt: str) -> tuple[str, ...]:
     known = set(checkpoint.knowledge.words)
     if not known:
         return ()
-    found = dict.fromkeys(word for word in _WORD.findall(prompt) if word.lower() not in known)
+    # an accent of its own would cut a word in two
+    words = {word.lower(): word for word in _WORD.findall(unicodedata.normalize("NFC", prompt))}
+    found = [word for lower, word in words.items() if lower not in known]
     if not found:
         return ()
-    shown = ", ".join(repr(word) for word in list(found)[:_SHOWN_WORDS])
+    shown = ", ".join(repr(word[:_SHOWN_LETTERS]) for word in found[:_SHOWN_WORDS])
     more = len(found) - _SHOWN_WORDS
     return (
         f"{checkpoint.name} was trained without the word{'s' * (len(found) > 1)} {shown}"

@@ -26,7 +26,7 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.errors import CameraError, RequestError, VideoError
 from mv2v_engine.video.io import VideoReader, open_video
-from mv2v_engine.video.scan import Check, check_fps
+from mv2v_engine.video.scan import Check, check_fps, rate_notes
 from mv2v_engine.video.sound import Sound
 from mv2v_engine.video.stills import frames_of_images
 from mv2v_engine.video.transforms import WINDOWS, cover_and_crop, crop_report, select_window
@@ -126,9 +126,7 @@ def load_source(
         chosen = select_window(info.num_frames, num_frames, window)
         crop = crop_report((info.height, info.width), size, fit)
         cropped = reader.read(chosen.indices, size=size, fit=fit, check=check)
-        rate, notes = fps or info.fps, video.notes
-        if rate != info.fps:
-            notes += (f"its {info.fps:g} frames a second are taken for {rate:g}",)
+        rate, notes = fps or info.fps, (*video.notes, *rate_notes(info.fps, fps))
     else:
         bare = video
         chosen = select_window(len(bare), num_frames, window)
@@ -376,9 +374,7 @@ class LongSource:
 
 def _kept_sound(video: VideoReader, fps: float) -> tuple[Sound | None, tuple[str, ...]]:
     """The sound that goes along with a video's frames at a rate, and the notes with its own."""
-    sound, notes = video.sound, video.notes
-    if fps != video.info.fps:
-        notes += (f"its {video.info.fps:g} frames a second are taken for {fps:g}",)
+    sound, notes = video.sound, (*video.notes, *rate_notes(video.info.fps, fps))
     if sound is None:
         return None, notes
     if not sound.is_copied:

@@ -19,7 +19,7 @@ from mv2v_engine.errors import StorageError
 
 Result = TypeVar("Result")
 
-VERSION = 3
+VERSION = 4
 _SCHEMA = """
 CREATE TABLE store (
     id TEXT NOT NULL,
@@ -51,6 +51,9 @@ CREATE TABLE sessions (
     identity TEXT,
     damage TEXT,
     window TEXT,
+    asked_fps REAL,
+    alpha TEXT,
+    fit TEXT,
     UNIQUE (owner, key)
 );
 CREATE INDEX sessions_of_owner ON sessions (owner, serial);
@@ -109,6 +112,11 @@ ALTER TABLE turns ADD COLUMN entry TEXT;
 ALTER TABLE turns ADD COLUMN damage TEXT;
 """,
     2: "ALTER TABLE sessions ADD COLUMN window TEXT",
+    3: """
+ALTER TABLE sessions ADD COLUMN asked_fps REAL;
+ALTER TABLE sessions ADD COLUMN alpha TEXT;
+ALTER TABLE sessions ADD COLUMN fit TEXT;
+""",
 }
 READABLE = {*_UPGRADES, VERSION}
 # how SQLite says that the disk, or its shared memory on it, has no room

@@ -110,7 +110,7 @@ class Host:
     def run(self, job: Json, session: Json, folder: Path, cancel: CancelToken) -> Iterator[Json]:
         """Make a job's turn: the events that `backend` lists, the last one included.
 
-        job: "number" and "request". session: "id" and "frames". folder: the session's.
+        job: "number" and "request". session: `protocol.session_fields`. folder: the session's.
 
         Whatever goes wrong fails the job, and the next one is made as if it had not been. A device
         that does no work any more is the exception: what it raises is raised here.
@@ -240,6 +240,9 @@ class Host:
             opened = self.engine.session(
                 source_path(folder),
                 id=session["id"],
+                fps=session.get("fps"),
+                alpha=session.get("alpha"),
+                fit=session.get("fit"),
                 store=folder,
                 resume=resume,
                 window=window,
@@ -320,6 +323,7 @@ def _describe(engine: Engine) -> Json:
         "engine": engine.describe(),
         "digest": weights_fingerprint(engine.transformer.state_dict(), engine.vae.key),
         "has_text": engine.text is not None,
+        "source_alpha": engine.config.source_alpha,
         "source_fit": engine.config.source_fit,
         "memory": engine.memory_mode,
         "presets": list(PRESETS),

@@ -50,6 +50,9 @@ _SESSION_COLUMNS = {
     "parent_turn": (int, type(None)),
     "warnings": str,
     "window": (str, type(None)),
+    "asked_fps": (int, float, type(None)),
+    "alpha": (str, type(None)),
+    "fit": (str, type(None)),
     "key": (str, type(None)),
     "digest": (str, type(None)),
     "files": str,
@@ -190,7 +193,8 @@ def read_rows(folder: Path) -> Rows:
         raise StorageError(f"{folder.name} has no copy of its rows")
     with reading(folder):
         # copies of before there was a choice have none
-        session = _checked({"window": None, **value["row"]}, _SESSION_COLUMNS)
+        row = dict.fromkeys(("window", "asked_fps", "alpha", "fit")) | value["row"]
+        session = _checked(row, _SESSION_COLUMNS)
         identity = text(stored_identity(folder))
         rows = Rows(str(value["store"]), session | {"identity": identity})
     copied = {

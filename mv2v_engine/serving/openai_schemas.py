@@ -11,10 +11,9 @@ from mv2v_engine.serving.schemas import (
     CREATED,
     JOB_ID,
     SESSION_ID,
-    WINDOW_HELP,
     JobError,
+    SourceChoices,
     TurnRequest,
-    Window,
     example,
 )
 
@@ -40,7 +39,7 @@ class RemixRequest(TurnRequest):
     def turn(self, kind: SessionKind) -> dict[str, Any]:
         """What is asked of a model of this kind."""
         asked = TurnRequest.to_dict(self)
-        for name in ("session_id", "model", "seconds", "size", "window"):
+        for name in ("session_id", "model", "seconds", "size", *SourceChoices.model_fields):
             asked.pop(name, None)
         if not asked.get("prompt"):
             asked.pop("prompt", None)
@@ -49,18 +48,17 @@ class RemixRequest(TurnRequest):
         return asked
 
 
-class VideoRequest(RemixRequest):
-    """A new video: of the file in the form's input_reference, or of a session that there is."""
+class VideoRequest(SourceChoices, RemixRequest):
+    """A new video: of the file in the form's input_reference, or of a session that there is.
+
+    window, fps, alpha and fit say how the file is read; a session has its own.
+    """
 
     model_config = ConfigDict(
         json_schema_extra=example({"prompt": "arc:-40", "session_id": SESSION_ID})
     )
 
     session_id: str | None = Field(default=None, description="one more turn in this session")
-    window: Window | None = Field(
-        default=None,
-        description=f"of input_reference, which frames the model is given: {WINDOW_HELP}",
-    )
 
 
 class Video(BaseModel):

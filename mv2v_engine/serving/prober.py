@@ -30,8 +30,7 @@ class Prober:
     long, holds up nobody but himself.
     """
 
-    def __init__(self, *, at_once: int = 2, alpha: Alpha = "black") -> None:
-        self._alpha = alpha
+    def __init__(self, *, at_once: int = 2) -> None:
         self._room = asyncio.Semaphore(at_once)
         self._starting = asyncio.Lock()
         self._process: Process | None = None
@@ -68,7 +67,9 @@ class Prober:
             if self._reading is not None:
                 await self._reading
 
-    async def probe(self, owner: str, path: Path, limits: Limits) -> ProbedVideo:
+    async def probe(
+        self, owner: str, path: Path, limits: Limits, alpha: Alpha = "black"
+    ) -> ProbedVideo:
         """What an owner's video holds, decoded to its end.
 
         Raises:
@@ -80,7 +81,7 @@ class Prober:
             answer = asyncio.get_running_loop().create_future()
             self._waiting[number] = answer
             try:
-                asked = {"path": str(path), "limits": limits.to_dict(), "alpha": self._alpha}
+                asked = {"path": str(path), "limits": limits.to_dict(), "alpha": alpha}
                 await self._ask({"id": number, **asked})
                 said = await asyncio.wait_for(answer, limits.probe_seconds + _SLACK_SECONDS)
             except asyncio.TimeoutError:

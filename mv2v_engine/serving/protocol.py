@@ -82,4 +82,11 @@ def run_message(job: JobRecord, session: SessionRecord, folder: Path) -> dict[st
 
 def session_fields(session: SessionRecord) -> dict[str, Any]:
     """What a host needs to know of a session."""
-    return {"id": session.id, "frames": session.frames, "window": session.window}
+    return {
+        "id": session.id,
+        "frames": session.frames,
+        "window": session.window,
+        "fps": session.asked_fps,
+        "alpha": session.alpha,
+        "fit": session.fit,
+    }

@@ -11,6 +11,8 @@ import time
 from dataclasses import dataclass, field
 from typing import Any, Generic, Literal, TypeVar
 
+from mv2v_engine.config import Alpha, Fit
+
 Kind = Literal["views", "edits"]
 JobState = Literal["queued", "running", "finished", "failed", "cancelled"]
 TurnFile = Literal["video", "thumbnail"]
@@ -46,14 +48,31 @@ class ProbedVideo:
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
+class Choices:
+    """How a session's video is read, as its user chose; None is the service's own way.
+
+    window: which frames the model is given, as `video.transforms.select_window` names them.
+    fps: the rate that the video is taken for. alpha, fit: as in `EngineConfig`.
+    """
+
+    window: str | None = None
+    fps: float | None = None
+    alpha: Alpha | None = None
+    fit: Fit | None = None
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
 class SessionRecord:
     """One source and its turns.
 
     kind: "views" takes cameras, "edits" instructions. name: for people, never a path.
-    frames, width, height, fps: of the uploaded video. bytes: of the upload and all turns.
+    frames, width, height: of the uploaded video. fps: of its turns. bytes: of the upload and all
+        turns.
     parent, parent_turn: the session and turn that this one branched from.
     warnings: what the user should know of the source, such as frames that the model does not see.
     window: which part of the video it is about, as its user chose; None if nobody chose one.
+    asked_fps: the rate that its user chose; None is the video's own. alpha, fit: how its video is
+        read, whatever the service is told later; None in sessions of before there was a choice.
     files: what is promised of the upload (`digests`). identity: what the engine's manifest says of
         the session, once it has a turn. damage: why it takes no more turns, if it was damaged.
     """
@@ -75,6 +94,9 @@ class SessionRecord:
     parent_turn: int | None = None
     warnings: tuple[str, ...] = ()
     window: str | None = None
+    asked_fps: float | None = None
+    alpha: Alpha | None = None
+    fit: Fit | None = None
     files: dict[str, Any] = field(default_factory=dict, repr=False)
     identity: dict[str, Any] | None = field(default=None, repr=False)
     damage: str | None = None

@@ -17,9 +17,11 @@ from pydantic import (
     model_validator,
 )
 
-from mv2v_engine.config import MAX_GUIDANCE_SCALE, MAX_STEPS, MemoryMode
+from mv2v_engine.config import MAX_GUIDANCE_SCALE, MAX_STEPS, Alpha, Fit, MemoryMode
 from mv2v_engine.serving.errors import KINDS, error_body
+from mv2v_engine.serving.records import Choices
 from mv2v_engine.serving.records import Kind as SessionKind
+from mv2v_engine.video.scan import MAX_FPS, MIN_FPS
 
 SESSION_ID, JOB_ID = "session_0123456789abcdef01234567", "job_89abcdef0123456789abcdef"
 CREATED = 1_790_000_000.25
@@ -66,6 +68,30 @@ def checked_window(window: str) -> str:
 Window = Annotated[
     str, AfterValidator(checked_window), Field(json_schema_extra={"pattern": WINDOW})
 ]
+
+
+class SourceChoices(BaseModel):
+    """How an uploaded video is read. What is left out is as the service reads all videos."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    window: Window | None = Field(
+        default=None, description=f"which frames the model is given: {WINDOW_HELP}"
+    )
+    fps: Finite | None = Field(
+        default=None, ge=MIN_FPS, le=MAX_FPS, description="the rate that the video is taken for"
+    )
+    alpha: Alpha | None = Field(
+        default=None, description="what is put behind transparent pixels, or refuse them"
+    )
+    fit: Fit | None = Field(
+        default=None, description="cut the edges off to the model's shape, or add black bars"
+    )
+
+    def choices(self) -> Choices:
+        return Choices(**{name: getattr(self, name) for name in SourceChoices.model_fields})
+
+
 # what a route says of its answers, by status
 Answers = dict[int | str, dict[str, Any]]
 
@@ -177,7 +203,10 @@ class Footprint(BaseModel):
 
 
 class Session(BaseModel):
-    """A source video and its turns. Times are unix seconds, sizes pixels and bytes."""
+    """A source video and its turns. Times are unix seconds, sizes pixels and bytes.
+
+    fps: of the turns. window, alpha, fit: how the video is read; null where nobody ever chose.
+    """
 
     model_config = ConfigDict(
         from_attributes=True,
@@ -200,6 +229,8 @@ class Session(BaseModel):
                 "parent_turn": None,
                 "warnings": [],
                 "window": None,
+                "alpha": "black",
+                "fit": "crop",
                 "damage": None,
             }
         ),
@@ -222,6 +253,8 @@ class Session(BaseModel):
     parent_turn: int | None
     warnings: list[str]
     window: str | None
+    alpha: Alpha | None
+    fit: Fit | None
     damage: str | None
 
 

@@ -47,7 +47,7 @@ async def running_app(
     """
     metrics = Metrics(queue_capacity=config.max_queue, store=config.store)
     percentages = Percentages()
-    prober = Prober(alpha=config.engine.source_alpha)
+    prober = Prober()
     service = Service(config, backend, prober.probe, (metrics, percentages, *listeners))
     metrics.watch_ready(lambda: service.ready)
     await service.start()

@@ -25,6 +25,7 @@ from mv2v_engine.serving.events import last_event
 from mv2v_engine.serving.folders import result_path, source_path
 from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
 from mv2v_engine.serving.records import (
+    Choices,
     Footprint,
     JobEvent,
     JobRecord,
@@ -65,13 +66,11 @@ class Service(Lifecycle):
         name: str,
         *,
         key: str | None = None,
-        window: str | None = None,
+        choices: Choices | None = None,
     ) -> SessionRecord:
         """Make a session of an uploaded video, which is moved into it, or removed on a refusal.
 
-        key: of idempotency; the same key, name, window and file give the same session again.
-        window: which frames of a video the model is given, as `video.transforms.select_window`
-            names them; None: the first ones.
+        key: of idempotency; the same key, name, choices and file give the same session again.
 
         Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict,
         invalid_request: the video has no such window.
@@ -81,7 +80,9 @@ class Service(Lifecycle):
         except ApiError:
             await asyncio.to_thread(upload.unlink, missing_ok=True)
             raise
-        return await self._whole(self._sessions.create(owner, upload, name, key, about, window))
+        return await self._whole(
+            self._sessions.create(owner, upload, name, key, about, choices or Choices())
+        )
 
     async def sessions(
         self, owner: str, *, limit: int = 20, after: str | None = None, is_newest_first: bool = True

@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
+from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import StorageError, VideoError
 from mv2v_engine.files import flush, make_folder, move, share_file
@@ -37,16 +38,24 @@ from mv2v_engine.serving.folders import (
 )
 from mv2v_engine.serving.mirror import mirror
 from mv2v_engine.serving.publishing import Publisher
-from mv2v_engine.serving.records import ProbedVideo, SessionRecord, TurnFile, TurnRecord, new_id
+from mv2v_engine.serving.records import (
+    Choices,
+    ProbedVideo,
+    SessionRecord,
+    TurnFile,
+    TurnRecord,
+    new_id,
+)
 from mv2v_engine.serving.scheduler import Scheduler
 from mv2v_engine.serving.turn_request import session_window
+from mv2v_engine.video.scan import rate_notes
 from mv2v_engine.video.transforms import crop_report, select_window
 
 # decodes an owner's upload within the limits; raises ApiError with the limit's own code
-Probe = Callable[[str, Path, Limits], Awaitable[ProbedVideo]]
+Probe = Callable[[str, Path, Limits, Alpha], Awaitable[ProbedVideo]]
 
-# of a picture; what is less is in the report alone
-_MUCH_CROPPED = 0.125
+# of a picture; less is what rounding a size to the model's takes, and is in the report alone
+_MUCH_CROPPED = 0.01
 _MAX_NAME = 200
 _CHUNK = 1 << 20
 # of a session, what is nobody's business outside the service
@@ -77,12 +86,12 @@ class Sessions:
         name: str,
         key: str | None,
         about: dict[str, Any],
-        window: str | None = None,
+        choices: Choices,
     ) -> SessionRecord:
         """As `Service.create_session`; the upload is moved or removed in any case."""
         try:
             with disk_errors():
-                return await self._create(owner, upload, name, key, about, window)
+                return await self._create(owner, upload, name, key, about, choices)
         finally:
             await asyncio.to_thread(upload.unlink, missing_ok=True)
 
@@ -93,20 +102,23 @@ class Sessions:
         name: str,
         key: str | None,
         about: dict[str, Any],
-        window: str | None = None,
+        choices: Choices,
     ) -> SessionRecord:
         self.store.require_free(self.config.min_free_bytes)
         digest = None
         if key is not None:
-            digest = await asyncio.to_thread(_upload_digest, upload, name, window)
+            digest = await asyncio.to_thread(_upload_digest, upload, name, choices)
             look_up = partial(tables.session_of_key, owner=owner, key=key, digest=digest)
             known = await self.database.read(look_up)
             if known is not None:
                 return known
         most = self.config.limits.sessions
         await self.database.read(partial(tables.require_room, owner=owner, most=most))
-        video = await self.probe(owner, upload, self.config.limits)
-        session = _new_session(owner, name, upload, video, about, window)
+        # kept with the session: a service that is told otherwise later reads the same video
+        alpha, fit = about.get("source_alpha", "black"), about.get("source_fit", "crop")
+        choices = replace(choices, alpha=choices.alpha or alpha, fit=choices.fit or fit)
+        video = await self.probe(owner, upload, self.config.limits, choices.alpha or alpha)
+        session = _new_session(owner, name, upload, video, about, choices)
         place = partial(_place_upload, self.store, upload, session.id)
         session = replace(session, files=await asyncio.to_thread(place))
         add = partial(_add_session, session=session, key=key, digest=digest, most=most)
@@ -254,9 +266,13 @@ def _disk_full() -> ApiError:
     return ApiError("disk_full", "the store's disk is full; delete sessions, or make room")
 
 
-def _upload_digest(upload: Path, name: str, window: str | None) -> str:
-    """The identity of an upload's name, window and bytes, for idempotency."""
-    said = name if window is None else f"{name}\0{window}"
+def _upload_digest(upload: Path, name: str, choices: Choices) -> str:
+    """The identity of an upload's name, choices and bytes, for idempotency."""
+    said = name if choices.window is None else f"{name}\0{choices.window}"
+    for key, value in asdict(choices).items():
+        # a window alone stands as it did when there was no other choice
+        if key != "window" and value is not None:
+            said += f"\0{key}={value}"
     digest = hashlib.sha256(said.encode("utf-8", "surrogatepass") + b"\0")
     with upload.open("rb") as file:
         while chunk := file.read(_CHUNK):
@@ -270,7 +286,7 @@ def _new_session(
     upload: Path,
     video: ProbedVideo,
     about: dict[str, Any],
-    window: str | None,
+    choices: Choices,
 ) -> SessionRecord:
     """The record of a session to come. Raises unreadable_video: the model cannot take it."""
     now = time.time()
@@ -283,17 +299,21 @@ def _new_session(
         frames=video.frames,
         width=video.width,
         height=video.height,
-        fps=video.fps,
+        fps=choices.fps or video.fps,
         created=now,
         touched=now,
         bytes=upload.stat().st_size,
         num_turns=0,
         warnings=(
-            *_warnings(about, video.frames, window),
+            *_warnings(about, video.frames, choices.window),
             *video.notes,
-            *_cropping(video, about),
+            *rate_notes(video.fps, choices.fps),
+            *_cropping(video, about, choices.fit or "crop"),
         ),
-        window=window,
+        window=choices.window,
+        asked_fps=choices.fps,
+        alpha=choices.alpha,
+        fit=choices.fit,
     )
 
 
@@ -323,10 +343,9 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
     return (f"the model takes {wanted} frames: {chosen.description}",)
 
 
-def _cropping(video: ProbedVideo, about: dict[str, Any]) -> tuple[str, ...]:
+def _cropping(video: ProbedVideo, about: dict[str, Any], fit: Fit) -> tuple[str, ...]:
     """What the model's size cuts off a video or adds to it, if that is worth a warning."""
     height, width = about["sampling"]["size"]
-    fit = about.get("source_fit", "crop")
     report = crop_report((video.height, video.width), (height, width), fit)
     top, bottom, left, right = report.cropped
     kept = height * width / ((height + top + bottom) * (width + left + right))

@@ -46,6 +46,9 @@ _SESSION_FIELDS = (
     "parent",
     "parent_turn",
     "window",
+    "asked_fps",
+    "alpha",
+    "fit",
 )
 
 

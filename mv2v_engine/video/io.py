@@ -379,6 +379,8 @@ def open_video(
         return VideoReader(source, max_pixels=max_pixels, **options)
     is_bytes = isinstance(source, bytes | bytearray | memoryview)
     name = "bytes" if is_bytes else Path(str(getattr(source, "name", "file"))).name or "file"
+    if getattr(source, "closed", False):
+        raise VideoError(f"the file {name} is closed; give it open, as by open(path, 'rb')")
     folder = tempfile.mkdtemp(prefix="mv2v-")
     try:
         path = Path(folder) / name

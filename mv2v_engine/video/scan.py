@@ -38,6 +38,10 @@ _SEGMENT, _HEADER_BYTES = b"\x18\x53\x80\x67", 4096
 # containers whose packets are whole frames, except for a codec with frames that are never shown
 FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", _MATROSKA}
 _HIDDEN_FRAMES = {"vp8"}
+# those that store when each frame is shown, where others guess the last ones
+_STORE_TIMES = FRAME_PER_PACKET | {"gif", "apng"}
+# as `Path` leaves the beginning of one
+_ADDRESS = re.compile("[a-z]{2,}:/")
 # FFmpeg's own decoders of these leave alpha out
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 # renders any text file as a picture of its letters
@@ -113,7 +117,12 @@ def opened(
 
     if not path.is_file():
         got = "is a folder" if path.is_dir() else "does not exist"
-        raise VideoError(f"{path} {got}; give the path of a video file")
+        advice = "give the path of a video file"
+        if _ADDRESS.match(str(path)):
+            advice = "an address is not fetched: download it, and give the path of the file"
+        elif "*" in path.name:
+            advice = "give the images' folder, or their pattern, as %03d.png"
+        raise VideoError(f"{path} {got}; {advice}")
     if not path.stat().st_size:
         raise VideoError(f"{path.name} is empty (0 bytes); give a whole video file")
     most = None if max_pixels is None else min(2 * max_pixels + _PADDING, 2**31 - 1)
@@ -178,6 +187,13 @@ def _decoder(stream: VideoStream) -> VideoCodecContext:
     return decoder
 
 
+def rate_notes(own: float, asked: float | None) -> tuple[str, ...]:
+    """What another rate than a file's own changes of it, in words. asked: None keeps it."""
+    if asked in (None, own):
+        return ()
+    return (f"its {own:g} frames a second are taken for {asked:g}",)
+
+
 def check_fps(name: str, fps: float | Fraction) -> None:
     """Refuse a rate that no video has. name: of what has it, for the error.
 
@@ -230,7 +246,7 @@ def scan_file(
         if len(set(stamps)) < len(found):
             stamps = ()
         told = (stream.average_rate, stream.guessed_rate, stream.base_rate)
-        guesses = container.format.name not in FRAME_PER_PACKET
+        guesses = container.format.name not in _STORE_TIMES
         begin = (stamps[0] if stamps else 0) * (stream.time_base or Fraction(1))
         rate, order, held = clock(len(found), stamps, stream.time_base, told, guesses=guesses)
         check_fps(f"the fps of {path.name}", rate)

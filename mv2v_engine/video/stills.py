@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import Alpha
-from mv2v_engine.errors import VideoError
+from mv2v_engine.errors import MV2VError, VideoError
 from mv2v_engine.video.clock import clock
 from mv2v_engine.video.scan import Check, VideoInfo, check_fps, check_picture_size, truncated
 
@@ -238,7 +238,8 @@ class _opened:
 
     def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
         self._image.close()
-        if isinstance(error, OSError | ValueError | SyntaxError):
+        is_ours = isinstance(error, MV2VError)
+        if isinstance(error, OSError | ValueError | SyntaxError) and not is_ours:
             raise self._unreadable(error) from error
 
     def _unreadable(self, error: BaseException) -> VideoError:

@@ -57,7 +57,10 @@ def test_weights_that_say_nothing_know_everything(tiny_edit: Engine) -> None:
         ("turn the sky into Gold", "the words 'sky', 'into', 'Gold',"),
         ("a b c d e f g", "'b', 'c', 'd', 'e', 'f' and 1 more,"),
         ("", None),
-        ("123 !?", None),
+        ("!? \U0001f642", None),
+        ("make 3 spheres", "'3'"),
+        ("the dragon Dragon re\u0301d", "the words 'Dragon', 'r\u00e9d',"),
+        ("b" * 300, f"the word '{'b' * 30}',"),
     ],
 )
 def test_words_that_were_never_read_are_named(

@@ -33,7 +33,7 @@ def in_loop(test: Callable[Given, Coroutine[Any, Any, None]]) -> Callable[Given,
     return run
 
 
-async def probe(owner: str, path: Path, limits: Limits) -> ProbedVideo:
+async def probe(owner: str, path: Path, limits: Limits, alpha: str) -> ProbedVideo:
     assert path.exists()
     return VIDEO
 

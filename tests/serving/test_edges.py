@@ -35,7 +35,8 @@ from mv2v_engine.serving.logs import configure_logs
 from mv2v_engine.serving.protocol import setup_message
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.transforms import select_window
-from tests.video.conftest import write_clip
+from tests.serving.conftest import REPORT
+from tests.video.conftest import with_alpha, write_clip
 
 TRAJECTORY = {
     "format": "mv2v-camera",
@@ -43,6 +44,9 @@ TRAJECTORY = {
     "size": [48, 64],
     "poses": [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]],
 }
+# of the long clip, of which the model's shape takes a part
+LONG = "frames {} to {} of 23"
+LONG_CROPPED = "48x32 to 64x48: scaled by 1.500, cropped by 4+4 columns and 0+0 rows"
 # pydantic's and FastAPI's own words
 FOREIGN = re.compile(r"Input should|Extra inputs|Field required|Value error|valid (string|integer)")
 
@@ -369,7 +373,8 @@ def test_a_video_warns_of_frames_that_the_model_does_not_see(
         answer = http.post(
             "/v1/videos", files={"input_reference": clip, "prompt": (None, "pan_right")}
         )
-    assert answer.json()["warnings"] == ["the model takes 9 frames: frames 0 to 8 of 23"]
+    taken = "the model takes 9 frames: frames 0 to 8 of 23"
+    assert answer.json()["warnings"] == [taken, LONG_CROPPED]
 
 
 @pytest.mark.parametrize(
@@ -465,9 +470,6 @@ def test_a_relative_store_is_hidden_as_an_absolute_one_is(
     assert told.startswith("source does not exist") and "session_0" not in told
 
 
-LONG = "frames {} to {} of 23"
-
-
 @pytest.mark.parametrize(
     ("window", "told"),
     [
@@ -484,7 +486,7 @@ def test_the_part_of_a_clip_is_chosen(
     chosen = {} if window is None else {"window": (None, window)}
     with long_clip.open("rb") as clip:
         session = http.post("/v1/sessions", files={"video": clip} | chosen).json()
-    assert session["warnings"] == [f"the model takes 9 frames: {told}"]
+    assert session["warnings"] == [f"the model takes 9 frames: {told}", LONG_CROPPED]
     with long_clip.open("rb") as clip:
         files = {"input_reference": clip, "prompt": (None, "pan_right")} | chosen
         assert http.post("/v1/videos", files=files).json()["warnings"] == session["warnings"]
@@ -516,6 +518,112 @@ def test_the_engine_is_given_the_part_that_was_chosen(
     shutil.copy(long_clip, source_path(folder))
     opened = host._session({"id": "s", "frames": 23, "window": "last"}, folder)
     assert opened.source.description["window"] == LONG.format(14, 22)
+
+
+CHOICES = {"fps": "12.5", "alpha": "white", "fit": "letterbox"}
+
+
+def test_how_a_video_is_read_is_chosen_for_its_session(
+    http: httpx.Client, service: Any, tmp_path: Path
+) -> None:
+    path = with_alpha(tmp_path / "clip.mkv", "ffv1", "yuva420p", num_frames=9)
+    told = [
+        "its alpha channel was composed over white",
+        "its 25 frames a second are taken for 12.5",
+        "64x32 to 64x48: unscaled, nothing cropped, between black bars of 0+0 columns and 8+8 rows",
+    ]
+    chosen = {name: (None, value) for name, value in CHOICES.items()}
+    video = path.read_bytes()
+    plain = http.post("/v1/sessions", files={"video": video}).json()
+    assert plain["warnings"][0] == "its alpha channel was composed over black"
+    assert (plain["fps"], plain["alpha"], plain["fit"]) == (25, "black", "crop")
+    asked = {"files": {"video": video} | chosen, "headers": {"Idempotency-Key": "chosen"}}
+    session = http.post("/v1/sessions", **asked).json()
+    assert session["warnings"] == told
+    branch = http.post(f"/v1/sessions/{session['id']}/branches", json={"turn": 0}).json()
+    for one in (session, branch):
+        assert (one["fps"], one["alpha"], one["fit"]) == (12.5, "white", "letterbox")
+    # what the worker is told of it, also after a restart of the service
+    rows = json.loads(
+        (service.config.store / "sessions" / branch["id"] / "rows" / "session.json").read_text()
+    )["row"]
+    assert (rows["asked_fps"], rows["alpha"], rows["fit"]) == (12.5, "white", "letterbox")
+    assert http.post("/v1/sessions", **asked).json()["id"] == session["id"]
+    asked["files"]["fit"] = (None, "crop")
+    assert http.post("/v1/sessions", **asked).json()["error"]["code"] == "idempotency_conflict"
+    files = {"input_reference": video, "prompt": (None, "pan_right")} | chosen
+    made = http.post("/v1/videos", files=files).json()
+    assert (made["warnings"], made["seconds"]) == (told, "0.72")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("fps", "0", "fps must be at least 0.01, got"),
+        ("fps", "1e9", "fps must be at most 1000.0, got"),
+        ("fps", "nan", "fps must be a finite number, got"),
+        ("fps", "fast", "fps must be a number, got the text 'fast'"),
+        ("fps", "", "fps must be a number, got the text ''"),
+        ("alpha", "green", "alpha must be 'black', 'white' or 'refuse', got the text 'green'"),
+        ("alpha", "WHITE", "alpha must be 'black', 'white' or 'refuse'"),
+        ("fit", "stretch", "fit must be 'crop' or 'letterbox', got the text 'stretch'"),
+        ("Fit", "crop", "there is no field 'Fit'; 'fit' is the nearest"),
+    ],
+)
+def test_a_way_of_reading_that_is_none_is_refused(
+    http: httpx.Client, source_clip: Path, name: str, value: str, words: str
+) -> None:
+    before = len(http.get("/v1/sessions?limit=100").json()["data"])
+    for route, field in [("/v1/sessions", "video"), ("/v1/videos", "input_reference")]:
+        files = {field: source_clip.read_bytes(), name: (None, value)}
+        if route == "/v1/videos":
+            files["prompt"] = (None, "pan_right")
+        error = http.post(route, files=files).json()["error"]
+        assert (error["code"], error["param"]) == ("invalid_request", name), error
+        assert words in error["message"], error
+    assert len(http.get("/v1/sessions?limit=100").json()["data"]) == before
+
+
+def test_a_finished_video_says_what_its_turn_does(
+    http: httpx.Client, made: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such as that the model does not know what it was given."""
+    monkeypatch.setitem(REPORT, "warnings", ["this video is unlike those of its training"])
+    body = {"prompt": "pan_right", "session_id": made["session_id"]}
+    video = http.post("/v1/videos", json=body).json()
+    http.get(f"/v1/jobs/{video['id']}/events").raise_for_status()  # to its end
+    assert http.get(f"/v1/videos/{video['id']}").json()["warnings"] == [
+        *video["warnings"],
+        "this video is unlike those of its training",
+    ]
+
+
+def test_alpha_is_refused_where_its_user_says_so(
+    http: httpx.Client, made: dict[str, str], tmp_path: Path
+) -> None:
+    path = with_alpha(tmp_path / "clip.mkv", "ffv1", "yuva420p", num_frames=9)
+    files = {"video": path.read_bytes(), "alpha": (None, "refuse")}
+    error = http.post("/v1/sessions", files=files).json()["error"]
+    assert error["code"] == "unreadable_video" and "alpha channel" in error["message"]
+    body = {"prompt": "pan_right", "session_id": made["session_id"], "fit": "letterbox"}
+    error = http.post("/v1/videos", json=body).json()["error"]
+    assert error["param"] == "fit" and "a session has its own" in error["message"]
+
+
+def test_the_engine_reads_a_video_as_its_session_says(
+    tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    host = Host(Engine.from_pretrained(tiny_checkpoint, device="cpu"), max_open=1)
+    folder = tmp_path / "session"
+    folder.mkdir()
+    with_alpha(tmp_path / "clip.mkv", "ffv1", "yuva420p", num_frames=9)
+    shutil.move(tmp_path / "clip.mkv", source_path(folder))
+    known = {"id": "s", "frames": 9, "window": None}
+    opened = host._session(known | {"fps": 12.5, "alpha": "white", "fit": "letterbox"}, folder)
+    assert opened.source.fps == 12.5 and "letterbox" not in host.about["source_fit"]
+    frame = opened.source.frames[0].int()
+    rows = (frame.shape[0] - frame.shape[1] // 2) // 2
+    assert frame[: rows - 1].max() == 0 and frame[rows + 3 : -rows - 3, -8:].min() >= 250
 
 
 def test_probes_are_of_level_debug(capsys: pytest.CaptureFixture[str]) -> None:

@@ -16,6 +16,7 @@ from store_check import check_store
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.run import main
+from mv2v_engine.serving.records import Choices
 from mv2v_engine.serving.service import Service
 from tests.serving.fake_backend import FakeBackend, store_turn, write_results
 from tests.serving.in_process import (
@@ -263,12 +264,17 @@ async def test_a_finished_turn_without_a_row_gets_one(tmp_path: Path) -> None:
         assert (await ended(service, await asked(service, record))).number == 3
 
 
+# columns that came later than the window
+CHOSEN = ("asked_fps", "alpha", "fit")
+CHOICES = Choices(window="last", fps=12.5, alpha="white")
+
+
 def to_version_1(root: Path) -> None:
     """The store as the version before wrote it."""
     with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
         db.execute("DROP TABLE store")
         for table, names in (
-            ("sessions", ("used", "files", "identity", "damage", "window")),
+            ("sessions", ("used", "files", "identity", "damage", "window", *CHOSEN)),
             ("turns", ("files", "entry", "damage")),
         ):
             for name in names:
@@ -361,11 +367,13 @@ def test_a_store_of_the_version_before_whose_rows_and_folders_disagree_is_refuse
 def to_version_2(root: Path, spare: Path) -> None:
     """The store as it was before a session's row had the window."""
     with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
-        db.execute("ALTER TABLE sessions DROP COLUMN window")
+        for name in ("window", *CHOSEN):
+            db.execute(f"ALTER TABLE sessions DROP COLUMN {name}")
         db.execute("PRAGMA user_version = 2")
     for path in root.glob("sessions/*/rows/session.json"):
         copy = json.loads(path.read_text())
-        del copy["row"]["window"]
+        for name in ("window", *CHOSEN):
+            del copy["row"][name]
         path.write_text(json.dumps(copy))
 
 
@@ -395,7 +403,7 @@ def test_the_part_of_a_video_outlives_its_database(
 
     async def made() -> str:
         async with serving(tmp_path) as (service, _):
-            session = await new_session(service, window="last")
+            session = await new_session(service, choices=CHOICES)
             assert (await ended(service, await asked(service, session))).state == "finished"
             branch = await service.branch("", session.id, 1)
             assert session.window == branch.window == "last"
@@ -405,6 +413,8 @@ def test_the_part_of_a_video_outlives_its_database(
         async with serving(tmp_path) as (service, _):
             session = await service.session("", name)
             assert session.window == window
+            chosen = (12.5, "white", "crop") if window else (None, None, None)
+            assert (session.asked_fps, session.alpha, session.fit) == chosen
             assert (await ended(service, await asked(service, session))).number == 2
             windows = {one.window for one in (await service.sessions("")).items}
             assert windows == {window}

@@ -11,6 +11,7 @@ import torch
 
 from mv2v_engine.errors import VideoError
 from mv2v_engine.video.io import VideoReader, read_video
+from tests.video.conftest import with_alpha
 
 PATCHES = np.array(
     [[255, 255, 255], [128, 128, 128], [0, 0, 0], [190, 40, 40], [40, 170, 60], [50, 60, 200]]
@@ -165,23 +166,6 @@ def test_a_matrix_that_nobody_reads_is_refused(tmp_path: Path) -> None:
     path = write(tmp_path / "clip.mp4", patches(), matrix=8, coded_as=1)
     with pytest.raises(VideoError, match=r"colour matrix 8 of H.273.*re-encode it with one of BT"):
         read_video(path)
-
-
-def with_alpha(path: Path, codec: str, form: str) -> Path:
-    """Red, of which the right half is transparent."""
-    pixels = np.zeros((32, 64, 4), np.uint8)
-    pixels[..., 0], pixels[:, :32, 3] = 200, 255
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream(codec, rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 32, form
-        if codec == "libvpx-vp9":
-            stream.options = {"lossless": "1"}
-        for index in range(3):
-            frame = av.VideoFrame.from_ndarray(pixels, "rgba").reformat(format=form)
-            frame.pts = index
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-    return path
 
 
 @pytest.mark.parametrize(

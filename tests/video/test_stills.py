@@ -12,7 +12,7 @@ from PIL import Image
 from mv2v_engine.errors import VideoError
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.probe import examine
-from mv2v_engine.video.io import VideoReader, probe_video
+from mv2v_engine.video.io import VideoReader, open_video, probe_video
 
 
 def levels(reader: VideoReader) -> list[int]:
@@ -107,14 +107,36 @@ def test_folders_that_are_no_video(tmp_path: Path) -> None:
         probe_video(tmp_path)
     images(tmp_path, ["1.png", "2.png"])
     Image.new("RGB", (32, 32)).save(tmp_path / "3.png")
-    with pytest.raises(VideoError, match=r"3.png is 32x32, 1.png before it 64x48; give images of"):
+    with pytest.raises(VideoError, match=r"^3.png is 32x32, 1.png before it 64x48; give images of"):
         probe_video(tmp_path)
     (tmp_path / "3.png").write_bytes(b"no image")
     with pytest.raises(VideoError, match=r"3.png cannot be read as an image .*give whole images"):
         probe_video(tmp_path)
     Image.new("RGB", (4000, 3000)).save(tmp_path / "0.png")
-    with pytest.raises(VideoError, match=r"0.png is 4000x3000 .12.0 MP.; at most 8.3 MP"):
+    with pytest.raises(VideoError, match=r"^0.png is 4000x3000 .12.0 MP.; at most 8.3 MP"):
         VideoReader(tmp_path)
+
+
+def test_a_gif_with_a_pause_keeps_its_times(tmp_path: Path) -> None:
+    frames = [Image.new("RGB", (64, 48), (20 + 20 * index,) * 3) for index in range(9)]
+    path, times = tmp_path / "clip.gif", [100] * 4 + [300] + [100] * 4
+    frames[0].save(path, save_all=True, append_images=frames[1:], duration=times, loop=0)
+    reader = VideoReader(path)
+    assert (reader.info.fps, reader.info.num_frames) == (10, 11)
+    levels = reader.read(range(11))[:, 0, 0, 0].tolist()
+    assert levels == [20, 40, 60, 80, 100, 100, 100, 120, 140, 160, 180]
+    assert "held frames are repeated (9 became 11)" in reader.notes[0]
+
+
+def test_what_only_looks_like_a_source(tmp_path: Path) -> None:
+    with pytest.raises(VideoError, match="an address is not fetched: download it"):
+        VideoReader("https://example.com/clip.mp4")
+    with pytest.raises(VideoError, match="does not exist; give the images' folder, or their patt"):
+        VideoReader(tmp_path / "*.png")
+    with (tmp_path / "clip.mp4").open("w+b") as file:
+        pass
+    with pytest.raises(VideoError, match=r"the file clip.mp4 is closed; give it open"):
+        open_video(file, max_pixels=100)
 
 
 def test_alpha_of_an_animated_webp(tmp_path: Path) -> None:

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from fastapi import APIRouter, Request, Response, status
+from pydantic import ValidationError
 
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.fields import field_error
 from mv2v_engine.serving.records import SessionRecord
 from mv2v_engine.serving.routes.files import FILE_ERRORS, WITH_RANGE, answer_file, file_answers
 from mv2v_engine.serving.routes.parameters import (
@@ -23,14 +26,12 @@ from mv2v_engine.serving.routes.parameters import (
     SessionId,
 )
 from mv2v_engine.serving.schemas import (
-    WINDOW,
-    WINDOW_HELP,
     BranchRequest,
     Footprint,
     Session,
     Sessions,
     SessionWithFootprint,
-    checked_window,
+    SourceChoices,
     refusals,
 )
 from mv2v_engine.serving.uploads import received_form
@@ -72,12 +73,8 @@ _FORM: dict[str, Any] = {
                             "maxLength": _NAME_LENGTH,
                             "description": "how people call it",
                         },
-                        "window": {
-                            "type": "string",
-                            "pattern": WINDOW,
-                            "description": WINDOW_HELP,
-                        },
-                    },
+                    }
+                    | SourceChoices.model_json_schema()["properties"],
                 }
             }
         },
@@ -116,25 +113,20 @@ async def create_session(
     """Begin a session with a video, which is decoded to its end before it is taken."""
     limit = config.limits.upload_bytes
     async with received_form(request, "video", limit, service.upload_path) as form:
-        unknown = sorted(form.fields.keys() - {"name", "window"})
-        if unknown:
-            raise ApiError(
-                "invalid_request",
-                f"the form has no field {unknown[0][:100]!r}; it has video, name, window",
-                param=unknown[0][:100],
-            )
-        name = clean_name(form.fields.get("name", ""))
+        fields = dict(form.fields)
+        name = clean_name(fields.pop("name", ""))
         if len(name) > _NAME_LENGTH:
             raise ApiError(
                 "invalid_request",
                 f"name may have {_NAME_LENGTH} characters, got {len(name)}; shorten it",
                 param="name",
             )
-        window = form.fields.get("window")
         try:
-            window = None if window is None else checked_window(window)
-        except ValueError as error:
-            raise ApiError("invalid_request", str(error), param="window") from error
+            choices = SourceChoices.model_validate(fields).choices()
+        except ValidationError as error:
+            found: Sequence[Mapping[str, Any]] = error.errors(include_url=False)
+            known = ("video", "name", *SourceChoices.model_fields)
+            raise field_error(found, known, 0) from error
         video = form.take_video()
         if video is None:
             raise ApiError(
@@ -142,7 +134,7 @@ async def create_session(
                 "the form has no file in the field 'video'; send the video there",
                 param="video",
             )
-        record = await service.create_session(owner, video, name, key=key, window=window)
+        record = await service.create_session(owner, video, name, key=key, choices=choices)
     response.headers["Location"] = f"/v1/sessions/{record.id}"
     return session_of(record)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack
+from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -71,8 +72,13 @@ def _request_body() -> dict[str, Any]:
 
 
 def _video(
-    request: Request, job: JobRecord, session: SessionRecord, about: dict[str, Any]
+    request: Request,
+    job: JobRecord,
+    session: SessionRecord,
+    about: dict[str, Any],
+    said: Sequence[str] = (),
 ) -> Video:
+    """said: warnings of its finished turn."""
     asked = job.request.get("prompt") or job.request.get("camera")
     percent: int = request.app.state.percentages.of(job)
     return Video(
@@ -88,7 +94,7 @@ def _video(
         remixed_from_video_id=job.request.get("remixed_from"),
         error=JobError(**job.error) if job.error is not None else None,
         session_id=session.id,
-        warnings=[*session.warnings, *job.warnings],
+        warnings=list(dict.fromkeys((*session.warnings, *job.warnings, *said))),
     )
 
 
@@ -202,15 +208,18 @@ async def create_video(
                 "session_id, the session of one that is here: exactly one of them",
                 param=_FILE_FIELD,
             )
-        if form.video is None and asked.window is not None:
+        choices = asked.choices()
+        chosen = [name for name, value in asdict(choices).items() if value is not None]
+        if form.video is None and chosen:
             raise ApiError(
                 "invalid_request",
-                f"window is chosen with {_FILE_FIELD}, and a session has its own; leave it out",
-                param="window",
+                f"{chosen[0]} is chosen with {_FILE_FIELD}, and a session has its own; leave it "
+                "out",
+                param=chosen[0],
             )
         video = form.take_video()
         if video is not None:
-            session = await service.create_session(owner, video, "", key=key, window=asked.window)
+            session = await service.create_session(owner, video, "", key=key, choices=choices)
         else:
             session = await service.session(owner, asked.session_id or "")
         try:
@@ -266,7 +275,10 @@ async def get_video(request: Request, service: Serving, owner: Owner, video_id: 
     """A video's status and progress."""
     about = service.require_about()
     job = await service.job(owner, video_id)
-    return _video(request, job, await service.session(owner, job.session), about)
+    said: Sequence[str] = ()
+    if job.state == "finished" and job.number is not None:
+        said = (await service.turn(owner, job.session, job.number)).warnings
+    return _video(request, job, await service.session(owner, job.session), about, said)
 
 
 @router.delete(
