@@ -80,7 +80,7 @@ def test_a_process_whose_arithmetic_stays_broken_ends(
     def fail(*_: object, **__: object) -> None:
         raise RuntimeError("could not create a primitive")
 
-    monkeypatch.setattr(host.engine.transformer, "forward", fail)
+    monkeypatch.setattr(host.engine.transformer, "forward_samples", fail)
     with pytest.raises(RuntimeError, match="this process cannot go on"):
         list(run(host, folder, 1, TURN))
 
