@@ -21,6 +21,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mv2v_engine.config import Alpha
 from mv2v_engine.progress import host_bytes
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.errors import ApiError
@@ -199,7 +200,7 @@ class Calls:
         }
 
 
-async def probe(owner: str, path: Path, limits: Limits) -> ProbedVideo:
+async def probe(owner: str, path: Path, limits: Limits, alpha: Alpha) -> ProbedVideo:
     """In this process, for the clips are the test's own."""
     info = await asyncio.to_thread(probe_video, path)
     seconds = info.num_frames / info.fps

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
+from mv2v_engine.config import Alpha
 from mv2v_engine.serving.app import create_app
 from mv2v_engine.serving.auth import owner_of
 from mv2v_engine.serving.bodies import BodyLimit
@@ -32,7 +33,7 @@ FILES = {"video": ("clip.mp4", b"a video", "video/mp4")}
 Client = httpx.AsyncClient
 
 
-async def any_video(owner: str, path: Path, limits: Limits) -> ProbedVideo:
+async def any_video(owner: str, path: Path, limits: Limits, alpha: Alpha) -> ProbedVideo:
     return VIDEO
 
 
