@@ -25,6 +25,7 @@ from mv2v_engine.config import (
     EngineConfig,
     Fit,
     GraphMode,
+    MemoryMode,
     MergeMode,
     ParallelConfig,
     SchedulerName,
@@ -166,6 +167,19 @@ def add_memory_bounds(group: argparse._ArgumentGroup, most: str) -> None:
 
 def _gone(text: str) -> str:
     raise argparse.ArgumentTypeError(REUSE_IS_GONE)
+
+
+def add_view_memory(parser: argparse.ArgumentParser) -> None:
+    """What a turn of novel views remembers, and how much."""
+    group = parser.add_argument_group("the memory")
+    group.add_argument(
+        "--memory",
+        choices=get_args(MemoryMode),
+        help="retrieved if the weights learned to, else none, if not given",
+    )
+    add_memory_bounds(group, "videos a turn")
+    radius = EngineConfig().fov_radius
+    group.add_argument("--fov-radius", type=float, default=radius, metavar="R", help="metres")
 
 
 def add_reuse(parser: argparse.ArgumentParser) -> None:

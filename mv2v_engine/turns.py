@@ -12,12 +12,11 @@ import argparse
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from mv2v_engine import Engine, EngineConfig, Session, __version__
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints.resolve import Resolution
-from mv2v_engine.config import MemoryMode
 from mv2v_engine.engine.descriptors import check_descriptor
 from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.engine.request import Request, camera_notes, require_task
@@ -36,6 +35,7 @@ from mv2v_engine.options import (
     add_reuse,
     add_sampler,
     add_source,
+    add_view_memory,
     engine_config,
     follows,
     loading,
@@ -322,7 +322,6 @@ def _cut_off(
 
 def add_novel_view(parser: argparse.ArgumentParser) -> None:
     """The options of `run novel-view`."""
-    defaults = EngineConfig()
     parser.set_defaults(command=novel_view)
     parser.add_argument("clip", type=Path, help=f"the source: {CLIP}")
     group = parser.add_argument_group("the turns")
@@ -345,15 +344,7 @@ def add_novel_view(parser: argparse.ArgumentParser) -> None:
     add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
     add("--prompt", default="", metavar="TEXT", help="none if not given")
     add_sampler(group, "every turn", "a turn")
-    group = parser.add_argument_group("the memory")
-    add = group.add_argument
-    add(
-        "--memory",
-        choices=get_args(MemoryMode),
-        help="retrieved if the weights learned to, else none, if not given",
-    )
-    add_memory_bounds(group, "videos a turn")
-    add("--fov-radius", type=float, default=defaults.fov_radius, metavar="R", help="metres")
+    add_view_memory(parser)
     add_reuse(parser)
     add_model(parser, "tiny-nvs")
     add_parallel(parser)

@@ -38,9 +38,6 @@ VIEWS = Table(
     (("tokens", "tokens", 1, 0), ("GFLOP a turn", "flops", 1e9, 1)),
     {
         **{row.name: row.label for row in ROWS},
-        # of version 1
-        "retrieved_1": "one video, retrieved",
-        "random_1": "one video, at random",
         "truth": "*the true views*",
         "vae": "*the true views through the VAE*",
         "source": "*the source's own frames*",

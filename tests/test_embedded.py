@@ -89,8 +89,7 @@ def test_the_published_figures_are_of_these_weights(engine: Engine) -> None:
     results = _published(engine)
     assert engine.checkpoint.conditioning == TINY_MEMORY_RECIPE.conditioning
     assert results["scenes"] >= 40 and set(results["rows"]) > set(MAIN_ROWS)
-    # version 1 knew no other worlds
-    grade = results["settings"]["grade"] if results["version"] > 1 else "textured"
+    grade = results["settings"]["grade"]
     readme = PAGES["tiny-nvs"][0].read_text(encoding="utf-8")
     for text in (_card("tiny-nvs"), readme):
         assert f"{results['scenes']} {grade} worlds" in text

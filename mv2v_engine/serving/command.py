@@ -6,17 +6,15 @@ import argparse
 import importlib.util
 from collections.abc import Sequence
 from pathlib import Path
-from typing import get_args
 
-from mv2v_engine.config import EngineConfig, MemoryMode
 from mv2v_engine.envs import serving_tokens
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import (
-    add_memory_bounds,
     add_model,
     add_picture,
     add_reuse,
     add_solver,
+    add_view_memory,
     engine_config,
     read_resolution,
 )
@@ -171,15 +169,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     _add_listening(parser)
     _add_replicas(parser)
     _add_limits(parser)
-    group = parser.add_argument_group("the memory")
-    add = group.add_argument
-    add(
-        "--memory",
-        choices=get_args(MemoryMode),
-        help="retrieved if the weights learned to, else none, if not given",
-    )
-    add_memory_bounds(group, "videos a turn")
-    add("--fov-radius", type=float, default=EngineConfig().fov_radius, metavar="R", help="metres")
+    add_view_memory(parser)
     add_solver(parser.add_argument_group("sampling"))
     add_reuse(parser)
     add_model(parser, "tiny-nvs")
