@@ -121,7 +121,7 @@ setup(
     packages=find_packages(include=["mv2v_engine*"])
     + (find_packages("kernels") if has_kernels else []),
     package_dir={"mv2v_kernels": "kernels/mv2v_kernels"} if has_kernels else {},
-    package_data={"mv2v_engine": ["assets/**", "serving/page/*", "py.typed"]},
+    package_data={"mv2v_engine": ["assets/**", "serving/http/page/*", "py.typed"]},
     ext_modules=[
         Extension(
             "mv2v_engine.ops.libmv2v_cpu",

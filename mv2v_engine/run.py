@@ -47,7 +47,7 @@ from mv2v_engine.options import (
 )
 from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve
-from mv2v_engine.serving.store_command import add_store
+from mv2v_engine.serving.store.store_command import add_store
 from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.terminal import camera_words, lasting_output, say
 from mv2v_engine.turns import add_edit, add_novel_view

@@ -25,9 +25,9 @@ from mv2v_engine.config import Alpha
 from mv2v_engine.progress import host_bytes
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.local import LocalBackend
-from mv2v_engine.serving.records import JobRecord, ProbedVideo, SessionRecord
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.store.records import JobRecord, ProbedVideo, SessionRecord
+from mv2v_engine.serving.work.local import LocalBackend
 from mv2v_engine.video.io import probe_video
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -137,7 +137,7 @@ class Trial:
                 return None
             if which == "server":
                 return server.pid
-            module = {"worker": "serving.worker", "prober": "serving.probe"}[which]
+            module = {"worker": "serving.work.worker", "prober": "serving.work.probe"}[which]
             for child, words in children(server.pid).items():
                 if module in words:
                     return child

@@ -16,8 +16,8 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.camera.options import CameraOptions
 from mv2v_engine.camera.poses import default_intrinsics
 from mv2v_engine.config import SamplingConfig
-from mv2v_engine.serving.schemas import TurnRequest
-from mv2v_engine.serving.turn_request import make_camera
+from mv2v_engine.serving.http.schemas import TurnRequest
+from mv2v_engine.serving.work.turn_request import make_camera
 
 DOCS = Path(__file__).resolve().parents[1] / "docs"
 README = DOCS.parent / "README.md"

@@ -71,6 +71,10 @@ SIDEWAYS = {
     ("text", "checkpoints"),
     ("training", "evaluation"),
 }
+# A room of serving imports these other rooms, serving's errors and config, and nothing of the
+# facade that stands on it; `http` stands on the facade.
+ROOMS: dict[str, set[str]] = {"store": set(), "watch": {"store"}, "work": {"store", "watch"}}
+FACADE = frozenset({"lifecycle", "service", "sessions", "server", "command"})
 # Units that may not use all of the layers below them.
 ONLY = {"synthetic": LAYERS[0] | {"camera", "video"}}
 
@@ -158,6 +162,19 @@ def direction_error(importer: str, imported: str) -> str | None:
     return f"{importer} must not import {imported}"
 
 
+def room_error(module: tuple[str, ...], imported: tuple[str, ...]) -> str | None:
+    """Why one room of serving may not import another, or None."""
+    inside = (PACKAGE, "serving")
+    if len(module) < 3 or len(imported) < 3 or module[:2] != inside or imported[:2] != inside:
+        return None
+    room, other = module[2], imported[2]
+    if room not in ROOMS or room == other or other in ROOMS[room]:
+        return None
+    if other in {"http", *ROOMS, *FACADE}:
+        return f"serving/{room} must not import serving/{other}"
+    return None
+
+
 def broad_handler(node: ast.ExceptHandler) -> bool:
     """Whether a handler swallows everything; one that ends by raising again does not."""
     if node.body and isinstance(node.body[-1], ast.Raise) and node.body[-1].exc is None:
@@ -202,6 +219,7 @@ def violations(source: str, path: str) -> list[str]:
                 target = unit_of(name)
                 is_unit = target in LAYER_OF or isinstance(node, ast.Import) or len(name) > 2
                 error = direction_error(unit, target if is_unit else "__init__")
+                error = error or room_error(module, name)
             elif name[0] == "mv2v_kernels" and in_engine and unit != "ops":
                 error = "only ops may import mv2v_kernels"
             elif name[0] in WEB and in_engine and unit != "serving":
@@ -281,6 +299,11 @@ FORBIDDEN = [
     ("engine/a.py", "import mv2v_engine", "engine must not import __init__"),
     ("engine/a.py", "from mv2v_engine.synthetic import b\nimport mv2v_engine.run", "import run"),
     ("serving/a.py", "from mv2v_engine.training import loop", "must not import training"),
+    ("serving/store/a.py", "from mv2v_engine.serving import work", "not import serving/work"),
+    ("serving/store/a.py", "from mv2v_engine.serving import http", "must not import serving/http"),
+    ("serving/watch/a.py", "from ..work.host import x", "watch must not import serving/work"),
+    ("serving/work/a.py", "from mv2v_engine.serving.http.app import x", "import serving/http"),
+    ("serving/work/a.py", "from mv2v_engine.serving.service import x", "import serving/service"),
     ("synthetic/a.py", "from mv2v_engine.models import dit", "synthetic must not import models"),
     ("memory/a.py", "from mv2v_engine.synthetic import b", "memory must not import synthetic"),
     ("video/a.py", "from mv2v_engine.drawer import x", "drawer has no layer"),
@@ -321,6 +344,9 @@ ALLOWED = [
     ("engine/a.py", "from mv2v_engine.sampling import flow_match\nfrom mv2v_engine import vae"),
     ("__init__.py", "from mv2v_engine.engine.engine import Engine\n__version__ = '0'"),
     ("serving/a.py", "from mv2v_engine import Engine, __version__\nimport fastapi"),
+    ("serving/work/a.py", "from mv2v_engine.serving.store.jobs import x\nfrom .backend import y"),
+    ("serving/http/a.py", "from mv2v_engine.serving.service import Service"),
+    ("serving/store/a.py", "from mv2v_engine.serving.errors import ApiError"),
     ("run.py", "import mv2v_engine.training.loop\nfrom mv2v_engine import Engine"),
     ("training/a.py", "from diffusers import AutoencoderKLWan\nimport matplotlib"),
     ("vae.py", "def f():\n    from diffusers import AutoencoderKLWan"),

@@ -19,8 +19,8 @@ from mv2v_engine.options import (
     read_resolution,
 )
 from mv2v_engine.parser import num_bytes
-from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import Cluster, Limits, ServingConfig
+from mv2v_engine.serving.work.backend import Backend
 
 _NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
 # options that mean nothing without replicas, and what Cluster calls them
@@ -41,8 +41,8 @@ def serve(args: argparse.Namespace) -> int:
 
     import asyncio
 
-    from mv2v_engine.serving.logs import LogListener, configure_logs
     from mv2v_engine.serving.server import serve as serve_http
+    from mv2v_engine.serving.watch.logs import LogListener, configure_logs
 
     configure_logs()
     backend = _make_backend(config, cluster)
@@ -65,10 +65,10 @@ def _require(modules: Sequence[str], extra: str) -> None:
 
 def _make_backend(config: ServingConfig, cluster: Cluster | None) -> Backend:
     if cluster is None:
-        from mv2v_engine.serving.local import LocalBackend
+        from mv2v_engine.serving.work.local import LocalBackend
 
         return LocalBackend(config)
-    from mv2v_engine.serving.ray_backend import RayBackend
+    from mv2v_engine.serving.work.ray_backend import RayBackend
 
     return RayBackend(config, cluster)
 

@@ -11,19 +11,19 @@ from collections.abc import Callable, Coroutine, Sequence
 from functools import partial
 from typing import Any, TypeVar
 
-from mv2v_engine.serving.audit import Audit
-from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError, client_words
-from mv2v_engine.serving.events import EventLogs
-from mv2v_engine.serving.folders import Store
-from mv2v_engine.serving.identity import admit
-from mv2v_engine.serving.listener import Listener
-from mv2v_engine.serving.publishing import Publisher
-from mv2v_engine.serving.recovery import recover
-from mv2v_engine.serving.retention import Retention
-from mv2v_engine.serving.scheduler import Scheduler
 from mv2v_engine.serving.sessions import Probe, Sessions, disk_errors, full_disk
+from mv2v_engine.serving.store.audit import Audit
+from mv2v_engine.serving.store.folders import Store
+from mv2v_engine.serving.store.identity import admit
+from mv2v_engine.serving.store.recovery import recover
+from mv2v_engine.serving.store.retention import Retention
+from mv2v_engine.serving.watch.events import EventLogs
+from mv2v_engine.serving.watch.listener import Listener
+from mv2v_engine.serving.work.backend import Backend
+from mv2v_engine.serving.work.publishing import Publisher
+from mv2v_engine.serving.work.scheduler import Scheduler
 
 Result = TypeVar("Result")
 # for Retry-After, where nothing says how long it takes
@@ -69,12 +69,10 @@ class Lifecycle:
             self.store.unlock()
             raise
         self._assemble(identity.generation)
-        most = self.config.max_attempts
         try:
             with full_disk(self.config.store):
-                await recover(
-                    self.store, self._database, self._scheduler, self._audit, max_attempts=most
-                )
+                await recover(self.store, self._database, self._audit)
+                await self._scheduler.recover()
         except BaseException:
             self._database.close()
             self.store.unlock()

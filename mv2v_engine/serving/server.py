@@ -15,15 +15,15 @@ import uvicorn
 from fastapi import FastAPI
 
 from mv2v_engine.errors import RequestError
-from mv2v_engine.serving.app import create_app
-from mv2v_engine.serving.backend import Backend
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.connections import HEADER_SECONDS, BoundedConnection, Places
-from mv2v_engine.serving.listener import Listener
-from mv2v_engine.serving.metrics import Metrics
-from mv2v_engine.serving.percent import Percentages
-from mv2v_engine.serving.prober import Prober
+from mv2v_engine.serving.http.app import create_app
+from mv2v_engine.serving.http.connections import HEADER_SECONDS, BoundedConnection, Places
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.watch.listener import Listener
+from mv2v_engine.serving.watch.metrics import Metrics
+from mv2v_engine.serving.watch.percent import Percentages
+from mv2v_engine.serving.work.backend import Backend
+from mv2v_engine.serving.work.prober import Prober
 
 # connections that the system holds for the loop, behind all of which a new one waits, and that it
 # takes up at once: what is over the bound is closed before more are taken

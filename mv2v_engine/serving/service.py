@@ -19,12 +19,12 @@ from pathlib import Path
 from typing import Any
 
 from mv2v_engine.errors import CameraError, MV2VError
-from mv2v_engine.serving import jobs, tables
 from mv2v_engine.serving.errors import ApiError, client_words
-from mv2v_engine.serving.events import last_event
-from mv2v_engine.serving.folders import result_path, source_path
 from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
-from mv2v_engine.serving.records import (
+from mv2v_engine.serving.sessions import disk_errors
+from mv2v_engine.serving.store import jobs, tables
+from mv2v_engine.serving.store.folders import result_path, source_path
+from mv2v_engine.serving.store.records import (
     Choices,
     Footprint,
     JobEvent,
@@ -35,9 +35,9 @@ from mv2v_engine.serving.records import (
     TurnRecord,
     new_job,
 )
-from mv2v_engine.serving.scheduler import with_progress
-from mv2v_engine.serving.sessions import disk_errors
-from mv2v_engine.serving.turn_request import kept_request, make_request
+from mv2v_engine.serving.watch.events import last_event
+from mv2v_engine.serving.work.scheduler import with_progress
+from mv2v_engine.serving.work.turn_request import kept_request, make_request
 
 # a session that is only looked at is touched no more often than that
 _TOUCH_SECONDS = 3600.0

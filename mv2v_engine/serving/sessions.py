@@ -24,21 +24,20 @@ from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import StorageError, VideoError
 from mv2v_engine.files import flush, make_folder, move, share_file
-from mv2v_engine.serving import jobs, tables
-from mv2v_engine.serving.audit import Audit
 from mv2v_engine.serving.config import Limits, ServingConfig
-from mv2v_engine.serving.database import Database, is_disk_full
-from mv2v_engine.serving.digests import promised
 from mv2v_engine.serving.errors import FULL, ApiError, client_words
-from mv2v_engine.serving.folders import (
+from mv2v_engine.serving.store import jobs, tables
+from mv2v_engine.serving.store.audit import Audit
+from mv2v_engine.serving.store.database import Database, is_disk_full
+from mv2v_engine.serving.store.digests import promised
+from mv2v_engine.serving.store.folders import (
     RESULTS,
     Store,
     result_path,
     source_path,
 )
-from mv2v_engine.serving.mirror import mirror
-from mv2v_engine.serving.publishing import Publisher
-from mv2v_engine.serving.records import (
+from mv2v_engine.serving.store.mirror import mirror
+from mv2v_engine.serving.store.records import (
     Choices,
     ProbedVideo,
     SessionRecord,
@@ -46,8 +45,9 @@ from mv2v_engine.serving.records import (
     TurnRecord,
     new_id,
 )
-from mv2v_engine.serving.scheduler import Scheduler
-from mv2v_engine.serving.turn_request import session_window
+from mv2v_engine.serving.work.publishing import Publisher
+from mv2v_engine.serving.work.scheduler import Scheduler
+from mv2v_engine.serving.work.turn_request import session_window
 from mv2v_engine.video.scan import rate_notes
 from mv2v_engine.video.transforms import crop_report, select_window
 

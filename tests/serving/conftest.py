@@ -13,9 +13,9 @@ import httpx
 import pytest
 
 from mv2v_engine.serving.config import Limits, ServingConfig
-from mv2v_engine.serving.local import LocalBackend
-from mv2v_engine.serving.records import JobRecord, SessionRecord
 from mv2v_engine.serving.server import DrainingServer, address_of, bound_socket, running_app
+from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.work.local import LocalBackend
 from tests.serving.browsing import CHROMIUM, launched, opening
 from tests.serving.fake_backend import FakeBackend
 

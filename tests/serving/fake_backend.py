@@ -17,8 +17,8 @@ from mv2v_engine.config import SamplingConfig
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.turn import Draft, KeptWindow
-from mv2v_engine.serving.folders import result_path, turn_bytes
-from mv2v_engine.serving.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.folders import result_path, turn_bytes
+from mv2v_engine.serving.store.records import JobRecord, SessionRecord
 
 NUM_FRAMES, SIZE = 9, (48, 64)
 ABOUT: dict[str, Any] = {

@@ -13,9 +13,9 @@ import pytest
 
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.listener import Listener
-from mv2v_engine.serving.records import JobRecord, ProbedVideo, SessionRecord
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.store.records import JobRecord, ProbedVideo, SessionRecord
+from mv2v_engine.serving.watch.listener import Listener
 from tests.serving.fake_backend import FakeBackend
 
 VIDEO = ProbedVideo(frames=20, width=64, height=48, fps=8.0, seconds=2.5)

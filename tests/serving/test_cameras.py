@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from mv2v_engine.camera.trajectories import named_poses
-from mv2v_engine.serving.turn_request import kept_request, make_request
+from mv2v_engine.serving.work.turn_request import kept_request, make_request
 from tests.camera import written
 from tests.serving.test_routes import Events, Upload, finished_turn, refused
 

@@ -12,9 +12,9 @@ from mv2v_engine import Engine
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.locks import WriterLock
-from mv2v_engine.serving.claims import Claim, issue, taken
-from mv2v_engine.serving.folders import sweep_session
-from mv2v_engine.serving.host import Host
+from mv2v_engine.serving.store.claims import Claim, issue, taken
+from mv2v_engine.serving.store.folders import sweep_session
+from mv2v_engine.serving.work.host import Host
 
 JOB = {"id": "job", "number": 1, "request": {"camera": "pan_right", "num_inference_steps": 3}}
 

@@ -18,8 +18,8 @@ from typing import Any
 
 import httpx
 
-from mv2v_engine.serving import connections
 from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.http import connections
 from mv2v_engine.serving.server import DrainingServer, bound_socket, num_connections, running_app
 from tests.serving.fake_backend import FakeBackend
 from tests.serving.in_process import asked, in_loop, until

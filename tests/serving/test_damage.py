@@ -23,8 +23,8 @@ from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.errors import StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.run import main
-from mv2v_engine.serving.records import SessionRecord, TurnFile
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.store.records import SessionRecord, TurnFile
 from tests.serving.fake_backend import FakeBackend
 from tests.serving.in_process import (
     TURN,

@@ -17,8 +17,8 @@ import yaml
 
 from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve
-from mv2v_engine.serving.metrics import Metrics
-from mv2v_engine.serving.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.watch.metrics import Metrics
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -128,7 +128,7 @@ def test_the_guide_names_every_metric() -> None:
 
 def test_routes_in_expressions_are_the_applications() -> None:
     pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
-    from mv2v_engine.serving.routes import jobs
+    from mv2v_engine.serving.http.routes import jobs
 
     paths = {route.path for route in jobs.router.routes}
     used = {route for _, text in ALL for route in re.findall(r'route!?="([^"]*)"', text)}

@@ -29,10 +29,10 @@ from mv2v_engine.files import save_json
 from mv2v_engine.ops.native import ABI_VERSION
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import client_words, failure
-from mv2v_engine.serving.folders import source_path
-from mv2v_engine.serving.host import Host
-from mv2v_engine.serving.logs import configure_logs
-from mv2v_engine.serving.protocol import setup_message
+from mv2v_engine.serving.store.folders import source_path
+from mv2v_engine.serving.watch.logs import configure_logs
+from mv2v_engine.serving.work.host import Host
+from mv2v_engine.serving.work.protocol import setup_message
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.transforms import select_window
 from tests.serving.conftest import REPORT

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from mv2v_engine.errors import StorageError
-from mv2v_engine.serving.folders import Spare
+from mv2v_engine.serving.store.folders import Spare
 from tests.serving.fake_backend import FakeBackend
 from tests.serving.in_process import (
     TURN,

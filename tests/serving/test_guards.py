@@ -17,16 +17,16 @@ from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
 from mv2v_engine.config import Alpha
-from mv2v_engine.serving.app import create_app
-from mv2v_engine.serving.auth import owner_of
-from mv2v_engine.serving.bodies import BodyLimit
 from mv2v_engine.serving.config import Limits, ServingConfig
-from mv2v_engine.serving.headers import SECURITY
-from mv2v_engine.serving.metrics import Metrics
-from mv2v_engine.serving.percent import Percentages
-from mv2v_engine.serving.records import JobEvent, ProbedVideo
-from mv2v_engine.serving.routes.jobs import event_lines
+from mv2v_engine.serving.http.app import create_app
+from mv2v_engine.serving.http.auth import owner_of
+from mv2v_engine.serving.http.bodies import BodyLimit
+from mv2v_engine.serving.http.headers import SECURITY
+from mv2v_engine.serving.http.routes.jobs import event_lines
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.store.records import JobEvent, ProbedVideo
+from mv2v_engine.serving.watch.metrics import Metrics
+from mv2v_engine.serving.watch.percent import Percentages
 
 VIDEO = ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
 FILES = {"video": ("clip.mp4", b"a video", "video/mp4")}

@@ -16,8 +16,8 @@ from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
-from mv2v_engine.serving.folders import finished_report, result_path
-from mv2v_engine.serving.host import Host
+from mv2v_engine.serving.store.folders import finished_report, result_path
+from mv2v_engine.serving.work.host import Host
 from mv2v_engine.video.io import probe_video
 
 TURN = {"camera": "pan_right", "num_inference_steps": 2}
@@ -189,7 +189,7 @@ def test_a_full_disk_costs_the_turn_or_its_files_for_now(
         last = list(run(host, folder, 2, TURN))[-1]
         assert (last["type"], last["code"]) == ("failed", "disk_full")
     with monkeypatch.context() as patch:
-        patch.setattr("mv2v_engine.serving.host._save_thumbnail", full)
+        patch.setattr("mv2v_engine.serving.work.host._save_thumbnail", full)
         last = list(run(host, folder, 2, TURN))[-1]
         assert (last["type"], last["number"], last["published"]) == ("done", 2, False)
     session = {"id": folder.name, "frames": 9, "window": None}

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from mv2v_engine.serving.logs import LogListener, configure_logs, log_event, log_ids
-from mv2v_engine.serving.records import JobRecord
+from mv2v_engine.serving.store.records import JobRecord
+from mv2v_engine.serving.watch.logs import LogListener, configure_logs, log_event, log_ids
 
 SESSION, JOB = "session_" + "ab" * 12, "job_" + "0" * 24
 OWN = ("mv2v_engine.serving", "uvicorn", "uvicorn.error", "uvicorn.access")
@@ -153,7 +153,7 @@ def test_libraries_are_heard_from_warnings_on(lines: Any) -> None:
 def test_logs_need_nothing_of_the_extra() -> None:
     # the worker logs too, and imports no web framework for it
     code = (
-        "import sys; from mv2v_engine.serving import logs, tracing\n"
+        "import sys; from mv2v_engine.serving.watch import logs, tracing\n"
         "heavy = {'fastapi', 'uvicorn', 'pydantic', 'prometheus_client', 'opentelemetry'}\n"
         "found = heavy & set(sys.modules); assert not found, found"
     )

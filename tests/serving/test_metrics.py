@@ -14,8 +14,8 @@ from mv2v_engine.progress import Event, StageDone, StageStarted, StepDone
 pytest.importorskip("prometheus_client", reason="the extra [serve] is not installed")
 from prometheus_client.parser import text_string_to_metric_families
 
-from mv2v_engine.serving.metrics import Metrics
-from mv2v_engine.serving.records import JobRecord
+from mv2v_engine.serving.store.records import JobRecord
+from mv2v_engine.serving.watch.metrics import Metrics
 
 
 class Clock:

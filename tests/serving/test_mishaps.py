@@ -18,14 +18,14 @@ from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.errors import StorageError
-from mv2v_engine.serving import local
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.folders import finished_report
-from mv2v_engine.serving.listener import Listener
-from mv2v_engine.serving.local import LocalBackend
-from mv2v_engine.serving.metrics import Metrics
-from mv2v_engine.serving.records import JobRecord
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.store.folders import finished_report
+from mv2v_engine.serving.store.records import JobRecord
+from mv2v_engine.serving.watch.listener import Listener
+from mv2v_engine.serving.watch.metrics import Metrics
+from mv2v_engine.serving.work import local
+from mv2v_engine.serving.work.local import LocalBackend
 from tests.serving.fake_backend import ABOUT
 from tests.serving.in_process import TURN, asked, ended, new_session, probe, refused, serving
 

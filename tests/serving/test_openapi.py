@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from mv2v_engine.camera.files import CONVENTION, FORMAT, VERSION
-from mv2v_engine.serving.app import create_app
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import KINDS
-from mv2v_engine.serving.metrics import Metrics
-from mv2v_engine.serving.percent import Percentages
-from mv2v_engine.serving.schemas import Trajectory
+from mv2v_engine.serving.http.app import create_app
+from mv2v_engine.serving.http.schemas import Trajectory
+from mv2v_engine.serving.watch.metrics import Metrics
+from mv2v_engine.serving.watch.percent import Percentages
 
 # of any address, with or without a route; and of a body that a client gives up on
 ANYWHERE = {"method_not_allowed"}

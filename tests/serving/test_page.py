@@ -21,7 +21,7 @@ from tests.serving.browsing import delete_session, screenshots, wait_for_frame, 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
-PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "page"
+PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "http" / "page"
 FRAME = 8  # that the scrubber is sent to
 LAST = 15  # from which it is played, round the end
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from mv2v_engine.serving.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.records import JobRecord, SessionRecord
 from tests.serving.browsing import (
     PATIENCE,
     Held,

@@ -5,8 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
-from mv2v_engine.serving.percent import Percentages
-from mv2v_engine.serving.records import JobRecord
+from mv2v_engine.serving.store.records import JobRecord
+from mv2v_engine.serving.watch.percent import Percentages
 
 JOB = JobRecord(
     id="job_1", session="session_1", owner="", state="running", request={}, number=1, created=0.0

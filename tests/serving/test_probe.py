@@ -17,8 +17,8 @@ from broken_videos import SILENT, broken_videos, is_unharmed
 
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.errors import KINDS, ApiError
-from mv2v_engine.serving.prober import Prober
-from mv2v_engine.serving.records import ProbedVideo
+from mv2v_engine.serving.store.records import ProbedVideo
+from mv2v_engine.serving.work.prober import Prober
 from mv2v_engine.video.io import VideoReader
 
 LIMITS = Limits()

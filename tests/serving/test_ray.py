@@ -27,10 +27,10 @@ from ray.exceptions import RayActorError
 
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.locks import WriterLock
-from mv2v_engine.serving.claims import issue
 from mv2v_engine.serving.config import Cluster, ServingConfig
-from mv2v_engine.serving.ray_backend import RayBackend
-from mv2v_engine.serving.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.claims import issue
+from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.work.ray_backend import RayBackend
 
 ROOT = Path(__file__).resolve().parents[2]
 # seconds, far beyond what anything takes: a loaded machine starts processes slowly

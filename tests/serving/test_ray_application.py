@@ -27,10 +27,10 @@ from mv2v_engine.errors import RequestError
 from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve, serving_config
 from mv2v_engine.serving.config import Cluster, ServingConfig
-from mv2v_engine.serving.protocol import setup_message
-from mv2v_engine.serving.ray_backend import RayBackend
-from mv2v_engine.serving.ray_replica import build_app
-from mv2v_engine.serving.records import SessionRecord, new_job
+from mv2v_engine.serving.store.records import SessionRecord, new_job
+from mv2v_engine.serving.work.protocol import setup_message
+from mv2v_engine.serving.work.ray_backend import RayBackend
+from mv2v_engine.serving.work.ray_replica import build_app
 
 ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600.0  # seconds

@@ -11,9 +11,9 @@ import pytest
 from store_check import check_store
 
 from mv2v_engine.locks import Lock
-from mv2v_engine.serving import jobs
-from mv2v_engine.serving.folders import worker_lock
 from mv2v_engine.serving.sessions import _place_upload
+from mv2v_engine.serving.store import jobs
+from mv2v_engine.serving.store.folders import worker_lock
 from tests.serving.fake_backend import FakeBackend, store_turn, write_results
 from tests.serving.in_process import (
     abandon,

@@ -10,8 +10,8 @@ import pytest
 from store_check import check_store
 
 from mv2v_engine.serving.config import Limits
-from mv2v_engine.serving.listener import Listener
-from mv2v_engine.serving.records import JobRecord
+from mv2v_engine.serving.store.records import JobRecord
+from mv2v_engine.serving.watch.listener import Listener
 from tests.serving.fake_backend import STEPS, FakeBackend
 from tests.serving.in_process import (
     TURN,

@@ -15,7 +15,7 @@ import pytest
 from store_check import check_store
 
 from mv2v_engine.errors import StorageError
-from mv2v_engine.serving import tables
+from mv2v_engine.serving.store import tables
 from tests.serving.fake_backend import FakeBackend
 from tests.serving.in_process import (
     TURN,

@@ -14,11 +14,11 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Route
 
-from mv2v_engine.serving.bodies import BodyLimit
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.prober import Prober
+from mv2v_engine.serving.http.bodies import BodyLimit
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.work.prober import Prober
 from tests.serving.fake_backend import FakeBackend
 from tests.serving.in_process import TURN, ended, in_loop, new_session, refused, serving, until
 

@@ -16,8 +16,8 @@ from store_check import check_store
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.run import main
-from mv2v_engine.serving.records import Choices
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.store.records import Choices
 from tests.serving.fake_backend import FakeBackend, store_turn, write_results
 from tests.serving.in_process import (
     abandon,

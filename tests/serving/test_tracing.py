@@ -14,10 +14,11 @@ from mv2v_engine import CancelToken, Engine
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.progress import Event, StageStarted
-from mv2v_engine.serving import tracing, worker
-from mv2v_engine.serving.folders import source_path
-from mv2v_engine.serving.host import Host
-from mv2v_engine.serving.protocol import decode
+from mv2v_engine.serving.store.folders import source_path
+from mv2v_engine.serving.watch import tracing
+from mv2v_engine.serving.work import worker
+from mv2v_engine.serving.work.host import Host
+from mv2v_engine.serving.work.protocol import decode
 
 pytest.importorskip("opentelemetry.sdk", reason="opentelemetry-sdk is not installed")
 from opentelemetry.sdk.trace import ReadableSpan, TracerProvider

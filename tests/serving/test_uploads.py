@@ -11,7 +11,7 @@ import pytest
 from starlette.requests import Request
 
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.uploads import received_form
+from mv2v_engine.serving.http.uploads import received_form
 
 BOUNDARY = "b0undary"
 VIDEO = bytes(range(256)) * 40 + b"\r\n--b0und no boundary\r\n"

@@ -14,8 +14,8 @@ import pytest
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.locks import Lock
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.folders import sweep_session, worker_lock
-from mv2v_engine.serving.protocol import decode, encode, setup_message
+from mv2v_engine.serving.store.folders import sweep_session, worker_lock
+from mv2v_engine.serving.work.protocol import decode, encode, setup_message
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -25,7 +25,7 @@ class Worker:
 
     def __init__(self, config: ServingConfig) -> None:
         self.process = subprocess.Popen(
-            [sys.executable, "-m", "mv2v_engine.serving.worker"],
+            [sys.executable, "-m", "mv2v_engine.serving.work.worker"],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             cwd=ROOT,

@@ -12,7 +12,7 @@ import pytest
 
 from mv2v_engine.errors import VideoError
 from mv2v_engine.serving.config import Limits
-from mv2v_engine.serving.probe import Refused, examine
+from mv2v_engine.serving.work.probe import Refused, examine
 from mv2v_engine.video.io import VideoReader, read_video
 
 Clips = Callable[..., Path]

@@ -11,7 +11,7 @@ from PIL import Image
 
 from mv2v_engine.errors import VideoError
 from mv2v_engine.serving.config import Limits
-from mv2v_engine.serving.probe import examine
+from mv2v_engine.serving.work.probe import examine
 from mv2v_engine.video.io import VideoReader, open_video, probe_video
 
 

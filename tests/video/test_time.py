@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from mv2v_engine.serving.config import Limits
-from mv2v_engine.serving.probe import examine
+from mv2v_engine.serving.work.probe import examine
 from mv2v_engine.video.io import VideoReader, probe_video
 
 Clips = Callable[..., Path]

@@ -1,0 +1,1 @@
+"""The web: the application, what guards it, its routes and its page."""

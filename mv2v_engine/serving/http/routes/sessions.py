@@ -1,0 +1,241 @@
+"""Sessions: an uploaded video, its turns and what they take."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from fastapi import APIRouter, Request, Response, status
+from pydantic import ValidationError
+
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.http.fields import field_error
+from mv2v_engine.serving.http.routes.files import FILE_ERRORS, WITH_RANGE, answer_file, file_answers
+from mv2v_engine.serving.http.routes.parameters import (
+    ANY,
+    BODY,
+    AfterSession,
+    Configured,
+    Key,
+    Limit,
+    Order,
+    Owner,
+    Serving,
+    SessionId,
+)
+from mv2v_engine.serving.http.schemas import (
+    BranchRequest,
+    Footprint,
+    Session,
+    Sessions,
+    SessionWithFootprint,
+    SourceChoices,
+    refusals,
+)
+from mv2v_engine.serving.http.uploads import received_form
+from mv2v_engine.serving.store.records import SessionRecord
+
+router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
+# what an uploaded video may be refused for
+UPLOAD = (
+    "unsupported_media",
+    "unreadable_video",
+    "video_too_long",
+    "video_out_of_range",
+    "video_too_slow",
+    "too_many_frames",
+    "too_many_pixels",
+    "unprocessable_turn",
+    "too_many_sessions",
+    "too_many_uploads",
+    "idempotency_conflict",
+    "disk_full",
+)
+_NAME_LENGTH = 200
+_FORM: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {
+            "multipart/form-data": {
+                "schema": {
+                    "type": "object",
+                    "required": ["video"],
+                    "additionalProperties": False,
+                    "properties": {
+                        "video": {
+                            "type": "string",
+                            "format": "binary",
+                            "description": "a video file; its name and type are not looked at",
+                        },
+                        "name": {
+                            "type": "string",
+                            "maxLength": _NAME_LENGTH,
+                            "description": "how people call it",
+                        },
+                    }
+                    | SourceChoices.model_json_schema()["properties"],
+                }
+            }
+        },
+    }
+}
+
+
+def session_of(record: SessionRecord) -> Session:
+    return Session.model_validate(record)
+
+
+def clean_name(name: str) -> str:
+    """A name as it is shown: one line without control characters."""
+    return "".join(letter if letter.isprintable() else " " for letter in name).strip()
+
+
+# what a branch is refused with
+BRANCH = ("not_found", "too_many_sessions", "disk_full", "busy", "damaged")
+
+
+@router.post(
+    "",
+    status_code=status.HTTP_201_CREATED,
+    response_model=Session,
+    responses=refusals(*ANY, *BODY, *UPLOAD),
+    openapi_extra=_FORM,
+)
+async def create_session(
+    request: Request,
+    response: Response,
+    service: Serving,
+    config: Configured,
+    owner: Owner,
+    key: Key = None,
+) -> Session:
+    """Begin a session with a video, which is decoded to its end before it is taken."""
+    limit = config.limits.upload_bytes
+    async with received_form(request, "video", limit, service.upload_path) as form:
+        fields = dict(form.fields)
+        name = clean_name(fields.pop("name", ""))
+        if len(name) > _NAME_LENGTH:
+            raise ApiError(
+                "invalid_request",
+                f"name may have {_NAME_LENGTH} characters, got {len(name)}; shorten it",
+                param="name",
+            )
+        try:
+            choices = SourceChoices.model_validate(fields).choices()
+        except ValidationError as error:
+            found: Sequence[Mapping[str, Any]] = error.errors(include_url=False)
+            known = ("video", "name", *SourceChoices.model_fields)
+            raise field_error(found, known, 0) from error
+        video = form.take_video()
+        if video is None:
+            raise ApiError(
+                "invalid_request",
+                "the form has no file in the field 'video'; send the video there",
+                param="video",
+            )
+        record = await service.create_session(owner, video, name, key=key, choices=choices)
+    response.headers["Location"] = f"/v1/sessions/{record.id}"
+    return session_of(record)
+
+
+@router.get("", response_model=Sessions, responses=refusals(*ANY, "not_found"))
+async def list_sessions(
+    service: Serving,
+    owner: Owner,
+    limit: Limit = 20,
+    after: AfterSession = None,
+    order: Order = "desc",
+) -> Sessions:
+    """Sessions by creation."""
+    page = await service.sessions(owner, limit=limit, after=after, is_newest_first=order == "desc")
+    data = [session_of(record) for record in page.items]
+    return Sessions(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=page.has_more,
+    )
+
+
+@router.get(
+    "/{session_id}", response_model=SessionWithFootprint, responses=refusals(*ANY, "not_found")
+)
+async def get_session(service: Serving, owner: Owner, session_id: SessionId) -> Any:
+    """A session and its footprint: bytes on disk and in memory, tokens of the next turn."""
+    record, footprint = await asyncio.gather(
+        service.session(owner, session_id), service.footprint(owner, session_id)
+    )
+    return SessionWithFootprint(
+        **session_of(record).model_dump(),
+        footprint=Footprint(
+            disk_bytes=footprint.disk_bytes,
+            memory_bytes=footprint.memory_bytes,
+            next_turn_tokens=footprint.next_turn_tokens,
+        ),
+    )
+
+
+@router.delete(
+    "/{session_id}",
+    status_code=status.HTTP_204_NO_CONTENT,
+    responses=refusals(*ANY, "wrong_origin", "not_found"),
+)
+async def delete_session(service: Serving, owner: Owner, session_id: SessionId) -> None:
+    """Remove a session and all that is in it; what runs or waits in it is cancelled."""
+    await service.delete_session(owner, session_id)
+
+
+@router.post(
+    "/{session_id}/branches",
+    status_code=status.HTTP_201_CREATED,
+    response_model=Session,
+    responses=refusals(*ANY, *BODY, *BRANCH),
+)
+async def branch_session(
+    response: Response,
+    service: Serving,
+    owner: Owner,
+    session_id: SessionId,
+    body: BranchRequest,
+) -> Session:
+    """A new session of the same video that has its turns up to this one."""
+    record = await service.branch(owner, session_id, body.turn)
+    response.headers["Location"] = f"/v1/sessions/{record.id}"
+    return session_of(record)
+
+
+@router.get(
+    "/{session_id}/source",
+    response_class=Response,
+    responses=file_answers("video/mp4", "video/webm", "application/octet-stream")
+    | refusals(*ANY, *FILE_ERRORS),
+    openapi_extra=WITH_RANGE,
+)
+async def get_session_source(
+    request: Request, service: Serving, owner: Owner, session_id: SessionId
+) -> Response:
+    """The video as it was uploaded."""
+    path = await service.source(owner, session_id)
+    return await answer_file(request, path, name=session_id, is_attachment=True)
+
+
+@router.get(
+    "/{session_id}/export",
+    response_class=Response,
+    responses=file_answers("application/zip") | refusals(*ANY, *FILE_ERRORS, "disk_full"),
+    openapi_extra=WITH_RANGE,
+)
+async def export_session(
+    request: Request, service: Serving, owner: Owner, session_id: SessionId
+) -> Response:
+    """A zip of the session's videos, thumbnails and reports."""
+    path = await service.export(owner, session_id)
+    return await answer_file(
+        request,
+        path,
+        name=f"{session_id}.zip",
+        media_type="application/zip",
+        is_attachment=True,
+        is_last_use=True,
+    )

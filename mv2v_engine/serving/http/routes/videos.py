@@ -1,0 +1,349 @@
+"""OpenAI's shape of videos over the same jobs: a video's id is its job's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from contextlib import AsyncExitStack
+from dataclasses import asdict
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Query, Request, Response
+from pydantic import ValidationError
+
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.http.bodies import no_json
+from mv2v_engine.serving.http.fields import field_error
+from mv2v_engine.serving.http.openai_schemas import (
+    DeletedVideo,
+    RemixRequest,
+    Video,
+    VideoRequest,
+    Videos,
+)
+from mv2v_engine.serving.http.routes.files import FILE_ERRORS, WITH_RANGE, answer_file, file_answers
+from mv2v_engine.serving.http.routes.parameters import (
+    ANY,
+    BODY,
+    AfterJob,
+    Configured,
+    JobId,
+    Key,
+    Limit,
+    Order,
+    Owner,
+    Serving,
+)
+from mv2v_engine.serving.http.routes.sessions import UPLOAD
+from mv2v_engine.serving.http.routes.turns import SUBMIT
+from mv2v_engine.serving.http.schemas import JobError, refusals
+from mv2v_engine.serving.http.uploads import Form, received_form
+from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+
+router = APIRouter(prefix="/v1/videos", tags=["videos (OpenAI)"])
+_FILE_FIELD = "input_reference"
+_STATUS: dict[str, Literal["queued", "in_progress", "completed", "failed"]] = {
+    "queued": "queued",
+    "running": "in_progress",
+    "finished": "completed",
+    "failed": "failed",
+    "cancelled": "failed",
+}
+# seconds of a result that a client may be wrong about: OpenAI's are whole
+_SECONDS_SLACK = 0.5
+
+
+def _request_body() -> dict[str, Any]:
+    """The form and the JSON of a new video, for the schema."""
+    schema = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
+    schema.pop("$defs", None)
+    video = {"type": "string", "format": "binary", "description": "the video to start from"}
+    form = {**schema, "properties": {**schema["properties"], _FILE_FIELD: video}}
+    return {
+        "requestBody": {
+            "required": True,
+            "content": {
+                "multipart/form-data": {"schema": form},
+                "application/json": {"schema": schema},
+            },
+        }
+    }
+
+
+def _video(
+    request: Request,
+    job: JobRecord,
+    session: SessionRecord,
+    about: dict[str, Any],
+    said: Sequence[str] = (),
+) -> Video:
+    """said: warnings of its finished turn."""
+    asked = job.request.get("prompt") or job.request.get("camera")
+    percent: int = request.app.state.percentages.of(job)
+    return Video(
+        id=job.id,
+        model=session.checkpoint,
+        status=_STATUS[job.state],
+        progress=percent,
+        created_at=int(job.created),
+        completed_at=int(job.ended) if job.ended is not None else None,
+        size=_size(about),
+        seconds=f"{_seconds(session, about):g}",
+        prompt=asked if isinstance(asked, str) else None,
+        remixed_from_video_id=job.request.get("remixed_from"),
+        error=JobError(**job.error) if job.error is not None else None,
+        session_id=session.id,
+        warnings=list(dict.fromkeys((*session.warnings, *job.warnings, *said))),
+    )
+
+
+def _size(about: dict[str, Any]) -> str:
+    height, width = about["sampling"]["size"]
+    return f"{width}x{height}"
+
+
+def _seconds(session: SessionRecord, about: dict[str, Any]) -> float:
+    """Of a result: a window of the model for views, the whole video for edits."""
+    frames = about["sampling"]["num_frames"] if session.kind == "views" else session.frames
+    return round(frames / session.fps, 3)
+
+
+def _check_model(asked: RemixRequest, about: dict[str, Any]) -> None:
+    """Refuse what this service does not make, rather than make something else."""
+    model = about["engine"]["checkpoint"]
+    if asked.model not in (None, model):
+        raise ApiError(
+            "not_made_here",
+            f"there is no model {asked.model[:100]!r} here, only {model!r}; ask for that or leave "
+            "model out",
+            param="model",
+        )
+    if asked.size not in (None, _size(about)):
+        raise ApiError(
+            "not_made_here",
+            f"{model} makes videos of {_size(about)}, not {asked.size[:100]!r}; ask for "
+            "that or leave size out",
+            param="size",
+        )
+
+
+def _check_seconds(asked: RemixRequest, session: SessionRecord, about: dict[str, Any]) -> None:
+    if asked.seconds is None:
+        return
+    made = _seconds(session, about)
+    try:
+        is_right = abs(float(asked.seconds) - made) <= _SECONDS_SLACK
+    except (ValueError, OverflowError):
+        is_right = False
+    if not is_right:
+        raise ApiError(
+            "not_made_here",
+            f"the result lasts {made:g} seconds, not {str(asked.seconds)[:100]!r}; ask for that or "
+            "leave seconds out",
+            param="seconds",
+        )
+
+
+async def _asked(
+    request: Request, stack: AsyncExitStack, service: Service, limit: int
+) -> tuple[VideoRequest, Form]:
+    """What a body asks for, a form or JSON alike."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind == "application/json":
+        try:
+            asked = await request.json()
+            if isinstance(asked, dict) and _FILE_FIELD in asked:
+                raise ApiError(
+                    "invalid_request",
+                    f"{_FILE_FIELD} is a file: send it and all other fields as multipart/form-data",
+                    param=_FILE_FIELD,
+                )
+            return VideoRequest.model_validate(asked), Form()
+        except ValidationError as error:
+            raise invalid(error) from error
+        except (ValueError, RecursionError) as error:
+            why = no_json(error, await request.body())
+            raise ApiError("malformed_request", f"the body {why}") from error
+    form = await stack.enter_async_context(
+        received_form(request, _FILE_FIELD, limit, service.upload_path)
+    )
+    fields: dict[str, Any] = dict(form.fields)
+    try:
+        if fields.get("camera", "").startswith("{"):
+            fields["camera"] = json.loads(fields["camera"])
+        # numbers are text in a form
+        return VideoRequest.model_validate(fields, strict=False), form
+    except ValidationError as error:
+        raise invalid(error) from error
+    except (ValueError, RecursionError) as error:
+        why = no_json(error, form.fields["camera"])
+        raise ApiError("invalid_request", f"camera {why}", param="camera") from error
+
+
+def invalid(error: ValidationError) -> ApiError:
+    """A model's complaint as an answer."""
+    found: Sequence[Mapping[str, Any]] = error.errors(include_url=False)
+    return field_error(found, [*VideoRequest.model_fields, _FILE_FIELD], 0)
+
+
+@router.post(
+    "",
+    response_model=Video,
+    responses=refusals(*ANY, *BODY, *UPLOAD, "queue_full", "not_found", "damaged", "not_made_here"),
+    openapi_extra=_request_body(),
+)
+async def create_video(
+    request: Request, service: Serving, config: Configured, owner: Owner, key: Key = None
+) -> Video:
+    """Begin a session with input_reference, or take the one of session_id, and ask for a turn."""
+    async with AsyncExitStack() as stack:
+        asked, form = await _asked(request, stack, service, config.limits.upload_bytes)
+        about = service.require_about()
+        _check_model(asked, about)
+        if (form.video is None) == (asked.session_id is None):
+            raise ApiError(
+                "invalid_request",
+                f"a new video needs {_FILE_FIELD}, the file of a video to start from, or "
+                "session_id, the session of one that is here: exactly one of them",
+                param=_FILE_FIELD,
+            )
+        choices = asked.choices()
+        chosen = [name for name, value in asdict(choices).items() if value is not None]
+        if form.video is None and chosen:
+            raise ApiError(
+                "invalid_request",
+                f"{chosen[0]} is chosen with {_FILE_FIELD}, and a session has its own; leave it "
+                "out",
+                param=chosen[0],
+            )
+        video = form.take_video()
+        if video is not None:
+            session = await service.create_session(owner, video, "", key=key, choices=choices)
+        else:
+            session = await service.session(owner, asked.session_id or "")
+        try:
+            _check_seconds(asked, session, about)
+            job, _ = await service.submit(owner, session.id, asked.turn(session.kind), key=key)
+        except ApiError:
+            if video is not None:
+                await _forget_unused(service, owner, session.id)
+            raise
+    return _video(request, job, session, about)
+
+
+async def _forget_unused(service: Service, owner: str, session_id: str) -> None:
+    """Remove a session that was made for a turn that was refused.
+
+    One with jobs was made by an earlier request with the same key.
+    """
+    if not (await service.jobs(owner, session=session_id, limit=1)).items:
+        await service.delete_session(owner, session_id)
+
+
+@router.get("", response_model=Videos, responses=refusals(*ANY, "not_found"))
+async def list_videos(
+    request: Request,
+    service: Serving,
+    owner: Owner,
+    limit: Limit = 20,
+    after: AfterJob = None,
+    order: Order = "desc",
+) -> Videos:
+    """Videos by creation."""
+    about = service.require_about()
+    page = await service.jobs(owner, limit=limit, after=after, is_newest_first=order == "desc")
+    sessions: dict[str, SessionRecord] = {}
+    data = []
+    for job in page.items:
+        try:
+            if job.session not in sessions:
+                sessions[job.session] = await service.session(owner, job.session)
+        except ApiError:
+            continue  # deleted meanwhile
+        data.append(_video(request, job, sessions[job.session], about))
+    return Videos(
+        data=data,
+        first_id=data[0].id if data else None,
+        last_id=data[-1].id if data else None,
+        has_more=page.has_more,
+    )
+
+
+@router.get("/{video_id}", response_model=Video, responses=refusals(*ANY, "not_found"))
+async def get_video(request: Request, service: Serving, owner: Owner, video_id: JobId) -> Video:
+    """A video's status and progress."""
+    about = service.require_about()
+    job = await service.job(owner, video_id)
+    said: Sequence[str] = ()
+    if job.state == "finished" and job.number is not None:
+        said = (await service.turn(owner, job.session, job.number)).warnings
+    return _video(request, job, await service.session(owner, job.session), about, said)
+
+
+@router.delete(
+    "/{video_id}",
+    response_model=DeletedVideo,
+    responses=refusals(*ANY, "wrong_origin", "not_found", "busy"),
+)
+async def delete_video(service: Serving, owner: Owner, video_id: JobId) -> DeletedVideo:
+    """Remove a video and its session, if it is the session's only one."""
+    job = await service.job(owner, video_id)
+    if len((await service.jobs(owner, session=job.session, limit=2)).items) > 1:
+        raise ApiError(
+            "busy",
+            f"other videos were made in the same session, {job.session}, and remember this one; "
+            f"delete them all with DELETE /v1/sessions/{job.session}",
+        )
+    await service.delete_session(owner, job.session)
+    return DeletedVideo(id=video_id)
+
+
+@router.get(
+    "/{video_id}/content",
+    response_class=Response,
+    responses=file_answers("video/mp4", "image/jpeg")
+    | refusals(*ANY, *FILE_ERRORS, "not_finished"),
+    openapi_extra=WITH_RANGE,
+)
+async def get_video_content(
+    request: Request,
+    service: Serving,
+    owner: Owner,
+    video_id: JobId,
+    variant: Annotated[Literal["video", "thumbnail"], Query()] = "video",
+) -> Response:
+    """The finished video, or a picture of it."""
+    job = await service.job(owner, video_id)
+    if job.state != "finished" or job.number is None:
+        raise ApiError(
+            "not_finished",
+            f"this video is {_STATUS[job.state]}; its content is there once it is completed",
+        )
+    path = await service.turn_file(owner, job.session, job.number, variant)
+    suffix, kind = ("mp4", "video/mp4") if variant == "video" else ("jpg", "image/jpeg")
+    return await answer_file(request, path, name=f"{video_id}.{suffix}", media_type=kind)
+
+
+@router.post(
+    "/{video_id}/remix",
+    response_model=Video,
+    responses=refusals(*ANY, *BODY, *SUBMIT, "not_made_here"),
+)
+async def remix_video(
+    request: Request,
+    service: Serving,
+    owner: Owner,
+    video_id: JobId,
+    body: RemixRequest,
+    key: Key = None,
+) -> Video:
+    """One more turn in the video's session, which remembers it and all others there."""
+    about = service.require_about()
+    origin = await service.job(owner, video_id)
+    session = await service.session(owner, origin.session)
+    _check_model(body, about)
+    _check_seconds(body, session, about)
+    turn = body.turn(session.kind) | {"remixed_from": video_id}
+    job, _ = await service.submit(owner, session.id, turn, key=key)
+    return _video(request, job, session, about)

@@ -1,0 +1,482 @@
+"""What goes over the wire: requests and answers as pydantic models, with an example of each."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal
+
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Discriminator,
+    Field,
+    StringConstraints,
+    Tag,
+    model_validator,
+)
+
+from mv2v_engine.config import MAX_GUIDANCE_SCALE, MAX_STEPS, Alpha, Fit, MemoryMode
+from mv2v_engine.serving.errors import KINDS, error_body
+from mv2v_engine.serving.store.records import Choices
+from mv2v_engine.serving.store.records import Kind as SessionKind
+from mv2v_engine.video.scan import MAX_FPS, MIN_FPS
+
+SESSION_ID, JOB_ID = "session_0123456789abcdef01234567", "job_89abcdef0123456789abcdef"
+CREATED = 1_790_000_000.25
+_REQUEST: dict[str, Any] = {"camera": "arc:-40", "seed": 7}
+_PROGRESS = {
+    "type": "step_done",
+    "stage": "sampling",
+    "step": 6,
+    "total": 10,
+    "seconds_left": 1.4,
+}
+
+# presets and moves and their numbers; never the name of a file. The pattern is for the schema
+# alone: the camera's own check says which ones there are
+_MOVE = "[A-Za-z_]+(:[-+0-9.,eE ]+)?"
+CameraText = Annotated[
+    str,
+    StringConstraints(max_length=100),
+    Field(json_schema_extra={"pattern": rf"^{_MOVE}( *\+ *{_MOVE})*$"}),
+]
+Text = Annotated[str, StringConstraints(max_length=8192)]
+Finite = Annotated[float, Field(allow_inf_nan=False)]
+Row3 = Annotated[list[Finite], Field(min_length=3, max_length=3)]
+Row4 = Annotated[list[Finite], Field(min_length=4, max_length=4)]
+Intrinsics = Annotated[list[Row3], Field(min_length=3, max_length=3)]
+Pose = Annotated[list[Row4], Field(min_length=3, max_length=3)]
+MAX_POSES = 4096
+# which frames of a longer or shorter video the model is given
+WINDOW = "^(first|middle|last|even|pad|[0-9]{1,9})$"
+WINDOW_HELP = "first, middle, last, even, pad, or the number of the frame to start at"
+
+
+def checked_window(window: str) -> str:
+    """A window of a request.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if not re.fullmatch(WINDOW, window):
+        raise ValueError(f"window must be {WINDOW_HELP}, got {window[:20]!r}")
+    return window
+
+
+Window = Annotated[
+    str, AfterValidator(checked_window), Field(json_schema_extra={"pattern": WINDOW})
+]
+
+
+class SourceChoices(BaseModel):
+    """How an uploaded video is read. What is left out is as the service reads all videos."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    window: Window | None = Field(
+        default=None, description=f"which frames the model is given: {WINDOW_HELP}"
+    )
+    fps: Finite | None = Field(
+        default=None, ge=MIN_FPS, le=MAX_FPS, description="the rate that the video is taken for"
+    )
+    alpha: Alpha | None = Field(
+        default=None, description="what is put behind transparent pixels, or refuse them"
+    )
+    fit: Fit | None = Field(
+        default=None, description="cut the edges off to the model's shape, or add black bars"
+    )
+
+    def choices(self) -> Choices:
+        return Choices(**{name: getattr(self, name) for name in SourceChoices.model_fields})
+
+
+# what a route says of its answers, by status
+Answers = dict[int | str, dict[str, Any]]
+
+
+def example(*values: Mapping[str, Any]) -> dict[str, Any]:
+    return {"examples": [dict(value) for value in values]}
+
+
+class Trajectory(BaseModel):
+    """A camera's path: one pose a frame, camera-to-world, OpenCV axes, metres."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    format: Literal["mv2v-camera"]
+    version: Literal[1]
+    convention: Literal["opencv camera-to-world, metres"] = "opencv camera-to-world, metres"
+    size: Annotated[list[Annotated[int, Field(ge=1, le=16384)]], Field(min_length=2, max_length=2)]
+    intrinsics: Intrinsics | Annotated[list[Intrinsics], Field(max_length=MAX_POSES)] | None = None
+    poses: Annotated[list[Pose], Field(min_length=1, max_length=MAX_POSES)]
+
+
+FileName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
+
+
+class CameraFiles(BaseModel):
+    """A camera file as a command line names it, with what it holds.
+
+    spec: a name of `files`, with a camera's name and options where it has some. files: text, JSON,
+    or {"base64": bytes}, by name. The server's own files are never opened.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra=example(
+            {
+                "spec": "poses.json?relative&scale=0.01",
+                "files": {"poses.json": [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]]},
+            }
+        ),
+    )
+
+    spec: Annotated[str, StringConstraints(min_length=1, max_length=1000)]
+    files: Annotated[
+        dict[FileName, str | dict[str, Any] | list[Any]], Field(min_length=1, max_length=4)
+    ]
+
+
+def _camera_kind(value: Any) -> str:
+    """Which object a camera is meant to be; of a tag in capitals an error says nothing."""
+    if isinstance(value, dict):
+        return "CameraFiles" if "files" in value or "spec" in value else "Trajectory"
+    return "CameraFiles" if isinstance(value, CameraFiles) else "Trajectory"
+
+
+CameraObject = Annotated[
+    Annotated[Trajectory, Tag("Trajectory")] | Annotated[CameraFiles, Tag("CameraFiles")],
+    Discriminator(_camera_kind),
+]
+
+
+class TurnRequest(BaseModel):
+    """A turn: a camera for a model of novel views, an instruction for one that edits.
+
+    What is left out takes the model's default.
+    """
+
+    model_config = ConfigDict(
+        extra="forbid",
+        strict=True,
+        json_schema_extra=example(_REQUEST, {"prompt": "make the sphere red"}),
+    )
+
+    camera: CameraText | CameraObject | None = Field(
+        default=None,
+        description="a preset (pan_right), moves (arc:-40+tilt:5), a trajectory, or camera files",
+    )
+    prompt: Text | None = Field(default=None, description="the instruction")
+    seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
+    num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
+    guidance_scale: Finite | None = Field(default=None, ge=0, le=MAX_GUIDANCE_SCALE)
+    memory: MemoryMode | None = None
+
+    @model_validator(mode="after")
+    def _is_something(self) -> TurnRequest:
+        if self.camera is None and self.prompt is None:
+            raise ValueError("a turn needs a camera or a prompt, got neither")
+        return self
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was set, as the service takes it."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class BranchRequest(BaseModel):
+    """Where the new session goes on from."""
+
+    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=example({"turn": 1}))
+
+    turn: int = Field(ge=0, le=2**31 - 1, description="the last turn to take along; 0 for none")
+
+
+class Footprint(BaseModel):
+    """What a session takes. next_turn_tokens: by kind, null where the engine cannot tell."""
+
+    disk_bytes: int
+    memory_bytes: int
+    next_turn_tokens: dict[str, int] | None
+
+
+class Session(BaseModel):
+    """A source video and its turns. Times are unix seconds, sizes pixels and bytes.
+
+    fps: of the turns. window, alpha, fit: how the video is read; null where nobody ever chose.
+    """
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra=example(
+            {
+                "object": "session",
+                "id": SESSION_ID,
+                "kind": "views",
+                "name": "clip.mp4",
+                "checkpoint": "tiny-nvs",
+                "frames": 17,
+                "width": 160,
+                "height": 96,
+                "fps": 8.0,
+                "created": CREATED,
+                "touched": CREATED,
+                "bytes": 48_211,
+                "num_turns": 0,
+                "parent": None,
+                "parent_turn": None,
+                "warnings": [],
+                "window": None,
+                "alpha": "black",
+                "fit": "crop",
+                "damage": None,
+            }
+        ),
+    )
+
+    object: Literal["session"] = "session"
+    id: str
+    kind: SessionKind
+    name: str
+    checkpoint: str
+    frames: int
+    width: int
+    height: int
+    fps: float
+    created: float
+    touched: float
+    bytes: int
+    num_turns: int
+    parent: str | None
+    parent_turn: int | None
+    warnings: list[str]
+    window: str | None
+    alpha: Alpha | None
+    fit: Fit | None
+    damage: str | None
+
+
+class SessionWithFootprint(Session):
+    """A session and what it takes."""
+
+    footprint: Footprint
+
+
+class Turn(BaseModel):
+    """A finished turn. report: the engine's own, of memory, tokens, seconds and bytes.
+
+    warnings: what was changed of its camera, and what the model does not know.
+    """
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra=example(
+            {
+                "object": "turn",
+                "session": SESSION_ID,
+                "number": 1,
+                "job": JOB_ID,
+                "request": _REQUEST,
+                "report": {"turn": 1, "camera": "arc:-40", "seconds": {"sampling": 3.1}},
+                "created": CREATED,
+                "bytes": 96_412,
+                "warnings": [],
+                "damage": None,
+            }
+        ),
+    )
+
+    object: Literal["turn"] = "turn"
+    session: str
+    number: int
+    job: str | None
+    request: dict[str, Any]
+    report: dict[str, Any]
+    created: float
+    bytes: int
+    warnings: list[str]
+    damage: str | None
+
+
+class JobError(BaseModel):
+    """Why a job has no turn."""
+
+    code: str
+    message: str
+
+
+class Job(BaseModel):
+    """A turn that was asked for. progress: the last event, as the stream of events has it.
+
+    warnings: what was changed of its camera. A camera's files are kept as the trajectory in them.
+    """
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra=example(
+            {
+                "object": "job",
+                "id": JOB_ID,
+                "session": SESSION_ID,
+                "state": "running",
+                "request": _REQUEST,
+                "number": 1,
+                "created": CREATED,
+                "started": CREATED + 1,
+                "ended": None,
+                "attempts": 1,
+                "error": None,
+                "progress": _PROGRESS,
+                "position": None,
+                "is_cancelling": False,
+                "warnings": [],
+            }
+        ),
+    )
+
+    object: Literal["job"] = "job"
+    id: str
+    session: str
+    state: Literal["queued", "running", "finished", "failed", "cancelled"]
+    request: dict[str, Any]
+    number: int | None
+    created: float
+    started: float | None
+    ended: float | None
+    attempts: int
+    error: JobError | None
+    progress: dict[str, Any] | None
+    position: int | None
+    is_cancelling: bool
+    warnings: list[str]
+
+
+class Sampling(BaseModel):
+    """What a turn makes by default. size: height and width."""
+
+    num_frames: int
+    size: list[int]
+    fps: float
+    num_inference_steps: int
+    guidance_scale: float
+
+
+class UploadLimits(BaseModel):
+    """What an uploaded video may have at most. pixels: of one frame."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+    upload_bytes: int
+    frames: int
+    pixels: int
+    seconds: float
+
+
+class Model(BaseModel):
+    """What this service runs.
+
+    engine: device, types and backends. presets: names of cameras. preset_poses: the path of each,
+    sampled evenly from its first frame to its last, as a trajectory's poses.
+    """
+
+    object: Literal["model"] = "model"
+    id: str
+    created: int
+    owned_by: str
+    kind: SessionKind
+    has_text: bool
+    memory: MemoryMode
+    presets: list[str]
+    preset_poses: dict[str, list[Pose]]
+    sampling: Sampling
+    limits: UploadLimits
+    engine: dict[str, Any]
+
+
+class Sessions(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Session]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Turns(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Turn]
+    has_more: Literal[False] = False
+
+
+class Jobs(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Job]
+    first_id: str | None
+    last_id: str | None
+    has_more: bool
+
+
+class Models(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Model]
+
+
+class Health(BaseModel):
+    """reason: why it is not ready."""
+
+    status: Literal["ok", "not_ready"]
+    reason: str | None = None
+
+
+class Version(BaseModel):
+    """What runs here. model_digest: of the weights that make the pictures, alike on all devices."""
+
+    model_config = ConfigDict(protected_namespaces=())
+
+    version: str
+    torch: str
+    abi: int
+    model: str | None
+    model_digest: str | None
+
+
+class ErrorFields(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    """Every answer of status 400 and above."""
+
+    model_config = ConfigDict(
+        json_schema_extra=example(error_body("not_found", "there is no session of this name"))
+    )
+
+    error: ErrorFields
+
+
+def refusals(*codes: str) -> Answers:
+    """A route's error answers for its OpenAPI, by status, with an example of each code."""
+    answers: Answers = {}
+    for code in dict.fromkeys(codes):
+        kind = KINDS[code]
+        assert kind.status is not None, code
+        answer = answers.setdefault(
+            kind.status,
+            {"model": ErrorBody, "content": {"application/json": {"examples": {}}}},
+        )
+        said = answer.get("description")
+        answer["description"] = f"{said}; or {kind.meaning}" if said else kind.meaning
+        example = {"summary": code, "value": error_body(code, kind.meaning)}
+        answer["content"]["application/json"]["examples"][code] = example
+        if kind.status in (429, 503):
+            answer["headers"] = {
+                "Retry-After": {
+                    "description": "seconds after which to try again",
+                    "schema": {"type": "integer"},
+                }
+            }
+    return answers

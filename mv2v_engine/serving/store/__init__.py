@@ -1,0 +1,1 @@
+"""What is kept: the database, the sessions' folders, and what makes them agree."""

@@ -1,0 +1,364 @@
+"""The rows of sessions and turns, and their SQL; `jobs` has the jobs'.
+
+Functions of a connection, to be run by `Database.read` and `Database.write`. A session that is
+being deleted is none.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sqlite3
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.store.digests import num_bytes
+from mv2v_engine.serving.store.records import Page, SessionRecord, TurnRecord
+
+Record = TypeVar("Record")
+Parsed = TypeVar("Parsed")
+log = logging.getLogger("mv2v_engine.serving")
+
+_SESSION = """
+    SELECT s.*,
+        (SELECT count(*) FROM turns t WHERE t.session = s.id) AS num_turns,
+        source_bytes
+            + (SELECT coalesce(sum(t.bytes), 0) FROM turns t WHERE t.session = s.id) AS bytes
+    FROM sessions s
+"""
+# of a turn, to a branch
+_COPIED = "number, request, report, created, bytes, is_published, files, entry, damage"
+_SESSION_FIELDS = (
+    "id",
+    "owner",
+    "kind",
+    "name",
+    "checkpoint",
+    "frames",
+    "width",
+    "height",
+    "fps",
+    "created",
+    "touched",
+    "bytes",
+    "num_turns",
+    "parent",
+    "parent_turn",
+    "window",
+    "asked_fps",
+    "alpha",
+    "fit",
+)
+
+
+def no_session(session_id: str) -> ApiError:
+    return ApiError("not_found", f"no session {session_id[:100]}; it may have been deleted")
+
+
+def add_session(
+    db: sqlite3.Connection,
+    session: SessionRecord,
+    *,
+    key: str | None = None,
+    digest: str | None = None,
+    most: int,
+) -> None:
+    """Add a session whose folder is in place. most: sessions that an owner may have."""
+    require_room(db, session.owner, most)
+    row = {name: getattr(session, name) for name in _SESSION_FIELDS}
+    del row["num_turns"]
+    row["source_bytes"] = row.pop("bytes")
+    row |= {"warnings": json.dumps(session.warnings), "key": key, "digest": digest}
+    row |= {"files": json.dumps(session.files), "identity": text(session.identity)}
+    insert(db, "sessions", row | {"used": clock(db)})
+
+
+def require_room(db: sqlite3.Connection, owner: str, most: int) -> None:
+    """Refuse one more session than an owner may have."""
+    count = scalar(db, "SELECT count(*) FROM sessions WHERE owner = ? AND NOT is_deleting", owner)
+    if count >= most:
+        raise ApiError(
+            "too_many_sessions", f"there are {count} sessions, {most} may be; delete one first"
+        )
+
+
+def session_of_key(
+    db: sqlite3.Connection, owner: str, key: str, digest: str
+) -> SessionRecord | None:
+    """The session that an idempotency key has made already."""
+    row = db.execute(f"{_SESSION} WHERE owner = ? AND key = ?", (owner, key)).fetchone()
+    if row is None:
+        return None
+    if row["digest"] != digest or row["is_deleting"]:
+        raise ApiError(
+            "idempotency_conflict",
+            f"Idempotency-Key {key!r} came with another video or name before; use a new key",
+        )
+    return _session(row)
+
+
+def find_session(db: sqlite3.Connection, owner: str, session_id: str) -> SessionRecord:
+    """Raises not_found."""
+    row = db.execute(
+        f"{_SESSION} WHERE id = ? AND owner = ? AND NOT is_deleting", (session_id, owner)
+    ).fetchone()
+    if row is None:
+        raise no_session(session_id)
+    return _session(row)
+
+
+def session_by_id(db: sqlite3.Connection, session_id: str) -> SessionRecord | None:
+    """Anybody's, and one that is being deleted too."""
+    row = db.execute(f"{_SESSION} WHERE id = ?", (session_id,)).fetchone()
+    return None if row is None else _session(row)
+
+
+def list_sessions(
+    db: sqlite3.Connection, owner: str, *, limit: int, after: str | None, is_newest_first: bool
+) -> Page[SessionRecord]:
+    """Raises not_found: no such `after`."""
+    serial = None
+    if after is not None:
+        find_session(db, owner, after)
+        serial = scalar(db, "SELECT serial FROM sessions WHERE id = ?", after)
+    where, values = "WHERE owner = ? AND NOT is_deleting", [owner]
+    rows = listed(db, _SESSION, where, values, serial, limit, is_newest_first)
+    return Page(tuple(_session(row) for row in rows[:limit]), len(rows) > limit)
+
+
+def listed(
+    db: sqlite3.Connection,
+    select: str,
+    where: str,
+    values: Sequence[Any],
+    serial: int | None,
+    limit: int,
+    is_newest_first: bool,
+) -> list[sqlite3.Row]:
+    """One row more than asked for, if there is one; those behind a serial number."""
+    direction, compare = ("DESC", "<") if is_newest_first else ("ASC", ">")
+    behind = "" if serial is None else f" AND serial {compare} {int(serial)}"
+    order = f"ORDER BY serial {direction} LIMIT {int(limit) + 1}"
+    return db.execute(f"{select} {where}{behind} {order}", values).fetchall()
+
+
+def touch(db: sqlite3.Connection, session_id: str, now: float) -> None:
+    """Somebody has used a session."""
+    db.execute(
+        "UPDATE sessions SET touched = ?, used = ? WHERE id = ?", (now, clock(db), session_id)
+    )
+
+
+def clock(db: sqlite3.Connection) -> float:
+    """Seconds that services have run on this store, as far as they have told it."""
+    seconds: float = scalar(db, "SELECT coalesce(max(clock), 0) FROM store")
+    return seconds
+
+
+def advance_clock(db: sqlite3.Connection, seconds: float) -> None:
+    """A service has run for so many seconds more."""
+    db.execute("UPDATE store SET clock = clock + ?", (seconds,))
+
+
+def mark_deleting(db: sqlite3.Connection, owner: str, session_id: str) -> None:
+    """From now on a session does not exist for anybody. Raises not_found."""
+    find_session(db, owner, session_id)
+    db.execute("UPDATE sessions SET is_deleting = 1 WHERE id = ?", (session_id,))
+
+
+def remove_session(db: sqlite3.Connection, session_id: str) -> None:
+    """Remove a session's rows, its turns' and jobs' too."""
+    db.execute("DELETE FROM sessions WHERE id = ?", (session_id,))
+
+
+def deleting_sessions(db: sqlite3.Connection) -> list[str]:
+    """Those whose deletion was cut off."""
+    return [row["id"] for row in db.execute("SELECT id FROM sessions WHERE is_deleting")]
+
+
+def session_ids(db: sqlite3.Connection) -> set[str]:
+    return {row["id"] for row in db.execute("SELECT id FROM sessions")}
+
+
+def kept_sessions(db: sqlite3.Connection) -> list[SessionRecord]:
+    """Anybody's, without those that are being deleted."""
+    rows = db.execute(f"{_SESSION} WHERE NOT is_deleting ORDER BY serial")
+    return [_session(row) for row in rows]
+
+
+def set_identity(db: sqlite3.Connection, session_id: str, identity: dict[str, Any]) -> None:
+    """What the engine's manifest says of a session, once it has a turn."""
+    db.execute(
+        "UPDATE sessions SET identity = ? WHERE id = ? AND identity IS NULL",
+        (json.dumps(identity), session_id),
+    )
+
+
+def set_session_damage(db: sqlite3.Connection, session_id: str, damage: str | None) -> None:
+    """Why a session takes no more turns, or that it does again."""
+    db.execute("UPDATE sessions SET damage = ? WHERE id = ?", (damage, session_id))
+
+
+def set_turn_state(
+    db: sqlite3.Connection, session_id: str, number: int, *, damage: str | None, is_published: bool
+) -> None:
+    """What was found of a turn's files."""
+    db.execute(
+        "UPDATE turns SET damage = ?, is_published = ? WHERE session = ? AND number = ?",
+        (damage, is_published, session_id, number),
+    )
+
+
+def idle_sessions(db: sqlite3.Connection) -> list[tuple[SessionRecord, float]]:
+    """Sessions without a turn that waits or runs, the least recently touched first.
+
+    With each, for how many seconds of the store's clock nobody has touched it.
+    """
+    now = clock(db)
+    rows = db.execute(
+        f"{_SESSION} WHERE NOT is_deleting AND NOT EXISTS (SELECT 1 FROM jobs j "
+        "WHERE j.session = s.id AND j.state IN ('queued', 'running')) "
+        "ORDER BY used, touched, serial"
+    )
+    return [(_session(row), now - row["used"]) for row in rows]
+
+
+def total_bytes(db: sqlite3.Connection) -> int:
+    """Of all sessions that are not being deleted."""
+    total: int = scalar(
+        db,
+        "SELECT coalesce((SELECT sum(source_bytes) FROM sessions WHERE NOT is_deleting), 0) + "
+        "coalesce((SELECT sum(t.bytes) FROM turns t JOIN sessions s ON s.id = t.session "
+        "WHERE NOT s.is_deleting), 0)",
+    )
+    return total
+
+
+def add_turn(db: sqlite3.Connection, turn: TurnRecord, *, is_repeatable: bool) -> None:
+    """Add a finished turn.
+
+    is_repeatable: asked for again, it is the same turn (an edit is), whole again if it was damaged.
+    """
+    row = turn_values(turn)
+    again = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")
+    rest = (
+        f"ON CONFLICT (session, number) DO UPDATE SET {again}, damage = NULL "
+        "WHERE turns.damage IS NOT NULL"
+    )
+    insert(db, "turns", row, rest if is_repeatable else "")
+
+
+def turn_values(turn: TurnRecord) -> dict[str, Any]:
+    """A turn's row, by its columns."""
+    return {
+        "session": turn.session,
+        "number": turn.number,
+        "job": turn.job,
+        "request": json.dumps(turn.request),
+        "report": json.dumps(turn.report),
+        "created": turn.created,
+        "bytes": turn.bytes,
+        "is_published": int(turn.is_published),
+        "files": json.dumps(turn.files),
+        "entry": text(turn.entry),
+    }
+
+
+def list_turns(db: sqlite3.Connection, session_id: str) -> tuple[TurnRecord, ...]:
+    """In order."""
+    rows = db.execute("SELECT * FROM turns WHERE session = ? ORDER BY number", (session_id,))
+    return tuple(_turn(row) for row in rows)
+
+
+def find_turn(db: sqlite3.Connection, session_id: str, number: int) -> TurnRecord:
+    """Raises not_found."""
+    row = db.execute(
+        "SELECT * FROM turns WHERE session = ? AND number = ?", (session_id, number)
+    ).fetchone()
+    if row is None:
+        raise ApiError("not_found", f"session {session_id} has no turn {number}")
+    return _turn(row)
+
+
+def copy_turns(db: sqlite3.Connection, parent: str, session_id: str, number: int) -> None:
+    """Give a branch the first turns of its parent."""
+    db.execute(
+        f"INSERT INTO turns (session, {_COPIED}) SELECT ?, {_COPIED} FROM turns "
+        "WHERE session = ? AND number <= ?",
+        (session_id, parent, number),
+    )
+
+
+def set_published(
+    db: sqlite3.Connection, session_id: str, number: int, files: dict[str, Any]
+) -> None:
+    """A turn's mp4 and thumbnail are there again. files: what is promised of all its files."""
+    db.execute(
+        "UPDATE turns SET is_published = 1, bytes = ?, files = ? WHERE session = ? AND number = ?",
+        (num_bytes(files), json.dumps(files), session_id, number),
+    )
+
+
+def unpublished_turns(db: sqlite3.Connection) -> list[tuple[str, int]]:
+    """Session and number of turns whose mp4 or thumbnail is to be made again, and can be."""
+    rows = db.execute(
+        "SELECT t.session, t.number FROM turns t JOIN sessions s ON s.id = t.session "
+        "WHERE t.is_published = 0 AND t.damage IS NULL AND s.damage IS NULL AND NOT s.is_deleting "
+        "ORDER BY t.session, t.number"
+    )
+    return [(row["session"], row["number"]) for row in rows]
+
+
+def insert(db: sqlite3.Connection, table: str, row: dict[str, Any], rest: str = "") -> None:
+    names, places = ", ".join(row), ", ".join("?" * len(row))
+    db.execute(f"INSERT INTO {table} ({names}) VALUES ({places}) {rest}", tuple(row.values()))
+
+
+def scalar(db: sqlite3.Connection, query: str, *values: Any) -> Any:
+    ((value,),) = db.execute(query, values).fetchall()
+    return value
+
+
+def text(value: Any | None) -> str | None:
+    return None if value is None else json.dumps(value)
+
+
+def parsed(row: sqlite3.Row, column: str, kind: type[Parsed]) -> Parsed | None:
+    """What a column of JSON holds; None if it is empty, or damaged, which a start mends."""
+    if row[column] is None:
+        return None
+    try:
+        value = json.loads(row[column])
+    except (TypeError, ValueError, RecursionError):
+        value = None
+    if isinstance(value, kind):
+        return value
+    log.error("%s of a row is damaged: no JSON of a %s", column, kind.__name__)
+    return None
+
+
+def _session(row: sqlite3.Row) -> SessionRecord:
+    fields = {name: row[name] for name in (*_SESSION_FIELDS, "damage")}
+    return SessionRecord(
+        **fields,
+        warnings=tuple(parsed(row, "warnings", list) or ()),
+        files=parsed(row, "files", dict) or {},
+        identity=parsed(row, "identity", dict),
+    )
+
+
+def _turn(row: sqlite3.Row) -> TurnRecord:
+    return TurnRecord(
+        session=row["session"],
+        number=row["number"],
+        job=row["job"],
+        request=parsed(row, "request", dict) or {},
+        report=parsed(row, "report", dict) or {},
+        created=row["created"],
+        bytes=row["bytes"],
+        is_published=bool(row["is_published"]),
+        files=parsed(row, "files", dict) or {},
+        entry=parsed(row, "entry", dict),
+        damage=row["damage"],
+    )

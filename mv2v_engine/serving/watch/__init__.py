@@ -1,0 +1,1 @@
+"""What is told of the work: events, metrics, logs and traces."""

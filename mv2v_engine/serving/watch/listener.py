@@ -1,0 +1,60 @@
+"""Who wants to know what the service does: metrics, logs and traces implement this."""
+
+from __future__ import annotations
+
+import logging
+from types import TracebackType
+from typing import Any
+
+from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+
+log = logging.getLogger("mv2v_engine.serving")
+
+
+class Listener:
+    """Called on the service's event loop, after the fact is in the database; must not block.
+
+    Every method does nothing here, so that one overrides what one needs.
+    """
+
+    def job_queued(self, job: JobRecord) -> None:
+        """A turn was asked for, or was put back into the queue."""
+
+    def job_started(self, job: JobRecord) -> None:
+        """A turn is begun: job.started - job.created seconds after it was asked for."""
+
+    def job_event(self, job: JobRecord, event: dict[str, Any]) -> None:
+        """A stage, a step or a window of a running job (`backend` lists them)."""
+
+    def job_ended(self, job: JobRecord, report: dict[str, Any] | None) -> None:
+        """It finished, failed or was cancelled. report: the turn's, if there is one."""
+
+    def session_created(self, session: SessionRecord) -> None:
+        """A video was uploaded, or a session branched."""
+
+    def session_deleted(self, session_id: str) -> None:
+        """A session is gone: deleted by its owner or by retention."""
+
+    def worker_restarted(self, reason: str) -> None:
+        """The worker ended and is started again."""
+
+
+class Telling:
+    """A block in which one listener is told something: what it raises is logged, and ends there."""
+
+    def __init__(self, listener: Listener) -> None:
+        self.listener = listener
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        if not isinstance(error, Exception):
+            return False
+        log.error("%s failed at what it was told", type(self.listener).__name__, exc_info=error)
+        return True

@@ -1,0 +1,1 @@
+"""The making of turns: the queue, the processes that own an engine, the files that come out."""

@@ -1,0 +1,331 @@
+"""An engine and its open sessions, and how a job is done with them: one event after another.
+
+It knows no process, queue or database: a worker process drives it over a pipe, as a replica would.
+Everything it writes into a session's folder is whole or absent, and a job that is done twice gives
+the same turn once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import logging
+from collections import OrderedDict
+from collections.abc import Generator, Iterator
+from contextlib import suppress
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, TypeAlias
+
+import torch
+
+from mv2v_engine import Engine
+from mv2v_engine.camera.trajectories import PRESETS
+from mv2v_engine.engine.request import Request
+from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.turn import Turn
+from mv2v_engine.errors import (
+    NO_PRIMITIVE,
+    CancelledError,
+    MV2VError,
+    StorageError,
+    is_out_of_memory,
+)
+from mv2v_engine.files import replacing
+from mv2v_engine.progress import (
+    CancelToken,
+    Event,
+    StageDone,
+    StageStarted,
+    StepDone,
+    TurnNotStored,
+    WindowDone,
+    WindowStarted,
+)
+from mv2v_engine.serving.errors import failed, failure
+from mv2v_engine.serving.store.folders import result_path, source_path, turn_bytes
+from mv2v_engine.serving.work.turn_request import make_request, session_window
+from mv2v_engine.vae import weights_fingerprint
+from mv2v_engine.video.io import probe_video, read_video
+
+Json: TypeAlias = dict[str, Any]
+log = logging.getLogger("mv2v_engine.serving.worker")
+
+_NAMES: dict[type[Any], str] = {
+    StageStarted: "stage_started",
+    StepDone: "step_done",
+    StageDone: "stage_done",
+    WindowStarted: "window_started",
+    WindowDone: "window_done",
+}
+_JPEG_QUALITY = 88
+
+
+class Caught:
+    """A block whose error, whatever it is, ends there and is kept in `error`."""
+
+    error: Exception | None = None
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> bool:
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None
+
+
+class Host:
+    """Not thread-safe; one job at a time.
+
+    max_open: sessions kept in memory; the least recently used one is closed first.
+    has_claims: every call comes while a `claims.Claim` holds the folder; if not, an open session
+        keeps other writers out itself.
+    """
+
+    def __init__(self, engine: Engine, *, max_open: int, has_claims: bool = False) -> None:
+        self.engine, self.max_open, self.has_claims = engine, max_open, has_claims
+        self._open: OrderedDict[str, Session] = OrderedDict()
+        self.about = _describe(engine)
+
+    def warm_up(self) -> None:
+        """Make a short turn of nothing, so that no request pays for what comes but once."""
+        sampling = self.engine.sampling
+        frames = torch.zeros(
+            (sampling.num_frames, *sampling.size, 3), dtype=torch.uint8, device="cpu"
+        )
+        session = self.engine.session(frames, cuts=() if self.engine.is_editor else None)
+        try:
+            if self.engine.is_editor:
+                session.edit("-", num_inference_steps=2)
+            else:
+                session.render("static", num_inference_steps=2)
+        finally:
+            session.close()
+
+    def run(self, job: Json, session: Json, folder: Path, cancel: CancelToken) -> Iterator[Json]:
+        """Make a job's turn: the events that `backend` lists, the last one included.
+
+        job: "number" and "request". session: `protocol.session_fields`. folder: the session's.
+
+        Whatever goes wrong fails the job, and the next one is made as if it had not been. A device
+        that does no work any more is the exception: what it raises is raised here.
+        """
+        caught = Caught()
+        with caught:
+            yield from self._run(job, session, folder, cancel)
+        if caught.error is not None:
+            yield self._failure(caught.error, session["id"])
+
+    def publish(self, session: Json, folder: Path, number: int) -> Json:
+        """Write a finished turn's video and thumbnail again; `Backend.publish`'s answer."""
+        caught = Caught()
+        with caught:
+            opened = self._session(session, folder)
+            turn = next((turn for turn in opened.turns if turn.number == number), None)
+            if turn is None:
+                return failed("internal", f"the folder has no finished turn {number}")
+            publish_turn(turn, folder)
+        if caught.error is not None:
+            return self._failure(caught.error, session["id"])
+        return {"type": "published", "bytes": turn_bytes(folder, number)}
+
+    def release(self, session_id: str) -> None:
+        """Forget a session's memory; its folder stays."""
+        session = self._open.pop(session_id, None)
+        if session is not None:
+            session.close()
+
+    def close(self) -> None:
+        for session_id in list(self._open):
+            self.release(session_id)
+
+    def _failure(self, error: Exception, session_id: str) -> Json:
+        """What an error makes of a job; where one that nobody foresaw came from is logged.
+
+        Raises:
+            RuntimeError: the device does no work any more, and will not in this process.
+        """
+        if isinstance(error, CancelledError):
+            return {"type": "cancelled"}
+        if NO_PRIMITIVE in str(error):
+            raise RuntimeError(f"this process cannot go on: {error}") from error
+        if isinstance(error, MV2VError):
+            return failure(error)
+        self.release(session_id)
+        if isinstance(error, MemoryError | RuntimeError) and is_out_of_memory(error):
+            return failed("out_of_memory", f"the memory ended: {error}")
+        log.error("a turn failed", exc_info=error)
+        # after some errors a GPU answers nothing to this process but the same error
+        torch.ones(1, dtype=torch.float32, device=self.engine.device).sum().item()
+        return failed(
+            "internal",
+            f"a fault of the service ({type(error).__name__}) ended the turn, its log says more; "
+            "the session is as it was",
+        )
+
+    def _run(
+        self, job: Json, session: Json, folder: Path, cancel: CancelToken
+    ) -> Generator[Json, None, None]:
+        request = make_request(job["request"], self.about)
+        cancel.check()
+        opened = self._session(session, folder, cancel)
+        if self.engine.is_editor:
+            turn = yield from _edited(opened, request, folder, cancel)
+        else:
+            turn = yield from self._rendered(opened, request, session["id"], job["number"], cancel)
+        # from here on the turn is finished, whatever becomes of its files
+        caught = Caught()
+        with caught:
+            publish_turn(turn, folder)
+        if caught.error is not None:
+            log.error("a finished turn has no video yet", exc_info=caught.error)
+        yield {
+            "type": "done",
+            "number": turn.number,
+            "report": turn.report,
+            "bytes": turn_bytes(folder, turn.number),
+            "published": caught.error is None,
+            "reason": "" if caught.error is None else str(caught.error),
+            "memory": self._memory(opened, request),
+        }
+
+    def _rendered(
+        self,
+        opened: Session,
+        request: Request,
+        session_id: str,
+        number: int,
+        cancel: CancelToken,
+    ) -> Generator[Json, None, Turn]:
+        """The turn of a number: made, or as an earlier attempt left it."""
+        yield {"type": "started", "number": number}
+        done = len(opened.turns)
+        if done >= number:
+            turn = opened.turns[number - 1]
+            difference = request.difference(turn.report, turn.trajectory)
+            if difference:
+                raise StorageError(
+                    f"the session's folder has another turn {number}: {difference}; branch from "
+                    f"turn {number - 1}"
+                )
+            return turn
+        if done < number - 1:
+            raise StorageError(
+                f"the session's folder has {done} turns, and turn {number} is to be made; restore "
+                "the folder"
+            )
+        made = yield from _translated(opened.events(request, cancel))
+        try:
+            opened.store_missing()
+        except StorageError:
+            # only this process has the turn: it never was
+            self.release(session_id)
+            raise
+        return made
+
+    def _session(self, session: Json, folder: Path, cancel: CancelToken | None = None) -> Session:
+        """A session, opened again from its folder if it is not in memory."""
+        opened = self._open.pop(session["id"], None)
+        if opened is None:
+            resume = (folder / "session.json").exists()
+            window = None
+            if not self.engine.is_editor:
+                wanted = self.engine.sampling.num_frames
+                window = session_window(session["frames"], wanted, session["window"])
+            opened = self.engine.session(
+                source_path(folder),
+                id=session["id"],
+                fps=session.get("fps"),
+                alpha=session.get("alpha"),
+                fit=session.get("fit"),
+                store=folder,
+                resume=resume,
+                window=window,
+                cancel=cancel,
+                is_locked=self.has_claims,
+            )
+        self._open[session["id"]] = opened
+        while len(self._open) > self.max_open:
+            self.release(next(iter(self._open)))
+        return opened
+
+    def _memory(self, opened: Session, request: Request) -> Json:
+        """What a session holds, and what a turn like the last one would be made of."""
+        entries = self.engine.cache.entries()
+        num_bytes = sum(
+            entry.num_bytes for entry in entries if entry.id.startswith(f"{opened.id}/")
+        )
+        tokens = None
+        if not self.engine.is_editor:
+            # the turn is finished, though another one like it may have no room
+            with suppress(MV2VError):
+                tokens = opened.plan_turn(request)[1].lengths_by_kind
+        return {"bytes": num_bytes, "next_turn_tokens": tokens}
+
+
+def _edited(
+    opened: Session, request: Request, folder: Path, cancel: CancelToken
+) -> Generator[Json, None, Turn]:
+    """An edit, behind the windows that an earlier attempt has kept."""
+    number = opened.number_of(request)
+    yield {"type": "started", "number": number}
+    video = result_path(folder, number, "video")
+    out = None if video.exists() else video
+    return (yield from _translated(opened.events(request, cancel, out=out)))
+
+
+def publish_turn(turn: Turn, folder: Path) -> None:
+    """Write a turn's video and thumbnail, those of the two that lack.
+
+    Raises:
+        StorageError: the place cannot be written, or the latents are lost.
+    """
+    video = result_path(folder, turn.number, "video")
+    thumbnail = result_path(folder, turn.number, "thumbnail")
+    if not video.exists():
+        turn.save(video)
+    if not thumbnail.exists():
+        _save_thumbnail(video, thumbnail)
+
+
+def _save_thumbnail(video: Path, path: Path) -> None:
+    """The frame in the middle: the first ones of turns with moving cameras look alike."""
+    from PIL import Image
+
+    middle = probe_video(video).num_frames // 2
+    frame = read_video(video, indices=[middle]).frames[0]
+    with replacing(path) as temporary:
+        Image.fromarray(frame.numpy()).save(temporary, "JPEG", quality=_JPEG_QUALITY)
+
+
+def _translated(events: Generator[Event, None, Turn]) -> Generator[Json, None, Turn]:
+    """A turn's events as JSON."""
+    while True:
+        try:
+            event = next(events)
+        except StopIteration as stop:
+            turn: Turn = stop.value
+            return turn
+        if not isinstance(event, TurnNotStored):
+            yield {"type": _NAMES[type(event)], **asdict(event)}
+
+
+def _describe(engine: Engine) -> Json:
+    """As `Backend.about`."""
+    sampling = dataclasses.asdict(engine.sampling)
+    return {
+        "kind": "edits" if engine.is_editor else "views",
+        "engine": engine.describe(),
+        "digest": weights_fingerprint(engine.transformer.state_dict(), engine.vae.key),
+        "has_text": engine.text is not None,
+        "source_alpha": engine.config.source_alpha,
+        "source_fit": engine.config.source_fit,
+        "memory": engine.memory_mode,
+        "presets": list(PRESETS),
+        "sampling": sampling | {"size": list(engine.sampling.size)},
+    }

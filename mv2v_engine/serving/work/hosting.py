@@ -1,0 +1,49 @@
+"""What every process that owns an engine does, whoever drives it: open a host, make a turn."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from mv2v_engine import Engine
+from mv2v_engine.envs import num_threads
+from mv2v_engine.progress import CancelToken
+from mv2v_engine.serving.watch.logs import log_ids
+from mv2v_engine.serving.watch.tracing import OpenJob
+from mv2v_engine.serving.work.host import Host
+from mv2v_engine.serving.work.protocol import engine_arguments
+
+# below the server, whose answers should not wait for a turn
+_NICENESS = 5
+
+
+def open_host(setup: dict[str, Any], *, has_claims: bool = False) -> Host:
+    """Load the engine of a setup, as `protocol.setup_message` makes it, and warm it up.
+
+    has_claims: as `Host`.
+
+    Raises:
+        MV2VError: the checkpoint cannot be loaded, or not on this device.
+    """
+    threads = num_threads()
+    if threads is not None:
+        torch.set_num_threads(threads)
+    engine = Engine.from_pretrained(**engine_arguments(setup))
+    if engine.device.type == "cpu":
+        os.nice(_NICENESS)
+    host = Host(engine, max_open=setup["max_sessions_open"], has_claims=has_claims)
+    host.warm_up()
+    return host
+
+
+def turn_events(
+    order: dict[str, Any], host: Host, token: CancelToken, open_job: OpenJob
+) -> Iterator[dict[str, Any]]:
+    """Make the turn of an order, as `protocol.run_message` makes it: `Host.run`'s events."""
+    job, session = order["job"], order["session"]
+    with log_ids(session=session["id"], job=job["id"]), open_job(session["id"], job["id"]):
+        yield from host.run(job, session, Path(order["folder"]), token)
