@@ -74,7 +74,7 @@ SIDEWAYS = {
 # A room of serving imports these other rooms, serving's errors and config, and nothing of the
 # facade that stands on it; `http` stands on the facade.
 ROOMS: dict[str, set[str]] = {"store": set(), "watch": {"store"}, "work": {"store", "watch"}}
-FACADE = frozenset({"lifecycle", "service", "sessions", "server", "command"})
+FACADE = frozenset({"service", "sessions", "server", "command"})
 # Units that may not use all of the layers below them.
 ONLY = {"synthetic": LAYERS[0] | {"camera", "video"}}
 

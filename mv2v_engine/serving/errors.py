@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import errno
 import re
-from collections.abc import Mapping
+import sqlite3
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
@@ -196,3 +199,38 @@ def queue_full(seconds: float, waiting: int, whose: str = "") -> ApiError:
         f"{waiting} turns{whose} are waiting and no more may; try again in {wait} s",
         headers={"Retry-After": str(wait)},
     )
+
+
+@contextmanager
+def disk_errors() -> Iterator[None]:
+    """A full disk as disk_full, whoever found out."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if "full" not in str(error):
+            raise
+        raise _disk_full() from error
+    except OSError as error:
+        cause = error.__cause__ if isinstance(error, StorageError) else error
+        if not isinstance(cause, OSError) or cause.errno not in FULL:
+            raise
+        raise _disk_full() from error
+
+
+@contextmanager
+def full_disk(root: Path) -> Iterator[None]:
+    """What a full disk does to a start, as one error."""
+    try:
+        with disk_errors():
+            yield
+    except StorageError:
+        raise
+    except (ApiError, sqlite3.OperationalError, OSError) as error:
+        raise StorageError(
+            f"the disk of the store {root} is full, or fails ({error}); make a few MB of room and "
+            "start again"
+        ) from error
+
+
+def _disk_full() -> ApiError:
+    return ApiError("disk_full", "the store's disk is full; delete sessions, or make room")

@@ -1,29 +1,29 @@
-"""The service without HTTP: what routes call. Owners come first, and refusals are `ApiError`s.
+"""The service without HTTP: its start, what routes call, its stop.
 
-A session of another owner does not exist. All methods belong to one event loop; SQLite and files
-are worked on by other threads. What changes something is done to its end even if the caller is
-cancelled.
+Owners come first, and refusals are `ApiError`s: a session of another owner does not exist. All
+methods belong to one event loop; SQLite and files are worked on by other threads. What changes
+something is done to its end even if the caller is cancelled.
 """
 
 from __future__ import annotations
 
 import asyncio
-import hashlib
-import json
 import sqlite3
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from mv2v_engine.errors import CameraError, MV2VError
-from mv2v_engine.serving.errors import ApiError, client_words
-from mv2v_engine.serving.lifecycle import RETRY, RETRY_SECONDS, Lifecycle
-from mv2v_engine.serving.sessions import disk_errors
+from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.serving.errors import ApiError, client_words, disk_errors, full_disk
+from mv2v_engine.serving.sessions import Probe, Sessions
 from mv2v_engine.serving.store import jobs, tables
-from mv2v_engine.serving.store.folders import result_path, source_path
+from mv2v_engine.serving.store.audit import Audit
+from mv2v_engine.serving.store.folders import Store, result_path, source_path
+from mv2v_engine.serving.store.identity import admit
 from mv2v_engine.serving.store.records import (
     Choices,
     Footprint,
@@ -35,16 +35,151 @@ from mv2v_engine.serving.store.records import (
     TurnRecord,
     new_job,
 )
-from mv2v_engine.serving.watch.events import last_event
-from mv2v_engine.serving.work.scheduler import with_progress
+from mv2v_engine.serving.store.recovery import recover
+from mv2v_engine.serving.store.retention import Retention
+from mv2v_engine.serving.watch.events import EventLogs, ended
+from mv2v_engine.serving.watch.listener import Listener
+from mv2v_engine.serving.work.backend import Backend
+from mv2v_engine.serving.work.publishing import Publisher
+from mv2v_engine.serving.work.scheduler import Scheduler
 from mv2v_engine.serving.work.turn_request import kept_request, make_request
 
+Result = TypeVar("Result")
+# for Retry-After, where nothing says how long it takes
+_RETRY_SECONDS = 5
+_RETRY = {"Retry-After": str(_RETRY_SECONDS)}
 # a session that is only looked at is touched no more often than that
 _TOUCH_SECONDS = 3600.0
 
 
-class Service(Lifecycle):
-    """What routes call; a method raises `ApiError` with the codes that its docstring names."""
+class Service:
+    """The one door to a store, a backend, and the tasks that work on them.
+
+    The queue is the scheduler's, whole sessions are `Sessions`', rows are `tables`' and `jobs`'. A
+    method raises `ApiError` with the codes that its docstring names.
+
+    probe: decodes an upload within the limits. listeners: told of everything that happens.
+    """
+
+    def __init__(
+        self,
+        config: ServingConfig,
+        backend: Backend,
+        probe: Probe,
+        listeners: Sequence[Listener] = (),
+    ) -> None:
+        self.config, self.backend, self.listeners = config, backend, tuple(listeners)
+        self._probe = probe
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self._is_stopping = self._is_stopped = False
+        self._restarts = 0
+        self._draining: asyncio.Task[None] | None = None
+
+    async def start(self) -> None:
+        """Lock the store, recover what a kill left behind, and begin to load the engine.
+
+        Raises:
+            StorageError: another service runs on the store, its parts do not belong together, or
+                it cannot be written.
+        """
+        self.store = await asyncio.to_thread(Store, self.config.store)
+        await asyncio.to_thread(self.store.lock)
+        try:
+            await asyncio.to_thread(self.store.make_ready)
+            with full_disk(self.config.store):
+                identity = await asyncio.to_thread(admit, self.store)
+                self._database = await asyncio.to_thread(self.store.open_database)
+        except BaseException:
+            self.store.unlock()
+            raise
+        self._assemble(identity.generation)
+        try:
+            with full_disk(self.config.store):
+                await recover(self.store, self._database, self._audit)
+                await self._scheduler.recover()
+        except BaseException:
+            self._database.close()
+            self.store.unlock()
+            raise
+        self.backend.watch(self._backend_changed)
+        await self.backend.start()
+        self._scheduler.start()
+        self._publisher.start()
+        self._retention.start()
+        self._audit.go_on()
+
+    def _assemble(self, generation: int) -> None:
+        """The service's parts over its open store. generation: of the store."""
+        config, store, database = self.config, self.store, self._database
+        self._logs = EventLogs(generation)
+        self._publisher = Publisher(store, database, self.backend)
+        self._scheduler = Scheduler(
+            config, store, database, self.backend, self._logs, self.listeners
+        )
+        self._scheduler.turns_to_publish = self._publisher.wake
+        self._audit = Audit(store, database, release=self.backend.release)
+        self._scheduler.compared = partial(self._audit.session, mends=True)
+        self._sessions = Sessions(
+            config, store, database, self._scheduler, self._publisher, self._audit, self._probe
+        )
+        self._retention = Retention(config, database, self._expire)
+
+    async def drain(self) -> None:
+        """Take no more turns, give the one under way its grace, then put it back in the queue.
+
+        What there is can be read until `stop`.
+        """
+        if self._draining is None:
+            self._is_stopping = True
+            self._draining = asyncio.create_task(self._drain())
+        await asyncio.shield(self._draining)
+
+    async def stop(self) -> None:
+        """Drain, then close the database and let go of the store."""
+        await self.drain()
+        if self._is_stopped:
+            return
+        self._is_stopped = True
+        await asyncio.to_thread(self._database.close)
+        self.store.unlock()
+
+    async def _drain(self) -> None:
+        await self._audit.stop()
+        await self._retention.stop()
+        await self._publisher.stop()
+        await self._scheduler.stop()
+        if self._tasks:
+            await asyncio.wait(self._tasks)
+
+    @property
+    def ready(self) -> bool:
+        """Whether turns are made: the engine is warm and the service is not stopping."""
+        return self.backend.ready and not self._is_stopping
+
+    @property
+    def reason(self) -> str:
+        """Why it is not ready, in words."""
+        return "the service is stopping" if self._is_stopping else client_words(self.backend.reason)
+
+    @property
+    def about(self) -> dict[str, Any] | None:
+        """What the engine is, as `Backend.about`; None until it was ready once."""
+        return self.backend.about
+
+    @property
+    def num_running(self) -> int:
+        """Turns that are being made."""
+        return self._scheduler.num_running
+
+    def require_about(self) -> dict[str, Any]:
+        """As `about`. Raises not_ready while it is stopping or lost, and before it was ready."""
+        about = self.backend.about
+        if self.backend.is_lost and not self._is_stopping:
+            raise ApiError("not_ready", f"no work is taken: {self.reason}")
+        if about is None or self._is_stopping:
+            message = f"no work is taken now: {self.reason}; try again in {_RETRY_SECONDS} s"
+            raise ApiError("not_ready", message, headers=_RETRY)
+        return about
 
     async def queue_depth(self) -> int:
         """Turns that wait."""
@@ -140,8 +275,8 @@ class Service(Lifecycle):
             raise ApiError(
                 "internal", f"turn {number} is kept, and has no {which}: {client_words(refused)}"
             )
-        message = f"the {which} of turn {number} is being written again; try in {RETRY_SECONDS} s"
-        raise ApiError("not_finished", message, headers=RETRY)
+        message = f"the {which} of turn {number} is being written again; try in {_RETRY_SECONDS} s"
+        raise ApiError("not_finished", message, headers=_RETRY)
 
     async def footprint(self, owner: str, session_id: str) -> Footprint:
         """Raises not_found."""
@@ -208,12 +343,13 @@ class Service(Lifecycle):
             message = client_words(str(error))
             raise ApiError("unprocessable_turn", message, param=param) from error
         job = new_job(session, kept_request(request, made))
-        return await self._whole(self._submit(job, key))
+        self._require_running()
+        return await self._whole(self._scheduler.submit(job, key))
 
     async def job(self, owner: str, job_id: str) -> JobRecord:
         """With its newest progress, and its position while it waits. Raises not_found."""
         find = partial(jobs.find_job, owner=owner, job_id=job_id)
-        return with_progress(await self._read(find), self._logs)
+        return self._logs.with_progress(await self._read(find))
 
     async def jobs(
         self,
@@ -227,14 +363,15 @@ class Service(Lifecycle):
         """Jobs in order of creation, of one session or of all. Raises not_found."""
         how: dict[str, Any] = {"limit": limit, "after": after, "is_newest_first": is_newest_first}
         page = await self._read(partial(jobs.list_jobs, owner=owner, session=session, **how))
-        return Page(tuple(with_progress(job, self._logs) for job in page.items), page.has_more)
+        return Page(tuple(self._logs.with_progress(job) for job in page.items), page.has_more)
 
     async def cancel(self, owner: str, job_id: str) -> JobRecord:
         """Cancel a job that waits at once, one that runs at its next step; nothing if it ended.
 
         Returns the job as it is then. Raises not_found.
         """
-        return await self._whole(self._cancel(owner, job_id))
+        self._require_running()
+        return await self._whole(self._scheduler.cancel(owner, job_id))
 
     async def events(self, owner: str, job_id: str, *, after: int = 0) -> AsyncIterator[JobEvent]:
         """A job's events behind number `after`, then as they happen, to the job's end.
@@ -248,43 +385,35 @@ class Service(Lifecycle):
             # it ended before this process began, or long ago
             job = await self.job(owner, job_id)
             assert job.is_ended, f"{job_id} is {job.state} and has no log"
-            return _ended(job, after)
+            return ended(job, after)
         return found.follow(after)
-
-    async def _submit(self, job: JobRecord, key: str | None) -> tuple[JobRecord, bool]:
-        text = json.dumps([job.session, job.request], sort_keys=True)
-        insert = partial(
-            jobs.submit,
-            job=job,
-            key=key,
-            digest=hashlib.sha256(text.encode()).hexdigest(),
-            max_queue=self.config.max_queue,
-            max_share=self.config.queue_share,
-            turn_seconds=self._scheduler.turn_seconds,
-        )
-        async with self._scheduler.queueing:
-            kept, is_new = await self._write(insert)
-            if is_new:
-                self._scheduler.queued(kept, is_new=True)
-                # it may have come before some that waited already
-                await self._scheduler.announce_positions()
-        return with_progress(kept, self._logs), is_new
-
-    async def _cancel(self, owner: str, job_id: str) -> JobRecord:
-        cancel = partial(jobs.cancel, owner=owner, job_id=job_id, now=time.time())
-        job, is_ended_now = await self._write(cancel)
-        if is_ended_now:
-            self._scheduler.ended(job)
-            await self._scheduler.announce_positions()
-        elif job.state == "running":
-            self._scheduler.cancel(job_id)
-        return with_progress(job, self._logs)
 
     async def _find(self, owner: str, session_id: str) -> SessionRecord:
         return await self._read(partial(tables.find_session, owner=owner, session_id=session_id))
 
+    async def _expire(self, owner: str, session_id: str) -> None:
+        """Remove a session that nobody uses; raises busy if somebody does."""
+        await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
 
-async def _ended(job: JobRecord, after: int) -> AsyncIterator[JobEvent]:
-    event = last_event(job)
-    if event.number > after:
-        yield event
+    async def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+        self._require_running()
+        return await self._database.read(work)
+
+    def _require_running(self) -> None:
+        if self._is_stopped:
+            raise ApiError("not_ready", "the service has stopped; ask when it is back")
+
+    async def _whole(self, work: Coroutine[Any, Any, Result]) -> Result:
+        """Do work to its end, whether or not somebody still waits for it."""
+        task = asyncio.create_task(work)
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
+        return await asyncio.shield(task)
+
+    def _backend_changed(self) -> None:
+        restarts, reason = self.backend.restarts, self.backend.reason
+        for _ in range(self._restarts, restarts):
+            self._scheduler.tell(lambda listener: listener.worker_restarted(reason))
+        self._restarts = restarts
+        self._scheduler.wake()
+        self._publisher.wake()

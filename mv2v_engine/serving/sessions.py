@@ -13,8 +13,7 @@ import shutil
 import sqlite3
 import time
 import zipfile
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -22,10 +21,10 @@ from typing import Any, get_args
 
 from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.engine.folder import SessionFolder
-from mv2v_engine.errors import StorageError, VideoError
+from mv2v_engine.errors import VideoError
 from mv2v_engine.files import flush, make_folder, move, share_file
 from mv2v_engine.serving.config import Limits, ServingConfig
-from mv2v_engine.serving.errors import FULL, ApiError, client_words
+from mv2v_engine.serving.errors import ApiError, client_words, disk_errors
 from mv2v_engine.serving.store import jobs, tables
 from mv2v_engine.serving.store.audit import Audit
 from mv2v_engine.serving.store.database import Database, is_disk_full
@@ -197,7 +196,7 @@ class Sessions:
         for job in ended:
             self.scheduler.ended(job)
         for job in running:
-            self.scheduler.cancel(job.id)
+            self.scheduler.end_at_next_step(job.id)
         await self.scheduler.announce_positions()
         await self.scheduler.session_idle(session_id)
         await self.publisher.leave(session_id)
@@ -229,41 +228,6 @@ class Sessions:
     def _discard(self, session_id: str) -> None:
         """Take a session's folder out of its place at once, then from the disk."""
         self.store.remove(self.store.session(session_id))
-
-
-@contextmanager
-def disk_errors() -> Iterator[None]:
-    """A full disk as disk_full, whoever found out."""
-    try:
-        yield
-    except sqlite3.OperationalError as error:
-        if "full" not in str(error):
-            raise
-        raise _disk_full() from error
-    except OSError as error:
-        cause = error.__cause__ if isinstance(error, StorageError) else error
-        if not isinstance(cause, OSError) or cause.errno not in FULL:
-            raise
-        raise _disk_full() from error
-
-
-@contextmanager
-def full_disk(root: Path) -> Iterator[None]:
-    """What a full disk does to a start, as one error."""
-    try:
-        with disk_errors():
-            yield
-    except StorageError:
-        raise
-    except (ApiError, sqlite3.OperationalError, OSError) as error:
-        raise StorageError(
-            f"the disk of the store {root} is full, or fails ({error}); make a few MB of room and "
-            "start again"
-        ) from error
-
-
-def _disk_full() -> ApiError:
-    return ApiError("disk_full", "the store's disk is full; delete sessions, or make room")
 
 
 def _upload_digest(upload: Path, name: str, choices: Choices) -> str:

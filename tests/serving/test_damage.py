@@ -424,8 +424,8 @@ async def test_a_manifest_that_cannot_be_made_again_ends_its_session_alone(
     service = await started(tmp_path, FakeBackend())
     session, other = await new_session(service), await new_session(service)
     await ended(service, await asked(service, session))
-    await service._write(lambda db: db.execute("UPDATE turns SET entry = NULL"))
-    await service._write(lambda db: db.execute("UPDATE sessions SET identity = NULL"))
+    await service._database.write(lambda db: db.execute("UPDATE turns SET entry = NULL"))
+    await service._database.write(lambda db: db.execute("UPDATE sessions SET identity = NULL"))
     await abandon(service)
     damage(service.store.session(session.id) / "session.json")
     async with serving(tmp_path) as (service, _):
@@ -532,7 +532,7 @@ async def test_a_job_of_other_words_ends_nothing(tmp_path: Path, column: str) ->
     service = await started(tmp_path, FakeBackend())
     session = await new_session(service)
     done = await ended(service, await asked(service, session))
-    await service._write(lambda db: db.execute(f"UPDATE jobs SET {column} = '{{'"))
+    await service._database.write(lambda db: db.execute(f"UPDATE jobs SET {column} = '{{'"))
     await abandon(service)
     async with serving(tmp_path) as (service, _):
         job = await service.job("", done.id)

@@ -139,7 +139,7 @@ async def test_uploads_and_deletions_that_were_cut_off(tmp_path: Path) -> None:
     _place_upload(service.store, upload, "session_" + "0" * 24)
     (service.store.uploads / "branch").mkdir()
     begin = partial(jobs.delete_session, owner="", session_id=deleted.id, now=0.0, is_idle=True)
-    await service._write(begin)
+    await service._database.write(begin)
     await abandon(service)
     async with serving(tmp_path) as (service, _):
         assert [s.id for s in (await service.sessions("")).items] == [kept.id]

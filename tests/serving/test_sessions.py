@@ -156,9 +156,11 @@ async def test_retention_by_age_and_bytes_spares_what_is_in_use(tmp_path: Path) 
         old = sessions[:2]
         backend.go.clear()
         job = await asked(service, old[1])
-        await service._write(partial(tables.advance_clock, seconds=10 * DAY))
+        await service._database.write(partial(tables.advance_clock, seconds=10 * DAY))
         for session in sessions[2:]:
-            await service._write(partial(tables.touch, session_id=session.id, now=session.created))
+            await service._database.write(
+                partial(tables.touch, session_id=session.id, now=session.created)
+            )
         retention = service._retention
         retention.config = replace(service.config, keep_days=5)
         assert await retention.sweep() == [old[0].id]
@@ -188,11 +190,11 @@ async def test_a_jump_of_the_clock_makes_no_session_older(
             assert await service._retention.sweep() == []
             assert len((await service.sessions("")).items) == 3
     async with serving(tmp_path, keep_days=30) as (service, _):
-        await service._write(partial(tables.advance_clock, seconds=29 * DAY))
-        await service._write(partial(tables.touch, session_id=late.id, now=real()))
+        await service._database.write(partial(tables.advance_clock, seconds=29 * DAY))
+        await service._database.write(partial(tables.touch, session_id=late.id, now=real()))
         assert await service._retention.sweep() == []
     async with serving(tmp_path, keep_days=30) as (service, _):
-        await service._write(partial(tables.advance_clock, seconds=2 * DAY))
+        await service._database.write(partial(tables.advance_clock, seconds=2 * DAY))
         # the service's first sweep may be faster
         await service._retention.sweep()
         assert [s.id for s in (await service.sessions("")).items] == [late.id]

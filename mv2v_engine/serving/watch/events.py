@@ -10,6 +10,7 @@ import asyncio
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import AsyncIterator
+from dataclasses import replace
 from typing import Any
 
 from mv2v_engine.serving.store.records import LAST_EVENTS, JobEvent, JobRecord
@@ -100,8 +101,22 @@ class EventLogs:
         while len(self._ended) > _MAX_ENDED:
             self._ended.popitem(last=False)
 
+    def with_progress(self, job: JobRecord) -> JobRecord:
+        """A job with the newest event of its stream."""
+        found = self.find(job.id)
+        if job.is_ended or found is None or found.last is None:
+            return job
+        return replace(job, progress=found.last.data)
+
     def __len__(self) -> int:
         return len(self._alive) + len(self._ended)
+
+
+async def ended(job: JobRecord, after: int) -> AsyncIterator[JobEvent]:
+    """The stream of a job without a log: what it came to, if that is news."""
+    event = last_event(job)
+    if event.number > after:
+        yield event
 
 
 def last_event(job: JobRecord) -> JobEvent:

@@ -8,19 +8,20 @@ a crash is found in the session's folder, never made a second time.
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 import logging
 import sqlite3
 import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.errors import client_words, failed, failure
+from mv2v_engine.serving.errors import client_words, disk_errors, failed, failure
 from mv2v_engine.serving.store import jobs, tables
 from mv2v_engine.serving.store.claims import taken
 from mv2v_engine.serving.store.database import Database
@@ -139,8 +140,44 @@ class Scheduler:
         if self._turns:
             await asyncio.wait(self._turns.values())
 
-    def cancel(self, job_id: str) -> None:
-        """End a running job at its next step."""
+    async def submit(self, job: JobRecord, key: str | None) -> tuple[JobRecord, bool]:
+        """Queue a job; the one that the idempotency key has made already, if it has.
+
+        Returns the job and whether it is new. Raises queue_full, idempotency_conflict.
+        """
+        text = json.dumps([job.session, job.request], sort_keys=True)
+        insert = partial(
+            jobs.submit,
+            job=job,
+            key=key,
+            digest=hashlib.sha256(text.encode()).hexdigest(),
+            max_queue=self.config.max_queue,
+            max_share=self.config.queue_share,
+            turn_seconds=self.turn_seconds,
+        )
+        async with self.queueing:
+            with disk_errors():
+                kept, is_new = await self.database.write(insert)
+            if is_new:
+                self.queued(kept, is_new=True)
+                # it may have come before some that waited already
+                await self.announce_positions()
+        return self.logs.with_progress(kept), is_new
+
+    async def cancel(self, owner: str, job_id: str) -> JobRecord:
+        """End a job that waits now, one that runs at its next step. Raises not_found."""
+        cancel = partial(jobs.cancel, owner=owner, job_id=job_id, now=time.time())
+        with disk_errors():
+            job, is_ended_now = await self.database.write(cancel)
+        if is_ended_now:
+            self.ended(job)
+            await self.announce_positions()
+        elif job.state == "running":
+            self.end_at_next_step(job_id)
+        return self.logs.with_progress(job)
+
+    def end_at_next_step(self, job_id: str) -> None:
+        """Cancel a job that runs."""
         self._cancelling.add(job_id)
         self.backend.cancel(job_id)
 
@@ -360,14 +397,6 @@ class Scheduler:
                 log.error("the database does not take a write (%s); trying again", error)
             await asyncio.sleep(_PAUSES[min(attempt, len(_PAUSES) - 1)])
             attempt += 1
-
-
-def with_progress(job: JobRecord, logs: EventLogs) -> JobRecord:
-    """A job with the newest event of its stream."""
-    found = logs.find(job.id)
-    if job.is_ended or found is None or found.last is None:
-        return job
-    return replace(job, progress=found.last.data)
 
 
 def _recorded(
