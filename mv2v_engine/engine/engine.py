@@ -199,6 +199,7 @@ class Engine(Parts):
         fps: float | None = None,
         alpha: Alpha | None = None,
         fit: Fit | None = None,
+        size: tuple[int, int] | None = None,
         cameras: Camera | None = None,
         store: Path | str | None = None,
         window: str | int | None = None,
@@ -215,7 +216,8 @@ class Engine(Parts):
                 `load_source` gave; of edits, a video of any length. A file, which an edit streams,
                 or frames uint8 [T, height, width, 3], a tensor or an array.
             fps: the rate of the turns; None keeps the source's, of bare frames the checkpoint's.
-            alpha, fit: as the config's source_alpha and source_fit; None is what that says.
+            alpha, fit, size: as the config's source_alpha, source_fit and size; None is what that
+                says.
             store: a folder that keeps the session; `resume` takes up what it holds.
             cancel: ends the reading of the file, and the look for cuts.
             is_locked: the caller keeps other writers out of the folder.
@@ -245,16 +247,16 @@ class Engine(Parts):
         folder = None
         if store is not None:
             folder = SessionFolder(arguments.path("store", store, "the path of a folder"))
-        check = cancel_token(cancel).check
+        sized, check = self.at(size), cancel_token(cancel).check
         camera = None
         if cameras is not None:
-            size, count = self.sampling.size, self.sampling.num_frames
-            camera = resolve_camera(cameras, count, size, is_source=True)
+            sampling = sized.sampling
+            camera = resolve_camera(cameras, sampling.num_frames, sampling.size, is_source=True)
         if source_latents is not None:
-            self._check_latents(source_latents)
+            sized._check_latents(source_latents)
         if cuts is not None:
             cuts = _frame_numbers(cuts)
-        opened = self._opened(source, window, fps, alpha, fit, check)
+        opened = sized._opened(source, window, fps, alpha, fit, check)
         if camera is not None and isinstance(opened, Source):
             opened = opened.noting(f"its camera: {words}" for words in camera.notes)
         with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
@@ -271,7 +273,7 @@ class Engine(Parts):
                     cuts = find_cuts(opened.frames(check=check), opened.fps)
                 identity["cuts"] = cuts = list(cuts)
             session = Session(
-                self,
+                sized,
                 opened,
                 id=id or (manifest["id"] if manifest else new_id()),
                 camera=camera,

@@ -8,10 +8,11 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Iterable, Sequence
+from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -191,6 +192,9 @@ def default_memory(initialised: Iterable[str]) -> MemoryMode:
     return "retrieved" if is_trained_for_memory(initialised) else "none"
 
 
+AnyParts = TypeVar("AnyParts", bound="Parts")
+
+
 class Parts:
     """A checkpoint on a device, and what its sessions share.
 
@@ -233,6 +237,19 @@ class Parts:
         dtype = str(self.dtype).removeprefix("torch.")
         task = "edits" if self.is_editor else "novel views"
         return f"{type(self).__name__}({self.checkpoint.name!r}, {task}, {dtype} on {self.device})"
+
+    def at(self: AnyParts, size: tuple[int, int] | None) -> AnyParts:
+        """The same, with the same memory, for sessions of another size (height, width).
+
+        Raises:
+            RequestError: the weights were not made for it.
+        """
+        sampling = self.checkpoint.sampling.at(size or self.sampling.size, self.checkpoint.name)
+        if sampling.size == self.sampling.size:
+            return self
+        other = copy(self)
+        other.sampling = sampling
+        return other
 
     @property
     def is_editor(self) -> bool:
@@ -307,7 +324,7 @@ class Parts:
         arguments.number("guidance_scale", guidance_scale)
         check_text(self.checkpoint.name, prompt, guidance_scale, has_text=self.text is not None)
 
-    @functools.cached_property
+    @property
     def latent_kind(self) -> LatentKind:
         """The latents of this engine's turns: other ones in the cache are not candidates."""
         return LatentKind(self.vae.key, self.latent_shape, torch.float32)

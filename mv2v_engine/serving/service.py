@@ -337,7 +337,7 @@ class Service:
             )
         request = {name: value for name, value in request.items() if value is not None}
         try:
-            made = await asyncio.to_thread(make_request, request, about)
+            made = await asyncio.to_thread(make_request, request, about, session.size)
         except MV2VError as error:
             param = "camera" if isinstance(error, CameraError) else None
             message = client_words(str(error))

@@ -19,7 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
-from mv2v_engine.config import Alpha, Fit
+from mv2v_engine.config import Alpha
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import VideoError
 from mv2v_engine.files import flush, make_folder, move, share_file
@@ -46,7 +46,7 @@ from mv2v_engine.serving.store.records import (
 )
 from mv2v_engine.serving.work.publishing import Publisher
 from mv2v_engine.serving.work.scheduler import Scheduler
-from mv2v_engine.serving.work.turn_request import session_window
+from mv2v_engine.serving.work.turn_request import made_size, pixels, session_window
 from mv2v_engine.video.scan import rate_notes
 from mv2v_engine.video.transforms import crop_report, select_window
 
@@ -115,7 +115,12 @@ class Sessions:
         await self.database.read(partial(tables.require_room, owner=owner, most=most))
         # kept with the session: a service that is told otherwise later reads the same video
         alpha, fit = about.get("source_alpha", "black"), about.get("source_fit", "crop")
-        choices = replace(choices, alpha=choices.alpha or alpha, fit=choices.fit or fit)
+        choices = replace(
+            choices,
+            alpha=choices.alpha or alpha,
+            fit=choices.fit or fit,
+            size=made_size(about, choices.size),
+        )
         video = await self.probe(owner, upload, self.config.limits, choices.alpha or alpha)
         session = _new_session(owner, name, upload, video, about, choices)
         place = partial(_place_upload, self.store, upload, session.id)
@@ -272,12 +277,13 @@ def _new_session(
             *_warnings(about, video.frames, choices.window),
             *video.notes,
             *rate_notes(video.fps, choices.fps),
-            *_cropping(video, about, choices.fit or "crop"),
+            *_cropping(video, choices),
         ),
         window=choices.window,
         asked_fps=choices.fps,
         alpha=choices.alpha,
         fit=choices.fit,
+        size=choices.size,
     )
 
 
@@ -307,10 +313,12 @@ def _warnings(about: dict[str, Any], num_frames: int, window: str | None) -> tup
     return (f"the model takes {wanted} frames: {chosen.description}",)
 
 
-def _cropping(video: ProbedVideo, about: dict[str, Any], fit: Fit) -> tuple[str, ...]:
+def _cropping(video: ProbedVideo, choices: Choices) -> tuple[str, ...]:
     """What the model's size cuts off a video or adds to it, if that is worth a warning."""
-    height, width = about["sampling"]["size"]
-    report = crop_report((video.height, video.width), (height, width), fit)
+    size = pixels(choices.size)
+    assert size is not None
+    height, width = size
+    report = crop_report((video.height, video.width), size, choices.fit or "crop")
     top, bottom, left, right = report.cropped
     kept = height * width / ((height + top + bottom) * (width + left + right))
     is_much = 1 - kept > _MUCH_CROPPED or any(report.padded)

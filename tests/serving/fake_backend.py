@@ -30,6 +30,7 @@ ABOUT: dict[str, Any] = {
     "sampling": {
         "num_frames": NUM_FRAMES,
         "size": list(SIZE),
+        "sizes": [list(SIZE[::-1])],
         "fps": 8.0,
         "num_inference_steps": 3,
         "guidance_scale": 1.0,

@@ -354,6 +354,7 @@ def test_what_openais_clients_ask_for(
     for name, value, possible in [
         ("model", "sora-2", "'fake'"),
         ("size", "720x1280", "64x48"),
+        ("size", "48x64", "64x48"),
         ("seconds", "12", "1.125"),
         ("seconds", 4, "1.125"),
         ("seconds", "soon", "1.125"),
@@ -553,7 +554,29 @@ def test_how_a_video_is_read_is_chosen_for_its_session(
     assert http.post("/v1/sessions", **asked).json()["error"]["code"] == "idempotency_conflict"
     files = {"input_reference": video, "prompt": (None, "pan_right")} | chosen
     made = http.post("/v1/videos", files=files).json()
-    assert (made["warnings"], made["seconds"]) == (told, "0.72")
+    assert (made["warnings"], made["seconds"], made["size"]) == (told, "0.72", "64x48")
+
+
+def test_the_size_of_turns_is_chosen_for_their_session(
+    http: httpx.Client, source_clip: Path
+) -> None:
+    video = source_clip.read_bytes()
+    files = {"input_reference": video, "prompt": (None, "pan_right"), "size": (None, "48x64")}
+    made = http.post("/v1/videos", files=files).json()
+    session = http.get(f"/v1/sessions/{made['session_id']}").json()
+    assert (made["size"], session["size"]) == ("48x64", "48x64")
+    assert "64x48 to 48x64" in session["warnings"][0]
+    again = {"prompt": "tilt_up", "session_id": session["id"], "size": "48x64"}
+    assert http.post("/v1/videos", json=again).json()["size"] == "48x64"
+    for size in ("64x48", "48X64", "x", ""):
+        error = http.post("/v1/videos", json=again | {"size": size}).json()["error"]
+        assert (error["code"], error["param"]) == ("not_made_here", "size")
+    for route, field in [("/v1/sessions", "video"), ("/v1/videos", "input_reference")]:
+        other = {field: video, "size": (None, "50x64")}
+        if route == "/v1/videos":
+            other["prompt"] = (None, "pan_right")
+        error = http.post(route, files=other).json()["error"]
+        assert error["message"].startswith("fake makes videos of 64x48 and 48x64 (width x height)")
 
 
 @pytest.mark.parametrize(
@@ -596,6 +619,8 @@ def test_a_finished_video_says_what_its_turn_does(
         *video["warnings"],
         "this video is unlike those of its training",
     ]
+    listed = {one["id"]: one for one in http.get("/v1/videos").json()["data"]}
+    assert listed[video["id"]]["warnings"][-1] == "this video is unlike those of its training"
 
 
 def test_alpha_is_refused_where_its_user_says_so(
@@ -618,7 +643,7 @@ def test_the_engine_reads_a_video_as_its_session_says(
     folder.mkdir()
     with_alpha(tmp_path / "clip.mkv", "ffv1", "yuva420p", num_frames=9)
     shutil.move(tmp_path / "clip.mkv", source_path(folder))
-    known = {"id": "s", "frames": 9, "window": None}
+    known = {"id": "s", "frames": 9, "window": None, "size": "64x48"}
     opened = host._session(known | {"fps": 12.5, "alpha": "white", "fit": "letterbox"}, folder)
     assert opened.source.fps == 12.5 and "letterbox" not in host.about["source_fit"]
     frame = opened.source.frames[0].int()

@@ -265,7 +265,7 @@ async def test_a_finished_turn_without_a_row_gets_one(tmp_path: Path) -> None:
 
 
 # columns that came later than the window
-CHOSEN = ("asked_fps", "alpha", "fit")
+CHOSEN = ("asked_fps", "alpha", "fit", "size")
 CHOICES = Choices(window="last", fps=12.5, alpha="white")
 
 

@@ -33,7 +33,8 @@ class RemixRequest(TurnRequest):
     )
     size: str | None = Field(
         default=None,
-        description="WIDTHxHEIGHT of the result, which the model decides: others are refused",
+        description="WIDTHxHEIGHT of the result, one that the model was made for; a session has "
+        "its own: others are refused",
     )
 
     def turn(self, kind: SessionKind) -> dict[str, Any]:
@@ -51,7 +52,7 @@ class RemixRequest(TurnRequest):
 class VideoRequest(SourceChoices, RemixRequest):
     """A new video: of the file in the form's input_reference, or of a session that there is.
 
-    window, fps, alpha and fit say how the file is read; a session has its own.
+    window, fps, alpha, fit and size say how the file is read; a session has its own.
     """
 
     model_config = ConfigDict(

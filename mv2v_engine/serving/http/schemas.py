@@ -87,6 +87,9 @@ class SourceChoices(BaseModel):
     fit: Fit | None = Field(
         default=None, description="cut the edges off to the model's shape, or add black bars"
     )
+    size: str | None = Field(
+        default=None, description="WIDTHxHEIGHT of the turns, one that the model was made for"
+    )
 
     def choices(self) -> Choices:
         return Choices(**{name: getattr(self, name) for name in SourceChoices.model_fields})
@@ -205,7 +208,8 @@ class Footprint(BaseModel):
 class Session(BaseModel):
     """A source video and its turns. Times are unix seconds, sizes pixels and bytes.
 
-    fps: of the turns. window, alpha, fit: how the video is read; null where nobody ever chose.
+    fps: of the turns. window, alpha, fit, size: how the video is read; null where nobody ever
+    chose.
     """
 
     model_config = ConfigDict(
@@ -231,6 +235,7 @@ class Session(BaseModel):
                 "window": None,
                 "alpha": "black",
                 "fit": "crop",
+                "size": "160x96",
                 "damage": None,
             }
         ),
@@ -255,6 +260,7 @@ class Session(BaseModel):
     window: str | None
     alpha: Alpha | None
     fit: Fit | None
+    size: str | None
     damage: str | None
 
 

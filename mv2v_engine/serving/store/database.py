@@ -19,7 +19,7 @@ from mv2v_engine.errors import StorageError
 
 Result = TypeVar("Result")
 
-VERSION = 4
+VERSION = 5
 _SCHEMA = """
 CREATE TABLE store (
     id TEXT NOT NULL,
@@ -54,6 +54,7 @@ CREATE TABLE sessions (
     asked_fps REAL,
     alpha TEXT,
     fit TEXT,
+    size TEXT,
     UNIQUE (owner, key)
 );
 CREATE INDEX sessions_of_owner ON sessions (owner, serial);
@@ -117,6 +118,7 @@ ALTER TABLE sessions ADD COLUMN asked_fps REAL;
 ALTER TABLE sessions ADD COLUMN alpha TEXT;
 ALTER TABLE sessions ADD COLUMN fit TEXT;
 """,
+    4: "ALTER TABLE sessions ADD COLUMN size TEXT",
 }
 READABLE = {*_UPGRADES, VERSION}
 # how SQLite says that the disk, or its shared memory on it, has no room

@@ -53,6 +53,7 @@ _SESSION_COLUMNS = {
     "asked_fps": (int, float, type(None)),
     "alpha": (str, type(None)),
     "fit": (str, type(None)),
+    "size": (str, type(None)),
     "key": (str, type(None)),
     "digest": (str, type(None)),
     "files": str,
@@ -193,7 +194,7 @@ def read_rows(folder: Path) -> Rows:
         raise StorageError(f"{folder.name} has no copy of its rows")
     with reading(folder):
         # copies of before there was a choice have none
-        row = dict.fromkeys(("window", "asked_fps", "alpha", "fit")) | value["row"]
+        row = dict.fromkeys(("window", "asked_fps", "alpha", "fit", "size")) | value["row"]
         session = _checked(row, _SESSION_COLUMNS)
         identity = text(stored_identity(folder))
         rows = Rows(str(value["store"]), session | {"identity": identity})

@@ -52,13 +52,15 @@ class Choices:
     """How a session's video is read, as its user chose; None is the service's own way.
 
     window: which frames the model is given, as `video.transforms.select_window` names them.
-    fps: the rate that the video is taken for. alpha, fit: as in `EngineConfig`.
+    fps: the rate that the video is taken for. alpha, fit: as in `EngineConfig`. size: of the turns,
+    WIDTHxHEIGHT as OpenAI's clients write it.
     """
 
     window: str | None = None
     fps: float | None = None
     alpha: Alpha | None = None
     fit: Fit | None = None
+    size: str | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,8 +73,9 @@ class SessionRecord:
     parent, parent_turn: the session and turn that this one branched from.
     warnings: what the user should know of the source, such as frames that the model does not see.
     window: which part of the video it is about, as its user chose; None if nobody chose one.
-    asked_fps: the rate that its user chose; None is the video's own. alpha, fit: how its video is
-        read, whatever the service is told later; None in sessions of before there was a choice.
+    asked_fps: the rate that its user chose; None is the video's own. alpha, fit, size: how its
+        video is read, whatever the service is told later; None in sessions of before there was a
+        choice.
     files: what is promised of the upload (`digests`). identity: what the engine's manifest says of
         the session, once it has a turn. damage: why it takes no more turns, if it was damaged.
     """
@@ -97,6 +100,7 @@ class SessionRecord:
     asked_fps: float | None = None
     alpha: Alpha | None = None
     fit: Fit | None = None
+    size: str | None = None
     files: dict[str, Any] = field(default_factory=dict, repr=False)
     identity: dict[str, Any] | None = field(default=None, repr=False)
     damage: str | None = None

@@ -49,6 +49,7 @@ _SESSION_FIELDS = (
     "asked_fps",
     "alpha",
     "fit",
+    "size",
 )
 
 

@@ -44,7 +44,7 @@ from mv2v_engine.progress import (
 )
 from mv2v_engine.serving.errors import failed, failure
 from mv2v_engine.serving.store.folders import result_path, source_path, turn_bytes
-from mv2v_engine.serving.work.turn_request import make_request, session_window
+from mv2v_engine.serving.work.turn_request import make_request, pixels, session_window
 from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
 
@@ -171,7 +171,7 @@ class Host:
     def _run(
         self, job: Json, session: Json, folder: Path, cancel: CancelToken
     ) -> Generator[Json, None, None]:
-        request = make_request(job["request"], self.about)
+        request = make_request(job["request"], self.about, session.get("size"))
         cancel.check()
         opened = self._session(session, folder, cancel)
         if self.engine.is_editor:
@@ -243,6 +243,7 @@ class Host:
                 fps=session.get("fps"),
                 alpha=session.get("alpha"),
                 fit=session.get("fit"),
+                size=pixels(session.get("size")),
                 store=folder,
                 resume=resume,
                 window=window,

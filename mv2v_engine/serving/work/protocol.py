@@ -89,4 +89,5 @@ def session_fields(session: SessionRecord) -> dict[str, Any]:
         "fps": session.asked_fps,
         "alpha": session.alpha,
         "fit": session.fit,
+        "size": session.size,
     }

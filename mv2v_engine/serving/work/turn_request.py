@@ -16,16 +16,17 @@ from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.config import SamplingConfig
 from mv2v_engine.engine.request import NO_EDITS, NO_VIEWS, Request, check_text
 from mv2v_engine.errors import CameraError, RequestError
+from mv2v_engine.serving.errors import ApiError
 
 # what both kinds of turn can be asked for, beside a camera or an instruction
 _COMMON = ("seed", "num_inference_steps", "guidance_scale")
 _MAX_NAME = 200
 
 
-def make_request(asked: dict[str, Any], about: dict[str, Any]) -> Request:
+def make_request(asked: dict[str, Any], about: dict[str, Any], size: str | None = None) -> Request:
     """The turn that is asked for.
 
-    asked: as `Service.submit` takes it. about: as `Backend.about` gives it.
+    asked: as `Service.submit` takes it. about: as `Backend.about` gives it. size: of its session.
 
     Raises:
         CameraError, RequestError: the model cannot serve it.
@@ -38,7 +39,7 @@ def make_request(asked: dict[str, Any], about: dict[str, Any]) -> Request:
     common = {key: asked[key] for key in _COMMON if asked.get(key) is not None}
     common["memory"] = asked.get("memory") or about["memory"]
     camera, prompt = asked.get("camera"), asked.get("prompt") or ""
-    sampling = sampling_of(about)
+    sampling = sampling_of(about, size)
     if about["kind"] == "edits":
         if camera is not None:
             raise RequestError(f"{name} {NO_VIEWS}")
@@ -104,12 +105,41 @@ def kept_request(asked: dict[str, Any], made: Request) -> dict[str, Any]:
     return asked | {"camera": trajectory_json(made.camera) | about}
 
 
-def sampling_of(about: dict[str, Any]) -> SamplingConfig:
-    """The engine's defaults, as `Backend.about` gives them."""
+def sampling_of(about: dict[str, Any], size: str | None = None) -> SamplingConfig:
+    """The engine's defaults, as `Backend.about` gives them, for a session of a size."""
     sampling = about["sampling"]
     height, width = sampling["size"]
     sizes = tuple((height, width) for height, width in sampling.get("sizes", ()))
-    return SamplingConfig(**sampling | {"size": (height, width), "sizes": sizes})
+    own = pixels(size) or (height, width)
+    return SamplingConfig(**sampling | {"size": own, "sizes": sizes})
+
+
+def pixels(size: str | None) -> tuple[int, int] | None:
+    """(height, width) of WIDTHxHEIGHT; None of none."""
+    if size is None:
+        return None
+    width, height = size.split("x")
+    return int(height), int(width)
+
+
+def made_size(about: dict[str, Any], asked: str | None) -> str:
+    """The size of a session to come, WIDTHxHEIGHT: the one asked for, or the service's own.
+
+    Raises not_made_here: the weights were not made for it.
+    """
+    sampling = about["sampling"]
+    sizes = dict.fromkeys(map(tuple, (sampling["size"], *sampling.get("sizes", ()))))
+    made = [f"{width}x{height}" for height, width in sizes]
+    if asked is None:
+        return made[0]
+    if asked not in made:
+        raise ApiError(
+            "not_made_here",
+            f"{about['engine']['checkpoint']} makes videos of {' and '.join(made)} (width x "
+            f"height), not {asked[:100]!r}; ask for that or leave size out",
+            param="size",
+        )
+    return asked
 
 
 def session_window(num_frames: int, wanted: int, chosen: str | None = None) -> str | None:

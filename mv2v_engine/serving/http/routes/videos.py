@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
 from typing import Annotated, Any, Literal
 
@@ -40,6 +40,7 @@ from mv2v_engine.serving.http.schemas import JobError, refusals
 from mv2v_engine.serving.http.uploads import Form, received_form
 from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.work.turn_request import made_size
 
 router = APIRouter(prefix="/v1/videos", tags=["videos (OpenAI)"])
 _FILE_FIELD = "input_reference"
@@ -88,7 +89,7 @@ def _video(
         progress=percent,
         created_at=int(job.created),
         completed_at=int(job.ended) if job.ended is not None else None,
-        size=_size(about),
+        size=session.size or made_size(about, None),
         seconds=f"{_seconds(session, about):g}",
         prompt=asked if isinstance(asked, str) else None,
         remixed_from_video_id=job.request.get("remixed_from"),
@@ -96,11 +97,6 @@ def _video(
         session_id=session.id,
         warnings=list(dict.fromkeys((*session.warnings, *job.warnings, *said))),
     )
-
-
-def _size(about: dict[str, Any]) -> str:
-    height, width = about["sampling"]["size"]
-    return f"{width}x{height}"
 
 
 def _seconds(session: SessionRecord, about: dict[str, Any]) -> float:
@@ -119,11 +115,16 @@ def _check_model(asked: RemixRequest, about: dict[str, Any]) -> None:
             "model out",
             param="model",
         )
-    if asked.size not in (None, _size(about)):
+
+
+def _check_size(asked: RemixRequest, session: SessionRecord, about: dict[str, Any]) -> None:
+    """Refuse another size than that of a session that there is."""
+    size = session.size or made_size(about, None)
+    if asked.size not in (None, size):
         raise ApiError(
             "not_made_here",
-            f"{model} makes videos of {_size(about)}, not {asked.size[:100]!r}; ask for "
-            "that or leave size out",
+            f"session {session.id} makes videos of {size}, not {asked.size[:100]!r}; ask for that, "
+            "leave size out, or begin a session",
             param="size",
         )
 
@@ -209,7 +210,11 @@ async def create_video(
                 param=_FILE_FIELD,
             )
         choices = asked.choices()
-        chosen = [name for name, value in asdict(choices).items() if value is not None]
+        chosen = [
+            name
+            for name, value in asdict(choices).items()
+            if value is not None and name != "size"  # which may say again what the session's is
+        ]
         if form.video is None and chosen:
             raise ApiError(
                 "invalid_request",
@@ -223,6 +228,7 @@ async def create_video(
         else:
             session = await service.session(owner, asked.session_id or "")
         try:
+            _check_size(asked, session, about)
             _check_seconds(asked, session, about)
             job, _ = await service.submit(owner, session.id, asked.turn(session.kind), key=key)
         except ApiError:
@@ -261,7 +267,8 @@ async def list_videos(
                 sessions[job.session] = await service.session(owner, job.session)
         except ApiError:
             continue  # deleted meanwhile
-        data.append(_video(request, job, sessions[job.session], about))
+        said = await _said(service, owner, job)
+        data.append(_video(request, job, sessions[job.session], about, said))
     return Videos(
         data=data,
         first_id=data[0].id if data else None,
@@ -275,10 +282,17 @@ async def get_video(request: Request, service: Serving, owner: Owner, video_id: 
     """A video's status and progress."""
     about = service.require_about()
     job = await service.job(owner, video_id)
-    said: Sequence[str] = ()
-    if job.state == "finished" and job.number is not None:
-        said = (await service.turn(owner, job.session, job.number)).warnings
+    said = await _said(service, owner, job)
     return _video(request, job, await service.session(owner, job.session), about, said)
+
+
+async def _said(service: Service, owner: str, job: JobRecord) -> Sequence[str]:
+    """The warnings of a job's finished turn."""
+    if job.state != "finished" or job.number is None:
+        return ()
+    with suppress(ApiError):  # deleted meanwhile
+        return (await service.turn(owner, job.session, job.number)).warnings
+    return ()
 
 
 @router.delete(
@@ -343,6 +357,7 @@ async def remix_video(
     origin = await service.job(owner, video_id)
     session = await service.session(owner, origin.session)
     _check_model(body, about)
+    _check_size(body, session, about)
     _check_seconds(body, session, about)
     turn = body.turn(session.kind) | {"remixed_from": video_id}
     job, _ = await service.submit(owner, session.id, turn, key=key)
