@@ -610,13 +610,15 @@ def test_a_way_of_reading_that_is_none_is_refused(
 def test_a_finished_video_says_what_its_turn_does(
     http: httpx.Client, made: dict[str, str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Such as that the model does not know what it was given."""
+    """Such as that the model does not know what it was given, or what became of its sound."""
+    monkeypatch.setitem(REPORT, "source", {"notes": ["its sound (aac) is copied"]})
     monkeypatch.setitem(REPORT, "warnings", ["this video is unlike those of its training"])
     body = {"prompt": "pan_right", "session_id": made["session_id"]}
     video = http.post("/v1/videos", json=body).json()
     http.get(f"/v1/jobs/{video['id']}/events").raise_for_status()  # to its end
     assert http.get(f"/v1/videos/{video['id']}").json()["warnings"] == [
         *video["warnings"],
+        "its sound (aac) is copied",
         "this video is unlike those of its training",
     ]
     listed = {one["id"]: one for one in http.get("/v1/videos").json()["data"]}

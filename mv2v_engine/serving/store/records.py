@@ -131,8 +131,11 @@ class TurnRecord:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was changed of its camera, and what the model does not know of what was asked."""
-        return (*self.report.get("notes", ()), *self.report.get("warnings", ()))
+        """What was changed of its camera or of an edited video, whose sound may be dropped, and what
+        the model does not know of what was asked."""
+        report = self.report
+        changed = (*report.get("notes", ()), *report.get("source", {}).get("notes", ()))
+        return (*changed, *report.get("warnings", ()))
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
