@@ -131,7 +131,7 @@ class TurnRecord:
 
     @property
     def warnings(self) -> tuple[str, ...]:
-        """What was changed of its camera or of an edited video, whose sound may be dropped, and what
+        """What was changed of its camera or of an edited video, its sound among it, and what
         the model does not know of what was asked."""
         report = self.report
         changed = (*report.get("notes", ()), *report.get("source", {}).get("notes", ()))
