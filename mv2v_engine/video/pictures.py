@@ -11,6 +11,7 @@ H W pixels; colours are linear light relative to the white of an SDR screen unle
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -68,6 +69,12 @@ class Pictures:
     """
 
     def __init__(self, path: Path, first: VideoFrame, tags: Any, alpha: Alpha, codec: str) -> None:
+        if _is_ipt(first):
+            raise VideoError(
+                f"{path.name} is Dolby Vision without a base layer that others can show (profile 5, "
+                "or 10.0 of AV1), so its colours would come out wrong; convert it to SDR or HDR10 "
+                "first, by ffmpeg's libplacebo filter, or record HLG or SDR"
+            )
         self._alpha, self._white = alpha, _WHITE
         self._matrix = self._matrix_of(path, first, tags)
         self._range = first.color_range or tags.color_range
@@ -235,6 +242,23 @@ def _tag(frame: int, stream: int) -> int:
 
 def _has_alpha(frame: VideoFrame) -> bool:
     return any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8"
+
+
+def _is_ipt(frame: VideoFrame) -> bool:
+    """Whether a frame's numbers are Dolby's own IPT colours, which only its metadata decodes.
+
+    FFmpeg's own rule for it: profile 0 of the RPU with a base layer of full range.
+    """
+    from av.sidedata.sidedata import Type
+
+    found = frame.side_data.get(Type.DOVI_METADATA)
+    if found is None:
+        return False
+    # AVDOVIMetadata begins with the place of its header, whose fields are of one byte each but
+    # for the second (libavutil/dovi_meta.h)
+    data = bytes(found)
+    (place,) = struct.unpack_from("N", data)
+    return data[place + 4] == 0 and data[place + 10] == 1
 
 
 def _is_seen_through(frame: VideoFrame) -> bool:

@@ -221,3 +221,51 @@ def test_fields_are_woven(tmp_path: Path, name: str) -> None:
     # a part is what the whole has there
     assert torch.equal(reader.read([3, 4]), frames[3:5])
     assert torch.equal(reader.read([7]), frames[7:])
+
+
+def golomb(value: int) -> str:
+    code = format(value + 1, "b")
+    return "0" * (len(code) - 1) + code
+
+
+def dolby_vision_nal(profile: int, is_full: bool) -> bytes:
+    """An RPU (ETSI GS CCM 001) that maps each component by x; its CRC is nought."""
+    bits = f"{2:06b}{18:011b}{profile:04b}{0:04b}" + "1" + "0" + "00" + golomb(23) + "01"
+    bits += str(int(is_full)) + golomb(2) + golomb(0) + golomb(4) + "0" + "000" + "0" + "1"
+    bits += "0" + "0" + golomb(0) * 3
+    bits += (golomb(0) + f"{0:010b}{1023:010b}") * 3 + golomb(0) * 2
+    # a straight line: 0 + 1 x
+    bits += (golomb(0) * 2 + "0" + golomb(0) + "0" * 23 + golomb(1) + "0" * 23) * 3
+    bits += "0" * (-len(bits) % 8)
+    data = int(bits, 2).to_bytes(len(bits) // 8, "big") + bytes(4) + b"\x80"
+    escaped = bytearray()
+    for byte in data:
+        if byte <= 3 and escaped[-2:] == b"\0\0":
+            escaped.append(3)
+        escaped.append(byte)
+    return b"\0\0\0\1\x7c\x01\x19" + bytes(escaped)
+
+
+def dolby_vision(path: Path, profile: int, is_full: bool) -> Path:
+    with av.open(str(path), "w") as container:
+        options = {"x265-params": "log-level=0"}
+        stream = container.add_stream("libx265", rate=25, options=options)
+        stream.width, stream.height, stream.pix_fmt = 96, 64, "yuv420p10le"
+        grey = av.VideoFrame.from_ndarray(np.full((64, 96, 3), 128, np.uint8), "rgb24")
+        packets = [p for _ in range(3) for p in stream.encode(grey.reformat(format="yuv420p10le"))]
+        for packet in [*packets, *stream.encode(None)]:
+            told = av.Packet(bytes(packet) + dolby_vision_nal(profile, is_full))
+            told.pts, told.dts, told.time_base = packet.pts, packet.dts, packet.time_base
+            told.stream, told.is_keyframe = stream, packet.is_keyframe
+            container.mux(told)
+    return path
+
+
+@pytest.mark.parametrize("suffix", [".mp4", ".mkv", ".ts"])
+def test_dolby_visions_own_colours_are_refused(tmp_path: Path, suffix: str) -> None:
+    path = dolby_vision(tmp_path / f"five{suffix}", 0, True)
+    with pytest.raises(VideoError, match=r"five\.\w+ is Dolby Vision without a base layer.*conv"):
+        VideoReader(path)
+    # of profile 8 the base layer is a video like others
+    eight = VideoReader(dolby_vision(tmp_path / f"eight{suffix}", 1, False))
+    assert (eight.read([1]).int() - 128).abs().max() <= 4 and eight.notes == ()
