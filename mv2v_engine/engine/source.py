@@ -110,7 +110,7 @@ def load_source(
     if fps is not None:
         check_fps("fps", fps)
     window = window_name(window)
-    video = opened_source(
+    video, notes = opened_source(
         source,
         at_least=2,
         max_pixels=max_pixels,
@@ -118,7 +118,6 @@ def load_source(
         alpha=alpha,
         image_fps=fps or own_fps,
     )
-    notes: tuple[str, ...] = ()
     if isinstance(video, VideoReader):
         reader, info, name = video, video.info, video.path.name
         if info.num_frames < 2:
@@ -126,7 +125,7 @@ def load_source(
         chosen = select_window(info.num_frames, num_frames, window)
         crop = crop_report((info.height, info.width), size, fit)
         cropped = reader.read(chosen.indices, size=size, fit=fit, check=check)
-        rate, notes = fps or info.fps, (*video.notes, *rate_notes(info.fps, fps))
+        rate, notes = fps or info.fps, (*notes, *rate_notes(info.fps, fps))
     else:
         bare = video
         chosen = select_window(len(bare), num_frames, window)
@@ -151,8 +150,10 @@ def opened_source(
     check: Check | None,
     alpha: Alpha,
     image_fps: float,
-) -> VideoReader | Tensor:
+) -> tuple[VideoReader | Tensor, tuple[str, ...]]:
     """A reader of what has to be decoded, else frames uint8 [T, height, width, 3].
+
+    With what is changed of the video, in words.
 
     Args:
         source: a video file by its path, its bytes or as an open file; a folder of images or their
@@ -166,14 +167,15 @@ def opened_source(
         images = frames_of_images(source, alpha)
         if images is None:
             raise arguments.mistaken("source", source, SOURCES, kind=VideoError)
-        return bare_frames(images, at_least=at_least)
+        return bare_frames(images[0], at_least=at_least), images[1]
     if isinstance(source, Tensor | np.ndarray):
-        return bare_frames(source, at_least=at_least)
+        return bare_frames(source, at_least=at_least), ()
     given: Any = source
     options: dict[str, Any] = {"max_pixels": max_pixels, "check": check, "alpha": alpha}
     if not isinstance(given, bytes | bytearray | memoryview) and not hasattr(given, "read"):
         given = arguments.path("source", source, SOURCES, kind=VideoError)
-    return open_video(given, image_fps=image_fps, **options)
+    reader = open_video(given, image_fps=image_fps, **options)
+    return reader, reader.notes
 
 
 def source_trajectory(
@@ -405,7 +407,7 @@ def open_long_source(
     """
     if fps is not None:
         check_fps("fps", fps)
-    video = opened_source(
+    video, notes = opened_source(
         source,
         at_least=1,
         max_pixels=max_pixels,
@@ -417,4 +419,6 @@ def open_long_source(
         return LongSource(
             video, fps=fps or video.info.fps, size=size, name=video.path.name, fit=fit
         )
-    return LongSource(video, fps=fps or own_fps, size=size, name="frames", fit=fit)
+    frames = LongSource(video, fps=fps or own_fps, size=size, name="frames", fit=fit)
+    frames.notes = notes
+    return frames

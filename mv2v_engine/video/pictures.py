@@ -61,6 +61,7 @@ class Pictures:
     """How the frames of one video become RGB.
 
     first: the first frame, whose tags hold for all. tags: the stream's, where a frame has none.
+    has_alpha: whether a pixel of any frame is transparent (`is_seen_through`).
 
     notes: what is changed, in words. is_hdr: whether `measure` is needed before `pixels`.
 
@@ -68,11 +69,13 @@ class Pictures:
         VideoError: colours that cannot be read, or alpha that is refused.
     """
 
-    def __init__(self, path: Path, first: VideoFrame, tags: Any, alpha: Alpha, codec: str) -> None:
+    def __init__(
+        self, path: Path, first: VideoFrame, tags: Any, alpha: Alpha, *, has_alpha: bool
+    ) -> None:
         if _is_ipt(first):
             raise VideoError(
-                f"{path.name} is Dolby Vision without a base layer that others can show (profile 5, "
-                "or 10.0 of AV1), so its colours would come out wrong; convert it to SDR or HDR10 "
+                f"{path.name} is Dolby Vision without a base layer that others can show (profile "
+                "5, or 10.0 of AV1): its colours would come out wrong; convert it to SDR or HDR10 "
                 "first, by ffmpeg's libplacebo filter, or record HLG or SDR"
             )
         self._alpha, self._white = alpha, _WHITE
@@ -85,16 +88,14 @@ class Pictures:
             primaries = _BT2020
         self._primaries = primaries if primaries in _WIDE else None
         self._curve = transfer
-        self.has_alpha = _has_alpha(first)
+        self.has_alpha = has_alpha
         notes = []
         if self._hdr is not None:
             wide = f" in {_WIDE[self._primaries]}" if self._primaries else ""
             notes.append(f"HDR ({_HDR[self._hdr]}{wide}) was tone-mapped to SDR (BT.709)")
         elif self._primaries is not None:
             notes.append(f"colours of {_WIDE[self._primaries]} were brought to BT.709")
-        # a palette has always room for it
-        is_certain = codec != "gif" and first.format.name != "pal8"
-        if self.has_alpha and (is_certain or _is_seen_through(first)):
+        if has_alpha:
             if alpha == "refuse":
                 raise VideoError(
                     f"{path.name} has an alpha channel, which is refused here; take it composed "
@@ -240,7 +241,8 @@ def _tag(frame: int, stream: int) -> int:
     return int(stream if frame in (_UNKNOWN, 0) and stream not in (0, None) else frame)
 
 
-def _has_alpha(frame: VideoFrame) -> bool:
+def has_room_for_alpha(frame: VideoFrame) -> bool:
+    """Whether the form of a frame can say what is transparent; most of such frames are opaque."""
     return any(c.is_alpha for c in frame.format.components) or frame.format.name == "pal8"
 
 
@@ -251,15 +253,17 @@ def _is_ipt(frame: VideoFrame) -> bool:
     """
     from av.sidedata.sidedata import Type
 
-    found = frame.side_data.get(Type.DOVI_METADATA)
+    side_data: Any = frame.side_data
+    found = side_data.get(Type.DOVI_METADATA)
     if found is None:
         return False
     # AVDOVIMetadata begins with the place of its header, whose fields are of one byte each but
     # for the second (libavutil/dovi_meta.h)
     data = bytes(found)
-    (place,) = struct.unpack_from("N", data)
+    place: int = struct.unpack_from("N", data)[0]
     return data[place + 4] == 0 and data[place + 10] == 1
 
 
-def _is_seen_through(frame: VideoFrame) -> bool:
+def is_seen_through(frame: VideoFrame) -> bool:
+    """Whether a pixel is transparent, of a frame that has room for alpha."""
     return bool((frame.to_ndarray(format="rgba")[..., 3] < 255).any())

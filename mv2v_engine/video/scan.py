@@ -21,7 +21,7 @@ from mv2v_engine import arguments
 from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.clock import clock
-from mv2v_engine.video.pictures import Pictures
+from mv2v_engine.video.pictures import Pictures, has_room_for_alpha, is_seen_through
 from mv2v_engine.video.sound import Sound, find_sound
 from mv2v_engine.video.transforms import check_aspect
 
@@ -235,7 +235,11 @@ def scan_file(
     check: Check | None = None,
     alpha: Alpha = "black",
 ) -> Scan:
-    """Sizes and timestamps of every frame, decoding just the first where packets can be trusted."""
+    """Sizes and timestamps of every frame.
+
+    Just the first is decoded where packets can be trusted, of frames with room for alpha as many
+    as are opaque.
+    """
     with opened(path, max_pixels) as (container, stream, decoder):
         check_picture_size(path, stream.width, stream.height, max_pixels)
         codec = stream.codec_context.name
@@ -254,7 +258,8 @@ def scan_file(
             _check_duration(path, container, stream, stamps, rate, walk.last_held)
         square = _square_size(first, stream)
         check_picture_size(path, square[1], square[0], max_pixels)
-        pictures = Pictures(path, first, stream.codec_context, alpha, codec)
+        has_alpha = has_room_for_alpha(first) and _is_any_seen_through(path, max_pixels, check)
+        pictures = Pictures(path, first, stream.codec_context, alpha, has_alpha=has_alpha)
         notes = list(pictures.notes)
         if walk.num_skipped:
             notes.append(
@@ -282,6 +287,16 @@ def scan_file(
             notes=tuple(notes),
             num_skipped=walk.num_skipped,
             sound=find_sound(path, container, begin),
+        )
+
+
+def _is_any_seen_through(path: Path, max_pixels: int | None, check: Check | None) -> bool:
+    """Whether a pixel of any frame is transparent: decodes up to the first one that has some."""
+    with opened(path, max_pixels) as (container, stream, decoder):
+        return any(
+            is_seen_through(frame)
+            for packet in packets(container, stream, check)
+            for frame in decoder.decode(packet)
         )
 
 

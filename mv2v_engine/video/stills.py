@@ -74,7 +74,7 @@ def count_stills(path: Path) -> tuple[int, int, int]:
 def scan_stills(
     path: Path, max_pixels: int | None, check: Check | None, alpha: Alpha, fps: float | None
 ) -> Stills:
-    """Names, sizes and times of images; none is decoded but the first.
+    """Names, sizes and times of images; decoded are an animated one, and those with alpha.
 
     fps: of images that say no times.
 
@@ -101,10 +101,10 @@ def scan_stills(
                     f"{file.name} is {found[1]}x{found[0]}, {files[0].name} before it "
                     f"{size[1]}x{size[0]}; give images of one size"
                 )
-            has_alpha |= "A" in image.getbands() or "transparency" in image.info
             if is_animated:
-                stamps = _stamps(image, path, check)
-                has_alpha = has_alpha and _is_seen_through(image)
+                stamps, has_alpha = _walked(image, path, check)
+            else:
+                has_alpha = has_alpha or _is_seen_through(image)
     assert size is not None
     if is_animated:
         told = [] if len(stamps) > 2 else [rate]
@@ -119,7 +119,7 @@ def scan_stills(
                 f"{path.name} has an alpha channel, which is refused here; take it composed over "
                 "black or white, or give images without it"
             )
-        notes.append(f"its alpha channel was composed over {alpha}")
+        notes.append(_composed_note(alpha))
     info = VideoInfo(
         path=path,
         width=size[1],
@@ -159,19 +159,23 @@ def decode_stills(
             yield number, _rgb(image, stills, stills.files[number])
 
 
-def frames_of_images(images: Sequence[Any], alpha: Alpha = "black") -> Tensor | None:
+def frames_of_images(
+    images: Sequence[Any], alpha: Alpha = "black"
+) -> tuple[Tensor, tuple[str, ...]] | None:
     """Pillow images or arrays [height, width, 3] of one size as uint8 [T, height, width, 3].
 
-    None if they are something else.
+    With what was changed of them, in words. None if they are something else.
     """
     from PIL.Image import Image
 
     if not images or not all(isinstance(each, Image | np.ndarray | Tensor) for each in images):
         return None
     frames: list[Tensor] = []
+    has_alpha = False
     for number, image in enumerate(images):
         if isinstance(image, Image):
             frame = _composed(image, alpha, f"image {number}")
+            has_alpha = has_alpha or _is_seen_through(image)
         else:
             frame = torch.as_tensor(np.asarray(image))
         if frames and frame.shape != frames[0].shape:
@@ -180,7 +184,7 @@ def frames_of_images(images: Sequence[Any], alpha: Alpha = "black") -> Tensor | 
                 "give images of one size"
             )
         frames.append(frame)
-    return torch.stack(frames)
+    return torch.stack(frames), (_composed_note(alpha),) if has_alpha else ()
 
 
 def _listed(path: Path) -> tuple[Path, ...]:
@@ -250,16 +254,20 @@ class _opened:
         )
 
 
+def _composed_note(alpha: Alpha) -> str:
+    return f"its alpha channel was composed over {alpha}"
+
+
 def _upright_size(image: Image) -> tuple[int, int]:
     """(height, width) once EXIF's orientation is applied."""
     is_turned = image.getexif().get(0x0112, 1) in (5, 6, 7, 8)
     return (image.width, image.height) if is_turned else (image.height, image.width)
 
 
-def _stamps(image: Image, path: Path, check: Check | None) -> list[int]:
-    """When each frame begins and the last one ends, milliseconds."""
+def _walked(image: Image, path: Path, check: Check | None) -> tuple[list[int], bool]:
+    """When each frame begins and the last one ends, milliseconds; whether any is transparent."""
     num_frames: int = getattr(image, "n_frames", 1)
-    stamps = [0]
+    stamps, has_alpha = [0], False
     for number in range(num_frames):
         if check is not None:
             check()
@@ -270,11 +278,14 @@ def _stamps(image: Image, path: Path, check: Check | None) -> list[int]:
             raise truncated(path, number, num_frames) from None
         # browsers show a frame of no length for as long
         stamps.append(stamps[-1] + (int(image.info.get("duration", 0)) or 100))
+        has_alpha = has_alpha or _is_seen_through(image)
     image.seek(0)
-    return stamps
+    return stamps, has_alpha
 
 
 def _is_seen_through(image: Image) -> bool:
+    if "A" not in image.getbands() and "transparency" not in image.info:
+        return False
     extrema: Any = image.convert("RGBA").getextrema()
     return bool(extrema[3][0] < 255)
 
@@ -296,12 +307,16 @@ def _composed(image: Image, alpha: Alpha, name: str) -> Tensor:
     """uint8 [height, width, 3]."""
     from PIL import Image as images
 
-    if image.mode.startswith("I;16") or image.mode in ("I", "F"):
+    if image.mode == "F":
+        raise VideoError(
+            f"{name} has floating-point numbers (mode F), and which of them is white is not said; "
+            "save it in 8 or 16 bits"
+        )
+    if image.mode.startswith("I"):
         # Pillow would clip what is more than 8 bits
-        values = np.asarray(image).astype(np.float32)
-        grey = (values if image.mode == "F" else values / 257).round().clip(0, 255)
+        grey = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255)
         return torch.from_numpy(grey.astype(np.uint8))[..., None].repeat(1, 1, 3)
-    if "A" in image.getbands() or "transparency" in image.info:
+    if _is_seen_through(image):
         if alpha == "refuse":
             raise VideoError(
                 f"{name} has an alpha channel, which is refused here; take it composed over black "

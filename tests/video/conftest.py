@@ -69,16 +69,20 @@ def level_step() -> int:
     return LEVEL_STEP
 
 
-def with_alpha(path: Path, codec: str, form: str, num_frames: int = 3) -> Path:
-    """Red, of which the right half is transparent."""
+def with_alpha(
+    path: Path, codec: str, form: str, num_frames: int = 3, opaque: int | None = 0
+) -> Path:
+    """Red, of which the right half is transparent, after `opaque` frames; None: all are."""
     pixels = np.zeros((32, 64, 4), np.uint8)
-    pixels[..., 0], pixels[:, :32, 3] = 200, 255
+    pixels[..., 0], pixels[..., 3] = 200, 255
     with av.open(str(path), "w") as container:
         stream = container.add_stream(codec, rate=25)
         stream.width, stream.height, stream.pix_fmt = 64, 32, form
         if codec == "libvpx-vp9":
             stream.options = {"lossless": "1"}
         for index in range(num_frames):
+            if index == opaque:
+                pixels[:, 32:, 3] = 0
             frame = av.VideoFrame.from_ndarray(pixels, "rgba").reformat(format=form)
             frame.pts = index
             container.mux(stream.encode(frame))

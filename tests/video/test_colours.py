@@ -168,7 +168,7 @@ def test_a_matrix_that_nobody_reads_is_refused(tmp_path: Path) -> None:
         read_video(path)
 
 
-@pytest.mark.parametrize(
+ALPHA = pytest.mark.parametrize(
     ("name", "codec", "form"),
     [
         ("clip.webm", "libvpx-vp9", "yuva420p"),
@@ -178,6 +178,9 @@ def test_a_matrix_that_nobody_reads_is_refused(tmp_path: Path) -> None:
     ],
     ids=["vp9", "prores", "ffv1", "png"],
 )
+
+
+@ALPHA
 def test_alpha_is_composed_as_chosen(tmp_path: Path, name: str, codec: str, form: str) -> None:
     path = with_alpha(tmp_path / name, codec, form)
     for alpha, behind in (("black", 0), ("white", 255)):
@@ -186,6 +189,23 @@ def test_alpha_is_composed_as_chosen(tmp_path: Path, name: str, codec: str, form
         assert (frame[16, 12] - torch.tensor([200, 0, 0])).abs().max() <= 6
         assert (frame[16, 52] - behind).abs().max() <= 4
         assert reader.notes == (f"its alpha channel was composed over {alpha}",)
+    with pytest.raises(VideoError, match=r"has an alpha channel, which is refused here; take it"):
+        VideoReader(path, alpha="refuse")
+
+
+@ALPHA
+def test_alpha_counts_where_something_is_seen_through(
+    tmp_path: Path, name: str, codec: str, form: str
+) -> None:
+    reader = VideoReader(with_alpha(tmp_path / name, codec, form, opaque=None), alpha="refuse")
+    assert reader.notes == ()
+    frame = reader.read([2])[0].int()
+    assert (frame - torch.tensor([200, 0, 0])).abs().max() <= 6
+    # the last of many frames is enough
+    path = with_alpha(tmp_path / name, codec, form, num_frames=9, opaque=8)
+    reader = VideoReader(path, alpha="white")
+    assert reader.notes == ("its alpha channel was composed over white",)
+    assert reader.read([8])[0, 16, 52].min() >= 251
     with pytest.raises(VideoError, match=r"has an alpha channel, which is refused here; take it"):
         VideoReader(path, alpha="refuse")
 

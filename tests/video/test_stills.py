@@ -13,6 +13,7 @@ from mv2v_engine.errors import VideoError
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.work.probe import examine
 from mv2v_engine.video.io import VideoReader, open_video, probe_video
+from mv2v_engine.video.stills import frames_of_images
 
 
 def levels(reader: VideoReader) -> list[int]:
@@ -95,6 +96,40 @@ def test_alpha_and_orientation_of_images(tmp_path: Path) -> None:
     assert reader.notes[1] == "its alpha channel was composed over white"
     with pytest.raises(VideoError, match=r"has an alpha channel, which is refused here"):
         VideoReader(tmp_path, alpha="refuse")
+
+
+def rgba(opacity: int) -> Image.Image:
+    return Image.fromarray(np.full((48, 64, 4), [200, 0, 0, opacity], np.uint8))
+
+
+def test_alpha_of_images_counts_where_something_is_seen_through(tmp_path: Path) -> None:
+    composed = ("its alpha channel was composed over white",)
+    for index in range(3):
+        rgba(255).save(tmp_path / f"{index}.png")
+    assert len(VideoReader(tmp_path, alpha="refuse").notes) == 1  # the rate's
+    rgba(0).save(tmp_path / "3.png")
+    assert VideoReader(tmp_path, alpha="white").notes[1:] == composed
+    path, frames = tmp_path / "clip.webp", [rgba(255), rgba(254), rgba(0)]
+    for count, notes in ((1, ()), (3, composed)):
+        rest = frames[1:count] or [Image.new("RGB", (64, 48))]
+        frames[0].save(path, save_all=True, append_images=rest, lossless=True, duration=40)
+        assert VideoReader(path, alpha="white").notes == notes
+    # a list's as a file's
+    assert frames_of_images([rgba(255)] * 2, "refuse") is not None
+    found = frames_of_images(frames, "white")
+    assert found is not None and found[1] == composed
+    assert found[0][:, 0, 0].tolist() == [[200, 0, 0], [200, 1, 1], [255, 255, 255]]
+    with pytest.raises(VideoError, match="image 1 has an alpha channel, which is refused here"):
+        frames_of_images(frames, "refuse")
+
+
+def test_floating_point_images_are_refused(tmp_path: Path) -> None:
+    image = Image.new("F", (64, 48), 0.5)
+    with pytest.raises(VideoError, match=r"image 0 has floating-point numbers .*save it in 8 or"):
+        frames_of_images([image, image])
+    image.save(tmp_path / "1.tif")
+    with pytest.raises(VideoError, match=r"1\.tif has floating-point numbers"):
+        VideoReader(tmp_path).read([0])
 
 
 def test_sixteen_bits_are_not_clipped(tmp_path: Path) -> None:
