@@ -16,6 +16,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from mv2v_engine.checkpoints.identify import has_umt5
 from mv2v_engine.checkpoints.names import bare, part_prefixes
 from mv2v_engine.checkpoints.weights import (
     WEIGHT_SUFFIXES,
@@ -147,7 +148,11 @@ def _found(place: Path, part: str, is_asked: bool) -> list[Path]:
     for folder in (place / _FOLDERS[part][0], place):
         if _describes(folder, part):
             return [folder]
-    return [path for path in _candidates(place, part) if _is_part(path, part, is_asked)]
+    found = [path for path in _candidates(place, part) if _is_part(path, part, is_asked)]
+    if part == "text_encoder" and len(found) > 1:
+        # what lies beside it for other models is T5
+        found = [path for path in found if has_umt5(part_of(path, part))] or found
+    return found
 
 
 def _candidates(place: Path, part: str) -> Iterator[Path]:

@@ -195,6 +195,12 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
     optional = {k: said[k] for k in ("text_len", "eps") if k in said}
     channels = said.get("in_channels") or shapes.axis("patch_embedding.weight", 1)
     outputs = said.get("out_channels") or shapes.axis("proj_out.weight", 0) // PATCH_CELLS
+    if channels not in (outputs, 2 * outputs):
+        raise CheckpointError(
+            f"{detected.path} takes {channels} latent channels and gives {outputs}: it is made for "
+            "further inputs, as image-to-video models (36 for 16) and control models are; expected "
+            "as many (Wan text-to-video), or twice as many (Lucy-Edit)"
+        )
     try:
         return TransformerConfig(
             num_layers=said.get("num_layers") or shapes.depth(),

@@ -13,13 +13,21 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from mv2v_engine.checkpoints.components import COMPANION
 from mv2v_engine.checkpoints.identify import lora_of, of_tensors
-from mv2v_engine.checkpoints.names import Naming, Renames, Translation, translate
+from mv2v_engine.checkpoints.names import (
+    Naming,
+    Renames,
+    Translation,
+    bare,
+    transformer_prefixes,
+    translate,
+)
 from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header, with_scales
 from mv2v_engine.errors import CheckpointError, nearest_names
 
@@ -40,7 +48,11 @@ _EXPERT = re.compile(
 )
 # where trainers of causal, distilled models keep the model
 _GENERATOR = re.compile(r"generator(_ema)?\.")
-_EXPERTS = (("transformer", "transformer_2"), ("high_noise_model", "low_noise_model"))
+_EXPERTS = (
+    ("transformer", "transformer_2"),
+    ("high_noise_model", "low_noise_model"),
+    ("high", "low"),
+)
 _WHOLE = "expected a whole transformer (Wan2.1 1.3B or 14B, Wan2.2 5B, or one made from them)"
 _UNSUPPORTED = {
     "img_emb.": "image-to-video",
@@ -116,6 +128,7 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     shapes = {key: info.shape for key, info in tensors.items()}
     if lora := lora_of(shapes):
         raise CheckpointError(f"{root} is {lora}")
+    _require_no_experts(root, tensors)
     try:
         scales = stored.keys() - tensors.keys()
         translation = translate(tensors, renames, aside=scales, chosen=chosen)
@@ -164,9 +177,9 @@ def _resolve(path: Path | str) -> tuple[Path, str | None]:
     if name in embedded:
         return embedded_folder(name), None
     root = Path(path).expanduser()
-    bare, mark, chosen = name.rpartition("#")
-    if mark and chosen and not root.exists() and Path(bare).expanduser().exists():
-        return Path(bare).expanduser(), chosen
+    place, mark, chosen = name.rpartition("#")
+    if mark and chosen and not root.exists() and Path(place).expanduser().exists():
+        return Path(place).expanduser(), chosen
     if not root.exists():
         known = nearest_names(name, embedded) if embedded else "none are installed"
         raise CheckpointError(
@@ -248,16 +261,29 @@ def _require_whole(root: Path, found: _Found) -> None:
     """
     if found.is_own:
         return
-    inner = found.files[0].parent.resolve()
-    for names in _EXPERTS:
-        if inner.name in names and all((inner.parent / name).is_dir() for name in names):
-            raise CheckpointError(_one_expert(root, f"{' and '.join(names)} lie beside each other"))
-    for name in (found.files[0].stem, inner.name):
-        if _EXPERT.fullmatch(name):
-            raise CheckpointError(_one_expert(root, f"by its name, {name}"))
-    index = inner.parent / "model_index.json"
-    if inner.name == "transformer" and index.is_file():
-        _require_wan_pipeline(index)
+    # a link may lie elsewhere and have another name
+    for file in (found.files[0].parent.resolve() / found.files[0].name, found.files[0].resolve()):
+        inner = file.parent
+        for names in _EXPERTS:
+            if inner.name in names and all((inner.parent / name).is_dir() for name in names):
+                reason = f"{' and '.join(names)} lie beside each other"
+                raise CheckpointError(_one_expert(root, reason))
+        for name in (file.stem, inner.name):
+            if _EXPERT.fullmatch(name):
+                raise CheckpointError(_one_expert(root, f"by its name, {name}"))
+        index = inner.parent / "model_index.json"
+        if inner.name == "transformer" and index.is_file():
+            _require_wan_pipeline(index)
+
+
+def _require_no_experts(root: Path, tensors: Iterable[str]) -> None:
+    """Refuse experts by the names under which they lie in a file."""
+    prefixes = transformer_prefixes(map(bare, tensors))
+    experts = [p.rstrip(".") for p in prefixes if any(map(_EXPERT.fullmatch, p.split(".")))]
+    if experts and len(prefixes) > 1:
+        raise CheckpointError(_two_experts(root))
+    if experts:
+        raise CheckpointError(_one_expert(root, f"by the name that it lies under, {experts[0]}"))
 
 
 def _one_expert(root: Path, reason: str) -> str:
@@ -285,6 +311,8 @@ def _weights_in(folder: Path) -> tuple[Path, ...]:
             f"{folder} holds no transformer weights (found {there}); expected {OWN_CONFIG}, "
             "model_index.json, or .safetensors, .ckpt or .pth files"
         )
+    if len(files) > 1 and all(_EXPERT.fullmatch(p.stem) for p in files):
+        raise CheckpointError(_two_experts(folder))
     if len(files) > 1:
         there = ", ".join(p.name for p in files[:6])
         raise CheckpointError(f"{folder} holds several weight files ({there}); give one of them")
@@ -356,11 +384,15 @@ def _classify(
     memory = sorted(name for name in names if name.startswith(("tokenizers.", "mergers.")))
     says = [f"{translation.naming} Wan names"]
     if translation.prefix:
-        averaged = ", averaged over training (EMA)" if translation.averaged else ""
-        says[0] += f" under {translation.prefix.rstrip('.')!r}{averaged}"
+        says[0] += f" under {translation.prefix.rstrip('.')!r}"
+    if translation.averaged:
+        says[0] += ", averaged over training (EMA)"
     if translation.others:
         others = " and ".join(repr(other.rstrip(".")) for other in translation.others)
         says.append(f"{others} left aside (PATH#NAME takes another)")
+    if translation.unnamed:
+        averages = " and ".join(map(repr, translation.unnamed))
+        says.append(f"{averages}, an average that does not name its weights, left aside")
     if translation.parts:
         says.append(f"{' and '.join(translation.parts)} in the same file")
     if found.is_own:

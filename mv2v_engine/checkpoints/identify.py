@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from mv2v_engine.checkpoints.names import bare, part_prefixes
 
@@ -27,6 +27,13 @@ _MAGIC: tuple[tuple[int, bytes, str], ...] = (
 )
 _LORA = re.compile(
     r"\.(lora_(A|B|down|up|a|b)|hada_w[12]_[ab]|lokr_w[12]|diff|diff_b)(\.|$)|^lora_(unet|te)"
+)
+# what quantisers leave of a weight, but for the plain float8 that is read
+_QUANTISED = (
+    (r"\.(nested_)?(absmax|quant_map)$|\.quant_state\.|\.SCB$", "bitsandbytes keeps them"),
+    (r"\.weight\._(data|scale|shift|packed)$", "optimum-quanto keeps them"),
+    (r"\.(qweight|qzeros|wscales)$", "GPTQ, AWQ or SVDQuant keep them"),
+    (r"\.weight_packed$", "compressed-tensors keeps them"),
 )
 _COMPONENT = "a component and no transformer: give the folder that it lies in as --components"
 # what a key of one kind of model looks like, and no other's; the first that fits
@@ -82,12 +89,26 @@ def of_tensors(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
         of = {16: "Wan2.1's VAE", 48: "Wan2.2's VAE"}.get(max(channels, default=0), "a Wan VAE")
         return f"{of}, {_COMPONENT}"
     if part_prefixes(keys, "text_encoder"):
-        own = r"block\.1\.layer\.0\.SelfAttention\.relative|blocks\.1\.pos_embedding"
-        kind = "UMT5" if any(re.search(own, key) for key in keys) else "T5"
+        kind = "UMT5" if has_umt5(keys) else "T5"
         return f"a text encoder ({kind}), {_COMPONENT}"
     for pattern, what in _MODELS:
         if any(re.search(pattern, key) for key in keys):
             return what
+    return None
+
+
+def has_umt5(keys: Iterable[str]) -> bool:
+    """Whether keys are of a UMT5, whose blocks all have their own positions, T5's the first."""
+    own = r"block\.1\.layer\.0\.SelfAttention\.relative|blocks\.1\.pos_embedding"
+    return any(re.search(own, key) for key in keys)
+
+
+def quantised_by(keys: Iterable[str]) -> str | None:
+    """Whose form the weights have, of quantisers that are not read; None if it is no such form."""
+    for key in keys:
+        for pattern, whose in _QUANTISED:
+            if re.search(pattern, key):
+                return f"{whose} ({key})"
     return None
 
 

@@ -59,10 +59,9 @@ _TOP_BACK = {new: old for old, new in _TOP.items()}
 _BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
 _BLOCK_KEY = re.compile(r"blocks\.(0|[1-9]\d*)\.(.+)")
 _EXTRA_KEY = re.compile(r"(?:tokenizers|mergers)\.(?:0|[1-9]\d*)\.(?:weight|bias)")
-# what compilers, sharding, checkpointing and data parallelism write between the parts of a key
-_WRAPPER = re.compile(
-    r"(?<![^.])(?:_orig_mod|_fsdp_wrapped_module|_checkpoint_wrapped_module|module)\."
-)
+# what compilers, sharding, checkpointing and data parallelism write between the parts of a key:
+# _orig_mod, _fsdp_wrapped_module, _checkpoint_wrapped_module, _forward_module and their like
+_WRAPPER = re.compile(r"(?<![^.])(?:_\w+|module)\.")
 # keys that one kind of model has and no other, below whatever stands before all of its keys
 _MARKS: dict[str, tuple[str, ...]] = {
     "vae": ("decoder.middle.0.residual.0.gamma", "decoder.mid_block.resnets.0.norm1.gamma"),
@@ -72,7 +71,9 @@ _MARKS: dict[str, tuple[str, ...]] = {
     ),
 }
 _TRANSFORMER = re.compile(r"((?:.*\.)?)blocks\.\d+\.(?:self_attn|attn1)\.")
-_AVERAGED = re.compile(r"(?:^|[._])ema(?:[._]|$)")
+_AVERAGED = re.compile(r"(?i)(?:^|[._])ema(?:[._]|$)")
+# how many models torch's AveragedModel has averaged, beside the average
+_AVERAGE_COUNT = "n_averaged"
 
 
 def to_diffusers(key: str) -> str | None:
@@ -109,8 +110,9 @@ class Translation:
 
     names: the file's key to ours. unknown: keys that no table knows. dropped: keys that the
     user's rename file maps to null. prefix: what stands before every key of the transformer.
-    others: prefixes of further transformers, which are left aside. parts: prefixes of other
-    models in the same file, by component. aside: all keys of others and parts.
+    others: prefixes of further transformers, which are left aside. unnamed: where averages lie
+    whose weights have no names of their own, and are left aside, too. parts: prefixes of other
+    models in the same file, by component. aside: all keys of these, and averages' counts.
     """
 
     naming: Naming | None
@@ -119,13 +121,14 @@ class Translation:
     dropped: tuple[str, ...]
     prefix: str = ""
     others: tuple[str, ...] = ()
+    unnamed: tuple[str, ...] = ()
     parts: Mapping[str, str] = field(default_factory=dict)
     aside: frozenset[str] = frozenset()
 
     @property
     def averaged(self) -> bool:
-        """Whether the weights' name says that they are averages over training."""
-        return bool(_AVERAGED.search(self.prefix))
+        """Whether a name, or a count beside them, says that the weights are averaged."""
+        return bool(_AVERAGED.search(self.prefix)) or _AVERAGE_COUNT in self.aside
 
 
 def bare(key: str) -> str:
@@ -160,18 +163,25 @@ def translate(
     keys = list(keys)
     names, dropped = _apply_renames(keys, renames or {}, aside)
     bares = {key: bare(key) for key in keys if key not in names and key not in dropped}
-    prefix, others = _choose(bares.values(), chosen)
+    found = transformer_prefixes(bares.values())
+    prefix, others = _choose(found, chosen)
     parts = {
-        part: found[0]
+        part: places[0]
         for part in _MARKS
-        if (found := part_prefixes(bares.values(), part)) and found[0]
+        if (places := part_prefixes(bares.values(), part)) and places[0]
     }
-    besides = [*others, *(_top(part, prefix) for part in parts.values())]
-    unused = frozenset(
-        key
-        for key, name in bares.items()
-        if not (prefix and name.startswith(prefix)) and name.startswith(tuple(besides))
-    )
+    besides = (*others, *(_top(part, prefix) for part in parts.values()))
+    unused, unnamed = set(), set()
+    for key, name in bares.items():
+        if prefix and name.startswith(prefix):
+            continue
+        if name.startswith(besides) or name == _AVERAGE_COUNT:
+            unused.add(key)
+        elif found and _AVERAGED.search(name.split(".")[0]):
+            # a list's, or names without their dots
+            unused.add(key)
+            unnamed.add(name.split(".")[0])
+    unnamed -= {each.split(".")[0] for each in (prefix, *others)}
     rest = {key: name.removeprefix(prefix) for key, name in bares.items() if key not in unused}
     naming = _naming(list(rest.values()) or list(names.values()))
     unknown = []
@@ -185,14 +195,26 @@ def translate(
             names[key] = ours
     _require_unique(names)
     return Translation(
-        naming, names, tuple(unknown), tuple(dropped), prefix, tuple(others), parts, unused
+        naming,
+        names,
+        tuple(unknown),
+        tuple(dropped),
+        prefix,
+        tuple(others),
+        tuple(sorted(unnamed)),
+        parts,
+        frozenset(unused),
     )
 
 
-def _choose(names: Iterable[str], chosen: str | None) -> tuple[str, list[str]]:
-    """The prefix of the transformer that is meant, and those of the others."""
+def transformer_prefixes(names: Iterable[str]) -> list[str]:
+    """What stands before all keys of each Wan transformer, of keys as `bare` leaves them."""
     matches = map(_TRANSFORMER.match, names)
-    found = sorted({match[1] for match in matches if match is not None})
+    return sorted({match[1] for match in matches if match is not None})
+
+
+def _choose(found: list[str], chosen: str | None) -> tuple[str, list[str]]:
+    """The prefix of the transformer that is meant, and those of the others."""
     if chosen is not None:
         fitting = [prefix for prefix in found if (prefix + ".").startswith(chosen + ".")]
     else:

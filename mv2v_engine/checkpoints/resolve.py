@@ -29,7 +29,7 @@ from mv2v_engine.checkpoints.modules import (
     read_extras,
     require_decided,
 )
-from mv2v_engine.checkpoints.weights import TensorInfo, file_kind
+from mv2v_engine.checkpoints.weights import TensorInfo, file_kind, require_numbers
 from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.errors import CheckpointError
@@ -88,12 +88,7 @@ class Resolution:
                 "whole transformer, copy or download it again"
             )
         for source in self.sources.values():
-            if not source.info.dtype.is_floating_point:
-                dtype = str(source.info.dtype).removeprefix("torch.")
-                raise CheckpointError(
-                    f"{path} stores {source.info.key} as {dtype}; expected floating-point weights, "
-                    "give the checkpoint before quantisation"
-                )
+            require_numbers(source.info)
         if self.unknown:
             raise CheckpointError(
                 f"{path} has {len(self.unknown)} keys that the model does not know: "

@@ -9,6 +9,8 @@ read as their product (`with_scales`).
 from __future__ import annotations
 
 import pickle
+import re
+import warnings
 import zipfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -18,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mv2v_engine.checkpoints.identify import of_bytes
+from mv2v_engine.checkpoints.identify import of_bytes, quantised_by
 from mv2v_engine.errors import CheckpointError
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
@@ -42,8 +44,13 @@ _WRAPPERS = ("state_dict", "model", "module")
 # what quantisers put beside `M.weight`: its scale (ComfyUI, its newer files and LightX2V), what is
 # for eight-bit products alone, and the mark of a file whose weights are all scaled
 _SCALES = ("scale_weight", "weight_scale")
+_OTHER_SCALES = re.compile(r"scal|quant|amax|zero", re.IGNORECASE)
 _OF_ACTIVATIONS = ("scale_input", "input_scale", "comfy_quant")
 _ALL_SCALED = "scaled_fp8"
+# what ComfyUI writes into a safetensors header, of layers whose weights have scales
+_SAID_QUANTISED = "_quantization_metadata"
+# under it torch_ema and diffusers keep averaged weights as a list
+_SHADOWS = "shadow_params"
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _RECYCLE_PARTS = 16
 _RECYCLE_MIN_BYTES = 8 << 20
@@ -143,21 +150,34 @@ def with_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     rest of what quantisers write is for products in eight bits, which nothing here computes.
 
     Raises:
-        CheckpointError: scales of another kind, a scale without its weight, or a weight whose scale
-            is missing in a file of scaled ones.
+        CheckpointError: weights in a quantiser's own form, scales of another kind or name, a scale
+            without its weight, or a weight whose scale is missing in a file of scaled ones.
     """
+    if quantised := quantised_by(tensors):
+        raise CheckpointError(
+            f"{next(iter(tensors.values())).file} holds weights as {quantised}, which are not read "
+            "here; give the weights before they were quantised, or as float8 with scales"
+        )
     scales: dict[str, TensorInfo] = {}
     aside = set()
+    eights = {
+        key.removesuffix(".weight")
+        for key, info in tensors.items()
+        if key.endswith(".weight") and info.dtype.itemsize == 1 and info.dtype.is_floating_point
+    }
     for key, info in tensors.items():
         module, _, leaf = key.rpartition(".")
         if leaf in _SCALES and (weight := tensors.get(f"{module}.weight")):
             scales[f"{module}.weight"] = _checked_scale(weight, info)
-        elif leaf.startswith(_SCALES):
+        elif leaf == _ALL_SCALED or leaf in _OF_ACTIVATIONS:
+            pass
+        elif leaf.startswith(_SCALES) or _is_other_scale(key, eights):
             raise CheckpointError(
-                f"{info.file}: {key} is no scale of a weight beside it; expected float8 weights "
-                "with one scale or one a row each, or weights before they were quantised"
+                f"{info.file}: {key} is no scale that is known here; expected float8 weights with "
+                f"one scale or one a row each, named {' or '.join(_SCALES)}, or weights before "
+                "they were quantised"
             )
-        elif leaf != _ALL_SCALED and leaf not in _OF_ACTIVATIONS:
+        else:
             continue
         aside.add(key)
     if not aside:
@@ -177,6 +197,16 @@ def with_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return weights
 
 
+def _is_other_scale(key: str, modules: set[str]) -> bool:
+    """Whether a key lies within one of the modules, of float8 weights, and is about their scale."""
+    place = key
+    while "." in place:
+        place = place.rpartition(".")[0]
+        if place in modules:
+            return bool(_OTHER_SCALES.search(key[len(place) :]))
+    return False
+
+
 def _checked_scale(weight: TensorInfo, scale: TensorInfo) -> TensorInfo:
     rows = weight.shape[:1]
     of_rows = (rows, rows + (1,) * (len(weight.shape) - 1))
@@ -188,6 +218,19 @@ def _checked_scale(weight: TensorInfo, scale: TensorInfo) -> TensorInfo:
             "give the weights before they were quantised, or such a file"
         )
     return scale
+
+
+def require_numbers(info: TensorInfo) -> None:
+    """Refuse a weight that is stored in whole numbers, which are not its values.
+
+    Raises:
+        CheckpointError: it is of an integer type.
+    """
+    if not info.dtype.is_floating_point:
+        raise CheckpointError(
+            f"{info.file} stores {info.key} as {info.kind}; expected floating-point weights, give "
+            "the checkpoint before quantisation"
+        )
 
 
 class WeightReader:
@@ -209,6 +252,7 @@ class WeightReader:
 
     def read(self, info: TensorInfo) -> Tensor:
         """The tensor on the CPU, possibly backed by the file's memory map; float32 if scaled."""
+        require_numbers(info)
         if info.scale is not None:
             scale = self._stored(info.scale).float()
             rows = (-1,) + (1,) * (len(info.shape) - 1)
@@ -258,15 +302,25 @@ def _safetensors_header(path: Path) -> dict[str, TensorInfo]:
                         + ", ".join(_SAFETENSORS_DTYPES)
                     )
                 header[key] = TensorInfo(key, path, tuple(part.get_shape()), dtype)
+            said = file.metadata() or {}
     except SafetensorError as error:
         raise _damaged(path, error) from error
+    has_float8 = any(info.dtype in _FLOAT8 for info in header.values())
+    if _SAID_QUANTISED in said and has_float8 and not any(k.endswith(_SCALES) for k in header):
+        raise CheckpointError(
+            f"{path} says that its float8 weights have scales ({_SAID_QUANTISED}), and has none; "
+            "copy or download the whole file again, with its scales"
+        )
     return header
 
 
 def _load_archive(path: Path, device: str) -> dict[str, Tensor]:
     """The tensors of a torch zip archive, mapped from the file and not read."""
     try:
-        value = torch.load(path, map_location=device, weights_only=True, mmap=True)
+        with warnings.catch_warnings():
+            # of a TorchScript program, which is named below
+            warnings.simplefilter("ignore", UserWarning)
+            value = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
             f"{path} holds Python objects besides tensors, refused because unpickling them could "
@@ -274,9 +328,7 @@ def _load_archive(path: Path, device: str) -> dict[str, Tensor]:
         ) from error
     except (RuntimeError, EOFError, ValueError, KeyError) as error:
         if inside := _other_zip(path):
-            raise CheckpointError(
-                f"{path} is a zip archive of {inside}; expected weights: unpack it"
-            ) from error
+            raise CheckpointError(f"{path} is {inside}") from error
         raise _damaged(path, error) from error
     return _unwrap(value, path)
 
@@ -288,9 +340,16 @@ def _other_zip(path: Path) -> str | None:
             names = archive.namelist()
     except (OSError, zipfile.BadZipFile):
         return None
+    if any("/code/" in name or name.endswith("constants.pkl") for name in names):
+        return (
+            "a program (TorchScript, torch.export); expected weights, save only "
+            "`model.state_dict()`"
+        )
+    if names and all(name.endswith(".npy") for name in names):
+        return "an archive of NumPy arrays (npz); expected weights, save them as .safetensors"
     if not names or any(name.endswith("data.pkl") for name in names):
         return None
-    return ", ".join(names[:3])
+    return f"a zip archive of {', '.join(names[:3])}; expected weights: unpack it"
 
 
 def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
@@ -301,13 +360,20 @@ def _unwrap(value: Any, path: Path) -> dict[str, Tensor]:
     """
     tensors = _flatten(value) if isinstance(value, Mapping) else {}
     if not tensors:
+        lacking = " without tensors" if isinstance(value, Mapping) else ""
         raise CheckpointError(
-            f"{path} holds a {type(value).__name__} without tensors; expected a state dict"
+            f"{path} holds a {type(value).__name__}{lacking}; expected a state dict"
         )
     return tensors
 
 
 def _flatten(value: Mapping[Any, Any]) -> dict[str, Tensor]:
+    value = {
+        name: {str(index): each for index, each in enumerate(nested)}
+        if name == _SHADOWS and isinstance(nested, list | tuple)
+        else nested
+        for name, nested in value.items()
+    }
     inner = {
         name: tensors
         for name, nested in value.items()

@@ -97,6 +97,13 @@ def test_comfyuis_folder_and_a_vae_for_each_model(tmp_path: Path) -> None:
     write(tmp_path / "text_encoders/umt5_xxl_fp8.safetensors", umt5())
     with pytest.raises(CheckpointError, match=r"several text encoders \(umt5_xxl_fp16.*that is"):
         _ = find_components(tmp_path).text_encoder
+    # T5 of other models does not count beside UMT5
+    (tmp_path / "text_encoders/umt5_xxl_fp8.safetensors").unlink()
+    positions = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
+    write(encoder, umt5() | {positions: torch.ones(2)})
+    write(tmp_path / "text_encoders/t5xxl_fp16.safetensors", umt5())
+    assert find_components(tmp_path).text_encoder == encoder
+    write(tmp_path / "text_encoders/umt5_xxl_fp8.safetensors", umt5() | {positions: torch.ones(2)})
     # beside a checkpoint, whose user may have named another place
     assert find_components(tmp_path, is_asked=False).text_encoder is None
 

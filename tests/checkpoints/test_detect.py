@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save_file
@@ -177,8 +179,21 @@ def test_other_zip_files_and_empty_dicts(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="without tensors"):
         detect(path)
     torch.save([torch.zeros(2)], path)
-    with pytest.raises(CheckpointError, match="list without tensors"):
+    with pytest.raises(CheckpointError, match=r"holds a list; expected a state dict"):
         detect(path)
+
+
+def test_programs_and_arrays_are_no_damaged_weights(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pt", "w") as archive:
+        for name in ("version", "data.pkl", "constants.pkl", "code/__torch__.py"):
+            archive.writestr(f"a/{name}", "3\n")
+    np.savez(tmp_path / "a.npz", weight=np.ones(2))
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(CheckpointError, match=r"is a program \(TorchScript.*state_dict"):
+            detect(tmp_path / "a.pt")
+        with pytest.raises(CheckpointError, match=r"is an archive of NumPy arrays"):
+            detect(tmp_path / "a.npz")
 
 
 OTHERS = {
@@ -290,6 +305,36 @@ def test_an_expert_without_the_other_is_known_by_name_or_index(tmp_path: Path, w
     (tmp_path / "a/model_index.json").write_text(json.dumps(PIPELINE | {"boundary_ratio": 0.9}))
     for path in (tmp_path / "a", alone.parent, alone):
         with pytest.raises(CheckpointError, match="two experts"):
+            detect(path)
+
+
+@pytest.mark.parametrize("names", [("transformer", "transformer_2"), EXPERTS])
+def test_experts_of_one_file_folder_or_link(
+    tmp_path: Path, wan: State, names: tuple[str, str]
+) -> None:
+    whole = write(tmp_path, "both.pth", dict.fromkeys(names, wan))
+    for path in (whole, *(f"{whole}#{name}" for name in names)):
+        with pytest.raises(CheckpointError, match=r"both\.pth has two experts") as said:
+            detect(path)
+        assert "PATH#NAME" not in str(said.value)
+    for name in names:
+        inner = write(tmp_path / "pair" / name, "model.safetensors", wan)
+        link = tmp_path / f"my_{names.index(name)}.safetensors"
+        link.symlink_to(inner)
+    for link in tmp_path.glob("my_?.safetensors"):
+        with pytest.raises(CheckpointError, match="is one of two experts"):
+            detect(link)
+    lone = write(tmp_path, "lone.pth", {names[1]: wan})
+    with pytest.raises(CheckpointError, match=f"by the name that it lies under, {names[1]}"):
+        detect(lone)
+    for name in ("wan2.2_t2v_high_noise_14B", "wan2.2_t2v_low_noise_14B"):
+        write(tmp_path / "comfy", f"{name}.safetensors", wan)
+    with pytest.raises(CheckpointError, match="comfy has two experts"):
+        detect(tmp_path / "comfy")
+    for name in ("high", "low"):
+        lone = write(tmp_path / "short" / name, "wan.safetensors", wan)
+    for path, says in ((tmp_path / "short", "has two experts"), (lone, "is one of two experts")):
+        with pytest.raises(CheckpointError, match=says):
             detect(path)
 
 

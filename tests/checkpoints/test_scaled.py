@@ -129,8 +129,48 @@ def test_what_cannot_be_scaled_is_refused(tmp_path: Path, wan: State) -> None:
     refuse(path, {**state, scale: torch.ones(3)}, r"scales \[3\].*one scale or one a row")
     blocks = {key: value for key, value in state.items() if key != scale}
     blocks["blocks.1.ffn.0.weight_scale_inv"] = torch.ones(1, 1)
-    refuse(path, blocks, "weight_scale_inv is no scale of a weight beside it")
+    refuse(path, blocks, "weight_scale_inv is no scale that is known here")
     packed = {**state, weight: torch.zeros(96, 64, dtype=torch.uint8)}
     refuse(path, packed, r"\[96, 64\] is uint8 with scales")
     orphan = {**state, "blocks.9.ffn.0.scale_weight": torch.ones(())}
     refuse(path, orphan, r"blocks\.9\.ffn\.0\.scale_weight is no scale")
+
+
+@pytest.mark.parametrize(
+    "leaf", ["scale", "scales", "weight.scale", "fp8_scale", "weight_quantizer._scale", "amax"]
+)
+def test_scales_of_other_names_are_no_unknown_keys(tmp_path: Path, wan: State, leaf: str) -> None:
+    says = rf"\.{leaf} is no scale that is known here.*named scale_weight or weight_scale"
+    refuse(tmp_path / "wan.safetensors", quantised(wan, leaf), says)
+
+
+def test_a_header_that_promises_scales(tmp_path: Path, wan: State, renamed: Rename) -> None:
+    state, path = quantised(wan, "weight_scale"), tmp_path / "wan.safetensors"
+    said = {"_quantization_metadata": json.dumps({"layers": {"blocks.0.ffn.0": {}}})}
+    save_file(state, str(path), metadata=said)
+    key = "blocks.0.attn1.to_q.weight"
+    weight = load_checkpoint(path).transformer.get_parameter(key)
+    assert torch.equal(weight, products(state, "weight_scale", renamed)[key])
+    bare = {key: value for key, value in state.items() if not key.endswith("weight_scale")}
+    save_file(bare, str(path), metadata=said)
+    with pytest.raises(CheckpointError, match=r"says that its float8 weights have scales.*has no"):
+        load_checkpoint(path)
+
+
+@pytest.mark.parametrize(
+    ("leaves", "whose"),
+    [
+        (("weight", "weight.absmax", "weight.quant_state.bitsandbytes__nf4"), "bitsandbytes"),
+        (("weight", "SCB", "weight_format"), "bitsandbytes"),
+        (("weight._data", "weight._scale", "input_scale"), "optimum-quanto"),
+        (("qweight", "qzeros", "scales"), "GPTQ, AWQ"),
+        (("weight_packed", "weight_scale", "weight_shape"), "compressed-tensors"),
+    ],
+)
+def test_other_quantisers_are_named(
+    tmp_path: Path, wan: State, leaves: tuple[str, ...], whose: str
+) -> None:
+    layer = "blocks.0.ffn.0."
+    state = {key: value for key, value in wan.items() if key != f"{layer}weight"}
+    state |= {f"{layer}{leaf}": torch.zeros(8, 1, dtype=torch.uint8) for leaf in leaves}
+    refuse(tmp_path / "wan.safetensors", state, rf"weights as {whose} .*{layer}.*before they were")

@@ -32,6 +32,8 @@ def saved(path: Path, value: Any) -> Path:
         ("self_attn.", "self_attn._fsdp_wrapped_module._checkpoint_wrapped_module."),
         (".weight", "._orig_mod.weight"),
         ("blocks.1.", "blocks.1.module."),
+        ("blocks.", "_forward_module.blocks."),
+        ("blocks.1.", "blocks.1._fpw_module._original_module."),
     ],
 )
 @pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "module.model.diffusion_model.", "x."])
@@ -69,6 +71,32 @@ def test_the_average_is_taken_and_the_other_by_name(tmp_path: Path, wan: State) 
     with pytest.raises(CheckpointError, match=r"several transformers \(there: 'student', 'twin'\)"):
         detect(tmp_path / "b.safetensors")
     assert len(detect(f"{tmp_path / 'b.safetensors'}#twin").tensors) == len(wan)
+
+
+def test_averages_in_other_forms(tmp_path: Path, wan: State) -> None:
+    averaged = {key: value + 1 for key, value in wan.items()}
+    query = "blocks.0.self_attn.q.weight"
+
+    def loaded(value: Any) -> tuple[Tensor, str]:
+        checkpoint = load_checkpoint(saved(tmp_path / "step.pt", value))
+        return checkpoint.transformer.get_parameter(QUERY), checkpoint.report.reason
+
+    weight, reason = loaded({"model": wan, "EMA": averaged})
+    assert torch.equal(weight, averaged[query]) and "'model' left aside" in reason
+    # torch's AveragedModel: the average itself, with a count
+    counted = {f"module.{key}": value for key, value in averaged.items()}
+    weight, reason = loaded({"n_averaged": torch.tensor(9)} | counted)
+    assert torch.equal(weight, averaged[query]) and "averaged over training" in reason
+    # those that do not name their weights: a list, and names without dots
+    shadows = {"decay": 0.9, "shadow_params": list(averaged.values())}
+    flat = {f"model.{key}": value for key, value in wan.items()}
+    flat |= {"ema." + key.replace(".", ""): value for key, value in averaged.items()}
+    for value in ({"model": wan, "ema": shadows}, flat | {"ema.decay": torch.ones(())}):
+        weight, reason = loaded(value)
+        assert torch.equal(weight, wan[query])
+        assert "under 'model', 'ema', an average that does not name its weights, left" in reason
+    with pytest.raises(CheckpointError, match=r"no transformer 'ema' \(there: 'model'\)"):
+        detect(f"{tmp_path / 'step.pt'}#ema")
 
 
 @pytest.mark.parametrize("inner", [{}, {"critic": 1}])
