@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.checkpoints.components import part_of
-from mv2v_engine.checkpoints.weights import WeightReader
+from mv2v_engine.checkpoints.weights import WeightReader, read_header, with_scales
 from mv2v_engine.defaults import inference, torch_defaults, without_memory
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
@@ -298,6 +298,13 @@ def _read_folder(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
 
     if not (path / "config.json").is_file():
         raise CheckpointError(_no_folder(path, "config.json"))
+    files = sorted(path.glob("*.safetensors"))
+    stored = (info for file in files for info in with_scales(read_header(file)).values())
+    if scaled := next((info for info in stored if info.scale is not None), None):
+        raise CheckpointError(
+            f"{scaled.file} holds float8 weights with scales, which transformers would leave out; "
+            "give the file without a folder of its own, as text_encoders/ of ComfyUI's layout"
+        )
     encoder = cast(Any, transformers.UMT5EncoderModel)
     try:
         with without_bars(), torch_defaults():

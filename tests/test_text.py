@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer
 from tokenizers.models import WordLevel
 from tokenizers.pre_tokenizers import Whitespace
@@ -166,7 +166,7 @@ def test_unusable_folders(folders: tuple[Path, Path], tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="cannot load the text encoder"):
         load(folders)
     weights.write_bytes(whole[:-200])
-    with pytest.raises(CheckpointError, match="cannot load the text encoder"):
+    with pytest.raises(CheckpointError, match=r"model\.safetensors is truncated or damaged"):
         load(folders)
     weights.write_bytes(whole)
     config = json.loads((text / "config.json").read_text())
@@ -281,6 +281,15 @@ def test_a_scaled_float8_file_is_its_products(folders: tuple[Path, Path], tmp_pa
     assert torch.equal(weight, bits.float() * scale)
 
 
+def test_a_folder_of_scaled_float8_is_refused(folders: tuple[Path, Path]) -> None:
+    path = folders[0] / "model.safetensors"
+    state, key = load_file(path), "encoder.block.1.layer.1.DenseReluDense.wo"
+    state[f"{key}.weight"] = state[f"{key}.weight"].to(torch.float8_e4m3fn)
+    save_file(state | {f"{key}.scale_weight": torch.tensor(2.0)}, path, {"format": "pt"})
+    with pytest.raises(CheckpointError, match=r"float8 weights with scales, which trans"):
+        load(folders)
+
+
 def test_unusable_single_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "umt5.safetensors"
     state = {name: weight.data for name, weight in tiny_model().named_parameters()}
@@ -290,6 +299,7 @@ def test_unusable_single_files(folders: tuple[Path, Path], tmp_path: Path) -> No
         ({wo: torch.ones(16, 16)}, r"wo.weight has shape \[16, 16\], expected \[16, 32\]"),
         ({"shared.weight": None}, "is no UMT5 encoder: it lacks shared.weight"),
         ({wo: torch.full((16, 32), torch.nan)}, "not finite"),
+        ({wo: torch.ones(16, 32, dtype=torch.int8)}, "stores .*wo.weight as int8; expected float"),
     ):
         changed = {k: v for k, v in (state | change).items() if v is not None}
         save_file(changed, path)
