@@ -133,7 +133,7 @@ def resolve_camera(
         camera: a preset, a `kind:amount` move, several of them with plus signs; a camera file with
             its options; a trajectory; or poses [T, 3, 4] or [T, 4, 4], which are seen through the
             default lens.
-        num_frames: of the video; None takes as many as a file has.
+        num_frames: of the video, one pose each; None takes as many as there are.
         is_source: it is the source's own path, which may begin anywhere.
         check: whether files and poses are refused that look wrong (`plausibility`).
 
@@ -141,9 +141,11 @@ def resolve_camera(
         CameraError: none of these, or as `named_poses`, `load_trajectory`, `CameraTrajectory`.
     """
     if isinstance(camera, CameraTrajectory):
+        _require_count(camera, num_frames, is_source)
         return camera.resized(size)
     if isinstance(camera, Tensor | np.ndarray | list | tuple):
         trajectory = CameraTrajectory(validate_poses(camera), default_intrinsics(*size), size)
+        _require_count(trajectory, num_frames, is_source)
         if check:
             _check(trajectory, is_source=is_source, advice=_POSES_ADVICE)
         return trajectory
@@ -167,6 +169,19 @@ def resolve_camera(
                 f"cannot read camera file {place}: there is none; give the path of a camera file"
             )
     return named_trajectory(text, num_frames or 2, size)
+
+
+def _require_count(trajectory: CameraTrajectory, num_frames: int | None, is_source: bool) -> None:
+    """Refuse poses in memory that are not one a frame."""
+    found = trajectory.num_frames
+    if num_frames is not None and found != num_frames:
+        poses = "pose" if found == 1 else "poses"
+        whose = "the source's camera" if is_source else "the camera"
+        still = ", or 'static' for a camera that stays" if found == 1 else ""
+        raise CameraError(
+            f"{whose} has {found} {poses}, a window of this model has {num_frames} frames: give "
+            f"one pose a frame{still}"
+        )
 
 
 def _is_like_a_file(text: str) -> bool:

@@ -77,11 +77,6 @@ class Request:
             CameraError, RequestError: what the checkpoint cannot serve.
         """
         trajectory = resolve_camera(camera, sampling.num_frames, sampling.size)
-        if trajectory.num_frames != sampling.num_frames:
-            raise CameraError(
-                f"the camera has {trajectory.num_frames} poses, a window of this model has "
-                f"{sampling.num_frames} frames: give one pose a frame"
-            )
         return cls(
             camera=trajectory,
             prompt=arguments.text("prompt", prompt),

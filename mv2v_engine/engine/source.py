@@ -24,7 +24,7 @@ from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import Alpha, Fit
-from mv2v_engine.errors import CameraError, RequestError, VideoError
+from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.video.io import VideoReader, open_video
 from mv2v_engine.video.scan import Check, check_fps, rate_notes
 from mv2v_engine.video.sound import Sound
@@ -181,19 +181,10 @@ def opened_source(
 def source_trajectory(
     cameras: CameraTrajectory | None, num_frames: int, size: tuple[int, int]
 ) -> CameraTrajectory:
-    """The source's own path relative to its first frame; a static one if it is unknown.
-
-    Raises:
-        CameraError: it has not one pose a frame.
-    """
+    """The source's own path relative to its first frame; a static one if it is unknown."""
     if cameras is None:
         poses, intrinsics = identity_poses(num_frames), default_intrinsics(*size)
         return CameraTrajectory(poses, intrinsics, size, "source")
-    if cameras.num_frames != num_frames:
-        raise CameraError(
-            f"the source's camera has {cameras.num_frames} poses, a window of this model has "
-            f"{num_frames} frames: give one pose a frame"
-        )
     cameras = cameras.resized(size)
     return replace(cameras, poses=relative_to(cameras.poses, cameras.poses[0]))
 

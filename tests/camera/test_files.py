@@ -324,3 +324,15 @@ def test_a_trajectory_without_a_file() -> None:
     for content in bad:
         with pytest.raises(CameraError):
             parse_trajectory(content, num_frames=5, size=(6, 8))
+
+
+@pytest.mark.parametrize("kind", [identity_poses, lambda n: identity_poses(n).tolist()])
+@pytest.mark.parametrize("is_source", [False, True])
+def test_poses_in_memory_are_one_a_frame(kind: Any, is_source: bool) -> None:
+    whose = "the source's camera" if is_source else "the camera"
+    for count, words in ((1, r"1 pose, .* frame, or 'static'"), (5, "5 poses, .* a frame$")):
+        for camera in (kind(count), named_trajectory("static", count, SIZE)):
+            with pytest.raises(CameraError, match=f"^{whose} has {words}"):
+                resolve_camera(camera, 17, SIZE, is_source=is_source)
+            assert resolve_camera(camera, None, SIZE, is_source=is_source).num_frames == count
+    assert resolve_camera(kind(17), 17, SIZE, is_source=is_source).num_frames == 17
