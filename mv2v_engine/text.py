@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.checkpoints.components import part_of
+from mv2v_engine.checkpoints.identify import has_umt5
 from mv2v_engine.checkpoints.weights import WeightReader, read_header, with_scales
 from mv2v_engine.defaults import inference, torch_defaults, without_memory
 from mv2v_engine.errors import CheckpointError, RequestError
@@ -34,6 +35,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase, UMT5EncoderModel
 
 _CACHED_PROMPTS = 16
+# what transformers raises of folders that it cannot load: ImportError where a config asks for a
+# quantiser or a tokenizer's library that is not installed
+_UNLOADABLE = (OSError, ValueError, KeyError, RuntimeError, ImportError)
 # Wan's own encoder file in transformers' words; its gate is the activated half
 _ORIGINAL_NAMES = {
     "norm1": "layer.0.layer_norm",
@@ -270,7 +274,7 @@ def load_text_encoder(
             tokenizer = transformers.AutoTokenizer.from_pretrained(
                 str(tokenizer_path), local_files_only=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
+    except _UNLOADABLE as error:
         raise CheckpointError(_unloadable(f"the tokenizer from {tokenizer_path}", error)) from error
     if check_weights:
         found = (weight_fault(name, weight) for name, weight in model.named_parameters())
@@ -311,7 +315,7 @@ def _read_folder(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
             model, loading = encoder.from_pretrained(
                 str(path), local_files_only=True, dtype=dtype, output_loading_info=True
             )
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (*_UNLOADABLE, SafetensorError) as error:
         raise CheckpointError(_unloadable(f"the text encoder from {path}", error)) from error
     _require_all(path, loading["missing_keys"])
     return cast("UMT5EncoderModel", model)
@@ -338,6 +342,11 @@ def _read_file(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
         infos[name].shape for name in sizes
     )
     blocks = {name.split(".")[2] for name in infos if name.startswith("encoder.block.")}
+    if len(blocks) > 1 and not has_umt5(infos):
+        raise CheckpointError(
+            f"{path} is a T5 encoder (positions in its first block alone), as other models have; "
+            "give UMT5's, such as models_t5_umt5-xxl-enc-bf16.pth or umt5_xxl_fp16.safetensors"
+        )
     config = UMT5Config(
         vocab_size=vocabulary,
         d_model=width,

@@ -313,10 +313,10 @@ def _read_file(path: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     """Config and diffusers-named tensors of a single file, Wan's own or another's of its names."""
     infos = {_renamed(name): info for name, info in part_of(path, "vae").items()}
     sizes = ("encoder.conv_in.weight", "decoder.norm_out.gamma", "post_quant_conv.weight")
-    if not all(name in infos and infos[name].shape for name in sizes):
+    if absent := [name for name in sizes if name not in infos or not infos[name].shape]:
         raise CheckpointError(
-            f"{path.name} is no Wan VAE; give Wan2.1_VAE.pth, Wan2.2_VAE.pth, a file with their "
-            "tensors, or the folder of a diffusers VAE"
+            f"{path.name} is no whole Wan VAE (it lacks {absent[0]}); give Wan2.1_VAE.pth, "
+            "Wan2.2_VAE.pth, a file with their tensors, or the folder of a diffusers VAE"
         )
     width, decoder_width, channels = (infos[name].shape[0] for name in sizes)
     is_22 = any(".downsampler." in name for name in infos)

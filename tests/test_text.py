@@ -281,6 +281,14 @@ def test_a_scaled_float8_file_is_its_products(folders: tuple[Path, Path], tmp_pa
     assert torch.equal(weight, bits.float() * scale)
 
 
+def test_a_quantiser_that_is_not_installed(folders: tuple[Path, Path]) -> None:
+    path = folders[0] / "config.json"
+    said = {"quantization_config": {"quant_method": "aqlm"}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | said))
+    with pytest.raises(CheckpointError, match=r"cannot load the text encoder .*(?i:aqlm)"):
+        load(folders)
+
+
 def test_a_folder_of_scaled_float8_is_refused(folders: tuple[Path, Path]) -> None:
     path = folders[0] / "model.safetensors"
     state, key = load_file(path), "encoder.block.1.layer.1.DenseReluDense.wo"
@@ -293,11 +301,13 @@ def test_a_folder_of_scaled_float8_is_refused(folders: tuple[Path, Path]) -> Non
 def test_unusable_single_files(folders: tuple[Path, Path], tmp_path: Path) -> None:
     path = tmp_path / "umt5.safetensors"
     state = {name: weight.data for name, weight in tiny_model().named_parameters()}
+    positions = "encoder.block.1.layer.0.SelfAttention.relative_attention_bias.weight"
     norm, wo = "encoder.final_layer_norm.weight", "encoder.block.0.layer.1.DenseReluDense.wo.weight"
     for change, message in (
         ({norm: None}, f"lacks 1 tensors of its config, first {norm}"),
         ({wo: torch.ones(16, 16)}, r"wo.weight has shape \[16, 16\], expected \[16, 32\]"),
         ({"shared.weight": None}, "is no UMT5 encoder: it lacks shared.weight"),
+        ({positions: None}, r"is a T5 encoder .*give UMT5's"),
         ({wo: torch.full((16, 32), torch.nan)}, "not finite"),
         ({wo: torch.ones(16, 32, dtype=torch.int8)}, "stores .*wo.weight as int8; expected float"),
     ):

@@ -397,7 +397,7 @@ def test_unusable_files(tmp_path: Path) -> None:
     path.write_bytes(b"nothing of the kind" * 50)
     expect_refused(path, "is text that begins .*; expected weights")
     torch.save({"conv": torch.zeros(2)}, path)
-    expect_refused(path, r"is no Wan VAE; give Wan2\.1_VAE\.pth")
+    expect_refused(path, r"is no whole Wan VAE \(it lacks encoder\.conv_in\.weight\); give Wan")
     torch.save({"epoch": 3}, path)
     expect_refused(path, "without tensors")
     torch.save(narrow_wan21(), path)
