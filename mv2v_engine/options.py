@@ -14,6 +14,7 @@ from typing import Any, get_args
 import torch
 
 from mv2v_engine.checkpoints import detect
+from mv2v_engine.checkpoints.fetch import headers_of
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.config import (
@@ -32,6 +33,7 @@ from mv2v_engine.config import (
     Timesteps,
 )
 from mv2v_engine.engine.engine import Engine
+from mv2v_engine.engine.parts import require_components
 from mv2v_engine.envs import launched_rank
 from mv2v_engine.parser import num_bytes
 from mv2v_engine.sampling.guidance import needs_guidance
@@ -216,14 +218,15 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
         "--checkpoint",
         default=default,
         metavar="NAME_OR_PATH",
-        help=f"a file, a folder or an embedded name; {default} if not given",
+        help="a file, a folder, a hub's owner/name[@revision][:path], or an embedded name; "
+        f"{default} if not given",
     )
     add(
         "--components",
         type=Path,
         metavar="PATH",
-        help="VAE, text encoder and tokenizer from this folder, of diffusers' layout, Wan's or "
-        "ComfyUI's; the checkpoint's own if not given",
+        help="VAE, text encoder and tokenizer from this folder or hub's owner/name, of diffusers' "
+        "layout, Wan's or ComfyUI's; the checkpoint's own if not given",
     )
     add(
         "--rename",
@@ -316,11 +319,15 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
     """What the checkpoint is, from its headers alone.
 
     Raises:
-        CheckpointError: it cannot be loaded.
+        CheckpointError: it cannot be loaded, or lacks components that were not given either.
     """
     renames = None if args.rename is None else read_renames(args.rename)
-    resolution = resolve(detect(args.checkpoint, renames))
-    resolution.require_loadable()
+    has_own = getattr(args, "components", "not asked for") is None
+    with headers_of(args.checkpoint, with_components=has_own) as place:
+        resolution = resolve(detect(place, renames))
+        resolution.require_loadable()
+        if has_own:
+            require_components(resolution)
     size = getattr(args, "size", None)
     return replace(resolution, sampling=resolution.sampling.at(size, resolution.name))
 

@@ -164,7 +164,7 @@ def _parser() -> argparse.ArgumentParser:
     command = commands.add_parser("info", help="versions, devices, backends")
     command.set_defaults(command=info)
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")
-    command.add_argument("path", help="a file, a folder or an embedded name")
+    command.add_argument("path", help="a file, a folder, a hub's owner/name or an embedded name")
     command.add_argument(
         "--rename", type=Path, metavar="FILE", help="names that it cannot tell; none if not given"
     )

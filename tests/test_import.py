@@ -11,7 +11,17 @@ from typing import Any
 import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
-HEAVY = ("diffusers", "transformers", "triton", "av", "PIL", "matplotlib", "xformers", "accelerate")
+HEAVY = (
+    "diffusers",
+    "transformers",
+    "huggingface_hub",
+    "triton",
+    "av",
+    "PIL",
+    "matplotlib",
+    "xformers",
+    "accelerate",
+)
 WEB = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")
 # what is loaded when a module has been imported, each after the ones before
 MODULES = ("", ".text", ".vae", ".video.io", ".run")

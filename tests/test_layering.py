@@ -86,6 +86,7 @@ HEAVY = frozenset(
         "cv2",
         "diffusers",
         "flash_attn",
+        "huggingface_hub",
         "matplotlib",
         "nvtx",
         "opentelemetry",

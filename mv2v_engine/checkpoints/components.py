@@ -28,6 +28,7 @@ from mv2v_engine.errors import CheckpointError
 
 # weights that lie beside a transformer in original Wan folders
 COMPANION = re.compile(r"(?i)(.*vae.*|models_(t5|clip).*|.*umt5.*)")
+PARTS = ("vae", "text_encoder", "tokenizer")
 _FOLDERS = {"vae": ("vae",), "text_encoder": ("text_encoder", "text_encoders", "clip")}
 _TOKENIZERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl", ".")
 _EXPECTED = {
@@ -76,7 +77,7 @@ class Components:
             )
         return paths[0] if len(paths) == 1 else None
 
-    def require_all(self, parts: Sequence[str] = tuple(_EXPECTED)) -> None:
+    def require_all(self, parts: Sequence[str] = PARTS) -> None:
         """Refuse a place where one of them is missing, of all three or of `parts`.
 
         Raises:
@@ -120,6 +121,18 @@ def find_components(place: Path, *, is_asked: bool = True) -> Components:
     if tokenizer is None and tokenizers[0].is_dir():
         tokenizer = tokenizers[0]  # its loader says what it lacks
     return Components(place, tuple(vaes), tuple(encoders), tokenizer, is_asked)
+
+
+def named_components(place: Path) -> tuple[Path, ...]:
+    """The files whose tensors `find_components` looks at."""
+    if place.is_file():
+        return (place,)
+    return tuple(
+        path
+        for part, (own, *_) in _FOLDERS.items()
+        if not any(_describes(folder, part) for folder in (place / own, place))
+        for path in _candidates(place, part)
+    )
 
 
 def part_of(path: Path, part: str) -> dict[str, TensorInfo]:

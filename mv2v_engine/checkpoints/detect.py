@@ -115,11 +115,7 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     Raises:
         CheckpointError: nothing there, no checkpoint, a missing shard, or unreadable weights.
     """
-    try:
-        root, chosen = _resolve(path)
-        found = _find_in_folder(root) if root.is_dir() else _find_by_file(root)
-    except OSError as error:
-        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    root, chosen, found = _find(path)
     _require_whole(root, found)
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
@@ -144,6 +140,15 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
     )
 
 
+def weight_files(path: Path | str) -> tuple[Path, ...]:
+    """The files that hold a checkpoint's transformer, told from names and JSON alone.
+
+    Raises:
+        CheckpointError: there are none, or several that could be.
+    """
+    return _find(path)[2].files
+
+
 def read_json(path: Path) -> dict[str, Any]:
     """A JSON object.
 
@@ -159,6 +164,16 @@ def read_json(path: Path) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CheckpointError(f"{path} holds a {type(value).__name__}; expected a JSON object")
     return value
+
+
+def _find(path: Path | str) -> tuple[Path, str | None, _Found]:
+    """Where a checkpoint lies, the name behind its #, and its files."""
+    try:
+        root, chosen = _resolve(path)
+        found = _find_in_folder(root) if root.is_dir() else _find_by_file(root)
+    except OSError as error:
+        raise CheckpointError(f"cannot read {path}: {error.strerror or error}") from error
+    return root, chosen, found
 
 
 def _generator(root: Path, name: str) -> str:
@@ -183,7 +198,8 @@ def _resolve(path: Path | str) -> tuple[Path, str | None]:
     if not root.exists():
         known = nearest_names(name, embedded) if embedded else "none are installed"
         raise CheckpointError(
-            f"no checkpoint at {name!r}; expected a file, a folder or an embedded name ({known})"
+            f"no checkpoint at {name!r}; expected a file, a folder, a hub's owner/name or an "
+            f"embedded name ({known})"
         )
     return root, None
 
@@ -214,7 +230,7 @@ def _find_by_file(path: Path) -> _Found:
         return _find_in_folder(path.parent)
     folder = path.parent.parent if path.parent.name == "transformer" else path.parent
     if path.name.endswith(".index.json"):
-        return _Found(_indexed(path), folder, _config_beside(path.parent))
+        return _Found(indexed_files(path), folder, _config_beside(path.parent))
     files = _all_shards(path) if _SHARD.fullmatch(path.name) else (path,)
     return _Found(files, folder, _config_beside(path.parent))
 
@@ -296,7 +312,7 @@ def _one_expert(root: Path, reason: str) -> str:
 def _weights_in(folder: Path) -> tuple[Path, ...]:
     """The transformer's weight files of a folder."""
     if indices := sorted(folder.glob("*.index.json")):
-        return _indexed(indices[0])
+        return indexed_files(indices[0])
     files = [p for p in sorted(folder.iterdir()) if p.suffix in WEIGHT_SUFFIXES and p.is_file()]
     named = [p for p in files if p.name.startswith("diffusion_pytorch_model")]
     files = named or [p for p in files if not COMPANION.fullmatch(p.name)]
@@ -319,7 +335,12 @@ def _weights_in(folder: Path) -> tuple[Path, ...]:
     return (files[0],)
 
 
-def _indexed(path: Path) -> tuple[Path, ...]:
+def indexed_files(path: Path) -> tuple[Path, ...]:
+    """The weight files that an index of shards names.
+
+    Raises:
+        CheckpointError: it is none, or one of them is missing.
+    """
     weight_map = read_json(path).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{path} has no weight_map; expected an index of weight shards")

@@ -17,6 +17,7 @@ import torch
 
 from mv2v_engine.checkpoints.components import part_of
 from mv2v_engine.checkpoints.detect import Format, detect
+from mv2v_engine.checkpoints.fetch import fetch_checkpoint, headers_of
 from mv2v_engine.checkpoints.modules import Shape
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
@@ -76,9 +77,10 @@ class Inspection:
     the model does not know. mismatched: (name, got, expected). initialised: parameters it need
     not have, and what fills them. inferred: one line for each tokenizer and merger found.
     undecided: modules whose role shapes leave open. dtypes: tensors by dtype. num_parameters: of
-    the model; num_stored: elements in the file. conditioning: the modes that the weights were
-    trained for. vae_path: the VAE's folder, None without one. numbers: of every component, None
-    if only headers were read. problem: why it cannot be loaded, or None as far as was read.
+    the model; num_stored: elements in the files; num_bytes: of these. conditioning: the modes that
+    the weights were trained for. vae_path: the VAE's folder, None without one. numbers: of every
+    component, None if only headers were read. problem: why it cannot be loaded, or None as far as
+    was read.
     """
 
     path: Path
@@ -86,6 +88,7 @@ class Inspection:
     format: Format
     reason: str
     files: tuple[Path, ...]
+    num_bytes: int
     config: TransformerConfig
     matched: tuple[str, ...]
     missing: tuple[str, ...]
@@ -124,12 +127,26 @@ def inspect_checkpoint(
 ) -> Inspection:
     """Inspect a checkpoint; reads headers only, unless `deep` has it read every number.
 
+    Of a hub name the headers are asked for alone; `deep` fetches all that loading needs.
+
     Raises:
         CheckpointError: it cannot be read or its config cannot be told. Missing, unknown and
             undecided keys are told in the result instead.
     """
     renames = read_renames(Path(rename)) if rename is not None else None
-    resolution = resolve(detect(path, renames))
+    if deep:
+        path = fetch_checkpoint(path, renames)
+    with headers_of(path) as place:
+        found = _inspected(resolve(detect(place, renames)), deep=deep)
+    if place == path:
+        return found
+    # what stood in for the repository is gone
+    files = tuple(Path(file.name) for file in found.files)
+    vae = found.vae_path and Path(found.vae_path.name)
+    return dataclasses.replace(found, path=Path(path), files=files, vae_path=vae)
+
+
+def _inspected(resolution: Resolution, *, deep: bool) -> Inspection:
     detected = resolution.detected
     numbers = tuple(_numbers(resolution)) if deep else None
     dtypes = Counter(info.kind for info in detected.tensors.values())
@@ -139,6 +156,7 @@ def inspect_checkpoint(
         format=detected.format,
         reason=detected.reason,
         files=detected.files,
+        num_bytes=sum(file.stat().st_size for file in detected.files),
         config=resolution.config,
         matched=tuple(resolution.sources),
         missing=resolution.missing,
@@ -160,7 +178,6 @@ def inspect_checkpoint(
 
 def render_inspection(inspection: Inspection) -> str:
     """The inspection as plain text for the command line."""
-    sizes = [file.stat().st_size for file in inspection.files]
     files = ", ".join(file.name for file in inspection.files[:4])
     if len(inspection.files) > 4:
         files += f" and {len(inspection.files) - 4} more"
@@ -169,7 +186,7 @@ def render_inspection(inspection: Inspection) -> str:
         f"{inspection.path} is {inspection.sentence}",
         f"checkpoint   {inspection.path}",
         f"format       {inspection.format}: {inspection.reason}",
-        f"files        {files}, {sum(sizes) / 1e6:,.1f} MB",
+        f"files        {files}, {inspection.num_bytes / 1e6:,.1f} MB",
         f"dtypes       {dtypes}",
         f"parameters   {inspection.num_parameters:,} in the model, "
         f"{inspection.num_stored:,} in the file",

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from mv2v_engine.checkpoints.configs import NOTHING_SAID, TRAINED_FOR, Knowledge, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
+from mv2v_engine.checkpoints.fetch import fetch_checkpoint
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
@@ -83,22 +84,27 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     rename: Path | str | None = None,
     check_weights: bool = True,
+    with_components: bool = True,
 ) -> Checkpoint:
     """Load a checkpoint's transformer in evaluation mode.
 
     Args:
-        path_or_name: a file or folder of a format that `detect` knows, or an embedded name.
+        path_or_name: a file or folder of a format that `detect` knows, an embedded name, or a
+            hub's `owner/name`, `owner/name@revision` or `owner/name:path`, which is fetched.
         dtype: of the parameters; None keeps what the file has, and float32 for float8 with scales.
             Under bfloat16 and float16 the model's `keep_in_fp32_modules` stay float32.
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
         check_weights: refuse weights that are not finite, in the file or after the cast to `dtype`.
+        with_components: of a hub name, fetch the VAE and the text encoder beside it too.
 
     Raises:
         CheckpointError: nothing there, unreadable, incomplete, of other shapes, undecided, or not
             finite.
+        StorageError: the disk has no room for what a hub name needs.
     """
     renames = read_renames(Path(rename)) if rename is not None else None
-    resolution = resolve(detect(path_or_name, renames))
+    place = fetch_checkpoint(path_or_name, renames, with_components=with_components)
+    resolution = resolve(detect(place, renames))
     resolution.require_loadable()
     _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
     return Checkpoint(

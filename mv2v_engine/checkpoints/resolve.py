@@ -20,7 +20,7 @@ from mv2v_engine.checkpoints.configs import (
     infer_config,
     read_own_config,
 )
-from mv2v_engine.checkpoints.detect import Detected
+from mv2v_engine.checkpoints.detect import Detected, Format
 from mv2v_engine.checkpoints.modules import (
     Assignment,
     Shape,
@@ -68,6 +68,10 @@ class Resolution:
     vae_path: Path | None
     text_path: Path | None
     tokenizer_path: Path | None
+
+    @property
+    def format(self) -> Format:
+        return self.detected.format
 
     def require_loadable(self) -> None:
         """Raise `CheckpointError` for whatever forbids loading, the most telling thing first."""
@@ -120,7 +124,7 @@ def resolve(detected: Detected) -> Resolution:
             vae_path = (detected.folder / own.vae).resolve()
         sources = {name: Source(info, info.shape) for name, info in infos.items()}
     else:
-        name = detected.path.stem if detected.path.is_file() else detected.path.resolve().name
+        name = _name_of(detected.path)
         base = infer_config(detected, infos)
         if detected.format == "memory_v2v":
             found = _assign(detected, base)
@@ -160,6 +164,17 @@ def resolve(detected: Detected) -> Resolution:
         text_path=components.text_encoder,
         tokenizer_path=components.tokenizer,
     )
+
+
+def _name_of(path: Path) -> str:
+    """A file's stem, a folder's name, or that of the repository whose snapshot a folder is."""
+    if path.is_file():
+        return path.stem
+    folder = path.resolve()
+    repository = folder.parent.parent.name
+    if folder.parent.name == "snapshots" and repository.startswith("models--"):
+        return repository.rpartition("--")[2]
+    return folder.name
 
 
 def own_components(detected: Detected) -> Components:

@@ -66,12 +66,13 @@ class Engine(Parts):
         """Load a checkpoint of any known format.
 
         Args:
-            path_or_name: an embedded name, or a file or folder.
+            path_or_name: an embedded name, a file or folder, or a hub's `owner/name`,
+                `owner/name@revision` or `owner/name:path`, of which what is needed is fetched.
             device: None takes CUDA if there is one.
             dtype: the transformer's; None is bfloat16 on CUDA, float32 elsewhere.
             components: a folder with VAE, text encoder and tokenizer, of diffusers' layout, Wan's
                 or ComfyUI's, for a checkpoint that is a transformer alone (ReCamMaster, Memory-V2V,
-                original Wan files).
+                original Wan files); or the name of such a repository.
             rename: a JSON file of names that cannot be inferred (see `run inspect`).
 
         Raises:
@@ -131,6 +132,7 @@ class Engine(Parts):
                     dtype=transformer_dtype(dtype, place),
                     rename=rename,
                     check_weights=config.check_weights,
+                    with_components=False,
                 )
                 configure(checkpoint.transformer, config, place)
             serve(ranks, checkpoint.transformer)

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.checkpoints.components import find_components
+from mv2v_engine.checkpoints.fetch import fetch_components
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
-from mv2v_engine.checkpoints.resolve import is_trained_for_memory
+from mv2v_engine.checkpoints.resolve import Resolution, is_trained_for_memory
 from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode, Timesteps
 from mv2v_engine.engine.descriptors import (
     SegmentDescriber,
@@ -106,20 +106,24 @@ def load_parts(
     resolve_attention(config, place, dtype)
     open_graphs(config, place)
     check_descriptor(config)
-    given = None if components is None else find_components(components)
-    if given is not None:
-        given.require_all()
+    given = None if components is None else fetch_components(components)
     is_checked = config.check_weights
     checkpoint = load_checkpoint(
-        path_or_name, device=place, dtype=dtype, rename=rename, check_weights=is_checked
+        path_or_name,
+        device=place,
+        dtype=dtype,
+        rename=rename,
+        check_weights=is_checked,
+        with_components=given is None,
     )
     vae_path, text_path = checkpoint.vae_path, checkpoint.text_path
     tokenizer_path = checkpoint.tokenizer_path
-    if given is not None:
+    if given is None:
+        require_components(checkpoint)
+    else:
         vae_path = given.vae(checkpoint.config.latent_channels)
         text_path, tokenizer_path = given.text_encoder, given.tokenizer
-    if vae_path is None:
-        raise CheckpointError(_lacks(checkpoint, "VAE"))
+    assert vae_path is not None
     # convolutions in half precision are slow or missing on a CPU
     vae_dtype = torch.float32 if place.type == "cpu" else dtype
     vae = load_vae(vae_path, device=place, dtype=vae_dtype, check_weights=is_checked)
@@ -135,18 +139,25 @@ def load_parts(
             is_offloaded=config.text_offload != "never" and place.type == "cuda",
             check_weights=is_checked,
         )
-    elif checkpoint.format != "mv2v_engine":
-        what = "text encoder" if text_path is None else "tokenizer"
-        raise CheckpointError(_lacks(checkpoint, what))
     return checkpoint, vae, text
 
 
-def _lacks(checkpoint: Checkpoint, what: str) -> str:
-    return (
-        f"{checkpoint.name} ({checkpoint.format}) holds no {what}; give a Wan diffusers folder "
-        "with vae, text_encoder and tokenizer as components (--components), or one with "
-        "Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/"
-    )
+def require_components(found: Checkpoint | Resolution) -> None:
+    """Refuse a checkpoint that lacks what turns need beside its transformer; ours need no text.
+
+    Raises:
+        CheckpointError: with what is missing, and how to give it.
+    """
+    needed = {"VAE": found.vae_path}
+    if found.format != "mv2v_engine":
+        needed |= {"text encoder": found.text_path, "tokenizer": found.tokenizer_path}
+    missing = [what for what, place in needed.items() if place is None]
+    if missing:
+        raise CheckpointError(
+            f"{found.name} ({found.format}) holds no {missing[0]}; give a Wan diffusers folder "
+            "with vae, text_encoder and tokenizer as components (--components), or one with "
+            "Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/"
+        )
 
 
 def configure(

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
-from mv2v_engine.checkpoints.components import find_components
+from mv2v_engine.checkpoints.fetch import fetch_components
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.config import MergerConfig, TransformerConfig
 from mv2v_engine.errors import CheckpointError
@@ -111,8 +111,7 @@ def empty_text(checkpoint: Checkpoint, components: Path | None) -> Tensor | None
     """Embedding [S', text_dim] of the empty prompt, where there is a text encoder."""
     text_path, tokenizer_path = checkpoint.text_path, checkpoint.tokenizer_path
     if components is not None:
-        given = find_components(components)
-        given.require_all(("text_encoder", "tokenizer"))
+        given = fetch_components(components, ("text_encoder", "tokenizer"))
         text_path, tokenizer_path = given.text_encoder, given.tokenizer
     if text_path is None or tokenizer_path is None:
         return None

@@ -1,0 +1,281 @@
+"""From a name on a hub to a path here: what loading it needs, and nothing else of its repository.
+
+A repository is first put up as a stand-in: its folders, every file of its full size but empty, and
+of the files that tell what it is their JSON and their headers. What is found there is what would be
+found in a copy, so that whatever can be refused is refused before gigabytes are fetched.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import tempfile
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from mv2v_engine.checkpoints.components import (
+    PARTS,
+    Components,
+    find_components,
+    named_components,
+)
+from mv2v_engine.checkpoints.detect import detect, indexed_files, weight_files
+from mv2v_engine.checkpoints.hub import (
+    HubName,
+    Repository,
+    fetch_files,
+    hub_name,
+    open_repository,
+    read_part,
+    say,
+    shadowed,
+)
+from mv2v_engine.checkpoints.names import Renames
+from mv2v_engine.checkpoints.resolve import resolve
+from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES
+from mv2v_engine.errors import CheckpointError
+
+# where JSON lies that tells what a checkpoint is; larger ones tell of tokenizers
+_TELLING = ("", "transformer", "vae", "text_encoder", "scheduler", "..")
+_MAX_JSON = 1 << 20
+# of a torch archive: its pickle comes first, its directory last
+_ARCHIVE_ENDS = 1 << 20
+# of a safetensors file, by its format
+_MAX_HEADER = 100_000_000
+# what a tokenizer's folder has for it, where other things lie there too
+_OF_A_TOKENIZER = re.compile(
+    r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|.*\.model|vocab\..*|merges\.txt"
+)
+# names under which diffusers and transformers look for weights, in their order
+_WEIGHTS = (
+    "diffusion_pytorch_model.safetensors",
+    "model.safetensors",
+    "diffusion_pytorch_model.bin",
+    "pytorch_model.bin",
+)
+
+
+@contextmanager
+def headers_of(place: Path | str, *, with_components: bool = True) -> Iterator[Path | str]:
+    """A path at which headers can be read: the place itself, of a hub name a stand-in for it.
+
+    The stand-in is gone after the block, and holds no numbers. with_components: also what lies
+    beside the transformer.
+
+    Raises:
+        CheckpointError: the hub does not give them, or no transformer can be told there.
+    """
+    bare, chosen = _split(place)
+    name = hub_name(bare)
+    if name is None:
+        yield place
+        return
+    with _headers(open_repository(name), name, with_components=with_components) as (path, _):
+        yield f"{path}{chosen}"
+
+
+def fetch_checkpoint(
+    place: Path | str, renames: Renames | None = None, *, with_components: bool = True
+) -> Path | str:
+    """The path of a checkpoint; of a hub name, what loading it needs is fetched into the cache.
+
+    with_components: the VAE, the text encoder and the tokenizer beside it are loaded, too.
+
+    Raises:
+        CheckpointError: as `headers_of` and `Resolution.require_loadable`, and if a file does not
+            arrive as it should.
+        StorageError: the cache's disk has no room.
+    """
+    bare, chosen = _split(place)
+    name = hub_name(bare)
+    if name is None:
+        if words := shadowed(bare):
+            say(f"note: {words}")
+        return place
+    repository = open_repository(name)
+    with _headers(repository, name, with_components=with_components) as (path, root):
+        resolution = resolve(detect(f"{path}{chosen}", renames))
+        resolution.require_loadable()
+        needed = list(resolution.detected.files)
+        if with_components:
+            text, tokenizer = resolution.text_path, resolution.tokenizer_path
+            needed += _of_components(resolution.vae_path, text, tokenizer)
+        paths = _inside(needed, root, repository)
+    fetch_files(repository, paths)
+    return f"{repository.folder / name.path}{chosen}"
+
+
+def fetch_components(place: Path | str, parts: Sequence[str] = PARTS) -> Components:
+    """VAE, text encoder and tokenizer, or `parts` of them, at a path or in a named repository.
+
+    Raises:
+        CheckpointError, StorageError: as `find_components`, `require_all` and `fetch_checkpoint`.
+    """
+    name = hub_name(place)
+    if name is None:
+        if words := shadowed(place):
+            say(f"note: {words}")
+        found = find_components(Path(place))
+        found.require_all(parts)
+        return found
+    repository = open_repository(name)
+    with _stand_in(repository, name) as (path, root):
+        _fill(repository, root, named_components(path))
+        found = find_components(path)
+        found.require_all(parts)
+        places: dict[str, list[Path | None]] = {
+            "vae": [vae for vae, _ in found.vaes],
+            "text_encoder": [found.text_encoder],
+            "tokenizer": [found.tokenizer],
+        }
+        needed = _of_components(*(each for part in parts for each in places[part]))
+        paths = _inside(needed, root, repository)
+    fetch_files(repository, paths)
+    return find_components(repository.folder / name.path)
+
+
+def fetch_file(place: Path | str) -> Path:
+    """The path of one weight file; of a hub name it is fetched: what it names, or the only one.
+
+    Raises:
+        CheckpointError: the repository holds none or several, or the file does not arrive.
+        StorageError: the cache's disk has no room.
+    """
+    name = hub_name(place)
+    if name is None:
+        return Path(place)
+    repository = open_repository(name)
+    path = name.path
+    if path not in repository.files:
+        within = f"{path}/" if path else ""
+        there = [
+            file
+            for file in repository.files
+            if file.startswith(within) and file.endswith(WEIGHT_SUFFIXES)
+        ]
+        if len(there) != 1:
+            listed = ", ".join(there[:6]) or "none"
+            raise CheckpointError(
+                f"{name} holds {len(there)} weight files ({listed}); give one as "
+                f"{name.repository}:FILE"
+            )
+        path = there[0]
+    fetch_files(repository, [path])
+    return repository.folder / path
+
+
+@contextmanager
+def _headers(
+    repository: Repository, name: HubName, *, with_components: bool
+) -> Iterator[tuple[Path, Path]]:
+    """As `_stand_in`, with the headers of a transformer's files, and of what lies beside it."""
+    with _stand_in(repository, name) as (path, root):
+        files = list(weight_files(path))
+        if with_components:
+            folder = path if path.is_dir() else path.parent
+            files += named_components(folder.parent if folder.name == "transformer" else folder)
+        _fill(repository, root, files)
+        yield path, root
+
+
+@contextmanager
+def _stand_in(repository: Repository, name: HubName) -> Iterator[tuple[Path, Path]]:
+    """The path that is named and its repository's root, in a folder that stands in for it.
+
+    Errors within name the repository in place of the folder.
+    """
+    with tempfile.TemporaryDirectory(prefix="mv2v-hub-") as folder:
+        above = Path(folder).resolve()
+        root = above / name.repository
+        for path, file in repository.files.items():
+            place = root / path
+            place.parent.mkdir(parents=True, exist_ok=True)
+            if cached := repository.cached(path):
+                place.symlink_to(cached)
+            else:
+                with place.open("wb") as empty:
+                    empty.truncate(file.size)
+        named = root / name.path
+        _fetch_json(repository, root, named if named.is_dir() else named.parent)
+        try:
+            yield named, root
+        except CheckpointError as error:
+            raise CheckpointError(str(error).replace(f"{above}{os.sep}", "")) from error
+
+
+def _fetch_json(repository: Repository, root: Path, folder: Path) -> None:
+    """Put the JSON there that tells what a folder is; all of it is needed, and small."""
+    places = [Path(os.path.normpath(folder / part)) for part in _TELLING]
+    paths = [
+        path
+        for path, file in repository.files.items()
+        if path.endswith(".json") and file.size <= _MAX_JSON and (root / path).parent in places
+    ]
+    fetch_files(repository, paths)
+    for path in paths:
+        (root / path).unlink()
+        (root / path).symlink_to(repository.folder / path)
+
+
+def _fill(repository: Repository, root: Path, files: Iterable[Path]) -> None:
+    """Read the headers of weight files into their stand-ins."""
+    for file in files:
+        if file.is_symlink():  # it is all there
+            continue
+        path, size = file.relative_to(root).as_posix(), file.stat().st_size
+        head = read_part(repository, path, 0, min(size, _ARCHIVE_ENDS))
+        parts = [(0, head)]
+        if head.startswith(b"PK"):
+            first = max(size - _ARCHIVE_ENDS, len(head))
+            parts.append((first, read_part(repository, path, first, size - first)))
+        elif len(head) < (end := 8 + int.from_bytes(head[:8], "little")) <= min(size, _MAX_HEADER):
+            parts.append((len(head), read_part(repository, path, len(head), end - len(head))))
+        with file.open("r+b") as out:
+            for first, content in parts:
+                out.seek(first)
+                out.write(content)
+
+
+def _of_components(*places: Path | None) -> list[Path]:
+    """The files that loading components reads, each a file or a folder."""
+    files: list[Path] = []
+    for place in places:
+        if place is None:
+            continue
+        if place.is_file():
+            files.append(place)
+            continue
+        there = [path for path in sorted(place.iterdir()) if path.is_file()]
+        weights = [path for path in there if path.suffix in WEIGHT_SUFFIXES]
+        if (place / "tokenizer_config.json").is_file():
+            files += [path for path in there if _OF_A_TOKENIZER.fullmatch(path.name)]
+            continue
+        files += [path for path in there if path.suffix == ".json"]
+        for name in _WEIGHTS:
+            index = place / f"{name}.index.json"
+            if index.is_file():
+                files += indexed_files(index)
+            elif place / name in weights:
+                files.append(place / name)
+            else:
+                continue
+            break
+        else:
+            files += weights
+    return files
+
+
+def _inside(files: Iterable[Path], root: Path, repository: Repository) -> list[str]:
+    """The files by their paths in the repository."""
+    paths = [os.path.relpath(file, root).replace(os.sep, "/") for file in files]
+    for path in paths:
+        repository.require(path)
+    return paths
+
+
+def _split(place: Path | str) -> tuple[str, str]:
+    """A place, and the mark and name of one of several models in it, "" without."""
+    text = os.fspath(place)
+    bare, mark, chosen = text.rpartition("#")
+    return (bare, f"#{chosen}") if mark and hub_name(bare) is not None else (text, "")
