@@ -25,6 +25,7 @@ import torch
 from mv2v_engine import Engine, EngineConfig, __version__
 from mv2v_engine.camera.drawing import save_drawing
 from mv2v_engine.camera.files import resolve_camera
+from mv2v_engine.catalogue import describe_models
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
 from mv2v_engine.envs import launched_rank, num_threads
 from mv2v_engine.errors import (
@@ -128,6 +129,12 @@ def info(args: argparse.Namespace) -> int:
     return 0
 
 
+def models(args: argparse.Namespace) -> int:
+    """Print the checkpoints that are known to run, what they take, and how to run them."""
+    print(describe_models())
+    return 0
+
+
 def inspect(args: argparse.Namespace) -> int:
     """Print what a checkpoint is and what loading it would do."""
     inspection = inspect_checkpoint(args.path, args.rename, deep=args.deep)
@@ -163,6 +170,8 @@ def _parser() -> argparse.ArgumentParser:
     add_store(commands.add_parser("store", help="check or repair the store of a service"))
     command = commands.add_parser("info", help="versions, devices, backends")
     command.set_defaults(command=info)
+    command = commands.add_parser("models", help="checkpoints known to run, and their cost")
+    command.set_defaults(command=models)
     command = commands.add_parser("inspect", help="what a checkpoint is and whether it loads")
     command.add_argument("path", help="a file, a folder, a hub's owner/name or an embedded name")
     command.add_argument(

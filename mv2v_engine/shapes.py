@@ -164,6 +164,32 @@ class TransformerConfig:
         return self.merge_blocks or ()
 
 
+@dataclass(frozen=True, kw_only=True, slots=True)
+class TextShape:
+    """Shape of a UMT5 encoder, whose words are transformers' `UMT5Config`'s."""
+
+    vocab_size: int
+    d_model: int
+    d_kv: int
+    d_ff: int
+    num_layers: int
+    num_heads: int
+    relative_attention_num_buckets: int = 32
+
+    @property
+    def num_parameters(self) -> int:
+        """Every block: q, k, v, o, a table of relative positions, the gated feed-forward, norms."""
+        attention = 4 * self.d_model * self.d_kv * self.num_heads
+        positions = self.relative_attention_num_buckets * self.num_heads
+        block = attention + positions + 3 * self.d_model * self.d_ff + 2 * self.d_model
+        return self.vocab_size * self.d_model + self.num_layers * block + self.d_model
+
+
+# what all of Wan's models read their prompts with
+UMT5_XXL = TextShape(
+    vocab_size=256_384, d_model=4096, d_kv=64, d_ff=10_240, num_layers=24, num_heads=64
+)
+
 # Wan2.1-T2V-1.3B with ReCamMaster's camera modules and Memory-V2V's tokenizers and mergers.
 WAN_1_3B = TransformerConfig(
     num_layers=30,

@@ -89,6 +89,8 @@ _WAN22: dict[str, Any] = {
     "latents_mean": [float(mean) for mean in _WAN22_MEAN.split()],
     "latents_std": [float(deviation) for deviation in _WAN22_STD.split()],
 }
+# its full size, as published
+WAN_2_2_VAE = {**_WAN22, "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48}
 _FINGERPRINT_SAMPLES = 64
 
 

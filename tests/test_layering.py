@@ -52,7 +52,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"synthetic"}),
     frozenset({"engine"}),
     frozenset({"__init__"}),
-    frozenset({"machine", "terminal", "options"}),
+    frozenset({"machine", "terminal", "options", "catalogue"}),
     frozenset({"serving", "training", "evaluation", "turns"}),
     frozenset({"run"}),
 )

@@ -144,7 +144,7 @@ def save_checkpoint(
     """
     folder = Path(folder)
     tensors = {
-        key: parameter.detach().to("cpu", _stored_dtype(transformer, key, dtype))
+        key: parameter.detach().to("cpu", stored_dtype(transformer, key, dtype))
         for key, parameter in transformer.named_parameters()
     }
     save_tensors(folder / OWN_WEIGHTS, tensors, {"format": "pt"})
@@ -169,7 +169,7 @@ def _fill(
             tensor = _shaped(reader.read(source.info), source)
             wanted = dtype or tensor.dtype
             # a copy even when nothing changes: the file must not stay mapped
-            copied = tensor.to(device, _stored_dtype(model, name, wanted), copy=True)
+            copied = tensor.to(device, stored_dtype(model, name, wanted), copy=True)
             _place(model, name, copied.contiguous())
             if check_weights and (fault := weight_fault(source.info.key, copied, tensor)):
                 faults.append(fault)
@@ -199,7 +199,7 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=requires_grad))
 
 
-def _stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
     """float32 for what the model keeps so under half precision, else the dtype asked for."""
     kept: tuple[str, ...] = getattr(model, "keep_in_fp32_modules", ())
     is_half = dtype in (torch.bfloat16, torch.float16)

@@ -6,20 +6,28 @@ Bytes are of tensors alive at once; what a library allocates inside an operation
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
+import math
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.checkpoints.load import stored_dtype
+from mv2v_engine.config import EngineConfig, SamplingConfig, TransformerConfig
+from mv2v_engine.defaults import without_memory
 from mv2v_engine.engine.counting import vae_peak_bytes
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
+from mv2v_engine.models.autoencoder import Autoencoder
+from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.progress import Spans
-from mv2v_engine.text import TextEncoder
+from mv2v_engine.shapes import TextShape
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.vae import VideoVAE
 
 # torch keeps this much for cuBLAS on Hopper, and less elsewhere
 CUBLAS_WORKSPACE = 32 << 20
@@ -122,6 +130,9 @@ class Budget:
         shape, text, sampling = parts.transformer.config, parts.text, parts.sampling
         encode, decode = vae_peak_bytes(parts.vae, sampling.num_frames, sampling.size)
         on_gpu, held = parts.device.type == "cuda", parts.graphs.bytes()
+        embed = 0
+        if text is not None:
+            embed = _embed_bytes(text.model.config, text.max_length, text.dtype)
         return Footprint(
             transformer=module_bytes(parts.transformer),
             vae=module_bytes(parts.vae.model),
@@ -133,7 +144,7 @@ class Budget:
             embedding=shape.text_len * shape.text_dim * parts.dtype.itemsize,
             encode=encode,
             decode=decode,
-            embed=0 if text is None else embed_bytes(text),
+            embed=embed,
             workspace=held["pool"] + held["buffers"] + (CUBLAS_WORKSPACE if on_gpu else 0),
             arena=held["arena"],
             execution=Execution(
@@ -258,9 +269,52 @@ def module_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
-def embed_bytes(text: TextEncoder) -> int:
-    """The most that one prompt makes in a T5 encoder: a layer's scores or its hidden rows."""
-    config, length, size = text.model.config, text.max_length, text.dtype.itemsize
+def shape_footprint(
+    shape: TransformerConfig,
+    sampling: SamplingConfig,
+    vae: Mapping[str, Any],
+    text: TextShape | None,
+    *,
+    cached: int,
+) -> Footprint:
+    """As `Budget.footprint`, of an engine on a GPU in bfloat16 that nobody has loaded.
+
+    vae: the config of an `Autoencoder`. cached: videos in the latent memory after the turn.
+    """
+    with without_memory():
+        transformer, autoencoder = MV2VTransformer(shape), Autoencoder(vae)
+    coder, size = VideoVAE(autoencoder, torch.bfloat16), torch.bfloat16.itemsize
+    encode, decode = vae_peak_bytes(coder, sampling.num_frames, sampling.size)
+    video = math.prod(coder.latent_shape(sampling.num_frames, sampling.size))
+    video *= torch.float32.itemsize
+    weights = sum(
+        weight.numel() * stored_dtype(transformer, name, torch.bfloat16).itemsize
+        for name, weight in transformer.named_parameters()
+    )
+    return Footprint(
+        transformer=weights,
+        vae=size * sum(weight.numel() for weight in autoencoder.parameters()),
+        text=0 if text is None else size * text.num_parameters,
+        is_text_offloaded=False,
+        cache=cached * video,
+        video=video,
+        copies_memory=False,
+        embedding=shape.text_len * shape.text_dim * size,
+        encode=encode,
+        decode=decode,
+        embed=0 if text is None else _embed_bytes(text, shape.text_len, torch.bfloat16),
+        workspace=CUBLAS_WORKSPACE,
+        arena=0,
+        execution=Execution(size, EngineConfig().feed_forward_chunk),
+    )
+
+
+def _embed_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
+    """The most that one prompt makes in a T5 encoder: a layer's scores or its hidden rows.
+
+    config: a `TextShape`, or transformers' own.
+    """
+    size = dtype.itemsize
     wide = 4 if size < 4 else 0
     # scores, position bias and their sum; the softmax in float32 and back
     scores = config.num_heads * length**2 * (4 * size + wide)

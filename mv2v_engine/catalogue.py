@@ -1,0 +1,227 @@
+"""What `run models` tells: the checkpoints that are known to run, what each takes, how to run it.
+
+What can be computed is computed from shapes: bytes on the disk, the device's peak, FLOPs. Names and
+licences are as their authors published them; what they did not is "not told".
+"""
+
+from __future__ import annotations
+
+import shlex
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+from mv2v_engine.checkpoints.detect import detect, embedded_names, read_json
+from mv2v_engine.checkpoints.hub import size_words
+from mv2v_engine.checkpoints.resolve import is_trained_for_memory, resolve
+from mv2v_engine.config import (
+    LUCY_5B,
+    WAN_1_3B,
+    EngineConfig,
+    MergeMode,
+    SamplingConfig,
+    TransformerConfig,
+)
+from mv2v_engine.defaults import without_memory
+from mv2v_engine.engine.budget import predict, shape_footprint
+from mv2v_engine.engine.report import turn_flops
+from mv2v_engine.models.autoencoder import Autoencoder
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.shapes import UMT5_XXL, TextShape
+from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
+from mv2v_engine.vae import WAN_2_2_VAE
+
+_GIB = 1 << 30
+_NOT_TOLD = "not told"
+
+
+@dataclass(frozen=True, kw_only=True)
+class KnownModel:
+    """A checkpoint that runs here.
+
+    name, components: as `--checkpoint` and `--components` take them. stored: bytes of an element
+    in the published files of transformer, VAE and text encoder; () where nobody told. files: of
+    weights that ship with the package. published: the transformer as it is in its file, if what is
+    loaded has modules more. remembers: whether the weights learned to. licence: "" where it is not
+    told. checked: how far it is known to run.
+    """
+
+    name: str
+    shape: TransformerConfig
+    sampling: SamplingConfig
+    vae: Mapping[str, Any]
+    text: TextShape | None
+    licence: str
+    checked: str
+    components: str = ""
+    stored: tuple[int, ...] = ()
+    published: TransformerConfig | None = None
+    remembers: bool = True
+    files: tuple[Path, ...] = ()
+
+    @property
+    def is_editor(self) -> bool:
+        return self.shape.source_channels > 0
+
+    @property
+    def command(self) -> str:
+        """A command line that runs it."""
+        words = ["python", "-m", "mv2v_engine.run"]
+        if self.is_editor:
+            words += ["edit", "clip.mp4", "--prompt", "make the ball red", "--out", "edited.mp4"]
+        else:
+            words += ["novel-view", "clip.mp4", "--camera", "pan_right", "--out", "out/"]
+        words += ["--checkpoint", self.name]
+        return shlex.join([*words, *(["--components", self.components] if self.components else [])])
+
+    @property
+    def disk_bytes(self) -> int | None:
+        """The weight files' bytes, components included; None: not told."""
+        if self.files:
+            return sum(file.stat().st_size for file in self.files)
+        if not self.stored:
+            return None
+        with without_memory():
+            modules = MV2VTransformer(self.published or self.shape), Autoencoder(self.vae)
+        counts = [sum(weight.numel() for weight in module.parameters()) for module in modules]
+        counts.append(0 if self.text is None else self.text.num_parameters)
+        return sum(count * size for count, size in zip(counts, self.stored, strict=True))
+
+    def plan(self, memory: int) -> TokenPlan:
+        """Of a turn that remembers so many videos, as the defaults have it."""
+        shape, sampling = self.shape, self.sampling
+        with without_memory():
+            config = Autoencoder(self.vae).config
+        rows, columns = (pixels // config.scale_factor_spatial for pixels in sampling.size)
+        grid = ((sampling.num_frames - 1) // config.scale_factor_temporal + 1, rows, columns)
+        merge: MergeMode = "conv" if shape.merger is not None else "off"
+        return turn_plan(shape, grid, memory_tokenizers(memory, shape.tokenizers), merge=merge)
+
+    def cost(self, memory: int) -> dict[str, Any]:
+        """What a turn takes that remembers so many videos: tokens, FLOPs, and the device's peak.
+
+        In bfloat16 on a GPU; the text encoder waits on the host between turns, or stays.
+        """
+        plan, sampling = self.plan(memory), self.sampling
+        branches = 2 if self.text is not None and needs_guidance(sampling.guidance_scale) else 1
+        flops = turn_flops(plan, plan.merge_steps, branches * sampling.num_inference_steps)
+        held = min(memory, EngineConfig().max_memory) + 1
+        parts = shape_footprint(self.shape, sampling, self.vae, self.text, cached=held)
+        offloaded = replace(parts, is_text_offloaded=self.text is not None)
+        return {
+            "model": self.name,
+            "memory": memory,
+            "frames": sampling.num_frames,
+            "size": list(sampling.size),
+            "tokens": plan.length,
+            "forwards": branches * sampling.num_inference_steps,
+            "pflop": flops["flops"] / 1e15,
+            "peak_gib": predict(offloaded, plan).peak / _GIB,
+            "peak_gib_text_resident": predict(parts, plan).peak / _GIB,
+        }
+
+
+_WAN_COMPONENTS = "Wan-AI/Wan2.1-T2V-1.3B"
+# as the loader makes it of a checkpoint without memory modules: tokenizers from the patch embedding
+_RECAMMASTER = replace(WAN_1_3B, merger=None, camera_conditioning="target")
+
+
+def known_models() -> tuple[KnownModel, ...]:
+    """What ships with the package, then what is published."""
+    return (
+        *map(_embedded, embedded_names()),
+        KnownModel(
+            name="KlingTeam/ReCamMaster-Wan2.1",
+            components=_WAN_COMPONENTS,
+            shape=_RECAMMASTER,
+            published=replace(_RECAMMASTER, tokenizers=()),
+            remembers=False,
+            sampling=SamplingConfig(),
+            vae={},
+            text=UMT5_XXL,
+            stored=(2, 4, 2),
+            licence="Apache-2.0, components Apache-2.0",
+            checked="equal to its authors' pipeline on random weights",
+        ),
+        KnownModel(
+            name="DHCAI/Memory-V2V:memoryv2v.ckpt",
+            components=_WAN_COMPONENTS,
+            shape=WAN_1_3B,
+            sampling=SamplingConfig(),
+            vae={},
+            text=UMT5_XXL,
+            stored=(2, 4, 2),
+            licence="",
+            checked="names of its memory modules are not public and are read off their shapes; "
+            "run inspect first",
+        ),
+        KnownModel(
+            name="decart-ai/Lucy-Edit-Dev",
+            shape=replace(LUCY_5B, merger=None),
+            sampling=SamplingConfig(fps=24.0),
+            vae=WAN_2_2_VAE,
+            text=UMT5_XXL,
+            remembers=False,
+            licence="Lucy Edit Dev Model Non-Commercial License v1.0",
+            checked="equal to diffusers' pipeline on random weights",
+        ),
+    )
+
+
+def _embedded(name: str) -> KnownModel:
+    found = resolve(detect(name))
+    assert found.vae_path is not None
+    text, folders = None, [found.vae_path]
+    if found.text_path is not None:
+        said = read_json(found.text_path / "config.json")
+        text = TextShape(**{each.name: said[each.name] for each in fields(TextShape)})
+        folders.append(found.text_path)
+    parts = [file for folder in folders for file in folder.glob("*.safetensors")]
+    return KnownModel(
+        name=name,
+        shape=found.config,
+        sampling=found.sampling,
+        vae=read_json(found.vae_path / "config.json"),
+        text=text,
+        remembers=is_trained_for_memory(found.initialised),
+        licence="Apache-2.0",
+        checked="trained and measured with this code, of toy worlds alone",
+        files=(*found.detected.files, *parts),
+    )
+
+
+def describe_models() -> str:
+    """All of them as plain text, a paragraph each."""
+    about = "predicted peaks are of a GPU, in bfloat16; what has a hub's name is fetched by its use"
+    return "\n\n".join([about, *map(_described, known_models())])
+
+
+def _described(model: KnownModel) -> str:
+    disk, most = model.disk_bytes, EngineConfig().max_memory
+    first = model.cost(0)
+    height, width = first["size"]
+    peaks = [f"{_peak(first)} for a turn without memory"]
+    if model.remembers:
+        peaks.append(f"{_peak(model.cost(most))} with {most} remembered videos")
+    beside = f", components {model.components}" if model.components else ""
+    return "\n".join(
+        [
+            f"{model.name}{beside}",
+            f"  task      {'edit' if model.is_editor else 'novel-view'}, {first['frames']} frames "
+            f"of {height}x{width}",
+            f"  on disk   {_NOT_TOLD if disk is None else size_words(disk)}",
+            f"  peak      {'; '.join(peaks)}",
+            f"  licence   {model.licence or _NOT_TOLD}",
+            f"  known     {model.checked}",
+            f"  command   {model.command}",
+        ]
+    )
+
+
+def _peak(cost: Mapping[str, Any]) -> str:
+    low, high = cost["peak_gib"], cost["peak_gib_text_resident"]
+    if low == high:
+        return f"{low:.2g} GiB"
+    return f"{low:.3g} GiB, {high:.3g} where the text encoder stays,"
