@@ -17,14 +17,13 @@ from measure import Report, digits, provenance, table
 from mv2v_engine.catalogue import known_models
 
 COUNTS = (0, 3, 10)
-COLUMNS = "model memory tokens forwards pflop peak_gib peak_gib_text_resident disk_gb licence"
+COLUMNS = "model memory tokens forwards pflop peak_gib peak_gib_text_resident disk_bytes licence"
 
 
 def measure(report: Report) -> None:
     for model in known_models():
         if model.files:  # embedded, and measured as it is
             continue
-        disk = model.disk_bytes
         for memory in COUNTS if model.remembers else COUNTS[:1]:
             cost = model.cost(memory)
             rounded = {
@@ -32,7 +31,7 @@ def measure(report: Report) -> None:
             }
             report.add(
                 **{**cost, **rounded},
-                disk_gb=None if disk is None else digits(disk / 1e9),
+                disk_bytes=model.disk_bytes,
                 components=model.components,
                 licence=model.licence,
             )

@@ -17,6 +17,7 @@ from measure import ROOT, read_rows
 
 RESULTS = ROOT / "profiling" / "results"
 COSTS, SCALING, SERVING = (ROOT / "docs" / f"{name}.md" for name in ("costs", "scaling", "serving"))
+README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 # [`Session.render`](../mv2v_engine/engine/session.py#L139)
 _PLACE = re.compile(r"\[`([\w.]+)`\]\(([\w/.]+)#L\d+\)")
@@ -98,6 +99,22 @@ def peaks(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def models(rows: Sequence[Row]) -> str:
+    """What turns of the known full-size checkpoints take, by count, and their licences."""
+    lines = [
+        "| checkpoint | memory videos | tokens | PFLOP a turn | peak GiB, text encoder on the host "
+        "| on the GPU | GB on disk | licence |",
+        "|---|" + "---|" * 7,
+    ]
+    for row in rows:
+        peaks = [f"{row[name]:.1f}" for name in ("peak_gib", "peak_gib_text_resident")]
+        disk = "not told" if row["disk_bytes"] is None else f"{row['disk_bytes'] / 1e9:.1f}"
+        cells = [f"`{row['model']}`", str(row["memory"]), f"{row['tokens']:,}"]
+        cells += [f"{row['pflop']:.1f}", *peaks, disk, row["licence"] or "not told"]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def hourly(rows: Sequence[Row]) -> str:
     """Turns that one worker makes in an hour, by count of memory videos."""
     measured = {(row["config"], row["memory"]): row["seconds"] for row in rows if "stages" in row}
@@ -163,12 +180,14 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "peers": ("peers.jsonl", peers),
     "turns": ("engine.jsonl", turns),
     "peaks": ("peak_memory.jsonl", peaks),
+    "models": ("models.jsonl", models),
     "hourly": ("engine.jsonl", hourly),
     "growth": ("memory.jsonl", growth),
     "faults": ("fault_matrix.jsonl", faults),
 }
 # which tables a page has
 PAGES: dict[Path, tuple[str, ...]] = {
+    README: ("models",),
     COSTS: ("memory", "peers", "turns", "peaks"),
     SCALING: ("hourly", "growth"),
     SERVING: ("faults",),

@@ -5,17 +5,19 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from huggingface_hub import constants
 from torch import Tensor
 
 from mv2v_engine import Engine, run
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints import save_checkpoint
+from mv2v_engine.checkpoints.hub import _opened
 from mv2v_engine.config import SamplingConfig, TransformerConfig
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.autoencoder import Autoencoder
@@ -24,6 +26,7 @@ from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
 from mv2v_engine.testing import randomise
 from mv2v_engine.video.io import write_video
+from tests.checkpoints.small_hub import SmallHub, ask_at, serving
 
 NUM_FRAMES, SIZE, FPS = 9, (48, 64), 8
 TRANSFORMER = {
@@ -167,6 +170,19 @@ def save_lucy(folder: Path) -> Path:
 def pytest_runtest_setup(item: pytest.Item) -> None:
     if item.get_closest_marker("gpu") and not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
+    """A hub of the repositories in `served`; what is fetched lies in `cache`, beside it."""
+    with serving(tmp_path / "served") as hub:
+        ask_at(monkeypatch, hub.address)
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+        monkeypatch.delenv("HF_TOKEN", raising=False)
+        monkeypatch.chdir(tmp_path)
+        _opened.cache_clear()
+        yield hub
+        _opened.cache_clear()
 
 
 @pytest.fixture(scope="session")

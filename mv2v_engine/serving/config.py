@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from mv2v_engine.arguments import fit_fields
+from mv2v_engine.checkpoints.hub import hub_name
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.errors import RequestError
 
@@ -122,7 +123,10 @@ class ServingConfig:
     def in_cluster(self) -> ServingConfig:
         """The same for processes that run elsewhere: relative paths mean nothing to them."""
         places = {name: getattr(self, name) for name in ("components", "rename")}
-        absolute = {name: place and place.absolute() for name, place in places.items()}
+        absolute = {
+            name: place if place is None or hub_name(place) is not None else place.absolute()
+            for name, place in places.items()
+        }
         checkpoint = Path(self.checkpoint)
         return dataclasses.replace(
             self,

@@ -17,6 +17,9 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlparse
 
+import pytest
+from huggingface_hub import constants
+
 LARGE = 1024
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?")
@@ -181,3 +184,10 @@ def serving(root: Path) -> Iterator[SmallHub]:
         finally:
             server.shutdown()
             thread.join()
+
+
+def ask_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
+    """As HF_ENDPOINT does, which the library reads once."""
+    monkeypatch.setattr(constants, "ENDPOINT", address)
+    template = address + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

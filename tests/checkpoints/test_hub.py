@@ -6,7 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,31 +20,12 @@ from mv2v_engine.checkpoints.fetch import fetch_components, fetch_file
 from mv2v_engine.checkpoints.hub import HubName, _opened, hub_name
 from mv2v_engine.envs import child_environment
 from mv2v_engine.errors import CheckpointError, StorageError
-from tests.checkpoints.small_hub import COMMIT, SmallHub, serving
+from tests.checkpoints.small_hub import COMMIT, SmallHub, ask_at
 from tests.checkpoints.test_components import folder, wans_own, write
 
 State = dict[str, Tensor]
 CAMERAS = "kling/ReCamMaster"
 WAN = "wan/Wan2.1-T2V"
-
-
-def ask_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """As HF_ENDPOINT does, which the library reads once."""
-    monkeypatch.setattr(constants, "ENDPOINT", address)
-    template = address + "/{repo_id}/resolve/{revision}/{filename}"
-    monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SmallHub]:
-    with serving(tmp_path / "served") as hub:
-        ask_at(monkeypatch, hub.address)
-        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
-        monkeypatch.delenv("HF_TOKEN", raising=False)
-        monkeypatch.chdir(tmp_path)
-        _opened.cache_clear()
-        yield hub
-        _opened.cache_clear()
 
 
 @pytest.fixture
