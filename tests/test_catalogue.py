@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from mv2v_engine import run
-from mv2v_engine.catalogue import KnownModel, describe_models, known_models
+from mv2v_engine.catalogue import KnownModel, known_models
 from mv2v_engine.checkpoints.hub import hub_name
 from mv2v_engine.shapes import UMT5_XXL
 
@@ -49,8 +49,9 @@ def test_costs_grow_with_the_memory() -> None:
     assert none["peak_gib"] < none["peak_gib_text_resident"]
 
 
-def test_all_of_it_is_told() -> None:
-    told = describe_models()
+def test_all_of_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
+    assert run.main(["models"]) == 0
+    told = capsys.readouterr().out
     for model in MODELS.values():
         assert model.command in told
     assert "licence   not told" in told and "on disk   14.9 GB" in told

@@ -135,13 +135,18 @@ def open_repository(name: HubName) -> Repository:
 
 @lru_cache(maxsize=32)  # a command asks several times, and means one commit
 def _opened(repository: str, revision: str) -> Repository:
-    from huggingface_hub import HfApi, errors
+    from huggingface_hub import HfApi, constants, errors
 
     name = HubName(repository, revision)
     try:
         with _told(name):
             asked = None if revision == "main" else revision
-            info = HfApi().model_info(repository, revision=asked, files_metadata=True)
+            info = HfApi().model_info(
+                repository,
+                revision=asked,
+                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                files_metadata=True,
+            )
     except CheckpointError as error:
         cause = error.__cause__
         is_offline = isinstance(cause, errors.OfflineModeIsEnabled)
@@ -226,12 +231,16 @@ def read_part(repository: Repository, path: str, first: int, count: int) -> byte
     Raises:
         CheckpointError: the hub does not give them.
     """
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+    from huggingface_hub import constants
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        get_session,
+        hf_raise_for_status,
+    )
 
     with _told(repository.name):
         headers = {**_headers(), "Range": f"bytes={first}-{first + count - 1}"}
-        response = get_session().get(_url(repository, path), headers=headers)
+        patience = constants.HF_HUB_DOWNLOAD_TIMEOUT
+        response = get_session().get(_url(repository, path), headers=headers, timeout=patience)
         hf_raise_for_status(response)
     # a server that knows no ranges sends all
     content: bytes = response.content
@@ -398,7 +407,8 @@ def _told(name: HubName) -> Iterator[None]:
             f"{where} answered with status {status}; expected its files: {advice}, or set "
             "HF_ENDPOINT to a mirror"
         ) from error
-    except (OSError, of_transport) as error:
+    # the last two are of an answer that is none of a hub's, or of a name that none can have
+    except (OSError, of_transport, ValueError, KeyError) as error:
         if isinstance(error, OSError) and error.errno in (*_NO_ROOM, *_NO_ENTRY):
             advice = "make room" if error.errno in _NO_ROOM else "allow it"
             raise StorageError(

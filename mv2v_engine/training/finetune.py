@@ -200,6 +200,7 @@ def main() -> None:
         device=device,
         dtype=compute_dtype(device),
         rename=args.rename,
+        with_components=args.components is None,
     )
     model = base.transformer.train()
     shape = add_memory_modules(model)

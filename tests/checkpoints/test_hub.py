@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import BinaryIO
 
@@ -300,6 +301,24 @@ def test_what_does_not_exist(hub: SmallHub, cameras: Path) -> None:
         load_checkpoint("nobody/nothing")
     with pytest.raises(CheckpointError, match=r"holds no step2000\.ckpt at main .*step20000\.ckpt"):
         load_checkpoint(f"{CAMERAS}:step2000.ckpt")
+
+
+def test_who_comes_second_waits(hub: SmallHub, cameras: Path) -> None:
+    """As the processes of a torchrun do, which all load the same checkpoint."""
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(fetch_file, [CAMERAS] * 4))
+    assert {path.read_bytes() for path in found} == {cameras.read_bytes()}
+    assert len(hub.fetched()) == 1
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:{port}/page", "nowhere"])
+def test_an_endpoint_that_is_no_hub(
+    hub: SmallHub, cameras: Path, monkeypatch: pytest.MonkeyPatch, address: str
+) -> None:
+    ask_at(monkeypatch, address.format(port=hub.address.rpartition(":")[2]))
+    with pytest.raises(CheckpointError, match=r"HF_ENDPOINT|HF_TOKEN") as caught:
+        load_checkpoint(CAMERAS)
+    assert "\n" not in str(caught.value)
 
 
 def test_no_network(
