@@ -26,6 +26,7 @@ from mv2v_engine.checkpoints.hub import (
     Repository,
     fetch_files,
     hub_name,
+    note_revision,
     open_repository,
     read_part,
     say,
@@ -102,7 +103,7 @@ def fetch_checkpoint(
             text, tokenizer = resolution.text_path, resolution.tokenizer_path
             needed += _of_components(resolution.vae_path, text, tokenizer)
         paths = _inside(needed, root, repository)
-    fetch_files(repository, paths)
+    _fetch_whole(repository, paths)
     return f"{repository.folder / name.path}{chosen}"
 
 
@@ -131,7 +132,7 @@ def fetch_components(place: Path | str, parts: Sequence[str] = PARTS) -> Compone
         }
         needed = _of_components(*(each for part in parts for each in places[part]))
         paths = _inside(needed, root, repository)
-    fetch_files(repository, paths)
+    _fetch_whole(repository, paths)
     return find_components(repository.folder / name.path)
 
 
@@ -161,8 +162,13 @@ def fetch_file(place: Path | str) -> Path:
                 f"{name.repository}:FILE"
             )
         path = there[0]
-    fetch_files(repository, [path])
+    _fetch_whole(repository, [path])
     return repository.folder / path
+
+
+def _fetch_whole(repository: Repository, paths: Sequence[str]) -> None:
+    fetch_files(repository, paths)
+    note_revision(repository)
 
 
 @contextmanager
@@ -201,7 +207,8 @@ def _stand_in(repository: Repository, name: HubName) -> Iterator[tuple[Path, Pat
         try:
             yield named, root
         except CheckpointError as error:
-            raise CheckpointError(str(error).replace(f"{above}{os.sep}", "")) from error
+            words = str(error).replace(f"{above}{os.sep}", "") + repository.caveat
+            raise CheckpointError(words) from error
 
 
 def _fetch_json(repository: Repository, root: Path, folder: Path) -> None:

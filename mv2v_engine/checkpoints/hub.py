@@ -60,12 +60,16 @@ class HubFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """What a repository holds at one commit. licence: by its card, "" where that says none."""
+    """What a repository holds at one commit. licence: by its card, "" where that says none.
+
+    caveat: for errors, if the hub could not be asked and the cache alone tells what there is.
+    """
 
     name: HubName
     commit: str
     files: Mapping[str, HubFile]
     licence: str = ""
+    caveat: str = ""
 
     @property
     def folder(self) -> Path:
@@ -83,15 +87,13 @@ class Repository:
         Raises:
             CheckpointError: with the paths that come near.
         """
-        if (
-            path
-            and path not in self.files
-            and not any(f.startswith(f"{path}/") for f in self.files)
-        ):
+        is_folder = any(file.startswith(f"{path}/") for file in self.files)
+        if path and path not in self.files and not is_folder:
             near = nearest_names(path, self.files) if self.files else "it is empty"
             raise CheckpointError(
                 f"{self.name.repository} holds no {path} at {self.name.revision} (commit "
                 f"{self.commit[:8]}); nearest are {near}: correct the part behind the colon"
+                f"{self.caveat}"
             )
 
 
@@ -181,7 +183,7 @@ def _licence(info: Any) -> str:
 
 
 def _from_cache(name: HubName) -> Repository | None:
-    """What the cache has of a revision, if all that was ever asked of it came to its end."""
+    """What the cache has of a revision, if anything that was asked of it came to its end."""
     folder, commit = _cache_folder(name.repository), name.revision
     try:
         if not _COMMIT.fullmatch(commit):
@@ -194,7 +196,8 @@ def _from_cache(name: HubName) -> Repository | None:
         }
     except OSError:
         return None
-    return Repository(name, commit, files) if files else None
+    caveat = "; this is what the cache has, the hub was not asked"
+    return Repository(name, commit, files, caveat=caveat) if files else None
 
 
 def fetch_files(repository: Repository, paths: Iterable[str]) -> None:
@@ -221,8 +224,24 @@ def fetch_files(repository: Repository, paths: Iterable[str]) -> None:
             say(f"  {path}, {size_words(sizes[path])}")
         with _told(name):
             _fetch(repository, path)
-    if missing:
-        _note_revision(repository)
+
+
+def note_revision(repository: Repository) -> None:
+    """Write down which commit a branch or tag was, once all that was asked of it is there.
+
+    When the hub cannot be asked, that is what the cache has of it.
+
+    Raises:
+        StorageError: the cache cannot be written.
+    """
+    name, revision = repository.name.repository, repository.name.revision
+    if _COMMIT.fullmatch(revision) or repository.caveat:
+        return
+    place = _cache_folder(name) / "refs" / revision
+    # a cache that has it may be one that nobody can write
+    if not (place.is_file() and place.read_text(encoding="utf-8").strip() == repository.commit):
+        with replacing(place) as temporary:
+            temporary.write_text(repository.commit, encoding="utf-8")
 
 
 def read_part(repository: Repository, path: str, first: int, count: int) -> bytes:
@@ -353,14 +372,6 @@ def _require_room(repository: Repository, sizes: Mapping[str, int]) -> None:
             f"{repository.name} needs {size_words(needed)} more on the disk of {folder.parent}, "
             f"where {size_words(free)} are free; make room, or set HF_HOME to a larger disk"
         )
-
-
-def _note_revision(repository: Repository) -> None:
-    """Write down which commit a branch or tag was, for when the hub cannot be asked."""
-    revision = repository.name.revision
-    if not _COMMIT.fullmatch(revision):
-        with replacing(_cache_folder(repository.name.repository) / "refs" / revision) as place:
-            place.write_text(repository.commit, encoding="utf-8")
 
 
 @contextmanager

@@ -361,8 +361,19 @@ def test_a_path_wins_over_a_name(
     assert "snapshots" in str(load_checkpoint(f"{CAMERAS}@main").report.path)
 
 
-def test_offline(hub: SmallHub, cameras: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline(
+    hub: SmallHub, cameras: Path, wan_repository: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    inspect_checkpoint(WAN)  # fetches no more than the JSON
+    load_checkpoint(f"{WAN}@v1", with_components=False)
+    _opened.cache_clear()
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    with pytest.raises(CheckpointError, match=r"HF_HUB_OFFLINE forbids"):
+        load_checkpoint(WAN)
+    with pytest.raises(
+        CheckpointError, match=r"lacks a VAE.*; this is what the cache has, the hub"
+    ):
+        fetch_components(f"{WAN}@v1")
     with pytest.raises(
         CheckpointError, match=r"HF_HUB_OFFLINE forbids .* has no whole copy; unset"
     ):
