@@ -10,9 +10,11 @@ from __future__ import annotations
 import os
 import re
 import tempfile
+import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from mv2v_engine.checkpoints.components import (
     PARTS,
@@ -40,8 +42,10 @@ from mv2v_engine.errors import CheckpointError
 # where JSON lies that tells what a checkpoint is; larger ones tell of tokenizers
 _TELLING = ("", "transformer", "vae", "text_encoder", "scheduler", "..")
 _MAX_JSON = 1 << 20
-# of a torch archive: its pickle comes first, its directory last
-_ARCHIVE_ENDS = 1 << 20
+# of a file, enough for most headers; and of a torch archive's end, for its directory
+_HEAD = 1 << 20
+# what stands before a record in an archive, with names and padding
+_LOCAL_HEADER = 1 << 10
 # of a safetensors file, by its format
 _MAX_HEADER = 100_000_000
 # what a tokenizer's folder has for it, where other things lie there too
@@ -228,20 +232,38 @@ def _fetch_json(repository: Repository, root: Path, folder: Path) -> None:
 def _fill(repository: Repository, root: Path, files: Iterable[Path]) -> None:
     """Read the headers of weight files into their stand-ins."""
     for file in files:
-        if file.is_symlink():  # it is all there
-            continue
         path, size = file.relative_to(root).as_posix(), file.stat().st_size
-        head = read_part(repository, path, 0, min(size, _ARCHIVE_ENDS))
-        parts = [(0, head)]
-        if head.startswith(b"PK"):
-            first = max(size - _ARCHIVE_ENDS, len(head))
-            parts.append((first, read_part(repository, path, first, size - first)))
-        elif len(head) < (end := 8 + int.from_bytes(head[:8], "little")) <= min(size, _MAX_HEADER):
-            parts.append((len(head), read_part(repository, path, len(head), end - len(head))))
+        if file.is_symlink() or not size:  # all of it is there
+            continue
         with file.open("r+b") as out:
-            for first, content in parts:
-                out.seek(first)
-                out.write(content)
+            head = _put(repository, path, out, 0, min(size, _HEAD))
+            if head.startswith(b"PK"):
+                _put(repository, path, out, max(size - _HEAD, 0), min(size, _HEAD))
+                places = _pickles(out)
+            else:
+                length = int.from_bytes(head[:8], "little")
+                places = [(0, 8 + length)] if length <= min(size, _MAX_HEADER) else []
+            for first, count in places:
+                if first + count > _HEAD:
+                    _put(repository, path, out, first, count)
+
+
+def _put(repository: Repository, path: str, out: BinaryIO, first: int, count: int) -> bytes:
+    """Some bytes of a file, which its stand-in has then."""
+    part = read_part(repository, path, first, count)
+    out.seek(first)
+    out.write(part)
+    return part
+
+
+def _pickles(file: BinaryIO) -> list[tuple[int, int]]:
+    """Where a torch archive has its pickle, and how long it is, by the directory at its end."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            found = [each for each in archive.infolist() if each.filename.endswith("data.pkl")]
+    except zipfile.BadZipFile:
+        return []  # whoever reads it says so
+    return [(each.header_offset, each.compress_size + _LOCAL_HEADER) for each in found]
 
 
 def _of_components(*places: Path | None) -> list[Path]:

@@ -14,6 +14,7 @@ from typing import BinaryIO
 import pytest
 import torch
 from huggingface_hub import constants
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint
@@ -184,6 +185,19 @@ def test_inspect_reads_headers_alone(hub: SmallHub, wan_repository: Path, tmp_pa
     assert not [name for name in kept(tmp_path) if name.endswith((".pth", ".safetensors"))]
     deep = inspect_checkpoint(WAN, deep=True)
     assert deep.numbers is not None and len(deep.numbers) == 3
+
+
+def test_a_header_larger_than_most(hub: SmallHub, recammaster: State, tmp_path: Path) -> None:
+    """Of either kind: a trainer's notes in the pickle, and metadata in front of the tensors."""
+    notes = "".join(chr(48 + i % 64) for i in range(3_000_000))
+    root = hub.root / "big/headers"
+    root.mkdir(parents=True)
+    torch.save({"state_dict": recammaster, "notes": notes}, root / "notes.ckpt")
+    save_file(recammaster, str(root / "notes.safetensors"), {"notes": notes})
+    for name in ("notes.ckpt", "notes.safetensors"):
+        found = inspect_checkpoint(f"big/headers:{name}")
+        assert found.problem is None and found.format == "recammaster"
+    assert not hub.fetched()
 
 
 def test_what_is_refused_is_not_fetched(hub: SmallHub, wan: State, tmp_path: Path) -> None:
