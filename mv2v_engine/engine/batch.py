@@ -8,6 +8,7 @@ after the other.
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
 from itertools import count, islice
@@ -52,7 +53,8 @@ class BatchedTurn:
     """One turn of a batch, from `TurnBatch.add` on.
 
     result: the `Turn`, or what it failed with; None until it is done. tokens: its part of a pack,
-    0 until it is known.
+    0 until it is known. Its work runs in the context (`contextvars`) in which it was added, so that
+    logs and traces tell turns apart.
     """
 
     def __init__(
@@ -68,6 +70,7 @@ class BatchedTurn:
         self.result: Turn | Exception | None = None
         self.tokens = self._num_turns = 0
         self._ranked: Ranked | None = None
+        self._context = copy_context()
         self._events: Generator[Event | StepDue, None, Turn] | None = None
 
     @property
@@ -87,6 +90,9 @@ class BatchedTurn:
 
         error: what the step failed with; the turn raises it as its own.
         """
+        return self._context.run(self._advance, error)
+
+    def _advance(self, error: Exception | None) -> Denoiser | None:
         if self._events is None:
             if error is not None:
                 raise error
@@ -109,7 +115,7 @@ class BatchedTurn:
         """Let go of everything; the error is the result."""
         self.result = error
         if self._events is not None:
-            self._events.close()
+            self._context.run(self._events.close)
 
 
 class TurnBatch:
@@ -117,14 +123,20 @@ class TurnBatch:
 
     token_budget: of one forward; None takes the configuration's `batch_tokens`. Halved when a
     forward of several turns runs out of device memory, 1 where the attention library that was
-    asked for by name takes no packs. pack_failure: what the last pack that did not run said.
+    asked for by name takes no packs. failures: the errors that end one turn and leave the others;
+    any other one ends the batch. pack_failure: what the last pack that did not run said.
 
     Turns of one session run in the order in which they were added, each remembering the ones
     before. One that fails or is cancelled leaves the others, its session's too, as they were.
     """
 
-    def __init__(self, engine: Parts, token_budget: int | None = None) -> None:
-        self.engine = engine
+    def __init__(
+        self,
+        engine: Parts,
+        token_budget: int | None = None,
+        failures: tuple[type[Exception], ...] = FAILURES,
+    ) -> None:
+        self.engine, self._failures = engine, failures
         if engine.team is not None:
             raise RequestError(
                 f"turns of several sessions share a forward in one process, got "
@@ -261,7 +273,7 @@ class TurnBatch:
         everything = [sample for samples in packed.values() for sample in samples]
         try:
             velocities = iter(self.engine.transformer.forward_samples(everything))
-        except FAILURES as error:
+        except self._failures as error:
             self.pack_failure = str(error)
             if isinstance(error, KernelUnavailableError):
                 self.token_budget = 1
@@ -278,7 +290,7 @@ class TurnBatch:
         """Whether a turn's work is done; its error ends that turn alone."""
         try:
             work()
-        except FAILURES as error:
+        except self._failures as error:
             self._go_on(turn, error)
             return False
         return True
@@ -287,7 +299,7 @@ class TurnBatch:
         """Take a turn to its next step; whether it has one."""
         try:
             denoiser = turn.go_on(error)
-        except FAILURES as failure:
+        except self._failures as failure:
             self._fail(turn, failure)
             return False
         if denoiser is None:

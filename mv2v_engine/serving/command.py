@@ -37,7 +37,10 @@ def serve(args: argparse.Namespace) -> int:
     _require(_NEEDED, "serve")
     config, cluster = serving_config(args), cluster_config(args)
     # whatever is wrong with the checkpoint is said before anything listens
-    read_resolution(args)
+    is_editor = bool(read_resolution(args).config.source_channels)
+    if config.engine.batch_tokens is not None and (is_editor or cluster is not None):
+        made = "edits are made" if is_editor else "a replica makes its turns"
+        raise RequestError(f"{made} one after the other; leave --batch-tokens out")
 
     import asyncio
 
@@ -95,7 +98,7 @@ def serving_config(args: argparse.Namespace) -> ServingConfig:
         rename=args.rename,
         device=args.device,
         dtype=args.dtype,
-        engine=engine_config(args, fov_radius=args.fov_radius),
+        engine=engine_config(args, fov_radius=args.fov_radius, batch_tokens=args.batch_tokens),
         host=args.host,
         port=args.port,
         tokens=() if args.no_auth else read_tokens(args.tokens),
@@ -246,6 +249,13 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
         default=defaults.max_sessions_open,
         metavar="N",
         help="in the engine's memory at once",
+    )
+    add(
+        "--batch-tokens",
+        type=int,
+        metavar="N",
+        help="that the steps of several sessions' novel views share in one forward; if not given, "
+        "32768 on cuda, and on a CPU one turn at a time",
     )
     add("--max-sessions", type=int, default=limits.sessions, metavar="N", help="of a token")
     add(

@@ -25,8 +25,13 @@ def replica(engine: Engine) -> Host:
 
 def made(host: Host, folder: Path, claim: Claim) -> Iterator[dict[str, Any]]:
     """A turn's events, under a claim."""
+    session, events = {"id": folder.name, "frames": 9, "window": None}, list[dict[str, Any]]()
     with claim.held():
-        yield from host.run(JOB, {"id": folder.name, "frames": 9, "window": None}, folder, claim)
+        for _ in host.run(JOB, session, folder, claim, events.append):
+            host.tick()
+            yield from events
+            events.clear()
+        yield from events
 
 
 def test_an_attempt_that_is_believed_dead_gives_way(

@@ -51,7 +51,12 @@ def run(
 ) -> Iterator[dict[str, Any]]:
     session = {"id": folder.name, "frames": frames, "window": None}
     job = {"id": "job", "number": number, "request": request}
-    for event in host.run(job, session, folder, cancel or CancelToken()):
+    events: list[dict[str, Any]] = []
+    for _ in host.run(job, session, folder, cancel or CancelToken(), events.append):
+        host.tick()
+        yield from events
+        events.clear()
+    for event in events:
         json.dumps(event, allow_nan=False)
         yield event
 
@@ -87,12 +92,7 @@ def test_a_process_whose_arithmetic_stays_broken_ends(
 
 def test_a_turn_is_cancelled_while_its_video_is_read(host: Host, folder: Path) -> None:
     cancel = CancelToken()
-    events = host.run(
-        {"id": "job", "number": 1, "request": TURN},
-        {"id": folder.name, "frames": 9, "window": None},
-        folder,
-        cancel,
-    )
+    events = run(host, folder, 1, TURN, cancel=cancel)
     # not a step is made: the check between packets is the first one that it meets
     cancel.cancel()
     with pytest.raises(CancelledError):

@@ -107,6 +107,8 @@ def test_a_real_turns_stages_steps_tokens_and_memory(
     assert value(metrics, "stage_seconds_count", stage="sampling") == 2
     assert value(metrics, "stage_seconds_sum", stage="sampling") == 2 * 2.0
     assert value(metrics, "step_seconds_count") == 6
+    assert value(metrics, "steps_total", how="alone") == 6
+    assert value(metrics, "steps_total", how="packed") == 0
     assert value(metrics, "step_seconds_sum") == 6 * 0.5
     # the VAE encodes once and decodes twice, and a stage is its own time, not the turn's so far
     assert value(metrics, "stage_seconds_count", stage="vae") == 3
@@ -133,6 +135,8 @@ def test_a_new_workers_memory_counts_from_nothing(metrics: Metrics) -> None:
             "plan": {"tokens_by_kind": {}, "merges": []},
             "cache_bytes_by_tier": {"device": 5},
             "cache_counters": {"hits": hits, **counters},
+            "num_inference_steps": 6,
+            "packed_steps": 4,
         }
         metrics.job_started(job(name, state="running", started=1.0))
         metrics.job_ended(job(name, state="finished", started=1.0, ended=2.0), report)
@@ -140,6 +144,7 @@ def test_a_new_workers_memory_counts_from_nothing(metrics: Metrics) -> None:
     finish("job_1", 4)
     finish("job_2", 6)
     assert value(metrics, "cache_events_total", event="hits") == 6
+    assert [value(metrics, "steps_total", how=how) for how in ("packed", "alone")] == [8, 4]
     metrics.worker_restarted("exit code -9")
     assert value(metrics, "cache_bytes", tier="device") is None
     finish("job_3", 2)

@@ -40,7 +40,7 @@ def say(message):
 store = pathlib.Path(json.loads(sys.stdin.readline())["store"])
 if (store / "died").exists():
     sys.exit(3)
-say({{"type": "ready", "about": {ABOUT!r}}})
+say({{"type": "ready", "about": {ABOUT!r}, "capacity": 1}})
 for line in sys.stdin:
     order = json.loads(line)
     if order["type"] != "run":

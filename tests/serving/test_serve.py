@@ -63,6 +63,12 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
         (["--checkpoint", "tiny-nothing"], "tiny-nothing"),
         (["--replicas", "2", "--ray-address", "auto"], "add --workers ray"),
         (["--workers", "ray"], "needs --replicas"),
+        (["--batch-tokens", "0"], "batch_tokens must be positive"),
+        (["--batch-tokens", "9", "--checkpoint", "tiny-edit"], "edits are made one after"),
+        (
+            ["--batch-tokens", "9", "--workers", "ray", "--replicas", "1"],
+            "--batch-tokens out",
+        ),
     ],
 )
 def test_what_is_wrong_is_said_in_a_line(

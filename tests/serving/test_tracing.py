@@ -133,7 +133,9 @@ def test_the_worker_traces_its_jobs(
         "folder": str(tmp_path),
     }
     pipe = io.BytesIO()
-    worker._obey(order, Host(engine, max_open=1), worker.Orders(io.BytesIO()), pipe, open_job)
+    host, orders = Host(engine, max_open=1), worker.Orders(io.BytesIO())
+    for _ in worker._turn(order, host, orders, pipe, open_job):
+        host.tick()
     *_, last = map(decode, pipe.getvalue().splitlines())
     assert last["event"]["type"] == "done"
     spans = exporter.get_finished_spans()

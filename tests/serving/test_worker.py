@@ -115,6 +115,8 @@ def test_a_worker_from_its_setup_to_the_end_of_its_server(
     (last,) = worker.events("bad")
     assert last["code"] == "unprocessable_turn"
     worker.run("third", folder, 1, steps=2)
+    # what is asked of a session waits for its turn, which needs it open
+    worker.tell({"type": "release", "session": folder.name})
     *_, last = worker.events("third")
     assert last["type"] == "done" and last["published"]
     worker.tell({"type": "release", "session": folder.name})

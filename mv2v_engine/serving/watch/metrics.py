@@ -102,6 +102,14 @@ class Metrics(Listener):
         self._step_seconds = Histogram(
             "mv2v_step_seconds", "Denoising steps.", buckets=_STEP, registry=registry
         )
+        self._steps = Counter(
+            "mv2v_steps",
+            "Denoising steps of finished turns, by whether they shared a forward with others'.",
+            ("how",),
+            registry=registry,
+        )
+        for how in ("alone", "packed"):
+            self._steps.labels(how)
         self._tokens = Counter(
             "mv2v_tokens",
             "Tokens of finished turns' sequences before merging, by kind.",
@@ -234,6 +242,10 @@ class Metrics(Listener):
             plan = part.get("plan")
             if plan is None:
                 continue
+            packed, steps = part.get("packed_steps"), report.get("num_inference_steps")
+            if packed is not None and steps is not None:
+                self._steps.labels("packed").inc(packed)
+                self._steps.labels("alone").inc(steps - packed)
             for kind, count in plan["tokens_by_kind"].items():
                 self._tokens.labels(kind).inc(count)
             merges = plan["merges"]

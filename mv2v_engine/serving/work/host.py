@@ -1,4 +1,4 @@
-"""An engine and its open sessions, and how a job is done with them: one event after another.
+"""An engine and its open sessions, and how jobs are done with them: novel views step by step.
 
 It knows no process, queue or database: a worker process drives it over a pipe, as a replica would.
 Everything it writes into a session's folder is whole or absent, and a job that is done twice gives
@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import logging
 from collections import OrderedDict
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
@@ -21,6 +21,7 @@ import torch
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS
+from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
@@ -49,6 +50,8 @@ from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
 
 Json: TypeAlias = dict[str, Any]
+# is given the events of a job, as they happen
+Tell: TypeAlias = Callable[[Json], None]
 log = logging.getLogger("mv2v_engine.serving.worker")
 
 _NAMES: dict[type[Any], str] = {
@@ -80,16 +83,20 @@ class Caught:
 
 
 class Host:
-    """Not thread-safe; one job at a time.
+    """Not thread-safe; one job of a session at a time.
 
-    max_open: sessions kept in memory; the least recently used one is closed first.
+    max_open: sessions kept in memory; the least recently used one is closed first, but none that
+        a turn is made of.
     has_claims: every call comes while a `claims.Claim` holds the folder; if not, an open session
         keeps other writers out itself.
+    capacity: jobs worth having under way at once; known after `warm_up`.
     """
 
     def __init__(self, engine: Engine, *, max_open: int, has_claims: bool = False) -> None:
         self.engine, self.max_open, self.has_claims = engine, max_open, has_claims
         self._open: OrderedDict[str, Session] = OrderedDict()
+        self._busy: set[str] = set()
+        self._batch, self.capacity = TurnBatch(engine, failures=(Exception,)), 1
         self.about = _describe(engine)
 
     def warm_up(self) -> None:
@@ -102,24 +109,44 @@ class Host:
         try:
             if self.engine.is_editor:
                 session.edit("-", num_inference_steps=2)
-            else:
-                session.render("static", num_inference_steps=2)
+                return
+            turn = self._batch.add(session, session.request("static", num_inference_steps=2))
+            self._batch.run()
+            if isinstance(turn.result, Exception):
+                raise turn.result
+            # of turns that remember nothing; those that do not fit beside others wait for room
+            self.capacity = max(1, min(self._batch.token_budget // turn.tokens, self.max_open))
         finally:
             session.close()
 
-    def run(self, job: Json, session: Json, folder: Path, cancel: CancelToken) -> Iterator[Json]:
-        """Make a job's turn: the events that `backend` lists, the last one included.
+    def run(
+        self, job: Json, session: Json, folder: Path, cancel: CancelToken, tell: Tell
+    ) -> Iterator[None]:
+        """Make a job's turn. Comes back wherever other jobs may go on, and before `tick` is due.
 
         job: "number" and "request". session: `protocol.session_fields`. folder: the session's.
+        tell: is given the events that `backend` lists, the last one included.
 
-        Whatever goes wrong fails the job, and the next one is made as if it had not been. A device
+        Whatever goes wrong fails the job, and others are made as if it had not been. A device
         that does no work any more is the exception: what it raises is raised here.
         """
         caught = Caught()
-        with caught:
-            yield from self._run(job, session, folder, cancel)
+        self._busy.add(session["id"])
+        try:
+            with caught:
+                yield from self._run(job, session, folder, cancel, tell)
+        finally:
+            self._busy.discard(session["id"])
         if caught.error is not None:
-            yield self._failure(caught.error, session["id"])
+            tell(self._failure(caught.error, session["id"]))
+
+    def tick(self) -> None:
+        """Make the next step of the novel views under way: of all of them that have room."""
+        budget = self._batch.token_budget
+        self._batch.tick()
+        if self._batch.token_budget < budget:
+            left, why = self._batch.token_budget, self._batch.pack_failure
+            log.warning("steps of several turns share at most %d tokens from now on: %s", left, why)
 
     def publish(self, session: Json, folder: Path, number: int) -> Json:
         """Write a finished turn's video and thumbnail again; `Backend.publish`'s answer."""
@@ -169,22 +196,22 @@ class Host:
         )
 
     def _run(
-        self, job: Json, session: Json, folder: Path, cancel: CancelToken
-    ) -> Generator[Json, None, None]:
+        self, job: Json, session: Json, folder: Path, cancel: CancelToken, tell: Tell
+    ) -> Generator[None, None, None]:
         request = make_request(job["request"], self.about, session.get("size"))
         cancel.check()
         opened = self._session(session, folder, cancel)
         if self.engine.is_editor:
-            turn = yield from _edited(opened, request, folder, cancel)
+            turn = yield from _edited(opened, request, folder, cancel, tell)
         else:
-            turn = yield from self._rendered(opened, request, session["id"], job["number"], cancel)
+            turn = yield from self._rendered(opened, request, job["number"], cancel, tell)
         # from here on the turn is finished, whatever becomes of its files
         caught = Caught()
         with caught:
             publish_turn(turn, folder)
         if caught.error is not None:
             log.error("a finished turn has no video yet", exc_info=caught.error)
-        yield {
+        done = {
             "type": "done",
             "number": turn.number,
             "report": turn.report,
@@ -193,17 +220,18 @@ class Host:
             "reason": "" if caught.error is None else str(caught.error),
             "memory": self._memory(opened, request),
         }
+        tell(done)
 
     def _rendered(
         self,
         opened: Session,
         request: Request,
-        session_id: str,
         number: int,
         cancel: CancelToken,
-    ) -> Generator[Json, None, Turn]:
+        tell: Tell,
+    ) -> Generator[None, None, Turn]:
         """The turn of a number: made, or as an earlier attempt left it."""
-        yield {"type": "started", "number": number}
+        tell({"type": "started", "number": number})
         done = len(opened.turns)
         if done >= number:
             turn = opened.turns[number - 1]
@@ -219,14 +247,22 @@ class Host:
                 f"the session's folder has {done} turns, and turn {number} is to be made; restore "
                 "the folder"
             )
-        made = yield from _translated(opened.events(request, cancel))
+
+        def hear(happened: TurnEvent) -> None:
+            _translate(happened.event, tell)
+
+        under_way = self._batch.add(opened, request, cancel=cancel, on_progress=hear)
+        while under_way.result is None:
+            yield
+        if isinstance(under_way.result, Exception):
+            raise under_way.result
         try:
             opened.store_missing()
         except StorageError:
             # only this process has the turn: it never was
-            self.release(session_id)
+            self.release(opened.id)
             raise
-        return made
+        return under_way.result
 
     def _session(self, session: Json, folder: Path, cancel: CancelToken | None = None) -> Session:
         """A session, opened again from its folder if it is not in memory."""
@@ -251,8 +287,9 @@ class Host:
                 is_locked=self.has_claims,
             )
         self._open[session["id"]] = opened
-        while len(self._open) > self.max_open:
-            self.release(next(iter(self._open)))
+        idle = [name for name in self._open if name not in self._busy | {session["id"]}]
+        for name in idle[: max(len(self._open) - self.max_open, 0)]:
+            self.release(name)
         return opened
 
     def _memory(self, opened: Session, request: Request) -> Json:
@@ -270,14 +307,20 @@ class Host:
 
 
 def _edited(
-    opened: Session, request: Request, folder: Path, cancel: CancelToken
-) -> Generator[Json, None, Turn]:
+    opened: Session, request: Request, folder: Path, cancel: CancelToken, tell: Tell
+) -> Generator[None, None, Turn]:
     """An edit, behind the windows that an earlier attempt has kept."""
     number = opened.number_of(request)
-    yield {"type": "started", "number": number}
+    tell({"type": "started", "number": number})
     video = result_path(folder, number, "video")
-    out = None if video.exists() else video
-    return (yield from _translated(opened.events(request, cancel, out=out)))
+    events = opened.events(request, cancel, out=None if video.exists() else video)
+    while True:
+        try:
+            _translate(next(events), tell)
+        except StopIteration as stop:
+            turn: Turn = stop.value
+            return turn
+        yield
 
 
 def publish_turn(turn: Turn, folder: Path) -> None:
@@ -304,16 +347,10 @@ def _save_thumbnail(video: Path, path: Path) -> None:
         Image.fromarray(frame.numpy()).save(temporary, "JPEG", quality=_JPEG_QUALITY)
 
 
-def _translated(events: Generator[Event, None, Turn]) -> Generator[Json, None, Turn]:
-    """A turn's events as JSON."""
-    while True:
-        try:
-            event = next(events)
-        except StopIteration as stop:
-            turn: Turn = stop.value
-            return turn
-        if not isinstance(event, TurnNotStored):
-            yield {"type": _NAMES[type(event)], **asdict(event)}
+def _translate(event: Event, tell: Tell) -> None:
+    """Tell an engine's event as JSON."""
+    if not isinstance(event, TurnNotStored):
+        tell({"type": _NAMES[type(event)], **asdict(event)})
 
 
 def _describe(engine: Engine) -> Json:

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
+from contextvars import copy_context
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +15,12 @@ from mv2v_engine.envs import num_threads
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.watch.logs import log_ids
 from mv2v_engine.serving.watch.tracing import OpenJob
-from mv2v_engine.serving.work.host import Host
+from mv2v_engine.serving.work.host import Host, Tell
 from mv2v_engine.serving.work.protocol import engine_arguments
 
 # below the server, whose answers should not wait for a turn
 _NICENESS = 5
+_END = object()
 
 
 def open_host(setup: dict[str, Any], *, has_claims: bool = False) -> Host:
@@ -40,10 +42,22 @@ def open_host(setup: dict[str, Any], *, has_claims: bool = False) -> Host:
     return host
 
 
-def turn_events(
-    order: dict[str, Any], host: Host, token: CancelToken, open_job: OpenJob
-) -> Iterator[dict[str, Any]]:
-    """Make the turn of an order, as `protocol.run_message` makes it: `Host.run`'s events."""
+def turn_made(
+    order: dict[str, Any], host: Host, token: CancelToken, open_job: OpenJob, tell: Tell
+) -> Iterator[None]:
+    """Make the turn of an order, as `protocol.run_message` makes it: see `Host.run`.
+
+    Its logs and spans are its own, whatever runs while it waits.
+    """
     job, session = order["job"], order["session"]
-    with log_ids(session=session["id"], job=job["id"]), open_job(session["id"], job["id"]):
-        yield from host.run(job, session, Path(order["folder"]), token)
+
+    def make() -> Generator[None, None, None]:
+        with log_ids(session=session["id"], job=job["id"]), open_job(session["id"], job["id"]):
+            yield from host.run(job, session, Path(order["folder"]), token, tell)
+
+    context, steps = copy_context(), make()
+    try:
+        while context.run(next, steps, _END) is not _END:
+            yield
+    finally:
+        context.run(steps.close)

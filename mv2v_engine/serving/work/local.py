@@ -42,17 +42,15 @@ Event = dict[str, Any]
 
 
 class LocalBackend:
-    """`Backend` over one process, which makes one turn at a time.
+    """`Backend` over one process, which says how many turns it makes at once.
 
     command: what is started, and speaks as `protocol` says.
     """
 
-    capacity = 1
-
     def __init__(self, config: ServingConfig, command: Sequence[str] = WORKER) -> None:
         self.config, self.command = config, tuple(command)
         self.about: dict[str, Any] | None = None
-        self.ready, self.reason, self.restarts = False, _LOADING, 0
+        self.ready, self.reason, self.restarts, self.capacity = False, _LOADING, 0, 1
         self.pid: int | None = None
         self._jobs: dict[str, asyncio.Queue[Event]] = {}
         self._answers: dict[int, asyncio.Future[Event]] = {}
@@ -246,7 +244,7 @@ class LocalBackend:
             if answer is not None and not answer.done():
                 answer.set_result(message["answer"])
         elif kind == "ready":
-            self.about = message["about"]
+            self.about, self.capacity = message["about"], message["capacity"]
             self.ready, self.reason = not self._is_stopping, ""
             self._changed()
         elif kind == "broken":

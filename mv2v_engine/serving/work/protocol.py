@@ -1,7 +1,7 @@
 """What the server and its worker say to each other: JSON, a line each.
 
     server, to the worker's stdin          worker, to its private pipe
-    {"type": "setup", ...}  first          {"type": "ready", "about"}
+    {"type": "setup", ...}  first          {"type": "ready", "about", "capacity"}
     {"type": "run", "job", "session",      {"type": "broken", "message"}    it cannot load
      "folder"}                             {"type": "event", "job", "event"}
     {"type": "cancel", "job"}

@@ -11,7 +11,7 @@ import dataclasses
 import logging
 import os
 import socket
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NoReturn
@@ -27,8 +27,8 @@ from mv2v_engine.serving.store.folders import sweep_session
 from mv2v_engine.serving.watch.logs import configure_logs
 from mv2v_engine.serving.watch.tracing import OpenJob, open_traces
 from mv2v_engine.serving.work.backend import LAST_OF_BACKEND
-from mv2v_engine.serving.work.host import Host, Json
-from mv2v_engine.serving.work.hosting import open_host, turn_events
+from mv2v_engine.serving.work.host import Host, Json, Tell
+from mv2v_engine.serving.work.hosting import open_host, turn_made
 from mv2v_engine.serving.work.protocol import setup_message
 
 log = logging.getLogger("mv2v_engine.serving.replica")
@@ -82,11 +82,10 @@ class Replica:
         events: asyncio.Queue[Json] = asyncio.Queue()
         loop = asyncio.get_running_loop()
 
-        def make() -> None:
-            for event in self._events(order, claim):
-                loop.call_soon_threadsafe(events.put_nowait, event)
+        def tell(event: Json) -> None:
+            loop.call_soon_threadsafe(events.put_nowait, event)
 
-        self._submit(make)
+        self._submit(lambda: self._make(order, claim, tell))
         try:
             while True:
                 event = await _heard(events.get(), order["stall_seconds"])
@@ -111,24 +110,27 @@ class Replica:
     def _claim(self, order: Json) -> Claim:
         return Claim(Path(order["folder"]), order["claim"], self._writer)
 
-    def _events(self, order: Json, claim: Claim) -> Iterator[Json]:
-        """The last event comes when the folder is free again."""
+    def _make(self, order: Json, claim: Claim, tell: Tell) -> None:
+        """The last event is told when the folder is free again."""
         last: Json = {"type": "cancelled"}
+
+        def hear(event: Json) -> None:
+            nonlocal last
+            if event["type"] in LAST_OF_BACKEND:
+                last = event
+            else:
+                tell(event | self._place if event["type"] == "started" else event)
+
         try:
             with claim.held() as was_last:
                 self._take_up(order, was_last=was_last)
-                for event in turn_events(order, self._host, claim, self._open_job):
-                    if event["type"] in LAST_OF_BACKEND:
-                        last = event
-                    elif event["type"] == "started":
-                        yield event | self._place
-                    else:
-                        yield event
+                for _ in turn_made(order, self._host, claim, self._open_job, hear):
+                    self._host.tick()
         except CancelledError:
             pass
         except MV2VError as error:
             last = failure(error)
-        yield last
+        tell(last)
 
     def _published(self, order: Json) -> Json:
         claim = self._claim(order)
@@ -191,8 +193,8 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     """The application of a Serve config file, whose `args` these are.
 
     args: "store"; of "checkpoint", "components", "rename", "device", "dtype", "max_sessions_open"
-        and "engine" (`EngineConfig`'s fields, but for parallel) what differs from the defaults;
-        "replicas", "cpus_per_replica", "gpus_per_replica".
+        and "engine" (`EngineConfig`'s fields, but for parallel and batch_tokens) what differs from
+        the defaults; "replicas", "cpus_per_replica", "gpus_per_replica".
 
     Raises:
         RequestError: one is unknown or out of its range, or there is no store.
@@ -206,8 +208,9 @@ def build_app(args: Mapping[str, Any]) -> serve.Application:
     fields = {name: args[name] for name in _SERVED if name in args}
     fields |= {name: Path(args[name]) for name in _PATHS if args.get(name) is not None}
     engine = dict(args.get("engine") or {})
-    # a replica is one process
-    names = {field.name for field in dataclasses.fields(EngineConfig)} - {"parallel"}
+    # a replica is one process, which makes one turn at a time
+    names = {field.name for field in dataclasses.fields(EngineConfig)}
+    names -= {"parallel", "batch_tokens"}
     if not set(engine) <= names:
         raise RequestError(
             f"engine of the application: unknown: {', '.join(sorted(set(engine) - names))}; known "

@@ -2,9 +2,10 @@
 
 It is `python -m mv2v_engine.serving.work.worker`.
 
-The main thread makes turns one after the other; another one reads stdin, so that a turn can be
-cancelled while it is made. What libraries print goes to stderr: the pipe to the server is the
-stdout that the process was given, moved away at the start.
+The main thread makes turns, the steps of several sessions' views in one forward where the engine
+has room for them; another one reads stdin, so that a turn can be cancelled while it is made. What
+libraries print goes to stderr: the pipe to the server is the stdout that the process was given,
+moved away at the start.
 """
 
 from __future__ import annotations
@@ -27,15 +28,16 @@ from mv2v_engine.serving.store.folders import worker_lock
 from mv2v_engine.serving.watch.logs import configure_logs
 from mv2v_engine.serving.watch.tracing import OpenJob, flush_traces, open_traces
 from mv2v_engine.serving.work.host import Host
-from mv2v_engine.serving.work.hosting import open_host, turn_events
+from mv2v_engine.serving.work.hosting import open_host, turn_made
 from mv2v_engine.serving.work.protocol import decode, encode
 
 log = logging.getLogger("mv2v_engine.serving.worker")
 
-# without a server, the turn under way has so long to reach its next step
+# without a server, the turns under way have so long to reach their next step
 _LAST_STEP_SECONDS = 10.0
 # that the worker of a service which was killed has to end
 _LOCK_SECONDS = 60.0
+_END = object()
 
 
 class Orders:
@@ -51,13 +53,23 @@ class Orders:
     def start(self) -> None:
         threading.Thread(target=self._read, name="orders", daemon=True).start()
 
-    def __iter__(self) -> Iterator[dict[str, Any]]:
-        """In order, until stdin ends; cancellations have been dealt with."""
-        while not self._is_closed:
+    @property
+    def is_closed(self) -> bool:
+        """Whether stdin has ended."""
+        return self._is_closed
+
+    def come(self, *, waits: bool) -> list[dict[str, Any]]:
+        """Those that have come, in order; cancellations have been dealt with.
+
+        waits: for the first of them. None comes after stdin's end.
+        """
+        orders: list[dict[str, Any]] = []
+        while not self._queue.empty() or (waits and not orders):
             order = self._queue.get()
             if order is None:
-                return
-            yield order
+                break
+            orders.append(order)
+        return [] if self._is_closed else orders
 
     @contextmanager
     def token(self, job_id: str) -> Iterator[CancelToken]:
@@ -94,7 +106,7 @@ class Orders:
                 token.cancel()
         self._queue.put(None)
         time.sleep(_LAST_STEP_SECONDS)
-        log.error("the turn did not end within %g s; the worker ends", _LAST_STEP_SECONDS)
+        log.error("a turn did not end within %g s; the worker ends", _LAST_STEP_SECONDS)
         os._exit(1)
 
 
@@ -117,12 +129,11 @@ def main() -> int:
     except MV2VError as error:
         pipe.write(encode(_broken(str(error))))
         return 1
-    pipe.write(encode({"type": "ready", "about": host.about}))
+    pipe.write(encode({"type": "ready", "about": host.about, "capacity": host.capacity}))
     try:
-        for order in orders:
-            _obey(order, host, orders, pipe, open_job)
+        serve(orders, host, pipe, open_job)
     except BrokenPipeError:
-        return 1  # the server is gone, and so is the turn under way
+        return 1  # the server is gone, and so are the turns under way
     host.close()
     flush_traces()
     return 0
@@ -136,19 +147,55 @@ def _private_pipe() -> BinaryIO:
     return pipe
 
 
-def _obey(
+def serve(orders: Orders, host: Host, pipe: BinaryIO, open_job: OpenJob) -> None:
+    """Obey until stdin ends and the turns under way have come to their end.
+
+    What is asked of a session waits until its turn is made, whatever other sessions have asked.
+    """
+    pending: list[dict[str, Any]] = []
+    under_way: dict[str, Iterator[None]] = {}
+    while under_way or not orders.is_closed:
+        pending += orders.come(waits=not under_way)
+        busy, later = set(under_way), []
+        for order in pending:
+            session: str = _session_of(order)
+            if session in busy:
+                later.append(order)
+            elif order["type"] == "run":
+                busy.add(session)
+                under_way[session] = _turn(order, host, orders, pipe, open_job)
+            else:
+                _obey(order, host, pipe)
+        pending = [] if orders.is_closed else later
+        for session, turn in list(under_way.items()):
+            if next(turn, _END) is _END:
+                del under_way[session]
+        host.tick()
+
+
+def _session_of(order: dict[str, Any]) -> str:
+    session = order["session"]
+    name: str = session if order["type"] == "release" else session["id"]
+    return name
+
+
+def _turn(
     order: dict[str, Any], host: Host, orders: Orders, pipe: BinaryIO, open_job: OpenJob
-) -> None:
-    kind = order["type"]
-    if kind == "run":
-        job_id = order["job"]["id"]
-        with orders.token(job_id) as token:
-            for event in turn_events(order, host, token, open_job):
-                pipe.write(encode({"type": "event", "job": job_id, "event": event}))
-    elif kind == "publish":
+) -> Iterator[None]:
+    job_id = order["job"]["id"]
+
+    def tell(event: dict[str, Any]) -> None:
+        pipe.write(encode({"type": "event", "job": job_id, "event": event}))
+
+    with orders.token(job_id) as token:
+        yield from turn_made(order, host, token, open_job, tell)
+
+
+def _obey(order: dict[str, Any], host: Host, pipe: BinaryIO) -> None:
+    if order["type"] == "publish":
         answer = host.publish(order["session"], Path(order["folder"]), order["number"])
         pipe.write(encode({"type": "answer", "call": order["call"], "answer": answer}))
-    elif kind == "release":
+    elif order["type"] == "release":
         host.release(order["session"])
 
 
