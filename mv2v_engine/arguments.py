@@ -223,7 +223,10 @@ def _fitted(name: str, value: Any, hint: Any) -> Any:
     if origin is tuple:
         if isinstance(value, str | bytes) or not isinstance(value, list | tuple):
             raise mistaken(name, value, "a tuple")
-        return tuple(_fitted(name, each, arguments[0]) for each in value)
+        kinds = arguments[:1] * len(value) if arguments[-1] is Ellipsis else arguments
+        if len(kinds) != len(value):
+            raise mistaken(name, value, f"a tuple of {len(kinds)}")
+        return tuple(_fitted(name, each, kind) for each, kind in zip(value, kinds, strict=True))
     checks: dict[Any, Callable[[str, Any], Any]] = {
         int: integer,
         float: number,

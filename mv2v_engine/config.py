@@ -53,6 +53,8 @@ REUSE_IS_GONE = (
 )
 # far above what anybody samples with, 1 to 20, and far below what overflows
 MAX_GUIDANCE_SCALE = 100
+# of a LoRA; what is used is 0.3 to 1.5, and what a negative one takes away
+MAX_STRENGTH = 100
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -184,6 +186,8 @@ class EngineConfig:
     check_weights: refuse weights that are not finite when they are loaded, which reads each once
         more; False spares a huge checkpoint that.
     parallel: processes that share every step; see docs/parallel.md.
+    lora: files of changes that are merged into the weights when they are loaded, each with its
+        strength; see docs/checkpoints.md.
     """
 
     backend: BackendName = "auto"
@@ -222,6 +226,7 @@ class EngineConfig:
     batch_tokens: int | None = None
     check_weights: bool = True
     parallel: ParallelConfig = ParallelConfig()
+    lora: tuple[tuple[Path | str, float], ...] = ()
     reuse: InitVar[str | None] = None  # gone, and said so
 
     def __post_init__(self, reuse: str | None) -> None:
@@ -230,6 +235,8 @@ class EngineConfig:
             raise RequestError(REUSE_IS_GONE)
         self._check_graphs()
         self._check_parallel()
+        for _, strength in self.lora:
+            arguments.number("a LoRA's strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
         if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
         if not 0 < self.fov_radius < math.inf or not 0 <= self.fov_blend <= 1:

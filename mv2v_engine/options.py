@@ -15,6 +15,7 @@ import torch
 
 from mv2v_engine.checkpoints import detect
 from mv2v_engine.checkpoints.fetch import headers_of
+from mv2v_engine.checkpoints.lora import find_loras, lora_pair
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.config import (
@@ -62,6 +63,7 @@ _SETTINGS = (
     "source_alpha",
     "source_fit",
     "size",
+    "lora",
 )
 
 
@@ -234,6 +236,14 @@ def add_model(parser: argparse.ArgumentParser, default: str) -> None:
         metavar="FILE",
         help="names that the checkpoint leaves open; none if not given",
     )
+    add(
+        "--lora",
+        type=lora_pair,
+        action="append",
+        default=[],
+        metavar="FILE[:S]",
+        help="merge this LoRA into the weights, S times (1 if not given); may be repeated",
+    )
     add("--device", metavar="D", help="cpu, cuda or cuda:N; cuda where there is one if not given")
     add(
         "--dtype",
@@ -323,8 +333,9 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
     """
     renames = None if args.rename is None else read_renames(args.rename)
     has_own = getattr(args, "components", "not asked for") is None
+    loras = find_loras(getattr(args, "lora", ()))
     with headers_of(args.checkpoint, with_components=has_own) as place:
-        resolution = resolve(detect(place, renames))
+        resolution = resolve(detect(place, renames), loras)
         resolution.require_loadable()
         if has_own:
             require_components(resolution)

@@ -27,6 +27,7 @@ from mv2v_engine.camera.drawing import save_drawing
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.catalogue import describe_models
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
+from mv2v_engine.checkpoints.inspect import inspect_lora, render_lora
 from mv2v_engine.envs import launched_rank, num_threads
 from mv2v_engine.errors import (
     CameraError,
@@ -95,7 +96,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         args.checkpoint = "tiny-edit" if args.task == "edit" else "tiny-nvs"
     resolution = read_resolution(args)
-    names = ("backend", "attention", "graphs", "check_weights")
+    names = ("backend", "attention", "graphs", "check_weights", "lora")
     config = EngineConfig(**{name: getattr(args, name) for name in names})
     load = partial(Engine.from_pretrained, args.checkpoint, **loading(args, config))
     evaluate_checkpoint(args, task_of(resolution.config, args.task, resolution.name), load)
@@ -136,7 +137,11 @@ def models(args: argparse.Namespace) -> int:
 
 
 def inspect(args: argparse.Namespace) -> int:
-    """Print what a checkpoint is and what loading it would do."""
+    """Print what a checkpoint or a LoRA is and what loading it would do."""
+    if (lora := inspect_lora(args.path)) is not None:
+        words, problem = render_lora(lora, deep=args.deep)
+        print(words)
+        return 0 if problem is None else _said(f"error: {problem}", REFUSED)
     inspection = inspect_checkpoint(args.path, args.rename, deep=args.deep)
     print(render_inspection(inspection))
     if inspection.problem is None:

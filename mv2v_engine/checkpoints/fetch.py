@@ -13,7 +13,7 @@ import tempfile
 import zipfile
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from mv2v_engine.checkpoints.components import (
@@ -143,6 +143,8 @@ def fetch_components(place: Path | str, parts: Sequence[str] = PARTS) -> Compone
 def fetch_file(place: Path | str) -> Path:
     """The path of one weight file; of a hub name it is fetched: what it names, or the only one.
 
+    PEFT's settings of a LoRA are fetched with it.
+
     Raises:
         CheckpointError: the repository holds none or several, or the file does not arrive.
         StorageError: the cache's disk has no room.
@@ -166,7 +168,8 @@ def fetch_file(place: Path | str) -> Path:
                 f"{name.repository}:FILE"
             )
         path = there[0]
-    _fetch_whole(repository, [path])
+    settings = str(PurePosixPath(path).with_name("adapter_config.json"))
+    _fetch_whole(repository, [path, *({settings} & repository.files.keys())])
     return repository.folder / path
 
 

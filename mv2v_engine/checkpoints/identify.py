@@ -120,6 +120,6 @@ def lora_of(shapes: Mapping[str, tuple[int, ...]]) -> str | None:
     down = [shapes[key] for key in own if re.search(r"lora_(A|down|a)\b", key) and shapes[key]]
     rank = f" of rank {down[0][0]} for {len(down)} layers" if down else ""
     return (
-        f"a LoRA{rank}, a change to a model's weights and no model: merge it into its base and "
-        "give the result"
+        f"a LoRA{rank}, a change to a model's weights and no model: give it as --lora, and its "
+        "base as --checkpoint"
     )

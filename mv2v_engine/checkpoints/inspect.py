@@ -18,6 +18,8 @@ import torch
 from mv2v_engine.checkpoints.components import part_of
 from mv2v_engine.checkpoints.detect import Format, detect
 from mv2v_engine.checkpoints.fetch import fetch_checkpoint, headers_of
+from mv2v_engine.checkpoints.identify import lora_of
+from mv2v_engine.checkpoints.lora import Lora, find_lora, read_lora
 from mv2v_engine.checkpoints.modules import Shape
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
@@ -215,6 +217,49 @@ def render_inspection(inspection: Inspection) -> str:
     looked = "" if inspection.numbers is not None else ", by its headers; --deep reads its numbers"
     lines.append("loads        " + (inspection.problem or f"yes{looked}"))
     return "\n".join(lines)
+
+
+def inspect_lora(path: Path | str) -> Lora | None:
+    """What a LoRA changes, by its header; None if a path is something else.
+
+    Raises:
+        CheckpointError: it cannot be read, is another kind of adapter, or lacks half of itself.
+    """
+    place = Path(path).expanduser()
+    if (place / "adapter_config.json").is_file():
+        place = find_lora(place)
+    if not place.is_file() or place.suffix == ".json":
+        return None
+    shapes = {key: info.shape for key, info in read_header(place).items()}
+    return read_lora(place) if lora_of(shapes) else None
+
+
+def render_lora(lora: Lora, *, deep: bool = False) -> tuple[str, str | None]:
+    """A LoRA as plain text for the command line, and why it cannot be loaded, if so.
+
+    deep: read every number too.
+    """
+    infos = [info for change in lora.changes.values() for info in change.infos]
+    dtypes = Counter(info.kind for info in infos).most_common()
+    lines = [
+        f"{lora.path} is {lora.sentence}",
+        f"file         {lora.path.stat().st_size / 1e6:,.1f} MB, SHA-256 {lora.digest}",
+        "dtypes       " + ", ".join(f"{dtype} ({count})" for dtype, count in dtypes),
+    ]
+    lines += _section("unknown", lora.unknown)
+    lines += _section("zero", lora.dropped)
+    problem = None
+    try:
+        lora.require_whole()
+        if deep:
+            numbers = _read("lora", lora.path, infos)
+            lines.append(f"numbers      {numbers.line()}")
+            refuse_weights(numbers.path, numbers.faults)
+    except CheckpointError as error:
+        problem = str(error)
+    yes = "yes, on a base of these blocks and channels"
+    lines.append("loads        " + (yes if problem is None else f"no: {problem}"))
+    return "\n".join(lines), problem
 
 
 def _numbers(resolution: Resolution) -> Iterable[Numbers]:

@@ -6,7 +6,7 @@ read, so that the host never holds more than the model and a sixteenth of a file
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from mv2v_engine.checkpoints.configs import NOTHING_SAID, TRAINED_FOR, Knowledge, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
 from mv2v_engine.checkpoints.fetch import fetch_checkpoint
+from mv2v_engine.checkpoints.lora import Lora, LoraMerger, find_loras
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
@@ -33,6 +34,7 @@ class LoadReport:
 
     mapping: one line for each tokenizer and merger. initialised: parameters that the checkpoint
     does not hold, and what filled them. stored_dtypes: of the file. num_parameters: of the model.
+    loras: what was merged into the weights.
     """
 
     format: Format
@@ -42,6 +44,7 @@ class LoadReport:
     stored_dtypes: tuple[str, ...]
     mapping: tuple[str, ...]
     initialised: dict[str, str]
+    loras: tuple[Lora, ...] = ()
 
     def lines(self) -> list[str]:
         """The report in words, one fact a line."""
@@ -50,6 +53,7 @@ class LoadReport:
             f"{self.path}: {self.format} ({self.reason}), {self.num_parameters:,} parameters, "
             f"stored as {dtypes}"
         ]
+        lines += [f"merged {a.path} at strength {a.strength:g}: {a.line}" for a in self.loras]
         lines += [f"mapped {line}" for line in self.mapping]
         lines += [f"initialised {name}: {how}" for name, how in self.initialised.items()]
         return lines
@@ -83,6 +87,7 @@ def load_checkpoint(
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
     rename: Path | str | None = None,
+    lora: Iterable[tuple[Path | str, float]] = (),
     check_weights: bool = True,
     with_components: bool = True,
 ) -> Checkpoint:
@@ -94,17 +99,19 @@ def load_checkpoint(
         dtype: of the parameters; None keeps what the file has, and float32 for float8 with scales.
             Under bfloat16 and float16 the model's `keep_in_fp32_modules` stay float32.
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
-        check_weights: refuse weights that are not finite, in the file or after the cast to `dtype`.
+        lora: files and strengths, merged into the weights in float32, one after the other.
+        check_weights: refuse weights that are not finite, in a file or after the cast to `dtype`.
         with_components: of a hub name, fetch the VAE and the text encoder beside it too.
 
     Raises:
         CheckpointError: nothing there, unreadable, incomplete, of other shapes, undecided, or not
-            finite.
+            finite; a LoRA of another base.
         StorageError: the disk has no room for what a hub name needs.
     """
     renames = read_renames(Path(rename)) if rename is not None else None
+    loras = find_loras(lora)
     place = fetch_checkpoint(path_or_name, renames, with_components=with_components)
-    resolution = resolve(detect(place, renames))
+    resolution = resolve(detect(place, renames), loras)
     resolution.require_loadable()
     _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
     return Checkpoint(
@@ -164,15 +171,22 @@ def _fill(
     model = resolution.model
     files = {file: i for i, file in enumerate(resolution.detected.files)}
     sources = sorted(resolution.sources.items(), key=lambda item: files[item[1].info.file])
-    with WeightReader() as reader:
+    merger = LoraMerger(resolution.loras, check_weights=check_weights)
+    with WeightReader() as reader, merger:
         for name, source in sources:
-            tensor = _shaped(reader.read(source.info), source)
+            tensor = reader.read(source.info)
             wanted = dtype or tensor.dtype
-            # a copy even when nothing changes: the file must not stay mapped
-            copied = tensor.to(device, stored_dtype(model, name, wanted), copy=True)
+            kept = stored_dtype(model, name, wanted)
+            if merger.changes(name):
+                tensor = merger.merged(name, tensor, dtype=kept, device=device)
+                copied = _shaped(tensor, source)
+            else:
+                # a copy even when nothing changes: the file must not stay mapped
+                copied = _shaped(tensor, source).to(device, kept, copy=True)
             _place(model, name, copied.contiguous())
             if check_weights and (fault := weight_fault(source.info.key, copied, tensor)):
                 faults.append(fault)
+    merger.require_finite()
     refuse_weights(resolution.detected.path, faults)
     for name in resolution.initialised:
         like = model.patch_embedding.weight
@@ -217,4 +231,5 @@ def _report(resolution: Resolution) -> LoadReport:
         stored_dtypes=tuple(sorted(dtypes)),
         mapping=resolution.mapping,
         initialised=resolution.initialised,
+        loras=resolution.loras,
     )

@@ -57,6 +57,40 @@ def _leaves() -> tuple[dict[str, str], dict[str, str]]:
 _TOP, _BLOCK = _leaves()
 _TOP_BACK = {new: old for old, new in _TOP.items()}
 _BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
+
+
+def _flat(naming: Naming) -> tuple[dict[str, str], dict[str, str]]:
+    """The leaves of a naming with underscores for their dots, to ours."""
+    is_original = naming == "original"
+    top, block = (
+        {(old if is_original else new).replace(".", "_"): new for old, new in leaves.items()}
+        for leaves in (_TOP, _BLOCK)
+    )
+    return top, block
+
+
+_TOP, _BLOCK = _leaves()
+_TOP_BACK = {new: old for old, new in _TOP.items()}
+_BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
+
+
+def _flat(naming: Naming) -> tuple[dict[str, str], dict[str, str]]:
+    """The leaves of a naming with underscores for their dots, to ours."""
+    top, block = (
+        {
+            (old if naming == "original" else new).replace(".", "_"): new
+            for old, new in leaves.items()
+        }
+        for leaves in (_TOP, _BLOCK)
+    )
+    return top, block
+
+
+_FLAT: dict[Naming, tuple[dict[str, str], dict[str, str]]] = {
+    "original": _flat("original"),
+    "diffusers": _flat("diffusers"),
+}
+_FLAT_BLOCK = re.compile(r"blocks_(0|[1-9]\d*)_(.+)")
 _BLOCK_KEY = re.compile(r"blocks\.(0|[1-9]\d*)\.(.+)")
 _EXTRA_KEY = re.compile(r"(?:tokenizers|mergers)\.(?:0|[1-9]\d*)\.(?:weight|bias)")
 # what compilers, sharding, checkpointing and data parallelism write between the parts of a key:
@@ -89,6 +123,17 @@ def to_original(key: str) -> str | None:
 def is_known(key: str) -> bool:
     """Whether a key is one of this project's own parameter names."""
     return to_original(key) is not None or bool(_EXTRA_KEY.fullmatch(key))
+
+
+def parameter_of(key: str, naming: Naming) -> str | None:
+    """Our name of a parameter whose dots may be underscores, as LoRAs have it; None of no such."""
+    if _EXTRA_KEY.fullmatch(key):
+        return key
+    (top, block), flat = _FLAT[naming], key.replace(".", "_")
+    if match := _FLAT_BLOCK.fullmatch(flat):
+        leaf = block.get(match[2])
+        return f"blocks.{match[1]}.{leaf}" if leaf else None
+    return top.get(flat)
 
 
 def block_of(key: str) -> int | None:

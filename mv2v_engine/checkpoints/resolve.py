@@ -10,6 +10,7 @@ import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from mv2v_engine.checkpoints.components import Components, find_components
 from mv2v_engine.checkpoints.configs import (
@@ -35,6 +36,9 @@ from mv2v_engine.defaults import without_memory
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
 
+if TYPE_CHECKING:
+    from mv2v_engine.checkpoints.lora import Lora
+
 _BASE_TOKENIZERS = (2, 4, 8)
 _FROM_BASE = "from patch_embedding, its kernel repeated and divided (FramePack)"
 
@@ -48,7 +52,8 @@ class Resolution:
     parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
     merger found. conditioning: the modes that the weights were trained for (METHOD 13). knowledge:
     what they know, where that is little. vae_path, text_path, tokenizer_path: of what came with it,
-    or that its config names; None where there is none (see `components`).
+    or that its config names; None where there is none (see `components`). loras: what is merged
+    into the weights; the name says so too, which tells sessions and reports of them from others.
     """
 
     detected: Detected
@@ -68,6 +73,7 @@ class Resolution:
     vae_path: Path | None
     text_path: Path | None
     tokenizer_path: Path | None
+    loras: tuple[Lora, ...] = ()
 
     @property
     def format(self) -> Format:
@@ -104,10 +110,13 @@ class Resolution:
                 f"{self.detected.config_file} names {self.vae_path} as its VAE, and no VAE is "
                 'there; copy the folder there, or correct "vae" in that file'
             )
+        stored = {name: source.info.shape for name, source in self.sources.items()}
+        for lora in self.loras:
+            lora.require_fit(stored, self.detected.path.name)
 
 
-def resolve(detected: Detected) -> Resolution:
-    """Plan the loading of a detected checkpoint.
+def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
+    """Plan the loading of a detected checkpoint, with what is merged into it.
 
     Raises:
         CheckpointError: the config cannot be told. What else forbids loading is in the result.
@@ -143,7 +152,7 @@ def resolve(detected: Detected) -> Resolution:
     unknown += [sources[key].info.key for key in sources if key not in expected]
     return Resolution(
         detected=detected,
-        name=name,
+        name="+".join([name, *(lora.name for lora in loras)]),
         config=config,
         sampling=sampling,
         model=model,
@@ -163,6 +172,7 @@ def resolve(detected: Detected) -> Resolution:
         vae_path=vae_path,
         text_path=components.text_encoder,
         tokenizer_path=components.tokenizer,
+        loras=loras,
     )
 
 

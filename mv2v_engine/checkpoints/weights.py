@@ -103,6 +103,23 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
     return header
 
 
+def read_metadata(path: Path) -> Mapping[str, str]:
+    """The words in a safetensors header; nothing of an archive.
+
+    Raises:
+        CheckpointError: as `read_header`.
+    """
+    if file_kind(path) != "safetensors":
+        return {}
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(str(path), framework="pt", device="cpu") as file:
+            return dict(file.metadata() or {})
+    except SafetensorError as error:
+        raise _damaged(path, error) from error
+
+
 def file_kind(path: Path) -> str:
     """ "safetensors" or "archive" (a torch zip), by content and not by suffix.
 

@@ -131,6 +131,7 @@ class Engine(Parts):
                     device=place,
                     dtype=transformer_dtype(dtype, place),
                     rename=rename,
+                    lora=config.lora,
                     check_weights=config.check_weights,
                     with_components=False,
                 )

@@ -65,6 +65,7 @@ _OF_THE_WEIGHTS = (
     "feed_forward_chunk",
     "text_offload",
     "parallel",
+    "lora",
 )
 
 
@@ -113,6 +114,7 @@ def load_parts(
         device=place,
         dtype=dtype,
         rename=rename,
+        lora=config.lora,
         check_weights=is_checked,
         with_components=given is None,
     )
@@ -379,8 +381,10 @@ class Parts:
 
     def describe(self) -> dict[str, Any]:
         """What a report says of the engine."""
+        loras = self.checkpoint.report.loras
         return {
             "checkpoint": self.checkpoint.name,
+            **({"lora": [lora.to_dict() for lora in loras]} if loras else {}),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend,

@@ -128,9 +128,14 @@ class ServingConfig:
             for name, place in places.items()
         }
         checkpoint = Path(self.checkpoint)
+        loras = [
+            (Path(name).absolute() if Path(name).exists() else name, strength)
+            for name, strength in self.engine.lora
+        ]
         return dataclasses.replace(
             self,
             checkpoint=str(checkpoint.absolute()) if checkpoint.exists() else self.checkpoint,
+            engine=dataclasses.replace(self.engine, lora=tuple(loras)),
             **absolute,
         )
 

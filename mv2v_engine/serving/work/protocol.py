@@ -45,6 +45,7 @@ def setup_message(config: ServingConfig) -> dict[str, Any]:
     engine["max_source_pixels"] = config.limits.pixels
     if engine["descriptor"] is not None:
         engine["descriptor"] = str(engine["descriptor"])
+    engine["lora"] = [(str(name), strength) for name, strength in config.engine.lora]
     return {
         "type": "setup",
         "store": str(config.store),
