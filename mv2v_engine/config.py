@@ -7,9 +7,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Literal, get_args
+from typing import Any, Literal, get_args
 
 from mv2v_engine import arguments
 from mv2v_engine.arguments import fit_fields
@@ -37,7 +38,8 @@ MemoryMode = Literal["retrieved", "alone", "previous", "none"]
 MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
-SchedulerName = Literal["euler", "unipc"]
+SchedulerName = Literal["euler", "unipc", "lightx2v", "dmd", "rcm"]
+FastName = Literal["lightx2v", "fastwan", "turbo"]
 # what is put behind a video's transparent pixels; "refuse" does not take them
 Alpha = Literal["black", "white", "refuse"]
 # how a source is brought to the model's shape: its edges are cut off, or bars are added
@@ -46,6 +48,18 @@ Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 
 MAX_STEPS = 1000
+# solvers of weights that are distilled to few steps without guidance: how many they have tables for
+FEW_STEPS: Mapping[SchedulerName, tuple[int, ...]] = {
+    "lightx2v": (4,),
+    "dmd": (3, 4),
+    "rcm": (1, 2, 3, 4),
+}
+# what each family of such weights is sampled with, by the fields of SamplingConfig
+FAST: Mapping[FastName, Mapping[str, Any]] = {
+    "lightx2v": {"scheduler": "lightx2v", "num_inference_steps": 4, "flow_shift": 5.0},
+    "fastwan": {"scheduler": "dmd", "num_inference_steps": 3, "flow_shift": 8.0},
+    "turbo": {"scheduler": "rcm", "num_inference_steps": 4},
+}
 # what is said to those who still ask for it
 REUSE_IS_GONE = (
     "approximate reuse of joint conditioning is gone: fewer num_inference_steps (--steps) or a "
@@ -91,6 +105,50 @@ class SamplingConfig:
         if self.timesteps not in get_args(Timesteps):
             known = ", ".join(get_args(Timesteps))
             raise RequestError(f"timesteps must be one of {known}, got {self.timesteps!r}")
+
+    def under(
+        self,
+        *,
+        fast: FastName | None = None,
+        scheduler: SchedulerName | None = None,
+        timesteps: Timesteps | None = None,
+    ) -> SamplingConfig:
+        """The same as an `EngineConfig` of these fields has it; None keeps the checkpoint's."""
+        changes: dict[str, Any] = {}
+        if fast is not None:
+            changes |= {"guidance_scale": 1.0, **FAST[fast]}
+        if scheduler is not None:
+            changes["scheduler"] = scheduler
+        if timesteps is not None:
+            changes["timesteps"] = timesteps
+        return dataclasses.replace(self, **changes)
+
+    def fewest_steps(self, least: int) -> int:
+        """The fewest steps, from `least` on, that the scheduler can take."""
+        counts = FEW_STEPS.get(self.scheduler, (least,))
+        return next((count for count in counts if count >= least), counts[-1])
+
+    def check_few_steps(self, steps: int, scale: float) -> None:
+        """Refuse what a scheduler of few steps has no table for, or no use.
+
+        Raises:
+            RequestError: another number of steps, or guidance.
+        """
+        counts = FEW_STEPS.get(self.scheduler)
+        if counts is None:
+            return
+        advice = 'fast (--fast) sets both; scheduler="unipc" or "euler" takes any'
+        if steps not in counts:
+            known = " or ".join(map(str, counts))
+            raise RequestError(
+                f"scheduler {self.scheduler} has a table for {known} steps, got "
+                f"num_inference_steps={steps}; ask for {known}: {advice}"
+            )
+        if scale != 1:
+            raise RequestError(
+                f"scheduler {self.scheduler} is of weights that are distilled with guidance inside "
+                f"them, got guidance_scale={scale:g}; use 1: {advice}"
+            )
 
     def at(self, size: tuple[int, int] | None, name: str) -> SamplingConfig:
         """The same at another of its sizes, (height, width); None keeps its own.
@@ -147,6 +205,8 @@ class EngineConfig:
     """How an engine runs; nothing here changes what a checkpoint is.
 
     scheduler, timesteps: None takes the checkpoint's.
+    fast: the scheduler, steps, shift and guidance of a family of weights that are distilled to few
+        steps, whole ones or a LoRA; see docs/checkpoints.md.
     attention: the library; "auto" takes the fastest here, or what backend="reference" or
         "native" means.
     memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
@@ -208,6 +268,7 @@ class EngineConfig:
     conditioning: Conditioning = "joint"
     scheduler: SchedulerName | None = None
     timesteps: Timesteps | None = None
+    fast: FastName | None = None
     fov_radius: float = 4.0
     fov_blend: float = 0.5
     cache_bytes: int = 4 << 30
@@ -233,6 +294,11 @@ class EngineConfig:
         fit_fields(self)
         if reuse is not None:
             raise RequestError(REUSE_IS_GONE)
+        if self.fast is not None and self.scheduler not in (None, FAST[self.fast]["scheduler"]):
+            raise RequestError(
+                f"fast={self.fast!r} samples with {FAST[self.fast]['scheduler']}, got "
+                f"scheduler={self.scheduler!r}; leave one of them out"
+            )
         self._check_graphs()
         self._check_parallel()
         for _, strength in self.lora:

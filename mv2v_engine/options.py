@@ -25,6 +25,7 @@ from mv2v_engine.config import (
     BackendName,
     Conditioning,
     EngineConfig,
+    FastName,
     Fit,
     GraphMode,
     MemoryMode,
@@ -54,6 +55,7 @@ _SETTINGS = (
     "merge_fraction",
     "scheduler",
     "timesteps",
+    "fast",
     "graphs",
     "conditioning",
     "step_cache",
@@ -94,6 +96,12 @@ def add_sampler(group: argparse._ArgumentGroup, noise: str, steps: str) -> None:
 def add_solver(group: argparse._ArgumentGroup) -> None:
     """What integrates the flow, and how the model is told where it stands."""
     add = group.add_argument
+    add(
+        "--fast",
+        choices=get_args(FastName),
+        help="solver, steps, shift and guidance of weights, or a --lora, distilled to few steps by "
+        "this family; the checkpoint's if not given",
+    )
     add("--scheduler", choices=get_args(SchedulerName), help="the checkpoint's if not given")
     add(
         "--timesteps",
@@ -339,8 +347,10 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
         resolution.require_loadable()
         if has_own:
             require_components(resolution)
-    size = getattr(args, "size", None)
-    return replace(resolution, sampling=resolution.sampling.at(size, resolution.name))
+    # not every command has all of them
+    given = {name: getattr(args, name, None) for name in ("fast", "scheduler", "timesteps")}
+    sampling = resolution.sampling.under(**given).at(getattr(args, "size", None), resolution.name)
+    return replace(resolution, sampling=sampling)
 
 
 def loading(args: argparse.Namespace, config: EngineConfig) -> dict[str, Any]:

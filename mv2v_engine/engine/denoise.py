@@ -68,7 +68,7 @@ class Denoiser:
     whether it runs the blocks.
 
     Args:
-        noise: [1, C, F, H, W], on any device; never written to.
+        noise: [1, C, F, H, W], of deviation 1, on any device; never written to.
         solver: used by this turn alone, since it may remember its steps.
         graphs: replay captured steps. team: the processes that share every step.
         step_cache: below which change of the modulation a step runs no block; None runs all.
@@ -108,6 +108,8 @@ class Denoiser:
         self.cache = ConditioningCache(plan) if plan.conditioning == "static" else None
         self._ranks = None if team is None else team.ranks.context
         has_deltas = self._deltas is not None
+        if solver.noise_scale != 1:
+            noise = noise * solver.noise_scale
         self._work_on(
             StepBuffers.of_turn(
                 conditioning, noise, guidance_scale, device=device, moves_latents=has_deltas
@@ -315,10 +317,12 @@ def engine_denoiser(
     *,
     num_inference_steps: int,
     guidance_scale: float,
+    generator: torch.Generator,
 ) -> Denoiser:
     """The denoiser of a turn on an engine's weights, by its scheduler, graphs and processes.
 
-    noise: [1, C, F, H, W] of the latents, on any device.
+    noise: [1, C, F, H, W] of the latents, on any device. generator: of further noise, where the
+    scheduler adds some.
     """
     return Denoiser(
         transformer=parts.transformer,
@@ -326,7 +330,11 @@ def engine_denoiser(
         conditioning=conditioning,
         noise=noise,
         solver=make_solver(
-            parts.scheduler, num_inference_steps, parts.sampling.flow_shift, parts.timesteps
+            parts.scheduler,
+            num_inference_steps,
+            parts.sampling.flow_shift,
+            parts.timesteps,
+            generator,
         ),
         guidance_scale=guidance_scale,
         graphs=parts.graphs,

@@ -21,7 +21,7 @@ from mv2v_engine import arguments
 from mv2v_engine.checkpoints.fetch import fetch_components
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.resolve import Resolution, is_trained_for_memory
-from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode, Timesteps
+from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode, SchedulerName, Timesteps
 from mv2v_engine.engine.descriptors import (
     SegmentDescriber,
     check_descriptor,
@@ -229,9 +229,12 @@ class Parts:
     ) -> None:
         self.checkpoint, self.vae, self.text = checkpoint, vae, text
         self.device, self.config = device, config
-        self.sampling = checkpoint.sampling.at(config.size, checkpoint.name)
-        self.scheduler = config.scheduler or self.sampling.scheduler
-        self.timesteps: Timesteps = config.timesteps or self.sampling.timesteps
+        self._made_for = checkpoint.sampling.under(
+            fast=config.fast, scheduler=config.scheduler, timesteps=config.timesteps
+        )
+        self.sampling = self._made_for.at(config.size, checkpoint.name)
+        self.scheduler: SchedulerName = self.sampling.scheduler
+        self.timesteps: Timesteps = self.sampling.timesteps
         self.transformer, self.team = checkpoint.transformer, team
         self.backend, self.attention = configure(self.transformer, config, device)
         self.memory_mode = config.memory or default_memory(checkpoint.report.initialised)
@@ -258,7 +261,7 @@ class Parts:
         Raises:
             RequestError: the weights were not made for it.
         """
-        sampling = self.checkpoint.sampling.at(size or self.sampling.size, self.checkpoint.name)
+        sampling = self._made_for.at(size or self.sampling.size, self.checkpoint.name)
         if sampling.size == self.sampling.size:
             return self
         other = copy(self)
@@ -329,7 +332,9 @@ class Parts:
         settings = {name: getattr(self.config, name) for name in _OF_AN_EDIT}
         # exact ones stand in no folder of before there was a choice
         rounded = {} if self.timesteps == "exact" else {"timesteps": self.timesteps}
-        own = {"merge": self.merge, "scheduler": self.scheduler}
+        own: dict[str, Any] = {"merge": self.merge, "scheduler": self.scheduler}
+        if self.sampling.flow_shift != self.checkpoint.sampling.flow_shift:
+            own["flow_shift"] = self.sampling.flow_shift
         return {**settings, **_EXACT, **own, **rounded}
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:
@@ -391,6 +396,7 @@ class Parts:
             "attention": self.attention,
             "scheduler": self.scheduler,
             "timesteps": self.timesteps,
+            **({"fast": self.config.fast} if self.config.fast else {}),
             "torch": torch.__version__,
             # whose steps a turn is made of
             **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from mv2v_engine.config import FEW_STEPS
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.denoise import Denoised, Denoiser
 from mv2v_engine.engine.parts import Parts
@@ -286,6 +287,11 @@ def _approximations(parts: Parts, plan: TokenPlan) -> list[str]:
         found.append(f"{plan.conditioning} conditioning on weights trained for {trained}")
     if config.step_cache is not None:
         found.append(f"steps skipped below a change of {config.step_cache:g}")
+    is_few = parts.scheduler in FEW_STEPS and parts.checkpoint.sampling.scheduler not in FEW_STEPS
+    if is_few and not parts.checkpoint.report.loras:
+        found.append(
+            f"{parts.scheduler}'s steps on weights that, by all that is known, are not its"
+        )
     return found
 
 

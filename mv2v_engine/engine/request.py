@@ -159,14 +159,18 @@ def sampled(
     """The numbers of a request by their names, checked; None takes the checkpoint's default.
 
     Raises:
-        RequestError: one is no number, or out of the range that a checkpoint can serve.
+        RequestError: one is no number, out of the range that a checkpoint can serve, or no fit for
+            a scheduler of few steps.
     """
     steps = sampling.num_inference_steps if num_inference_steps is None else num_inference_steps
     scale = sampling.guidance_scale if guidance_scale is None else guidance_scale
+    steps = arguments.integer("num_inference_steps", steps, 1, MAX_STEPS)
+    scale = arguments.number("guidance_scale", scale, 0, MAX_GUIDANCE_SCALE)
+    sampling.check_few_steps(steps, scale)
     return {
         "seed": arguments.integer("seed", seed, 0, 2**63 - 1),
-        "num_inference_steps": arguments.integer("num_inference_steps", steps, 1, MAX_STEPS),
-        "guidance_scale": arguments.number("guidance_scale", scale, 0, MAX_GUIDANCE_SCALE),
+        "num_inference_steps": steps,
+        "guidance_scale": scale,
     }
 
 

@@ -58,7 +58,7 @@ from mv2v_engine.progress import (
     driven,
     staged,
 )
-from mv2v_engine.sampling.flow_match import initial_noise
+from mv2v_engine.sampling.flow_match import turn_noise
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.video.io import video_path, video_writer
 from mv2v_engine.video.windows import EditWindow, edit_windows
@@ -514,13 +514,16 @@ class Session:
             else:
                 recalled = self._recall.recall(request, latents, self.turns, ranked)
         yield spans.done("memory")
+        seed = window_seed(request.seed, window.number)
+        noise, generator = turn_noise((1, *latents.shape), seed)
         denoiser = engine_denoiser(
             parts,
             recalled.plan,
             Conditioning(recalled.latents, recalled.cameras, *texts, on_channels),
-            initial_noise((1, *latents.shape), window_seed(request.seed, window.number)),
+            noise,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
+            generator=generator,
         )
         with spans.stage("sampling") as started:
             yield started

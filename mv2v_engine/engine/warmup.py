@@ -53,8 +53,9 @@ def _run(engine: Parts, plan: TokenPlan, guidance_scale: float) -> dict[str, Any
             (1, plan.shape.latent_channels, *plan.target.grid), dtype=torch.float32, device="cpu"
         ),
         # without guidance a static turn's first step runs no forward of the target alone
-        num_inference_steps=3,
+        num_inference_steps=engine.sampling.fewest_steps(3),
         guidance_scale=guidance_scale,
+        generator=torch.Generator(),
     )
     try:
         denoiser.step()

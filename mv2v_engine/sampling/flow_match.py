@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import SchedulerName, Timesteps
+from mv2v_engine.config import FEW_STEPS, SchedulerName, Timesteps
 from mv2v_engine.defaults import torch_defaults
 
 
@@ -16,7 +18,11 @@ def shifted_sigmas(num_steps: int, shift: float) -> Tensor:
     if num_steps < 1:
         raise ValueError(f"num_inference_steps must be at least 1, got {num_steps}")
     sigma = torch.linspace(1, 0, num_steps + 1, dtype=torch.float64, device="cpu")
-    return (shift * sigma / (1 + (shift - 1) * sigma)).to(torch.float32)
+    return _shifted(sigma, shift).to(torch.float32)
+
+
+def _shifted(sigma: Tensor, shift: float) -> Tensor:
+    return shift * sigma / (1 + (shift - 1) * sigma)
 
 
 def wan_sigmas(num_steps: int, shift: float) -> Tensor:
@@ -27,12 +33,53 @@ def wan_sigmas(num_steps: int, shift: float) -> Tensor:
     """
     first = torch.tensor(0.999, dtype=torch.float32, device="cpu").item()
     u = torch.linspace(first, 0, num_steps + 1, dtype=torch.float64, device="cpu")[:-1]
-    return shift * u / (1 + (shift - 1) * u)
+    return _shifted(u, shift)
+
+
+# what the few-step solvers' weights were distilled at, of 1,000 training steps: LightX2V's and
+# Self-Forcing's, before the shift; FastWan's, after it
+_QUARTERS = (1000, 750, 500, 250)
+_FASTWAN = (1000, 757, 522)
+# rCM's, as angles of sin t noise + cos t data: the first is atan of its largest ratio of the two
+_RCM_FIRST, _RCM_LATER = 80.0, (1.5, 1.4, 1.0)
+
+
+def quarter_sigmas(shift: float) -> Tensor:
+    """Noise levels [5] of LightX2V's and Self-Forcing's four steps, float64, 0 at the end."""
+    return _shifted(torch.tensor([*_QUARTERS, 0], dtype=torch.float64, device="cpu") / 1000, shift)
+
+
+def fastwan_sigmas(shift: float) -> Tensor:
+    """Noise levels [4] of FastWan's three steps, float64, 0 at the end: those of the 1,000 shifted
+    ones that come nearest to its times."""
+    table = _shifted(torch.arange(1, 1001, dtype=torch.float64, device="cpu") / 1000, shift)
+    times = torch.tensor(_FASTWAN, dtype=torch.float64, device="cpu")
+    nearest = (table[:, None] * 1000 - times).abs().argmin(dim=0)
+    return torch.cat([table[nearest], table.new_zeros(1)])
+
+
+def rcm_sigmas(num_steps: int) -> Tensor:
+    """Noise levels [num_steps + 1] of rCM, float64: sin t / (sin t + cos t), 0 at the end."""
+    angles = (math.atan(_RCM_FIRST), *_RCM_LATER)[:num_steps]
+    t = torch.tensor([*angles, 0.0], dtype=torch.float64, device="cpu")
+    return t.sin() / (t.sin() + t.cos())
+
+
+def turn_noise(shape: tuple[int, ...], seed: int) -> tuple[Tensor, torch.Generator]:
+    """The noise that a turn begins with, and the generator whose next numbers its solver draws.
+
+    Gaussian, float32 on the CPU, so that a seed means the same video on every device.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return _drawn(shape, generator), generator
 
 
 def initial_noise(shape: tuple[int, ...], seed: int) -> Tensor:
-    """Gaussian noise, float32 on the CPU, so that a seed means the same video on every device."""
-    generator = torch.Generator().manual_seed(seed)
+    """The noise that a turn begins with, float32 on the CPU."""
+    return turn_noise(shape, seed)[0]
+
+
+def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     return torch.randn(shape, generator=generator, dtype=torch.float32, device="cpu")
 
 
@@ -40,10 +87,12 @@ class Solver(Protocol):
     """Integrates the flow; `timesteps` [num_steps] are what the model is told (0..1000).
 
     deltas: [num_steps], if a step is no more than latents + velocity * delta; else None.
+    noise_scale: what a turn's noise is multiplied with before the first step.
     """
 
     timesteps: Tensor
     deltas: Tensor | None
+    noise_scale: float
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         """The latents after step `index`."""
@@ -52,10 +101,15 @@ class Solver(Protocol):
 class EulerSolver:
     """x += velocity * (sigma_next - sigma), in float32."""
 
+    noise_scale = 1.0
+
     def __init__(self, num_steps: int, shift: float) -> None:
-        self.sigmas = shifted_sigmas(num_steps, shift)
+        self.sigmas = self._levels(num_steps, shift)
         self.timesteps = self.sigmas[:-1] * 1000
         self.deltas: Tensor | None = self.sigmas.diff()
+
+    def _levels(self, num_steps: int, shift: float) -> Tensor:
+        return shifted_sigmas(num_steps, shift)
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         delta = float(self.sigmas[index + 1] - self.sigmas[index])
@@ -70,6 +124,7 @@ class UniPCSolver:
     """
 
     deltas: Tensor | None = None
+    noise_scale = 1.0
 
     def __init__(self, num_steps: int, shift: float) -> None:
         from diffusers import UniPCMultistepScheduler
@@ -95,18 +150,86 @@ class UniPCSolver:
         return stepped
 
 
+class LightX2VSolver(EulerSolver):
+    """Euler at the four levels that LightX2V distils to."""
+
+    def _levels(self, num_steps: int, shift: float) -> Tensor:
+        return quarter_sigmas(shift).to(torch.float32)
+
+
+class RenoisingSolver:
+    """Each step goes to the data that the model sees, and adds fresh noise of the next level.
+
+    x' = (1 - sigma') (x - sigma v) + sigma' n, computed and kept in float64. n comes from the
+    turn's generator, step after step, so that a seed gives the same latents however steps are run.
+
+    Args:
+        sigmas: [num_steps + 1], float64.
+        times: what the model is told, [num_steps]; None: 1,000 sigma.
+    """
+
+    deltas: Tensor | None = None
+
+    def __init__(
+        self, sigmas: Tensor, generator: torch.Generator, times: Sequence[float] | None = None
+    ) -> None:
+        self.sigmas, self._generator = sigmas, generator
+        told = sigmas[:-1] * 1000 if times is None else torch.tensor(times, device="cpu")
+        self.timesteps = told.to(torch.float32)
+        self.noise_scale = float(sigmas[0])
+        self._state: Tensor | None = None
+
+    def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
+        sigma, following = self.sigmas[index].item(), self.sigmas[index + 1].item()
+        state = latents.double() if self._state is None else self._state
+        state = (1 - following) * (state - sigma * velocity.double())
+        if following:
+            noise = _drawn(tuple(latents.shape), self._generator)
+            if latents.is_cuda:  # from pageable memory the host would wait for the device
+                noise = noise.pin_memory()
+            state += following * noise.to(latents.device, non_blocking=True)
+        self._state = state
+        return state.to(latents.dtype)
+
+
 def make_solver(
-    name: SchedulerName, num_steps: int, shift: float, timesteps: Timesteps = "exact"
+    name: SchedulerName,
+    num_steps: int,
+    shift: float,
+    timesteps: Timesteps = "exact",
+    generator: torch.Generator | None = None,
 ) -> Solver:
-    """The solver of a turn: fresh, since UniPC remembers earlier steps.
+    """The solver of a turn: fresh, since some remember earlier steps.
 
     timesteps: "bfloat16" rounds what the model is told; the steps themselves stay exact.
+    generator: of `turn_noise`; "dmd" and "rcm" draw from it.
+
+    Raises:
+        ValueError: a number of steps that a solver of few has no table for, or no generator for
+            one that draws.
     """
-    solvers: dict[SchedulerName, type[EulerSolver | UniPCSolver]] = {
-        "euler": EulerSolver,
-        "unipc": UniPCSolver,
-    }
-    solver = solvers[name](num_steps, shift)
+    solver = _fresh(name, num_steps, shift, generator)
     if timesteps == "bfloat16":
         solver.timesteps = solver.timesteps.to(torch.bfloat16).to(torch.float32)
     return solver
+
+
+def _fresh(
+    name: SchedulerName, num_steps: int, shift: float, generator: torch.Generator | None
+) -> Solver:
+    counts = FEW_STEPS.get(name, (num_steps,))
+    if num_steps not in counts:
+        raise ValueError(f"{name} has tables for {counts} steps, got {num_steps}")
+    if name == "euler":
+        return EulerSolver(num_steps, shift)
+    if name == "unipc":
+        return UniPCSolver(num_steps, shift)
+    if name == "lightx2v":
+        return LightX2VSolver(num_steps, shift)
+    if generator is None:
+        raise ValueError(f"{name} adds fresh noise, give it the turn's generator")
+    if name == "rcm":
+        return RenoisingSolver(rcm_sigmas(num_steps), generator)
+    if num_steps == len(_FASTWAN):
+        return RenoisingSolver(fastwan_sigmas(shift), generator, _FASTWAN)
+    return RenoisingSolver(quarter_sigmas(shift), generator)

@@ -74,7 +74,7 @@ class GraphedTurns:
             plan=plan,
             conditioning=Conditioning(others, given, text, negative),
             noise=noise,
-            solver=make_solver(asked.solver, asked.steps, 3.0),
+            solver=make_solver(asked.solver, asked.steps, 3.0, generator=generator),
             guidance_scale=asked.scale,
             graphs=graphs,
         )

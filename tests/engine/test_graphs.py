@@ -59,8 +59,8 @@ def test_everything_that_a_graph_reads_lives_with_it() -> None:
 def test_a_solver_on_the_host_moves_the_latents_itself(conditioning: str) -> None:
     turns = Turns()
     plan = turns.plan(conditioning)
-    for seed in (1, 2):
-        report = turns.check(plan, Asked(seed, 4, solver="unipc"))
+    for seed, solver in enumerate(("unipc", "dmd", "rcm")):
+        report = turns.check(plan, Asked(seed, 4, solver=solver))
     assert report["replayed_steps"] == 4 - int(conditioning == "static")
     # the update is not in the graph, so Euler's has one of its own
     assert turns.check(plan)["captured_steps"] == 1

@@ -15,7 +15,7 @@ from mv2v_engine import Engine, EngineConfig, run
 from mv2v_engine.checkpoints.detect import OWN_WEIGHTS
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.protocol import decode, encode, engine_arguments, setup_message
+from mv2v_engine.serving.work.protocol import decode, encode, engine_arguments, setup_message
 
 MODULE = "blocks.1.attn1.to_v"
 

@@ -54,6 +54,11 @@ def test_static_turns_equal_those_of_one_process(told: dict[str, Any]) -> None:
     assert told["files"] == ["session.json", *turns, "turns"]
 
 
+def test_fresh_noise_is_that_of_one_process(told: dict[str, Any]) -> None:
+    apart, *run = told["few_steps"]
+    assert apart < 1e-5 and run == ["dmd", 3]
+
+
 def test_a_turn_that_is_not_finite_leaves_all_processes_ready(told: dict[str, Any]) -> None:
     assert told["not_finite"].startswith("NotFiniteError: step 1 of 3 gave latents that are not")
     assert told["turns_then"] == 2 and told["healed"] < 1e-5

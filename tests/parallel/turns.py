@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from math import nan
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,15 @@ def lead(checkpoint: str, clip: str, out: Path) -> dict[str, Any]:
             told.setdefault("merged", []).append(
                 turn.report["merged_frames"] == expected.report["merged_frames"]
             )
+        # whose noise is the first process's alone
+        both, one_alone = (
+            of.reconfigured(replace(of.config, fast="fastwan"))
+            .session(clip)
+            .render("tilt_up", seed=5)
+            for of in (engine, alone)
+        )
+        apart = (both.latents - one_alone.latents).norm() / one_alone.latents.norm()
+        told["few_steps"] = [float(apart), both.report["scheduler"], both.report["forwards"]]
         whole, session._source_latents = session._source_latents, torch.full((16, 3, 6, 8), nan)
         told["not_finite"] = said(lambda: session.render("pan_left", seed=3))
         told["turns_then"] = len(session.turns)

@@ -106,15 +106,16 @@ class Host:
             (sampling.num_frames, *sampling.size, 3), dtype=torch.uint8, device="cpu"
         )
         session = self.engine.session(frames, cuts=() if self.engine.is_editor else None)
+        steps = sampling.fewest_steps(2)
         try:
             if self.engine.is_editor:
-                session.edit("-", num_inference_steps=2)
+                session.edit("-", num_inference_steps=steps)
                 return
-            turn = self._batch.add(session, session.request("static", num_inference_steps=2))
+            turn = self._batch.add(session, session.request("static", num_inference_steps=steps))
             self._batch.run()
             if isinstance(turn.result, Exception):
                 raise turn.result
-            # of turns that remember nothing; those that do not fit beside others wait for room
+            # turns that remember nothing; those that do not fit beside others wait for room
             self.capacity = max(1, min(self._batch.token_budget // turn.tokens, self.max_open))
         finally:
             session.close()
