@@ -69,23 +69,6 @@ def _flat(naming: Naming) -> tuple[dict[str, str], dict[str, str]]:
     return top, block
 
 
-_TOP, _BLOCK = _leaves()
-_TOP_BACK = {new: old for old, new in _TOP.items()}
-_BLOCK_BACK = {new: old for old, new in _BLOCK.items()}
-
-
-def _flat(naming: Naming) -> tuple[dict[str, str], dict[str, str]]:
-    """The leaves of a naming with underscores for their dots, to ours."""
-    top, block = (
-        {
-            (old if naming == "original" else new).replace(".", "_"): new
-            for old, new in leaves.items()
-        }
-        for leaves in (_TOP, _BLOCK)
-    )
-    return top, block
-
-
 _FLAT: dict[Naming, tuple[dict[str, str], dict[str, str]]] = {
     "original": _flat("original"),
     "diffusers": _flat("diffusers"),
