@@ -16,6 +16,7 @@ from mv2v_engine.checkpoints.inspect import inspect_lora, render_lora
 from mv2v_engine.checkpoints.lora import find_lora, find_loras, lora_pair, read_lora
 from mv2v_engine.config import EngineConfig
 from mv2v_engine.errors import CheckpointError, RequestError
+from tests.checkpoints.small_hub import SmallHub
 
 State = dict[str, Tensor]
 Rename = Callable[[str], str]
@@ -244,6 +245,25 @@ def test_as_peft_merges_it(tmp_path: Path, wan: State, base: Path, renamed: Rena
     for name, value in expected.items():
         torch.testing.assert_close(got[name], value.detach(), rtol=1e-5, atol=1e-5, msg=name)
     assert sum(not torch.equal(got[name], plain[name]) for name in got) == 3 * 6 + 1
+
+
+def test_from_a_hub_with_its_settings(
+    hub: SmallHub, wan: State, base: Path, renamed: Rename
+) -> None:
+    """What PEFT wrote beside the file says how its products are scaled: both are fetched."""
+    pairs, folder = products(), hub.root / "someone" / "style"
+    folder.mkdir(parents=True)
+    saved(
+        folder, spelt(pairs, lambda name: f"base_model.model.{name}"), "adapter_model.safetensors"
+    )
+    (folder / "adapter_config.json").write_text(json.dumps({"r": RANK, "lora_alpha": 1}))
+    (folder / "README.md").write_text("a card")
+    expected = changed(wan, renamed, deltas(pairs, 0.8 / RANK))
+    for text in ("someone/style:0.8", "someone/style:adapter_model.safetensors:0.8"):
+        name, strength = lora_pair(text)
+        assert_weights(weights(base, (Path(name), strength)), expected)
+    with pytest.raises(CheckpointError, match="someone/other"):
+        find_lora("someone/other")
 
 
 def test_the_scale_of_diffusers_headers(
