@@ -1,12 +1,12 @@
 """Turns of several sessions that wait together in the service's worker: in packs, or one by one.
 
-`python profiling/bench_shared_turns.py [--out profiling/results/shared_turns.jsonl]`
+`python profiling/bench_shared_turns.py [--device cuda] [--out profiling/results/cuda_turns.jsonl]`
 
-Whole turns of the embedded model on one CPU thread, from the request to the mp4, as a worker makes
-them. Every session asks for a turn at once, round after round; the first round, which encodes the
-sources, is not counted. The two ways run turn about, and ratios are within a round. Seconds are the
-process's own, so that what else the machine does is left out; `mean_*` is until a turn is ready, on
-average.
+Whole turns of the embedded model, from the request to the mp4, as a worker makes them. Every
+session asks for a turn at once, round after round; the first round, which encodes the sources, is
+not counted. The two ways run turn about, and ratios are within a round. On a CPU one thread
+computes, and seconds are the process's own, so that what else the machine does is left out.
+`mean_*` is until a turn is ready, on average.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Sessions:
 
     def __init__(self, host: Host, root: Path, clip: bytes, count: int) -> None:
         self.host = host
+        is_cpu = host.engine.device.type == "cpu"
+        self._clock = time.process_time if is_cpu else time.perf_counter
         self.folders = [root / str(number) for number in range(count)]
         for folder in self.folders:
             folder.mkdir(parents=True)
@@ -51,12 +53,12 @@ class Sessions:
         asked: dict[str, Any] = (
             request if steps is None else {**request, "num_inference_steps": steps}
         )
-        ready, reports, began = list[float](), list[dict[str, Any]](), time.process_time()
+        ready, reports, began = list[float](), list[dict[str, Any]](), self._clock()
         frames = self.host.engine.sampling.num_frames
 
         def tell(event: dict[str, Any]) -> None:
             if event["type"] == "done":
-                ready.append(time.process_time() - began)
+                ready.append(self._clock() - began)
                 reports.append(event["report"])
             assert event["type"] not in ("failed", "cancelled"), event
 
@@ -111,6 +113,7 @@ def compare(
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--turns", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="the checkpoint's if not given")
@@ -119,9 +122,11 @@ def main() -> None:
     args = parser.parse_args()
     if min(args.turns) < 1 or args.rounds < 1:
         parser.error("--turns and --rounds count from 1")
-    torch.set_num_threads(1)
-    engine = Engine.from_pretrained("tiny-nvs", device="cpu")
-    report = Report(args.out, provenance(torch.device("cpu"), args.commit))
+    device = torch.device(args.device)
+    if device.type == "cpu":
+        torch.set_num_threads(1)
+    engine = Engine.from_pretrained("tiny-nvs", device=device)
+    report = Report(args.out, provenance(device, args.commit))
     for mode in MODES:
         for count in args.turns:
             figures = compare(engine, mode, count, args.rounds, args.steps)

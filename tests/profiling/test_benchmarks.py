@@ -14,6 +14,7 @@ import bench_finite
 import bench_graphs
 import bench_ops
 import bench_prope
+import bench_shared_turns
 import pytest
 import torch
 from bench_ops import measure_all, measure_case
@@ -118,6 +119,21 @@ def test_packed_turns(
         )
         assert row["error"] < 1e-5 and row["clip"] == "17x96x160" and row["commit"] == "abc"
     assert capsys.readouterr().out.splitlines()[-1].startswith("packing pays")
+
+
+def test_turns_that_share_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    out, threads = tmp_path / "shared.jsonl", torch.get_num_threads()
+    words = ("--turns", "2", "--rounds", "1", "--steps", "2", "--out", str(out))
+    run(bench_shared_turns, monkeypatch, *words)
+    torch.set_num_threads(threads)
+    found = rows(out)
+    # the first static step keeps what the second reads, and runs alone
+    assert [row["packed_steps"] for row in found] == [2, 1]
+    for row in found:
+        assert row["speedup"] == pytest.approx(row["alone_s"] / row["packed_s"], rel=1e-2)
+        # of turns that are made one after the other, the first is ready about half-way
+        assert row["mean_alone_s"] < 0.9 * row["alone_s"]
+        assert row["mean_packed_s"] > 0.7 * row["packed_s"]
 
 
 def test_the_verdict_on_packing_names_where_it_pays() -> None:
