@@ -195,19 +195,23 @@ def fit_fields(config: Any) -> None:
     """Check a frozen dataclass's fields by their annotations, and bring them to these types.
 
     Raises:
-        RequestError: a field of another type, or a word that it does not know.
+        RequestError: a field of another type, a word that it does not know, or a number out of
+            its bounds, as `settings.setting` declares them.
     """
-    for name, hint in _hints(type(config)).items():  # type: ignore[arg-type]
-        value = getattr(config, name)
-        fitted = _fitted(name, value, hint)
+    kinds = hints(type(config))  # type: ignore[arg-type]
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        fitted = _fitted(field.name, value, kinds[field.name])
         if fitted is not value:
-            object.__setattr__(config, name, fitted)
+            object.__setattr__(config, field.name, fitted)
+        if "setting" in field.metadata:
+            field.metadata["setting"].check(field.name, fitted)
 
 
 @functools.cache
-def _hints(kind: type) -> Mapping[str, Any]:
-    hints = typing.get_type_hints(kind)
-    return {field.name: hints[field.name] for field in dataclasses.fields(kind)}
+def hints(kind: type) -> Mapping[str, Any]:
+    """The annotations of a class's fields, as types."""
+    return typing.get_type_hints(kind)
 
 
 def _fitted(name: str, value: Any, hint: Any) -> Any:

@@ -6,15 +6,15 @@ What a transformer looks like is in `shapes`, and is imported from here.
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 from mv2v_engine import arguments
 from mv2v_engine.arguments import fit_fields
 from mv2v_engine.errors import RequestError
+from mv2v_engine.settings import PROGRAMS, setting
 from mv2v_engine.shapes import LUCY_5B as LUCY_5B
 from mv2v_engine.shapes import TINY as TINY
 from mv2v_engine.shapes import TINY_EDIT as TINY_EDIT
@@ -46,6 +46,7 @@ Alpha = Literal["black", "white", "refuse"]
 Fit = Literal["crop", "letterbox"]
 Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
+DtypeName = Literal["float32", "bfloat16", "float16"]
 
 MAX_STEPS = 1000
 # solvers of weights that are distilled to few steps without guidance: how many they have tables for
@@ -62,13 +63,24 @@ FAST: Mapping[FastName, Mapping[str, Any]] = {
 }
 # what is said to those who still ask for it
 REUSE_IS_GONE = (
-    "approximate reuse of joint conditioning is gone: fewer num_inference_steps (--steps) or a "
-    "step_cache (--step-cache) save as much and lose less; leave reuse out"
+    "approximate reuse of joint conditioning is gone: fewer num_inference_steps or a step_cache "
+    "save as much and lose less; leave reuse out"
 )
 # far above what anybody samples with, 1 to 20, and far below what overflows
 MAX_GUIDANCE_SCALE = 100
 # of a LoRA; what is used is 0.3 to 1.5, and what a negative one takes away
 MAX_STRENGTH = 100
+
+# titles of the options
+MODEL = "the model"
+SAMPLING = "sampling"
+PICTURE = "the source's frames"
+MEMORY = "the memory"
+VIEWS = "the memory of novel views"
+EDITS = "the memory of edits"
+STEPS = "reuse across steps"
+BUDGET = "bytes"
+RANKS = "several processes, under torchrun"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -83,28 +95,34 @@ class SamplingConfig:
 
     num_frames: int = 81
     size: tuple[int, int] = (480, 832)
-    num_inference_steps: int = 50
-    guidance_scale: float = 5.0
-    flow_shift: float = 5.0
+    num_inference_steps: int = setting(
+        50,
+        SAMPLING,
+        "denoising steps of a turn, or of a window of an edit; the checkpoint's if not given",
+        flag="--steps",
+        low=1,
+        high=MAX_STEPS,
+    )
+    guidance_scale: float = setting(
+        5.0,
+        SAMPLING,
+        "guidance scale, 1 is none; the checkpoint's if not given",
+        flag="--guidance",
+        metavar="S",
+        low=0,
+        high=MAX_GUIDANCE_SCALE,
+    )
+    flow_shift: float = setting(5.0, PROGRAMS, "shift of the timesteps", low=0.01, high=1000)
     negative_prompt: str = ""
-    fps: float = 16.0
+    fps: float = setting(16.0, PROGRAMS, "frames a second", low=0.01, high=1000)
     scheduler: SchedulerName = "euler"
     sizes: tuple[tuple[int, int], ...] = ()
     timesteps: Timesteps = "exact"
 
     def __post_init__(self) -> None:
+        fit_fields(self)
         if self.num_frames % 4 != 1 or self.num_frames < 1:
             raise RequestError(f"num_frames must be 4n+1, got {self.num_frames}")
-        arguments.number("fps", self.fps, 0.01, 1000)
-        arguments.integer("num_inference_steps", self.num_inference_steps, 1, MAX_STEPS)
-        arguments.number("guidance_scale", self.guidance_scale, 0, MAX_GUIDANCE_SCALE)
-        arguments.number("flow_shift", self.flow_shift, 0.01, 1000)
-        if self.scheduler not in get_args(SchedulerName):
-            known = ", ".join(get_args(SchedulerName))
-            raise RequestError(f"scheduler must be one of {known}, got {self.scheduler!r}")
-        if self.timesteps not in get_args(Timesteps):
-            known = ", ".join(get_args(Timesteps))
-            raise RequestError(f"timesteps must be one of {known}, got {self.timesteps!r}")
 
     def under(
         self,
@@ -137,7 +155,7 @@ class SamplingConfig:
         counts = FEW_STEPS.get(self.scheduler)
         if counts is None:
             return
-        advice = 'fast (--fast) sets both; scheduler="unipc" or "euler" takes any'
+        advice = 'fast=NAME sets both; scheduler="unipc" or "euler" takes any'
         if steps not in counts:
             known = " or ".join(map(str, counts))
             raise RequestError(
@@ -164,23 +182,60 @@ class SamplingConfig:
             known = " and ".join(f"{height}x{width}" for height, width in (self.size, *self.sizes))
             raise RequestError(
                 f"{name} was made for {known} (height x width), not {size[0]}x{size[1]}; ask for "
-                'that, or have the source brought to it (source_fit="letterbox", --fit letterbox)'
+                'that: source_fit="letterbox" brings the whole source to it'
             )
         return dataclasses.replace(self, size=(size[0], size[1]))
 
 
+@dataclass(frozen=True, kw_only=True)
+class LoadConfig:
+    """Which weights an engine runs, and where."""
+
+    checkpoint: str = setting(
+        "tiny-nvs",
+        MODEL,
+        "a file, a folder, a hub's owner/name[@revision][:path], or an embedded name",
+        metavar="NAME_OR_PATH",
+    )
+    components: Path | None = setting(
+        None,
+        MODEL,
+        "VAE, text encoder and tokenizer from this folder or hub's owner/name, of diffusers' "
+        "layout, Wan's or ComfyUI's; the checkpoint's own if not given",
+    )
+    rename: Path | None = setting(
+        None, MODEL, "names that the checkpoint leaves open; none if not given", metavar="FILE"
+    )
+    device: str | None = setting(
+        None, MODEL, "cpu, cuda or cuda:N; cuda where there is one if not given", metavar="D"
+    )
+    dtype: DtypeName | None = setting(
+        None, MODEL, "of the transformer; bfloat16 on cuda, else float32, if not given"
+    )
+
+
 @dataclass(frozen=True, kw_only=True, slots=True)
 class ParallelConfig:
-    """How many processes, each with a device of its own, share a step; torchrun starts them.
+    """How many processes, each with a device of its own, share a step; torchrun starts them."""
 
-    guidance: 2 runs the two forwards of guidance beside each other. context: processes that share
-    the tokens of a forward, at most one an attention head. timeout_seconds: how long one waits
-    for another within a step; the first step compiles.
-    """
-
-    guidance: int = 1
-    context: int = 1
-    timeout_seconds: float = 600.0
+    guidance: int = setting(
+        1,
+        RANKS,
+        "2: one process for each of the two forwards of guidance; if not given, 2 where there is "
+        "guidance and the processes are even",
+        flag="--guidance-ranks",
+    )
+    context: int = setting(
+        1,
+        RANKS,
+        "processes that share the tokens of a forward, at most one an attention head; if not "
+        "given, all that guidance leaves",
+        flag="--context-ranks",
+        low=1,
+    )
+    timeout_seconds: float = setting(
+        600.0, RANKS, "that one waits for another in a step; 600 if not given", metavar="S", above=0
+    )
 
     def __post_init__(self) -> None:
         fit_fields(self)
@@ -188,11 +243,6 @@ class ParallelConfig:
             raise RequestError(
                 f"guidance has one forward or two, got guidance={self.guidance} processes for "
                 "them; give 1 or 2, and share the tokens by context"
-            )
-        if self.context < 1 or not 0 < self.timeout_seconds < math.inf:
-            raise RequestError(
-                "context counts processes, 1 or more, and timeout_seconds is positive, got "
-                f"{self.context} and {self.timeout_seconds}"
             )
 
     @property
@@ -202,92 +252,132 @@ class ParallelConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class EngineConfig:
-    """How an engine runs; nothing here changes what a checkpoint is.
+    """How an engine runs; nothing here changes what a checkpoint is."""
 
-    scheduler, timesteps: None takes the checkpoint's.
-    fast: the scheduler, steps, shift and guidance of a family of weights that are distilled to few
-        steps, whole ones or a LoRA; see docs/checkpoints.md.
-    attention: the library; "auto" takes the fastest here, or what backend="reference" or
-        "native" means.
-    memory, merge: None is "retrieved" and "conv" where the checkpoint has trained weights for
-        them, else "none" and "off", so that a base without memory keeps its own quality.
-    cache_bytes: budget of the latent memory. max_memory: most memory videos of one turn.
-    device_cache_bytes: how many of cache_bytes one arena on the device holds, allocated at once;
-        the rest is an arena on the host, pinned beside CUDA. None: tensors on the device, one by
-        one.
-    frames_bytes: budget of decoded frames that turns hold, of all sessions together; older ones
-        are decoded again when they are asked for. The turn used last holds its own in any case.
-    memory_ranking: "random" draws the videos by the turn's seed (the ablation, of novel views).
-    memory_tokenizers: "uniform" gives every memory video 1x2x2 tokens (the ablation).
-    descriptor: a DINOv2 folder of transformers, by which the segments of a long edit are compared,
-        descriptor_batch frames at once on descriptor_device (None: the engine's); None compares
-        the pooled latents of their sources.
-    cross_shot_similarity: cosine from which on an edit's segments of other shots are remembered
-        too; None keeps every shot to itself.
-    merge_fraction: None takes METHOD 7's rule. fov_radius: metres (METHOD 9).
-    graphs: replay captured steps; "auto" where launches and not products bound a step, "on" for
-        every plan or an error. A turn beside one that replays is eager in any case.
-    graph_bytes: most that graphs, their inputs and their kept K and V may hold.
-    max_source_pixels: larger frames are refused before they are decoded.
-    size: (height, width) of turns, one that the checkpoint was made for; None: its first.
-    source_fit: "letterbox" shows all of a source between black bars, "crop" fills the frame.
-    source_alpha: what is put behind a source's transparent pixels; "refuse" does not take them.
-    step_cache: steps are skipped while the timestep's modulation has changed by less than this
-        (relative L1) since the last computed one; None computes all.
-    feed_forward_chunk: tokens that a block's feed-forward takes at once, which bounds its hidden
-        rows; None takes all together.
-    memory_limit_bytes: what weights, memory and a turn's tensors may take of the device together;
-        a turn that is predicted to need more is refused. None: what a GPU has free; no limit on
-        a CPU.
-    text_offload: whether the text encoder's weights wait on the host. "auto": where a turn with
-        max_memory videos would not fit beside them.
-    batch_tokens: how many tokens the turns of a batch share in one forward; a longer turn runs
-        alone. None: 32,768 on CUDA; on a CPU, where sharing saves nothing, turn after turn.
-    check_weights: refuse weights that are not finite when they are loaded, which reads each once
-        more; False spares a huge checkpoint that.
-    parallel: processes that share every step; see docs/parallel.md.
-    lora: files of changes that are merged into the weights when they are loaded, each with its
-        strength; see docs/checkpoints.md.
-    """
-
-    backend: BackendName = "auto"
-    attention: AttentionName = "auto"
-    memory: MemoryMode | None = None
-    max_memory: int = 10
-    memory_ranking: MemoryRanking = "fov"
-    memory_tokenizers: MemoryTokenizers = "ranked"
-    descriptor: Path | str | None = None
-    descriptor_batch: int = 16
-    descriptor_device: str | None = None
-    cross_shot_similarity: float | None = None
-    merge: MergeMode | None = None
-    merge_scope: MergeScope = "group"
-    merge_fraction: float | None = None
-    rope: RopeMode = "pooled"
-    responsiveness_heads: HeadMode = "concat"
-    conditioning: Conditioning = "joint"
-    scheduler: SchedulerName | None = None
-    timesteps: Timesteps | None = None
-    fast: FastName | None = None
-    fov_radius: float = 4.0
-    fov_blend: float = 0.5
-    cache_bytes: int = 4 << 30
-    device_cache_bytes: int | None = None
-    graphs: GraphMode = "auto"
-    graph_bytes: int = 4 << 30
-    frames_bytes: int = 1 << 30
-    max_source_pixels: int = 3840 * 2160
-    size: tuple[int, int] | None = None
-    source_fit: Fit = "crop"
-    source_alpha: Alpha = "black"
-    step_cache: float | None = None
-    feed_forward_chunk: int | None = 16_384
-    memory_limit_bytes: int | None = None
-    text_offload: TextOffload = "auto"
-    batch_tokens: int | None = None
-    check_weights: bool = True
+    backend: BackendName = setting("auto", MODEL, "what computes the operations")
+    attention: AttentionName = setting(
+        "auto", MODEL, "its library; auto: the fastest here that goes with the backend"
+    )
+    graphs: GraphMode = setting(
+        "auto", MODEL, "replay steps as CUDA graphs; auto: where it pays; on: all, or an error"
+    )
+    check_weights: bool = setting(
+        True, MODEL, "load weights without looking for NaN and infinity; spares a pass"
+    )
+    lora: tuple[tuple[Path | str, float], ...] = setting(
+        (),
+        MODEL,
+        "merge this LoRA into the weights, S times (1 if not given); may be repeated",
+        metavar="FILE[:S]",
+    )
+    scheduler: SchedulerName | None = setting(
+        None, SAMPLING, "what integrates the flow; the checkpoint's if not given"
+    )
+    timesteps: Timesteps | None = setting(
+        None, SAMPLING, "as they are or rounded to bfloat16; the checkpoint's if not given"
+    )
+    fast: FastName | None = setting(
+        None,
+        SAMPLING,
+        "solver, steps, shift and guidance of weights, or a LoRA, distilled to few steps by this "
+        "family; the checkpoint's if not given",
+    )
+    size: tuple[int, int] | None = setting(
+        None, PICTURE, "of turns, one that the weights were made for; their first if not given"
+    )
+    source_fit: Fit = setting(
+        "crop", PICTURE, "to that size: cut the edges off, or add black bars", flag="--fit"
+    )
+    source_alpha: Alpha = setting(
+        "black", PICTURE, "what is put behind transparent pixels, or refuse them", flag="--alpha"
+    )
+    max_source_pixels: int = setting(
+        3840 * 2160, PICTURE, "larger frames are refused before they are decoded"
+    )
+    memory: MemoryMode | None = setting(
+        None,
+        MEMORY,
+        "what is remembered; retrieved if the weights learned to, else none, if not given",
+    )
+    max_memory: int = setting(
+        10, MEMORY, "videos that a turn remembers at most; of an edit, windows", low=0
+    )
+    merge: MergeMode | None = setting(
+        None, MEMORY, "how frames merge; conv if the weights learned to, else off, if not given"
+    )
+    merge_scope: MergeScope = setting(
+        "group", PROGRAMS, "the ablation: joint ranks frames of all token grids together (METHOD 5)"
+    )
+    merge_fraction: float | None = setting(
+        None, MEMORY, "of the frames, at each depth; by the depth if not given", low=0, high=1
+    )
+    memory_tokenizers: MemoryTokenizers = setting(
+        "ranked", PROGRAMS, "the ablation: uniform gives every memory video 1x2x2 tokens"
+    )
+    rope: RopeMode = setting(
+        "pooled", PROGRAMS, "the ablation: centre gives a coarse token one position, no average"
+    )
+    responsiveness_heads: HeadMode = setting(
+        "concat", PROGRAMS, "the ablation: mean takes the heads of a frame's responsiveness apart"
+    )
+    fov_radius: float = setting(
+        4.0, VIEWS, "metres to the points by which views are compared", above=0
+    )
+    fov_blend: float = setting(
+        0.5, VIEWS, "weight of intersection over union, or of coverage", low=0, high=1
+    )
+    memory_ranking: MemoryRanking = setting(
+        "fov", PROGRAMS, "the ablation: random draws the videos by the turn's seed"
+    )
+    descriptor: Path | str | None = setting(
+        None, EDITS, "a DINOv2 folder that compares windows; latents do if not given", metavar="DIR"
+    )
+    descriptor_batch: int = setting(16, EDITS, "frames that it takes at once", low=1)
+    descriptor_device: str | None = setting(
+        None, EDITS, "where it runs; the engine's device if not given", metavar="D"
+    )
+    cross_shot_similarity: float | None = setting(
+        None, EDITS, "cosine from which other shots count; none if not given", low=-1, high=1
+    )
+    conditioning: Conditioning = setting(
+        "joint", STEPS, "static is computed once a turn, on weights trained for it"
+    )
+    step_cache: float | None = setting(
+        None, STEPS, "skip steps whose modulation changes by less; none if not given", low=0
+    )
+    cache_bytes: int = setting(
+        4 << 30, BUDGET, "of remembered latents, of all sessions together, as 4GiB or 500MB", low=0
+    )
+    device_cache_bytes: int | None = setting(
+        None,
+        BUDGET,
+        "how many of these one arena on the device holds, the rest is one on the host, pinned "
+        "beside CUDA; tensor by tensor on the device if not given",
+        low=0,
+    )
+    frames_bytes: int = setting(
+        1 << 30, BUDGET, "of decoded frames that turns hold; others are decoded again", low=0
+    )
+    graph_bytes: int = setting(
+        4 << 30, BUDGET, "of CUDA graphs, their inputs and their kept K and V", low=0
+    )
+    feed_forward_chunk: int | None = setting(
+        16_384, BUDGET, "tokens that a feed-forward takes at once; 0: all together", low=1
+    )
+    memory_limit_bytes: int | None = setting(
+        None, BUDGET, "that weights, memory and turn take; what a GPU has free if not given", low=1
+    )
+    text_offload: TextOffload = setting(
+        "auto", BUDGET, "move the text encoder to the host; auto: if turns have no room beside"
+    )
+    batch_tokens: int | None = setting(
+        None,
+        BUDGET,
+        "that the steps of several sessions' novel views share in one forward; if not given, 32768 "
+        "on cuda, and on a CPU one turn at a time",
+        low=1,
+    )
     parallel: ParallelConfig = ParallelConfig()
-    lora: tuple[tuple[Path | str, float], ...] = ()
     reuse: InitVar[str | None] = None  # gone, and said so
 
     def __post_init__(self, reuse: str | None) -> None:
@@ -303,32 +393,7 @@ class EngineConfig:
         self._check_parallel()
         for _, strength in self.lora:
             arguments.number("a LoRA's strength", strength, -MAX_STRENGTH, MAX_STRENGTH)
-        if self.merge_fraction is not None and not 0 <= self.merge_fraction <= 1:
-            raise RequestError(f"merge_fraction must lie in 0..1, got {self.merge_fraction}")
-        if not 0 < self.fov_radius < math.inf or not 0 <= self.fov_blend <= 1:
-            raise RequestError(
-                f"fov_radius must be positive and fov_blend lie in 0..1, got {self.fov_radius} "
-                f"and {self.fov_blend}"
-            )
-        similarity = self.cross_shot_similarity
-        if similarity is not None and not -1 <= similarity <= 1:
-            raise RequestError(
-                f"cross_shot_similarity is a cosine, -1..1 or None, got {similarity}"
-            )
-        if self.descriptor_batch < 1:
-            raise RequestError(f"descriptor_batch must be at least 1, got {self.descriptor_batch}")
-        for name in ("max_memory", "cache_bytes", "frames_bytes", "graph_bytes"):
-            if getattr(self, name) < 0:
-                raise RequestError(f"{name} must not be negative, got {getattr(self, name)}")
-        for name in ("batch_tokens", "feed_forward_chunk", "memory_limit_bytes"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise RequestError(f"{name} must be positive, or None for no bound, got {value}")
-        if self.step_cache is not None and not 0 <= self.step_cache < math.inf:
-            raise RequestError(
-                f"step_cache must be finite and not negative, or None, got {self.step_cache}"
-            )
-        if not 0 <= (self.device_cache_bytes or 0) <= self.cache_bytes:
+        if (self.device_cache_bytes or 0) > self.cache_bytes:
             raise RequestError(
                 f"device_cache_bytes is the device's part of cache_bytes: give 0.."
                 f"{self.cache_bytes:,} or raise cache_bytes, got {self.device_cache_bytes:,}"

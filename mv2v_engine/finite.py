@@ -78,8 +78,8 @@ def refuse_weights(path: Path | str, faults: Sequence[str]) -> None:
         raise CheckpointError(
             f"{path}: {len(faults)} tensor{'s have' if len(faults) > 1 else ' has'} numbers that "
             f"are not finite: {', '.join(faults[:_SHOWN])}{more}; copy or download the weights "
-            "again, or load them as bfloat16 or float32 if float16 has no room for them; "
-            "check_weights=False (--no-check-weights) loads them as they are"
+            "again, or load them with dtype=bfloat16 or float32 if float16 has no room for them; "
+            "check_weights=False loads them as they are"
         )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+from collections.abc import Sequence
 from typing import Any, NoReturn
 
 from mv2v_engine.arguments import shown
@@ -49,6 +50,21 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise RequestError(f"{message.removeprefix('argument ')}; see {self.prog} --help")
+
+
+def option_names(parser: argparse.ArgumentParser, words: Sequence[str] = ()) -> dict[str, str]:
+    """The options of a parser, by the names of what they set.
+
+    words: a command line, whose first word is the command if there are several.
+    """
+    names: dict[str, str] = {}
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            if words and words[0] in action.choices:
+                names |= option_names(action.choices[words[0]])
+        elif action.option_strings:
+            names[action.dest] = action.option_strings[0]
+    return names
 
 
 def integer(text: str) -> int:

@@ -28,6 +28,7 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.catalogue import describe_models
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
 from mv2v_engine.checkpoints.inspect import inspect_lora, render_lora
+from mv2v_engine.config import EDITS, MEMORY, PICTURE, SAMPLING, STEPS, VIEWS, LoadConfig
 from mv2v_engine.envs import launched_rank, num_threads
 from mv2v_engine.errors import (
     CameraError,
@@ -42,14 +43,15 @@ from mv2v_engine.options import (
     INTERRUPTED,
     PARTIAL,
     REFUSED,
+    add_engine,
     add_folder,
-    add_model,
     loading,
     read_resolution,
 )
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, option_names
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store.store_command import add_store
+from mv2v_engine.settings import flags, given, in_options
 from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.terminal import camera_words, lasting_output, say
 from mv2v_engine.turns import add_edit, add_novel_view
@@ -65,9 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(argv: Sequence[str] | None) -> int:
+    words = sys.argv[1:] if argv is None else list(argv)
+    parser = _parser()
     try:
-        words = sys.argv[1:] if argv is None else list(argv)
-        args = _parser().parse_args(words, argparse.Namespace(words=words))
+        args = parser.parse_args(words, argparse.Namespace(words=words))
         threads = num_threads()
         if threads is not None:
             torch.set_num_threads(threads)
@@ -76,7 +79,8 @@ def _run(argv: Sequence[str] | None) -> int:
     except (KeyboardInterrupt, CancelledError):
         return _said("interrupted: finished turns are kept; continue with --resume", INTERRUPTED)
     except MV2VError as error:
-        return _said(f"error: {_rank_name()}{error}", REFUSED)
+        message = in_options(str(error), option_names(parser, words))
+        return _said(f"error: {_rank_name()}{message}", REFUSED)
     except (MemoryError, RuntimeError) as error:
         if not is_out_of_memory(error):
             raise
@@ -96,8 +100,7 @@ def evaluate(args: argparse.Namespace) -> int:
     if args.checkpoint is None:
         args.checkpoint = "tiny-edit" if args.task == "edit" else "tiny-nvs"
     resolution = read_resolution(args)
-    names = ("backend", "attention", "graphs", "check_weights", "lora")
-    config = EngineConfig(**{name: getattr(args, name) for name in names})
+    config = EngineConfig(**given(args, EngineConfig))
     load = partial(Engine.from_pretrained, args.checkpoint, **loading(args, config))
     evaluate_checkpoint(args, task_of(resolution.config, args.task, resolution.name), load)
     return 0
@@ -143,10 +146,12 @@ def inspect(args: argparse.Namespace) -> int:
         print(words)
         return 0 if problem is None else _said(f"error: {problem}", REFUSED)
     inspection = inspect_checkpoint(args.path, args.rename, deep=args.deep)
-    print(render_inspection(inspection))
+    options = flags(LoadConfig) | flags(EngineConfig)
+    print(in_options(render_inspection(inspection), options))
     if inspection.problem is None:
         return 0
-    return _said(f"error: {inspection.problem.removeprefix('no: ')}", REFUSED)
+    problem = inspection.problem.removeprefix("no: ")
+    return _said(f"error: {in_options(problem, options)}", REFUSED)
 
 
 def _said(message: str, code: int) -> int:
@@ -263,9 +268,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add(
         "--clip", metavar="DIR", help="measure frame consistency by this CLIP too; not if not given"
     )
-    add_model(parser, "tiny-nvs")
-    # without one, the task tells
-    parser.set_defaults(checkpoint=None)
+    # what the protocol compares is not to be set
+    add_engine(
+        parser,
+        without=(SAMPLING, PICTURE, MEMORY, VIEWS, EDITS, STEPS, "batch_tokens"),
+        own={
+            "checkpoint": {
+                "default": None,
+                "help": "a file, a folder, a hub's owner/name or an embedded name; tiny-nvs, or "
+                "tiny-edit with --task edit, if not given",
+            }
+        },
+    )
     add_folder(parser, "evaluation")
 
 

@@ -212,7 +212,7 @@ class TextEncoder:
         require_finite(
             embedding,
             f"the text encoder's numbers for the prompt {shortened(prompt)!r}",
-            f"run it in bfloat16 or float32 if {dtype} has no room for its numbers, or look for "
+            f"use dtype=bfloat16 or float32 if {dtype} has no room for its numbers, or look for "
             "damaged weights with `run inspect PATH --deep`",
         )
         return embedding

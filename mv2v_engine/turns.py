@@ -17,6 +17,7 @@ from typing import Any
 from mv2v_engine import Engine, EngineConfig, Session, __version__
 from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints.resolve import Resolution
+from mv2v_engine.config import EDITS, VIEWS
 from mv2v_engine.engine.descriptors import check_descriptor
 from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.engine.request import Request, camera_notes, require_task
@@ -28,15 +29,9 @@ from mv2v_engine.options import (
     CLIP,
     INTERRUPTED,
     PARTIAL,
+    add_engine,
     add_folder,
-    add_memory_bounds,
-    add_model,
-    add_parallel,
-    add_reuse,
-    add_sampler,
-    add_source,
-    add_view_memory,
-    engine_config,
+    add_turns,
     follows,
     loading,
     parallel_config,
@@ -45,6 +40,7 @@ from mv2v_engine.options import (
 )
 from mv2v_engine.parser import integer, mistaken
 from mv2v_engine.progress import CancelToken, driven
+from mv2v_engine.settings import given
 from mv2v_engine.terminal import cancel_on_interrupt, edit_table, say, turn_progress, turn_table
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.windows import edit_windows
@@ -59,7 +55,7 @@ def novel_view(args: argparse.Namespace) -> int:
     resolution = read_resolution(args)
     sampling = resolution.sampling
     shared = parallel_config(args, sampling.guidance_scale)
-    config = engine_config(args, fov_radius=args.fov_radius, parallel=shared)
+    config = EngineConfig(**given(args, EngineConfig), parallel=shared)
     require_task(resolution.config, resolution.name, edits=False)
     asked = _asked(args, resolution)
     requests = [Request.view(camera, sampling, **asked) for camera in args.camera]
@@ -105,12 +101,8 @@ def edit(args: argparse.Namespace) -> int:
     """Edit a video of any length by one instruction."""
     resolution = read_resolution(args)
     sampling = resolution.sampling
-    config = engine_config(
-        args,
-        descriptor=args.descriptor,
-        cross_shot_similarity=args.cross_shot_similarity,
-        parallel=parallel_config(args, sampling.guidance_scale),
-    )
+    shared = parallel_config(args, sampling.guidance_scale)
+    config = EngineConfig(**given(args, EngineConfig), parallel=shared)
     require_task(resolution.config, resolution.name, edits=True)
     request = Request.edit(sampling=sampling, **_asked(args, resolution))
     if follows(args, config):
@@ -143,8 +135,8 @@ def _asked(args: argparse.Namespace, resolution: Resolution) -> dict[str, Any]:
     return {
         "prompt": args.prompt,
         "seed": args.seed,
-        "num_inference_steps": args.steps,
-        "guidance_scale": args.guidance,
+        "num_inference_steps": args.num_inference_steps,
+        "guidance_scale": args.guidance_scale,
         "memory": args.memory or default_memory(resolution.initialised),
     }
 
@@ -340,14 +332,10 @@ def add_novel_view(parser: argparse.ArgumentParser) -> None:
         metavar="W",
         help="first, middle, last, even, pad, or the frame to start at; all if not given",
     )
-    add_source(group)
     add("--source-camera", metavar="SPEC", help="the source's own path; static if not given")
     add("--prompt", default="", metavar="TEXT", help="none if not given")
-    add_sampler(group, "every turn", "a turn")
-    add_view_memory(parser)
-    add_reuse(parser)
-    add_model(parser, "tiny-nvs")
-    add_parallel(parser)
+    add_turns(parser, group)
+    add_engine(parser, without=(EDITS, "batch_tokens"))
     add_folder(parser, "session")
 
 
@@ -365,8 +353,6 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         metavar="FILE.mp4",
         help="the edited video; FILE.edit beside it keeps windows, overview.png and report.json",
     )
-    add_sampler(group, "every window", "a window")
-    add_source(group)
     add(
         "--cuts",
         type=_cuts,
@@ -374,31 +360,15 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         help="first frames of the shots but the first, from 0, as 40,85; none: one shot; "
         "auto, if not given: PySceneDetect finds them",
     )
-    group = parser.add_argument_group("the memory")
-    add = group.add_argument
-    add(
-        "--memory",
-        choices=("retrieved", "none"),
-        help="none: every window alone; retrieved if the weights learned to, else none, "
-        "if not given",
+    add_turns(parser, group)
+    add_engine(
+        parser,
+        without=(VIEWS, "batch_tokens"),
+        own={
+            "checkpoint": {"default": "tiny-edit"},
+            "memory": {"choices": ("retrieved", "none")},
+        },
     )
-    add_memory_bounds(group, "windows a window")
-    add(
-        "--descriptor",
-        type=Path,
-        metavar="DIR",
-        help="a DINOv2 folder of transformers that tells which windows look alike; "
-        "pooled latents if not given",
-    )
-    add(
-        "--cross-shot-similarity",
-        type=float,
-        metavar="S",
-        help="cosine from which on windows of other shots are remembered; never if not given",
-    )
-    add_reuse(parser)
-    add_model(parser, "tiny-edit")
-    add_parallel(parser)
     add_folder(parser, "edit", "FILE.edit")
 
 

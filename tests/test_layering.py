@@ -28,6 +28,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "locks",
             "parser",
             "progress",
+            "settings",
             "shapes",
             "testing",
         }

@@ -138,8 +138,8 @@ def test_cameras(refused: Refused, camera: str, words: str) -> None:
     ("more", "words"),
     [
         (["--reuse", "approximate"], "approximate reuse of joint conditioning is gone: fewer"),
-        (["--reuse-refresh", "2"], "a step_cache (--step-cache) save as much and lose less"),
-        (["--step-cache", "-1"], "step_cache must be finite and not negative"),
+        (["--reuse-refresh", "2"], "fewer --steps or a --step-cache save as much and lose less"),
+        (["--step-cache", "-1"], "--step-cache must be at least 0, got -1"),
     ],
 )
 def test_reuse(refused: Refused, more: list[str], words: str) -> None:
@@ -242,20 +242,23 @@ def test_rename_file(refused: Refused, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        (["--steps", "0"], "num_inference_steps must lie in 1..1000, got 0"),
+        (["--steps", "0"], "--steps must lie in 1..1000, got 0"),
         (["--steps", "many"], "error: --steps: must be an integer, got 'many'; see"),
-        (["--seed", "-3"], "seed must lie in"),
+        (["--seed", "-3"], "--seed must lie in"),
         (["--guidance", "nan"], "error: --guidance: must be a finite number, got 'nan'; see"),
-        (["--guidance", "-1"], "guidance_scale must lie in 0..100, got -1"),
+        (["--guidance", "-1"], "--guidance must lie in 0..100, got -1"),
         (["--guidance", "5"], "has no text encoder, so guidance changes nothing"),
         (["--prompt", "a ball"], "has no text encoder, got the prompt 'a ball'"),
         (["--memory", "all"], "--memory: invalid choice: 'all'"),
-        (["--max-memory", "-1"], "max_memory must not be negative, got -1"),
-        (["--merge-fraction", "1.5"], "merge_fraction must lie in 0..1, got 1.5"),
-        (["--fov-radius", "0"], "fov_radius must be positive"),
+        (["--max-memory", "-1"], "--max-memory must be at least 0, got -1"),
+        (["--merge-fraction", "1.5"], "--merge-fraction must lie in 0..1, got 1.5"),
+        (["--fov-radius", "0"], "--fov-radius must be positive, got 0"),
         (["--cache-bytes", "4 apples"], "--cache-bytes: must be a number of bytes, or one with KB"),
-        (["--cache-bytes", "1KiB"], "9,216 bytes of latents, cache_bytes allows 1,024; raise it"),
-        (["--device-cache-bytes", "8GiB"], "give 0..4,294,967,296 or raise cache_bytes, got 8,589"),
+        (["--cache-bytes", "1KiB"], "9,216 bytes of latents, --cache-bytes allows 1,024; raise it"),
+        (
+            ["--device-cache-bytes", "8GiB"],
+            "give 0..4,294,967,296 or raise --cache-bytes, got 8,589",
+        ),
         (["--device", "gpu"], "device 'gpu' cannot be used"),
         (["--dtype", "int8"], "--dtype: invalid choice"),
         (["--backend", "triton"], "backend 'triton' was asked for, but it needs a CUDA device"),
@@ -305,7 +308,7 @@ def test_a_taken_folder(refused: Refused, session: Path) -> None:
         ([], "2 finished turns (pan_right, arc_left), only 1 are asked for"),
         (["--camera", "pan_left"], "its turn 2 has camera 'arc_left' instead of 'pan_left'"),
         (["--camera", "arc_left", "--seed", "1"], "turn 1 has seed 0 instead of 1"),
-        (["--camera", "arc_left", "--steps", "4"], "num_inference_steps 3 instead of 4"),
+        (["--camera", "arc_left", "--steps", "4"], "--steps 3 instead of 4"),
         (["--camera", "arc_left", "--memory", "none"], "memory 'retrieved' instead of 'none'"),
         (["--camera", "arc_left", "--source-camera", "zoom_in"], "source camera is 'static'"),
     ],
@@ -366,7 +369,7 @@ def test_full_disk(
 @pytest.mark.parametrize(
     ("size", "words"),
     [
-        ("160x96", "not 160x96; ask for that, or have the source brought to it (source_fit="),
+        ("160x96", "not 160x96; ask for that: --fit letterbox brings the whole source to it"),
         ("large", "height x width as 480x832, got 'large'"),
     ],
 )

@@ -53,8 +53,8 @@ def refused(tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Captur
         (["--cuts", "0"], "cuts must increase within 1..22, got [0]"),
         (["--cuts", "11,23"], "cuts must increase within 1..22, got [11, 23]"),
         (["--memory", "previous"], "invalid choice: 'previous'"),
-        (["--steps", "0"], "num_inference_steps must lie in 1..1000, got 0"),
-        (["--cross-shot-similarity", "2"], "cross_shot_similarity is a cosine, -1..1"),
+        (["--steps", "0"], "--steps must lie in 1..1000, got 0"),
+        (["--cross-shot-similarity", "2"], "--cross-shot-similarity must lie in -1..1, got 2"),
         (["--descriptor", "none"], "none holds no readable config.json"),
         (["--device", "tpu"], "device 'tpu' cannot be used"),
     ],
@@ -114,7 +114,7 @@ def test_another_edit_is_not_resumed(
     differences = {
         "prompt 'a red ball' instead of 'the floor'": ["--prompt", "the floor"],
         "seed 0 instead of 1": ["--seed", "1"],
-        "max_memory 10 instead of 2": ["--max-memory", "2"],
+        "--max-memory 10 instead of 2": ["--max-memory", "2"],
         "whose cuts is []": ["--cuts", "9"],
     }
     for words_, more in differences.items():

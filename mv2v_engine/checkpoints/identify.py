@@ -35,7 +35,7 @@ _QUANTISED = (
     (r"\.(qweight|qzeros|wscales)$", "GPTQ, AWQ or SVDQuant keep them"),
     (r"\.weight_packed$", "compressed-tensors keeps them"),
 )
-_COMPONENT = "a component and no transformer: give the folder that it lies in as --components"
+_COMPONENT = "a component and no transformer: give components=FOLDER, which it lies in"
 # what a key of one kind of model looks like, and no other's; the first that fits
 _MODELS: tuple[tuple[str, str], ...] = (
     (r"_flat_param$", "one rank's part of a sharded model (FSDP): save the whole state dict"),
@@ -50,7 +50,10 @@ _MODELS: tuple[tuple[str, str], ...] = (
     (r"(^|\.)vision_model\.|(^|\.)visual\.", "a CLIP image encoder"),
     (r"(^|\.)text_model\.encoder\.", "a CLIP text encoder"),
     (r"(^|\.)layers\.0\.self_attn\.q_proj\.", "a language model"),
-    (r"(^|\.)encoder\.layer\.0\.attention\.", "a feature encoder (as DINOv2), for --descriptor"),
+    (
+        r"(^|\.)encoder\.layer\.0\.attention\.",
+        "a feature encoder (as DINOv2), for descriptor=FOLDER",
+    ),
     (r"(^|\.)decoder\.up\.0\.|(^|\.)decoder\.up_blocks\.0\.", "a VAE of another model than Wan"),
     (r"^decoder\.\d+\.(conv\.)?", "a tiny autoencoder (as TAEHV)"),
     (r"(^|\.)encoder\.(conv1|conv_in)\.", "a part of a VAE"),

@@ -195,7 +195,7 @@ def render_inspection(inspection: Inspection) -> str:
         "config       " + "\n             ".join(_config_lines(inspection.config)),
         f"trained for  {' and '.join(inspection.conditioning)} conditioning",
         f"for          {inspection.command}",
-        f"vae          {inspection.vae_path or 'none beside it: give --components'}",
+        f"vae          {inspection.vae_path or 'none beside it: give components=FOLDER'}",
         f"matched      {len(inspection.matched)} of "
         f"{len(inspection.matched) + len(inspection.missing) + len(inspection.initialised)}",
     ]

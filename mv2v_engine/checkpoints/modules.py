@@ -20,7 +20,7 @@ from mv2v_engine.config import MergerConfig
 from mv2v_engine.errors import CheckpointError
 
 _PATCHES = (2, 4, 8)
-_DECIDE = 'give --rename FILE with JSON {"their.key": "tokenizers.4" or "mergers.10"}, null to drop'
+_DECIDE = 'give rename=FILE with JSON {"their.key": "tokenizers.4" or "mergers.10"}, null to drop'
 
 Shape = tuple[int, ...]
 

@@ -103,7 +103,7 @@ class Resolution:
             raise CheckpointError(
                 f"{path} has {len(self.unknown)} keys that the model does not know: "
                 f'{_first(self.unknown)}; rename them or leave them out ("key": null) with '
-                "--rename FILE"
+                "rename=FILE"
             )
         if self.vae_path is not None and not _is_component(self.vae_path):
             raise CheckpointError(

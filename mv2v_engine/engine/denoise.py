@@ -355,7 +355,7 @@ def schedule(
 def not_finite(step: str, transformer: MV2VTransformer, guidance_scale: float) -> NotFiniteError:
     """The error to raise after a step that gave latents that are not finite. step: its name."""
     dtype = str(next(transformer.parameters()).dtype).removeprefix("torch.")
-    wider = "use bfloat16 or float32, " if dtype == "float16" else ""
+    wider = "use dtype=bfloat16 or float32, " if dtype == "float16" else ""
     # a scale of 1 or less makes no velocity larger than those that the model computed
     at, lower = "", ""
     if guidance_scale > 1:

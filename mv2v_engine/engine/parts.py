@@ -156,8 +156,8 @@ def require_components(found: Checkpoint | Resolution) -> None:
     missing = [what for what, place in needed.items() if place is None]
     if missing:
         raise CheckpointError(
-            f"{found.name} ({found.format}) holds no {missing[0]}; give components "
-            "(--components): a Wan diffusers folder with vae, text_encoder and tokenizer, one with "
+            f"{found.name} ({found.format}) holds no {missing[0]}; give components=FOLDER, "
+            "a Wan diffusers folder with vae, text_encoder and tokenizer, one with "
             "Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/, or the name of "
             "such a repository, as Wan-AI/Wan2.1-T2V-1.3B"
         )

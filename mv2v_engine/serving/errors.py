@@ -7,6 +7,7 @@ status; those that only jobs have are never an answer's own and carry none.
 from __future__ import annotations
 
 import errno
+import functools
 import re
 import sqlite3
 from collections.abc import Iterator, Mapping
@@ -16,6 +17,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from mv2v_engine.config import EngineConfig
 from mv2v_engine.errors import (
     CameraError,
     InUseError,
@@ -26,6 +28,8 @@ from mv2v_engine.errors import (
     StorageError,
     VideoError,
 )
+from mv2v_engine.serving.config import ServingConfig
+from mv2v_engine.settings import flags, in_options
 
 INVALID, AUTHENTICATION, RATE, SERVER = (
     "invalid_request_error",
@@ -42,14 +46,9 @@ _PATH = re.compile(
 )
 
 
-# what the engine advises, and what that is to who sees neither its settings nor its folders
+# what only who sees the folders can do
 _OTHER_PLACE = re.compile(
     r"(?<=; )(?:[^;]*choose another (?:folder|place)|restore (?:it|the file|the folder))[^;]*"
-)
-_ADVICE = (
-    (_OTHER_PLACE, "whoever runs the service can restore it"),
-    (re.compile(r"; try (?=\w+=)"), "; it would fit with settings of the service: "),
-    (re.compile(r"--window\b"), "window"),
 )
 
 
@@ -107,14 +106,35 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
 )
 
 
+@functools.cache
+def _settings() -> tuple[dict[str, str], dict[str, str]]:
+    """What a client calls settings, by their names: fields of requests; options of the service."""
+    from mv2v_engine.serving.http.schemas import SourceChoices, TurnRequest
+
+    own = SourceChoices.model_fields | TurnRequest.model_fields
+    fields, options = {}, {}
+    for name, option in (flags(EngineConfig) | flags(ServingConfig)).items():
+        word = option.removeprefix("--").replace("-", "_")
+        if word in own:
+            fields[name] = word
+        else:
+            options[name] = option
+    return fields, options
+
+
 def client_words(message: str) -> str:
     """An error of the engine as a client may read it.
 
-    Of a path on the server it has the last part, and of what only a caller of the library or of the
-    command line can do, who could do that here.
+    Of a path on the server it has the last part, of a setting the field of the request, or the
+    option that the service would have to be started with, and of what only a caller of the library
+    can do, who could do that here.
     """
-    for pattern, words in _ADVICE:
-        message = pattern.sub(words, message)
+    message = _OTHER_PLACE.sub("whoever runs the service can restore it", message)
+    fields, options = _settings()
+    message = in_options(message, fields)
+    told = in_options(message, options)
+    if told != message:
+        message = f"{told}; options with -- are set by whoever runs the service"
     return _PATH.sub(lambda found: found["last"] or found["quoted"] or "a folder", message)
 
 

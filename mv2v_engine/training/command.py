@@ -5,7 +5,9 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 
+from mv2v_engine.config import LoadConfig
 from mv2v_engine.errors import MV2VError
+from mv2v_engine.settings import flags, in_options
 
 
 def run_command(main: Callable[[], None]) -> None:
@@ -13,5 +15,5 @@ def run_command(main: Callable[[], None]) -> None:
     try:
         main()
     except MV2VError as error:
-        print(f"error: {error}", file=sys.stderr)
+        print(f"error: {in_options(str(error), flags(LoadConfig))}", file=sys.stderr)
         sys.exit(2)

@@ -90,7 +90,7 @@ def select_window(num_frames_available: int, num_frames_wanted: int, window: str
         tried = f" and window {window!r} cannot change that" if window is not None else ""
         raise VideoError(
             f"the clip has {have} frames, the model's window is {want}{tried}; "
-            f"choose --window {choices}"
+            f"choose window={choices}"
         )
     if window == "pad":
         indices = tuple(min(index, have - 1) for index in range(want))

@@ -61,7 +61,7 @@ def test_undecided_modules_are_listed(tmp_path: Path, memory: State) -> None:
     path = tmp_path / "m.ckpt"
     torch.save(memory | {"spare.weight": torch.ones(128, 4, 1, 4, 4)}, path)
     found = inspect_checkpoint(path)
-    assert len(found.undecided) == 1 and "--rename FILE" in str(found.problem)
+    assert len(found.undecided) == 1 and "rename=FILE" in str(found.problem)
     assert "spare.weight" in found.unknown
     rename = tmp_path / "rename.json"
     rename.write_text('{"spare": null}')

@@ -111,7 +111,7 @@ def test_two_linear_layers_per_block(tmp_path: Path, memory: State) -> None:
 def test_undecided_modules_need_a_rename_file(tmp_path: Path, memory: State) -> None:
     state = memory | {"norm.weight": torch.ones(128), "up.proj.weight": torch.ones(128, 128)}
     path = write(tmp_path, "m.ckpt", state)
-    with pytest.raises(CheckpointError, match=r"norm\.weight \[128\].*--rename FILE"):
+    with pytest.raises(CheckpointError, match=r"norm\.weight \[128\].*rename=FILE"):
         load_checkpoint(path)
     rename = tmp_path / "rename.json"
     rename.write_text(
@@ -353,9 +353,12 @@ def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> Non
         ({"sampling": {"frames": 17}}, "frames"),
         (
             {"sampling": {"timesteps": "half"}},
-            "timesteps must be one of exact, bfloat16, got 'half'",
+            "timesteps must be one of 'exact', 'bfloat16', got 'half'",
         ),
-        ({"sampling": {"scheduler": "ddim"}}, "scheduler must be one of euler, unipc, got 'ddim'"),
+        (
+            {"sampling": {"scheduler": "ddim"}},
+            "scheduler must be one of 'euler', 'unipc', got 'ddim'",
+        ),
         ({"sampling": {"fps": 0}}, r"fps must lie in 0\.01\.\.1000, got 0"),
         ({"sampling": {"guidance_scale": 1e38}}, r"guidance_scale must lie in 0\.\.100, got"),
         ({"sampling": {"flow_shift": float("nan")}}, r"flow_shift must lie in .*, got nan"),

@@ -308,7 +308,7 @@ def test_rejects_what_it_cannot_batch(
         engine.answer_all([turn], cancels=[None, None])
     with pytest.raises(RequestError, match="token_budget must be at least 1, got 0"):
         TurnBatch(engine, 0)
-    with pytest.raises(RequestError, match="batch_tokens must be positive"):
+    with pytest.raises(RequestError, match="batch_tokens must be at least 1"):
         EngineConfig(batch_tokens=-1)
     other = Engine.from_pretrained(tiny_checkpoint, device="cpu")
     with pytest.raises(RequestError, match="a batch takes sessions of one engine"):

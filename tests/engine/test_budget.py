@@ -189,7 +189,7 @@ def test_the_largest_plan_is_the_one_of_a_full_memory(
 
 @pytest.mark.parametrize("field", ["feed_forward_chunk", "memory_limit_bytes"])
 def test_bounds_must_be_positive(field: str) -> None:
-    with pytest.raises(RequestError, match=f"{field} must be positive"):
+    with pytest.raises(RequestError, match=f"{field} must be at least 1"):
         EngineConfig(**{field: 0})
 
 

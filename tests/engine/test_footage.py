@@ -60,7 +60,7 @@ def test_the_turn_used_last_holds_its_frames_whatever_the_budget(
     assert first.frames is first.frames
     session.render("arc_left", num_inference_steps=1)
     assert first.footage.held_frames is None and engine.recent_frames.bytes_used == FRAMES
-    with pytest.raises(RequestError, match="frames_bytes must not be negative"):
+    with pytest.raises(RequestError, match="frames_bytes must be at least 0"):
         EngineConfig(frames_bytes=-1)
 
 

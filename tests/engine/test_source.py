@@ -79,7 +79,7 @@ def test_a_short_clip_is_padded_when_asked(tmp_path: Path) -> None:
 
 
 def test_nothing_is_cut_in_silence(long_clip: Path) -> None:
-    with pytest.raises(VideoError, match="has 25 frames, the model's window is 9; choose --window"):
+    with pytest.raises(VideoError, match="has 25 frames, the model's window is 9; choose window="):
         load(long_clip)
 
 

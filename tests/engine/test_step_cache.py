@@ -182,8 +182,8 @@ def test_a_turns_report(tiny_checkpoint: Path, source_frames: Tensor) -> None:
     ("arguments", "message"),
     [
         ({"reuse": "approximate"}, "approximate reuse of joint conditioning is gone: fewer"),
-        ({"step_cache": -1}, "step_cache must be finite and not negative, or None, got -1"),
-        ({"step_cache": float("inf")}, "step_cache must be finite and not negative"),
+        ({"step_cache": -1}, "step_cache must be at least 0, got -1"),
+        ({"step_cache": float("inf")}, "step_cache must be at least 0 and finite, got inf"),
     ],
 )
 def test_what_cannot_be(arguments: Any, message: str) -> None:

@@ -33,8 +33,8 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Any:
     ("fields", "message"),
     [
         ({"guidance": 3}, "guidance has one forward or two, got guidance=3"),
-        ({"context": 0}, "context counts processes, 1 or more"),
-        ({"timeout_seconds": 0.0}, "timeout_seconds is positive"),
+        ({"context": 0}, "context must be at least 1, got 0"),
+        ({"timeout_seconds": 0.0}, "timeout_seconds must be positive, got 0"),
     ],
 )
 def test_a_mesh_that_cannot_be(fields: dict[str, Any], message: str) -> None:
@@ -103,7 +103,7 @@ def test_the_command_uses_all_processes(
     launched: Any, size: int, scale: float, asked: tuple[Any, Any], expected: tuple[int, int]
 ) -> None:
     launched(0, size)
-    args = argparse.Namespace(guidance_ranks=asked[0], context_ranks=asked[1], guidance=None)
+    args = argparse.Namespace(guidance=asked[0], context=asked[1], guidance_scale=None)
     found = parallel_config(args, scale)
     assert (found.guidance, found.context) == expected
 

@@ -39,6 +39,9 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
     assert config.tokens == ("ada-1815", "two")
     assert (config.limits.upload_bytes, config.limits.frames) == (1 << 20, 9)
     assert (config.keep_days, config.engine.fov_radius) == (2, 3)
+    found = serving_config(parsed("--store", "s", "--descriptor", "dino", "--stall-seconds", "0"))
+    assert (found.engine.descriptor, found.stall_seconds) == (Path("dino"), None)
+    assert found.in_cluster().engine.descriptor == Path("dino").absolute()
     assert config.cors_origins == ("https://a.example",)
     # what is printed of it names no token
     assert "ada-1815" not in repr(config)
@@ -57,13 +60,13 @@ def test_options_become_the_configuration(tmp_path: Path, monkeypatch: pytest.Mo
     ("words", "message"),
     [
         (["--host", "0.0.0.0"], "--no-auth"),
-        (["--port", "70000"], "port"),
+        (["--port", "70000"], "--port must lie in 0..65535, got 70000"),
         (["--tokens", "/nowhere/tokens"], "cannot read tokens"),
-        (["--max-queue", "0"], "max_queue"),
+        (["--max-queue", "0"], "--max-queue must be at least 1, got 0"),
         (["--checkpoint", "tiny-nothing"], "tiny-nothing"),
         (["--replicas", "2", "--ray-address", "auto"], "add --workers ray"),
         (["--workers", "ray"], "needs --replicas"),
-        (["--batch-tokens", "0"], "batch_tokens must be positive"),
+        (["--batch-tokens", "0"], "--batch-tokens must be at least 1, got 0"),
         (["--batch-tokens", "9", "--checkpoint", "tiny-edit"], "edits are made one after"),
         (
             ["--batch-tokens", "9", "--workers", "ray", "--replicas", "1"],

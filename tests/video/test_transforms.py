@@ -43,7 +43,7 @@ def test_equal_length_takes_everything(window: str | None) -> None:
 @given(st.integers(1, 300), st.integers(1, 90), st.sampled_from(["first", "last", "even", "pad"]))
 def test_window_is_never_silently_short(have: int, want: int, window: str) -> None:
     if have != want and (window == "pad") != (have < want):
-        with pytest.raises(VideoError, match="choose --window"):
+        with pytest.raises(VideoError, match="choose window="):
             select_window(have, want, window)
         return
     indices = select_window(have, want, window).indices
@@ -56,10 +56,10 @@ def test_window_is_never_silently_short(have: int, want: int, window: str) -> No
 @pytest.mark.parametrize(
     ("have", "window", "message"),
     [
-        (11, None, r"11 frames.*window is 5; choose --window first, middle, last, even or START"),
-        (3, None, r"3 frames.*window is 5; choose --window pad"),
+        (11, None, r"11 frames.*window is 5; choose window=first, middle, last, even or START"),
+        (3, None, r"3 frames.*window is 5; choose window=pad"),
         (1, "even", r"1 frames.*window is 5 and window 'even' cannot change that.*pad"),
-        (11, "pad", r"choose --window first"),
+        (11, "pad", r"choose window=first"),
         (11, "7", r"needs frames 7 to 11, the clip has 11 \(0 to 10\); start at 6 or before"),
         (5, "1", r"start at 0 or before"),
         (11, "midle", r"unknown window 'midle'; nearest: middle"),
