@@ -104,8 +104,8 @@ def test_the_command_line(
     words += ["--checkpoint", str(tiny_checkpoint), "--out", str(out), "--fast", "turbo"]
     for more, message in (
         (["--steps", "8"], "scheduler rcm has a table for 1 or 2 or 3 or 4 steps"),
-        (["--guidance", "5"], "got guidance_scale=5; use 1"),
-        (["--scheduler", "unipc"], "fast='turbo' samples with rcm, got scheduler='unipc'"),
+        (["--guidance", "5"], "got --guidance 5; use 1"),
+        (["--scheduler", "unipc"], "--fast turbo samples with rcm, got --scheduler unipc"),
     ):
         assert run.main([*words, *more]) == 2
         assert message in capsys.readouterr().err and not out.exists()
