@@ -24,6 +24,7 @@ from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.ops.gated_residual import gated_residual, gated_residual_reference
 from mv2v_engine.ops.prope import prope, prope_reference
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope, qk_norm_rope_reference
+from mv2v_engine.ops.rope import rope, rope_reference
 from mv2v_engine.ops.token_merge import token_merge, token_merge_reference
 from mv2v_engine.testing import tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
@@ -195,6 +196,35 @@ def qk_norm_rope_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
     return [case]
 
 
+def plain_rope(x: Tensor, table: Tensor) -> Tensor:
+    """As the rotation of `plain_qk_norm_rope`."""
+    wide = x if x.dtype == torch.float64 else x.float()
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    turn = torch.complex(*table.to(wide.dtype).chunk(2, -1))[:, :, None]
+    return torch.view_as_real(pairs * turn).flatten(-2).to(x.dtype)
+
+
+def rope_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
+    """As many keys as the plan has tokens, which a stream's cache holds unrotated."""
+    length, shape, new = plan.length, plan.shape, random_tensors(device)
+    heads, rows = (shape.num_attention_heads, shape.attention_head_dim), sample(length, device)
+    x, table = new(1, length, *heads), new(1, length, heads[1], dtype=torch.float32)
+    case = OpCase(
+        op="rope",
+        workload=f"{length:,} tokens, {heads[0]} heads",
+        tokens=length,
+        width=shape.dim,
+        phases=((2 * x.nbytes + table.nbytes, 0),),
+        backends=backends_of("rope", device),
+        run=lambda backend: rope(x, table, backend=backend),
+        functional=lambda: plain_rope(x, table),
+        compilable=lambda: rope_reference(x, table),
+        expected=lambda dtype: plain_rope(x[:, rows].to(dtype), table[:, rows]),
+        pick=lambda out: out[:, rows],
+    )
+    return [case]
+
+
 def plain_prope(x: Tensor, matrix: Tensor, frame: Tensor) -> Tensor:
     """All channels of a batch of one, in float32 at least."""
     wide = x if x.dtype == torch.float64 else x.float()
@@ -320,6 +350,7 @@ MAKERS: dict[str, Make] = {
     "adaln": adaln_cases,
     "gated_residual": gated_residual_cases,
     "qk_norm_rope": qk_norm_rope_cases,
+    "rope": rope_cases,
     "prope": prope_cases,
     "frame_responsiveness": frame_responsiveness_cases,
     "token_merge": token_merge_cases,

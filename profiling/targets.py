@@ -12,7 +12,7 @@ from measure import Ceilings, digits
 
 from mv2v_engine.tokens.plan import novel_view_plan
 
-ELEMENTWISE = ("adaln", "gated_residual", "prope", "qk_norm_rope", "residual_norm")
+ELEMENTWISE = ("adaln", "gated_residual", "prope", "qk_norm_rope", "residual_norm", "rope")
 Row = dict[str, Any]
 
 

@@ -29,6 +29,7 @@ OPS = (
     "prope",
     "qk_norm_rope",
     "residual_norm",
+    "rope",
     "token_merge",
 )
 NATIVE_OPS = ("adaln", "gated_residual", "prope", "qk_norm_rope", "residual_norm")

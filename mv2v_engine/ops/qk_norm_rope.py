@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mv2v_engine.ops import native
 from mv2v_engine.ops.backend import check_tensors, define, implementation
+from mv2v_engine.ops.rope import rope_reference
 
 
 def rms_norm_reference(x_BLC: Tensor, weight_C: Tensor, eps: float) -> Tensor:
@@ -25,17 +26,7 @@ def qk_norm_rope_reference(
     x_BLC: Tensor, weight_C: Tensor, rope_BLD: Tensor | None, num_heads: int, eps: float
 ) -> Tensor:
     x_BLND: Tensor = rms_norm_reference(x_BLC, weight_C, eps).unflatten(-1, (num_heads, -1))
-    if rope_BLD is None:
-        return x_BLND
-    if torch.compiler.is_compiling():  # which fuses real products and leaves complex ones alone
-        cos, sin = rope_BLD[:, :, None].float().chunk(2, dim=-1)
-        even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
-        turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)
-        return turned.flatten(-2).to(x_BLC.dtype)
-    # a pair is a complex number: one product instead of four and a strided copy of their sums
-    pairs = torch.view_as_complex(x_BLND.float().unflatten(-1, (-1, 2)))
-    turn = torch.complex(*rope_BLD[:, :, None].float().chunk(2, dim=-1))
-    return torch.view_as_real(pairs * turn).flatten(-2).to(x_BLC.dtype)
+    return x_BLND if rope_BLD is None else rope_reference(x_BLND, rope_BLD)
 
 
 def _native(

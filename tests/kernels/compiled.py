@@ -31,6 +31,7 @@ from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.ops.prope import prope
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 from mv2v_engine.ops.residual_norm import residual_norm
+from mv2v_engine.ops.rope import rope
 from mv2v_engine.ops.token_merge import token_merge
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}  # what one block may ask for
@@ -114,6 +115,7 @@ def launchers_on_the_cpu() -> Iterator[None]:
         "prope",
         "qk_norm_rope",
         "residual_norm",
+        "rope",
         "token_merge",
     ):
         launcher = triton_launcher(op)
@@ -159,6 +161,10 @@ def _qk_norm_rope(width: int) -> None:
 def _qk_norm(width: int) -> None:
     weight = torch.empty(width, dtype=BF16)
     qk_norm_rope(_tokens(width), weight, None, num_heads=width // 128, backend="auto")
+
+
+def _rope(width: int) -> None:
+    rope(_tokens(width).unflatten(-1, (-1, 128)), torch.empty(1, 2048, 128), backend="auto")
 
 
 def _prope(width: int, channels: int) -> None:
@@ -217,6 +223,8 @@ CASES: dict[str, Callable[[], None]] = {
     "qk_norm_rope": lambda: _qk_norm_rope(C),
     "qk_norm_rope-3072": lambda: _qk_norm_rope(2 * C),
     "qk_norm": lambda: _qk_norm(C),
+    "rope": lambda: _rope(C),
+    "rope-3072": lambda: _rope(2 * C),
     "prope": lambda: _prope(C, 64),
     "prope-3072": lambda: _prope(2 * C, 128),
     "frame_responsiveness": lambda: _responsiveness(C, 1),

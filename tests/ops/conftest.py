@@ -30,6 +30,7 @@ OPS = (
     "prope",
     "qk_norm_rope",
     "residual_norm",
+    "rope",
     "token_merge",
 )
 GUARD = 512  # bytes on either side, all ones: NaN in every floating dtype, -1 in every integer one

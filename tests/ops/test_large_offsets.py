@@ -19,6 +19,7 @@ from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 from mv2v_engine.ops.residual_norm import residual_norm
+from mv2v_engine.ops.rope import rope as rotated
 from mv2v_engine.ops.token_merge import token_merge
 
 FAR = 2**30 + 64
@@ -54,6 +55,7 @@ def test_elementwise(backend: str, dim: int) -> None:
     agree(lambda x: adaln(x, vector, vector, backend=backend), x, dim)
     agree(lambda x: gated_residual(x, x, vector, backend=backend).contiguous(), x, dim)
     agree(lambda x: qk_norm_rope(x, weight, rope, num_heads=2, backend=backend), x, dim)
+    agree(lambda x: rotated(x.unflatten(-1, (2, -1)), rope, backend=backend), x, dim)
     add = {"scale": vector, "shift": vector, "backend": backend}
     agree(lambda x: residual_norm(x, x, **add)[1], x, dim)
 
