@@ -6,6 +6,7 @@ What a transformer looks like is in `shapes`, and is imported from here.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Mapping
 from dataclasses import InitVar, dataclass
 from pathlib import Path
@@ -47,6 +48,7 @@ Fit = Literal["crop", "letterbox"]
 Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
+StreamPolicy = Literal["memrope", "sink", "window", "all"]
 
 MAX_STEPS = 1000
 # solvers of weights that are distilled to few steps without guidance: how many they have tables for
@@ -424,3 +426,59 @@ class EngineConfig:
                 'graphs="on" cannot be met by several processes: gloo cannot be captured, and a '
                 'step captured with NCCL would wait for the others\' replays; use graphs="auto"'
             )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class StreamConfig:
+    """How a causal model makes video without end, block by block.
+
+    block_frames: latent frames of a block. window: latent frames that a block attends to at most,
+    its own included. policy: which these are (`models.stream_cache`); "memrope" and "sink" keep the
+    first sink_frames, "memrope" averages of what left the window, too. long_alpha, short_alpha: how
+    much of a running average is new in every block. is_adaptive: the short one is an average of
+    every position, which takes more where its keys change. averages: what they are kept in; "cache"
+    is the dtype of K and V, in which the method's authors round them.
+    timesteps: of a block's steps, from 1000 down. is_warped: they are shifted by the checkpoint's
+    flow_shift; else they are what the model is told.
+    snapshot_blocks: so many blocks are computed again, at most, where a stored stream goes on; a
+    snapshot of all that is held is written as often.
+    """
+
+    block_frames: int = 3
+    policy: StreamPolicy = "memrope"
+    window: int = 12
+    sink_frames: int = 3
+    long_alpha: float = 0.01
+    short_alpha: float = 0.1
+    is_adaptive: bool = False
+    averages: Literal["float32", "cache"] = "float32"
+    timesteps: tuple[float, ...] = (1000, 750, 500, 250)
+    is_warped: bool = True
+    snapshot_blocks: int = 40
+
+    def __post_init__(self) -> None:
+        fit_fields(self)
+        for name in ("block_frames", "snapshot_blocks"):
+            arguments.integer(name, getattr(self, name), 1)
+        arguments.integer("sink_frames", self.sink_frames, 0)
+        for name in ("long_alpha", "short_alpha"):
+            arguments.number(name, getattr(self, name), 0, 1)
+        if self.window < self.num_fixed + self.block_frames:
+            raise RequestError(
+                f"a window of {self.window} latent frames cannot hold the {self.num_fixed} that "
+                f"policy {self.policy!r} always keeps and {self.block_frames} new ones; raise "
+                "window, or lower sink_frames"
+            )
+        times = self.timesteps
+        falls = all(earlier > later for earlier, later in itertools.pairwise(times))
+        if not times or not falls or not 0 < times[-1] <= times[0] <= 1000:
+            raise RequestError(
+                f"timesteps must fall from at most 1000 and stay above 0, got {self.timesteps}"
+            )
+
+    @property
+    def num_fixed(self) -> int:
+        """Frames that stay where they are once the window is full."""
+        if self.policy in ("all", "window"):
+            return 0
+        return self.sink_frames + (2 if self.policy == "memrope" else 0)

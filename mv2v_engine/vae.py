@@ -32,7 +32,7 @@ from mv2v_engine.checkpoints.weights import (
 from mv2v_engine.defaults import inference, without_memory
 from mv2v_engine.errors import CheckpointError, RequestError, VideoError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
-from mv2v_engine.models.autoencoder import Autoencoder, Tiles
+from mv2v_engine.models.autoencoder import Autoencoder, Past, Tiles
 from mv2v_engine.ops.conv3d import speed_up_conv3d
 
 # frames of more pixels are encoded and decoded in tiles
@@ -224,9 +224,16 @@ class VideoVAE:
 
     @inference
     def decode_on_device(
-        self, latents_CFHW: Tensor, *, check: Callable[[], None] | None = None
+        self,
+        latents_CFHW: Tensor,
+        *,
+        check: Callable[[], None] | None = None,
+        pasts: list[Past] | None = None,
     ) -> Tensor:
-        """As `decode`, with the frames left on the model's device."""
+        """As `decode`, with the frames left on the model's device.
+
+        pasts: of the latents before, as `Autoencoder.decode` takes them.
+        """
         if latents_CFHW.ndim != 4 or len(latents_CFHW) != self.latent_channels:
             raise VideoError(
                 f"latents must have shape [{self.latent_channels}, F, H, W], "
@@ -236,7 +243,9 @@ class VideoVAE:
         latents = latents_CFHW.to(self.device, torch.float32) * self._std_C111 + self._mean_C111
         with self._lock:
             tiles = self._tiles(rows * columns * self.spatial_stride**2)
-            decoded = self.model.decode(latents[None].to(self.dtype), tiles=tiles, check=check)[0]
+            decoded = self.model.decode(
+                latents[None].to(self.dtype), tiles=tiles, check=check, pasts=pasts
+            )[0]
         require_finite(decoded, "the frames that the VAE made of the latents", self._advice)
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
@@ -253,6 +262,57 @@ class VideoVAE:
         if pixels <= self.tile_above:
             return None
         return Tiles(_TILE // self.spatial_stride, _TILE_STRIDE // self.spatial_stride)
+
+
+class StreamDecoder:
+    """Decodes a video's latents as they come, to the frames that all of them at once would give.
+
+    What the model's causal layers have seen last stays here between two calls.
+    """
+
+    def __init__(self, vae: VideoVAE) -> None:
+        self._vae = vae
+        self._pasts: list[Past] = []
+
+    def decode(self, latents_CFHW: Tensor) -> Tensor:
+        """The next latents [C, F, H, W] to frames uint8 [T, height, width, 3] on the CPU.
+
+        The first latent frame of the video is one frame, every other as many as the model's rate.
+
+        Raises:
+            VideoError, NotFiniteError: as `VideoVAE.decode`; nothing can be decoded after that.
+        """
+        return self._vae.decode_on_device(latents_CFHW, pasts=self._pasts).cpu()
+
+    @property
+    def num_bytes(self) -> int:
+        """Of what it keeps."""
+        return sum(frames.nbytes for frames in self.tensors().values())
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored between two calls, by tile and the layer's name."""
+        return {
+            f"{tile}.{name}": past.frames[layer]
+            for tile, past in enumerate(self._pasts)
+            for name, layer in self._vae.model.decoder.named_modules()
+            if layer in past.frames
+        }
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` gave.
+
+        Raises:
+            ValueError: a name is no layer's of this model.
+        """
+        layers, pasts = dict(self._vae.model.decoder.named_modules()), dict[int, Past]()
+        for name, frames in tensors.items():
+            tile, _, layer = name.partition(".")
+            if layer not in layers:
+                raise ValueError(f"the VAE's decoder has no layer {layer!r}")
+            past = pasts.setdefault(int(tile), Past())
+            past.frames[layers[layer]] = frames.to(self._vae.device)
+            past.is_first = False
+        self._pasts = [pasts[tile] for tile in sorted(pasts)]
 
 
 def load_vae(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.models.kept import KeysValues
 from mv2v_engine.ops.attention import attention, attention_varlen
 from mv2v_engine.ops.attention_libraries import Pack
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
@@ -76,8 +77,11 @@ class SelfAttention(_Projections):
     def queries(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> Tensor:
         return self._norm(self.to_q(hidden_BLC), self.norm_q.weight, rope_BLD)
 
-    def keys_values(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> tuple[Tensor, Tensor]:
-        """k, v [B, L, N, D]: what static conditioning keeps across steps."""
+    def keys_values(self, hidden_BLC: Tensor, rope_BLD: Tensor | None) -> KeysValues:
+        """k, v [B, L, N, D]: what static conditioning keeps across steps.
+
+        Without a table the keys are as a stream keeps them: normalised and unrotated.
+        """
         keys = self._norm(self.to_k(hidden_BLC), self.norm_k.weight, rope_BLD)
         return keys, self.to_v(hidden_BLC).unflatten(-1, (self.num_heads, -1))
 
@@ -93,10 +97,15 @@ class SelfAttention(_Projections):
 class CrossAttention(_Projections):
     """Attention to the text, without positions and without a mask, as Wan does."""
 
-    def forward(self, hidden_BLC: Tensor, text_BSC: Tensor, pack: Pack | None = None) -> Tensor:
+    def keys_values(self, text_BSC: Tensor) -> KeysValues:
+        """k, v [B, S, N, D]: what a stream keeps as long as its prompt stays."""
         keys = self._norm(self.to_k(text_BSC), self.norm_k.weight)
-        values = self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
+        return keys, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
+
+    def forward(
+        self, hidden_BLC: Tensor, keys_values: KeysValues, pack: Pack | None = None
+    ) -> Tensor:
         # the queries are not named: they are gone before the output is made
         return self.out(
-            self.attend(self._norm(self.to_q(hidden_BLC), self.norm_q.weight), keys, values, pack)
+            self.attend(self._norm(self.to_q(hidden_BLC), self.norm_q.weight), *keys_values, pack)
         )

@@ -13,6 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from typing import Any, NamedTuple
 
 import torch
@@ -108,7 +109,10 @@ class Tiles(NamedTuple):
 
 
 class Past:
-    """The last frames of every causal layer's input, in one walk; none before its first chunk."""
+    """The last frames of every causal layer's input, in one walk; none before its first chunk.
+
+    Whoever keeps it between two walks goes on where the first one ended.
+    """
 
     def __init__(self) -> None:
         self.frames: dict[nn.Module, Tensor] = {}
@@ -422,19 +426,37 @@ class Autoencoder(nn.Module):
         *,
         tiles: Tiles | None = None,
         check: Callable[[], None] | None = None,
+        pasts: list[Past] | None = None,
     ) -> Tensor:
-        """The inverse of `encode`; pixels are not clamped."""
+        """The inverse of `encode`; pixels are not clamped.
+
+        pasts: what earlier latents of the same video left, one of every tile; empty before the
+        first ones, which fill it. None: these are all.
+        """
+        walks = count()
 
         def whole(part: Tensor) -> Tensor:
-            return _walk(self.decoder, iter(self.post_quant_conv(part).split(1, dim=2)), check)
+            past = Past()
+            if pasts is not None:
+                tile = next(walks)
+                if tile == len(pasts):
+                    pasts.append(past)
+                past = pasts[tile]
+            frames = iter(self.post_quant_conv(part).split(1, dim=2))
+            return _walk(self.decoder, frames, check, past)
 
         patch = self.config.patch
         cells = self.config.scale_factor_spatial // patch
         return _pixels(_by_tiles(whole, latents, tiles, before=1, after=cells), patch)
 
 
-def _walk(part: nn.Module, chunks: Iterator[Tensor], check: Callable[[], None] | None) -> Tensor:
-    past, done = Past(), []
+def _walk(
+    part: nn.Module,
+    chunks: Iterator[Tensor],
+    check: Callable[[], None] | None,
+    past: Past | None = None,
+) -> Tensor:
+    past, done = Past() if past is None else past, []
     for chunk in chunks:
         if check is not None:
             check()

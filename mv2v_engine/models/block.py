@@ -26,10 +26,12 @@ from mv2v_engine.models.feed_forward import FeedForward
 from mv2v_engine.models.kept import KeysValues
 from mv2v_engine.models.modulation import Modulation, split_modulation
 from mv2v_engine.models.sequence import Sequence
+from mv2v_engine.models.stream_cache import LayerCache
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.ops.prope import prope
 from mv2v_engine.ops.residual_norm import residual_norm
+from mv2v_engine.ops.rope import rope
 
 
 class Block(nn.Module):
@@ -53,15 +55,17 @@ class Block(nn.Module):
         sequence: Sequence,
         kept: Series[KeysValues | None] | None = None,
         keeps: bool = False,
+        stream: LayerCache | None = None,
     ) -> tuple[Tensor, KeysValues | None]:
         """New tokens [B, L, C]; every token sees its sample's, and those whose K and V are kept.
 
         kept: one for every sample. keeps: K and V of the sequence's own tokens are returned, too.
+        stream: takes K and V of the sequence, the newest frames of a stream, and has the others'.
         """
         own, ffn = self._modulations(sequence)
 
         # 1. self-attention
-        attended, keys_values = self._attend(sequence, own, kept, keeps)
+        attended, keys_values = self._attend(sequence, own, kept, keeps, stream)
 
         # 2. cross-attention
         if sequence.text is None:
@@ -69,7 +73,8 @@ class Block(nn.Module):
         else:
             x, hidden = self._add_norm2(sequence.x, attended, own)
             del attended  # at full size every tensor of all tokens counts: nothing outlives its use
-            attended = self.attn2(hidden, sequence.text, sequence.text_pack)
+            text = self._text(sequence.text, stream)
+            attended = self.attn2(hidden, text, sequence.text_pack)
             del hidden
             x, hidden = self._add_adaln(x, attended, ffn)
         del attended
@@ -110,6 +115,7 @@ class Block(nn.Module):
         modulation: Modulation,
         kept: Series[KeysValues | None] | None,
         keeps: bool,
+        stream: LayerCache | None,
     ) -> tuple[Tensor, KeysValues | None]:
         """The result of self-attention [B, L, C], and with `keeps` the K and V of the tokens.
 
@@ -120,7 +126,8 @@ class Block(nn.Module):
         queries = self._from_cameras(queries, "query", sequence)
         if shard is not None:
             queries = shard.by_heads(queries)
-        keys, values = self.attn1.keys_values(hidden, sequence.rope)
+        rotary = sequence.rope if stream is None else None
+        keys, values = self.attn1.keys_values(hidden, rotary)
         del hidden
         keys = self._from_cameras(keys, "key", sequence)
         values = self._from_cameras(values, "key", sequence)
@@ -128,6 +135,9 @@ class Block(nn.Module):
             keys = shard.by_heads(keys)
             values = shard.by_heads(values)
         own = (keys, values) if keeps else None
+        if stream is not None:
+            keys, values = stream.put(keys, values)
+            keys = rope(keys, stream.rope(keys.device), backend=self.backend)
         if kept is not None:
             # one after the other: half the copies at once
             keys = sequence.followed_by(keys, [pair and pair[0] for pair in kept])
@@ -138,6 +148,14 @@ class Block(nn.Module):
             attended = shard.by_tokens(attended, self.attn1.num_heads)
         out = self.attn1.out(self._from_cameras(attended, "output", sequence))
         return (out if self.projector is None else self.projector(out)), own
+
+    def _text(self, text: Tensor, stream: LayerCache | None) -> KeysValues:
+        """K and V of cross-attention, which a stream keeps."""
+        if stream is None:
+            return self.attn2.keys_values(text)
+        if stream.text is None:
+            stream.text = self.attn2.keys_values(text)
+        return stream.text
 
     def _from_cameras(self, x_BLND: Tensor, role: Role, sequence: Sequence) -> Tensor:
         """PRoPE of this rank's tokens with all heads; without it they are left as they are."""

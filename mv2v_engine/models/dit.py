@@ -27,6 +27,7 @@ from mv2v_engine.models.modulation import ConditionEmbedder
 from mv2v_engine.models.rope import table_on
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.models.sequence import Sequence
+from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout
@@ -99,6 +100,7 @@ class MV2VTransformer(nn.Module):
         kept: ConditioningCache | None = None,
         residual: TargetResidual | None = None,
         ranks: ContextGroup | None = None,
+        stream: StreamCache | None = None,
     ) -> Tensor:
         """Velocity of the target latents [B, C_out, F, H, W].
 
@@ -117,6 +119,8 @@ class MV2VTransformer(nn.Module):
             residual: receives what `forward_residual` needs.
             ranks: processes that all call this alike and share the tokens; what is kept is then
                 this rank's part. Each gets the whole velocity.
+            stream: what a causal model sees of the blocks before the target, which is its newest
+                one: the target's K and V are left there, and the text's the first time.
 
         Raises:
             ValueError: what does not fit the plan or the model.
@@ -131,6 +135,7 @@ class MV2VTransformer(nn.Module):
             kept=kept,
             residual=residual,
             ranks=ranks,
+            stream=stream,
         )
         return self.forward_samples([sample])[0]
 
@@ -159,7 +164,9 @@ class MV2VTransformer(nn.Module):
             if sequence.static_temb_6 is not None:
                 x = _static(block, sequence, samples[0].kept)
             else:
-                x, _ = block(sequence, _of_block(kept, index))
+                stream = samples[0].stream
+                layer = None if stream is None else stream.layers[index]
+                x, _ = block(sequence, _of_block(kept, index), False, layer)
             sequence = replace(sequence, x=x)
             del x  # a merge before the next block does not need them
         for sample, before, after in zip(
@@ -204,15 +211,22 @@ class MV2VTransformer(nn.Module):
             _, static_temb_6 = embedder.time(torch.zeros_like(sample.timestep))
             if sample.kept is not None:
                 sample.kept.start(plan, cameras)
+        stream, text = sample.stream, None if sample.stream is None else sample.stream.text
+        if text is None:
+            text = embedder.text(sample.encoder_hidden_states)
+        if stream is None:
+            rope = table(plan, x.device)[None, : layout.length]
+        else:
+            rope, stream.text = stream.new_rope(x.device), text
         sequence = Sequence.of(
             x,
-            table(plan, x.device)[None, : layout.length],
+            rope,
             frames,
             layout,
             temb=temb,
             temb_6=temb_6,
             static_temb_6=static_temb_6,
-            text=embedder.text(sample.encoder_hidden_states),
+            text=text,
             cameras=cameras,
         ).over(sample.ranks)
         return sequence.with_frame_timesteps() if sample.timestep.ndim == 2 else sequence

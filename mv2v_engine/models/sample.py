@@ -12,6 +12,7 @@ from torch import Tensor
 
 from mv2v_engine.models.kept import ConditioningCache, TargetResidual
 from mv2v_engine.models.merging import MergeRecord
+from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -32,6 +33,7 @@ class Sample:
     kept: ConditioningCache | None = None
     residual: TargetResidual | None = None
     ranks: ContextGroup | None = None
+    stream: StreamCache | None = None
 
     @property
     def is_kept(self) -> bool:
@@ -50,6 +52,7 @@ class Sample:
             ValueError: a count, a shape, or cameras where the model has none.
         """
         self._check_kept()
+        self._check_stream()
         if not is_alone:
             self._check_packed()
         self._check_latents()
@@ -61,7 +64,19 @@ class Sample:
         if self.kept is not None and self.kept.plan != self.plan:
             raise ValueError("this cache was made for another plan; make one for every turn")
 
+    def _check_stream(self) -> None:
+        if self.stream is None:
+            return
+        if self.plan != self.stream.plan:
+            raise ValueError("a stream's forward takes the plan of its cache, got another one")
+        if self.kept is not None or self.ranks is not None:
+            raise ValueError("a stream keeps its own K and V, and runs in one process")
+        if not self.stream.num_frames:
+            raise ValueError("the stream has no block yet; call begin_block before its forwards")
+
     def _check_packed(self) -> None:
+        if self.stream is not None:
+            raise ValueError("a stream's forward runs alone, for its cache is of one stream")
         if self.timestep.ndim != 1:
             raise ValueError(
                 f"a sample of a pack has one timestep [1], got {list(self.timestep.shape)}; run "

@@ -44,9 +44,18 @@ _FASTWAN = (1000, 757, 522)
 _RCM_FIRST, _RCM_LATER = 80.0, (1.5, 1.4, 1.0)
 
 
+def listed_sigmas(times: Sequence[float], shift: float | None) -> Tensor:
+    """Noise levels [len(times) + 1] of a model of few steps, float64, 0 at the end.
+
+    times: of 1,000, falling. shift: None takes them as they are.
+    """
+    levels = torch.tensor([*times, 0], dtype=torch.float64, device="cpu") / 1000
+    return levels if shift is None else _shifted(levels, shift)
+
+
 def quarter_sigmas(shift: float) -> Tensor:
     """Noise levels [5] of LightX2V's and Self-Forcing's four steps, float64, 0 at the end."""
-    return _shifted(torch.tensor([*_QUARTERS, 0], dtype=torch.float64, device="cpu") / 1000, shift)
+    return listed_sigmas(_QUARTERS, shift)
 
 
 def fastwan_sigmas(shift: float) -> Tensor:
