@@ -18,7 +18,7 @@ from mv2v_engine import Engine, run
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints import save_checkpoint
 from mv2v_engine.checkpoints.hub import _opened
-from mv2v_engine.config import SamplingConfig, TransformerConfig
+from mv2v_engine.config import SamplingConfig, StreamConfig, TransformerConfig
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
@@ -87,6 +87,7 @@ def save_tiny(
     has_text: bool = False,
     vae: dict[str, Any] | None = None,
     sampling: dict[str, Any] | None = None,
+    stream: StreamConfig | None = None,
     **transformer: Any,
 ) -> Path:
     """A whole checkpoint folder of 9 frames of 48x64, random but the same each time."""
@@ -106,7 +107,7 @@ def save_tiny(
     if has_text:
         _save_text(folder, config.text_dim)
     settings = SamplingConfig(**fields | (sampling or {}))
-    save_checkpoint(folder, model, config, settings, name, torch.float32)
+    save_checkpoint(folder, model, config, settings, name, torch.float32, stream=stream)
     return folder
 
 
@@ -205,6 +206,23 @@ def worded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lucy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `LucyEditPipeline` folder of tiny random components."""
     return save_lucy(tmp_path_factory.mktemp("checkpoint") / "lucy")
+
+
+@pytest.fixture(scope="session")
+def causal_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small random causal model of 32x48 pixels that reads 8 tokens: blocks of 2 latent frames,
+    a window of 8, two steps."""
+    return save_tiny(
+        tmp_path_factory.mktemp("checkpoint") / "causal",
+        name="causal",
+        has_text=True,
+        sampling={"size": (32, 48), "num_frames": 5},
+        stream=StreamConfig(block_frames=2, window=8, sink_frames=2, timesteps=(1000, 500)),
+        num_layers=2,
+        camera_conditioning="none",
+        tokenizers=(),
+        merger=None,
+    )
 
 
 @pytest.fixture

@@ -54,7 +54,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"__init__"}),
     frozenset({"machine", "terminal", "options", "catalogue"}),
-    frozenset({"serving", "training", "evaluation", "turns"}),
+    frozenset({"serving", "training", "evaluation", "turns", "streams"}),
     frozenset({"run"}),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
@@ -270,7 +270,7 @@ def engine_imports() -> dict[str, set[str]]:
 def test_the_engine_is_a_door_that_nothing_behind_it_knows() -> None:
     """Every module of engine/ stands on others, none on itself by a detour."""
     imports = engine_imports()
-    assert 15 < len(imports) <= 25
+    assert 15 < len(imports) <= 26
     assert not [name for name, used in imports.items() if "engine" in used]
     above = dict(imports)
     while above:

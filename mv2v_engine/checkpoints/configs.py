@@ -21,6 +21,7 @@ from mv2v_engine.config import (
     Conditioning,
     MergerConfig,
     SamplingConfig,
+    StreamConfig,
     TransformerConfig,
 )
 from mv2v_engine.errors import CheckpointError, RequestError
@@ -83,15 +84,19 @@ def own_json(
     conditioning: Sequence[Conditioning],
     vae: str | None = None,
     knowledge: Knowledge | None = None,
+    stream: StreamConfig | None = None,
 ) -> dict[str, Any]:
     """The content of `mv2v.json`.
 
     conditioning: the modes that the weights were trained for. vae: the VAE's folder relative to
-    the checkpoint's, where it is another one's; None: `vae/` beside the file.
+    the checkpoint's, where it is another one's; None: `vae/` beside the file. stream: of a causal
+    model.
     """
     shared: dict[str, Any] = {} if vae is None else {"vae": vae}
     if knowledge is not None:
         shared["knowledge"] = dataclasses.asdict(knowledge)
+    if stream is not None:
+        shared["stream"] = dataclasses.asdict(stream)
     return {
         "format": FORMAT,
         "version": VERSION,
@@ -113,6 +118,7 @@ class OwnConfig:
     conditioning: tuple[Conditioning, ...]
     vae: str | None = None
     knowledge: Knowledge = NOTHING_SAID
+    stream: StreamConfig | None = None
 
 
 def read_own_config(path: Path) -> OwnConfig:
@@ -136,6 +142,9 @@ def read_own_config(path: Path) -> OwnConfig:
         vae = value.get("vae")
         if vae is not None and (not isinstance(vae, str) or not vae or Path(vae).is_absolute()):
             raise RequestError(f"vae is {vae!r}, no path relative to the folder")
+        stream = value.get("stream")
+        if stream is not None:
+            stream = StreamConfig(**{k: _tupled(v) for k, v in stream.items()})
         return OwnConfig(
             str(value["name"]),
             transformer,
@@ -143,6 +152,7 @@ def read_own_config(path: Path) -> OwnConfig:
             conditioning,
             vae,
             _knowledge(value.get("knowledge", {})),
+            stream,
         )
     except (KeyError, TypeError, AttributeError, RequestError) as error:
         raise CheckpointError(

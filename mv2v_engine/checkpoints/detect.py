@@ -46,6 +46,8 @@ _EXPERT = re.compile(
     r"(?i).*(high|low)[-_ ]?noise.*|transformer_2"
     r"|.*(a14b|wan[-_.]?2[-_.]?2).*[-_. ](high|low)([-_. ].*)?"
 )
+# in the names of classes whose frames do not see later ones
+_CAUSAL = "causal"
 # where trainers of causal, distilled models keep the model
 _GENERATOR = re.compile(r"generator(_ema)?\.")
 _EXPERTS = (
@@ -73,6 +75,7 @@ class Detected:
 
     folder: where `vae/`, `text_encoder/` and `tokenizer/` are looked for. files: the weight
     files. config_file: the JSON that describes the transformer, None when shapes must do.
+    is_causal: whether the caller said that it makes frames block by block.
     tensors: the files' keys with shapes and dtypes. translation: these keys in our words.
     """
 
@@ -84,6 +87,7 @@ class Detected:
     tensors: dict[str, TensorInfo]
     translation: Translation
     reason: str
+    is_causal: bool = False
 
 
 @dataclass(frozen=True)
@@ -104,18 +108,21 @@ def embedded_names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in _ASSETS.glob(f"*/{OWN_CONFIG}")))
 
 
-def detect(path: Path | str, renames: Renames | None = None) -> Detected:
+def detect(path: Path | str, renames: Renames | None = None, *, causal: bool = False) -> Detected:
     """Tell what a checkpoint is; reads headers only.
 
     Args:
         path: a file, a folder, or the bare name of an embedded checkpoint; `PATH#NAME` takes the
             transformer under a name (`generator_ema`) of several in a file.
         renames: the user's renames, see `names.read_renames`.
+        causal: it was trained to make frames block by block, which no tensor tells.
 
     Raises:
         CheckpointError: nothing there, no checkpoint, a missing shard, or unreadable weights.
     """
     root, chosen, found = _find(path)
+    if found.config_file is not None and not causal:
+        _require_whole_view(found.config_file)
     _require_whole(root, found)
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
@@ -132,11 +139,19 @@ def detect(path: Path | str, renames: Renames | None = None) -> Detected:
         raise CheckpointError(f"{root}: {error}") from error
     tensors = {key: info for key, info in tensors.items() if key not in translation.aside}
     _require_supported(root, tensors, translation.naming)
-    if chosen is None and _GENERATOR.match(translation.prefix):
+    if chosen is None and not causal and _GENERATOR.match(translation.prefix):
         raise CheckpointError(_generator(root, translation.prefix.rstrip(".")))
     format_, reason = _classify(found, translation, tensors)
     return Detected(
-        format_, root, found.folder, found.files, found.config_file, tensors, translation, reason
+        format_,
+        root,
+        found.folder,
+        found.files,
+        found.config_file,
+        tensors,
+        translation,
+        reason,
+        is_causal=causal,
     )
 
 
@@ -179,9 +194,9 @@ def _find(path: Path | str) -> tuple[Path, str | None, _Found]:
 def _generator(root: Path, name: str) -> str:
     return (
         f"{root} holds a distilled generator ({name!r}), which trainers such as Self-Forcing save "
-        "of causal models of a few steps; this engine's transformer looks at all frames at once, "
-        "and no tensor tells which kind it is: if yours does too, say so with "
-        f"{root.name}#{name}"
+        "of causal models of a few steps, and no tensor tells which kind it is: if it makes frames "
+        "block by block, stream it (run stream --causal); if it looks at all frames at once, say "
+        f"so with {root.name}#{name}"
     )
 
 
@@ -241,13 +256,23 @@ def _config_beside(folder: Path) -> Path | None:
     if not path.is_file():
         return None
     config = read_json(path)
-    described = config.get("_class_name", "WanModel")
-    if "causal" in str(described).lower():
+    described = str(config.get("_class_name", "WanModel"))
+    is_wan = described in ("WanTransformer3DModel", "WanModel")
+    return path if is_wan or _CAUSAL in described.lower() else None
+
+
+def _require_whole_view(path: Path) -> None:
+    """Refuse a config file that describes a model of frames one after the other.
+
+    Raises:
+        CheckpointError: it does.
+    """
+    described = str(read_json(path).get("_class_name"))
+    if _CAUSAL in described.lower():
         raise CheckpointError(
-            f"{path} describes a {described}, which makes frames one after the other; this "
-            f"engine's transformer looks at all frames at once: {_WHOLE}"
+            f"{path} describes a {described}, which makes frames one after the other, and a turn "
+            f"looks at all frames at once: stream it (run stream --causal); for turns, {_WHOLE}"
         )
-    return path if described in ("WanTransformer3DModel", "WanModel") else None
 
 
 def _require_wan_pipeline(path: Path) -> None:

@@ -81,11 +81,16 @@ def headers_of(place: Path | str, *, with_components: bool = True) -> Iterator[P
 
 
 def fetch_checkpoint(
-    place: Path | str, renames: Renames | None = None, *, with_components: bool = True
+    place: Path | str,
+    renames: Renames | None = None,
+    *,
+    with_components: bool = True,
+    causal: bool = False,
 ) -> Path | str:
     """The path of a checkpoint; of a hub name, what loading it needs is fetched into the cache.
 
-    with_components: the VAE, the text encoder and the tokenizer beside it are loaded, too.
+    with_components: the VAE, the text encoder and the tokenizer beside it are loaded, too. causal:
+    as `detect` takes it.
 
     Raises:
         CheckpointError: as `headers_of` and `Resolution.require_loadable`, and if a file does not
@@ -100,7 +105,7 @@ def fetch_checkpoint(
         return place
     repository = open_repository(name)
     with _headers(repository, name, with_components=with_components) as (path, root):
-        resolution = resolve(detect(f"{path}{chosen}", renames))
+        resolution = resolve(detect(f"{path}{chosen}", renames, causal=causal))
         resolution.require_loadable()
         needed = list(resolution.detected.files)
         if with_components:

@@ -21,7 +21,7 @@ from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
-from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
+from mv2v_engine.config import Conditioning, SamplingConfig, StreamConfig, TransformerConfig
 from mv2v_engine.files import save_json, save_tensors
 from mv2v_engine.finite import refuse_weights, weight_fault
 from mv2v_engine.models.dit import MV2VTransformer
@@ -65,7 +65,8 @@ class Checkpoint:
 
     vae_path, text_path: diffusers and transformers folders, or single files. tokenizer_path: a
     transformers folder. None where the checkpoint has none. conditioning: the modes that the
-    weights were trained for (METHOD 13). knowledge: what they know, where that is little.
+    weights were trained for (METHOD 13). knowledge: what they know, where that is little. stream:
+    how a causal model makes video block by block; None of one that sees all frames at once.
     """
 
     name: str
@@ -79,6 +80,7 @@ class Checkpoint:
     report: LoadReport
     conditioning: tuple[Conditioning, ...]
     knowledge: Knowledge = NOTHING_SAID
+    stream: StreamConfig | None = None
 
 
 def load_checkpoint(
@@ -90,6 +92,7 @@ def load_checkpoint(
     lora: Iterable[tuple[Path | str, float]] = (),
     check_weights: bool = True,
     with_components: bool = True,
+    causal: bool = False,
 ) -> Checkpoint:
     """Load a checkpoint's transformer in evaluation mode.
 
@@ -102,6 +105,7 @@ def load_checkpoint(
         lora: files and strengths, merged into the weights in float32, one after the other.
         check_weights: refuse weights that are not finite, in a file or after the cast to `dtype`.
         with_components: of a hub name, fetch the VAE and the text encoder beside it too.
+        causal: the model was trained to make frames block by block, as no tensor tells.
 
     Raises:
         CheckpointError: nothing there, unreadable, incomplete, of other shapes, undecided, or not
@@ -110,8 +114,8 @@ def load_checkpoint(
     """
     renames = read_renames(Path(rename)) if rename is not None else None
     loras = find_loras(lora)
-    place = fetch_checkpoint(path_or_name, renames, with_components=with_components)
-    resolution = resolve(detect(place, renames), loras)
+    place = fetch_checkpoint(path_or_name, renames, with_components=with_components, causal=causal)
+    resolution = resolve(detect(place, renames, causal=causal), loras)
     resolution.require_loadable()
     _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
     return Checkpoint(
@@ -126,6 +130,7 @@ def load_checkpoint(
         report=_report(resolution),
         conditioning=resolution.conditioning,
         knowledge=resolution.knowledge,
+        stream=resolution.stream,
     )
 
 
@@ -140,11 +145,13 @@ def save_checkpoint(
     conditioning: Sequence[Conditioning] = TRAINED_FOR,
     vae: str | None = None,
     knowledge: Knowledge | None = None,
+    stream: StreamConfig | None = None,
 ) -> None:
     """Write `transformer.safetensors` and `mv2v.json`, each whole or not at all.
 
     conditioning: the modes that the weights were trained for. vae: the folder of a VAE that is
     shared with another checkpoint, relative to this one; None where it has its own, `vae/`.
+    stream: of a causal model.
 
     Raises:
         StorageError: the disk is full or the folder cannot be written.
@@ -156,7 +163,8 @@ def save_checkpoint(
     }
     save_tensors(folder / OWN_WEIGHTS, tensors, {"format": "pt"})
     # last, because a folder counts as a checkpoint once it has this file
-    save_json(folder / OWN_CONFIG, own_json(name, config, sampling, conditioning, vae, knowledge))
+    words = own_json(name, config, sampling, conditioning, vae, knowledge, stream)
+    save_json(folder / OWN_CONFIG, words)
 
 
 def _fill(

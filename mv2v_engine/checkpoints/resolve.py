@@ -31,7 +31,7 @@ from mv2v_engine.checkpoints.modules import (
     require_decided,
 )
 from mv2v_engine.checkpoints.weights import TensorInfo, file_kind, require_numbers
-from mv2v_engine.config import Conditioning, SamplingConfig, TransformerConfig
+from mv2v_engine.config import Conditioning, SamplingConfig, StreamConfig, TransformerConfig
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
@@ -51,9 +51,10 @@ class Resolution:
     missing, unknown, mismatched (name, got, expected), undecided: what forbids it. initialised:
     parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
     merger found. conditioning: the modes that the weights were trained for (METHOD 13). knowledge:
-    what they know, where that is little. vae_path, text_path, tokenizer_path: of what came with it,
-    or that its config names; None where there is none (see `components`). loras: what is merged
-    into the weights; the name says so too, which tells sessions and reports of them from others.
+    what they know, where that is little. stream: how a causal model makes video. vae_path,
+    text_path, tokenizer_path: of what came with it, or that its config names; None where there is
+    none (see `components`). loras: what is merged into the weights; the name says so too, which
+    tells sessions and reports of them from others.
     """
 
     detected: Detected
@@ -70,6 +71,7 @@ class Resolution:
     mapping: tuple[str, ...]
     conditioning: tuple[Conditioning, ...]
     knowledge: Knowledge
+    stream: StreamConfig | None
     vae_path: Path | None
     text_path: Path | None
     tokenizer_path: Path | None
@@ -124,11 +126,12 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
     infos = {name: detected.tensors[key] for key, name in detected.translation.names.items()}
     unknown = list(detected.translation.unknown)
     found, conditioning, knowledge = Assignment(), TRAINED_FOR, NOTHING_SAID
-    vae_path = None
+    vae_path, stream = None, StreamConfig() if detected.is_causal else None
     if detected.format == "mv2v_engine" and detected.config_file is not None:
         own = read_own_config(detected.config_file)
         name, config, sampling = own.name, own.transformer, own.sampling
         conditioning, knowledge = own.conditioning, own.knowledge
+        stream = own.stream or stream
         if own.vae is not None:
             vae_path = (detected.folder / own.vae).resolve()
         sources = {name: Source(info, info.shape) for name, info in infos.items()}
@@ -169,6 +172,7 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
         mapping=tuple(_mapping(sources)),
         conditioning=conditioning,
         knowledge=knowledge,
+        stream=stream,
         vae_path=vae_path,
         text_path=components.text_encoder,
         tokenizer_path=components.tokenizer,

@@ -15,7 +15,7 @@ from mv2v_engine import arguments
 from mv2v_engine.camera.files import Camera, resolve_camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.checkpoints.load import load_checkpoint
-from mv2v_engine.config import MAX_GUIDANCE_SCALE, Alpha, EngineConfig, Fit
+from mv2v_engine.config import MAX_GUIDANCE_SCALE, Alpha, EngineConfig, Fit, StreamConfig
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.device import rank_device, transformer_dtype
@@ -38,6 +38,8 @@ from mv2v_engine.engine.source import (
     open_long_source,
     view_identity,
 )
+from mv2v_engine.engine.stream import Stream, check_streams, checked_prompt, identity_of
+from mv2v_engine.engine.stream_folder import StreamFolder
 from mv2v_engine.engine.team import open_team, serve
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.warmup import warm_up
@@ -62,6 +64,7 @@ class Engine(Parts):
         config: EngineConfig | None = None,
         components: Path | str | None = None,
         rename: Path | str | None = None,
+        causal: bool = False,
     ) -> Engine:
         """Load a checkpoint of any known format.
 
@@ -74,6 +77,8 @@ class Engine(Parts):
                 or ComfyUI's, for a checkpoint that is a transformer alone (ReCamMaster, Memory-V2V,
                 original Wan files); or the name of such a repository.
             rename: a JSON file of names that cannot be inferred (see `run inspect`).
+            causal: it was trained to make frames block by block (Self-Forcing, LongLive, CausVid),
+                which no tensor tells, and can `stream`; a folder of this project's says it itself.
 
         Raises:
             CheckpointError: what is missing or wrong, and what to do.
@@ -93,6 +98,7 @@ class Engine(Parts):
             config,
             components=folder,
             rename=rename,
+            causal=arguments.flag("causal", causal),
         )
         engine = cls(checkpoint, vae, text, device=place, config=config, team=team)
         engine.budget.place_text()
@@ -293,6 +299,56 @@ class Engine(Parts):
                     folder.remove_unfinished()
                 session.restore()
         return session
+
+    def stream(
+        self,
+        prompt: str = "",
+        *,
+        seed: int = 0,
+        config: StreamConfig | None = None,
+        id: str | None = None,
+        store: Path | str | None = None,
+        resume: bool = False,
+        is_locked: bool = False,
+    ) -> Stream:
+        """Open a stream: video without end from a causal model.
+
+        Args:
+            prompt: of the blocks to come; `Stream.prompt` changes it on the way.
+            config: None takes the checkpoint's.
+            store: a folder that keeps the stream; `resume` takes up what it holds.
+            is_locked: the caller keeps other writers out of the folder.
+
+        Raises:
+            RequestError: the model is not causal, or cannot serve what is asked.
+            StorageError: the folder holds another stream, or none.
+        """
+        own = check_streams(self)
+        if config is not None:
+            own = arguments.instance("config", config, StreamConfig, "a StreamConfig, or None")
+        arguments.integer("seed", seed, 0, 2**63 - 1)
+        checked_prompt(self, prompt)
+        if id is not None:
+            arguments.text("id", id)
+        arguments.flag("resume", resume)
+        folder = None
+        if store is not None:
+            folder = StreamFolder(arguments.path("store", store, "the path of a folder"))
+        identity = identity_of(self, own, seed)
+        with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
+            manifest = None
+            if folder is not None and resume:
+                manifest = folder.read()
+                folder.check_identity(manifest, identity)
+            id = id or (manifest["id"] if manifest else new_id())
+            stream = Stream(self, prompt, own, seed=seed, id=id, folder=folder, lock=lock)
+            if folder is not None and manifest is None:
+                folder.create(id, identity)
+            elif folder is not None:
+                if folder.is_writable:
+                    folder.remove_unfinished()
+                stream.restore()
+        return stream
 
     def _opened(
         self,

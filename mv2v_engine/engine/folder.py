@@ -20,12 +20,12 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -52,17 +52,22 @@ _ROW: dict[str, type] = {"number": int, "request": dict, "settings": dict, "wind
 _UNFINISHED = re.compile(r"\.(session-\w{8}\.json|(turn|window)_\d+-\w{8}\.safetensors)")
 
 
-class SessionFolder:
-    """A manifest that is rewritten last, and tensors beside it.
+class KeptFolder:
+    """A folder of one writer, with a manifest that has a digest of its words.
 
-    `identity` in the manifest is what a resumed session must agree with. Folders that the version
-    before wrote are read as they are, and become this version's at the next write.
+    `identity` in the manifest is what a resumed session must agree with.
+
+    format, version: what is written. formats: what is read. of: what errors call the content.
     """
 
-    def __init__(self, folder: Path) -> None:
+    format: ClassVar[str]
+    version: ClassVar[int]
+    formats: ClassVar[Set[tuple[str, int]]]
+    of: ClassVar[str]
+
+    def __init__(self, folder: Path, manifest: str) -> None:
         self.folder = folder
-        self.manifest = folder / "session.json"
-        self.turns_folder = folder / "turns"
+        self.manifest = folder / manifest
 
     def exists(self) -> bool:
         return self.manifest.exists()
@@ -83,7 +88,7 @@ class SessionFolder:
         return lock
 
     def read(self) -> dict[str, Any]:
-        """The manifest, its rows as `current_row` makes them.
+        """The manifest.
 
         Raises:
             StorageError: it is no manifest of this format, or damaged.
@@ -94,30 +99,21 @@ class SessionFolder:
             raise StorageError(
                 f"{self.manifest} cannot be read ({error}); restore it, or choose another folder"
             ) from error
-        known = {name for name, _ in _FORMATS}
+        known = {name for name, _ in self.formats}
         if not isinstance(manifest, dict) or manifest.get("format") not in known:
             raise StorageError(
-                f"{self.manifest} is no session of this engine; choose another folder"
+                f"{self.manifest} is no {self.of} of this engine; choose another folder"
             )
-        if (manifest["format"], manifest.get("version")) not in _FORMATS:
+        if (manifest["format"], manifest.get("version")) not in self.formats:
             raise StorageError(
                 f"{self.manifest} has version {manifest.get('version')}, this engine reads up to "
-                f"{VERSION}; continue it with the engine that wrote it"
+                f"{self.version}; continue it with the engine that wrote it"
             )
         # a manifest from before there were digests has none
         expected = manifest.pop("sha256", None)
         if expected is not None and expected != _words_digest(manifest):
             raise self._damaged("it holds other words than were stored")
-        self._check_kinds(manifest, {"id": str, "identity": dict, "turns": list}, "")
-        for place, row in enumerate(manifest["turns"], 1):
-            if not isinstance(row, dict):
-                raise self._damaged(f"turn {place} must be a dict, got {row!r}")
-            manifest["turns"][place - 1] = row = current_row(row)
-            self._check_kinds(row, _ROW, f"turn {place}'s ")
-            if row.setdefault("camera", None) is not None:
-                self._check_kinds(row, {"camera": dict, "report": dict}, f"turn {place}'s ")
-            if row["number"] != place:
-                raise self._damaged(f"turn {place} has the number {row['number']}")
+        self._check_kinds(manifest, {"id": str, "identity": dict}, "")
         return manifest
 
     def _check_kinds(self, values: dict[str, Any], kinds: dict[str, type], whose: str) -> None:
@@ -132,19 +128,13 @@ class SessionFolder:
             f"{self.manifest} is damaged: {what}; restore it, or choose another folder"
         )
 
-    def create(
-        self, id: str, identity: dict[str, Any], turns: Sequence[dict[str, Any]] = ()
-    ) -> None:
-        """Write the manifest anew. turns: its rows, as they were read before it was lost."""
-        self.write({"id": id, "identity": identity, "turns": list(turns)})
-
     def write(self, manifest: dict[str, Any]) -> None:
         """Write the manifest, with a digest of its words.
 
         Raises:
             StorageError: the folder does not take it, and has the manifest that it had.
         """
-        content = {**manifest, "format": FORMAT, "version": VERSION}
+        content = {**manifest, "format": self.format, "version": self.version}
         content.pop("sha256", None)
         save_json(self.manifest, {**content, "sha256": _words_digest(content)})
 
@@ -154,9 +144,48 @@ class SessionFolder:
             stored = manifest["identity"].get(name)
             if stored != value:
                 raise StorageError(
-                    f"{self.folder} holds a session whose {name} is {stored!r}, this one's is "
+                    f"{self.folder} holds a {self.of} whose {name} is {stored!r}, this one's is "
                     f"{value!r}; give the same input, or choose another folder"
                 )
+
+
+class SessionFolder(KeptFolder):
+    """A manifest that is rewritten last, and tensors beside it.
+
+    Folders that the version before wrote are read as they are, and become this version's at the
+    next write.
+    """
+
+    format, version, formats, of = FORMAT, VERSION, _FORMATS, "session"
+
+    def __init__(self, folder: Path) -> None:
+        super().__init__(folder, "session.json")
+        self.turns_folder = folder / "turns"
+
+    def read(self) -> dict[str, Any]:
+        """The manifest, its rows as `current_row` makes them.
+
+        Raises:
+            StorageError: it is no manifest of this format, or damaged.
+        """
+        manifest = super().read()
+        self._check_kinds(manifest, {"turns": list}, "")
+        for place, row in enumerate(manifest["turns"], 1):
+            if not isinstance(row, dict):
+                raise self._damaged(f"turn {place} must be a dict, got {row!r}")
+            manifest["turns"][place - 1] = row = current_row(row)
+            self._check_kinds(row, _ROW, f"turn {place}'s ")
+            if row.setdefault("camera", None) is not None:
+                self._check_kinds(row, {"camera": dict, "report": dict}, f"turn {place}'s ")
+            if row["number"] != place:
+                raise self._damaged(f"turn {place} has the number {row['number']}")
+        return manifest
+
+    def create(
+        self, id: str, identity: dict[str, Any], turns: Sequence[dict[str, Any]] = ()
+    ) -> None:
+        """Write the manifest anew. turns: its rows, as they were read before it was lost."""
+        self.write({"id": id, "identity": identity, "turns": list(turns)})
 
     def append(self, draft: Draft, window: int, latents: Tensor) -> str:
         """Keep a finished window, counted from 1: its tensors first, then the manifest.
@@ -383,7 +412,7 @@ class SessionFolder:
 
 @contextmanager
 def kept_for_one(
-    folder: SessionFolder | None, *, resume: bool, is_locked: bool
+    folder: KeptFolder | None, *, resume: bool, is_locked: bool
 ) -> Iterator[WriterLock | None]:
     """Open a folder under the lock of its one writer, which is let go of if the block fails.
 
@@ -403,7 +432,7 @@ def kept_for_one(
         lock = None if is_locked or (resume and not folder.is_writable) else folder.lock()
     try:
         if folder is not None and folder.exists() != resume:
-            found = "already holds a session" if folder.exists() else "holds no session"
+            found = f"already holds a {folder.of}" if folder.exists() else f"holds no {folder.of}"
             advice = "resume it, or choose another folder" if folder.exists() else "start one there"
             raise StorageError(f"{folder.folder} {found}; {advice}")
         yield lock

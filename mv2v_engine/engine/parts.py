@@ -100,6 +100,7 @@ def load_parts(
     *,
     components: Path | None,
     rename: Path | str | None,
+    causal: bool = False,
 ) -> tuple[Checkpoint, VideoVAE, TextEncoder | None]:
     """As `Engine.from_pretrained`, up to the engine."""
     # refuse before anything large is read
@@ -117,6 +118,7 @@ def load_parts(
         lora=config.lora,
         check_weights=is_checked,
         with_components=given is None,
+        causal=causal,
     )
     vae_path, text_path = checkpoint.vae_path, checkpoint.text_path
     tokenizer_path = checkpoint.tokenizer_path

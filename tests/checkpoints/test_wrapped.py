@@ -13,6 +13,7 @@ from torch import Tensor
 
 from mv2v_engine.checkpoints import detect, load_checkpoint
 from mv2v_engine.checkpoints.names import translate
+from mv2v_engine.config import StreamConfig
 from mv2v_engine.errors import CheckpointError
 
 State = dict[str, Tensor]
@@ -118,8 +119,25 @@ def test_generators_are_named_and_run_only_on_a_users_word(
 def test_causal_configs_are_refused_by_name(tmp_path: Path, wan: State) -> None:
     (tmp_path / "config.json").write_text(json.dumps({"_class_name": "CausalWanModel"}))
     save_file(wan, str(tmp_path / "a.safetensors"))
-    with pytest.raises(CheckpointError, match="describes a CausalWanModel"):
+    with pytest.raises(CheckpointError, match=r"describes a CausalWanModel.*run stream"):
         detect(tmp_path)
+    assert load_checkpoint(tmp_path, causal=True).stream == StreamConfig()
+
+
+def test_a_causal_generator_is_its_average(tmp_path: Path, wan: State) -> None:
+    """As Self-Forcing and LongLive save them, sharded and not."""
+    inside = {key: key.replace("blocks.0.", "blocks.0._fsdp_wrapped_module.") for key in wan}
+    sharded = {f"model._fsdp_wrapped_module.{inside[key]}": 2 * wan[key] for key in wan}
+    plain = {f"model.{key}": value for key, value in wan.items()}
+    both = {"generator": plain, "critic": plain, "generator_ema": sharded}
+    path = saved(tmp_path / "sf.pt", both)
+    loaded = load_checkpoint(path, causal=True)
+    assert loaded.stream == StreamConfig()
+    query, key = QUERY, "blocks.0.self_attn.q.weight"
+    assert torch.equal(loaded.transformer.get_parameter(query), 2 * wan[key])
+    alone = load_checkpoint(saved(tmp_path / "ll.pt", {"generator": plain}), causal=True)
+    assert torch.equal(alone.transformer.get_parameter(query), wan[key])
+    assert load_checkpoint(f"{path}#generator_ema").stream is None
 
 
 @pytest.mark.parametrize(
