@@ -83,6 +83,7 @@ EDITS = "the memory of edits"
 STEPS = "reuse across steps"
 BUDGET = "bytes"
 RANKS = "several processes, under torchrun"
+STREAM = "what a block sees of those before"
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -430,39 +431,63 @@ class EngineConfig:
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class StreamConfig:
-    """How a causal model makes video without end, block by block.
+    """How a causal model makes video without end, block by block."""
 
-    block_frames: latent frames of a block. window: latent frames that a block attends to at most,
-    its own included. policy: which these are (`models.stream_cache`); "memrope" and "sink" keep the
-    first sink_frames, "memrope" averages of what left the window, too. long_alpha, short_alpha: how
-    much of a running average is new in every block. is_adaptive: the short one is an average of
-    every position, which takes more where its keys change. averages: what they are kept in; "cache"
-    is the dtype of K and V, in which the method's authors round them.
-    timesteps: of a block's steps, from 1000 down. is_warped: they are shifted by the checkpoint's
-    flow_shift; else they are what the model is told.
-    snapshot_blocks: so many blocks are computed again, at most, where a stored stream goes on; a
-    snapshot of all that is held is written as often.
-    """
-
-    block_frames: int = 3
-    policy: StreamPolicy = "memrope"
-    window: int = 12
-    sink_frames: int = 3
-    long_alpha: float = 0.01
-    short_alpha: float = 0.1
-    is_adaptive: bool = False
-    averages: Literal["float32", "cache"] = "float32"
-    timesteps: tuple[float, ...] = (1000, 750, 500, 250)
-    is_warped: bool = True
-    snapshot_blocks: int = 40
+    block_frames: int = setting(3, PROGRAMS, "latent frames of a block", low=1)
+    policy: StreamPolicy = setting(
+        "memrope",
+        STREAM,
+        "memrope: the first frames, averages of all that is gone, the recent frames; sink: without "
+        "averages; window: the recent frames; all: everything; the checkpoint's if not given",
+    )
+    window: int = setting(
+        12,
+        STREAM,
+        "latent frames that a block sees at most, its own included; the checkpoint's if not given",
+    )
+    sink_frames: int = setting(
+        3,
+        STREAM,
+        "first latent frames that memrope and sink never let go; the checkpoint's if not given",
+        flag="--sink",
+        low=0,
+    )
+    long_alpha: float = setting(
+        0.01, PROGRAMS, "how much of the long average is new in every block", low=0, high=1
+    )
+    short_alpha: float = setting(
+        0.1, PROGRAMS, "how much of the short average is new in every block", low=0, high=1
+    )
+    is_adaptive: bool = setting(
+        False,
+        STREAM,
+        "the short average is one of every position, and takes more where keys change; the "
+        "checkpoint's if not given",
+        flag="--adaptive",
+    )
+    averages: Literal["float32", "cache"] = setting(
+        "float32",
+        PROGRAMS,
+        "the dtype of averages; cache is that of K and V, in which the method's authors round them",
+    )
+    timesteps: tuple[float, ...] = setting(
+        (1000, 750, 500, 250), PROGRAMS, "the timesteps of a block, from 1000 down"
+    )
+    is_warped: bool = setting(
+        True,
+        PROGRAMS,
+        "shift the timesteps by the checkpoint's flow_shift; else they are what the model is told",
+    )
+    snapshot_blocks: int = setting(
+        40,
+        PROGRAMS,
+        "blocks from one snapshot of all that is held to the next; as many are computed again, at "
+        "most, where a stored stream goes on",
+        low=1,
+    )
 
     def __post_init__(self) -> None:
         fit_fields(self)
-        for name in ("block_frames", "snapshot_blocks"):
-            arguments.integer(name, getattr(self, name), 1)
-        arguments.integer("sink_frames", self.sink_frames, 0)
-        for name in ("long_alpha", "short_alpha"):
-            arguments.number(name, getattr(self, name), 0, 1)
         if self.window < self.num_fixed + self.block_frames:
             raise RequestError(
                 f"a window of {self.window} latent frames cannot hold the {self.num_fixed} that "

@@ -118,7 +118,8 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
     has_own = getattr(args, "components", "not asked for") is None
     loras = find_loras(getattr(args, "lora", ()))
     with headers_of(args.checkpoint, with_components=has_own) as place:
-        resolution = resolve(detect(place, renames), loras)
+        causal = getattr(args, "causal", False)
+        resolution = resolve(detect(place, renames, causal=causal), loras)
         resolution.require_loadable()
         if has_own:
             require_components(resolution)

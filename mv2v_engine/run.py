@@ -1,4 +1,4 @@
-"""The command line: `python -m mv2v_engine.run novel-view | edit | camera | evaluate | ...`.
+"""The command line: `python -m mv2v_engine.run novel-view | edit | stream | evaluate | ...`.
 
 Whatever can be refused is refused before a model is loaded: one line `error: ...` and exit code
 2. Interrupting (Ctrl-C) ends the turn under way at its next step, keeps the finished ones and
@@ -6,8 +6,8 @@ exits with 130. Results that cannot be written are tried again after every turn;
 missing in the end, the exit code is 3, and `--resume` makes them.
 
 A reader of stdout or stderr that leaves early (`| head -1`) ends nothing: the work goes on to its
-end in silence, and the exit code is what it would have been. If stdout cannot be written for
-another reason, such as a full disk, it is 3.
+end in silence, and the exit code is what it would have been (but of `stream --out -`, whose video
+it reads). If stdout cannot be written for another reason, such as a full disk, it is 3.
 """
 
 from __future__ import annotations
@@ -52,6 +52,7 @@ from mv2v_engine.parser import Parser, option_names
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store.store_command import add_store
 from mv2v_engine.settings import flags, given, in_options
+from mv2v_engine.streams import add_stream
 from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.terminal import camera_words, lasting_output, say
 from mv2v_engine.turns import add_edit, add_novel_view
@@ -174,6 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     add_novel_view(commands.add_parser("novel-view", help="re-render a clip from other cameras"))
     add_edit(commands.add_parser("edit", help="edit a long clip by instruction"))
+    add_stream(commands.add_parser("stream", help="video without end, by a causal model"))
     _add_camera(commands.add_parser("camera", help="show what a camera or a camera file is"))
     _add_evaluate(commands.add_parser("evaluate", help="measure a checkpoint on known worlds"))
     add_serve(commands.add_parser("serve", help="sessions and turns over HTTP, and a page"))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -423,11 +423,27 @@ def video_path(name: str, value: Path | str) -> Path:
 
 
 class VideoWriter:
-    """An mp4 under way; made by `video_writer`. num_frames: written so far."""
+    """An mp4 under way; made by `video_writer`. num_frames: written so far.
 
-    def __init__(self, path: Path, rate: Fraction, crf: int, sound: Sound | None = None) -> None:
-        self.path, self.rate, self.crf = path, rate, crf
+    Args:
+        place: the path, or a file that is open already and stays so.
+        container_options, codec_options: FFmpeg's, beside the writer's own.
+    """
+
+    def __init__(
+        self,
+        place: Path | IO[bytes],
+        rate: Fraction,
+        crf: int,
+        sound: Sound | None = None,
+        *,
+        container_options: Mapping[str, str] | None = None,
+        codec_options: Mapping[str, str] | None = None,
+    ) -> None:
+        self.place, self.rate, self.crf = place, rate, crf
         self._sound = sound
+        self._container_options = dict(container_options or {})
+        self._codec_options = dict(codec_options or {})
         self._copy: SoundCopy | None = None
         self.num_frames = 0
         self._file: IO[bytes] | None = None
@@ -495,12 +511,14 @@ class VideoWriter:
     def _open(self, height: int, width: int) -> VideoStream:
         import av
 
-        # a container that cannot write its end, on a full disk, keeps a file of its own open
-        self._file = self.path.open("wb")
-        container = av.open(self._file, "w", format="mp4")
+        if isinstance(self.place, Path):
+            # a container that cannot write its end, on a full disk, keeps a file of its own open
+            self._file = self.place.open("wb")
+        place: Any = self._file or self.place
+        container = av.open(place, "w", format="mp4", options=self._container_options)
         self._container = container
         # with its macroblock tree x264 reads memory that it never wrote: other bytes each run
-        options = {"crf": str(self.crf), "mbtree": "0"}
+        options = {"crf": str(self.crf), "mbtree": "0"} | self._codec_options
         stream = container.add_stream("libx264", rate=self.rate, options=options)
         stream.width, stream.height = width, height
         stream.pix_fmt = "yuv444p" if height % 2 or width % 2 else "yuv420p"

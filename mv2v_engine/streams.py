@@ -1,0 +1,295 @@
+"""The command that makes video without end: `run stream`, from a prompt by a causal model.
+
+The mp4 grows by a fragment a block and plays while it does. Beside it lies the stream's folder,
+from which `--resume` goes on wherever the process was killed: the mp4 is cut off behind the
+folder's snapshot, and what follows is written again, with the same bytes. `--out -` writes to
+stdout, and a reader who leaves ends the stream.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import math
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+from mv2v_engine import Engine, EngineConfig, __version__
+from mv2v_engine.config import (
+    BUDGET,
+    EDITS,
+    MEMORY,
+    PICTURE,
+    SAMPLING,
+    STEPS,
+    VIEWS,
+    StreamConfig,
+)
+from mv2v_engine.engine.stream import Stream, StreamBlock, checked_prompt, require_causal
+from mv2v_engine.engine.stream_folder import StreamFolder
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError, StorageError
+from mv2v_engine.files import require_writable, save_json
+from mv2v_engine.options import (
+    INTERRUPTED,
+    PARTIAL,
+    add_engine,
+    add_folder,
+    loading,
+    read_resolution,
+    resuming_line,
+)
+from mv2v_engine.parser import mistaken, number
+from mv2v_engine.progress import CancelToken
+from mv2v_engine.settings import add_settings, given
+from mv2v_engine.terminal import cancel_on_interrupt, say
+from mv2v_engine.video.fragments import FragmentWriter, append_fragments, fragment_ends
+from mv2v_engine.video.io import video_path
+
+_STDOUT = "-"
+_SAID_SECONDS = 5.0  # between two lines of progress
+# the settings of an engine that a stream has no use for
+_OF_TURNS = (SAMPLING, PICTURE, MEMORY, VIEWS, EDITS, STEPS, BUDGET)
+
+
+def stream(args: argparse.Namespace) -> int:
+    """Make video from a prompt until so many seconds are there, or until Ctrl-C."""
+    resolution = read_resolution(args)
+    own = require_causal(resolution.config, resolution.name, resolution.stream)
+    settings = dataclasses.replace(own, **given(args, StreamConfig))
+    prompts = _prompts(args)
+    config = EngineConfig(**given(args, EngineConfig))
+    if args.out == _STDOUT:
+        return _to_stdout(args, config, settings, prompts)
+    video = video_path("--out", args.out)
+    store = StreamFolder(args.store or video.with_name(f"{video.stem}.stream"))
+    for place in (video.parent, store.folder):
+        require_writable(place)
+    with store.lock():
+        resume = args.resume and store.exists()
+        if not (resume or args.overwrite):
+            _require_free(store, video)
+        with _loaded(args, config, prompts) as engine:
+            if args.overwrite:
+                store.clear()
+                (store.folder / "report.json").unlink(missing_ok=True)
+                video.unlink(missing_ok=True)
+            options: dict[str, Any] = {"seed": args.seed, "config": settings, "is_locked": True}
+            opened = engine.stream(prompts[0][1], store=store.folder, resume=resume, **options)
+            if len(fragment_ends(video)) < opened.num_blocks:
+                opened.rewind()  # the mp4 is not what it was, and all of it is there to be made
+            made, frames = opened.num_blocks, opened.first_frame(opened.num_blocks + 1)
+            with append_fragments(
+                video, engine.sampling.fps, num_fragments=made, num_frames=frames
+            ) as writer:
+                try:
+                    code = _run(args, opened, prompts, writer)
+                except MV2VError:
+                    # nothing was made, so that the same command can be given again
+                    if not (resume or opened.num_blocks):
+                        store.clear()
+                        video.unlink(missing_ok=True)
+                    raise
+    if code == 0:
+        print(video, store.folder / "report.json", sep="\n")
+    return code
+
+
+def _to_stdout(
+    args: argparse.Namespace,
+    config: EngineConfig,
+    settings: StreamConfig,
+    prompts: list[tuple[float, str]],
+) -> int:
+    """The same into a pipe, which gets the new blocks alone; --store keeps them all."""
+    args.quiet = True  # stdout has the video
+    if args.store is None and (args.resume or args.overwrite):
+        raise RequestError("--out - keeps nothing to go on from; name a folder with --store")
+    store = None if args.store is None else StreamFolder(args.store)
+    resume = store is not None and args.resume and store.exists()
+    with _loaded(args, config, prompts) as engine:
+        if store is not None and args.overwrite:
+            store.clear()
+        with (
+            engine.stream(
+                prompts[0][1], seed=args.seed, config=settings, store=args.store, resume=resume
+            ) as opened,
+            FragmentWriter(os.fdopen(os.dup(1), "wb"), engine.sampling.fps) as writer,
+        ):
+            return _run(args, opened, prompts, writer)
+
+
+def _loaded(
+    args: argparse.Namespace, config: EngineConfig, prompts: list[tuple[float, str]]
+) -> Engine:
+    """The engine, once all prompts are known to be read to their ends."""
+    engine = Engine.from_pretrained(args.checkpoint, **loading(args, config), causal=args.causal)
+    for _, prompt in prompts:
+        checked_prompt(engine, prompt)
+    return engine
+
+
+def _run(
+    args: argparse.Namespace,
+    opened: Stream,
+    prompts: list[tuple[float, str]],
+    writer: FragmentWriter,
+) -> int:
+    """Write blocks until there are enough; the exit code."""
+    for words in opened.lost:
+        say(words)
+    fps, shown, why, code = opened.parts.sampling.fps, _Progress(args.quiet), "", 0
+    count = None
+    if args.seconds is not None:
+        count = opened.block_of(math.ceil(args.seconds * fps) - 1)
+    try:
+        with cancel_on_interrupt() as cancel:
+            while count is None or opened.num_blocks < count:
+                now = opened.first_frame(opened.num_blocks + 1) / fps
+                prompt = [words for second, words in prompts if second <= now][-1]
+                if prompt != opened.prompt:
+                    opened.prompt = prompt
+                _write_block(args, opened, writer, cancel, shown)
+    except (KeyboardInterrupt, CancelledError):
+        why, code = "interrupted", INTERRUPTED
+    except BrokenPipeError:
+        why = "the reader has left"
+    except MV2VError as error:
+        if not opened.num_blocks:
+            raise
+        why, code = f"error: {error}", PARTIAL
+    if opened.folder is not None:
+        try:
+            report = {"version": __version__, **opened.report()}
+            save_json(opened.folder.folder / "report.json", report)
+        except StorageError as error:
+            why, code = why or f"error: {error}", code or PARTIAL
+    if why:
+        kept = "" if opened.folder is None else f"; continue with: {resuming_line(args)}"
+        say(f"{why}: {opened.num_blocks} blocks are finished{kept}")
+    return code
+
+
+def _write_block(
+    args: argparse.Namespace,
+    opened: Stream,
+    writer: FragmentWriter,
+    cancel: CancelToken,
+    shown: _Progress,
+) -> None:
+    """Make the next block and write its frames, unless a pipe's reader had them before."""
+    for block in opened.blocks(opened.num_blocks + 1, cancel):
+        if args.out == _STDOUT and block.is_again:
+            writer.num_frames = block.first_frame + len(block.frames)
+            continue
+        try:
+            writer.add(block.frames)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise StorageError(f"cannot write {args.out}: {reason}; free some space") from error
+        shown.show(block, opened)
+
+
+class _Progress:
+    """A line every few seconds."""
+
+    def __init__(self, is_quiet: bool) -> None:
+        self._is_quiet, self._said = is_quiet, time.monotonic()
+
+    def show(self, block: StreamBlock, opened: Stream) -> None:
+        now = time.monotonic()
+        if self._is_quiet or now - self._said < _SAID_SECONDS:
+            return
+        self._said = now
+        seconds = (block.first_frame + len(block.frames)) / opened.parts.sampling.fps
+        rate = len(block.frames) / block.seconds
+        again = " again" if block.is_again else ""
+        words = f"{seconds:.1f} seconds of video, {rate:.1f} frames a second"
+        print(f"block {block.number}{again}: {words}", flush=True)
+
+
+def _prompts(args: argparse.Namespace) -> list[tuple[float, str]]:
+    """The second from which on each prompt holds, in order."""
+    found = [(0.0, args.prompt)]
+    for text, prompt in args.then or ():
+        try:
+            second = number(text)
+        except argparse.ArgumentTypeError as error:
+            raise RequestError(f"--then: the second {error}") from error
+        if second <= found[-1][0]:
+            raise RequestError(
+                f"--then takes prompts in their order, each from a later second; got {second:g} "
+                f"after {found[-1][0]:g}"
+            )
+        found.append((second, prompt))
+    return found
+
+
+def _require_free(store: StreamFolder, video: Path) -> None:
+    """Refuse places that hold something.
+
+    Raises:
+        StorageError: they do.
+    """
+    advice = "continue it with --resume, replace it with --overwrite, or choose another --out"
+    if store.exists():
+        raise StorageError(f"{store.folder} already holds a stream; {advice}")
+    if video.exists():
+        raise StorageError(
+            f"{video} exists and belongs to no stream; replace it with --overwrite, or choose "
+            "another --out"
+        )
+
+
+def _seconds(text: str) -> float:
+    seconds = number(text)
+    if seconds <= 0:
+        raise mistaken("more than 0 seconds", text)
+    return seconds
+
+
+def add_stream(parser: argparse.ArgumentParser) -> None:
+    """The options of `run stream`."""
+    parser.set_defaults(command=stream)
+    add = parser.add_argument_group("the stream").add_argument
+    add("--prompt", required=True, metavar="TEXT", help="what the video shows")
+    add(
+        "--then",
+        nargs=2,
+        action="append",
+        metavar=("SECOND", "TEXT"),
+        help="another prompt from this second on, any number of times; one for all if not given",
+    )
+    add(
+        "--out",
+        required=True,
+        metavar="FILE.mp4",
+        help="the video, which plays while it grows; FILE.stream beside it keeps the stream and "
+        "report.json; - is stdout",
+    )
+    add(
+        "--store",
+        type=Path,
+        metavar="DIR",
+        help="where the stream is kept; FILE.stream, of stdout nowhere, if not given",
+    )
+    add(
+        "--seconds",
+        type=_seconds,
+        metavar="N",
+        help="of video, rounded up to a whole block; without end if not given",
+    )
+    add("--seed", type=int, default=0, metavar="N", help="of the noise")
+    add(
+        "--causal",
+        action="store_true",
+        help="the checkpoint makes frames block by block, as no "
+        "weight of Self-Forcing, LongLive or CausVid tells",
+    )
+    add_settings(parser, StreamConfig, has_defaults=False)
+    needed = {"checkpoint": {"default": None, "required": True}}
+    add_engine(parser, without=_OF_TURNS, own=needed)
+    add_folder(parser, "stream", "FILE.stream")

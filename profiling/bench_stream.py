@@ -1,0 +1,113 @@
+"""Whether a stream stays as fast and as small as it began: blocks 20 on beside blocks 1,000 on.
+
+`python profiling/bench_stream.py [--blocks 1000 2500] [--out profiling/results/stream.jsonl]`
+
+A small random causal model on one thread of a CPU, by the process's own time; blocks of one latent
+frame, which is four of the video's, and two steps. For every policy of fixed size one stream: the
+median milliseconds of `window` blocks from block 20 on and from each of `blocks` on, with the
+quartiles of the later ones over the earlier median; the bytes of the cache and of what the VAE
+keeps; and what the process holds at these blocks.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+from measure import Report, digits, provenance, table
+
+from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.checkpoints import Checkpoint, LoadReport
+from mv2v_engine.config import SamplingConfig, StreamConfig, StreamPolicy
+from mv2v_engine.models.autoencoder import Autoencoder
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.progress import host_bytes
+from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.vae import VideoVAE
+
+FIRST = 20
+VAE = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+COLUMNS = (
+    "policy blocks frames early_ms late_ms ratio low high cache_kib decoder_kib early_mib late_mib"
+)
+
+
+def random_causal(stream: StreamConfig) -> Engine:
+    """Of 32x32 pixels, without text."""
+    changes: dict[str, Any] = {"camera_conditioning": "none", "tokenizers": (), "merger": None}
+    shape = tiny_config(in_channels=16, out_channels=16, attention_head_dim=24, **changes)
+    transformer = MV2VTransformer(shape).eval().requires_grad_(False)
+    randomise(transformer)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = VideoVAE(Autoencoder(VAE))
+    checkpoint = Checkpoint(
+        name="random",
+        format="mv2v_engine",
+        transformer=transformer,
+        config=shape,
+        sampling=SamplingConfig(num_frames=5, size=(32, 32), guidance_scale=1.0),
+        vae_path=None,
+        text_path=None,
+        tokenizer_path=None,
+        report=LoadReport("mv2v_engine", "random weights", Path(), 0, (), (), {}),
+        conditioning=("joint",),
+        stream=stream,
+    )
+    return Engine(checkpoint, vae, None, device=torch.device("cpu"), config=EngineConfig())
+
+
+def measured(policy: StreamPolicy, blocks: list[int], window: int) -> Iterator[dict[str, Any]]:
+    """A row for each of `blocks`, of one stream."""
+    config = StreamConfig(policy=policy, block_frames=1, window=12, timesteps=(1000, 500))
+    stream = random_causal(config).stream()
+    spent, memory, before = list[float](), dict[int, int](), time.process_time()
+    for block in stream.blocks(max(blocks) + window):
+        now = time.process_time()
+        spent.append(1000 * (now - before))
+        if block.number in (FIRST, *blocks):
+            memory[block.number] = host_bytes()
+        before = time.process_time()
+    middle = statistics.median(spent[FIRST : FIRST + window])
+    for first in blocks:
+        late = spent[first : first + window]
+        low, ratio, high = (each / middle for each in statistics.quantiles(late, n=4))
+        yield {
+            "policy": policy,
+            "blocks": first,
+            "frames": stream.first_frame(first + 1),
+            "window": window,
+            "early_ms": digits(middle),
+            "late_ms": digits(statistics.median(late)),
+            "ratio": digits(ratio),
+            "low": digits(low),
+            "high": digits(high),
+            "cache_kib": digits(stream.cache.num_bytes / 1024),
+            "decoder_kib": digits(stream.decoder.num_bytes / 1024),
+            "early_mib": digits(memory[FIRST] / 2**20),
+            "late_mib": digits(memory[first] / 2**20),
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--blocks", type=int, nargs="+", default=[1000, 2500])
+    parser.add_argument("--window", type=int, default=60)
+    parser.add_argument("--out", type=Path, default=Path("profiling/results/stream.jsonl"))
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    report = Report(args.out, {**provenance(torch.device("cpu")), "threads": 1})
+    for policy in get_args(StreamPolicy):
+        if policy != "all":  # which grows
+            for row in measured(policy, args.blocks, args.window):
+                report.add(**row)
+    print(table(report.rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,183 @@
+"""`run stream`: an mp4 that grows, the folder beside it, and what ends a stream."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from mv2v_engine import run
+from mv2v_engine.engine.stream_folder import StreamFolder
+from mv2v_engine.video.fragments import fragment_ends
+from mv2v_engine.video.io import VideoReader
+
+Capture = pytest.CaptureFixture[str]
+# 5 frames, then 8 a block, at 16 a second: two seconds are 37 frames, in five blocks
+WORDS = ["stream", "--prompt", "a red ball", "--then", "1", "the ball rolls", "--device", "cpu"]
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory: pytest.TempPathFactory, causal_folder: Path) -> Path:
+    """A folder with video.mp4 and its stream, of one run."""
+    folder = tmp_path_factory.mktemp("unbroken")
+    where = ["--out", str(folder / "video.mp4"), "--checkpoint", str(causal_folder)]
+    assert run.main([*WORDS, *where, "--seconds", "2", "--quiet"]) == 0
+    return folder
+
+
+def test_a_video_and_its_report(unbroken: Path) -> None:
+    video, store = unbroken / "video.mp4", StreamFolder(unbroken / "video.stream")
+    about = VideoReader(video).info
+    assert (about.num_frames, about.fps, about.width, about.height) == (37, 16, 48, 32)
+    assert len(fragment_ends(video)) == store.num_blocks == 5
+    # 16 frames in: the block that begins at frame 21 is the first of the second prompt
+    assert [store.read_block(n)[1] for n in (1, 3, 4, 5)] == [
+        *["a red ball"] * 2,
+        *["the ball rolls"] * 2,
+    ]
+    report = json.loads((store.folder / "report.json").read_text())
+    assert report["frames"] == 37 and report["made_now"]["blocks"] == 5
+    assert report["latency"]["block_seconds_p99"] > 0
+
+
+def test_it_goes_on_with_the_same_bytes(
+    unbroken: Path, causal_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    where = ["--out", str(tmp_path / "video.mp4"), "--checkpoint", str(causal_folder)]
+    assert run.main([*WORDS, *where, "--seconds", "1", "--quiet"]) == 0
+    assert capsys.readouterr().out.splitlines() == [
+        str(tmp_path / "video.mp4"),
+        str(tmp_path / "video.stream" / "report.json"),
+    ]
+    # the last fragment is torn, as by a kill while it was written
+    video = tmp_path / "video.mp4"
+    video.write_bytes(video.read_bytes()[:-50])
+    assert run.main([*WORDS, *where, "--seconds", "2", "--resume"]) == 0
+    assert video.read_bytes() == (unbroken / "video.mp4").read_bytes()
+    # what is gone is made again from the folder
+    video.unlink()
+    assert run.main([*WORDS, *where, "--seconds", "2", "--resume"]) == 0
+    assert video.read_bytes() == (unbroken / "video.mp4").read_bytes()
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT])
+def test_killed_and_resumed(
+    how: signal.Signals, unbroken: Path, causal_folder: Path, tmp_path: Path
+) -> None:
+    video = tmp_path / "video.mp4"
+    where = ["--out", str(video), "--checkpoint", str(causal_folder), "--seconds", "2"]
+    command = [sys.executable, "-m", "mv2v_engine.run", *WORDS, *where, "--resume", "--quiet"]
+    endless = [word for word in command if word not in ("--seconds", "2")]
+    process = subprocess.Popen(endless, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 300
+    while len(fragment_ends(video)) < 2 and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(how)
+    said = process.communicate()[1].decode()
+    if how == signal.SIGINT:
+        assert process.returncode == 130 and said.startswith("interrupted: "), said
+        assert "continue with: python -m mv2v_engine.run stream" in said
+    count = StreamFolder(tmp_path / "video.stream").num_blocks
+    assert count >= 2
+    assert run.main([*command[3:-1], "--quiet"]) == 0
+    ends = fragment_ends(unbroken / "video.mp4")
+    expected = (unbroken / "video.mp4").read_bytes()
+    made = video.read_bytes()
+    assert made[: ends[-1]] == expected
+
+
+def test_what_a_user_says_is_causal(make_checkpoint: Callable[..., Path], tmp_path: Path) -> None:
+    shape = {"camera_conditioning": "none", "tokenizers": (), "merger": None, "num_layers": 1}
+    folder = make_checkpoint(tmp_path / "plain", name="plain", has_text=True, **shape)
+    where = ["--out", str(tmp_path / "video.mp4"), "--checkpoint", str(folder), "--causal"]
+    more = ["--seconds", "0.5", "--policy", "sink", "--sink", "1", "--window", "6"]
+    assert run.main([*WORDS, *where, *more]) == 0
+    assert VideoReader(tmp_path / "video.mp4").info.num_frames == 9
+    report = json.loads((tmp_path / "video.stream" / "report.json").read_text())
+    settings = report["settings"]
+    assert [settings[name] for name in ("policy", "sink_frames", "window")] == ["sink", 1, 6]
+
+
+def test_a_reader_who_leaves_ends_the_stream(causal_folder: Path, tmp_path: Path) -> None:
+    words = [*WORDS, "--out", "-", "--store", str(tmp_path / "s"), "--checkpoint"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "mv2v_engine.run", *words, str(causal_folder)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    assert process.stdout is not None and process.stderr is not None
+    begin = process.stdout.read(2000)
+    assert begin[4:8] == b"ftyp"
+    process.stdout.close()
+    said = process.stderr.read().decode()
+    assert process.wait() == 0
+    assert "the reader has left: " in said and "continue with: python -m" in said
+    assert "Traceback" not in said and "Exception" not in said
+    store = StreamFolder(tmp_path / "s")
+    assert store.num_blocks >= 1
+    for number in range(1, store.num_blocks + 1):
+        store.read_block(number)
+
+
+@pytest.fixture
+def refused(tmp_path: Path, causal_folder: Path, capsys: Capture) -> Callable[..., str]:
+    """Runs the command with something wrong; returns the one line that it ends with."""
+
+    def check(*more: str, out: str = "video.mp4", checkpoint: Path = causal_folder) -> str:
+        before = sorted(tmp_path.rglob("*"))
+        where = ["--out", out if out == "-" else str(tmp_path / out)]
+        where += ["--checkpoint", str(checkpoint), "--seconds", "1"]
+        code = run.main([*WORDS, *where, *more])
+        captured = capsys.readouterr()
+        assert code == 2 and captured.out == "", captured
+        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
+        assert sorted(tmp_path.rglob("*")) == before
+        return captured.err
+
+    return check
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--prompt", "a red ball " * 4], "the prompt has 13 tokens, the model reads 8"),
+        (["--then", "2", "ball " * 9], "the prompt has 10 tokens, the model reads 8"),
+        (["--then", "1", "again"], "each from a later second; got 1 after 1"),
+        (["--then", "soon", "a ball"], "--then: the second must be a finite number, got 'soon'"),
+        (["--seconds", "0"], "must be more than 0 seconds, got '0'"),
+        (["--window", "4"], "a window of 4 latent frames cannot hold the 4"),
+        (["--policy", "fifo"], "invalid choice: 'fifo'"),
+        (["--seed", "-1"], "seed must lie in 0"),
+        (["--device", "tpu"], "device 'tpu' cannot be used"),
+    ],
+)
+def test_what_is_refused(refused: Callable[..., str], more: list[str], said: str) -> None:
+    assert said in refused(*more)
+
+
+def test_a_model_or_a_place_that_is_refused(
+    refused: Callable[..., str],
+    tiny_checkpoint: Path,
+    make_checkpoint: Callable[..., Path],
+    tmp_path: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    unbroken: Path,
+) -> None:
+    assert "tiny renders novel views" in refused(checkpoint=tiny_checkpoint)
+    plain = {"camera_conditioning": "none", "tokenizers": (), "merger": None}
+    folder = make_checkpoint(tmp_path_factory.mktemp("plain") / "plain", name="plain", **plain)
+    assert "plain looks at all frames at once" in refused(checkpoint=folder)
+    assert "written as H.264 in .mp4" in refused(out="video.mov")
+    assert "name a folder with --store" in refused("--resume", out="-")
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    assert "already holds a stream; continue it with --resume" in refused()
+    assert "a stream whose seed is 0, this one's is 1" in refused("--resume", "--seed", "1")
+    shutil.rmtree(tmp_path / "video.stream")
+    assert "video.mp4 exists and belongs to no stream" in refused()
