@@ -244,7 +244,7 @@ def test_what_a_budget_advises_can_be_set(device: str) -> None:
 def test_every_option_that_the_guides_name_is_there() -> None:
     # the last three are of other programs
     parser, known = _parser(), {"--help", "--build-arg", "--edit", "--dry-run"}
-    for command in (*COMMANDS, "evaluate", "camera", "store", "inspect"):
+    for command in (*COMMANDS, "stream", "evaluate", "camera", "store", "inspect", "models"):
         known |= set(option_names(parser, [command]).values())
     for path in (ROOT / "README.md", *(ROOT / "docs").glob("*.md")):
         told = set(re.findall(r"`(--[a-z][a-z-]+)", path.read_text(encoding="utf-8")))

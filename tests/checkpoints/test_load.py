@@ -357,7 +357,7 @@ def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> Non
         ),
         (
             {"sampling": {"scheduler": "ddim"}},
-            "scheduler must be one of 'euler', 'unipc', got 'ddim'",
+            "scheduler must be one of 'euler', 'unipc', 'lightx2v', 'dmd', 'rcm', got 'ddim'",
         ),
         ({"sampling": {"fps": 0}}, r"fps must lie in 0\.01\.\.1000, got 0"),
         ({"sampling": {"guidance_scale": 1e38}}, r"guidance_scale must lie in 0\.\.100, got"),

@@ -235,7 +235,7 @@ def test_what_a_forward_refuses() -> None:
     [
         ({"window": 7}, "cannot hold the 5 that policy 'memrope' always keeps and 3 new ones"),
         ({"policy": "sink", "sink_frames": 10}, "cannot hold the 10"),
-        ({"block_frames": 0}, "block_frames must lie in 1"),
+        ({"block_frames": 0}, "block_frames must be at least 1"),
         ({"long_alpha": 1.5}, "long_alpha must lie in 0..1"),
         ({"timesteps": (1000, 1000)}, "timesteps must fall"),
         ({"timesteps": ()}, "timesteps must fall"),
