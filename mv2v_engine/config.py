@@ -49,6 +49,7 @@ Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 StreamPolicy = Literal["memrope", "sink", "window", "all"]
+QuantizeName = Literal["int8", "fp8"]
 
 MAX_STEPS = 1000
 # solvers of weights that are distilled to few steps without guidance: how many they have tables for
@@ -272,6 +273,9 @@ class EngineConfig:
         MODEL,
         "merge this LoRA into the weights, S times (1 if not given); may be repeated",
         metavar="FILE[:S]",
+    )
+    quantize: QuantizeName | None = setting(
+        None, MODEL, "8 bits a weight of the blocks, with a scale a row; as the dtype if not given"
     )
     scheduler: SchedulerName | None = setting(
         None, SAMPLING, "what integrates the flow; the checkpoint's if not given"

@@ -120,6 +120,7 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
     with headers_of(args.checkpoint, with_components=has_own) as place:
         causal = getattr(args, "causal", False)
         resolution = resolve(detect(place, renames, causal=causal), loras)
+        resolution = resolution.quantized(getattr(args, "quantize", None))
         resolution.require_loadable()
         if has_own:
             require_components(resolution)

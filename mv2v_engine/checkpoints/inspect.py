@@ -32,6 +32,7 @@ from mv2v_engine.checkpoints.weights import (
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.finite import largest_magnitude, refuse_weights, weight_fault
+from mv2v_engine.models.quantized import large_linears
 
 _SHOWN = 12
 _KINDS: dict[Format, str] = {
@@ -79,10 +80,10 @@ class Inspection:
     the model does not know. mismatched: (name, got, expected). initialised: parameters it need
     not have, and what fills them. inferred: one line for each tokenizer and merger found.
     undecided: modules whose role shapes leave open. dtypes: tensors by dtype. num_parameters: of
-    the model; num_stored: elements in the files; num_bytes: of these. conditioning: the modes that
-    the weights were trained for. vae_path: the VAE's folder, None without one. numbers: of every
-    component, None if only headers were read. problem: why it cannot be loaded, or None as far as
-    was read.
+    the model; num_quantizable: of its linear layers that `quantize` stores in eight bits;
+    num_stored: elements in the files; num_bytes: of these. conditioning: the modes that the weights
+    were trained for. vae_path: the VAE's folder, None without one. numbers: of every component,
+    None if only headers were read. problem: why it cannot be loaded, or None as far as was read.
     """
 
     path: Path
@@ -102,6 +103,7 @@ class Inspection:
     undecided: tuple[str, ...]
     dtypes: dict[str, int]
     num_parameters: int
+    num_quantizable: int
     num_stored: int
     conditioning: tuple[str, ...]
     vae_path: Path | None
@@ -170,6 +172,7 @@ def _inspected(resolution: Resolution, *, deep: bool) -> Inspection:
         undecided=resolution.undecided,
         dtypes=dict(dtypes.most_common()),
         num_parameters=sum(p.numel() for p in resolution.model.parameters()),
+        num_quantizable=sum(m.weight.numel() for m in large_linears(resolution.model).values()),
         num_stored=sum(i.num_elements for i in detected.tensors.values()),
         conditioning=resolution.conditioning,
         vae_path=resolution.vae_path,
@@ -192,6 +195,9 @@ def render_inspection(inspection: Inspection) -> str:
         f"dtypes       {dtypes}",
         f"parameters   {inspection.num_parameters:,} in the model, "
         f"{inspection.num_stored:,} in the file",
+        f"weights      {2 * inspection.num_parameters / 1e6:,.1f} MB in bfloat16, "
+        f"{(2 * inspection.num_parameters - inspection.num_quantizable) / 1e6:,.1f} MB with "
+        "--quantize int8 or fp8",
         "config       " + "\n             ".join(_config_lines(inspection.config)),
         f"trained for  {' and '.join(inspection.conditioning)} conditioning",
         f"for          {inspection.command}",

@@ -21,10 +21,18 @@ from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
-from mv2v_engine.config import Conditioning, SamplingConfig, StreamConfig, TransformerConfig
+from mv2v_engine.config import (
+    Conditioning,
+    QuantizeName,
+    SamplingConfig,
+    StreamConfig,
+    TransformerConfig,
+)
+from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import save_json, save_tensors
 from mv2v_engine.finite import refuse_weights, weight_fault
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.quantized import QuantizedLinear, quantize_linears
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
 
 
@@ -90,6 +98,7 @@ def load_checkpoint(
     dtype: torch.dtype | None = None,
     rename: Path | str | None = None,
     lora: Iterable[tuple[Path | str, float]] = (),
+    quantize: QuantizeName | None = None,
     check_weights: bool = True,
     with_components: bool = True,
     causal: bool = False,
@@ -103,6 +112,7 @@ def load_checkpoint(
             Under bfloat16 and float16 the model's `keep_in_fp32_modules` stay float32.
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
         lora: files and strengths, merged into the weights in float32, one after the other.
+        quantize: store the blocks' linear weights in eight bits, made of what they are by then.
         check_weights: refuse weights that are not finite, in a file or after the cast to `dtype`.
         with_components: of a hub name, fetch the VAE and the text encoder beside it too.
         causal: the model was trained to make frames block by block, as no tensor tells.
@@ -115,7 +125,7 @@ def load_checkpoint(
     renames = read_renames(Path(rename)) if rename is not None else None
     loras = find_loras(lora)
     place = fetch_checkpoint(path_or_name, renames, with_components=with_components, causal=causal)
-    resolution = resolve(detect(place, renames, causal=causal), loras)
+    resolution = resolve(detect(place, renames, causal=causal), loras).quantized(quantize)
     resolution.require_loadable()
     _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
     return Checkpoint(
@@ -154,9 +164,15 @@ def save_checkpoint(
     stream: of a causal model.
 
     Raises:
+        CheckpointError: the weights are quantised.
         StorageError: the disk is full or the folder cannot be written.
     """
     folder = Path(folder)
+    if any(isinstance(module, QuantizedLinear) for module in transformer.modules()):
+        raise CheckpointError(
+            f"{name} holds weights in eight bits, which this format has not; save those that they "
+            "were made of, loaded without quantize"
+        )
     tensors = {
         key: parameter.detach().to("cpu", stored_dtype(transformer, key, dtype))
         for key, parameter in transformer.named_parameters()
@@ -177,6 +193,8 @@ def _fill(
     """Give every parameter of the meta model its data."""
     faults: list[str] = []
     model = resolution.model
+    if resolution.quantize is not None:
+        quantize_linears(model, resolution.quantize)
     files = {file: i for i, file in enumerate(resolution.detected.files)}
     sources = sorted(resolution.sources.items(), key=lambda item: files[item[1].info.file])
     merger = LoraMerger(resolution.loras, check_weights=check_weights)
@@ -217,12 +235,21 @@ def _shaped(tensor: Tensor, source: Source) -> Tensor:
 def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     prefix, _, leaf = name.rpartition(".")
     module = model.get_submodule(prefix)
+    if leaf == "weight" and isinstance(module, QuantizedLinear):
+        module.quantize(tensor)
+        return
     requires_grad = model.get_parameter(name).requires_grad
     module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=requires_grad))
 
 
 def stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
-    """float32 for what the model keeps so under half precision, else the dtype asked for."""
+    """float32 for what the model keeps so under half precision, else the dtype asked for.
+
+    Also for what is quantised when it is placed, which is then rounded once.
+    """
+    module, _, leaf = name.rpartition(".")
+    if leaf == "weight" and isinstance(model.get_submodule(module), QuantizedLinear):
+        return torch.float32
     kept: tuple[str, ...] = getattr(model, "keep_in_fp32_modules", ())
     is_half = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if is_half and set(name.split(".")) & set(kept) else dtype

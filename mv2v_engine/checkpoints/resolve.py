@@ -31,7 +31,13 @@ from mv2v_engine.checkpoints.modules import (
     require_decided,
 )
 from mv2v_engine.checkpoints.weights import TensorInfo, file_kind, require_numbers
-from mv2v_engine.config import Conditioning, SamplingConfig, StreamConfig, TransformerConfig
+from mv2v_engine.config import (
+    Conditioning,
+    QuantizeName,
+    SamplingConfig,
+    StreamConfig,
+    TransformerConfig,
+)
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.dit import MV2VTransformer
@@ -76,6 +82,16 @@ class Resolution:
     text_path: Path | None
     tokenizer_path: Path | None
     loras: tuple[Lora, ...] = ()
+    quantize: QuantizeName | None = None
+
+    def quantized(self, kind: QuantizeName | None) -> Resolution:
+        """The same, whose weights are loaded into eight bits; None: as they are.
+
+        The name says so too, which tells sessions and reports of them from others.
+        """
+        if kind is None:
+            return self
+        return dataclasses.replace(self, name=f"{self.name} ({kind})", quantize=kind)
 
     @property
     def format(self) -> Format:

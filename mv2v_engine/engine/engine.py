@@ -138,6 +138,7 @@ class Engine(Parts):
                     dtype=transformer_dtype(dtype, place),
                     rename=rename,
                     lora=config.lora,
+                    quantize=config.quantize,
                     check_weights=config.check_weights,
                     with_components=False,
                 )

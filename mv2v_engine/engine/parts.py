@@ -66,6 +66,7 @@ _OF_THE_WEIGHTS = (
     "text_offload",
     "parallel",
     "lora",
+    "quantize",
 )
 
 
@@ -116,6 +117,7 @@ def load_parts(
         dtype=dtype,
         rename=rename,
         lora=config.lora,
+        quantize=config.quantize,
         check_weights=is_checked,
         with_components=given is None,
         causal=causal,
@@ -394,6 +396,7 @@ class Parts:
             **({"lora": [lora.to_dict() for lora in loras]} if loras else {}),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
+            **({"quantize": self.config.quantize} if self.config.quantize else {}),
             "backend": self.backend,
             "attention": self.attention,
             "scheduler": self.scheduler,

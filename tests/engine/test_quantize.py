@@ -1,0 +1,106 @@
+"""Weights of eight bits from the door to the report."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine import Engine, EngineConfig, run
+from mv2v_engine.camera.trajectories import named_trajectory
+from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
+from mv2v_engine.engine.budget import module_bytes
+from mv2v_engine.errors import CheckpointError, RequestError, StorageError
+from mv2v_engine.models.quantized import QuantizedLinear, large_linears
+from mv2v_engine.synthetic.render import render
+from mv2v_engine.synthetic.worlds import make_world
+
+
+@pytest.mark.parametrize(("kind", "least"), [("int8", 45), ("fp8", 40)])
+def test_the_embedded_models_latents(kind: str, least: float) -> None:
+    """Peak signal-to-noise ratio against float32 after a whole turn."""
+    turns, sizes = [], []
+    for quantize in (None, kind):
+        config = EngineConfig(quantize=quantize)
+        engine = Engine.from_pretrained(
+            "tiny-nvs", device="cpu", dtype=torch.float32, config=config
+        )
+        sampling = engine.sampling
+        camera = named_trajectory("static", sampling.num_frames, sampling.size)
+        session = engine.session(render(make_world(7), camera).frames, fps=8.0)
+        turns.append(session.render("pan_right", num_inference_steps=2).latents)
+        sizes.append(module_bytes(engine.transformer))
+    exact, rounded = turns
+    peak = exact.max() - exact.min()
+    found = float(10 * torch.log10(peak**2 / (rounded - exact).square().mean()))
+    assert least <= found < 90, found
+    # the blocks are most of it, a byte where there were four
+    assert sizes[1] < 0.45 * sizes[0]
+
+
+def test_sessions_and_reports_say_it(
+    tiny_checkpoint: Path, source_frames: Tensor, tmp_path: Path
+) -> None:
+    config = EngineConfig(quantize="int8")
+    engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", config=config)
+    session = engine.session(source_frames, store=tmp_path / "session")
+    report = session.render("pan_right").report
+    session.close()
+    assert report["quantize"] == "int8"
+    assert "the blocks' weights rounded to int8" in report["approximations"]
+    other = Engine.from_pretrained(tiny_checkpoint, device="cpu")
+    assert "quantize" not in other.describe()
+    with pytest.raises(StorageError, match=r"checkpoint.*tiny \(int8\)"):
+        other.session(source_frames, store=tmp_path / "session", resume=True)
+    with pytest.raises(RequestError, match="quantize is shared by all engines on these weights"):
+        engine.reconfigured(EngineConfig(quantize="fp8"))
+    again = engine.session(source_frames, store=tmp_path / "session", resume=True)
+    assert len(again.turns) == 1
+
+
+def test_the_file_is_rounded_once(tiny_checkpoint: Path) -> None:
+    """Of what it holds, whatever the tokens' dtype; the small layers keep that."""
+    whole = load_checkpoint(tiny_checkpoint).transformer
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = load_checkpoint(tiny_checkpoint, dtype=dtype, quantize="int8")
+        model = loaded.transformer
+        assert loaded.report.num_parameters == sum(p.numel() for p in whole.parameters())
+        for name, linear in large_linears(whole).items():
+            layer = model.get_submodule(name)
+            assert isinstance(layer, QuantizedLinear) and layer.bias.dtype == dtype
+            error = (layer.stored * layer.scale - linear.weight).abs()
+            assert (error <= 0.5001 * layer.scale).all(), name
+        assert model.patch_embedding.weight.dtype == model.proj_out.weight.dtype == dtype
+
+
+def test_what_cannot_be(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    loaded = load_checkpoint(tiny_checkpoint, quantize="fp8")
+    model = loaded.transformer
+    with pytest.raises(CheckpointError, match=r"tiny \(fp8\) holds weights in eight bits"):
+        save_checkpoint(
+            tmp_path / "x", model, loaded.config, loaded.sampling, loaded.name, torch.float32
+        )
+    assert not (tmp_path / "x").exists()
+    with pytest.raises(RequestError, match=r"quantize must be one of .*int8.*fp8"):
+        EngineConfig(quantize="int4")  # type: ignore[arg-type]
+
+
+def test_on_the_command_line(
+    tiny_checkpoint: Path, source_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["novel-view", str(source_clip), "--out", str(tmp_path / "out")]
+    words += ["--camera", "pan_right", "--checkpoint", str(tiny_checkpoint), "--steps", "2"]
+    assert run.main([*words, "--quantize", "int8", "--device", "cpu"]) == 0
+    (path,) = (tmp_path / "out").glob("report.json")
+    assert json.loads(path.read_text())["turns"][0]["quantize"] == "int8"
+    # the same turns by other weights are not the same
+    capsys.readouterr()
+    assert run.main([*words, "--resume", "--device", "cpu"]) == run.REFUSED
+    assert "tiny (int8)" in capsys.readouterr().err
+    assert run.main(["inspect", str(tiny_checkpoint)]) == 0
+    assert "MB with --quantize int8 or fp8" in capsys.readouterr().out
