@@ -99,6 +99,21 @@ def peaks(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def cards(rows: Sequence[Row]) -> str:
+    """Predicted GiB of full-size turns, and the smallest card that each fits."""
+    lines = [
+        "| shape | memory videos | weights | transformer | a prompt's first turn | fits "
+        "| later turns | fit |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        cells = [row["model"], str(row["memory"]), row["weights"]]
+        cells += [f"{row['transformer_gib']:.1f}", f"{row['peak_gib']:.1f} ({row['fullest']})"]
+        cells += [str(row["fits"]), f"{row['later_gib']:.1f}", str(row["fits_later"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 def models(rows: Sequence[Row]) -> str:
     """What turns of the known full-size checkpoints take, by count, and their licences."""
     lines = [
@@ -180,6 +195,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "peers": ("peers.jsonl", peers),
     "turns": ("engine.jsonl", turns),
     "peaks": ("peak_memory.jsonl", peaks),
+    "cards": ("small_memory.jsonl", cards),
     "models": ("models.jsonl", models),
     "hourly": ("engine.jsonl", hourly),
     "growth": ("memory.jsonl", growth),
@@ -188,7 +204,7 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
 # which tables a page has
 PAGES: dict[Path, tuple[str, ...]] = {
     README: ("models",),
-    COSTS: ("memory", "peers", "turns", "peaks"),
+    COSTS: ("memory", "peers", "turns", "peaks", "cards"),
     SCALING: ("hourly", "growth"),
     SERVING: ("faults",),
 }

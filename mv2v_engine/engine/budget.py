@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.checkpoints.load import stored_dtype
-from mv2v_engine.config import EngineConfig, SamplingConfig, TransformerConfig
+from mv2v_engine.config import EngineConfig, QuantizeName, SamplingConfig, TransformerConfig
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.engine.counting import vae_peak_bytes
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.quantized import large_linears
 from mv2v_engine.progress import Spans
 from mv2v_engine.shapes import TextShape
 from mv2v_engine.tokens.flops import conditioning_bytes
@@ -47,7 +48,8 @@ class Footprint:
     alone. cache: the latent memory's share. video: latents of one. copies_memory: remembered
     videos are copied out of an arena. embedding: of one prompt. encode, decode, embed: the most
     that the VAE and the text encoder make. workspace: what libraries and captured steps keep;
-    arena: for these, what static conditioning keeps.
+    arena: for these, what static conditioning keeps. quantizable: what `quantize` would save of the
+    transformer.
     """
 
     transformer: int
@@ -64,6 +66,7 @@ class Footprint:
     workspace: int
     arena: int
     execution: Execution
+    quantizable: int = 0
 
     @property
     def resident(self) -> int:
@@ -152,7 +155,11 @@ class Budget:
                 config.feed_forward_chunk,
                 is_fused=parts.backend != "reference",
                 residuals=_BRANCHES if config.step_cache is not None else 0,
+                is_quantized=config.quantize is not None,
             ),
+            quantizable=0
+            if config.quantize
+            else _quantizable_bytes(parts.transformer, parts.dtype),
         )
 
     def predict(self, plan: TokenPlan) -> Prediction:
@@ -241,6 +248,14 @@ class Budget:
             # a CPU's arenas are one memory
             name = "cache_bytes" if self.parts.device.type == "cpu" else "device_cache_bytes"
             yield f"{name}={footprint.video}", (less, plan)
+        if footprint.quantizable:
+            light = replace(
+                footprint,
+                transformer=footprint.transformer - footprint.quantizable,
+                quantizable=0,
+                execution=replace(footprint.execution, is_quantized=True),
+            )
+            yield 'quantize="int8"', (light, plan)
         if plan.merge == "off" and plan.shape.merger is not None:
             yield 'merge="conv"', (footprint, replace(plan, merge="conv"))
         if plan.conditioning == "static":
@@ -276,6 +291,7 @@ def shape_footprint(
     text: TextShape | None,
     *,
     cached: int,
+    quantize: QuantizeName | None = None,
 ) -> Footprint:
     """As `Budget.footprint`, of an engine on a GPU in bfloat16 that nobody has loaded.
 
@@ -291,8 +307,9 @@ def shape_footprint(
         weight.numel() * stored_dtype(transformer, name, torch.bfloat16).itemsize
         for name, weight in transformer.named_parameters()
     )
+    saved = _quantizable_bytes(transformer, torch.bfloat16)
     return Footprint(
-        transformer=weights,
+        transformer=weights - (0 if quantize is None else saved),
         vae=size * sum(weight.numel() for weight in autoencoder.parameters()),
         text=0 if text is None else size * text.num_parameters,
         is_text_offloaded=False,
@@ -305,7 +322,18 @@ def shape_footprint(
         embed=0 if text is None else _embed_bytes(text, shape.text_len, torch.bfloat16),
         workspace=CUBLAS_WORKSPACE,
         arena=0,
-        execution=Execution(size, EngineConfig().feed_forward_chunk),
+        execution=Execution(
+            size, EngineConfig().feed_forward_chunk, is_quantized=quantize is not None
+        ),
+        quantizable=saved if quantize is None else 0,
+    )
+
+
+def _quantizable_bytes(transformer: MV2VTransformer, dtype: torch.dtype) -> int:
+    """What eight bits save of whole weights: a byte each stays, and a float32 scale a row."""
+    return sum(
+        (dtype.itemsize - 1) * linear.weight.numel() - 4 * linear.out_features
+        for linear in large_linears(transformer).values()
     )
 
 

@@ -25,13 +25,15 @@ class Execution:
 
     element_bytes: of a token's element. chunk: the feed-forward's tokens at once, None for all.
     is_fused: operations are kernels, without intermediates of their own; the reference has
-    float32 ones. residuals: of skipped steps, one a guidance branch.
+    float32 ones. residuals: of skipped steps, one a guidance branch. is_quantized: a layer makes
+    its weight when it is used.
     """
 
     element_bytes: int
     chunk: int | None = None
     is_fused: bool = True
     residuals: int = 0
+    is_quantized: bool = False
 
 
 def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
@@ -73,6 +75,8 @@ class _Block:
         self.plan, self.run, self.target = plan, execution, plan.target.length
         self.row = plan.shape.dim * execution.element_bytes
         self.hidden_row = plan.shape.ffn_dim * execution.element_bytes
+        made = plan.shape.dim * execution.element_bytes if execution.is_quantized else 0
+        self.square_weight, self.ffn_weight = made * plan.shape.dim, made * plan.shape.ffn_dim
         self.widened = 4 * plan.shape.dim if execution.element_bytes < 4 else 0
         # by the reference: q or k normalised in float32; narrow ones are widened before and
         # rounded, and scaled, after. A LayerNorm's result, scaled, shifted
@@ -113,14 +117,16 @@ class _Block:
 
     def _attend(self, length: int) -> int:
         """q, k and v of so many tokens, beside the tokens."""
-        return length * (4 * self.row + self.rotating)
+        projecting = 3 * length * self.row + self.square_weight
+        return max(length * (4 * self.row + self.rotating), projecting)
 
     def _feed_forward(self, length: int) -> int:
         """The feed-forward of so many tokens, which it counts too."""
         at_once = min(length, self.run.chunk or length)
         hidden = at_once * self.hidden_row
         if self.run.is_fused or not self.widened:
-            return 4 * length * self.row + hidden
+            return 4 * length * self.row + hidden + self.ffn_weight
         # the GELU's input and output, of narrow elements; in one piece, the result comes after
         made = 4 if at_once < length else 3
-        return max(made * length * self.row + 2 * hidden, 4 * length * self.row + hidden)
+        whole = max(made * length * self.row + 2 * hidden, 4 * length * self.row + hidden)
+        return whole + self.ffn_weight

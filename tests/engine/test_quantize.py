@@ -7,14 +7,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig, run
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
-from mv2v_engine.engine.budget import module_bytes
+from mv2v_engine.checkpoints.load import stored_dtype
+from mv2v_engine.config import TINY, SamplingConfig
+from mv2v_engine.engine.budget import module_bytes, shape_footprint
 from mv2v_engine.errors import CheckpointError, RequestError, StorageError
-from mv2v_engine.models.quantized import QuantizedLinear, large_linears
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.quantized import QuantizedLinear, large_linears, quantize_linears
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
 
@@ -74,6 +78,56 @@ def test_the_file_is_rounded_once(tiny_checkpoint: Path) -> None:
             error = (layer.stored * layer.scale - linear.weight).abs()
             assert (error <= 0.5001 * layer.scale).all(), name
         assert model.patch_embedding.weight.dtype == model.proj_out.weight.dtype == dtype
+
+
+def test_after_loras(tiny_checkpoint: Path, tmp_path: Path) -> None:
+    """What is rounded is the merged weight; the name tells of both."""
+    name, generator = "blocks.1.attn2.to_v", torch.Generator().manual_seed(0)
+    dim = load_checkpoint(tiny_checkpoint).config.dim
+    halves = {
+        f"{name}.lora_A.weight": torch.randn(2, dim, generator=generator),
+        f"{name}.lora_B.weight": torch.randn(dim, 2, generator=generator),
+    }
+    save_file(halves, tmp_path / "style.safetensors")
+    lora = [(tmp_path / "style.safetensors", 0.5)]
+    merged = load_checkpoint(tiny_checkpoint, lora=lora).transformer
+    loaded = load_checkpoint(tiny_checkpoint, lora=lora, quantize="int8")
+    assert loaded.name.startswith("tiny+style:0.5@") and loaded.name.endswith(" (int8)")
+    layer, linear = loaded.transformer.get_submodule(name), merged.get_submodule(name)
+    assert isinstance(layer, QuantizedLinear) and isinstance(linear, torch.nn.Linear)
+    error = (layer.stored * layer.scale - linear.weight).abs()
+    assert (error <= 0.5001 * layer.scale).all()
+
+
+def test_the_bytes_are_predicted(tiny_checkpoint: Path) -> None:
+    """And are advised where they would suffice."""
+    whole = Engine.from_pretrained(tiny_checkpoint, device="cpu")
+    small = Engine.from_pretrained(
+        tiny_checkpoint, device="cpu", config=EngineConfig(quantize="int8")
+    )
+    before, after = (each.budget.footprint() for each in (whole, small))
+    assert after.transformer == before.transformer - before.quantizable < before.transformer
+    assert after.quantizable == 0 and after.execution.is_quantized
+    plan = whole.plan_of(0)
+    needed = small.budget.predict(plan).peak
+    assert f'quantize="int8" ({needed:,})' in whole.budget.advice(plan, needed)
+    assert "quantize" not in small.budget.advice(plan, needed - 1)
+
+
+def test_the_bytes_of_a_shape() -> None:
+    """Those of the modules, which nobody has loaded."""
+    shape, sampling = TINY, SamplingConfig()
+    with torch.device("meta"):
+        model = MV2VTransformer(shape)
+        quantize_linears(model, "fp8")
+    counts = 0
+    for name, tensor in [*model.named_parameters(), *model.named_buffers()]:
+        wide = stored_dtype(model, name, torch.bfloat16).itemsize
+        is_own = name.endswith((".stored", ".scale"))
+        counts += tensor.numel() * (tensor.itemsize if is_own else wide)
+    found = shape_footprint(shape, sampling, {}, None, cached=1, quantize="fp8")
+    assert found.transformer == counts
+    assert found.execution.is_quantized
 
 
 def test_what_cannot_be(

@@ -15,6 +15,7 @@ from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.models import rope
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import ConditioningCache
+from mv2v_engine.models.quantized import quantize_linears
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
@@ -33,7 +34,9 @@ def no_fake_tables() -> Iterator[None]:
     rope.table_on.cache_clear()
 
 
-def counted(plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str) -> int:
+def counted(
+    plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str, quantize: Any = None
+) -> int:
     """Peak of a whole forward, and with static conditioning of a later one over what it kept.
 
     Operations that are one opaque call run on the meta device; the reference's attention would be
@@ -45,6 +48,8 @@ def counted(plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str
         device = FakeTensorMode() if backend == "reference" else torch.device("meta")
         with device, torch.no_grad():
             model = MV2VTransformer(shape)
+            if quantize is not None:
+                quantize_linears(model, quantize)
             model.set_backend(backend)
             model.set_feed_forward_chunk(chunk)
             given = [torch.empty(1, shape.in_channels, *s.grid) for s in plan.segments]
@@ -62,10 +67,18 @@ def counted(plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str
 
 
 def _assert_predicted(
-    plan: TokenPlan, dtype: torch.dtype, chunk: int | None, backend: str = "auto"
+    plan: TokenPlan,
+    dtype: torch.dtype,
+    chunk: int | None,
+    backend: str = "auto",
+    quantize: Any = None,
 ) -> None:
-    count = counted(plan, dtype, chunk, backend)
-    found = forward_peak_bytes(plan, Execution(dtype.itemsize, chunk, backend == "auto"))
+    count = counted(plan, dtype, chunk, backend, quantize)
+    is_quantized = quantize is not None
+    execution = Execution(
+        dtype.itemsize, chunk, is_fused=backend == "auto", is_quantized=is_quantized
+    )
+    found = forward_peak_bytes(plan, execution)
     print(f"\n{count:,} bytes counted, {found / count:.4f} of them predicted")
     assert found == pytest.approx(count, rel=0.02)
 
@@ -88,6 +101,18 @@ def test_cameras_inside_attention(conditioning: Any, attention: Any) -> None:
         memory=4, conditioning=conditioning, shape=tiny, frames=17, size=(96, 160)
     )
     _assert_predicted(plan, torch.float32, None, "reference")
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_weights_that_are_made_when_they_are_used(kind: Any, conditioning: Any) -> None:
+    """One layer's at a time; of few tokens it is most of a peak."""
+    plan = novel_view_plan(memory=3, conditioning=conditioning, shape=SHALLOW)
+    _assert_predicted(plan, BFLOAT16, CHUNK, quantize=kind)
+    few = novel_view_plan(
+        memory=1, conditioning=conditioning, shape=SHALLOW, frames=5, size=(96, 160)
+    )
+    _assert_predicted(few, BFLOAT16, CHUNK, quantize=kind)
 
 
 def test_full_size_by_the_reference() -> None:

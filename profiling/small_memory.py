@@ -1,0 +1,83 @@
+"""What of a full-size turn fits 8, 12, 16 and 24 GiB, by count, with weights of eight bits or not.
+
+`python profiling/small_memory.py [--out profiling/results/small_memory.jsonl]`
+
+The 1.3B shape with cameras and memory and the 5B shape of edits, each with its VAE and UMT5-XXL in
+bfloat16, 81 frames of 480x832, as the engine predicts its own turns (`engine/budget.py`). The text
+encoder is on the device while a prompt is encoded alone (`text_offload`); a session's later turns
+of the same prompt are without that stage. No GPU has confirmed it.
+"""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from measure import Report, digits, provenance, table
+
+from mv2v_engine.catalogue import KnownModel, known_models
+from mv2v_engine.engine.budget import predict, shape_footprint
+from mv2v_engine.shapes import LUCY_5B
+
+GIB = 1 << 30
+CARDS, MEMORY = (8, 12, 16, 24), (0, 10)
+COLUMNS = "model memory weights transformer_gib peak_gib fullest later_gib fits fits_later"
+
+
+def shapes() -> dict[str, KnownModel]:
+    """The two of full size, with memory."""
+    known = {model.name: model for model in known_models()}
+    editor = known["decart-ai/Lucy-Edit-Dev"]
+    return {
+        "1.3B": known["DHCAI/Memory-V2V:memoryv2v.ckpt"],
+        "5B": replace(editor, shape=LUCY_5B),
+    }
+
+
+def smallest(count: int) -> int | None:
+    """Of the cards, in GiB, that a peak fits; None: of no one."""
+    return next((card for card in CARDS if count <= card * GIB), None)
+
+
+def measure(report: Report) -> None:
+    for name, model in shapes().items():
+        for memory in MEMORY:
+            plan = model.plan(memory)
+            for kind in (None, "int8"):
+                parts = shape_footprint(
+                    model.shape,
+                    model.sampling,
+                    model.vae,
+                    model.text,
+                    cached=memory + 1,
+                    quantize=kind,
+                )
+                found = predict(replace(parts, is_text_offloaded=True), plan)
+                later = max(count for stage, count in found.stages.items() if stage != "text")
+                report.add(
+                    model=name,
+                    memory=memory,
+                    weights=kind or "bfloat16",
+                    transformer_gib=digits(parts.transformer / GIB),
+                    peak_gib=digits(found.peak / GIB),
+                    fullest=found.fullest,
+                    stages_gib={k: digits(v / GIB) for k, v in found.stages.items()},
+                    later_gib=digits(later / GIB),
+                    fits=smallest(found.peak),
+                    fits_later=smallest(later),
+                )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    report = Report(args.out, provenance(torch.device("cpu")) | {"what": "predicted"})
+    measure(report)
+    print(table(report.rows, COLUMNS))
+
+
+if __name__ == "__main__":
+    main()
