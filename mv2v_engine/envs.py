@@ -44,6 +44,12 @@ def is_ci() -> bool:
     return os.environ.get("CI", "") not in ("", "0", "false")
 
 
+def has_true_colours() -> bool:
+    """COLORTERM: whether a terminal says that it has 24-bit colours; NO_COLOR forbids them."""
+    is_able = os.environ.get("COLORTERM", "").strip().lower() in ("truecolor", "24bit")
+    return is_able and not os.environ.get("NO_COLOR")
+
+
 def serving_tokens() -> tuple[str, ...]:
     """MV2V_TOKENS: bearer tokens of the service, apart by spaces or commas; unset is none."""
     return tuple(filter(None, re.split(r"[\s,]+", os.environ.get("MV2V_TOKENS", ""))))

@@ -108,6 +108,15 @@ def add_folder(parser: argparse.ArgumentParser, content: str, place: str = "DIR"
     parser.add_argument("--quiet", action="store_true", help="print the written paths alone")
 
 
+def add_preview(parser: argparse.ArgumentParser) -> None:
+    """What is shown while a turn is made."""
+    parser.add_argument(
+        "--preview",
+        action="store_true",
+        help="draw what every step predicts, in a terminal that says that it has 24-bit colours",
+    )
+
+
 def read_resolution(args: argparse.Namespace) -> Resolution:
     """What the checkpoint is, from its headers alone.
 

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import ClassVar, TypeVar
 
 import torch
+from torch import Tensor
 
 from mv2v_engine.arguments import callback, instance
 from mv2v_engine.errors import CancelledError
@@ -44,6 +45,19 @@ class StepDone:
 class StageDone:
     stage: str
     seconds: float
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Preview:
+    """What the video looks like after step of total, for who asked for previews.
+
+    picture: uint8 [H, W, 3] on the CPU, a pixel for each latent cell of the window's middle frame,
+    of the clean latents that the step predicts. On a GPU it comes a step later than its StepDone.
+    """
+
+    step: int
+    total: int
+    picture: Tensor
 
 
 @dataclass(frozen=True, slots=True)
@@ -74,7 +88,7 @@ class WindowDone:
     seconds_left: float
 
 
-Event = StageStarted | StepDone | StageDone | TurnNotStored | WindowStarted | WindowDone
+Event = StageStarted | StepDone | Preview | StageDone | TurnNotStored | WindowStarted | WindowDone
 
 
 class CancelToken:

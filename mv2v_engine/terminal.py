@@ -16,15 +16,19 @@ from contextlib import contextmanager
 from types import FrameType
 from typing import Any, TextIO, cast
 
+import torch
+from torch import Tensor
+from torch.nn import functional as F
 from tqdm import tqdm
 
 from mv2v_engine.camera.poses import rotation_degrees
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.envs import is_ci, launched_rank
+from mv2v_engine.envs import has_true_colours, is_ci, launched_rank
 from mv2v_engine.errors import StorageError
 from mv2v_engine.progress import (
     CancelToken,
     Event,
+    Preview,
     StageStarted,
     StepDone,
     WindowDone,
@@ -36,12 +40,16 @@ from mv2v_engine.video.contact_sheet import spaced_frames
 ECHO_SECONDS = 3.0
 _STAGES = ("vae", "text", "memory", "sampling")
 _POSES_SHOWN = 9  # of a camera, at most
+_PREVIEW_COLUMNS = 72  # of characters, at most
+_LEAST_COLUMNS, _LEAST_LINES = 16, 6  # of a terminal that has room for a picture
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
 
 @contextmanager
 def turn_progress(title: str, num_steps: int) -> Iterator[Callable[[Event], None]]:
     """A function to give a turn's events to: a bar on a terminal, plain lines elsewhere.
+
+    Previews are drawn below the bar, each over the last, and gone at the end.
 
     num_steps: of a turn, of an edit in windows those of one window; the bar runs over all of them.
     """
@@ -51,9 +59,39 @@ def turn_progress(title: str, num_steps: int) -> Iterator[Callable[[Event], None
     layout = "{desc} |{bar}| {n_fmt}/{total_fmt}{postfix}"
     with tqdm(total=num_steps, bar_format=layout, desc=title, dynamic_ncols=True) as bar:
         shown = _Bar(bar, title, num_steps)
-        yield shown.show
+        try:
+            yield shown.show
+        finally:
+            shown.erase()
         bar.set_description_str(f"{title}  done")
         bar.set_postfix_str("")
+
+
+def can_preview() -> bool:
+    """Whether previews can be drawn on stderr: a terminal that says that it has 24-bit colours."""
+    return sys.stderr.isatty() and not is_ci() and has_true_colours()
+
+
+def blocks(picture: Tensor, columns: int, lines: int) -> list[str]:
+    """A picture uint8 [H, W, 3] in lines of coloured half blocks, as large as it fits.
+
+    columns, lines: the room. A character is twice as high as it is wide, so it shows two pixels,
+    one above the other.
+    """
+    height, width = picture.shape[:2]
+    scale = min(columns / width, 2 * lines / height)
+    size = (max(round(scale * height / 2), 1) * 2, max(round(scale * width), 1))
+    pixels = picture.permute(2, 0, 1)[None].float()
+    scaled = F.interpolate(pixels, size, mode="bilinear", antialias=True)[0]
+    rows = scaled.round().to(torch.uint8).permute(1, 2, 0).tolist()
+    drawn = []
+    for above, below in zip(rows[::2], rows[1::2], strict=True):
+        cells = (
+            "\x1b[38;2;{};{};{}m\x1b[48;2;{};{};{}m\u2580".format(*upper, *lower)
+            for upper, lower in zip(above, below, strict=True)
+        )
+        drawn.append("".join(cells) + "\x1b[0m")
+    return drawn
 
 
 class _Bar:
@@ -63,6 +101,7 @@ class _Bar:
         self._bar, self._title, self._num_steps = bar, title, num_steps
         self._before, self._place = 0, ""
         self._began: tuple[float, int] | None = None  # of an edit: when, and behind which step
+        self._has_drawn = False
 
     def show(self, event: Event) -> None:
         bar = self._bar
@@ -83,6 +122,29 @@ class _Bar:
                 left = (time.monotonic() - began) / (done - first) * (bar.total - done)
             bar.set_postfix_str(f"{clock(left)} left", refresh=False)
             bar.update(done - bar.n)
+        elif isinstance(event, Preview):
+            self._draw(event.picture)
+
+    def _draw(self, picture: Tensor) -> None:
+        """Below the bar; the cursor is back on the bar's line before anybody else writes."""
+        columns, lines = os.get_terminal_size(sys.stderr.fileno())
+        if columns < _LEAST_COLUMNS or lines < _LEAST_LINES:
+            return  # a terminal that does not say its size has none
+        # a full last column wraps in some terminals; the bar and the line after it stay
+        drawn = blocks(picture, min(columns - 1, _PREVIEW_COLUMNS), lines - 2)
+        self._has_drawn = True
+        below = "".join(f"\r\n{line}\x1b[K" for line in drawn)
+        self._write(f"{below}\x1b[{len(drawn)}A\r")
+
+    def erase(self) -> None:
+        """Take the last preview away."""
+        if self._has_drawn:
+            self._write("\r\n\x1b[J\x1b[A")
+
+    def _write(self, text: str) -> None:
+        with self._bar.get_lock():
+            self._bar.fp.write(text)
+            self._bar.fp.flush()
 
 
 class _Lines:

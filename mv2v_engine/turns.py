@@ -31,6 +31,7 @@ from mv2v_engine.options import (
     PARTIAL,
     add_engine,
     add_folder,
+    add_preview,
     add_turns,
     follows,
     loading,
@@ -41,7 +42,14 @@ from mv2v_engine.options import (
 from mv2v_engine.parser import integer, mistaken
 from mv2v_engine.progress import CancelToken, driven
 from mv2v_engine.settings import given
-from mv2v_engine.terminal import cancel_on_interrupt, edit_table, say, turn_progress, turn_table
+from mv2v_engine.terminal import (
+    can_preview,
+    cancel_on_interrupt,
+    edit_table,
+    say,
+    turn_progress,
+    turn_table,
+)
 from mv2v_engine.video.io import VideoReader
 from mv2v_engine.video.windows import edit_windows
 
@@ -88,7 +96,8 @@ def novel_view(args: argparse.Namespace) -> int:
                 source, cameras=camera, store=args.out, resume=resume, is_locked=True
             )
             try:
-                failure = _render(session, requests, results, is_quiet=args.quiet)
+                shown = {"is_quiet": args.quiet, "previews": _has_previews(args)}
+                failure = _render(session, requests, results, **shown)
             except MV2VError as error:
                 # nothing was made, so that the same command can be given again
                 if not (resume or session.turns or isinstance(error, CancelledError)):
@@ -172,7 +181,12 @@ def _loaded(
 
 
 def _render(
-    session: Session, requests: Sequence[Request], results: ViewResults, *, is_quiet: bool
+    session: Session,
+    requests: Sequence[Request],
+    results: ViewResults,
+    *,
+    is_quiet: bool,
+    previews: bool,
 ) -> StorageError | None:
     """Run the requests that the session has not answered; results are complete after each.
 
@@ -207,7 +221,7 @@ def _render(
             title = f"turn {number}/{total} {request.camera.name}"
             shown = turn_progress(title, request.num_inference_steps)
             with nullcontext() if is_quiet else shown as show:
-                session.ask(request, show, cancel)
+                session.ask(request, show, cancel, previews=previews)
             failure = _publish(session, results, cancel, is_quiet=is_quiet)
     if not is_quiet:
         print("\n" + turn_table([turn.report for turn in session.turns]) + "\n")
@@ -218,6 +232,19 @@ def _render(
     if failure is not None:
         say(f"error: {failure}; {_ADVICE}")
     return failure
+
+
+def _has_previews(args: argparse.Namespace) -> bool:
+    """Whether previews were asked for and can be drawn; if not, that is said."""
+    if not args.preview or args.quiet:
+        return False
+    if not can_preview():
+        say(
+            "note: no preview is drawn: stderr is no terminal that says that it has 24-bit colours "
+            "(COLORTERM=truecolor)"
+        )
+        return False
+    return True
 
 
 def _publish(
@@ -263,7 +290,8 @@ def _edit(
     shown = nullcontext() if args.quiet else turn_progress("edit", request.num_inference_steps)
     try:
         with cancel_on_interrupt() as cancel, shown as show:
-            turn = driven(session.events(request, cancel, out=out), show)
+            events = session.events(request, cancel, out=out, previews=_has_previews(args))
+            turn = driven(events, show)
         written = results.publish(session, turn, version=__version__)
     except (KeyboardInterrupt, CancelledError):
         return _cut_off("interrupted", args, session, results, INTERRUPTED)
@@ -337,6 +365,7 @@ def add_novel_view(parser: argparse.ArgumentParser) -> None:
     add_turns(parser, group)
     add_engine(parser, without=(EDITS, "batch_tokens"))
     add_folder(parser, "session")
+    add_preview(parser)
 
 
 def add_edit(parser: argparse.ArgumentParser) -> None:
@@ -370,6 +399,7 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         },
     )
     add_folder(parser, "edit", "FILE.edit")
+    add_preview(parser)
 
 
 def _cuts(text: str) -> tuple[int, ...] | None:

@@ -32,7 +32,9 @@ from mv2v_engine.checkpoints.weights import (
 from mv2v_engine.defaults import inference, without_memory
 from mv2v_engine.errors import CheckpointError, RequestError, VideoError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
-from mv2v_engine.models.autoencoder import Autoencoder, Past, Tiles
+from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig, Past, Tiles
+from mv2v_engine.models.latent_rgb import FILE as RGB_FILE
+from mv2v_engine.models.latent_rgb import LatentRGB, wan21, wan22
 from mv2v_engine.ops.conv3d import speed_up_conv3d
 
 # frames of more pixels are encoded and decoded in tiles
@@ -114,6 +116,8 @@ class VideoVAE:
     Args:
         model: stays on its device.
         dtype: what it computes in; latents are always fp32.
+        latent_rgb: the linear colours of its latents; None takes what is published of them, if
+            there is something.
         tile_above: pixels of a frame above which tiling is on.
     """
 
@@ -122,6 +126,7 @@ class VideoVAE:
         model: Autoencoder,
         dtype: torch.dtype = torch.float32,
         *,
+        latent_rgb: LatentRGB | None = None,
         tile_above: int = TILE_ABOVE_PIXELS,
     ) -> None:
         self.model, config = model, model.config
@@ -143,6 +148,7 @@ class VideoVAE:
         if self.device.type == "cpu":
             speed_up_conv3d(model)
         self.dtype = dtype
+        self.latent_rgb = _published_rgb(config) if latent_rgb is None else latent_rgb
         self.tile_above = tile_above
         # one video at a time, which is what a turn's memory is counted for
         self._lock = threading.Lock()
@@ -315,6 +321,13 @@ class StreamDecoder:
         self._pasts = [pasts[tile] for tile in sorted(pasts)]
 
 
+def _published_rgb(config: AutoencoderConfig) -> LatentRGB | None:
+    """The published colours of a latent space, which its statistics tell."""
+    if config.latents_mean == AutoencoderConfig().latents_mean:
+        return wan21()
+    return wan22() if config.latents_mean == tuple(_WAN22["latents_mean"]) else None
+
+
 def load_vae(
     path: Path | str, *, device: torch.device, dtype: torch.dtype, check_weights: bool = True
 ) -> VideoVAE:
@@ -329,10 +342,11 @@ def load_vae(
         CheckpointError: missing, unknown, incomplete, not finite, or of shapes that do not fit its
             config.
     """
-    path = Path(path)
+    path, colours = Path(path), None
     if path.is_dir():
         folder = path if (path / "config.json").is_file() else path / "vae"
         config, infos = _read_folder(path, folder)
+        colours = folder / RGB_FILE
     elif path.is_file():
         config, infos = _read_file(path)
     else:
@@ -350,7 +364,10 @@ def load_vae(
                 faults.append(fault)
     refuse_weights(path, faults)
     model.load_state_dict(weights, assign=True)
-    return VideoVAE(model, dtype)
+    rgb = None
+    if colours is not None and colours.is_file():
+        rgb = LatentRGB.read(colours, model.config.z_dim)
+    return VideoVAE(model, dtype, latent_rgb=rgb)
 
 
 def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:

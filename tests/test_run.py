@@ -122,6 +122,15 @@ def test_quiet_prints_the_paths_alone(
     assert captured.out.split() == [str(path) for path in written] and captured.err == ""
 
 
+def test_a_preview_that_cannot_be_drawn_is_said(
+    finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
+) -> None:
+    arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / "out", CAMERAS[:1])
+    assert run.main([*arguments, "--preview"]) == 0
+    assert "no preview is drawn" in capsys.readouterr().err
+    assert (tmp_path / "out" / VIDEOS[0]).read_bytes() == (finished / VIDEOS[0]).read_bytes()
+
+
 def test_seeds(finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
     for seed in ("0", "1"):
         arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / seed, CAMERAS[:1])

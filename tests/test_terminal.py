@@ -6,17 +6,33 @@ import contextlib
 import fcntl
 import os
 import pty
+import re
 import signal
 import struct
+import sys
 import termios
+import threading
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
-from mv2v_engine.progress import StageDone, StageStarted, StepDone, WindowDone, WindowStarted
+from mv2v_engine.errors import CancelledError
+from mv2v_engine.progress import (
+    Event,
+    Preview,
+    StageDone,
+    StageStarted,
+    StepDone,
+    WindowDone,
+    WindowStarted,
+)
 from mv2v_engine.terminal import (
     ECHO_SECONDS,
+    blocks,
+    can_preview,
     cancel_on_interrupt,
     clock,
     edit_table,
@@ -32,23 +48,160 @@ def on_a_terminal(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], ci: str
 ) -> tuple[str, str]:
     """What a turn shows on stderr, a terminal, and on stdout."""
+    monkeypatch.setenv("CI", ci)
+    with terminal(monkeypatch) as read, turn_progress("turn 1/2 pan", 4) as show:
+        show(StageStarted("sampling"))
+        for step in (1, 2, 3, 4):
+            show(StepDone("sampling", step, 4, 60.0 * (4 - step)))
+        show(StageStarted("vae"))
+    return read(), capsys.readouterr().out
+
+
+@contextlib.contextmanager
+def terminal(
+    monkeypatch: pytest.MonkeyPatch, size: tuple[int, int] = (20, 100)
+) -> Iterator[Callable[[], str]]:
+    """stderr is a terminal of so many lines and columns; after the block, what was written."""
     leader, follower = pty.openpty()
-    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", 20, 100, 0, 0))
-    shown = b""
-    with monkeypatch.context() as patch, os.fdopen(follower, "w") as terminal:
-        patch.setenv("CI", ci)
-        patch.setattr("sys.stderr", terminal)
-        with turn_progress("turn 1/2 pan", 4) as show:
-            show(StageStarted("sampling"))
-            for step in (1, 2, 3, 4):
-                show(StepDone("sampling", step, 4, 60.0 * (4 - step)))
-            show(StageStarted("vae"))
-    # what was written arrives by and by; at the end Linux has an error
-    with contextlib.suppress(OSError):
-        while some := os.read(leader, 1 << 16):
-            shown += some
-    os.close(leader)
-    return shown.decode(), capsys.readouterr().out
+    fcntl.ioctl(follower, termios.TIOCSWINSZ, struct.pack("4H", *size, 0, 0))
+    shown: list[bytes] = []
+
+    def listen() -> None:
+        # what was written arrives by and by; at the end Linux has an error
+        with contextlib.suppress(OSError):
+            while some := os.read(leader, 1 << 16):
+                shown.append(some)
+        os.close(leader)
+
+    def read() -> str:
+        reader.join()
+        return b"".join(shown).decode()
+
+    # a terminal that nobody reads takes a page of text, then whoever writes waits
+    reader = threading.Thread(target=listen, daemon=True)
+    reader.start()
+    with monkeypatch.context() as patch, os.fdopen(follower, "w") as stream:
+        patch.setattr("sys.stderr", stream)
+        yield read
+
+
+class Screen:
+    """What a terminal without an end shows of a text; colours are left out."""
+
+    def __init__(self, text: str) -> None:
+        self.lines: list[list[str]] = [[]]
+        self.row = self.column = 0
+        for part in re.finditer(r"\x1b\[([0-9;]*)([A-Za-z])|(.)", text, re.DOTALL):
+            if part[2]:
+                self._command(part[2], int(part[1] or 1) if part[2] == "A" else 0)
+            else:
+                self._write(part[3])
+
+    def _command(self, name: str, count: int) -> None:
+        if name == "A":
+            self.row -= count
+            assert self.row >= 0
+        elif name == "J":
+            del self.lines[self.row + 1 :]
+        if name in "JK":
+            del self.lines[self.row][self.column :]
+        assert name in "AJKm"
+
+    def _write(self, character: str) -> None:
+        if character == "\r":
+            self.column = 0
+        elif character == "\n":
+            self.row += 1
+            if self.row == len(self.lines):
+                self.lines.append([])
+        else:
+            line = self.lines[self.row]
+            line += " " * (self.column + 1 - len(line))
+            line[self.column] = character
+            self.column += 1
+
+    @property
+    def text(self) -> list[str]:
+        return ["".join(line).rstrip() for line in self.lines]
+
+
+PICTURE = torch.zeros(6, 8, 3, dtype=torch.uint8)
+
+
+def draw(show: Callable[[Event], None], steps: int) -> None:
+    show(StageStarted("sampling"))
+    for step in range(1, steps + 1):
+        show(StepDone("sampling", step, 4, 60.0))
+        show(Preview(step, 4, PICTURE))
+
+
+def test_previews_are_drawn_below_the_bar_and_taken_away(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "")
+    with terminal(monkeypatch) as read, turn_progress("turn", 4) as show:
+        draw(show, 4)
+        print("\x07", end="", file=sys.stderr)  # a mark
+    during, after = read().split("\x07")
+    lines = Screen(during).text
+    assert lines[0].startswith("turn  sampling |")
+    # 20 lines have room for 18, which are 36 pixels high and 48 wide
+    assert lines[1:] == ["\u2580" * 48] * 18
+    final = Screen(during + after)
+    assert final.text[0].startswith("turn  done |") and final.text[1:] == [""]
+    assert (final.row, final.column) == (1, 0)
+
+
+def test_a_preview_goes_with_a_turn_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "")
+    with (
+        terminal(monkeypatch) as read,
+        pytest.raises(CancelledError),
+        turn_progress("turn", 4) as show,
+    ):
+        draw(show, 2)
+        raise CancelledError("enough")
+    assert Screen(read()).text[1:] == [""]
+
+
+def test_a_terminal_without_room_has_no_preview(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CI", "")
+    with terminal(monkeypatch, (4, 100)) as read, turn_progress("turn", 4) as show:
+        draw(show, 4)
+    assert "\u2580" not in read()
+
+
+def test_a_picture_in_blocks_has_its_colours_and_its_shape() -> None:
+    picture = torch.zeros(4, 4, 3, dtype=torch.uint8)
+    picture[:2, :, 0], picture[2:, :, 2] = 200, 90
+    upper, lower = blocks(picture, 4, 99)
+    cell = "\x1b[38;2;{0}m\x1b[48;2;{0}m\u2580"
+    assert upper == cell.format("200;0;0") * 4 + "\x1b[0m"
+    assert lower == cell.format("0;0;90") * 4 + "\x1b[0m"
+    for columns, lines in ((60, 10), (10, 60)):
+        drawn = blocks(torch.zeros(60, 104, 3, dtype=torch.uint8), columns, lines)
+        width = drawn[0].count("\u2580")
+        assert len(drawn) <= lines and width <= columns
+        assert width == columns or len(drawn) == lines
+        assert abs(width / (2 * len(drawn)) / (104 / 60) - 1) < 0.2
+
+
+@pytest.mark.parametrize(
+    ("colours", "forbidden", "ci", "expected"),
+    [
+        ("truecolor", "", "", True),
+        ("24bit", "", "", True),
+        ("", "", "", False),
+        ("truecolor", "1", "", False),
+        ("truecolor", "", "true", False),
+    ],
+)
+def test_previews_need_colours(
+    monkeypatch: pytest.MonkeyPatch, colours: str, forbidden: str, ci: str, expected: bool
+) -> None:
+    for name, value in (("COLORTERM", colours), ("NO_COLOR", forbidden), ("CI", ci)):
+        monkeypatch.setenv(name, value)
+    assert not can_preview()  # no terminal
+    with terminal(monkeypatch):
+        assert can_preview() == expected
 
 
 def test_a_terminal_gets_a_bar(

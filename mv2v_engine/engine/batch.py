@@ -64,9 +64,10 @@ class BatchedTurn:
         request: Request,
         cancel: CancelToken,
         on_progress: Callable[[TurnEvent], None] | None,
+        previews: bool,
     ) -> None:
         self.number, self.session, self.request = number, session, request
-        self.cancel, self._on_progress = cancel, on_progress
+        self.cancel, self._on_progress, self._previews = cancel, on_progress, previews
         self.result: Turn | Exception | None = None
         self.tokens = self._num_turns = 0
         self._ranked: Ranked | None = None
@@ -99,7 +100,9 @@ class BatchedTurn:
             # the session may have been given a turn by hand since
             is_new = self._num_turns == len(self.session.turns)
             ranked = self._ranked if is_new else None
-            self._events = self.session.hand_over(self.request, self.cancel, ranked)
+            self._events = self.session.hand_over(
+                self.request, self.cancel, ranked, previews=self._previews
+            )
         try:
             event = next(self._events) if error is None else self._events.throw(error)
             while not isinstance(event, StepDue):
@@ -162,8 +165,9 @@ class TurnBatch:
         *,
         cancel: CancelToken | None = None,
         on_progress: Callable[[TurnEvent], None] | None = None,
+        previews: bool = False,
     ) -> BatchedTurn:
-        """Queue a turn.
+        """Queue a turn. previews: as `Session.render`.
 
         Raises:
             RequestError: the session is of an engine with other weights.
@@ -177,7 +181,8 @@ class TurnBatch:
                 f"session {session.id} runs on {session.parts.checkpoint.name} as another engine "
                 "loaded it; a batch takes sessions of one engine"
             )
-        turn = BatchedTurn(next(self._numbers), session, request, cancel_token(cancel), on_progress)
+        token = cancel_token(cancel)
+        turn = BatchedTurn(next(self._numbers), session, request, token, on_progress, previews)
         self._turns.append(turn)
         return turn
 

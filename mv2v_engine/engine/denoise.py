@@ -10,7 +10,7 @@ C latent channels, F H W latent grid.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, overload
 
@@ -23,11 +23,13 @@ from mv2v_engine.engine.step import Branch, Conditioning, StepBuffers, copied
 from mv2v_engine.errors import NotFiniteError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import ConditioningCache, TargetResidual
+from mv2v_engine.models.latent_rgb import LatentRGB
 from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.models.sample import Sample
-from mv2v_engine.progress import CancelToken, StepDone
+from mv2v_engine.progress import CancelToken, Preview, StepDone
 from mv2v_engine.sampling.flow_match import Solver, make_solver
 from mv2v_engine.sampling.guidance import guide
+from mv2v_engine.sampling.preview import Previewer
 from mv2v_engine.sampling.step_cache import computed_steps, relative_changes
 from mv2v_engine.tokens.flops import FORWARDS, Work, exact_work
 from mv2v_engine.tokens.plan import TokenPlan
@@ -72,6 +74,7 @@ class Denoiser:
         solver: used by this turn alone, since it may remember its steps.
         graphs: replay captured steps. team: the processes that share every step.
         step_cache: below which change of the modulation a step runs no block; None runs all.
+        previews: in whose colours pictures are taken; None takes none.
     """
 
     def __init__(
@@ -86,6 +89,7 @@ class Denoiser:
         graphs: Graphs | None = None,
         team: Team | None = None,
         step_cache: float | None = None,
+        previews: LatentRGB | None = None,
     ) -> None:
         device = next(transformer.parameters()).device
         self.transformer, self.plan, self.solver = transformer, plan, solver
@@ -116,6 +120,9 @@ class Denoiser:
             )
         )
         self._shared = None if team is None else team.begin(plan, self.buffers)
+        self._previewer = None
+        if previews is not None:
+            self._previewer = Previewer(previews.to(device).picture, solver, self.latents)
 
     def _work_on(self, buffers: StepBuffers) -> None:
         self.buffers, given = buffers, buffers.conditioning
@@ -210,6 +217,8 @@ class Denoiser:
             self.cache.keep_in(self._lease.kept)
 
     def _load_step(self) -> None:
+        if self._previewer is not None:
+            self._previewer.before(self.buffers.latents)
         self.buffers.timestep.copy_(self.timestep)
         if self._deltas is not None:
             self.buffers.delta.copy_(self._deltas[self.index : self.index + 1])
@@ -249,7 +258,14 @@ class Denoiser:
             # the solver remembers what it is given, the next step writes over it
             latents.copy_(self.solver.step(velocity.clone(), self.index, latents.clone()))
             self.buffers.count_finite()
+        if self._previewer is not None:
+            self._previewer.after(latents, velocity, self.index)
         self.index += 1
+
+    def previews(self) -> Iterator[Preview]:
+        """The pictures of steps that have come since they were asked for last, if there are any."""
+        if self._previewer is not None:
+            yield from self._previewer.arrived(is_last=self.is_finished)
 
     def work(self) -> dict[Work, int]:
         """The forwards and other work of all steps, in all branches together."""
@@ -318,11 +334,12 @@ def engine_denoiser(
     num_inference_steps: int,
     guidance_scale: float,
     generator: torch.Generator,
+    previews: LatentRGB | None = None,
 ) -> Denoiser:
     """The denoiser of a turn on an engine's weights, by its scheduler, graphs and processes.
 
     noise: [1, C, F, H, W] of the latents, on any device. generator: of further noise, where the
-    scheduler adds some.
+    scheduler adds some. previews: as `Denoiser`.
     """
     return Denoiser(
         transformer=parts.transformer,
@@ -340,6 +357,7 @@ def engine_denoiser(
         graphs=parts.graphs,
         team=parts.team,
         step_cache=parts.config.step_cache,
+        previews=previews,
     )
 
 
@@ -375,19 +393,21 @@ class StepDue:
 
 
 @overload
-def denoise(denoiser: Denoiser, cancel: CancelToken) -> Generator[StepDone, None, Denoised]: ...
+def denoise(
+    denoiser: Denoiser, cancel: CancelToken
+) -> Generator[StepDone | Preview, None, Denoised]: ...
 
 
 @overload
 def denoise(
     denoiser: Denoiser, cancel: CancelToken, *, hands_over: Literal[True]
-) -> Generator[StepDone | StepDue, None, Denoised]: ...
+) -> Generator[StepDone | Preview | StepDue, None, Denoised]: ...
 
 
 def denoise(
     denoiser: Denoiser, cancel: CancelToken, *, hands_over: bool = False
-) -> Generator[StepDone | StepDue, None, Denoised]:
-    """Run a turn to its end; yields after every step.
+) -> Generator[StepDone | Preview | StepDue, None, Denoised]:
+    """Run a turn to its end; yields after every step, and the pictures that were asked for.
 
     hands_over: every step is left to the caller, who runs it where a `StepDue` comes.
 
@@ -405,6 +425,7 @@ def denoise(
                 denoiser.step()
             done = denoiser.index
             yield StepDone(STAGE, done, total, (time.monotonic() - began) / done * (total - done))
+            yield from denoiser.previews()
         cancel.check()
         return denoiser.result()
     finally:
@@ -413,6 +434,6 @@ def denoise(
 
 def stepwise(
     denoiser: Denoiser, cancel: CancelToken
-) -> Generator[StepDone | StepDue, None, Denoised]:
+) -> Generator[StepDone | Preview | StepDue, None, Denoised]:
     """As `denoise`, with every step left to the caller."""
     return denoise(denoiser, cancel, hands_over=True)

@@ -47,6 +47,7 @@ from mv2v_engine.engine.turn import Draft, FinishedWindow, Footage, KeptWindow, 
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
+from mv2v_engine.models.latent_rgb import LatentRGB
 from mv2v_engine.progress import (
     CancelToken,
     Event,
@@ -110,6 +111,7 @@ class Session:
         self._drafts: list[Draft] = []
         self._turns: dict[int, Turn] = {}
         self._is_closed = False
+        self._fitted: LatentRGB | None = None
         path = source_trajectory(camera, parts.sampling.num_frames, parts.sampling.size)
         check_camera(path, parts.transformer.config)
         self._recall = ViewRecall(parts, id, path)
@@ -147,6 +149,7 @@ class Session:
         memory: MemoryMode | None = None,
         on_progress: Callable[[Event], None] | None = None,
         cancel: CancelToken | None = None,
+        previews: bool = False,
     ) -> Turn:
         """Re-render the source from another camera, remembering this session's earlier turns.
 
@@ -159,6 +162,7 @@ class Session:
             memory: "retrieved" by field-of-view overlap; "alone" the same and no source, once
                 something is remembered; "previous" takes the last turn as the source; "none"
                 forgets. None takes the engine's default (see `EngineConfig`).
+            previews: a small picture of every step, as a `Preview` event.
 
         Raises:
             CameraError, RequestError: the request does not fit the checkpoint.
@@ -174,7 +178,7 @@ class Session:
         """
         self._require_task(edits=False)
         asked = (prompt, seed, num_inference_steps, guidance_scale, memory)
-        return self.ask(self.request(camera, *asked), on_progress, cancel)
+        return self.ask(self.request(camera, *asked), on_progress, cancel, previews=previews)
 
     def edit(
         self,
@@ -188,6 +192,7 @@ class Session:
         cancel: CancelToken | None = None,
         on_window: Callable[[FinishedWindow], None] | None = None,
         out: Path | str | None = None,
+        previews: bool = False,
     ) -> Turn:
         """Edit the whole video by one instruction.
 
@@ -201,6 +206,7 @@ class Session:
                 None takes the engine's default (see `EngineConfig`).
             on_window: given every window that this call finishes, decoded.
             out: an mp4 that is written as windows finish, and is there when the last one has.
+            previews: a small picture of every step, as a `Preview` event.
 
         Raises:
             RequestError: the request does not fit the checkpoint.
@@ -213,7 +219,8 @@ class Session:
         """
         self._require_task(edits=True)
         asked = (prompt, seed, num_inference_steps, guidance_scale, memory)
-        return self.ask(self.request(None, *asked), on_progress, cancel, on_window, out)
+        request = self.request(None, *asked)
+        return self.ask(request, on_progress, cancel, on_window, out, previews=previews)
 
     def request(
         self,
@@ -253,9 +260,12 @@ class Session:
         cancel: CancelToken | None = None,
         on_window: Callable[[FinishedWindow], None] | None = None,
         out: Path | str | None = None,
+        *,
+        previews: bool = False,
     ) -> Turn:
         """Make a turn: see `render` and `edit`."""
-        return driven(self.events(request, cancel, on_window=on_window, out=out), on_progress)
+        how: dict[str, Any] = {"on_window": on_window, "out": out, "previews": previews}
+        return driven(self.events(request, cancel, **how), on_progress)
 
     def events(
         self,
@@ -264,23 +274,34 @@ class Session:
         *,
         on_window: Callable[[FinishedWindow], None] | None = None,
         out: Path | str | None = None,
+        previews: bool = False,
     ) -> Generator[Event, None, Turn]:
-        """The turn as an iterator of progress events that returns the `Turn`."""
+        """The turn as an iterator of progress events that returns the `Turn`.
+
+        previews: a picture of every step, as a `Preview` event.
+        """
         self._check(request)
         arguments.callback("on_window", on_window)
         if out is not None:
             out = video_path("out", out)
-        return self._turn(request, cancel_token(cancel), denoise, on_window=on_window, out=out)
+        how: dict[str, Any] = {"on_window": on_window, "out": out, "previews": previews}
+        return self._turn(request, cancel_token(cancel), denoise, **how)
 
     def hand_over(
-        self, request: Request, cancel: CancelToken | None = None, ranked: Ranked | None = None
+        self,
+        request: Request,
+        cancel: CancelToken | None = None,
+        ranked: Ranked | None = None,
+        *,
+        previews: bool = False,
     ) -> Generator[Event | StepDue, None, Turn]:
         """As `events`, with every step left to the caller: it is due where a `StepDue` comes.
 
         ranked: what `plan_turn` has given for this turn.
         """
         self._check(request)
-        return self._turn(request, cancel_token(cancel), stepwise, ranked=ranked)
+        how: dict[str, Any] = {"ranked": ranked, "previews": previews}
+        return self._turn(request, cancel_token(cancel), stepwise, **how)
 
     def plan_turn(self, request: Request) -> Ranked:
         """What a novel view would remember and the plan it would run, without running it."""
@@ -407,6 +428,7 @@ class Session:
         on_window: Callable[[FinishedWindow], None] | None = None,
         out: Path | str | None = None,
         ranked: Ranked | None = None,
+        previews: bool = False,
     ) -> Generator[Event | Happening, None, Turn]:
         """All windows of a turn."""
         parts, draft, total = self.parts, self._taken_up(request), len(self.windows)
@@ -428,7 +450,7 @@ class Session:
                 spans, reason = Spans(parts.device), ""
                 try:
                     made = yield from self._window(
-                        draft, window, memory, spans, cancel, steps, ranked
+                        draft, window, memory, spans, cancel, steps, ranked, previews
                     )
                 except NotFiniteError as error:
                     error.args = (f"{error}; {self._outcome(draft, window)}",)
@@ -469,6 +491,7 @@ class Session:
         cancel: CancelToken,
         steps: Steps[Happening],
         ranked: Ranked | None,
+        previews: bool,
     ) -> Generator[Event | Happening, None, tuple[KeptWindow, Tensor | None]]:
         """One denoising run, with noise of its own; of a novel view the decoded frames, too.
 
@@ -524,6 +547,7 @@ class Session:
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
             generator=generator,
+            previews=self._colours(frames, latents) if previews else None,
         )
         with spans.stage("sampling") as started:
             yield started
@@ -541,6 +565,20 @@ class Session:
         )
         report["warnings"] = list(self.warnings())
         return KeptWindow(report, made), frames
+
+    def _colours(self, frames: Tensor | None, latents: Tensor) -> LatentRGB:
+        """Of the VAE's latents, or those that fit this session's source best.
+
+        frames: of the source's latents; None: of a session of views.
+        """
+        if self.parts.vae.latent_rgb is not None:
+            return self.parts.vae.latent_rgb
+        if self._fitted is None:
+            if frames is None:
+                assert isinstance(self.source, Source)
+                frames = self.source.frames
+            self._fitted = LatentRGB.fitted([(latents, frames)])
+        return self._fitted
 
     def _described(self, frames: Tensor, latents: Tensor) -> Tensor:
         """The descriptor [D] of a window's source."""

@@ -95,11 +95,13 @@ def _drawn(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 class Solver(Protocol):
     """Integrates the flow; `timesteps` [num_steps] are what the model is told (0..1000).
 
-    deltas: [num_steps], if a step is no more than latents + velocity * delta; else None.
+    sigmas: [num_steps + 1], the noise level before each step, and after the last. deltas:
+    [num_steps], if a step is no more than latents + velocity * delta; else None.
     noise_scale: what a turn's noise is multiplied with before the first step.
     """
 
     timesteps: Tensor
+    sigmas: Tensor
     deltas: Tensor | None
     noise_scale: float
 
@@ -149,6 +151,7 @@ class UniPCSolver:
             # steps are counted, for two of them may have one timestep
             self._scheduler.set_begin_index(0)
         self.timesteps = self._scheduler.timesteps.to(torch.float32)
+        self.sigmas: Tensor = self._scheduler.sigmas
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
         timestep = self._scheduler.timesteps[index]

@@ -26,6 +26,7 @@ from mv2v_engine.config import TINY, TINY_EDIT, Conditioning, SamplingConfig, Tr
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import copy_file, make_folder, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.latent_rgb import FILE as RGB_FILE
 from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.instructions import vocabulary
 from mv2v_engine.training.command import run_command
@@ -128,6 +129,8 @@ def _copy_vae(vae: Path, out: Path) -> None:
     # where it was trained is of no use to anyone who loads it
     config.pop("_name_or_path", None)
     save_json(out / "config.json", config)
+    if (vae / RGB_FILE).is_file():
+        copy_file(vae / RGB_FILE, out / RGB_FILE)
 
 
 def _require(path: Path, expected: str) -> None:

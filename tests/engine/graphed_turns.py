@@ -14,6 +14,7 @@ from mv2v_engine.engine.denoise import Denoised, Denoiser, denoise
 from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.latent_rgb import LatentRGB
 from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.testing import as_cameras, randomise, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -59,7 +60,13 @@ class GraphedTurns:
         fields = {"merge": "conv", "fraction": 0.5} | changes
         return turn_plan(self.config, GRID, (4,) * memory, conditioning=conditioning, **fields)
 
-    def denoiser(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoiser:
+    def denoiser(
+        self,
+        plan: TokenPlan,
+        asked: Asked,
+        graphs: Graphs | None,
+        previews: LatentRGB | None = None,
+    ) -> Denoiser:
         generator = torch.Generator().manual_seed(asked.seed)
         latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in plan.segments]
         cameras = torch.randn(1, len(plan.segments), GRID[0], 12, generator=generator)
@@ -77,6 +84,7 @@ class GraphedTurns:
             solver=make_solver(asked.solver, asked.steps, 3.0, generator=generator),
             guidance_scale=asked.scale,
             graphs=graphs,
+            previews=previews,
         )
 
     def run(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoised:
