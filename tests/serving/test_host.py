@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import errno
+import io
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -268,3 +270,17 @@ def test_edits_go_on_behind_their_windows(
     assert (events[-1]["type"], events[-1]["number"]) == ("done", 1)
     last = list(run(host, folder, None, TURN, frames=23))[-1]
     assert last["code"] == "unprocessable_turn"
+
+
+def test_a_turn_has_previews_for_who_asks(host: Host, folder: Path) -> None:
+    *events, done = run(host, folder, 1, TURN | {"previews": True})
+    assert done["type"] == "done"
+    previews = [event for event in events if event["type"] == "preview"]
+    assert [(event["step"], event["total"]) for event in previews] == [(1, 2), (2, 2)]
+    for event in previews:
+        kind, encoded = event["image"].split(",")
+        assert kind == "data:image/jpeg;base64" and len(encoded) < 10_000
+        with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+            assert (picture.format, picture.size) == ("JPEG", (8, 6))
+    kinds = [event["type"] for event in run(host, folder, 2, TURN | {"previews": False})]
+    assert kinds[-1] == "done" and "preview" not in kinds

@@ -177,6 +177,9 @@ class TurnRequest(BaseModel):
     num_inference_steps: int | None = Field(default=None, ge=1, le=MAX_STEPS)
     guidance_scale: Finite | None = Field(default=None, ge=0, le=MAX_GUIDANCE_SCALE)
     memory: MemoryMode | None = None
+    previews: bool | None = Field(
+        default=None, description="a small picture of every step among the job's events"
+    )
 
     @model_validator(mode="after")
     def _is_something(self) -> TurnRequest:

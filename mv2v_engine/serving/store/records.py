@@ -21,6 +21,8 @@ Record = TypeVar("Record")
 ENDED: frozenset[JobState] = frozenset({"finished", "failed", "cancelled"})
 # event types that end a job, and its stream of events
 LAST_EVENTS = frozenset({"finished", "failed", "cancelled"})
+# the event that is a picture: the next one takes its place
+PREVIEW = "preview"
 
 _ID = {kind: re.compile(rf"{kind}_[0-9a-f]{{24}}") for kind in ("session", "job")}
 
@@ -143,7 +145,7 @@ class JobRecord:
     """One turn that was asked for.
 
     request: camera (text or a trajectory's JSON) or prompt, and what else was set of seed,
-        num_inference_steps, guidance_scale and memory.
+        num_inference_steps, guidance_scale, memory and previews.
     number: the turn's, once it is known. attempts: how often it was begun.
     error: {"code", "message"} of a job that failed or was cancelled.
     progress: the last event. position: in the queue, from 1, while it waits.

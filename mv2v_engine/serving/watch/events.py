@@ -13,7 +13,7 @@ from collections.abc import AsyncIterator
 from dataclasses import replace
 from typing import Any
 
-from mv2v_engine.serving.store.records import LAST_EVENTS, JobEvent, JobRecord
+from mv2v_engine.serving.store.records import LAST_EVENTS, PREVIEW, JobEvent, JobRecord
 
 # of one job: a reader that is further behind misses the oldest
 _MAX_EVENTS = 4096
@@ -34,16 +34,22 @@ class EventLog:
 
     @property
     def last(self) -> JobEvent | None:
-        return self._events[-1] if self._events else None
+        """The newest event that tells how far the job is."""
+        return next((event for event in reversed(self._events) if event.kind != PREVIEW), None)
 
     @property
     def is_ended(self) -> bool:
         return self.last is not None and self.last.kind in LAST_EVENTS
 
     def add(self, data: dict[str, Any]) -> None:
-        """Add an event and wake whoever reads; none follows the one that ended the job."""
+        """Add an event and wake whoever reads; none follows the one that ended the job.
+
+        Of previews the newest alone is kept, until the job ends.
+        """
         if self.is_ended:
             return
+        if data["type"] == PREVIEW or data["type"] in LAST_EVENTS:
+            self._events = [event for event in self._events if event.kind != PREVIEW]
         self._events.append(JobEvent(self._next, data["type"], data))
         self._next += 1
         if len(self._events) > _MAX_EVENTS:

@@ -5,6 +5,7 @@ Events of a job are JSON objects, told apart by "type":
     {"type": "started", "number"}                        the turn's number, before any work
     {"type": "stage_started", "stage"}  {"type": "stage_done", "stage", "seconds"}
     {"type": "step_done", "stage", "step", "total", "seconds_left"}
+    {"type": "preview", "step", "total", "image"}        a data URL, if the request says previews
     {"type": "window_started", "number", "total"}
     {"type": "window_done", "number", "total", "seconds_left"}
     {"type": "done", "number", "report", "bytes", "published", "memory"}            the last one,

@@ -7,7 +7,9 @@ the same turn once.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import io
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
@@ -18,6 +20,7 @@ from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS
@@ -36,6 +39,7 @@ from mv2v_engine.files import replacing
 from mv2v_engine.progress import (
     CancelToken,
     Event,
+    Preview,
     StageDone,
     StageStarted,
     StepDone,
@@ -45,6 +49,7 @@ from mv2v_engine.progress import (
 )
 from mv2v_engine.serving.errors import failed, failure
 from mv2v_engine.serving.store.folders import result_path, source_path, turn_bytes
+from mv2v_engine.serving.store.records import PREVIEW
 from mv2v_engine.serving.work.turn_request import make_request, pixels, session_window
 from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
@@ -62,6 +67,7 @@ _NAMES: dict[type[Any], str] = {
     WindowDone: "window_done",
 }
 _JPEG_QUALITY = 88
+_PREVIEW_SIDE = 256
 
 
 class Caught:
@@ -201,11 +207,12 @@ class Host:
     ) -> Generator[None, None, None]:
         request = make_request(job["request"], self.about, session.get("size"))
         cancel.check()
-        opened = self._session(session, folder, cancel)
+        opened, previews = self._session(session, folder, cancel), job["request"].get("previews")
+        how: Json = {"cancel": cancel, "tell": tell, "previews": bool(previews)}
         if self.engine.is_editor:
-            turn = yield from _edited(opened, request, folder, cancel, tell)
+            turn = yield from _edited(opened, request, folder, **how)
         else:
-            turn = yield from self._rendered(opened, request, job["number"], cancel, tell)
+            turn = yield from self._rendered(opened, request, job["number"], **how)
         # from here on the turn is finished, whatever becomes of its files
         caught = Caught()
         with caught:
@@ -230,6 +237,7 @@ class Host:
         number: int,
         cancel: CancelToken,
         tell: Tell,
+        previews: bool,
     ) -> Generator[None, None, Turn]:
         """The turn of a number: made, or as an earlier attempt left it."""
         tell({"type": "started", "number": number})
@@ -252,7 +260,9 @@ class Host:
         def hear(happened: TurnEvent) -> None:
             _translate(happened.event, tell)
 
-        under_way = self._batch.add(opened, request, cancel=cancel, on_progress=hear)
+        under_way = self._batch.add(
+            opened, request, cancel=cancel, on_progress=hear, previews=previews
+        )
         while under_way.result is None:
             yield
         if isinstance(under_way.result, Exception):
@@ -308,13 +318,19 @@ class Host:
 
 
 def _edited(
-    opened: Session, request: Request, folder: Path, cancel: CancelToken, tell: Tell
+    opened: Session,
+    request: Request,
+    folder: Path,
+    cancel: CancelToken,
+    tell: Tell,
+    previews: bool,
 ) -> Generator[None, None, Turn]:
     """An edit, behind the windows that an earlier attempt has kept."""
     number = opened.number_of(request)
     tell({"type": "started", "number": number})
     video = result_path(folder, number, "video")
-    events = opened.events(request, cancel, out=None if video.exists() else video)
+    out = None if video.exists() else video
+    events = opened.events(request, cancel, out=out, previews=previews)
     while True:
         try:
             _translate(next(events), tell)
@@ -350,8 +366,22 @@ def _save_thumbnail(video: Path, path: Path) -> None:
 
 def _translate(event: Event, tell: Tell) -> None:
     """Tell an engine's event as JSON."""
-    if not isinstance(event, TurnNotStored):
+    if isinstance(event, Preview):
+        image = _data_url(event.picture)
+        tell({"type": PREVIEW, "step": event.step, "total": event.total, "image": image})
+    elif not isinstance(event, TurnNotStored):
         tell({"type": _NAMES[type(event)], **asdict(event)})
+
+
+def _data_url(picture: Tensor) -> str:
+    """A picture uint8 [H, W, 3] as a JPEG of no more than `_PREVIEW_SIDE` pixels a side."""
+    from PIL import Image
+
+    image, encoded = Image.fromarray(picture.numpy()), io.BytesIO()
+    image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
+    # so few pixels have none of their colours to spare
+    image.save(encoded, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
+    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
 def _describe(engine: Engine) -> Json:

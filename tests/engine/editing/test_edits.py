@@ -13,7 +13,7 @@ from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.source import open_long_source
 from mv2v_engine.engine.turn import FinishedWindow
 from mv2v_engine.errors import CancelledError, MemoryBudgetError, RequestError, VideoError
-from mv2v_engine.progress import Event, StepDone, WindowDone, WindowStarted
+from mv2v_engine.progress import Event, Preview, StepDone, WindowDone, WindowStarted
 from mv2v_engine.sampling.flow_match import initial_noise
 from mv2v_engine.video.io import VideoReader, probe_video, read_video, write_video
 from mv2v_engine.video.transforms import cover_and_crop
@@ -113,6 +113,17 @@ def test_progress_runs_over_all_windows(editor: Engine) -> None:
     assert done[0].seconds_left > 0 and done[-1].seconds_left == 0
     assert sum(isinstance(event, StepDone) for event in events) == 6
     assert isinstance(events[0], WindowStarted) and isinstance(events[-1], WindowDone)
+
+
+def test_every_window_has_previews(editor: Engine) -> None:
+    events: list[Event] = []
+    session = editor.session(long_clip(13), cuts=())
+    turn = session.edit(PROMPT, on_progress=events.append, previews=True)
+    pictures = [event.picture for event in events if isinstance(event, Preview)]
+    assert len(pictures) == 6 and session._fitted is not None
+    for window, latents in enumerate(turn.latents):
+        expected = session._fitted.picture(latents[:, latents.shape[1] // 2])
+        assert int((pictures[2 * window + 1].int() - expected.int()).abs().max()) <= 1
 
 
 def test_the_report_says_what_every_window_did(editor: Engine) -> None:

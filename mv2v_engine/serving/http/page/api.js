@@ -97,7 +97,8 @@ export const turn = (id, number) => json(`v1/sessions/${id}/turns/${number}`);
 export const jobs = (id) => all(`v1/jobs?session=${id}&limit=100`);
 export const job = (id) => json(`v1/jobs/${id}`);
 export const cancel = (id) => post(`v1/jobs/${id}/cancel`, {});
-export const submit = (id, request, key) => post(`v1/sessions/${id}/turns`, request, key);
+export const submit = (id, request, key) =>
+  post(`v1/sessions/${id}/turns`, { ...request, previews: true }, key);
 export const branch = (id, turn) => post(`v1/sessions/${id}/branches`, { turn });
 export const remove = (id) => send(`v1/sessions/${id}`, { method: "DELETE" });
 

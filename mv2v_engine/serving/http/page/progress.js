@@ -21,6 +21,8 @@ export class JobCard {
     this.leaving = new AbortController();
     this.stages = new Map();
     this.words = h("p", { class: "job-words" });
+    this.picture = h("img", { alt: "What the turn looks like at this step" });
+    this.preview = h("div", { class: "frame", hidden: true }, this.picture);
     this.link = h("p", { class: "fine job-link" });
     this.bar = h("div", {
       class: "progress waiting", role: "progressbar", "aria-label": "Progress of the turn",
@@ -35,7 +37,7 @@ export class JobCard {
     h("header", { class: "card-head" },
       h("h3", null, "Next turn"),
       h("p", { class: "card-words", title: words }, words)),
-    this.words, this.bar, this.list, this.link, this.state,
+    this.preview, this.words, this.bar, this.list, this.link, this.state,
     h("div", { class: "row tools" }, this.stop));
   }
 
@@ -74,6 +76,7 @@ export class JobCard {
       stage_started: () => this.#stage(event.stage),
       stage_done: () => this.#stage(event.stage, event.seconds),
       step_done: () => this.#step(event),
+      preview: () => this.#show(event.image),
       window_started: () => this.#say(`Window ${event.number} of ${event.total}`),
       window_done: () => this.#window(event),
     };
@@ -113,12 +116,26 @@ export class JobCard {
     this.#say(`${stageWords(stage)}: step ${step} of ${total}${rest}`, step / total, isQuarter);
   }
 
+  /** Shows a data URL in place of the last one; the page's policy lets in blobs alone. */
+  #show(image) {
+    const bytes = Uint8Array.from(atob(image.split(",")[1]), (letter) => letter.charCodeAt(0));
+    this.#forget();
+    this.picture.src = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
+    this.preview.hidden = false;
+  }
+
+  #forget() {
+    this.preview.hidden = true;
+    URL.revokeObjectURL(this.picture.src);
+  }
+
   #window({ number, total, seconds_left: left }) {
     this.#say(`Window ${number} of ${total} done, ${seconds(left)} left`, number / total);
   }
 
   #end(event) {
     this.ended = event.type;
+    this.#forget();
     this.element.classList.add("ended");
     this.link.textContent = "";
     if (event.type === "finished") {
@@ -152,6 +169,7 @@ export class JobCard {
 
   remove() {
     this.leaving.abort();
+    this.#forget();
     this.element.remove();
   }
 }

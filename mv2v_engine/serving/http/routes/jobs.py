@@ -39,6 +39,7 @@ _EVENT = {
             "contentMediaType": "application/json",
             "description": "an object with the type queued (position), started, stage_started "
             "(stage), stage_done (stage, seconds), step_done (stage, step, total, seconds_left), "
+            "preview (step, total, image), for who asked for previews, "
             "window_started, window_done (number, total), finished (turn), failed (error) or "
             "cancelled",
         },
