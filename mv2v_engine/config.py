@@ -262,6 +262,13 @@ class EngineConfig:
     attention: AttentionName = setting(
         "auto", MODEL, "its library; auto: the fastest here that goes with the backend"
     )
+    decoder: Path | str | None = setting(
+        None,
+        MODEL,
+        "a TAEHV or LightTAE file that makes the frames, sooner and less sharp; the VAE if not "
+        "given",
+        metavar="FILE",
+    )
     graphs: GraphMode = setting(
         "auto", MODEL, "replay steps as CUDA graphs; auto: where it pays; on: all, or an error"
     )

@@ -50,7 +50,7 @@ from mv2v_engine.video.io import video_path
 _STDOUT = "-"
 _SAID_SECONDS = 5.0  # between two lines of progress
 # the settings of an engine that a stream has no use for
-_OF_TURNS = (SAMPLING, PICTURE, MEMORY, VIEWS, EDITS, STEPS, BUDGET)
+_OF_TURNS = (SAMPLING, PICTURE, MEMORY, VIEWS, EDITS, STEPS, BUDGET, "decoder")
 
 
 def stream(args: argparse.Namespace) -> int:

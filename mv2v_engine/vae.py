@@ -35,6 +35,7 @@ from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
 from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig, Past, Tiles
 from mv2v_engine.models.latent_rgb import FILE as RGB_FILE
 from mv2v_engine.models.latent_rgb import LatentRGB, wan21, wan22
+from mv2v_engine.models.tiny_decoder import TinyDecoder, TinyShape
 from mv2v_engine.ops.conv3d import speed_up_conv3d
 
 # frames of more pixels are encoded and decoded in tiles
@@ -113,6 +114,8 @@ def weights_fingerprint(weights: Mapping[str, Tensor], about: str = "") -> str:
 class VideoVAE:
     """Encoder and decoder of one latent space.
 
+    decoder: a tiny one that makes the frames in place of the model's own; None, unless it is set.
+
     Args:
         model: stays on its device.
         dtype: what it computes in; latents are always fp32.
@@ -152,6 +155,7 @@ class VideoVAE:
         self.tile_above = tile_above
         # one video at a time, which is what a turn's memory is counted for
         self._lock = threading.Lock()
+        self.decoder: TinyDecoder | None = None
         self.temporal_stride = config.scale_factor_temporal
         self.spatial_stride = config.scale_factor_spatial
         self.latent_channels = config.z_dim
@@ -248,13 +252,30 @@ class VideoVAE:
         rows, columns = latents_CFHW.shape[2:]
         latents = latents_CFHW.to(self.device, torch.float32) * self._std_C111 + self._mean_C111
         with self._lock:
-            tiles = self._tiles(rows * columns * self.spatial_stride**2)
-            decoded = self.model.decode(
-                latents[None].to(self.dtype), tiles=tiles, check=check, pasts=pasts
-            )[0]
+            if self.decoder is not None:
+                colours = self.decoder.decode(latents_CFHW.to(self.device, self.dtype), check)
+                decoded = colours.transpose(0, 1) * 2 - 1
+            else:
+                tiles = self._tiles(rows * columns * self.spatial_stride**2)
+                decoded = self.model.decode(
+                    latents[None].to(self.dtype), tiles=tiles, check=check, pasts=pasts
+                )[0]
         require_finite(decoded, "the frames that the VAE made of the latents", self._advice)
         pixels = (decoded.float().clamp(-1, 1) + 1) * 127.5
         return pixels.round().to(torch.uint8).permute(1, 2, 3, 0).contiguous()
+
+    @cached_property
+    def decoder_key(self) -> str | None:
+        """Identity of the tiny decoder that makes the frames; None if there is none."""
+        return None if self.decoder is None else weights_fingerprint(self.decoder.state_dict())
+
+    def take_decoder(self, path: Path | str, *, check_weights: bool = True) -> None:
+        """Have a TAEHV or LightTAE file decode from now on; latents are not affected.
+
+        Raises:
+            CheckpointError: it is no such file, of another latent space, incomplete, or not finite.
+        """
+        self.decoder = _tiny_decoder(Path(path), self, check_weights)
 
     @property
     def _advice(self) -> str:
@@ -274,9 +295,16 @@ class StreamDecoder:
     """Decodes a video's latents as they come, to the frames that all of them at once would give.
 
     What the model's causal layers have seen last stays here between two calls.
+
+    Raises:
+        RequestError: the VAE has a tiny decoder, of which nothing is kept yet.
     """
 
     def __init__(self, vae: VideoVAE) -> None:
+        if vae.decoder is not None:
+            raise RequestError(
+                "a stream is decoded by the VAE itself, got a decoder beside it; leave decoder out"
+            )
         self._vae = vae
         self._pasts: list[Past] = []
 
@@ -370,6 +398,42 @@ def load_vae(
     return VideoVAE(model, dtype, latent_rgb=rgb)
 
 
+def _tiny_decoder(path: Path, vae: VideoVAE, check_weights: bool) -> TinyDecoder:
+    """A decoder of `vae`'s latents."""
+    expected = "give one such as taew2_1.pth for Wan2.1's latents, taew2_2.pth for Wan2.2's"
+    if not path.is_file():
+        raise CheckpointError(f"decoder={path} is no file; {expected}")
+    infos = {
+        name.removeprefix("decoder."): info
+        for name, info in with_scales(read_header(path)).items()
+        if name.startswith("decoder.")
+    }
+    try:
+        shape = TinyShape.of({name: info.shape for name, info in infos.items()})
+    except CheckpointError as error:
+        raise CheckpointError(f"{path} is no tiny decoder: {error}; {expected}") from error
+    got = (shape.channels, shape.temporal_stride, shape.spatial_stride)
+    due = (vae.latent_channels, vae.temporal_stride, vae.spatial_stride)
+    if got != due:
+        raise CheckpointError(
+            f"{path} decodes latents of {got[0]} channels and strides of {got[1]} frames and "
+            f"{got[2]} pixels, the VAE's have {due[0]} and {due[1]} and {due[2]}; {expected}"
+        )
+    with without_memory():
+        decoder = TinyDecoder(shape)
+    _require_fitting(path, decoder.state_dict(), infos)
+    faults, weights = [], {}
+    with WeightReader() as reader:
+        for name, info in infos.items():
+            stored = reader.read(info)
+            weights[name] = stored.to(vae.device, vae.dtype, copy=True)
+            if check_weights and (fault := weight_fault(name, weights[name], stored)):
+                faults.append(fault)
+    refuse_weights(path, faults)
+    decoder.load_state_dict(weights, assign=True)
+    return decoder.eval().requires_grad_(False)
+
+
 def _read_folder(path: Path, folder: Path) -> tuple[dict[str, Any], dict[str, TensorInfo]]:
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -429,7 +493,14 @@ def _build(path: Path, config: dict[str, Any], weights: Mapping[str, TensorInfo]
         raise CheckpointError(
             f"{path} has an unusable VAE config: {error}; correct it or copy it again"
         ) from error
-    expected = model.state_dict()
+    _require_fitting(path, model.state_dict(), weights)
+    return model
+
+
+def _require_fitting(
+    path: Path, expected: Mapping[str, Tensor], weights: Mapping[str, TensorInfo]
+) -> None:
+    """Refuse weights that are not exactly those that a model expects."""
     missing = sorted(expected.keys() - weights.keys())
     unknown = sorted(weights.keys() - expected.keys())
     if missing or unknown:
@@ -444,4 +515,3 @@ def _build(path: Path, config: dict[str, Any], weights: Mapping[str, TensorInfo]
                 f"{path}: {name} has shape {list(weight.shape)}, its config expects "
                 f"{list(expected[name].shape)}; give weights and config of one model"
             )
-    return model

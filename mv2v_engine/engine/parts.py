@@ -67,6 +67,7 @@ _OF_THE_WEIGHTS = (
     "parallel",
     "lora",
     "quantize",
+    "decoder",
 )
 
 
@@ -133,6 +134,8 @@ def load_parts(
     # convolutions in half precision are slow or missing on a CPU
     vae_dtype = torch.float32 if place.type == "cpu" else dtype
     vae = load_vae(vae_path, device=place, dtype=vae_dtype, check_weights=is_checked)
+    if config.decoder is not None:
+        vae.take_decoder(config.decoder, check_weights=is_checked)
     text = None
     if text_path is not None and tokenizer_path is not None:
         text = load_text_encoder(
@@ -388,12 +391,17 @@ class Parts:
         text, *negative = self.text_embeddings(prompts)
         return text, negative[0] if negative else None
 
+    def _decoder(self) -> dict[str, Any]:
+        """What made the frames in place of the VAE's own decoder."""
+        return {"name": Path(self.config.decoder or "").name, "digest": self.vae.decoder_key}
+
     def describe(self) -> dict[str, Any]:
         """What a report says of the engine."""
         loras = self.checkpoint.report.loras
         return {
             "checkpoint": self.checkpoint.name,
             **({"lora": [lora.to_dict() for lora in loras]} if loras else {}),
+            **({"decoder": self._decoder()} if self.config.decoder else {}),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             **({"quantize": self.config.quantize} if self.config.quantize else {}),

@@ -144,7 +144,8 @@ class ServingConfig(LoadConfig):
             name: place if place is None or hub_name(place) is not None else place.absolute()
             for name, place in places.items()
         }
-        descriptor = self.engine.descriptor and Path(self.engine.descriptor).absolute()
+        own = {name: getattr(self.engine, name) for name in ("descriptor", "decoder")}
+        own = {name: place and Path(place).absolute() for name, place in own.items()}
         checkpoint = Path(self.checkpoint)
         loras = [
             (Path(name).absolute() if Path(name).exists() else name, strength)
@@ -153,7 +154,7 @@ class ServingConfig(LoadConfig):
         return dataclasses.replace(
             self,
             checkpoint=str(checkpoint.absolute()) if checkpoint.exists() else self.checkpoint,
-            engine=dataclasses.replace(self.engine, descriptor=descriptor, lora=tuple(loras)),
+            engine=dataclasses.replace(self.engine, lora=tuple(loras), **own),
             **absolute,
         )
 

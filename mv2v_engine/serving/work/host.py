@@ -390,7 +390,9 @@ def _describe(engine: Engine) -> Json:
     return {
         "kind": "edits" if engine.is_editor else "views",
         "engine": engine.describe(),
-        "digest": weights_fingerprint(engine.transformer.state_dict(), engine.vae.key),
+        "digest": weights_fingerprint(
+            engine.transformer.state_dict(), engine.vae.key + (engine.vae.decoder_key or "")
+        ),
         "has_text": engine.text is not None,
         "source_alpha": engine.config.source_alpha,
         "source_fit": engine.config.source_fit,

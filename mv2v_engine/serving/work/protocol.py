@@ -43,8 +43,9 @@ def setup_message(config: ServingConfig) -> dict[str, Any]:
     engine = dataclasses.asdict(config.engine)
     # what was taken as an upload is not refused by a turn
     engine["max_source_pixels"] = config.limits.pixels
-    if engine["descriptor"] is not None:
-        engine["descriptor"] = str(engine["descriptor"])
+    for name in ("descriptor", "decoder"):
+        if engine[name] is not None:
+            engine[name] = str(engine[name])
     engine["lora"] = [(str(name), strength) for name, strength in config.engine.lora]
     return {
         "type": "setup",
