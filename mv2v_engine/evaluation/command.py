@@ -22,7 +22,7 @@ from mv2v_engine.evaluation.report import markdown
 from mv2v_engine.files import require_writable
 
 AnyProtocol = TypeVar("AnyProtocol", Protocol, EditProtocol)
-_VIEWS_ALONE, _EDITS_ALONE = ("turns", "grade"), ("windows", "dino", "clip")
+_VIEWS_ALONE, _EDITS_ALONE = ("turns",), ("windows", "dino", "clip")
 
 
 def task_of(shape: TransformerConfig, asked: str | None, name: str) -> str:
@@ -53,7 +53,11 @@ def evaluate_checkpoint(args: argparse.Namespace, task: str, load: Callable[[], 
         _refuse(args, _VIEWS_ALONE, task)
         of_clips = {name: getattr(args, name) for name in _EDITS_ALONE}
         edits = _chosen(
-            QUICK_EDITS if args.quick else EditProtocol(), clips=args.scenes, **of_clips, **common
+            QUICK_EDITS if args.quick else EditProtocol(),
+            clips=args.scenes,
+            grade=args.grade,
+            **of_clips,
+            **common,
         )
         results, folder = _run(args, load, EDITS, evaluate_edits, edits)
         table = edits_markdown(results)

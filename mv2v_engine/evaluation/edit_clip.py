@@ -70,7 +70,11 @@ class ClipEvaluator:
         protocol, sampling = self.protocol, self.engine.sampling
         num_frames = protocol.windows_of(seed) * sampling.num_frames
         clip = make_edit_clip(
-            seed, num_frames=num_frames, size=sampling.size, kind=protocol.kind_of(seed)
+            seed,
+            num_frames=num_frames,
+            size=sampling.size,
+            kind=protocol.kind_of(seed),
+            grade=protocol.grade,
         )
         source, truth = clip.source.frames.cpu(), clip.edited.frames.cpu()
         windows = edit_windows(num_frames, sampling.num_frames)

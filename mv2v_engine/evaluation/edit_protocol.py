@@ -7,13 +7,13 @@ round of clips for eight; the five kinds of instruction take turns.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, get_args
 
 from mv2v_engine.errors import RequestError
 from mv2v_engine.evaluation.editing_measures import FIRST_EDIT_CLIP
 from mv2v_engine.evaluation.protocol import Row, check_rows
 from mv2v_engine.synthetic.instructions import KINDS, EditKind
-from mv2v_engine.synthetic.worlds import HELD_OUT
+from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 
 SHORT, LONG = 5, 8  # windows
 _LONG_EVERY = 4  # rounds of kinds
@@ -45,12 +45,13 @@ MAIN_EDIT_ROWS = ("independent", "one_noise", "fifo", "memory", "memory_merged",
 class EditProtocol:
     """A measurement: equal protocols give equal numbers on the same weights.
 
-    windows: of every clip; None is five, and eight for some. steps: denoising steps of a window;
-    None takes the checkpoint's. first_clip: seed of the first world. dino, clip: transformers
-    folders of networks whose frame consistency is measured, None for none.
+    grade: of the rooms. windows: of every clip; None is five, and eight for some. steps: denoising
+    steps of a window; None takes the checkpoint's. first_clip: seed of the first world. dino, clip:
+    transformers folders of networks whose frame consistency is measured, None for none.
     """
 
     clips: int = 40
+    grade: Grade = "plain"
     windows: int | None = None
     steps: int | None = 10
     rows: tuple[str, ...] = MAIN_EDIT_ROWS
@@ -61,6 +62,8 @@ class EditProtocol:
     def __post_init__(self) -> None:
         if self.clips < 1:
             raise RequestError(f"an evaluation needs at least 1 clip, got {self.clips}")
+        if self.grade not in get_args(Grade):
+            raise RequestError(f"a clip's grade is one of {get_args(Grade)}, got {self.grade!r}")
         if self.windows is not None and self.windows < 2:
             raise RequestError(
                 f"windows agree with each other if there are at least 2, got {self.windows}"

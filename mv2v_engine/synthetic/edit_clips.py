@@ -40,7 +40,7 @@ from mv2v_engine.synthetic.render import (
     render,
     render_changes,
 )
-from mv2v_engine.synthetic.worlds import NUM_WALLS, World
+from mv2v_engine.synthetic.worlds import NUM_WALLS, Grade, World
 
 _WALL_SHARE = 0.35  # of recolouring instructions that are about a wall or the floor
 # apart from the seeds of worlds
@@ -141,12 +141,13 @@ def make_edit_clip(
     size: tuple[int, int] = (96, 160),
     kind: EditKind | None = None,
     device: torch.device | str = "cpu",
+    grade: Grade = "plain",
 ) -> EditClip:
     """The editing pair of a seed.
 
-    kind: of the edit; None draws it.
+    kind: of the edit; None draws it. grade: of the room.
     """
-    edit_world = make_edit_world(seed, num_frames=num_frames)
+    edit_world = make_edit_world(seed, num_frames=num_frames, grade=grade)
     instruction = draw_instruction(edit_world, seed, kind)
     return _filmed(seed, edit_world, instruction, num_frames, size, device)
 

@@ -19,7 +19,7 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.synthetic.colours import COLOUR_NAMES, draw_shade
 from mv2v_engine.synthetic.instructions import OBJECT_NOUNS
 from mv2v_engine.synthetic.render import frame_time, object_poses
-from mv2v_engine.synthetic.worlds import NUM_WALLS, SPHERE, Textures, World, make_world
+from mv2v_engine.synthetic.worlds import NUM_WALLS, SPHERE, Grade, Textures, World, make_world
 
 WINDOW = 17  # frames that rates of motion refer to
 
@@ -129,15 +129,21 @@ def _object_textures(looks: tuple[Look, ...], generator: torch.Generator) -> Tex
 
 
 def make_edit_world(
-    seed: int, *, num_frames: int, moving: bool | None = None, target: Look | None = None
+    seed: int,
+    *,
+    num_frames: int,
+    moving: bool | None = None,
+    target: Look | None = None,
+    grade: Grade = "plain",
 ) -> EditWorld:
     """The world of a seed, for a clip of `num_frames`.
 
     moving: whether the target moves; None draws it. target: what the target must be, and the
-    plain noun then names it; None draws that too.
+    plain noun then names it; None draws that too. grade: of the room; since the things in it are
+    this module's own, a furnished one is as plain as a plain one.
     """
     generator = torch.Generator().manual_seed(seed)
-    room = make_world(seed)
+    room = make_world(seed, grade)
     looks = _draw_looks(generator, target)
     places = _places(generator, len(looks))
     looks = looks[: len(places)]

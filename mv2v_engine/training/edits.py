@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -23,7 +24,7 @@ from mv2v_engine.files import make_folder, save_tensors
 from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.edit_clips import make_edit_clip
 from mv2v_engine.synthetic.edit_worlds import WINDOW
-from mv2v_engine.synthetic.worlds import HELD_OUT
+from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 from mv2v_engine.training.command import run_command
 
 _FEWEST_WINDOWS, _MOST_WINDOWS = 5, 8
@@ -85,11 +86,16 @@ def num_windows(seed: int) -> int:
 
 
 def render_pair(
-    path: Path, seed: int, *, num_frames: int | None = None, device: str = "cpu"
+    path: Path,
+    seed: int,
+    *,
+    num_frames: int | None = None,
+    device: str = "cpu",
+    grade: Grade = "plain",
 ) -> None:
     """Render the editing pair of a seed into a file. num_frames: None takes `num_windows`."""
     num_frames = num_frames or WINDOW * num_windows(seed)
-    clip = make_edit_clip(seed, num_frames=num_frames, device=device)
+    clip = make_edit_clip(seed, num_frames=num_frames, device=device, grade=grade)
     tensors = {"source": clip.source.frames, "edited": clip.edited.frames, "mask": clip.mask}
     save_tensors(
         path,
@@ -105,6 +111,7 @@ def main() -> None:
     parser.add_argument(
         "--frames", type=int, help=f"of every clip; not given: 5 to 8 windows of {WINDOW} by seed"
     )
+    parser.add_argument("--grade", choices=get_args(Grade), default="plain", help="of the rooms")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th clip from the i-th")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
@@ -124,7 +131,7 @@ def main() -> None:
     for seed in tqdm(range(first, last)[own::step], unit="clip"):
         path = pair_path(args.out, seed)
         if not path.exists():
-            render_pair(path, seed, num_frames=args.frames, device=args.device)
+            render_pair(path, seed, num_frames=args.frames, device=args.device, grade=args.grade)
 
 
 if __name__ == "__main__":
