@@ -211,6 +211,8 @@ def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.dev
         views = replace(views, targets=args.targets, **odds)
         return SceneSampler(LatentCache(*args.latents, device=device), model.config, views)
     recipe = TINY_EDIT_RECIPE if args.start_from is None else TINY_EDIT_MEMORY_RECIPE
+    if args.no_memory is not None:
+        recipe = replace(recipe, no_memory=args.no_memory)
     text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))
     return EditSampler(
         EditLatents(*args.edits, frames=args.latent_frames),
