@@ -90,7 +90,7 @@ class KnownModel:
         return sum(count * size for count, size in zip(counts, self.stored, strict=True))
 
     def plan(self, memory: int) -> TokenPlan:
-        """Of a turn that remembers so many videos, as the defaults have it."""
+        """The plan of a turn that remembers so many videos, by the defaults."""
         shape, sampling = self.shape, self.sampling
         with without_memory():
             config = Autoencoder(self.vae).config

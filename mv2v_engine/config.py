@@ -28,7 +28,7 @@ from mv2v_engine.shapes import TransformerConfig as TransformerConfig
 
 MergeMode = Literal["conv", "discard", "off"]
 MergeScope = Literal["group", "joint"]
-Conditioning = Literal["joint", "static"]
+ConditioningMode = Literal["joint", "static"]
 RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
 BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
@@ -353,7 +353,7 @@ class EngineConfig:
     cross_shot_similarity: float | None = setting(
         None, EDITS, "cosine from which other shots count; none if not given", low=-1, high=1
     )
-    conditioning: Conditioning = setting(
+    conditioning: ConditioningMode = setting(
         "joint", STEPS, "static is computed once a turn, on weights trained for it"
     )
     step_cache: float | None = setting(

@@ -33,7 +33,7 @@ class Lock:
     def __init__(self, path: Path, name: str | None = None) -> None:
         self.path, self.name = path, name or str(os.getpid())
         self.previous = ""
-        # of what the holder does not leave behind, in the order in which it goes
+        # what the holder does not leave behind, in the order in which it goes
         self._temporary: list[Path] = []
         self._end: weakref.finalize[..., Lock] | None = None
 

@@ -120,11 +120,11 @@ class TransformerConfig:
 
     @property
     def latent_channels(self) -> int:
-        """Of one video's latents."""
+        """The channels of one video's latents."""
         return self.in_channels - self.source_channels
 
     def channels_of(self, role: str) -> int:
-        """Of a segment's latents: the target's carry the source's as well, if it is on channels."""
+        """The channels of a segment's latents: the target's may hold the source's, too."""
         return self.in_channels if role == "target" else self.latent_channels
 
     @property
@@ -144,14 +144,14 @@ class TransformerConfig:
 
     @property
     def camera_channels(self) -> int:
-        """Of a head, the first ones: those that attention turns by cameras."""
+        """How many of a head's channels, its first ones, attention turns by cameras."""
         if self.camera_attention == "none":
             return 0
         return self.attention_head_dim if self._is_fused else self.attention_head_dim // 2
 
     @property
     def rotary_dim(self) -> int:
-        """Of a head, the last channels: those that turn with time, row and column."""
+        """How many of a head's channels, its last ones, turn with time, row and column."""
         unturned = 0 if self._is_fused else self.camera_channels
         return self.attention_head_dim - unturned
 

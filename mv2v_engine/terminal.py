@@ -325,7 +325,7 @@ def turn_table(reports: Sequence[dict[str, Any]]) -> str:
 
 
 def edit_table(reports: Sequence[dict[str, Any]]) -> str:
-    """As `turn_table`, a row a window of an edit."""
+    """A table with one row for each window of an edit, laid out as `turn_table` is."""
     names = []
     for report in reports:
         first, stop = report["new_frames"]

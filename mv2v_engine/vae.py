@@ -67,7 +67,7 @@ _ORIGINAL_NAMES = (
     (r"\.residual\.6\.", ".conv2."),
     (r"\.shortcut\.", ".conv_shortcut."),
 )
-# of Wan2.2's latents (diffusers' convert_wan_to_diffusers.py); Wan2.1's are the defaults
+# statistics of Wan2.2's latents (diffusers' convert_wan_to_diffusers.py); Wan2.1's are the defaults
 _WAN22_MEAN = """
     -0.2289 -0.0052 -0.1323 -0.2339 -0.2799 0.0174 0.1838 0.1557 -0.1382 0.0542
     0.2813 0.0891 0.1570 -0.0098 0.0375 -0.1825 -0.2246 -0.1207 -0.0698 0.5109
@@ -240,7 +240,7 @@ class VideoVAE:
         check: Callable[[], None] | None = None,
         pasts: list[Past] | None = None,
     ) -> Tensor:
-        """As `decode`, with the frames left on the model's device.
+        """Decode as `decode` does, and leave the frames on the model's device.
 
         pasts: of the latents before, as `Autoencoder.decode` takes them.
         """
@@ -320,7 +320,7 @@ class StreamDecoder:
 
     @property
     def num_bytes(self) -> int:
-        """Of what it keeps."""
+        """The bytes of what it keeps."""
         return sum(frames.nbytes for frames in self.tensors().values())
 
     def tensors(self) -> dict[str, Tensor]:

@@ -137,7 +137,7 @@ def load_frame_encoder(
 
 
 def _pixels(folder: Path, config: Any, kind: str, wanted: str) -> _Pixels:
-    """As the folder's preprocessor_config.json says, else as the published networks have it."""
+    """How pixels are prepared: by the folder's preprocessor_config.json, else as published."""
     from transformers.image_utils import (
         IMAGENET_DEFAULT_MEAN,
         IMAGENET_DEFAULT_STD,

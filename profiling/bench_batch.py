@@ -25,7 +25,7 @@ from forwards import Setting, embedded, full_size
 from measure import Report, digits, provenance, reason, table
 from op_cases import random_tensors
 
-from mv2v_engine.config import Conditioning, SamplingConfig
+from mv2v_engine.config import ConditioningMode, SamplingConfig
 from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import relative_error
@@ -34,7 +34,7 @@ from mv2v_engine.tokens.plan import novel_view_plan
 COLUMNS = "model clip conditioning turns tokens alone_ms packed_ms speedup error skipped"
 MEMORY = (3, 0, 6, 1)  # videos, of one turn after the other
 PAYS = 1.05
-MODES: tuple[Conditioning, ...] = ("joint", "static")
+MODES: tuple[ConditioningMode, ...] = ("joint", "static")
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,7 +42,7 @@ class Case:
     """Turns of one kind. most: how many of them there is time for."""
 
     setting: Setting
-    conditioning: Conditioning
+    conditioning: ConditioningMode
     most: int
 
     @torch.no_grad()
@@ -97,7 +97,7 @@ def cases(device: torch.device, *, with_large: bool) -> Iterator[Case]:
 
 
 def seconds(run: Callable[[], Any], device: torch.device) -> float:
-    """Of one call; a GPU's with everything that it has queued."""
+    """The seconds of one call; a GPU's with everything that it has queued."""
     if device.type != "cuda":
         began = time.process_time()
         run()

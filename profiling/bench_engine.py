@@ -158,7 +158,7 @@ def denoised_turns(
 
 
 def turns(device: torch.device, args: argparse.Namespace) -> Iterator[Row]:
-    """Of the model that is asked for, or that suits the device."""
+    """Rows of the model that is asked for, or that suits the device."""
     setting = chosen(device, args.model)
     is_full = setting.sampling.guidance_scale != 1
     steps = args.steps or setting.sampling.num_inference_steps

@@ -25,7 +25,7 @@ import torch
 from measure import Report, digits, provenance, reason, table, usable_device
 
 from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.config import WAN_1_3B, Conditioning, TransformerConfig
+from mv2v_engine.config import WAN_1_3B, ConditioningMode, TransformerConfig
 from mv2v_engine.engine.capture import open_recorder
 from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.engine.graphs import Graphs, flops_per_launch
@@ -169,8 +169,8 @@ def measure(turns: Turns, rounds: int) -> dict[str, Any]:
 
 def workload_plans(
     workload: Workload, model: MV2VTransformer
-) -> Iterator[tuple[Conditioning, TokenPlan]]:
-    modes: tuple[Conditioning, ...] = ("joint", "static")
+) -> Iterator[tuple[ConditioningMode, TokenPlan]]:
+    modes: tuple[ConditioningMode, ...] = ("joint", "static")
     for conditioning in modes:
         yield (
             conditioning,

@@ -24,14 +24,14 @@ from measure import Report, digits, provenance, table
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.camera.trajectories import PRESETS
-from mv2v_engine.config import Conditioning
+from mv2v_engine.config import ConditioningMode
 from mv2v_engine.engine.batch import TOKENS
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.store.folders import source_path
 from mv2v_engine.serving.work.host import Host
 
 COLUMNS = "conditioning turns alone_s packed_s speedup mean_alone_s mean_packed_s packed_steps"
-MODES: tuple[Conditioning, ...] = ("joint", "static")
+MODES: tuple[ConditioningMode, ...] = ("joint", "static")
 _END = object()
 
 
@@ -79,7 +79,7 @@ class Sessions:
 
 
 def compare(
-    engine: Engine, conditioning: Conditioning, count: int, rounds: int, steps: int | None
+    engine: Engine, conditioning: ConditioningMode, count: int, rounds: int, steps: int | None
 ) -> dict[str, Any]:
     """A row's figures."""
     with tempfile.TemporaryDirectory() as name:

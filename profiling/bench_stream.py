@@ -38,7 +38,7 @@ COLUMNS = (
 
 
 def random_causal(stream: StreamConfig) -> Engine:
-    """Of 32x32 pixels, without text."""
+    """A model of 32x32 pixels, without text."""
     changes: dict[str, Any] = {"camera_conditioning": "none", "tokenizers": (), "merger": None}
     shape = tiny_config(in_channels=16, out_channels=16, attention_head_dim=24, **changes)
     transformer = MV2VTransformer(shape).eval().requires_grad_(False)

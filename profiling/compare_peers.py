@@ -188,7 +188,7 @@ def measure(setting: Setting, timer: Timer, report: Report, rounds: int, **commo
 
 
 def targets(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of a CPU's rows; the slowest number of threads counts."""
+    """Targets of a CPU's rows; the slowest number of threads counts."""
 
     def of(peer: str, ours: str) -> list[dict[str, Any]]:
         wanted = (peer, ours)

@@ -19,7 +19,7 @@ import torch
 from measure import Report, current_commit, digits, table
 from torch.utils.flop_counter import FlopCounterMode
 
-from mv2v_engine.config import FAST, WAN_1_3B, Conditioning, SamplingConfig
+from mv2v_engine.config import FAST, WAN_1_3B, ConditioningMode, SamplingConfig
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.tokens.flops import exact_work, work_flops
@@ -30,8 +30,8 @@ COLUMNS = "case forwards pflop guided_by vae_decode_percent vae_encode_percent"
 GUIDED = SamplingConfig()
 
 
-def plan(conditioning: Conditioning) -> TokenPlan:
-    """Of the turn that is counted."""
+def plan(conditioning: ConditioningMode) -> TokenPlan:
+    """The plan of the turn that is counted."""
     return window_plan(
         memory=MEMORIES,
         frames=FRAMES,
@@ -42,7 +42,7 @@ def plan(conditioning: Conditioning) -> TokenPlan:
     )
 
 
-def sampling_flops(conditioning: Conditioning, forwards: int) -> int:
+def sampling_flops(conditioning: ConditioningMode, forwards: int) -> int:
     """FLOPs of all forwards of a turn."""
     of = plan(conditioning)
     counts = exact_work(of, forwards)

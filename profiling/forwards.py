@@ -134,7 +134,7 @@ class Inputs:
 
 
 def flops(plan: TokenPlan, *, later: bool) -> int:
-    """Of the first forward of a turn, or of each later one."""
+    """The FLOPs of the first forward of a turn, or of each later one."""
     table = kept_flop_table if later and plan.conditioning == "static" else flop_table
     return sum(table(plan).values())
 

@@ -63,7 +63,7 @@ class Timer:
         return self.turn_about([run])[0]
 
     def turn_about(self, rivals: Sequence[Callable[[], Any]]) -> list[Timing]:
-        """Of calls that are to be compared: each once, then each again, as often as the slowest.
+        """Timings of calls to compare: each once, then each again, as often as the slowest.
 
         What drifts meanwhile, clocks and temperature, drifts for all of them.
         """

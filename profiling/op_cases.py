@@ -197,7 +197,7 @@ def qk_norm_rope_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
 
 
 def plain_rope(x: Tensor, table: Tensor) -> Tensor:
-    """As the rotation of `plain_qk_norm_rope`."""
+    """The rotation of `plain_qk_norm_rope` alone."""
     wide = x if x.dtype == torch.float64 else x.float()
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     turn = torch.complex(*table.to(wide.dtype).chunk(2, -1))[:, :, None]
@@ -205,7 +205,7 @@ def plain_rope(x: Tensor, table: Tensor) -> Tensor:
 
 
 def rope_cases(plan: TokenPlan, device: torch.device) -> list[OpCase]:
-    """As many keys as the plan has tokens, which a stream's cache holds unrotated."""
+    """The keys of all tokens of the plan, which a stream's cache holds unrotated."""
     length, shape, new = plan.length, plan.shape, random_tensors(device)
     heads, rows = (shape.num_attention_heads, shape.attention_head_dim), sample(length, device)
     x, table = new(1, length, *heads), new(1, length, heads[1], dtype=torch.float32)

@@ -37,7 +37,7 @@ def shapes() -> dict[str, KnownModel]:
 
 
 def smallest(count: int) -> int | None:
-    """Of the cards, in GiB, that a peak fits; None: of no one."""
+    """The smallest card, in GiB, that a peak fits; None: none of them."""
     return next((card for card in CARDS if count <= card * GIB), None)
 
 

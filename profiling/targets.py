@@ -17,7 +17,7 @@ Row = dict[str, Any]
 
 
 def op_targets(rows: Sequence[Row], ceilings: Ceilings) -> list[Row]:
-    """Of all shapes the slowest counts; attention at 90,090 tokens of width 1536."""
+    """Targets of the operations; the slowest shape counts, attention at 90,090 tokens of 1536."""
     turn = novel_view_plan(memory=3)
     # one forward at its floor: every product at the matrix rate
     forward = turn.flops() / ceilings.flops_per_second

@@ -92,7 +92,7 @@ class ServiceProcess:
         return found["result"]
 
     def kill(self) -> None:
-        """As a power cut for this process alone."""
+        """Kill this process, as a power cut would."""
         if self._process is not None and self._process.returncode is None:
             self._process.kill()
 

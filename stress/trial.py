@@ -96,7 +96,7 @@ class Trial:
             self.witness.meet(self.service.address)
 
     def ready(self) -> None:
-        """As `begin`, and turns are made. Raises NotServed."""
+        """Begin, and wait until turns are made. Raises NotServed."""
         self.begin()
         assert self.service is not None
         wait_until_ready(self.service)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib
 import re
 from dataclasses import fields
@@ -137,3 +138,16 @@ def test_the_readme_stays_one_that_is_read() -> None:
     assert len(text.splitlines()) <= 250
     unnamed = [page.name for page in DOCS.glob("*.md") if f"(docs/{page.name})" not in text]
     assert unnamed == []
+
+
+@pytest.mark.parametrize("package", ["mv2v_engine", "kernels", "profiling", "stress"])
+def test_docstrings_say_what_is_done_or_returned(package: str) -> None:
+    """Not "Of a turn" nor "As `other`", which say nothing by themselves."""
+    found = []
+    for path in sorted((DOCS.parent / package).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef):
+                words = ast.get_docstring(node) or ""
+                if words.startswith(("Of ", "As ")):
+                    found.append(f"{path.relative_to(DOCS.parent)}: {words.splitlines()[0]}")
+    assert not found

@@ -248,7 +248,7 @@ def _merge(
     grid: list[int],
     kernel: list[int],
 ) -> None:
-    """As `_pool`, with a weight that mixes channels: [C, C] or [C, C / groups, *kernel]."""
+    """Pool with a weight that mixes channels: [C, C] or [C, C / groups, *kernel]."""
     batch, width = len(out), out.shape[-1]
     if not batch * count * width:
         return

@@ -76,7 +76,7 @@ from mv2v_engine.files import save_json
 Camera: TypeAlias = (
     "str | os.PathLike[str] | CameraTrajectory | Tensor | np.ndarray[Any, Any] | Sequence[Any]"
 )
-# of a folder, the first that is there
+# the files of a folder that are looked for; the first one there is taken
 _IN_FOLDER = ("images.bin", "images.txt", "transforms.json")
 _MAX_ASPECT = 16.0  # of an image whose pixels are taken to be square
 # how a path that looks wrong is mended, or had all the same
@@ -154,7 +154,7 @@ def resolve_camera(
     # an empty name is an unknown one
     if given != "":
         arguments.path("camera", given, expected, kind=CameraError)
-    # as it is written: ./static is a file, static a move
+    # taken as it is written: ./static is a file, static a move
     text: str = os.fspath(given)
     if not is_move(text):
         spec = _split(text, os.path.exists)

@@ -319,7 +319,7 @@ def _read_npy(file: CameraFile, camera: str | None, _: Quaternion) -> Recording:
             (2, 0): np.lib.format.read_array_header_2_0,
         }[version]
         with warnings.catch_warnings():
-            # that Python 2 wrote it is of no matter
+            # it does not matter that Python 2 wrote it
             warnings.simplefilter("ignore")
             shape, is_columns, dtype = read(stream)
     # a header is Python's own syntax

@@ -20,7 +20,7 @@ from mv2v_engine.errors import CameraError
 # ReCamMaster and MultiCamVideo: 24 mm lens on a 23.76 mm sensor, cropped to 832 pixels.
 _REFERENCE_FOCAL = 24.0 / 23.76 * 832.0
 _REFERENCE_WIDTH = 832.0
-# of a pose from the origin, along each axis: coordinates on the Earth's surface are within it
+# a pose's largest distance from the origin along an axis: coordinates on the Earth's surface fit
 MAX_METRES = 1e7
 
 

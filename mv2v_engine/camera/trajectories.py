@@ -34,7 +34,7 @@ from mv2v_engine.camera.poses import (
 from mv2v_engine.errors import CameraError, nearest_names
 
 _SKEW = 1e-3  # of the focal length, what is taken for none
-# of a move, at most: ten turns of a camera, and as far as a pose may lie
+# the most of one move: ten turns of a camera, and as far as a pose may lie
 MOST = {"degrees": 3600.0, "metres": MAX_METRES}
 MAX_MOVES = 16  # that one camera adds up
 SUBJECT_DISTANCE = 4.0  # metres; the point that ReCamMaster's arcs and translations face

@@ -18,7 +18,7 @@ from mv2v_engine.checkpoints.detect import PATCH_CELLS, Detected, read_json
 from mv2v_engine.checkpoints.weights import TensorInfo
 from mv2v_engine.config import (
     CameraConditioning,
-    Conditioning,
+    ConditioningMode,
     MergerConfig,
     SamplingConfig,
     StreamConfig,
@@ -28,7 +28,7 @@ from mv2v_engine.errors import CheckpointError, RequestError
 
 FORMAT, VERSION = "mv2v_engine", 1
 # what every published base is, and weights that say nothing
-TRAINED_FOR: tuple[Conditioning, ...] = ("joint",)
+TRAINED_FOR: tuple[ConditioningMode, ...] = ("joint",)
 _HEAD_DIM = 128
 # both spellings of Wan's config files; each of our fields by the words it may have there
 _WORDS = {
@@ -81,7 +81,7 @@ def own_json(
     name: str,
     config: TransformerConfig,
     sampling: SamplingConfig,
-    conditioning: Sequence[Conditioning],
+    conditioning: Sequence[ConditioningMode],
     vae: str | None = None,
     knowledge: Knowledge | None = None,
     stream: StreamConfig | None = None,
@@ -115,7 +115,7 @@ class OwnConfig:
     name: str
     transformer: TransformerConfig
     sampling: SamplingConfig
-    conditioning: tuple[Conditioning, ...]
+    conditioning: tuple[ConditioningMode, ...]
     vae: str | None = None
     knowledge: Knowledge = NOTHING_SAID
     stream: StreamConfig | None = None
@@ -137,7 +137,7 @@ def read_own_config(path: Path) -> OwnConfig:
         transformer = transformer_config(value["transformer"])
         sampling = {k: _tupled(v) for k, v in value["sampling"].items()}
         conditioning = tuple(value.get("conditioning", TRAINED_FOR))
-        if not conditioning or not set(conditioning) <= set(get_args(Conditioning)):
+        if not conditioning or not set(conditioning) <= set(get_args(ConditioningMode)):
             raise RequestError(f"conditioning is {list(conditioning)}")
         vae = value.get("vae")
         if vae is not None and (not isinstance(vae, str) or not vae or Path(vae).is_absolute()):

@@ -187,7 +187,7 @@ def _fetch_whole(repository: Repository, paths: Sequence[str]) -> None:
 def _headers(
     repository: Repository, name: HubName, *, with_components: bool
 ) -> Iterator[tuple[Path, Path]]:
-    """As `_stand_in`, with the headers of a transformer's files, and of what lies beside it."""
+    """A stand-in with the headers of a transformer's files, and of what lies beside it."""
     with _stand_in(repository, name) as (path, root):
         files = list(weight_files(path))
         if with_components:

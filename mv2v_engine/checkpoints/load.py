@@ -22,7 +22,7 @@ from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
 from mv2v_engine.config import (
-    Conditioning,
+    ConditioningMode,
     QuantizeName,
     SamplingConfig,
     StreamConfig,
@@ -86,7 +86,7 @@ class Checkpoint:
     text_path: Path | None
     tokenizer_path: Path | None
     report: LoadReport
-    conditioning: tuple[Conditioning, ...]
+    conditioning: tuple[ConditioningMode, ...]
     knowledge: Knowledge = NOTHING_SAID
     stream: StreamConfig | None = None
 
@@ -152,7 +152,7 @@ def save_checkpoint(
     name: str,
     dtype: torch.dtype,
     *,
-    conditioning: Sequence[Conditioning] = TRAINED_FOR,
+    conditioning: Sequence[ConditioningMode] = TRAINED_FOR,
     vae: str | None = None,
     knowledge: Knowledge | None = None,
     stream: StreamConfig | None = None,

@@ -343,7 +343,7 @@ class _AdapterConfig:
             ) from error
 
     def scale(self, module: str, rank: int) -> float:
-        """Of a product without an alpha of its own. module: as the file names it."""
+        """The alpha of a product without one of its own. module: as the file names it."""
         matching = (a for end, a in self.alphas.items() if re.search(rf"(^|\.)({end})$", module))
         alpha = next(matching, self.alpha)
         if alpha is None:

@@ -32,7 +32,7 @@ from mv2v_engine.checkpoints.modules import (
 )
 from mv2v_engine.checkpoints.weights import TensorInfo, file_kind, require_numbers
 from mv2v_engine.config import (
-    Conditioning,
+    ConditioningMode,
     QuantizeName,
     SamplingConfig,
     StreamConfig,
@@ -75,7 +75,7 @@ class Resolution:
     undecided: tuple[str, ...]
     initialised: dict[str, str]
     mapping: tuple[str, ...]
-    conditioning: tuple[Conditioning, ...]
+    conditioning: tuple[ConditioningMode, ...]
     knowledge: Knowledge
     stream: StreamConfig | None
     vae_path: Path | None

@@ -33,7 +33,7 @@ from mv2v_engine.models.sample import Sample
 from mv2v_engine.progress import CancelToken, Event, cancel_token
 from mv2v_engine.sampling.guidance import needs_guidance
 
-# of one forward on a GPU: a full-size target by itself, or a hundred small turns
+# tokens of one forward on a GPU: one full-size target, or a hundred small turns
 TOKENS = 32_768
 # what a request, a file or a device may bring about; anything else is a fault of the program, and
 # ends the batch
@@ -122,7 +122,7 @@ class BatchedTurn:
 
 
 class TurnBatch:
-    """Of one engine's sessions. One thread ticks; turns may be added from any, at any time.
+    """Turns of one engine's sessions. One thread ticks; any thread may add turns at any time.
 
     token_budget: of one forward; None takes the configuration's `batch_tokens`. Halved when a
     forward of several turns runs out of device memory, 1 where the attention library that was

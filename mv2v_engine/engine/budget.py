@@ -128,7 +128,7 @@ class Budget:
         self.parts = parts
 
     def footprint(self) -> Footprint:
-        """As they are now: the cache fills, the text encoder comes and goes."""
+        """The bytes taken now: the cache fills, the text encoder comes and goes."""
         parts, config = self.parts, self.parts.config
         shape, text, sampling = parts.transformer.config, parts.text, parts.sampling
         encode, decode = vae_peak_bytes(parts.vae, sampling.num_frames, sampling.size)
@@ -293,7 +293,7 @@ def shape_footprint(
     cached: int,
     quantize: QuantizeName | None = None,
 ) -> Footprint:
-    """As `Budget.footprint`, of an engine on a GPU in bfloat16 that nobody has loaded.
+    """The `Budget.footprint` of an engine on a GPU in bfloat16 that nobody has loaded.
 
     vae: the config of an `Autoencoder`. cached: videos in the latent memory after the turn.
     """

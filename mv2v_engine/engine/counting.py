@@ -111,7 +111,7 @@ def _counted(
     before, after = (_run(twin, count, size) for count in _LATENTS)
     further = num_latents - _LATENTS[-1]
     encode, decode = (b + further * (b - a) for a, b in zip(before, after, strict=True))
-    # of a long or narrow model's video the pixels as such weigh more: float32 before and after an
+    # the pixels of a long or narrow model's video weigh more: float32 before and after an
     # operation; on the way out bytes too, and what the model computes in
     return max(encode, 8 * values) + copied, max(decode, (9 + dtype.itemsize) * values)
 

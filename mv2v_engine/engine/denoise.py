@@ -435,5 +435,5 @@ def denoise(
 def stepwise(
     denoiser: Denoiser, cancel: CancelToken
 ) -> Generator[StepDone | Preview | StepDue, None, Denoised]:
-    """As `denoise`, with every step left to the caller."""
+    """Denoise as `denoise` does, with every step left to the caller."""
     return denoise(denoiser, cancel, hands_over=True)

@@ -40,7 +40,7 @@ def usable_device(device: torch.device | str | None) -> torch.device:
 
 
 def rank_device(device: torch.device | str | None, parallel: ParallelConfig) -> torch.device:
-    """As `usable_device`; of several processes each takes the GPU of its place on the machine.
+    """The device that `usable_device` gives; each of several processes takes a GPU of its own.
 
     Raises:
         RequestError: no such device, or one GPU for all of them.

@@ -104,7 +104,7 @@ def load_parts(
     rename: Path | str | None,
     causal: bool = False,
 ) -> tuple[Checkpoint, VideoVAE, TextEncoder | None]:
-    """As `Engine.from_pretrained`, up to the engine."""
+    """Load what `Engine.from_pretrained` makes an engine of."""
     # refuse before anything large is read
     resolve(config.backend, place)
     resolve_attention(config, place, dtype)

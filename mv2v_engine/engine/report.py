@@ -225,7 +225,7 @@ def _cache(parts: Parts) -> dict[str, Any]:
     return {
         "cache_bytes": parts.cache.bytes_used,
         "cache_bytes_by_tier": parts.cache.bytes_by_tier(),
-        # of all the engine's sessions since it was made
+        # counted over all the engine's sessions since it was made
         "cache_counters": parts.cache.counters(),
     }
 

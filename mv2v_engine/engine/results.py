@@ -333,7 +333,7 @@ class ViewResults(Results):
         """The digests of the videos in the report, by name; None of one that was not whole."""
         try:
             rows = self._reported().get("turns", [])
-            # of before the report had digests, none is known
+            # reports of before there were digests have none
             digests = {str(row["file"]): row.get("file_sha256") for row in rows}
         except (KeyError, TypeError, AttributeError):
             return {}
@@ -426,7 +426,7 @@ class EditResults(Results):
                 )
 
     def clear(self) -> None:
-        """As `Results.clear`; the folder goes if nothing else lies there."""
+        """Remove the results, and the folder too if nothing else lies there."""
         super().clear()
         if self.folder.is_dir() and not any(self.folder.iterdir()):
             self.folder.rmdir()

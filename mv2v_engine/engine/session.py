@@ -295,7 +295,7 @@ class Session:
         *,
         previews: bool = False,
     ) -> Generator[Event | StepDue, None, Turn]:
-        """As `events`, with every step left to the caller: it is due where a `StepDue` comes.
+        """What `events` gives, with every step left to the caller: a `StepDue` says it is due.
 
         ranked: what `plan_turn` has given for this turn.
         """
@@ -567,7 +567,7 @@ class Session:
         return KeptWindow(report, made), frames
 
     def _colours(self, frames: Tensor | None, latents: Tensor) -> LatentRGB:
-        """Of the VAE's latents, or those that fit this session's source best.
+        """The colours of the VAE's latents, or those that fit this session's source best.
 
         frames: of the source's latents; None: of a session of views.
         """

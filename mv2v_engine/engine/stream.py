@@ -147,7 +147,7 @@ class Stream:
     def events(
         self, count: int | None = None, cancel: CancelToken | None = None
     ) -> Iterator[Event | StreamBlock]:
-        """As `blocks`, with what happens in between.
+        """What `blocks` gives, and what happens in between.
 
         Raises:
             CancelledError: between two steps; the block under way is made again by the next call.

@@ -25,7 +25,7 @@ from mv2v_engine.tokens.plan import TokenPlan
 def warm_up(
     engine: Parts, plans: Iterable[TokenPlan], guidance_scale: float
 ) -> list[dict[str, Any]]:
-    """As `Engine.warmup`. Large plans first: they size the graphs' pool and arena for all."""
+    """What `Engine.warmup` does. Large plans first: they size the graphs' pool and arena."""
     rows = []
     plans = list(sequence("plans", plans, TokenPlan, "token plans"))
     for plan in sorted(dict.fromkeys(plans), key=lambda plan: -plan.length):

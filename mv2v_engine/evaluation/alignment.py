@@ -25,7 +25,7 @@ _STRIDES = (8, 4)  # pixels between the samples of a level, and the width of its
 _ITERATIONS = 8
 _HUBER = 0.1  # of full scale; larger differences are content, not camera
 # pixels around a silhouette, behind which another camera sees something else: the fewer, the more
-# of a shift is taken for a turn; the more, the less a plain world has to align with
+# pixels of a shift that are taken for a turn; the more, the less there is to align
 _MARGIN = 4
 _SILHOUETTE = 1.25  # ratio of depths within the margin
 _FEWEST_PIXELS = 0.05  # share of a frame; fewer do not fix six numbers

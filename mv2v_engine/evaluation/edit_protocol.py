@@ -83,7 +83,7 @@ class EditProtocol:
         return range(self.first_clip, self.first_clip + self.clips)
 
     def kind_of(self, seed: int) -> EditKind:
-        """Of the clip's instruction."""
+        """The kind of the instruction of a seed's clip."""
         return KINDS[(seed - self.first_clip) % len(KINDS)]
 
     def windows_of(self, seed: int) -> int:

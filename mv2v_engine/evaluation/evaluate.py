@@ -45,7 +45,7 @@ class SceneJob:
     protocol: Protocol
     folder: EvaluationFolder
     settings: dict[str, Any]
-    # of each process its own: engines and the network that measures are made once
+    # each process has its own: engines and the network that measures are made once
     _evaluator: SceneEvaluator | None = field(default=None, init=False)
 
     def __call__(self, engine: Engine, seed: int) -> Measures:

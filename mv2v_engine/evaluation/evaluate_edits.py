@@ -41,7 +41,7 @@ class ClipJob:
     protocol: EditProtocol
     folder: EvaluationFolder
     settings: dict[str, Any]
-    # of each process its own: networks that measure are loaded once
+    # each process has its own: networks that measure are loaded once
     _evaluator: ClipEvaluator | None = field(default=None, init=False)
 
     def __call__(self, engine: Engine, seed: int) -> Measures:

@@ -218,6 +218,6 @@ def assembled(
             "processes": processes.jobs if processes is not None else 1,
         },
         "seconds": round(sum(measures["seconds"] for measures in measured.items), 1),
-        # of this run alone, whose processes measured side by side what earlier ones had left
+        # this run alone, whose processes measured side by side what earlier ones had left
         "this_run": {item: measured.missing, "seconds": measured.seconds},
     }

@@ -48,8 +48,8 @@ class PerceptualDistance:
 
     @inference
     def features(self, frames: Tensor) -> list[Tensor]:
-        """Of every fourth frame of uint8 [T, height, width, 3], from the fifth on: [N, C, ., .]
-        of unit length over C, one a layer."""
+        """Features of every fourth frame of uint8 [T, height, width, 3], from the fifth on: one
+        tensor [N, C, ., .] for each layer, of unit length over C."""
         image = frames[_EVERY::_EVERY].permute(0, 3, 1, 2).float() / 127.5 - 1
         activations = self._activations((image - self._shift) / self._scale)
         return [F.normalize(x, dim=1) for x in activations]

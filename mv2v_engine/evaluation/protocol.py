@@ -17,7 +17,7 @@ from typing import Literal, get_args
 
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.config import (
-    Conditioning,
+    ConditioningMode,
     EngineConfig,
     MemoryMode,
     MemoryRanking,
@@ -66,7 +66,7 @@ class Row:
     label: str
     memory: MemoryMode = "retrieved"
     merge: MergeMode = "off"
-    conditioning: Conditioning = "joint"
+    conditioning: ConditioningMode = "joint"
     ranking: MemoryRanking | Literal["oracle"] = "fov"
     tokenizers: MemoryTokenizers = "ranked"
     max_memory: int = 10

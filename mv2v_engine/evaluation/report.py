@@ -40,7 +40,7 @@ _ENERGIES = {
 }
 _COST = ("tokens", "flops")
 _MAIN_PAIRS = ("1-2", "1-3", "2-3")
-# of five turns and of nine: the pair that has all others in memory
+# the pair that has all others in memory, of five turns and of nine
 _CLOSURE = ("1-5", "1-9")
 
 MEASURES = {

@@ -251,7 +251,7 @@ class MemoryCache:
             self._evict_of(owner)
 
     def abandon(self, owner: object) -> None:
-        """As `forget`, but when the cache is next used.
+        """Forget an owner's entries when the cache is next used.
 
         Takes no lock: a finalizer may call it while this very thread is in the midst of a move.
         """

@@ -115,6 +115,6 @@ def rank_segments(
         return Retrieval.nothing(len(candidates), "this is the first segment of its shot")
     own = [candidate.turn for _, candidate in pairs if candidate.shot == shot]
     latest = max(own, default=None) if recent_first else None
-    # of equal scores the most recent comes first
+    # where scores are equal, the most recent comes first
     pairs.sort(key=lambda pair: (pair[1].turn != latest, -pair[0], -pair[1].turn))
     return Retrieval.of(pairs[:top_k], len(candidates), tokenizers)

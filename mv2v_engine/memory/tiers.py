@@ -126,7 +126,7 @@ class Arena:
 
     @property
     def bytes_used(self) -> int:
-        """Of the pages that are taken."""
+        """The bytes of the pages that are taken."""
         return self.capacity_bytes - len(self._free) * self.page_bytes
 
     def size_of(self, entry: MemoryEntry) -> int:

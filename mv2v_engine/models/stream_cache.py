@@ -96,7 +96,7 @@ class StreamCache:
 
     @property
     def num_bytes(self) -> int:
-        """Of all its tensors."""
+        """The bytes of all its tensors."""
         own = 0 if self.text is None else self.text.nbytes
         return own + sum(layer.num_bytes for layer in self.layers)
 

@@ -63,7 +63,7 @@ def step_traffic(
     is_kept: bool = False,
     steps: Sequence[MergeStep] | None = None,
 ) -> dict[str, int]:
-    """As `forward_traffic`, of a rank's whole step: its forwards, and what the ranks tell.
+    """The traffic of a rank's whole step: its forwards, and what the ranks tell each other.
 
     context: ranks of one forward. rank: among them. branches: of guidance, shared by `guidance`
     groups of such ranks.

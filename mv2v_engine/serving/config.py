@@ -43,7 +43,7 @@ class Limits:
         fit_fields(self)
 
     def to_dict(self) -> dict[str, Any]:
-        """As plain data, for the process that decodes uploads."""
+        """The limits as plain data, for the process that decodes uploads."""
         return dataclasses.asdict(self)
 
 

@@ -101,7 +101,7 @@ def address_of(bound: socket.socket) -> str:
 
 
 def num_connections(most: int) -> int:
-    """Of those that a configuration allows, as many as this process has files for.
+    """The connections that a configuration allows, as many as this process has files for.
 
     Each may read a file, and the service has some of its own.
     """

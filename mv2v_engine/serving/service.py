@@ -172,7 +172,7 @@ class Service:
         return self._scheduler.num_running
 
     def require_about(self) -> dict[str, Any]:
-        """As `about`. Raises not_ready while it is stopping or lost, and before it was ready."""
+        """What the backend says of its engine. Raises not_ready before there is one, and after."""
         about = self.backend.about
         if self.backend.is_lost and not self._is_stopping:
             raise ApiError("not_ready", f"no work is taken: {self.reason}")

@@ -87,7 +87,7 @@ class Sessions:
         about: dict[str, Any],
         choices: Choices,
     ) -> SessionRecord:
-        """As `Service.create_session`; the upload is moved or removed in any case."""
+        """Make a session; the upload is moved or removed in any case. See `Service`."""
         try:
             with disk_errors():
                 return await self._create(owner, upload, name, key, about, choices)
@@ -137,7 +137,7 @@ class Sessions:
         return kept
 
     async def branch(self, parent: SessionRecord, number: int) -> SessionRecord:
-        """As `Service.branch`."""
+        """Make a branch; see `Service.branch`."""
         branch = _branch_record(parent, number)
         self.store.require_free(self.config.min_free_bytes)
         with disk_errors():
@@ -180,7 +180,7 @@ class Sessions:
             raise
 
     async def remove(self, owner: str, session_id: str, *, is_idle: bool) -> None:
-        """As `Service.delete_session`. is_idle: only if it has no turn that waits or runs."""
+        """Delete a session. is_idle: only if it has no turn that waits or runs. See `Service`."""
         now = time.time()
         begin = partial(
             jobs.delete_session, owner=owner, session_id=session_id, now=now, is_idle=is_idle
@@ -215,7 +215,7 @@ class Sessions:
         self.scheduler.tell(lambda listener: listener.session_deleted(session_id))
 
     async def export(self, session: SessionRecord) -> Path:
-        """As `Service.export`."""
+        """Write an archive of a session; see `Service.export`."""
         self.store.require_free(self.config.min_free_bytes + session.bytes)
         with disk_errors():
             # what is not as recorded is left out

@@ -21,9 +21,10 @@ from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
 from mv2v_engine.video.io import write_video
 
-# of the plain grade, and the first held-out one for what it shows: a sphere, a box and a cylinder
-# in the source, each 2 % of the picture at least, and at the end of both of the demo's cameras a
-# thing of that size that the source hides (a test looks); how well a model draws it had no say
+# a world of the plain grade, and the first held-out one for what it shows: a sphere, a box and a
+# cylinder in the source, each 2 % of the picture at least, and at the end of both of the demo's
+# cameras a thing of that size that the source hides (a test looks); how well a model draws it had
+# no say
 DEMO_WORLD = 1_000_004
 # a yellow sphere that the camera leaves for more than two windows and finds again
 EDIT_WORLD, EDIT_PROMPT = 1_000_012, "make the sphere red"

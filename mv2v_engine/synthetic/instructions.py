@@ -17,7 +17,7 @@ from mv2v_engine.synthetic.colours import COLOUR_NAMES
 EditKind = Literal["colour", "paint", "pattern", "hat", "remove"]
 Pattern = Literal["striped", "checked"]
 
-# of an object's kind, in the order of worlds.SPHERE, BOX, CYLINDER
+# the nouns of an object's kind, in the order of worlds.SPHERE, BOX, CYLINDER
 OBJECT_NOUNS: tuple[tuple[str, ...], ...] = (
     ("sphere", "ball"),
     ("box", "block"),

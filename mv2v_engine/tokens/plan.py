@@ -19,7 +19,7 @@ from torch import Tensor
 from mv2v_engine.config import (
     LUCY_5B,
     WAN_1_3B,
-    Conditioning,
+    ConditioningMode,
     MemoryTokenizers,
     MergeMode,
     MergerConfig,
@@ -99,7 +99,7 @@ class TokenPlan:
     merge: MergeMode = "conv"
     scope: MergeScope = "group"
     fraction: float | None = None
-    conditioning: Conditioning = "joint"
+    conditioning: ConditioningMode = "joint"
     rope: RopeMode = "pooled"
 
     def __post_init__(self) -> None:
@@ -310,7 +310,7 @@ def turn_plan(
     merge: MergeMode = "conv",
     scope: MergeScope = "group",
     fraction: float | None = None,
-    conditioning: Conditioning = "joint",
+    conditioning: ConditioningMode = "joint",
     rope: RopeMode = "pooled",
 ) -> TokenPlan:
     """The plan of a novel view, or of an edit's window: target, source, memory by rank (METHOD 2).
@@ -405,7 +405,7 @@ def novel_view_plan(
     size: tuple[int, int] = (480, 832),
     merge: MergeMode = "conv",
     fraction: float | None = None,
-    conditioning: Conditioning = "joint",
+    conditioning: ConditioningMode = "joint",
     shape: TransformerConfig = WAN_1_3B,
     tokenizers: MemoryTokenizers = "ranked",
     spatial_stride: int = 8,
@@ -433,12 +433,12 @@ def window_plan(
     size: tuple[int, int] = (480, 832),
     merge: MergeMode = "conv",
     fraction: float | None = None,
-    conditioning: Conditioning = "joint",
+    conditioning: ConditioningMode = "joint",
     shape: TransformerConfig = LUCY_5B,
     tokenizers: MemoryTokenizers = "ranked",
     spatial_stride: int = 16,
 ) -> TokenPlan:
-    """As `novel_view_plan`, of an edit's window that remembers `memory` segments."""
+    """The plan of an edit's window that remembers `memory` segments."""
     return novel_view_plan(
         memory=memory,
         frames=frames,

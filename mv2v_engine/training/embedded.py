@@ -29,7 +29,7 @@ from mv2v_engine.training.command import run_command
 VAE = embedded_folder("tiny-nvs") / "vae"
 # seeds of the clips that teach instructions, apart from those of whole windows
 SHORT_CLIPS = 200_000
-# of the worlds that most is learned on, as many more of each grade
+# worlds of each grade, as a share of those that most is learned on
 WORLDS_OF_GRADE: dict[Grade, float] = {"plain": 1.0, "furnished": 0.25, "textured": 0.1}
 
 

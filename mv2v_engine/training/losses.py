@@ -58,7 +58,7 @@ def flow_loss(
 
 
 def _velocity(model: nn.Module, batch: Batch, target: Tensor, timestep: Tensor) -> Tensor:
-    """Of the noisy targets, in the order of `batch.targets`."""
+    """The predicted velocities of the noisy targets, in the order of `batch.targets`."""
     size, given = len(batch.text), {"plan": batch.plan, "cameras": batch.cameras}
     first = ([target[:size], *batch.latents[1:]], timestep[:size], batch.text)
     if batch.siblings is None:

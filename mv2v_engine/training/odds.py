@@ -9,7 +9,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import Conditioning, MergeMode, TransformerConfig
+from mv2v_engine.config import ConditioningMode, MergeMode, TransformerConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.tokens.plan import memory_tokenizers
 
@@ -21,7 +21,7 @@ class MemoryDraw:
     tokenizers: tuple[int, ...]
     merge: MergeMode
     fraction: float
-    conditioning: Conditioning
+    conditioning: ConditioningMode
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -52,10 +52,10 @@ class MemoryRecipe:
             )
 
     @property
-    def conditioning(self) -> tuple[Conditioning, ...]:
+    def conditioning(self) -> tuple[ConditioningMode, ...]:
         """The modes that it trains."""
         shares = {"joint": 1 - self.static_conditioning, "static": self.static_conditioning}
-        return tuple(mode for mode in get_args(Conditioning) if shares[mode] > 0)
+        return tuple(mode for mode in get_args(ConditioningMode) if shares[mode] > 0)
 
     def draw(self, shape: TransformerConfig, generator: torch.Generator) -> MemoryDraw:
         """Memory videos, their tokenizers, merging and conditioning mode by the odds."""

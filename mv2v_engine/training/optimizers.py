@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from mv2v_engine.training.throughput import compute_dtype
 
-# of the quintic iteration: steepest at zero, singular values end within 0.7 and 1.2
+# coefficients of the quintic iteration: steepest at zero, singular values end within 0.7 and 1.2
 _COEFFICIENTS, _ITERATIONS, _EPSILON = (3.4445, -4.7750, 2.0315), 5, 1e-7
 
 

@@ -22,7 +22,7 @@ from mv2v_engine.checkpoints.configs import Knowledge, transformer_config
 from mv2v_engine.checkpoints.detect import detect
 from mv2v_engine.checkpoints.load import save_checkpoint
 from mv2v_engine.checkpoints.resolve import resolve
-from mv2v_engine.config import TINY, TINY_EDIT, Conditioning, SamplingConfig, TransformerConfig
+from mv2v_engine.config import TINY, TINY_EDIT, ConditioningMode, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import copy_file, make_folder, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
@@ -46,7 +46,7 @@ class Model:
 
     transformer: TransformerConfig
     sampling: SamplingConfig
-    conditioning: tuple[Conditioning, ...]
+    conditioning: tuple[ConditioningMode, ...]
     knowledge: Knowledge
 
 
@@ -74,7 +74,7 @@ def package(
     vae: Path | None = None,
     shared_vae: str | None = None,
     text: Path | None = None,
-    conditioning: Sequence[Conditioning] | None = None,
+    conditioning: Sequence[ConditioningMode] | None = None,
 ) -> None:
     """Write the folder: transformer, VAE or another checkpoint's, text encoder and tokenizer.
 
@@ -173,7 +173,7 @@ def main() -> None:
     parser.add_argument(
         "--conditioning",
         nargs="+",
-        choices=get_args(Conditioning),
+        choices=get_args(ConditioningMode),
         help="the modes that were trained, if not the recipe's",
     )
     parser.add_argument("--vae-logs", type=Path, nargs="*", default=[])

@@ -204,7 +204,7 @@ class SceneSampler:
         return Batch(plan, videos, cameras[:, :own], torch.stack(texts), siblings=siblings)
 
     def _targets(self, plan: TokenPlan) -> int:
-        """Of one conditioning: siblings are other videos than the source and the memory."""
+        """The number of targets of one conditioning: all videos but the source and the memory."""
         if plan.conditioning == "joint":
             return 1
         return min(self.recipe.targets, self._fewest_tracks - 1 - plan.num_memory)

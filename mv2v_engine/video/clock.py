@@ -27,7 +27,7 @@ _STANDARD = (
 )
 # ticks that a video may be stretched to by its holds; far more than anybody edits
 _MAX_TICKS = 1 << 20
-# of a frame, by which stamps may miss their ticks beside the rounding to the time base
+# the part of a frame by which stamps may miss their ticks beside rounding to the time base
 _SLACK = 0.1
 # frames a second up to which a nominal rate is looked for, however slow most frames are
 _USUAL_MOST = 121
@@ -75,7 +75,7 @@ def clock(
         short = [rate for rate in candidates if _is_short(seconds, rate)]
         held = min(short, key=lambda rate: _num_lost(seconds, rate), default=measured)
     ticks = np.rint(seconds * float(held)).astype(np.int64)
-    # of two frames on one tick the later one
+    # where two frames lie on one tick, the later one
     order = np.repeat(identity, np.diff(ticks, append=ticks[-1] + 1)).tolist()
     note = f"its frame rate varies: at {float(held):g} frames a second, "
     if lost := num_frames - len(set(order)):

@@ -53,9 +53,9 @@ if TYPE_CHECKING:
     from av.video.stream import VideoStream
 
 DEFAULT_MAX_PIXELS = EngineConfig().max_source_pixels
-# that are looked at for the white of an HDR video
+# the frames that are looked at for the white of an HDR video
 _MEASURED_FRAMES = 5
-# of the frames of one read
+# the most bytes of the frames of one read
 MAX_READ_BYTES = 16 << 30
 
 
@@ -272,7 +272,7 @@ class VideoReader:
     def _raw_frames(
         self, seek: int | None, check: Check | None
     ) -> Iterator[tuple[int, VideoFrame]]:
-        """As `_stored_frames`, before anything is known of their brightness."""
+        """The stored frames, before anything is known of their brightness."""
         scan = self._scan
         stamps = scan.stamps
         number = {stamp: index for index, stamp in enumerate(stamps)}

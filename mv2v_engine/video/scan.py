@@ -40,7 +40,7 @@ FRAME_PER_PACKET = {"mov,mp4,m4a,3gp,3g2,mj2", _MATROSKA}
 _HIDDEN_FRAMES = {"vp8"}
 # those that store when each frame is shown, where others guess the last ones
 _STORE_TIMES = FRAME_PER_PACKET | {"gif", "apng"}
-# as `Path` leaves the beginning of one
+# the beginning of an address as `Path` leaves it
 _ADDRESS = re.compile("[a-z]{2,}:/")
 # FFmpeg's own decoders of these leave alpha out
 _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
-# of images that come without a rate
+# frames a second of images that come without a rate
 DEFAULT_FPS = 25.0
 _MAX_IMAGES = 1 << 20
 _NUMBER = re.compile(r"%0?(\d*)d")

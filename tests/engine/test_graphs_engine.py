@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.config import Conditioning
+from mv2v_engine.config import ConditioningMode
 from mv2v_engine.engine import graphs
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import KernelUnavailableError, RequestError
@@ -28,7 +28,7 @@ def recorder(monkeypatch: pytest.MonkeyPatch) -> StandIn:
     return recorder
 
 
-def _engines(checkpoint: Path, conditioning: Conditioning) -> tuple[Engine, Engine]:
+def _engines(checkpoint: Path, conditioning: ConditioningMode) -> tuple[Engine, Engine]:
     """On the same weights, one without graphs and one with."""
     config = EngineConfig(conditioning=conditioning, merge="conv", memory="retrieved", graphs="off")
     plain = Engine.from_pretrained(checkpoint, device="cpu", config=config)
@@ -44,7 +44,10 @@ def _latents(engine: Engine, frames: Tensor, cameras: tuple[str, ...] = CAMERAS)
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
 def test_turns_with_graphs_are_those_without(
-    worded_checkpoint: Path, source_frames: Tensor, recorder: StandIn, conditioning: Conditioning
+    worded_checkpoint: Path,
+    source_frames: Tensor,
+    recorder: StandIn,
+    conditioning: ConditioningMode,
 ) -> None:
     """Each turn has a plan of its own, as memory grows; later sessions find them captured."""
     plain, engine = _engines(worded_checkpoint, conditioning)
@@ -79,7 +82,10 @@ def test_a_report_says_how_the_steps_ran(
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
 def test_after_a_warm_up_nothing_is_captured(
-    worded_checkpoint: Path, source_frames: Tensor, recorder: StandIn, conditioning: Conditioning
+    worded_checkpoint: Path,
+    source_frames: Tensor,
+    recorder: StandIn,
+    conditioning: ConditioningMode,
 ) -> None:
     plain, engine = _engines(worded_checkpoint, conditioning)
     size, frames = engine.sampling.size, engine.sampling.num_frames

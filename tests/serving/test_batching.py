@@ -12,7 +12,7 @@ import pytest
 from torch import Tensor
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
-from mv2v_engine.config import Conditioning
+from mv2v_engine.config import ConditioningMode
 from mv2v_engine.engine.batch import TOKENS
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import KernelUnavailableError
@@ -96,7 +96,7 @@ def packs(monkeypatch: pytest.MonkeyPatch) -> Callable[[Host], list[int]]:
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
 def test_turns_of_two_sessions_share_their_forwards(
-    conditioning: Conditioning,
+    conditioning: ConditioningMode,
     tiny_checkpoint: Path,
     folders: list[Path],
     packs: Callable[[Host], list[int]],

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import Conditioning, TransformerConfig
+from mv2v_engine.config import ConditioningMode, TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
@@ -21,7 +21,7 @@ from mv2v_engine.training.recipe import Batch, SceneSampler, Siblings
 CPU = torch.device("cpu")
 
 
-def make_batch(config: TransformerConfig, conditioning: Conditioning = "joint") -> Batch:
+def make_batch(config: TransformerConfig, conditioning: ConditioningMode = "joint") -> Batch:
     plan = turn_plan(config, (2, 6, 10), (4,), fraction=0.5, conditioning=conditioning)
     torch.manual_seed(0)
     latents = [torch.randn(2, 4, *segment.grid) for segment in plan.segments]
@@ -66,7 +66,7 @@ def test_the_target_alone_is_noised_to_the_level_the_model_is_told() -> None:
 
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
-def test_gradients_do_not_depend_on_checkpointing(conditioning: Conditioning) -> None:
+def test_gradients_do_not_depend_on_checkpointing(conditioning: ConditioningMode) -> None:
     """Blocks computed again on the way back give the very gradients that kept ones give."""
     model = MV2VTransformer(tiny_config())
     randomise(model)
@@ -83,7 +83,7 @@ def test_gradients_do_not_depend_on_checkpointing(conditioning: Conditioning) ->
 
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
-def test_autocast_keeps_every_gradient(conditioning: Conditioning) -> None:
+def test_autocast_keeps_every_gradient(conditioning: ConditioningMode) -> None:
     """A merging block's queries are first used without gradients, to choose the frames."""
     model = MV2VTransformer(tiny_config())
     randomise(model)

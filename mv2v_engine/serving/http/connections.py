@@ -102,7 +102,7 @@ class BoundedConnection(H11Protocol):
         return self.cycle is None or bool(self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        """As uvicorn; makes room first, or refuses."""
+        """Make room, or refuse; then what uvicorn does."""
         super().connection_made(transport)
         self.address = self.client[0] if self.client else ""
         if self._places.enter(self):
@@ -119,13 +119,13 @@ class BoundedConnection(H11Protocol):
             )
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """As uvicorn."""
+        """Forget the header under way; then what uvicorn does."""
         self._forget_header()
         self._places.leave(self)
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """As uvicorn, within the time that a header has from its first byte to its last."""
+        """Take bytes, within the time that a header has from its first byte to its last."""
         if self.transport.is_closing():
             return
         if self.is_waiting:
@@ -138,7 +138,7 @@ class BoundedConnection(H11Protocol):
             self._forget_header()
 
     def on_response_complete(self) -> None:
-        """As uvicorn; from now on it waits for the next request."""
+        """End an answer; from now on the connection waits for the next request."""
         self._has_begun = False
         super().on_response_complete()
         if self.is_waiting and self in self.connections:

@@ -226,7 +226,7 @@ def idle_sessions(db: sqlite3.Connection) -> list[tuple[SessionRecord, float]]:
 
 
 def total_bytes(db: sqlite3.Connection) -> int:
-    """Of all sessions that are not being deleted."""
+    """The bytes of all sessions that are not being deleted."""
     total: int = scalar(
         db,
         "SELECT coalesce((SELECT sum(source_bytes) FROM sessions WHERE NOT is_deleting), 0) + "

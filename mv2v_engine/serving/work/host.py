@@ -385,7 +385,7 @@ def _data_url(picture: Tensor) -> str:
 
 
 def _describe(engine: Engine) -> Json:
-    """As `Backend.about`."""
+    """What `Backend.about` gives."""
     sampling = dataclasses.asdict(engine.sampling)
     return {
         "kind": "edits" if engine.is_editor else "views",

@@ -64,15 +64,15 @@ class LocalBackend:
         self._changed: Callable[[], None] = lambda: None
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """As `Backend`."""
+        """See `Backend`."""
         self._changed = changed
 
     async def start(self) -> None:
-        """As `Backend`."""
+        """See `Backend`."""
         self._supervisor = asyncio.create_task(self._supervise(), name="worker")
 
     async def stop(self, grace: float) -> None:
-        """As `Backend`: stdin is closed, and what does not end then is killed."""
+        """See `Backend`: stdin is closed, and what does not end then is killed."""
         self._is_stopping = True
         was_ready = self.ready
         self.ready, self.reason = False, "the service is stopping"
@@ -96,7 +96,7 @@ class LocalBackend:
     async def run(
         self, job: JobRecord, session: SessionRecord, folder: Path
     ) -> AsyncIterator[Event]:
-        """As `Backend`."""
+        """See `Backend`."""
         events: asyncio.Queue[Event] = asyncio.Queue()
         self._begin_work()
         self._jobs[job.id] = events
@@ -113,12 +113,12 @@ class LocalBackend:
             self._jobs.pop(job.id, None)
 
     def cancel(self, job_id: str) -> None:
-        """As `Backend`."""
+        """See `Backend`."""
         if job_id in self._jobs:
             self._send({"type": "cancel", "job": job_id})
 
     async def publish(self, session: SessionRecord, folder: Path, number: int) -> Event:
-        """As `Backend`."""
+        """See `Backend`."""
         call = next(self._calls)
         answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
         self._begin_work()
@@ -136,7 +136,7 @@ class LocalBackend:
             self._answers.pop(call, None)
 
     async def release(self, session_id: str) -> None:
-        """As `Backend`: the worker touches a session's folder only while it works for it."""
+        """See `Backend`: the worker touches a session's folder only while it works for it."""
         self._send({"type": "release", "session": session_id})
 
     @property

@@ -70,17 +70,17 @@ class RayBackend:
         return self.cluster.replicas is not None
 
     def watch(self, changed: Callable[[], None]) -> None:
-        """As `Backend`."""
+        """See `Backend`."""
         self._changed = changed
 
     async def start(self) -> None:
-        """As `Backend`."""
+        """See `Backend`."""
         self._stopped: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._task = asyncio.create_task(self._live(), name="replicas")
         self._task.add_done_callback(self._lost_sight)
 
     async def stop(self, grace: float) -> None:
-        """As `Backend`. Replicas that this service started end with it; others go on."""
+        """See `Backend`. Replicas that this service started end with it; others go on."""
         self._is_stopping = True
         self.ready, self.reason = False, "the service is stopping"
         if self._task is None:
@@ -93,7 +93,7 @@ class RayBackend:
     async def run(
         self, job: JobRecord, session: SessionRecord, folder: Path
     ) -> AsyncIterator[Json]:
-        """As `Backend`; a turn begins again, from `started` on, where its replica has died."""
+        """See `Backend`; a turn begins again, from `started` on, where its replica has died."""
         if self.is_lost:
             yield {"type": "failed", "code": "worker_crashed", "message": self.reason}
             return
@@ -114,7 +114,7 @@ class RayBackend:
                     await asyncio.wait([revoking])
 
     def cancel(self, job_id: str) -> None:
-        """As `Backend`: whichever replica makes the turn finds its right to write gone."""
+        """See `Backend`: whichever replica makes the turn finds its right to write gone."""
         if job_id not in self._folders or job_id in self._cancelling:
             return
         self._cancelling.add(job_id)
@@ -123,7 +123,7 @@ class RayBackend:
             self._revoking[job_id] = asyncio.create_task(self._revoke(folder))
 
     async def publish(self, session: SessionRecord, folder: Path, number: int) -> Json:
-        """As `Backend`."""
+        """See `Backend`."""
         folder = folder.absolute()
         order = {"session": session_fields(session), "folder": str(folder), "number": number}
         order["stall_seconds"] = self.config.stall_seconds
@@ -140,7 +140,7 @@ class RayBackend:
                 return _crashed(1)
 
     async def release(self, session_id: str) -> None:
-        """As `Backend`: nobody writes between two turns, and memory goes when it is needed."""
+        """See `Backend`: nobody writes between two turns, and memory goes when it is needed."""
 
     async def _attempts(
         self, job: JobRecord, session: SessionRecord, folder: Path
@@ -322,6 +322,6 @@ def _differences(found: Json, wanted: Json) -> str:
 
 
 def _last_line(words: object) -> str:
-    """Of an error that carries a trace, what it comes to."""
+    """What an error that carries a trace comes to."""
     lines = [line for line in str(words).splitlines() if line.strip()]
     return lines[-1].strip() if lines else type(words).__name__

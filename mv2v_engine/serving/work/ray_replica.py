@@ -97,7 +97,7 @@ class Replica:
             claim.cancel()
 
     async def publish(self, order: Json) -> Json:
-        """As `Backend.publish`. order: "session", "folder", "number", "claim", "stall_seconds"."""
+        """Write a turn's files. order: "session", "folder", "number", "claim", "stall_seconds"."""
         await self._hold(order["session"]["id"])
         answer = asyncio.wrap_future(self._submit(lambda: self._published(order)))
         return await _heard(answer, order["stall_seconds"])

@@ -100,7 +100,7 @@ def _video(
 
 
 def _seconds(session: SessionRecord, about: dict[str, Any]) -> float:
-    """Of a result: a window of the model for views, the whole video for edits."""
+    """The seconds of a result: a window of the model for views, the whole video for edits."""
     frames = about["sampling"]["num_frames"] if session.kind == "views" else session.frames
     return round(frames / session.fps, 3)
 
