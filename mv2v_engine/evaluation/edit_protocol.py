@@ -51,7 +51,7 @@ class EditProtocol:
     """
 
     clips: int = 40
-    grade: Grade = "plain"
+    grade: Grade = "textured"
     windows: int | None = None
     steps: int | None = 10
     rows: tuple[str, ...] = MAIN_EDIT_ROWS

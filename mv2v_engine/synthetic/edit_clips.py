@@ -141,7 +141,7 @@ def make_edit_clip(
     size: tuple[int, int] = (96, 160),
     kind: EditKind | None = None,
     device: torch.device | str = "cpu",
-    grade: Grade = "plain",
+    grade: Grade = "textured",
 ) -> EditClip:
     """The editing pair of a seed.
 

@@ -134,7 +134,7 @@ def make_edit_world(
     num_frames: int,
     moving: bool | None = None,
     target: Look | None = None,
-    grade: Grade = "plain",
+    grade: Grade = "textured",
 ) -> EditWorld:
     """The world of a seed, for a clip of `num_frames`.
 

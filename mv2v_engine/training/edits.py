@@ -91,7 +91,7 @@ def render_pair(
     *,
     num_frames: int | None = None,
     device: str = "cpu",
-    grade: Grade = "plain",
+    grade: Grade = "textured",
 ) -> None:
     """Render the editing pair of a seed into a file. num_frames: None takes `num_windows`."""
     num_frames = num_frames or WINDOW * num_windows(seed)
@@ -111,7 +111,7 @@ def main() -> None:
     parser.add_argument(
         "--frames", type=int, help=f"of every clip; not given: 5 to 8 windows of {WINDOW} by seed"
     )
-    parser.add_argument("--grade", choices=get_args(Grade), default="plain", help="of the rooms")
+    parser.add_argument("--grade", choices=get_args(Grade), default="textured", help="of the rooms")
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th clip from the i-th")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")

@@ -97,7 +97,7 @@ def test_a_running_sessions_turns_stay_near(tiny_checkpoint: Path, source_frames
 def test_budgets_of_tiers(tiny_checkpoint: Path) -> None:
     with pytest.raises(RequestError, match=r"give 0\.\.10 or raise cache_bytes, got 11"):
         EngineConfig(cache_bytes=10, device_cache_bytes=11)
-    with pytest.raises(RequestError, match=r"part of cache_bytes.*got -1"):
+    with pytest.raises(RequestError, match="device_cache_bytes must be at least 0, got -1"):
         EngineConfig(device_cache_bytes=-1)
     config = EngineConfig(device_cache_bytes=VIDEO - 1)
     with pytest.raises(MemoryBudgetError, match=r"9,216 bytes .*device_cache_bytes allows 9,215"):

@@ -303,6 +303,7 @@ def test_targets() -> None:
         "prope: % of the copy bandwidth": (None, None),
         "qk_norm_rope: % of the copy bandwidth": (None, None),
         "residual_norm: % of the copy bandwidth": (None, None),
+        "rope: % of the copy bandwidth": (None, None),
         "token_merge: % of the matrix rate": (65.0, True),
         "frame_responsiveness: % of its floor": (50.0, True),
         "frame_responsiveness: % of a forward": (share, False),

@@ -186,7 +186,7 @@ def test_the_image_starts_the_service() -> None:
     assert entry == ["python", "-m", "mv2v_engine.run", "serve"]
     args = parsed(json.loads(final["CMD"]))
     assert str(args.store) == final["VOLUME"] == "/store"
-    assert not args.no_auth and args.tokens is None
+    assert not args.allow_anonymous and args.tokens is None
     assert str(args.port) == final["EXPOSE"]
     assert final["USER"] == "10001:10001"
     assert f"http://127.0.0.1:{args.port}/healthz" in final["HEALTHCHECK"]
