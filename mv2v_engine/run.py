@@ -247,12 +247,12 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="processes; one for every thread of a CPU, up to 8, if not given",
     )
-    add = parser.add_argument_group("novel views alone").add_argument
     add(
         "--grade",
         choices=get_args(Grade),
-        help="of the worlds; plain if not given",
+        help="of the worlds; plain for novel views and textured for edits if not given",
     )
+    add = parser.add_argument_group("novel views alone").add_argument
     add(
         "--turns",
         type=int,

@@ -17,8 +17,8 @@ from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, render_
 from mv2v_engine.errors import CheckpointError, NotFiniteError
 from mv2v_engine.vae import load_vae
 
-# the file of each component and one of its tensors; not to_q, whose NaN torch's attention turns into
-# zeros where there are fewer than 16 keys and AVX-512
+# the file of each component and one of its tensors; not to_q, whose NaN torch's attention turns
+# into zeros where there are fewer than 16 keys and AVX-512
 PARTS = {
     "transformer": ("transformer.safetensors", "blocks.1.attn1.to_v.weight"),
     "vae": ("vae/diffusion_pytorch_model.safetensors", "decoder.conv_out.weight"),
