@@ -7,7 +7,7 @@ after the other.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextvars import copy_context
 from dataclasses import dataclass
 from functools import partial
@@ -15,7 +15,6 @@ from itertools import count, islice
 
 from mv2v_engine import arguments
 from mv2v_engine.defaults import inference
-from mv2v_engine.engine.admission import admit
 from mv2v_engine.engine.denoise import Denoiser, StepDue
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.recall import Ranked
@@ -33,11 +32,38 @@ from mv2v_engine.models.sample import Sample
 from mv2v_engine.progress import CancelToken, Event, cancel_token
 from mv2v_engine.sampling.guidance import needs_guidance
 
+# younger turns that may run before an older one for which there is no room
+OVERTAKING = 4
 # tokens of one forward on a GPU: one full-size target, or a hundred small turns
 TOKENS = 32_768
 # what a request, a file or a device may bring about; anything else is a fault of the program, and
 # ends the batch
 FAILURES = (MV2VError, RuntimeError, ValueError, OSError, MemoryError)
+
+
+def admit(tokens: Iterable[int], budget: int, *, overtaking: int = OVERTAKING) -> list[int]:
+    """The places of the turns that run now, of turns in the order in which they came.
+
+    The oldest runs, whatever its size; one larger than the budget runs alone. Of the others each
+    runs if it fits beside the older ones that do, so none is ever held up by a younger one. Only
+    the `overtaking` places behind the first that does not fit are looked at: turns that ran
+    before it and then have to make room for it are no more than that.
+
+    Args:
+        tokens: of every turn's part of a pack, oldest first; read no further than needed.
+        budget: tokens of a pack.
+    """
+    admitted: list[int] = []
+    used, waiting = 0, None
+    for place, size in enumerate(tokens):
+        if not admitted or used + size <= budget:
+            admitted.append(place)
+            used += size
+        elif waiting is None:
+            waiting = place
+        if used >= budget or (waiting is not None and place - waiting >= overtaking):
+            break
+    return admitted
 
 
 @dataclass(frozen=True, slots=True)

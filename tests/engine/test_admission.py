@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mv2v_engine.engine.admission import admit
+from mv2v_engine.engine.batch import admit
 
 SIZES = st.lists(st.integers(1, 100), min_size=1, max_size=30)
 
