@@ -277,6 +277,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     with tempfile.TemporaryDirectory() as name:
         words = ["--device", "cpu", "--min-free", "0", "--grace", "30"]
         if args.small:
+            sys.path.append(str(ROOT))  # where the tests' own modules are found
             make = runpy.run_path(str(ROOT / "tests" / "conftest.py"))["save_tiny"]
             words += ["--checkpoint", str(make(Path(name) / "small"))]
         clip, about = write_clip(Path(name) / "clip.mp4"), provenance(torch.device("cpu"))

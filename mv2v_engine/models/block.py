@@ -73,8 +73,8 @@ class Block(nn.Module):
         else:
             x, hidden = self._add_norm2(sequence.x, attended, own)
             del attended  # at full size every tensor of all tokens counts: nothing outlives its use
-            text = self._text(sequence.text, stream)
-            attended = self.attn2(hidden, text, sequence.text_pack)
+            # not held by a name: they would stay through the feed-forward
+            attended = self.attn2(hidden, self._text(sequence.text, stream), sequence.text_pack)
             del hidden
             x, hidden = self._add_adaln(x, attended, ffn)
         del attended

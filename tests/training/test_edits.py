@@ -11,7 +11,7 @@ from mv2v_engine.errors import RequestError, TrainingError
 from mv2v_engine.evaluation.editing_measures import FIRST_EDIT_CLIP
 from mv2v_engine.synthetic.edit_clips import EditClip, make_edit_clip
 from mv2v_engine.synthetic.instructions import all_prompts
-from mv2v_engine.synthetic.worlds import HELD_OUT
+from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 from mv2v_engine.training import edits
 from mv2v_engine.training.edits import RenderedEdits, num_windows
 
@@ -21,7 +21,7 @@ def small_clips(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Clips of the command at 24x40; the frames that it asked for are listed."""
     asked: list[int] = []
 
-    def small(seed: int, *, num_frames: int, device: str) -> EditClip:
+    def small(seed: int, *, num_frames: int, device: str, grade: Grade) -> EditClip:
         asked.append(num_frames)
         return make_edit_clip(seed, num_frames=2, size=(24, 40), device=device)
 
