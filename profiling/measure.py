@@ -6,6 +6,7 @@ the file is written whole after every row, so that a run cut short leaves what i
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
 import statistics
@@ -244,6 +245,19 @@ class Report:
         lines = [json.dumps(row | self.common, ensure_ascii=False) for row in self.rows]
         with replacing(self.out) as temporary:
             temporary.write_text("\n".join([*lines, ""]), encoding="utf-8")
+
+
+def report_predictions(doc: str | None, predict: Callable[[Report], None], columns: str) -> None:
+    """The command of a script that predicts and runs nothing: `--out FILE` keeps its rows.
+
+    doc: the script's; its first line is the help. predict: adds the rows. columns: of the table.
+    """
+    parser = argparse.ArgumentParser(description=(doc or "").splitlines()[0])
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    report = Report(args.out, provenance(torch.device("cpu")) | {"what": "predicted"})
+    predict(report)
+    print(table(report.rows, columns))
 
 
 def read_rows(path: Path) -> list[dict[str, Any]]:

@@ -8,11 +8,7 @@ memory videos: all steps of a turn at the checkpoint's defaults, guidance includ
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
-
-import torch
-from measure import Report, digits, provenance, table
+from measure import Report, digits, report_predictions
 
 from mv2v_engine.catalogue import known_models
 
@@ -37,14 +33,5 @@ def measure(report: Report) -> None:
             )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    report = Report(args.out, provenance(torch.device("cpu")) | {"what": "predicted"})
-    measure(report)
-    print(table(report.rows, COLUMNS))
-
-
 if __name__ == "__main__":
-    main()
+    report_predictions(__doc__, measure, COLUMNS)

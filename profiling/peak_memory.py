@@ -10,12 +10,9 @@ here has memory of its own, so it runs anywhere.
 
 from __future__ import annotations
 
-import argparse
 from dataclasses import replace
-from pathlib import Path
 
-import torch
-from measure import Report, digits, provenance, table
+from measure import Report, digits, report_predictions
 
 from mv2v_engine.config import WAN_1_3B, SamplingConfig
 from mv2v_engine.engine.budget import Footprint, predict, shape_footprint
@@ -56,14 +53,5 @@ def measure(report: Report) -> None:
                     )
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--out", type=Path)
-    args = parser.parse_args()
-    report = Report(args.out, provenance(torch.device("cpu")) | {"what": "predicted"})
-    measure(report)
-    print(table(report.rows, COLUMNS))
-
-
 if __name__ == "__main__":
-    main()
+    report_predictions(__doc__, measure, COLUMNS)
