@@ -64,6 +64,8 @@ made = from_first(lambda: torch.tensor([rank() + 5.0]))
 state = {"model": model.state_dict(), "drawn": drawn, "elapsed": loop.elapsed}
 state |= {"said": said, "made": made}
 torch.save(state, out / f"rank{rank()}.pt")
+# as in the commands, nothing of DistributedDataParallel outlives the processes' group
+del objective, step
 leave()
 """.replace("STEPS", str(STEPS))
 
