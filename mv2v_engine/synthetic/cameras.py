@@ -16,9 +16,8 @@ _FAMILIES: tuple[tuple[str, float], ...] = (
     ("zoom", -1.988),
     ("crane", 0.994),
     ("crane", -0.994),
-    ("arc", 29.82),
-    ("arc", -29.82),
 )
+_ARCS: tuple[tuple[str, float], ...] = (("arc", 29.82), ("arc", -29.82))
 
 
 def scene_cameras(
@@ -28,17 +27,20 @@ def scene_cameras(
     num_frames: int = 17,
     size: tuple[int, int] = (96, 160),
     scale: tuple[float, float] = (0.5, 1.2),
+    arcs: int = 1,
 ) -> list[CameraTrajectory]:
     """The cameras of a scene: a static one, then moves of shuffled families and random extent.
 
     All start from the same pose, as ReCamMaster's presets start from the source's first frame.
-    `scale` bounds the factor on each preset's own amount.
+    `scale` bounds the factor on each preset's own amount. Arcs, which are the hardest to follow,
+    come `arcs` times as often as every other family.
     """
+    families = _FAMILIES + _ARCS * arcs
     generator = torch.Generator().manual_seed(seed)
     cameras = [named_trajectory("static", num_frames, size)]
     while len(cameras) < num_cameras:
-        for index in torch.randperm(len(_FAMILIES), generator=generator).tolist():
-            kind, amount = _FAMILIES[index]
+        for index in torch.randperm(len(families), generator=generator).tolist():
+            kind, amount = families[index]
             factor = scale[0] + (scale[1] - scale[0]) * float(torch.rand(1, generator=generator))
             cameras.append(named_trajectory(f"{kind}:{amount * factor:.4f}", num_frames, size))
     return cameras[:num_cameras]

@@ -251,6 +251,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grade", choices=get_args(Grade), default="plain", help="of --worlds")
     parser.add_argument("--cameras", type=int, default=8, help="that film each of --worlds")
+    parser.add_argument(
+        "--arcs", type=int, default=1, help="with --worlds: arcs for one of every other move"
+    )
     parser.add_argument("--shard", default="0/1", help="i/n: every n-th scene from the i-th")
     parser.add_argument("--strict", action="store_true", help="stop at the first thing left out")
     parser.add_argument("--device", default="cpu")
@@ -297,7 +300,7 @@ def _worlds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> WorldS
     first, last = (int(part) for part in args.worlds.split(":"))
     if last > HELD_OUT:
         parser.error(f"worlds from {HELD_OUT} on are held out for measuring, got {args.worlds}")
-    return WorldScenes(range(first, last), args.grade, args.cameras)
+    return WorldScenes(range(first, last), args.grade, args.cameras, arcs=args.arcs)
 
 
 def _multicam(args: argparse.Namespace, vae: VideoVAE) -> MultiCamVideo:

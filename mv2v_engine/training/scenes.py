@@ -79,24 +79,33 @@ class RenderedScenes:
 class WorldScenes:
     """Worlds of some seeds, each rendered when it is loaded and kept nowhere."""
 
-    def __init__(self, seeds: Sequence[int], grade: Grade, num_cameras: int) -> None:
+    def __init__(
+        self, seeds: Sequence[int], grade: Grade, num_cameras: int, *, arcs: int = 1
+    ) -> None:
         self._seeds = {f"scene_{grade}_{seed:07d}": seed for seed in seeds}
-        self.grade, self.num_cameras = grade, num_cameras
+        self.grade, self.num_cameras, self.arcs = grade, num_cameras, arcs
 
     @property
     def names(self) -> Sequence[str]:
         return tuple(self._seeds)
 
     def load(self, name: str) -> Scene:
-        return render_scene(self._seeds[name], num_cameras=self.num_cameras, grade=self.grade)
+        return render_scene(
+            self._seeds[name], num_cameras=self.num_cameras, grade=self.grade, arcs=self.arcs
+        )
 
 
 def render_scene(
-    seed: int, *, num_cameras: int, device: str = "cpu", grade: Grade = "textured"
+    seed: int,
+    *,
+    num_cameras: int,
+    device: str = "cpu",
+    grade: Grade = "textured",
+    arcs: int = 1,
 ) -> Scene:
     """All cameras of one world."""
     world = make_world(seed, grade)
-    cameras = scene_cameras(seed, num_cameras=num_cameras)
+    cameras = scene_cameras(seed, num_cameras=num_cameras, arcs=arcs)
     frames = torch.stack([render(world, camera, device=device).frames for camera in cameras])
     return Scene(frames.cpu(), torch.stack([camera.poses for camera in cameras]))
 

@@ -34,3 +34,11 @@ def test_scale_bounds_the_extent_of_a_move() -> None:
         if camera.name.startswith("pan:"):
             assert abs(float(camera.name[4:])) == 19.88
     assert len(scene_cameras(4, num_cameras=15)) == 15
+
+
+def test_more_arcs_are_more_of_the_moves() -> None:
+    def arcs(times: int) -> int:
+        cameras = (camera for seed in range(5) for camera in scene_cameras(seed, arcs=times))
+        return sum(camera.name.startswith("arc:") for camera in cameras)
+
+    assert arcs(4) > 2 * arcs(1) > 0
