@@ -10,11 +10,11 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mv2v_engine.errors import CameraError, MV2VError
 from mv2v_engine.serving.config import ServingConfig
@@ -22,6 +22,7 @@ from mv2v_engine.serving.errors import ApiError, client_words, disk_errors, full
 from mv2v_engine.serving.sessions import Probe, Sessions
 from mv2v_engine.serving.store import jobs, tables
 from mv2v_engine.serving.store.audit import Audit
+from mv2v_engine.serving.store.database import Given, Result, Work
 from mv2v_engine.serving.store.folders import Store, result_path, source_path
 from mv2v_engine.serving.store.identity import admit
 from mv2v_engine.serving.store.records import (
@@ -44,7 +45,6 @@ from mv2v_engine.serving.work.publishing import Publisher
 from mv2v_engine.serving.work.scheduler import Scheduler
 from mv2v_engine.serving.work.turn_request import kept_request, make_request
 
-Result = TypeVar("Result")
 # for Retry-After, where nothing says how long it takes
 _RETRY_SECONDS = 5
 _RETRY = {"Retry-After": str(_RETRY_SECONDS)}
@@ -224,7 +224,7 @@ class Service:
     ) -> Page[SessionRecord]:
         """Sessions in order of creation, those behind `after`. Raises not_found: no such one."""
         how: dict[str, Any] = {"limit": limit, "after": after, "is_newest_first": is_newest_first}
-        return await self._read(partial(tables.list_sessions, owner=owner, **how))
+        return await self._read(tables.list_sessions, owner, **how)
 
     async def session(self, owner: str, session_id: str) -> SessionRecord:
         """Raises not_found."""
@@ -233,7 +233,7 @@ class Service:
         if abs(now - session.touched) > _TOUCH_SECONDS:
             # on a full disk, what there is can still be read
             with suppress(sqlite3.OperationalError):
-                await self._database.write(partial(tables.touch, session_id=session_id, now=now))
+                await self._database.write(tables.touch, session_id, now)
         return session
 
     async def source(self, owner: str, session_id: str) -> Path:
@@ -247,12 +247,12 @@ class Service:
     async def turns(self, owner: str, session_id: str) -> tuple[TurnRecord, ...]:
         """Finished turns in order. Raises not_found."""
         await self.session(owner, session_id)
-        return await self._read(partial(tables.list_turns, session_id=session_id))
+        return await self._read(tables.list_turns, session_id)
 
     async def turn(self, owner: str, session_id: str, number: int) -> TurnRecord:
         """Raises not_found."""
         await self.session(owner, session_id)
-        return await self._read(partial(tables.find_turn, session_id=session_id, number=number))
+        return await self._read(tables.find_turn, session_id, number)
 
     async def turn_file(self, owner: str, session_id: str, number: int, which: TurnFile) -> Path:
         """A turn's mp4 or thumbnail, the one that was recorded.
@@ -261,7 +261,7 @@ class Service:
         damaged, if these are lost too.
         """
         session = await self.session(owner, session_id)
-        turn = await self._read(partial(tables.find_turn, session_id=session_id, number=number))
+        turn = await self._read(tables.find_turn, session_id, number)
         if await self._audit.problem(turn, which) is None:
             return result_path(self.store.session(session_id), number, which)
         with disk_errors():
@@ -348,8 +348,7 @@ class Service:
 
     async def job(self, owner: str, job_id: str) -> JobRecord:
         """With its newest progress, and its position while it waits. Raises not_found."""
-        find = partial(jobs.find_job, owner=owner, job_id=job_id)
-        return self._logs.with_progress(await self._read(find))
+        return self._logs.with_progress(await self._read(jobs.find_job, owner, job_id))
 
     async def jobs(
         self,
@@ -362,7 +361,7 @@ class Service:
     ) -> Page[JobRecord]:
         """Jobs in order of creation, of one session or of all. Raises not_found."""
         how: dict[str, Any] = {"limit": limit, "after": after, "is_newest_first": is_newest_first}
-        page = await self._read(partial(jobs.list_jobs, owner=owner, session=session, **how))
+        page = await self._read(jobs.list_jobs, owner, session=session, **how)
         return Page(tuple(self._logs.with_progress(job) for job in page.items), page.has_more)
 
     async def cancel(self, owner: str, job_id: str) -> JobRecord:
@@ -389,15 +388,17 @@ class Service:
         return found.follow(after)
 
     async def _find(self, owner: str, session_id: str) -> SessionRecord:
-        return await self._read(partial(tables.find_session, owner=owner, session_id=session_id))
+        return await self._read(tables.find_session, owner, session_id)
 
     async def _expire(self, owner: str, session_id: str) -> None:
         """Remove a session that nobody uses; raises busy if somebody does."""
         await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
 
-    async def _read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    async def _read(
+        self, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs
+    ) -> Result:
         self._require_running()
-        return await self._database.read(work)
+        return await self._database.read(work, *args, **how)
 
     def _require_running(self) -> None:
         if self._is_stopped:

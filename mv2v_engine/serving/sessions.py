@@ -107,12 +107,11 @@ class Sessions:
         digest = None
         if key is not None:
             digest = await asyncio.to_thread(_upload_digest, upload, name, choices)
-            look_up = partial(tables.session_of_key, owner=owner, key=key, digest=digest)
-            known = await self.database.read(look_up)
+            known = await self.database.read(tables.session_of_key, owner, key, digest)
             if known is not None:
                 return known
         most = self.config.limits.sessions
-        await self.database.read(partial(tables.require_room, owner=owner, most=most))
+        await self.database.read(tables.require_room, owner, most)
         # kept with the session: a service that is told otherwise later reads the same video
         alpha, fit = about.get("source_alpha", "black"), about.get("source_fit", "crop")
         choices = replace(
@@ -123,10 +122,9 @@ class Sessions:
         )
         video = await self.probe(owner, upload, self.config.limits, choices.alpha or alpha)
         session = _new_session(owner, name, upload, video, about, choices)
-        place = partial(_place_upload, self.store, upload, session.id)
-        session = replace(session, files=await asyncio.to_thread(place))
-        add = partial(_add_session, session=session, key=key, digest=digest, most=most)
-        kept = await self._added(add, session.id)
+        files = await asyncio.to_thread(_place_upload, self.store, upload, session.id)
+        session = replace(session, files=files)
+        kept = await self._added(_add_session, session, most, key, digest)
         if kept.id != session.id:
             # the same request was a little faster
             await asyncio.to_thread(self._discard, session.id)
@@ -143,12 +141,8 @@ class Sessions:
         with disk_errors():
             await self._require_whole(parent, number)
             source_bytes = await asyncio.to_thread(_place_branch, self.store, parent, branch)
-            add = partial(
-                _add_branch,
-                branch=replace(branch, bytes=source_bytes),
-                most=self.config.limits.sessions,
-            )
-            made = await self._added(add, branch.id)
+            branch = replace(branch, bytes=source_bytes)
+            made = await self._added(_add_branch, branch, self.config.limits.sessions)
         await mirror(self.database, self.store.session(made.id), made.id)
         self.publisher.wake()
         self.scheduler.tell(lambda listener: listener.session_created(made))
@@ -159,8 +153,7 @@ class Sessions:
         now = await self.audit.session(parent)
         if now.damage is not None:
             raise ApiError("damaged", f"session {parent.id} takes no branch: {now.damage}")
-        turns = await self.database.read(partial(tables.list_turns, session_id=parent.id))
-        for turn in turns[:number]:
+        for turn in (await self.database.read(tables.list_turns, parent.id))[:number]:
             if turn.damage is not None:
                 raise ApiError(
                     "damaged",
@@ -170,34 +163,34 @@ class Sessions:
                 )
 
     async def _added(
-        self, add: Callable[[sqlite3.Connection], SessionRecord], session_id: str
+        self, add: Callable[..., SessionRecord], session: SessionRecord, *more: Any
     ) -> SessionRecord:
         """Add the row of a folder that is in place; without the row, the folder goes again."""
         try:
-            return await self.database.write(add)
+            return await self.database.write(add, session, *more)
         except (ApiError, sqlite3.Error):
-            await asyncio.to_thread(self._discard, session_id)
+            await asyncio.to_thread(self._discard, session.id)
             raise
 
     async def remove(self, owner: str, session_id: str, *, is_idle: bool) -> None:
         """Delete a session. is_idle: only if it has no turn that waits or runs. See `Service`."""
-        now = time.time()
         begin = partial(
-            jobs.delete_session, owner=owner, session_id=session_id, now=now, is_idle=is_idle
+            self.database.must_write,
+            partial(jobs.delete_session, now=time.time(), is_idle=is_idle),
+            owner,
+            session_id,
         )
         with disk_errors():
             try:
-                ended, running = await self.database.write(begin, makes_room=True)
+                ended, running = await begin()
             except sqlite3.OperationalError as error:
                 if not is_disk_full(error):
                     raise
                 # not even those bytes are left: make room of what could be made again
-                await self.database.read(
-                    partial(tables.find_session, owner=owner, session_id=session_id)
-                )
+                await self.database.read(tables.find_session, owner, session_id)
                 results = self.store.session(session_id) / "results"
                 await asyncio.to_thread(shutil.rmtree, results, ignore_errors=True)
-                ended, running = await self.database.write(begin, makes_room=True)
+                ended, running = await begin()
         for job in ended:
             self.scheduler.ended(job)
         for job in running:
@@ -208,8 +201,8 @@ class Sessions:
         await self.scheduler.backend.release(session_id)
         self.scheduler.memory.pop(session_id, None)
         await asyncio.to_thread(self._discard, session_id)
-        remove = partial(tables.remove_session, session_id=session_id)
-        await self.scheduler.written(remove, makes_room=True)
+        remove = partial(self.database.must_write, tables.remove_session, session_id)
+        await self.scheduler.until_written(remove)
         await asyncio.to_thread(self.store.spare.keep)
         self.publisher.forget(session_id)
         self.scheduler.tell(lambda listener: listener.session_deleted(session_id))
@@ -220,7 +213,7 @@ class Sessions:
         with disk_errors():
             # what is not as recorded is left out
             await self.audit.session(session)
-        turns = await self.database.read(partial(tables.list_turns, session_id=session.id))
+        turns = await self.database.read(tables.list_turns, session.id)
         path, folder = self.store.new_upload(), self.store.session(session.id)
         whole = [await self._whole_files(turn) for turn in turns]
         with disk_errors():
@@ -337,7 +330,7 @@ def _place_upload(store: Store, upload: Path, session_id: str) -> dict[str, Any]
 
 
 def _add_session(
-    db: sqlite3.Connection, session: SessionRecord, key: str | None, digest: str | None, most: int
+    db: sqlite3.Connection, session: SessionRecord, most: int, key: str | None, digest: str | None
 ) -> SessionRecord:
     """Add a session's row; another session, if its idempotency key has made that."""
     if key is not None and digest is not None:

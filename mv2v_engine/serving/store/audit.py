@@ -17,7 +17,6 @@ import logging
 import sqlite3
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -96,7 +95,7 @@ class Audit:
 
         mends: its manifest too, which nobody may write meanwhile.
         """
-        turns = await self.database.read(partial(tables.list_turns, session_id=session.id))
+        turns = await self.database.read(tables.list_turns, session.id)
         folder = self.store.session(session.id)
         states = await asyncio.to_thread(self._states, folder, turns, is_deep)
         for turn, state in zip(turns, states, strict=True):
@@ -109,10 +108,8 @@ class Audit:
             damage = await self._mended(folder, session, turns)
         if damage != session.damage:
             _say(f"session {session.id}", damage)
-            await self._write(
-                partial(tables.set_session_damage, session_id=session.id, damage=damage)
-            )
-        return await self.database.read(partial(_again, session=session))
+            await self.database.must_write(tables.set_session_damage, session.id, damage)
+        return await self.database.read(tables.session_by_id, session.id) or session
 
     async def turn(self, turn: TurnRecord) -> TurnRecord:
         """Compare a turn's files; the turn as it is now."""
@@ -127,23 +124,18 @@ class Audit:
         if (state.damage, is_published) == (turn.damage, turn.is_published):
             return turn
         async with self._changing:
-            find = partial(tables.find_turn, session_id=turn.session, number=turn.number)
-            now = await self.database.read(find)
+            place = (turn.session, turn.number)
+            now = await self.database.read(tables.find_turn, *place)
             if now == turn:
                 _say(f"turn {turn.number} of {turn.session}", state.damage)
                 if state.damage is None:
                     words = "; ".join(state.wrong)
                     log.warning("turn %d of %s: %s; made again", turn.number, turn.session, words)
                     await asyncio.to_thread(self._remove_wrong, folder, turn)
-                change = partial(
-                    tables.set_turn_state,
-                    session_id=turn.session,
-                    number=turn.number,
-                    damage=state.damage,
-                    is_published=is_published,
+                await self.database.must_write(
+                    tables.set_turn_state, *place, damage=state.damage, is_published=is_published
                 )
-                await self._write(change)
-                now = await self.database.read(find)
+                now = await self.database.read(tables.find_turn, *place)
         return now
 
     async def problem(self, turn: TurnRecord, which: TurnFile) -> str | None:
@@ -175,9 +167,6 @@ class Audit:
 
     def _is_deep(self) -> bool:
         return self.verifier.num_read < START_BYTES
-
-    async def _write(self, change: partial[None]) -> None:
-        await self.database.write(change, makes_room=True)
 
     def _states(self, folder: Path, turns: Sequence[TurnRecord], is_deep: bool) -> list[TurnState]:
         return [turn_state(self.verifier, folder, turn, is_deep=is_deep) for turn in turns]
@@ -311,10 +300,6 @@ def _row(turn: TurnRecord) -> dict[str, Any]:
     """A turn's row of the manifest; the reports of an edit's windows lie beside them."""
     report = {name: value for name, value in turn.report.items() if name != "windows"}
     return current_row({**(turn.entry or {}), "report": report})
-
-
-def _again(db: sqlite3.Connection, session: SessionRecord) -> SessionRecord:
-    return tables.session_by_id(db, session.id) or session
 
 
 def _say(what: str, damage: str | None) -> None:

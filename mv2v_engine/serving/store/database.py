@@ -13,11 +13,14 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
-from typing import TypeVar
+from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from mv2v_engine.errors import StorageError
 
 Result = TypeVar("Result")
+Given = ParamSpec("Given")
+# a function of a connection, and of what it is called with besides
+Work: TypeAlias = Callable[Concatenate[sqlite3.Connection, Given], Result]
 
 VERSION = 5
 _SCHEMA = """
@@ -146,33 +149,37 @@ class Database:
             raise
 
     async def write(
-        self, work: Callable[[sqlite3.Connection], Result], *, makes_room: bool = False
+        self, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs
     ) -> Result:
         """Run `work` in a transaction, which is kept if it returns and undone if it raises.
 
         Whoever waits may be cancelled; the transaction then still ends one way or the other.
-        makes_room: on a full disk it is done all the same, with the bytes that are kept for that.
         """
-        try:
-            return await self._write(work)
-        except sqlite3.OperationalError as error:
-            if not (makes_room and is_disk_full(error)):
-                raise
-            if not await asyncio.to_thread(self._make_room):
-                raise
-        return await self._write(work)
+        done = self._writer.start(lambda db: in_transaction(db, work, *args, **how))
+        return await asyncio.wrap_future(done)
 
-    async def read(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
+    async def must_write(
+        self, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs
+    ) -> Result:
+        """The same, on a full disk with the bytes that are kept for that."""
+        try:
+            return await self.write(work, *args, **how)
+        except sqlite3.OperationalError as error:
+            if not is_disk_full(error) or not await asyncio.to_thread(self._make_room):
+                raise
+        return await self.write(work, *args, **how)
+
+    async def read(
+        self, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs
+    ) -> Result:
         """Run `work`, which reads one state of the database and writes nothing."""
-        return await asyncio.wrap_future(self._reader.start(lambda db: _in_snapshot(db, work)))
+        found = self._reader.start(lambda db: _in_snapshot(db, work, *args, **how))
+        return await asyncio.wrap_future(found)
 
     def close(self) -> None:
         """Finish what was asked, then close; the log is folded into the database."""
         self._reader.close()
         self._writer.close()
-
-    async def _write(self, work: Callable[[sqlite3.Connection], Result]) -> Result:
-        return await asyncio.wrap_future(self._writer.start(lambda db: in_transaction(db, work)))
 
 
 class _Connection:
@@ -236,11 +243,13 @@ def is_disk_full(error: sqlite3.Error) -> bool:
     return any(words in str(error) for words in _FULL)
 
 
-def in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result]) -> Result:
+def in_transaction(
+    db: sqlite3.Connection, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs
+) -> Result:
     """Run `work` in a transaction, which is kept if it returns and undone if it raises."""
     db.execute("BEGIN IMMEDIATE")
     try:
-        result = work(db)
+        result = work(db, *args, **how)
         db.execute("COMMIT")
     except BaseException:
         # a full disk may have undone it already
@@ -288,10 +297,12 @@ def _run(db: sqlite3.Connection, statements: str) -> None:
     db.execute(f"PRAGMA user_version = {VERSION}")
 
 
-def _in_snapshot(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], Result]) -> Result:
+def _in_snapshot(
+    db: sqlite3.Connection, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs
+) -> Result:
     db.execute("BEGIN")
     try:
-        return work(db)
+        return work(db, *args, **how)
     finally:
         if db.in_transaction:
             db.execute("ROLLBACK")

@@ -56,7 +56,7 @@ def admit(store: Store) -> Identity:
             database.in_transaction(db, database.upgrade)
         row = identity_of(db)
         identity = Identity(row.id, row.generation + 1)
-        database.in_transaction(db, partial(set_identity, identity=identity))
+        database.in_transaction(db, set_identity, identity)
     write_identity(store.root, identity)
     return identity
 
@@ -209,7 +209,7 @@ def _begin(store: Store, named: Identity | None) -> Identity:
     write_identity(store.root, named)
     identity = Identity(named.id, 1)
     with database.opened(store.database) as db:
-        database.in_transaction(db, partial(create, identity=identity))
+        database.in_transaction(db, create, identity)
     write_identity(store.root, identity)
     return identity
 

@@ -13,7 +13,6 @@ import json
 import logging
 import sqlite3
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any, get_args
 
@@ -83,14 +82,12 @@ class Rows:
 
 async def mend_rows(database: Database, folder: Path, session_id: str) -> None:
     """Give rows of a session that are damaged what their copy has; the rest of them stays."""
-    rows = await database.read(partial(rows_of, session_id=session_id))
+    rows = await database.read(rows_of, session_id)
     if rows is None:
         return
     changes = await asyncio.to_thread(_mended, folder, rows)
     if changes:
-        await database.write(
-            partial(_update, session_id=session_id, changes=changes), makes_room=True
-        )
+        await database.must_write(_update, session_id, changes)
 
 
 def _mended(folder: Path, rows: Rows) -> list[tuple[int | None, dict[str, Any]]]:
@@ -135,7 +132,7 @@ async def mirror(
 
     A folder that does not take it is said; the next start tries again.
     """
-    rows = await database.read(partial(rows_of, session_id=session_id, number=number))
+    rows = await database.read(rows_of, session_id, number=number)
     if rows is not None:
         await asyncio.to_thread(write_rows, folder, rows)
 

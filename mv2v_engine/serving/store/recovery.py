@@ -21,7 +21,6 @@ from __future__ import annotations
 import asyncio
 import logging
 import sqlite3
-from functools import partial
 from pathlib import Path
 
 from mv2v_engine.serving.store import jobs, tables
@@ -41,11 +40,10 @@ async def recover(store: Store, database: Database, audit: Audit) -> None:
     The jobs are left as they are: `Scheduler.recover` ends them or queues them again. Doing it
     twice, or being killed while at it, changes nothing.
     """
-    write = partial(database.write, makes_room=True)
     await asyncio.to_thread(remove_content, store.uploads)
     for session_id in await database.read(tables.deleting_sessions):
         await asyncio.to_thread(store.discard, store.session(session_id))
-        await write(partial(tables.remove_session, session_id=session_id))
+        await database.must_write(tables.remove_session, session_id)
     known = await database.read(tables.session_ids)
     for stray in await asyncio.to_thread(store.stray_sessions, known):
         await asyncio.to_thread(_put_away, store, stray)
@@ -90,18 +88,16 @@ async def _take_up(session: SessionRecord, store: Store, database: Database) -> 
     """
     folder = store.session(session.id)
     numbers = await asyncio.to_thread(finished_numbers, folder)
-    lacking = numbers - await database.read(partial(_told, session_id=session.id))
+    lacking = numbers - await database.read(_told, session.id)
     for number in sorted(lacking):
         row = await asyncio.to_thread(copied_turn, folder, number)
         if row is not None:
-            insert = partial(insert_turn, session_id=session.id, row=row)
-            await database.write(insert, makes_room=True)
+            await database.must_write(insert_turn, session.id, row)
             log.warning("turn %d of %s had no row, and was taken up", number, session.id)
     if lacking and session.identity is None:
         identity = await asyncio.to_thread(stored_identity, folder)
         if identity is not None:
-            keep = partial(tables.set_identity, session_id=session.id, identity=identity)
-            await database.write(keep, makes_room=True)
+            await database.must_write(tables.set_identity, session.id, identity)
 
 
 def _told(db: sqlite3.Connection, session_id: str) -> set[int]:

@@ -12,7 +12,6 @@ import logging
 import sqlite3
 import time
 from collections.abc import Awaitable, Callable
-from functools import partial
 
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError
@@ -68,9 +67,8 @@ class Retention:
     async def tell_clock(self) -> None:
         """Tell the store how long this service has run since it was told last."""
         now = time.monotonic()
-        advance = partial(tables.advance_clock, seconds=now - self._told)
         try:
-            await self.database.write(advance)
+            await self.database.write(tables.advance_clock, now - self._told)
             self._told = now
         except sqlite3.OperationalError as error:
             log.warning("the store's clock stands still: %s", error)
@@ -78,9 +76,8 @@ class Retention:
     async def sweep(self) -> list[str]:
         """Remove what has expired; the ids."""
         await self.tell_clock()
-        due = await self.database.read(partial(expired, config=self.config))
         removed = []
-        for owner, session_id in due:
+        for owner, session_id in await self.database.read(expired, self.config):
             try:
                 await self._delete(owner, session_id)
             except ApiError:

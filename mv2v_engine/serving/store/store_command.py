@@ -171,7 +171,7 @@ def _take_up(db: sqlite3.Connection, folder: Path, identity: Identity) -> Iterat
         elif rows.session["id"] != folder.name:
             yield f"{folder.name} is a copy of {rows.session['id']}; it is left alone"
         else:
-            sqlite.in_transaction(db, partial(insert_session, rows=rows))
+            sqlite.in_transaction(db, insert_session, rows)
             print(f"{folder.name}: taken up, turns {_numbers(set(rows.turns))}")
     except (StorageError, sqlite3.IntegrityError) as error:
         yield f"{folder.name} cannot be taken up: {error}"
@@ -193,12 +193,12 @@ def _mend_database(store: Store) -> Identity:
         named = named or _of_folders(store) or new_identity()
         row = Identity(named.id, 0)
         with sqlite.opened(store.database) as db:
-            sqlite.in_transaction(db, partial(create, identity=row))
+            sqlite.in_transaction(db, create, row)
         print("a new database was made")
     generation = max(row.generation, 0 if named is None else named.generation) + 1
     identity = Identity(row.id, generation)
     with sqlite.opened(store.database) as db:
-        sqlite.in_transaction(db, partial(set_identity, identity=identity))
+        sqlite.in_transaction(db, set_identity, identity)
     write_identity(store.root, identity)
     return identity
 

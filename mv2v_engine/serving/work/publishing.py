@@ -11,7 +11,6 @@ import logging
 import sqlite3
 from collections.abc import Iterable
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -86,11 +85,10 @@ class Publisher:
 
     async def _record(self, session: SessionRecord, folder: Path, number: int) -> dict[str, Any]:
         """Write down what was published; what there is to say if that is not possible."""
-        find = partial(tables.find_turn, session_id=session.id, number=number)
         try:
-            files = await asyncio.to_thread(_files, folder, await self.database.read(find))
-            record = partial(tables.set_published, session_id=session.id, number=number)
-            await self.database.write(partial(record, files=files))
+            turn = await self.database.read(tables.find_turn, session.id, number)
+            files = await asyncio.to_thread(_files, folder, turn)
+            await self.database.write(tables.set_published, session.id, number, files)
         except (ApiError, StorageError, sqlite3.OperationalError) as error:
             return {"type": "failed", "code": "disk_full", "message": str(error)}
         await mirror(self.database, folder, session.id, number=number)
@@ -108,7 +106,7 @@ class Publisher:
         for session_id, number in turns:
             if (session_id, number) in self.refused:
                 continue
-            session = await self.database.read(partial(tables.session_by_id, session_id=session_id))
+            session = await self.database.read(tables.session_by_id, session_id)
             if session is None or session_id in self._gone:
                 continue
             self._current, folder = session_id, self.store.session(session_id)

@@ -16,15 +16,16 @@ import time
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Sequence
 from functools import partial
+from operator import methodcaller
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import client_words, disk_errors, failed, failure
 from mv2v_engine.serving.store import jobs, tables
 from mv2v_engine.serving.store.claims import taken
-from mv2v_engine.serving.store.database import Database
+from mv2v_engine.serving.store.database import Database, Given, Result, Work
 from mv2v_engine.serving.store.digests import num_bytes, promised
 from mv2v_engine.serving.store.folders import (
     RESULTS,
@@ -42,7 +43,6 @@ from mv2v_engine.serving.watch.listener import Listener, Telling
 from mv2v_engine.serving.work.backend import LAST_OF_BACKEND, WORKER_GONE, Backend
 
 log = logging.getLogger("mv2v_engine.serving")
-Result = TypeVar("Result")
 
 # a turn's seconds before any was made, for Retry-After; then the mean, the newest weighing most
 _FIRST_GUESS, _NEWEST = 30.0, 0.3
@@ -89,14 +89,14 @@ class Scheduler:
 
     async def recover(self) -> None:
         """End the jobs of a process that was killed, or queue them again; before `start`."""
-        for job in await self.database.read(partial(jobs.jobs_in_state, state="running")):
+        for job in await self.database.read(jobs.jobs_in_state, "running"):
             await self._recover(job)
-        for job in await self.database.read(partial(jobs.jobs_in_state, state="queued")):
+        for job in await self.database.read(jobs.jobs_in_state, "queued"):
             self.queued(job, is_new=False)
 
     async def _recover(self, job: JobRecord) -> None:
         """End or queue again a job that ran when the process was killed."""
-        session = await self.database.read(partial(tables.session_by_id, session_id=job.session))
+        session = await self.database.read(tables.session_by_id, job.session)
         assert session is not None
         self.logs.open(job.id, is_new=False)
         found = await self._left_behind(job.id, session)
@@ -115,8 +115,7 @@ class Scheduler:
             await self._fail(job.id, failed("worker_crashed", message))
         else:
             log.info("job %s is begun again", job.id)
-            requeue = partial(jobs.requeue, job_id=job.id, is_counted=True)
-            await self.database.write(requeue, makes_room=True)
+            await self.database.must_write(jobs.requeue, job.id, is_counted=True)
 
     def start(self) -> None:
         self._loop = asyncio.create_task(self._run(), name="scheduler")
@@ -146,18 +145,17 @@ class Scheduler:
         Returns the job and whether it is new. Raises queue_full, idempotency_conflict.
         """
         text = json.dumps([job.session, job.request], sort_keys=True)
-        insert = partial(
-            jobs.submit,
-            job=job,
-            key=key,
-            digest=hashlib.sha256(text.encode()).hexdigest(),
-            max_queue=self.config.max_queue,
-            max_share=self.config.queue_share,
-            turn_seconds=self.turn_seconds,
-        )
         async with self.queueing:
             with disk_errors():
-                kept, is_new = await self.database.write(insert)
+                kept, is_new = await self.database.write(
+                    jobs.submit,
+                    job,
+                    key=key,
+                    digest=hashlib.sha256(text.encode()).hexdigest(),
+                    max_queue=self.config.max_queue,
+                    max_share=self.config.queue_share,
+                    turn_seconds=self.turn_seconds,
+                )
             if is_new:
                 self.queued(kept, is_new=True)
                 # it may have come before some that waited already
@@ -166,9 +164,8 @@ class Scheduler:
 
     async def cancel(self, owner: str, job_id: str) -> JobRecord:
         """End a job that waits now, one that runs at its next step. Raises not_found."""
-        cancel = partial(jobs.cancel, owner=owner, job_id=job_id, now=time.time())
         with disk_errors():
-            job, is_ended_now = await self.database.write(cancel)
+            job, is_ended_now = await self.database.write(jobs.cancel, owner, job_id, time.time())
         if is_ended_now:
             self.ended(job)
             await self.announce_positions()
@@ -185,7 +182,7 @@ class Scheduler:
         """Wait until no job of a session runs."""
         while True:
             ended = self._turn_ended
-            if not await self.database.read(partial(jobs.num_running, session_id=session_id)):
+            if not await self.database.read(jobs.num_running, session_id):
                 return
             await ended.wait()
 
@@ -229,7 +226,7 @@ class Scheduler:
     async def _start_next(self) -> bool:
         """Begin the next job, if one can begin."""
         async with self.queueing:
-            found = await self.written(partial(jobs.start_next, now=time.time()))
+            found = await self.written(jobs.start_next, time.time())
             if found is not None:
                 job, session = found
                 self._turns[job.id] = asyncio.create_task(self._turn(job, session), name=job.id)
@@ -286,11 +283,10 @@ class Scheduler:
             if kind in LAST_OF_BACKEND:
                 outcome = event
             elif kind == "started" and job.number is None:
-                set_number = partial(jobs.set_number, job_id=job.id, number=event["number"])
-                await self.written(set_number)
+                await self.written(jobs.set_number, job.id, event["number"])
             elif kind != "started":
                 stream.add(event)
-                self.tell(partial(_happened, job=job, event=event))
+                self.tell(methodcaller("job_event", job, event))
         if outcome is None:
             raise RuntimeError("the backend's events ended without a last one")
         return outcome
@@ -316,7 +312,7 @@ class Scheduler:
         if job.id in self._cancelling and is_cancelled:
             await self._end(job.id, "cancelled", jobs.CANCELLED)
         elif self._is_stopping and is_cancelled:
-            again = await self.written(partial(jobs.requeue, job_id=job.id, is_counted=False))
+            again = await self.written(jobs.requeue, job.id, is_counted=False)
             self.queued(again, is_new=False)
         elif outcome["type"] == "cancelled":
             await self._end(job.id, "cancelled", jobs.CANCELLED)
@@ -337,9 +333,7 @@ class Scheduler:
 
     async def _end(self, job_id: str, state: Any, error: dict[str, str]) -> None:
         """End a job without a turn."""
-        ended = await self.written(
-            partial(jobs.end, job_id=job_id, state=state, now=time.time(), error=error)
-        )
+        ended = await self.written(jobs.end, job_id, state, time.time(), error=error)
         if ended is not None:
             self.ended(ended)
 
@@ -350,7 +344,7 @@ class Scheduler:
             the turn as a `done` event, None if it is not there, or, as a `failed` one, what is
             wrong with the folder.
         """
-        job = await self.database.read(partial(jobs.job_by_id, job_id=job_id))
+        job = await self.database.read(jobs.job_by_id, job_id)
         folder = self.store.session(session.id)
         try:
             return await asyncio.to_thread(_left_behind, folder, session, job.number)
@@ -370,26 +364,27 @@ class Scheduler:
             await self._fail(job.id, failed("internal", str(error)))
             return
         is_repeatable = session.kind == "edits"
-        record = partial(
-            jobs.finish, job=job, turn=turn, is_repeatable=is_repeatable, identity=identity
+        ended = await self.written(
+            jobs.finish, job, turn, is_repeatable=is_repeatable, identity=identity
         )
-        ended = await self.written(record)
         await asyncio.to_thread(self.store.spare.keep)
         if not turn.is_published:
             self.turns_to_publish()
         self.ended(ended, turn.report)
 
     async def written(
-        self, work: Callable[[sqlite3.Connection], Result], *, makes_room: bool = False
+        self, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs
     ) -> Result:
-        """Write what must be written; while the disk is full, try again and again.
+        """Write what must be written; recovery takes the bytes that are kept for a full disk."""
+        write = self.database.must_write if self._loop is None else self.database.write
+        return await self.until_written(partial(write, work, *args, **how))
 
-        makes_room: with the bytes that are kept for that, which recovery takes in any case.
-        """
-        attempt, makes_room = 0, makes_room or self._loop is None
+    async def until_written(self, write: Callable[[], Awaitable[Result]]) -> Result:
+        """While the disk is full, try again and again."""
+        attempt = 0
         while True:
             try:
-                return await self.database.write(work, makes_room=makes_room)
+                return await write()
             except sqlite3.OperationalError as error:
                 # before it runs, whoever starts it tells why it cannot
                 if self._is_stopping or self._loop is None:
@@ -439,10 +434,6 @@ def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> di
     for path in result_paths(folder, number):
         path.unlink(missing_ok=True)
     return {"type": "done", "number": number, "report": report, "published": False}
-
-
-def _happened(listener: Listener, job: JobRecord, event: dict[str, Any]) -> None:
-    listener.job_event(job, event)
 
 
 def _words(error: BaseException) -> str:
