@@ -17,11 +17,12 @@ from mv2v_engine.serving.errors import ApiError, queue_full
 from mv2v_engine.serving.store.records import JobRecord, JobState, Page, SessionRecord, TurnRecord
 from mv2v_engine.serving.store.tables import (
     add_turn,
+    columns,
     find_session,
     insert,
     listed,
     mark_deleting,
-    parsed,
+    record,
     scalar,
     session_by_id,
     set_identity,
@@ -52,18 +53,6 @@ _JOB = f"""
 """
 # a session that is being deleted, and all that is its own, exists for nobody
 _SEEN = "owner = ? AND NOT (SELECT is_deleting FROM sessions s WHERE s.id = j.session)"
-_FIELDS = (
-    "id",
-    "session",
-    "owner",
-    "state",
-    "number",
-    "created",
-    "started",
-    "ended",
-    "attempts",
-    "position",
-)
 
 
 def submit(
@@ -90,24 +79,15 @@ def submit(
                 f"Idempotency-Key {key!r} came with another request before; use a new key",
             )
         if row is not None:
-            return _job(row), False
+            return record(JobRecord, row), False
     own = f"SELECT count(*) FROM jobs WHERE {_IS_WAITING} AND owner = ?"
     waiting, num_own = queue_depth(db), scalar(db, own, job.owner)
     if num_own >= max_share:
         raise queue_full(turn_seconds, num_own, " of this token")
     if waiting >= max_queue and num_own:
         raise queue_full(turn_seconds, waiting)
-    row_values = {
-        "id": job.id,
-        "session": job.session,
-        "owner": job.owner,
-        "state": "queued",
-        "request": json.dumps(job.request),
-        "created": job.created,
-        "key": key,
-        "digest": digest,
-    }
-    insert(db, "jobs", row_values)
+    row = columns(job, without={"position"})
+    insert(db, "jobs", row | {"key": key, "digest": digest})
     touch(db, job.session, job.created)
     return job_by_id(db, job.id), True
 
@@ -259,12 +239,12 @@ def find_job(db: sqlite3.Connection, owner: str, job_id: str) -> JobRecord:
     row = db.execute(f"{_JOB} WHERE id = ? AND {_SEEN}", (job_id, owner)).fetchone()
     if row is None:
         raise ApiError("not_found", f"no job {job_id[:100]}; its session may have been deleted")
-    return _job(row)
+    return record(JobRecord, row)
 
 
 def job_by_id(db: sqlite3.Connection, job_id: str) -> JobRecord:
     """Anybody's."""
-    return _job(db.execute(f"{_JOB} WHERE id = ?", (job_id,)).fetchone())
+    return record(JobRecord, db.execute(f"{_JOB} WHERE id = ?", (job_id,)).fetchone())
 
 
 def list_jobs(
@@ -286,13 +266,13 @@ def list_jobs(
         find_job(db, owner, after)
         serial = scalar(db, "SELECT serial FROM jobs WHERE id = ?", after)
     rows = listed(db, _JOB, where, values, serial, limit, is_newest_first)
-    return Page(tuple(_job(row) for row in rows[:limit]), len(rows) > limit)
+    return Page(tuple(record(JobRecord, row) for row in rows[:limit]), len(rows) > limit)
 
 
 def jobs_in_state(db: sqlite3.Connection, state: JobState) -> list[JobRecord]:
     """Anybody's, the oldest first."""
     rows = db.execute(f"{_JOB} WHERE state = ? ORDER BY serial", (state,))
-    return [_job(row) for row in rows]
+    return [record(JobRecord, row) for row in rows]
 
 
 def num_running(db: sqlite3.Connection, session_id: str) -> int:
@@ -304,14 +284,3 @@ def num_running(db: sqlite3.Connection, session_id: str) -> int:
 
 
 CANCELLED = {"code": "cancelled", "message": "the turn was cancelled; the session is as before"}
-
-
-def _job(row: sqlite3.Row) -> JobRecord:
-    fields = {name: row[name] for name in _FIELDS}
-    return JobRecord(
-        **fields,
-        request=parsed(row, "request", dict) or {},
-        error=parsed(row, "error", dict),
-        progress=parsed(row, "progress", dict),
-        is_cancelling=bool(row["is_cancelling"]),
-    )

@@ -9,9 +9,11 @@ writes what lacks. What no file tells of a finished turn is read from the engine
 from __future__ import annotations
 
 import asyncio
+import functools
 import json
 import logging
 import sqlite3
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, get_args
@@ -20,55 +22,36 @@ from mv2v_engine.arguments import shown
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json
 from mv2v_engine.serving.store.adoption import finished_numbers
-from mv2v_engine.serving.store.database import Database
+from mv2v_engine.serving.store.database import Database, create
 from mv2v_engine.serving.store.digests import is_promise, num_bytes, promised
 from mv2v_engine.serving.store.folders import latents_paths, manifest_row, reading, stored_identity
 from mv2v_engine.serving.store.records import Kind, TurnRecord
-from mv2v_engine.serving.store.tables import insert, scalar, text, turn_values
+from mv2v_engine.serving.store.tables import JSON, columns, insert, scalar, text
 
 log = logging.getLogger("mv2v_engine.serving")
 
 FOLDER = "rows"
 _FORMAT, _VERSION = "mv2v-rows", 1
-# what changes often, is found out at every start, or belongs to one database
-_NOT_OF_SESSIONS = {"serial", "touched", "used", "is_deleting", "damage", "identity"}
-_NOT_OF_TURNS = {"session", "is_published", "damage"}
-_SESSION_COLUMNS = {
-    "id": str,
-    "owner": str,
-    "kind": str,
-    "name": str,
-    "checkpoint": str,
-    "frames": int,
-    "width": int,
-    "height": int,
-    "fps": (int, float),
-    "created": (int, float),
-    "source_bytes": int,
-    "parent": (str, type(None)),
-    "parent_turn": (int, type(None)),
-    "warnings": str,
-    "window": (str, type(None)),
-    "asked_fps": (int, float, type(None)),
-    "alpha": (str, type(None)),
-    "fit": (str, type(None)),
-    "size": (str, type(None)),
-    "key": (str, type(None)),
-    "digest": (str, type(None)),
-    "files": str,
+# of columns, by their table: what changes often, is found out at every start, or belongs to one
+# database
+_NOT_COPIED = {
+    "sessions": {"serial", "touched", "used", "is_deleting", "damage", "identity"},
+    "turns": {"session", "is_published", "damage"},
 }
-_TURN_COLUMNS = {
-    "number": int,
-    "job": (str, type(None)),
-    "request": str,
-    "report": str,
-    "created": (int, float),
-    "bytes": int,
-    "files": str,
-    "entry": (str, type(None)),
-}
-# columns that hold JSON
-_TEXTS = {"request", "report", "files", "entry", "warnings"}
+_KINDS = {"TEXT": (str,), "INTEGER": (int,), "REAL": (int, float)}
+
+
+@functools.cache
+def _columns(table: str) -> dict[str, tuple[type, ...]]:
+    """The columns that are copied, and what each may hold, as the schema has them."""
+    with closing(sqlite3.connect(":memory:")) as db:
+        create(db)
+        rows = db.execute(f"PRAGMA table_info({table})").fetchall()
+    return {
+        name: _KINDS[kind] + (() if is_needed else (type(None),))
+        for _, name, kind, is_needed, *_ in rows
+        if name not in _NOT_COPIED[table]
+    }
 
 
 @dataclass(frozen=True)
@@ -95,7 +78,7 @@ def _mended(folder: Path, rows: Rows) -> list[tuple[int | None, dict[str, Any]]]
     found: list[tuple[int | None, dict[str, Any]]] = []
     for number, row in [(None, rows.session), *rows.turns.items()]:
         try:
-            _checked(row, _SESSION_COLUMNS if number is None else _TURN_COLUMNS)
+            _checked(row, "sessions" if number is None else "turns")
             continue
         except (LookupError, TypeError, ValueError, RecursionError) as error:
             what = "the session" if number is None else f"turn {number}"
@@ -142,18 +125,18 @@ def rows_of(db: sqlite3.Connection, session_id: str, *, number: int | None = Non
     found = db.execute("SELECT * FROM sessions WHERE id = ?", (session_id,)).fetchone()
     if found is None:
         return None
-    session = _without(dict(found), _NOT_OF_SESSIONS)
+    session = _without(dict(found), _NOT_COPIED["sessions"])
     where = "session = ?" if number is None else f"session = ? AND number = {int(number)}"
     turns = {}
     for row in db.execute(f"SELECT * FROM turns WHERE {where}", (session_id,)):
-        turns[row["number"]] = _without(dict(row), _NOT_OF_TURNS)
+        turns[row["number"]] = _without(dict(row), _NOT_COPIED["turns"])
     return Rows(scalar(db, "SELECT max(id) FROM store"), session, turns)
 
 
 def write_turn(folder: Path, turn: TurnRecord) -> None:
     """Copy a row that is about to be written."""
-    row = turn_values(turn)
-    _write(folder, {_turn_name(turn.number): {"row": _without(row, _NOT_OF_TURNS)}})
+    row = columns(turn, without=_NOT_COPIED["turns"])
+    _write(folder, {_turn_name(turn.number): {"row": row}})
 
 
 def write_rows(folder: Path, rows: Rows) -> None:
@@ -192,7 +175,7 @@ def read_rows(folder: Path) -> Rows:
     with reading(folder):
         # copies of before there was a choice have none
         row = dict.fromkeys(("window", "asked_fps", "alpha", "fit", "size")) | value["row"]
-        session = _checked(row, _SESSION_COLUMNS)
+        session = _checked(row, "sessions")
         identity = text(stored_identity(folder))
         rows = Rows(str(value["store"]), session | {"identity": identity})
     copied = {
@@ -222,7 +205,7 @@ def copied_turn(folder: Path, number: int) -> dict[str, Any] | None:
         value = _read_json(folder / FOLDER / _turn_name(number))
         if value is not None:
             with reading(folder):
-                row = _checked(value["row"], _TURN_COLUMNS)
+                row = _checked(value["row"], "turns")
                 if row["number"] == number:
                     return row
     except StorageError as error:
@@ -312,16 +295,17 @@ def _request(report: dict[str, Any]) -> dict[str, Any]:
     return request | ({"memory": memory["mode"]} if memory else {})
 
 
-def _checked(row: Any, columns: dict[str, Any]) -> dict[str, Any]:
+def _checked(row: Any, table: str) -> dict[str, Any]:
     """A row whose columns are those there should be."""
-    if set(row) != set(columns):
-        raise ValueError(f"columns {sorted(row)}, expected {sorted(columns)}")
-    for name, kind in columns.items():
+    kinds = _columns(table)
+    if set(row) != set(kinds):
+        raise ValueError(f"columns {sorted(row)}, expected {sorted(kinds)}")
+    for name, kind in kinds.items():
         if not isinstance(row[name], kind):
             raise TypeError(f"{name} is {shown(row[name])}")
-    for name in _TEXTS & set(row):
+    for name in JSON.keys() & set(row):
         value: Any = None if row[name] is None else json.loads(row[name])
-        if row[name] is not None and not isinstance(value, list if name == "warnings" else dict):
+        if row[name] is not None and not isinstance(value, JSON[name]):
             raise TypeError(f"{name} is {shown(row[name])}")
         if name == "files" and not all(map(is_promise, value.values())):
             raise TypeError(f"files are {shown(row[name])}")

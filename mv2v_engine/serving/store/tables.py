@@ -9,7 +9,10 @@ from __future__ import annotations
 import json
 import logging
 import sqlite3
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Set
+from contextlib import suppress
+from dataclasses import fields
+from types import MappingProxyType
 from typing import Any, TypeVar
 
 from mv2v_engine.serving.errors import ApiError
@@ -17,7 +20,6 @@ from mv2v_engine.serving.store.digests import num_bytes
 from mv2v_engine.serving.store.records import Page, SessionRecord, TurnRecord
 
 Record = TypeVar("Record")
-Parsed = TypeVar("Parsed")
 log = logging.getLogger("mv2v_engine.serving")
 
 _SESSION = """
@@ -29,28 +31,13 @@ _SESSION = """
 """
 # of a turn, to a branch
 _COPIED = "number, request, report, created, bytes, is_published, files, entry, damage"
-_SESSION_FIELDS = (
-    "id",
-    "owner",
-    "kind",
-    "name",
-    "checkpoint",
-    "frames",
-    "width",
-    "height",
-    "fps",
-    "created",
-    "touched",
-    "bytes",
-    "num_turns",
-    "parent",
-    "parent_turn",
-    "window",
-    "asked_fps",
-    "alpha",
-    "fit",
-    "size",
+# columns that hold JSON, and of what
+JSON: Mapping[str, type[list[Any]] | type[dict[str, Any]]] = MappingProxyType(
+    {"warnings": list}
+    | dict.fromkeys(("request", "report", "files", "identity", "entry", "error", "progress"), dict)
 )
+# those of them that may hold nothing
+_OPTIONAL = frozenset({"identity", "entry", "error", "progress"})
 
 
 def no_session(session_id: str) -> ApiError:
@@ -67,12 +54,9 @@ def add_session(
 ) -> None:
     """Add a session whose folder is in place. most: sessions that an owner may have."""
     require_room(db, session.owner, most)
-    row = {name: getattr(session, name) for name in _SESSION_FIELDS}
-    del row["num_turns"]
-    row["source_bytes"] = row.pop("bytes")
-    row |= {"warnings": json.dumps(session.warnings), "key": key, "digest": digest}
-    row |= {"files": json.dumps(session.files), "identity": text(session.identity)}
-    insert(db, "sessions", row | {"used": clock(db)})
+    row = columns(session, without={"num_turns", "bytes", "damage"})
+    row |= {"source_bytes": session.bytes, "key": key, "digest": digest, "used": clock(db)}
+    insert(db, "sessions", row)
 
 
 def require_room(db: sqlite3.Connection, owner: str, most: int) -> None:
@@ -96,7 +80,7 @@ def session_of_key(
             "idempotency_conflict",
             f"Idempotency-Key {key!r} came with another video or name before; use a new key",
         )
-    return _session(row)
+    return record(SessionRecord, row)
 
 
 def find_session(db: sqlite3.Connection, owner: str, session_id: str) -> SessionRecord:
@@ -106,13 +90,13 @@ def find_session(db: sqlite3.Connection, owner: str, session_id: str) -> Session
     ).fetchone()
     if row is None:
         raise no_session(session_id)
-    return _session(row)
+    return record(SessionRecord, row)
 
 
 def session_by_id(db: sqlite3.Connection, session_id: str) -> SessionRecord | None:
     """Anybody's, and one that is being deleted too."""
     row = db.execute(f"{_SESSION} WHERE id = ?", (session_id,)).fetchone()
-    return None if row is None else _session(row)
+    return None if row is None else record(SessionRecord, row)
 
 
 def list_sessions(
@@ -125,7 +109,7 @@ def list_sessions(
         serial = scalar(db, "SELECT serial FROM sessions WHERE id = ?", after)
     where, values = "WHERE owner = ? AND NOT is_deleting", [owner]
     rows = listed(db, _SESSION, where, values, serial, limit, is_newest_first)
-    return Page(tuple(_session(row) for row in rows[:limit]), len(rows) > limit)
+    return Page(tuple(record(SessionRecord, row) for row in rows[:limit]), len(rows) > limit)
 
 
 def listed(
@@ -185,7 +169,7 @@ def session_ids(db: sqlite3.Connection) -> set[str]:
 def kept_sessions(db: sqlite3.Connection) -> list[SessionRecord]:
     """Anybody's, without those that are being deleted."""
     rows = db.execute(f"{_SESSION} WHERE NOT is_deleting ORDER BY serial")
-    return [_session(row) for row in rows]
+    return [record(SessionRecord, row) for row in rows]
 
 
 def set_identity(db: sqlite3.Connection, session_id: str, identity: dict[str, Any]) -> None:
@@ -222,7 +206,7 @@ def idle_sessions(db: sqlite3.Connection) -> list[tuple[SessionRecord, float]]:
         "WHERE j.session = s.id AND j.state IN ('queued', 'running')) "
         "ORDER BY used, touched, serial"
     )
-    return [(_session(row), now - row["used"]) for row in rows]
+    return [(record(SessionRecord, row), now - row["used"]) for row in rows]
 
 
 def total_bytes(db: sqlite3.Connection) -> int:
@@ -241,7 +225,7 @@ def add_turn(db: sqlite3.Connection, turn: TurnRecord, *, is_repeatable: bool) -
 
     is_repeatable: asked for again, it is the same turn (an edit is), whole again if it was damaged.
     """
-    row = turn_values(turn)
+    row = columns(turn, without={"damage"})
     again = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")
     rest = (
         f"ON CONFLICT (session, number) DO UPDATE SET {again}, damage = NULL "
@@ -250,26 +234,10 @@ def add_turn(db: sqlite3.Connection, turn: TurnRecord, *, is_repeatable: bool) -
     insert(db, "turns", row, rest if is_repeatable else "")
 
 
-def turn_values(turn: TurnRecord) -> dict[str, Any]:
-    """A turn's row, by its columns."""
-    return {
-        "session": turn.session,
-        "number": turn.number,
-        "job": turn.job,
-        "request": json.dumps(turn.request),
-        "report": json.dumps(turn.report),
-        "created": turn.created,
-        "bytes": turn.bytes,
-        "is_published": int(turn.is_published),
-        "files": json.dumps(turn.files),
-        "entry": text(turn.entry),
-    }
-
-
 def list_turns(db: sqlite3.Connection, session_id: str) -> tuple[TurnRecord, ...]:
     """In order."""
     rows = db.execute("SELECT * FROM turns WHERE session = ? ORDER BY number", (session_id,))
-    return tuple(_turn(row) for row in rows)
+    return tuple(record(TurnRecord, row) for row in rows)
 
 
 def find_turn(db: sqlite3.Connection, session_id: str, number: int) -> TurnRecord:
@@ -279,7 +247,7 @@ def find_turn(db: sqlite3.Connection, session_id: str, number: int) -> TurnRecor
     ).fetchone()
     if row is None:
         raise ApiError("not_found", f"session {session_id} has no turn {number}")
-    return _turn(row)
+    return record(TurnRecord, row)
 
 
 def copy_turns(db: sqlite3.Connection, parent: str, session_id: str, number: int) -> None:
@@ -325,41 +293,36 @@ def text(value: Any | None) -> str | None:
     return None if value is None else json.dumps(value)
 
 
-def parsed(row: sqlite3.Row, column: str, kind: type[Parsed]) -> Parsed | None:
-    """What a column of JSON holds; None if it is empty, or damaged, which a start mends."""
-    if row[column] is None:
-        return None
-    try:
-        value = json.loads(row[column])
-    except (TypeError, ValueError, RecursionError):
-        value = None
-    if isinstance(value, kind):
-        return value
-    log.error("%s of a row is damaged: no JSON of a %s", column, kind.__name__)
-    return None
+def columns(kept: Any, *, without: Set[str] = frozenset()) -> dict[str, Any]:
+    """A record's fields as a row has them."""
+    row = {field.name: getattr(kept, field.name) for field in fields(kept)}
+    return {
+        name: text(value) if name in JSON else value
+        for name, value in row.items()
+        if name not in without
+    }
 
 
-def _session(row: sqlite3.Row) -> SessionRecord:
-    fields = {name: row[name] for name in (*_SESSION_FIELDS, "damage")}
-    return SessionRecord(
-        **fields,
-        warnings=tuple(parsed(row, "warnings", list) or ()),
-        files=parsed(row, "files", dict) or {},
-        identity=parsed(row, "identity", dict),
-    )
+def record(kind: type[Record], row: sqlite3.Row) -> Record:
+    """The record of a row; where a column of JSON is damaged, which a start mends, with nothing."""
+    values: dict[str, Any] = {}
+    for field in fields(kind):  # type: ignore[arg-type]
+        value = row[field.name]
+        if field.name in JSON:
+            value = _parsed(row, field.name)
+        elif field.name.startswith("is_"):
+            value = bool(value)
+        values[field.name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
 
 
-def _turn(row: sqlite3.Row) -> TurnRecord:
-    return TurnRecord(
-        session=row["session"],
-        number=row["number"],
-        job=row["job"],
-        request=parsed(row, "request", dict) or {},
-        report=parsed(row, "report", dict) or {},
-        created=row["created"],
-        bytes=row["bytes"],
-        is_published=bool(row["is_published"]),
-        files=parsed(row, "files", dict) or {},
-        entry=parsed(row, "entry", dict),
-        damage=row["damage"],
-    )
+def _parsed(row: sqlite3.Row, column: str) -> Any:
+    """What a column of JSON holds."""
+    kind, value = JSON[column], None
+    if row[column] is not None:
+        with suppress(TypeError, ValueError, RecursionError):
+            value = json.loads(row[column])
+        if isinstance(value, kind):
+            return value
+        log.error("%s of a row is damaged: no JSON of a %s", column, kind.__name__)
+    return None if column in _OPTIONAL else kind()
