@@ -11,6 +11,7 @@ from mv2v_engine.serving.http.schemas import (
     JOB_ID,
     SESSION_ID,
     JobError,
+    ListingPart,
     SourceChoices,
     TurnRequest,
     example,
@@ -112,9 +113,5 @@ class DeletedVideo(BaseModel):
     deleted: Literal[True] = True
 
 
-class Videos(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Video]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class Videos(ListingPart[Video]):
+    pass

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, Generic, Literal, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -23,6 +23,7 @@ from mv2v_engine.serving.store.records import Choices
 from mv2v_engine.serving.store.records import Kind as SessionKind
 from mv2v_engine.video.scan import MAX_FPS, MIN_FPS
 
+Item = TypeVar("Item")
 SESSION_ID, JOB_ID = "session_0123456789abcdef01234567", "job_89abcdef0123456789abcdef"
 CREATED = 1_790_000_000.25
 _REQUEST: dict[str, Any] = {"camera": "arc:-40", "seed": 7}
@@ -404,31 +405,39 @@ class Model(BaseModel):
     engine: dict[str, Any]
 
 
-class Sessions(BaseModel):
+class Listing(BaseModel, Generic[Item]):
     object: Literal["list"] = "list"
-    data: list[Session]
+    data: list[Item]
+
+
+class ListingPart(Listing[Item], Generic[Item]):
+    """Items with an id each, and whether there are more behind them."""
+
     first_id: str | None
     last_id: str | None
     has_more: bool
 
+    @classmethod
+    def of(cls, data: Sequence[Any], *, has_more: bool) -> Any:
+        """Part of a list that goes on behind it, or does not."""
+        first, last = (data[0].id, data[-1].id) if data else (None, None)
+        return cls(data=[*data], first_id=first, last_id=last, has_more=has_more)
 
-class Turns(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Turn]
+
+class Sessions(ListingPart[Session]):
+    pass
+
+
+class Turns(Listing[Turn]):
     has_more: Literal[False] = False
 
 
-class Jobs(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Job]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class Jobs(ListingPart[Job]):
+    pass
 
 
-class Models(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[Model]
+class Models(Listing[Model]):
+    pass
 
 
 class Health(BaseModel):

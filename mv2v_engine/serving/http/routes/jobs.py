@@ -6,7 +6,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager
-from typing import Annotated
+from typing import Annotated, Any
 
 from fastapi import APIRouter, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -21,7 +21,6 @@ from mv2v_engine.serving.http.routes.parameters import (
     Owner,
     Serving,
 )
-from mv2v_engine.serving.http.routes.turns import job_of
 from mv2v_engine.serving.http.schemas import SESSION_ID, Answers, Job, Jobs, refusals
 from mv2v_engine.serving.store.records import JobEvent
 
@@ -77,24 +76,19 @@ async def list_jobs(
     limit: Limit = 20,
     after: AfterJob = None,
     order: Order = "desc",
-) -> Jobs:
+) -> Any:
     """Jobs by creation."""
     page = await service.jobs(
         owner, session=session, limit=limit, after=after, is_newest_first=order == "desc"
     )
-    data = [job_of(record) for record in page.items]
-    return Jobs(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=page.has_more,
-    )
+    data = [Job.model_validate(record) for record in page.items]
+    return Jobs.of(data, has_more=page.has_more)
 
 
 @router.get("/{job_id}", response_model=Job, responses=refusals(*ANY, "not_found"))
 async def get_job(service: Serving, owner: Owner, job_id: JobId) -> Job:
     """A job's state, its place in the queue or its last event."""
-    return job_of(await service.job(owner, job_id))
+    return Job.model_validate(await service.job(owner, job_id))
 
 
 _CANCEL = refusals(*ANY, "wrong_origin", "not_found")
@@ -104,7 +98,7 @@ _CANCEL = refusals(*ANY, "wrong_origin", "not_found")
 @router.delete("/{job_id}", response_model=Job, responses=_CANCEL, name="delete_job")
 async def cancel_job(service: Serving, owner: Owner, job_id: JobId) -> Job:
     """End a job that waits at once, one that runs at its next step."""
-    return job_of(await service.cancel(owner, job_id))
+    return Job.model_validate(await service.cancel(owner, job_id))
 
 
 @router.get(

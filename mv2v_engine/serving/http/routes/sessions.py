@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from fastapi import APIRouter, Request, Response, status
@@ -34,7 +35,6 @@ from mv2v_engine.serving.http.schemas import (
     refusals,
 )
 from mv2v_engine.serving.http.uploads import received_form
-from mv2v_engine.serving.store.records import SessionRecord
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 # what an uploaded video may be refused for
@@ -80,10 +80,6 @@ _FORM: dict[str, Any] = {
         },
     }
 }
-
-
-def session_of(record: SessionRecord) -> Session:
-    return Session.model_validate(record)
 
 
 def clean_name(name: str) -> str:
@@ -136,7 +132,7 @@ async def create_session(
             )
         record = await service.create_session(owner, video, name, key=key, choices=choices)
     response.headers["Location"] = f"/v1/sessions/{record.id}"
-    return session_of(record)
+    return Session.model_validate(record)
 
 
 @router.get("", response_model=Sessions, responses=refusals(*ANY, "not_found"))
@@ -146,16 +142,11 @@ async def list_sessions(
     limit: Limit = 20,
     after: AfterSession = None,
     order: Order = "desc",
-) -> Sessions:
+) -> Any:
     """Sessions by creation."""
     page = await service.sessions(owner, limit=limit, after=after, is_newest_first=order == "desc")
-    data = [session_of(record) for record in page.items]
-    return Sessions(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=page.has_more,
-    )
+    data = [Session.model_validate(record) for record in page.items]
+    return Sessions.of(data, has_more=page.has_more)
 
 
 @router.get(
@@ -167,12 +158,7 @@ async def get_session(service: Serving, owner: Owner, session_id: SessionId) -> 
         service.session(owner, session_id), service.footprint(owner, session_id)
     )
     return SessionWithFootprint(
-        **session_of(record).model_dump(),
-        footprint=Footprint(
-            disk_bytes=footprint.disk_bytes,
-            memory_bytes=footprint.memory_bytes,
-            next_turn_tokens=footprint.next_turn_tokens,
-        ),
+        **Session.model_validate(record).model_dump(), footprint=Footprint(**asdict(footprint))
     )
 
 
@@ -202,7 +188,7 @@ async def branch_session(
     """A new session of the same video that has its turns up to this one."""
     record = await service.branch(owner, session_id, body.turn)
     response.headers["Location"] = f"/v1/sessions/{record.id}"
-    return session_of(record)
+    return Session.model_validate(record)
 
 
 @router.get(

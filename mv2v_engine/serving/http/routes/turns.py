@@ -15,21 +15,13 @@ from mv2v_engine.serving.http.routes.parameters import (
     TurnNumber,
 )
 from mv2v_engine.serving.http.schemas import Answers, Job, Turn, TurnRequest, Turns, refusals
-from mv2v_engine.serving.store.records import JobRecord, TurnRecord
+from mv2v_engine.serving.store.records import TurnFile
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/turns", tags=["turns"])
 # what a turn may be refused for
 SUBMIT = ("unprocessable_turn", "queue_full", "idempotency_conflict", "not_found", "damaged")
 
 _KNOWN: Answers = {200: {"model": Job, "description": "the job that this key has already made"}}
-
-
-def job_of(record: JobRecord) -> Job:
-    return Job.model_validate(record)
-
-
-def turn_of(record: TurnRecord) -> Turn:
-    return Turn.model_validate(record)
 
 
 @router.post(
@@ -51,14 +43,14 @@ async def submit_turn(
     if not is_new:
         response.status_code = status.HTTP_200_OK
     response.headers["Location"] = f"/v1/jobs/{record.id}"
-    return job_of(record)
+    return Job.model_validate(record)
 
 
 @router.get("", response_model=Turns, responses=refusals(*ANY, "not_found"))
 async def list_turns(service: Serving, owner: Owner, session_id: SessionId) -> Turns:
     """The finished turns of a session, in order."""
     records = await service.turns(owner, session_id)
-    return Turns(data=[turn_of(record) for record in records])
+    return Turns(data=[Turn.model_validate(record) for record in records])
 
 
 @router.get("/{number}", response_model=Turn, responses=refusals(*ANY, "not_found"))
@@ -66,37 +58,29 @@ async def get_turn(
     service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
 ) -> Turn:
     """A turn and its report: what was remembered, tokens, seconds, bytes."""
-    return turn_of(await service.turn(owner, session_id, number))
+    return Turn.model_validate(await service.turn(owner, session_id, number))
 
 
-_FILE = refusals(*ANY, *FILE_ERRORS, "not_finished")
+def _add_file(which: TurnFile, suffix: str, media_type: str, words: str) -> None:
+    """The route of one of a turn's files."""
+
+    async def answer(
+        request: Request, service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
+    ) -> Response:
+        path = await service.turn_file(owner, session_id, number, which)
+        name = f"{session_id}_turn_{number:04d}.{suffix}"
+        return await answer_file(request, path, name=name, media_type=media_type)
+
+    router.add_api_route(
+        f"/{{number}}/{which}",
+        answer,
+        name=f"get_turn_{which}",
+        description=words,
+        response_class=Response,
+        responses=file_answers(media_type) | refusals(*ANY, *FILE_ERRORS, "not_finished"),
+        openapi_extra=WITH_RANGE,
+    )
 
 
-@router.get(
-    "/{number}/video",
-    response_class=Response,
-    responses=file_answers("video/mp4") | _FILE,
-    openapi_extra=WITH_RANGE,
-)
-async def get_turn_video(
-    request: Request, service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
-) -> Response:
-    """A turn's video."""
-    path = await service.turn_file(owner, session_id, number, "video")
-    name = f"{session_id}_turn_{number:04d}.mp4"
-    return await answer_file(request, path, name=name, media_type="video/mp4")
-
-
-@router.get(
-    "/{number}/thumbnail",
-    response_class=Response,
-    responses=file_answers("image/jpeg") | _FILE,
-    openapi_extra=WITH_RANGE,
-)
-async def get_turn_thumbnail(
-    request: Request, service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
-) -> Response:
-    """A picture of a turn."""
-    path = await service.turn_file(owner, session_id, number, "thumbnail")
-    name = f"{session_id}_turn_{number:04d}.jpg"
-    return await answer_file(request, path, name=name, media_type="image/jpeg")
+_add_file("video", "mp4", "video/mp4", "A turn's video.")
+_add_file("thumbnail", "jpg", "image/jpeg", "A picture of a turn.")

@@ -255,7 +255,7 @@ async def list_videos(
     limit: Limit = 20,
     after: AfterJob = None,
     order: Order = "desc",
-) -> Videos:
+) -> Any:
     """Videos by creation."""
     about = service.require_about()
     page = await service.jobs(owner, limit=limit, after=after, is_newest_first=order == "desc")
@@ -269,12 +269,7 @@ async def list_videos(
             continue  # deleted meanwhile
         said = await _said(service, owner, job)
         data.append(_video(request, job, sessions[job.session], about, said))
-    return Videos(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=page.has_more,
-    )
+    return Videos.of(data, has_more=page.has_more)
 
 
 @router.get("/{video_id}", response_model=Video, responses=refusals(*ANY, "not_found"))
