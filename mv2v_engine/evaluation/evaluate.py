@@ -7,7 +7,6 @@ scenes/scene_2000000.json ...     one file a finished scene, what an evaluation 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
 from statistics import median
 from typing import Any
 
@@ -16,16 +15,10 @@ from mv2v_engine.engine.engine import Engine
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.evaluation import figures
 from mv2v_engine.evaluation.cost import forward_costs
-from mv2v_engine.evaluation.folder import (
-    EvaluationFolder,
-    EvaluationKind,
-    assembled,
-    measure_missing,
-    weights_settings,
-)
-from mv2v_engine.evaluation.parallel import Measures, Processes
+from mv2v_engine.evaluation.folder import EvaluationFolder, EvaluationKind, measure_missing
+from mv2v_engine.evaluation.parallel import Processes
 from mv2v_engine.evaluation.perceptual import load_perceptual_distance
-from mv2v_engine.evaluation.protocol import Protocol
+from mv2v_engine.evaluation.protocol import SIDE_BY_SIDE, Protocol
 from mv2v_engine.evaluation.report import markdown, summarise
 from mv2v_engine.evaluation.scene import SceneEvaluator
 
@@ -33,33 +26,11 @@ VIEWS = EvaluationKind(
     format="mv2v-evaluation",
     version=2,
     item="scene",
-    pictures=(figures.SIDE_BY_SIDE, figures.CONSISTENCY, figures.COST),
+    pictures=(SIDE_BY_SIDE, figures.CONSISTENCY, figures.COST),
+    evaluator=SceneEvaluator,
+    draw=figures.save_side_by_side,
 )
 _MEMORY_COUNTS = range(0, 11)
-
-
-@dataclass
-class SceneJob:
-    """Measure a scene and write its file, and the picture if it is the protocol's first."""
-
-    protocol: Protocol
-    folder: EvaluationFolder
-    settings: dict[str, Any]
-    # each process has its own: engines and the network that measures are made once
-    _evaluator: SceneEvaluator | None = field(default=None, init=False)
-
-    def __call__(self, engine: Engine, seed: int) -> Measures:
-        if self._evaluator is None:
-            self._evaluator = SceneEvaluator(engine, self.protocol)
-        evaluator = self._evaluator
-
-        def measure() -> Measures:
-            scene = evaluator.measure(seed)
-            if seed == self.protocol.first_scene:
-                figures.save_side_by_side(self.folder.folder / figures.SIDE_BY_SIDE, scene)
-            return scene.measures
-
-        return self.folder.measured(seed, self.settings, measure)
 
 
 def evaluate(
@@ -89,24 +60,17 @@ def evaluate(
             f"{engine.checkpoint.name} takes no camera; this evaluates novel views of several turns"
         )
     figures.require_matplotlib()
-    settings = _settings(engine, protocol)
     measured = measure_missing(
         engine,
         folder,
-        protocol.seeds,
-        settings,
-        SceneJob(protocol, folder, settings),
-        drawn={protocol.first_scene: figures.SIDE_BY_SIDE},
+        protocol,
         processes=processes,
         is_quiet=is_quiet,
+        # scenes with and without it make no mean
+        st_lpips=load_perceptual_distance() is not None,
     )
     costs = _costs(engine)
-    results = assembled(
-        engine,
-        folder,
-        settings,
-        measured,
-        processes,
+    results = measured.results(
         **summarise(measured.items, protocol),
         cost=costs,
         merging_saves={plan: _merging_saves(rows) for plan, rows in costs.items()},
@@ -116,21 +80,6 @@ def evaluate(
     figures.save_consistency(folder.folder / figures.CONSISTENCY, results)
     figures.save_cost(folder.folder / figures.COST, results)
     return results
-
-
-def _settings(engine: Engine, protocol: Protocol) -> dict[str, Any]:
-    """What a resumed evaluation must agree on; the number of scenes may grow."""
-    settings = asdict(protocol)
-    del settings["scenes"]
-    rows = [row.name for row in protocol.chosen_rows]
-    # scenes with and without it make no mean
-    has_st_lpips = load_perceptual_distance() is not None
-    return {
-        **settings,
-        **weights_settings(engine, protocol.steps),
-        "rows": rows,
-        "st_lpips": has_st_lpips,
-    }
 
 
 def _costs(engine: Engine) -> dict[str, list[dict[str, Any]]]:

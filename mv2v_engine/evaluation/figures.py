@@ -12,7 +12,7 @@ from mv2v_engine.evaluation.protocol import ROWS
 from mv2v_engine.evaluation.scene import SceneResult
 from mv2v_engine.files import replacing
 
-SIDE_BY_SIDE, CONSISTENCY, COST = "side_by_side.png", "consistency.png", "cost.png"
+CONSISTENCY, COST = "consistency.png", "cost.png"
 _LABELS = {
     "source": "the source",
     "truth": "true view",

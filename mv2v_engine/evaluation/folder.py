@@ -9,10 +9,10 @@ import contextlib
 import json
 import platform
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 from tqdm import tqdm
@@ -20,9 +20,13 @@ from tqdm import tqdm
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.errors import StorageError
-from mv2v_engine.evaluation.parallel import MeasureFn, Measures, Processes, measure_all
+from mv2v_engine.evaluation.edit_protocol import EditProtocol
+from mv2v_engine.evaluation.parallel import Measures, Processes, measure_all
+from mv2v_engine.evaluation.protocol import Protocol
 from mv2v_engine.files import replacing, save_json
 from mv2v_engine.vae import weights_fingerprint
+
+AnyProtocol: TypeAlias = Protocol | EditProtocol
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -30,13 +34,16 @@ class EvaluationKind:
     """What tells one task's evaluations from another's.
 
     format, version: of its files. item: what is measured one by one, as a word. pictures: all that
-    may lie in the folder, by name.
+    may lie in the folder, by name. evaluator: of an engine and a protocol, whose `measure(seed)`
+    gives a result with `measures`. draw: a result into a file.
     """
 
     format: str
     version: int
     item: str
     pictures: tuple[str, ...]
+    evaluator: Callable[[Engine, Any], Any]
+    draw: Callable[[Path, Any], None]
 
 
 class EvaluationFolder:
@@ -105,17 +112,15 @@ class EvaluationFolder:
                 )
         return {**measures, "seconds": seconds}
 
-    def measured(
-        self, seed: int, settings: dict[str, Any], measure: Callable[[], Measures]
+    def save(
+        self, seed: int, settings: dict[str, Any], measures: Measures, seconds: float
     ) -> Measures:
-        """Measure an item and write its file."""
-        began = time.monotonic()
-        measures = measure()
-        seconds = round(time.monotonic() - began, 3)
+        """Write an item's file; what it holds of the item."""
         kind = {"format": self.kind.format, "version": self.kind.version}
-        content = {**kind, "settings": settings, "seconds": seconds, "measures": measures}
+        timed = {"seconds": round(seconds, 3)}
+        content = {**kind, "settings": settings, **timed, "measures": measures}
         save_json(self._item_path(seed), content)
-        return {**measures, "seconds": seconds}
+        return measures | timed
 
     def publish(self, results: dict[str, Any], table: str) -> None:
         """Write the results and the table."""
@@ -130,43 +135,69 @@ class EvaluationFolder:
         return sorted(self.items.glob(f"{self.kind.item}_*.json"))
 
 
+@dataclass
+class Job:
+    """Measure an item and write its file, and its picture if the protocol has one drawn."""
+
+    protocol: AnyProtocol
+    folder: EvaluationFolder
+    settings: dict[str, Any]
+    # each process has its own: engines and networks that measure are made once
+    _evaluator: Any = field(default=None, init=False)
+
+    def __call__(self, engine: Engine, seed: int) -> Measures:
+        kind = self.folder.kind
+        self._evaluator = self._evaluator or kind.evaluator(engine, self.protocol)
+        began = time.monotonic()
+        result = self._evaluator.measure(seed)
+        if seed in self.protocol.drawn:
+            kind.draw(self.folder.folder / self.protocol.drawn[seed], result)
+        return self.folder.save(seed, self.settings, result.measures, time.monotonic() - began)
+
+
 @dataclass(frozen=True)
 class Measured:
-    """Every item's measures, in order; of this run alone, how many were missing and its seconds."""
+    """What is measured of a protocol.
+
+    items: every item's measures, in order. about: what `results.json` holds of how.
+    """
 
     items: list[Measures]
-    missing: int
-    seconds: float
+    kind: EvaluationKind
+    about: dict[str, Any]
+
+    def results(self, **content: Any) -> dict[str, Any]:
+        """What `results.json` holds. content: the task's."""
+        kind = {"format": self.kind.format, "version": self.kind.version}
+        return {**kind, **content, **self.about}
 
 
 def measure_missing(
     engine: Engine,
     folder: EvaluationFolder,
-    seeds: Sequence[int],
-    settings: dict[str, Any],
-    job: MeasureFn,
+    protocol: AnyProtocol,
     *,
-    drawn: Mapping[int, str],
     processes: Processes | None,
     is_quiet: bool,
+    **more: Any,
 ) -> Measured:
-    """Measure the items that the folder lacks.
+    """Measure the items of a protocol that the folder lacks, or whose picture it lacks.
 
-    Args:
-        job: measures an item through `EvaluationFolder.measured`.
-        drawn: pictures that measuring an item draws; one that is not there is measured again.
+    more: what a resumed evaluation must agree on beside the protocol and the weights.
 
     Raises:
         StorageError: the folder holds something else, or cannot be written.
         MemoryBudgetError: one of the processes was killed.
     """
+    kind, seeds = folder.kind, protocol.seeds
+    settings = _settings(engine, protocol, f"{kind.item}s") | more
     stored = {seed: folder.finished(seed, settings) for seed in seeds}
-    for seed, picture in drawn.items():
+    for seed, picture in protocol.drawn.items():
         if not (folder.folder / picture).exists():
             stored[seed] = None
     missing = [seed for seed, measures in stored.items() if measures is None]
-    began = time.monotonic()
-    bar = tqdm(total=len(seeds), unit=folder.kind.item, disable=is_quiet)
+    began, job = time.monotonic(), Job(protocol, folder, settings)
+    bar = tqdm(total=len(seeds), unit=kind.item, disable=is_quiet)
     bar.update(len(seeds) - len(missing))
     with contextlib.closing(measure_all(engine, missing, job, processes)) as results:
         for seed, measures in zip(missing, results, strict=True):
@@ -174,14 +205,33 @@ def measure_missing(
             bar.update()
     bar.close()
     items = [measures for measures in stored.values() if measures is not None]
-    return Measured(items, len(missing), round(time.monotonic() - began, 1))
+    about = {
+        "settings": settings,
+        "engine": engine.describe(),
+        "machine": {
+            "cpu": platform.machine(),
+            "threads": torch.get_num_threads(),
+            "processes": processes.jobs if processes is not None else 1,
+        },
+        "seconds": round(sum(measures["seconds"] for measures in items), 1),
+        # this run alone, whose processes measured side by side what earlier ones had left
+        "this_run": {
+            f"{kind.item}s": len(missing),
+            "seconds": round(time.monotonic() - began, 1),
+        },
+    }
+    return Measured(items, kind, about)
 
 
-def weights_settings(engine: Engine, steps: int | None) -> dict[str, Any]:
-    """What every resumed evaluation must agree on, whatever it measures."""
+def _settings(engine: Engine, protocol: AnyProtocol, count: str) -> dict[str, Any]:
+    """What every resumed evaluation must agree on; the number of items may grow.
+
+    count: the protocol's field of that number.
+    """
     config, sampling = engine.config, engine.sampling
     return {
-        "steps": steps or sampling.num_inference_steps,
+        **{name: value for name, value in asdict(protocol).items() if name != count},
+        "steps": protocol.steps or sampling.num_inference_steps,
         "guidance_scale": sampling.guidance_scale,
         "scheduler": engine.scheduler,
         **({} if engine.timesteps == "exact" else {"timesteps": engine.timesteps}),
@@ -193,31 +243,5 @@ def weights_settings(engine: Engine, steps: int | None) -> dict[str, Any]:
         "dtype": engine.describe()["dtype"],
         # on other weights the memory rows show what an untrained memory does
         "trained_for_memory": default_memory(engine.checkpoint.report.initialised) != "none",
-    }
-
-
-def assembled(
-    engine: Engine,
-    folder: EvaluationFolder,
-    settings: dict[str, Any],
-    measured: Measured,
-    processes: Processes | None,
-    **content: Any,
-) -> dict[str, Any]:
-    """What `results.json` holds: the task's content, and what was measured how."""
-    item = f"{folder.kind.item}s"
-    return {
-        "format": folder.kind.format,
-        "version": folder.kind.version,
-        **content,
-        "settings": settings,
-        "engine": engine.describe(),
-        "machine": {
-            "cpu": platform.machine(),
-            "threads": torch.get_num_threads(),
-            "processes": processes.jobs if processes is not None else 1,
-        },
-        "seconds": round(sum(measures["seconds"] for measures in measured.items), 1),
-        # this run alone, whose processes measured side by side what earlier ones had left
-        "this_run": {item: measured.missing, "seconds": measured.seconds},
+        "rows": [row.name for row in protocol.chosen_rows],
     }

@@ -30,6 +30,7 @@ from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 
 FIRST_SCENE = HELD_OUT + 1_000_000  # apart from the worlds that the VAE is measured on
 NumTurns = Literal[3, 5, 9]
+SIDE_BY_SIDE = "side_by_side.png"
 
 # The extents are ReCamMaster's own, by family; those of pans and arcs turn with the scene's side.
 _MOVES = (
@@ -156,6 +157,11 @@ class Protocol:
     @property
     def seeds(self) -> range:
         return range(self.first_scene, self.first_scene + self.scenes)
+
+    @property
+    def drawn(self) -> dict[int, str]:
+        """The first scene, and the picture that shows it."""
+        return {self.first_scene: SIDE_BY_SIDE}
 
     @property
     def before(self) -> tuple[str, ...]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from operator import methodcaller
 from statistics import median
 from typing import Any
 
@@ -178,33 +179,16 @@ def _row(row: _Row, quality: Sequence[str], *, has_cost: bool) -> dict[str, Any]
 
 
 def _of(measure: str) -> Callable[[_Row], Values]:
-    return lambda row: row.turns(measure)
+    return methodcaller("turns", measure)
 
 
-def _three_turns(row: _Row) -> Values:
-    return row.pairs(_MAIN_PAIRS)
-
-
-def _closure(row: _Row) -> Values:
-    return row.pairs(_CLOSURE)
-
-
-def _replay(row: _Row) -> Values:
-    return row.pairs([pair_name("1", REPLAY)])
-
-
-def _return(row: _Row) -> Values:
-    return row.pairs([pair_name("1", RETURN)])
-
-
-def _detour(row: _Row) -> Values:
-    return row.last_turns(DETOUR)
-
-
-def _choice(row: _Row) -> Values:
-    """Where a few of eight videos are chosen."""
-    return row.last_turns("9", DETOUR)
-
+_three_turns = methodcaller("pairs", _MAIN_PAIRS)
+_closure = methodcaller("pairs", _CLOSURE)
+_replay = methodcaller("pairs", [pair_name("1", REPLAY)])
+_return = methodcaller("pairs", [pair_name("1", RETURN)])
+_detour = methodcaller("last_turns", DETOUR)
+# where a few of eight videos are chosen
+_choice = methodcaller("last_turns", "9", DETOUR)
 
 _BRANCHES = {
     "loop closure": _closure,
@@ -257,11 +241,10 @@ def targets(scenes: Scenes, protocol: Protocol) -> dict[str, Any]:
     """
     rows = {row.name for row in protocol.chosen_rows}
 
-    def values(target: Target, name: str) -> Values | None:
-        is_measured = name in rows
-        return target.values(_Row(scenes, "rows", name)) if is_measured else None
-
-    return compared(_TARGETS, values)
+    return compared(
+        _TARGETS,
+        lambda target, name: target.values(_Row(scenes, "rows", name)) if name in rows else None,
+    )
 
 
 def _responsiveness(scenes: Scenes) -> dict[str, Any]:
