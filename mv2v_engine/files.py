@@ -204,10 +204,16 @@ def file_digest(path: Path) -> str:
         OSError: it cannot be read.
     """
     digest = hashlib.sha256()
+    for chunk in chunks_of(path):
+        digest.update(chunk)
+    return digest.hexdigest()
+
+
+def chunks_of(path: Path) -> Iterator[bytes]:
+    """A file's bytes, piece by piece. Raises OSError."""
     with path.open("rb") as file:
         while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
+            yield chunk
 
 
 def save_json(path: Path, value: Any) -> None:

@@ -13,6 +13,7 @@ from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeAlias
 
@@ -25,14 +26,13 @@ from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relativ
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.errors import RequestError, VideoError
+from mv2v_engine.files import chunks_of
 from mv2v_engine.video.io import VideoReader, open_video
 from mv2v_engine.video.scan import Check, check_fps, rate_notes
 from mv2v_engine.video.sound import Sound
 from mv2v_engine.video.stills import frames_of_images
 from mv2v_engine.video.transforms import WINDOWS, cover_and_crop, crop_report, select_window
 from mv2v_engine.video.windows import EditWindow
-
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True, eq=False)
@@ -107,17 +107,9 @@ def load_source(
     Raises:
         VideoError: the file or the frames cannot be used as asked.
     """
-    if fps is not None:
-        check_fps("fps", fps)
+    how: dict[str, Any] = {"fps": fps, "own_fps": own_fps, "max_pixels": max_pixels}
     window = window_name(window)
-    video, notes = opened_source(
-        source,
-        at_least=2,
-        max_pixels=max_pixels,
-        check=check,
-        alpha=alpha,
-        image_fps=fps or own_fps,
-    )
+    video, notes = opened_source(source, at_least=2, check=check, alpha=alpha, **how)
     if isinstance(video, VideoReader):
         reader, info, name = video, video.info, video.path.name
         if info.num_frames < 2:
@@ -146,10 +138,11 @@ def opened_source(
     source: AnySource,
     *,
     at_least: int,
+    fps: float | None,
+    own_fps: float,
     max_pixels: int,
     check: Check | None,
     alpha: Alpha,
-    image_fps: float,
 ) -> tuple[VideoReader | Tensor, tuple[str, ...]]:
     """A reader of what has to be decoded, else frames uint8 [T, height, width, 3].
 
@@ -158,11 +151,14 @@ def opened_source(
     Args:
         source: a video file by its path, its bytes or as an open file; a folder of images or their
             pattern; a list of Pillow's images or of arrays; or frames uint8.
-        at_least: frames that there must be in memory. image_fps: of images in files.
+        at_least: frames that there must be in memory. fps: of the result. own_fps: of what has
+            none.
 
     Raises:
         VideoError: it is none of these, or cannot be used.
     """
+    if fps is not None:
+        check_fps("fps", fps)
     if isinstance(source, list | tuple):
         images = frames_of_images(source, alpha)
         if images is None:
@@ -174,7 +170,7 @@ def opened_source(
     options: dict[str, Any] = {"max_pixels": max_pixels, "check": check, "alpha": alpha}
     if not isinstance(given, bytes | bytearray | memoryview) and not hasattr(given, "read"):
         given = arguments.path("source", source, SOURCES, kind=VideoError)
-    reader = open_video(given, image_fps=image_fps, **options)
+    reader = open_video(given, image_fps=fps or own_fps, **options)
     return reader, reader.notes
 
 
@@ -343,10 +339,8 @@ class LongSource:
         digest = hashlib.sha256(b"" if self.fit == "crop" else self.fit.encode())
         if isinstance(self._video, VideoReader):
             digest.update("".join(self._video.notes).encode())
-            for path in self._video.files:
-                with path.open("rb") as file:
-                    while block := file.read(_BLOCK):
-                        digest.update(block)
+            for block in chain.from_iterable(map(chunks_of, self._video.files)):
+                digest.update(block)
         else:
             digest.update(str(list(self._video.shape)).encode())
             for frame in self._video:
@@ -396,16 +390,8 @@ def open_long_source(
     Raises:
         VideoError: the file or the frames cannot be used as asked.
     """
-    if fps is not None:
-        check_fps("fps", fps)
-    video, notes = opened_source(
-        source,
-        at_least=1,
-        max_pixels=max_pixels,
-        check=check,
-        alpha=alpha,
-        image_fps=fps or own_fps,
-    )
+    how: dict[str, Any] = {"fps": fps, "own_fps": own_fps, "max_pixels": max_pixels}
+    video, notes = opened_source(source, at_least=1, check=check, alpha=alpha, **how)
     if isinstance(video, VideoReader):
         return LongSource(
             video, fps=fps or video.info.fps, size=size, name=video.path.name, fit=fit

@@ -22,7 +22,7 @@ from typing import Any, get_args
 from mv2v_engine.config import Alpha
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import VideoError
-from mv2v_engine.files import flush, make_folder, move, share_file
+from mv2v_engine.files import chunks_of, flush, make_folder, move, share_file
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.errors import ApiError, client_words, disk_errors
 from mv2v_engine.serving.store import jobs, tables
@@ -56,7 +56,6 @@ Probe = Callable[[str, Path, Limits, Alpha], Awaitable[ProbedVideo]]
 # of a picture; less is what rounding a size to the model's takes, and is in the report alone
 _MUCH_CROPPED = 0.01
 _MAX_NAME = 200
-_CHUNK = 1 << 20
 # of a session, what is nobody's business outside the service
 _INNER = ("owner", "files", "identity")
 
@@ -236,9 +235,8 @@ def _upload_digest(upload: Path, name: str, choices: Choices) -> str:
         if key != "window" and value is not None:
             said += f"\0{key}={value}"
     digest = hashlib.sha256(said.encode("utf-8", "surrogatepass") + b"\0")
-    with upload.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
+    for chunk in chunks_of(upload):
+        digest.update(chunk)
     return digest.hexdigest()
 
 

@@ -7,7 +7,6 @@ A file is read once and then believed as long as nothing has touched it.
 
 from __future__ import annotations
 
-import hashlib
 import re
 import threading
 from collections import OrderedDict
@@ -16,24 +15,15 @@ from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
 from mv2v_engine.errors import StorageError
+from mv2v_engine.files import file_digest
 
 Promises: TypeAlias = Mapping[str, Mapping[str, Any]]
 
-_CHUNK = 1 << 20
 _MAX_KNOWN = 100_000
 # what a row may name: nothing outside its session's folder
 _NAME = re.compile(
     r"source|turns/turn_\d+(\.safetensors|/window_\d+\.safetensors)|results/turn_\d+\.(mp4|jpg)"
 )
-
-
-def digest_of(path: Path) -> str:
-    """SHA-256 of a file's bytes. Raises OSError."""
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def promised(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
@@ -45,7 +35,7 @@ def promised(folder: Path, paths: Iterable[Path]) -> dict[str, dict[str, Any]]:
     found = {}
     for path in paths:
         try:
-            sha256 = digest_of(path)
+            sha256 = file_digest(path)
             found[path.relative_to(folder).as_posix()] = {
                 "bytes": path.stat().st_size,
                 "sha256": sha256,
@@ -108,7 +98,7 @@ class Verifier:
             known = self._known.get(str(path))
         if known is not None and known[0] == mark:
             return known[1]
-        found = digest_of(path)
+        found = file_digest(path)
         with self._lock:
             self.num_read += status.st_size
             self._known[str(path)] = (mark, found)
