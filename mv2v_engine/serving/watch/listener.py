@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import logging
 from types import TracebackType
 from typing import Any
 
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
-
-log = logging.getLogger("mv2v_engine.serving")
 
 
 class Listener:
@@ -39,11 +36,10 @@ class Listener:
         """The worker ended and is started again."""
 
 
-class Telling:
-    """A block in which one listener is told something: what it raises is logged, and ends there."""
+class Caught:
+    """A block whose error, whatever it is, ends there and is kept in `error`."""
 
-    def __init__(self, listener: Listener) -> None:
-        self.listener = listener
+    error: Exception | None = None
 
     def __enter__(self) -> None:
         pass
@@ -54,7 +50,5 @@ class Telling:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> bool:
-        if not isinstance(error, Exception):
-            return False
-        log.error("%s failed at what it was told", type(self.listener).__name__, exc_info=error)
-        return True
+        self.error = error if isinstance(error, Exception) else None
+        return self.error is not None

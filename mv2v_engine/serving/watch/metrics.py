@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -61,106 +62,74 @@ class Metrics(Listener):
 
         self.registry = registry = CollectorRegistry()
         ProcessCollector(namespace="mv2v", registry=registry)
-        Gauge("mv2v_queue_depth", "Turns that wait.", registry=registry).set_function(
-            lambda: len(self._queued)
-        )
-        Gauge("mv2v_queue_capacity", "Turns that may wait.", registry=registry).set(queue_capacity)
-        Gauge("mv2v_jobs_running", "Turns under way.", registry=registry).set_function(
-            lambda: len(self._running)
-        )
-        Gauge(
-            "mv2v_store_free_bytes", "Bytes free on the store's disk.", registry=registry
-        ).set_function(lambda: shutil.disk_usage(store).free)
-        self._ready = Gauge(
-            "mv2v_ready", "1 when turns can be made, as /readyz says.", registry=registry
-        )
-        self._jobs = Counter(
+        gauge, counter = partial(Gauge, registry=registry), partial(Counter, registry=registry)
+        histogram = partial(Histogram, registry=registry)
+        gauge("mv2v_queue_depth", "Turns that wait.").set_function(lambda: len(self._queued))
+        gauge("mv2v_queue_capacity", "Turns that may wait.").set(queue_capacity)
+        gauge("mv2v_jobs_running", "Turns under way.").set_function(lambda: len(self._running))
+        free = gauge("mv2v_store_free_bytes", "Bytes free on the store's disk.")
+        free.set_function(lambda: shutil.disk_usage(store).free)
+        self._ready = gauge("mv2v_ready", "1 when turns can be made, as /readyz says.")
+        self._jobs = counter(
             "mv2v_jobs",
             "Turns that ended, by outcome and, if they failed, by the code of their error.",
             ("outcome", "code"),
-            registry=registry,
         )
-        self._wait_seconds = Histogram(
-            "mv2v_job_wait_seconds",
-            "From a turn's request to its first begin.",
-            buckets=_TURN,
-            registry=registry,
+        self._wait_seconds = histogram(
+            "mv2v_job_wait_seconds", "From a turn's request to its first begin.", buckets=_TURN
         )
-        self._job_seconds = Histogram(
-            "mv2v_job_seconds",
-            "From a finished turn's begin to its end.",
-            buckets=_TURN,
-            registry=registry,
+        self._job_seconds = histogram(
+            "mv2v_job_seconds", "From a finished turn's begin to its end.", buckets=_TURN
         )
-        self._stage_seconds = Histogram(
-            "mv2v_stage_seconds",
-            "Stages of turns, by stage.",
-            ("stage",),
-            buckets=_STAGE,
-            registry=registry,
+        self._stage_seconds = histogram(
+            "mv2v_stage_seconds", "Stages of turns, by stage.", ("stage",), buckets=_STAGE
         )
-        self._step_seconds = Histogram(
-            "mv2v_step_seconds", "Denoising steps.", buckets=_STEP, registry=registry
-        )
-        self._steps = Counter(
+        self._step_seconds = histogram("mv2v_step_seconds", "Denoising steps.", buckets=_STEP)
+        self._steps = counter(
             "mv2v_steps",
             "Denoising steps of finished turns, by whether they shared a forward with others'.",
             ("how",),
-            registry=registry,
         )
         for how in ("alone", "packed"):
             self._steps.labels(how)
-        self._tokens = Counter(
+        self._tokens = counter(
             "mv2v_tokens",
             "Tokens of finished turns' sequences before merging, by kind.",
             ("kind",),
-            registry=registry,
         )
-        self._merged_fraction = Histogram(
+        self._merged_fraction = histogram(
             "mv2v_merged_fraction",
             "Share of a sequence's conditioning frames that were merged.",
             buckets=_FRACTION,
-            registry=registry,
         )
-        self._cache_bytes = Gauge(
+        self._cache_bytes = gauge(
             "mv2v_cache_bytes",
             "Bytes of latents in the engine's memory when the last turn was decoded, by tier.",
             ("tier",),
-            registry=registry,
         )
-        self._cache_events = Counter(
+        self._cache_events = counter(
             "mv2v_cache_events",
             "Hits, misses, reloads, demotions and evictions of the engine's memory.",
             ("event",),
-            registry=registry,
         )
         for event in COUNTERS:
             self._cache_events.labels(event)
-        self._restarts = Counter(
-            "mv2v_worker_restarts", "Times that the worker was started again.", registry=registry
+        self._restarts = counter("mv2v_worker_restarts", "Times that the worker was started again.")
+        self._sessions = counter(
+            "mv2v_sessions", "Sessions created and deleted, by what happened.", ("event",)
         )
-        self._sessions = Counter(
-            "mv2v_sessions",
-            "Sessions created and deleted, by what happened.",
-            ("event",),
-            registry=registry,
-        )
-        self._requests = Counter(
+        self._requests = counter(
             "mv2v_http_requests",
             "Answered requests by route template and status.",
             ("route", "status"),
-            registry=registry,
         )
-        self._request_seconds = Histogram(
+        self._request_seconds = histogram(
             "mv2v_http_request_seconds",
             "From a request to the end of its answer, by route template.",
             ("route",),
             buckets=_REQUEST,
-            registry=registry,
         )
-        self._streams = Gauge(
-            "mv2v_event_streams", "Event streams that are being read.", registry=registry
-        )
+        self._streams = gauge("mv2v_event_streams", "Event streams that are being read.")
 
     def watch_ready(self, is_ready: Callable[[], bool]) -> None:
         """Ask this whenever the metrics are read."""

@@ -16,7 +16,6 @@ from collections.abc import Callable, Generator, Iterator
 from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
-from types import TracebackType
 from typing import Any, TypeAlias
 
 import torch
@@ -50,6 +49,7 @@ from mv2v_engine.progress import (
 from mv2v_engine.serving.errors import failed, failure
 from mv2v_engine.serving.store.folders import result_path, source_path, turn_bytes
 from mv2v_engine.serving.store.records import PREVIEW
+from mv2v_engine.serving.watch.listener import Caught
 from mv2v_engine.serving.work.turn_request import make_request, pixels, session_window
 from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
@@ -68,24 +68,6 @@ _NAMES: dict[type[Any], str] = {
 }
 _JPEG_QUALITY = 88
 _PREVIEW_SIDE = 256
-
-
-class Caught:
-    """A block whose error, whatever it is, ends there and is kept in `error`."""
-
-    error: Exception | None = None
-
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> bool:
-        self.error = error if isinstance(error, Exception) else None
-        return self.error is not None
 
 
 class Host:

@@ -39,7 +39,7 @@ from mv2v_engine.serving.store.folders import (
 from mv2v_engine.serving.store.mirror import write_turn
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord, TurnRecord
 from mv2v_engine.serving.watch.events import EventLogs
-from mv2v_engine.serving.watch.listener import Listener, Telling
+from mv2v_engine.serving.watch.listener import Caught, Listener
 from mv2v_engine.serving.work.backend import LAST_OF_BACKEND, WORKER_GONE, Backend
 
 log = logging.getLogger("mv2v_engine.serving")
@@ -189,8 +189,12 @@ class Scheduler:
     def tell(self, call: Callable[[Listener], None]) -> None:
         """Tell every listener; one that fails harms neither the turn nor the others."""
         for listener in self.listeners:
-            with Telling(listener):
+            caught = Caught()
+            with caught:
                 call(listener)
+            if caught.error is not None:
+                who = type(listener).__name__
+                log.error("%s failed at what it was told", who, exc_info=caught.error)
 
     def ended(self, job: JobRecord, report: dict[str, Any] | None = None) -> None:
         """A job has ended in the database: end its stream, and say so."""
