@@ -12,7 +12,6 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -24,6 +23,7 @@ from mv2v_engine.synthetic.edit_worlds import WINDOW
 from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.edits import EditPair, RenderedEdits
+from mv2v_engine.training.stored import reading, stored_in
 from mv2v_engine.training.text import read_text_encoder, trim_text
 from mv2v_engine.vae import VideoVAE, load_vae
 
@@ -66,15 +66,7 @@ class EditLatents:
     """
 
     def __init__(self, *folders: Path, frames: int | None = None) -> None:
-        paths = []
-        for folder in folders:
-            found = sorted(folder.glob("edit_*.safetensors"))
-            if not found:
-                raise TrainingError(
-                    f"{folder} holds no edit_*.safetensors; encode some with "
-                    "python -m mv2v_engine.training.edit_latents"
-                )
-            paths += found
+        paths = [path for f in folders for path in stored_in(f, "edit", "edit_latents")]
         self.pairs = tuple(_beginning(_read(path), frames, path) for path in paths)
         shapes = {
             (tuple(pair.source.shape[1:]), pair.text.shape[1]): path
@@ -123,15 +115,12 @@ def _encoded(frames: Tensor, vae: VideoVAE) -> Tensor:
 
 
 def _read(path: Path) -> EncodedPair:
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            pair = EncodedPair(*map(file.get_tensor, _TENSORS))
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-    cells = (pair.num_windows, *pair.source.shape[2:])
-    if pair.source.ndim != 5 or pair.edited.shape != pair.source.shape or pair.mask.shape != cells:
-        listed = {name: list(getattr(pair, name).shape) for name in _TENSORS}
-        raise _damaged(path, f"its tensors do not belong together: {listed}")
+    with reading(path, "encoded editing pair", "edit_latents") as file:
+        pair = EncodedPair(*map(file.get_tensor, _TENSORS))
+        cells, shape = (pair.num_windows, *pair.source.shape[2:]), pair.source.shape
+        if len(shape) != 5 or pair.edited.shape != shape or pair.mask.shape != cells:
+            listed = {name: list(getattr(pair, name).shape) for name in _TENSORS}
+            raise ValueError(f"its tensors do not belong together: {listed}")
     return pair
 
 
@@ -151,13 +140,6 @@ def _beginning(pair: EncodedPair, frames: int | None, path: Path) -> EncodedPair
         "ends": pair.edited[:, :, longest - frames :],
     }
     return replace(pair, **{name: t.contiguous() for name, t in kept.items()})
-
-
-def _damaged(path: Path, reason: object) -> TrainingError:
-    return TrainingError(
-        f"{path} is no encoded editing pair ({reason}): damaged or of another kind; delete it and "
-        "run mv2v_engine.training.edit_latents again"
-    )
 
 
 def main() -> None:

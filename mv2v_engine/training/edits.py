@@ -15,17 +15,16 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import make_folder, save_tensors
 from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.edit_clips import make_edit_clip
 from mv2v_engine.synthetic.edit_worlds import WINDOW
 from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 from mv2v_engine.training.command import run_command
+from mv2v_engine.training.stored import reading, stored_in
 
 _FEWEST_WINDOWS, _MOST_WINDOWS = 5, 8
 
@@ -46,12 +45,7 @@ class RenderedEdits:
     """The folder that this module's command fills."""
 
     def __init__(self, folder: Path) -> None:
-        self._paths = {path.stem: path for path in sorted(folder.glob("edit_*.safetensors"))}
-        if not self._paths:
-            raise TrainingError(
-                f"{folder} holds no edit_*.safetensors; render some with "
-                "python -m mv2v_engine.training.edits"
-            )
+        self._paths = {path.stem: path for path in stored_in(folder, "edit", "edits")}
 
     @property
     def names(self) -> Sequence[str]:
@@ -63,17 +57,10 @@ class RenderedEdits:
         Raises:
             TrainingError: the file is damaged or holds something else.
         """
-        path = self._paths[name]
-        try:
-            with safe_open(str(path), framework="pt") as file:
-                said = file.metadata() or {}
-                source, edited, mask = map(file.get_tensor, ("source", "edited", "mask"))
-                return EditPair(source, edited, mask, said["prompt"], said["kind"])
-        except (OSError, SafetensorError, KeyError) as error:
-            raise TrainingError(
-                f"{path} is no rendered editing pair ({error}): damaged or of another kind; "
-                "delete it and render it again"
-            ) from error
+        with reading(self._paths[name], "rendered editing pair", "edits") as file:
+            said = file.metadata() or {}
+            source, edited, mask = map(file.get_tensor, ("source", "edited", "mask"))
+            return EditPair(source, edited, mask, said["prompt"], said["kind"])
 
 
 def pair_path(folder: Path, seed: int) -> Path:

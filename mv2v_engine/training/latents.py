@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import get_args
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
@@ -31,11 +30,13 @@ from mv2v_engine.training.command import run_command
 from mv2v_engine.training.multicam import MultiCamVideo
 from mv2v_engine.training.recipe import Tracks
 from mv2v_engine.training.scenes import RenderedScenes, Scene, SceneSource, WorldScenes
+from mv2v_engine.training.stored import reading, stored_in
 from mv2v_engine.training.text import read_text_encoder, trim_text
 from mv2v_engine.training.throughput import compute_dtype
 from mv2v_engine.vae import VideoVAE, load_vae
 
 _STILL_METRES = 1e-4
+_ENCODED = ("encoded scene", "latents")
 
 
 class LatentCache:
@@ -52,15 +53,7 @@ class LatentCache:
     """
 
     def __init__(self, *folders: Path, device: torch.device | None = None) -> None:
-        self._paths: list[Path] = []
-        for folder in folders:
-            found = sorted(folder.glob("scene_*.safetensors"))
-            if not found:
-                raise TrainingError(
-                    f"{folder} holds no scene_*.safetensors; encode some with "
-                    "python -m mv2v_engine.training.latents"
-                )
-            self._paths += found
+        self._paths = [path for f in folders for path in stored_in(f, "scene", "latents")]
         self._poses: list[Tensor] = []
         self._lenses: list[Tensor | None] = []
         self._has_text: list[bool] = []
@@ -182,40 +175,24 @@ def encode_scenes(
 
 def _header(path: Path) -> tuple[tuple[int, ...], Tensor, Tensor | None, bool]:
     """Shape of the latents, the poses, the intrinsics if known, and whether there is text."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            shape = tuple(file.get_slice("latents").get_shape())
-            poses: Tensor = file.get_tensor("poses")
-            names = file.keys()
-            lenses = file.get_tensor("intrinsics") if "intrinsics" in names else None
-            has_text = "text" in names
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-    fits = len(shape) == 5 and poses.shape == (shape[0], 4 * shape[2] - 3, 3, 4)
-    if not fits:
-        raise _damaged(
-            path, f"latents {list(shape)} and poses {list(poses.shape)} do not belong together"
-        )
-    if lenses is not None and lenses.shape != (shape[0], 4):
-        raise _damaged(path, f"intrinsics {list(lenses.shape)} are not [{shape[0]}, 4]")
-    return shape, poses, lenses, has_text
+    with reading(path, *_ENCODED) as file:
+        shape, names = tuple(file.get_slice("latents").get_shape()), file.keys()
+        poses: Tensor = file.get_tensor("poses")
+        lenses = file.get_tensor("intrinsics") if "intrinsics" in names else None
+        if len(shape) != 5 or poses.shape != (shape[0], 4 * shape[2] - 3, 3, 4):
+            raise ValueError(
+                f"latents {list(shape)} and poses {list(poses.shape)} do not belong together"
+            )
+        if lenses is not None and lenses.shape != (shape[0], 4):
+            raise ValueError(f"intrinsics {list(lenses.shape)} are not [{shape[0]}, 4]")
+    return shape, poses, lenses, "text" in names
 
 
 def _read(path: Path, name: str, track: int | None) -> Tensor:
     """A tensor, or the part of one track."""
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            tensor: Tensor = file.get_tensor(name) if track is None else file.get_slice(name)[track]
-            return tensor
-    except (OSError, SafetensorError) as error:
-        raise _damaged(path, error) from error
-
-
-def _damaged(path: Path, reason: object) -> TrainingError:
-    return TrainingError(
-        f"{path} is no encoded scene ({reason}): damaged or of another kind; delete it and run "
-        "mv2v_engine.training.latents again"
-    )
+    with reading(path, *_ENCODED) as file:
+        tensor: Tensor = file.get_tensor(name) if track is None else file.get_slice(name)[track]
+    return tensor
 
 
 def _read_report(path: Path) -> dict[str, list[str]]:

@@ -14,17 +14,16 @@ from pathlib import Path
 from typing import Protocol
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor
 from tqdm import tqdm
 
-from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import make_folder, save_tensors
 from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import HELD_OUT, Grade, make_world
 from mv2v_engine.training.command import run_command
+from mv2v_engine.training.stored import reading, stored_in
 
 
 @dataclass(frozen=True, eq=False)
@@ -61,12 +60,7 @@ class RenderedScenes:
     """The folder that this module's command fills."""
 
     def __init__(self, folder: Path) -> None:
-        self._paths = {path.stem: path for path in sorted(folder.glob("scene_*.safetensors"))}
-        if not self._paths:
-            raise TrainingError(
-                f"{folder} holds no scene_*.safetensors; render some with "
-                "python -m mv2v_engine.training.scenes"
-            )
+        self._paths = {path.stem: path for path in stored_in(folder, "scene", "scenes")}
 
     @property
     def names(self) -> Sequence[str]:
@@ -120,14 +114,8 @@ def load_scene(path: Path) -> Scene:
     Raises:
         TrainingError: the file is damaged or holds something else.
     """
-    try:
-        with safe_open(str(path), framework="pt") as file:
-            return Scene(file.get_tensor("frames"), file.get_tensor("poses"))
-    except (OSError, SafetensorError) as error:
-        raise TrainingError(
-            f"{path} is no rendered scene ({error}): damaged or of another kind; delete it and "
-            "render it again"
-        ) from error
+    with reading(path, "rendered scene", "scenes") as file:
+        return Scene(file.get_tensor("frames"), file.get_tensor("poses"))
 
 
 def main() -> None:

@@ -177,7 +177,7 @@ def test_strict_stops_at_the_first_thing_left_out(tmp_path: Path, first: int, me
 def test_a_damaged_rendered_scene_is_named(tmp_path: Path) -> None:
     path = scene_path(tmp_path, 0)
     save_tensors(path, {"frames": torch.zeros(1, 1, 1, 1, 3, dtype=torch.uint8)})
-    with pytest.raises(TrainingError, match=rf"{path.name} .*render it again"):
+    with pytest.raises(TrainingError, match=rf"{path.name} .*training.scenes again"):
         RenderedScenes(tmp_path).load(path.stem)
 
 
