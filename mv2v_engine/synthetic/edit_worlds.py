@@ -160,10 +160,6 @@ def make_edit_world(
     side = torch.where(torch.rand(num, generator=generator) < 0.5, -1.0, 1.0)
     swing = torch.stack([reach * side, 0 * reach, 0.3 * reach], dim=-1) * moves[:, None]
     objects = _object_textures(looks, generator)
-    textures = {
-        name: torch.cat([getattr(room.textures, name)[:NUM_WALLS], value])
-        for name, value in vars(objects).items()
-    }
     world = replace(
         room,
         room_max_3=torch.stack([room.room_max_3[0], torch.tensor(floor), room.room_max_3[2]]),
@@ -175,7 +171,7 @@ def make_edit_world(
         rate_N=(0.15 + 0.15 * torch.rand(num, generator=generator)) * windows,
         phase_N=torch.zeros(num),
         spin_N=(torch.rand(num, generator=generator) - 0.5) * windows * moves,
-        textures=Textures(**textures),
+        textures=room.textures.of(slice(NUM_WALLS)).followed_by(objects),
     )
     return EditWorld(world, looks)
 

@@ -176,29 +176,18 @@ def _with_objects(
     world: World, *, kinds: Sequence[int], half_sizes: Tensor, centres: Tensor, shades: Tensor
 ) -> World:
     """More objects, of plain colours, that move and turn as the target does."""
-    count = len(kinds)
-    old = world.textures
-    textures = {
-        name: torch.cat([value, value[TARGET : TARGET + 1].expand(count, *value.shape[1:])])
-        for name, value in vars(old).items()
-    }
-    textures["colour_a_S3"] = torch.cat([old.colour_a_S3, shades])
-    textures["colour_b_S3"] = torch.cat([old.colour_b_S3, 0.85 * shades])
-
-    def with_targets(values: Tensor) -> Tensor:
-        return torch.cat([values, values[:1].expand(count, *values.shape[1:])])
-
+    surfaces, first = torch.full((len(kinds),), TARGET), torch.zeros(len(kinds)).long()
+    textures = world.textures.of(surfaces)
+    textures = replace(textures, colour_a_S3=shades, colour_b_S3=0.85 * shades)
+    names = ("yaw_N", "swing_N3", "rate_N", "phase_N", "spin_N")
+    moving = {name: getattr(world, name) for name in names}
     return replace(
         world,
         kind_N=torch.cat([world.kind_N, torch.tensor(kinds)]),
         half_size_N3=torch.cat([world.half_size_N3, half_sizes]),
         centre_N3=torch.cat([world.centre_N3, centres]),
-        yaw_N=with_targets(world.yaw_N),
-        swing_N3=with_targets(world.swing_N3),
-        rate_N=with_targets(world.rate_N),
-        phase_N=with_targets(world.phase_N),
-        spin_N=with_targets(world.spin_N),
-        textures=Textures(**textures),
+        textures=world.textures.followed_by(textures),
+        **{name: torch.cat([values, values[first]]) for name, values in moving.items()},
     )
 
 

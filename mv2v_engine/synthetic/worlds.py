@@ -15,7 +15,7 @@ N objects, S surfaces (6 walls, then the N objects).
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
 import torch
@@ -43,6 +43,19 @@ class Textures:
     weights_S2: Tensor  # of the waves' mean and of their product
     sharpness_S: Tensor
 
+    def to(self, device: torch.device | str) -> Textures:
+        """The same on `device`."""
+        return Textures(**{name: value.to(device) for name, value in vars(self).items()})
+
+    def followed_by(self, others: Textures) -> Textures:
+        """Those of these surfaces, then those of others."""
+        more = vars(others)
+        return Textures(**{n: torch.cat([value, more[n]]) for n, value in vars(self).items()})
+
+    def of(self, surfaces: Tensor | slice) -> Textures:
+        """Those of some surfaces."""
+        return Textures(**{name: value[surfaces] for name, value in vars(self).items()})
+
 
 @dataclass(frozen=True, eq=False)
 class World:
@@ -64,14 +77,8 @@ class World:
 
     def to(self, device: torch.device | str) -> World:
         """The same world with its tensors on `device`."""
-        moved = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved["textures"] = Textures(
-            **{f.name: getattr(self.textures, f.name).to(device) for f in fields(Textures)}
-        )
-        for name, value in moved.items():
-            if isinstance(value, Tensor):
-                moved[name] = value.to(device)
-        return World(**moved)
+        moved = {name: v.to(device) for name, v in vars(self).items() if name != "seed"}
+        return World(self.seed, **moved)
 
 
 def _uniform(generator: torch.Generator, low: float, high: float, *shape: int) -> Tensor:
@@ -127,19 +134,9 @@ def make_world(seed: int, grade: Grade = "textured") -> World:
 
 def _textured(seed: int, generator: torch.Generator) -> World:
     # floor at 1.2-2 m below the camera, ceiling 1.8-3.2 m above it
-    room_min = torch.stack(
-        [
-            _uniform(generator, -6.5, -3.5, 1)[0],
-            _uniform(generator, -3.2, -1.8, 1)[0],
-            _uniform(generator, -6.0, -4.0, 1)[0],
-        ]
-    )
-    room_max = torch.stack(
-        [
-            _uniform(generator, 3.5, 6.5, 1)[0],
-            _uniform(generator, 1.2, 2.0, 1)[0],
-            _uniform(generator, 5.5, 8.5, 1)[0],
-        ]
+    corners = ((-6.5, -3.5), (-3.2, -1.8), (-6, -4)), ((3.5, 6.5), (1.2, 2), (5.5, 8.5))
+    room_min, room_max = (
+        torch.cat([_uniform(generator, *bounds, 1) for bounds in corner]) for corner in corners
     )
     num_objects = int(torch.randint(6, 11, (1,), generator=generator))
     half_size = _uniform(generator, 0.3, 0.8, num_objects, 3)
@@ -198,14 +195,7 @@ def _plain_textures(generator: torch.Generator, num_objects: int) -> Textures:
     """Walls of one muted and things of one vivid colour each, drifting slowly to a near one."""
     textures = _textures(generator, num_objects)
     near = torch.lerp(textures.colour_a_S3, textures.colour_b_S3, 0.15)
-    return Textures(
-        colour_a_S3=textures.colour_a_S3,
-        colour_b_S3=near,
-        waves_S33=textures.waves_S33 / 2,
-        phases_S3=textures.phases_S3,
-        weights_S2=textures.weights_S2,
-        sharpness_S=textures.sharpness_S,
-    )
+    return replace(textures, colour_b_S3=near, waves_S33=textures.waves_S33 / 2)
 
 
 def _plain(seed: int, grade: Grade, generator: torch.Generator) -> World:
@@ -301,7 +291,6 @@ def _furnished(world: World, generator: torch.Generator) -> World:
     zeros = torch.zeros(count)
     # a partition has a wall's muted colours, a thing has a vivid one
     order = torch.cat([torch.arange(len(partitions)), NUM_WALLS + torch.arange(len(things))])
-    added = {f.name: getattr(textures, f.name)[order] for f in fields(Textures)}
     return replace(
         world,
         kind_N=torch.cat([world.kind_N, torch.full((len(partitions),), BOX), kinds]),
@@ -312,7 +301,5 @@ def _furnished(world: World, generator: torch.Generator) -> World:
         rate_N=torch.cat([world.rate_N, zeros]),
         phase_N=torch.cat([world.phase_N, zeros]),
         spin_N=torch.cat([world.spin_N, zeros]),
-        textures=Textures(
-            **{name: torch.cat([getattr(world.textures, name), new]) for name, new in added.items()}
-        ),
+        textures=world.textures.followed_by(textures.of(order)),
     )
