@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import ROWS, check_dtypes, check_grid, on_device, row_tile
+from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
 
 
 @triton.jit
@@ -92,15 +92,12 @@ def launch_adaln(
     With row [B, L], scale and shift [R, C].
     """
     check_dtypes("adaln", x=x, scale=scale, shift=shift, camera=camera)
-    batch, length, width = x.shape
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    block, num_warps = row_tile("adaln", width)
-    grid = (triton.cdiv(length, ROWS), batch)
-    check_grid("adaln", *grid)
-    with on_device(x):
-        _adaln_kernel[grid](
+    if out.numel():
+        launch_rows(
+            "adaln",
+            _adaln_kernel,
+            x,
             x,
             scale,
             shift,
@@ -108,19 +105,16 @@ def launch_adaln(
             x if frame is None else frame,
             x if row is None else row,
             out,
-            length,
+            x.shape[1],
             eps,
             *x.stride(),
             *scale.stride(),
             *shift.stride(),
-            *((0, 0, 0) if camera is None else camera.stride()),
-            *((0, 0) if frame is None else frame.stride()),
-            *((0, 0) if row is None else row.stride()),
-            C=width,
-            BLOCK_C=block,
-            ROWS=ROWS,
+            *strides_of(camera, 3),
+            *strides_of(frame, 2),
+            *strides_of(row, 2),
+            width=x.shape[2],
             HAS_CAMERA=camera is not None,
             HAS_ROW=row is not None,
-            num_warps=num_warps,
         )
     return out

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 import triton
@@ -63,9 +64,27 @@ def check_grid(op: str, *grid: int) -> None:
         )
 
 
-def row_tile(op: str, width: int) -> tuple[int, int]:
-    """Block size and warps for a kernel that holds a whole row: 16 elements a thread."""
+def launch_rows(op: str, kernel: Any, x: Tensor, *args: Any, width: int, **flags: Any) -> None:
+    """Launch an elementwise kernel over the tokens of x [B, L, ...], `ROWS` of them a program.
+
+    width: of a token, which a program holds whole, 16 elements a thread. flags: the kernel's own.
+    """
     if width > _MAX_WIDTH:
         raise ValueError(f"{op} in Triton takes a width up to {_MAX_WIDTH}, got {width}")
     block = max(triton.next_power_of_2(width), 16)
-    return block, min(max(block // 512, 1), 16)
+    grid = (triton.cdiv(x.shape[1], ROWS), len(x))
+    check_grid(op, *grid)
+    with on_device(x):
+        kernel[grid](
+            *args,
+            C=width,
+            BLOCK_C=block,
+            ROWS=ROWS,
+            num_warps=min(max(block // 512, 1), 16),
+            **flags,
+        )
+
+
+def strides_of(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
+    """A tensor's strides; zeros where a kernel is given another in its place."""
+    return (0,) * rank if tensor is None else tensor.stride()

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import ROWS, check_dtypes, check_grid, on_device, row_tile
+from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
 
 
 @triton.jit
@@ -65,30 +65,24 @@ def _gated_residual_kernel(
 def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor, row: Tensor | None) -> Tensor:
     """x, y [B, L, C], gate [B, C] -> [B, L, C], laid out as x. With row [B, L], gate [R, C]."""
     check_dtypes("gated_residual", x=x, y=y, gate=gate)
-    batch, length, width = x.shape
     out = torch.empty_like(x)
-    if not out.numel():
-        return out
-    block, num_warps = row_tile("gated_residual", width)
-    grid = (triton.cdiv(length, ROWS), batch)
-    check_grid("gated_residual", *grid)
-    with on_device(x):
-        _gated_residual_kernel[grid](
+    if out.numel():
+        launch_rows(
+            "gated_residual",
+            _gated_residual_kernel,
+            x,
             x,
             y,
             gate,
             x if row is None else row,
             out,
-            length,
+            x.shape[1],
             *x.stride(),
             *y.stride(),
             *gate.stride(),
-            *((0, 0) if row is None else row.stride()),
+            *strides_of(row, 2),
             *out.stride(),
-            C=width,
-            BLOCK_C=block,
-            ROWS=ROWS,
+            width=x.shape[2],
             HAS_ROW=row is not None,
-            num_warps=num_warps,
         )
     return out

@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import ROWS, check_dtypes, check_grid, on_device, row_tile
+from mv2v_kernels.common import check_dtypes, launch_rows
 
 
 @triton.jit
@@ -78,15 +78,13 @@ def _row(p_m, b_0, b_1, b_2, b_3, stride_j):
 def launch_prope(x: Tensor, matrix: Tensor, frame: Tensor, channels: int) -> Tensor:
     """x [B, L, N, D], matrix [B, F, 4, 4], frame [B, L] -> [B, L, N, D]."""
     check_dtypes("prope", x=x, matrix=matrix)
-    batch, length, num_heads, head_dim = x.shape
-    out = torch.empty((batch, length, num_heads, head_dim), dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    block, num_warps = row_tile("prope", num_heads * head_dim)
-    grid = (triton.cdiv(length, ROWS), batch)
-    check_grid("prope", *grid)
-    with on_device(x):
-        _prope_kernel[grid](
+    _, length, num_heads, head_dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        launch_rows(
+            "prope",
+            _prope_kernel,
+            x,
             x,
             matrix,
             frame,
@@ -95,11 +93,8 @@ def launch_prope(x: Tensor, matrix: Tensor, frame: Tensor, channels: int) -> Ten
             *x.stride(),
             *matrix.stride(),
             *frame.stride(),
-            C=num_heads * head_dim,
+            width=num_heads * head_dim,
             D=head_dim,
             CHANNELS=channels,
-            BLOCK_C=block,
-            ROWS=ROWS,
-            num_warps=num_warps,
         )
     return out

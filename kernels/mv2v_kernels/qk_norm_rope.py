@@ -1,4 +1,4 @@
-"""RMSNorm over the full width and the rotation of interleaved pairs, or the norm alone.
+"""RMSNorm over the full width and the rotation of interleaved pairs, or one of them alone.
 
 One read and one write of the tokens.
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import ROWS, check_dtypes, check_grid, on_device, row_tile
+from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
 
 
 @triton.jit
@@ -25,6 +25,7 @@ def _qk_norm_rope_kernel(
     eps,
     stride_xb,
     stride_xl,
+    stride_xn,
     stride_xc,
     stride_weight_c,
     stride_rope_b,
@@ -34,22 +35,31 @@ def _qk_norm_rope_kernel(
     HALF: tl.constexpr,
     BLOCK_C: tl.constexpr,
     ROWS: tl.constexpr,
+    HAS_NORM: tl.constexpr,
     HAS_ROPE: tl.constexpr,
 ):
     i_b = tl.program_id(1).to(tl.int64)
+    # a token's channels of all heads, one head after the other
     o_c = tl.arange(0, BLOCK_C).to(tl.int64)
     m_c = o_c < C
+    if HAS_NORM:
+        o_x = o_c * stride_xc
+    else:
+        o_x = o_c // (2 * HALF) * stride_xn + o_c % (2 * HALF) * stride_xc
     # channel pairs, and their place in the head's table
     o_p = tl.arange(0, BLOCK_C // 2)
     m_p = o_p < C // 2
     o_angle = (o_p % HALF).to(tl.int64)
     # [BLOCK_C]
-    b_weight = tl.load(weight_ptr + o_c * stride_weight_c, mask=m_c, other=0.0).to(tl.float32)
+    if HAS_NORM:
+        b_weight = tl.load(weight_ptr + o_c * stride_weight_c, mask=m_c, other=0.0).to(tl.float32)
     for i_row in tl.static_range(ROWS):
         i_l = tl.program_id(0).to(tl.int64) * ROWS + i_row
-        p_x = x_ptr + i_b * stride_xb + i_l * stride_xl + o_c * stride_xc
-        b_x = tl.load(p_x, mask=m_c & (i_l < L), other=0.0).to(tl.float32)
-        b_y = b_x * tl.rsqrt(tl.sum(b_x * b_x, 0) / C + eps) * b_weight
+        b_y = tl.load(
+            x_ptr + i_b * stride_xb + i_l * stride_xl + o_x, mask=m_c & (i_l < L), other=0.0
+        ).to(tl.float32)
+        if HAS_NORM:
+            b_y = b_y * tl.rsqrt(tl.sum(b_y * b_y, 0) / C + eps) * b_weight
         if HAS_ROPE:
             # [BLOCK_C / 2]
             b_even, b_odd = tl.split(tl.reshape(b_y, (BLOCK_C // 2, 2)))
@@ -68,33 +78,35 @@ def launch_qk_norm_rope(
 ) -> Tensor:
     """x [B, L, C], weight [C], rope [1 or B, L, D] -> [B, L, N, D]."""
     check_dtypes("qk_norm_rope", x=x, weight=weight, rope=rope)
-    batch, length, width = x.shape
-    head_dim = width // num_heads
-    out = torch.empty((batch, length, num_heads, head_dim), dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return out
-    rope_strides = (0, 0, 0)
-    if rope is not None:
-        rope_strides = (rope.stride(0) if len(rope) > 1 else 0, rope.stride(1), rope.stride(2))
-    block, num_warps = row_tile("qk_norm_rope", width)
-    grid = (triton.cdiv(length, ROWS), batch)
-    check_grid("qk_norm_rope", *grid)
-    with on_device(x):
-        _qk_norm_rope_kernel[grid](
+    return launch("qk_norm_rope", x.unflatten(-1, (num_heads, -1)), weight, rope, eps)
+
+
+def launch(
+    op: str, x: Tensor, weight: Tensor | None, rope: Tensor | None, eps: float = 0.0
+) -> Tensor:
+    """The norm if there is a weight [C], the rotation if there is a table: [B, L, N, D].
+
+    x: [B, L, N, D]; with a norm, the heads of a token lie one behind the other.
+    """
+    _, length, num_heads, head_dim = x.shape
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    if out.numel():
+        launch_rows(
+            op,
+            _qk_norm_rope_kernel,
             x,
-            weight,
+            x,
+            x if weight is None else weight,
             x if rope is None else rope,
             out,
             length,
             eps,
             *x.stride(),
-            *weight.stride(),
-            *rope_strides,
-            C=width,
+            *strides_of(weight, 1),
+            *strides_of(None if rope is None else rope.expand(len(x), -1, -1), 3),
+            width=num_heads * head_dim,
             HALF=head_dim // 2,
-            BLOCK_C=block,
-            ROWS=ROWS,
+            HAS_NORM=weight is not None,
             HAS_ROPE=rope is not None,
-            num_warps=num_warps,
         )
     return out

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import ROWS, check_dtypes, check_grid, on_device, row_tile
+from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
 
 
 @triton.jit
@@ -109,19 +109,16 @@ def launch_residual_norm(
     With row [B, L], gate, scale and the shift beside a scale are [R, C].
     """
     check_dtypes("residual_norm", x=x, y=y, gate=gate, scale=scale, weight=weight, shift=shift)
-    batch, length, width = x.shape
     total, out = torch.empty_like(x), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    if not out.numel():
-        return total, out
     # a LayerNorm's vectors serve every sample
-    gain = scale if weight is None else weight.expand(batch, -1)
-    shift = shift if weight is None else shift.expand(batch, -1)
+    gain = scale if weight is None else weight.expand(len(x), -1)
+    shift = shift if weight is None else shift.expand(len(x), -1)
     assert gain is not None
-    block, num_warps = row_tile("residual_norm", width)
-    grid = (triton.cdiv(length, ROWS), batch)
-    check_grid("residual_norm", *grid)
-    with on_device(x):
-        _residual_norm_kernel[grid](
+    if out.numel():
+        launch_rows(
+            "residual_norm",
+            _residual_norm_kernel,
+            x,
             x,
             y,
             x if gate is None else gate,
@@ -130,21 +127,18 @@ def launch_residual_norm(
             x if row is None else row,
             total,
             out,
-            length,
+            x.shape[1],
             eps,
             *x.stride(),
             *y.stride(),
-            *((0, 0) if gate is None else gate.stride()),
+            *strides_of(gate, 2),
             *gain.stride(),
             *shift.stride(),
-            *((0, 0) if row is None else row.stride()),
+            *strides_of(row, 2),
             *total.stride(),
-            C=width,
-            BLOCK_C=block,
-            ROWS=ROWS,
+            width=x.shape[2],
             HAS_GATE=gate is not None,
             IS_SCALE=scale is not None,
             HAS_ROW=row is not None,
-            num_warps=num_warps,
         )
     return total, out
