@@ -10,6 +10,8 @@ from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.bootstrap import Estimate
 
 Values = list[float | None]
+# of a table: title, measure, digits, whether its interval is shown
+Columns = Sequence[tuple[str, str, int, bool]]
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -122,3 +124,29 @@ def with_interval(row: dict[str, Any], name: str, digits: int) -> str:
         return "-"
     low, high = row[f"{name}_ci"]
     return f"{row[name]:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+
+def _cell(row: dict[str, Any], measure: str, digits: int, has_interval: bool) -> str:
+    if has_interval:
+        return with_interval(row, measure, digits)
+    value = row.get(measure)
+    if measure == "flops" and value is not None:
+        value /= 1e9
+    return number(value, digits)
+
+
+def measures_table(columns: Columns, rows: Sequence[tuple[str, dict[str, Any]]]) -> list[str]:
+    """Lines of Markdown. rows: a label and its summary."""
+    cells = [(label, [_cell(row, *column[1:]) for column in columns]) for label, row in rows]
+    return table([title for title, *_ in columns], cells)
+
+
+def table(
+    titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, corner: str = ""
+) -> list[str]:
+    """Lines of Markdown. rows: a label and its cells."""
+    return [
+        f"| {corner} | {' | '.join(titles)} |",
+        "|---" * (len(titles) + 1) + "|",
+        *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows),
+    ]

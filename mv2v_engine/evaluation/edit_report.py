@@ -8,15 +8,17 @@ from typing import Any
 
 from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.comparisons import (
+    Columns,
     Target,
     Values,
     add,
     compared,
     described,
+    measures_table,
     number,
     rounded,
+    table,
     targets_table,
-    with_interval,
 )
 from mv2v_engine.evaluation.edit_protocol import EDIT_ROWS, EditProtocol
 from mv2v_engine.evaluation.editing_measures import MEASURES
@@ -37,6 +39,18 @@ _COST = {
     "flops": "of all forwards of a clip, counted from token plans; mean over clips",
     "seconds": "of denoising a clip, without VAE and retrieval; median of clips",
 }
+_COLUMNS: Columns = (
+    ("subject error ↓", "subject_error", 4, True),
+    ("background error ↓", "background_error", 4, True),
+    ("agreement ↑", "agreement", 3, True),
+    ("background PSNR ↑", "background_psnr", 2, True),
+    ("PSNR ↑", "psnr", 2, False),
+    ("flicker ↑", "flicker", 4, False),
+    ("seam ratio", "seam_ratio", 3, True),
+    *((name.upper(), name, 4, False) for name in _FEATURES),
+    ("GFLOP a clip", "flops", 1, False),
+    ("seconds a clip", "seconds", 1, False),
+)
 _BY_KIND = ("subject_error", "background_error", "agreement", "background_psnr")
 
 _FOLLOWS_FROM = 0.5  # agreement
@@ -155,52 +169,23 @@ def edits_markdown(results: dict[str, Any]) -> str:
     """The result as tables that a README or a model card can show."""
     settings = results["settings"]
     lengths = [f"{count} of {n} windows" for n, count in results["clips_by_windows"].items()]
-    features = [name for name in _FEATURES if name in results["measures"]]
-    titles = ["", "subject error ↓", "background error ↓", "agreement ↑", "background PSNR ↑"]
-    titles += ["PSNR ↑", "flicker ↑", "seam ratio", *(name.upper() for name in features)]
-    titles += ["GFLOP a clip", "seconds a clip"]
     lines = [
         f"{results['clips']} held-out clips ({', '.join(lengths)}), {settings['steps']} denoising "
         f"steps, checkpoint {results['engine']['checkpoint']} on {results['engine']['device']}; "
         "95 % bootstrap intervals over clips.",
         *([] if settings["trained_for_memory"] else ["These weights never learned to remember."]),
         "",
-        f"| {' | '.join(titles)} |",
-        "|---" * len(titles) + "|",
     ]
-    rows = results["rows"] | results["references"]
-    lines += [_markdown_row(_LABELS[name], row, features) for name, row in rows.items()]
+    rows = {_LABELS[name]: row for name, row in (results["rows"] | results["references"]).items()}
+    columns = [column for column in _COLUMNS if column[1] in results["measures"]]
+    lines += measures_table(columns, list(rows.items()))
     lines += targets_table(results["targets"])
     kinds = list(results["clips_by_kind"])
-    lines += [
-        "",
-        "Subject error and, in brackets, agreement by kind of instruction:",
-        "",
-        f"| | {' | '.join(kinds)} |",
-        "|---" * (len(kinds) + 1) + "|",
+    by_kind = [
+        (label, [_kind_cell(row["by_kind"][kind]) for kind in kinds]) for label, row in rows.items()
     ]
-    for name, row in rows.items():
-        cells = [_kind_cell(row["by_kind"][kind]) for kind in kinds]
-        lines.append(f"| {_LABELS[name]} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
-
-
-def _markdown_row(label: str, row: dict[str, Any], features: Sequence[str]) -> str:
-    flops = row.get("flops")
-    cells = [
-        label,
-        with_interval(row, "subject_error", 4),
-        with_interval(row, "background_error", 4),
-        with_interval(row, "agreement", 3),
-        with_interval(row, "background_psnr", 2),
-        number(row["psnr"], 2),
-        number(row["flicker"], 4),
-        with_interval(row, "seam_ratio", 3),
-        *(number(row[name], 4) for name in features),
-        number(None if flops is None else flops / 1e9, 1),
-        number(row.get("seconds"), 1),
-    ]
-    return f"| {' | '.join(cells)} |"
+    lines += ["", "Subject error and, in brackets, agreement by kind of instruction:", ""]
+    return "\n".join([*lines, *table(kinds, by_kind)]) + "\n"
 
 
 def _kind_cell(values: dict[str, Any]) -> str:

@@ -9,15 +9,16 @@ from typing import Any
 
 from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.comparisons import (
+    Columns,
     Target,
     Values,
     add,
     compared,
     described,
-    number,
+    measures_table,
     rounded,
+    table,
     targets_table,
-    with_interval,
 )
 from mv2v_engine.evaluation.protocol import DETOUR, REPLAY, RETURN, ROWS, Protocol, pair_name
 
@@ -261,8 +262,7 @@ def _responsiveness(scenes: Scenes) -> dict[str, Any]:
     }
 
 
-# title, measure, digits, whether its interval is shown
-_COLUMNS: tuple[tuple[str, str, int, bool], ...] = (
+_COLUMNS: Columns = (
     ("consistency ↓", "consistency", 4, True),
     ("1 - cosine ↓", "features", 4, False),
     ("PSNR where seen ↑", "source_psnr", 2, True),
@@ -291,11 +291,7 @@ def markdown(results: dict[str, Any]) -> str:
     named = [(_LABELS[name], row) for name, row in results["rows"].items()]
     named += [(f"*{name}*", row) for name, row in results["references"].items()]
     columns = [column for column in _COLUMNS if column[1] in results["measures"]]
-    rows = [
-        (label, [_cell(row, measure, digits, ci) for _, measure, digits, ci in columns])
-        for label, row in named
-    ]
-    lines += _table([title for title, *_ in columns], rows)
+    lines += measures_table(columns, named)
     if "st_lpips" not in results["measures"]:
         lines += ["", "ST-LPIPS was not measured: it needs mv2v_engine[eval]."]
     branches = [name for name in _BRANCHES if any(name in row["branches"] for _, row in named)]
@@ -304,7 +300,7 @@ def markdown(results: dict[str, Any]) -> str:
             (label, [_described(row["branches"].get(name)) for name in branches])
             for label, row in named
         ]
-        lines += ["", "Consistency of the last turns, by branch:", "", *_table(branches, rows)]
+        lines += ["", "Consistency of the last turns, by branch:", "", *table(branches, rows)]
     lines += targets_table(results["targets"])
     saved = [f"{100 * by['4']:.1f} % ({plan})" for plan, by in results["merging_saves"].items()]
     lines += [
@@ -317,17 +313,8 @@ def markdown(results: dict[str, Any]) -> str:
             for group, values in results["responsiveness"].items()
         ]
         titles = ["Pearson", "Spearman", "bottom-50 % overlap"]
-        lines += ["", *_table(titles, rows, corner="blocks")]
+        lines += ["", *table(titles, rows, corner="blocks")]
     return "\n".join(lines) + "\n"
-
-
-def _cell(row: dict[str, Any], measure: str, digits: int, has_interval: bool) -> str:
-    if has_interval:
-        return with_interval(row, measure, digits)
-    value = row.get(measure)
-    if measure == "flops" and value is not None:
-        value /= 1e9
-    return number(value, digits)
 
 
 def _described(value: dict[str, Any] | None) -> str:
@@ -335,14 +322,3 @@ def _described(value: dict[str, Any] | None) -> str:
         return "-"
     low, high = value["ci"]
     return f"{value['value']:.4f} ({low:.4f} to {high:.4f})"
-
-
-def _table(
-    titles: Sequence[str], rows: Sequence[tuple[str, Sequence[str]]], *, corner: str = ""
-) -> list[str]:
-    """Lines of Markdown. rows: a label and its cells."""
-    return [
-        f"| {corner} | {' | '.join(titles)} |",
-        "|---" * (len(titles) + 1) + "|",
-        *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows),
-    ]

@@ -18,7 +18,7 @@ from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
-from mv2v_engine.serving.store.folders import finished_report, result_path
+from mv2v_engine.serving.store.folders import manifest_row, result_path
 from mv2v_engine.serving.work.host import Host
 from mv2v_engine.video.io import probe_video
 
@@ -132,8 +132,8 @@ def test_a_turn_is_made_once_whatever_is_asked(host: Host, folder: Path) -> None
         assert video.read_bytes() == before
         each.close()
     assert len(SessionFolder(folder).read()["turns"]) == 1
-    assert finished_report(folder, 1) == done["report"]
-    assert finished_report(folder, 2) is None
+    assert (manifest_row(folder, 1) or {})["report"] == done["report"]
+    assert manifest_row(folder, 2) is None
     # another request under the same number is nobody's turn
     last = list(run(host, folder, 1, TURN | {"seed": 3}))[-1]
     assert last["code"] == "internal" and "another turn 1: seed 0 instead of 3" in last["message"]
@@ -255,7 +255,7 @@ def test_edits_go_on_behind_their_windows(
             windows.append(event["number"])
             cancel.cancel()
     assert event == CANCELLED and windows == [1]
-    assert finished_report(folder, 1) is None
+    assert manifest_row(folder, 1) is None
     host.close()
     again = Host(host.engine, max_open=1)
     events = list(run(again, folder, None, request, frames=23))
@@ -263,7 +263,7 @@ def test_edits_go_on_behind_their_windows(
     assert (events[-1]["type"], events[-1]["number"]) == ("done", 1)
     assert probe_video(result_path(folder, 1, "video")).num_frames == 23
     # what a start finds of it is the whole report, its windows' rows included
-    assert finished_report(folder, 1) == json.loads(json.dumps(events[-1]["report"]))
+    assert (manifest_row(folder, 1) or {})["report"] == json.loads(json.dumps(events[-1]["report"]))
     assert len(events[-1]["report"]["windows"]) == 5
     # asked for again it is the same turn
     events = list(run(again, folder, None, request, frames=23))

@@ -26,12 +26,12 @@ from mv2v_engine.serving.errors import ApiError, client_words
 from mv2v_engine.serving.store import tables
 from mv2v_engine.serving.store.claims import taken
 from mv2v_engine.serving.store.database import Database
-from mv2v_engine.serving.store.digests import Promises, Verifier
+from mv2v_engine.serving.store.digests import Verifier
 from mv2v_engine.serving.store.folders import (
     RESULTS,
     Store,
     reading,
-    result_path,
+    result_name,
     result_paths,
 )
 from mv2v_engine.serving.store.records import SessionRecord, TurnFile, TurnRecord
@@ -141,7 +141,7 @@ class Audit:
     async def problem(self, turn: TurnRecord, which: TurnFile) -> str | None:
         """What is wrong with one result of a turn; None if it can be served."""
         folder = self.store.session(turn.session)
-        name = result_path(folder, turn.number, which).relative_to(folder).as_posix()
+        name = result_name(turn.number, which)
         return await asyncio.to_thread(self.verifier.problem, folder, name, turn.files)
 
     async def source_problem(self, session: SessionRecord) -> str | None:
@@ -246,21 +246,13 @@ def turn_state(
 ) -> TurnState:
     """Compare a turn's files with what its row promises."""
     latents = sorted(name for name in turn.files if name.startswith("turns/"))
-    lost = [_problem(verifier, folder, name, turn.files, is_deep) for name in latents]
-    if not latents:
-        lost = ["its latents are not recorded"]
-    wrong = []
-    for which in RESULTS:
-        name = result_path(folder, turn.number, which).relative_to(folder).as_posix()
-        wrong.append(_problem(verifier, folder, name, turn.files, is_deep))
-    damage = "; ".join(filter(None, lost)) or None
-    return TurnState(damage, tuple(filter(None, wrong)))
-
-
-def _problem(
-    verifier: Verifier, folder: Path, name: str, files: Promises, is_deep: bool
-) -> str | None:
-    return verifier.problem(folder, name, files, is_deep=is_deep)
+    results = [result_name(turn.number, which) for which in RESULTS]
+    lost, wrong = (
+        [verifier.problem(folder, name, turn.files, is_deep=is_deep) for name in names]
+        for names in (latents, results)
+    )
+    damage = "; ".join(filter(None, lost if latents else ["its latents are not recorded"]))
+    return TurnState(damage or None, tuple(filter(None, wrong)))
 
 
 def manifest_problem(

@@ -201,9 +201,14 @@ def source_path(folder: Path) -> Path:
     return folder / "source"
 
 
+def result_name(number: int, which: TurnFile) -> str:
+    """A turn's mp4 or thumbnail, by its path in the session's folder."""
+    return f"results/turn_{number:04d}.{_SUFFIXES[which]}"
+
+
 def result_path(folder: Path, number: int, which: TurnFile) -> Path:
     """A turn's mp4 or thumbnail."""
-    return folder / "results" / f"turn_{number:04d}.{_SUFFIXES[which]}"
+    return folder / result_name(number, which)
 
 
 @contextmanager
@@ -264,16 +269,6 @@ def stored_identity(folder: Path) -> dict[str, Any] | None:
             return identity
     except StorageError:
         return None
-
-
-def finished_report(folder: Path, number: int | None) -> dict[str, Any] | None:
-    """The report of a turn that the session's folder has whole; None if it has not.
-
-    Raises:
-        StorageError: as `manifest_row`.
-    """
-    row = manifest_row(folder, number)
-    return None if row is None else row["report"]
 
 
 def latents_paths(folder: Path, number: int) -> list[Path]:

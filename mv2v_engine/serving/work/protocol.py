@@ -19,7 +19,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from mv2v_engine.config import EngineConfig, ParallelConfig
+from mv2v_engine.config import EngineConfig, LoadConfig, ParallelConfig
 from mv2v_engine.options import DTYPES
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
@@ -40,24 +40,13 @@ def decode(line: bytes) -> dict[str, Any]:
 
 def setup_message(config: ServingConfig) -> dict[str, Any]:
     """What a worker needs to know of a service; no tokens."""
-    engine = dataclasses.asdict(config.engine)
     # what was taken as an upload is not refused by a turn
-    engine["max_source_pixels"] = config.limits.pixels
-    for name in ("descriptor", "decoder"):
-        if engine[name] is not None:
-            engine[name] = str(engine[name])
-    engine["lora"] = [(str(name), strength) for name, strength in config.engine.lora]
-    return {
-        "type": "setup",
-        "store": str(config.store),
-        "checkpoint": config.checkpoint,
-        "device": config.device,
-        "dtype": config.dtype,
-        "components": None if config.components is None else str(config.components),
-        "rename": None if config.rename is None else str(config.rename),
-        "engine": engine,
-        "max_sessions_open": config.max_sessions_open,
-    }
+    engine = dataclasses.replace(config.engine, max_source_pixels=config.limits.pixels)
+    names = [*(field.name for field in dataclasses.fields(LoadConfig)), "store"]
+    setup = {name: getattr(config, name) for name in (*names, "max_sessions_open")}
+    setup |= {"type": "setup", "engine": dataclasses.asdict(engine)}
+    plain: dict[str, Any] = json.loads(json.dumps(setup, default=str))  # paths are text
+    return plain
 
 
 def engine_arguments(setup: dict[str, Any]) -> dict[str, Any]:

@@ -30,9 +30,9 @@ from mv2v_engine.serving.store.digests import num_bytes, promised
 from mv2v_engine.serving.store.folders import (
     RESULTS,
     Store,
-    finished_report,
     latents_paths,
     manifest_entry,
+    manifest_row,
     result_paths,
     sweep_session,
 )
@@ -431,13 +431,13 @@ def _recorded(
 def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> dict[str, Any] | None:
     with taken(folder):
         sweep_session(folder)
-        report = finished_report(folder, number)
-    if report is None or number is None:
+        row = manifest_row(folder, number)
+    if row is None or number is None:
         return None
     # its video may be half of an edit's or missing: written again, it is the same
     for path in result_paths(folder, number):
         path.unlink(missing_ok=True)
-    return {"type": "done", "number": number, "report": report, "published": False}
+    return {"type": "done", "number": number, "report": row["report"], "published": False}
 
 
 def _words(error: BaseException) -> str:
