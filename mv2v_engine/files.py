@@ -216,6 +216,15 @@ def chunks_of(path: Path) -> Iterator[bytes]:
             yield chunk
 
 
+def by_number(name: str) -> list[tuple[int, str]]:
+    """A key by which frame2 comes before frame10; a number is told by its length, then digits."""
+    parts = re.split(r"([0-9]+)", name)
+    return [
+        (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else (-1, part)
+        for place, part in enumerate(parts)
+    ]
+
+
 def save_json(path: Path, value: Any) -> None:
     """Write indented JSON atomically."""
     with replacing(path) as temporary:

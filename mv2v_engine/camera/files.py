@@ -70,7 +70,7 @@ from mv2v_engine.camera.trajectories import (
     require_pinhole,
 )
 from mv2v_engine.errors import CameraError
-from mv2v_engine.files import save_json
+from mv2v_engine.files import by_number, save_json
 
 # what a caller may give as a camera: see `resolve_camera`
 Camera: TypeAlias = (
@@ -502,7 +502,7 @@ def _ordered(
         indices, words = order.tolist(), "times"
     elif recording.names is not None and options.order == "name":
         names = recording.names
-        indices, words = sorted(range(count), key=lambda i: _natural(names[i])), "names"
+        indices, words = sorted(range(count), key=lambda i: by_number(names[i])), "names"
         twice = next((a for a, b in pairwise(indices) if names[a] == names[b]), None)
         if twice is not None:
             raise CameraError(
@@ -521,15 +521,6 @@ def _ordered(
     )
     notes.append(f"its frames were taken in the order of their {words}{ends}")
     return _picked(recording, torch.tensor(indices, dtype=torch.int64, device="cpu"))
-
-
-def _natural(name: str) -> list[tuple[int, str]]:
-    """A key by which frame2 comes before frame10; a number is told by its length, then digits."""
-    parts = re.split(r"([0-9]+)", name)
-    return [
-        (len(part.lstrip("0")), part.lstrip("0")) if place % 2 else (-1, part)
-        for place, part in enumerate(parts)
-    ]
 
 
 def _chosen(recording: Recording, file: str, options: CameraOptions, notes: list[str]) -> Recording:

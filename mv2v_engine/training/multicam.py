@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mv2v_engine.camera.files import load_rig
 from mv2v_engine.errors import CameraError, TrainingError, VideoError
+from mv2v_engine.files import by_number
 from mv2v_engine.training.scenes import Scene
 from mv2v_engine.video.io import read_video
 from mv2v_engine.video.transforms import cover_and_crop
@@ -51,7 +52,7 @@ class MultiCamVideo:
         folders = [path for path in root.glob("train/*/scene*") if path.is_dir()]
         self._folders = {
             f"scene_{folder.parent.name}_{folder.name}": folder
-            for folder in sorted(folders, key=_natural)
+            for folder in sorted(folders, key=lambda each: by_number(each.as_posix()))
         }
         if not self._folders:
             raise TrainingError(
@@ -138,12 +139,6 @@ class MultiCamVideo:
                 f"{video.name} has {len(clip.frames)} frames, its camera {num_poses} poses"
             )
         return cover_and_crop(clip.frames[: self.num_frames], self.size)[0]
-
-
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """scene2 before scene10."""
-    parts = re.split(r"(\d+)", path.as_posix())
-    return [(int(part), "") if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _read_captions(path: Path) -> dict[str, str]:

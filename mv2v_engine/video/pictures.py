@@ -96,12 +96,7 @@ class Pictures:
         elif self._primaries is not None:
             notes.append(f"colours of {_WIDE[self._primaries]} were brought to BT.709")
         if has_alpha:
-            if alpha == "refuse":
-                raise VideoError(
-                    f"{path.name} has an alpha channel, which is refused here; take it composed "
-                    "over black or white, or give a video without it"
-                )
-            notes.append(f"its alpha channel was composed over {alpha}")
+            notes.append(composed_over(alpha, path.name, "a video"))
         self.notes = tuple(notes)
 
     @property
@@ -239,6 +234,20 @@ def _rolled_off(light: Tensor, peak: float) -> Tensor:
 def _tag(frame: int, stream: int) -> int:
     """A frame's own tag before its stream's."""
     return int(stream if frame in (_UNKNOWN, 0) and stream not in (0, None) else frame)
+
+
+def composed_over(alpha: Alpha, name: str, instead: str) -> str:
+    """What is said of alpha that was composed, of what has that `name`; refused if it is to be.
+
+    Raises:
+        VideoError: refused; `instead` is what to give without it.
+    """
+    if alpha == "refuse":
+        raise VideoError(
+            f"{name} has an alpha channel, which is refused here; take it composed over black or "
+            f"white, or give {instead} without it"
+        )
+    return f"its alpha channel was composed over {alpha}"
 
 
 def has_room_for_alpha(frame: VideoFrame) -> bool:

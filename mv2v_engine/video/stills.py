@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -21,7 +22,9 @@ from torch import Tensor
 
 from mv2v_engine.config import Alpha
 from mv2v_engine.errors import MV2VError, VideoError
+from mv2v_engine.files import by_number
 from mv2v_engine.video.clock import clock
+from mv2v_engine.video.pictures import composed_over
 from mv2v_engine.video.scan import Check, VideoInfo, check_fps, check_picture_size, truncated
 
 if TYPE_CHECKING:
@@ -114,12 +117,7 @@ def scan_stills(
         notes.append(f"{len(files)} images were taken at {float(rate):g} a second")
     check_fps(f"the fps of {path.name}", rate)
     if has_alpha:
-        if alpha == "refuse":
-            raise VideoError(
-                f"{path.name} has an alpha channel, which is refused here; take it composed over "
-                "black or white, or give images without it"
-            )
-        notes.append(_composed_note(alpha))
+        notes.append(composed_over(alpha, path.name, "images"))
     info = VideoInfo(
         path=path,
         width=size[1],
@@ -184,7 +182,7 @@ def frames_of_images(
                 "give images of one size"
             )
         frames.append(frame)
-    return torch.stack(frames), (_composed_note(alpha),) if has_alpha else ()
+    return torch.stack(frames), (composed_over(alpha, "an image", "images"),) if has_alpha else ()
 
 
 def _listed(path: Path) -> tuple[Path, ...]:
@@ -198,7 +196,7 @@ def _listed(path: Path) -> tuple[Path, ...]:
                 f"{path} is a folder without images ({known}); give a video file, or a folder of "
                 "its frames"
             )
-        return tuple(sorted(files, key=_natural))[:_MAX_IMAGES]
+        return tuple(sorted(files, key=lambda file: by_number(file.name)))[:_MAX_IMAGES]
     match = _NUMBER.search(path.name)
     assert match is not None
     digits = rf"(\d{{{int(match[1])},}})" if match[1] else r"(\d+)"
@@ -219,43 +217,22 @@ def _listed(path: Path) -> tuple[Path, ...]:
     return tuple(found[number] for number in sorted(found))
 
 
-def _natural(path: Path) -> list[tuple[int, str]]:
-    """Numbers in a name by their value, so that 10 comes behind 9."""
-    parts = re.split(r"(\d+)", path.name)
-    return [(int(part), "") if part.isdecimal() else (0, part) for part in parts]
-
-
-class _opened:
+@contextmanager
+def _opened(path: Path) -> Iterator[Image]:
     """An image file; what Pillow says of one that it cannot read becomes one VideoError."""
+    from PIL import Image
 
-    def __init__(self, path: Path) -> None:
-        self._path = path
-
-    def __enter__(self) -> Image:
-        from PIL import Image
-
-        try:
-            self._image = Image.open(self._path)
-        except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-            raise self._unreadable(error) from error
-        return self._image
-
-    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
-        self._image.close()
-        is_ours = isinstance(error, MV2VError)
-        if isinstance(error, OSError | ValueError | SyntaxError) and not is_ours:
-            raise self._unreadable(error) from error
-
-    def _unreadable(self, error: BaseException) -> VideoError:
+    try:
+        with closing(Image.open(path)) as image:
+            yield image
+    except MV2VError:
+        raise
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        return VideoError(
-            f"{self._path.name} cannot be read as an image ({reason}): damaged, or none; give "
-            "whole images"
-        )
-
-
-def _composed_note(alpha: Alpha) -> str:
-    return f"its alpha channel was composed over {alpha}"
+        raise VideoError(
+            f"{path.name} cannot be read as an image ({reason}): damaged, or none; give whole "
+            "images"
+        ) from error
 
 
 def _upright_size(image: Image) -> tuple[int, int]:
@@ -317,11 +294,7 @@ def _composed(image: Image, alpha: Alpha, name: str) -> Tensor:
         grey = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255)
         return torch.from_numpy(grey.astype(np.uint8))[..., None].repeat(1, 1, 3)
     if _is_seen_through(image):
-        if alpha == "refuse":
-            raise VideoError(
-                f"{name} has an alpha channel, which is refused here; take it composed over black "
-                "or white, or give images without it"
-            )
+        composed_over(alpha, name, "images")
         seen = image.convert("RGBA")
         image = images.alpha_composite(images.new("RGBA", seen.size, alpha), seen)
     return torch.from_numpy(np.array(image.convert("RGB")))

@@ -20,7 +20,7 @@ from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.service import Service
-from mv2v_engine.serving.store.folders import finished_report
+from mv2v_engine.serving.store.folders import manifest_row
 from mv2v_engine.serving.store.records import JobRecord
 from mv2v_engine.serving.watch.listener import Listener
 from mv2v_engine.serving.watch.metrics import Metrics
@@ -168,12 +168,12 @@ def test_a_recovered_edit_has_its_windows(tmp_path: Path) -> None:
     edit = Draft(1, request, {}, [KeptWindow(row, latents, torch.zeros(3)) for row in rows])
     for number in (1, 2):
         store.append(edit, number, latents)
-    assert finished_report(tmp_path, 1) is None
+    assert manifest_row(tmp_path, 1) is None
     edit.report = {"turn": 1, "num_windows": 2}
     store.finish(edit)
-    found = finished_report(tmp_path, 1)
+    found = (manifest_row(tmp_path, 1) or {})["report"]
     assert found == {"turn": 1, "num_windows": 2, "windows": rows}
     assert json.loads(json.dumps(found)) == found
     store.window_path({"number": 1, "camera": None}, 2).write_bytes(b"damaged")
     with pytest.raises(StorageError, match="cannot be read again"):
-        finished_report(tmp_path, 1)
+        manifest_row(tmp_path, 1)
