@@ -170,7 +170,7 @@ def _colmap(
     file.check_count(len(found))
     values = torch.tensor([image.numbers for image in found], dtype=torch.float64, device="cpu")
     poses = torch.cat([rotations(file, values[:, :4]), values[:, 4:, None]], dim=-1)
-    name, names = f"{file.name}: poses", tuple(image.name for image in found)
+    names = tuple(image.name for image in found)
     lens, problem = None, None
     try:
         data = file.beside(cameras)
@@ -178,7 +178,7 @@ def _colmap(
             lens = _colmap_lens(file, found, read_cameras(CameraFile(cameras, data)))
     except CameraError as error:
         problem = error
-    return Recording(poses, name, lens, names, None, problem)
+    return Recording(poses, file.poses, lens, names, None, problem)
 
 
 def _colmap_lens(

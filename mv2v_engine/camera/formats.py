@@ -87,12 +87,9 @@ def own_recording(file: CameraFile, content: dict[str, Any]) -> Recording:
             f" has {unknown[0]!r}, which this format does not know: its fields are "
             f"{', '.join(_FIELDS)}. A lens is a pinhole's: take distortion out of the frames first"
         )
-    name = f"{file.name}: poses"
-    poses = matrix_poses(
-        file, numbers(file, "poses", content.get("poses"), ("[frames, 3, 4]",)), name
-    )
+    poses = matrix_poses(file, numbers(file, "poses", content.get("poses"), ("[frames, 3, 4]",)))
     if content.get("intrinsics") is None:
-        return Recording(poses, name)
+        return Recording(poses, file.poses)
     size = content.get("size")
     if (
         not isinstance(size, list)
@@ -104,7 +101,7 @@ def own_recording(file: CameraFile, content: dict[str, Any]) -> Recording:
         )
     shapes = ("[3, 3]", "[frames, 3, 3]")
     intrinsics = numbers(file, "intrinsics", content["intrinsics"], shapes)
-    return Recording(poses, name, Lens(intrinsics, (size[0], size[1])))
+    return Recording(poses, file.poses, Lens(intrinsics, (size[0], size[1])))
 
 
 # --- ReCamMaster and MultiCamVideo ---
@@ -208,8 +205,7 @@ def _read_nerf(file: CameraFile, camera: str | None, _: Quaternion) -> Recording
         matrices.append(matrix)
     if len({len(matrix) for matrix in matrices}) > 1:
         raise file.refused(": its transform_matrix are 3x4 and 4x4; all must be of one shape")
-    name = f"{file.name}: poses"
-    poses = matrix_poses(file, torch.stack(matrices), name)
+    poses = matrix_poses(file, torch.stack(matrices))
     paths = [frame.get("file_path") for frame in frames]
     names = tuple(paths) if all(isinstance(path, str) for path in paths) else None
     lens, problem = None, None
@@ -217,7 +213,7 @@ def _read_nerf(file: CameraFile, camera: str | None, _: Quaternion) -> Recording
         lens = _nerf_lenses(file, [content | frame for frame in frames])
     except CameraError as error:
         problem = error
-    return Recording(poses, name, lens, names, None, problem)
+    return Recording(poses, file.poses, lens, names, None, problem)
 
 
 def _nerf_lenses(file: CameraFile, frames: list[dict[str, Any]]) -> Lens | None:
@@ -297,9 +293,8 @@ def _is_json_matrices(file: CameraFile) -> bool:
 
 
 def _read_json_matrices(file: CameraFile, camera: str | None, _: Quaternion) -> Recording:
-    name = f"{file.name}: poses"
     shapes = ("[frames, 4, 4]", "[frames, 3, 4]")
-    return Recording(matrix_poses(file, numbers(file, "poses", file.json, shapes), name), name)
+    return Recording(matrix_poses(file, numbers(file, "poses", file.json, shapes)), file.poses)
 
 
 def _is_npy(file: CameraFile) -> bool:
@@ -344,16 +339,11 @@ def _read_npy(file: CameraFile, camera: str | None, _: Quaternion) -> Recording:
     values = np.frombuffer(file.data, dtype, offset=stream.tell())
     with np.errstate(invalid="ignore"):  # NaN is told where it stands
         array = values.reshape(shape, order="F" if is_columns else "C").astype(np.float64)
-    name = f"{file.name}: poses"
-    return Recording(matrix_poses(file, torch.from_numpy(array.copy()), name), name)
+    return Recording(matrix_poses(file, torch.from_numpy(array.copy())), file.poses)
 
 
-def _is_table(file: CameraFile, *columns: int) -> bool:
-    return bool(file.table_rows) and len(file.table_rows[0].fields) in columns
-
-
-def _is_text_matrices(file: CameraFile) -> bool:
-    return _is_table(file, 4, 12, 16)
+def _is_table(*columns: int) -> Callable[[CameraFile], bool]:
+    return lambda file: bool(file.table_rows) and len(file.table_rows[0].fields) in columns
 
 
 def _read_text_matrices(file: CameraFile, camera: str | None, _: Quaternion) -> Recording:
@@ -366,18 +356,13 @@ def _read_text_matrices(file: CameraFile, camera: str | None, _: Quaternion) -> 
                 "numbers a line"
             )
         values = values.unflatten(0, (-1, 4))
-    name = f"{file.name}: poses"
     # one line is one pose, also where there are four of them
     if values.ndim == 2:
         values = values.unflatten(1, (-1, 4))
-    return Recording(matrix_poses(file, values, name), name)
+    return Recording(matrix_poses(file, values), file.poses)
 
 
 # --- RealEstate10K ---
-
-
-def _is_realestate(file: CameraFile) -> bool:
-    return _is_table(file, 19)
 
 
 def _read_realestate(file: CameraFile, camera: str | None, _: Quaternion) -> Recording:
@@ -393,7 +378,7 @@ def _read_realestate(file: CameraFile, camera: str | None, _: Quaternion) -> Rec
     intrinsics[:, 0, 2], intrinsics[:, 1, 2], intrinsics[:, 2, 2] = lens[:, 2], lens[:, 3], 1.0
     return Recording(
         values[:, 7:].unflatten(1, (3, 4)),
-        f"{file.name}: poses",
+        file.poses,
         Lens(one_or_all(intrinsics), None),
         times=values[:, 0],
         problem=problem,
@@ -401,10 +386,6 @@ def _read_realestate(file: CameraFile, camera: str | None, _: Quaternion) -> Rec
 
 
 # --- TUM ---
-
-
-def _is_tum(file: CameraFile) -> bool:
-    return _is_table(file, 8)
 
 
 def _read_tum(file: CameraFile, camera: str | None, quaternion: Quaternion) -> Recording:
@@ -420,7 +401,7 @@ def _read_tum(file: CameraFile, camera: str | None, quaternion: Quaternion) -> R
     if quaternion == "xyzw":
         turned = turned[:, [3, 0, 1, 2]]
     poses = torch.cat([rotations(file, turned), values[:, 1:4, None]], dim=-1)
-    return Recording(poses, f"{file.name}: poses", times=values[:, 0])
+    return Recording(poses, file.poses, times=values[:, 0])
 
 
 # --- the registry ---
@@ -451,9 +432,9 @@ FORMATS = (
     Format("NeRF's transforms", "opengl", "c2w", _is_nerf, _read_nerf),
     Format("a list of matrices", "opencv", "c2w", _is_json_matrices, _read_json_matrices),
     Format("COLMAP's images.txt", "opencv", "w2c", is_colmap_text, read_colmap_text),
-    Format("RealEstate10K's text", "opencv", "w2c", _is_realestate, _read_realestate),
-    Format("TUM's text", "opencv", "c2w", _is_tum, _read_tum),
-    Format("matrices as text", "opencv", "c2w", _is_text_matrices, _read_text_matrices),
+    Format("RealEstate10K's text", "opencv", "w2c", _is_table(19), _read_realestate),
+    Format("TUM's text", "opencv", "c2w", _is_table(8), _read_tum),
+    Format("matrices as text", "opencv", "c2w", _is_table(4, 12, 16), _read_text_matrices),
 )
 RECAMMASTER = FORMATS[3]
 TUM = FORMATS[8]

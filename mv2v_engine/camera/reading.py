@@ -78,6 +78,7 @@ class CameraFile:
         self, name: str, data: bytes, beside: Callable[[str], bytes | None] = lambda _: None
     ) -> None:
         self.name, self.data, self.beside = printable(name), data, beside
+        self.poses = f"{self.name}: poses"  # what an error calls them
         self.ending = name.rpartition(".")[2].lower() if "." in name else ""
 
     def refused(self, why: str) -> CameraError:
@@ -211,7 +212,7 @@ def numbers(file: CameraFile, name: str, value: Any, shapes: tuple[str, ...]) ->
         ) from error
 
 
-def matrix_poses(file: CameraFile, matrices: Tensor, name: str) -> Tensor:
+def matrix_poses(file: CameraFile, matrices: Tensor) -> Tensor:
     """Poses [N, 3, 4] of matrices [N, 3, 4], [N, 4, 4], one of them, or rows of 12 or 16."""
     if matrices.ndim == 2 and tuple(matrices.shape) not in ((3, 4), (4, 4)):
         columns = matrices.shape[1]
@@ -221,7 +222,8 @@ def matrix_poses(file: CameraFile, matrices: Tensor, name: str) -> Tensor:
         matrices = matrices[None]
     if matrices.ndim != 3 or matrices.shape[1:] not in ((3, 4), (4, 4)) or not len(matrices):
         raise CameraError(
-            f"{name} must have shape [frames, 3, 4] or [frames, 4, 4], got {list(matrices.shape)}"
+            f"{file.poses} must have shape [frames, 3, 4] or [frames, 4, 4], "
+            f"got {list(matrices.shape)}"
         )
     file.check_count(len(matrices))
     if matrices.shape[1] == 4:
@@ -230,8 +232,9 @@ def matrix_poses(file: CameraFile, matrices: Tensor, name: str) -> Tensor:
         if len(wrong):
             at = int(wrong[0])
             raise CameraError(
-                f"{name}: the last row of a 4x4 pose must be 0 0 0 1 (column-vector convention), "
-                f"got {matrices[at, 3].tolist()} at frame {at}; transpose the matrices?"
+                f"{file.poses}: the last row of a 4x4 pose must be 0 0 0 1 (column-vector "
+                f"convention), got {matrices[at, 3].tolist()} at frame {at}; transpose the "
+                "matrices?"
             )
     return matrices[:, :3]
 
