@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mv2v_engine.checkpoints.components import part_of
 from mv2v_engine.checkpoints.weights import (
@@ -381,17 +381,14 @@ def load_vae(
         raise CheckpointError(
             f"{path} does not exist; give a diffusers VAE folder or Wan2.1_VAE.pth"
         )
-    model = _build(path, config, infos)
-    faults, weights = [], {}
-    with WeightReader() as reader:
-        for name, info in infos.items():
-            stored = reader.read(info)
-            # a copy even when nothing changes: the file must not stay mapped
-            weights[name] = stored.to(device, dtype, copy=True)
-            if check_weights and (fault := weight_fault(name, weights[name], stored)):
-                faults.append(fault)
-    refuse_weights(path, faults)
-    model.load_state_dict(weights, assign=True)
+    try:
+        with without_memory():
+            model = Autoencoder(config)
+    except RequestError as error:
+        raise CheckpointError(
+            f"{path} has an unusable VAE config: {error}; correct it or copy it again"
+        ) from error
+    _fill(model, path, infos, device, dtype, check_weights=check_weights)
     rgb = None
     if colours is not None and colours.is_file():
         rgb = LatentRGB.read(colours, model.config.z_dim)
@@ -421,16 +418,7 @@ def _tiny_decoder(path: Path, vae: VideoVAE, check_weights: bool) -> TinyDecoder
         )
     with without_memory():
         decoder = TinyDecoder(shape)
-    _require_fitting(path, decoder.state_dict(), infos)
-    faults, weights = [], {}
-    with WeightReader() as reader:
-        for name, info in infos.items():
-            stored = reader.read(info)
-            weights[name] = stored.to(vae.device, vae.dtype, copy=True)
-            if check_weights and (fault := weight_fault(name, weights[name], stored)):
-                faults.append(fault)
-    refuse_weights(path, faults)
-    decoder.load_state_dict(weights, assign=True)
+    _fill(decoder, path, infos, vae.device, vae.dtype, check_weights=check_weights)
     return decoder.eval().requires_grad_(False)
 
 
@@ -484,34 +472,38 @@ def _renamed(name: str) -> str:
     return name
 
 
-def _build(path: Path, config: dict[str, Any], weights: Mapping[str, TensorInfo]) -> Autoencoder:
-    """The model of `config`, which takes exactly `weights`; built without memory of its own."""
-    try:
-        with without_memory():
-            model = Autoencoder(config)
-    except RequestError as error:
-        raise CheckpointError(
-            f"{path} has an unusable VAE config: {error}; correct it or copy it again"
-        ) from error
-    _require_fitting(path, model.state_dict(), weights)
-    return model
-
-
-def _require_fitting(
-    path: Path, expected: Mapping[str, Tensor], weights: Mapping[str, TensorInfo]
+def _fill(
+    model: nn.Module,
+    path: Path,
+    infos: Mapping[str, TensorInfo],
+    device: torch.device,
+    dtype: torch.dtype,
+    *,
+    check_weights: bool,
 ) -> None:
-    """Refuse weights that are not exactly those that a model expects."""
-    missing = sorted(expected.keys() - weights.keys())
-    unknown = sorted(weights.keys() - expected.keys())
+    """Give a model its weights; refuse others than those that it expects, and those not finite."""
+    expected = model.state_dict()
+    missing = sorted(expected.keys() - infos.keys())
+    unknown = sorted(infos.keys() - expected.keys())
     if missing or unknown:
         example = f"first missing {missing[0]}" if missing else f"first unknown {unknown[0]}"
         raise CheckpointError(
             f"{path} does not fit its VAE config: {len(missing)} tensors missing, {len(unknown)} "
             f"unknown, {example}; give weights and config of one model"
         )
-    for name, weight in weights.items():
-        if weight.shape != tuple(expected[name].shape):
+    for name, info in infos.items():
+        if info.shape != tuple(expected[name].shape):
             raise CheckpointError(
-                f"{path}: {name} has shape {list(weight.shape)}, its config expects "
+                f"{path}: {name} has shape {list(info.shape)}, its config expects "
                 f"{list(expected[name].shape)}; give weights and config of one model"
             )
+    faults, weights = [], {}
+    with WeightReader() as reader:
+        for name, info in infos.items():
+            stored = reader.read(info)
+            # a copy even when nothing changes: the file must not stay mapped
+            weights[name] = stored.to(device, dtype, copy=True)
+            if check_weights and (fault := weight_fault(name, weights[name], stored)):
+                faults.append(fault)
+    refuse_weights(path, faults)
+    model.load_state_dict(weights, assign=True)
