@@ -14,6 +14,7 @@ import sqlite3
 import time
 import zipfile
 from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -87,50 +88,34 @@ class Sessions:
         choices: Choices,
     ) -> SessionRecord:
         """Make a session; the upload is moved or removed in any case. See `Service`."""
-        try:
-            with disk_errors():
-                return await self._create(owner, upload, name, key, about, choices)
-        finally:
-            await asyncio.to_thread(upload.unlink, missing_ok=True)
-
-    async def _create(
-        self,
-        owner: str,
-        upload: Path,
-        name: str,
-        key: str | None,
-        about: dict[str, Any],
-        choices: Choices,
-    ) -> SessionRecord:
-        self.store.require_free(self.config.min_free_bytes)
-        digest = None
-        if key is not None:
-            digest = await asyncio.to_thread(_upload_digest, upload, name, choices)
-            known = await self.database.read(tables.session_of_key, owner, key, digest)
-            if known is not None:
-                return known
-        most = self.config.limits.sessions
-        await self.database.read(tables.require_room, owner, most)
-        # kept with the session: a service that is told otherwise later reads the same video
-        alpha, fit = about.get("source_alpha", "black"), about.get("source_fit", "crop")
-        choices = replace(
-            choices,
-            alpha=choices.alpha or alpha,
-            fit=choices.fit or fit,
-            size=made_size(about, choices.size),
-        )
-        video = await self.probe(owner, upload, self.config.limits, choices.alpha or alpha)
-        session = _new_session(owner, name, upload, video, about, choices)
-        files = await asyncio.to_thread(_place_upload, self.store, upload, session.id)
-        session = replace(session, files=files)
-        kept = await self._added(_add_session, session, most, key, digest)
-        if kept.id != session.id:
-            # the same request was a little faster
-            await asyncio.to_thread(self._discard, session.id)
-        else:
-            await mirror(self.database, self.store.session(session.id), session.id)
-            await asyncio.to_thread(self.store.spare.keep)
-            self.scheduler.tell(lambda listener: listener.session_created(session))
+        async with AsyncExitStack() as stack:
+            stack.push_async_callback(asyncio.to_thread, upload.unlink, missing_ok=True)
+            stack.enter_context(disk_errors())
+            self.store.require_free(self.config.min_free_bytes)
+            digest = None
+            if key is not None:
+                digest = await asyncio.to_thread(_upload_digest, upload, name, choices)
+                known = await self.database.read(tables.session_of_key, owner, key, digest)
+                if known is not None:
+                    return known
+            most = self.config.limits.sessions
+            await self.database.read(tables.require_room, owner, most)
+            # kept with the session: a service that is told otherwise later reads the same video
+            alpha: Alpha = choices.alpha or about.get("source_alpha", "black")
+            fit, size = choices.fit or about.get("source_fit", "crop"), choices.size
+            choices = replace(choices, alpha=alpha, fit=fit, size=made_size(about, size))
+            video = await self.probe(owner, upload, self.config.limits, alpha)
+            session = _new_session(owner, name, upload, video, about, choices)
+            files = await asyncio.to_thread(_place_upload, self.store, upload, session.id)
+            session = replace(session, files=files)
+            kept = await self._added(_add_session, session, most, key, digest)
+            if kept.id != session.id:
+                # the same request was a little faster
+                await asyncio.to_thread(self._discard, session.id)
+            else:
+                await mirror(self.database, self.store.session(session.id), session.id)
+                await asyncio.to_thread(self.store.spare.keep)
+                self.scheduler.tell(lambda listener: listener.session_created(session))
         return kept
 
     async def branch(self, parent: SessionRecord, number: int) -> SessionRecord:
