@@ -10,7 +10,7 @@ from collections.abc import Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 from python_multipart.exceptions import FormParserError
 from python_multipart.multipart import MultipartParser, parse_options_header
@@ -134,6 +134,7 @@ class _Parts:
         if kind != b"form-data" or b"name" not in options:
             raise _malformed("a part has no Content-Disposition: form-data with a name")
         self._name = options[b"name"].decode("utf-8", "replace")
+        shown = self._name[:100]
         self._is_file = b"filename" in options
         if len(self.form.fields) + self.has_file >= _MAX_FIELDS:
             raise _malformed(f"it has more than {_MAX_FIELDS} parts")
@@ -141,15 +142,12 @@ class _Parts:
             raise ApiError(
                 "invalid_request",
                 f"the form may have one file, in the field {self._file_field!r}; leave the file "
-                f"in {self._name[:100]!r} out",
-                param=self._name[:100],
+                f"in {shown!r} out",
+                param=shown,
             )
         if not self._is_file and self._name in self.form.fields:
-            raise ApiError(
-                "invalid_request",
-                f"the field {self._name[:100]!r} is given twice; give it once",
-                param=self._name[:100],
-            )
+            message = f"the field {shown!r} is given twice; give it once"
+            raise ApiError("invalid_request", message, param=shown)
         self.has_file |= self._is_file
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
@@ -196,20 +194,9 @@ def _parser(request: Request, parts: _Parts) -> MultipartParser:
     boundary = options.get(b"boundary", b"")
     if not boundary:
         raise _malformed("its Content-Type names no boundary")
+    calls: Any = {name: getattr(parts, name) for name in dir(parts) if name.startswith("on_")}
     try:
-        return MultipartParser(
-            boundary,
-            {
-                "on_part_begin": parts.on_part_begin,
-                "on_part_data": parts.on_part_data,
-                "on_part_end": parts.on_part_end,
-                "on_header_field": parts.on_header_field,
-                "on_header_value": parts.on_header_value,
-                "on_header_end": parts.on_header_end,
-                "on_headers_finished": parts.on_headers_finished,
-                "on_end": parts.on_end,
-            },
-        )
+        return MultipartParser(boundary, calls)
     except FormParserError as error:
         raise _malformed(str(error)) from error
 
