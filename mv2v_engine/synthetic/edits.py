@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -180,14 +181,15 @@ def _with_objects(
     textures = world.textures.of(surfaces)
     textures = replace(textures, colour_a_S3=shades, colour_b_S3=0.85 * shades)
     names = ("yaw_N", "swing_N3", "rate_N", "phase_N", "spin_N")
-    moving = {name: getattr(world, name) for name in names}
+    values = {name: getattr(world, name) for name in names}
+    moving: dict[str, Any] = {name: torch.cat([each, each[first]]) for name, each in values.items()}
     return replace(
         world,
         kind_N=torch.cat([world.kind_N, torch.tensor(kinds)]),
         half_size_N3=torch.cat([world.half_size_N3, half_sizes]),
         centre_N3=torch.cat([world.centre_N3, centres]),
         textures=world.textures.followed_by(textures),
-        **{name: torch.cat([values, values[first]]) for name, values in moving.items()},
+        **moving,
     )
 
 
