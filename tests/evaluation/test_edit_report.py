@@ -107,7 +107,7 @@ def test_the_tables_show_every_row_target_and_kind() -> None:
     assert "| independent windows | 0.2000 (0.1" in text and "| *the true edit* | 0.0200" in text
     assert "| ≤ 1.2 | yes |" in text
     assert "| subject error, memory / independent | 0.400 | 0.400 to 0.400 | ≤ 0.5 | yes |" in text
-    assert "| | colour | hat | remove |" in text
+    assert "|  | colour | hat | remove |" in text
     assert "| FIFO diagonal denoising | 0.0600 (0.20) | 0.0600 (0.20) | - (0.20) |" in text
     assert "DINO" not in text
     tables = [line for line in text.splitlines() if line.startswith("|")]
