@@ -1,4 +1,4 @@
-"""Starts two processes by torchrun, or as it does: its own process costs as much as one of them."""
+"""Processes of a test: one of a script, or two by torchrun or as it does, which costs less."""
 
 from __future__ import annotations
 
@@ -6,25 +6,39 @@ import os
 import socket
 import subprocess
 import sys
+from pathlib import Path
 
 # far beyond what anything takes: a hang fails the test
 _PATIENCE = 600
+_ROOT = Path(__file__).resolve().parents[1]
+
+
+def _succeeds(command: list[str], **variables: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(
+        command,
+        cwd=_ROOT,
+        capture_output=True,
+        text=True,
+        timeout=_PATIENCE,
+        check=False,
+        env=os.environ | {"OMP_NUM_THREADS": "1"} | variables,
+    )
+    assert done.returncode == 0, done.stderr[:5000]
+    return done
+
+
+def script(
+    code: str, *arguments: object, within: tuple[str, ...] = ()
+) -> subprocess.CompletedProcess[str]:
+    """A script in a process of one thread, by another command if within one; it must succeed."""
+    command = [*within, sys.executable, "-c", code, *map(str, arguments)]
+    return _succeeds(command, MV2V_NUM_THREADS="1")
 
 
 def torchrun(*arguments: str) -> subprocess.CompletedProcess[str]:
     """A script or module in two processes; it must succeed."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
-    command += ["--nproc-per-node", "2", *arguments]
-    done = subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        timeout=_PATIENCE,
-        check=False,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr[:5000]
-    return done
+    return _succeeds([*command, "--nproc-per-node", "2", *arguments])
 
 
 def both(*arguments: str) -> list[subprocess.CompletedProcess[str]]:

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.folders import contents
+from tests.launched import script
+
 NUM_KILLS = 5
 CAMERAS = ("pan_right", "arc_left", "pan:8")
 
@@ -66,23 +66,13 @@ print(json.dumps([counts, finished(child(out))]))
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_killed_again_and_again(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
-    folders = [str(tmp_path / name) for name in ("unbroken", "out")]
-    arguments = [str(source_clip), str(tiny_checkpoint), *folders, str(NUM_KILLS), *CAMERAS]
-    done = subprocess.run(
-        [sys.executable, "-c", FORKS, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "MV2V_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    unbroken, out = folders = [tmp_path / name for name in ("unbroken", "out")]
+    done = script(FORKS, source_clip, tiny_checkpoint, *folders, NUM_KILLS, *CAMERAS)
     counts, code = json.loads(done.stdout.splitlines()[-1])
     # every finished turn could be read after every kill, and none was lost again
     assert code == 0 and counts and counts == sorted(counts)
-    unbroken, out = map(Path, folders)
-    made = {path.relative_to(out) for path in out.rglob("*") if path.is_file()}
-    assert made == {path.relative_to(unbroken) for path in unbroken.rglob("*") if path.is_file()}
-    for path in made:
-        if path.suffix in (".mp4", ".safetensors", ".png"):
-            assert (out / path).read_bytes() == (unbroken / path).read_bytes()
+    made, expected = contents(out), contents(unbroken)
+    assert set(made) == set(expected)
+    for name in made:
+        if name.endswith((".mp4", ".safetensors", ".png")):
+            assert made[name] == expected[name]

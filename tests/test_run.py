@@ -25,6 +25,7 @@ from mv2v_engine import run
 from mv2v_engine.camera.files import save_trajectory
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.video.io import read_video, write_video
+from tests.folders import DAMAGES, contents
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMERAS = ("pan_right", "arc_left", "pan_right")
@@ -58,10 +59,6 @@ def latents(out: Path) -> list[Tensor]:
     return [load_file(path)["latents"] for path in sorted((out / "turns").iterdir())]
 
 
-def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
-
-
 @pytest.fixture(scope="module")
 def finished(
     tmp_path_factory: pytest.TempPathFactory, source_clip: Path, tiny_checkpoint: Path
@@ -74,7 +71,13 @@ def finished(
 
 def test_three_turns(finished: Path) -> None:
     turns = {f"turns/turn_{number:02d}.safetensors" for number in (1, 2, 3)}
-    assert files(finished) == {*VIDEOS, *turns, "overview.png", "report.json", "session.json"}
+    assert set(contents(finished)) == {
+        *VIDEOS,
+        *turns,
+        "overview.png",
+        "report.json",
+        "session.json",
+    }
     report = json.loads((finished / "report.json").read_text())
     remembered = [[row["turn"] for row in turn["memory"]["retrieved"]] for turn in report["turns"]]
     assert remembered == [[], [1], [1, 2]]
@@ -234,18 +237,13 @@ def test_resuming_remakes_what_is_missing_and_goes_on(
         (out / name).unlink()
     assert run.main(novel_view(source_clip, tiny_checkpoint, out, CAMERAS, "--resume")) == 0
     assert "resumed after 2 finished turns" in capsys.readouterr().out
-    assert files(out) == files(finished)
-    for name in files(finished) - {"overview.png", "report.json", "session.json"}:
-        assert (out / name).read_bytes() == (finished / name).read_bytes()
+    made, expected = contents(out), contents(finished)
+    assert set(made) == set(expected)
+    for name in set(expected) - {"overview.png", "report.json", "session.json"}:
+        assert made[name] == expected[name]
 
 
-def damaged(content: bytes) -> dict[str, bytes]:
-    middle = len(content) // 2
-    turned = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-    return {"empty": b"", "half": content[:middle], "short": content[:-1], "turned": turned}
-
-
-@pytest.mark.parametrize("damage", ["empty", "half", "short", "turned"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_resuming_finds_every_damaged_file(
     finished: Path,
     tmp_path: Path,
@@ -256,15 +254,15 @@ def test_resuming_finds_every_damaged_file(
 ) -> None:
     """Each is made again, or named as lost; none is taken for what it was."""
     arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / "out", CAMERAS, "--resume")
-    before = {name: (finished / name).read_bytes() for name in files(finished)}
+    before = contents(finished)
     for name, content in before.items():
         out = tmp_path / "out"
         shutil.rmtree(out, ignore_errors=True)
         shutil.copytree(finished, out)
-        (out / name).write_bytes(damaged(content)[damage])
-        found = {each: (out / each).read_bytes() for each in files(out)}
+        (out / name).write_bytes(DAMAGES[damage](content))
+        found = contents(out)
         code, said = run.main([*arguments, "--quiet"]), capsys.readouterr().err
-        after = {each: (out / each).read_bytes() for each in files(out)}
+        after = contents(out)
         if name == "session.json" and damage != "short":
             assert code == run.REFUSED and said.count("\n") == 1
             assert said.startswith(f"error: {out / name} ") and after == found
@@ -309,7 +307,7 @@ def test_overwriting_replaces(finished: Path, source_clip: Path, tiny_checkpoint
     (out / "mine.txt").write_text("mine")
     arguments = novel_view(source_clip, tiny_checkpoint, out, ["static"], "--overwrite")
     assert run.main(arguments) == 0
-    assert files(out) == {
+    assert set(contents(out)) == {
         "mine.txt",
         "turn_01_static.mp4",
         "turns/turn_01.safetensors",
@@ -340,7 +338,7 @@ def test_interrupting_keeps_the_finished_turns(
     assert code == 130
     assert errors == "interrupted: finished turns are kept; continue with --resume\n"
     assert len(json.loads((out / "session.json").read_text())["turns"]) == 1
-    assert files(out) == {
+    assert set(contents(out)) == {
         VIDEOS[0],
         "overview.png",
         "report.json",

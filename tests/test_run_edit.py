@@ -25,11 +25,11 @@ from mv2v_engine import run
 from mv2v_engine.progress import Event, WindowStarted
 from mv2v_engine.testing import largest_file
 from mv2v_engine.video.io import probe_video, read_video, write_video
+from tests.conftest import EDIT_FPS, EDIT_FRAMES, EDIT_SIZE, EDIT_WINDOW
+from tests.folders import DAMAGES, contents
 
 ROOT = Path(__file__).resolve().parents[1]
-# of the fixtures' clip and model
-WINDOW, SIZE = 5, (32, 48)
-NUM_FRAMES, FPS = 23, 12.5
+WINDOW, SIZE, NUM_FRAMES, FPS = EDIT_WINDOW, EDIT_SIZE, EDIT_FRAMES, EDIT_FPS
 PROMPT = "a red ball"
 KEPT = {f"turns/turn_01/window_{number:05d}.safetensors" for number in range(1, 6)}
 
@@ -42,7 +42,7 @@ def words(clip: Path, out: Path, checkpoint: Path | str, *more: str) -> list[str
 
 
 def files(folder: Path) -> set[str]:
-    return {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    return set(contents(folder))
 
 
 def report_of(out: Path) -> dict[str, Any]:
@@ -280,7 +280,7 @@ def test_resuming_a_finished_edit_makes_what_is_missing(
     assert (folder / "edited.mp4").read_bytes() == (finished_edit[0] / "edited.mp4").read_bytes()
 
 
-@pytest.mark.parametrize("damage", ["empty", "half", "short", "turned"])
+@pytest.mark.parametrize("damage", DAMAGES)
 def test_resuming_finds_every_damaged_file(
     tmp_path: Path,
     long_clip: Path,
@@ -291,19 +291,16 @@ def test_resuming_finds_every_damaged_file(
 ) -> None:
     """Each is made again to the same bits, or refused; none is taken for what it was."""
     whole, folder = finished_edit[0], tmp_path / "copy"
-    for name in sorted(files(whole)):
+    for name, content in sorted(contents(whole).items()):
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(whole, folder)
-        content = (whole / name).read_bytes()
-        middle = len(content) // 2
-        turned = content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :]
-        kinds = {"empty": b"", "half": content[:middle], "short": content[:-1], "turned": turned}
-        (folder / name).write_bytes(kinds[damage])
+        spoilt = DAMAGES[damage](content)
+        (folder / name).write_bytes(spoilt)
         arguments = words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")
         code, said = run.main(arguments), capsys.readouterr().err
         if name.endswith("session.json") and damage != "short":
             assert code == run.REFUSED and said.startswith(f"error: {folder / name} ")
-            assert said.count("\n") == 1 and (folder / name).read_bytes() == kinds[damage]
+            assert said.count("\n") == 1 and (folder / name).read_bytes() == spoilt
             continue
         assert code == 0, (name, said)
         assert said.startswith(f"{folder / name} cannot be read") == ("window" in name)

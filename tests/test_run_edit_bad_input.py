@@ -12,13 +12,10 @@ from torch import Tensor
 
 from mv2v_engine import run
 from mv2v_engine.video.io import write_video
+from tests.folders import refusal
 
 Capture = pytest.CaptureFixture[str]
 Refused = Callable[..., str]
-
-
-def contents(folder: Path) -> dict[Path, bytes | None]:
-    return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
 @pytest.fixture
@@ -31,15 +28,9 @@ def refused(tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Captur
         out: Path = tmp_path / "edited.mp4",
         checkpoint: Path | str = editor_folder,
     ) -> str:
-        before = contents(tmp_path)
         where = ["--out", str(out), "--checkpoint", str(checkpoint), "--device", "cpu"]
-        code = run.main(["edit", str(source), "--prompt", "a red ball", *where, *more])
-        captured = capsys.readouterr()
-        assert code == 2, captured
-        assert captured.out == ""
-        assert captured.err.startswith("error: ") and captured.err.count("\n") == 1, captured.err
-        assert contents(tmp_path) == before
-        return captured.err
+        words = ["edit", str(source), "--prompt", "a red ball", *where, *more]
+        return refusal(capsys, tmp_path, *words)
 
     return check
 
@@ -51,12 +42,10 @@ def refused(tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Captur
         (["--prompt", "a red ball " * 4], "the prompt has 13 tokens, the model reads 8; shorten"),
         (["--cuts", "now"], "must be auto, none or frame numbers as 40,85, got 'now'"),
         (["--cuts", "0"], "cuts must increase within 1..22, got [0]"),
-        (["--cuts", "11,23"], "cuts must increase within 1..22, got [11, 23]"),
         (["--memory", "previous"], "invalid choice: 'previous'"),
         (["--steps", "0"], "--steps must lie in 1..1000, got 0"),
         (["--cross-shot-similarity", "2"], "--cross-shot-similarity must lie in -1..1, got 2"),
         (["--descriptor", "none"], "none holds no readable config.json"),
-        (["--device", "tpu"], "device 'tpu' cannot be used"),
     ],
 )
 def test_wrong_options(refused: Refused, more: list[str], said: str) -> None:

@@ -68,11 +68,6 @@ def test_a_native_turn_is_the_references_but_for_rounding(
         )
 
 
-def test_a_misspelt_name() -> None:
-    with pytest.raises(CheckpointError, match="no checkpoint at 'tiny-nsv'"):
-        Engine.from_pretrained("tiny-nsv")
-
-
 @pytest.mark.parametrize("device", ["gpu", "cuda:99", "cpu:x"])
 def test_a_device_that_is_not_there(tiny_checkpoint: Path, device: str) -> None:
     with pytest.raises(RequestError, match=f"device '{device}' cannot be used .*give cpu, cuda"):

@@ -26,14 +26,10 @@ from mv2v_engine.engine.results import ViewResults
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.progress import Event, TurnNotStored
 from mv2v_engine.testing import largest_file
+from tests.folders import contents
+from tests.launched import script
 
 CAMERAS = ("pan_right", "arc_left", "pan:8", "tilt_up", "pan:-8")
-ROOT = Path(__file__).resolve().parents[2]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 def stored(folder: Path) -> list[dict[str, Any]]:
@@ -195,17 +191,9 @@ print(json.dumps([render("--resume"), files()]))
     reason="no file system of one's own can be mounted here",
 )
 def test_a_small_disk(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
-    script = ["unshare", "-rm", sys.executable, "-c", SMALL_DISK]
     (tmp_path / "disk").mkdir()
-    done = subprocess.run(
-        [*script, str(source_clip), str(tiny_checkpoint), str(tmp_path / "disk")],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "MV2V_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = (source_clip, tiny_checkpoint, tmp_path / "disk")
+    done = script(SMALL_DISK, *arguments, within=("unshare", "-rm"))
     lines = [line for line in done.stdout.splitlines() if line.startswith("[")]
     (first, small, read_only, is_same), (last, whole) = map(json.loads, lines)
     full, refused = done.stderr.splitlines()

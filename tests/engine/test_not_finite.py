@@ -24,6 +24,7 @@ from mv2v_engine.evaluation.fifo import edit_fifo
 from mv2v_engine.files import save_tensors, tensor_digest
 from mv2v_engine.progress import StageStarted
 from tests.engine.graphed_turns import Asked, StandInTurns, steps
+from tests.folders import contents
 
 CAMERAS = ("pan_right", "arc_left", "tilt_up")
 BAD = (math.nan, math.inf)
@@ -45,11 +46,6 @@ def one_bad(weight: Tensor, value: float = math.nan) -> Iterator[None]:
         yield
     finally:
         flat[0] = whole
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.mark.parametrize("bad", BAD)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import shutil
 import subprocess
-import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +15,10 @@ from torch import Tensor
 from mv2v_engine import Engine, run
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import RequestError, StorageError
+from tests.folders import contents
+from tests.launched import script
 
 IN_USE = "is in use: another session of this process writes into it"
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file()]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
 @pytest.fixture
@@ -40,7 +36,7 @@ def folder(tmp_path: Path, engine: Engine, source_clip: Path) -> Path:
 
 
 def test_two_sessions_on_one_folder(folder: Path, engine: Engine, source_clip: Path) -> None:
-    assert "writer.lock" not in contents(folder)
+    assert not (folder / "writer.lock").exists()
     first = engine.session(source_clip, store=folder, resume=True)
     before = contents(folder)
     other = engine.session(source_clip).render("pan_right", num_inference_steps=1)
@@ -177,13 +173,7 @@ print(sorted(os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) for pid in pids))
 def test_resumes_at_once_lose_no_turn(
     folder: Path, source_clip: Path, tiny_checkpoint: Path
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", TWO, str(folder), str(source_clip), str(tiny_checkpoint)],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "MV2V_NUM_THREADS": "1"},
-    )
+    done = script(TWO, folder, source_clip, tiny_checkpoint)
     # whoever came while another was at work was refused; a later one found all done
     codes = eval(done.stdout.splitlines()[-1])
     assert set(codes) <= {0, run.REFUSED} and 0 in codes, done.stderr
@@ -218,15 +208,8 @@ def test_a_read_only_folder_is_looked_at(
     folder: Path, source_clip: Path, tiny_checkpoint: Path
 ) -> None:
     before = contents(folder)
-    arguments = [str(source_clip), str(tiny_checkpoint), str(folder)]
-    done = subprocess.run(
-        ["unshare", "-rm", sys.executable, "-c", READ_ONLY, *arguments],
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "MV2V_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    arguments = (source_clip, tiny_checkpoint, folder)
+    done = script(READ_ONLY, *arguments, within=("unshare", "-rm"))
     looked, made = done.stdout.splitlines()
     assert looked == "9 ()" and made.startswith("2 cannot write")
     assert "Read-only file system" in made and contents(folder) == before

@@ -16,6 +16,7 @@ from mv2v_engine.config import SamplingConfig
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.results import ViewResults
 from mv2v_engine.errors import StorageError
+from tests.folders import contents
 
 SAMPLING = SamplingConfig(num_frames=9, size=(48, 64), num_inference_steps=3, guidance_scale=1.0)
 
@@ -35,11 +36,6 @@ def session(results: ViewResults, engine: Engine, source_frames: Tensor) -> Sess
     session.render("pan_right")
     session.render("arc:-20,3.5")
     return session
-
-
-def names(folder: Path) -> set[str]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {path.relative_to(folder).as_posix() for path in paths}
 
 
 def test_everything_is_written(results: ViewResults, session: Session) -> None:
@@ -92,7 +88,7 @@ def test_clearing_takes_its_own_files_alone(results: ViewResults, session: Sessi
     # as left by a kill between a turn's tensors and the manifest
     (results.store.window_path({"number": 3, "camera": {}}, 1)).write_text("cut off")
     results.clear()
-    assert names(results.folder) == mine
+    assert set(contents(results.folder)) == mine
     (results.folder / "turns" / "notes.txt").unlink()
     results.clear()
     assert not (results.folder / "turns").exists()
@@ -103,16 +99,16 @@ def test_another_programs_session_is_not_cleared(results: ViewResults) -> None:
     results.store.manifest.write_text('{"format": "browser"}')
     with pytest.raises(StorageError, match="no session of this engine"):
         results.clear()
-    assert names(results.folder) == {"session.json"}
+    assert set(contents(results.folder)) == {"session.json"}
 
 
 def test_what_a_kill_left_is_swept(results: ViewResults, session: Session) -> None:
-    before = names(results.folder)
+    before = set(contents(results.folder))
     left = [".session-ab_12xyz.json", ".turn_01_arc_-20_3.5-abcdefgh.mp4", ".overview-12345678.png"]
     for name in [*left, "turns/.turn_02-abcdefgh.safetensors", ".session-mine.json", ".notes"]:
         (results.folder / name).touch()
     results.remove_unfinished()
-    assert names(results.folder) == before | {".session-mine.json", ".notes"}
+    assert set(contents(results.folder)) == before | {".session-mine.json", ".notes"}
 
 
 def test_a_taken_folder(results: ViewResults, session: Session) -> None:

@@ -16,6 +16,7 @@ from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import RequestError, StorageError
 from tests.engine.old_folders import as_version_1
+from tests.folders import DAMAGES, turned
 
 CAMERAS = ("pan_right", "arc_left", "pan_right")
 
@@ -133,19 +134,11 @@ def test_a_damaged_manifest(
         engine.session(source_frames, store=folder, resume=True)
 
 
-DAMAGED_BYTES: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda content: b"",
-    "half": lambda content: content[: len(content) // 2],
-    "short by one": lambda content: content[:-1],
-    "a turned bit in the middle": lambda content: turned(content, len(content) // 2),
-    "a turned bit at the end": lambda content: turned(content, len(content) - 2),
-    "a turned bit at the start": lambda content: turned(content, 9),
+DAMAGED_BYTES = DAMAGES | {
+    "turned at the end": lambda content: turned(content, len(content) - 2),
+    "turned at the start": lambda content: turned(content, 9),
     "another file": lambda content: b"{}",
 }
-
-
-def turned(content: bytes, place: int) -> bytes:
-    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
 
 
 @pytest.mark.parametrize("damage", DAMAGED_BYTES)

@@ -169,24 +169,6 @@ def test_a_service_with_tokens_may_stand_behind_any_name(
     run_with(changed, backend, check, "https://videos.example")
 
 
-def test_a_full_disk_refuses_uploads_and_serves_results(
-    config: ServingConfig, backend: Any
-) -> None:
-    store: dict[str, str] = {}
-
-    async def fill(client: Client) -> None:
-        store["id"] = (await client.post("/v1/sessions", files=FILES)).json()["id"]
-
-    async def check(client: Client) -> None:
-        answer = await client.post("/v1/sessions", files=FILES)
-        assert code(answer) == (507, "disk_full")
-        answer = await client.get(f"/v1/sessions/{store['id']}/source")
-        assert answer.content == b"a video"
-
-    run_with(config, backend, fill)
-    run_with(replace(config, min_free_bytes=1 << 60), backend, check)
-
-
 def test_before_the_engine_is_ready(config: ServingConfig, backend: Any) -> None:
     backend.ready, backend.reason, backend.about = False, "the engine is being loaded", None
 

@@ -126,9 +126,16 @@ def test_uvicorns_requests_lose_their_query_and_get_their_ids(lines: Any) -> Non
     access.info(words, "127.0.0.1:5", "GET", f"/v1/jobs/{JOB}?token=abc", "1.1", 200)
     access.info(words, "127.0.0.1:5", "POST", f"/v1/sessions/{SESSION}/turns", "1.1", 429)
     access.info(words, "127.0.0.1:5", "GET", "/v1/sessions/x%0a\n{" + "y" * 999, "1.1", 404)
-    for status in (200, 503):
-        access.info(words, "127.0.0.1:5", "GET", "/readyz", "1.1", status)
-    read, refused, strange = lines()
+    probes = [("/healthz", 200), ("/readyz", 200), ("/readyz", 503)]
+    for level in (logging.INFO, logging.DEBUG):
+        logging.getLogger().setLevel(level)
+        access.setLevel(level)
+        for path, status in probes:
+            access.info(words, "127.0.0.1:5", "GET", path, "1.1", status)
+    read, refused, strange, *probed = lines()
+    assert [(line["level"], line["path"]) for line in probed] == [
+        ("debug", path) for path, _ in probes
+    ]
     assert (read["path"], read["job"], read["status"]) == (f"/v1/jobs/{JOB}", JOB, 200)
     assert "session" not in read and "abc" not in json.dumps(read)
     assert (refused["event"], refused["session"], refused["method"]) == ("request", SESSION, "POST")

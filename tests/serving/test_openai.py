@@ -76,10 +76,6 @@ def test_what_is_not_made_is_refused(openai_client: Any, client: Any, source_cli
     def create(**asked: Any) -> None:
         videos.create(**{"prompt": "pan:5", "input_reference": source_clip} | asked)
 
-    with pytest.raises(openai.BadRequestError, match="no model 'sora-2'"):
-        create(model="sora-2")
-    with pytest.raises(openai.BadRequestError, match="64x48"):
-        create(size="1280x720")
     with pytest.raises(openai.BadRequestError, match=r"1\.125 seconds"):
         create(seconds="12")
     with pytest.raises(openai.UnprocessableEntityError, match="fly_away"):
@@ -109,7 +105,5 @@ def test_json_makes_one_more_video_of_a_session(
         ([], 422),
     ):
         assert client.post("/v1/videos", json=body).status_code == status
-    answer = client.post("/v1/videos", content=b"{", headers={"Content-Type": "application/json"})
-    assert answer.json()["error"]["code"] == "malformed_request"
     answer = client.post("/v1/videos", content=b"{}", headers={"Content-Type": "text/plain"})
     assert answer.json()["error"]["code"] == "unsupported_media"

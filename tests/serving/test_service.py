@@ -98,24 +98,6 @@ async def test_one_turn_of_a_session_at_a_time_in_the_order_asked(
 
 
 @in_loop
-async def test_a_full_queue_refuses_and_says_when_to_come_back(
-    tmp_path: Path, held: FakeBackend
-) -> None:
-    async with serving(tmp_path, held, max_queue=2) as (service, _):
-        session = await new_session(service)
-        running = await asked(service, session)
-        await until(service, running, "started")
-        waiting = [await asked(service, session), await asked(service, session)]
-        error = await refused(service.submit("", session.id, TURN))
-        assert (error.code, error.status) == ("queue_full", 429)
-        assert int(error.headers["Retry-After"]) >= 1
-        await service.cancel("", waiting[0].id)
-        await asked(service, session)
-        held.go.set()
-        await ended(service, waiting[1])
-
-
-@in_loop
 async def test_an_idempotency_key_asks_once(tmp_path: Path) -> None:
     async with serving(tmp_path, max_queue=1) as (service, backend):
         session = await new_session(service, key="k")

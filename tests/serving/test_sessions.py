@@ -24,7 +24,6 @@ from tests.serving.in_process import (
     ended,
     in_loop,
     new_session,
-    published,
     refused,
     serving,
     started,
@@ -114,18 +113,6 @@ async def test_an_export_holds_what_the_session_is(tmp_path: Path) -> None:
             about = json.loads(file.read("session.json"))
         assert about["turns"][0]["request"] == TURN and "owner" not in about
         path.unlink()
-
-
-@in_loop
-async def test_a_lost_video_is_made_again(tmp_path: Path) -> None:
-    async with serving(tmp_path) as (service, _):
-        session = await new_session(service)
-        await ended(service, await asked(service, session))
-        (await service.turn_file("", session.id, 1, "video")).unlink()
-        error = await refused(service.turn_file("", session.id, 1, "video"))
-        assert error.code == "not_finished" and "Retry-After" in error.headers
-        assert (await published(service, session, 1)).exists()
-        assert (await refused(service.turn_file("", session.id, 2, "video"))).code == "not_found"
 
 
 @in_loop

@@ -74,7 +74,7 @@ async def test_a_token_has_its_share_of_the_queue_and_a_first_turn_always(
             await service.submit(owner, sessions[owner], TURN)
         error = await refused(service.submit("a", sessions["a"], TURN))
         assert error.code == "queue_full" and "2 turns of this token" in error.message
-        assert int(error.headers["Retry-After"]) >= 1
+        assert int(error.headers["Retry-After"]) >= 1 and error.status == 429
         # four wait, and who has none of them is not made to wait for a place
         await service.submit("c", sessions["c"], TURN)
         error = await refused(service.submit("c", sessions["c"], TURN))

@@ -1,8 +1,7 @@
-"""A small random model that edits, an engine on it, and long clips."""
+"""An engine on the small random model that edits, and long clips."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -10,30 +9,15 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine
+from tests.conftest import EDIT_SIZE, EDIT_WINDOW
 
-# of a window; frames of 32 x 48 are latents of 4 x 6
-WINDOW, SIZE = 5, (32, 48)
-
-
-@pytest.fixture(scope="session")
-def edit_checkpoint(
-    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]
-) -> Path:
-    """Takes the source on the target's channels; windows of 5 frames, 2 steps."""
-    return make_checkpoint(
-        tmp_path_factory.mktemp("checkpoint") / "editor",
-        name="editor",
-        has_text=True,
-        sampling={"num_frames": WINDOW, "size": SIZE, "num_inference_steps": 2, "fps": 12.0},
-        in_channels=32,
-        source_channels=16,
-        camera_conditioning="none",
-    )
+# frames of 32 x 48 are latents of 4 x 6
+WINDOW, SIZE = EDIT_WINDOW, EDIT_SIZE
 
 
 @pytest.fixture(scope="session")
-def editor(edit_checkpoint: Path) -> Engine:
-    return Engine.from_pretrained(edit_checkpoint, device="cpu")
+def editor(editor_folder: Path) -> Engine:
+    return Engine.from_pretrained(editor_folder, device="cpu")
 
 
 def long_clip(num_frames: int, seed: int = 0, size: tuple[int, int] = SIZE) -> Tensor:

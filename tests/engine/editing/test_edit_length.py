@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 from mv2v_engine.video.io import probe_video
+from tests.launched import script
 
-ROOT = Path(__file__).resolve().parents[3]
 NUM_FRAMES, SIZE = 3_000, (64, 96)
 RAW_BYTES = NUM_FRAMES * SIZE[0] * SIZE[1] * 3
 
@@ -88,16 +85,7 @@ def test_memory_does_not_grow_with_the_video(
         merger=None,
         tokenizers=(2, 4),
     )
-    arguments = [str(each) for each in (checkpoint, tmp_path, NUM_FRAMES, *SIZE)]
-    done = subprocess.run(
-        [sys.executable, "-c", LONG, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    done = script(LONG, checkpoint, tmp_path, NUM_FRAMES, *SIZE)
     found = json.loads(done.stdout.splitlines()[-1])
     print(f"{found}, raw frames {RAW_BYTES:,} bytes")
     assert (

@@ -88,13 +88,13 @@ def test_at_most_so_many_and_none_without_memory(editor: Engine) -> None:
     assert same == [True, False, False]
 
 
-def test_no_object_of_one_shot_enters_another(edit_checkpoint: Path) -> None:
+def test_no_object_of_one_shot_enters_another(editor_folder: Path) -> None:
     """Whatever the first shot shows, the second one's conditioning and frames keep every bit."""
     shots, others = (make_cut_clip(seed, (13, 9), size=SIZE) for seed in (3, 40))
     first, second, other = (each.source.frames for each in (*shots, others[0]))
     engines = [
         Engine.from_pretrained(
-            edit_checkpoint, device="cpu", config=EngineConfig(cross_shot_similarity=similarity)
+            editor_folder, device="cpu", config=EngineConfig(cross_shot_similarity=similarity)
         )
         for similarity in (None, -1.0)
     ]
@@ -169,7 +169,7 @@ def test_segments_are_found_by_dinov2(editor: Engine, dino: Path) -> None:
 
 
 def test_a_folder_of_another_kind_is_refused_before_any_weights(
-    edit_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    editor_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     shape = {"hidden_size": 16, "intermediate_size": 16, "projection_dim": 8}
     config = CLIPVisionConfig(**shape, num_hidden_layers=1, num_attention_heads=2, image_size=28)
@@ -185,7 +185,7 @@ def test_a_folder_of_another_kind_is_refused_before_any_weights(
     ):
         with pytest.raises(CheckpointError, match=words):
             Engine.from_pretrained(
-                edit_checkpoint, device="cpu", config=EngineConfig(descriptor=folder)
+                editor_folder, device="cpu", config=EngineConfig(descriptor=folder)
             )
 
 

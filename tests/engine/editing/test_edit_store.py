@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +18,10 @@ from mv2v_engine.testing import largest_file
 from mv2v_engine.video.io import write_video
 from tests.engine.editing.conftest import long_clip
 from tests.engine.old_folders import as_version_1
+from tests.folders import DAMAGES, contents
+from tests.launched import script
 
-PROMPT, ROOT = "a red ball", Path(__file__).resolve().parents[3]
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
+PROMPT = "a red ball"
 
 
 def without_times(report: dict[str, Any]) -> dict[str, Any]:
@@ -73,23 +67,14 @@ for number, last in enumerate((1, 3)):
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_killed_in_any_window_it_goes_on_to_the_same_bits(
-    editor: Engine, edit_checkpoint: Path, tmp_path: Path
+    editor: Engine, editor_folder: Path, tmp_path: Path
 ) -> None:
     clip = tmp_path / "clip.mp4"
     write_video(clip, long_clip(23), 12)
     folder, outs = tmp_path / "out", [tmp_path / "one.mp4", tmp_path / "two.mp4"]
     unbroken = editor.session(clip, id="s", store=tmp_path / "whole")
     expected = unbroken.edit(PROMPT, out=outs[0])
-    arguments = [str(each) for each in (clip, edit_checkpoint, folder, outs[1], PROMPT)]
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED, *arguments],
-        cwd=ROOT,
-        capture_output=True,
-        text=True,
-        timeout=600,
-        env={**os.environ, "MV2V_NUM_THREADS": "1", "OMP_NUM_THREADS": "1"},
-    )
-    assert done.returncode == 0, done.stderr
+    script(KILLED, clip, editor_folder, folder, outs[1], PROMPT)
     session = editor.session(clip, store=folder, resume=True)
     ((request, num_done),) = session.unfinished
     assert request.prompt == PROMPT and num_done == 3 and not session.turns
@@ -142,9 +127,7 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
     assert other.edit(PROMPT, num_inference_steps=1).number == 4
 
 
-def test_only_what_was_begun_is_resumed(
-    editor: Engine, engine: Engine, edit_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_only_what_was_begun_is_resumed(editor: Engine, engine: Engine, tmp_path: Path) -> None:
     frames, folder = long_clip(6), tmp_path / "edits"
     editor.session(frames, cuts=(3,), store=folder).edit(PROMPT, num_inference_steps=1)
     before = contents(folder)
@@ -173,16 +156,10 @@ def test_only_what_was_begun_is_resumed(
             editor.session(frames, store=folder, resume=True)
 
 
-DAMAGED: dict[str, Callable[[bytes], bytes]] = {
-    "empty": lambda content: b"",
-    "half": lambda content: content[: len(content) // 2],
-    "short by one": lambda content: content[:-1],
-    "a turned bit": lambda content: content[:-9] + bytes([content[-9] ^ 1]) + content[-8:],
-    "other words": lambda content: content.replace(b'"memory', b'"mamory'),
-}
+OTHER_WORDS = {"other words": lambda content: content.replace(b'"memory', b'"mamory')}
 
 
-@pytest.mark.parametrize("damage", DAMAGED)
+@pytest.mark.parametrize("damage", DAMAGES | OTHER_WORDS)
 @pytest.mark.parametrize("window", [1, 2, 3])
 def test_from_a_damaged_window_on_the_edit_is_made_again(
     editor: Engine, tmp_path: Path, damage: str, window: int
@@ -192,7 +169,7 @@ def test_from_a_damaged_window_on_the_edit_is_made_again(
     expected = session.edit(PROMPT, num_inference_steps=1).latents
     session.close()
     path = store.window_path({"number": 1, "camera": None}, window)
-    path.write_bytes(DAMAGED[damage](path.read_bytes()))
+    path.write_bytes((DAMAGES | OTHER_WORDS)[damage](path.read_bytes()))
     again = editor.session(frames, store=tmp_path, resume=True)
     (words,) = again.lost
     assert words.startswith(f"{path} cannot be read again (") and "behind it again" in words

@@ -19,6 +19,7 @@ from mv2v_engine.video.io import VideoReader, probe_video, read_video, write_vid
 from mv2v_engine.video.transforms import cover_and_crop
 from mv2v_engine.video.windows import edit_windows
 from tests.engine.editing.conftest import SIZE, WINDOW, long_clip
+from tests.engine.test_faults import Countdown
 from tests.video.conftest import write_clip
 
 PROMPT = "a red ball"
@@ -215,27 +216,13 @@ def test_what_an_editor_refuses(editor: Engine, engine: Engine, tmp_path: Path) 
         editor.session(tmp_path / "none.mp4")
 
 
-def test_an_editor_without_words_is_refused(edit_checkpoint: Path) -> None:
-    loaded = Engine.from_pretrained(edit_checkpoint, device="cpu")
+def test_an_editor_without_words_is_refused(editor_folder: Path) -> None:
+    loaded = Engine.from_pretrained(editor_folder, device="cpu")
     wordless = Engine(
         loaded.checkpoint, loaded.vae, None, device=loaded.device, config=EngineConfig()
     )
     with pytest.raises(RequestError, match="editor has no text encoder, and an edit needs"):
         wordless.session(long_clip(5))
-
-
-class Countdown(CancelToken):
-    """Cancels at its n-th check."""
-
-    def __init__(self, checks: int) -> None:
-        super().__init__()
-        self.left = checks
-
-    def check(self) -> None:
-        self.left -= 1
-        if self.left == 0:
-            self.cancel()
-        super().check()
 
 
 def test_cancelled_anywhere_it_goes_on_to_the_same_bits(editor: Engine, tmp_path: Path) -> None:
@@ -266,18 +253,11 @@ def test_cancelled_anywhere_it_goes_on_to_the_same_bits(editor: Engine, tmp_path
 
 
 def test_the_look_for_cuts_ends_when_cancelled(editor: Engine, tmp_path: Path) -> None:
-    class Seen(Countdown):
-        num_checks = 0
-
-        def check(self) -> None:
-            self.num_checks += 1
-            super().check()
-
-    frames, token = long_clip(12), Seen(4)
+    frames, token = long_clip(12), Countdown(4)
     with pytest.raises(CancelledError):
         editor.session(frames, store=tmp_path / "edits", cancel=token)
     # at the very frame, and nothing is begun in the folder
-    assert token.num_checks == 4
+    assert token.left == 0
     session = editor.session(frames, store=tmp_path / "edits", cancel=CancelToken())
     assert session.cuts == editor.session(frames).cuts
 
@@ -293,8 +273,8 @@ def test_an_edit_that_is_let_go_of_leaves_nothing_behind(editor: Engine, tmp_pat
     assert session.unfinished[0][1] == 1
 
 
-def test_a_window_that_cannot_fit_is_refused_before_it_runs(edit_checkpoint: Path) -> None:
-    loaded = Engine.from_pretrained(edit_checkpoint, device="cpu")
+def test_a_window_that_cannot_fit_is_refused_before_it_runs(editor_folder: Path) -> None:
+    loaded = Engine.from_pretrained(editor_folder, device="cpu")
     plans = loaded.session(long_clip(15), cuts=()).plans()
     assert [plan.num_memory for plan in plans] == [0, 1, 2]
     assert [row["tokens"] for row in loaded.warmup(plans)] == [20, 16, 12]
