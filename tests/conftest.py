@@ -6,6 +6,7 @@ import contextlib
 import io
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +207,22 @@ def worded_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def lucy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A `LucyEditPipeline` folder of tiny random components."""
     return save_lucy(tmp_path_factory.mktemp("checkpoint") / "lucy")
+
+
+@pytest.fixture(scope="session")
+def small_lucy(lucy_folder: Path) -> Engine:
+    """That folder's engine for 9 frames of 64 x 96 pixels: 3 latent frames."""
+    loaded = Engine.from_pretrained(lucy_folder, device="cpu")
+    sampling = replace(loaded.sampling, num_frames=9, size=(64, 96))
+    checkpoint = replace(loaded.checkpoint, sampling=sampling)
+    return Engine(checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config)
+
+
+def smooth_frames(count: int, size: tuple[int, int] = (64, 96)) -> Tensor:
+    """uint8 [count, *size, 3] that have nothing to do with each other."""
+    coarse = torch.rand(count, 3, 4, 6, generator=torch.Generator().manual_seed(5))
+    smooth = torch.nn.functional.interpolate(coarse, size, mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 @pytest.fixture(scope="session")

@@ -13,12 +13,12 @@ from mv2v_engine.engine.capture import Recorder
 from mv2v_engine.engine.denoise import Denoised, Denoiser, denoise
 from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.engine.step import Conditioning
-from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.latent_rgb import LatentRGB
 from mv2v_engine.sampling.flow_match import make_solver
-from mv2v_engine.testing import as_cameras, randomise, tiny_config
+from mv2v_engine.testing import as_cameras, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 from tests.engine.graph_stand_in import StandIn
+from tests.models.drawn import random_model
 
 GRID = (3, 6, 10)
 
@@ -31,6 +31,7 @@ class Asked:
     steps: int = 3
     scale: float = 1.0
     solver: Any = "euler"
+    step_cache: float | None = None
 
 
 PLAIN = Asked()
@@ -49,9 +50,7 @@ class GraphedTurns:
         **shape: Any,
     ) -> None:
         self.config = tiny_config(**shape)
-        self.model = MV2VTransformer(self.config).eval().requires_grad_(False)
-        randomise(self.model)
-        self.model.to(device, dtype)
+        self.model = random_model(self.config).to(device, dtype)
         self.model.set_backend("auto", "auto" if device == "cuda" else "reference")
         self.device = device
         self.graphs = Graphs(mode, 1 << 30, recorder, None)
@@ -85,6 +84,7 @@ class GraphedTurns:
             guidance_scale=asked.scale,
             graphs=graphs,
             previews=previews,
+            step_cache=asked.step_cache,
         )
 
     def run(self, plan: TokenPlan, asked: Asked, graphs: Graphs | None) -> Denoised:

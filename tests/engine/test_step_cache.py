@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,75 +11,26 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
-from mv2v_engine.engine.denoise import Denoised, Denoiser, denoise
+from mv2v_engine.engine.denoise import denoise
 from mv2v_engine.engine.report import turn_flops
-from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import CancelledError, RequestError
-from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.sampling.flow_match import make_solver
-from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_config
+from mv2v_engine.testing import cpu_flops, relative_error
 from mv2v_engine.tokens.flops import residual_bytes
-from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.engine.graphed_turns import Asked, StandInTurns
 
-GRID, STEPS, SCALE = (3, 6, 10), 5, 4.0
-EXACT = EngineConfig()
-
-
-@pytest.fixture
-def model() -> MV2VTransformer:
-    model = MV2VTransformer(tiny_config()).eval().requires_grad_(False)
-    randomise(model)
-    return model
+STEPS, SCALE = 5, 4.0
 
 
-def _plan(**arguments: Any) -> TokenPlan:
-    return turn_plan(tiny_config(), GRID, (4, 4), **{"merge": "conv", "fraction": 0.5} | arguments)
+def asked(step_cache: float | None = None, scale: float = SCALE, solver: str = "euler") -> Asked:
+    return Asked(steps=STEPS, scale=scale, solver=solver, step_cache=step_cache)
 
 
-def _denoiser(
-    model: MV2VTransformer, plan: TokenPlan, config: EngineConfig, *, scale: float = SCALE
-) -> Denoiser:
-    generator = torch.Generator().manual_seed(0)
-    latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in plan.segments[1:]]
-    cameras = torch.randn(1, len(plan.segments), GRID[0], 12, generator=generator)
-    text, negative = torch.randn(2, 1, 6, 10, generator=generator).unbind()
-    return Denoiser(
-        transformer=model,
-        plan=plan,
-        conditioning=Conditioning(latents, cameras, text, negative),
-        noise=torch.randn(1, 4, *GRID, generator=torch.Generator().manual_seed(1)),
-        solver=make_solver(config.scheduler or "euler", STEPS, 3.0),
-        guidance_scale=scale,
-        step_cache=config.step_cache,
-    )
-
-
-def _finished(denoiser: Denoiser) -> Denoised:
-    turn = denoise(denoiser, CancelToken())
-    while True:
-        try:
-            next(turn)
-        except StopIteration as stop:
-            result: Denoised = stop.value
-            return result
-
-
-@pytest.mark.parametrize("scheduler", ["euler", "unipc"])
-@pytest.mark.parametrize(
-    "config",
-    [
-        EngineConfig(step_cache=0.0),
-        EngineConfig(conditioning="static", step_cache=0.0),
-    ],
-    ids=["joint", "static"],
-)
-def test_the_closed_gate_is_the_exact_path_bit_for_bit(
-    model: MV2VTransformer, config: EngineConfig, scheduler: Any
-) -> None:
-    plan = _plan(conditioning=config.conditioning)
-    config = replace(config, scheduler=scheduler)
-    exact = _finished(_denoiser(model, plan, replace(EXACT, scheduler=scheduler)))
-    turn = _finished(_denoiser(model, plan, config))
+@pytest.mark.parametrize("solver", ["euler", "unipc"])
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_the_closed_gate_is_the_exact_path_bit_for_bit(conditioning: str, solver: str) -> None:
+    turns = StandInTurns()
+    plan = turns.plan(conditioning)
+    exact, turn = (turns.run(plan, asked(gate, solver=solver), None) for gate in (None, 0.0))
     assert exact.reuse is None and turn.reuse is not None
     assert turn.reuse["steps_computed"] == list(range(STEPS))
     assert torch.equal(turn.latents, exact.latents)
@@ -90,25 +40,28 @@ def test_the_closed_gate_is_the_exact_path_bit_for_bit(
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
 @pytest.mark.parametrize("scale", [1.0, SCALE])
+@pytest.mark.parametrize("step_cache", [None, 0.9])
 def test_a_turns_flops_are_the_counted_ones(
-    model: MV2VTransformer, conditioning: Any, scale: float
+    conditioning: str, scale: float, step_cache: float | None
 ) -> None:
-    config = EngineConfig(step_cache=0.9)
-    plan = _plan(conditioning=conditioning)
+    turns = StandInTurns()
+    turns.model.set_backend("reference")
+    plan = turns.plan(conditioning)
     with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
-        turn = _finished(_denoiser(model, plan, config, scale=scale))
-    assert turn.reuse is not None
-    table = turn_flops(plan, [record.step for record in turn.records], turn.work)
-    assert table["flops"] == counter.get_total_flops() < table["flops_exact"]
-    kinds = {kind for kind, count in turn.work.items() if count}
-    assert "residual" in kinds and len(turn.reuse["steps_computed"]) < STEPS
+        turn = turns.run(plan, asked(step_cache, scale), None)
+    steps, work = [record.step for record in turn.records], turn.work
+    table = turn_flops(plan, steps, turn.num_forwards if step_cache is None else work)
+    assert table["flops"] == counter.get_total_flops()
+    assert (table["flops"] < table["flops_exact"]) == (step_cache is not None)
+    assert bool(work.get("residual")) == (turn.reuse is not None) == (step_cache is not None)
+    assert turn.reuse is None or len(turn.reuse["steps_computed"]) < STEPS
 
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
-def test_skipped_steps_add_what_the_blocks_added(model: MV2VTransformer, conditioning: Any) -> None:
-    plan = _plan(conditioning=conditioning, merge="off")
-    config = EngineConfig(conditioning=conditioning, step_cache=0.9)
-    denoiser = _denoiser(model, plan, config, scale=1.0)
+def test_skipped_steps_add_what_the_blocks_added(conditioning: str) -> None:
+    turns = StandInTurns()
+    plan, model = turns.plan(conditioning, merge="off"), turns.model
+    denoiser = turns.denoiser(plan, asked(0.9, 1.0), None)
     assert denoiser.computed[0] and denoiser.computed[-1] and not all(denoiser.computed)
     added, branch = None, denoiser.branches[0]
     while not denoiser.is_finished:
@@ -125,18 +78,19 @@ def test_skipped_steps_add_what_the_blocks_added(model: MV2VTransformer, conditi
             added = branch.residual.value
             assert added is not None and added.shape == embedded.shape
     turn = denoiser.result()
-    exact = _finished(_denoiser(model, plan, EngineConfig(conditioning=conditioning), scale=1.0))
+    exact = turns.run(plan, asked(None, 1.0), None)
     assert 1e-4 < relative_error(turn.latents, exact.latents) < 1
 
 
 @pytest.mark.parametrize("end", ["cancelled", "closed", "failed", "finished"])
-def test_nothing_is_kept_after_a_turn(
-    model: MV2VTransformer, monkeypatch: pytest.MonkeyPatch, end: str
-) -> None:
-    plan, token = _plan(), CancelToken()
-    denoiser = _denoiser(model, plan, EngineConfig(step_cache=0.0))
-    turn = denoise(denoiser, token)
+def test_nothing_is_kept_after_a_turn(monkeypatch: pytest.MonkeyPatch, end: str) -> None:
+    """Neither what the blocks added nor K and V of static conditioning."""
+    turns, token = StandInTurns(), CancelToken()
+    plan = turns.plan("static")
+    denoiser = turns.denoiser(plan, asked(0.0), None)
+    turn, cache = denoise(denoiser, token), denoiser.cache
     next(turn)
+    assert cache is not None and cache.is_filled
     for branch in denoiser.branches:
         assert branch.residual is not None
         assert branch.residual.read().untyped_storage().nbytes() == residual_bytes(plan, 4)
@@ -147,13 +101,14 @@ def test_nothing_is_kept_after_a_turn(
     elif end == "closed":
         turn.close()
     elif end == "failed":
-        monkeypatch.setattr(model.blocks[1], "forward", lambda *_: 1 / 0)
+        monkeypatch.setattr(turns.model.blocks[1], "forward", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             next(turn)
     else:
         list(turn)
     for branch in denoiser.branches:
         assert branch.residual is not None and branch.residual.value is None
+    assert cache.blocks == [] and cache.cameras is None
 
 
 def test_a_turns_report(tiny_checkpoint: Path, source_frames: Tensor) -> None:

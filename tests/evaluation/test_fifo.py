@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor, nn
@@ -17,25 +14,10 @@ from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import shifted_sigmas
 from mv2v_engine.testing import relative_error, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.conftest import smooth_frames
 
-SIZE, GRID = (64, 96), (3, 4, 6)
+GRID = (3, 4, 6)
 SHAPE = tiny_config(in_channels=32, out_channels=16, source_channels=16, camera_conditioning="none")
-
-
-@pytest.fixture(scope="module")
-def editor(lucy_folder: Path) -> Engine:
-    """9 frames of 64 x 96 pixels: 3 latent frames."""
-    loaded = Engine.from_pretrained(lucy_folder, device="cpu")
-    sampling = replace(loaded.sampling, num_frames=9, size=SIZE)
-    checkpoint = replace(loaded.checkpoint, sampling=sampling)
-    return Engine(checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config)
-
-
-def _frames(count: int) -> Tensor:
-    generator = torch.Generator().manual_seed(5)
-    coarse = torch.rand(count, 3, 4, 6, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bilinear")
-    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
 class _Straight(nn.Module):
@@ -101,10 +83,10 @@ def test_the_queue_begins_at_its_levels() -> None:
 
 
 @pytest.mark.parametrize("count", [1, 9, 20])
-def test_edits_of_any_length(editor: Engine, count: int) -> None:
-    frames, events = _frames(count), list[StepDone]()
+def test_edits_of_any_length(small_lucy: Engine, count: int) -> None:
+    frames, events = smooth_frames(count), list[StepDone]()
     edit = edit_fifo(
-        editor, frames, "a red ball", seed=2, num_inference_steps=5, on_progress=events.append
+        small_lucy, frames, "a red ball", seed=2, num_inference_steps=5, on_progress=events.append
     )
     assert edit.frames.shape == frames.shape and edit.frames.dtype == torch.uint8
     latents = -(-(count - 1) // 4) + 1
@@ -115,13 +97,13 @@ def test_edits_of_any_length(editor: Engine, count: int) -> None:
     assert edit.report["forwards"] == 2 * 2 * (latents + 5) and edit.report["flops"] > 0
 
 
-def test_a_seed_means_one_clip(editor: Engine) -> None:
-    frames = _frames(5)
-    source = editor.vae.encode(frames)
+def test_a_seed_means_one_clip(small_lucy: Engine) -> None:
+    frames = smooth_frames(5)
+    source = small_lucy.vae.encode(frames)
 
     def edit(seed: int, lookahead: bool = False) -> FifoEdit:
         return edit_fifo(
-            editor,
+            small_lucy,
             frames,
             "a red ball",
             seed=seed,
@@ -138,14 +120,14 @@ def test_a_seed_means_one_clip(editor: Engine) -> None:
     assert ahead.report["forwards"] == 3 * first.report["forwards"]
 
 
-def test_what_is_refused(editor: Engine, engine: Engine) -> None:
+def test_what_is_refused(small_lucy: Engine, engine: Engine) -> None:
     with pytest.raises(RequestError, match="tiny makes novel views; give a checkpoint that edits"):
-        edit_fifo(engine, _frames(9), "")
+        edit_fifo(engine, smooth_frames(9), "")
     with pytest.raises(VideoError, match=r"takes uint8 \[T, 64, 96, 3\].*got \[9, 32, 96, 3\]"):
-        edit_fifo(editor, _frames(9)[:, :32], "a red ball")
+        edit_fifo(small_lucy, smooth_frames(9)[:, :32], "a red ball")
     with pytest.raises(RequestError, match=r"num_inference_steps must lie in 1\.\.1000, got 0"):
-        edit_fifo(editor, _frames(9), "a red ball", num_inference_steps=0)
+        edit_fifo(small_lucy, smooth_frames(9), "a red ball", num_inference_steps=0)
     cancel = CancelToken()
     cancel.cancel()
     with pytest.raises(CancelledError):
-        edit_fifo(editor, _frames(9), "a red ball", cancel=cancel)
+        edit_fifo(small_lucy, smooth_frames(9), "a red ball", cancel=cancel)

@@ -13,10 +13,10 @@ from mv2v_engine.evaluation.responsiveness import (
     recorded_responsiveness,
     spearman,
 )
-from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.merging import MergeRecord
-from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.testing import tiny_config
 from mv2v_engine.tokens.plan import turn_plan
+from tests.models.drawn import random_inputs, random_model
 
 
 def test_correlations_by_hand() -> None:
@@ -53,15 +53,9 @@ def test_block_groups_are_the_thirds() -> None:
 
 def test_what_is_recorded_is_what_merging_uses() -> None:
     config = tiny_config()
-    model = MV2VTransformer(config).eval()
-    randomise(model)
-    grid = (2, 4, 6)
-    generator = torch.Generator().manual_seed(1)
-    latents = [torch.randn(1, 4, *grid, generator=generator) for _ in range(3)]
-    cameras = torch.randn(1, 3, 2, 12, generator=generator)
-    inputs = (latents, torch.tensor([500.0]), torch.zeros(1, 6, 10))
-
+    model, grid = random_model(config), (2, 4, 6)
     plan = turn_plan(config, grid, (4,), merge="off")
+    *inputs, cameras = random_inputs(plan)
     with torch.no_grad():
         with recorded_responsiveness(model) as forwards:
             model(*inputs, plan=plan, cameras=cameras)

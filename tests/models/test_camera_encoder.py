@@ -11,9 +11,9 @@ from torch import Tensor
 
 from mv2v_engine.config import CameraAttention, TransformerConfig
 from mv2v_engine.models.camera_encoder import POSE_DIM, frame_cameras, frame_dim, projection
-from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.testing import as_cameras, max_error, randomise, relative_error, tiny_config
+from mv2v_engine.testing import as_cameras, max_error, relative_error, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.models.drawn import random_inputs, random_model
 
 GRID = (3, 6, 10)
 FORMS = [form for form in get_args(CameraAttention) if form != "none"]
@@ -34,13 +34,10 @@ def _cameras(shape: TransformerConfig, seed: int = 0) -> Tensor:
 
 @torch.no_grad()
 def _velocity(plan: TokenPlan, cameras: Tensor | None, backend: str = "reference") -> Tensor:
-    model = MV2VTransformer(plan.shape).requires_grad_(False)
-    randomise(model)
+    model = random_model(plan.shape)
     model.set_backend(backend)
-    generator = torch.Generator().manual_seed(1)
-    latents = [torch.randn(1, 4, *segment.grid, generator=generator) for segment in plan.segments]
-    text = torch.randn(1, 6, 10, generator=generator)
-    velocity: Tensor = model(latents, torch.tensor([400.0]), text, plan=plan, cameras=cameras)
+    *inputs, _ = random_inputs(plan, seed=1)
+    velocity: Tensor = model(*inputs, plan=plan, cameras=cameras)
     return velocity
 
 

@@ -8,43 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
-from mv2v_engine.config import MergerConfig, TransformerConfig
+from mv2v_engine.config import MergerConfig
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.merging import MergeRecord
-from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
-from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from mv2v_engine.testing import relative_error, tiny_config
+from mv2v_engine.tokens.plan import turn_plan
+from tests.models.drawn import random_inputs, random_model
 
 GRID = (3, 12, 20)
 SMALL = (3, 6, 10)
 
 
-def _model(config: TransformerConfig, seed: int = 0) -> MV2VTransformer:
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    randomise(model, seed=seed)
-    return model
-
-
-def _inputs(
-    plan: TokenPlan, batch: int = 1, seed: int = 0
-) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(seed)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    latents = [draw(batch, plan.shape.channels_of(s.role), *s.grid) for s in plan.segments]
-    text = draw(batch, plan.shape.text_len, plan.shape.text_dim)
-    cameras = None
-    if plan.shape.has_camera:
-        drawn = draw(batch, len(plan.segments) + 1, plan.target.num_frames, 12)
-        cameras = as_cameras(drawn, plan.shape)
-    timestep = 100 + 800 * torch.rand(batch, generator=generator)
-    return latents, timestep, text, cameras
-
-
+EDITOR = {"camera_conditioning": "none", "in_channels": 8, "source_channels": 4}
 PROPE = {"camera_attention": "prope", "attention_head_dim": 16}
 CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "target alone": ({}, {"source": False, "tokenizers": ()}),
@@ -85,6 +62,9 @@ CASES: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"camera_attention": "prope_fused_dual", "scene_scale": 2.5},
         {"tokenizers": (4,), "merge": "discard", "fraction": 0.5},
     ),
+    # the source rides on the target's channels; memory runs backwards in time
+    "edit": (EDITOR, {"tokenizers": (4, 4), "fraction": 0.5}),
+    "edit, static": (EDITOR, {"tokenizers": (4, 4), "fraction": 0.5, "conditioning": "static"}),
 }
 
 
@@ -93,12 +73,12 @@ def test_equals_the_explicit_transformer(name: str, explicit: Callable[..., Any]
     changes, arguments = CASES[name]
     config = tiny_config(**changes)
     plan = turn_plan(config, GRID if "8" in str(arguments) else SMALL, **arguments)
-    model = _model(config)
-    latents, timestep, text, cameras = _inputs(plan)
+    model = random_model(config)
+    latents, timestep, text, cameras = random_inputs(plan)
     records: list[MergeRecord] = []
     got = model(latents, timestep, text, plan=plan, cameras=cameras, records=records)
     expected = explicit(model, latents, float(timestep), text, plan, cameras)
-    assert got.shape == latents[0].shape
+    assert got.shape == (1, 4, *latents[0].shape[2:])
     assert relative_error(got[0], expected.velocity) < 1e-5
     assert {r.step.block: sorted(r.merged[0].tolist()) for r in records} == expected.merged
     for record in records:
@@ -112,9 +92,9 @@ def test_equals_the_explicit_transformer(name: str, explicit: Callable[..., Any]
 def test_head_mean_equals_the_explicit_transformer(explicit: Callable[..., Any]) -> None:
     config = tiny_config()
     plan = turn_plan(config, GRID, (4, 8), fraction=0.5)
-    model = _model(config)
+    model = random_model(config)
     model.responsiveness_heads = "mean"
-    latents, timestep, text, cameras = _inputs(plan)
+    latents, timestep, text, cameras = random_inputs(plan)
     records: list[MergeRecord] = []
     got = model(latents, timestep, text, plan=plan, cameras=cameras, records=records)
     expected = explicit(model, latents, float(timestep), text, plan, cameras)
@@ -125,23 +105,11 @@ def test_head_mean_equals_the_explicit_transformer(explicit: Callable[..., Any])
     assert not torch.allclose(records[0].responsiveness, concat[0].responsiveness, rtol=1e-2)
 
 
-@pytest.mark.parametrize("conditioning", ["joint", "static"])
-def test_editing_plan_equals_the_explicit_transformer(
-    explicit: Callable[..., Any], conditioning: Any
-) -> None:
-    # the source rides on the target's channels; memory runs backwards in time
-    config = tiny_config(camera_conditioning="none", in_channels=8, source_channels=4)
-    plan = turn_plan(config, SMALL, (4, 4, 8), fraction=0.5, conditioning=conditioning)
-    model = _model(config)
-    latents, timestep, text, _ = _inputs(plan)
-    assert [latent.shape[1] for latent in latents] == [8, 4, 4, 4]
-    records: list[MergeRecord] = []
-    got = model(latents, timestep, text, plan=plan, records=records)
-    expected = explicit(model, latents, float(timestep), text, plan, None)
-    assert got.shape == (1, 4, *SMALL)
-    assert relative_error(got[0], expected.velocity) < 1e-5
-    merged = {r.step.block: sorted(r.merged[0].tolist()) for r in records}
-    assert merged == expected.merged and len(merged) == 2
+def test_an_editing_target_has_the_sources_channels() -> None:
+    config = tiny_config(**EDITOR)
+    plan, model = turn_plan(config, SMALL, (4,)), random_model(config)
+    latents, timestep, text, _ = random_inputs(plan)
+    assert [latent.shape[1] for latent in latents] == [8, 4]
     with pytest.raises(ValueError, match=r"\[B, 8, 3, 6, 10\], the last 4 channels the source's"):
         model([latents[0][:, :4], *latents[1:]], timestep, text, plan=plan)
 
@@ -149,8 +117,8 @@ def test_editing_plan_equals_the_explicit_transformer(
 def test_every_video_has_its_own_camera() -> None:
     config = tiny_config()
     plan = turn_plan(config, SMALL, (4,), merge="off")
-    model = _model(config)
-    latents, timestep, text, cameras = _inputs(plan)
+    model = random_model(config)
+    latents, timestep, text, cameras = random_inputs(plan)
     assert cameras is not None
     rows = []
     for track in range(4):
@@ -166,8 +134,8 @@ def test_every_video_has_its_own_camera() -> None:
 def test_target_camera_conditioning_reads_one_track() -> None:
     config = tiny_config(camera_conditioning="target")
     plan = turn_plan(config, SMALL, (4,), merge="off")
-    model = _model(config)
-    latents, timestep, text, cameras = _inputs(plan)
+    model = random_model(config)
+    latents, timestep, text, cameras = random_inputs(plan)
     assert cameras is not None
     moved = cameras.clone()
     moved[:, 1:] += 1
@@ -180,8 +148,8 @@ def test_target_camera_conditioning_reads_one_track() -> None:
 def test_a_batch_is_its_samples(conditioning: Any) -> None:
     config = tiny_config()
     plan = turn_plan(config, GRID, (4, 8), fraction=0.5, conditioning=conditioning)
-    model = _model(config)
-    latents, timestep, text, cameras = _inputs(plan, batch=3)
+    model = random_model(config)
+    latents, timestep, text, cameras = random_inputs(plan, batch=3)
     assert cameras is not None
     records: list[MergeRecord] = []
     whole = model(latents, timestep, text, plan=plan, cameras=cameras, records=records)
@@ -205,8 +173,8 @@ def test_a_batch_is_its_samples(conditioning: Any) -> None:
 def test_a_run_repeats_bit_for_bit() -> None:
     config = tiny_config()
     plan = turn_plan(config, GRID, (4, 8), fraction=0.5)
-    model = _model(config)
-    latents, timestep, text, cameras = _inputs(plan)
+    model = random_model(config)
+    latents, timestep, text, cameras = random_inputs(plan)
     first, second = (model(latents, timestep, text, plan=plan, cameras=cameras) for _ in range(2))
     assert torch.equal(first, second)
 
@@ -214,8 +182,8 @@ def test_a_run_repeats_bit_for_bit() -> None:
 def test_registered_operations_give_the_same() -> None:
     config = tiny_config()
     plan = turn_plan(config, GRID, (4, 8), fraction=0.5)
-    model = _model(config)
-    latents, timestep, text, cameras = _inputs(plan)
+    model = random_model(config)
+    latents, timestep, text, cameras = random_inputs(plan)
     reference = model(latents, timestep, text, plan=plan, cameras=cameras)
     model.set_backend("auto")  # on a CPU those of csrc/cpu, where built, else the reference
     assert {m.backend for m in model.modules() if hasattr(m, "backend")} == {"auto"}
@@ -226,14 +194,14 @@ def test_registered_operations_give_the_same() -> None:
         model(latents, timestep, text, plan=plan, cameras=cameras)
 
 
-def test_new_modules_start_as_the_base_model() -> None:
+def test_new_modules_start_as_the_baserandom_model() -> None:
     """Zero cam_encoder, identity projector: with its weights a fresh model is the base."""
     torch.manual_seed(0)
     ours = MV2VTransformer(tiny_config()).requires_grad_(False)
     base = MV2VTransformer(tiny_config(camera_conditioning="none", tokenizers=(), merger=None))
     base.requires_grad_(False).load_state_dict(ours.state_dict(), strict=False)
     plan = turn_plan(ours.config, SMALL, (), source=False)
-    latents, timestep, text, cameras = _inputs(plan)
+    latents, timestep, text, cameras = random_inputs(plan)
     base_plan = turn_plan(base.config, SMALL, (), source=False)
     expected = base(latents, timestep, text, plan=base_plan)
     got = ours(latents, timestep, text, plan=plan, cameras=cameras)
@@ -242,9 +210,9 @@ def test_new_modules_start_as_the_base_model() -> None:
 
 def test_gradients_reach_every_trained_module() -> None:
     config = tiny_config()
-    model = _model(config).requires_grad_(True)
+    model = random_model(config).requires_grad_(True)
     plan = turn_plan(config, GRID, (2, 4, 8), fraction=0.5)
-    latents, timestep, text, cameras = _inputs(plan)
+    latents, timestep, text, cameras = random_inputs(plan)
     model(latents, timestep, text, plan=plan, cameras=cameras).pow(2).mean().backward()
     silent = [name for name, p in model.named_parameters() if p.grad is None or not p.grad.any()]
     assert silent == []
@@ -252,9 +220,9 @@ def test_gradients_reach_every_trained_module() -> None:
 
 def test_training_after_inference_on_one_plan() -> None:
     config = tiny_config()
-    model = _model(config).requires_grad_(True)
+    model = random_model(config).requires_grad_(True)
     plan = turn_plan(config, (2, 8, 12), (4,), fraction=0.5)  # no other test has cached its table
-    latents, timestep, text, cameras = _inputs(plan)
+    latents, timestep, text, cameras = random_inputs(plan)
     with torch.inference_mode():
         before = model(latents, timestep, text, plan=plan, cameras=cameras)
     after = model(latents, timestep, text, plan=plan, cameras=cameras)
@@ -266,8 +234,8 @@ def test_training_after_inference_on_one_plan() -> None:
 def test_rejects_inputs_that_do_not_fit_the_plan() -> None:
     config = tiny_config()
     plan = turn_plan(config, SMALL, (4,))
-    model = _model(config)
-    latents, timestep, text, cameras = _inputs(plan)
+    model = random_model(config)
+    latents, timestep, text, cameras = random_inputs(plan)
     assert cameras is not None
     with pytest.raises(ValueError, match="3 segments, got 2"):
         model(latents[:2], timestep, text, plan=plan, cameras=cameras)
@@ -286,7 +254,7 @@ def test_rejects_inputs_that_do_not_fit_the_plan() -> None:
             plan=replace(plan, scope="joint"),
             cameras=cameras.repeat(2, 1, 1, 1),
         )
-    bare = _model(tiny_config(camera_conditioning="none"))
+    bare = random_model(tiny_config(camera_conditioning="none"))
     with pytest.raises(ValueError, match="cameras are given"):
         plan = turn_plan(bare.config, SMALL, (4,))
         bare(latents, timestep, text, plan=plan, cameras=cameras)

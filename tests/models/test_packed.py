@@ -17,11 +17,11 @@ from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import (
     as_cameras,
     assert_within_budget,
-    randomise,
     relative_error,
     tiny_config,
 )
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.models.drawn import random_model
 
 GRID = (3, 12, 20)
 SMALL = (2, 6, 10)
@@ -34,12 +34,6 @@ PLANS: dict[str, dict[str, Any]] = {
     "joint scope": {"grid": SMALL, "tokenizers": (4, 4), "fraction": 0.4, "scope": "joint"},
 }
 PACKS = [list(PLANS)[:1], ["target alone", "two memories"], list(PLANS)]
-
-
-def _model(config: TransformerConfig) -> MV2VTransformer:
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    randomise(model)
-    return model
 
 
 def _sample(config: TransformerConfig, name: str, conditioning: str, seed: int = 0) -> Sample:
@@ -100,7 +94,7 @@ def test_joint_samples_are_as_exact_as_alone(
     names: list[str], camera: str, explicit: Callable[..., Any]
 ) -> None:
     config = tiny_config(**CAMERAS[camera])
-    model = _model(config)
+    model = random_model(config)
     samples = [_sample(config, name, "joint") for name in names]
     got = _packed(model, samples)
     for sample, velocity in zip(samples, got, strict=True):
@@ -121,7 +115,7 @@ def test_static_samples_run_over_what_is_kept_for_them(
     names: list[str], camera: str, explicit: Callable[..., Any]
 ) -> None:
     config = tiny_config(**CAMERAS[camera])
-    model = _model(config)
+    model = random_model(config)
     # what is merged is chosen by the first forward, so a merging sample has no oracle but itself
     whole = [_sample(config, name, "static") for name in names]
     samples = [_kept(model, sample) for sample in whole]
@@ -141,7 +135,7 @@ def assert_close_to(value: Tensor, alone: Tensor) -> None:
 
 def test_joint_and_static_samples_share_a_pack() -> None:
     config = tiny_config()
-    model = _model(config)
+    model = random_model(config)
     samples = [
         _sample(config, "two memories", "joint"),
         _kept(model, _sample(config, "no merging", "static")),
@@ -154,7 +148,7 @@ def test_joint_and_static_samples_share_a_pack() -> None:
 def test_unequal_guidance_branches_share_a_pack() -> None:
     """The negative branch may see less: here it has no memory."""
     config = tiny_config()
-    model = _model(config)
+    model = random_model(config)
     positive = _sample(config, "two memories", "joint")
     plan = turn_plan(config, GRID, (), fraction=0.5)
     assert positive.cameras is not None
@@ -174,7 +168,7 @@ def test_unequal_guidance_branches_share_a_pack() -> None:
 @pytest.mark.parametrize("poison", [float("nan"), 1e30])
 def test_a_poisoned_sample_stays_by_itself(conditioning: str, poison: float) -> None:
     config = tiny_config()
-    model = _model(config)
+    model = random_model(config)
     names = ["two memories", "no merging", "discarding"]
     samples = [_sample(config, name, conditioning) for name in names]
     if conditioning == "static":
@@ -194,7 +188,7 @@ def test_a_poisoned_sample_stays_by_itself(conditioning: str, poison: float) -> 
 
 def test_a_sample_alone_in_a_pack_has_its_own_bits() -> None:
     config = tiny_config()
-    model = _model(config)
+    model = random_model(config)
     joint = _sample(config, "two memories", "joint")
     for sample in (joint, _kept(model, _sample(config, "two memories", "static"))):
         assert torch.equal(_packed(model, [sample])[0], _alone(model, sample))
@@ -203,7 +197,7 @@ def test_a_sample_alone_in_a_pack_has_its_own_bits() -> None:
 
 def test_registered_operations_give_the_same() -> None:
     config = tiny_config()
-    model = _model(config)
+    model = random_model(config)
     samples = [_sample(config, name, "joint") for name in PLANS]
     reference = _packed(model, samples)
     model.set_backend("auto")
@@ -213,7 +207,7 @@ def test_registered_operations_give_the_same() -> None:
 
 def test_rejects_what_a_pack_cannot_hold() -> None:
     config = tiny_config()
-    model = _model(config)
+    model = random_model(config)
     good, static = (_sample(config, "two memories", mode) for mode in ("joint", "static"))
     kept = _kept(model, static)
     bad = [

@@ -14,9 +14,9 @@ from torch import Tensor
 from torch.nn.functional import conv3d, gelu, layer_norm, linear, silu
 
 from mv2v_engine.checkpoints.names import to_original
-from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.testing import relative_error, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
+from tests.models.drawn import random_inputs, random_model
 
 State = dict[str, Tensor]
 EPS = 1e-6
@@ -127,8 +127,7 @@ def test_the_recammaster_plan(head_dim: int, grid: tuple[int, int, int]) -> None
     config = tiny_config(
         camera_conditioning="target", tokenizers=(2,), merger=None, attention_head_dim=head_dim
     )
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    randomise(model)
+    model = random_model(config)
     weights = {}
     for name, tensor in model.state_dict().items():
         if not name.startswith("tokenizers."):
@@ -156,14 +155,10 @@ def test_the_recammaster_plan(head_dim: int, grid: tuple[int, int, int]) -> None
 def test_the_source_matters() -> None:
     """The parity above would hold for a model that ignores its source; this one does not."""
     config = tiny_config(camera_conditioning="target", tokenizers=(2,), merger=None)
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    randomise(model)
-    plan = turn_plan(config, (3, 6, 10), (), merge="off")
-    torch.manual_seed(0)
-    target, source = torch.randn(2, 1, config.in_channels, 3, 6, 10).unbind()
-    text, camera = torch.zeros(1, config.text_len, config.text_dim), torch.randn(1, 1, 3, 12)
+    model, plan = random_model(config), turn_plan(config, (3, 6, 10), (), merge="off")
+    (target, source), timestep, text, camera = random_inputs(plan)
     first, second = (
-        model([target, video], torch.tensor([500.0]), text, plan=plan, cameras=camera)
+        model([target, video], timestep, text, plan=plan, cameras=camera)
         for video in (source, -source)
     )
     assert relative_error(second, first) > 1e-2

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -10,8 +11,9 @@ from torch import Tensor
 
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.testing import randomise, relative_error, tiny_config
+from mv2v_engine.testing import relative_error, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
+from tests.models.drawn import random_inputs, random_model
 
 PLAN = turn_plan(tiny_config(), (3, 12, 20), (4, 8), merge="off", conditioning="static")
 
@@ -30,8 +32,7 @@ class _Watched(Block):
 
 @pytest.fixture
 def model() -> MV2VTransformer:
-    model = MV2VTransformer(tiny_config()).eval().requires_grad_(False)
-    randomise(model)
+    model = random_model(tiny_config())
     for block in model.blocks:
         block.__class__ = _Watched
         block.seen = []  # type: ignore[assignment]
@@ -40,10 +41,7 @@ def model() -> MV2VTransformer:
 
 def _run(model: MV2VTransformer, **changes: Tensor) -> tuple[Tensor, Tensor, list[Tensor]]:
     """The velocity, and every block's target and conditioning states."""
-    generator = torch.Generator().manual_seed(0)
-    latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in PLAN.segments]
-    text = torch.randn(1, 6, 10, generator=generator)
-    cameras = torch.randn(1, 4, 3, 12, generator=generator)
+    latents, _, text, cameras = random_inputs(PLAN)
     latents[0] = changes.get("target", latents[0])
     latents[2] = changes.get("memory", latents[2])
     velocity = model(
@@ -78,8 +76,8 @@ def test_conditioning_does_not_see(model: MV2VTransformer, changes: dict[str, Te
 
 
 def test_target_cameras_stay_with_the_target(model: MV2VTransformer) -> None:
-    generator = torch.Generator().manual_seed(0)
-    cameras = torch.randn(1, 4, 3, 12, generator=generator)
+    cameras = random_inputs(PLAN)[3]
+    assert cameras is not None
     moved = cameras.clone()
     moved[:, 0] += 1
     velocity, _, states = _run(model, cameras=cameras)
@@ -96,32 +94,19 @@ def test_target_sees_the_conditioning(model: MV2VTransformer) -> None:
 
 
 def test_joint_conditioning_is_another_function(model: MV2VTransformer) -> None:
-    from dataclasses import replace
-
     velocity, _, _ = _run(model)
-    generator = torch.Generator().manual_seed(0)
-    latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in PLAN.segments]
-    text = torch.randn(1, 6, 10, generator=generator)
-    cameras = torch.randn(1, 4, 3, 12, generator=generator)
+    latents, _, text, cameras = random_inputs(PLAN)
     joint = replace(PLAN, conditioning="joint")
     other = model(latents, torch.tensor([500.0]), text, plan=joint, cameras=cameras)
     assert relative_error(other, velocity) > 1e-3
 
 
 def test_a_target_alone_is_the_same_in_both_modes() -> None:
-    model = MV2VTransformer(tiny_config()).eval().requires_grad_(False)
-    randomise(model)
-    torch.manual_seed(0)
-    latents, text = torch.randn(1, 4, 3, 6, 10), torch.randn(1, 6, 10)
-    cameras, timestep = torch.randn(1, 1, 3, 12), torch.tensor([500.0])
+    model = random_model(tiny_config())
+    plan = turn_plan(model.config, (3, 6, 10), (), source=False)
+    *inputs, cameras = random_inputs(plan)
     joint, static = (
-        model(
-            [latents],
-            timestep,
-            text,
-            plan=turn_plan(model.config, (3, 6, 10), (), source=False, conditioning=mode),
-            cameras=cameras,
-        )
+        model(*inputs, plan=replace(plan, conditioning=mode), cameras=cameras)
         for mode in ("joint", "static")
     )
     assert relative_error(static, joint) < 1e-6

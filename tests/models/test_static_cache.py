@@ -14,9 +14,10 @@ from mv2v_engine.models import merging
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import ConditioningCache, KeptLayout
 from mv2v_engine.models.merging import MergeRecord
-from mv2v_engine.testing import as_cameras, randomise, relative_error, tiny_config
+from mv2v_engine.testing import as_cameras, relative_error, tiny_config
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
+from tests.models.drawn import random_model
 
 GRID = (3, 12, 20)
 # 3x5 tokens of the source, 2x3 of a memory padded to 8x12
@@ -25,8 +26,7 @@ Inputs = dict[str, Any]
 
 
 def _model(config: TransformerConfig, dtype: torch.dtype = torch.float32) -> MV2VTransformer:
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    randomise(model)
+    model = random_model(config)
     for name, parameter in model.named_parameters():
         if not any(part in name for part in model.keep_in_fp32_modules):
             parameter.data = parameter.data.to(dtype)

@@ -20,14 +20,14 @@ from torch import Tensor
 from torch.distributed.rendezvous import rendezvous
 
 from mv2v_engine.config import TransformerConfig
-from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.parallel.ranks import is_of_the_group
 from mv2v_engine.parallel.traffic import forward_traffic
-from mv2v_engine.testing import as_cameras, randomise, tiny_config
+from mv2v_engine.testing import tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from tests.models.drawn import random_inputs, random_model
 
 # 3 frames of 7x11 tokens: no number of them divides by 2
 GRID = (3, 14, 22)
@@ -56,26 +56,10 @@ def cases() -> Iterator[tuple[str, TokenPlan]]:
     yield "static edit", turn_plan(tiny_config(**EDITOR), GRID, (4,), conditioning="static")
 
 
-def inputs(plan: TokenPlan, batch: int = 1) -> tuple[list[Tensor], Tensor, Tensor, Tensor | None]:
-    generator = torch.Generator().manual_seed(0)
-
-    def draw(*shape: int) -> Tensor:
-        return torch.randn(shape, generator=generator)
-
-    latents = [draw(batch, plan.shape.channels_of(s.role), *s.grid) for s in plan.segments]
-    text = draw(batch, plan.shape.text_len, plan.shape.text_dim)
-    cameras = None
-    if plan.shape.has_camera:
-        drawn = draw(batch, len(plan.segments) + 1, plan.target.num_frames, 12)
-        cameras = as_cameras(drawn, plan.shape)
-    return latents, torch.linspace(400, 700, batch), text, cameras
-
-
 def run(plan: TokenPlan, context: ContextGroup | None) -> tuple[list[Tensor], list[MergeRecord]]:
     """The velocities of a forward, and with static conditioning of a second one over the kept."""
-    model = MV2VTransformer(plan.shape).eval().requires_grad_(False)
-    randomise(model)
-    latents, timestep, text, cameras = inputs(plan)
+    model = random_model(plan.shape)
+    latents, timestep, text, cameras = random_inputs(plan)
     records: list[MergeRecord] = []
     kept = ConditioningCache(plan) if plan.conditioning == "static" else None
     given: dict[str, Any] = {"plan": plan, "cameras": cameras, "records": records}
@@ -89,9 +73,8 @@ def run(plan: TokenPlan, context: ContextGroup | None) -> tuple[list[Tensor], li
 def of_frames(context: ContextGroup | None) -> Tensor:
     """A batch of two targets, every frame at a timestep of its own."""
     plan = turn_plan(tiny_config(**EDITOR), GRID, ())
-    model = MV2VTransformer(plan.shape).eval().requires_grad_(False)
-    randomise(model)
-    latents, _, text, _ = inputs(plan, batch=2)
+    model = random_model(plan.shape)
+    latents, _, text, _ = random_inputs(plan, batch=2)
     timestep = torch.tensor([[100.0, 300.0, 500.0], [900.0, 600.0, 30.0]])
     velocity: Tensor = model(latents, timestep, text, plan=plan, ranks=context)
     return velocity
