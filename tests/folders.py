@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -11,8 +14,11 @@ from mv2v_engine import run
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file below a folder by its path there; locks come and go."""
-    paths = [path for path in folder.rglob("*") if path.is_file() and path.suffix != ".lock"]
+    """Every file below a folder by its path there, but for what comes and goes."""
+    passing = ("lock", "-wal", "-shm")  # a database has such files
+    paths = [
+        path for path in folder.rglob("*") if path.is_file() and not path.name.endswith(passing)
+    ]
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in paths}
 
 
@@ -27,6 +33,14 @@ DAMAGES: dict[str, Callable[[bytes], bytes]] = {
     "short": lambda content: content[:-1],
     "turned": lambda content: turned(content, len(content) // 2),
 }
+
+
+@contextmanager
+def edited_json(path: Path) -> Iterator[Any]:
+    """A file's content, which is written there as it is left."""
+    content = json.loads(path.read_text())
+    yield content
+    path.write_text(json.dumps(content))
 
 
 def refusal(capsys: pytest.CaptureFixture[str], folder: Path, *words: str) -> str:

@@ -102,15 +102,17 @@ def test_a_full_disk_is_one_clear_error(tmp_path: Path) -> None:
     assert (tmp_path / "old.safetensors").read_bytes() == b"old"
 
 
-@pytest.mark.parametrize("has_links", [True, False])
-def test_a_shared_file_outlives_its_first_place(
-    tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture(params=[True, False], ids=["links", "no links"])
+def has_links(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> bool:
     def refuse(*_: object) -> None:
         raise PermissionError("no links here")
 
-    if not has_links:
+    if not request.param:
         monkeypatch.setattr(os, "link", refuse)
+    return bool(request.param)
+
+
+def test_a_shared_file_outlives_its_first_place(tmp_path: Path, has_links: bool) -> None:
     first, second = tmp_path / "a.json", tmp_path / "deep" / "b.json"
     save_json(first, 1)
     share_file(first, second)
@@ -169,15 +171,10 @@ def test_bytes_are_on_the_disk_before_their_name_and_the_name_before_the_end(
 
 
 @on_linux
-@pytest.mark.parametrize("has_links", [True, False])
+@pytest.mark.usefixtures("has_links")
 def test_a_shared_file_and_a_moved_one_are_on_the_disk(
-    tmp_path: Path, has_links: bool, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
-        raise PermissionError("no links here")
-
-    if not has_links:
-        monkeypatch.setattr(os, "link", refuse)
     first, second = tmp_path / "a.json", tmp_path / "deep" / "b.json"
     save_json(first, 1)
     disk = Disk(monkeypatch, second)

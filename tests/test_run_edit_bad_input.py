@@ -38,10 +38,7 @@ def refused(tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Captur
 @pytest.mark.parametrize(
     ("more", "said"),
     [
-        (["--prompt", "  "], "an edit needs an instruction, got the prompt ' '"),
-        (["--prompt", "a red ball " * 4], "the prompt has 13 tokens, the model reads 8; shorten"),
         (["--cuts", "now"], "must be auto, none or frame numbers as 40,85, got 'now'"),
-        (["--cuts", "0"], "cuts must increase within 1..22, got [0]"),
         (["--memory", "previous"], "invalid choice: 'previous'"),
         (["--steps", "0"], "--steps must lie in 1..1000, got 0"),
         (["--cross-shot-similarity", "2"], "--cross-shot-similarity must lie in -1..1, got 2"),
@@ -57,22 +54,10 @@ def test_no_prompt(long_clip: Path, tmp_path: Path, capsys: Capture) -> None:
     assert "the following arguments are required: --prompt" in capsys.readouterr().err
 
 
-def test_wrong_sources(refused: Refused, tmp_path: Path) -> None:
-    assert "does not exist; give the path" in refused(source=tmp_path / "none.mp4")
-    (tmp_path / "notes.mp4").write_text("not a video at all\n" * 50)
-    assert "not a video" in refused(source=tmp_path / "notes.mp4")
-
-
 def test_a_model_of_the_other_task(refused: Refused, tiny_checkpoint: Path) -> None:
     assert "tiny renders novel views and takes no instruction" in refused(
         checkpoint=tiny_checkpoint
     )
-
-
-def test_a_folder_that_is_no_dinov2(refused: Refused, editor_folder: Path) -> None:
-    text_encoder = editor_folder / "text_encoder"
-    said = refused("--descriptor", str(text_encoder))
-    assert "holds a model of type 'umt5', expected dinov2" in said
 
 
 def test_places_that_are_taken(refused: Refused, tmp_path: Path, long_clip: Path) -> None:

@@ -19,6 +19,7 @@ from mv2v_engine.vae import StreamDecoder, VideoVAE, load_vae
 
 CPU = torch.device("cpu")
 
+RESIDUAL = {"is_residual": True, "in_channels": 12, "out_channels": 12, "patch_size": 2}
 # z48 with stride 16 and residual blocks is Wan2.2's shape, z16 with stride 8 Wan2.1's
 SHAPES: dict[str, dict[str, Any]] = {
     "z16-stride8-plain": {
@@ -31,10 +32,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dim_mult": [1, 2, 2],
         "num_res_blocks": 1,
         "temperal_downsample": [True, True],
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
+        **RESIDUAL,
     },
     "z48-stride16-residual": {
         "base_dim": 8,
@@ -43,10 +41,7 @@ SHAPES: dict[str, dict[str, Any]] = {
         "dim_mult": [1, 2, 2, 2],
         "num_res_blocks": 1,
         "temperal_downsample": [False, True, True],
-        "is_residual": True,
-        "in_channels": 12,
-        "out_channels": 12,
-        "patch_size": 2,
+        **RESIDUAL,
         "scale_factor_spatial": 16,
         "latents_mean": [0.01 * i for i in range(48)],
         "latents_std": [0.5 + 0.1 * i for i in range(48)],
@@ -75,6 +70,17 @@ def random_frames(num_frames: int, height: int, width: int) -> Tensor:
     coarse = torch.rand(num_frames, 3, 4, 4, generator=generator)
     smooth = torch.nn.functional.interpolate(coarse, (height, width), mode="bilinear")
     return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def load(path: Path, dtype: torch.dtype = torch.float32) -> VideoVAE:
+    return load_vae(path, device=CPU, dtype=dtype)
+
+
+def assert_is(loaded: VideoVAE, model: Autoencoder) -> None:
+    frames, expected = random_frames(5, 32, 32), VideoVAE(model)
+    latents = loaded.encode(frames)
+    assert torch.equal(latents, expected.encode(frames))
+    assert torch.equal(loaded.decode(latents), expected.decode(latents))
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -271,8 +277,7 @@ def test_statistics_must_match_the_channels() -> None:
 def test_key_names_the_latent_space(tmp_path: Path) -> None:
     model = save(tmp_path)
     key = VideoVAE(model).key
-    assert load_vae(tmp_path, device=CPU, dtype=torch.float32).key == key
-    assert load_vae(tmp_path, device=CPU, dtype=torch.bfloat16).key == key
+    assert load(tmp_path).key == load(tmp_path, torch.bfloat16).key == key
     assert VideoVAE(tiny_model(seed=1)).key != key
     assert VideoVAE(tiny_model(latents_mean=[0.5] * 16)).key != key
 
@@ -280,16 +285,13 @@ def test_key_names_the_latent_space(tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["", "vae"])
 def test_diffusers_folder(tmp_path: Path, inside: str) -> None:
     model = save(tmp_path / inside)
-    frames = random_frames(5, 16, 24)
-    loaded = load_vae(tmp_path, device=CPU, dtype=torch.float32)
-    assert torch.equal(loaded.encode(frames), VideoVAE(model).encode(frames))
+    assert_is(load(tmp_path), model)
 
 
 def test_bf16_latents_are_fp32_and_close(tmp_path: Path) -> None:
     save(tmp_path)
     frames = random_frames(5, 16, 24)
-    exact = load_vae(tmp_path, device=CPU, dtype=torch.float32).encode(frames)
-    rounded = load_vae(tmp_path, device=CPU, dtype=torch.bfloat16).encode(frames)
+    exact, rounded = load(tmp_path).encode(frames), load(tmp_path, torch.bfloat16).encode(frames)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.1 * exact.std()
 
@@ -334,16 +336,12 @@ def test_original_file(tmp_path: Path, name: str) -> None:
         torch.save(weights, tmp_path / name)
     else:
         save_file(weights, tmp_path / name)
-    loaded = load_vae(tmp_path / name, device=CPU, dtype=torch.float32)
-    frames = random_frames(5, 16, 16)
-    latents = loaded.encode(frames)
-    assert torch.equal(latents, VideoVAE(model).encode(frames))
-    assert torch.equal(loaded.decode(latents), VideoVAE(model).decode(latents))
+    assert_is(load(tmp_path / name), model)
 
 
 def expect_refused(path: Path, message: str) -> None:
     with pytest.raises(CheckpointError, match=message) as caught:
-        load_vae(path, device=CPU, dtype=torch.float32)
+        load(path)
     assert "\n" not in str(caught.value)
 
 
@@ -402,20 +400,15 @@ def test_wan22s_own_file(tmp_path: Path, prefix: str) -> None:
     # a whole model in the file does not disturb
     other = {"model.diffusion_model.blocks.0.self_attn.q.weight": torch.ones(2)} if prefix else {}
     save_file(weights | other, tmp_path / "wan2.2_vae.safetensors")
-    loaded = load_vae(tmp_path / "wan2.2_vae.safetensors", device=CPU, dtype=torch.float32)
+    loaded = load(tmp_path / "wan2.2_vae.safetensors")
     assert loaded.spatial_stride == 16 and loaded.latent_channels == 48
-    frames = random_frames(5, 32, 32)
-    latents = loaded.encode(frames)
-    assert torch.equal(latents, VideoVAE(model).encode(frames))
-    assert torch.equal(loaded.decode(latents), VideoVAE(model).decode(latents))
+    assert_is(loaded, model)
 
 
 def test_a_lone_file_of_diffusers_names(tmp_path: Path) -> None:
     model = narrow_wan21()
     save_file(model.state_dict(), tmp_path / "vae.safetensors")
-    loaded = load_vae(tmp_path / "vae.safetensors", device=CPU, dtype=torch.float32)
-    frames = random_frames(5, 16, 16)
-    assert torch.equal(loaded.encode(frames), VideoVAE(model).encode(frames))
+    assert_is(load(tmp_path / "vae.safetensors"), model)
 
 
 def test_unusable_files(tmp_path: Path) -> None:

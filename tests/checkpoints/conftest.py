@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mv2v_engine.config import TransformerConfig
@@ -108,6 +111,25 @@ def memory_shapes(config: TransformerConfig) -> dict[str, tuple[int, ...]]:
         shapes[f"cond_embedders.{i}.proj.bias"] = (c,)
     shapes["downsampler.weight"], shapes["downsampler.bias"] = (c, c, 2, 2), (c,)
     return shapes
+
+
+def write(path: Path, state: Any) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if path.suffix == ".safetensors":
+        save_file(state, str(path))
+    else:
+        torch.save(state, path)
+    return path
+
+
+def diffusers_wan(**changes: int) -> Any:
+    """diffusers' own model, of SMALL's shapes where not told otherwise."""
+    from diffusers import WanTransformer3DModel
+
+    names = ("num_layers", "num_attention_heads", "attention_head_dim", "ffn_dim")
+    names += ("in_channels", "out_channels", "text_dim", "freq_dim")
+    torch.manual_seed(0)
+    return WanTransformer3DModel(**{name: getattr(SMALL, name) for name in names} | changes)
 
 
 @pytest.fixture

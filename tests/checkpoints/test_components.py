@@ -6,14 +6,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.checkpoints.components import find_components
 from mv2v_engine.errors import CheckpointError
-
-State = dict[str, Tensor]
+from tests.checkpoints.conftest import State, write
 
 
 def vae(channels: int = 16) -> State:
@@ -30,15 +27,6 @@ def text() -> State:
 
 def umt5() -> State:
     return {"encoder.block.0.layer.0.SelfAttention.q.weight": torch.ones(2, 2)}
-
-
-def write(path: Path, state: State) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(state, str(path))
-    else:
-        torch.save(state, path)
-    return path
 
 
 def folder(path: Path, config: str, name: str = "config.json") -> Path:

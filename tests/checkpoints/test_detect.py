@@ -11,14 +11,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
-from torch import Tensor
 
 from mv2v_engine.checkpoints import detect, embedded_names
 from mv2v_engine.checkpoints.weights import WeightReader, read_header
 from mv2v_engine.errors import CheckpointError
+from tests.checkpoints.conftest import State, write
 
-State = dict[str, Tensor]
 EXPERTS = ("high_noise_model", "low_noise_model")
 
 
@@ -26,58 +24,42 @@ class Unwelcome:
     """Any object that a state dict should not hold."""
 
 
-def write(folder: Path, name: str, state: State) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(state, str(path))
-    else:
-        torch.save(state, path)
-    return path
-
-
 @pytest.mark.parametrize("name", ["wan.safetensors", "wan.pth", "wan.ckpt"])
 def test_single_files(
     tmp_path: Path, wan: State, recammaster: State, memory: State, name: str
 ) -> None:
-    assert detect(write(tmp_path / "a", name, wan)).format == "wan_original"
-    assert detect(write(tmp_path / "b", name, recammaster)).format == "recammaster"
-    found = detect(write(tmp_path / "c", name, memory))
+    assert detect(write(tmp_path / "a" / name, wan)).format == "wan_original"
+    assert detect(write(tmp_path / "b" / name, recammaster)).format == "recammaster"
+    found = detect(write(tmp_path / "c" / name, memory))
     assert found.format == "memory_v2v"
     assert "3 blocks" in found.reason and "8 keys of unknown modules" in found.reason
 
 
 def test_content_decides_and_not_the_suffix(tmp_path: Path, wan: State) -> None:
-    path = write(tmp_path, "wan.safetensors", wan).rename(tmp_path / "wan.ckpt")
+    path = write(tmp_path / "wan.safetensors", wan).rename(tmp_path / "wan.ckpt")
     assert detect(path).format == "wan_original"
 
 
 def test_original_folder_ignores_its_companions(tmp_path: Path, wan: State) -> None:
-    write(tmp_path, "diffusion_pytorch_model.safetensors", wan)
-    write(tmp_path, "Wan2.1_VAE.pth", {"conv1.weight": torch.zeros(2)})
-    write(tmp_path, "models_t5_umt5-xxl-enc-bf16.pth", {"token_embedding.weight": torch.zeros(2)})
+    write(tmp_path / "diffusion_pytorch_model.safetensors", wan)
+    write(tmp_path / "Wan2.1_VAE.pth", {"conv1.weight": torch.zeros(2)})
+    write(tmp_path / "models_t5_umt5-xxl-enc-bf16.pth", {"token_embedding.weight": torch.zeros(2)})
     found = detect(tmp_path)
     assert found.format == "wan_original" and found.config_file is None
     assert [file.name for file in found.files] == ["diffusion_pytorch_model.safetensors"]
 
 
 def test_lone_ckpt_in_a_folder(tmp_path: Path, recammaster: State) -> None:
-    write(tmp_path, "step20000.ckpt", recammaster)
-    write(tmp_path, "Wan2.1_VAE.pth", {"conv1.weight": torch.zeros(2)})
+    write(tmp_path / "step20000.ckpt", recammaster)
+    write(tmp_path / "Wan2.1_VAE.pth", {"conv1.weight": torch.zeros(2)})
     assert detect(tmp_path).format == "recammaster"
-
-
-def test_trainers_wrapping_is_seen_through(tmp_path: Path, wan: State) -> None:
-    path = tmp_path / "wan.pth"
-    torch.save({"state_dict": wan, "step": 3}, path)
-    assert len(detect(path).tensors) == len(wan)
 
 
 def split(folder: Path, state: State, *, index: bool) -> list[str]:
     keys = list(state)
     names = [f"diffusion_pytorch_model-0000{i}-of-00003.safetensors" for i in (1, 2, 3)]
     for i, name in enumerate(names):
-        write(folder, name, {key: state[key] for key in keys[i::3]})
+        write(folder / name, {key: state[key] for key in keys[i::3]})
     if index:
         weight_map = {key: names[i % 3] for i, key in enumerate(keys)}
         path = folder / "diffusion_pytorch_model.safetensors.index.json"
@@ -162,7 +144,7 @@ def test_pickled_objects_are_refused(tmp_path: Path, wan: State) -> None:
 @pytest.mark.parametrize("name", ["wan.safetensors", "wan.pth"])
 @pytest.mark.parametrize("keep", [0.3, 0.97, 0.9999])
 def test_truncated_files(tmp_path: Path, wan: State, name: str, keep: float) -> None:
-    path = write(tmp_path, name, wan)
+    path = write(tmp_path / name, wan)
     data = path.read_bytes()
     path.write_bytes(data[: int(len(data) * keep)])
     with pytest.raises(CheckpointError, match="truncated or damaged"):
@@ -234,7 +216,7 @@ def test_other_models_are_named(tmp_path: Path, says: str) -> None:
     state = {key: torch.zeros(shape) for key, shape in OTHERS[says].items()}
     for name in ("other.safetensors", "other.pth"):
         with pytest.raises(CheckpointError, match=says) as caught:
-            detect(write(tmp_path, name, state))
+            detect(write(tmp_path / name, state))
         assert "\n" not in str(caught.value)
 
 
@@ -244,12 +226,12 @@ def test_other_models_are_named(tmp_path: Path, says: str) -> None:
 )
 def test_other_wan_models_are_named(tmp_path: Path, wan: State, key: str, says: str) -> None:
     with pytest.raises(CheckpointError, match=f"is a {says} checkpoint"):
-        detect(write(tmp_path, "other.safetensors", wan | {key: torch.zeros(2)}))
+        detect(write(tmp_path / "other.safetensors", wan | {key: torch.zeros(2)}))
 
 
 def test_a_second_attention_for_cameras_is_named(tmp_path: Path, wan: State) -> None:
     branch = {f"blocks.{n}.prope_attn.q_proj.weight": torch.zeros(2, 2) for n in range(3)}
-    path = write(tmp_path, "memorizon.safetensors", wan | branch)
+    path = write(tmp_path / "memorizon.safetensors", wan | branch)
     with pytest.raises(
         CheckpointError,
         match=r"second attention .*\(blocks\.0\.prope_attn\.q_proj\.weight and 2 more .* "
@@ -275,7 +257,7 @@ def test_two_experts_are_refused_and_each_of_them(
 ) -> None:
     root = tmp_path / "Wan2.2-T2V-A14B"
     for name in names:
-        write(root / name, "diffusion_pytorch_model.safetensors", wan)
+        write(root / name / "diffusion_pytorch_model.safetensors", wan)
         (root / name / "config.json").write_text("{}")
     if index:
         second = {"transformer_2": PIPELINE["transformer"], "boundary_ratio": 0.875}
@@ -297,8 +279,8 @@ def test_an_expert_without_the_other_is_known_by_name_or_index(tmp_path: Path, w
         "low_noise_model/diffusion_pytorch_model-00001-of-00001.safetensors",
     ):
         with pytest.raises(CheckpointError, match="one of two experts"):
-            detect(write(tmp_path, name, wan))
-    alone = write(tmp_path / "a/transformer", "diffusion_pytorch_model.safetensors", wan)
+            detect(write(tmp_path / name, wan))
+    alone = write(tmp_path / "a/transformer" / "diffusion_pytorch_model.safetensors", wan)
     index = PIPELINE | {"transformer_2": [None, None], "boundary_ratio": None}
     (tmp_path / "a/model_index.json").write_text(json.dumps(index))
     assert detect(alone.parent).format == detect(tmp_path / "a").format == "wan_original"
@@ -312,27 +294,27 @@ def test_an_expert_without_the_other_is_known_by_name_or_index(tmp_path: Path, w
 def test_experts_of_one_file_folder_or_link(
     tmp_path: Path, wan: State, names: tuple[str, str]
 ) -> None:
-    whole = write(tmp_path, "both.pth", dict.fromkeys(names, wan))
+    whole = write(tmp_path / "both.pth", dict.fromkeys(names, wan))
     for path in (whole, *(f"{whole}#{name}" for name in names)):
         with pytest.raises(CheckpointError, match=r"both\.pth has two experts") as said:
             detect(path)
         assert "PATH#NAME" not in str(said.value)
     for name in names:
-        inner = write(tmp_path / "pair" / name, "model.safetensors", wan)
+        inner = write(tmp_path / "pair" / name / "model.safetensors", wan)
         link = tmp_path / f"my_{names.index(name)}.safetensors"
         link.symlink_to(inner)
     for link in tmp_path.glob("my_?.safetensors"):
         with pytest.raises(CheckpointError, match="is one of two experts"):
             detect(link)
-    lone = write(tmp_path, "lone.pth", {names[1]: wan})
+    lone = write(tmp_path / "lone.pth", {names[1]: wan})
     with pytest.raises(CheckpointError, match=f"by the name that it lies under, {names[1]}"):
         detect(lone)
     for name in ("wan2.2_t2v_high_noise_14B", "wan2.2_t2v_low_noise_14B"):
-        write(tmp_path / "comfy", f"{name}.safetensors", wan)
+        write(tmp_path / "comfy" / f"{name}.safetensors", wan)
     with pytest.raises(CheckpointError, match="comfy has two experts"):
         detect(tmp_path / "comfy")
     for name in ("high", "low"):
-        lone = write(tmp_path / "short" / name, "wan.safetensors", wan)
+        lone = write(tmp_path / "short" / name / "wan.safetensors", wan)
     for path, says in ((tmp_path / "short", "has two experts"), (lone, "is one of two experts")):
         with pytest.raises(CheckpointError, match=says):
             detect(path)
@@ -340,12 +322,12 @@ def test_experts_of_one_file_folder_or_link(
 
 @pytest.mark.parametrize("name", ["Wan2.2-TI2V-5B", "wan2.1_high_quality", "highland", "slow"])
 def test_other_names_are_no_experts(tmp_path: Path, wan: State, name: str) -> None:
-    assert detect(write(tmp_path, f"{name}.safetensors", wan)).format == "wan_original"
+    assert detect(write(tmp_path / f"{name}.safetensors", wan)).format == "wan_original"
 
 
 def test_several_weight_files_must_be_chosen(tmp_path: Path, wan: State) -> None:
-    write(tmp_path, "a.ckpt", wan)
-    write(tmp_path, "b.ckpt", wan)
+    write(tmp_path / "a.ckpt", wan)
+    write(tmp_path / "b.ckpt", wan)
     with pytest.raises(CheckpointError, match=r"a\.ckpt, b\.ckpt.*give one"):
         detect(tmp_path)
 
@@ -357,7 +339,7 @@ def test_reader_hands_out_every_tensor_over_reopenings(
     from mv2v_engine.checkpoints import weights
 
     monkeypatch.setattr(weights, "_RECYCLE_MIN_BYTES", 1000)
-    path = write(tmp_path, name, wan | {"half": torch.arange(5, dtype=torch.bfloat16)})
+    path = write(tmp_path / name, wan | {"half": torch.arange(5, dtype=torch.bfloat16)})
     header = read_header(path)
     assert header["half"].dtype == torch.bfloat16 and header["half"].num_bytes == 10
     with WeightReader() as reader:

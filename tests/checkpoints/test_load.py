@@ -6,10 +6,10 @@ import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
@@ -23,19 +23,21 @@ from mv2v_engine.config import (
 )
 from mv2v_engine.errors import CheckpointError, StorageError
 from mv2v_engine.models.dit import MV2VTransformer
+from tests.checkpoints.conftest import State, diffusers_wan, write
+from tests.folders import edited_json
 
-State = dict[str, Tensor]
 Rename = Callable[[str], str]
 
 
-def write(folder: Path, name: str, state: State) -> Path:
-    path = folder / name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if path.suffix == ".safetensors":
-        save_file(state, str(path))
-    else:
-        torch.save(state, path)
-    return path
+def save(
+    folder: Path, config: TransformerConfig, sampling: SamplingConfig | None = None, **more: Any
+) -> MV2VTransformer:
+    """Random weights in a folder of our own form."""
+    torch.manual_seed(0)
+    model = MV2VTransformer(config)
+    sampling = sampling or SamplingConfig()
+    save_checkpoint(folder, model, config, sampling, "my name", torch.float32, **more)
+    return model
 
 
 def assert_holds(model: MV2VTransformer, expected: State) -> None:
@@ -51,7 +53,7 @@ def assert_holds(model: MV2VTransformer, expected: State) -> None:
 def test_original_files(
     tmp_path: Path, wan: State, renamed: Rename, small: TransformerConfig, name: str
 ) -> None:
-    loaded = load_checkpoint(write(tmp_path, name, wan))
+    loaded = load_checkpoint(write(tmp_path / name, wan))
     assert_holds(loaded.transformer, {renamed(key): value for key, value in wan.items()})
     assert loaded.format == "wan_original" and loaded.name == "wan"
     assert loaded.config == dataclasses.replace(small, tokenizers=(2, 4, 8))
@@ -60,7 +62,7 @@ def test_original_files(
 
 
 def test_recammaster(tmp_path: Path, recammaster: State, renamed: Rename) -> None:
-    loaded = load_checkpoint(write(tmp_path, "step20000.ckpt", recammaster))
+    loaded = load_checkpoint(write(tmp_path / "step20000.ckpt", recammaster))
     assert loaded.config.camera_conditioning == "target" and loaded.format == "recammaster"
     assert loaded.sampling.sizes == ()
     assert_holds(loaded.transformer, {renamed(key): value for key, value in recammaster.items()})
@@ -69,7 +71,7 @@ def test_recammaster(tmp_path: Path, recammaster: State, renamed: Rename) -> Non
 
 @pytest.mark.parametrize("name", ["memoryv2v.ckpt", "memoryv2v.safetensors"])
 def test_memory(tmp_path: Path, memory: State, renamed: Rename, name: str) -> None:
-    loaded = load_checkpoint(write(tmp_path, name, memory))
+    loaded = load_checkpoint(write(tmp_path / name, memory))
     expected = {renamed(k): v for k, v in memory.items() if not k.startswith(("cond", "down"))}
     for i, k in enumerate((2, 4, 8)):
         for part in ("weight", "bias"):
@@ -91,7 +93,7 @@ def with_mergers(state: State, *weights: Tensor) -> State:
 
 def test_merger_of_concatenated_cells_is_the_same_function(tmp_path: Path, memory: State) -> None:
     linear = torch.randn(128, 512, generator=torch.Generator().manual_seed(1))
-    loaded = load_checkpoint(write(tmp_path, "m.ckpt", with_mergers(memory, linear)))
+    loaded = load_checkpoint(write(tmp_path / "m.ckpt", with_mergers(memory, linear)))
     weight = loaded.transformer.get_parameter("mergers.1.weight")
     cells = torch.randn(2, 2, 128, generator=torch.Generator().manual_seed(2))
     expected = linear @ torch.cat([cells[0, 0], cells[0, 1], cells[1, 0], cells[1, 1]])
@@ -102,7 +104,7 @@ def test_merger_of_concatenated_cells_is_the_same_function(tmp_path: Path, memor
 
 def test_two_linear_layers_per_block(tmp_path: Path, memory: State) -> None:
     first, second = torch.ones(128, 128), torch.eye(128)
-    loaded = load_checkpoint(write(tmp_path, "m.ckpt", with_mergers(memory, first, second)))
+    loaded = load_checkpoint(write(tmp_path / "m.ckpt", with_mergers(memory, first, second)))
     assert loaded.config.merger == MergerConfig(pooled=True, bias=False)
     assert torch.equal(loaded.transformer.get_parameter("mergers.1.weight"), first)
     assert torch.equal(loaded.transformer.get_parameter("mergers.2.weight"), second)
@@ -110,7 +112,7 @@ def test_two_linear_layers_per_block(tmp_path: Path, memory: State) -> None:
 
 def test_undecided_modules_need_a_rename_file(tmp_path: Path, memory: State) -> None:
     state = memory | {"norm.weight": torch.ones(128), "up.proj.weight": torch.ones(128, 128)}
-    path = write(tmp_path, "m.ckpt", state)
+    path = write(tmp_path / "m.ckpt", state)
     with pytest.raises(CheckpointError, match=r"norm\.weight \[128\].*rename=FILE"):
         load_checkpoint(path)
     rename = tmp_path / "rename.json"
@@ -128,7 +130,7 @@ def test_undecided_modules_need_a_rename_file(tmp_path: Path, memory: State) -> 
 
 def test_rename_decides_between_equal_tokenizers(tmp_path: Path, memory: State) -> None:
     state = memory | {"spare.weight": torch.ones(128, 4, 1, 4, 4)}
-    path = write(tmp_path, "m.ckpt", state)
+    path = write(tmp_path / "m.ckpt", state)
     with pytest.raises(CheckpointError, match=r"tokenizers\.4: cond_.* or spare\.weight"):
         load_checkpoint(path)
     rename = tmp_path / "rename.json"
@@ -144,7 +146,7 @@ def test_rename_decides_between_equal_tokenizers(tmp_path: Path, memory: State) 
 
 
 def test_base_tokenizers_embed_a_constant_alike(tmp_path: Path, wan: State) -> None:
-    loaded = load_checkpoint(write(tmp_path, "wan.safetensors", wan))
+    loaded = load_checkpoint(write(tmp_path / "wan.safetensors", wan))
     # the base alone was made for both orientations
     assert (loaded.sampling.size, loaded.sampling.sizes) == ((480, 832), ((832, 480),))
     latents = torch.arange(4.0)[None, :, None, None, None].expand(1, 4, 1, 8, 8)
@@ -160,14 +162,8 @@ def test_base_tokenizers_embed_a_constant_alike(tmp_path: Path, wan: State) -> N
 
 
 def test_diffusers_pipeline_folder(tmp_path: Path, wan: State) -> None:
-    from diffusers import WanTransformer3DModel
-
-    torch.manual_seed(0)
     # head size 16: only the config file can tell
-    model = WanTransformer3DModel(
-        num_layers=2, num_attention_heads=2, attention_head_dim=16, ffn_dim=24, in_channels=4,
-        out_channels=4, text_dim=8, freq_dim=16,
-    )  # fmt: skip
+    model = diffusers_wan(num_attention_heads=2, attention_head_dim=16)
     model.save_pretrained(tmp_path / "transformer")
     index = {"_class_name": "WanPipeline", "transformer": ["diffusers", "WanTransformer3DModel"]}
     (tmp_path / "model_index.json").write_text(json.dumps(index))
@@ -183,12 +179,7 @@ def test_diffusers_pipeline_folder(tmp_path: Path, wan: State) -> None:
 
 
 def test_sharded_diffusers_folder(tmp_path: Path) -> None:
-    from diffusers import WanTransformer3DModel
-
-    model = WanTransformer3DModel(
-        num_layers=2, num_attention_heads=1, attention_head_dim=128, ffn_dim=96, in_channels=4,
-        out_channels=4, text_dim=24, freq_dim=32,
-    )  # fmt: skip
+    model = diffusers_wan()
     model.save_pretrained(tmp_path, max_shard_size="500KB")
     shards = sorted(tmp_path.glob("*.safetensors"))
     assert len(shards) > 2
@@ -214,9 +205,7 @@ def test_own_folder(tmp_path: Path, small: TransformerConfig, merger: MergerConf
     sampling = SamplingConfig(
         num_frames=17, size=(96, 160), sizes=((160, 96), (96, 96)), negative_prompt="模糊"
     )
-    torch.manual_seed(0)
-    model = MV2VTransformer(config)
-    save_checkpoint(tmp_path / "mine", model, config, sampling, "my name", torch.float32)
+    model = save(tmp_path / "mine", config, sampling)
     for path in (tmp_path / "mine", tmp_path / "mine" / "mv2v.json"):
         loaded = load_checkpoint(path)
         assert (loaded.name, loaded.config, loaded.sampling) == ("my name", config, sampling)
@@ -234,39 +223,31 @@ def test_camera_attention_is_read_and_never_guessed(
 ) -> None:
     """It has no weights: the file alone tells, and one of before it existed has none."""
     config = dataclasses.replace(small, camera_attention="prope_dual", scene_scale=2.5)
-    model = MV2VTransformer(config)
-    save_checkpoint(tmp_path, model, config, SamplingConfig(), "tiny", torch.float32)
+    save(tmp_path, config)
     assert load_checkpoint(tmp_path).config == config
-    path = tmp_path / "mv2v.json"
-    said = json.loads(path.read_text())
-    wrong = said["transformer"] | {"camera_attention": "rays"}
-    path.write_text(json.dumps(said | {"transformer": wrong}))
+    with edited_json(tmp_path / "mv2v.json") as said:
+        said["transformer"]["camera_attention"] = "rays"
     with pytest.raises(CheckpointError, match=r"camera_attention must be one of .* got 'rays'"):
         load_checkpoint(tmp_path)
-    del said["transformer"]["camera_attention"], said["transformer"]["scene_scale"]
-    path.write_text(json.dumps(said))
+    with edited_json(tmp_path / "mv2v.json") as said:
+        del said["transformer"]["camera_attention"], said["transformer"]["scene_scale"]
     assert load_checkpoint(tmp_path).config == small
 
 
 def test_a_checkpoint_says_what_it_was_trained_for(
     tmp_path: Path, small: TransformerConfig, wan: State
 ) -> None:
-    save_checkpoint(
-        tmp_path, MV2VTransformer(small), small, SamplingConfig(), "x", torch.float32,
-        conditioning=("joint", "static"),
-    )  # fmt: skip
+    save(tmp_path, small, conditioning=("joint", "static"))
     assert load_checkpoint(tmp_path).conditioning == ("joint", "static")
     # from before it was written there: nothing is claimed
-    path = tmp_path / "mv2v.json"
-    manifest = json.loads(path.read_text())
-    del manifest["conditioning"]
-    path.write_text(json.dumps(manifest))
+    with edited_json(tmp_path / "mv2v.json") as said:
+        del said["conditioning"]
     assert load_checkpoint(tmp_path).conditioning == ("joint",)
-    assert load_checkpoint(write(tmp_path, "wan.safetensors", wan)).conditioning == ("joint",)
+    assert load_checkpoint(write(tmp_path / "wan.safetensors", wan)).conditioning == ("joint",)
 
 
 def test_half_precision_keeps_what_the_model_asks_for(tmp_path: Path, wan: State) -> None:
-    path = write(tmp_path, "wan.safetensors", wan)
+    path = write(tmp_path / "wan.safetensors", wan)
     loaded = load_checkpoint(path, dtype=torch.bfloat16)
     kept = set(MV2VTransformer.keep_in_fp32_modules)
     for name, parameter in loaded.transformer.named_parameters():
@@ -283,38 +264,49 @@ def test_half_precision_keeps_what_the_model_asks_for(tmp_path: Path, wan: State
 def test_nothing_is_written_to_a_read_only_place(tmp_path: Path, small: TransformerConfig) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="cannot write"):
-        save_checkpoint(
-            tmp_path / "file" / "x", MV2VTransformer(small), small, SamplingConfig(), "x",
-            torch.float32,
-        )  # fmt: skip
+        save(tmp_path / "file" / "x", small)
 
 
 def test_missing_keys_are_named(tmp_path: Path, wan: State) -> None:
     del wan["blocks.1.self_attn.q.weight"], wan["head.modulation"]
     with pytest.raises(CheckpointError, match=r"lacks 2 parameters: .*blocks\.1\.attn1\.to_q"):
-        load_checkpoint(write(tmp_path, "wan.safetensors", wan))
+        load_checkpoint(write(tmp_path / "wan.safetensors", wan))
     del wan["patch_embedding.weight"]
     with pytest.raises(CheckpointError, match=r"lacks patch_embedding\.weight"):
-        load_checkpoint(write(tmp_path, "wan.safetensors", wan))
+        load_checkpoint(write(tmp_path / "wan.safetensors", wan))
 
 
-def test_mismatched_shapes_are_named(tmp_path: Path, wan: State) -> None:
-    wan["blocks.2.ffn.2.weight"] = torch.zeros(128, 95)
-    with pytest.raises(
-        CheckpointError,
-        match=r"blocks\.2\.ffn\.net\.2\.weight got \[128, 95\], expected \[128, 96\]",
-    ):
-        load_checkpoint(write(tmp_path, "wan.safetensors", wan))
-
-
-def test_quantised_weights_are_refused(tmp_path: Path, wan: State) -> None:
-    wan["blocks.2.ffn.2.weight"] = torch.zeros(128, 96, dtype=torch.int8)
-    with pytest.raises(CheckpointError, match=r"ffn\.2\.weight as int8; expected floating"):
-        load_checkpoint(write(tmp_path, "wan.safetensors", wan))
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        (
+            "blocks.2.ffn.2.weight",
+            torch.zeros(128, 95),
+            r"blocks\.2\.ffn\.net\.2\.weight got \[128, 95\], expected \[128, 96\]",
+        ),
+        (
+            "blocks.2.ffn.2.weight",
+            torch.zeros(128, 96, dtype=torch.int8),
+            r"ffn\.2\.weight as int8; expected floating",
+        ),
+        # a number of heads that cannot be told
+        (
+            "patch_embedding.weight",
+            torch.zeros(96, 4, 1, 2, 2),
+            r"96 channels wide.*config\.json",
+        ),
+    ],
+    ids=["shape", "quantised", "odd width"],
+)
+def test_weights_that_do_not_fit_are_named(
+    tmp_path: Path, wan: State, key: str, value: Tensor, says: str
+) -> None:
+    with pytest.raises(CheckpointError, match=says):
+        load_checkpoint(write(tmp_path / "wan.safetensors", wan | {key: value}))
 
 
 def test_unknown_keys_of_a_base_are_refused(tmp_path: Path, wan: State) -> None:
-    path = write(tmp_path, "wan.ckpt", wan | {"what.weight": torch.zeros(3)})
+    path = write(tmp_path / "wan.ckpt", wan | {"what.weight": torch.zeros(3)})
     with pytest.raises(CheckpointError, match=r"does not know: what\.weight"):
         load_checkpoint(path)
     rename = tmp_path / "rename.json"
@@ -323,7 +315,7 @@ def test_unknown_keys_of_a_base_are_refused(tmp_path: Path, wan: State) -> None:
 
 
 def test_config_beside_contradicts_or_describes(tmp_path: Path, wan: State) -> None:
-    path = write(tmp_path, "wan.safetensors", wan)
+    path = write(tmp_path / "wan.safetensors", wan)
     config = {"_class_name": "WanModel", "dim": 128, "num_heads": 2, "num_layers": 3}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_checkpoint(path).config.num_attention_heads == 2
@@ -336,12 +328,6 @@ def test_config_beside_contradicts_or_describes(tmp_path: Path, wan: State) -> N
     (tmp_path / "config.json").write_text("{")
     with pytest.raises(CheckpointError, match=r"config\.json is not JSON"):
         load_checkpoint(path)
-
-
-def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> None:
-    wan["patch_embedding.weight"] = torch.zeros(96, 4, 1, 2, 2)
-    with pytest.raises(CheckpointError, match=r"96 channels wide.*config\.json"):
-        load_checkpoint(write(tmp_path, "wan.safetensors", wan))
 
 
 @pytest.mark.parametrize(
@@ -369,10 +355,9 @@ def test_heads_cannot_be_told_from_odd_widths(tmp_path: Path, wan: State) -> Non
 def test_bad_own_configs(
     tmp_path: Path, small: TransformerConfig, change: dict[str, object], says: str
 ) -> None:
-    model = MV2VTransformer(small)
-    save_checkpoint(tmp_path, model, small, SamplingConfig(), "x", torch.float32)
-    path = tmp_path / "mv2v.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    save(tmp_path, small)
+    with edited_json(tmp_path / "mv2v.json") as said:
+        said |= change
     with pytest.raises(CheckpointError, match=says):
         load_checkpoint(tmp_path)
     (tmp_path / "transformer.safetensors").unlink()

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +12,7 @@ from safetensors.torch import save_file
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
+from tests.launched import script
 
 WIDE = TransformerConfig(
     num_layers=10,
@@ -84,9 +83,7 @@ def loads(tmp_path_factory: pytest.TempPathFactory) -> Loads:
     wide = save(tmp_path_factory.mktemp("wide"), WIDE)
     small = save(tmp_path_factory.mktemp("small"), replace(WIDE, num_layers=1, merge_blocks=None))
     cases = [f"{wide / name}={dtype}" for name in NAMES for dtype in DTYPES]
-    command = [sys.executable, "-c", PROGRAM, str(small), *cases]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    done = script(PROGRAM, small, *cases)
     rows = [json.loads(line) for line in done.stdout.splitlines()]
     return {(name, dtype): ((wide / name).stat().st_size, grown) for name, dtype, grown in rows}
 

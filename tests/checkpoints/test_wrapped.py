@@ -15,19 +15,15 @@ from mv2v_engine.checkpoints import detect, load_checkpoint
 from mv2v_engine.checkpoints.names import translate
 from mv2v_engine.config import StreamConfig
 from mv2v_engine.errors import CheckpointError
+from tests.checkpoints.conftest import State, write
 
-State = dict[str, Tensor]
-QUERY = "blocks.0.attn1.to_q.weight"
-
-
-def saved(path: Path, value: Any) -> Path:
-    torch.save(value, path)
-    return path
+KEY, QUERY = "blocks.0.self_attn.q.weight", "blocks.0.attn1.to_q.weight"
 
 
 @pytest.mark.parametrize(
     "insert",
     [
+        ("", ""),
         ("blocks.0.", "blocks.0._orig_mod."),
         ("blocks.", "_fsdp_wrapped_module.blocks."),
         ("self_attn.", "self_attn._fsdp_wrapped_module._checkpoint_wrapped_module."),
@@ -37,7 +33,9 @@ def saved(path: Path, value: Any) -> Path:
         ("blocks.1.", "blocks.1._fpw_module._original_module."),
     ],
 )
-@pytest.mark.parametrize("prefix", ["", "module._orig_mod.", "module.model.diffusion_model.", "x."])
+@pytest.mark.parametrize(
+    "prefix", ["", "module._orig_mod.", "module.model.diffusion_model.", "pipe.dit."]
+)
 def test_wrappers_are_seen_through_wherever_they_stand(
     wan: State, insert: tuple[str, str], prefix: str
 ) -> None:
@@ -57,14 +55,13 @@ def test_a_wrapped_file_loads(tmp_path: Path, wan: State) -> None:
 
 def test_the_average_is_taken_and_the_other_by_name(tmp_path: Path, wan: State) -> None:
     averaged = {key: value + 1 for key, value in wan.items()}
-    path = saved(tmp_path / "step.pt", {"model": wan, "ema": averaged, "step": 3})
+    path = write(tmp_path / "step.pt", {"model": wan, "ema": averaged, "step": 3})
     loaded = load_checkpoint(path)
-    query = "blocks.0.self_attn.q.weight"
-    assert torch.equal(loaded.transformer.get_parameter(QUERY), averaged[query])
+    assert torch.equal(loaded.transformer.get_parameter(QUERY), averaged[KEY])
     assert "under 'ema', averaged over training (EMA)" in loaded.report.reason
     assert "'model' left aside" in loaded.report.reason
     other = load_checkpoint(f"{path}#model")
-    assert torch.equal(other.transformer.get_parameter(QUERY), wan[query])
+    assert torch.equal(other.transformer.get_parameter(QUERY), wan[KEY])
     with pytest.raises(CheckpointError, match=r"no transformer 'mdl' \(there: 'ema', 'model'\)"):
         detect(f"{path}#mdl")
     flat = {f"student.{k}": v for k, v in wan.items()} | {f"twin.{k}": v for k, v in wan.items()}
@@ -76,25 +73,24 @@ def test_the_average_is_taken_and_the_other_by_name(tmp_path: Path, wan: State) 
 
 def test_averages_in_other_forms(tmp_path: Path, wan: State) -> None:
     averaged = {key: value + 1 for key, value in wan.items()}
-    query = "blocks.0.self_attn.q.weight"
 
     def loaded(value: Any) -> tuple[Tensor, str]:
-        checkpoint = load_checkpoint(saved(tmp_path / "step.pt", value))
+        checkpoint = load_checkpoint(write(tmp_path / "step.pt", value))
         return checkpoint.transformer.get_parameter(QUERY), checkpoint.report.reason
 
     weight, reason = loaded({"model": wan, "EMA": averaged})
-    assert torch.equal(weight, averaged[query]) and "'model' left aside" in reason
+    assert torch.equal(weight, averaged[KEY]) and "'model' left aside" in reason
     # torch's AveragedModel: the average itself, with a count
     counted = {f"module.{key}": value for key, value in averaged.items()}
     weight, reason = loaded({"n_averaged": torch.tensor(9)} | counted)
-    assert torch.equal(weight, averaged[query]) and "averaged over training" in reason
+    assert torch.equal(weight, averaged[KEY]) and "averaged over training" in reason
     # those that do not name their weights: a list, and names without dots
     shadows = {"decay": 0.9, "shadow_params": list(averaged.values())}
     flat = {f"model.{key}": value for key, value in wan.items()}
     flat |= {"ema." + key.replace(".", ""): value for key, value in averaged.items()}
     for value in ({"model": wan, "ema": shadows}, flat | {"ema.decay": torch.ones(())}):
         weight, reason = loaded(value)
-        assert torch.equal(weight, wan[query])
+        assert torch.equal(weight, wan[KEY])
         assert "under 'model', 'ema', an average that does not name its weights, left" in reason
     with pytest.raises(CheckpointError, match=r"no transformer 'ema' \(there: 'model'\)"):
         detect(f"{tmp_path / 'step.pt'}#ema")
@@ -106,11 +102,11 @@ def test_generators_are_named_and_run_only_on_a_users_word(
 ) -> None:
     wrapped = {f"model.{key}": value for key, value in wan.items()}
     value = {"generator": wrapped, "generator_ema": wrapped} | dict.fromkeys(inner, wrapped)
-    path = saved(tmp_path / "causal.pt", value)
+    path = write(tmp_path / "causal.pt", value)
     with pytest.raises(CheckpointError, match=r"generator_ema\.model.*causal.*causal\.pt#gen"):
         detect(path)
     assert not detect(f"{path}#generator_ema").translation.unknown
-    alone = saved(tmp_path / "alone.pt", {"generator": wan})
+    alone = write(tmp_path / "alone.pt", {"generator": wan})
     with pytest.raises(CheckpointError, match=r"'generator'.*alone\.pt#generator"):
         detect(alone)
     assert len(load_checkpoint(f"{alone}#generator").transformer.blocks) == 3
@@ -130,13 +126,12 @@ def test_a_causal_generator_is_its_average(tmp_path: Path, wan: State) -> None:
     sharded = {f"model._fsdp_wrapped_module.{inside[key]}": 2 * wan[key] for key in wan}
     plain = {f"model.{key}": value for key, value in wan.items()}
     both = {"generator": plain, "critic": plain, "generator_ema": sharded}
-    path = saved(tmp_path / "sf.pt", both)
+    path = write(tmp_path / "sf.pt", both)
     loaded = load_checkpoint(path, causal=True)
     assert loaded.stream == StreamConfig()
-    query, key = QUERY, "blocks.0.self_attn.q.weight"
-    assert torch.equal(loaded.transformer.get_parameter(query), 2 * wan[key])
-    alone = load_checkpoint(saved(tmp_path / "ll.pt", {"generator": plain}), causal=True)
-    assert torch.equal(alone.transformer.get_parameter(query), wan[key])
+    assert torch.equal(loaded.transformer.get_parameter(QUERY), 2 * wan[KEY])
+    alone = load_checkpoint(write(tmp_path / "ll.pt", {"generator": plain}), causal=True)
+    assert torch.equal(alone.transformer.get_parameter(QUERY), wan[KEY])
     assert load_checkpoint(f"{path}#generator_ema").stream is None
 
 
@@ -163,7 +158,7 @@ def test_all_in_one_files(tmp_path: Path, wan: State, own: str, vae: str, text: 
     assert found.translation.parts == {"vae": vae, "text_encoder": text}
     assert "vae and text_encoder in the same file" in found.reason
     loaded = load_checkpoint(path).transformer.get_parameter(QUERY)
-    assert torch.equal(loaded, wan["blocks.0.self_attn.q.weight"])
+    assert torch.equal(loaded, wan[KEY])
 
 
 def test_keys_outside_of_the_transformer_are_not_left_out_in_silence(wan: State) -> None:
@@ -174,5 +169,5 @@ def test_keys_outside_of_the_transformer_are_not_left_out_in_silence(wan: State)
 def test_a_trainers_own_tensors_are_left_aside(tmp_path: Path, wan: State) -> None:
     optimizer = {"state": {0: {"exp_avg": torch.ones(2)}}, "named": {"a": torch.ones(2)}}
     value = {"state_dict": wan, "optimizer": optimizer, "rng_state": torch.ones(3)}
-    found = detect(saved(tmp_path / "a.ckpt", value))
+    found = detect(write(tmp_path / "a.ckpt", value))
     assert set(found.tensors) == set(wan) and not found.translation.prefix

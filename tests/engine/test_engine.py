@@ -84,7 +84,13 @@ def test_a_backend_that_cannot_run(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("fov_radius", 0.0), ("fov_radius", float("nan")), ("fov_blend", 2.0), ("max_memory", -1)],
+    [
+        ("fov_radius", 0.0),
+        ("fov_radius", float("nan")),
+        ("fov_blend", 2.0),
+        ("max_memory", -1),
+        ("merge_fraction", 1.5),
+    ],
 )
 def test_bad_settings(field: str, value: float) -> None:
     with pytest.raises(RequestError, match=field):

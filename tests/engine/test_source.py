@@ -137,8 +137,9 @@ def test_other_arrays_are_refused(frames: Tensor) -> None:
 
 def test_one_frame_is_no_video(tmp_path: Path) -> None:
     write_video(tmp_path / "still.mp4", numbered(1), 10)
-    with pytest.raises(VideoError, match=r"still\.mp4 has 1 frame, at least 2 are needed"):
-        load(tmp_path / "still.mp4", window="pad")
+    for window in (None, "pad"):
+        with pytest.raises(VideoError, match=r"still\.mp4 has 1 frame, at least 2 are needed"):
+            load(tmp_path / "still.mp4", window=window)
 
 
 def test_sources_of_every_kind_are_one(tmp_path: Path) -> None:

@@ -12,26 +12,11 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import Tensor
 
-from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.errors import MemoryBudgetError, RequestError, StorageError
-from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import MemoryEntry
+from tests.memory.test_cache_tiers import PAGE, TRAJECTORY, make_cache, random_latents
 
-TRAJECTORY = named_trajectory("static", 1, (8, 8))
-PAGE = 32
 DTYPES = (torch.float32, torch.bfloat16, torch.float64)
-
-
-def random_latents(quarters: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of so many quarters of a page."""
-    count = quarters * PAGE // 4 // dtype.itemsize
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(1, count, 1, 1, generator=generator, dtype=torch.float64).to(dtype)
-
-
-def make_cache(device_pages: int, host_pages: int) -> MemoryCache:
-    capacity = (device_pages + host_pages) * PAGE
-    return MemoryCache(capacity, device_bytes=device_pages * PAGE, page_bytes=PAGE)
 
 
 IDS = st.sampled_from("abcdefgh")
@@ -67,7 +52,7 @@ class HostileUse(RuleBasedStateMachine):
     )
     def add(self, id: str, quarters: int, dtype: torch.dtype, is_stored: bool) -> None:
         self.seed += 1
-        latents = random_latents(quarters, self.seed, dtype)
+        latents = random_latents(quarters / 4, self.seed, dtype)
         reload = self._reload(id) if is_stored else None
         entry = MemoryEntry(id, self.seed, latents, TRAJECTORY, "vae", reload)
         before = self.cache.ids()
@@ -201,7 +186,7 @@ def test_a_pinned_entry_goes_only_when_no_other_is_left(
     for seed, (action, id) in enumerate(actions):
         on_device = {id for id in cache.ids() if cache.tier_of(id) == "device"}
         if action == "add":
-            latents = random_latents(4, seed)
+            latents = random_latents(1, seed)
             evicted = cache.add(MemoryEntry(id, seed, latents, TRAJECTORY, "vae"))
             assert not pinned & {*evicted} or {*cache.ids()} <= {*pinned, id}
         elif action == "get" and id in cache:

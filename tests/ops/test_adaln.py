@@ -9,6 +9,7 @@ from torch import Tensor
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [  # batch, tokens, width, camera frames (0: none)
@@ -79,12 +80,7 @@ def test_opcheck(frames: int, is_strided: bool) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     x, scale, shift, camera, frame = _inputs(2, 6, 10, 3, torch.float32)
-
-    def run(x: Tensor) -> Tensor:
-        return adaln(x, scale, shift, camera=camera, frame=frame, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), run(x))
+    assert_compiles(lambda x: adaln(x, scale, shift, camera=camera, frame=frame, backend="auto"), x)
 
 
 def test_rejects_bad_dtypes_and_devices() -> None:

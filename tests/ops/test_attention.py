@@ -12,6 +12,7 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops import attention as module
 from mv2v_engine.ops.attention import MATH_LIMIT, attention, attention_varlen
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 CASES = [  # batch, queries, keys, heads, head dim
     (1, 1, 1, 1, 2),
@@ -99,10 +100,7 @@ def test_opcheck() -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     q, k, v = _inputs(2, 5, 9, 3, 4, torch.float32)
-    compiled = torch.compile(
-        lambda q: attention(q, k, v, backend="auto"), fullgraph=True, backend="aot_eager"
-    )
-    torch.testing.assert_close(compiled(q), attention(q, k, v))
+    assert_compiles(lambda q: attention(q, k, v, backend="auto"), q)
 
 
 @pytest.mark.parametrize("wrong", ["values", "heads", "dim", "batch"])
@@ -207,13 +205,7 @@ def test_packed_opcheck() -> None:
 
 def test_packed_compiles_without_graph_breaks() -> None:
     (q, k, v), lengths = _pack([5, 2], [3, 9], 2, 4, torch.float32)
-
-    def run(q: Tensor) -> tuple[Tensor, Tensor]:
-        return attention_varlen(q, k, v, **lengths, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for value, plain in zip(compiled(q), run(q), strict=True):
-        assert torch.equal(value, plain)
+    assert_compiles(lambda q: attention_varlen(q, k, v, **lengths, backend="auto"), q)
 
 
 def test_packed_math_path_is_refused_above_the_limit(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops import frame_responsiveness as module
 from mv2v_engine.ops.frame_responsiveness import frame_responsiveness
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 CASES = [  # batch, queries, width, runs of (frames, tokens per frame)
     pytest.param(1, 1, 2, [(1, 1)], id="smallest"),
@@ -134,12 +135,9 @@ def test_opcheck(num_heads: int) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     q, k = _inputs(2, 5, 8, [(2, 3), (1, 4)], torch.float32)
-
-    def run(q: Tensor) -> Tensor:
-        return frame_responsiveness(q, k, frames=[2, 1], tokens=[3, 4], backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(q), run(q))
+    assert_compiles(
+        lambda q: frame_responsiveness(q, k, frames=[2, 1], tokens=[3, 4], backend="auto"), q
+    )
 
 
 def test_rejects_bad_dtypes_devices_and_shapes() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 CASES = [(1, 1, 1), (2, 7, 35), (3, 22, 24)]
 
@@ -47,12 +48,7 @@ def test_opcheck(is_strided: bool) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     x, y, gate = _inputs((2, 7, 12), torch.float32)
-
-    def run(x: Tensor) -> Tensor:
-        return gated_residual(x, y, gate, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), run(x))
+    assert_compiles(lambda x: gated_residual(x, y, gate, backend="auto"), x)
 
 
 def test_rejects_bad_dtypes_and_devices() -> None:

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 from mv2v_engine.ops import linear_gelu as module
 from mv2v_engine.ops.linear_gelu import linear_gelu
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 
 def _inputs(dtype: torch.dtype, device: str = "cpu") -> tuple[Tensor, Tensor, Tensor]:
@@ -57,12 +58,7 @@ def test_opcheck() -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     x, weight, bias = _inputs(torch.float32)
-
-    def run(x: Tensor) -> Tensor:
-        return linear_gelu(x, weight, bias, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), run(x))
+    assert_compiles(lambda x: linear_gelu(x, weight, bias, backend="auto"), x)
 
 
 def test_rejects_bad_input() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.prope import prope
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 CASES = [  # batch, tokens, heads, head dim, channels, frames
     (1, 1, 1, 4, 4, 1),
@@ -103,12 +104,7 @@ def test_opcheck() -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     x, matrix, frame = _inputs((2, 7, 3, 12, 12, 5))
-
-    def run(x: Tensor) -> Tensor:
-        return prope(x, matrix, frame, channels=8, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), run(x))
+    assert_compiles(lambda x: prope(x, matrix, frame, channels=8, backend="auto"), x)
 
 
 def test_rejects_what_does_not_fit() -> None:

@@ -9,6 +9,7 @@ from torch import Tensor
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope, rms_norm_reference
 from mv2v_engine.testing import assert_within_budget, max_error
+from tests.ops.compiled import assert_compiles
 
 CASES = [  # batch, tokens, heads, head dim, rope batch
     (1, 1, 1, 2, 1),
@@ -95,12 +96,7 @@ def test_opcheck(rope_batch: int | None) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     x, weight, rope = _inputs(2, 5, 3, 4, 1, torch.float32)
-
-    def run(x: Tensor) -> Tensor:
-        return qk_norm_rope(x, weight, rope, num_heads=3, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), run(x))
+    assert_compiles(lambda x: qk_norm_rope(x, weight, rope, num_heads=3, backend="auto"), x)
 
 
 def test_rejects_bad_dtypes_and_devices() -> None:

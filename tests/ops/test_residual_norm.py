@@ -13,6 +13,7 @@ from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.ops.residual_norm import residual_norm
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 CASES = [(1, 1, 2), (2, 7, 35), (3, 10, 24)]
 FORMS = ["scale", "gate-scale", "gate-weight"]
@@ -90,13 +91,7 @@ def test_opcheck(form: str) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     x, y, vectors = _inputs((2, 7, 12), "gate-weight")
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        return residual_norm(x, y, **vectors, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for value, expected in zip(compiled(x), run(x), strict=True):
-        assert torch.equal(value, expected)
+    assert_compiles(lambda x: residual_norm(x, y, **vectors, backend="auto"), x)
 
 
 BAD: list[tuple[dict[str, Any], type[Exception], str]] = [

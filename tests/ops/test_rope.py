@@ -10,6 +10,7 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 from mv2v_engine.ops.rope import rope
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 CASES = [  # batch, tokens, heads, head dim, rope batch
     (1, 1, 1, 2, 1),
@@ -78,12 +79,7 @@ def test_opcheck(rope_batch: int) -> None:
 
 def test_compiles_without_graph_breaks() -> None:
     x, table = _inputs(2, 5, 3, 4, 1, torch.float32)
-
-    def run(x: Tensor) -> Tensor:
-        return rope(x, table, backend="auto")
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    assert torch.equal(compiled(x), run(x))
+    assert_compiles(lambda x: rope(x, table, backend="auto"), x)
 
 
 def test_rejects_what_does_not_fit() -> None:

@@ -10,6 +10,7 @@ from torch.nn.functional import conv2d
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.token_merge import token_merge
 from mv2v_engine.testing import assert_within_budget
+from tests.ops.compiled import assert_compiles
 
 GRIDS = [(2, 2), (4, 10), (3, 5), (1, 7), (5, 4)]
 WIDTH, ROTARY = 12, 6
@@ -209,15 +210,12 @@ def test_strided_inputs() -> None:
 def test_compiles_without_graph_breaks() -> None:
     x, rope, kept, merged = _inputs((3, 5), torch.float32)
     weight, bias, _ = _weight("dense", torch.float32)
-
-    def run(x: Tensor) -> tuple[Tensor, Tensor]:
-        return token_merge(
+    assert_compiles(
+        lambda x: token_merge(
             x, rope, kept, merged, grid=(3, 5), weight=weight, bias=bias, backend="auto"
-        )
-
-    compiled = torch.compile(run, fullgraph=True, backend="aot_eager")
-    for value, plain in zip(compiled(x), run(x), strict=True):
-        assert torch.equal(value, plain)
+        ),
+        x,
+    )
 
 
 def test_rejects_bad_dtypes_and_devices() -> None:

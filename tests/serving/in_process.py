@@ -99,6 +99,22 @@ async def until(service: Service, job: JobRecord, kind: str) -> None:
     raise AssertionError(f"{job.id} ended without {kind}")
 
 
+async def finished(service: Service, owner: str = "", turns: int = 1, **more: Any) -> SessionRecord:
+    """A session with finished turns."""
+    session = await new_session(service, owner, **more)
+    for _ in range(turns):
+        assert (await ended(service, await asked(service, session))).state == "finished"
+    return session
+
+
+async def begun(service: Service, turns: int = 1) -> tuple[SessionRecord, list[JobRecord]]:
+    """A session of which turns were asked, once the first of them has started."""
+    session = await new_session(service)
+    jobs = [await asked(service, session) for _ in range(turns)]
+    await until(service, jobs[0], "started")
+    return session, jobs
+
+
 async def refused(work: Awaitable[Any]) -> ApiError:
     with pytest.raises(ApiError) as caught:
         await work

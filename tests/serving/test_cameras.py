@@ -99,12 +99,6 @@ REFUSED: tuple[tuple[Any, str], ...] = (
     ({"spec": "a.npy", "files": {"a.npy": {"base64": "?"}}}, "a.npy is no base64"),
     ({"spec": "a.npy", "files": {"a.npy": {"base64": 3}}}, "a.npy is no base64"),
     ({"spec": "a.json?relativ", "files": {"a.json": []}}, "nearest: relative"),
-    ({"spec": "a.json", "files": {"a.json": {"frames": [1]}}}, "must have a transform_matrix"),
-    ({"spec": "a.json", "files": {"a.json": [[[1]]]}}, "must have shape [frames, 3, 4]"),
-    (
-        {"spec": "a.json", "files": {"a.json": {"frame0": {"cam01": None}}}},
-        "holds 1 cameras (cam01)",
-    ),
     (
         {"spec": "a.json", "files": {"a.json": [np.eye(4).tolist()]}},
         "a.json has 1 pose, the video has 9 frames",

@@ -30,7 +30,9 @@ from tests.serving.in_process import (
     TURN,
     abandon,
     asked,
+    begun,
     ended,
+    finished,
     in_loop,
     new_session,
     published,
@@ -248,9 +250,7 @@ async def test_an_upload_that_is_lost_during_a_turn_is_damage(
     tmp_path: Path, held: FakeBackend
 ) -> None:
     async with serving(tmp_path, held) as (service, _):
-        session = await new_session(service)
-        job = await asked(service, session)
-        await until(service, job, "started")
+        session, (job,) = await begun(service)
         held.fails[job.id] = "unprocessable_turn"
         while job.id not in held.order:
             await asyncio.sleep(0.01)
@@ -460,8 +460,7 @@ async def test_a_damaged_copy_of_rows_is_written_again(
     tmp_path: Path, name: str, damage: Callable[[Path], None]
 ) -> None:
     async with serving(tmp_path) as (service, _):
-        session = await new_session(service)
-        await ended(service, await asked(service, session))
+        session = await finished(service)
     path = service.store.session(session.id) / "rows" / name
     before = path.read_bytes()
     damage(path)

@@ -19,13 +19,13 @@ from tests.serving.in_process import (
     TURN,
     abandon,
     asked,
+    begun,
     ended,
     in_loop,
     new_session,
     refused,
     serving,
     started,
-    until,
 )
 
 
@@ -99,9 +99,7 @@ async def test_a_start_with_a_running_job_works_on_a_full_disk(
     """Or, without the bytes that are kept for it, says in one line that there is no room."""
     store = disk / "store"
     service = await started(store, held)
-    session = await new_session(service)
-    job = await asked(service, session)
-    await until(service, job, "started")
+    session, (job,) = await begun(service)
     await abandon(service)
     if not has_spare:
         (store / "spare").unlink()

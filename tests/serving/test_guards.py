@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -27,10 +27,10 @@ from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.store.records import JobEvent, ProbedVideo
 from mv2v_engine.serving.watch.metrics import Metrics
 from mv2v_engine.serving.watch.percent import Percentages
+from tests.serving.in_process import in_loop
 
 VIDEO = ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
 FILES = {"video": ("clip.mp4", b"a video", "video/mp4")}
-Client = httpx.AsyncClient
 
 
 async def any_video(owner: str, path: Path, limits: Limits, alpha: Alpha) -> ProbedVideo:
@@ -38,29 +38,20 @@ async def any_video(owner: str, path: Path, limits: Limits, alpha: Alpha) -> Pro
 
 
 @asynccontextmanager
-async def application(config: ServingConfig, backend: Any) -> AsyncIterator[Any]:
+async def connected(
+    config: ServingConfig, backend: Any, base_url: str = "http://127.0.0.1:8000"
+) -> AsyncIterator[httpx.AsyncClient]:
+    """A client of a service in this process."""
     metrics = Metrics(queue_capacity=config.max_queue, store=config.store)
     service = Service(config, backend, any_video, (metrics,))
     await service.start()
     try:
-        yield create_app(service, config, metrics, Percentages())
+        app = create_app(service, config, metrics, Percentages())
+        transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+        async with httpx.AsyncClient(transport=transport, base_url=base_url) as client:
+            yield client
     finally:
         await service.stop()
-
-
-def run_with(
-    config: ServingConfig,
-    backend: Any,
-    check: Callable[[Client], Coroutine[Any, Any, None]],
-    base_url: str = "http://127.0.0.1:8000",
-) -> None:
-    async def run() -> None:
-        async with application(config, backend) as app:
-            transport = httpx.ASGITransport(app, raise_app_exceptions=False)
-            async with Client(transport=transport, base_url=base_url) as client:
-                await check(client)
-
-    asyncio.run(run())
 
 
 @pytest.fixture
@@ -78,8 +69,9 @@ def code(answer: httpx.Response) -> tuple[int, str]:
     return answer.status_code, answer.json()["error"]["code"]
 
 
-def test_each_token_has_its_own_sessions(config: ServingConfig, backend: Any) -> None:
-    async def check(client: Client) -> None:
+@in_loop
+async def test_each_token_has_its_own_sessions(config: ServingConfig, backend: Any) -> None:
+    async with connected(replace(config, tokens=("a", "b")), backend) as client:
         for header in ({}, {"Authorization": "Bearer c"}, {"Authorization": "Basic YTpi"}):
             answer = await client.get("/v1/sessions", headers=header)
             assert code(answer) == (401, "authentication_required")
@@ -118,15 +110,14 @@ def test_each_token_has_its_own_sessions(config: ServingConfig, backend: Any) ->
         for path in ("/v1/sessions", "/v1/jobs", "/v1/videos"):
             assert (await client.get(path, headers=two)).json()["data"] == []
             assert len((await client.get(path, headers=one)).json()["data"]) == 1
-
-    run_with(replace(config, tokens=("a", "b")), backend, check)
     # a token is nowhere in the store
     assert owner_of("a") != owner_of("b")
     assert b"bearer a" not in (config.store / "service.sqlite3").read_bytes()
 
 
-def test_other_sites_cannot_use_an_open_service(config: ServingConfig, backend: Any) -> None:
-    async def check(client: Client) -> None:
+@in_loop
+async def test_other_sites_cannot_use_an_open_service(config: ServingConfig, backend: Any) -> None:
+    async with connected(config, backend) as client:
         for host in ("evil.example", "127.0.0.1.evil.example", "[::1", ""):
             answer = await client.get("/v1/sessions", headers={"Host": host})
             assert code(answer) == (400, "wrong_host"), host
@@ -141,13 +132,13 @@ def test_other_sites_cannot_use_an_open_service(config: ServingConfig, backend: 
         own = {"Origin": "http://127.0.0.1:8000"}
         assert (await client.post("/v1/sessions", files=FILES, headers=own)).status_code == 201
 
-    run_with(config, backend, check)
 
-
-def test_a_service_with_tokens_may_stand_behind_any_name(
+@in_loop
+async def test_a_service_with_tokens_may_stand_behind_any_name(
     config: ServingConfig, backend: Any
 ) -> None:
-    async def check(client: Client) -> None:
+    changed = replace(config, tokens=("a",), cors_origins=("https://videos.example",))
+    async with connected(changed, backend, "https://videos.example") as client:
         headers = {"Authorization": "Bearer a", "Origin": "https://videos.example"}
         answer = await client.get("/v1/sessions", headers=headers)
         assert answer.status_code == 200
@@ -165,14 +156,12 @@ def test_a_service_with_tokens_may_stand_behind_any_name(
         )
         assert "access-control-allow-origin" not in answer.headers
 
-    changed = replace(config, tokens=("a",), cors_origins=("https://videos.example",))
-    run_with(changed, backend, check, "https://videos.example")
 
-
-def test_before_the_engine_is_ready(config: ServingConfig, backend: Any) -> None:
+@in_loop
+async def test_before_the_engine_is_ready(config: ServingConfig, backend: Any) -> None:
     backend.ready, backend.reason, backend.about = False, "the engine is being loaded", None
 
-    async def check(client: Client) -> None:
+    async with connected(config, backend) as client:
         assert (await client.get("/healthz")).status_code == 200
         answer = await client.get("/readyz")
         assert answer.status_code == 503
@@ -186,10 +175,9 @@ def test_before_the_engine_is_ready(config: ServingConfig, backend: Any) -> None
             assert int(answer.headers["retry-after"]) >= 1
         assert (await client.get("/v1/sessions")).json()["data"] == []
 
-    run_with(config, backend, check)
 
-
-def test_a_fault_is_an_answer_without_details(
+@in_loop
+async def test_a_fault_is_an_answer_without_details(
     config: ServingConfig, backend: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async def broken(*args: Any, **kwargs: Any) -> None:
@@ -197,16 +185,15 @@ def test_a_fault_is_an_answer_without_details(
 
     monkeypatch.setattr(Service, "sessions", broken)
 
-    async def check(client: Client) -> None:
+    async with connected(config, backend) as client:
         answer = await client.get("/v1/sessions")
         assert code(answer) == (500, "internal")
         assert "secret" not in answer.text
         assert 'route="/v1/sessions",status="500"' in (await client.get("/metrics")).text
 
-    run_with(config, backend, check)
 
-
-def test_a_body_that_stops_coming_is_refused() -> None:
+@in_loop
+async def test_a_body_that_stops_coming_is_refused() -> None:
     async def echo(request: Request) -> PlainTextResponse:
         return PlainTextResponse(str(len(await request.body())))
 
@@ -223,28 +210,26 @@ def test_a_body_that_stops_coming_is_refused() -> None:
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/", "headers": [], "query_string": b""}
-    asyncio.run(app(scope, never, send))
+    await app(scope, never, send)
     assert sent[0]["status"] == 408
 
 
-def test_a_quiet_stream_says_so_and_ends_with_the_service() -> None:
-    async def run() -> list[str]:
-        more, stopping, lines = asyncio.Event(), asyncio.Event(), []
+@in_loop
+async def test_a_quiet_stream_says_so_and_ends_with_the_service() -> None:
+    more, stopping, lines = asyncio.Event(), asyncio.Event(), []
 
-        async def events() -> AsyncIterator[JobEvent]:
-            yield JobEvent(1, "started", {"type": "started"})
-            await more.wait()
+    async def events() -> AsyncIterator[JobEvent]:
+        yield JobEvent(1, "started", {"type": "started"})
+        await more.wait()
 
-        metrics = Metrics(queue_capacity=1, store=Path())
-        async for line in event_lines(events(), stopping, metrics.event_stream(), keep_alive=0.01):
-            lines.append(line)
-            if line.startswith(":"):
-                assert b"mv2v_event_streams 1.0" in metrics.render()
-                stopping.set()
-        assert b"mv2v_event_streams 0.0" in metrics.render()
-        return lines
-
-    assert asyncio.run(run()) == [
+    metrics = Metrics(queue_capacity=1, store=Path())
+    async for line in event_lines(events(), stopping, metrics.event_stream(), keep_alive=0.01):
+        lines.append(line)
+        if line.startswith(":"):
+            assert b"mv2v_event_streams 1.0" in metrics.render()
+            stopping.set()
+    assert b"mv2v_event_streams 0.0" in metrics.render()
+    assert lines == [
         'id: 1\nevent: started\ndata: {"type": "started"}\n\n',
         ": nothing new\n\n",
     ]

@@ -27,7 +27,17 @@ from mv2v_engine.serving.watch.metrics import Metrics
 from mv2v_engine.serving.work import local
 from mv2v_engine.serving.work.local import LocalBackend
 from tests.serving.fake_backend import ABOUT
-from tests.serving.in_process import TURN, asked, ended, new_session, probe, refused, serving
+from tests.serving.in_process import (
+    TURN,
+    asked,
+    ended,
+    finished,
+    in_loop,
+    new_session,
+    probe,
+    refused,
+    serving,
+)
 
 HANGS, DIES = 13, 14
 # speaks as a worker does, and makes no turn; it does not come up again where it has died once
@@ -71,47 +81,44 @@ async def working(store: Path, **settings: Any) -> AsyncIterator[Service]:
         await service.stop()
 
 
-def test_a_turn_that_hangs_is_ended_and_the_next_is_made(tmp_path: Path) -> None:
-    async def main() -> None:
-        async with working(tmp_path, stall_seconds=3.0) as service:
-            session = await new_session(service)
-            hung = await asked(service, session, seed=HANGS)
-            behind = await asked(service, session)
-            first, second = await ended(service, hung), await ended(service, behind)
-            assert first.error is not None and second.error is not None
-            assert (first.state, first.error["code"]) == ("failed", "timeout")
-            assert "said nothing for 3 s" in first.error["message"]
-            # by a new worker
-            assert second.error["message"] == "as asked"
-            assert service.backend.restarts == 1
-
-    asyncio.run(main())
+@in_loop
+async def test_a_turn_that_hangs_is_ended_and_the_next_is_made(tmp_path: Path) -> None:
+    async with working(tmp_path, stall_seconds=3.0) as service:
+        session = await new_session(service)
+        hung = await asked(service, session, seed=HANGS)
+        behind = await asked(service, session)
+        first, second = await ended(service, hung), await ended(service, behind)
+        assert first.error is not None and second.error is not None
+        assert (first.state, first.error["code"]) == ("failed", "timeout")
+        assert "said nothing for 3 s" in first.error["message"]
+        # by a new worker
+        assert second.error["message"] == "as asked"
+        assert service.backend.restarts == 1
 
 
-def test_a_worker_that_never_comes_up_is_given_up(
+@in_loop
+async def test_a_worker_that_never_comes_up_is_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(local, "_PAUSES", (0.0, 0.0))
 
-    async def main() -> None:
-        async with working(tmp_path) as service:
-            session = await new_session(service)
-            last = await asked(service, session, seed=DIES)
-            waiting = await asked(service, session)
-            for job, words in ((last, "with code 3"), (waiting, "no worker became ready in 3")):
-                job = await ended(service, job)
-                assert job.error is not None and job.error["code"] == "worker_crashed"
-                assert words in job.error["message"]
-            assert not service.ready and "start the service again" in service.reason
-            error = await refused(service.submit("", session.id, TURN))
-            assert error.code == "not_ready" and "no worker became ready" in error.message
-            # what there is can be read
-            assert (await service.session("", session.id)).id == session.id
-
-    asyncio.run(main())
+    async with working(tmp_path) as service:
+        session = await new_session(service)
+        last = await asked(service, session, seed=DIES)
+        waiting = await asked(service, session)
+        for job, words in ((last, "with code 3"), (waiting, "no worker became ready in 3")):
+            job = await ended(service, job)
+            assert job.error is not None and job.error["code"] == "worker_crashed"
+            assert words in job.error["message"]
+        assert not service.ready and "start the service again" in service.reason
+        error = await refused(service.submit("", session.id, TURN))
+        assert error.code == "not_ready" and "no worker became ready" in error.message
+        # what there is can be read
+        assert (await service.session("", session.id)).id == session.id
 
 
-def test_a_listener_that_raises_stops_nothing(
+@in_loop
+async def test_a_listener_that_raises_stops_nothing(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     told: list[str] = []
@@ -130,28 +137,22 @@ def test_a_listener_that_raises_stops_nothing(
         def job_ended(self, job: JobRecord, report: dict[str, Any] | None) -> None:
             told.append(job.state)
 
-    async def main() -> None:
+    with caplog.at_level(logging.ERROR, logger="mv2v_engine.serving"):
         async with serving(tmp_path, None, Broken(), Told()) as (service, _):
             session = await new_session(service)
             for _ in range(2):
                 assert (await ended(service, await asked(service, session))).state == "finished"
-
-    with caplog.at_level(logging.ERROR, logger="mv2v_engine.serving"):
-        asyncio.run(main())
     assert told == ["finished"] * 2
     assert "Broken failed at what it was told" in caplog.text
 
 
-def test_a_report_that_lacks_something_is_counted_as_far_as_it_goes(tmp_path: Path) -> None:
+@in_loop
+async def test_a_report_that_lacks_something_is_counted_as_far_as_it_goes(tmp_path: Path) -> None:
     metrics = Metrics(queue_capacity=1, store=tmp_path)
 
-    async def main() -> None:
-        # the turns of this backend have no plan, no bytes and no counters
-        async with serving(tmp_path / "store", None, metrics) as (service, _):
-            session = await new_session(service)
-            await ended(service, await asked(service, session))
-
-    asyncio.run(main())
+    # the turns of this backend have no plan, no bytes and no counters
+    async with serving(tmp_path / "store", None, metrics) as (service, _):
+        await finished(service)
     said = metrics.render().decode()
     assert 'mv2v_jobs_total{code="",outcome="finished"} 1.0' in said
     assert "mv2v_merged_fraction_count 0.0" in said

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import asyncio
 import os
 import signal
-from collections.abc import Callable, Coroutine
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import av
 import numpy as np
@@ -20,20 +19,18 @@ from mv2v_engine.serving.errors import KINDS, ApiError
 from mv2v_engine.serving.store.records import ProbedVideo
 from mv2v_engine.serving.work.prober import Prober
 from mv2v_engine.video.io import VideoReader
+from tests.serving.in_process import in_loop
 
 LIMITS = Limits()
-Check = Callable[[Prober], Coroutine[Any, Any, None]]
 
 
-def probing(check: Check) -> None:
-    async def run() -> None:
-        prober = Prober()
-        try:
-            await check(prober)
-        finally:
-            await prober.stop()
-
-    asyncio.run(run())
+@asynccontextmanager
+async def probing() -> AsyncIterator[Prober]:
+    prober = Prober()
+    try:
+        yield prober
+    finally:
+        await prober.stop()
 
 
 async def refused(prober: Prober, path: Path, limits: Limits = LIMITS) -> ApiError:
@@ -42,8 +39,9 @@ async def refused(prober: Prober, path: Path, limits: Limits = LIMITS) -> ApiErr
     return caught.value
 
 
-def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> None:
-    async def check(prober: Prober) -> None:
+@in_loop
+async def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> None:
+    async with probing() as prober:
         found = await prober.probe("", source_clip, LIMITS)
         assert found == ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
         # those that it just meets are no hindrance
@@ -58,8 +56,6 @@ def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> N
             error = await refused(prober, source_clip, replace(LIMITS, **change))
             assert (error.code, error.status, error.param) == (code, 422, "video")
             assert str(next(iter(change.values()))).removesuffix(".0") in error.message
-
-    probing(check)
 
 
 def moving(path: Path, num_frames: int, size: tuple[int, int], codec: str, rate: int = 8) -> Path:
@@ -77,12 +73,13 @@ def moving(path: Path, num_frames: int, size: tuple[int, int], codec: str, rate:
     return path
 
 
-def test_what_would_cost_more_than_a_video_may_is_refused_unread(tmp_path: Path) -> None:
+@in_loop
+async def test_what_would_cost_more_than_a_video_may_is_refused_unread(tmp_path: Path) -> None:
     strip = moving(tmp_path / "strip.mp4", 2, (2, 4096), "libx264")
     fast = moving(tmp_path / "fast.mp4", 2, (48, 64), "libx264", rate=1 << 20)
     many = moving(tmp_path / "many.gif", 50, (100, 100), "gif")
 
-    async def check(prober: Prober) -> None:
+    async with probing() as prober:
         error = await refused(prober, strip)
         assert error.code == "video_out_of_range" and "4096x2" in error.message
         error = await refused(prober, fast)
@@ -92,13 +89,12 @@ def test_what_would_cost_more_than_a_video_may_is_refused_unread(tmp_path: Path)
         error = await refused(prober, many, replace(limits, total_pixels=50 * 100 * 100 - 1))
         assert error.code == "video_too_slow" and "at most 49 of this size" in error.message
 
-    probing(check)
 
-
-def test_of_damaged_videos_the_unharmed_are_taken(source_clip: Path, tmp_path: Path) -> None:
+@in_loop
+async def test_of_damaged_videos_the_unharmed_are_taken(source_clip: Path, tmp_path: Path) -> None:
     taken: list[str] = []
 
-    async def check(prober: Prober) -> None:
+    async with probing() as prober:
         for number, (what, data) in enumerate(broken_videos(source_clip.read_bytes(), 30)):
             path = tmp_path / f"upload{number}"
             path.write_bytes(data)
@@ -110,13 +106,12 @@ def test_of_damaged_videos_the_unharmed_are_taken(source_clip: Path, tmp_path: P
             else:
                 assert what in SILENT or is_unharmed(path, source_clip), what
                 taken.append(what)
-
-    probing(check)
     # lies about what nobody reads are no damage
     assert "lying header" in taken
 
 
-def test_no_other_file_is_opened(source_clip: Path, tmp_path: Path) -> None:
+@in_loop
+async def test_no_other_file_is_opened(source_clip: Path, tmp_path: Path) -> None:
     beside = tmp_path / "clip.mp4"
     beside.write_bytes(source_clip.read_bytes())
     lists = {
@@ -126,22 +121,21 @@ def test_no_other_file_is_opened(source_clip: Path, tmp_path: Path) -> None:
     for name, content in lists.items():
         (tmp_path / name).write_bytes(content)
 
-    async def check(prober: Prober) -> None:
+    async with probing() as prober:
         # the decoder itself would follow it
         assert VideoReader(tmp_path / "concat").info.num_frames == 9
         for name in lists:
             assert (await refused(prober, tmp_path / name)).code == "unreadable_video"
 
-    probing(check)
 
-
-def test_a_decoder_that_takes_too_long_or_dies_is_one_refusal(
+@in_loop
+async def test_a_decoder_that_takes_too_long_or_dies_is_one_refusal(
     source_clip: Path, tmp_path: Path
 ) -> None:
     pipe = tmp_path / "endless"
     os.mkfifo(pipe)
 
-    async def check(prober: Prober) -> None:
+    async with probing() as prober:
         # nobody ever writes into it, so opening it does not return
         error = await refused(prober, pipe, replace(LIMITS, probe_seconds=1.0))
         assert error.code == "video_too_slow"
@@ -153,5 +147,3 @@ def test_a_decoder_that_takes_too_long_or_dies_is_one_refusal(
         await prober._process.wait()
         await prober.probe("", source_clip, LIMITS)
         assert prober._process.pid != before
-
-    probing(check)

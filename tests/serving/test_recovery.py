@@ -18,7 +18,9 @@ from tests.serving.fake_backend import FakeBackend, store_turn, write_results
 from tests.serving.in_process import (
     abandon,
     asked,
+    begun,
     ended,
+    finished,
     in_loop,
     new_session,
     published,
@@ -78,8 +80,7 @@ async def test_a_kill_while_a_turn_is_made(tmp_path: Path, held: FakeBackend, mo
 async def test_a_kill_while_a_video_is_made_again(tmp_path: Path) -> None:
     backend = FakeBackend()
     service = await started(tmp_path, backend)
-    session = await new_session(service)
-    await ended(service, await asked(service, session))
+    session = await finished(service)
     video = await service.turn_file("", session.id, 1, "video")
     video.unlink()
     backend.ready = False
@@ -93,15 +94,13 @@ async def test_a_kill_while_a_video_is_made_again(tmp_path: Path) -> None:
 
 @in_loop
 async def test_a_turn_that_kills_the_service_each_time_is_given_up(tmp_path: Path) -> None:
-    job, session = None, None
+    job = None
     for attempt in (1, 2):
         backend = FakeBackend()
         backend.go.clear()
         service = await started(tmp_path, backend)
         if job is None:
-            session = await new_session(service)
-            job = await asked(service, session)
-        await until(service, job, "started")
+            _, (job,) = await begun(service)
         assert (await service.job("", job.id)).attempts == attempt
         await abandon(service)
     assert job is not None
@@ -115,9 +114,7 @@ async def test_a_turn_that_kills_the_service_each_time_is_given_up(tmp_path: Pat
 @in_loop
 async def test_what_was_cancelled_stays_so(tmp_path: Path, held: FakeBackend) -> None:
     service = await started(tmp_path, held)
-    session = await new_session(service)
-    running, waiting = await asked(service, session), await asked(service, session)
-    await until(service, running, "started")
+    _, (running, waiting) = await begun(service, 2)
     await service.cancel("", running.id)
     await service.cancel("", waiting.id)
     await abandon(service)
@@ -157,9 +154,7 @@ async def go_on(held: FakeBackend, when: Callable[[], bool]) -> None:
 @in_loop
 async def test_a_stop_puts_the_turn_back_uncounted(tmp_path: Path, held: FakeBackend) -> None:
     async with serving(tmp_path, held, grace=0.0) as (service, _):
-        session = await new_session(service)
-        job, behind = await asked(service, session), await asked(service, session)
-        await until(service, job, "started")
+        _, (job, behind) = await begun(service, 2)
         # the step under way ends once the stop has asked for it
         going = asyncio.create_task(go_on(held, lambda: job.id in held._cancelled))
     await going
@@ -176,9 +171,7 @@ async def test_a_stop_lets_the_turn_finish_within_its_grace(
     tmp_path: Path, held: FakeBackend
 ) -> None:
     async with serving(tmp_path, held, grace=30.0) as (service, _):
-        session = await new_session(service)
-        job, behind = await asked(service, session), await asked(service, session)
-        await until(service, job, "started")
+        _, (job, behind) = await begun(service, 2)
         going = asyncio.create_task(go_on(held, lambda: not service.ready))
     await going
     async with serving(tmp_path, again := FakeBackend()) as (service, _):
@@ -190,9 +183,7 @@ async def test_a_stop_lets_the_turn_finish_within_its_grace(
 @in_loop
 async def test_events_go_on_with_higher_numbers(tmp_path: Path, held: FakeBackend) -> None:
     service = await started(tmp_path, held)
-    session = await new_session(service)
-    job = await asked(service, session)
-    await until(service, job, "started")
+    _, (job,) = await begun(service)
     seen = service._logs.find(job.id).last.number
     await abandon(service)
     async with serving(tmp_path) as (service, _):

@@ -16,6 +16,7 @@ from tests.serving.fake_backend import STEPS, FakeBackend
 from tests.serving.in_process import (
     TURN,
     asked,
+    begun,
     ended,
     in_loop,
     new_session,
@@ -156,9 +157,7 @@ async def test_nobody_sees_what_is_anothers(tmp_path: Path) -> None:
 @in_loop
 async def test_cancelling_what_waits_runs_or_has_ended(tmp_path: Path, held: FakeBackend) -> None:
     async with serving(tmp_path, held) as (service, _):
-        session = await new_session(service)
-        running, waiting = await asked(service, session), await asked(service, session)
-        await until(service, running, "started")
+        session, (running, waiting) = await begun(service, 2)
         assert (await service.cancel("", waiting.id)).state == "cancelled"
         job = await service.cancel("", running.id)
         assert (job.state, job.is_cancelling) == ("running", True)
@@ -198,9 +197,7 @@ async def test_a_crash_of_the_worker_is_one_failed_job_at_most(
     tmp_path: Path, held: FakeBackend, where: str
 ) -> None:
     async with serving(tmp_path, held) as (service, _):
-        session = await new_session(service)
-        first, second = await asked(service, session), await asked(service, session)
-        await until(service, first, "started")
+        session, (first, second) = await begun(service, 2)
         folder = service.store.session(session.id)
         (folder / ".session-abcdefgh.json").write_text("half")
         held.crash[first.id] = where

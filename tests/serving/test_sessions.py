@@ -22,6 +22,7 @@ from tests.serving.in_process import (
     abandon,
     asked,
     ended,
+    finished,
     in_loop,
     new_session,
     refused,
@@ -101,8 +102,7 @@ async def test_a_branch_goes_its_own_way(tmp_path: Path) -> None:
 @in_loop
 async def test_an_export_holds_what_the_session_is(tmp_path: Path) -> None:
     async with serving(tmp_path) as (service, _):
-        session = await new_session(service, "anna")
-        await ended(service, await asked(service, session))
+        session = await finished(service, "anna")
         path = await service.export("anna", session.id)
         with zipfile.ZipFile(path) as file:
             assert sorted(file.namelist()) == [
@@ -118,8 +118,7 @@ async def test_an_export_holds_what_the_session_is(tmp_path: Path) -> None:
 @in_loop
 async def test_a_full_disk_refuses_what_it_cannot_take(tmp_path: Path) -> None:
     async with serving(tmp_path) as (service, _):
-        session = await new_session(service)
-        await ended(service, await asked(service, session))
+        session = await finished(service)
         upload = await service.upload_path()
         upload.write_bytes(b"a video")
         free = shutil.disk_usage(tmp_path).free

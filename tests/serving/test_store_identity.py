@@ -7,24 +7,23 @@ import json
 import shutil
 import sqlite3
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from pathlib import Path
-from typing import Any
 
 import pytest
 from store_check import check_store
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.run import main
-from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.store.records import Choices
+from tests.folders import contents, edited_json
 from tests.serving.fake_backend import FakeBackend, store_turn, write_results
 from tests.serving.in_process import (
     abandon,
     asked,
     ended,
+    finished,
     in_loop,
-    new_session,
     published,
     refused,
     serving,
@@ -32,24 +31,6 @@ from tests.serving.in_process import (
 )
 
 DATABASE = "service.sqlite3"
-
-
-def contents(root: Path) -> dict[str, bytes]:
-    """Every file of a store, but for locks."""
-    files = (path for path in root.rglob("*") if path.is_file())
-    return {
-        path.relative_to(root).as_posix(): path.read_bytes()
-        for path in files
-        if not path.name.endswith(("lock", "-wal", "-shm"))
-    }
-
-
-async def finished(service: Service, owner: str = "", turns: int = 1) -> str:
-    """A session with finished turns; its id."""
-    session = await new_session(service, owner)
-    for _ in range(turns):
-        assert (await ended(service, await asked(service, session))).state == "finished"
-    return session.id
 
 
 def make(root: Path, *, turns: int = 2, keep: Path | None = None) -> list[str]:
@@ -61,7 +42,7 @@ def make(root: Path, *, turns: int = 2, keep: Path | None = None) -> list[str]:
         if keep is not None:
             shutil.copy(root / DATABASE, keep)
         async with serving(root) as (service, _):
-            return [first, await finished(service, "ben")]
+            return [first.id, (await finished(service, "ben")).id]
 
     return asyncio.run(work())
 
@@ -92,12 +73,12 @@ def foreign(root: Path, spare: Path) -> None:
 
 def newer(root: Path, spare: Path) -> None:
     """The folders are of a backup, the database is not."""
-    value = json.loads((root / "store.json").read_text())
-    (root / "store.json").write_text(json.dumps(value | {"generation": 0}))
+    with edited_json(root / "store.json") as value:
+        value["generation"] = 0
 
 
 def missing(root: Path, spare: Path) -> None:
-    (root / DATABASE).unlink()
+    (root / DATABASE).unlink(missing_ok=True)
 
 
 def empty(root: Path, spare: Path) -> None:
@@ -105,7 +86,7 @@ def empty(root: Path, spare: Path) -> None:
 
 
 def no_tables(root: Path, spare: Path) -> None:
-    (root / DATABASE).unlink()
+    missing(root, spare)
     with closing(sqlite3.connect(root / DATABASE)) as db:
         db.execute("PRAGMA journal_mode = WAL")
 
@@ -183,25 +164,18 @@ def test_what_does_not_belong_together_is_refused_and_can_be_repaired(
     asyncio.run(look())
 
 
-@pytest.mark.parametrize("of", ["nothing", "a store that runs"])
-def test_the_commands_refuse_what_is_no_store_or_runs(
-    tmp_path: Path, of: str, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(
+    ("is_served", "wanted"), [(False, "is no store"), (True, "is served by process")]
+)
+@in_loop
+async def test_the_commands_refuse_what_is_no_store_or_runs(
+    tmp_path: Path, is_served: bool, wanted: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    @in_loop
-    async def look() -> None:
-        if of == "nothing":
-            codes = [main(["store", word, str(tmp_path)]) for word in ("check", "repair")]
-        else:
-            async with serving(tmp_path):
-                words = ("check", "repair")
-                codes = [main(["store", word, str(tmp_path)]) for word in words]
-        assert codes == [2, 2]
-
-    look()
+    async with serving(tmp_path) if is_served else nullcontext():
+        codes = [main(["store", word, str(tmp_path)]) for word in ("check", "repair")]
     said = capsys.readouterr().err.splitlines()
-    wanted = "is no store" if of == "nothing" else "is served by process"
-    assert len(said) == 2 and all(wanted in line for line in said)
-    assert of != "nothing" or not list(tmp_path.iterdir())
+    assert codes == [2, 2] and len(said) == 2 and all(wanted in line for line in said)
+    assert is_served or not list(tmp_path.iterdir())
 
 
 def test_a_cut_off_beginning_is_begun_again(tmp_path: Path) -> None:
@@ -212,9 +186,7 @@ def test_a_cut_off_beginning_is_begun_again(tmp_path: Path) -> None:
         root.mkdir()
         (root / "store.json").write_text(json.dumps(make_name))
         if cut == "tables":
-            no_tables_of = root / DATABASE
-            with closing(sqlite3.connect(no_tables_of)) as db:
-                db.execute("PRAGMA journal_mode = WAL")
+            no_tables(root, root)
         if cut == "generation":
             start(root)
             (root / "store.json").write_text(json.dumps(make_name))
@@ -230,7 +202,7 @@ async def test_what_no_row_tells_of_is_set_aside_and_said(
 ) -> None:
     """A branch whose row was not written, a session of another store: kept, out of the way."""
     async with serving(tmp_path) as (service, _):
-        known = await finished(service)
+        known = (await finished(service)).id
     before = contents(tmp_path / "sessions")
     for name in ("session_" + "0" * 24, "session_" + "1" * 24, "lost+found"):
         store_turn(tmp_path / "sessions" / name, name, 1)
@@ -254,7 +226,7 @@ async def test_what_no_row_tells_of_is_set_aside_and_said(
 async def test_a_finished_turn_without_a_row_gets_one(tmp_path: Path) -> None:
     """As after an older database, or a turn that was stored when its job was given up."""
     async with serving(tmp_path) as (service, _):
-        session = await finished(service)
+        session = (await finished(service)).id
         store_turn(service.store.session(session), session, 2)
         write_results(service.store.session(session), 2)
     async with serving(tmp_path) as (service, _):
@@ -286,14 +258,6 @@ def to_version_1(root: Path) -> None:
         shutil.rmtree(rows)
 
 
-def damaged_v1(root: Path, session: str, name: str, content: bytes | None) -> None:
-    path = root / "sessions" / session / name
-    if content is None:
-        path.unlink()
-    else:
-        path.write_bytes(content)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "is_lost"),
     [
@@ -309,8 +273,11 @@ def test_a_store_of_the_version_before_is_taken_up(
 ) -> None:
     sessions = make(tmp_path)
     to_version_1(tmp_path)
-    if name:
-        damaged_v1(tmp_path, sessions[0], name, content)
+    damaged = tmp_path / "sessions" / sessions[0] / name
+    if content is None:
+        damaged.unlink()
+    elif name:
+        damaged.write_bytes(content)
     before = contents(tmp_path / "sessions")
 
     async def look() -> None:
@@ -371,10 +338,9 @@ def to_version_2(root: Path, spare: Path) -> None:
             db.execute(f"ALTER TABLE sessions DROP COLUMN {name}")
         db.execute("PRAGMA user_version = 2")
     for path in root.glob("sessions/*/rows/session.json"):
-        copy = json.loads(path.read_text())
-        for name in ("window", *CHOSEN):
-            del copy["row"][name]
-        path.write_text(json.dumps(copy))
+        with edited_json(path) as copy:
+            for name in ("window", *CHOSEN):
+                del copy["row"][name]
 
 
 def lost_in_version_2(root: Path, spare: Path) -> None:
@@ -403,8 +369,7 @@ def test_the_part_of_a_video_outlives_its_database(
 
     async def made() -> str:
         async with serving(tmp_path) as (service, _):
-            session = await new_session(service, choices=CHOICES)
-            assert (await ended(service, await asked(service, session))).state == "finished"
+            session = await finished(service, choices=CHOICES)
             branch = await service.branch("", session.id, 1)
             assert session.window == branch.window == "last"
             return session.id
@@ -419,6 +384,10 @@ def test_the_part_of_a_video_outlives_its_database(
             windows = {one.window for one in (await service.sessions("")).items}
             assert windows == {window}
 
+    async def look_again() -> None:
+        async with serving(tmp_path) as (service, _):
+            assert [turn.number for turn in await service.turns("", name)] == [1, 2]
+
     name = asyncio.run(made())
     if spoil is not None:
         spoil(tmp_path, tmp_path)
@@ -426,14 +395,9 @@ def test_the_part_of_a_video_outlives_its_database(
     if is_repaired:
         assert main(["store", "repair", str(tmp_path)]) == 0
     asyncio.run(look())
-    asyncio.run(look_again(tmp_path, name))
+    asyncio.run(look_again())
     shutil.rmtree(tmp_path / "set-aside", ignore_errors=True)
     check_store(tmp_path)
-
-
-async def look_again(root: Path, session: str) -> None:
-    async with serving(root) as (service, _):
-        assert [turn.number for turn in await service.turns("", session)] == [1, 2]
 
 
 @in_loop
@@ -441,9 +405,8 @@ async def test_a_kill_between_the_two_generations_is_none_of_its_own(tmp_path: P
     service = await started(tmp_path, FakeBackend())
     await finished(service)
     await abandon(service)
-    path = tmp_path / "store.json"
-    value: dict[str, Any] = json.loads(path.read_text())
-    path.write_text(json.dumps(value | {"generation": value["generation"] - 1}))
+    with edited_json(tmp_path / "store.json") as value:
+        value["generation"] -= 1
     async with serving(tmp_path) as (service, _):
         (session,) = (await service.sessions("")).items
         assert (await refused(service.turn_file("", session.id, 2, "video"))).code == "not_found"

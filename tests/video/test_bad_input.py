@@ -2,21 +2,24 @@
 
 from __future__ import annotations
 
-import resource
 import wave
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from fractions import Fraction
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from mv2v_engine.errors import CancelledError, StorageError, VideoError
+from mv2v_engine.testing import largest_file
 from mv2v_engine.video.io import VideoReader, probe_video, read_video, write_video
 
 Clips = Callable[..., Path]
+STILL = torch.zeros(1, 8, 8, 3, dtype=torch.uint8)
+TEXT = b"1\n00:00:01,000 --> 00:00:02,000\nnot a video\n" * 20
 
 
 def expect_refused(path: Path, *words: str) -> None:
@@ -30,28 +33,26 @@ def expect_refused(path: Path, *words: str) -> None:
             assert word in message, message
 
 
-def test_missing_file(tmp_path: Path) -> None:
+def test_missing_file_and_folder(tmp_path: Path) -> None:
     expect_refused(tmp_path / "none.mp4", "does not exist", "give the path")
-
-
-def test_folder(tmp_path: Path) -> None:
     expect_refused(tmp_path, "is a folder")
 
 
-def test_empty_file(tmp_path: Path) -> None:
-    (tmp_path / "empty.mp4").touch()
-    expect_refused(tmp_path / "empty.mp4", "is empty")
-
-
-@pytest.mark.parametrize("name", ["notes.txt", "notes.mp4", "clip.srt"])
-def test_text_file(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).write_text("1\n00:00:01,000 --> 00:00:02,000\nnot a video\n" * 20)
-    expect_refused(tmp_path / name, "not a video", "give a whole video file")
-
-
-def test_random_bytes(tmp_path: Path) -> None:
-    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(20000))
-    expect_refused(tmp_path / "noise.mp4", "not a video")
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("empty.mp4", b"", ["is empty"]),
+        *(
+            (name, TEXT, ["not a video", "give a whole video file"])
+            for name in ("notes.txt", "notes.mp4", "clip.srt")
+        ),
+        ("noise.mp4", np.random.default_rng(0).bytes(20000), ["not a video"]),
+    ],
+    ids=["empty", "notes.txt", "notes.mp4", "clip.srt", "noise"],
+)
+def test_what_is_no_video(tmp_path: Path, name: str, content: bytes, words: list[str]) -> None:
+    (tmp_path / name).write_bytes(content)
+    expect_refused(tmp_path / name, *words)
 
 
 def test_sound_only(tmp_path: Path) -> None:
@@ -64,28 +65,32 @@ def test_sound_only(tmp_path: Path) -> None:
     expect_refused(path, "no video stream", "audio")
 
 
-@pytest.mark.parametrize("name", ["clip.mp4", "clip.mov"])
-def test_cut_before_the_index(tmp_path: Path, clip: Clips, name: str) -> None:
-    path = clip(tmp_path / name)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    expect_refused(path, "give a whole video file")
-
-
-def test_cut_after_the_index(tmp_path: Path, clip: Clips) -> None:
-    frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3)).astype(np.uint8)
-    path = clip(tmp_path / "clip.mp4", frames=frames, container_options={"movflags": "faststart"})
-    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    expect_refused(path, "truncated", "header promises 20")
-
-
-@pytest.mark.parametrize(("name", "codec"), [("clip.mkv", "mjpeg"), ("old.webm", "libvpx")])
-def test_cut_in_a_container_without_count(
-    tmp_path: Path, clip: Clips, name: str, codec: str
+@pytest.mark.parametrize(
+    ("name", "options", "part", "words"),
+    [
+        # before the index
+        ("clip.mp4", {}, 1 / 2, ["give a whole video file"]),
+        ("clip.mov", {}, 1 / 2, ["give a whole video file"]),
+        # and after it
+        (
+            "first.mp4",
+            {"container_options": {"movflags": "faststart"}},
+            3 / 4,
+            ["truncated", "header promises 20"],
+        ),
+        # in containers without a count
+        ("clip.mkv", {"codec": "mjpeg"}, 1 / 2, ["truncated", "promises 20"]),
+        ("old.webm", {"codec": "libvpx"}, 1 / 2, ["truncated", "promises 20"]),
+    ],
+    ids=["mp4", "mov", "index first", "mkv", "webm"],
+)
+def test_cut_files(
+    tmp_path: Path, clip: Clips, name: str, options: dict[str, Any], part: float, words: list[str]
 ) -> None:
     frames = np.random.default_rng(0).integers(0, 256, (20, 48, 64, 3)).astype(np.uint8)
-    path = clip(tmp_path / name, codec=codec, frames=frames)
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-    expect_refused(path, "truncated", "promises 20")
+    path = clip(tmp_path / name, frames=frames, **options)
+    path.write_bytes(path.read_bytes()[: int(path.stat().st_size * part)])
+    expect_refused(path, *words)
 
 
 def test_no_frames(tmp_path: Path, clip: Clips) -> None:
@@ -131,16 +136,12 @@ def test_strips(
     expect_refused(path, "more than 16 times the other", "crop or pad it")
 
 
-@pytest.mark.parametrize("stamps", [(0, 200_000), (0, 300_000, 600_000)])
-def test_frames_that_come_too_slowly(tmp_path: Path, clip: Clips, stamps: tuple[int, ...]) -> None:
-    path = clip(tmp_path / "slow.mkv", num_frames=len(stamps), stamps_ms=stamps)
-    expect_refused(path, "fps", "must lie in 0.01 to 1000")
-
-
-def test_frames_that_come_too_fast(tmp_path: Path, clip: Clips) -> None:
-    expect_refused(
-        clip(tmp_path / "fast.mp4", rate=1 << 20), "must lie in 0.01 to 1000", "1.04858e"
-    )
+def test_frames_that_come_too_slowly_or_too_fast(tmp_path: Path, clip: Clips) -> None:
+    for stamps in ((0, 200_000), (0, 300_000, 600_000)):
+        path = clip(tmp_path / "slow.mkv", num_frames=len(stamps), stamps_ms=stamps)
+        expect_refused(path, "fps", "must lie in 0.01 to 1000")
+    path = clip(tmp_path / "fast.mp4", rate=1 << 20)
+    expect_refused(path, "must lie in 0.01 to 1000", "1.04858e")
 
 
 def test_more_frames_than_one_read_takes_are_refused_before_there_is_room_for_them(
@@ -184,14 +185,14 @@ def test_frames_that_do_not_exist(tmp_path: Path, clip: Clips, start: int, count
 @pytest.mark.parametrize(
     "frames",
     [
-        torch.zeros(2, 8, 8, 3),
-        torch.zeros(2, 3, 8, 8, dtype=torch.uint8),
-        torch.zeros(8, 8, 3, dtype=torch.uint8),
-        torch.zeros(0, 8, 8, 3, dtype=torch.uint8),
+        STILL.float(),
+        STILL.movedim(-1, 1),
+        STILL[0],
+        STILL[:0],
     ],
     ids=["float", "channels-first", "one-picture", "no-frames"],
 )
-def test_write_refuses_other_tensors(tmp_path: Path, frames: torch.Tensor) -> None:
+def test_write_refuses_other_tensors(tmp_path: Path, frames: Tensor) -> None:
     with pytest.raises(VideoError, match=r"must be uint8 \[T, height, width, 3\]"):
         write_video(tmp_path / "out.mp4", frames, 25)
     assert not list(tmp_path.iterdir())
@@ -200,18 +201,7 @@ def test_write_refuses_other_tensors(tmp_path: Path, frames: torch.Tensor) -> No
 @pytest.mark.parametrize("fps", [0, -25, float("nan"), float("inf")])
 def test_write_refuses_impossible_rates(tmp_path: Path, fps: float) -> None:
     with pytest.raises(VideoError, match=r"fps must lie in 0.01 to 1000"):
-        write_video(tmp_path / "out.mp4", torch.zeros(1, 8, 8, 3, dtype=torch.uint8), fps)
-
-
-@contextmanager
-def largest_file(num_bytes: int) -> Iterator[None]:
-    """The operating system refuses to let a file grow further, as a full disk does."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (num_bytes, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        write_video(tmp_path / "out.mp4", STILL, fps)
 
 
 def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
@@ -227,4 +217,4 @@ def test_full_disk_leaves_the_old_file(tmp_path: Path) -> None:
 def test_unwritable_place(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     with pytest.raises(StorageError, match="choose another place"):
-        write_video(tmp_path / "file" / "out.mp4", torch.zeros(1, 8, 8, 3, dtype=torch.uint8), 25)
+        write_video(tmp_path / "file" / "out.mp4", STILL, 25)
