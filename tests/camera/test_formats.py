@@ -39,6 +39,48 @@ def refused(spec: Any, count: int | None = N) -> str:
     return message
 
 
+Made = Callable[[Path], Path]
+
+
+def saved(name: str, content: str | bytes) -> Made:
+    def make(folder: Path) -> Path:
+        data = content if isinstance(content, bytes) else content.encode()
+        (folder / name).write_bytes(data)
+        return folder / name
+
+    return make
+
+
+def npy(poses: Array) -> Made:
+    return lambda folder: written.npy(folder / "a.npy", poses)
+
+
+def nerf(poses: Array = POSES, **about: Any) -> Made:
+    return lambda folder: written.nerf(folder / "a.json", poses, **about)
+
+
+def tum(old: str, new: str) -> Made:
+    return lambda folder: changed(written.tum(folder / "a.txt", POSES), old, new)
+
+
+def realestate(lens: tuple[float, ...]) -> Made:
+    return lambda folder: written.realestate(folder / "a.txt", POSES, lens)
+
+
+def colmap(camera: Any) -> Made:
+    """Its text where the camera is one, else its binary form."""
+    if isinstance(camera, str):
+        return lambda folder: written.colmap_text(folder / "images.txt", POSES, camera)
+    return lambda folder: written.colmap_binary(folder / "images.bin", POSES, camera)
+
+
+def changed(place: Path, old: str, new: str, count: int = 1) -> Path:
+    text = place.read_text()
+    assert old in text
+    place.write_text(text.replace(old, new, count))
+    return place
+
+
 @pytest.mark.parametrize("kind", WRITERS)
 def test_every_format_gives_the_path_that_was_written(tmp_path: Path, kind: str) -> None:
     name, write = WRITERS[kind]
@@ -204,36 +246,28 @@ ANGLE = 2 * math.atan(0.5 / 1.2)  # a focal length of 1.2 widths
 @pytest.mark.parametrize(
     ("write", "expected"),
     [
-        (lambda p: written.nerf(p / "t.json", POSES, w=320, h=192, fl_x=384.0),
-         (1.2, 2, 0, 0)),
-        (lambda p: written.nerf(p / "t.json", POSES, w=320, h=192, fl_x=384, fl_y=400, cx=168,
-                                cy=90), (1.2, 400 / 192, 8 / 320, -6 / 192)),
-        (lambda p: written.nerf(p / "t.json", POSES, w=320, h=192, camera_angle_x=ANGLE),
-         (1.2, 2, 0, 0)),
-        (lambda p: written.nerf(p / "t.json", POSES, camera_angle_x=ANGLE), (1.2, 2, 0, 0)),
-        (lambda p: written.nerf(p / "t.json", POSES, w=320, h=192, fl_x=384, k1=0, p2=0.0,
-                                camera_model="OPENCV"), (1.2, 2, 0, 0)),
+        (nerf(w=320, h=192, fl_x=384.0), (1.2, 2, 0, 0)),
+        (
+            nerf(w=320, h=192, fl_x=384, fl_y=400, cx=168, cy=90),
+            (1.2, 400 / 192, 8 / 320, -6 / 192),
+        ),
+        (nerf(w=320, h=192, camera_angle_x=ANGLE), (1.2, 2, 0, 0)),
+        (nerf(camera_angle_x=ANGLE), (1.2, 2, 0, 0)),
+        (nerf(w=320, h=192, fl_x=384, k1=0, p2=0.0, camera_model="OPENCV"), (1.2, 2, 0, 0)),
         # a square image, of which the video's shape shows the middle
-        (lambda p: written.nerf(p / "t.json", POSES, w=800, h=800, fl_x=960), (1.2, 2, 0, 0)),
-        (lambda p: written.realestate(p / "r.txt", POSES, (1.2, 2, 0.51, 0.47, 0, 0)),
-         (1.2, 2, 0.01, -0.03)),
+        (nerf(w=800, h=800, fl_x=960), (1.2, 2, 0, 0)),
+        (realestate((1.2, 2, 0.51, 0.47, 0, 0)), (1.2, 2, 0.01, -0.03)),
         # 16:9, cut at both sides to 5:3
-        (lambda p: written.realestate(p / "r.txt", POSES, (0.9, 1.6, 0.5, 0.5, 0, 0)),
-         (0.96, 1.6, 0, 0)),
-        (lambda p: written.colmap_text(p / "images.txt", POSES, "1 PINHOLE 320 192 384 400 168 90"),
-         (1.2, 400 / 192, 8 / 320, -6 / 192)),
-        (lambda p: written.colmap_text(p / "images.txt", POSES,
-                                       "1 SIMPLE_RADIAL 320 192 384 160 96 0"), (1.2, 2, 0, 0)),
-        (lambda p: written.colmap_binary(p / "images.bin", POSES, (0, 320, 192, (384, 160, 96))),
-         (1.2, 2, 0, 0)),
-        (lambda p: written.colmap_binary(p / "images.bin", POSES,
-                                         (4, 320, 192, (384, 384, 160, 96, 0, 0, 0, 0))),
-         (1.2, 2, 0, 0)),
+        (realestate((0.9, 1.6, 0.5, 0.5, 0, 0)), (0.96, 1.6, 0, 0)),
+        (colmap("1 PINHOLE 320 192 384 400 168 90"), (1.2, 400 / 192, 8 / 320, -6 / 192)),
+        (colmap("1 SIMPLE_RADIAL 320 192 384 160 96 0"), (1.2, 2, 0, 0)),
+        (colmap((0, 320, 192, (384, 160, 96))), (1.2, 2, 0, 0)),
+        (colmap((4, 320, 192, (384, 384, 160, 96, 0, 0, 0, 0))), (1.2, 2, 0, 0)),
     ],
     ids=["fl_x", "all", "angle", "angle-alone", "nought", "square", "re10k", "re10k-16:9",
          "colmap", "colmap-radial-0", "colmap-bin", "colmap-bin-opencv-0"],
 )  # fmt: skip
-def test_lenses_travel(tmp_path: Path, write: Callable[[Path], Path], expected: Any) -> None:
+def test_lenses_travel(tmp_path: Path, write: Made, expected: Any) -> None:
     file = write(tmp_path)
     found = read(file)
     np.testing.assert_allclose(shares(found), expected, rtol=0, atol=1e-5)
@@ -263,20 +297,16 @@ def test_a_lens_that_differs_over_time(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("write", "words"),
     [
-        (lambda p: written.nerf(p / "t.json", POSES, w=8, h=8, fl_x=9, k1=0.1), "k1 is 0.1"),
-        (lambda p: written.nerf(p / "t.json", POSES, camera_model="OPENCV_FISHEYE", fl_x=9),
-         "OPENCV_FISHEYE"),
-        (lambda p: written.nerf(p / "t.json", POSES, is_fisheye=True), "a fisheye"),
-        (lambda p: written.nerf(p / "t.json", POSES, camera_model="EQUIRECTANGULAR"), "EQUIRECT"),
-        (lambda p: written.realestate(p / "r.txt", POSES, (0.5, 0.8, 0.5, 0.5, 0.1, 0)), "0.1"),
-        (lambda p: written.colmap_text(p / "images.txt", POSES,
-                                       "1 SIMPLE_RADIAL 320 192 384 160 96 0.02"), "SIMPLE_RADIAL"),
-        (lambda p: written.colmap_text(p / "images.txt", POSES,
-                                       "1 OPENCV_FISHEYE 8 8 9 9 4 4 0 0 0 0"), "OPENCV_FISHEYE"),
-        (lambda p: written.colmap_binary(p / "images.bin", POSES, (3, 32, 32, (9, 9, 9, 0.1, 0))),
-         "RADIAL"),
+        (nerf(w=8, h=8, fl_x=9, k1=0.1), "k1 is 0.1"),
+        (nerf(camera_model="OPENCV_FISHEYE", fl_x=9), "OPENCV_FISHEYE"),
+        (nerf(is_fisheye=True), "a fisheye"),
+        (nerf(camera_model="EQUIRECTANGULAR"), "EQUIRECT"),
+        (realestate((0.5, 0.8, 0.5, 0.5, 0.1, 0)), "0.1"),
+        (colmap("1 SIMPLE_RADIAL 320 192 384 160 96 0.02"), "SIMPLE_RADIAL"),
+        (colmap("1 OPENCV_FISHEYE 8 8 9 9 4 4 0 0 0 0"), "OPENCV_FISHEYE"),
+        (colmap((3, 32, 32, (9, 9, 9, 0.1, 0))), "RADIAL"),
     ],
-)  # fmt: skip
+)
 def test_a_lens_that_is_no_pinholes(tmp_path: Path, write: Any, words: str) -> None:
     file = write(tmp_path)
     message = refused(file)
@@ -287,27 +317,17 @@ def test_a_lens_that_is_no_pinholes(tmp_path: Path, write: Any, words: str) -> N
 # --- what is refused ---
 
 
-def changed(place: Path, old: str, new: str, count: int = 1) -> Path:
-    text = place.read_text()
-    assert old in text
-    place.write_text(text.replace(old, new, count))
-    return place
-
-
 def mirrored() -> Array:
     poses: Array = POSES @ np.diag([1.0, -1, 1, 1])
     return poses
 
 
 UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
-    "empty text": (lambda p: (p / "a.txt").write_text("") or p / "a.txt", "a.txt is empty"),
-    "comments alone": (lambda p: (p / "a.txt").write_text("# a\n\n") and p / "a.txt", "no camera"),
-    "prose": (lambda p: (p / "a.txt").write_text("pan to the right") and p / "a.txt", "4 fields"),
-    "empty npy": (lambda p: (p / "a.npy").write_bytes(b"") or p / "a.npy", "a.npy is empty"),
-    "png": (
-        lambda p: (p / "a.txt").write_bytes(b"\x89PNG\r\n\x1a\n\0\0") and p / "a.txt",
-        "no camera file, and no text",
-    ),
+    "empty text": (saved("a.txt", ""), "a.txt is empty"),
+    "comments alone": (saved("a.txt", "# a\n\n"), "no camera"),
+    "prose": (saved("a.txt", "pan to the right"), "4 fields"),
+    "empty npy": (saved("a.npy", b""), "a.npy is empty"),
+    "png": (saved("a.txt", b"\x89PNG\r\n\x1a\n\0\0"), "no camera file, and no text"),
     "npz": (
         lambda p: np.savez(p / "a.npz", poses=POSES) or p / "a.npz",
         "an archive (npz or zip)",
@@ -316,66 +336,43 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda p: np.save(p / "a.npy", np.array([{}], dtype=object)) or p / "a.npy",
         "real numbers",
     ),
-    "complex npy": (lambda p: written.npy(p / "a.npy", POSES * 1j), "real numbers"),
-    "llff": (lambda p: written.npy(p / "a.npy", np.zeros((6, 17))), "LLFF's poses_bounds.npy"),
-    "npy of vectors": (lambda p: written.npy(p / "a.npy", np.zeros((6, 3))), "must have shape"),
-    "npy of none": (lambda p: written.npy(p / "a.npy", np.zeros((0, 4, 4))), "has no poses"),
-    "transposed": (lambda p: written.npy(p / "a.npy", POSES.transpose(0, 2, 1)), "transpose"),
-    "left-handed": (lambda p: written.npy(p / "a.npy", mirrored()), "determinant -1"),
-    "left-handed NeRF": (lambda p: written.nerf(p / "a.json", mirrored()), "left-handed"),
-    "scaled rotations": (
-        lambda p: written.npy(p / "a.npy", POSES * [3.0, 3, 3, 1]),
-        "it is one times 3",
-    ),
-    "no rotation": (lambda p: written.npy(p / "a.npy", POSES * [1.0, 2, 1, 1]), "not orthonormal"),
+    "complex npy": (npy(POSES * 1j), "real numbers"),
+    "llff": (npy(np.zeros((6, 17))), "LLFF's poses_bounds.npy"),
+    "npy of vectors": (npy(np.zeros((6, 3))), "must have shape"),
+    "npy of none": (npy(np.zeros((0, 4, 4))), "has no poses"),
+    "transposed": (npy(POSES.transpose(0, 2, 1)), "transpose"),
+    "left-handed": (npy(mirrored()), "determinant -1"),
+    "left-handed NeRF": (nerf(poses=mirrored()), "left-handed"),
+    "scaled rotations": (npy(POSES * [3.0, 3, 3, 1]), "it is one times 3"),
+    "no rotation": (npy(POSES * [1.0, 2, 1, 1]), "not orthonormal"),
     "nan": (
-        lambda p: written.npy(
-            p / "a.npy", np.where(np.isclose(POSES, POSES[3, 0, 3]), np.nan, POSES)
-        ),
+        npy(np.where(np.isclose(POSES, POSES[3, 0, 3]), np.nan, POSES)),
         "NaN or infinity at frame 3",
     ),
-    "two lengths": (
-        lambda p: changed(written.tum(p / "a.txt", POSES), "1305031102.281250000", "1 2"),
-        "line 3 holds 9 numbers, the first 8",
-    ),
-    "words among numbers": (
-        lambda p: changed(written.tum(p / "a.txt", POSES), "1305031102.312500", "now"),
-        "must hold numbers, got 'now000'",
-    ),
+    "two lengths": (tum("1305031102.281250000", "1 2"), "line 3 holds 9 numbers, the first 8"),
+    "words among numbers": (tum("1305031102.312500", "now"), "must hold numbers, got 'now000'"),
     "quaternion of another length": (
-        lambda p: changed(written.tum(p / "a.txt", POSES), " 1.000000000", " 0.5"),
+        tum(" 1.000000000", " 0.5"),
         "quaternion of frame 0 has length 0.5",
     ),
-    "no quaternion": (
-        lambda p: changed(written.tum(p / "a.txt", POSES), " 1.000000000", " nan"),
-        "quaternion of frame 0 has length nan",
-    ),
+    "no quaternion": (tum(" 1.000000000", " nan"), "quaternion of frame 0 has length nan"),
     "missing matrix": (
         lambda p: changed(written.nerf(p / "a.json", POSES), "transform_matrix", "matrix"),
         "frame 0 must have a transform_matrix",
     ),
-    "no frames": (lambda p: (p / "a.json").write_text('{"frames": []}') and p / "a.json", "no pos"),
+    "no frames": (saved("a.json", '{"frames": []}'), "no pos"),
     "frames of text": (
-        lambda p: (p / "a.json").write_text('{"frames": ["a"]}') and p / "a.json",
+        saved("a.json", '{"frames": ["a"]}'),
         "frame 0 must have a transform_matrix",
     ),
-    "focal length of no image": (
-        lambda p: written.nerf(p / "a.json", POSES, fl_x=900),
-        "no size of its images",
-    ),
+    "focal length of no image": (nerf(fl_x=900), "no size of its images"),
     "a focal length of nought": (
-        lambda p: written.nerf(p / "a.json", POSES, w=8, h=8, fl_x=0),
+        nerf(w=8, h=8, fl_x=0),
         "a.json: intrinsics must be finite with positive focal",
     ),
-    "an angle of 400": (lambda p: written.nerf(p / "a.json", POSES, camera_angle_x=400), "radians"),
-    "pixels in shares": (
-        lambda p: written.realestate(p / "a.txt", POSES, (500, 0.5, 0.5, 0.5, 0, 0)),
-        "are they pixels?",
-    ),
-    "cameras.txt": (
-        lambda p: (p / "cameras.txt").write_text("1 PINHOLE 8 8 9 9 4 4\n") and p / "cameras.txt",
-        "give images.txt",
-    ),
+    "an angle of 400": (nerf(camera_angle_x=400), "radians"),
+    "pixels in shares": (realestate((500, 0.5, 0.5, 0.5, 0, 0)), "are they pixels?"),
+    "cameras.txt": (saved("cameras.txt", "1 PINHOLE 8 8 9 9 4 4\n"), "give images.txt"),
     "truncated images.bin": (
         lambda p: (
             (p / "images.bin").write_bytes(
@@ -386,7 +383,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "not COLMAP's binary form, or damaged",
     ),
     "images.bin that promises": (
-        lambda p: (p / "images.bin").write_bytes(struct.pack("<Q", 1 << 60)) and p / "images.bin",
+        saved("images.bin", struct.pack("<Q", 1 << 60)),
         "not COLMAP's binary form, or damaged",
     ),
     "cameras.bin": (
@@ -396,12 +393,9 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "give images.bin",
     ),
-    "an unknown model": (
-        lambda p: written.colmap_binary(p / "images.bin", POSES, (99, 8, 8, (9, 4, 4))),
-        "has model 99",
-    ),
+    "an unknown model": (colmap((99, 8, 8, (9, 4, 4))), "has model 99"),
     "another camera": (
-        lambda p: written.colmap_text(p / "images.txt", POSES, "7 PINHOLE 8 8 9 9 4 4"),
+        colmap("7 PINHOLE 8 8 9 9 4 4"),
         "camera 1, which the cameras file beside it lacks",
     ),
     "images.txt that breaks off": (
@@ -409,7 +403,7 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         "must be an image, IMAGE_ID",
     ),
     "three rows of a matrix": (
-        lambda p: (p / "a.txt").write_text("1 0 0 0\n0 1 0 0\n0 0 1 0\n") and p / "a.txt",
+        saved("a.txt", "1 0 0 0\n0 1 0 0\n0 0 1 0\n"),
         "has 3 lines of 4 numbers",
     ),
     "lenses of other frames": (
@@ -429,12 +423,9 @@ UNUSABLE: dict[str, tuple[Callable[[Path], Any], str]] = {
         ),
         "has times from -1.7e+308 to 1.7e+308",
     ),
-    "a name of two lines": (
-        lambda p: (p / "a\nb.txt").write_text("") or p / "a\nb.txt",
-        "a?b.txt is empty",
-    ),
+    "a name of two lines": (saved("a\nb.txt", ""), "a?b.txt is empty"),
     "far away": (
-        lambda p: written.npy(p / "a.npy", POSES + np.eye(4)[3] * [[0], [0], [1], [0]] * 1e300),
+        npy(POSES + np.eye(4)[3] * [[0], [0], [1], [0]] * 1e300),
         "lie 1e+300 metres from the origin",
     ),
 }

@@ -53,6 +53,14 @@ def _diffusers(config: TransformerConfig) -> Any:
     return model.eval().requires_grad_(False)
 
 
+def _pair(shape: str) -> tuple[MV2VTransformer, Any]:
+    """Ours and diffusers' of the same weights."""
+    config = _config(**SHAPES[shape])
+    reference, model = _diffusers(config), MV2VTransformer(config).eval().requires_grad_(False)
+    model.load_state_dict(reference.state_dict(), strict=True)
+    return model, reference
+
+
 def _inputs(config: TransformerConfig, grid: tuple[int, int, int]) -> tuple[Tensor, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(sum(grid))
     latents = torch.randn(2, config.in_channels, *grid, generator=generator)
@@ -77,11 +85,8 @@ def _ours(model: MV2VTransformer, latents: Tensor, timestep: Tensor, text: Tenso
 @pytest.mark.parametrize("grid", GRIDS, ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_float32_forward(shape: str, grid: tuple[int, int, int]) -> None:
-    config = _config(**SHAPES[shape])
-    reference = _diffusers(config)
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    model.load_state_dict(reference.state_dict(), strict=True)
-    inputs = _inputs(config, grid)
+    model, reference = _pair(shape)
+    inputs = _inputs(model.config, grid)
     got, expected = _ours(model, *inputs), _theirs(reference, *inputs)
     assert got.shape == expected.shape
     assert relative_error(got, expected) <= 1e-5
@@ -90,11 +95,8 @@ def test_float32_forward(shape: str, grid: tuple[int, int, int]) -> None:
 @pytest.mark.parametrize("grid", GRIDS[1:3], ids=str)
 def test_a_timestep_for_every_token_is_one_for_all(grid: tuple[int, int, int]) -> None:
     """Lucy-Edit's pipeline expands t to every token, the same t: one a sample does as well."""
-    config = _config(**SHAPES["source on channels"])
-    reference = _diffusers(config)
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    model.load_state_dict(reference.state_dict(), strict=True)
-    latents, timestep, text = _inputs(config, grid)
+    model, reference = _pair("source on channels")
+    latents, timestep, text = _inputs(model.config, grid)
     tokens = grid[0] * (grid[1] // 2) * (grid[2] // 2)
     expanded = _theirs(reference, latents, timestep[:, None].expand(-1, tokens), text)
     assert relative_error(_theirs(reference, latents, timestep, text), expanded) <= 1e-6
@@ -142,11 +144,8 @@ def test_bfloat16_is_as_exact_as_diffusers(grid: tuple[int, int, int], tmp_path:
 @pytest.mark.parametrize("grid", GRIDS[1:3], ids=str)
 def test_a_timestep_for_every_frame(grid: tuple[int, int, int]) -> None:
     """Frames at noise levels of their own, as Wan2.2 takes them: a timestep for every token."""
-    config = _config(**SHAPES["source on channels"])
-    reference = _diffusers(config)
-    model = MV2VTransformer(config).eval().requires_grad_(False)
-    model.load_state_dict(reference.state_dict(), strict=True)
-    latents, timestep, text = _inputs(config, grid)
+    model, reference = _pair("source on channels")
+    latents, timestep, text = _inputs(model.config, grid)
     generator = torch.Generator().manual_seed(1)
     by_frame = 1000 * torch.rand(2, grid[0], generator=generator)
     by_token = by_frame.repeat_interleave(grid[1] // 2 * (grid[2] // 2), dim=1)

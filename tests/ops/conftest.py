@@ -36,11 +36,12 @@ OPS = (
 GUARD = 512  # bytes on either side, all ones: NaN in every floating dtype, -1 in every integer one
 SPACIOUS = 60 << 30  # bytes of a GPU on which tensors of 2**31 elements have room
 LARGE = 1 << 28  # bytes; the tests of large offsets pass tensors that cannot be copied
-# no kernel of Triton's is in them
+# no kernel of Triton's is in them; what is compiled ends at an operation, whatever launcher it has
 WITHOUT_KERNELS = {
     "test_attention_backends.py",
     "test_backend.py",
     "test_conv3d.py",
+    "test_every_operation.py",
     "test_fov_overlap.py",
     "test_linear_gelu.py",
 }
@@ -119,17 +120,13 @@ def guarded(launch: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """References gain nothing from a second run; in the interpreter float16 is like bfloat16.
-
-    What is compiled ends at an operation, whatever launcher it has.
-    """
+    """References gain nothing from a second run; in the interpreter float16 is like bfloat16."""
     if IS_INTERPRETED or IS_ON_GPU:
         told = r"reference" if IS_ON_GPU else r"reference|torch\.float16"
         again = [
             item
             for item in items
-            if re.search(rf"[\[-]({told})[\]-]|without_graph_breaks$", item.name)
-            or item.path.name in WITHOUT_KERNELS
+            if re.search(rf"[\[-]({told})[\]-]", item.name) or item.path.name in WITHOUT_KERNELS
         ]
         config.hook.pytest_deselected(items=again)
         items[:] = [item for item in items if item not in again]

@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.testing import assert_within_budget
-from tests.ops.compiled import assert_compiles
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 CASES = [  # batch, tokens, width, camera frames (0: none)
@@ -76,45 +74,3 @@ def test_opcheck(frames: int, is_strided: bool) -> None:
     if is_strided:
         x = x.transpose(0, 1).contiguous().transpose(0, 1)
     torch.library.opcheck(torch.ops.mv2v.adaln.default, (x, *rest, None, 1e-6))
-
-
-def test_compiles_without_graph_breaks() -> None:
-    x, scale, shift, camera, frame = _inputs(2, 6, 10, 3, torch.float32)
-    assert_compiles(lambda x: adaln(x, scale, shift, camera=camera, frame=frame, backend="auto"), x)
-
-
-def test_rejects_bad_dtypes_and_devices() -> None:
-    x, scale, shift, camera, frame = _inputs(2, 6, 10, 3, torch.float32)
-    with pytest.raises(TypeError, match=r"x must be of a floating dtype, got torch.int64"):
-        adaln(x.long(), scale, shift)
-    with pytest.raises(TypeError, match=r"shift must be of a floating dtype, got torch.bool"):
-        adaln(x, scale, shift.bool())
-    with pytest.raises(TypeError, match=r"frame must be int32 or int64, got torch.float32"):
-        adaln(x, scale, shift, camera=camera, frame=frame.float())  # type: ignore[union-attr]
-    with pytest.raises(ValueError, match="scale must be on cpu as the first tensor is, got meta"):
-        adaln(x, scale.to("meta"), shift)
-    with pytest.raises(ValueError, match=r"x must have shape \[B, L, C\], got \(6, 10\)"):
-        adaln(x[0], scale, shift)
-
-
-@pytest.mark.parametrize("backend", ["triton", "cuda"])
-def test_an_explicit_backend_never_falls_back(backend: str) -> None:
-    x, scale, shift, *_ = _inputs(2, 6, 10, 0, torch.float32)
-    with pytest.raises(KernelUnavailableError, match=rf"{backend}.*needs a CUDA device"):
-        adaln(x, scale, shift, backend=backend)
-
-
-def test_rejects_bad_shapes() -> None:
-    x, scale, shift, camera, frame = _inputs(2, 6, 10, 3, torch.float32)
-    with pytest.raises(ValueError, match=r"\(2, 10\)"):
-        adaln(x, scale[:, :5], shift)
-    with pytest.raises(ValueError, match="shape"):
-        adaln(x, scale, shift[:1])
-    with pytest.raises(ValueError, match="both or neither"):
-        adaln(x, scale, shift, camera=camera)
-    with pytest.raises(ValueError, match="both or neither"):
-        adaln(x, scale, shift, frame=frame)
-    with pytest.raises(ValueError, match="camera"):
-        adaln(x, scale, shift, camera=camera[..., :5], frame=frame)  # type: ignore[index]
-    with pytest.raises(ValueError, match="frame"):
-        adaln(x, scale, shift, camera=camera, frame=frame[:, :5])  # type: ignore[index]

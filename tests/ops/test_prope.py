@@ -6,10 +6,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.prope import prope
 from mv2v_engine.testing import assert_within_budget
-from tests.ops.compiled import assert_compiles
 
 CASES = [  # batch, tokens, heads, head dim, channels, frames
     (1, 1, 1, 4, 4, 1),
@@ -100,28 +98,3 @@ def test_autocast_leaves_the_matrices_in_float32() -> None:
 def test_opcheck() -> None:
     given = _inputs((2, 7, 3, 12, 12, 5))
     torch.library.opcheck(torch.ops.mv2v.prope.default, (*given, 8))
-
-
-def test_compiles_without_graph_breaks() -> None:
-    x, matrix, frame = _inputs((2, 7, 3, 12, 12, 5))
-    assert_compiles(lambda x: prope(x, matrix, frame, channels=8, backend="auto"), x)
-
-
-def test_rejects_what_does_not_fit() -> None:
-    x, matrix, frame = _inputs((2, 7, 3, 12, 12, 5))
-    for channels in (0, 6, 16):
-        with pytest.raises(ValueError, match=rf"a multiple of 4 in 4\.\.12, .* got {channels}"):
-            prope(x, matrix, frame, channels=channels)
-    with pytest.raises(ValueError, match=r"x must have shape \[B, L, N, D\], got \(7, 3, 12\)"):
-        prope(x[0], matrix, frame, channels=4)
-    for wrong in (matrix[:1], matrix[..., :3], matrix[:, 0]):
-        with pytest.raises(ValueError, match=r"matrix must have shape \[2, F, 4, 4\]"):
-            prope(x, wrong, frame, channels=4)
-    with pytest.raises(ValueError, match=r"frame must have shape \(2, 7\), got \(2, 6\)"):
-        prope(x, matrix, frame[:, 1:], channels=4)
-    with pytest.raises(TypeError, match=r"frame must be int32 or int64, got torch\.float32"):
-        prope(x, matrix, frame.float(), channels=4)
-    with pytest.raises(ValueError, match="matrix must be on cpu as the first tensor is, got meta"):
-        prope(x, matrix.to("meta"), frame, channels=4)
-    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
-        prope(x, matrix, frame, channels=4, backend="triton")

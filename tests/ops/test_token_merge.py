@@ -7,10 +7,8 @@ import torch
 from torch import Tensor
 from torch.nn.functional import conv2d
 
-from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops.token_merge import token_merge
 from mv2v_engine.testing import assert_within_budget
-from tests.ops.compiled import assert_compiles
 
 GRIDS = [(2, 2), (4, 10), (3, 5), (1, 7), (5, 4)]
 WIDTH, ROTARY = 12, 6
@@ -205,50 +203,3 @@ def test_strided_inputs() -> None:
     ):
         for value, plain in zip(got, expected, strict=True):
             torch.testing.assert_close(value, plain)
-
-
-def test_compiles_without_graph_breaks() -> None:
-    x, rope, kept, merged = _inputs((3, 5), torch.float32)
-    weight, bias, _ = _weight("dense", torch.float32)
-    assert_compiles(
-        lambda x: token_merge(
-            x, rope, kept, merged, grid=(3, 5), weight=weight, bias=bias, backend="auto"
-        ),
-        x,
-    )
-
-
-def test_rejects_bad_dtypes_and_devices() -> None:
-    x, rope, kept, merged = _inputs((3, 5), torch.float32)
-    with pytest.raises(TypeError, match=r"rope must be of a floating dtype, got torch.int64"):
-        token_merge(x, rope.long(), kept, merged, grid=(3, 5))
-    with pytest.raises(TypeError, match=r"kept must be int32 or int64, got torch.bool"):
-        token_merge(x, rope, kept.bool(), merged, grid=(3, 5))
-    with pytest.raises(ValueError, match="merged must be on cpu as the first tensor is, got meta"):
-        token_merge(x, rope, kept, merged.to("meta"), grid=(3, 5))
-    with pytest.raises(KernelUnavailableError, match=r"triton.*needs a CUDA device"):
-        token_merge(x, rope, kept, merged, grid=(3, 5), backend="triton")
-
-
-def test_rejects_bad_weights_and_selections() -> None:
-    x, rope, kept, merged = _inputs((3, 5), torch.float32)
-    with pytest.raises(ValueError, match=r"x must have shape .* got \(5, 15, 12\)"):
-        token_merge(x[0], rope, kept, merged, grid=(3, 5))
-    with pytest.raises(ValueError, match=r"kept must have shape \[2, frames\], got \(3,\)"):
-        token_merge(x, rope, kept[0], merged, grid=(3, 5))
-    with pytest.raises(ValueError, match=r"weight must have shape \[12, 12\] or"):
-        token_merge(x, rope, kept, merged, grid=(3, 5), weight=torch.zeros(12, 5, 2, 2))
-    with pytest.raises(ValueError, match=r"bias must have shape \(12,\), got \(4,\)"):
-        token_merge(x, rope, kept, merged, grid=(3, 5), weight=torch.eye(12), bias=torch.zeros(4))
-
-
-def test_rejects_bad_shapes() -> None:
-    x, rope, kept, merged = _inputs((3, 5), torch.float32)
-    with pytest.raises(ValueError, match=r"grid \(3, 4\)"):
-        token_merge(x, rope, kept, merged, grid=(3, 4))
-    with pytest.raises(ValueError, match="rope"):
-        token_merge(x, rope[:, :, :4], kept, merged, grid=(3, 5))
-    with pytest.raises(ValueError, match=r"kernel \(2, 2\), expected \(1, 2\)"):
-        token_merge(
-            x, rope, kept, merged, grid=(3, 5), kernel=(1, 2), weight=torch.zeros(12, 12, 2, 2)
-        )

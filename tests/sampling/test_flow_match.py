@@ -55,6 +55,16 @@ def _bent(latents: Tensor, timestep: float) -> Tensor:
     return torch.sin(3 * latents) + timestep / 1000 * latents.flip(0)
 
 
+def _walked(solver: Any, scheduler: Any) -> tuple[Tensor, Tensor]:
+    """Where our solver and a scheduler of diffusers' arrive in that field."""
+    ours = theirs = initial_noise((4, 5), 0)
+    for index, timestep in enumerate(scheduler.timesteps):
+        ours = solver.step(_bent(ours, float(timestep)), index, ours)
+        velocity = _bent(theirs, float(timestep))
+        theirs = scheduler.step(velocity, timestep, theirs, return_dict=False)[0]
+    return ours, theirs
+
+
 def test_euler_is_diffusers_flow_matching() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
@@ -63,12 +73,7 @@ def test_euler_is_diffusers_flow_matching() -> None:
     solver = EulerSolver(10, 5.0)
     torch.testing.assert_close(solver.sigmas, scheduler.sigmas.float(), rtol=0, atol=1e-6)
     torch.testing.assert_close(solver.timesteps, scheduler.timesteps.float(), rtol=0, atol=1e-3)
-    ours = theirs = initial_noise((4, 5), 0)
-    for index, timestep in enumerate(scheduler.timesteps):
-        ours = solver.step(_bent(ours, float(timestep)), index, ours)
-        theirs = scheduler.step(
-            _bent(theirs, float(timestep)), timestep, theirs, return_dict=False
-        )[0]
+    ours, theirs = _walked(solver, scheduler)
     torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-5)
 
 
@@ -102,12 +107,7 @@ def test_unipc_takes_diffusers_own_steps(steps: int) -> None:
     sigmas, timesteps = _wans(steps, 3.0)
     scheduler.sigmas, scheduler.timesteps = torch.tensor(sigmas), torch.tensor(timesteps)
     solver = UniPCSolver(steps, 3.0)
-    ours = theirs = initial_noise((4, 5), 0)
-    for index, timestep in enumerate(scheduler.timesteps):
-        ours = solver.step(_bent(ours, float(timestep)), index, ours)
-        theirs = scheduler.step(
-            _bent(theirs, float(timestep)), timestep, theirs, return_dict=False
-        )[0]
+    ours, theirs = _walked(solver, scheduler)
     assert torch.equal(ours, theirs)
 
 

@@ -602,13 +602,16 @@ def test_the_engine_reads_a_video_as_its_session_says(
 ) -> None:
     """Also when a worker opens the session again."""
     host = Host(Engine.from_pretrained(tiny_checkpoint, device="cpu"), max_open=1)
-    shutil.copy(long_clip, source_path(tmp_path))
-    opened = host._session({"id": "long", "frames": 23, "window": "last"}, tmp_path)
+    long, other = tmp_path / "long", tmp_path / "other"
+    for folder in (long, other):
+        folder.mkdir()
+    shutil.copy(long_clip, source_path(long))
+    opened = host._session({"id": "long", "frames": 23, "window": "last"}, long)
     assert opened.source.description["window"] == LONG.format(14, 22)
     with_alpha(tmp_path / "clip.mkv", "ffv1", "yuva420p", num_frames=9)
-    shutil.move(tmp_path / "clip.mkv", source_path(tmp_path))
+    shutil.move(tmp_path / "clip.mkv", source_path(other))
     known = {"id": "s", "frames": 9, "window": None, "size": "64x48"}
-    opened = host._session(known | {"fps": 12.5, "alpha": "white", "fit": "letterbox"}, tmp_path)
+    opened = host._session(known | {"fps": 12.5, "alpha": "white", "fit": "letterbox"}, other)
     assert opened.source.fps == 12.5 and "letterbox" not in host.about["source_fit"]
     frame = opened.source.frames[0].int()
     rows = (frame.shape[0] - frame.shape[1] // 2) // 2

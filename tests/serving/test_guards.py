@@ -86,6 +86,9 @@ async def test_each_token_has_its_own_sessions(config: ServingConfig, backend: A
         turn = await client.post(f"{place}/turns", json={"camera": "pan:5"}, headers=one)
         job = f"/v1/jobs/{turn.json()['id']}"
         assert (await client.get(job, headers=one)).status_code == 200
+        source = await client.get(f"{place}/source", headers=one)
+        assert source.content == b"a video"
+        assert source.headers["content-type"] == "application/octet-stream"
         for method, path in (
             ("GET", place),
             ("GET", f"{place}/turns"),

@@ -83,7 +83,7 @@ async def test_one_turn_of_a_session_at_a_time_in_the_order_asked(
     tmp_path: Path, held: FakeBackend
 ) -> None:
     held.capacity = 2
-    async with serving(tmp_path, held) as (service, _):
+    async with serving(tmp_path, held, max_sessions_open=1) as (service, _):
         first, second = await new_session(service), await new_session(service)
         jobs = [await asked(service, s) for s in (first, first, second, first)]
         await until(service, jobs[0], "started")
@@ -94,6 +94,9 @@ async def test_one_turn_of_a_session_at_a_time_in_the_order_asked(
         held.go.set()
         done = [await ended(service, job) for job in jobs]
         assert [job.number for job in done] == [1, 2, 1, 3]
+        # as many are remembered as sessions are open
+        known = [(await service.footprint("", s.id)).next_turn_tokens for s in (first, second)]
+        assert sorted(bool(tokens) for tokens in known) == [False, True]
         assert set(held.made.values()) == {1}
     check_store(tmp_path)
 
