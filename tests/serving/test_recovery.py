@@ -100,7 +100,8 @@ async def test_a_turn_that_kills_the_service_each_time_is_given_up(tmp_path: Pat
         backend.go.clear()
         service = await started(tmp_path, backend)
         if job is None:
-            _, (job,) = await begun(service)
+            job = await asked(service, await new_session(service))
+        await until(service, job, "started")
         assert (await service.job("", job.id)).attempts == attempt
         await abandon(service)
     assert job is not None
