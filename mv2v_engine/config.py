@@ -50,6 +50,7 @@ TextOffload = Literal["auto", "always", "never"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
 StreamPolicy = Literal["memrope", "sink", "window", "all"]
 QuantizeName = Literal["int8", "fp8"]
+Offload = Literal["blocks"]
 
 MAX_STEPS = 1000
 # solvers of weights that are distilled to few steps without guidance: how many they have tables for
@@ -384,6 +385,12 @@ class EngineConfig:
     text_offload: TextOffload = setting(
         "auto", BUDGET, "move the text encoder to the host; auto: if turns have no room beside"
     )
+    offload: Offload | None = setting(
+        None,
+        BUDGET,
+        "blocks: the transformer's blocks wait on the host, and the next one's weights are copied "
+        "while one computes; all are on the device if not given",
+    )
     batch_tokens: int | None = setting(
         None,
         BUDGET,
@@ -423,6 +430,12 @@ class EngineConfig:
             raise RequestError(
                 'graphs="on" cannot be met with a step_cache: its steps find what earlier ones '
                 'left; use graphs="auto"'
+            )
+
+        if self.graphs == "on" and self.offload is not None:
+            raise RequestError(
+                'graphs="on" cannot be met with offload="blocks": weights that come from the host '
+                'at every step are no part of a graph; use graphs="auto"'
             )
 
     def _check_parallel(self) -> None:

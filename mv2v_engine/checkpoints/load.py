@@ -23,6 +23,7 @@ from mv2v_engine.checkpoints.resolve import Resolution, resolve
 from mv2v_engine.checkpoints.weights import WeightReader
 from mv2v_engine.config import (
     ConditioningMode,
+    Offload,
     QuantizeName,
     SamplingConfig,
     StreamConfig,
@@ -99,6 +100,7 @@ def load_checkpoint(
     rename: Path | str | None = None,
     lora: Iterable[tuple[Path | str, float]] = (),
     quantize: QuantizeName | None = None,
+    offload: Offload | None = None,
     check_weights: bool = True,
     with_components: bool = True,
     causal: bool = False,
@@ -113,6 +115,7 @@ def load_checkpoint(
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
         lora: files and strengths, merged into the weights in float32, one after the other.
         quantize: store the blocks' linear weights in eight bits, made of what they are by then.
+        offload: leave the blocks' weights on the host, from where a forward takes them one by one.
         check_weights: refuse weights that are not finite, in a file or after the cast to `dtype`.
         with_components: of a hub name, fetch the VAE and the text encoder beside it too.
         causal: the model was trained to make frames block by block, as no tensor tells.
@@ -124,10 +127,13 @@ def load_checkpoint(
     """
     renames = read_renames(Path(rename)) if rename is not None else None
     loras = find_loras(lora)
-    place = fetch_checkpoint(path_or_name, renames, with_components=with_components, causal=causal)
-    resolution = resolve(detect(place, renames, causal=causal), loras).quantized(quantize)
+    path = fetch_checkpoint(path_or_name, renames, with_components=with_components, causal=causal)
+    resolution = resolve(detect(path, renames, causal=causal), loras).quantized(quantize)
     resolution.require_loadable()
-    _fill(resolution, torch.device(device), dtype, check_weights=check_weights)
+    place, home = torch.device(device), None if offload is None else torch.device("cpu")
+    _fill(resolution, place, dtype, home=home, check_weights=check_weights)
+    if offload is not None:
+        resolution.model.offload_blocks(place)
     return Checkpoint(
         name=resolution.name,
         format=resolution.detected.format,
@@ -188,9 +194,10 @@ def _fill(
     device: torch.device,
     dtype: torch.dtype | None,
     *,
+    home: torch.device | None,
     check_weights: bool,
 ) -> None:
-    """Give every parameter of the meta model its data."""
+    """Give every parameter of the meta model its data. home: of the blocks; None: as the rest."""
     faults: list[str] = []
     model = resolution.model
     if resolution.quantize is not None:
@@ -203,12 +210,13 @@ def _fill(
             tensor = reader.read(source.info)
             wanted = dtype or tensor.dtype
             kept = stored_dtype(model, name, wanted)
+            own = home if home is not None and name.startswith("blocks.") else device
             if merger.changes(name):
                 tensor = merger.merged(name, tensor, dtype=kept, device=device)
-                copied = _shaped(tensor, source)
+                copied = _shaped(tensor, source).to(own)
             else:
                 # a copy even when nothing changes: the file must not stay mapped
-                copied = _shaped(tensor, source).to(device, kept, copy=True)
+                copied = _shaped(tensor, source).to(own, kept, copy=True)
             _place(model, name, copied.contiguous())
             if check_weights and (fault := weight_fault(source.info.key, copied, tensor)):
                 faults.append(fault)

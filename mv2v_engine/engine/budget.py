@@ -15,14 +15,21 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.checkpoints.load import stored_dtype
-from mv2v_engine.config import EngineConfig, QuantizeName, SamplingConfig, TransformerConfig
+from mv2v_engine.config import (
+    EngineConfig,
+    Offload,
+    QuantizeName,
+    SamplingConfig,
+    TransformerConfig,
+)
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.engine.counting import vae_peak_bytes
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.quantized import large_linears
+from mv2v_engine.models.offload import NUM_PLACES, buffer_bytes, places_bytes
+from mv2v_engine.models.quantized import OWN_DTYPES, large_linears, quantize_linears
 from mv2v_engine.progress import Spans
 from mv2v_engine.shapes import TextShape
 from mv2v_engine.tokens.flops import conditioning_bytes
@@ -48,8 +55,8 @@ class Footprint:
     alone. cache: the latent memory's share. video: latents of one. copies_memory: remembered
     videos are copied out of an arena. embedding: of one prompt. encode, decode, embed: the most
     that the VAE and the text encoder make. workspace: what libraries and captured steps keep;
-    arena: for these, what static conditioning keeps. quantizable: what `quantize` would save of the
-    transformer.
+    arena: for these, what static conditioning keeps. quantizable, offloadable: what `quantize` and
+    `offload` would save of the transformer.
     """
 
     transformer: int
@@ -67,6 +74,7 @@ class Footprint:
     arena: int
     execution: Execution
     quantizable: int = 0
+    offloadable: int = 0
 
     @property
     def resident(self) -> int:
@@ -137,7 +145,7 @@ class Budget:
         if text is not None:
             embed = _embed_bytes(text.model.config, text.max_length, text.dtype)
         return Footprint(
-            transformer=module_bytes(parts.transformer),
+            transformer=transformer_bytes(parts),
             vae=module_bytes(parts.vae.model),
             text=0 if text is None else module_bytes(text.model),
             is_text_offloaded=text is not None and text.is_offloaded,
@@ -157,9 +165,8 @@ class Budget:
                 residuals=_BRANCHES if config.step_cache is not None else 0,
                 is_quantized=config.quantize is not None,
             ),
-            quantizable=0
-            if config.quantize
-            else _quantizable_bytes(parts.transformer, parts.dtype),
+            quantizable=0 if config.quantize else _quantizable_here(parts),
+            offloadable=0 if config.offload else _offloadable_bytes(parts),
         )
 
     def predict(self, plan: TokenPlan) -> Prediction:
@@ -175,7 +182,7 @@ class Budget:
             free, _ = torch.cuda.mem_get_info(parts.device)
             unused = torch.cuda.memory_reserved(parts.device)
             unused -= torch.cuda.memory_allocated(parts.device)
-            own = module_bytes(parts.transformer) + module_bytes(parts.vae.model)
+            own = transformer_bytes(parts) + module_bytes(parts.vae.model)
             if parts.text is not None and not parts.text.is_offloaded:
                 own += module_bytes(parts.text.model)
             own += sum(parts.graphs.bytes().values())
@@ -256,6 +263,9 @@ class Budget:
                 execution=replace(footprint.execution, is_quantized=True),
             )
             yield 'quantize="int8"', (light, plan)
+        if footprint.offloadable and self.parts.device.type == "cuda":
+            waiting = footprint.transformer - footprint.offloadable
+            yield 'offload="blocks"', (replace(footprint, transformer=waiting, offloadable=0), plan)
         if plan.merge == "off" and plan.shape.merger is not None:
             yield 'merge="conv"', (footprint, replace(plan, merge="conv"))
         if plan.conditioning == "static":
@@ -284,6 +294,35 @@ def module_bytes(module: nn.Module) -> int:
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
+def transformer_bytes(parts: Parts) -> int:
+    """Bytes of a transformer's weights on its device; of offloaded blocks, of their places there.
+
+    A CPU's blocks wait where its places are.
+    """
+    transformer, offload = parts.transformer, parts.transformer.offload
+    own = module_bytes(transformer)
+    if offload is not None:
+        own += offload.num_bytes
+        if parts.device.type != "cpu":
+            own -= module_bytes(transformer.blocks)
+    return own
+
+
+def _quantizable_here(parts: Parts) -> int:
+    """What eight bits would save on the device, where offloaded blocks have places alone."""
+    transformer = parts.transformer
+    saved = _quantizable_bytes(transformer, parts.dtype)
+    if transformer.offload is None:
+        return saved
+    of_places = saved * len(transformer.offload.places) // len(transformer.blocks)
+    return of_places + (saved if parts.device.type == "cpu" else 0)
+
+
+def _offloadable_bytes(parts: Parts) -> int:
+    blocks = parts.transformer.blocks
+    return module_bytes(blocks) - places_bytes(list(blocks))
+
+
 def shape_footprint(
     shape: TransformerConfig,
     sampling: SamplingConfig,
@@ -292,6 +331,7 @@ def shape_footprint(
     *,
     cached: int,
     quantize: QuantizeName | None = None,
+    offload: Offload | None = None,
 ) -> Footprint:
     """The `Budget.footprint` of an engine on a GPU in bfloat16 that nobody has loaded.
 
@@ -303,13 +343,19 @@ def shape_footprint(
     encode, decode = vae_peak_bytes(coder, sampling.num_frames, sampling.size)
     video = math.prod(coder.latent_shape(sampling.num_frames, sampling.size))
     video *= torch.float32.itemsize
-    weights = sum(
-        weight.numel() * stored_dtype(transformer, name, torch.bfloat16).itemsize
-        for name, weight in transformer.named_parameters()
+    if quantize is not None:
+        with without_memory():
+            quantize_linears(transformer, quantize)
+    weights = _sizes_as(transformer, torch.bfloat16)
+    blocks = {name: count for name, count in weights.items() if name.startswith("blocks.")}
+    places = sum(
+        buffer_bytes(count for name, count in blocks.items() if name.startswith(f"blocks.{place}."))
+        for place in range(NUM_PLACES)
     )
-    saved = _quantizable_bytes(transformer, torch.bfloat16)
+    saved = 0 if quantize is not None else _quantizable_bytes(transformer, torch.bfloat16)
+    waiting = sum(blocks.values()) - places
     return Footprint(
-        transformer=weights - (0 if quantize is None else saved),
+        transformer=sum(weights.values()) - (waiting if offload is not None else 0),
         vae=size * sum(weight.numel() for weight in autoencoder.parameters()),
         text=0 if text is None else size * text.num_parameters,
         is_text_offloaded=False,
@@ -325,8 +371,23 @@ def shape_footprint(
         execution=Execution(
             size, EngineConfig().feed_forward_chunk, is_quantized=quantize is not None
         ),
-        quantizable=saved if quantize is None else 0,
+        quantizable=saved,
+        offloadable=waiting if offload is None else 0,
     )
+
+
+def _sizes_as(transformer: MV2VTransformer, dtype: torch.dtype) -> dict[str, int]:
+    """Bytes of every weight, loaded as a dtype."""
+    tensors = (*transformer.named_parameters(), *transformer.named_buffers())
+    return {
+        name: weight.numel()
+        * (
+            weight.itemsize
+            if name.endswith(OWN_DTYPES)
+            else stored_dtype(transformer, name, dtype).itemsize
+        )
+        for name, weight in tensors
+    }
 
 
 def _quantizable_bytes(transformer: MV2VTransformer, dtype: torch.dtype) -> int:

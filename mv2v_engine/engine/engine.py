@@ -139,6 +139,7 @@ class Engine(Parts):
                     rename=rename,
                     lora=config.lora,
                     quantize=config.quantize,
+                    offload=config.offload,
                     check_weights=config.check_weights,
                     with_components=False,
                 )

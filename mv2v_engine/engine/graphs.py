@@ -150,6 +150,8 @@ def open_graphs(config: EngineConfig, device: torch.device) -> Graphs:
     """
     if config.graphs == "off":
         return Graphs("off", 0, None, "graphs are off")
+    if config.offload is not None:
+        return Graphs(config.graphs, 0, None, "the blocks' weights come from the host every step")
     try:
         return Graphs(config.graphs, config.graph_bytes, open_recorder(device), None)
     except KernelUnavailableError as error:

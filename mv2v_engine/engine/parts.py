@@ -67,6 +67,7 @@ _OF_THE_WEIGHTS = (
     "parallel",
     "lora",
     "quantize",
+    "offload",
     "decoder",
 )
 
@@ -119,6 +120,7 @@ def load_parts(
         rename=rename,
         lora=config.lora,
         quantize=config.quantize,
+        offload=config.offload,
         check_weights=is_checked,
         with_components=given is None,
         causal=causal,
@@ -405,6 +407,7 @@ class Parts:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             **({"quantize": self.config.quantize} if self.config.quantize else {}),
+            **({"offload": self.config.offload} if self.config.offload else {}),
             "backend": self.backend,
             "attention": self.attention,
             "scheduler": self.scheduler,

@@ -13,6 +13,8 @@ from collections.abc import Callable
 from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
+from itertools import chain
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +26,7 @@ from mv2v_engine.models.camera_encoder import frame_cameras
 from mv2v_engine.models.kept import ConditioningCache, KeysValues, TargetResidual
 from mv2v_engine.models.merging import Merger, MergeRecord, merged
 from mv2v_engine.models.modulation import ConditionEmbedder
+from mv2v_engine.models.offload import BlockOffload
 from mv2v_engine.models.rope import table_on
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.models.sequence import Sequence
@@ -69,6 +72,16 @@ class MV2VTransformer(nn.Module):
         self.responsiveness_heads: HeadMode = "concat"
         # training: keep every block's input alone and compute the rest again on the way back
         self.gradient_checkpointing = False
+        # where the blocks' weights wait on the host
+        self.offload: BlockOffload | None = None
+
+    def offload_blocks(self, device: torch.device) -> None:
+        """Let the blocks' weights, which lie on the host, come to a device block by block."""
+        self.offload = BlockOffload(list(self.blocks), device)
+
+    def _places(self) -> list[nn.Module]:
+        """The modules that run in the place of offloaded blocks."""
+        return [] if self.offload is None else self.offload.places
 
     def set_backend(self, backend: str, attention: str | None = None) -> None:
         """Run every operation on a resolved backend (`ops.backend.resolve`).
@@ -77,7 +90,7 @@ class MV2VTransformer(nn.Module):
             or the reference under the reference and native.
         """
         attention = attention or ("reference" if backend in ("reference", "native") else "auto")
-        for module in self.modules():
+        for module in chain(self.modules(), *(place.modules() for place in self._places())):
             if hasattr(module, "backend"):
                 module.backend = backend  # type: ignore[assignment]
             if hasattr(module, "attention_backend"):
@@ -85,8 +98,8 @@ class MV2VTransformer(nn.Module):
 
     def set_feed_forward_chunk(self, chunk: int | None) -> None:
         """Tokens that a block's feed-forward takes at once without gradients; None takes all."""
-        for block in self.blocks:
-            block.ffn.chunk = chunk  # type: ignore[assignment]
+        for block in (*self.blocks, *self._places()):
+            cast(Block, block).ffn.chunk = chunk
 
     def forward(
         self,
@@ -158,15 +171,17 @@ class MV2VTransformer(nn.Module):
         embedded = _targets(sequence, samples)
         merges = any(sample.plan.merge != "off" and not sample.is_kept for sample in samples)
         merging_blocks = self.config.merging_blocks if merges else ()
-        for index, block in enumerate(self._layers()):
+        blocks = self.blocks if self.offload is None else self.offload.resident()
+        for index, block in enumerate(blocks):
             if index in merging_blocks:
-                sequence = self._merge(index, sequence, samples)
+                sequence = self._merge(index, cast(Block, block), sequence, samples)
+            run = self._layer(block)
             if sequence.static_temb_6 is not None:
-                x = _static(block, sequence, samples[0].kept)
+                x = _static(run, sequence, samples[0].kept)
             else:
                 stream = samples[0].stream
                 layer = None if stream is None else stream.layers[index]
-                x, _ = block(sequence, _of_block(kept, index), False, layer)
+                x, _ = run(sequence, _of_block(kept, index), False, layer)
             sequence = replace(sequence, x=x)
             del x  # a merge before the next block does not need them
         for sample, before, after in zip(
@@ -231,25 +246,26 @@ class MV2VTransformer(nn.Module):
         ).over(sample.ranks)
         return sequence.with_frame_timesteps() if sample.timestep.ndim == 2 else sequence
 
-    def _merge(self, index: int, sequence: Sequence, samples: Series[Sample]) -> Sequence:
+    def _merge(
+        self, index: int, block: Block, sequence: Sequence, samples: Series[Sample]
+    ) -> Sequence:
         """The tokens as they enter merging block `index`; what is kept has merged before."""
         own = sequence.split()
         fused = [
             part
             if sample.plan.merge == "off" or sample.is_kept
-            else merged(self, index, part, sample.plan, sample.records)
+            else merged(self, index, block, part, sample.plan, sample.records)
             for part, sample in zip(own, samples, strict=True)
         ]
         has_merged = any(after is not before for after, before in zip(fused, own, strict=True))
         return Sequence.packed(fused) if has_merged else sequence
 
-    def _layers(self) -> Series[_Layer]:
-        """The blocks, of which training keeps the inputs alone where it is told to."""
+    def _layer(self, block: nn.Module) -> _Layer:
+        """A block, of which training keeps the inputs alone where it is told to."""
         if not (self.gradient_checkpointing and torch.is_grad_enabled()):
-            return list(self.blocks)
+            return block
         # nothing here draws random numbers, so their state need not be kept
-        again = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-        return [partial(again, block) for block in self.blocks]
+        return partial(checkpoint, block, use_reentrant=False, preserve_rng_state=False)
 
     def _head(self, sequence: Sequence, sample: Sample) -> Tensor:
         shard = sequence.shard and sequence.shard.alone(0)

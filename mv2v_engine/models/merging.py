@@ -68,13 +68,14 @@ class Merger(nn.Module):
 def merged(
     model: MV2VTransformer,
     index: int,
+    block: Block,
     sequence: Sequence,
     plan: TokenPlan,
     records: list[MergeRecord] | None,
 ) -> Sequence:
     """One sample's sequence as it enters merging block `index`; itself where nothing merges.
 
-    records: receives what was merged.
+    block: that block, with its weights on the device. records: receives what was merged.
     """
     layout, counts = sequence.layout, plan.merge_counts(sequence.layout)
     # nothing to choose: the plan counts no responsiveness here either
@@ -82,7 +83,7 @@ def merged(
         return sequence
     with torch.no_grad():
         whole = sequence.whole()
-        scores = responsiveness(model, model.blocks[index], sequence, whole)  # type: ignore[arg-type]
+        scores = responsiveness(model, block, sequence, whole)
     if plan.scope == "joint":
         counts = joint_counts(scores, sequence, plan.merge_fraction)
     step = plan.step_at(index, layout, counts)

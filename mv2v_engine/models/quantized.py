@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from mv2v_engine.config import QuantizeName
 
+# what keeps its dtype whatever the tokens' is
+OWN_DTYPES = (".stored", ".scale")
 _DTYPES: dict[QuantizeName, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 

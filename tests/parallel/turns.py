@@ -27,7 +27,9 @@ from mv2v_engine.models.block import Block
 from mv2v_engine.progress import Event, StepDone
 
 STATIC: dict[str, Any] = {"conditioning": "static", "memory": "retrieved", "merge": "conv"}
-CONFIG = EngineConfig(**STATIC, parallel=ParallelConfig(context=2, timeout_seconds=240))
+CONFIG = EngineConfig(
+    **STATIC, offload="blocks", parallel=ParallelConfig(context=2, timeout_seconds=240)
+)
 
 
 def said(work: Callable[[], object]) -> str:
