@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean, median
@@ -33,7 +34,8 @@ from mv2v_engine.synthetic.edit_clips import EditClip, make_edit_clip
 
 COLUMNS = "weights megabytes latents_psnr worst_latents_psnr psnr agreement truth_psnr time_ratio"
 # twice as they are: how far two runs of the same differ in time
-_WEIGHTS: dict[str, Any] = {"float32": None, "float32 again": None, "int8": "int8", "fp8": "fp8"}
+EXACT: dict[str, dict[str, Any]] = {"float32": {}, "float32 again": {}}
+_WEIGHTS = EXACT | {kind: {"config": EngineConfig(quantize=kind)} for kind in ("int8", "fp8")}
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,14 +67,12 @@ def latents_psnr(latents: torch.Tensor, exact: torch.Tensor) -> float:
     return float(10 * torch.log10((exact.max() - exact.min()) ** 2 / error))
 
 
-def measure(name: str, seeds: range, steps: int) -> list[dict[str, Any]]:
+def measure(
+    name: str, seeds: range, steps: int, weights: Mapping[str, dict[str, Any]] = _WEIGHTS
+) -> list[dict[str, Any]]:
     """A row a kind of weights: means over scenes, the worst latents, the median of time ratios."""
-    engines = {
-        label: Engine.from_pretrained(
-            name, device="cpu", dtype=torch.float32, config=EngineConfig(quantize=kind)
-        )
-        for label, kind in _WEIGHTS.items()
-    }
+    given = {"device": "cpu", "dtype": torch.float32}
+    engines = {label: Engine.from_pretrained(name, **given | own) for label, own in weights.items()}
     found: dict[str, list[dict[str, Any]]] = {label: [] for label in engines}
     for seed in seeds:
         whole = engines["float32"]
@@ -88,7 +88,7 @@ def measure(name: str, seeds: range, steps: int) -> list[dict[str, Any]]:
             if label != "float32":
                 turn, seconds = scene.last_turn(engine, steps)
             measures = scene.measure(turn, exact) | {"time_ratio": seconds / exact_seconds}
-            if engine.config.quantize is not None:
+            if label not in EXACT:
                 measures["latents_psnr"] = latents_psnr(turn.latents, exact.latents)
             found[label].append(measures)
     return [_row(label, engines[label], scenes) for label, scenes in found.items()]
@@ -99,7 +99,7 @@ def _row(label: str, engine: Engine, scenes: list[dict[str, Any]]) -> dict[str, 
     row["megabytes"] = digits(module_bytes(engine.transformer) / 1e6)
     for name in ("latents_psnr", "psnr", "agreement", "truth_psnr"):
         values = [scene[name] for scene in scenes if scene.get(name) is not None]
-        is_known = engine.config.quantize is not None or name in ("agreement", "truth_psnr")
+        is_known = label not in EXACT or name in ("agreement", "truth_psnr")
         row[name] = digits(mean(values)) if values and is_known else None
     psnrs = [scene["latents_psnr"] for scene in scenes if "latents_psnr" in scene]
     row["worst_latents_psnr"] = digits(min(psnrs)) if psnrs else None

@@ -33,6 +33,7 @@ from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import save_json, save_tensors
 from mv2v_engine.finite import refuse_weights, weight_fault
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.linear import Linear
 from mv2v_engine.models.quantized import QuantizedLinear, quantize_linears
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
 
@@ -97,6 +98,7 @@ def load_checkpoint(
     *,
     device: torch.device | str = "cpu",
     dtype: torch.dtype | None = None,
+    products: torch.dtype | None = None,
     rename: Path | str | None = None,
     lora: Iterable[tuple[Path | str, float]] = (),
     quantize: QuantizeName | None = None,
@@ -112,6 +114,7 @@ def load_checkpoint(
             hub's `owner/name`, `owner/name@revision` or `owner/name:path`, which is fetched.
         dtype: of the parameters; None keeps what the file has, and float32 for float8 with scales.
             Under bfloat16 and float16 the model's `keep_in_fp32_modules` stay float32.
+        products: of the linear layers of the blocks; None as `dtype`.
         rename: a JSON file {"their.key": "our.key"} for what cannot be inferred.
         lora: files and strengths, merged into the weights in float32, one after the other.
         quantize: store the blocks' linear weights in eight bits, made of what they are by then.
@@ -131,7 +134,7 @@ def load_checkpoint(
     resolution = resolve(detect(path, renames, causal=causal), loras).quantized(quantize)
     resolution.require_loadable()
     place, home = torch.device(device), None if offload is None else torch.device("cpu")
-    _fill(resolution, place, dtype, home=home, check_weights=check_weights)
+    _fill(resolution, place, dtype, products, home=home, check_weights=check_weights)
     if offload is not None:
         resolution.model.offload_blocks(place)
     return Checkpoint(
@@ -193,6 +196,7 @@ def _fill(
     resolution: Resolution,
     device: torch.device,
     dtype: torch.dtype | None,
+    products: torch.dtype | None,
     *,
     home: torch.device | None,
     check_weights: bool,
@@ -209,7 +213,7 @@ def _fill(
         for name, source in sources:
             tensor = reader.read(source.info)
             wanted = dtype or tensor.dtype
-            kept = stored_dtype(model, name, wanted)
+            kept = stored_dtype(model, name, wanted, products)
             own = home if home is not None and name.startswith("blocks.") else device
             if merger.changes(name):
                 tensor = merger.merged(name, tensor, dtype=kept, device=device)
@@ -250,14 +254,20 @@ def _place(model: nn.Module, name: str, tensor: Tensor) -> None:
     module.register_parameter(leaf, nn.Parameter(tensor, requires_grad=requires_grad))
 
 
-def stored_dtype(model: nn.Module, name: str, dtype: torch.dtype) -> torch.dtype:
+def stored_dtype(
+    model: nn.Module, name: str, dtype: torch.dtype, products: torch.dtype | None = None
+) -> torch.dtype:
     """float32 for what the model keeps so under half precision, else the dtype asked for.
 
-    Also for what is quantised when it is placed, which is then rounded once.
+    Also for what is quantised when it is placed, which is then rounded once. products: of the
+    linear layers of the blocks, if it is another one.
     """
     module, _, leaf = name.rpartition(".")
-    if leaf == "weight" and isinstance(model.get_submodule(module), QuantizedLinear):
+    owner = model.get_submodule(module)
+    if leaf == "weight" and isinstance(owner, QuantizedLinear):
         return torch.float32
+    if products is not None and isinstance(owner, Linear):
+        return products
     kept: tuple[str, ...] = getattr(model, "keep_in_fp32_modules", ())
     is_half = dtype in (torch.bfloat16, torch.float16)
     return torch.float32 if is_half and set(name.split(".")) & set(kept) else dtype

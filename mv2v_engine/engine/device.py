@@ -8,6 +8,7 @@ from mv2v_engine.arguments import mistaken
 from mv2v_engine.config import ParallelConfig
 from mv2v_engine.envs import local_rank
 from mv2v_engine.errors import RequestError
+from mv2v_engine.ops.backend import has_bfloat16_products
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
@@ -60,10 +61,22 @@ def transformer_dtype(dtype: torch.dtype | None, place: torch.device) -> torch.d
     """The dtype of a transformer on a device; None takes bfloat16 on CUDA, else float32.
 
     Raises:
-        RequestError: it is no floating-point dtype that layers compute in.
+        RequestError: it is no floating-point dtype that layers compute in, or this CPU has no
+            bfloat16.
     """
     if dtype is None:
         return torch.bfloat16 if place.type == "cuda" else torch.float32
     if not isinstance(dtype, torch.dtype) or dtype not in _DTYPES:
         raise mistaken("dtype", dtype, " or ".join(map(str, _DTYPES)))
+    if dtype == torch.bfloat16 and place.type == "cpu" and not has_bfloat16_products():
+        raise RequestError(
+            "dtype=bfloat16 on a CPU needs one that multiplies it (avx512_bf16 or amx_bf16), and "
+            "this one does not; leave dtype out, or use dtype=float32"
+        )
     return dtype
+
+
+def dtype_of_tokens(dtype: torch.dtype, place: torch.device) -> torch.dtype:
+    """A transformer's tokens' where its products are of `dtype`: on a CPU, which gains nothing
+    else by bfloat16, that is the products' alone."""
+    return torch.float32 if dtype == torch.bfloat16 and place.type == "cpu" else dtype

@@ -18,7 +18,7 @@ from mv2v_engine.checkpoints.load import load_checkpoint
 from mv2v_engine.config import MAX_GUIDANCE_SCALE, Alpha, EngineConfig, Fit, StreamConfig
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
-from mv2v_engine.engine.device import rank_device, transformer_dtype
+from mv2v_engine.engine.device import dtype_of_tokens, rank_device, transformer_dtype
 from mv2v_engine.engine.folder import SessionFolder, kept_for_one
 from mv2v_engine.engine.knowledge import source_warnings
 from mv2v_engine.engine.parts import (
@@ -72,7 +72,8 @@ class Engine(Parts):
             path_or_name: an embedded name, a file or folder, or a hub's `owner/name`,
                 `owner/name@revision` or `owner/name:path`, of which what is needed is fetched.
             device: None takes CUDA if there is one.
-            dtype: the transformer's; None is bfloat16 on CUDA, float32 elsewhere.
+            dtype: the transformer's; None is bfloat16 on CUDA, float32 elsewhere. On a CPU
+                bfloat16 is that of the blocks' weights and their products, all else is float32.
             components: a folder with VAE, text encoder and tokenizer, of diffusers' layout, Wan's
                 or ComfyUI's, for a checkpoint that is a transformer alone (ReCamMaster, Memory-V2V,
                 original Wan files); or the name of such a repository.
@@ -131,11 +132,13 @@ class Engine(Parts):
         ranks = Ranks(config.parallel, place)
         try:
             with ranks.together():
+                products = transformer_dtype(dtype, place)
                 # a rank that runs parts of steps needs no VAE and no text encoder
                 checkpoint = load_checkpoint(
                     path_or_name,
                     device=place,
-                    dtype=transformer_dtype(dtype, place),
+                    dtype=dtype_of_tokens(products, place),
+                    products=products,
                     rename=rename,
                     lora=config.lora,
                     quantize=config.quantize,

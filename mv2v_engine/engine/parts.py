@@ -12,7 +12,7 @@ from copy import copy
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -27,6 +27,7 @@ from mv2v_engine.engine.descriptors import (
     check_descriptor,
     open_describer,
 )
+from mv2v_engine.engine.device import dtype_of_tokens
 from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.request import check_text
 from mv2v_engine.engine.team import Team
@@ -34,6 +35,7 @@ from mv2v_engine.engine.turn import RecentFrames
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
+from mv2v_engine.models.block import Block
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
@@ -108,7 +110,8 @@ def load_parts(
     """Load what `Engine.from_pretrained` makes an engine of."""
     # refuse before anything large is read
     resolve(config.backend, place)
-    resolve_attention(config, place, dtype)
+    tokens = dtype_of_tokens(dtype, place)
+    resolve_attention(config, place, tokens)
     open_graphs(config, place)
     check_descriptor(config)
     given = None if components is None else fetch_components(components)
@@ -116,7 +119,8 @@ def load_parts(
     checkpoint = load_checkpoint(
         path_or_name,
         device=place,
-        dtype=dtype,
+        dtype=tokens,
+        products=dtype,
         rename=rename,
         lora=config.lora,
         quantize=config.quantize,
@@ -260,7 +264,7 @@ class Parts:
         self.recent_frames = RecentFrames(config.frames_bytes)
 
     def __repr__(self) -> str:
-        dtype = str(self.dtype).removeprefix("torch.")
+        dtype = str(self.products).removeprefix("torch.")
         task = "edits" if self.is_editor else "novel views"
         return f"{type(self).__name__}({self.checkpoint.name!r}, {task}, {dtype} on {self.device})"
 
@@ -372,6 +376,11 @@ class Parts:
         """The dtype of the transformer's tokens."""
         return self.transformer.patch_embedding.weight.dtype
 
+    @property
+    def products(self) -> torch.dtype:
+        """The dtype of the blocks' weights as their products take them."""
+        return cast(Block, self.transformer.blocks[0]).attn1.to_q.bias.dtype
+
     def text_embedding(self, prompt: str) -> Tensor:
         """[1, S, text_dim]; zeros for a checkpoint without text."""
         return self.text_embeddings([prompt])[0]
@@ -405,7 +414,7 @@ class Parts:
             **({"lora": [lora.to_dict() for lora in loras]} if loras else {}),
             **({"decoder": self._decoder()} if self.config.decoder else {}),
             "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
+            "dtype": str(self.products).removeprefix("torch."),
             **({"quantize": self.config.quantize} if self.config.quantize else {}),
             **({"offload": self.config.offload} if self.config.offload else {}),
             "backend": self.backend,

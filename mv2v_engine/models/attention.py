@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.models.kept import KeysValues
+from mv2v_engine.models.linear import Linear
 from mv2v_engine.ops.attention import attention, attention_varlen
 from mv2v_engine.ops.attention_libraries import Pack
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
@@ -26,10 +27,10 @@ class _Projections(nn.Module):
     def __init__(self, dim: int, num_heads: int, eps: float) -> None:
         super().__init__()
         self.num_heads, self.eps = num_heads, eps
-        self.to_q = nn.Linear(dim, dim)
-        self.to_k = nn.Linear(dim, dim)
-        self.to_v = nn.Linear(dim, dim)
-        self.to_out = nn.ModuleList([nn.Linear(dim, dim)])
+        self.to_q = Linear(dim, dim)
+        self.to_k = Linear(dim, dim)
+        self.to_v = Linear(dim, dim)
+        self.to_out = nn.ModuleList([Linear(dim, dim)])
         self.norm_q = RMSNormWeight(dim)
         self.norm_k = RMSNormWeight(dim)
         self.backend = "reference"

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.config import TransformerConfig
+from mv2v_engine.models.linear import Linear
 from mv2v_engine.tokens.plan import TokenPlan
 
 POSE_DIM = 12
@@ -26,9 +27,9 @@ def camera_encoder(dim: int) -> nn.Linear:
     return encoder
 
 
-def camera_projector(dim: int) -> nn.Linear:
+def camera_projector(dim: int) -> Linear:
     """`projector` after self-attention: the identity at the start."""
-    projector = nn.Linear(dim, dim)
+    projector = Linear(dim, dim)
     nn.init.eye_(projector.weight)
     nn.init.zeros_(projector.bias)
     return projector

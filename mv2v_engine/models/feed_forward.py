@@ -8,17 +8,19 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.models.linear import Linear, narrowed
 from mv2v_engine.ops.linear_gelu import linear_gelu
 
 
 class _GELU(nn.Module):
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.proj = nn.Linear(dim, hidden)
+        self.proj = Linear(dim, hidden)
         self.backend = "reference"
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear_gelu(x, self.proj.weight, self.proj.bias, backend=self.backend)
+        weight = self.proj.weight
+        return linear_gelu(narrowed(x, weight), weight, self.proj.bias, backend=self.backend)
 
 
 class FeedForward(nn.Module):
@@ -26,26 +28,32 @@ class FeedForward(nn.Module):
 
     chunk: tokens whose hidden rows [chunk, H] are alive at once; None takes all together. A graph
     for gradients keeps every hidden row anyway, and a compiler fuses for itself: both take all.
+    Hidden rows are of the weights' dtype.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
         super().__init__()
-        self.net = nn.ModuleList([_GELU(dim, hidden), nn.Identity(), nn.Linear(hidden, dim)])
+        self.net = nn.ModuleList([_GELU(dim, hidden), nn.Identity(), Linear(hidden, dim)])
         self.chunk: int | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         is_whole = self.chunk is None or x.shape[:-1].numel() <= self.chunk
         if is_whole or torch.is_grad_enabled() or torch.compiler.is_compiling():
             out: Tensor = self.net[2](self.net[0](x))
-            return out
+            return out.to(x.dtype)
         return self._by_chunks(x)
 
     def _by_chunks(self, x: Tensor) -> Tensor:
         rows_RC, last = x.reshape(-1, x.shape[-1]), self.net[2]
-        assert isinstance(last, nn.Linear) and self.chunk is not None
+        assert isinstance(last, Linear) and self.chunk is not None
         out_RC = rows_RC.new_empty(len(rows_RC), last.out_features)
         for start in range(0, len(rows_RC), self.chunk):
             rows = slice(start, start + self.chunk)
-            torch.addmm(last.bias, self.net[0](rows_RC[rows]), last.weight.t(), out=out_RC[rows])
+            hidden = self.net[0](rows_RC[rows])
+            if hidden.dtype == out_RC.dtype:
+                torch.addmm(last.bias, hidden, last.weight.t(), out=out_RC[rows])
+            else:
+                out_RC[rows] = last(hidden)
+            del hidden  # or it would live beside the next one
         out: Tensor = out_RC.unflatten(0, x.shape[:-1])
         return out

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.config import QuantizeName
+from mv2v_engine.models.linear import Linear
 
 # what keeps its dtype whatever the tokens' is
 OWN_DTYPES = (".stored", ".scale")
 _DTYPES: dict[QuantizeName, torch.dtype] = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 
-class QuantizedLinear(nn.Linear):
+class QuantizedLinear(Linear):
     """A linear layer with a weight [R, C] of eight bits and a scale a row.
 
     Parameters: `stored` [R, C] int8 or float8_e4m3fn, `bias` [R] of the tokens' dtype. Buffer:

@@ -55,6 +55,11 @@ def missing_reason(backend: BackendName, op: str, device: torch.device) -> str |
     return None if found else f"mv2v_kernels has no triton version of {op}"
 
 
+def has_bfloat16_products() -> bool:
+    """Whether this machine's CPU multiplies bfloat16 (AVX-512 BF16 or AMX)."""
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
 def resolve(
     backend: BackendName, device: torch.device, dtype: torch.dtype = torch.float32
 ) -> BackendName:

@@ -59,11 +59,11 @@ def test_a_native_turn_is_the_references_but_for_rounding(
         latents.append(session.turns[-1].latents)
     # the second turn reads the first one's video: two chains of rounding
     assert 0 < relative_error(*latents) < 1e-4
-    with pytest.raises(KernelUnavailableError, match="needs float32, this engine runs in bfloat16"):
+    with pytest.raises(KernelUnavailableError, match="needs float32, this engine runs in float16"):
         Engine.from_pretrained(
             tiny_checkpoint,
             device="cpu",
-            dtype=torch.bfloat16,
+            dtype=torch.float16,
             config=EngineConfig(backend="native"),
         )
 

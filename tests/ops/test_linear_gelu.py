@@ -8,6 +8,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mv2v_engine.ops import linear_gelu as module
+from mv2v_engine.ops.backend import has_bfloat16_products
 from mv2v_engine.ops.linear_gelu import linear_gelu
 from mv2v_engine.testing import assert_within_budget
 
@@ -62,5 +63,6 @@ def test_cpus_have_an_epilogue_where_nothing_is_trained() -> None:
         linear_gelu(x.requires_grad_(), weight, bias).sum().backward()
         linear_gelu(x.detach().bfloat16(), weight.bfloat16(), bias.bfloat16())
     calls = {event.key: event.count for event in profile.key_averages()}
-    assert calls["mkldnn::_linear_pointwise"] == 1 and calls["aten::gelu"] == 2
+    narrow = int(has_bfloat16_products())
+    assert calls["mkldnn::_linear_pointwise"] == 1 + narrow and calls["aten::gelu"] == 2 - narrow
     assert x.grad is not None and x.grad.isfinite().all()
