@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from mv2v_engine.checkpoints.components import COMPANION
+from mv2v_engine.checkpoints.gguf_files import architecture_of
 from mv2v_engine.checkpoints.identify import lora_of, of_tensors
 from mv2v_engine.checkpoints.names import (
     Naming,
@@ -28,7 +29,13 @@ from mv2v_engine.checkpoints.names import (
     transformer_prefixes,
     translate,
 )
-from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, TensorInfo, read_header, with_scales
+from mv2v_engine.checkpoints.weights import (
+    WEIGHT_SUFFIXES,
+    TensorInfo,
+    file_kind,
+    read_header,
+    with_scales,
+)
 from mv2v_engine.errors import CheckpointError, nearest_names
 
 Format = Literal[
@@ -431,6 +438,9 @@ def _classify(
     says = [f"{translation.naming} Wan names"]
     if translation.prefix:
         says[0] += f" under {translation.prefix.rstrip('.')!r}"
+    if file_kind(found.files[0]) == "gguf":
+        said = architecture_of(found.files[0])
+        says.append(f"a GGUF file of architecture {said!r}" if said else "a GGUF file")
     if translation.averaged:
         says[0] += ", averaged over training (EMA)"
     if translation.others:

@@ -23,6 +23,7 @@ from mv2v_engine.checkpoints.components import (
     named_components,
 )
 from mv2v_engine.checkpoints.detect import detect, indexed_files, weight_files
+from mv2v_engine.checkpoints.gguf_files import MAGIC
 from mv2v_engine.checkpoints.hub import (
     HubName,
     Repository,
@@ -48,6 +49,8 @@ _HEAD = 1 << 20
 _LOCAL_HEADER = 1 << 10
 # of a safetensors file, by its format
 _MAX_HEADER = 100_000_000
+# of a GGUF file; a text encoder's has its vocabulary before its tensors' names
+_GGUF_HEAD = 16 << 20
 # what a tokenizer's folder has for it, where other things lie there too
 _OF_A_TOKENIZER = re.compile(
     r"tokenizer.*|special_tokens_map\.json|added_tokens\.json|.*\.model|vocab\..*|merges\.txt"
@@ -248,6 +251,8 @@ def _fill(repository: Repository, root: Path, files: Iterable[Path]) -> None:
             if head.startswith(b"PK"):
                 _put(repository, path, out, max(size - _HEAD, 0), min(size, _HEAD))
                 places = _pickles(out)
+            elif head.startswith(MAGIC):
+                places = [(0, min(size, _GGUF_HEAD))]
             else:
                 length = int.from_bytes(head[:8], "little")
                 places = [(0, 8 + length)] if length <= min(size, _MAX_HEADER) else []

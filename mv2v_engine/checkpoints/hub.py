@@ -107,7 +107,7 @@ def hub_name(place: Path | str) -> HubName | None:
     if match is None or Path(text).expanduser().exists():
         return None
     name = HubName(match["repository"], match["revision"] or "main", match["path"] or "")
-    is_file = not name.path and text.endswith((*WEIGHT_SUFFIXES, ".json", ".gguf"))
+    is_file = not name.path and text.endswith((*WEIGHT_SUFFIXES, ".json"))
     # the hub has no names like these, and no path may lead out of its repository
     is_other = "--" in name.repository or ".." in text
     return None if is_file or is_other else name

@@ -9,7 +9,6 @@ from mv2v_engine.checkpoints.names import bare, part_prefixes
 
 # first bytes, where they stand, what they are
 _MAGIC: tuple[tuple[int, bytes, str], ...] = (
-    (0, b"GGUF", "a GGUF file, weights quantised in a way that is not read here"),
     (0, b"\x89PNG", "a PNG image"),
     (0, b"\xff\xd8\xff", "a JPEG image"),
     (0, b"GIF8", "a GIF image"),

@@ -1,4 +1,4 @@
-"""Weight files of both kinds, safetensors and torch zip archives: headers first, data in streams.
+"""Weight files, safetensors, torch zip archives and GGUF: headers first, data in streams.
 
 Reading a header costs no tensor data. `WeightReader` hands out tensors one at a time and closes
 its memory map every sixteenth of a file, so that pages already copied leave the process again.
@@ -20,10 +20,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mv2v_engine.checkpoints import gguf_files
 from mv2v_engine.checkpoints.identify import of_bytes, quantised_by
 from mv2v_engine.errors import CheckpointError
 
-WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin")
+WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".gguf")
 
 _SAFETENSORS_DTYPES = {
     "F64": torch.float64,
@@ -61,6 +62,8 @@ class TensorInfo:
     """Where a tensor lies and what it is: its key as the file spells it, shape and dtype.
 
     scale: what its numbers are to be multiplied with, one for all or one a row; None: nothing.
+    quantised: GGUF's name of how it is stored, whose numbers are read as dtype; stored_bytes: how
+    many these are.
     """
 
     key: str
@@ -68,10 +71,14 @@ class TensorInfo:
     shape: tuple[int, ...]
     dtype: torch.dtype
     scale: TensorInfo | None = None
+    quantised: str = ""
+    stored_bytes: int | None = None
 
     @property
     def kind(self) -> str:
         """The dtype in words."""
+        if self.quantised:
+            return self.quantised
         scaled = " with scales" if self.scale is not None else ""
         return str(self.dtype).removeprefix("torch.") + scaled
 
@@ -81,6 +88,8 @@ class TensorInfo:
 
     @property
     def num_bytes(self) -> int:
+        if self.stored_bytes is not None:
+            return self.stored_bytes
         return self.num_elements * self.dtype.itemsize
 
 
@@ -91,8 +100,14 @@ def read_header(path: Path) -> dict[str, TensorInfo]:
         CheckpointError: empty, an LFS pointer or web page, truncated, a refused pickle, or no
             weight file at all.
     """
-    if file_kind(path) == "safetensors":
+    kind = file_kind(path)
+    if kind == "safetensors":
         header = _safetensors_header(path)
+    elif kind == "gguf":
+        header = {
+            name: TensorInfo(key, path, shape, dtype, quantised=how, stored_bytes=count)
+            for name, key, shape, dtype, how, count in gguf_files.tensors_of(path)
+        }
     else:
         header = {
             key: TensorInfo(key, path, tuple(tensor.shape), tensor.dtype)
@@ -121,7 +136,7 @@ def read_metadata(path: Path) -> Mapping[str, str]:
 
 
 def file_kind(path: Path) -> str:
-    """ "safetensors" or "archive" (a torch zip), by content and not by suffix.
+    """ "safetensors", "archive" (a torch zip) or "gguf", by content and not by suffix.
 
     Raises:
         CheckpointError: the content is neither; the message says what it is instead.
@@ -144,6 +159,8 @@ def file_kind(path: Path) -> str:
         )
     if head.startswith(b"PK\x03\x04"):
         return "archive"
+    if head.startswith(gguf_files.MAGIC):
+        return "gguf"
     if head[8:9] == b"{":
         return "safetensors"
     what = of_bytes(head)
@@ -155,8 +172,8 @@ def file_kind(path: Path) -> str:
             "in streams; save its state dict again with a current `torch.save`"
         )
     raise CheckpointError(
-        f"{path} is {what or 'no weight file'}; expected weights, .safetensors or a torch archive "
-        "(.pth, .pt, .ckpt)"
+        f"{path} is {what or 'no weight file'}; expected weights, .safetensors, .gguf or a torch "
+        "archive (.pth, .pt, .ckpt)"
     )
 
 
@@ -274,7 +291,8 @@ class WeightReader:
             scale = self._stored(info.scale).float()
             rows = (-1,) + (1,) * (len(info.shape) - 1)
             return self._stored(info).float() * scale.reshape(rows if info.shape else ())
-        return self._stored(info)
+        # GGUF has tensors of five axes as four, and says so
+        return self._stored(info).reshape(info.shape)
 
     def _stored(self, info: TensorInfo) -> Tensor:
         limit = max(_RECYCLE_MIN_BYTES, info.file.stat().st_size // _RECYCLE_PARTS)
@@ -288,8 +306,11 @@ class WeightReader:
 
 
 def _open(path: Path) -> Callable[[str], Tensor]:
-    if file_kind(path) == "archive":
+    kind = file_kind(path)
+    if kind == "archive":
         return _load_archive(path, "cpu").__getitem__
+    if kind == "gguf":
+        return gguf_files.open_tensors(path)
     from safetensors import SafetensorError, safe_open
 
     try:
