@@ -285,6 +285,11 @@ class EngineConfig:
     quantize: QuantizeName | None = setting(
         None, MODEL, "8 bits a weight of the blocks, with a scale a row; as the dtype if not given"
     )
+    quantize_text: QuantizeName | None = setting(
+        None,
+        MODEL,
+        "8 bits a weight of the text encoder's layers; as the dtype if not given",
+    )
     scheduler: SchedulerName | None = setting(
         None, SAMPLING, "what integrates the flow; the checkpoint's if not given"
     )

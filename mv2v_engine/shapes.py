@@ -184,6 +184,14 @@ class TextShape:
         block = attention + positions + 3 * self.d_model * self.d_ff + 2 * self.d_model
         return self.vocab_size * self.d_model + self.num_layers * block + self.d_model
 
+    def quantizable_bytes(self, element: int) -> int:
+        """What eight bits save of linear layers of so many bytes an element: a byte each stays, and
+        a float32 scale a row."""
+        inner = self.d_kv * self.num_heads
+        weights = 4 * self.d_model * inner + 3 * self.d_model * self.d_ff
+        rows = 3 * inner + 2 * self.d_model + 2 * self.d_ff
+        return self.num_layers * ((element - 1) * weights - 4 * rows)
+
 
 # what all of Wan's models read their prompts with
 UMT5_XXL = TextShape(

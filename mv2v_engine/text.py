@@ -15,20 +15,22 @@ import re
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mv2v_engine.checkpoints.components import part_of
 from mv2v_engine.checkpoints.identify import has_umt5
 from mv2v_engine.checkpoints.weights import WeightReader, read_header, with_scales
+from mv2v_engine.config import QuantizeName
 from mv2v_engine.defaults import inference, torch_defaults, without_memory
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.finite import refuse_weights, require_finite, weight_fault
+from mv2v_engine.models.quantized import QuantizedLinear
 from mv2v_engine.progress import without_bars
 
 if TYPE_CHECKING:
@@ -117,7 +119,13 @@ class TextEncoder:
             )
         # transformers' models are only partly typed
         self.model = cast(Any, model)
-        self.model.to(dtype=dtype).eval().requires_grad_(False)
+        self.model.eval().requires_grad_(False)
+        for module in self.model.modules():
+            # what is made of eight bits has its dtype already
+            if not isinstance(module, QuantizedLinear):
+                for weight in module._parameters.values():
+                    if weight is not None:
+                        weight.data = weight.data.to(dtype)
         self.tokenizer = tokenizer
         self.max_length = max_length
         self.device = device
@@ -250,13 +258,15 @@ def load_text_encoder(
     max_length: int,
     device: torch.device,
     dtype: torch.dtype,
+    quantize: QuantizeName | None = None,
     is_offloaded: bool = False,
     check_weights: bool = True,
 ) -> TextEncoder:
     """Load a UMT5 encoder and its tokenizer folder, without any network access.
 
     text_path: a transformers folder, or a single file: Wan's own, ComfyUI's, or one with other
-    models in it. check_weights: refuse weights that are not finite as `dtype`. The other arguments
+    models in it. quantize: the blocks' linear weights in eight bits, with a scale a row; of fp8, a
+    file's own that have scales stay as they are. check_weights: refuse weights that are not finite as `dtype`. The other arguments
     are `TextEncoder`'s.
 
     Raises:
@@ -268,7 +278,10 @@ def load_text_encoder(
     text_path, tokenizer_path = Path(text_path), Path(tokenizer_path)
     if not (tokenizer_path / "tokenizer_config.json").is_file():
         raise CheckpointError(_no_folder(tokenizer_path, "tokenizer_config.json"))
-    model = _read_file(text_path, dtype) if text_path.is_file() else _read_folder(text_path, dtype)
+    if text_path.is_file():
+        model = _read_file(text_path, dtype, quantize)
+    else:
+        model = _read_folder(text_path, dtype)
     try:
         with without_bars(), torch_defaults():
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -279,6 +292,8 @@ def load_text_encoder(
     if check_weights:
         found = (weight_fault(name, weight) for name, weight in model.named_parameters())
         refuse_weights(text_path, [fault for fault in found if fault is not None])
+    if quantize is not None:
+        _quantize(model, quantize, dtype, {})
     return TextEncoder(model, tokenizer, max_length, device, dtype, is_offloaded=is_offloaded)
 
 
@@ -321,8 +336,11 @@ def _read_folder(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
     return cast("UMT5EncoderModel", model)
 
 
-def _read_file(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
-    """The encoder in a single file, by Wan's names or transformers'; every size is in a shape."""
+def _read_file(path: Path, dtype: torch.dtype, quantize: QuantizeName | None) -> UMT5EncoderModel:
+    """The encoder in a single file, by Wan's names or transformers'; every size is in a shape.
+
+    quantize: of fp8, weights that are so stay so.
+    """
     from transformers import UMT5Config, UMT5EncoderModel
 
     infos = {_renamed(name): info for name, info in part_of(path, "text_encoder").items()}
@@ -361,7 +379,8 @@ def _read_file(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
         model = UMT5EncoderModel(config)
     expected = {name: tuple(weight.shape) for name, weight in model.named_parameters()}
     _require_all(path, expected.keys() - infos.keys())
-    weights = {}
+    weights, kept = {}, dict[str, tuple[Tensor, Tensor]]()
+    linears = _linears(model) if quantize == "fp8" else {}
     with WeightReader() as reader:
         for name, shape in expected.items():
             if infos[name].shape != shape:
@@ -370,10 +389,46 @@ def _read_file(path: Path, dtype: torch.dtype) -> UMT5EncoderModel:
                     f"{list(shape)}; give the weights of one UMT5 encoder"
                 )
             # a copy even when nothing changes: the file must not stay mapped
-            weights[name] = reader.read(infos[name]).to(dtype, copy=True)
+            module, info = name.removesuffix(".weight"), infos[name]
+            if module in linears and info.scale is not None and info.dtype == torch.float8_e4m3fn:
+                bits, scale = (part.clone() for part in reader.read_scaled(info))
+                kept[module] = bits, scale
+            else:
+                weights[name] = reader.read(info).to(dtype, copy=True)
     model.load_state_dict(weights, strict=False, assign=True)
+    if kept:
+        _quantize(model, "fp8", dtype, kept)
     model.tie_weights()
     return model
+
+
+def _linears(model: UMT5EncoderModel) -> dict[str, nn.Linear]:
+    """The linear layers of its blocks that are whole, by name."""
+    return {
+        name: module
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Linear) and not isinstance(module, QuantizedLinear)
+    }
+
+
+@torch.no_grad()
+def _quantize(
+    model: UMT5EncoderModel,
+    kind: QuantizeName,
+    dtype: torch.dtype,
+    kept: Mapping[str, tuple[Tensor, Tensor]],
+) -> None:
+    """Put layers of eight bits in the place of the blocks' linear ones, one after the other.
+
+    dtype: of what they make. kept: numbers and scales of layers that a file has so.
+    """
+    for name, linear in _linears(model).items():
+        layer = QuantizedLinear(linear.to(dtype), kind)
+        if name in kept:
+            layer.keep(*kept[name])
+        else:
+            layer.quantize(linear.weight)
+        model.set_submodule(name, layer)
 
 
 def _renamed(name: str) -> str:

@@ -294,6 +294,11 @@ class WeightReader:
         # GGUF has tensors of five axes as four, and says so
         return self._stored(info).reshape(info.shape)
 
+    def read_scaled(self, info: TensorInfo) -> tuple[Tensor, Tensor]:
+        """Numbers of eight bits as they are stored, and their scale."""
+        assert info.scale is not None
+        return self._stored(info), self._stored(info.scale)
+
     def _stored(self, info: TensorInfo) -> Tensor:
         limit = max(_RECYCLE_MIN_BYTES, info.file.stat().st_size // _RECYCLE_PARTS)
         if self._get is None or self._file != info.file or self._since_open > limit:

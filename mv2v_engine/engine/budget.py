@@ -8,7 +8,7 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import torch
@@ -56,7 +56,7 @@ class Footprint:
     videos are copied out of an arena. embedding: of one prompt. encode, decode, embed: the most
     that the VAE and the text encoder make. workspace: what libraries and captured steps keep;
     arena: for these, what static conditioning keeps. quantizable, offloadable: what `quantize` and
-    `offload` would save of the transformer.
+    `offload` would save of the transformer, text_quantizable: `quantize_text` of the text encoder.
     """
 
     transformer: int
@@ -75,6 +75,7 @@ class Footprint:
     execution: Execution
     quantizable: int = 0
     offloadable: int = 0
+    text_quantizable: int = 0
 
     @property
     def resident(self) -> int:
@@ -141,9 +142,15 @@ class Budget:
         shape, text, sampling = parts.transformer.config, parts.text, parts.sampling
         encode, decode = vae_peak_bytes(parts.vae, sampling.num_frames, sampling.size)
         on_gpu, held = parts.device.type == "cuda", parts.graphs.bytes()
-        embed = 0
+        embed = text_saved = 0
         if text is not None:
-            embed = _embed_bytes(text.model.config, text.max_length, text.dtype)
+            own, is_narrow = text.model.config, config.quantize_text is not None
+            embed = _embed_bytes(own, text.max_length, text.dtype, is_quantized=is_narrow)
+            if not is_narrow:
+                shape_of_text = TextShape(
+                    **{f.name: getattr(own, f.name) for f in fields(TextShape)}
+                )
+                text_saved = shape_of_text.quantizable_bytes(text.dtype.itemsize)
         return Footprint(
             transformer=transformer_bytes(parts),
             vae=module_bytes(parts.vae.model),
@@ -167,6 +174,7 @@ class Budget:
             ),
             quantizable=0 if config.quantize else _quantizable_here(parts),
             offloadable=0 if config.offload else _offloadable_bytes(parts),
+            text_quantizable=text_saved,
         )
 
     def predict(self, plan: TokenPlan) -> Prediction:
@@ -247,6 +255,15 @@ class Budget:
         """What a user may change, most harmless first."""
         if footprint.text and not footprint.is_text_offloaded and self.parts.device.type == "cuda":
             yield 'text_offload="always"', (replace(footprint, is_text_offloaded=True), plan)
+        if footprint.text_quantizable:
+            text = footprint.text - footprint.text_quantizable
+            yield (
+                'quantize_text="int8"',
+                (
+                    replace(footprint, text=text, text_quantizable=0),
+                    plan,
+                ),
+            )
         smaller = max((footprint.execution.chunk or plan.length) // 4, 1)
         execution = replace(footprint.execution, chunk=smaller)
         yield f"feed_forward_chunk={smaller}", (replace(footprint, execution=execution), plan)
@@ -332,6 +349,7 @@ def shape_footprint(
     cached: int,
     quantize: QuantizeName | None = None,
     offload: Offload | None = None,
+    quantize_text: QuantizeName | None = None,
 ) -> Footprint:
     """The `Budget.footprint` of an engine on a GPU in bfloat16 that nobody has loaded.
 
@@ -353,11 +371,17 @@ def shape_footprint(
         for place in range(NUM_PLACES)
     )
     saved = 0 if quantize is not None else _quantizable_bytes(transformer, torch.bfloat16)
+    text_bytes = text_saved = embed = 0
+    is_narrow = quantize_text is not None
+    if text is not None:
+        text_saved = text.quantizable_bytes(size)
+        text_bytes = size * text.num_parameters - (text_saved if is_narrow else 0)
+        embed = _embed_bytes(text, shape.text_len, torch.bfloat16, is_quantized=is_narrow)
     waiting = sum(blocks.values()) - places
     return Footprint(
         transformer=sum(weights.values()) - (waiting if offload is not None else 0),
         vae=size * sum(weight.numel() for weight in autoencoder.parameters()),
-        text=0 if text is None else size * text.num_parameters,
+        text=text_bytes,
         is_text_offloaded=False,
         cache=cached * video,
         video=video,
@@ -365,7 +389,7 @@ def shape_footprint(
         embedding=shape.text_len * shape.text_dim * size,
         encode=encode,
         decode=decode,
-        embed=0 if text is None else _embed_bytes(text, shape.text_len, torch.bfloat16),
+        embed=embed,
         workspace=CUBLAS_WORKSPACE,
         arena=0,
         execution=Execution(
@@ -373,6 +397,7 @@ def shape_footprint(
         ),
         quantizable=saved,
         offloadable=waiting if offload is None else 0,
+        text_quantizable=0 if is_narrow else text_saved,
     )
 
 
@@ -398,17 +423,21 @@ def _quantizable_bytes(transformer: MV2VTransformer, dtype: torch.dtype) -> int:
     )
 
 
-def _embed_bytes(config: Any, length: int, dtype: torch.dtype) -> int:
+def _embed_bytes(
+    config: Any, length: int, dtype: torch.dtype, *, is_quantized: bool = False
+) -> int:
     """The most that one prompt makes in a T5 encoder: a layer's scores or its hidden rows.
 
-    config: a `TextShape`, or transformers' own.
+    config: a `TextShape`, or transformers' own. is_quantized: a layer makes its weight, one at a
+    time.
     """
     size = dtype.itemsize
     wide = 4 if size < 4 else 0
     # scores, position bias and their sum; the softmax in float32 and back
     scores = config.num_heads * length**2 * (4 * size + wide)
     hidden = 3 * length * config.d_ff * size
-    return int(max(scores, hidden) + 6 * length * config.d_model * size)
+    made = config.d_model * config.d_ff * size if is_quantized else 0
+    return int(max(scores, hidden + made) + 6 * length * config.d_model * size)
 
 
 def overflow_reason(error: MemoryError | RuntimeError) -> str:

@@ -69,6 +69,7 @@ _OF_THE_WEIGHTS = (
     "parallel",
     "lora",
     "quantize",
+    "quantize_text",
     "offload",
     "decoder",
 )
@@ -150,9 +151,15 @@ def load_parts(
             max_length=checkpoint.config.text_len,
             device=place,
             dtype=dtype,
+            quantize=config.quantize_text,
             # on the host until it is known what else a turn needs
             is_offloaded=config.text_offload != "never" and place.type == "cuda",
             check_weights=is_checked,
+        )
+    elif config.quantize_text is not None:
+        raise RequestError(
+            f"{checkpoint.name} has no text encoder, got quantize_text={config.quantize_text!r}; "
+            "leave it out"
         )
     return checkpoint, vae, text
 
@@ -348,6 +355,8 @@ class Parts:
         own: dict[str, Any] = {"merge": self.merge, "scheduler": self.scheduler}
         if self.sampling.flow_shift != self.checkpoint.sampling.flow_shift:
             own["flow_shift"] = self.sampling.flow_shift
+        if self.config.quantize_text is not None:
+            own["quantize_text"] = self.config.quantize_text
         return {**settings, **_EXACT, **own, **rounded}
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:
@@ -416,6 +425,7 @@ class Parts:
             "device": str(self.device),
             "dtype": str(self.products).removeprefix("torch."),
             **({"quantize": self.config.quantize} if self.config.quantize else {}),
+            **({"quantize_text": self.config.quantize_text} if self.config.quantize_text else {}),
             **({"offload": self.config.offload} if self.config.offload else {}),
             "backend": self.backend,
             "attention": self.attention,

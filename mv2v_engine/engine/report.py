@@ -287,6 +287,8 @@ def _approximations(parts: Parts, plan: TokenPlan) -> list[str]:
         found.append(f"{plan.conditioning} conditioning on weights trained for {trained}")
     if config.quantize is not None:
         found.append(f"the blocks' weights rounded to {config.quantize}")
+    if config.quantize_text is not None:
+        found.append(f"the text encoder's weights rounded to {config.quantize_text}")
     if config.step_cache is not None:
         found.append(f"steps skipped below a change of {config.step_cache:g}")
     is_few = parts.scheduler in FEW_STEPS and parts.checkpoint.sampling.scheduler not in FEW_STEPS

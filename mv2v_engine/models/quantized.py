@@ -23,8 +23,8 @@ _DTYPES: dict[QuantizeName, torch.dtype] = {"int8": torch.int8, "fp8": torch.flo
 class QuantizedLinear(Linear):
     """A linear layer with a weight [R, C] of eight bits and a scale a row.
 
-    Parameters: `stored` [R, C] int8 or float8_e4m3fn, `bias` [R] of the tokens' dtype. Buffer:
-    `scale` [R, 1] float32. `weight` is made of them when it is read, with one rounding.
+    Parameters: `stored` [R, C] int8 or float8_e4m3fn, `bias` [R] of the tokens' dtype, or None.
+    Buffer: `scale` [R, 1] float32. `weight` is made of them when it is read, with one rounding.
     """
 
     def __init__(self, linear: nn.Linear, kind: QuantizeName) -> None:
@@ -35,6 +35,7 @@ class QuantizedLinear(Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = linear.in_features, linear.out_features
         self.bias, device = linear.bias, linear.weight.device
+        self._dtype = linear.weight.dtype
         stored = torch.empty(linear.weight.shape, dtype=_DTYPES[kind], device=device)
         self.stored = nn.Parameter(stored, requires_grad=False)
         scale = torch.empty(self.out_features, 1, dtype=torch.float32, device=device)
@@ -43,8 +44,9 @@ class QuantizedLinear(Linear):
 
     @property
     def weight(self) -> Tensor:  # type: ignore[override]
-        """[R, C] in the bias's dtype."""
-        return self.stored.to(self.bias.dtype).mul_(self.scale)
+        """[R, C] in the bias's dtype; without one, in that of the layer that it stands for."""
+        dtype = self._dtype if self.bias is None else self.bias.dtype
+        return self.stored.to(dtype).mul_(self.scale)
 
     @torch.no_grad()
     def quantize(self, weight_RC: Tensor) -> None:
@@ -57,6 +59,12 @@ class QuantizedLinear(Linear):
         scaled = weight / self.scale
         stored = (scaled if dtype.is_floating_point else scaled.round_()).to(dtype)
         self.stored = nn.Parameter(stored, requires_grad=False)
+
+    def keep(self, stored_RC: Tensor, scale: Tensor) -> None:
+        """Take a weight of eight bits as it is. scale: one number, or one a row."""
+        rows = scale.float().reshape(-1, 1).expand(self.out_features, 1)
+        self.scale = rows.contiguous()
+        self.stored = nn.Parameter(stored_RC, requires_grad=False)
 
 
 def quantize_linears(model: nn.Module, kind: QuantizeName) -> None:
