@@ -265,9 +265,9 @@ def load_text_encoder(
     """Load a UMT5 encoder and its tokenizer folder, without any network access.
 
     text_path: a transformers folder, or a single file: Wan's own, ComfyUI's, or one with other
-    models in it. quantize: the blocks' linear weights in eight bits, with a scale a row; of fp8, a
-    file's own that have scales stay as they are. check_weights: refuse weights that are not finite as `dtype`. The other arguments
-    are `TextEncoder`'s.
+    models in it. quantize: the blocks' linear weights in eight bits, with a scale a row; of fp8,
+    those of a file that have scales stay as they are. check_weights: refuse weights that are not
+    finite as `dtype`. The other arguments are `TextEncoder`'s.
 
     Raises:
         CheckpointError: a folder is missing or incomplete, holds another kind of model, or weights

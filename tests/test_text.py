@@ -7,6 +7,7 @@ import json
 import warnings
 import weakref
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -18,7 +19,10 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast, UMT5Config, UMT5EncoderModel
 
 from mv2v_engine import text
+from mv2v_engine.engine.budget import module_bytes
 from mv2v_engine.errors import CheckpointError, RequestError
+from mv2v_engine.models.quantized import QuantizedLinear
+from mv2v_engine.shapes import TextShape
 from mv2v_engine.text import TextEncoder, clean_prompt, load_text_encoder
 
 CPU = torch.device("cpu")
@@ -279,6 +283,53 @@ def test_a_scaled_float8_file_is_its_products(folders: tuple[Path, Path], tmp_pa
     loaded = load((tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors", folders[1]))
     weight = loaded.model.encoder.block[1].layer[1].DenseReluDense.wo.weight
     assert torch.equal(weight, bits.float() * scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["int8", "fp8"])
+def test_layers_of_eight_bits(folders: tuple[Path, Path], kind: Any, dtype: torch.dtype) -> None:
+    """Those of the blocks; what they make is near, of the dtype asked for, and comes home."""
+    given: dict[str, Any] = {"max_length": 12, "device": CPU, "dtype": dtype}
+    whole = load_text_encoder(*folders, **given)
+    small = load_text_encoder(*folders, **given, quantize=kind)
+    layers = [m for m in small.model.modules() if isinstance(m, QuantizedLinear)]
+    assert len(layers) == 7 * 2 and all(layer.scale.dtype == torch.float32 for layer in layers)
+    assert all(layer.stored.itemsize == 1 and layer.weight.dtype == dtype for layer in layers)
+    assert small.model.shared.weight.dtype == dtype
+    expected, found = (encoder.encode("a red ball").float() for encoder in (whole, small))
+    error = (found - expected).norm() / expected.norm()
+    assert 1e-4 < float(error) < 0.1
+    shape = TextShape(vocab_size=16, d_model=16, d_kv=8, d_ff=32, num_layers=2, num_heads=2)
+    saved = module_bytes(whole.model) - module_bytes(small.model)
+    assert saved == shape.quantizable_bytes(dtype.itemsize)
+    small.offload(True)
+    assert torch.equal(small.encode("a red ball").float(), found)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scaled_float8_stays_in_eight_bits(
+    folders: tuple[Path, Path], tmp_path: Path, dtype: torch.dtype
+) -> None:
+    """The same bits as of the file's products, in half the bytes."""
+    state = {name: weight.data for name, weight in tiny_model().named_parameters()}
+    scaled = {"scaled_fp8": torch.zeros(0, dtype=torch.float8_e4m3fn)}
+    for name in list(state):
+        if "layer_norm" not in name and "shared" not in name and "bias" not in name:
+            scale = state[name].abs().max() / 448
+            state[name] = (state[name] / scale).to(torch.float8_e4m3fn)
+            scaled[name.replace(".weight", ".scale_weight")] = scale
+    path = tmp_path / "umt5_xxl_fp8_e4m3fn_scaled.safetensors"
+    save_file(state | scaled, path)
+    given: dict[str, Any] = {"max_length": 12, "device": CPU, "dtype": dtype}
+    whole = load_text_encoder(path, folders[1], **given)
+    small = load_text_encoder(path, folders[1], **given, quantize="fp8")
+    layer = small.model.encoder.block[1].layer[1].DenseReluDense.wo
+    name = "encoder.block.1.layer.1.DenseReluDense.wo.weight"
+    assert isinstance(layer, QuantizedLinear)
+    assert torch.equal(layer.stored.float(), state[name].float())
+    assert torch.equal(small.encode("a red ball"), whole.encode("a red ball"))
+    again = load_text_encoder(path, folders[1], **given, quantize="int8")
+    assert not torch.equal(again.encode("a red ball"), whole.encode("a red ball"))
 
 
 def test_a_quantiser_that_is_not_installed(folders: tuple[Path, Path]) -> None:

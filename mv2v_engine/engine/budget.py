@@ -147,10 +147,8 @@ class Budget:
             own, is_narrow = text.model.config, config.quantize_text is not None
             embed = _embed_bytes(own, text.max_length, text.dtype, is_quantized=is_narrow)
             if not is_narrow:
-                shape_of_text = TextShape(
-                    **{f.name: getattr(own, f.name) for f in fields(TextShape)}
-                )
-                text_saved = shape_of_text.quantizable_bytes(text.dtype.itemsize)
+                words = {each.name: getattr(own, each.name) for each in fields(TextShape)}
+                text_saved = TextShape(**words).quantizable_bytes(text.dtype.itemsize)
         return Footprint(
             transformer=transformer_bytes(parts),
             vae=module_bytes(parts.vae.model),

@@ -130,6 +130,35 @@ def test_the_bytes_of_a_shape() -> None:
     assert found.execution.is_quantized
 
 
+def test_the_text_encoder(
+    worded_checkpoint: Path, tiny_checkpoint: Path, source_frames: Tensor
+) -> None:
+    """Its bytes are known and advised, reports say it, and who has none is refused."""
+    whole, small = (
+        Engine.from_pretrained(
+            worded_checkpoint, device="cpu", config=EngineConfig(quantize_text=kind)
+        )
+        for kind in (None, "int8")
+    )
+    before, after = (engine.budget.footprint() for engine in (whole, small))
+    assert after.text == before.text - before.text_quantizable < before.text
+    assert after.text_quantizable == 0 and after.embed >= before.embed
+    plan = whole.plan_of(0)
+    advised = dict(whole.budget._changes(before, plan, 0))
+    assert advised['quantize_text="int8"'][0].text == after.text
+    turns = [
+        engine.session(source_frames).render("pan_right", prompt="a red ball", guidance_scale=2.0)
+        for engine in (whole, small)
+    ]
+    assert not torch.equal(turns[0].latents, turns[1].latents)
+    assert turns[1].report["quantize_text"] == "int8"
+    assert "the text encoder's weights rounded to int8" in turns[1].report["approximations"]
+    with pytest.raises(RequestError, match=r"tiny has no text encoder, got quantize_text='fp8'"):
+        Engine.from_pretrained(
+            tiny_checkpoint, device="cpu", config=EngineConfig(quantize_text="fp8")
+        )
+
+
 def test_what_cannot_be(
     tiny_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
