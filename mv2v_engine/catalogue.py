@@ -29,6 +29,7 @@ from mv2v_engine.engine.report import turn_flops
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.settings import flags
 from mv2v_engine.shapes import UMT5_XXL, TextShape
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
 from mv2v_engine.vae import WAN_2_2_VAE
@@ -109,7 +110,6 @@ class KnownModel:
         flops = turn_flops(plan, plan.merge_steps, branches * sampling.num_inference_steps)
         held = min(memory, EngineConfig().max_memory) + 1
         parts = shape_footprint(self.shape, sampling, self.vae, self.text, cached=held)
-        offloaded = replace(parts, is_text_offloaded=self.text is not None)
         return {
             "model": self.name,
             "memory": memory,
@@ -118,9 +118,19 @@ class KnownModel:
             "tokens": plan.length,
             "forwards": branches * sampling.num_inference_steps,
             "pflop": flops["flops"] / 1e15,
-            "peak_gib": predict(offloaded, plan).peak / _GIB,
+            "peak_gib": self.peak_gib(memory),
             "peak_gib_text_resident": predict(parts, plan).peak / _GIB,
         }
+
+    def peak_gib(self, memory: int, **how: Any) -> float:
+        """The device's peak with the text encoder on the host between turns.
+
+        how: `quantize`, `quantize_text` and `offload`, as `EngineConfig` has them.
+        """
+        held = min(memory, EngineConfig().max_memory) + 1
+        parts = shape_footprint(self.shape, self.sampling, self.vae, self.text, cached=held, **how)
+        offloaded = replace(parts, is_text_offloaded=self.text is not None)
+        return predict(offloaded, self.plan(memory)).peak / _GIB
 
 
 _WAN_COMPONENTS = "Wan-AI/Wan2.1-T2V-1.3B"
@@ -213,10 +223,25 @@ def _described(model: KnownModel) -> str:
             f"of {height}x{width}",
             f"  on disk   {_NOT_TOLD if disk is None else size_words(disk)}",
             f"  peak      {'; '.join(peaks)}",
+            f"  smaller   {_smaller(model)}",
             f"  licence   {model.licence or _NOT_TOLD}",
             f"  known     {model.checked}",
             f"  command   {model.command}",
         ]
+    )
+
+
+def _smaller(model: KnownModel) -> str:
+    """Peaks of a turn without memory, by the options that lower them."""
+    ways: list[dict[str, Any]] = [{"quantize": "int8"}, {"offload": "blocks"}]
+    if model.text is not None:
+        ways.append({"quantize_text": "int8"})
+    ways.append({name: value for way in ways for name, value in way.items()})
+    options = flags(EngineConfig)
+    return ", ".join(
+        f"{model.peak_gib(0, **way):.3g} GiB with "
+        + " ".join(f"{options[name]} {value}" for name, value in way.items())
+        for way in ways
     )
 
 

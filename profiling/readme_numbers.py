@@ -102,16 +102,21 @@ def peaks(rows: Sequence[Row]) -> str:
 def cards(rows: Sequence[Row]) -> str:
     """Predicted GiB of full-size turns, and the smallest card that each fits."""
     lines = [
-        "| shape | memory videos | weights | transformer | a prompt's first turn | fits "
-        "| later turns | fit |",
-        "|---|---|---|---|---|---|---|---|",
+        "| shape | weights | text encoder | blocks | transformer on the device "
+        "| a prompt's first turn | fits | later turns | fit |",
+        "|---|---|---|---|---|---|---|---|---|",
     ]
     for row in rows:
-        cells = [row["model"], str(row["memory"]), row["weights"]]
+        cells = [row["model"], row["weights"], row["text"]]
+        cells.append("on the host" if row["offload"] else "on the device")
         cells += [f"{row['transformer_gib']:.1f}", f"{row['peak_gib']:.1f} ({row['fullest']})"]
-        cells += [str(row["fits"]), f"{row['later_gib']:.1f}", str(row["fits_later"])]
+        cells += [_card(row["fits"]), f"{row['later_gib']:.1f}", _card(row["fits_later"])]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def _card(gib: int | None) -> str:
+    return "none of them" if gib is None else str(gib)
 
 
 def models(rows: Sequence[Row]) -> str:
