@@ -3,9 +3,10 @@
 `python profiling/small_memory.py [--out profiling/results/small_memory.jsonl]`
 
 The 1.3B shape with cameras and memory, the same as wide and deep as Wan2.1 14B, and the 5B shape of
-edits, each with its VAE in bfloat16, 81 frames of 480x832, ten remembered videos, as the engine predicts its own turns (`engine/budget.py`). The text
-encoder is on the device while a prompt is encoded alone (`text_offload`); a session's later turns
-of the same prompt are without that stage. No GPU has confirmed it.
+edits, each with its VAE in bfloat16, 81 frames of 480x832, ten remembered videos, as the engine
+predicts its own turns (`engine/budget.py`). The text encoder is on the device while a prompt is
+encoded alone (`text_offload`); a session's later turns of the same prompt are without that stage.
+No GPU has confirmed it.
 """
 
 from __future__ import annotations
@@ -37,7 +38,8 @@ def shapes() -> dict[str, KnownModel]:
     known = {model.name: model for model in known_models()}
     editor = known["decart-ai/Lucy-Edit-Dev"]
     small = known["DHCAI/Memory-V2V:memoryv2v.ckpt"]
-    wide = replace(WAN_1_3B, num_layers=40, num_attention_heads=40, ffn_dim=13_824)
+    deep = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13_824}
+    wide = replace(WAN_1_3B, **deep, merge_blocks=None)
     return {
         "1.3B": small,
         "5B": replace(editor, shape=LUCY_5B),
