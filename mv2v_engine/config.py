@@ -263,6 +263,13 @@ class EngineConfig:
     attention: AttentionName = setting(
         "auto", MODEL, "its library; auto: the fastest here that goes with the backend"
     )
+    base: Path | str | None = setting(
+        None,
+        MODEL,
+        "the model that a checkpoint of trained tensors alone (ReDirector) was trained on, a path "
+        "or a hub's owner/name; none if not given",
+        metavar="NAME_OR_PATH",
+    )
     decoder: Path | str | None = setting(
         None,
         MODEL,

@@ -7,6 +7,7 @@ import shlex
 import signal
 import threading
 from collections.abc import Collection, Mapping
+from contextlib import ExitStack
 from dataclasses import replace
 from types import MappingProxyType
 from typing import Any, get_args
@@ -126,9 +127,12 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
     renames = None if args.rename is None else read_renames(args.rename)
     has_own = getattr(args, "components", "not asked for") is None
     loras = find_loras(getattr(args, "lora", ()))
-    with headers_of(args.checkpoint, with_components=has_own) as place:
-        causal = getattr(args, "causal", False)
-        resolution = resolve(detect(place, renames, causal=causal), loras)
+    causal, base = getattr(args, "causal", False), getattr(args, "base", None)
+    with ExitStack() as stack:
+        place = stack.enter_context(headers_of(args.checkpoint, with_components=has_own))
+        if base is not None:
+            base = stack.enter_context(headers_of(base, with_components=has_own))
+        resolution = resolve(detect(place, renames, causal=causal, base=base), loras)
         resolution = resolution.quantized(getattr(args, "quantize", None))
         resolution.require_loadable()
         if has_own:

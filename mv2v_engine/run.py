@@ -146,7 +146,7 @@ def inspect(args: argparse.Namespace) -> int:
         words, problem = render_lora(lora, deep=args.deep)
         print(words)
         return 0 if problem is None else _said(f"error: {problem}", REFUSED)
-    inspection = inspect_checkpoint(args.path, args.rename, deep=args.deep)
+    inspection = inspect_checkpoint(args.path, args.rename, deep=args.deep, base=args.base)
     options = flags(LoadConfig) | flags(EngineConfig)
     print(in_options(render_inspection(inspection), options))
     if inspection.problem is None:
@@ -188,6 +188,11 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("path", help="a file, a folder, a hub's owner/name or an embedded name")
     command.add_argument(
         "--rename", type=Path, metavar="FILE", help="names that it cannot tell; none if not given"
+    )
+    command.add_argument(
+        "--base",
+        metavar="NAME_OR_PATH",
+        help="what trained tensors alone lie on; none if not given",
     )
     command.add_argument(
         "--deep", action="store_true", help="read every number and look for NaN and infinity too"

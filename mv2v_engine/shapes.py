@@ -13,7 +13,12 @@ from mv2v_engine import arguments
 from mv2v_engine.errors import RequestError
 
 CameraConditioning = Literal["own", "target", "none"]
-CameraAttention = Literal["none", "prope", "prope_fused", "prope_dual", "prope_fused_dual"]
+CameraAttention = Literal[
+    "none", "prope", "prope_fused", "prope_dual", "prope_fused_dual", "phases"
+]
+
+# of CLIP's ViT-H/14 at 224 pixels: one of the whole image, 16x16 patches
+IMAGE_TOKENS = 257
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -49,7 +54,11 @@ class TransformerConfig:
     camera_attention: PRoPE inside self-attention (METHOD 5), which has no weights: "prope" turns
         the first half of a head's channels by cameras and the others by positions, "prope_fused"
         all of them by both; "_dual" takes the inverse transpose of every matrix. scene_scale:
-        metres that are 1 there.
+        metres that are 1 there. "phases" is ReDirector's: an adapter makes tokens of the cameras'
+        rays, which are added to the videos' and turn q, k, v and the result by learned phases.
+    shared_time: the source and the memory have the target's temporal ids, in place of later ones.
+    image_dim: channels of the image tokens that cross-attention reads beside the text, CLIP's of
+        the source's first frame; 0 for a model without them.
     """
 
     num_layers: int
@@ -70,6 +79,8 @@ class TransformerConfig:
     merge_blocks: tuple[int, ...] | None = None
     camera_attention: CameraAttention = "none"
     scene_scale: float = 4.0
+    shared_time: bool = False
+    image_dim: int = 0
 
     def __post_init__(self) -> None:
         if self.attention_head_dim % 2:
@@ -100,6 +111,13 @@ class TransformerConfig:
             arguments.choice(name, getattr(self, name), get_args(known))
         arguments.number("scene_scale", self.scene_scale, 1e-3, 1e6)
         if self.camera_attention == "none":
+            return
+        if self.camera_attention == "phases":
+            if self.camera_conditioning != "none":
+                raise RequestError(
+                    'camera_attention="phases" has the cameras\' rays in place of '
+                    f'camera_conditioning, got {self.camera_conditioning!r}; give "none"'
+                )
             return
         if self.camera_conditioning == "target":
             raise RequestError(
@@ -139,13 +157,28 @@ class TransformerConfig:
 
     @property
     def camera_dim(self) -> int:
-        """Numbers of a frame's camera: the pose, and its intrinsics where attention needs them."""
+        """Numbers of a frame's camera: the pose, and its intrinsics where attention needs them.
+
+        With phases a latent frame has the cameras of its four frames.
+        """
+        if self.has_phases:
+            return 4 * 16
         return 12 if self.camera_attention == "none" else 16
+
+    @property
+    def has_phases(self) -> bool:
+        """Whether rays of cameras are tokens, and phases in attention."""
+        return self.camera_attention == "phases"
+
+    @property
+    def num_phases(self) -> int:
+        """How many of a head's pairs of channels, its last ones, phases turn: rows and columns."""
+        return 2 * (self.attention_head_dim // 6)
 
     @property
     def camera_channels(self) -> int:
         """How many of a head's channels, its first ones, attention turns by cameras."""
-        if self.camera_attention == "none":
+        if self.camera_attention == "none" or self.has_phases:
             return 0
         return self.attention_head_dim if self._is_fused else self.attention_head_dim // 2
 

@@ -95,14 +95,19 @@ def tiny_config(**changes: Any) -> TransformerConfig:
 
 
 def as_cameras(drawn: Tensor, config: TransformerConfig) -> Tensor:
-    """Normal numbers [..., 12] as a model's cameras: for PRoPE, true rotations and intrinsics."""
+    """Normal numbers [..., 12] as a model's cameras: true rotations and intrinsics where needed."""
     if config.camera_dim == 12:
         return drawn
     matrix = drawn.unflatten(-1, (3, 4))
     rotation = torch.linalg.qr(matrix[..., :3])[0]
     pose = torch.cat([rotation, config.scene_scale * matrix[..., 3:]], -1).flatten(-2)
     focal, centre = 1 + 0.5 * matrix[..., :2, 0].tanh(), 0.1 * matrix[..., :2, 1].tanh()
-    return torch.cat([pose, focal, centre], -1)
+    one = torch.cat([pose, focal, centre], -1)
+    return (
+        one.repeat_interleave(config.camera_dim // 16, -2)
+        .unflatten(-2, (-1, config.camera_dim // 16))
+        .flatten(-2)
+    )
 
 
 @torch.no_grad()

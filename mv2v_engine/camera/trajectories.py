@@ -88,9 +88,14 @@ class CameraTrajectory:
     def vectors(self, dim: int = 16, *, stride: int = 4) -> Tensor:
         """The camera of every latent frame, the first `dim` of its 16 numbers (METHOD 5): [F, dim].
 
-        They are row-major [R|t] of every `stride`-th frame, then its `normalised_intrinsics`.
+        They are row-major [R|t] of every `stride`-th frame, then its `normalised_intrinsics`. Of
+        more than 16 numbers they are the 16 of each of a latent frame's frames; the first latent
+        frame has the first frame as often as the others have frames.
         """
         lens = normalised_intrinsics(self.intrinsics, self.size).expand(self.num_frames, 4)
+        if dim > 16:
+            each = torch.cat([pose_vectors(self.poses, stride=1), lens], -1)
+            return torch.cat([each[:1].expand(dim // 16 - 1, -1), each]).reshape(-1, dim)
         return torch.cat([pose_vectors(self.poses, stride=stride), lens[::stride]], -1)[:, :dim]
 
     def resized(self, size: tuple[int, int]) -> CameraTrajectory:

@@ -6,6 +6,9 @@
 | ComfyUI's        | `vae/*.safetensors`      | `text_encoders/umt5_xxl_*`   | none of its own  |
 | one file         | under a prefix           | under a prefix               | none             |
 
+Models that read image tokens have an image encoder, too: `image_encoder/`, or Wan's own
+`models_clip*`.
+
 Files are told by their tensors; their names say only which are worth a look.
 """
 
@@ -30,6 +33,7 @@ from mv2v_engine.errors import CheckpointError
 COMPANION = re.compile(r"(?i)(.*vae.*|models_(t5|clip).*|.*umt5.*)")
 PARTS = ("vae", "text_encoder", "tokenizer")
 _FOLDERS = {"vae": ("vae",), "text_encoder": ("text_encoder", "text_encoders", "clip")}
+_IMAGE_FILE = re.compile(r"(?i)models_clip.*")
 _TOKENIZERS = ("tokenizer", "google/umt5-xxl", "umt5-xxl", ".")
 _EXPECTED = {
     "vae": "a VAE: vae/ with config.json, or a file such as Wan2.1_VAE.pth or "
@@ -52,6 +56,7 @@ class Components:
     vaes: tuple[tuple[Path, int], ...]
     text_encoders: tuple[Path, ...]
     tokenizer: Path | None
+    image_encoder: Path | None = None
     is_asked: bool = True
 
     def vae(self, channels: int) -> Path | None:
@@ -120,7 +125,16 @@ def find_components(place: Path, *, is_asked: bool = True) -> Components:
     tokenizer = next((t for t in tokenizers if (t / "tokenizer_config.json").is_file()), None)
     if tokenizer is None and tokenizers[0].is_dir():
         tokenizer = tokenizers[0]  # its loader says what it lacks
-    return Components(place, tuple(vaes), tuple(encoders), tokenizer, is_asked)
+    image = _image_encoder(folder)
+    return Components(place, tuple(vaes), tuple(encoders), tokenizer, image, is_asked)
+
+
+def _image_encoder(folder: Path) -> Path | None:
+    """By name alone: its loader says what it lacks."""
+    if (folder / "image_encoder" / "config.json").is_file():
+        return folder / "image_encoder"
+    files = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]
+    return next((path for path in files if _IMAGE_FILE.fullmatch(path.name)), None)
 
 
 def named_components(place: Path) -> tuple[Path, ...]:

@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from mv2v_engine.checkpoints.detect import PATCH_CELLS, Detected, read_json
+from mv2v_engine.checkpoints.detect import PATCH_CELLS, Detected, Format, read_json
 from mv2v_engine.checkpoints.weights import TensorInfo
 from mv2v_engine.config import (
     CameraConditioning,
@@ -30,6 +30,9 @@ FORMAT, VERSION = "mv2v_engine", 1
 # what every published base is, and weights that say nothing
 TRAINED_FOR: tuple[ConditioningMode, ...] = ("joint",)
 _HEAD_DIM = 128
+_IMAGE_LINEAR = "condition_embedder.image_embedder.ff.net.0.proj.weight"
+# formats of novel views that were trained further, on one size
+_OF_VIEWS = ("recammaster", "memory_v2v", "redirector")
 # both spellings of Wan's config files; each of our fields by the words it may have there
 _WORDS = {
     "num_layers": ("num_layers",),
@@ -195,7 +198,8 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
     Raises:
         CheckpointError: a deciding tensor is missing, or the config file describes another model.
     """
-    said = _described(detected.config_file) if detected.config_file else {}
+    said = _described(detected.config_file, detected.format) if detected.config_file else {}
+    has_phases = detected.format == "redirector"
     shapes = _Shapes(detected.path, infos)
     width = shapes.width()
     heads, head_dim = _heads(detected, said, width)
@@ -205,6 +209,9 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
     optional = {k: said[k] for k in ("text_len", "eps") if k in said}
     channels = said.get("in_channels") or shapes.axis("patch_embedding.weight", 1)
     outputs = said.get("out_channels") or shapes.axis("proj_out.weight", 0) // PATCH_CELLS
+    if has_phases and channels == 2 * outputs:
+        # it is given zeros on the others, which its base has for the latents of a first frame
+        channels = outputs
     if channels not in (outputs, 2 * outputs):
         raise CheckpointError(
             f"{detected.path} takes {channels} latent channels and gives {outputs}: it is made for "
@@ -225,6 +232,9 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
             freq_dim=said.get("freq_dim")
             or shapes.axis("condition_embedder.time_embedder.linear_1.weight", 1),
             camera_conditioning=camera,
+            camera_attention="phases" if has_phases else "none",
+            shared_time=has_phases,
+            image_dim=shapes.axis(_IMAGE_LINEAR, 1) if has_phases else 0,
             merger=None,
             **optional,
         )
@@ -240,14 +250,14 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
     further on for one. A scheduler folder's kind and shift win.
     """
     sampling = SamplingConfig(negative_prompt=WAN_NEGATIVE_PROMPT)
-    if detected.format == "recammaster":
-        # its code casts them to the model's dtype, in training and inference
+    if detected.format in ("recammaster", "redirector"):
+        # their code casts them to the model's dtype, in training and inference
         sampling = dataclasses.replace(sampling, timesteps="bfloat16")
     if config.source_channels:
         sampling = SamplingConfig(fps=24.0)
     elif config.out_channels == 48:
         sampling = dataclasses.replace(sampling, num_frames=121, size=(704, 1280), fps=24.0)
-    is_base = detected.format not in ("recammaster", "memory_v2v") and not config.source_channels
+    is_base = detected.format not in _OF_VIEWS and not config.source_channels
     if is_base:
         sampling = dataclasses.replace(sampling, sizes=(sampling.size[::-1],))
     scheduler = detected.folder / "scheduler" / "scheduler_config.json"
@@ -300,7 +310,7 @@ class _Shapes:
         return 1 + max(int(n.split(".")[1]) for n in self.infos if n.startswith("blocks."))
 
 
-def _described(path: Path) -> dict[str, Any]:
+def _described(path: Path, format_: Format) -> dict[str, Any]:
     """A Wan config file in our words.
 
     Raises:
@@ -308,6 +318,8 @@ def _described(path: Path) -> dict[str, Any]:
     """
     config = read_json(path)
     for key, allowed in _FIXED.items():
+        if format_ == "redirector" and key == "model_type":
+            allowed = (*allowed, "i2v")  # its base's word
         if key in config and config[key] not in allowed:
             raise CheckpointError(
                 f"{path} has {key} {config[key]!r}; expected {allowed[0]!r}, a Wan text-to-video "

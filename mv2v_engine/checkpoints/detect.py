@@ -7,6 +7,7 @@
 | recammaster | either naming, plus `cam_encoder` and `projector` in the blocks             |
 | memory_v2v  | recammaster plus conditioning tokenizers and token mergers of any name      |
 | lucy_edit   | either naming, with the source's latents on the target's channels           |
+| redirector  | self-attention with rotary phases alone, on a base with an adapter of rays  |
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -39,7 +40,13 @@ from mv2v_engine.checkpoints.weights import (
 from mv2v_engine.errors import CheckpointError, nearest_names
 
 Format = Literal[
-    "mv2v_engine", "wan_diffusers", "wan_original", "recammaster", "memory_v2v", "lucy_edit"
+    "mv2v_engine",
+    "wan_diffusers",
+    "wan_original",
+    "recammaster",
+    "memory_v2v",
+    "lucy_edit",
+    "redirector",
 ]
 
 OWN_CONFIG = "mv2v.json"
@@ -64,16 +71,19 @@ _EXPERTS = (
 )
 _WHOLE = "expected a whole transformer (Wan2.1 1.3B or 14B, Wan2.2 5B, or one made from them)"
 _UNSUPPORTED = {
+    "control_adapter.": "camera-control (Wan-Fun; base=PATH of ReDirector's trained tensors)",
     "img_emb.": "image-to-video",
     ".k_img.": "image-to-video",
     ".add_k_proj.": "image-to-video",
     "image_embedder.": "image-to-video",
     "vace_blocks.": "VACE",
-    "control_adapter.": "camera-control (Wan-Fun)",
     "motion_encoder.": "Animate",
     "audio_injector.": "speech-to-video",
 }
 _CAMERA_BRANCH = ".prope_attn."
+# learned rotary phases of cameras, whose base has an adapter of their rays and reads image tokens
+_PHASES = ".rope_phase_qk."
+_OF_PHASES = ("control_adapter.", "img_emb.", ".k_img.", ".add_k_proj.", "image_embedder.")
 
 
 @dataclass(frozen=True)
@@ -82,7 +92,8 @@ class Detected:
 
     folder: where `vae/`, `text_encoder/` and `tokenizer/` are looked for. files: the weight
     files. config_file: the JSON that describes the transformer, None when shapes must do.
-    is_causal: whether the caller said that it makes frames block by block.
+    is_causal: whether the caller said that it makes frames block by block. base: what trained
+    tensors alone lie on; its folder and config file are the checkpoint's then.
     tensors: the files' keys with shapes and dtypes. translation: these keys in our words.
     """
 
@@ -95,6 +106,7 @@ class Detected:
     translation: Translation
     reason: str
     is_causal: bool = False
+    base: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -115,7 +127,13 @@ def embedded_names() -> tuple[str, ...]:
     return tuple(sorted(path.parent.name for path in _ASSETS.glob(f"*/{OWN_CONFIG}")))
 
 
-def detect(path: Path | str, renames: Renames | None = None, *, causal: bool = False) -> Detected:
+def detect(
+    path: Path | str,
+    renames: Renames | None = None,
+    *,
+    causal: bool = False,
+    base: Path | str | None = None,
+) -> Detected:
     """Tell what a checkpoint is; reads headers only.
 
     Args:
@@ -123,6 +141,7 @@ def detect(path: Path | str, renames: Renames | None = None, *, causal: bool = F
             transformer under a name (`generator_ema`) of several in a file.
         renames: the user's renames, see `names.read_renames`.
         causal: it was trained to make frames block by block, which no tensor tells.
+        base: the transformer whose other tensors a file of trained ones leaves out.
 
     Raises:
         CheckpointError: nothing there, no checkpoint, a missing shard, or unreadable weights.
@@ -134,6 +153,21 @@ def detect(path: Path | str, renames: Renames | None = None, *, causal: bool = F
     tensors: dict[str, TensorInfo] = {}
     for file in found.files:
         tensors |= read_header(file)
+    under = None
+    if base is not None:
+        under, _, found_under = _find(base)
+        _require_part(root, tensors)
+        beneath: dict[str, TensorInfo] = {}
+        for file in found_under.files:
+            beneath |= read_header(file)
+        tensors = beneath | tensors
+        found = replace(found_under, files=(*found_under.files, *found.files))
+    elif not _is_whole(tensors) and any(_PHASES in key for key in tensors):
+        raise CheckpointError(
+            f"{root} holds ReDirector's trained tensors, self-attention with rotary phases, and "
+            "not the rest of the transformer; give the one that they were trained on with "
+            "base=PATH, alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera"
+        )
     stored, tensors = tensors, with_scales(tensors)
     shapes = {key: info.shape for key, info in tensors.items()}
     if lora := lora_of(shapes):
@@ -157,9 +191,24 @@ def detect(path: Path | str, renames: Renames | None = None, *, causal: bool = F
         found.config_file,
         tensors,
         translation,
-        reason,
+        reason if under is None else f"{reason}, on {under.name}",
         is_causal=causal,
+        base=under,
     )
+
+
+def _is_whole(tensors: Iterable[str]) -> bool:
+    """Whether a transformer's first layer is there, which no fine-tuning of attention saves."""
+    return any(bare(key).endswith("patch_embedding.weight") for key in tensors)
+
+
+def _require_part(root: Path, tensors: Iterable[str]) -> None:
+    """Refuse a base for a file that is whole without one."""
+    if _is_whole(tensors):
+        raise CheckpointError(
+            f"{root} is a whole transformer, and base is for a file of trained tensors alone; "
+            "leave base out"
+        )
 
 
 def weight_files(path: Path | str) -> tuple[Path, ...]:
@@ -403,7 +452,10 @@ def _require_shards(shards: tuple[Path, ...]) -> None:
 
 
 def _require_supported(root: Path, tensors: dict[str, TensorInfo], naming: Naming | None) -> None:
+    has_phases = any(_PHASES in key for key in tensors)
     for mark, kind in _UNSUPPORTED.items():
+        if has_phases and mark in _OF_PHASES:
+            continue
         if any(mark in key for key in tensors):
             raise CheckpointError(
                 f"{root} is a {kind} checkpoint; expected a Wan text-to-video transformer or one "
@@ -455,6 +507,9 @@ def _classify(
         return "mv2v_engine", f"{OWN_CONFIG} beside {OWN_WEIGHTS}"
     if cameras:
         says.append(f"camera modules in {cameras} blocks")
+    if phases := sum(_PHASES in name for name in names):
+        says.append(f"rotary phases of cameras in {phases} blocks and an adapter of their rays")
+        return "redirector", ", ".join(says)
     if memory:
         says.append(f"{len(memory)} keys of tokenizers and mergers")
     if translation.unknown:

@@ -89,17 +89,35 @@ def fetch_checkpoint(
     *,
     with_components: bool = True,
     causal: bool = False,
-) -> Path | str:
-    """The path of a checkpoint; of a hub name, what loading it needs is fetched into the cache.
+    base: Path | str | None = None,
+) -> tuple[Path | str, Path | str | None]:
+    """The paths of a checkpoint and its base; of hub names, what loading needs is fetched.
 
-    with_components: the VAE, the text encoder and the tokenizer beside it are loaded, too. causal:
-    as `detect` takes it.
+    with_components: what lies beside the transformer, or beside its base, is loaded, too. causal,
+    base: as `detect` takes them.
 
     Raises:
         CheckpointError: as `headers_of` and `Resolution.require_loadable`, and if a file does not
             arrive as it should.
         StorageError: the cache's disk has no room.
     """
+    if base is not None:
+        how = {"with_components": with_components, "causal": causal}
+        with headers_of(place, with_components=False) as trained:
+            base = _fetched(base, renames, trained=trained, **how)
+        return fetch_file(place), base
+    return _fetched(place, renames, with_components=with_components, causal=causal), None
+
+
+def _fetched(
+    place: Path | str,
+    renames: Renames | None,
+    *,
+    with_components: bool,
+    causal: bool,
+    trained: Path | str | None = None,
+) -> Path | str:
+    """The path of a transformer. trained: headers of tensors that lie on it."""
     bare, chosen = _split(place)
     name = hub_name(bare)
     if name is None:
@@ -108,19 +126,25 @@ def fetch_checkpoint(
         return place
     repository = open_repository(name)
     with _headers(repository, name, with_components=with_components) as (path, root):
-        resolution = resolve(detect(f"{path}{chosen}", renames, causal=causal))
+        here = f"{path}{chosen}"
+        what, base = (here, None) if trained is None else (trained, here)
+        resolution = resolve(detect(what, renames, causal=causal, base=base))
         resolution.require_loadable()
-        needed = list(resolution.detected.files)
+        needed = [file for file in resolution.detected.files if file.is_relative_to(root)]
         if with_components:
-            text, tokenizer = resolution.text_path, resolution.tokenizer_path
-            needed += _of_components(resolution.vae_path, text, tokenizer)
+            beside = [resolution.vae_path, resolution.text_path, resolution.tokenizer_path]
+            needed += _of_components(*beside, resolution.image_path)
         paths = _inside(needed, root, repository)
     _fetch_whole(repository, paths)
     return f"{repository.folder / name.path}{chosen}"
 
 
-def fetch_components(place: Path | str, parts: Sequence[str] = PARTS) -> Components:
+def fetch_components(
+    place: Path | str, parts: Sequence[str] = PARTS, *, has_image: bool = False
+) -> Components:
     """VAE, text encoder and tokenizer, or `parts` of them, at a path or in a named repository.
+
+    has_image: the image encoder, too, if there is one.
 
     Raises:
         CheckpointError, StorageError: as `find_components`, `require_all` and `fetch_checkpoint`.
@@ -143,6 +167,8 @@ def fetch_components(place: Path | str, parts: Sequence[str] = PARTS) -> Compone
             "tokenizer": [found.tokenizer],
         }
         needed = _of_components(*(each for part in parts for each in places[part]))
+        if has_image and found.image_encoder is not None:
+            needed += _of_components(found.image_encoder)
         paths = _inside(needed, root, repository)
     _fetch_whole(repository, paths)
     return find_components(repository.folder / name.path)

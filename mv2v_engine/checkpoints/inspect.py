@@ -10,6 +10,7 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Iterable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,7 @@ _KINDS: dict[Format, str] = {
     "recammaster": "a ReCamMaster transformer",
     "memory_v2v": "a Memory-V2V transformer",
     "lucy_edit": "a Lucy-Edit transformer",
+    "redirector": "a ReDirector transformer",
 }
 
 
@@ -127,11 +129,16 @@ class Inspection:
 
 
 def inspect_checkpoint(
-    path: Path | str, rename: Path | str | None = None, *, deep: bool = False
+    path: Path | str,
+    rename: Path | str | None = None,
+    *,
+    deep: bool = False,
+    base: Path | str | None = None,
 ) -> Inspection:
     """Inspect a checkpoint; reads headers only, unless `deep` has it read every number.
 
-    Of a hub name the headers are asked for alone; `deep` fetches all that loading needs.
+    Of a hub name the headers are asked for alone; `deep` fetches all that loading needs. base: what
+    trained tensors alone lie on.
 
     Raises:
         CheckpointError: it cannot be read or its config cannot be told. Missing, unknown and
@@ -139,15 +146,19 @@ def inspect_checkpoint(
     """
     renames = read_renames(Path(rename)) if rename is not None else None
     if deep:
-        path = fetch_checkpoint(path, renames)
-    with headers_of(path) as place:
-        found = _inspected(resolve(detect(place, renames)), deep=deep)
-    if place == path:
+        path, base = fetch_checkpoint(path, renames, base=base)
+    with headers_of(path) as place, _headers(base) as under:
+        found = _inspected(resolve(detect(place, renames, base=under)), deep=deep)
+    if place == path and under == base:
         return found
     # what stood in for the repository is gone
     files = tuple(Path(file.name) for file in found.files)
     vae = found.vae_path and Path(found.vae_path.name)
     return dataclasses.replace(found, path=Path(path), files=files, vae_path=vae)
+
+
+def _headers(base: Path | str | None) -> AbstractContextManager[Path | str | None]:
+    return nullcontext() if base is None else headers_of(base)
 
 
 def _inspected(resolution: Resolution, *, deep: bool) -> Inspection:

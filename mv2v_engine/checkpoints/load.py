@@ -73,10 +73,11 @@ class LoadReport:
 class Checkpoint:
     """A transformer ready to run, and where its VAE and text encoder lie.
 
-    vae_path, text_path: diffusers and transformers folders, or single files. tokenizer_path: a
-    transformers folder. None where the checkpoint has none. conditioning: the modes that the
-    weights were trained for (METHOD 13). knowledge: what they know, where that is little. stream:
-    how a causal model makes video block by block; None of one that sees all frames at once.
+    vae_path, text_path, image_path: diffusers and transformers folders, or single files, the last
+    of an image encoder. tokenizer_path: a transformers folder. None where the checkpoint has none.
+    conditioning: the modes that the weights were trained for (METHOD 13). knowledge: what they
+    know, where that is little. stream: how a causal model makes video block by block; None of one
+    that sees all frames at once.
     """
 
     name: str
@@ -89,6 +90,7 @@ class Checkpoint:
     tokenizer_path: Path | None
     report: LoadReport
     conditioning: tuple[ConditioningMode, ...]
+    image_path: Path | None = None
     knowledge: Knowledge = NOTHING_SAID
     stream: StreamConfig | None = None
 
@@ -106,6 +108,7 @@ def load_checkpoint(
     check_weights: bool = True,
     with_components: bool = True,
     causal: bool = False,
+    base: Path | str | None = None,
 ) -> Checkpoint:
     """Load a checkpoint's transformer in evaluation mode.
 
@@ -122,6 +125,8 @@ def load_checkpoint(
         check_weights: refuse weights that are not finite, in a file or after the cast to `dtype`.
         with_components: of a hub name, fetch the VAE and the text encoder beside it too.
         causal: the model was trained to make frames block by block, as no tensor tells.
+        base: the transformer whose other tensors a file of trained ones leaves out, as
+            `path_or_name`; what lies beside it is the checkpoint's.
 
     Raises:
         CheckpointError: nothing there, unreadable, incomplete, of other shapes, undecided, or not
@@ -130,8 +135,11 @@ def load_checkpoint(
     """
     renames = read_renames(Path(rename)) if rename is not None else None
     loras = find_loras(lora)
-    path = fetch_checkpoint(path_or_name, renames, with_components=with_components, causal=causal)
-    resolution = resolve(detect(path, renames, causal=causal), loras).quantized(quantize)
+    path, base = fetch_checkpoint(
+        path_or_name, renames, with_components=with_components, causal=causal, base=base
+    )
+    detected = detect(path, renames, causal=causal, base=base)
+    resolution = resolve(detected, loras).quantized(quantize)
     resolution.require_loadable()
     place, home = torch.device(device), None if offload is None else torch.device("cpu")
     _fill(resolution, place, dtype, products, home=home, check_weights=check_weights)
@@ -148,6 +156,7 @@ def load_checkpoint(
         tokenizer_path=resolution.tokenizer_path,
         report=_report(resolution),
         conditioning=resolution.conditioning,
+        image_path=resolution.image_path,
         knowledge=resolution.knowledge,
         stream=resolution.stream,
     )
@@ -237,6 +246,8 @@ def _fill(
 
 
 def _shaped(tensor: Tensor, source: Source) -> Tensor:
+    if source.is_first:
+        tensor = tensor[:, : source.shape[1]]
     if not source.is_cells:
         return tensor.reshape(source.shape)
     # [C, 4C] over (row, column, channel) to a kernel over (channel, row, column)

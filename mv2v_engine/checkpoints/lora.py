@@ -387,6 +387,8 @@ def _require_lora(
 
 def _parameter(match: re.Match[str], naming: Naming) -> str | None:
     """Our name of what a key changes."""
+    if _IMAGE.search(match["module"]):
+        return None  # no base that a LoRA is made for has them
     module, leaf = match["module"], _WHOLE.get(match["leaf"] or "", "weight")
     if leaf == "modulation" and naming == "diffusers":
         leaf = "scale_shift_table"

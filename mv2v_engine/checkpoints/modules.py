@@ -30,12 +30,14 @@ class Source:
     """One parameter's place in a file and the shape it takes in the model.
 
     is_cells: a [C, 4C] linear layer over four concatenated cells in row-major order, which is
-    the 2x2 convolution of the same weights.
+    the 2x2 convolution of the same weights. is_first: the shape has fewer input channels than the
+    file's tensor, its first ones.
     """
 
     info: TensorInfo
     shape: Shape
     is_cells: bool = False
+    is_first: bool = False
 
 
 @dataclass(frozen=True, slots=True)

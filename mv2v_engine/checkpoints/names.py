@@ -2,7 +2,8 @@
 
 Translation is strict: a key is known whole or not at all. Original Wan calls its blocks' norms
 in the order norm1, norm3, norm2, so norm2 and norm3 change places. This project's names are
-diffusers' plus `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`.
+diffusers' plus `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`,
+`control_adapter` and `blocks.N.attn1.rope_phase_qk` and `_vo`.
 """
 
 from __future__ import annotations
@@ -19,6 +20,12 @@ from mv2v_engine.errors import CheckpointError, nearest_names
 Naming = Literal["original", "diffusers"]
 Renames = Mapping[str, str | None]
 
+# CLIP's tokens of image-to-video models, and Wan-Fun's convolutions of camera rays
+_IMAGE = ((0, "norm1"), (1, "ff.net.0.proj"), (3, "ff.net.2"), (4, "norm2"))
+_ADAPTER = tuple(
+    f"control_adapter.{name}"
+    for name in ("conv", "residual_blocks.0.conv1", "residual_blocks.0.conv2")
+)
 _TOP_MODULES = {
     "patch_embedding": "patch_embedding",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
@@ -27,6 +34,8 @@ _TOP_MODULES = {
     "text_embedding.2": "condition_embedder.text_embedder.linear_2",
     "time_projection.1": "condition_embedder.time_proj",
     "head.head": "proj_out",
+    **{f"img_emb.proj.{n}": f"condition_embedder.image_embedder.{name}" for n, name in _IMAGE},
+    **{name: name for name in _ADAPTER},
 }
 _BLOCK_MODULES = {
     "ffn.0": "ffn.net.0.proj",
@@ -51,6 +60,11 @@ def _leaves() -> tuple[dict[str, str], dict[str, str]]:
         for p, q in _PROJECTIONS.items():
             block |= {f"{old}.{p}.{k}": f"{new}.{q}.{k}" for k in kinds}
         block |= {f"{old}.norm_{p}.weight": f"{new}.norm_{p}.weight" for p in "qk"}
+    for p in "kv":
+        block |= {f"cross_attn.{p}_img.{k}": f"attn2.add_{p}_proj.{k}" for k in kinds}
+    block["cross_attn.norm_k_img.weight"] = "attn2.norm_added_k.weight"
+    for name in ("rope_phase_qk.1.weight", "rope_phase_vo.1.weight"):
+        block[f"self_attn.{name}"] = f"attn1.{name}"
     return top, block
 
 

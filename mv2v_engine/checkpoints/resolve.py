@@ -58,9 +58,9 @@ class Resolution:
     parameters that no file holds, and what fills them. mapping: one line for each tokenizer and
     merger found. conditioning: the modes that the weights were trained for (METHOD 13). knowledge:
     what they know, where that is little. stream: how a causal model makes video. vae_path,
-    text_path, tokenizer_path: of what came with it, or that its config names; None where there is
-    none (see `components`). loras: what is merged into the weights; the name says so too, which
-    tells sessions and reports of them from others.
+    text_path, tokenizer_path, image_path: of what came with it, or that its config names; None
+    where there is none (see `components`). loras: what is merged into the weights; the name says so
+    too, which tells sessions and reports of them from others.
     """
 
     detected: Detected
@@ -81,6 +81,7 @@ class Resolution:
     vae_path: Path | None
     text_path: Path | None
     tokenizer_path: Path | None
+    image_path: Path | None = None
     loras: tuple[Lora, ...] = ()
     quantize: QuantizeName | None = None
 
@@ -153,12 +154,16 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
         sources = {name: Source(info, info.shape) for name, info in infos.items()}
     else:
         name = _name_of(detected.path)
+        if detected.base is not None:
+            name = f"{name} on {_name_of(detected.base)}"
         base = infer_config(detected, infos)
         if detected.format == "memory_v2v":
             found = _assign(detected, base)
             infos |= {ours: detected.tensors[key] for key, ours in found.names.items()}
             unknown = [key for key in unknown if key not in found.names]
         config, sources = _with_extras(base, infos)
+        if detected.format == "redirector":
+            sources |= _first_channels(infos, config.in_channels)
         sampling = default_sampling(detected, config)
     components = own_components(detected)
     if vae_path is None:
@@ -192,6 +197,7 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
         vae_path=vae_path,
         text_path=components.text_encoder,
         tokenizer_path=components.tokenizer,
+        image_path=components.image_encoder if config.image_dim else None,
         loras=loras,
     )
 
@@ -251,6 +257,13 @@ def _with_extras(
         merge_blocks=blocks,
     )
     return config, sources
+
+
+def _first_channels(infos: dict[str, TensorInfo], channels: int) -> dict[str, Source]:
+    """The patch embedding of the channels that are not always zero."""
+    name = "patch_embedding.weight"
+    info = infos[name]
+    return {name: Source(info, (info.shape[0], channels, *info.shape[2:]), is_first=True)}
 
 
 def is_trained_for_memory(initialised: Iterable[str]) -> bool:

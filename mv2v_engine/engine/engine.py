@@ -92,7 +92,7 @@ class Engine(Parts):
         )
         place = rank_device(device, config.parallel)
         team = open_team(config.parallel, place)
-        checkpoint, vae, text = load_parts(
+        checkpoint, vae, text, image = load_parts(
             path_or_name,
             place,
             transformer_dtype(dtype, place),
@@ -101,7 +101,7 @@ class Engine(Parts):
             rename=rename,
             causal=arguments.flag("causal", causal),
         )
-        engine = cls(checkpoint, vae, text, device=place, config=config, team=team)
+        engine = cls(checkpoint, vae, text, image, device=place, config=config, team=team)
         engine.budget.place_text()
         return engine
 
@@ -145,6 +145,7 @@ class Engine(Parts):
                     offload=config.offload,
                     check_weights=config.check_weights,
                     with_components=False,
+                    base=config.base,
                 )
                 configure(checkpoint.transformer, config, place)
             serve(ranks, checkpoint.transformer)
@@ -178,6 +179,7 @@ class Engine(Parts):
             self.checkpoint,
             self.vae,
             self.text,
+            self.image,
             device=self.device,
             config=config,
             team=self.team,

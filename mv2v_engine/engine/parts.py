@@ -33,6 +33,7 @@ from mv2v_engine.engine.request import check_text
 from mv2v_engine.engine.team import Team
 from mv2v_engine.engine.turn import RecentFrames
 from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError
+from mv2v_engine.image import ImageEncoder, load_image_encoder
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
 from mv2v_engine.models.block import Block
@@ -67,6 +68,7 @@ _OF_THE_WEIGHTS = (
     "feed_forward_chunk",
     "text_offload",
     "parallel",
+    "base",
     "lora",
     "quantize",
     "quantize_text",
@@ -107,7 +109,7 @@ def load_parts(
     components: Path | None,
     rename: Path | str | None,
     causal: bool = False,
-) -> tuple[Checkpoint, VideoVAE, TextEncoder | None]:
+) -> tuple[Checkpoint, VideoVAE, TextEncoder | None, ImageEncoder | None]:
     """Load what `Engine.from_pretrained` makes an engine of."""
     # refuse before anything large is read
     resolve(config.backend, place)
@@ -115,7 +117,9 @@ def load_parts(
     resolve_attention(config, place, tokens)
     open_graphs(config, place)
     check_descriptor(config)
-    given = None if components is None else fetch_components(components)
+    given = None
+    if components is not None:
+        given = fetch_components(components, has_image=config.base is not None)
     is_checked = config.check_weights
     checkpoint = load_checkpoint(
         path_or_name,
@@ -129,7 +133,9 @@ def load_parts(
         check_weights=is_checked,
         with_components=given is None,
         causal=causal,
+        base=config.base,
     )
+    has_image, image_path = bool(checkpoint.config.image_dim), checkpoint.image_path
     vae_path, text_path = checkpoint.vae_path, checkpoint.text_path
     tokenizer_path = checkpoint.tokenizer_path
     if given is None:
@@ -137,6 +143,8 @@ def load_parts(
     else:
         vae_path = given.vae(checkpoint.config.latent_channels)
         text_path, tokenizer_path = given.text_encoder, given.tokenizer
+        if has_image and given.image_encoder is not None:
+            image_path = given.image_encoder
     assert vae_path is not None
     # convolutions in half precision are slow or missing on a CPU
     vae_dtype = torch.float32 if place.type == "cpu" else dtype
@@ -161,7 +169,12 @@ def load_parts(
             f"{checkpoint.name} has no text encoder, got quantize_text={config.quantize_text!r}; "
             "leave it out"
         )
-    return checkpoint, vae, text
+    image = None
+    if has_image:
+        _require_image(checkpoint.name, image_path)
+        assert image_path is not None
+        image = load_image_encoder(image_path, device=place, dtype=dtype, check_weights=is_checked)
+    return checkpoint, vae, text, image
 
 
 def require_components(found: Checkpoint | Resolution) -> None:
@@ -180,6 +193,17 @@ def require_components(found: Checkpoint | Resolution) -> None:
             "a Wan diffusers folder with vae, text_encoder and tokenizer, one with "
             "Wan2.1_VAE.pth, models_t5_umt5-xxl-enc-bf16.pth and google/umt5-xxl/, or the name of "
             "such a repository, as Wan-AI/Wan2.1-T2V-1.3B"
+        )
+    if found.config.image_dim:
+        _require_image(found.name, found.image_path)
+
+
+def _require_image(name: str, place: Path | None) -> None:
+    if place is None:
+        raise CheckpointError(
+            f"{name} reads image tokens, and no image encoder is beside it or in the components; "
+            "give components=FOLDER with image_encoder/, or with "
+            "models_clip_open-clip-xlm-roberta-large-vit-huge-14.pth"
         )
 
 
@@ -242,12 +266,13 @@ class Parts:
         checkpoint: Checkpoint,
         vae: VideoVAE,
         text: TextEncoder | None,
+        image: ImageEncoder | None = None,
         *,
         device: torch.device,
         config: EngineConfig,
         team: Team | None = None,
     ) -> None:
-        self.checkpoint, self.vae, self.text = checkpoint, vae, text
+        self.checkpoint, self.vae, self.text, self.image = checkpoint, vae, text, image
         self.device, self.config = device, config
         self._made_for = checkpoint.sampling.under(
             fast=config.fast, scheduler=config.scheduler, timesteps=config.timesteps
@@ -311,6 +336,12 @@ class Parts:
             raise CheckpointError(
                 f"the text encoder gives embeddings of {self.text.dim}, the transformer takes "
                 f"{shape.text_dim}; give the text encoder that belongs to {name}"
+            )
+        if (0 if self.image is None else self.image.dim) != shape.image_dim:
+            _require_image(name, None if self.image is None else Path())
+            raise CheckpointError(
+                f"the image encoder gives tokens of {self.image and self.image.dim}, the "
+                f"transformer takes {shape.image_dim}; give the one that belongs to {name}"
             )
         if self.video_bytes > self.config.cache_bytes:
             raise MemoryBudgetError(

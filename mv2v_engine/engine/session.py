@@ -112,6 +112,7 @@ class Session:
         self._turns: dict[int, Turn] = {}
         self._is_closed = False
         self._fitted: LatentRGB | None = None
+        self._source_image: Tensor | None = None
         path = source_trajectory(camera, parts.sampling.num_frames, parts.sampling.size)
         check_camera(path, parts.transformer.config)
         self._recall = ViewRecall(parts, id, path)
@@ -536,13 +537,14 @@ class Session:
                 on_channels = latents.to(parts.device)[None]
             else:
                 recalled = self._recall.recall(request, latents, self.turns, ranked)
+            image = None if parts.image is None else self._image(request)
         yield spans.done("memory")
         seed = window_seed(request.seed, window.number)
         noise, generator = turn_noise((1, *latents.shape), seed)
         denoiser = engine_denoiser(
             parts,
             recalled.plan,
-            Conditioning(recalled.latents, recalled.cameras, *texts, on_channels),
+            Conditioning(recalled.latents, recalled.cameras, *texts, on_channels, image),
             noise,
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
@@ -565,6 +567,15 @@ class Session:
         )
         report["warnings"] = list(self.warnings())
         return KeptWindow(report, made), frames
+
+    def _image(self, request: Request) -> Tensor:
+        """Image tokens [1, I, D] of the source's first frame, which a turn may be itself."""
+        assert self.parts.image is not None and isinstance(self.source, Source)
+        if request.memory == "previous" and self.turns:
+            return self.parts.image(self.turns[-1].frames[0])
+        if self._source_image is None:
+            self._source_image = self.parts.image(self.source.frames[0])
+        return self._source_image
 
     def _colours(self, frames: Tensor | None, latents: Tensor) -> LatentRGB:
         """The colours of the VAE's latents, or those that fit this session's source best.

@@ -32,7 +32,8 @@ class Conditioning:
 
     latents: [1, C, F, H, W] per conditioning segment. cameras: [1, V, F, 12 or 16] or None.
     text, negative_text: [1, S, text_dim]; the latter only with guidance. source: [1, C, F, H, W]
-    for a model that takes it on the target's channels, else None.
+    for a model that takes it on the target's channels, else None. image: [1, I, image_dim] for a
+    model that reads image tokens, else None.
     """
 
     latents: Sequence[Tensor]
@@ -40,6 +41,7 @@ class Conditioning:
     text: Tensor
     negative_text: Tensor | None
     source: Tensor | None = None
+    image: Tensor | None = None
 
     @property
     def texts(self) -> list[Tensor]:
@@ -109,6 +111,7 @@ class StepBuffers:
         yield from self.conditioning.latents
         yield from () if self.conditioning.source is None else (self.conditioning.source,)
         yield from () if self.conditioning.cameras is None else (self.conditioning.cameras,)
+        yield from () if self.conditioning.image is None else (self.conditioning.image,)
         yield from self.conditioning.texts
         for record in self.records or ():
             yield from (record.merged, record.responsiveness, record.frames)
@@ -143,6 +146,7 @@ class StepBuffers:
                 empty(given.text),
                 None if given.negative_text is None else empty(given.negative_text),
                 None if given.source is None else empty(given.source),
+                None if given.image is None else empty(given.image),
             ),
             _record_buffers(plan, self.latents.device),
         )
@@ -229,6 +233,7 @@ class Branch:
             kept=self.cache,
             residual=self.residual,
             ranks=self.ranks,
+            image=self.conditioning.image,
         )
 
     def skipped(self, noisy: Tensor, timestep: Tensor) -> Tensor:

@@ -40,6 +40,7 @@ class _Begin:
     plan: TokenPlan
     latents: tuple[_Spec, ...]
     cameras: _Spec | None
+    image: _Spec | None
     texts: tuple[_Spec, ...]
     noisy: _Spec
 
@@ -111,11 +112,13 @@ class SharedTurn:
         """Give every rank what all steps of the turn read."""
         ranks, given = self.ranks, self._buffers.conditioning
         texts = given.texts
-        tensors = [*given.latents, *([] if given.cameras is None else [given.cameras]), *texts]
+        more = [each for each in (given.cameras, given.image) if each is not None]
+        tensors = [*given.latents, *more, *texts]
         begin = _Begin(
             self.plan,
             tuple(map(_spec, given.latents)),
             None if given.cameras is None else _spec(given.cameras),
+            None if given.image is None else _spec(given.image),
             tuple(map(_spec, texts)),
             noisy,
         )
@@ -189,11 +192,12 @@ class _Share:
         self.ranks, self.noisy = ranks, begin.noisy
         latents = [receive(spec) for spec in begin.latents]
         cameras = None if begin.cameras is None else receive(begin.cameras)
+        image = None if begin.image is None else receive(begin.image)
         texts = [receive(spec) for spec in begin.texts]
         self.num_branches = len(texts)
         plan = begin.plan
         cache = ConditioningCache(plan) if plan.conditioning == "static" else None
-        given = Conditioning(latents, cameras, texts[0], None)
+        given = Conditioning(latents, cameras, texts[0], None, image=image)
         self.branches = [
             Branch(transformer, plan, given, text, cache, ranks.context)
             for text in ranks.own(texts)

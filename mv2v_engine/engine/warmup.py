@@ -74,8 +74,9 @@ def _nothing(engine: Parts, plan: TokenPlan, guidance_scale: float) -> Condition
     cameras = None
     if plan.shape.has_camera:
         tracks = 1 + max(segment.camera or 0 for segment in plan.segments)
-        still = source_trajectory(None, plan.target.num_frames, engine.sampling.size)
-        one = still.vectors(plan.shape.camera_dim, stride=1)
+        num_frames = 4 * (plan.target.num_frames - 1) + 1
+        still = source_trajectory(None, num_frames, engine.sampling.size)
+        one = still.vectors(plan.shape.camera_dim, stride=4)
         cameras = one.to(engine.device).expand(1, tracks, -1, -1).contiguous()
     channels, source = plan.shape.latent_channels, None
     if plan.shape.source_channels:
@@ -85,4 +86,5 @@ def _nothing(engine: Parts, plan: TokenPlan, guidance_scale: float) -> Condition
         cameras,
         *engine.guidance_texts("", guidance_scale),
         source,
+        None if engine.image is None else zeros(1, engine.image.num_tokens, engine.image.dim),
     )

@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.models.camera_rays import phase_layer
 from mv2v_engine.models.kept import KeysValues
 from mv2v_engine.models.linear import Linear
 from mv2v_engine.ops.attention import attention, attention_varlen
@@ -73,7 +74,21 @@ class _Projections(nn.Module):
 
 
 class SelfAttention(_Projections):
-    """q and k are normalised and rotated, v is not."""
+    """q and k are normalised and rotated, v is not; with phases all three are turned by cameras."""
+
+    def __init__(self, dim: int, num_heads: int, eps: float, num_phases: int = 0) -> None:
+        super().__init__(dim, num_heads, eps)
+        count = num_heads * num_phases
+        self.rope_phase_qk = phase_layer(dim, count) if count else None
+        self.rope_phase_vo = phase_layer(dim, count) if count else None
+
+    def phases(self, rays_BLC: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """Phases [B, L, N, P] of q and k, and of v and the result; None of a model without."""
+        if self.rope_phase_qk is None or self.rope_phase_vo is None:
+            return None
+        assert rays_BLC is not None
+        qk, vo = self.rope_phase_qk(rays_BLC), self.rope_phase_vo(rays_BLC)
+        return qk.unflatten(-1, (self.num_heads, -1)), vo.unflatten(-1, (self.num_heads, -1))
 
     def queries(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> Tensor:
         return self._norm(self.to_q(hidden_BLC), self.norm_q.weight, rope_BLD)
@@ -96,7 +111,23 @@ class SelfAttention(_Projections):
 
 
 class CrossAttention(_Projections):
-    """Attention to the text, without positions and without a mask, as Wan does."""
+    """Attention to the text, without positions and without a mask, as Wan does.
+
+    has_image: image tokens have k and v of their own, and their result is added.
+    """
+
+    def __init__(self, dim: int, num_heads: int, eps: float, *, has_image: bool = False) -> None:
+        super().__init__(dim, num_heads, eps)
+        self.add_k_proj = nn.Linear(dim, dim) if has_image else None
+        self.add_v_proj = nn.Linear(dim, dim) if has_image else None
+        self.norm_added_k = RMSNormWeight(dim) if has_image else None
+
+    def image_keys_values(self, image_BIC: Tensor) -> KeysValues:
+        """k, v [B, I, N, D] of image tokens."""
+        assert self.add_k_proj is not None and self.add_v_proj is not None
+        assert self.norm_added_k is not None
+        keys = self._norm(self.add_k_proj(image_BIC), self.norm_added_k.weight)
+        return keys, self.add_v_proj(image_BIC).unflatten(-1, (self.num_heads, -1))
 
     def keys_values(self, text_BSC: Tensor) -> KeysValues:
         """k, v [B, S, N, D]: what a stream keeps as long as its prompt stays."""
@@ -104,8 +135,19 @@ class CrossAttention(_Projections):
         return keys, self.to_v(text_BSC).unflatten(-1, (self.num_heads, -1))
 
     def forward(
-        self, hidden_BLC: Tensor, keys_values: KeysValues, pack: Pack | None = None
+        self,
+        hidden_BLC: Tensor,
+        keys_values: KeysValues,
+        pack: Pack | None = None,
+        image: KeysValues | None = None,
+        image_pack: Pack | None = None,
     ) -> Tensor:
+        if image is not None:
+            queries = self._norm(self.to_q(hidden_BLC), self.norm_q.weight)
+            attended = self.attend(queries, *keys_values, pack)
+            attended = attended + self.attend(queries, *image, image_pack)
+            del queries
+            return self.out(attended)
         # the queries are not named: they are gone before the output is made
         return self.out(
             self.attend(self._norm(self.to_q(hidden_BLC), self.norm_q.weight), *keys_values, pack)

@@ -22,6 +22,7 @@ from mv2v_engine.models.camera_encoder import (
     camera_projector,
     projection,
 )
+from mv2v_engine.models.camera_rays import turned
 from mv2v_engine.models.feed_forward import FeedForward
 from mv2v_engine.models.kept import KeysValues
 from mv2v_engine.models.modulation import Modulation, split_modulation
@@ -40,8 +41,9 @@ class Block(nn.Module):
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
         dim, heads, self.eps = config.dim, config.num_attention_heads, config.eps
-        self.attn1 = SelfAttention(dim, heads, config.eps)
-        self.attn2 = CrossAttention(dim, heads, config.eps)
+        num_phases = config.num_phases if config.has_phases else 0
+        self.attn1 = SelfAttention(dim, heads, config.eps, num_phases)
+        self.attn2 = CrossAttention(dim, heads, config.eps, has_image=config.image_dim > 0)
         self.norm2 = nn.LayerNorm(dim, eps=config.eps)
         self.ffn = FeedForward(dim, config.ffn_dim)
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim).normal_().div_(dim**0.5))
@@ -74,7 +76,13 @@ class Block(nn.Module):
             x, hidden = self._add_norm2(sequence.x, attended, own)
             del attended  # at full size every tensor of all tokens counts: nothing outlives its use
             # not held by a name: they would stay through the feed-forward
-            attended = self.attn2(hidden, self._text(sequence.text, stream), sequence.text_pack)
+            attended = self.attn2(
+                hidden,
+                self._text(sequence.text, stream),
+                sequence.text_pack,
+                None if sequence.image is None else self.attn2.image_keys_values(sequence.image),
+                sequence.image_pack,
+            )
             del hidden
             x, hidden = self._add_adaln(x, attended, ffn)
         del attended
@@ -124,6 +132,9 @@ class Block(nn.Module):
         hidden, shard = self.attention_input(sequence, modulation), sequence.shard
         queries = self.attn1.queries(hidden, sequence.rope)
         queries = self._from_cameras(queries, "query", sequence)
+        phases = self.attn1.phases(sequence.rays)
+        if phases is not None:
+            queries = turned(queries, phases[0])
         if shard is not None:
             queries = shard.by_heads(queries)
         rotary = sequence.rope if stream is None else None
@@ -131,6 +142,8 @@ class Block(nn.Module):
         del hidden
         keys = self._from_cameras(keys, "key", sequence)
         values = self._from_cameras(values, "key", sequence)
+        if phases is not None:
+            keys, values = turned(keys, phases[0]), turned(values, -phases[1])
         if shard is not None:
             keys = shard.by_heads(keys)
             values = shard.by_heads(values)
@@ -147,6 +160,9 @@ class Block(nn.Module):
         if shard is not None:
             attended = shard.by_tokens(attended, self.attn1.num_heads)
         out = self.attn1.out(self._from_cameras(attended, "output", sequence))
+        if phases is not None:
+            heads = out.unflatten(-1, (self.attn1.num_heads, -1))
+            out = turned(heads, phases[1]).flatten(2)
         return (out if self.projector is None else self.projector(out)), own
 
     def _text(self, text: Tensor, stream: LayerCache | None) -> KeysValues:

@@ -37,7 +37,9 @@ def camera_projector(dim: int) -> Linear:
 
 def frame_dim(config: TransformerConfig) -> int:
     """Numbers of a frame within the model: its pose, and with PRoPE a matrix and its inverse."""
-    return POSE_DIM if config.camera_attention == "none" else POSE_DIM + 2 * _MATRIX
+    if config.camera_attention == "none" or config.has_phases:
+        return config.camera_dim
+    return POSE_DIM + 2 * _MATRIX
 
 
 def frame_cameras(plan: TokenPlan, cameras_BVFP: Tensor) -> Tensor:
@@ -45,6 +47,7 @@ def frame_cameras(plan: TokenPlan, cameras_BVFP: Tensor) -> Tensor:
     shape = plan.shape
     if cameras_BVFP.shape[3] != plan.camera_dim:
         has = "its pose" if plan.camera_dim == POSE_DIM else "its pose, then its intrinsics"
+        has += " of each of its frames" if shape.has_phases else ""
         raise ValueError(
             f"with camera_attention={shape.camera_attention!r} a camera has {plan.camera_dim} "
             f"numbers, {has} (`CameraTrajectory.vectors`); got tracks of shape "
@@ -67,6 +70,8 @@ def with_matrices(config: TransformerConfig, cameras_BRP: Tensor) -> Tensor:
     if config.camera_attention == "none":
         return cameras_BRP
     cameras_BRP = cameras_BRP.float()
+    if config.has_phases:
+        return cameras_BRP
     matrices = _projections(cameras_BRP, config)
     return torch.cat([cameras_BRP[..., :POSE_DIM], *(each.flatten(-2) for each in matrices)], -1)
 

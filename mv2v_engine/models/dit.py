@@ -23,6 +23,7 @@ from torch.utils.checkpoint import checkpoint
 from mv2v_engine.config import HeadMode, TransformerConfig
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import frame_cameras
+from mv2v_engine.models.camera_rays import CameraAdapter
 from mv2v_engine.models.kept import ConditioningCache, KeysValues, TargetResidual
 from mv2v_engine.models.merging import Merger, MergeRecord, merged
 from mv2v_engine.models.modulation import ConditionEmbedder
@@ -43,7 +44,8 @@ _Layer = Callable[..., tuple[Tensor, KeysValues | None]]
 
 class MV2VTransformer(nn.Module):
     """The denoiser. Parameter names are diffusers' `WanTransformer3DModel`'s, and
-    `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`.
+    `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`, `control_adapter`
+    and `blocks.N.attn1.rope_phase_qk` and `_vo`.
     """
 
     # small and sensitive: diffusers keeps them in float32 under bf16 weights, and so do we
@@ -59,6 +61,7 @@ class MV2VTransformer(nn.Module):
         )
         for tokenizer in self.tokenizers.values():
             init_from_base(tokenizer, self.patch_embedding)  # type: ignore[arg-type]
+        self.control_adapter = CameraAdapter(dim) if config.has_phases else None
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
         self.mergers = nn.ModuleDict()
@@ -114,6 +117,7 @@ class MV2VTransformer(nn.Module):
         residual: TargetResidual | None = None,
         ranks: ContextGroup | None = None,
         stream: StreamCache | None = None,
+        image: Tensor | None = None,
     ) -> Tensor:
         """Velocity of the target latents [B, C_out, F, H, W].
 
@@ -124,7 +128,8 @@ class MV2VTransformer(nn.Module):
             encoder_hidden_states: text embeddings [B, S, text_dim].
             cameras: tracks [B, V, F, 12], row-major [R|t] relative to the source's first frame,
                 or [B, V, F, 16] with intrinsics for `camera_attention`, as
-                `CameraTrajectory.vectors` gives them; None for a model without cameras.
+                `CameraTrajectory.vectors` gives them, or 64 of those of all frames for phases; None
+                for a model without cameras.
             records: receives what every merge did.
             kept: the K and V of static conditioning, which one forward leaves for later ones. An
                 empty one is filled. With a full one the target runs alone over what it holds;
@@ -134,6 +139,7 @@ class MV2VTransformer(nn.Module):
                 this rank's part. Each gets the whole velocity.
             stream: what a causal model sees of the blocks before the target, which is its newest
                 one: the target's K and V are left there, and the text's the first time.
+            image: tokens of the image encoder [B, I, image_dim], for a model with `image_dim`.
 
         Raises:
             ValueError: what does not fit the plan or the model.
@@ -149,6 +155,7 @@ class MV2VTransformer(nn.Module):
             residual=residual,
             ranks=ranks,
             stream=stream,
+            image=image,
         )
         return self.forward_samples([sample])[0]
 
@@ -184,17 +191,19 @@ class MV2VTransformer(nn.Module):
                 x, _ = run(sequence, _of_block(kept, index), False, layer)
             sequence = replace(sequence, x=x)
             del x  # a merge before the next block does not need them
-        for sample, before, after in zip(
-            samples, embedded, _targets(sequence, samples), strict=True
+        parts = sequence.split()
+        for sample, part, before, after in zip(
+            samples, parts, embedded, _targets(sequence, samples), strict=True
         ):
             if sample.residual is not None and before is not None and after is not None:
-                sample.residual.value = after - before
-        return [self._head(*pair) for pair in zip(sequence.split(), samples, strict=True)]
+                rays = 0 if part.rays is None else part.rays[:, : part.target_length]
+                sample.residual.value = after - before + rays
+        return [self._head(*pair) for pair in zip(parts, samples, strict=True)]
 
     def forward_residual(
         self, latents: Tensor, timestep: Tensor, *, plan: TokenPlan, residual: TargetResidual
     ) -> Tensor:
-        """No block runs: what they added to the target in another forward is added again.
+        """No block runs: what they and the rays added to the target before is added again.
 
         Args:
             latents: the target's [B, C_in, F, H, W]. residual: as `forward` of that plan left it.
@@ -218,6 +227,13 @@ class MV2VTransformer(nn.Module):
             cameras = sample.kept.cameras
         else:
             cameras = None if sample.cameras is None else frame_cameras(plan, sample.cameras)
+        rays = None
+        if self.control_adapter is not None:
+            assert cameras is not None
+            counts = [segment.num_frames for segment in plan.segments[:count]]
+            pairs = zip(cameras.split(counts, 1), plan.segments, strict=False)
+            rays = torch.cat([self.control_adapter(*pair) for pair in pairs], 1)
+            x = x + rays
         # a fake tensor's table has no bits: kept, it would be served to real forwards
         table = table_on if type(x) is Tensor else table_on.__wrapped__
         temb, temb_6 = embedder.time(sample.timestep.flatten())
@@ -243,6 +259,8 @@ class MV2VTransformer(nn.Module):
             static_temb_6=static_temb_6,
             text=text,
             cameras=cameras,
+            rays=rays,
+            image=None if sample.image is None else embedder.image(sample.image),
         ).over(sample.ranks)
         return sequence.with_frame_timesteps() if sample.timestep.ndim == 2 else sequence
 

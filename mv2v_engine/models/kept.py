@@ -147,7 +147,7 @@ class ConditioningCache:
 
 
 class TargetResidual:
-    """The sum of all that a forward's blocks added to the target's tokens [B, L, C]."""
+    """The sum of all that a forward added to the target's patches [B, L, C]: rays and blocks."""
 
     def __init__(self) -> None:
         self.value: Tensor | None = None

@@ -208,7 +208,11 @@ def apply_merge(
     scores: responsiveness [B, F'] of the layout's conditioning frames. merger None averages.
     """
     layout, num_target = step.before, step.before.runs[0].num_frames
-    xs, ropes = _runs_of(sequence.x, layout), _runs_of(sequence.rope, layout)
+    xs, table = _runs_of(sequence.x, layout), sequence.rope
+    if sequence.rays is not None:
+        # they merge as positions do, by the mean
+        table = torch.cat([table.expand(len(sequence.x), -1, -1), sequence.rays.float()], -1)
+    ropes = _runs_of(table, layout)
     moved = {index for group in step.groups for index in group.runs}
     still = [index for index in range(len(layout.runs)) if index not in moved]
     parts_x = [xs[index] for index in still]
@@ -240,8 +244,12 @@ def apply_merge(
         parts_frames.append(ids.gather(1, kept))
         if not discard:
             parts_frames.append(ids.gather(1, merged))
+    rope, rays = torch.cat(parts_rope, 1), None
+    if sequence.rays is not None:
+        rope, rays = rope.split([sequence.rope.shape[-1], sequence.rays.shape[-1]], -1)
+        rope, rays = rope.contiguous(), rays.to(sequence.rays.dtype)
     fused = sequence.regrouped(
-        torch.cat(parts_x, 1), torch.cat(parts_rope, 1), torch.cat(parts_frames, 1), step.after
+        torch.cat(parts_x, 1), rope, torch.cat(parts_frames, 1), step.after, rays
     )
     before = sequence.frames[:, num_target:]
     record = MergeRecord(step, torch.cat(merged_frames, 1), scores_BF, before)

@@ -67,8 +67,41 @@ class _TextEmbedder(nn.Module):
         return result
 
 
+class _GELULinear(nn.Module):
+    """Under the names of diffusers' feed-forward."""
+
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        first = nn.Module()
+        first.proj = nn.Linear(image_dim, image_dim)
+        self.net = nn.ModuleList([first, nn.Identity(), nn.Linear(image_dim, dim)])
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.net[0].proj(x)  # type: ignore[operator]
+        result: Tensor = self.net[2](nn.functional.gelu(hidden))
+        return result
+
+
+class _ImageEmbedder(nn.Module):
+    def __init__(self, image_dim: int, dim: int) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(image_dim)
+        self.ff = _GELULinear(image_dim, dim)
+        self.norm2 = nn.LayerNorm(dim)
+
+    def forward(self, image: Tensor) -> Tensor:
+        dtype = image.dtype
+        return _wide_norm(self.norm2, self.ff(_wide_norm(self.norm1, image).to(dtype))).to(dtype)
+
+
+def _wide_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """In float32, whatever dtype the tokens and the norm's weights have."""
+    weight, bias = norm.weight.float(), norm.bias.float()
+    return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
+
+
 class ConditionEmbedder(nn.Module):
-    """Timesteps become modulation vectors, text embeddings what blocks attend to."""
+    """Timesteps become modulation vectors, text and image embeddings what blocks attend to."""
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -76,6 +109,16 @@ class ConditionEmbedder(nn.Module):
         self.time_embedder = _TimeEmbedder(config.freq_dim, config.dim)
         self.time_proj = nn.Linear(config.dim, 6 * config.dim)
         self.text_embedder = _TextEmbedder(config.text_dim, config.dim)
+        self.image_embedder = None
+        if config.image_dim:
+            self.image_embedder = _ImageEmbedder(config.image_dim, config.dim)
+
+    def image(self, image_BID: Tensor) -> Tensor:
+        """Image tokens [B, I, C] of an image encoder's [B, I, image_dim]."""
+        assert self.image_embedder is not None
+        weight = self.image_embedder.ff.net[2].weight
+        image: Tensor = self.image_embedder(image_BID.to(weight.dtype))  # type: ignore[arg-type]
+        return image
 
     def time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
         """temb [B, C] for the head and its projection [B, 6, C] for the blocks."""

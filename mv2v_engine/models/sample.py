@@ -34,6 +34,7 @@ class Sample:
     residual: TargetResidual | None = None
     ranks: ContextGroup | None = None
     stream: StreamCache | None = None
+    image: Tensor | None = None
 
     @property
     def is_kept(self) -> bool:
@@ -56,6 +57,11 @@ class Sample:
         if not is_alone:
             self._check_packed()
         self._check_latents()
+        if (self.image is None) == bool(self.plan.shape.image_dim):
+            raise ValueError(
+                f"image tokens are {'missing' if self.image is None else 'given'}, but the model's "
+                f"image_dim is {self.plan.shape.image_dim}"
+            )
         if not self.is_kept:
             self._check_cameras()
             self._check_timestep()

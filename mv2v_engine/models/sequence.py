@@ -5,7 +5,7 @@ run over all tokens at once, attention keeps to each sample, and every token nam
 modulates it.
 
 B batch, L tokens, S text tokens, C width, N heads, D head dim, F frames of a layout, R frames of a
-plan, T timesteps, P numbers of a camera.
+plan, T timesteps, P numbers of a camera, I image tokens.
 """
 
 from __future__ import annotations
@@ -35,6 +35,8 @@ class Sequence:
         `row` [B, L] says which of them modulates a token. static_temb_6: that of static
         conditioning, whose timestep is 0.
     text [B, S, C]; None: there is no cross-attention. cameras [B, R, P] or None.
+    rays [B, L, C]: what the cameras' rays became, of which attention makes phases; image [B, I, C]:
+        what cross-attention reads beside the text. None of a model without.
     shard: over which ranks the layout's tokens lie; L are then this rank's, and `frames` still all.
     parts: the samples that were packed, with their tokens as they were then; of one sample, none.
     """
@@ -49,6 +51,8 @@ class Sequence:
     text: Tensor | None
     cameras: Tensor | None
     static_temb_6: Tensor | None = None
+    rays: Tensor | None = None
+    image: Tensor | None = None
     row: Tensor | None = None
     shard: Shard | None = None
     parts: tuple[Sequence, ...] = ()
@@ -67,11 +71,24 @@ class Sequence:
         text: Tensor | None,
         cameras: Tensor | None,
         static_temb_6: Tensor | None = None,
+        rays: Tensor | None = None,
+        image: Tensor | None = None,
     ) -> Sequence:
         """A sequence of one sample, or of a batch of samples of one plan."""
         token_frames = frames[:, token_slots(layout, frames.device)]
         return cls(
-            x, rope, frames, token_frames, layout, temb, temb_6, text, cameras, static_temb_6
+            x,
+            rope,
+            frames,
+            token_frames,
+            layout,
+            temb,
+            temb_6,
+            text,
+            cameras,
+            static_temb_6,
+            rays,
+            image,
         )
 
     @classmethod
@@ -92,6 +109,8 @@ class Sequence:
             for number, part in enumerate(parts)
         ]
         texts = [part.text for part in parts if part.text is not None]
+        rays = [part.rays for part in parts if part.rays is not None]
+        images = [part.image for part in parts if part.image is not None]
         return cls(
             torch.cat([part.x for part in parts], 1),
             torch.cat([part.rope for part in parts], 1),
@@ -102,6 +121,8 @@ class Sequence:
             torch.cat([part.temb_6 for part in parts]),
             torch.cat(texts, 1),
             torch.cat(cameras, 1) if cameras else None,
+            rays=torch.cat(rays, 1) if rays else None,
+            image=torch.cat(images, 1) if images else None,
             row=torch.cat(owners, 1),
             parts=tuple(parts),
         )
@@ -123,7 +144,9 @@ class Sequence:
         """How many of one sample's L tokens are the target's: the first ones."""
         return self.layout.target_length if self.shard is None else self.shard.own(0)
 
-    def regrouped(self, x: Tensor, rope: Tensor, frames: Tensor, layout: Layout) -> Sequence:
+    def regrouped(
+        self, x: Tensor, rope: Tensor, frames: Tensor, layout: Layout, rays: Tensor | None
+    ) -> Sequence:
         """The same sample with other tokens, all of which are here."""
         token_frames = frames[:, token_slots(layout, frames.device)]
         return replace(
@@ -133,6 +156,7 @@ class Sequence:
             frames=frames,
             token_frames=token_frames,
             layout=layout,
+            rays=rays,
             row=None,
             shard=None,
         )
@@ -154,14 +178,16 @@ class Sequence:
         shard = Shard(ranks, (target, length - target))
         by_token = (self.x, self.rope, self.token_frames)
         x, rope, token_frames = (shard.take(tensor) for tensor in by_token)
-        return replace(self, x=x, rope=rope, token_frames=token_frames, shard=shard)
+        rays = None if self.rays is None else shard.take(self.rays)
+        return replace(self, x=x, rope=rope, token_frames=token_frames, rays=rays, shard=shard)
 
     def whole(self) -> Sequence:
         """The sequence with all tokens, on every rank."""
         if self.shard is None:
             return self
         x, rope = self.shard.gather(self.x), self.shard.gather(self.rope)
-        return self.regrouped(x, rope, self.frames, self.layout)
+        rays = None if self.rays is None else self.shard.gather(self.rays)
+        return self.regrouped(x, rope, self.frames, self.layout, rays)
 
     def with_frame_timesteps(self) -> Sequence:
         """The same, modulated frame by frame: T are all frames of the batch."""
@@ -179,7 +205,7 @@ class Sequence:
         target = self._half(0, slice(length), slice(count), runs[:1])
         rest = self._half(1, slice(length, None), slice(count, None), runs[1:])
         if self.static_temb_6 is not None:
-            rest = replace(rest, temb_6=self.static_temb_6, text=None)
+            rest = replace(rest, temb_6=self.static_temb_6, text=None, image=None)
         return target, rest
 
     def _half(self, part: int, tokens: slice, frames: slice, runs: tuple[Run, ...]) -> Sequence:
@@ -190,6 +216,7 @@ class Sequence:
             frames=self.frames[:, frames],
             token_frames=self.token_frames[:, tokens],
             layout=Layout(runs),
+            rays=None if self.rays is None else self.rays[:, tokens],
             static_temb_6=None,
             row=None,
             shard=None if self.shard is None else self.shard.alone(part),
@@ -217,6 +244,12 @@ class Sequence:
         """The pack that says which queries attend to which text; None as in `pack_over`."""
         texts = [part.text.shape[1] for part in self.parts if part.text is not None]
         return self._pack(texts) if self.parts else None
+
+    @property
+    def image_pack(self) -> Pack | None:
+        """The pack that says which queries attend to which image tokens; None as in `pack_over`."""
+        images = [part.image.shape[1] for part in self.parts if part.image is not None]
+        return self._pack(images) if images else None
 
     def _pack(self, keys: Series[int]) -> Pack:
         key, device, lengths = tuple(keys), self.x.device, self._lengths

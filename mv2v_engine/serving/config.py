@@ -146,6 +146,9 @@ class ServingConfig(LoadConfig):
         }
         own = {name: getattr(self.engine, name) for name in ("descriptor", "decoder")}
         own = {name: place and Path(place).absolute() for name, place in own.items()}
+        base = self.engine.base
+        if base is not None and Path(base).exists():
+            base = Path(base).absolute()
         checkpoint = Path(self.checkpoint)
         loras = [
             (Path(name).absolute() if Path(name).exists() else name, strength)
@@ -154,7 +157,7 @@ class ServingConfig(LoadConfig):
         return dataclasses.replace(
             self,
             checkpoint=str(checkpoint.absolute()) if checkpoint.exists() else self.checkpoint,
-            engine=dataclasses.replace(self.engine, lora=tuple(loras), **own),
+            engine=dataclasses.replace(self.engine, lora=tuple(loras), base=base, **own),
             **absolute,
         )
 

@@ -3,7 +3,8 @@
 Per block (METHOD 16): 4 Lq Lk C for self-attention; 2 L (7 C^2 + 2 C ffn) for q, k, v, o, the
 camera projector, cross-attention's q and o, and the feed-forward; 4 L S C + 4 S C^2 for
 cross-attention and its text k, v. S text tokens. PRoPE adds 32 L N D to the linear part, where D
-channels of N heads meet cameras.
+channels of N heads meet cameras. Phases of cameras add 8 L C N P for two layers of P a head, image
+tokens as much in cross-attention as so much text.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
+from mv2v_engine.shapes import IMAGE_TOKENS
 from mv2v_engine.tokens.layout import MergeStep
 
 if TYPE_CHECKING:
@@ -66,6 +68,7 @@ def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dic
     # halves of a static forward each encode all rows
     blocks = (shape.num_layers + len(steps)) * (1 + is_static)
     table["camera"] = _camera_flops(plan, blocks, len(plan.frame_table))
+    table["camera"] += _ray_flops(plan, plan.segments)
     table["embedding"] = _embedding_flops(plan, timesteps=1 + is_static)
     table["head"] = _head_flops(plan)
     table["merge"] = sum(_merge_flops(plan, step) for step in steps)
@@ -77,7 +80,8 @@ def kept_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -
     return {
         "target_blocks": target_block_flops(plan, steps),
         "tokenize": _tokenize_flops(plan, plan.segments[:1]),
-        "camera": _camera_flops(plan, plan.shape.num_layers, plan.target.num_frames),
+        "camera": _camera_flops(plan, plan.shape.num_layers, plan.target.num_frames)
+        + _ray_flops(plan, plan.segments[:1]),
         "embedding": _embedding_flops(plan, timesteps=1),
         "head": _head_flops(plan),
     }
@@ -141,7 +145,7 @@ def residual_bytes(plan: TokenPlan, element_bytes: int) -> int:
 
 
 def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -> dict[str, int]:
-    shape, width, text = plan.shape, plan.shape.dim, plan.shape.text_len
+    shape, width, text = plan.shape, plan.shape.dim, plan.shape.text_len + _image_tokens(plan.shape)
     per_token = (6 + shape.has_camera_modules) * width**2 + 2 * width * shape.ffn_dim
     per_token += _prope_products(shape)
     parts = dict.fromkeys(_BLOCK_PARTS, 0)
@@ -153,8 +157,24 @@ def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -
 
 
 def _prope_products(shape: TransformerConfig) -> int:
-    """Multiply-adds of a token's q, k, v and o with matrices of four columns."""
+    """Multiply-adds of a token's q, k, v and o with matrices of four columns, or of its phases."""
+    if shape.has_phases:
+        return 2 * shape.dim * shape.num_attention_heads * shape.num_phases
     return 16 * shape.num_attention_heads * shape.camera_channels
+
+
+def _image_tokens(shape: TransformerConfig) -> int:
+    return IMAGE_TOKENS if shape.image_dim else 0
+
+
+def _ray_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
+    """The adapter's convolutions over the 1x2x2 cells of the segments: 24 x 8 x 8 numbers a latent
+    cell, then twice 3x3."""
+    if not plan.shape.has_phases:
+        return 0
+    cells = sum(s.num_frames * s.cell_grid[0] * s.cell_grid[1] for s in segments)
+    width = plan.shape.dim
+    return 2 * cells * (4 * 24 * 64 * width + 2 * 9 * width**2)
 
 
 def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
@@ -174,7 +194,8 @@ def _embedding_flops(plan: TokenPlan, timesteps: int) -> int:
     """Timesteps, and the text once."""
     shape, width = plan.shape, plan.shape.dim
     time = _time_flops(plan) + _time_projection_flops(plan)
-    return timesteps * time + 2 * shape.text_len * (shape.text_dim * width + width**2)
+    image = _image_tokens(shape) * (shape.image_dim**2 + shape.image_dim * width)
+    return timesteps * time + 2 * (shape.text_len * (shape.text_dim * width + width**2) + image)
 
 
 def _time_flops(plan: TokenPlan) -> int:

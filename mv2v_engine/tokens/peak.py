@@ -15,6 +15,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from itertools import accumulate
 
+from mv2v_engine.shapes import IMAGE_TOKENS
 from mv2v_engine.tokens.flops import residual_bytes
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -60,7 +61,9 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     table = plan.length * plan.shape.attention_head_dim * 4
     # what a branch's blocks added to the target's tokens, and those as they were before
     residuals = 2 * execution.residuals * residual_bytes(plan, execution.element_bytes)
-    return peak + residuals + table + plan.shape.text_len * block.row
+    rays = plan.length * block.row if plan.shape.has_phases else 0
+    image = IMAGE_TOKENS * block.row if plan.shape.image_dim else 0
+    return peak + residuals + table + rays + image + plan.shape.text_len * block.row
 
 
 def _merged_table(plan: TokenPlan, length: int) -> int:
@@ -83,6 +86,9 @@ class _Block:
         self.rotating = 0 if execution.is_fused else plan.shape.dim * 4
         if self.rotating and self.widened:
             self.rotating += self.widened + 2 * self.row
+        if plan.shape.has_phases:
+            # turned by phases in float32, as pairs that are put together again
+            self.rotating = max(self.rotating, plan.shape.dim * 12)
         self.norming = 0 if execution.is_fused else plan.shape.dim * 12
 
     def joint(self, length: int) -> int:

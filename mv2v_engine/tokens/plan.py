@@ -347,22 +347,23 @@ def _view_segments(
     """Temporal ids and camera tracks of METHOD 4 and 5.
 
     Tracks: 0 target, 1 source, 2... memory; all 0 for a stock ReCamMaster, whose conditioning
-    tokens take the target's camera.
+    tokens take the target's camera. With `shared_time` all ids begin at 0.
     """
     frames, is_shared = grid[0], shape.camera_conditioning == "target"
+    taus = (0, 0) if shape.shared_time else (frames, 2 * frames)
 
     def track(index: int) -> int | None:
         return (0 if is_shared else index) if shape.has_camera else None
 
     yield Segment(role="target", grid=grid, camera=track(0))
     if has_source:
-        yield Segment(role="source", grid=grid, tau=frames, camera=track(1), mergeable=True)
+        yield Segment(role="source", grid=grid, tau=taus[0], camera=track(1), mergeable=True)
     for rank, tokenizer in enumerate(tokenizers):
         yield Segment(
             role="memory",
             grid=grid,
             tokenizer=tokenizer,
-            tau=2 * frames,
+            tau=taus[1],
             camera=track(2 + rank),
             mergeable=True,
         )

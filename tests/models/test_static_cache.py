@@ -67,6 +67,7 @@ def _filled(
     return cache, records
 
 
+PHASES: Inputs = {"camera_attention": "phases", "camera_conditioning": "none"}
 CASES: dict[str, tuple[Inputs, Inputs]] = {
     "no merging": ({}, {"merge": "off"}),
     "conv": ({}, {"fraction": 0.5}),
@@ -76,6 +77,8 @@ CASES: dict[str, tuple[Inputs, Inputs]] = {
     "no camera": ({"camera_conditioning": "none"}, {"fraction": 0.5}),
     "target camera": ({"camera_conditioning": "target"}, {"fraction": 0.5}),
     "target alone": ({}, {"tokenizers": (), "source": False}),
+    "phases": (PHASES, {"fraction": 0.5}),
+    "phases, odd grid": (PHASES, {"grid": ODD, "tokenizers": (2, 4), "fraction": 0.7}),
     "prope": ({"camera_attention": "prope", "attention_head_dim": 16}, {"fraction": 0.5}),
     "prope, fused": ({"camera_attention": "prope_fused_dual"}, {"fraction": 0.5}),
 }

@@ -39,6 +39,7 @@ def cases() -> Iterator[tuple[str, TokenPlan]]:
     """Plans of both tasks; three heads are two and one on two ranks."""
     three = tiny_config(num_attention_heads=3)
     prope = tiny_config(num_attention_heads=3, camera_attention="prope_fused")
+    phases = tiny_config(num_attention_heads=3, camera_attention="phases", **NO_CAMERA)
     views: list[tuple[str, TransformerConfig, dict[str, Any]]] = [
         ("target alone", tiny_config(), {"source": False, "tokenizers": ()}),
         ("uneven heads", three, {"tokenizers": (4, 8), "merge": "off"}),
@@ -48,6 +49,8 @@ def cases() -> Iterator[tuple[str, TokenPlan]]:
         ("static", tiny_config(), {"tokenizers": (4,), "merge": "off", "conditioning": "static"}),
         ("static, merged", three, {"tokenizers": (4, 8), "conditioning": "static"}),
         ("prope, merged", prope, {"tokenizers": (4, 8), "fraction": 0.5}),
+        ("phases, merged", phases, {"tokenizers": (4, 8), "fraction": 0.5}),
+        ("static, phases", phases, {"tokenizers": (4,), "merge": "off", "conditioning": "static"}),
         ("static, prope", prope, {"tokenizers": (4,), "merge": "off", "conditioning": "static"}),
     ]
     for name, config, changes in views:
