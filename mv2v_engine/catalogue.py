@@ -42,7 +42,7 @@ _NOT_TOLD = "not told"
 class KnownModel:
     """A checkpoint that runs here.
 
-    name, components: as `--checkpoint` and `--components` take them. stored: bytes of an element
+    name, components, base: as `--checkpoint`, `--components` and `--base` take them. stored: bytes of an element
     in the published files of transformer, VAE and text encoder; () where nobody told. files: of
     weights that ship with the package. published: the transformer as it is in its file, if what is
     loaded has modules more. remembers: whether the weights learned to. licence: "" where it is not
@@ -57,6 +57,7 @@ class KnownModel:
     licence: str
     checked: str
     components: str = ""
+    base: str = ""
     stored: tuple[int, ...] = ()
     published: TransformerConfig | None = None
     remembers: bool = True
@@ -75,7 +76,8 @@ class KnownModel:
         else:
             words += ["novel-view", "clip.mp4", "--camera", "pan_right", "--out", "out/"]
         words += ["--checkpoint", self.name]
-        return shlex.join([*words, *(["--components", self.components] if self.components else [])])
+        beside = {"--components": self.components, "--base": self.base}
+        return shlex.join([*words, *(w for pair in beside.items() if pair[1] for w in pair)])
 
     @property
     def disk_bytes(self) -> int | None:
@@ -136,6 +138,14 @@ class KnownModel:
 _WAN_COMPONENTS = "Wan-AI/Wan2.1-T2V-1.3B"
 # as the loader makes it of a checkpoint without memory modules: tokenizers from the patch embedding
 _RECAMMASTER = replace(WAN_1_3B, merger=None, camera_conditioning="target")
+_REDIRECTOR = replace(
+    WAN_1_3B,
+    merger=None,
+    camera_conditioning="none",
+    camera_attention="phases",
+    shared_time=True,
+    image_dim=1280,
+)
 
 
 def known_models() -> tuple[KnownModel, ...]:
@@ -166,6 +176,18 @@ def known_models() -> tuple[KnownModel, ...]:
             licence="",
             checked="names of its memory modules are not public and are read off their shapes; "
             "run inspect first",
+        ),
+        KnownModel(
+            name="byeongjun-park/ReDirector",
+            base="alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera",
+            shape=_REDIRECTOR,
+            published=replace(_REDIRECTOR, tokenizers=()),
+            remembers=False,
+            sampling=SamplingConfig(),
+            vae={},
+            text=UMT5_XXL,
+            licence="Apache-2.0, its base's not told",
+            checked="equal to its authors' pipeline written again, on random weights",
         ),
         KnownModel(
             name="decart-ai/Lucy-Edit-Dev",
@@ -216,6 +238,7 @@ def _described(model: KnownModel) -> str:
     if model.remembers:
         peaks.append(f"{_peak(model.cost(most))} with {most} remembered videos")
     beside = f", components {model.components}" if model.components else ""
+    beside += f", base {model.base}" if model.base else ""
     return "\n".join(
         [
             f"{model.name}{beside}",

@@ -10,7 +10,7 @@ from torch import Tensor
 from mv2v_engine.config import TransformerConfig
 from tests.checkpoints.conftest import SMALL, State, original_shapes
 
-# three blocks of two heads of 128; the base takes the first frame's 16 channels beside the noisy ones
+# three blocks of two heads of 128; the base takes 16 channels more, a first frame's
 SHAPE: TransformerConfig = replace(
     SMALL,
     num_attention_heads=2,

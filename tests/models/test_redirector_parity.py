@@ -11,7 +11,9 @@ beside it, with keys and values of their own. Rotary factors are complex128.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -27,10 +29,18 @@ from torch.nn.functional import (
     relu,
     silu,
 )
+from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_trajectory
 from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.testing import relative_error
+from mv2v_engine.config import ConditioningMode, TransformerConfig
+from mv2v_engine.errors import RequestError
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.kept import ConditioningCache, TargetResidual
+from mv2v_engine.models.sample import Sample
+from mv2v_engine.shapes import IMAGE_TOKENS
+from mv2v_engine.testing import as_cameras, cpu_flops, randomise, relative_error, tiny_config
+from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import turn_plan
 from tests.checkpoints.redirector_files import SHAPE, base_state, trained_state
 
@@ -200,3 +210,91 @@ def test_the_velocity_is_that_of_the_files(tmp_path: Path, zoomed: bool) -> None
         rays = (rays_of(cameras[0]), rays_of(cameras[1]))
         wanted = reference(base | trained, target, source, timestep, text, image, rays)
     assert relative_error(got, wanted) <= 1e-5
+
+
+def _sample(config: TransformerConfig, seed: int, **arguments: Any) -> Sample:
+    """Latents, cameras, text and image tokens of its own."""
+    plan = turn_plan(config, **({"grid": (3, 6, 10)} | arguments))
+    generator = torch.Generator().manual_seed(seed)
+
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    drawn = draw(1, len(plan.segments), plan.target.num_frames, 12)
+    return Sample(
+        latents=[draw(1, config.in_channels, *segment.grid) for segment in plan.segments],
+        timestep=1000 * torch.rand(1, generator=generator),
+        encoder_hidden_states=draw(1, 3 + seed, config.text_dim),
+        plan=plan,
+        cameras=as_cameras(drawn, config),
+        records=[],
+        image=draw(1, 4 + seed, config.image_dim),
+    )
+
+
+def _filled(model: MV2VTransformer, sample: Sample) -> Sample:
+    """The sample over what a forward of another step has kept."""
+    cache = ConditioningCache(sample.plan)
+    noise = torch.zeros_like(sample.latents[0])
+    first = replace(sample, latents=[noise, *sample.latents[1:]], kept=cache, records=[])
+    model.forward_samples([first])
+    return replace(sample, latents=sample.latents[:1], cameras=None, kept=cache)
+
+
+@torch.no_grad()
+def test_it_packs_merges_keeps_and_skips() -> None:
+    config = tiny_config(
+        camera_attention="phases", camera_conditioning="none", shared_time=True, image_dim=8
+    )
+    model = MV2VTransformer(config).eval()
+    randomise(model)
+    joint = [
+        _sample(config, 0, tokenizers=(), merge="off"),
+        _sample(config, 1, tokenizers=(4, 8), fraction=0.5),
+        _sample(config, 2, tokenizers=(2,), merge="discard", fraction=0.5, grid=(2, 4, 6)),
+    ]
+    static = _sample(config, 3, tokenizers=(4,), conditioning="static", fraction=0.5)
+    samples = [*joint, _filled(model, static)]
+    packed = model.forward_samples(samples)
+    for sample, velocity in zip(samples, packed, strict=True):
+        alone = model.forward_samples([replace(sample, records=[])])[0]
+        torch.testing.assert_close(velocity, alone, rtol=1e-4, atol=1e-5)
+        assert sample.image is not None
+        other = replace(sample, image=-sample.image, records=[])
+        assert not torch.allclose(model.forward_samples([other])[0], alone, atol=1e-2)
+    # over kept K and V the target is what a whole static forward makes of it
+    whole = replace(static, plan=replace(static.plan, merge="off"), records=[])
+    expected = model.forward_samples([whole])[0]
+    got = model.forward_samples([_filled(model, whole)])[0]
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+    # a step without blocks adds what the others added to the patches, the rays too
+    residual = TargetResidual()
+    velocity = model.forward_samples([replace(joint[1], residual=residual, records=[])])[0]
+    again = model.forward_residual(
+        joint[1].latents[0], joint[1].timestep, plan=joint[1].plan, residual=residual
+    )
+    torch.testing.assert_close(again, velocity, rtol=1e-4, atol=1e-5)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_the_counted_flops_are_those_of_a_forward(conditioning: ConditioningMode) -> None:
+    plan = turn_plan(SHAPE, (3, 4, 6), (), merge="off", conditioning=conditioning)
+    model = MV2VTransformer(SHAPE).eval()
+    latents = [torch.zeros(1, 16, 3, 4, 6)] * 2
+    text, image = torch.zeros(1, SHAPE.text_len, 16), torch.zeros(1, IMAGE_TOKENS, 80)
+    given = {"plan": plan, "cameras": torch.ones(1, 2, 3, 64), "image": image}
+    with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
+        model(latents, torch.zeros(1), text, **given)
+    assert counter.get_total_flops() == sum(flop_table(plan).values())
+
+
+def test_image_tokens_and_cameras_are_asked_for() -> None:
+    config = tiny_config(camera_attention="phases", camera_conditioning="none", image_dim=8)
+    model, sample = MV2VTransformer(config), _sample(config, 0, tokenizers=(), merge="off")
+    with pytest.raises(ValueError, match="image tokens are missing, but the model's image_dim is"):
+        model.forward_samples([replace(sample, image=None)])
+    with pytest.raises(ValueError, match=r"has 64 numbers, its pose, .* of each of its frames"):
+        model.forward_samples([replace(sample, cameras=torch.zeros(1, 2, 3, 12))])
+    with pytest.raises(RequestError, match="rays in place of camera_conditioning, got 'own'"):
+        tiny_config(camera_attention="phases")
