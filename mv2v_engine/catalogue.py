@@ -42,9 +42,9 @@ _NOT_TOLD = "not told"
 class KnownModel:
     """A checkpoint that runs here.
 
-    name, components, base: as `--checkpoint`, `--components` and `--base` take them. stored: bytes of an element
-    in the published files of transformer, VAE and text encoder; () where nobody told. files: of
-    weights that ship with the package. published: the transformer as it is in its file, if what is
+    name, components, base: as `--checkpoint`, `--components` and `--base` take them. stored: bytes
+    of an element in the published files of transformer, VAE and text encoder; () where nobody
+    told. files: of weights that ship with the package. published: the transformer as it is in its file, if what is
     loaded has modules more. remembers: whether the weights learned to. licence: "" where it is not
     told. checked: how far it is known to run.
     """
@@ -65,7 +65,7 @@ class KnownModel:
 
     @property
     def is_editor(self) -> bool:
-        return self.shape.source_channels > 0
+        return self.shape.is_editor
 
     @property
     def command(self) -> str:

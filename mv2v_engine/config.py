@@ -45,6 +45,7 @@ FastName = Literal["lightx2v", "fastwan", "turbo"]
 Alpha = Literal["black", "white", "refuse"]
 # how a source is brought to the model's shape: its edges are cut off, or bars are added
 Fit = Literal["crop", "letterbox"]
+GuidanceMode = Literal["cfg", "apg"]
 Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
@@ -95,7 +96,8 @@ class SamplingConfig:
     num_frames: pixel frames of one window, 4n+1. size: (height, width) in pixels. fps: the rate
     that it was made at, for frames that come without one. sizes: others that it was made for, too.
     timesteps: how the model is told them; "bfloat16" rounds them, as ReCamMaster does in training
-    and inference.
+    and inference. guidance: how two predictions become one, `sampling.guidance`. prompt_prefix:
+    what stands before every prompt but the negative one.
     """
 
     num_frames: int = 81
@@ -123,6 +125,8 @@ class SamplingConfig:
     scheduler: SchedulerName = "euler"
     sizes: tuple[tuple[int, int], ...] = ()
     timesteps: Timesteps = "exact"
+    guidance: GuidanceMode = "cfg"
+    prompt_prefix: str = ""
 
     def __post_init__(self) -> None:
         fit_fields(self)

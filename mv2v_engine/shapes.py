@@ -57,6 +57,8 @@ class TransformerConfig:
         metres that are 1 there. "phases" is ReDirector's: an adapter makes tokens of the cameras'
         rays, which are added to the videos' and turn q, k, v and the result by learned phases.
     shared_time: the source and the memory have the target's temporal ids, in place of later ones.
+    source_ids: an editor whose source is tokens of its own, and whose videos have ids beside their
+        positions (Bernini): id n turns all pairs of a head's channels as position n would.
     image_dim: channels of the image tokens that cross-attention reads beside the text, CLIP's of
         the source's first frame; 0 for a model without them.
     """
@@ -80,6 +82,7 @@ class TransformerConfig:
     camera_attention: CameraAttention = "none"
     scene_scale: float = 4.0
     shared_time: bool = False
+    source_ids: bool = False
     image_dim: int = 0
 
     def __post_init__(self) -> None:
@@ -144,6 +147,11 @@ class TransformerConfig:
     def channels_of(self, role: str) -> int:
         """The channels of a segment's latents: the target's may hold the source's, too."""
         return self.in_channels if role == "target" else self.latent_channels
+
+    @property
+    def is_editor(self) -> bool:
+        """Whether it edits by instruction; else it renders novel views."""
+        return self.source_channels > 0 or self.source_ids
 
     @property
     def has_camera(self) -> bool:

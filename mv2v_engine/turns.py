@@ -169,7 +169,7 @@ def _loaded(
         for request in requests:
             engine.check_text(request.prompt, request.guidance_scale)
             if engine.is_editor and engine.text is not None:
-                engine.text.require_whole(request.prompt)
+                engine.text.require_whole(engine.whole_prompt(request.prompt))
         if resume and isinstance(results, EditResults):
             results.check_settings(engine.edit_settings())
         results.remove_unfinished()

@@ -30,6 +30,8 @@ FORMAT, VERSION = "mv2v_engine", 1
 # what every published base is, and weights that say nothing
 TRAINED_FOR: tuple[ConditioningMode, ...] = ("joint",)
 _HEAD_DIM = 128
+# what Bernini is told before the instruction of an edit
+_BERNINI_EDITS = "You are a helpful assistant specialized in video editing."
 _IMAGE_LINEAR = "condition_embedder.image_embedder.ff.net.0.proj.weight"
 # formats of novel views that were trained further, on one size
 _OF_VIEWS = ("recammaster", "memory_v2v", "redirector")
@@ -234,6 +236,7 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
             camera_conditioning=camera,
             camera_attention="phases" if has_phases else "none",
             shared_time=has_phases,
+            source_ids=detected.format == "bernini_r",
             image_dim=shapes.axis(_IMAGE_LINEAR, 1) if has_phases else 0,
             merger=None,
             **optional,
@@ -253,6 +256,17 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
     if detected.format in ("recammaster", "redirector"):
         # their code casts them to the model's dtype, in training and inference
         sampling = dataclasses.replace(sampling, timesteps="bfloat16")
+    if config.source_ids:
+        # its own code's for edits, in place of its scheduler folder's shift
+        return SamplingConfig(
+            num_inference_steps=40,
+            guidance_scale=4.0,
+            guidance="apg",
+            scheduler="unipc",
+            sizes=((832, 480),),
+            negative_prompt=WAN_NEGATIVE_PROMPT,
+            prompt_prefix=_BERNINI_EDITS,
+        )
     if config.source_channels:
         sampling = SamplingConfig(fps=24.0)
     elif config.out_channels == 48:

@@ -7,6 +7,7 @@
 | recammaster | either naming, plus `cam_encoder` and `projector` in the blocks             |
 | memory_v2v  | recammaster plus conditioning tokenizers and token mergers of any name      |
 | lucy_edit   | either naming, with the source's latents on the target's channels           |
+| bernini_r   | a diffusers folder of Wan names whose JSON says that it is Bernini's        |
 | redirector  | self-attention with rotary phases alone, on a base with an adapter of rays  |
 """
 
@@ -47,6 +48,7 @@ Format = Literal[
     "memory_v2v",
     "lucy_edit",
     "redirector",
+    "bernini_r",
 ]
 
 OWN_CONFIG = "mv2v.json"
@@ -518,10 +520,25 @@ def _classify(
     if channels == 2 * outputs and not cameras:
         says.append(f"the source on {outputs} of the target's {channels} channels")
         return "lucy_edit", ", ".join(says)
+    if _is_bernini(found):
+        says.append("a pipeline that its JSON says is Bernini's, of videos with ids")
+        return "bernini_r", ", ".join(says)
     reason = ", ".join(says)
     if cameras:
         return ("memory_v2v" if memory or translation.unknown else "recammaster"), reason
     return ("wan_diffusers" if translation.naming == "diffusers" else "wan_original"), reason
+
+
+def _is_bernini(found: _Found) -> bool:
+    """Whether the JSON of a folder says so, for no tensor does."""
+    places = [found.folder / name for name in ("config.json", "model_index.json")]
+    places += [] if found.config_file is None else [found.config_file]
+    for place in places:
+        said = read_json(place) if place.is_file() else {}
+        names = f"{said.get('model_type')} {said.get('_class_name')}".lower()
+        if "bernini" in names or said.get("use_src_id_rotary_emb"):
+            return True
+    return False
 
 
 def _channels(translation: Translation, tensors: dict[str, TensorInfo]) -> tuple[int, int]:

@@ -44,6 +44,7 @@ _KINDS: dict[Format, str] = {
     "memory_v2v": "a Memory-V2V transformer",
     "lucy_edit": "a Lucy-Edit transformer",
     "redirector": "a ReDirector transformer",
+    "bernini_r": "a Bernini-R transformer",
 }
 
 
@@ -115,7 +116,7 @@ class Inspection:
     @property
     def command(self) -> str:
         """What it is for."""
-        return f"run {'edit' if self.config.source_channels else 'novel-view'}"
+        return f"run {'edit' if self.config.is_editor else 'novel-view'}"
 
     @property
     def sentence(self) -> str:

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import torch
 from torch import Tensor
 
+from mv2v_engine.config import GuidanceMode
 from mv2v_engine.defaults import inference, no_gradients
 from mv2v_engine.engine.graphs import Graphs, Lease
 from mv2v_engine.engine.step import Branch, Conditioning, StepBuffers, copied
@@ -28,7 +29,7 @@ from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.progress import CancelToken, Preview, StepDone
 from mv2v_engine.sampling.flow_match import Solver, make_solver
-from mv2v_engine.sampling.guidance import guide
+from mv2v_engine.sampling.guidance import guide, guide_projected
 from mv2v_engine.sampling.preview import Previewer
 from mv2v_engine.sampling.step_cache import computed_steps, relative_changes
 from mv2v_engine.tokens.flops import FORWARDS, Work, exact_work
@@ -72,6 +73,7 @@ class Denoiser:
     Args:
         noise: [1, C, F, H, W], of deviation 1, on any device; never written to.
         solver: used by this turn alone, since it may remember its steps.
+        guidance: how velocities are guided, as `SamplingConfig.guidance`.
         graphs: replay captured steps. team: the processes that share every step.
         step_cache: below which change of the modulation a step runs no block; None runs all.
         previews: in whose colours pictures are taken; None takes none.
@@ -86,6 +88,7 @@ class Denoiser:
         noise: Tensor,
         solver: Solver,
         guidance_scale: float,
+        guidance: GuidanceMode = "cfg",
         graphs: Graphs | None = None,
         team: Team | None = None,
         step_cache: float | None = None,
@@ -94,6 +97,7 @@ class Denoiser:
         device = next(transformer.parameters()).device
         self.transformer, self.plan, self.solver = transformer, plan, solver
         self.guidance_scale, self._step_cache = guidance_scale, step_cache
+        self._guidance, self._sigmas = guidance, solver.sigmas.to(device, torch.float32)
         self.timesteps = solver.timesteps.to(device)
         self.index, self.total, self.packed_steps = 0, len(self.timesteps), 0
         self._deltas = None if solver.deltas is None else solver.deltas.to(device)
@@ -220,6 +224,7 @@ class Denoiser:
         if self._previewer is not None:
             self._previewer.before(self.buffers.latents)
         self.buffers.timestep.copy_(self.timestep)
+        self.buffers.sigma.copy_(self._sigmas[self.index : self.index + 1])
         if self._deltas is not None:
             self.buffers.delta.copy_(self._deltas[self.index : self.index + 1])
 
@@ -245,7 +250,12 @@ class Denoiser:
     def _guide(self, velocities: Sequence[Tensor]) -> None:
         """Guide, and move the latents unless the solver does."""
         buffers = self.buffers
-        velocity = guide(velocities, buffers.guidance_scale)
+        if self._guidance == "apg":
+            velocity = guide_projected(
+                velocities, buffers.guidance_scale, buffers.latents, buffers.sigma
+            )
+        else:
+            velocity = guide(velocities, buffers.guidance_scale)
         if buffers.velocity is None:
             buffers.latents.add_(velocity * buffers.delta)
             buffers.count_finite()
@@ -354,6 +364,7 @@ def engine_denoiser(
             generator,
         ),
         guidance_scale=guidance_scale,
+        guidance=parts.sampling.guidance,
         graphs=parts.graphs,
         team=parts.team,
         step_cache=parts.config.step_cache,

@@ -316,7 +316,7 @@ class Parts:
     @property
     def is_editor(self) -> bool:
         """Whether the model edits by instruction; else it renders novel views."""
-        return bool(self.transformer.config.source_channels)
+        return self.transformer.config.is_editor
 
     @property
     def latent_shape(self) -> tuple[int, int, int, int]:
@@ -436,11 +436,15 @@ class Parts:
 
     def guidance_texts(self, prompt: str, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
         """Embeddings [1, S, text_dim] of the prompt and, with guidance, of the negative prompt."""
-        prompts = [prompt]
+        prompts = [self.whole_prompt(prompt)]
         if needs_guidance(guidance_scale):
             prompts.append(self.sampling.negative_prompt)
         text, *negative = self.text_embeddings(prompts)
         return text, negative[0] if negative else None
+
+    def whole_prompt(self, prompt: str) -> str:
+        """A prompt as the text encoder reads it."""
+        return f"{self.sampling.prompt_prefix} {prompt}".strip()
 
     def _decoder(self) -> dict[str, Any]:
         """What made the frames in place of the VAE's own decoder."""

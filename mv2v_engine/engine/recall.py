@@ -240,15 +240,21 @@ class EditRecall(Recall):
             tokenizers=config.memory_tokenizers,
         )
 
-    def recall(self, window: EditWindow, descriptor: Tensor) -> Recalled:
-        """What a window is conditioned on. descriptor: of its source, [D]."""
+    def recall(self, window: EditWindow, descriptor: Tensor, source: Tensor) -> Recalled:
+        """What a window is conditioned on.
+
+        descriptor: of its source, [D]. source: its latents [C, F, H, W], a segment of their own
+        where they do not lie on the target's channels.
+        """
 
         def rank() -> Ranked:
             return self.rank(window, descriptor)
 
         retrieval, plan, entries = self._gathered(rank(), rank)
-        latents = [entry.latents.to(self.parts.device)[None] for entry in entries]
-        return Recalled(retrieval, plan, latents)
+        videos = [entry.latents for entry in entries]
+        if not self.parts.transformer.config.source_channels:
+            videos = [source, *videos]
+        return Recalled(retrieval, plan, [video.to(self.parts.device)[None] for video in videos])
 
     def largest_plan(self, window: EditWindow) -> TokenPlan:
         """The longest plan that a window may get, known before its source is read."""

@@ -240,5 +240,5 @@ def require_task(config: TransformerConfig, name: str, *, edits: bool) -> None:
     Raises:
         RequestError: it does the other task.
     """
-    if bool(config.source_channels) != edits:
+    if config.is_editor != edits:
         raise RequestError(f"{name} {NO_EDITS if edits else NO_VIEWS}")

@@ -418,7 +418,7 @@ class Session:
         if camera is not None:
             check_camera(camera, parts.transformer.config)
         elif parts.text is not None:
-            parts.text.require_whole(request.prompt)
+            parts.text.require_whole(parts.whole_prompt(request.prompt))
 
     def _turn(
         self,
@@ -533,8 +533,9 @@ class Session:
             if isinstance(memory, EditRecall):
                 assert frames is not None
                 descriptor = self._described(frames[: window.stop - window.start], latents)
-                recalled = memory.recall(window, descriptor)
-                on_channels = latents.to(parts.device)[None]
+                recalled = memory.recall(window, descriptor, latents)
+                if parts.transformer.config.source_channels:
+                    on_channels = latents.to(parts.device)[None]
             else:
                 recalled = self._recall.recall(request, latents, self.turns, ranked)
             image = None if parts.image is None else self._image(request)

@@ -58,17 +58,18 @@ class StepBuffers:
     """A step's tensors; every step finds them at the same addresses.
 
     latents: float32 [1, C, F, H, W], moved in place. timestep, delta: [1], of the step.
-    guidance_scale: float32 [1]. velocity: where the guided one is left [1, C, F, H, W], for a
-    solver that moves the latents itself; None where the step does. finite_steps: int64 [1], the
-    steps whose latents were finite: a number that is not finite stays so in every later step, so
-    that this is also the index of the first bad step. records: where merges are written; None
-    leaves them as the forward made them.
+    guidance_scale, sigma: float32 [1], the latter the step's noise level. velocity: where the
+    guided one is left [1, C, F, H, W], for a solver that moves the latents itself; None where the
+    step does. finite_steps: int64 [1], the steps whose latents were finite: a number that is not
+    finite stays so in every later step, so that this is also the index of the first bad step.
+    records: where merges are written; None leaves them as the forward made them.
     """
 
     latents: Tensor
     timestep: Tensor
     delta: Tensor
     guidance_scale: Tensor
+    sigma: Tensor
     velocity: Tensor | None
     finite_steps: Tensor
     conditioning: Conditioning
@@ -92,6 +93,7 @@ class StepBuffers:
             torch.zeros(1, dtype=torch.float32, device=device),
             torch.zeros(1, dtype=torch.float32, device=device),
             torch.full((1,), guidance_scale, dtype=torch.float32, device=device),
+            torch.zeros(1, dtype=torch.float32, device=device),
             None if moves_latents else torch.zeros_like(latents),
             torch.zeros(1, dtype=torch.int64, device=device),
             conditioning.at_scale(guidance_scale),
@@ -105,7 +107,7 @@ class StepBuffers:
 
     def tensors(self) -> Iterator[Tensor]:
         """All tensors, in an order that equal signatures share."""
-        yield from (self.latents, self.timestep, self.delta, self.guidance_scale)
+        yield from (self.latents, self.timestep, self.delta, self.guidance_scale, self.sigma)
         yield self.finite_steps
         yield from () if self.velocity is None else (self.velocity,)
         yield from self.conditioning.latents
@@ -138,6 +140,7 @@ class StepBuffers:
             empty(self.timestep),
             empty(self.delta),
             empty(self.guidance_scale),
+            empty(self.sigma),
             None if self.velocity is None else empty(self.velocity),
             empty(self.finite_steps),
             Conditioning(

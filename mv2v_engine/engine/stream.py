@@ -360,8 +360,8 @@ def require_causal(
     Raises:
         RequestError: it does something else.
     """
-    if shape.has_camera or shape.source_channels:
-        kind = "edits by instruction" if shape.source_channels else "renders novel views"
+    if shape.has_camera or shape.is_editor:
+        kind = "edits by instruction" if shape.is_editor else "renders novel views"
         raise RequestError(f"{name} {kind}, and streams are made from a prompt alone")
     if stream is None:
         raise RequestError(

@@ -31,7 +31,7 @@ def task_of(shape: TransformerConfig, asked: str | None, name: str) -> str:
     Raises:
         RequestError: the checkpoint does the other one.
     """
-    found = "edit" if shape.source_channels else "novel-view"
+    found = "edit" if shape.is_editor else "novel-view"
     if asked not in (None, found):
         raise RequestError(
             f"{name} is a checkpoint for the task {found}, asked was {asked}; leave --task out, or "

@@ -32,7 +32,8 @@ def rotary_table(plan: TokenPlan) -> Tensor:
 
     Pooled: the mean of cos and sin over the covered cells, which separates by axis because a
     token covers a whole rectangle. Centre: cos and sin at the rectangle's centre. Channels that
-    attention leaves to cameras (`camera_attention`) stay as they are.
+    attention leaves to cameras (`camera_attention`) stay as they are. Ids of videos (`source_ids`)
+    turn all of them once more.
     """
     shape, cells = plan.shape, covered_cells(plan)
     dims = axis_dims(shape.rotary_dim)
@@ -47,7 +48,23 @@ def rotary_table(plan: TokenPlan) -> Tensor:
         angles = _angles(positions, dim, shape.rope_theta)
         parts_cos.append(angles.cos().mean(-2))
         parts_sin.append(angles.sin().mean(-2))
+    if shape.source_ids:
+        return _turned_by_ids(plan, torch.cat(parts_cos, -1), torch.cat(parts_sin, -1))
     return torch.cat(parts_cos + parts_sin, dim=-1).to(torch.float32)
+
+
+def _turned_by_ids(plan: TokenPlan, cos: Tensor, sin: Tensor) -> Tensor:
+    """A table whose every pair of channels is turned on by its video's id: float32 [L, D]."""
+    ids = torch.cat(
+        [
+            torch.full((segment.length,), segment.source_id, dtype=torch.float64, device="cpu")
+            for segment in plan.segments
+        ]
+    )
+    angles = _angles(ids, plan.shape.attention_head_dim, plan.shape.rope_theta)
+    own_cos, own_sin = angles.cos(), angles.sin()
+    turned = [cos * own_cos - sin * own_sin, cos * own_sin + sin * own_cos]
+    return torch.cat(turned, dim=-1).to(torch.float32)
 
 
 # a plan of 100,000 tokens has a table of 50 MB

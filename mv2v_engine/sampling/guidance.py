@@ -1,10 +1,21 @@
-"""Classifier-free guidance: two forwards that differ in text alone (METHOD 8)."""
+"""Guidance: two forwards that differ in text alone become one (METHOD 8).
+
+Classifier-free guidance extrapolates the velocities. Adaptive projected guidance (2410.02416), as
+Bernini has it, extrapolates the clean latents that they predict, by a difference that is shortened
+and whose part along the prediction is halved, so that strong guidance does not oversaturate.
+
+B batch, C latent channels, F H W latent grid.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 from torch import Tensor
+
+# the share of the difference along the prediction that stays, and the largest norm of a frame's
+APG_PARALLEL, APG_NORM = 0.5, 50.0
+_CELLS = (1, 3, 4)
 
 
 def needs_guidance(guidance_scale: float) -> bool:
@@ -22,3 +33,31 @@ def guide(velocities: Sequence[Tensor], guidance_scale: float | Tensor) -> Tenso
     if not negative:
         return positive
     return negative[0] + guidance_scale * (positive - negative[0])
+
+
+def guide_projected(
+    velocities: Sequence[Tensor],
+    guidance_scale: float | Tensor,
+    latents: Tensor,
+    sigma: Tensor,
+) -> Tensor:
+    """The velocity towards adaptively projected clean latents; of one velocity, that one.
+
+    velocities: [B, C, F, H, W], as `guide` has them. latents: the noisy ones that they are of.
+    sigma: [1], their noise level. Norms and projections are of a frame's channels and cells, as
+    Bernini takes them, without momentum.
+    """
+    positive, *negative = (velocity.float() for velocity in velocities)
+    if not negative:
+        return positive
+    clean, other = latents - sigma * positive, latents - sigma * negative[0]
+    difference = clean - other
+    norm = difference.square().sum(_CELLS, keepdim=True).sqrt()
+    difference = difference * (APG_NORM / norm).clamp(max=1)
+    # float64 as theirs: the part along the prediction is a small difference of large sums
+    wide, along = difference.double(), clean.double()
+    along = along / along.square().sum(_CELLS, keepdim=True).sqrt().clamp(min=1e-12)
+    parallel = (wide * along).sum(_CELLS, keepdim=True) * along
+    projected = (wide - parallel + APG_PARALLEL * parallel).to(difference.dtype)
+    guided = other + guidance_scale * projected
+    return (latents - guided) / sigma

@@ -32,6 +32,8 @@ from mv2v_engine.tokens.layout import Layout, MergeStep, Run, merge_step
 
 Role = Literal["target", "source", "memory"]
 _ORDER = ("target", "source", "memory")
+# the largest id of a source that Bernini was trained on
+MOST_SOURCE_IDS = 5
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -39,6 +41,7 @@ class Segment:
     """One video of the sequence.
 
     grid: latent (frames, rows, columns). tokenizer: spatial patch k. tau: first temporal id.
+    source_id: of a model whose videos have ids, 0 the target's.
     camera: which camera track its tokens take, None for a model without cameras.
     reverse: temporal ids run backwards (memory of long editing, METHOD 4).
     """
@@ -47,6 +50,7 @@ class Segment:
     grid: tuple[int, int, int]
     tokenizer: int = 2
     tau: int = 0
+    source_id: float = 0
     camera: int | None = None
     mergeable: bool = False
     reverse: bool = False
@@ -315,7 +319,7 @@ def turn_plan(
 ) -> TokenPlan:
     """The plan of a novel view, or of an edit's window: target, source, memory by rank (METHOD 2).
 
-    An edit's source rides on the target's channels, so that its plan has no source segment.
+    Where an edit's source rides on the target's channels, its plan has no source segment.
 
     Args:
         grid: latent (frames, rows, columns), the same for every video.
@@ -323,7 +327,9 @@ def turn_plan(
         source: whether a novel view has its source.
         preceding: whether the first memory video of an edit is the segment just before.
     """
-    if shape.source_channels:
+    if shape.source_ids:
+        segments = _segments_by_id(grid, tokenizers)
+    elif shape.source_channels:
         segments = _edit_segments(grid, tokenizers, preceding)
     else:
         segments = _view_segments(shape, grid, tokenizers, source)
@@ -366,6 +372,18 @@ def _view_segments(
             tau=taus[1],
             camera=track(2 + rank),
             mergeable=True,
+        )
+
+
+def _segments_by_id(grid: tuple[int, int, int], tokenizers: Sequence[int]) -> Iterator[Segment]:
+    """Target 0, source 1, memory from 2 on; more ids than were trained lie evenly among these."""
+    count, most = 1 + len(tokenizers), MOST_SOURCE_IDS
+    ids = [1 + n * (min(count, most) - 1) / max(count - 1, 1) for n in range(count)]
+    yield Segment(role="target", grid=grid)
+    yield Segment(role="source", grid=grid, source_id=ids[0], mergeable=True)
+    for source_id, tokenizer in zip(ids[1:], tokenizers, strict=True):
+        yield Segment(
+            role="memory", grid=grid, tokenizer=tokenizer, source_id=source_id, mergeable=True
         )
 
 

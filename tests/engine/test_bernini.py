@@ -1,0 +1,221 @@
+"""Bernini-R: a diffusers folder whose JSON says so, ids of videos, and projected guidance.
+
+The reference is diffusers' own Wan transformer over [target, source] frames, with a rotary table
+made here: every video's positions begin at zero, and id n turns all 64 pairs of a head as position
+n of a table over the whole head does (2 of 12 channels here).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from torch import Tensor, nn
+from transformers import AutoTokenizer, UMT5EncoderModel
+
+from mv2v_engine import Engine, EngineConfig, run
+from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, save_checkpoint
+from mv2v_engine.engine.graphs import Graphs
+from mv2v_engine.sampling.flow_match import initial_noise, make_solver
+from mv2v_engine.sampling.guidance import guide_projected
+from mv2v_engine.testing import randomise, relative_error
+from mv2v_engine.tokens.plan import turn_plan
+from tests.conftest import VAE, _save_text
+from tests.engine.graph_stand_in import StandIn
+
+SIZE, FRAMES, HEADS, HEAD_DIM = (32, 48), 9, 2, 12
+SYSTEM = "You are a helpful assistant specialized in video editing."
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`Bernini-R-1.3B-Diffusers`, small: a Wan pipeline, and the renderer's config at its root."""
+    root = tmp_path_factory.mktemp("hub") / "Bernini-R-1.3B-Diffusers"
+    _save_text(root, 16)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        vae = AutoencoderKLWan(**VAE)
+        transformer = WanTransformer3DModel(
+            num_layers=3,
+            num_attention_heads=HEADS,
+            attention_head_dim=HEAD_DIM,
+            ffn_dim=48,
+            in_channels=16,
+            out_channels=16,
+            text_dim=16,
+            freq_dim=32,
+            rope_max_seq_len=64,
+        )
+    randomise(transformer)
+    WanPipeline(
+        tokenizer=AutoTokenizer.from_pretrained(root / "tokenizer"),
+        text_encoder=UMT5EncoderModel.from_pretrained(root / "text_encoder"),
+        vae=vae,
+        transformer=transformer,
+        scheduler=UniPCMultistepScheduler(flow_shift=3.0),
+    ).save_pretrained(root)
+    words = {"model_type": "bernini_renderer", "shift": 3.0, "use_src_id_rotary_emb": True}
+    (root / "config.json").write_text(json.dumps(words))
+    return root
+
+
+@pytest.fixture(scope="module")
+def editor(folder: Path) -> Engine:
+    return small(folder)
+
+
+def small(folder: Path, **config: Any) -> Engine:
+    """Its engine for a small window."""
+    loaded = Engine.from_pretrained(folder, device="cpu", config=EngineConfig(**config))
+    sampling = replace(loaded.sampling, num_frames=FRAMES, size=SIZE)
+    checkpoint = replace(loaded.checkpoint, sampling=sampling)
+    return Engine(checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config)
+
+
+@pytest.fixture(scope="module")
+def frames() -> Tensor:
+    """uint8 [9, 32, 48, 3]."""
+    generator = torch.Generator().manual_seed(5)
+    coarse = torch.rand(FRAMES, 3, 4, 6, generator=generator)
+    smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bilinear")
+    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
+
+
+def factors(grid: tuple[int, int, int], source_id: float) -> Tensor:
+    """complex128 [L, D / 2] of one video."""
+
+    def axis(dim: int, positions: Tensor) -> Tensor:
+        angles = torch.outer(positions.double(), 10000 ** -(torch.arange(0, dim, 2).double() / dim))
+        return torch.polar(torch.ones_like(angles), angles)
+
+    third = 2 * (HEAD_DIM // 6)
+    dims = (HEAD_DIM - 2 * third, third, third)
+    axes = [axis(dim, torch.arange(n)) for dim, n in zip(dims, grid, strict=True)]
+    shapes = ((grid[0], 1, 1, -1), (1, grid[1], 1, -1), (1, 1, grid[2], -1))
+    parts = [a.view(s).expand(*grid, -1) for a, s in zip(axes, shapes, strict=True)]
+    own = axis(HEAD_DIM, torch.tensor([source_id]))
+    return torch.cat(parts, -1).flatten(0, 2) * own
+
+
+class Table(nn.Module):
+    """In place of diffusers' positions."""
+
+    def __init__(self, table: Tensor) -> None:
+        super().__init__()
+        self.table = table
+
+    def forward(self, hidden: Tensor) -> tuple[Tensor, Tensor]:
+        real = self.table.repeat_interleave(2, 1)[None, :, None]
+        return real.real.float(), real.imag.float()
+
+
+def predicted(
+    folder: Path, videos: list[Tensor], ids: list[float], t: Tensor, text: Tensor
+) -> Tensor:
+    """Velocity of the first of videos [1, 16, F, H, W]."""
+    model = WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
+    frames, rows, columns = videos[0].shape[2:]
+    grid = (frames, rows // 2, columns // 2)
+    model.rope = Table(torch.cat([factors(grid, source_id) for source_id in ids]))
+    with torch.no_grad():
+        out: Tensor = model(torch.cat(videos, 2), t, text, return_dict=False)[0]
+    return out[:, :, :frames]
+
+
+def projected(x: Tensor, sigma: float, own: Tensor, other: Tensor, scale: float) -> Tensor:
+    """Frame by frame, as the paper words it."""
+    guided = []
+    for n in range(x.shape[2]):
+        clean, base = (x[:, :, n] - sigma * v[:, :, n] for v in (own, other))
+        difference = (clean - base) * min(1.0, 50 / float((clean - base).norm()))
+        unit = clean / clean.norm()
+        along = (difference * unit).sum() * unit
+        guided.append(base + scale * (difference - along + 0.5 * along))
+    return (x - torch.stack(guided, 2)) / sigma
+
+
+def test_it_is_told_by_its_json(folder: Path, editor: Engine, tmp_path: Path) -> None:
+    found = inspect_checkpoint(folder)
+    assert found.format == "bernini_r" and found.problem is None and found.command == "run edit"
+    sampling = editor.checkpoint.sampling
+    assert (sampling.guidance, sampling.guidance_scale, sampling.flow_shift) == ("apg", 4.0, 5.0)
+    assert (sampling.scheduler, sampling.num_inference_steps) == ("unipc", 40)
+    assert load_checkpoint(folder / "transformer").format == "bernini_r"
+    plain = tmp_path / "plain"
+    plain.mkdir()
+    (plain / "transformer").symlink_to(folder / "transformer")
+    assert load_checkpoint(plain).format == "wan_diffusers"
+    loaded = load_checkpoint(folder)
+    save_checkpoint(
+        tmp_path / "own", loaded.transformer, loaded.config, loaded.sampling, "x", torch.float32
+    )
+    again = load_checkpoint(tmp_path / "own")
+    assert (again.config, again.sampling) == (loaded.config, loaded.sampling)
+    (folder / "transformer_2").mkdir()
+    assert run.main(["inspect", str(folder)]) == 2  # the 14B one has two experts
+    (folder / "transformer_2").rmdir()
+
+
+def test_an_edit_is_that_of_the_published_pipeline(
+    folder: Path, editor: Engine, frames: Tensor
+) -> None:
+    turn = editor.session(frames, cuts=()).edit("a red ball", seed=3, num_inference_steps=5)
+    source = editor.vae.encode(frames)[None]
+    assert editor.text is not None
+    texts = [
+        editor.text.encode(f"{SYSTEM} a red ball"),
+        editor.text.encode(editor.sampling.negative_prompt),
+    ]
+    latents = initial_noise(tuple(source.shape), 3)
+    solver = make_solver("unipc", 5, 5.0)
+    for index in range(5):
+        t = solver.timesteps[index : index + 1]
+        own, other = (predicted(folder, [latents, source], [0, 1], t, text) for text in texts)
+        velocity = projected(latents, float(solver.sigmas[index]), own, other, 4.0)
+        latents = solver.step(velocity, index, latents)
+    assert relative_error(turn.windows[0].latents[None], latents) <= 1e-5
+
+
+def test_remembered_windows_have_ids_of_their_own(folder: Path, editor: Engine) -> None:
+    model, generator = editor.transformer, torch.Generator().manual_seed(1)
+    plan = turn_plan(model.config, (3, 4, 6), (2,), merge="off")
+    assert [s.source_id for s in plan.segments] == [0, 1, 2]
+    videos = [torch.randn(1, 16, 3, 4, 6, generator=generator) for _ in plan.segments]
+    t, text = torch.tensor([700.0]), torch.randn(1, 4, 16, generator=generator)
+    with torch.no_grad():
+        got = model(videos, t, text, plan=plan)
+    assert relative_error(got, predicted(folder, videos, [0, 1, 2], t, text)) <= 1e-5
+    many = turn_plan(model.config, (3, 4, 6), (4,) * 8)
+    assert [s.source_id for s in many.segments[1:]] == [1 + n / 2 for n in range(9)]
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_a_long_edit_remembers_and_captured_steps_are_the_same(
+    folder: Path, frames: Tensor, conditioning: Any
+) -> None:
+    long = torch.cat([frames, frames.flip(0)])
+    latents = []
+    for captured in (False, True):
+        engine = small(folder, conditioning=conditioning, memory="retrieved")
+        if captured:
+            engine.graphs = Graphs("on", 1 << 30, StandIn(), None)
+        turn = engine.session(long, cuts=()).edit("a ball", num_inference_steps=3)
+        latents.append([window.latents for window in turn.windows])
+        assert turn.windows[-1].report["memory"]["selected"]
+    for one, other in zip(*latents, strict=True):
+        assert torch.equal(one, other)
+
+
+def test_projected_guidance_of_large_differences() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, own, other = (torch.randn(1, 16, 3, 4, 6, generator=generator) for _ in range(3))
+    own = 30 * own
+    sigma = torch.tensor([0.7])
+    got = guide_projected([own, other], 4.0, x, sigma)
+    assert relative_error(got, projected(x, 0.7, own, other, 4.0)) <= 1e-5
+    assert torch.equal(guide_projected([own], 4.0, x, sigma), own)
