@@ -44,9 +44,9 @@ class KnownModel:
 
     name, components, base: as `--checkpoint`, `--components` and `--base` take them. stored: bytes
     of an element in the published files of transformer, VAE and text encoder; () where nobody
-    told. files: of weights that ship with the package. published: the transformer as it is in its file, if what is
-    loaded has modules more. remembers: whether the weights learned to. licence: "" where it is not
-    told. checked: how far it is known to run.
+    told. files: of weights that ship with the package. published: the transformer as it is in its
+    file, if what is loaded has modules more. remembers: whether the weights learned to. licence: ""
+    where it is not told. checked: how far it is known to run.
     """
 
     name: str
@@ -146,6 +146,7 @@ _REDIRECTOR = replace(
     shared_time=True,
     image_dim=1280,
 )
+_BERNINI = replace(WAN_1_3B, merger=None, camera_conditioning="none", source_ids=True)
 
 
 def known_models() -> tuple[KnownModel, ...]:
@@ -188,6 +189,17 @@ def known_models() -> tuple[KnownModel, ...]:
             text=UMT5_XXL,
             licence="Apache-2.0, its base's not told",
             checked="equal to its authors' pipeline written again, on random weights",
+        ),
+        KnownModel(
+            name="ByteDance/Bernini-R-1.3B-Diffusers",
+            shape=_BERNINI,
+            published=replace(_BERNINI, tokenizers=()),
+            remembers=False,
+            sampling=SamplingConfig(num_inference_steps=40, guidance_scale=4.0, guidance="apg"),
+            vae={},
+            text=UMT5_XXL,
+            licence="",
+            checked="edits by text equal to its authors' steps written again, on random weights",
         ),
         KnownModel(
             name="decart-ai/Lucy-Edit-Dev",

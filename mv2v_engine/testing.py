@@ -103,11 +103,9 @@ def as_cameras(drawn: Tensor, config: TransformerConfig) -> Tensor:
     pose = torch.cat([rotation, config.scene_scale * matrix[..., 3:]], -1).flatten(-2)
     focal, centre = 1 + 0.5 * matrix[..., :2, 0].tanh(), 0.1 * matrix[..., :2, 1].tanh()
     one = torch.cat([pose, focal, centre], -1)
-    return (
-        one.repeat_interleave(config.camera_dim // 16, -2)
-        .unflatten(-2, (-1, config.camera_dim // 16))
-        .flatten(-2)
-    )
+    count = config.camera_dim // 16
+    cameras: Tensor = one.repeat_interleave(count, -2).unflatten(-2, (-1, count)).flatten(-2)
+    return cameras
 
 
 @torch.no_grad()

@@ -27,12 +27,12 @@ MAX_SCENE_SCALES = 100
 MAX_LENS = 20
 # what follows a checkpoint's name where it is asked for what it cannot do
 NO_VIEWS = (
-    "edits by instruction: its source lies on the target's channels, frame by frame, and no camera "
-    "moves it; ask it for an edit, or use a checkpoint for novel views, such as tiny-nvs"
+    "edits by instruction, frame by frame, and no camera moves its source; ask it for an edit, or "
+    "use a checkpoint for novel views, such as tiny-nvs"
 )
 NO_EDITS = (
     "renders novel views and takes no instruction; ask it for a camera, or use a checkpoint that "
-    "edits: one whose source lies on the target's channels, as Lucy-Edit's does"
+    "edits, as Lucy-Edit and Bernini-R do"
 )
 
 

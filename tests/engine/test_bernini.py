@@ -164,7 +164,8 @@ def test_it_is_told_by_its_json(folder: Path, editor: Engine, tmp_path: Path) ->
 def test_an_edit_is_that_of_the_published_pipeline(
     folder: Path, editor: Engine, frames: Tensor
 ) -> None:
-    turn = editor.session(frames, cuts=()).edit("a red ball", seed=3, num_inference_steps=5)
+    session = editor.session(frames, cuts=())
+    session.edit("a red ball", seed=3, num_inference_steps=5)
     source = editor.vae.encode(frames)[None]
     assert editor.text is not None
     texts = [
@@ -178,7 +179,7 @@ def test_an_edit_is_that_of_the_published_pipeline(
         own, other = (predicted(folder, [latents, source], [0, 1], t, text) for text in texts)
         velocity = projected(latents, float(solver.sigmas[index]), own, other, 4.0)
         latents = solver.step(velocity, index, latents)
-    assert relative_error(turn.windows[0].latents[None], latents) <= 1e-5
+    assert relative_error(session._drafts[0].windows[0].read()[None], latents) <= 1e-5
 
 
 def test_remembered_windows_have_ids_of_their_own(folder: Path, editor: Engine) -> None:
@@ -204,9 +205,11 @@ def test_a_long_edit_remembers_and_captured_steps_are_the_same(
         engine = small(folder, conditioning=conditioning, memory="retrieved")
         if captured:
             engine.graphs = Graphs("on", 1 << 30, StandIn(), None)
-        turn = engine.session(long, cuts=()).edit("a ball", num_inference_steps=3)
-        latents.append([window.latents for window in turn.windows])
-        assert turn.windows[-1].report["memory"]["selected"]
+        session = engine.session(long, cuts=())
+        session.edit("a ball", num_inference_steps=3)
+        windows = session._drafts[0].windows
+        latents.append([window.read() for window in windows])
+        assert windows[-1].report["plan"]["memory_tokenizers"] == [4]
     for one, other in zip(*latents, strict=True):
         assert torch.equal(one, other)
 
