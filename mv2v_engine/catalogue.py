@@ -147,6 +147,15 @@ _REDIRECTOR = replace(
     image_dim=1280,
 )
 _BERNINI = replace(WAN_1_3B, merger=None, camera_conditioning="none", source_ids=True)
+_ECHO = replace(
+    WAN_1_3B,
+    merger=None,
+    camera_conditioning="none",
+    camera_actions=True,
+    action_attention=True,
+    context_frames=1,
+    tokenizers=(2,),
+)
 
 
 def known_models() -> tuple[KnownModel, ...]:
@@ -189,6 +198,18 @@ def known_models() -> tuple[KnownModel, ...]:
             text=UMT5_XXL,
             licence="Apache-2.0, its base's not told",
             checked="equal to its authors' pipeline written again, on random weights",
+        ),
+        KnownModel(
+            name="Echo-Team/Echo-Memory:context_k1/epoch-0.safetensors",
+            components=_WAN_COMPONENTS,
+            shape=_ECHO,
+            remembers=False,
+            sampling=SamplingConfig(size=(352, 640), flow_shift=15.0, timesteps="bfloat16"),
+            vae={},
+            text=UMT5_XXL,
+            licence="CC BY 4.0",
+            checked="equal to its authors' steps written again, on random weights; signs and units "
+            "of its cameras are inferred",
         ),
         KnownModel(
             name="ByteDance/Bernini-R-1.3B-Diffusers",

@@ -59,6 +59,10 @@ class TransformerConfig:
     shared_time: the source and the memory have the target's temporal ids, in place of later ones.
     source_ids: an editor whose source is tokens of its own, and whose videos have ids beside their
         positions (Bernini): id n turns all pairs of a head's channels as position n would.
+    camera_actions: a layer of every frame's camera is added to its tokens in every block
+        (Echo-Memory); action_attention: attention over frames makes of them what is added.
+        state_space: blocks with a state that runs from the context through the target's frames.
+    context_frames: how many of the source's latent frames, the first ones, are its segment; 0 all.
     image_dim: channels of the image tokens that cross-attention reads beside the text, CLIP's of
         the source's first frame; 0 for a model without them.
     """
@@ -83,6 +87,10 @@ class TransformerConfig:
     scene_scale: float = 4.0
     shared_time: bool = False
     source_ids: bool = False
+    camera_actions: bool = False
+    action_attention: bool = False
+    state_space: tuple[int, ...] = ()
+    context_frames: int = 0
     image_dim: int = 0
 
     def __post_init__(self) -> None:
@@ -156,7 +164,13 @@ class TransformerConfig:
     @property
     def has_camera(self) -> bool:
         """Whether its videos come with cameras."""
-        return self.has_camera_modules or self.camera_attention != "none"
+        modules = self.has_camera_modules or self.camera_actions
+        return modules or self.camera_attention != "none"
+
+    @property
+    def is_by_frames(self) -> bool:
+        """Whether blocks have operations over all frames of a place, beside attention."""
+        return self.action_attention or bool(self.state_space)
 
     @property
     def has_camera_modules(self) -> bool:

@@ -32,6 +32,7 @@ TRAINED_FOR: tuple[ConditioningMode, ...] = ("joint",)
 _HEAD_DIM = 128
 # what Bernini is told before the instruction of an edit
 _BERNINI_EDITS = "You are a helpful assistant specialized in video editing."
+_ECHO_NEGATIVE_PROMPT = "oversaturated colors, overexposed, static, blurry details"
 _IMAGE_LINEAR = "condition_embedder.image_embedder.ff.net.0.proj.weight"
 # formats of novel views that were trained further, on one size
 _OF_VIEWS = ("recammaster", "memory_v2v", "redirector")
@@ -236,6 +237,7 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
             camera_conditioning=camera,
             camera_attention="phases" if has_phases else "none",
             shared_time=has_phases,
+            **_actions(infos) if detected.format == "echo_memory" else {},
             source_ids=detected.format == "bernini_r",
             image_dim=shapes.axis(_IMAGE_LINEAR, 1) if has_phases else 0,
             merger=None,
@@ -243,6 +245,17 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
         )
     except RequestError as error:
         raise CheckpointError(f"{detected.path}: {error}") from error
+
+
+def _actions(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
+    """Echo-Memory's modules; of the context its two runnable rows begin with one frame."""
+    states = {int(n.split(".")[1]) for n in infos if n.endswith(".state_space.in_proj.weight")}
+    return {
+        "camera_actions": True,
+        "action_attention": "blocks.0.attn_frames.to_q.weight" in infos,
+        "state_space": tuple(sorted(states)),
+        "context_frames": 1,
+    }
 
 
 def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingConfig:
@@ -266,6 +279,13 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
             sizes=((832, 480),),
             negative_prompt=WAN_NEGATIVE_PROMPT,
             prompt_prefix=_BERNINI_EDITS,
+        )
+    if config.camera_actions:
+        return SamplingConfig(
+            size=(352, 640),
+            flow_shift=15.0,
+            negative_prompt=_ECHO_NEGATIVE_PROMPT,
+            timesteps="bfloat16",
         )
     if config.source_channels:
         sampling = SamplingConfig(fps=24.0)

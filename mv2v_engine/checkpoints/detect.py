@@ -7,6 +7,7 @@
 | recammaster | either naming, plus `cam_encoder` and `projector` in the blocks             |
 | memory_v2v  | recammaster plus conditioning tokenizers and token mergers of any name      |
 | lucy_edit   | either naming, with the source's latents on the target's channels           |
+| echo_memory | original Wan names, with cameras as actions of frames in every block        |
 | bernini_r   | a diffusers folder of Wan names whose JSON says that it is Bernini's        |
 | redirector  | self-attention with rotary phases alone, on a base with an adapter of rays  |
 """
@@ -49,6 +50,7 @@ Format = Literal[
     "lucy_edit",
     "redirector",
     "bernini_r",
+    "echo_memory",
 ]
 
 OWN_CONFIG = "mv2v.json"
@@ -79,11 +81,17 @@ _UNSUPPORTED = {
     ".add_k_proj.": "image-to-video",
     "image_embedder.": "image-to-video",
     "vace_blocks.": "VACE",
+    "spatial_memory_module.": "spatial memory (Echo-Memory)",
+    ".videossm_hybrid.": "hybrid state-space memory (Echo-Memory)",
+    ".block_wise_ssm.gate": "state-space memory of the first version (Echo-Memory)",
     "motion_encoder.": "Animate",
     "audio_injector.": "speech-to-video",
 }
 _CAMERA_BRANCH = ".prope_attn."
 # learned rotary phases of cameras, whose base has an adapter of their rays and reads image tokens
+_ACTIONS = ".action_mlp."
+# rows of Echo-Memory that no tensor tells from the one with a single context frame
+_ECHO_ROW = re.compile(r"(?i)(context_k|ctx_?)(5|20)|framepack\w*|\w*moc\w*")
 _PHASES = ".rope_phase_qk."
 _OF_PHASES = ("control_adapter.", "img_emb.", ".k_img.", ".add_k_proj.", "image_embedder.")
 
@@ -463,6 +471,15 @@ def _require_supported(root: Path, tensors: dict[str, TensorInfo], naming: Namin
                 f"{root} is a {kind} checkpoint; expected a Wan text-to-video transformer or one "
                 "made from it"
             )
+    if any(_ACTIONS in key for key in tensors):
+        place = root.resolve()
+        for name in (place.stem, place.parent.name):
+            if row := _ECHO_ROW.search(name):
+                raise CheckpointError(
+                    f"{root} is, by its name, Echo-Memory's {row[0]}, whose context is chosen or "
+                    "compressed in a way that is not made here; expected context_k1 or "
+                    "block_wise_ssm_causal_v2 (rename it if it is one)"
+                )
     branch = [key for key in tensors if _CAMERA_BRANCH in key]
     if branch:
         raise CheckpointError(
@@ -520,6 +537,13 @@ def _classify(
     if channels == 2 * outputs and not cameras:
         says.append(f"the source on {outputs} of the target's {channels} channels")
         return "lucy_edit", ", ".join(says)
+    if actions := sum(f"{_ACTIONS}proj.weight" in name for name in names):
+        over = sum(".attn_frames.to_q.weight" in name for name in names)
+        states = sum(".state_space.in_proj.weight" in name for name in names)
+        says.append(f"cameras as actions in {actions} blocks")
+        says += [f"attention over frames in {over}"] * bool(over)
+        says += [f"a state-space memory in {states}"] * bool(states)
+        return "echo_memory", ", ".join(says)
     if _is_bernini(found):
         says.append("a pipeline that its JSON says is Bernini's, of videos with ids")
         return "bernini_r", ", ".join(says)

@@ -45,6 +45,7 @@ _KINDS: dict[Format, str] = {
     "lucy_edit": "a Lucy-Edit transformer",
     "redirector": "a ReDirector transformer",
     "bernini_r": "a Bernini-R transformer",
+    "echo_memory": "an Echo-Memory transformer",
 }
 
 

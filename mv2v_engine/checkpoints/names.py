@@ -44,8 +44,20 @@ _BLOCK_MODULES = {
     "norm2": "norm3",
     "cam_encoder": "cam_encoder",
     "projector": "projector",
+    "action_mlp.proj": "action_mlp.proj",
 }
-_ATTENTIONS = {"self_attn": "attn1", "cross_attn": "attn2"}
+_ATTENTIONS = {
+    "self_attn": "attn1",
+    "cross_attn": "attn2",
+    # Echo-Memory's, over frames
+    "self_attn_with_action": "attn_frames",
+}
+# Echo-Memory's state-space memory
+_STATE_SPACE = (
+    *(f"{name}.{kind}" for name in ("in_proj", "out_proj", "norm") for kind in ("weight", "bias")),
+    "decay_logit",
+    "residual_logit",
+)
 _PROJECTIONS = {"q": "to_q", "k": "to_k", "v": "to_v", "o": "to_out.0"}
 
 
@@ -60,6 +72,7 @@ def _leaves() -> tuple[dict[str, str], dict[str, str]]:
         for p, q in _PROJECTIONS.items():
             block |= {f"{old}.{p}.{k}": f"{new}.{q}.{k}" for k in kinds}
         block |= {f"{old}.norm_{p}.weight": f"{new}.norm_{p}.weight" for p in "qk"}
+    block |= {f"block_wise_ssm.{name}": f"state_space.{name}" for name in _STATE_SPACE}
     for p in "kv":
         block |= {f"cross_attn.{p}_img.{k}": f"attn2.add_{p}_proj.{k}" for k in kinds}
     block["cross_attn.norm_k_img.weight"] = "attn2.norm_added_k.weight"

@@ -252,7 +252,8 @@ def _with_extras(
     sources = {name: Source(info, info.shape) for name, info in infos.items()} | extras
     config = dataclasses.replace(
         base,
-        tokenizers=tuple(sorted({*patches, *_BASE_TOKENIZERS})),
+        # where all frames have one grid there are no others
+        tokenizers=(2,) if base.is_by_frames else tuple(sorted({*patches, *_BASE_TOKENIZERS})),
         merger=merger,
         merge_blocks=blocks,
     )

@@ -166,7 +166,11 @@ class ViewRecall(Recall):
         )
         device = self.parts.device
         has_source = any(segment.role == "source" for segment in plan.segments)
-        videos = [*([source] if has_source else []), *(entry.latents for entry in entries)]
+        count = plan.shape.context_frames or source.shape[1]
+        videos = [
+            *([source[:, :count]] if has_source else []),
+            *(entry.latents for entry in entries),
+        ]
         return Recalled(
             retrieval,
             plan,

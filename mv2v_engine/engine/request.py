@@ -25,6 +25,8 @@ from mv2v_engine.sampling.guidance import needs_guidance
 # beyond these, float32 has no digits left for one camera's place in another's image
 MAX_SCENE_SCALES = 100
 MAX_LENS = 20
+# metres, or the sine of an angle, that are taken for none
+_LEVEL = 1e-3
 # what follows a checkpoint's name where it is asked for what it cannot do
 NO_VIEWS = (
     "edits by instruction, frame by frame, and no camera moves its source; ask it for an edit, or "
@@ -228,6 +230,10 @@ def check_camera(camera: CameraTrajectory, config: TransformerConfig) -> None:
 def camera_notes(camera: CameraTrajectory, config: TransformerConfig) -> list[str]:
     """What was changed of a camera, and what this model does not take of it, in words."""
     notes, default = list(camera.notes), default_intrinsics(*camera.size)
+    if config.camera_actions:
+        vertical = camera.poses[:, 1, 2:].abs().max()  # of where it looks, and where it is
+        if float(vertical) > _LEVEL:
+            notes.append("this model's cameras move and turn in a plane: height and pitch left out")
     has_lens = not torch.allclose(camera.intrinsics, default.expand_as(camera.intrinsics))
     if has_lens and config.camera_attention == "none":
         notes.append("its lens counts for what is remembered alone: this model has one of its own")

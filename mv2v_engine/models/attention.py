@@ -90,7 +90,7 @@ class SelfAttention(_Projections):
         qk, vo = self.rope_phase_qk(rays_BLC), self.rope_phase_vo(rays_BLC)
         return qk.unflatten(-1, (self.num_heads, -1)), vo.unflatten(-1, (self.num_heads, -1))
 
-    def queries(self, hidden_BLC: Tensor, rope_BLD: Tensor) -> Tensor:
+    def queries(self, hidden_BLC: Tensor, rope_BLD: Tensor | None) -> Tensor:
         return self._norm(self.to_q(hidden_BLC), self.norm_q.weight, rope_BLD)
 
     def keys_values(self, hidden_BLC: Tensor, rope_BLD: Tensor | None) -> KeysValues:

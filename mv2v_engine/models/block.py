@@ -9,11 +9,14 @@ B batch, L tokens, N heads, D head dim, C width, P numbers of a camera.
 from __future__ import annotations
 
 from collections.abc import Sequence as Series
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import layer_norm
 
 from mv2v_engine.config import TransformerConfig
+from mv2v_engine.models.actions import CameraActions, StateSpaceMemory, by_frame, by_place
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
 from mv2v_engine.models.camera_encoder import (
     POSE_DIM,
@@ -38,7 +41,7 @@ from mv2v_engine.ops.rope import rope
 class Block(nn.Module):
     """One Wan block: self-attention with cameras, cross-attention, feed-forward."""
 
-    def __init__(self, config: TransformerConfig) -> None:
+    def __init__(self, config: TransformerConfig, index: int = 0) -> None:
         super().__init__()
         dim, heads, self.eps = config.dim, config.num_attention_heads, config.eps
         num_phases = config.num_phases if config.has_phases else 0
@@ -49,6 +52,11 @@ class Block(nn.Module):
         self.scale_shift_table = nn.Parameter(torch.empty(1, 6, dim).normal_().div_(dim**0.5))
         self.cam_encoder = camera_encoder(dim) if config.has_camera_modules else None
         self.projector = camera_projector(dim) if config.has_camera_modules else None
+        self.action_mlp = CameraActions(dim) if config.camera_actions else None
+        self.attn_frames = None
+        if config.action_attention:
+            self.attn_frames = SelfAttention(dim, heads, config.eps)
+        self.state_space = StateSpaceMemory(dim) if index in config.state_space else None
         self.camera_channels = config.camera_channels
         self.backend = "reference"
 
@@ -65,6 +73,8 @@ class Block(nn.Module):
         stream: takes K and V of the sequence, the newest frames of a stream, and has the others'.
         """
         own, ffn = self._modulations(sequence)
+        if self.action_mlp is not None:
+            sequence = replace(sequence, x=self._with_actions(sequence, self.action_mlp))
 
         # 1. self-attention
         attended, keys_values = self._attend(sequence, own, kept, keeps, stream)
@@ -73,7 +83,7 @@ class Block(nn.Module):
         if sequence.text is None:
             x, hidden = self._add_adaln(sequence.x, attended, ffn, gate=own.gate)
         else:
-            x, hidden = self._add_norm2(sequence.x, attended, own)
+            x, hidden = self._add_norm2(sequence, attended, own)
             del attended  # at full size every tensor of all tokens counts: nothing outlives its use
             # not held by a name: they would stay through the feed-forward
             attended = self.attn2(
@@ -186,8 +196,39 @@ class Block(nn.Module):
             backend=self.backend,
         )
 
-    def _add_norm2(self, x: Tensor, y: Tensor, modulation: Modulation) -> tuple[Tensor, Tensor]:
+    def _with_actions(self, sequence: Sequence, actions: CameraActions) -> Tensor:
+        """Tokens [B, L, C] with their frames' cameras."""
+        moved: Tensor = sequence.x + actions(sequence)
+        if self.attn_frames is None:
+            return moved
+        attended = []
+        for part in replace(sequence, x=moved).split():
+            hidden = by_place(part.x, part.layout.num_frames)
+            queries = self.attn_frames.queries(hidden, None)
+            pair = self.attn_frames.keys_values(hidden, None)
+            out = self.attn_frames.out(self.attn_frames.attend(queries, *pair))
+            attended.append(by_frame(out, len(part.x)))
+        result: Tensor = sequence.x + torch.cat(attended, 1)
+        return result
+
+    def _add_norm2(
+        self, sequence: Sequence, y: Tensor, modulation: Modulation
+    ) -> tuple[Tensor, Tensor]:
         """The gated sum, and what cross-attention is given."""
+        x = sequence.x
+        if self.state_space is not None:
+            gate, row = modulation.gate, modulation.row
+            x = gated_residual(x, y, gate, row=row, backend=self.backend)
+            x = torch.cat(
+                [
+                    self.state_space(p.x, p.layout.num_frames, p.layout.runs[0].num_frames)
+                    for p in replace(sequence, x=x).split()
+                ],
+                1,
+            )
+            weight, bias = self.norm2.weight.float(), self.norm2.bias.float()
+            hidden = layer_norm(x.float(), weight.shape, weight, bias, self.eps)
+            return x, hidden.to(x.dtype)
         return residual_norm(
             x,
             y,

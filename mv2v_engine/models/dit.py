@@ -63,7 +63,7 @@ class MV2VTransformer(nn.Module):
             init_from_base(tokenizer, self.patch_embedding)  # type: ignore[arg-type]
         self.control_adapter = CameraAdapter(dim) if config.has_phases else None
         self.condition_embedder = ConditionEmbedder(config)
-        self.blocks = nn.ModuleList([Block(config) for _ in range(config.num_layers)])
+        self.blocks = nn.ModuleList([Block(config, index) for index in range(config.num_layers)])
         self.mergers = nn.ModuleDict()
         if config.merger is not None:
             merging = config.merging_blocks[:1] if config.merger.shared else config.merging_blocks
@@ -261,7 +261,7 @@ class MV2VTransformer(nn.Module):
             cameras=cameras,
             rays=rays,
             image=None if sample.image is None else embedder.image(sample.image),
-        ).over(sample.ranks)
+        ).over(sample.ranks, is_by_frames=self.config.is_by_frames)
         return sequence.with_frame_timesteps() if sample.timestep.ndim == 2 else sequence
 
     def _merge(

@@ -161,15 +161,22 @@ class Sequence:
             shard=None,
         )
 
-    def over(self, ranks: ContextGroup | None) -> Sequence:
+    def over(self, ranks: ContextGroup | None, *, is_by_frames: bool = False) -> Sequence:
         """This rank's part of a whole sequence; the sequence itself without ranks to share it.
 
+        is_by_frames: blocks have operations over all frames of a place.
+
         Raises:
-            RequestError: there are more ranks than target tokens.
+            RequestError: they cannot be shared so, or there are more ranks than target tokens.
         """
         if ranks is None:
             return self
         target, length = self.layout.target_length, self.layout.length
+        if is_by_frames:
+            raise RequestError(
+                f"this model attends over frames place by place, which context={ranks.size} ranks "
+                "do not hold whole; use context=1"
+            )
         if target < ranks.size:
             raise RequestError(
                 f"{target} target tokens cannot be shared by context={ranks.size} ranks; use "

@@ -4,7 +4,8 @@ Per block (METHOD 16): 4 Lq Lk C for self-attention; 2 L (7 C^2 + 2 C ffn) for q
 camera projector, cross-attention's q and o, and the feed-forward; 4 L S C + 4 S C^2 for
 cross-attention and its text k, v. S text tokens. PRoPE adds 32 L N D to the linear part, where D
 channels of N heads meet cameras. Phases of cameras add 8 L C N P for two layers of P a head, image
-tokens as much in cross-attention as so much text.
+tokens as much in cross-attention as so much text. Attention over F frames adds 4 L F C + 8 L C^2, a
+state-space memory 6 L C^2 in its blocks.
 """
 
 from __future__ import annotations
@@ -149,8 +150,14 @@ def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -
     per_token = (6 + shape.has_camera_modules) * width**2 + 2 * width * shape.ffn_dim
     per_token += _prope_products(shape)
     parts = dict.fromkeys(_BLOCK_PARTS, 0)
-    for num_queries, num_keys in zip(queries, keys, strict=True):
+    frames = len(plan.frame_table)
+    for index, (num_queries, num_keys) in enumerate(zip(queries, keys, strict=True)):
         parts["self_attention"] += 4 * num_queries * num_keys * width
+        if shape.action_attention:
+            parts["self_attention"] += 4 * num_queries * frames * width
+            parts["linear"] += 8 * num_queries * width**2
+        if index in shape.state_space:
+            parts["linear"] += 6 * num_queries * width**2
         parts["linear"] += 2 * num_queries * per_token
         parts["cross_attention"] += 4 * num_queries * text * width + 4 * text * width**2
     return parts
@@ -187,7 +194,8 @@ def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
 
 def _camera_flops(plan: TokenPlan, blocks: int, frames: int) -> int:
     """Camera rows of so many frames, encoded by so many blocks."""
-    return 2 * blocks * frames * 12 * plan.shape.dim if plan.shape.has_camera_modules else 0
+    has_modules = plan.shape.has_camera_modules or plan.shape.camera_actions
+    return 2 * blocks * frames * 12 * plan.shape.dim if has_modules else 0
 
 
 def _embedding_flops(plan: TokenPlan, timesteps: int) -> int:

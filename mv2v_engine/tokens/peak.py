@@ -63,7 +63,9 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     residuals = 2 * execution.residuals * residual_bytes(plan, execution.element_bytes)
     rays = plan.length * block.row if plan.shape.has_phases else 0
     image = IMAGE_TOKENS * block.row if plan.shape.image_dim else 0
-    return peak + residuals + table + rays + image + plan.shape.text_len * block.row
+    # tokens by their places, and attention's
+    places = 3 * plan.length * block.row if plan.shape.is_by_frames else 0
+    return peak + places + residuals + table + rays + image + plan.shape.text_len * block.row
 
 
 def _merged_table(plan: TokenPlan, length: int) -> int:

@@ -137,6 +137,14 @@ class TokenPlan:
                     f"{segment.role} asks for tokenizer 1x{segment.tokenizer}x{segment.tokenizer}; "
                     f"this model has {self.shape.tokenizers or 'none'}"
                 )
+        if self.shape.is_by_frames and (
+            self.conditioning == "static"
+            or any(s.mergeable or s.token_grid != self.target.token_grid for s in self.segments)
+        ):
+            raise RequestError(
+                "this model has operations over all frames of a place (Echo-Memory): it takes "
+                'conditioning="joint", and frames of one grid that do not merge'
+            )
         if self.fraction is None:
             rule = min(max(0.3 + 0.08 * (self.num_memory - 1), 0.3), 0.7)
             object.__setattr__(self, "fraction", round(rule, 6))
@@ -362,6 +370,16 @@ def _view_segments(
         return (0 if is_shared else index) if shape.has_camera else None
 
     yield Segment(role="target", grid=grid, camera=track(0))
+    if count := shape.context_frames:
+        # a state runs from the past on, which has the ids before the target's
+        tau = -count if shape.state_space else frames
+        if has_source:
+            context = (count, *grid[1:])
+            yield Segment(role="source", grid=context, tau=tau, camera=track(1))
+        for rank, tokenizer in enumerate(tokenizers):
+            camera, late = track(2 + rank), 2 * frames
+            yield Segment(role="memory", grid=grid, tokenizer=tokenizer, tau=late, camera=camera)
+        return
     if has_source:
         yield Segment(role="source", grid=grid, tau=taus[0], camera=track(1), mergeable=True)
     for rank, tokenizer in enumerate(tokenizers):
