@@ -40,6 +40,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "sampling",
             "video",
             "vae",
+            "image",
             "text",
             "vision",
             "camera",
@@ -69,6 +70,7 @@ SIDEWAYS = {
     ("checkpoints", "tokens"),  # what models are made of
     ("vae", "models"),
     ("vae", "checkpoints"),  # weight files and their names
+    ("image", "checkpoints"),
     ("text", "checkpoints"),
     ("training", "evaluation"),
 }

@@ -73,6 +73,7 @@ class MV2VTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.out_channels * 4)
         self.backend = "reference"
         self.responsiveness_heads: HeadMode = "concat"
+        self.is_by_frames = config.is_by_frames
         # training: keep every block's input alone and compute the rest again on the way back
         self.gradient_checkpointing = False
         # where the blocks' weights wait on the host
@@ -261,7 +262,7 @@ class MV2VTransformer(nn.Module):
             cameras=cameras,
             rays=rays,
             image=None if sample.image is None else embedder.image(sample.image),
-        ).over(sample.ranks, is_by_frames=self.config.is_by_frames)
+        ).over(sample.ranks, is_by_frames=self.is_by_frames)
         return sequence.with_frame_timesteps() if sample.timestep.ndim == 2 else sequence
 
     def _merge(
