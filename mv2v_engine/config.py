@@ -33,7 +33,19 @@ RopeMode = Literal["pooled", "centre"]
 HeadMode = Literal["concat", "mean"]
 BackendName = Literal["auto", "reference", "native", "triton", "cuda"]
 AttentionName = Literal[
-    "auto", "reference", "fa3", "fa4", "cudnn", "fa2", "torch", "xformers", "triton"
+    "auto",
+    "reference",
+    "fa3",
+    "fa4",
+    "cudnn",
+    "fa2",
+    "torch",
+    "xformers",
+    "triton",
+    "sage",
+    "sparge",
+    "sage-reference",
+    "sparge-reference",
 ]
 MemoryMode = Literal["retrieved", "alone", "previous", "none"]
 MemoryRanking = Literal["fov", "random"]
@@ -52,6 +64,14 @@ DtypeName = Literal["float32", "bfloat16", "float16"]
 StreamPolicy = Literal["memrope", "sink", "window", "all"]
 QuantizeName = Literal["int8", "fp8"]
 Offload = Literal["blocks"]
+
+# what self-attention loses, in words; these are taken by name alone
+APPROXIMATE_ATTENTION: Mapping[str, str] = {
+    "sage": "queries and keys in eight bits",
+    "sparge": "queries and keys in eight bits, half of the keys' blocks",
+    "sage-reference": "queries and keys in eight bits",
+    "sparge-reference": "queries and keys in eight bits, half of the keys' blocks",
+}
 
 MAX_STEPS = 1000
 # solvers of weights that are distilled to few steps without guidance: how many they have tables for
@@ -87,6 +107,11 @@ STEPS = "reuse across steps"
 BUDGET = "bytes"
 RANKS = "several processes, under torchrun"
 STREAM = "what a block sees of those before"
+
+
+def name_with_attention(name: str, attention: AttentionName) -> str:
+    """A checkpoint's name, which tells sessions made by approximate attention from exact ones."""
+    return f"{name} ({attention} attention)" if attention in APPROXIMATE_ATTENTION else name
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -265,7 +290,10 @@ class EngineConfig:
 
     backend: BackendName = setting("auto", MODEL, "what computes the operations")
     attention: AttentionName = setting(
-        "auto", MODEL, "its library; auto: the fastest here that goes with the backend"
+        "auto",
+        MODEL,
+        "its library; auto: the fastest exact one here that goes with the backend; sage and sparge "
+        "are approximate",
     )
     base: Path | str | None = setting(
         None,
@@ -437,6 +465,11 @@ class EngineConfig:
             )
 
     def _check_graphs(self) -> None:
+        if self.graphs == "on" and self.attention in APPROXIMATE_ATTENTION:
+            raise RequestError(
+                f'graphs="on" cannot be met with attention={self.attention!r}: replayed with other '
+                'numbers, such libraries are known to give wrong results; use graphs="auto"'
+            )
         if self.graphs == "on" and self.merge_scope == "joint" and self.merge != "off":
             raise RequestError(
                 'graphs="on" cannot be met with merge_scope="joint": there the data decide how '

@@ -108,6 +108,9 @@ def _attention() -> list[str]:
         for which, reason in found.items():
             if reason is not None:
                 by_reason.setdefault(reason, []).append(which)
+    for name, reason in availability(device, approximate=True).items():
+        if reason is not None:
+            by_reason.setdefault(reason, []).append(f"{name} (approximate, by name alone)")
     return [
         f"auto: {taken[0]} (dense), {taken[1]} (packed) on {device.type}",
         *(f"{', '.join(names)} missing: {reason}" for reason, names in by_reason.items()),

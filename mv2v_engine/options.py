@@ -27,6 +27,7 @@ from mv2v_engine.config import (
     LoadConfig,
     ParallelConfig,
     SamplingConfig,
+    name_with_attention,
 )
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.engine.parts import require_components
@@ -134,6 +135,8 @@ def read_resolution(args: argparse.Namespace) -> Resolution:
             base = stack.enter_context(headers_of(base, with_components=has_own))
         resolution = resolve(detect(place, renames, causal=causal, base=base), loras)
         resolution = resolution.quantized(getattr(args, "quantize", None))
+        name = name_with_attention(resolution.name, getattr(args, "attention", "auto"))
+        resolution = replace(resolution, name=name)
         resolution.require_loadable()
         if has_own:
             require_components(resolution)

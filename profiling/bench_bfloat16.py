@@ -30,7 +30,7 @@ from mv2v_engine.testing import randomise
 from mv2v_engine.tokens.plan import novel_view_plan
 
 HEADS, ROUNDS = (3, 8, 16), 7
-WEIGHTS = EXACT | {"bfloat16": {"dtype": torch.bfloat16}}
+WEIGHTS = {**EXACT, "bfloat16": {"dtype": torch.bfloat16}}
 
 
 @torch.no_grad()
@@ -87,7 +87,7 @@ def main() -> None:
     print(table(widths, "width tokens float32_ms bfloat16_ms time_ratio"))
     seeds = range(FIRST_SCENE, FIRST_SCENE + args.scenes)
     rows = measure(args.checkpoint, seeds, args.steps, WEIGHTS)
-    print(table(rows, COLUMNS))
+    print(table(rows, f"weights {COLUMNS}"))
     if args.out:
         common = {"checkpoint": args.checkpoint, "scenes": args.scenes, "steps": args.steps}
         common |= {"threads": 1, "capabilities": torch.backends.cpu.get_cpu_capability()}

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import EngineConfig, GraphMode
+from mv2v_engine.config import APPROXIMATE_ATTENTION, EngineConfig, GraphMode
 from mv2v_engine.engine.capture import Graph, Recorder, open_recorder
 from mv2v_engine.engine.step import Signature, StepBuffers
 from mv2v_engine.errors import KernelUnavailableError, MemoryBudgetError
@@ -152,6 +152,9 @@ def open_graphs(config: EngineConfig, device: torch.device) -> Graphs:
         return Graphs("off", 0, None, "graphs are off")
     if config.offload is not None:
         return Graphs(config.graphs, 0, None, "the blocks' weights come from the host every step")
+    if config.attention in APPROXIMATE_ATTENTION:
+        reason = f"attention by {config.attention} is not known to replay rightly"
+        return Graphs("auto", 0, None, reason)
     try:
         return Graphs(config.graphs, config.graph_bytes, open_recorder(device), None)
     except KernelUnavailableError as error:

@@ -21,7 +21,14 @@ from mv2v_engine import arguments
 from mv2v_engine.checkpoints.fetch import fetch_components
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.resolve import Resolution, is_trained_for_memory
-from mv2v_engine.config import EngineConfig, MemoryMode, MergeMode, SchedulerName, Timesteps
+from mv2v_engine.config import (
+    EngineConfig,
+    MemoryMode,
+    MergeMode,
+    SchedulerName,
+    Timesteps,
+    name_with_attention,
+)
 from mv2v_engine.engine.descriptors import (
     SegmentDescriber,
     check_descriptor,
@@ -135,6 +142,7 @@ def load_parts(
         causal=causal,
         base=config.base,
     )
+    checkpoint = replace(checkpoint, name=name_with_attention(checkpoint.name, config.attention))
     has_image, image_path = bool(checkpoint.config.image_dim), checkpoint.image_path
     vae_path, text_path = checkpoint.vae_path, checkpoint.text_path
     tokenizer_path = checkpoint.tokenizer_path

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from mv2v_engine.config import FEW_STEPS
+from mv2v_engine.config import APPROXIMATE_ATTENTION, FEW_STEPS
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.denoise import Denoised, Denoiser
 from mv2v_engine.engine.parts import Parts
@@ -289,6 +289,8 @@ def _approximations(parts: Parts, plan: TokenPlan) -> list[str]:
         found.append(f"the blocks' weights rounded to {config.quantize}")
     if config.quantize_text is not None:
         found.append(f"the text encoder's weights rounded to {config.quantize_text}")
+    if config.attention in APPROXIMATE_ATTENTION:
+        found.append(f"self-attention over {APPROXIMATE_ATTENTION[config.attention]}")
     if config.step_cache is not None:
         found.append(f"steps skipped below a change of {config.step_cache:g}")
     is_few = parts.scheduler in FEW_STEPS and parts.checkpoint.sampling.scheduler not in FEW_STEPS

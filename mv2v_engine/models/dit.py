@@ -20,7 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from mv2v_engine.config import HeadMode, TransformerConfig
+from mv2v_engine.config import APPROXIMATE_ATTENTION, HeadMode, TransformerConfig
+from mv2v_engine.models.attention import CrossAttention
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import frame_cameras
 from mv2v_engine.models.camera_rays import CameraAdapter
@@ -91,14 +92,17 @@ class MV2VTransformer(nn.Module):
         """Run every operation on a resolved backend (`ops.backend.resolve`).
 
         attention: a library (`ops.attention_backends.resolve_attention`); None takes the fastest,
-            or the reference under the reference and native.
+            or the reference under the reference and native. An approximate one takes
+            self-attention alone: to the text's few keys attention stays exact.
         """
-        attention = attention or ("reference" if backend in ("reference", "native") else "auto")
+        exact = "reference" if backend in ("reference", "native") else "auto"
+        attention = attention or exact
         for module in chain(self.modules(), *(place.modules() for place in self._places())):
             if hasattr(module, "backend"):
                 module.backend = backend  # type: ignore[assignment]
             if hasattr(module, "attention_backend"):
-                module.attention_backend = attention  # type: ignore[assignment]
+                stays = isinstance(module, CrossAttention) and attention in APPROXIMATE_ATTENTION
+                module.attention_backend = exact if stays else attention  # type: ignore[assignment]
 
     def set_feed_forward_chunk(self, chunk: int | None) -> None:
         """Tokens that a block's feed-forward takes at once without gradients; None takes all."""

@@ -1,5 +1,7 @@
 """Which library attends: asked in the order of their speed, each refusal with its reason.
 
+Approximate ones are never asked: they are taken by name, after a trial on the device.
+
 B batch, L query and S key tokens, N heads, D head dim; packed: T queries and S keys of G sequences.
 """
 
@@ -11,12 +13,15 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import AttentionName, EngineConfig
+from mv2v_engine.config import APPROXIMATE_ATTENTION, AttentionName, EngineConfig
 from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops import attention_libraries as libraries
 from mv2v_engine.ops.attention_libraries import DENSE, PACKED, Pack
 
 NAMES: tuple[str, ...] = get_args(AttentionName)
+# an approximate library is off by 0.01 to 0.04 on the tensors of its trial; one that does not run
+# its kernel, or runs it on another layout, by 0.7 and more
+_TRIAL_ERROR = 0.1
 
 
 def check(backend: str, device: torch.device) -> None:
@@ -29,6 +34,8 @@ def check(backend: str, device: torch.device) -> None:
         raise ValueError(f"backend must be one of {', '.join(NAMES)}, got {backend!r}")
     if backend in ("auto", "reference") or device.type == "cuda":
         return
+    if backend in DENSE and DENSE[backend].is_portable:
+        return
     if libraries.capability(device) is None:
         raise _unavailable(backend, f"it needs a CUDA device, not {device.type}")
 
@@ -39,7 +46,7 @@ def missing(name: str, q: Tensor, k: Tensor, v: Tensor, *, packed: bool = False)
     if library is None:
         return "it takes no packed sequences"
     found = libraries.capability(q.device)
-    if found is None:
+    if found is None and not library.is_portable:
         return f"it needs a CUDA device, not {q.device.type}"
     reason = None if library.function is None else libraries.import_lacks(library.function)
     if reason:
@@ -102,14 +109,17 @@ def availability(
     num_heads: int = 12,
     head_dim: int = 128,
     packed: bool = False,
+    approximate: bool = False,
 ) -> dict[str, str | None]:
     """Every library in the order it is asked, with what it lacks for such heads; None: it serves.
 
-    The first that serves is what `auto` takes; if there is none, the reference.
+    The first that serves is what `auto` takes; if there is none, the reference. approximate: those
+    that are taken by name alone, before their trial.
     """
-    shape = (64, num_heads, head_dim) if packed else (1, 64, num_heads, head_dim)
+    shape = (128, num_heads, head_dim) if packed else (1, 128, num_heads, head_dim)
     probe = torch.empty(shape, dtype=dtype, device=device)
-    return {name: missing(name, probe, probe, probe, packed=packed) for name in order(device)}
+    names = APPROXIMATE_ATTENTION if approximate else order(device)
+    return {name: missing(name, probe, probe, probe, packed=packed) for name in names}
 
 
 def resolve_attention(
@@ -133,9 +143,49 @@ def resolve_attention(
     found = availability(device, dtype=dtype, num_heads=num_heads, head_dim=head_dim)
     if name == "auto":
         return next((each for each, reason in found.items() if reason is None), "reference")
+    if name in APPROXIMATE_ATTENTION:
+        found[name] = _trial_lacks(name, device, dtype, num_heads, head_dim)
     if found[name]:
         raise _unavailable(name, found[name])
     return name
+
+
+def _trial_lacks(
+    name: str, device: torch.device, dtype: torch.dtype, num_heads: int, head_dim: int
+) -> str | None:
+    """Why an approximate library cannot be trusted here; None if it can.
+
+    Some builds return what lay in memory (SageAttention 2.2.0 on Hopper), others lack the kernel of
+    the device and say so when they are called. Each query of the trial attends to a few keys that
+    lie together, which eight bits and half of the blocks must find.
+    """
+    generator = torch.Generator().manual_seed(0)
+    length, run = 640, 64
+    shape = (1, length, num_heads, head_dim)
+    centres = torch.randn(1, length // run, num_heads, head_dim, generator=generator)
+    # scores of the own run stand out by about 16 whatever the width
+    centres *= 4 * head_dim**-0.25
+    places = torch.arange(length) // run
+    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
+    near = centres[:, places]
+    q, k, v = (t.to(device, dtype) for t in (near + q / 4, near + k / 4, v))
+    reason = missing(name, q, k, v)
+    if reason:
+        return reason
+    scores = torch.einsum("blnd,bsnd->bnls", q.float(), k.float()) * head_dim**-0.5
+    exact = torch.einsum("bnls,bsnd->blnd", scores.softmax(-1), v.float())
+    try:
+        error = float((dense(name, q, k, v).float() - exact).norm() / exact.norm())
+    except (RuntimeError, ValueError, AssertionError, TypeError, NotImplementedError) as failure:
+        first_line = (str(failure).splitlines() or [""])[0]
+        return f"its trial failed: {type(failure).__name__}: {first_line}"
+    # NaN is not below either
+    if not error < _TRIAL_ERROR:
+        return (
+            f"its trial is off by {error:.2g} of the exact result, at most {_TRIAL_ERROR:g} is "
+            "expected; build the package again, from a newer commit and for this GPU"
+        )
+    return None
 
 
 def _unavailable(backend: str, reason: str | None) -> KernelUnavailableError:

@@ -27,6 +27,7 @@ from torch.backends.cuda import (
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from mv2v_engine.ops.attention_rounded import SHARE, rounded_attention
 from mv2v_engine.ops.backend import missing_reason, triton_launcher
 
 _HALF = (torch.bfloat16, torch.float16)
@@ -47,11 +48,13 @@ class Library:
     """One way to attend. run: of q, k and v, and of a `Pack` if packed.
 
     function: what must be importable, None inside torch. lacks: why it cannot take q, k and v.
+    is_portable: it runs on every device.
     """
 
     run: Callable[..., Any]
     lacks: Callable[[Tensor, Tensor, Tensor], str | None]
     function: str | None = None
+    is_portable: bool = False
 
 
 def capability(device: torch.device) -> tuple[int, int] | None:
@@ -253,6 +256,68 @@ def _triton_lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
     return _dtype_lacks(q, k, v, dtypes=_FLOATS)
 
 
+def _is_sage_1() -> bool:
+    """Whether SageAttention is of its first releases (1.0.6 on PyPI), in Triton alone."""
+    return _takes(_SAGE, "smooth_k")
+
+
+def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    given: dict[str, Any] = {"tensor_layout": "NHD", "is_causal": False, "sm_scale": _scale(q)}
+    if _is_sage_1():
+        # which would take the mean from the caller's own keys
+        k = k - k.mean(1, keepdim=True)
+        given["smooth_k"] = False
+    out: Tensor = _function(_SAGE)(q, k, v, **given)
+    return out
+
+
+def _sage_lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    reason = _limits(q, k, v, head_dim=128)
+    if reason:
+        return reason
+    if not _is_sage_1():
+        return _arch_lacks(q, (*_INT8_GPUS, (12, 1)))
+    if q.shape[-1] not in (64, 96, 128):
+        return f"releases before 2 take head dims of 64, 96 or 128, not {q.shape[-1]}"
+    return None
+
+
+def _sparge(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out: Tensor = _function(_SPARGE)(
+        q, k, v, topk=SHARE, is_causal=False, scale=_scale(q), tensor_layout="NHD"
+    )
+    return out
+
+
+def _sparge_lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    reason = _limits(q, k, v, head_dim=128) or _arch_lacks(q, (*_INT8_GPUS, (8, 7)))
+    if reason:
+        return reason
+    if q.shape[-1] not in (64, 128):
+        return f"it takes head dims of 64 or 128, not {q.shape[-1]}"
+    if q.shape[1] < 128:
+        return f"it takes at least 128 queries, not {q.shape[1]}"
+    return None
+
+
+def _arch_lacks(q: Tensor, known: tuple[tuple[int, int], ...]) -> str | None:
+    found = capability(q.device) or (0, 0)
+    if found in known:
+        return None
+    names = ", ".join(f"{major}.{minor}" for major, minor in sorted(known))
+    return f"it has kernels for compute capability {names}, this is {found[0]}.{found[1]}"
+
+
+def _rounded_lacks(q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    if not k.shape[1]:
+        return "it takes at least one key"
+    return _dtype_lacks(q, k, v, dtypes=_FLOATS)
+
+
+# GPUs for which both SageAttention 2 and SpargeAttn have kernels
+_INT8_GPUS = ((8, 0), (8, 6), (8, 9), (9, 0), (12, 0))
+_SAGE = "sageattention.sageattn"
+_SPARGE = "spas_sage_attn.spas_sage2_attn_meansim_topk_cuda"
 _FA3, _FA3_VARLEN = (f"flash_attn_interface.flash_attn_{end}" for end in ("func", "varlen_func"))
 _FA4, _FA4_VARLEN = (f"flash_attn.cute.flash_attn_{end}" for end in ("func", "varlen_func"))
 _FA2, _FA2_VARLEN = (f"flash_attn.flash_attn_{end}" for end in ("func", "varlen_func"))
@@ -280,6 +345,13 @@ DENSE = {
         function="xformers.ops.memory_efficient_attention_forward",
     ),
     "triton": Library(run=_triton, lacks=_triton_lacks),
+    # approximate ones: their packed forms give no log-sum-exp, or there are none
+    "sage": Library(run=_sage, lacks=_sage_lacks, function=_SAGE),
+    "sparge": Library(run=_sparge, lacks=_sparge_lacks, function=_SPARGE),
+    "sage-reference": Library(run=rounded_attention, lacks=_rounded_lacks, is_portable=True),
+    "sparge-reference": Library(
+        run=partial(rounded_attention, share=SHARE), lacks=_rounded_lacks, is_portable=True
+    ),
 }
 PACKED = {
     "fa3": Library(

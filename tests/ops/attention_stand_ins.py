@@ -17,7 +17,15 @@ from torch.nn import functional as F
 
 from mv2v_engine.ops import attention_libraries as libraries
 
-PACKAGES = ("flash_attn_interface", "flash_attn", "flash_attn.cute", "xformers", "xformers.ops")
+PACKAGES = (
+    "flash_attn_interface",
+    "flash_attn",
+    "flash_attn.cute",
+    "xformers",
+    "xformers.ops",
+    "sageattention",
+    "spas_sage_attn",
+)
 
 
 def dense(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor]:
@@ -295,6 +303,86 @@ def install_triton(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(libraries, "triton_launcher", lambda op: launch)
 
 
+def _by_layout(
+    q: Tensor, k: Tensor, v: Tensor, layout: str, scale: float | None
+) -> tuple[Tensor, Tensor]:
+    """Either layout's result in that layout, and its log-sum-exp."""
+    assert layout in ("HND", "NHD") and q.dtype == k.dtype == v.dtype
+    assert q.dtype in (torch.float16, torch.bfloat16)
+    assert q.stride(-1) == k.stride(-1) == v.stride(-1) == 1
+    if layout == "NHD":
+        return dense(q, k, v, scale)
+    out, lse = dense(*(t.transpose(1, 2) for t in (q, k, v)), scale)
+    return out.transpose(1, 2), lse
+
+
+def install_sage(monkeypatch: pytest.MonkeyPatch, *, release: int = 2) -> None:
+    def sageattn(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+        return_lse: bool = False,
+        **kwargs: Any,
+    ) -> Any:
+        # the real one drops what it does not know
+        assert not kwargs and not is_causal and q.shape[-1] <= 128
+        out, lse = _by_layout(q, k, v, tensor_layout, sm_scale)
+        return (out, lse) if return_lse else out
+
+    def sageattn_1(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        tensor_layout: str = "HND",
+        is_causal: bool = False,
+        sm_scale: float | None = None,
+        smooth_k: bool = True,
+        **kwargs: Any,
+    ) -> Tensor:
+        assert not kwargs and not is_causal and q.shape[-1] in (64, 96, 128)
+        if smooth_k:
+            k -= k.mean(1 if tensor_layout == "NHD" else 2, keepdim=True)
+        return _by_layout(q, k, v, tensor_layout, sm_scale)[0]
+
+    module(monkeypatch, "sageattention", sageattn=sageattn if release == 2 else sageattn_1)
+
+
+def install_sparge(monkeypatch: pytest.MonkeyPatch) -> None:
+    def attend(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        attn_mask: Tensor | None = None,
+        dropout_p: float = 0.0,
+        is_causal: bool = False,
+        scale: float | None = None,
+        smooth_k: bool = True,
+        simthreshd1: float = -0.1,
+        cdfthreshd: float | None = None,
+        topk: float = 0.5,
+        pvthreshd: int = 50,
+        attention_sink: bool = False,
+        tensor_layout: str = "HND",
+        output_dtype: torch.dtype = torch.float16,
+        return_sparsity: bool = False,
+    ) -> Tensor:
+        assert attn_mask is None and dropout_p == 0 and not is_causal and smooth_k
+        assert topk == 0.5 and cdfthreshd is None and not return_sparsity
+        assert q.shape[1 if tensor_layout == "NHD" else 2] >= 128 and q.shape[-1] in (64, 128)
+        return _by_layout(q, k, v, tensor_layout, scale)[0]
+
+    module(monkeypatch, "spas_sage_attn", spas_sage2_attn_meansim_topk_cuda=attend)
+
+
+# approximate ones, which are exact here: what is proven is how they are called
+BY_NAME: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
+    "sage": install_sage,
+    "sage-1": lambda patch: install_sage(patch, release=1),
+    "sparge": install_sparge,
+}
 INSTALL: dict[str, Callable[[pytest.MonkeyPatch], None]] = {
     "fa3": install_fa3,
     "fa3-old": lambda patch: install_fa3(patch, is_old=True),

@@ -39,6 +39,7 @@ LARGE = 1 << 28  # bytes; the tests of large offsets pass tensors that cannot be
 # no kernel of Triton's is in them; what is compiled ends at an operation, whatever launcher it has
 WITHOUT_KERNELS = {
     "test_attention_backends.py",
+    "test_attention_rounded.py",
     "test_backend.py",
     "test_conv3d.py",
     "test_every_operation.py",

@@ -5,6 +5,7 @@ A wrong argument, layout, scale or shape of the log-sum-exp does not pass.
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -20,12 +21,15 @@ from mv2v_engine.ops.attention import attention, attention_varlen
 from mv2v_engine.ops.attention_backends import availability, resolve_attention
 from mv2v_engine.testing import assert_within_budget
 from tests.ops.attention_stand_ins import (
+    BY_NAME,
     INSTALL,
     PACKAGES,
     allow,
     dense,
     install_fa2,
     install_fa4,
+    install_sage,
+    install_sparge,
     install_triton,
     module,
 )
@@ -72,6 +76,75 @@ def test_dense_conventions(library: str, gpu: pytest.MonkeyPatch) -> None:
         got = attention(q, k, v, backend=backend)
         assert got.dtype == BF16 and got.is_contiguous()
         assert_within_budget(got, oracle, eager)
+
+
+@pytest.mark.parametrize("library", BY_NAME)
+def test_conventions_of_approximate_libraries(library: str, gpu: pytest.MonkeyPatch) -> None:
+    """As called; keys that belong to the caller stay as they are."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, length, 3, 64).to(BF16) + 1 for length in (130, 70, 70))
+    q, before = q.transpose(1, 2).contiguous().transpose(1, 2), k.clone()
+    scores = torch.einsum("blnd,bsnd->bnls", q, k - k.mean(1, keepdim=True)) * 0.125
+    eager = torch.einsum("bnls,bsnd->blnd", scores.softmax(-1), v)
+    oracle = dense(q.double(), k.double(), v.double())[0]
+    BY_NAME[library](gpu)
+    got = attention(q, k, v, backend=library.partition("-")[0])
+    assert got.dtype == BF16 and got.is_contiguous() and torch.equal(k, before)
+    assert_within_budget(got, oracle, eager)
+
+
+def test_approximate_libraries_are_taken_by_name_alone(gpu: pytest.MonkeyPatch) -> None:
+    for install in BY_NAME.values():
+        install(gpu)
+    for found in ((8, 0), (8, 9), (9, 0), (10, 0), (12, 0)):
+        gpu.setattr(libraries, "capability", lambda device, found=found: found)
+        assert not set(availability(CPU)) & {"sage", "sparge"}
+        assert resolve_attention(EngineConfig(), CPU, BF16) == "reference"
+    # and what they need to run is known before
+    gpu.setattr(libraries, "capability", lambda device: (9, 0))
+    assert set(availability(CPU, approximate=True).values()) == {None}
+    q, k, v = (torch.randn(1, 128, 2, 64).to(BF16) for _ in range(3))
+    gpu.delitem(sys.modules, "sageattention")
+    gpu.setitem(sys.modules, "sageattention", None)
+    assert torch.equal(attention(q, k, v, backend="auto"), attention(q, k, v))
+
+
+BROKEN: list[tuple[Callable[[Tensor], Tensor], str]] = [
+    (torch.zeros_like, "is off by 1 of"),
+    (lambda out: torch.full_like(out, torch.nan), "is off by nan of"),
+    (lambda out: out.flip(2), "is off by 1"),
+    (lambda out: out.roll(64, 1), "is off by 1"),
+    (lambda out: out * 0.85, "is off by 0.15"),
+    (lambda out: _fail(), r"failed: AssertionError: SM90 kernel is not available\.;"),
+]
+
+
+def _fail() -> Tensor:
+    raise AssertionError("SM90 kernel is not available.\nmore of it")
+
+
+@pytest.mark.parametrize(("heads", "dim"), [(12, 128), (3, 64)])
+@pytest.mark.parametrize("library", BY_NAME)
+def test_a_trial_on_the_device_decides(
+    library: str, heads: int, dim: int, gpu: pytest.MonkeyPatch
+) -> None:
+    name = library.partition("-")[0]
+    config = EngineConfig(attention=name)  # type: ignore[arg-type]
+    BY_NAME[library](gpu)
+    assert resolve_attention(config, CPU, BF16, num_heads=heads, head_dim=dim) == name
+    function = {"sage": libraries._SAGE, "sparge": libraries._SPARGE}[name]
+    package = sys.modules[function.partition(".")[0]]
+    function = function.partition(".")[2]
+    honest = getattr(package, function)
+    for result, reason in BROKEN:
+
+        @functools.wraps(honest)
+        def run(*args: Any, result: Any = result, **given: Any) -> Tensor:
+            return result(honest(*args, **given))  # type: ignore[no-any-return]
+
+        gpu.setattr(package, function, run)
+        with pytest.raises(KernelUnavailableError, match=f"'{name}', but its trial {reason}"):
+            resolve_attention(config, CPU, BF16, num_heads=heads, head_dim=dim)
 
 
 @pytest.mark.parametrize("library", [name for name in INSTALL if name != "cudnn"])
@@ -172,6 +245,18 @@ REFUSALS: list[tuple[str, Callable[[pytest.MonkeyPatch], Any], dict[str, Any], s
     ("fa4", install_fa4, {"dim": 136}, "head dims up to 128 that 8 divides, not 136"),
     ("triton", install_triton, {"dim": 136}, "head dims up to 128, not 136"),
     ("triton", lambda patch: None, {}, "triton is not installed"),
+    ("sage", lambda patch: None, {}, "the package sageattention is not installed"),
+    ("sage", install_sage, {"dim": 136}, "head dims up to 128 that 8 divides, not 136"),
+    ("sage", install_sage, {"dtype": torch.float32}, "bfloat16 or float16 together, not torch.fl"),
+    (
+        "sage",
+        lambda patch: install_sage(patch, release=1),
+        {},
+        "releases before 2 take head dims of 64, 96 or 128, not 16",
+    ),
+    ("sparge", lambda patch: None, {}, "the package spas_sage_attn is not installed"),
+    ("sparge", install_sparge, {}, "takes head dims of 64 or 128, not 16"),
+    ("sparge", install_sparge, {"dim": 64}, "takes at least 128 queries, not 5"),
     ("cudnn", lambda patch: None, {}, "torch refuses it: this build has no such kernel"),
     (
         "cudnn",
@@ -221,6 +306,16 @@ def test_further_refusals(gpu: pytest.MonkeyPatch) -> None:
     packed = [t.flatten(0, 1) for t in (q, k, v)]
     with pytest.raises(KernelUnavailableError, match="'cudnn', but it takes no packed sequences"):
         attention_varlen(*packed, **_lengths([10], [18]), backend="cudnn")
+    for name, install in BY_NAME.items():
+        install(gpu)
+        library = name.partition("-")[0]
+        with pytest.raises(KernelUnavailableError, match=f"'{library}', but it takes no packed"):
+            attention_varlen(*packed, **_lengths([10], [18]), backend=library)
+    install_sage(gpu)
+    gpu.setattr(libraries, "capability", lambda device: (10, 0))
+    for name in ("sage", "sparge"):
+        with pytest.raises(KernelUnavailableError, match=r"capability 8.0, 8.6, .*, this is 10.0"):
+            attention(q, k, v, backend=name)
     gpu.setattr(libraries, "capability", lambda device: (8, 9))
     with pytest.raises(KernelUnavailableError, match=r"capability 9.x to 9.x, this is 8.9"):
         attention(q, k, v, backend="fa3")
