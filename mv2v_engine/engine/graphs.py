@@ -42,11 +42,15 @@ _BUSY = "another turn of this engine is replaying"
 
 @dataclass(frozen=True)
 class _Key:
-    """All that a captured step depends on beside the values of its buffers."""
+    """All that a captured step depends on beside the values of its buffers.
+
+    owner: whose tensors it reads beside them (`StreamCache.era`); None: nobody's.
+    """
 
     plan: TokenPlan
     dtype: torch.dtype
     signature: Signature
+    owner: object = None
 
 
 @dataclass(eq=False)
@@ -136,10 +140,14 @@ class Lease:
             self._graphs.release(entry)
 
 
-def flops_per_launch(plan: TokenPlan) -> float:
-    """FLOPs a launch of the forward that a plan's steps repeat."""
+def flops_per_launch(plan: TokenPlan, held: int = 0) -> float:
+    """FLOPs a launch of the forward that a plan's steps repeat.
+
+    held: further tokens that self-attention sees.
+    """
     table = kept_flop_table(plan) if plan.conditioning == "static" else flop_table(plan)
-    return sum(table.values()) / (LAUNCHES_PER_BLOCK * plan.shape.num_layers)
+    seen = 4 * plan.length * held * plan.shape.dim * plan.shape.num_layers
+    return (sum(table.values()) + seen) / (LAUNCHES_PER_BLOCK * plan.shape.num_layers)
 
 
 def open_graphs(config: EngineConfig, device: torch.device) -> Graphs:
@@ -181,6 +189,7 @@ class Graphs:
         self._entries: OrderedDict[_Key, Entry] = OrderedDict()
         self._arena: Tensor | None = None
         self._refused: dict[_Key, str] = {}
+        self._gone = set[object]()
         self._leased = threading.Lock()
 
     def bytes(self) -> dict[str, int]:
@@ -208,16 +217,34 @@ class Graphs:
             finally:
                 self._leased.release()
 
-    def lease(self, transformer: MV2VTransformer, plan: TokenPlan, own: StepBuffers) -> Lease:
+    def forget(self, owner: object) -> None:
+        """Give back what an owner's steps hold: now, or when the turn that has the graphs ends."""
+        self._gone.add(owner)
+        if self._leased.acquire(blocking=False):
+            try:
+                self._drop_gone()
+            finally:
+                self._leased.release()
+
+    def lease(
+        self,
+        transformer: MV2VTransformer,
+        plan: TokenPlan,
+        own: StepBuffers,
+        *,
+        owner: object = None,
+        held: int = 0,
+    ) -> Lease:
         """A turn's way to its steps: buffers to work on and graphs to replay, or a reason why not.
 
-        own: the turn's tensors, whose values the leased buffers take.
+        own: the turn's tensors, whose values the leased buffers take. owner: whose tensors steps
+        read beside them, and keeps alive until `forget`. held: of `flops_per_launch`.
 
         Raises:
             KernelUnavailableError: graphs="on", and this plan cannot have any.
         """
-        key = _Key(plan, transformer.patch_embedding.weight.dtype, own.signature)
-        reason = self._reason or self._unserved(plan) or self._refused.get(key)
+        key = _Key(plan, transformer.patch_embedding.weight.dtype, own.signature, owner)
+        reason = self._reason or self._unserved(plan, held) or self._refused.get(key)
         if reason is not None:
             self._require(reason)
             return Lease(self, None, reason)
@@ -272,6 +299,7 @@ class Graphs:
             self._recorder.leave()
             if entry.key in self._refused and entry.key in self._entries:
                 self._drop(entry.key)
+            self._drop_gone()
         finally:
             self._leased.release()
 
@@ -283,10 +311,10 @@ class Graphs:
         """
         return (self._reason or self._unserved(plan)) is None
 
-    def _unserved(self, plan: TokenPlan) -> str | None:
+    def _unserved(self, plan: TokenPlan, held: int = 0) -> str | None:
         if plan.scope == "joint" and plan.merge != "off":
             return 'with scope="joint" the data decide how many tokens a block sees'
-        if self.mode == "auto" and (flops := flops_per_launch(plan)) > FLOPS_PER_LAUNCH:
+        if self.mode == "auto" and (flops := flops_per_launch(plan, held)) > FLOPS_PER_LAUNCH:
             return (
                 f"products bound a step of this plan, not launches: {flops / 1e9:,.1f} GFLOP a "
                 f"launch, graphs gain below {FLOPS_PER_LAUNCH / 1e9:g}"
@@ -370,6 +398,14 @@ class Graphs:
                 return False
             self._drop(key)
         return True
+
+    def _drop_gone(self) -> None:
+        gone = set(self._gone)
+        for key in [key for key in self._entries if key.owner in gone]:
+            self._drop(key)
+        for key in [key for key in self._refused if key.owner in gone]:
+            del self._refused[key]
+        self._gone -= gone
 
     def _drop_all(self) -> None:
         for key in list(self._entries):

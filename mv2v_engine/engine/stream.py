@@ -31,6 +31,7 @@ from mv2v_engine.defaults import inference
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.stream_folder import StreamFolder
+from mv2v_engine.engine.stream_forward import StreamForward
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
@@ -86,6 +87,7 @@ class Stream:
         shift = parts.sampling.flow_shift if config.is_warped else None
         self._sigmas = listed_sigmas(config.timesteps, shift)
         self._text: Tensor | None = None
+        self._forward = StreamForward(parts.transformer, parts.graphs, config.policy)
         self.rewind()
         self._num_stored = 0
         self.lost: list[str] = []
@@ -195,7 +197,7 @@ class Stream:
             else:
                 latents = yield from self._sampled(number, token)
             # what later blocks see of this one
-            block_velocity(self.parts.transformer, self.cache, latents, 0.0, self._text)
+            block_velocity(self._forward, self.cache, latents, 0.0, self._text)
         yield self.spans.done("sampling")
         if found is None and self.folder is not None:
             self.folder.save_block(number, latents[0], prompt)
@@ -204,13 +206,13 @@ class Stream:
 
     def _sampled(self, number: int, token: CancelToken) -> Generator[StepDone, None, Tensor]:
         """Make a block [1, C, F, H, W], one step after the other."""
-        transformer, total = self.parts.transformer, len(self.config.timesteps)
+        total = len(self.config.timesteps)
         shape = (1, *self.cache.plan.latent_shapes[0])
         noise, generator = turn_noise(shape, window_seed(self.seed, number - 1))
         solver, noise = RenoisingSolver(self._sigmas, generator), noise.to(self.parts.device)
         assert self._text is not None
         began, latents = time.monotonic(), noise
-        steps = block_steps(transformer, self.cache, solver, noise, self._text)
+        steps = block_steps(self._forward, self.cache, solver, noise, self._text)
         for step, moved in enumerate(steps, 1):
             latents = moved
             left = (time.monotonic() - began) / step * (total - step)
@@ -300,6 +302,7 @@ class Stream:
             "settings": settings_of(self.config),
             "made_now": dict(self._made),
             "latency": latency,
+            "graphs": self._forward.report(),
             "seconds": dict(self.spans.seconds),
             self.spans.peak_name: dict(self.spans.peak_bytes),
             "cache_bytes": self.cache.num_bytes,
@@ -309,7 +312,8 @@ class Stream:
         }
 
     def close(self) -> None:
-        """Let go of the folder."""
+        """Let go of the folder and of captured steps."""
+        self._forward.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -322,7 +326,11 @@ class Stream:
 
 @inference
 def block_velocity(
-    transformer: MV2VTransformer, cache: StreamCache, latents: Tensor, timestep: float, text: Tensor
+    transformer: MV2VTransformer | StreamForward,
+    cache: StreamCache,
+    latents: Tensor,
+    timestep: float,
+    text: Tensor,
 ) -> Tensor:
     """The velocity [B, C, F, H, W] of a stream's newest block, whose K and V are left in the cache.
 
@@ -335,7 +343,7 @@ def block_velocity(
 
 
 def block_steps(
-    transformer: MV2VTransformer,
+    transformer: MV2VTransformer | StreamForward,
     cache: StreamCache,
     solver: Solver,
     latents: Tensor,
@@ -381,7 +389,6 @@ def check_streams(parts: Parts) -> StreamConfig:
     checkpoint, config = parts.checkpoint, parts.config
     own = require_causal(checkpoint.config, checkpoint.name, checkpoint.stream)
     refused = {
-        "graphs": (config.graphs == "on", 'steps of a stream are not captured; use "auto"'),
         "step_cache": (config.step_cache is not None, "a stream has no steps to skip"),
         "scheduler": (config.scheduler is not None, "its steps are those of a StreamConfig"),
         "fast": (config.fast is not None, "its steps are those of a StreamConfig"),

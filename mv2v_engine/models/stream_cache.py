@@ -38,7 +38,8 @@ class StreamCache:
 
     plan: of every forward. num_frames: how many are held, those of the block under way included.
     num_blocks: how many were begun. layers: one a transformer block. text: what cross-attention
-    reads [B, S, C], after the text embedder; None until a forward leaves it.
+    reads [B, S, C], after the text embedder; None until a forward leaves it. era: another object
+    whenever tensors that forwards read were replaced, beside those of a window that fills.
 
     Args:
         grid: latent rows and columns.
@@ -55,6 +56,7 @@ class StreamCache:
         self.capacity = config.window
         self.layers = [LayerCache(self) for _ in range(shape.num_layers)]
         self.text: Tensor | None = None
+        self.era = object()
         self._rope: Tensor | None = None
 
     def begin_block(self) -> None:
@@ -76,7 +78,7 @@ class StreamCache:
 
     def clear_text(self) -> None:
         """Forget the prompt, so that the next forward reads another one."""
-        self.text = None
+        self.text, self.era = None, object()
         for layer in self.layers:
             layer.text = None
 
@@ -117,6 +119,7 @@ class StreamCache:
         Raises:
             ValueError: they are of another model, grid or policy.
         """
+        self.era = object()
         self.num_blocks, per_block = num_blocks, self.config.block_frames
         frames = num_blocks * per_block
         if self.config.policy == "all":
