@@ -28,10 +28,10 @@ from torch import Tensor
 from mv2v_engine import arguments
 from mv2v_engine.config import StreamConfig, TransformerConfig
 from mv2v_engine.defaults import inference
+from mv2v_engine.engine.graphs import StreamForward
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.stream_folder import StreamFolder
-from mv2v_engine.engine.stream_forward import StreamForward
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock

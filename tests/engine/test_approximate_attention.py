@@ -16,6 +16,7 @@ from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.errors import KernelUnavailableError, RequestError, StorageError
 from mv2v_engine.models.attention import CrossAttention, SelfAttention
 from mv2v_engine.ops import attention as op
+from mv2v_engine.serving.work.host import Host
 
 
 def _engine(checkpoint: Path, attention: str = "sage-reference") -> Engine:
@@ -36,7 +37,10 @@ def test_sessions_and_reports_say_it(
     assert "self-attention over queries and keys in eight bits" in turn.report["approximations"]
     error = float((turn.latents - latents).norm() / latents.norm())
     assert 1e-6 < error < 0.05, error
-    for other in (exact, _engine(tiny_checkpoint, "sparge-reference")):
+    others = (exact, _engine(tiny_checkpoint, "sparge-reference"))
+    digests = {Host(each, max_open=1).about["digest"] for each in (engine, *others)}
+    assert len(digests) == 3
+    for other in others:
         with pytest.raises(StorageError, match=r"checkpoint.*tiny \(sage-reference attention\)"):
             other.session(source_frames, store=tmp_path / "session", resume=True)
     with pytest.raises(RequestError, match="attention is shared by all engines on these weights"):

@@ -23,6 +23,7 @@ from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS
+from mv2v_engine.config import APPROXIMATE_ATTENTION
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
@@ -369,12 +370,14 @@ def _data_url(picture: Tensor) -> str:
 def _describe(engine: Engine) -> Json:
     """What `Backend.about` gives."""
     sampling = dataclasses.asdict(engine.sampling)
+    # what makes other turns of the same weights
+    others = engine.vae.key + (engine.vae.decoder_key or "")
+    if engine.attention in APPROXIMATE_ATTENTION:
+        others += engine.attention
     return {
         "kind": "edits" if engine.is_editor else "views",
         "engine": engine.describe(),
-        "digest": weights_fingerprint(
-            engine.transformer.state_dict(), engine.vae.key + (engine.vae.decoder_key or "")
-        ),
+        "digest": weights_fingerprint(engine.transformer.state_dict(), others),
         "has_text": engine.text is not None,
         "source_alpha": engine.config.source_alpha,
         "source_fit": engine.config.source_fit,
