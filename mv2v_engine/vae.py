@@ -17,7 +17,7 @@ import threading
 from collections.abc import Callable, Mapping
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -95,6 +95,8 @@ _WAN22: dict[str, Any] = {
 # its full size, as published
 WAN_2_2_VAE = {**_WAN22, "base_dim": 160, "decoder_base_dim": 256, "z_dim": 48}
 _FINGERPRINT_SAMPLES = 64
+# in names of what a stream keeps: of a tiny decoder, by its layers' numbers
+_TINY = "tiny."
 
 
 def weights_fingerprint(weights: Mapping[str, Tensor], about: str = "") -> str:
@@ -195,10 +197,18 @@ class VideoVAE:
         return self.latent_channels, frames, size[0] // stride, size[1] // stride
 
     @inference
-    def encode(self, frames: Tensor, *, check: Callable[[], None] | None = None) -> Tensor:
+    def encode(
+        self,
+        frames: Tensor,
+        *,
+        check: Callable[[], None] | None = None,
+        pasts: list[Past] | None = None,
+    ) -> Tensor:
         """Frames uint8 [T, height, width, 3] to normalised fp32 latents [C, F, H, W].
 
         check: called before every chunk of frames, of every tile; what it raises ends the work.
+        pasts: of the frames before, as `Autoencoder.encode` takes them; behind others T is a
+        multiple of the rate.
 
         Raises:
             VideoError: other frames than these, or a size as in `latent_shape`.
@@ -210,12 +220,14 @@ class VideoVAE:
                 f"got {frames.dtype} {list(frames.shape)}"
             )
         num_frames, height, width, _ = frames.shape
-        self.latent_shape(num_frames, (height, width))
+        # behind other frames there is no first one, which counts alone
+        self.latent_shape(num_frames + bool(pasts), (height, width))
         pixels = frames.to(self.device).permute(3, 0, 1, 2)
         pixels = (pixels.to(torch.float32) / 127.5 - 1).to(self.dtype)
         with self._lock:
             tiles = self._tiles(height * width)
-            latents_CFHW = self.model.encode(pixels[None], tiles=tiles, check=check)[0].float()
+            latents_CFHW = self.model.encode(pixels[None], tiles=tiles, check=check, pasts=pasts)
+            latents_CFHW = latents_CFHW[0].float()
         latents_CFHW = (latents_CFHW - self._mean_C111) / self._std_C111
         require_finite(latents_CFHW, "the latents that the VAE made of the source", self._advice)
         return latents_CFHW
@@ -239,10 +251,12 @@ class VideoVAE:
         *,
         check: Callable[[], None] | None = None,
         pasts: list[Past] | None = None,
+        tiny_past: dict[int, Tensor] | None = None,
     ) -> Tensor:
         """Decode as `decode` does, and leave the frames on the model's device.
 
-        pasts: of the latents before, as `Autoencoder.decode` takes them.
+        pasts: of the latents before, as `Autoencoder.decode` takes them; tiny_past: the same of a
+        tiny decoder, as `TinyDecoder.decode`.
         """
         if latents_CFHW.ndim != 4 or len(latents_CFHW) != self.latent_channels:
             raise VideoError(
@@ -253,7 +267,8 @@ class VideoVAE:
         latents = latents_CFHW.to(self.device, torch.float32) * self._std_C111 + self._mean_C111
         with self._lock:
             if self.decoder is not None:
-                colours = self.decoder.decode(latents_CFHW.to(self.device, self.dtype), check)
+                given = latents_CFHW.to(self.device, self.dtype)
+                colours = self.decoder.decode(given, check, tiny_past)
                 decoded = colours.transpose(0, 1) * 2 - 1
             else:
                 tiles = self._tiles(rows * columns * self.spatial_stride**2)
@@ -291,32 +306,21 @@ class VideoVAE:
         return Tiles(_TILE // self.spatial_stride, _TILE_STRIDE // self.spatial_stride)
 
 
-class StreamDecoder:
-    """Decodes a video's latents as they come, to the frames that all of them at once would give.
+class _Streamed:
+    """A half of the model that goes on where its last call ended.
 
-    What the model's causal layers have seen last stays here between two calls.
-
-    Raises:
-        RequestError: the VAE has a tiny decoder, of which nothing is kept yet.
+    What its causal layers have seen last stays here between two calls.
     """
 
+    _part: ClassVar[str]
+
     def __init__(self, vae: VideoVAE) -> None:
-        if vae.decoder is not None:
-            raise RequestError(
-                "a stream is decoded by the VAE itself, got a decoder beside it; leave decoder out"
-            )
         self._vae = vae
         self._pasts: list[Past] = []
 
-    def decode(self, latents_CFHW: Tensor) -> Tensor:
-        """The next latents [C, F, H, W] to frames uint8 [T, height, width, 3] on the CPU.
-
-        The first latent frame of the video is one frame, every other as many as the model's rate.
-
-        Raises:
-            VideoError, NotFiniteError: as `VideoVAE.decode`; nothing can be decoded after that.
-        """
-        return self._vae.decode_on_device(latents_CFHW, pasts=self._pasts).cpu()
+    @property
+    def _layers(self) -> dict[str, nn.Module]:
+        return dict(getattr(self._vae.model, self._part).named_modules())
 
     @property
     def num_bytes(self) -> int:
@@ -328,7 +332,7 @@ class StreamDecoder:
         return {
             f"{tile}.{name}": past.frames[layer]
             for tile, past in enumerate(self._pasts)
-            for name, layer in self._vae.model.decoder.named_modules()
+            for name, layer in self._layers.items()
             if layer in past.frames
         }
 
@@ -338,15 +342,76 @@ class StreamDecoder:
         Raises:
             ValueError: a name is no layer's of this model.
         """
-        layers, pasts = dict(self._vae.model.decoder.named_modules()), dict[int, Past]()
+        layers, pasts = self._layers, dict[int, Past]()
         for name, frames in tensors.items():
             tile, _, layer = name.partition(".")
             if layer not in layers:
-                raise ValueError(f"the VAE's decoder has no layer {layer!r}")
+                raise ValueError(f"the VAE's {self._part} has no layer {layer!r}")
             past = pasts.setdefault(int(tile), Past())
             past.frames[layers[layer]] = frames.to(self._vae.device)
             past.is_first = False
         self._pasts = [pasts[tile] for tile in sorted(pasts)]
+
+
+class StreamEncoder(_Streamed):
+    """Encodes a video's frames as they come, to the latents that all of them at once would give."""
+
+    _part = "encoder"
+
+    def encode(self, frames: Tensor, *, check: Callable[[], None] | None = None) -> Tensor:
+        """The next frames uint8 [T, height, width, 3] to normalised latents [C, F, H, W].
+
+        T is 1 + rate (F - 1) of the video's first frames, and rate F of all others.
+
+        Raises:
+            VideoError, NotFiniteError: as `VideoVAE.encode`; nothing can be encoded after the
+                latter, or after what `check` raises.
+        """
+        return self._vae.encode(frames, check=check, pasts=self._pasts)
+
+
+class StreamDecoder(_Streamed):
+    """Decodes a video's latents as they come, to the frames that all of them at once would give.
+
+    A tiny decoder, where the VAE has one, keeps a frame a block in place of what the VAE would.
+    """
+
+    _part = "decoder"
+
+    def __init__(self, vae: VideoVAE) -> None:
+        super().__init__(vae)
+        self._tiny_past: dict[int, Tensor] = {}
+
+    def decode(self, latents_CFHW: Tensor) -> Tensor:
+        """The next latents [C, F, H, W] to frames uint8 [T, height, width, 3] on the CPU.
+
+        The first latent frame of the video is one frame, every other as many as the model's rate.
+
+        Raises:
+            VideoError, NotFiniteError: as `VideoVAE.decode`; nothing can be decoded after that.
+        """
+        pasts: dict[str, Any] = {"pasts": self._pasts, "tiny_past": self._tiny_past}
+        return self._vae.decode_on_device(latents_CFHW, **pasts).cpu()
+
+    def tensors(self) -> dict[str, Tensor]:
+        """What has to be stored between two calls, by tile and the layer's name."""
+        tiny = {f"{_TINY}{number}": frame for number, frame in self._tiny_past.items()}
+        return super().tensors() | tiny
+
+    def load(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up what `tensors` gave.
+
+        Raises:
+            ValueError: a name is no layer's of this model, or of another decoder.
+        """
+        tiny = {name: frame for name, frame in tensors.items() if name.startswith(_TINY)}
+        if bool(tiny) != (self._vae.decoder is not None) and tensors:
+            raise ValueError("it was stored with another decoder")
+        super().load({name: frames for name, frames in tensors.items() if name not in tiny})
+        self._tiny_past = {
+            int(name.removeprefix(_TINY)): frame.to(self._vae.device)
+            for name, frame in tiny.items()
+        }
 
 
 def _published_rgb(config: AutoencoderConfig) -> LatentRGB | None:

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mv2v_engine.errors import CancelledError, CheckpointError, VideoError
 from mv2v_engine.models.autoencoder import Autoencoder
-from mv2v_engine.vae import StreamDecoder, VideoVAE, load_vae
+from mv2v_engine.vae import StreamDecoder, StreamEncoder, VideoVAE, load_vae
 
 CPU = torch.device("cpu")
 
@@ -234,6 +234,34 @@ def test_a_stream_is_decoded_without_seams(
     assert len(tiles) == (1 if tile_above > 256 else 2 if stride == 8 else 4)
     with pytest.raises(ValueError, match="no layer 'conv_on'"):
         decoder.load({"0.conv_on": latents})
+
+
+@pytest.mark.parametrize("tile_above", [1 << 20, 16 * 16], ids=["whole", "tiles"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_a_stream_is_encoded_without_seams(
+    shape: str, tile_above: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In pieces of any length, stored and taken up between any two of them."""
+    monkeypatch.setattr("mv2v_engine.vae._TILE", 64)
+    monkeypatch.setattr("mv2v_engine.vae._TILE_STRIDE", 48)
+    vae = VideoVAE(tiny_model(shape), tile_above=tile_above)
+    frames = random_frames(21, 64, 80 if vae.spatial_stride == 8 else 96)
+    whole, encoder, latents = vae.encode(frames), StreamEncoder(vae), list[Tensor]()
+    for part in frames.split([1, 8, 4, 8]):
+        stored = {name: tensor.clone() for name, tensor in encoder.tensors().items()}
+        assert encoder.num_bytes == sum(tensor.nbytes for tensor in stored.values())
+        encoder = StreamEncoder(vae)
+        encoder.load(stored)
+        latents.append(encoder.encode(part))
+    assert [each.shape[1] for each in latents] == [1, 2, 1, 2]
+    # a 1x1x1 convolution may sum in another order for fewer frames
+    torch.testing.assert_close(torch.cat(latents, 1), whole, rtol=0, atol=1e-5)
+    # and each piece begins where the last one ended: alone it has another past
+    assert float((vae.encode(frames[8:13])[:, 1:] - whole[:, 3:4]).abs().max()) > 1e-3
+    with pytest.raises(VideoError, match=r"4n\+1"):
+        encoder.encode(frames[:3])
+    with pytest.raises(ValueError, match="encoder has no layer 'conv_on'"):
+        encoder.load({"0.conv_on": frames})
 
 
 @pytest.mark.parametrize(

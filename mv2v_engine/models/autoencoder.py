@@ -401,20 +401,29 @@ class Autoencoder(nn.Module):
         self.decoder = Decoder(self.config)
 
     def encode(
-        self, video: Tensor, *, tiles: Tiles | None = None, check: Callable[[], None] | None = None
+        self,
+        video: Tensor,
+        *,
+        tiles: Tiles | None = None,
+        check: Callable[[], None] | None = None,
+        pasts: list[Past] | None = None,
     ) -> Tensor:
         """Pixels [B, 3, T, height, width] in -1..1 to the posterior's mode [B, C, F, H, W].
 
-        T is 1 + scale_factor_temporal (F - 1). tiles: into what larger frames are cut; None leaves
-        them whole. check: called before every chunk of every tile.
+        T is 1 + scale_factor_temporal (F - 1), behind earlier frames scale_factor_temporal F.
+        tiles: into what larger frames are cut; None leaves them whole. check: called before every
+        chunk of every tile. pasts: what earlier frames of the same video left, one of every tile;
+        empty before the first ones, which fill it. None: these are all.
         """
         rate, cells = self.config.scale_factor_temporal, self.config.scale_factor_spatial
+        past_of = _pasts_by_tile(pasts)
 
         def whole(pixels: Tensor) -> Tensor:
-            starts = range(1, pixels.shape[2], rate)
-            chunks = [pixels[:, :, :1], *(pixels[:, :, at : at + rate] for at in starts)]
-            patches = (_patched(chunk, self.config.patch) for chunk in chunks)
-            moments: Tensor = self.quant_conv(_walk(self.encoder, patches, check))
+            past = past_of()
+            first = 1 if past.is_first else rate
+            sizes = [first, *[rate] * ((pixels.shape[2] - first) // rate)]
+            patches = (_patched(chunk, self.config.patch) for chunk in pixels.split(sizes, dim=2))
+            moments: Tensor = self.quant_conv(_walk(self.encoder, patches, check, past))
             return moments
 
         moments = _by_tiles(whole, video, tiles, before=cells, after=1)
@@ -433,30 +442,36 @@ class Autoencoder(nn.Module):
         pasts: what earlier latents of the same video left, one of every tile; empty before the
         first ones, which fill it. None: these are all.
         """
-        walks = count()
+        past_of = _pasts_by_tile(pasts)
 
         def whole(part: Tensor) -> Tensor:
-            past = Past()
-            if pasts is not None:
-                tile = next(walks)
-                if tile == len(pasts):
-                    pasts.append(past)
-                past = pasts[tile]
             frames = iter(self.post_quant_conv(part).split(1, dim=2))
-            return _walk(self.decoder, frames, check, past)
+            return _walk(self.decoder, frames, check, past_of())
 
         patch = self.config.patch
         cells = self.config.scale_factor_spatial // patch
         return _pixels(_by_tiles(whole, latents, tiles, before=1, after=cells), patch)
 
 
+def _pasts_by_tile(pasts: list[Past] | None) -> Callable[[], Past]:
+    """Gives the past of one tile after the other, and makes those that are not there yet."""
+    if pasts is None:
+        return Past
+    walks = count()
+
+    def past_of() -> Past:
+        tile = next(walks)
+        if tile == len(pasts):
+            pasts.append(Past())
+        return pasts[tile]
+
+    return past_of
+
+
 def _walk(
-    part: nn.Module,
-    chunks: Iterator[Tensor],
-    check: Callable[[], None] | None,
-    past: Past | None = None,
+    part: nn.Module, chunks: Iterator[Tensor], check: Callable[[], None] | None, past: Past
 ) -> Tensor:
-    past, done = Past() if past is None else past, []
+    done = []
     for chunk in chunks:
         if check is not None:
             check()

@@ -112,22 +112,33 @@ class TinyDecoder(nn.ModuleDict):
             self[str(place + 1)] = _conv(width, following, bias=False)
         self[str(_LAST)] = _conv(widths[-1], 3 * shape.patch**2)
 
-    def decode(self, latents_CFHW: Tensor, check: Callable[[], None] | None = None) -> Tensor:
+    def decode(
+        self,
+        latents_CFHW: Tensor,
+        check: Callable[[], None] | None = None,
+        past: dict[int, Tensor] | None = None,
+    ) -> Tensor:
         """Normalised latents [C, F, H, W] to colours [T, 3, height, width], T = 1 + rate (F - 1).
 
-        check: called before every latent frame.
+        check: called before every latent frame. past: what earlier latents of the same video left,
+        by the layers' numbers, behind which T = rate F; empty before the first ones, which fill
+        it. None: these are all.
         """
-        frames = torch.cat(list(self.stream(latents_CFHW.unbind(1), check)))
-        return frames[self.shape.temporal_stride - 1 :]
+        begins = not past
+        frames = torch.cat(list(self.stream(latents_CFHW.unbind(1), check, past)))
+        return frames[self.shape.temporal_stride - 1 :] if begins else frames
 
     def stream(
-        self, latents: Iterator[Tensor] | tuple[Tensor, ...], check: Callable[[], None] | None
+        self,
+        latents: Iterator[Tensor] | tuple[Tensor, ...],
+        check: Callable[[], None] | None,
+        past: dict[int, Tensor] | None = None,
     ) -> Iterator[Tensor]:
         """The frames [rate, 3, height, width] of each latent frame [C, H, W], as they come.
 
-        Of the first, all but the last come before the video begins.
+        Of the video's first, all but the last come before the video begins. past: as `decode`.
         """
-        past: dict[int, Tensor] = {}
+        past = {} if past is None else past
         for latent in latents:
             if check is not None:
                 check()

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.errors import CheckpointError, RequestError
+from mv2v_engine.errors import CheckpointError
 from mv2v_engine.models.tiny_decoder import TinyDecoder, TinyShape
 from mv2v_engine.vae import StreamDecoder
 
@@ -129,8 +129,19 @@ def test_an_engine_decodes_with_it(
         assert turn.report["decoder"]["name"] == path.name
         digests.add(turn.report["decoder"]["digest"])
     assert len(digests) == 1 and None not in digests
-    with pytest.raises(RequestError, match="leave decoder out"):
-        StreamDecoder(engine.vae)
+    # a stream of latents is decoded to the same frames, stored and taken up on the way
+    latents = torch.randn(16, 4, 6, 8, generator=torch.Generator().manual_seed(3))
+    frames, stored = list[Tensor](), dict[str, Tensor]()
+    for part in latents.split([1, 2, 1], dim=1):
+        decoder = StreamDecoder(engine.vae)
+        decoder.load(stored)
+        frames.append(decoder.decode(part))
+        stored = {key: tensor.clone() for key, tensor in decoder.tensors().items()}
+        assert decoder.num_bytes == sum(tensor.nbytes for tensor in stored.values()) > 0
+    assert [len(each) for each in frames] == [1, 8, 4]
+    assert torch.equal(torch.cat(frames), engine.vae.decode(latents))
+    with pytest.raises(ValueError, match="stored with another decoder"):
+        StreamDecoder(plain.vae).load(stored)
 
 
 @pytest.mark.parametrize(
