@@ -551,6 +551,12 @@ class StreamConfig:
         PROGRAMS,
         "shift the timesteps by the checkpoint's flow_shift; else they are what the model is told",
     )
+    recache: bool = setting(
+        False,
+        STREAM,
+        "under a new prompt the recent frames are seen again, so that it shows sooner; as the "
+        "frames were seen if not given",
+    )
     snapshot_blocks: int = setting(
         40,
         PROGRAMS,

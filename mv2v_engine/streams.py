@@ -1,9 +1,10 @@
-"""The command that makes video without end: `run stream`, from a prompt by a causal model.
+"""The command that makes video without end: `run stream`, by a causal model, from a prompt or of a
+source as it arrives.
 
 The mp4 grows by a fragment a block and plays while it does. Beside it lies the stream's folder,
 from which `--resume` goes on wherever the process was killed: the mp4 is cut off behind the
 folder's snapshot, and what follows is written again, with the same bytes. `--out -` writes to
-stdout, and a reader who leaves ends the stream.
+stdout, and a reader who leaves ends the stream. A source is a file, a pipe, or a camera.
 """
 
 from __future__ import annotations
@@ -12,26 +13,32 @@ import argparse
 import dataclasses
 import math
 import os
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from mv2v_engine import Engine, EngineConfig, __version__
 from mv2v_engine.config import (
-    BUDGET,
     EDITS,
     MEMORY,
-    PICTURE,
     SAMPLING,
     STEPS,
     VIEWS,
     StreamConfig,
 )
-from mv2v_engine.engine.stream import Stream, StreamBlock, checked_prompt, require_causal
+from mv2v_engine.engine.stream import (
+    Stream,
+    StreamBlock,
+    check_source,
+    checked_prompt,
+    require_causal,
+)
 from mv2v_engine.engine.stream_folder import StreamFolder
-from mv2v_engine.errors import CancelledError, MV2VError, RequestError, StorageError
+from mv2v_engine.errors import CancelledError, MV2VError, RequestError, StorageError, VideoError
 from mv2v_engine.files import require_writable, save_json
 from mv2v_engine.options import (
+    CLIP,
     INTERRUPTED,
     PARTIAL,
     add_engine,
@@ -44,19 +51,28 @@ from mv2v_engine.parser import mistaken, number
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.settings import add_settings, given
 from mv2v_engine.terminal import cancel_on_interrupt, say
-from mv2v_engine.video.fragments import FragmentWriter, append_fragments, fragment_ends
+from mv2v_engine.video.fragments import (
+    FragmentWriter,
+    RawWriter,
+    append_fragments,
+    fragment_ends,
+)
 from mv2v_engine.video.io import video_path
+from mv2v_engine.video.live import is_live, open_live
 
 _STDOUT = "-"
 _SAID_SECONDS = 5.0  # between two lines of progress
 # the settings of an engine that a stream has no use for
-_OF_TURNS = (SAMPLING, PICTURE, MEMORY, VIEWS, EDITS, STEPS, BUDGET, "decoder")
+_OF_TURNS = (SAMPLING, MEMORY, VIEWS, EDITS, STEPS, "batch_tokens", "graph_bytes")
+_OF_TURNS += ("cache_bytes", "device_cache_bytes", "frames_bytes")
 
 
 def stream(args: argparse.Namespace) -> int:
-    """Make video from a prompt until so many seconds are there, or until Ctrl-C."""
+    """Make video until so many seconds are there, the source ends, or until Ctrl-C."""
     resolution = read_resolution(args)
     own = require_causal(resolution.config, resolution.name, resolution.stream)
+    check_source(resolution.config, resolution.name, args.source is not None)
+    _check_places(args)
     settings = dataclasses.replace(own, **given(args, StreamConfig))
     prompts = _prompts(args)
     config = EngineConfig(**given(args, EngineConfig))
@@ -76,13 +92,17 @@ def stream(args: argparse.Namespace) -> int:
                 (store.folder / "report.json").unlink(missing_ok=True)
                 video.unlink(missing_ok=True)
             options: dict[str, Any] = {"seed": args.seed, "config": settings, "is_locked": True}
+            options |= _source(args)
             opened = engine.stream(prompts[0][1], store=store.folder, resume=resume, **options)
             if len(fragment_ends(video)) < opened.num_blocks:
                 opened.rewind()  # the mp4 is not what it was, and all of it is there to be made
-            made, frames = opened.num_blocks, opened.first_frame(opened.num_blocks + 1)
-            with append_fragments(
-                video, engine.sampling.fps, num_fragments=made, num_frames=frames
-            ) as writer:
+            made, frames = opened.num_blocks, opened.num_frames
+            with (
+                opened,
+                append_fragments(
+                    video, opened.fps, num_fragments=made, num_frames=frames
+                ) as writer,
+            ):
                 try:
                     code = _run(args, opened, prompts, writer)
                 except MV2VError:
@@ -111,13 +131,44 @@ def _to_stdout(
     with _loaded(args, config, prompts) as engine:
         if store is not None and args.overwrite:
             store.clear()
-        with (
-            engine.stream(
-                prompts[0][1], seed=args.seed, config=settings, store=args.store, resume=resume
-            ) as opened,
-            FragmentWriter(os.fdopen(os.dup(1), "wb"), engine.sampling.fps) as writer,
-        ):
-            return _run(args, opened, prompts, writer)
+        options: dict[str, Any] = {"seed": args.seed, "config": settings, **_source(args)}
+        with engine.stream(prompts[0][1], store=args.store, resume=resume, **options) as opened:
+            stdout, (height, width) = os.fdopen(os.dup(1), "wb"), engine.sampling.size
+            if args.raw:
+                say(f"raw frames: rgb24, {width}x{height}, {opened.fps:g} a second")
+            writer = RawWriter(stdout) if args.raw else FragmentWriter(stdout, opened.fps)
+            with writer:
+                return _run(args, opened, prompts, writer)
+
+
+def _check_places(args: argparse.Namespace) -> None:
+    """Refuse what can be refused of the source and of the output before anything is loaded.
+
+    Raises:
+        RequestError, VideoError: they cannot be what is asked for.
+    """
+    if args.raw and args.out != _STDOUT:
+        raise RequestError("--raw writes frames into a pipe; give --out -")
+    if args.source is None and (args.source_size or args.fps):
+        raise RequestError("--source-size and --fps are of a source, and there is none")
+    # a pattern of images is no path itself
+    is_path = args.source not in (None, _STDOUT) and "%" not in args.source
+    if is_path and not Path(args.source).exists():
+        raise VideoError(
+            f"{args.source} does not exist; give {CLIP}, - for stdin, or a camera as /dev/video0"
+        )
+
+
+def _source(args: argparse.Namespace) -> dict[str, Any]:
+    """What is edited, as `Engine.stream` takes it."""
+    if args.source is None:
+        return {}
+    place: Any = sys.stdin.buffer if args.source == _STDOUT else args.source
+    if args.source == _STDOUT or args.source_size or is_live(args.source):
+        alpha, size = args.source_alpha, args.source_size
+        pixels = args.max_source_pixels
+        place = open_live(place, raw_size=size, fps=args.fps, alpha=alpha, max_pixels=pixels)
+    return {"source": place, "fps": args.fps}
 
 
 def _loaded(
@@ -134,12 +185,12 @@ def _run(
     args: argparse.Namespace,
     opened: Stream,
     prompts: list[tuple[float, str]],
-    writer: FragmentWriter,
+    writer: FragmentWriter | RawWriter,
 ) -> int:
     """Write blocks until there are enough; the exit code."""
     for words in opened.lost:
         say(words)
-    fps, shown, why, code = opened.parts.sampling.fps, _Progress(args.quiet), "", 0
+    fps, shown, why, code = opened.fps, _Progress(args.quiet), "", 0
     count = None
     if args.seconds is not None:
         count = opened.block_of(math.ceil(args.seconds * fps) - 1)
@@ -150,7 +201,8 @@ def _run(
                 prompt = [words for second, words in prompts if second <= now][-1]
                 if prompt != opened.prompt:
                     opened.prompt = prompt
-                _write_block(args, opened, writer, cancel, shown)
+                if not _write_block(args, opened, writer, cancel, shown):
+                    break
     except (KeyboardInterrupt, CancelledError):
         why, code = "interrupted", INTERRUPTED
     except BrokenPipeError:
@@ -174,12 +226,17 @@ def _run(
 def _write_block(
     args: argparse.Namespace,
     opened: Stream,
-    writer: FragmentWriter,
+    writer: FragmentWriter | RawWriter,
     cancel: CancelToken,
     shown: _Progress,
-) -> None:
-    """Make the next block and write its frames, unless a pipe's reader had them before."""
+) -> bool:
+    """Make the next block and write its frames, unless a pipe's reader had them before.
+
+    False: the source has ended, and there is none.
+    """
+    is_made = False
     for block in opened.blocks(opened.num_blocks + 1, cancel):
+        is_made = True
         if args.out == _STDOUT and block.is_again:
             writer.num_frames = block.first_frame + len(block.frames)
             continue
@@ -191,6 +248,7 @@ def _write_block(
             reason = error.strerror or str(error)
             raise StorageError(f"cannot write {args.out}: {reason}; free some space") from error
         shown.show(block, opened)
+    return is_made
 
 
 class _Progress:
@@ -204,7 +262,7 @@ class _Progress:
         if self._is_quiet or now - self._said < _SAID_SECONDS:
             return
         self._said = now
-        seconds = (block.first_frame + len(block.frames)) / opened.parts.sampling.fps
+        seconds = (block.first_frame + len(block.frames)) / opened.fps
         rate = len(block.frames) / block.seconds
         again = " again" if block.is_again else ""
         words = f"{seconds:.1f} seconds of video, {rate:.1f} frames a second"
@@ -251,11 +309,30 @@ def _seconds(text: str) -> float:
     return seconds
 
 
+def _size(text: str) -> tuple[int, int]:
+    """Rows and columns."""
+    width, mark, height = text.lower().partition("x")
+    if not (mark and width.isdecimal() and height.isdecimal() and int(width) and int(height)):
+        raise mistaken("WIDTHxHEIGHT, as 832x480", text)
+    return int(height), int(width)
+
+
 def add_stream(parser: argparse.ArgumentParser) -> None:
     """The options of `run stream`."""
     parser.set_defaults(command=stream)
+    parser.add_argument(
+        "source",
+        nargs="?",
+        help="of a model that edits: a video as run edit takes one, a pipe (- is stdin), or a "
+        "camera as /dev/video0; none for a model that makes video from a prompt",
+    )
     add = parser.add_argument_group("the stream").add_argument
-    add("--prompt", required=True, metavar="TEXT", help="what the video shows")
+    add(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="what the video shows, or what becomes of the source",
+    )
     add(
         "--then",
         nargs=2,
@@ -282,12 +359,25 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="of video, rounded up to a whole block; without end if not given",
     )
+    add("--raw", action="store_true", help="to stdout: frames of red, green and blue bytes, no mp4")
+    add(
+        "--source-size",
+        type=_size,
+        metavar="WIDTHxHEIGHT",
+        help="the source is frames of so many pixels of red, green and blue bytes",
+    )
+    add(
+        "--fps",
+        type=float,
+        metavar="R",
+        help="rate of the source; its own, the checkpoint's of raw frames, if not given",
+    )
     add("--seed", type=int, default=0, metavar="N", help="of the noise")
     add(
         "--causal",
         action="store_true",
         help="the checkpoint makes frames block by block, as no "
-        "weight of Self-Forcing, LongLive or CausVid tells",
+        "weight of Self-Forcing, LongLive, CausVid or a causal Lucy-Edit tells",
     )
     add_settings(parser, StreamConfig, has_defaults=False)
     needed = {"checkpoint": {"default": None, "required": True}}

@@ -242,6 +242,24 @@ def causal_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
 
 
+@pytest.fixture(scope="session")
+def causal_editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with the source's latents beside the target's, as Lucy-Edit has them."""
+    return save_tiny(
+        tmp_path_factory.mktemp("checkpoint") / "causal_editor",
+        name="causal_editor",
+        has_text=True,
+        sampling={"size": (32, 48), "num_frames": 5},
+        stream=StreamConfig(block_frames=2, window=8, sink_frames=2, timesteps=(1000, 500)),
+        num_layers=2,
+        in_channels=32,
+        source_channels=16,
+        camera_conditioning="none",
+        tokenizers=(),
+        merger=None,
+    )
+
+
 @pytest.fixture
 def engine(tiny_checkpoint: Path) -> Engine:
     return Engine.from_pretrained(tiny_checkpoint, device="cpu")

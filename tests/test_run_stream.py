@@ -12,6 +12,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from mv2v_engine import run
 from mv2v_engine.engine.stream_folder import StreamFolder
@@ -181,3 +182,76 @@ def test_a_model_or_a_place_that_is_refused(
     assert "a stream whose seed is 0, this one's is 1" in refused("--resume", "--seed", "1")
     shutil.rmtree(tmp_path / "video.stream")
     assert "video.mp4 exists and belongs to no stream" in refused()
+
+
+EDIT = ["--prompt", "a red ball", "--then", "1", "the ball rolls", "--device", "cpu", "--quiet"]
+
+
+@pytest.fixture(scope="module")
+def edited(
+    tmp_path_factory: pytest.TempPathFactory, causal_editor_folder: Path, long_clip: Path
+) -> Path:
+    """A folder with video.mp4 and its stream: 23 frames at 12.5 a second, the last block's 2."""
+    folder = tmp_path_factory.mktemp("edited")
+    where = ["--out", str(folder / "video.mp4"), "--checkpoint", str(causal_editor_folder)]
+    assert run.main(["stream", str(long_clip), *EDIT, *where]) == 0
+    return folder
+
+
+def test_a_file_is_edited_to_its_end(
+    edited: Path, causal_editor_folder: Path, long_clip: Path, tmp_path: Path
+) -> None:
+    about = VideoReader(edited / "video.mp4").info
+    assert (about.num_frames, about.fps, about.width, about.height) == (23, 12.5, 48, 32)
+    store = StreamFolder(edited / "video.stream")
+    assert [store.read_block(n)[1] for n in (2, 3, 4)] == [
+        "a red ball",
+        "the ball rolls",
+        "the ball rolls",
+    ]
+    report = json.loads((store.folder / "report.json").read_text())
+    assert report["frames"] == 23 and report["source"]["name"] == "long.mp4"
+    # stopped on the way and taken up
+    where = ["--out", str(tmp_path / "video.mp4"), "--checkpoint", str(causal_editor_folder)]
+    words = ["stream", str(long_clip), *EDIT, *where]
+    assert run.main([*words, "--seconds", "1"]) == 0
+    assert VideoReader(tmp_path / "video.mp4").info.num_frames == 13
+    assert run.main([*words, "--resume"]) == 0
+    assert (tmp_path / "video.mp4").read_bytes() == (edited / "video.mp4").read_bytes()
+
+
+def test_pipes(edited: Path, causal_editor_folder: Path, long_clip: Path, tmp_path: Path) -> None:
+    """Raw frames in and out of a pipe, and an encoded video into one."""
+    frames = VideoReader(long_clip).read(range(23))
+    raw = frames.numpy().tobytes()
+    base = [sys.executable, "-m", "mv2v_engine.run", "stream", "-", *EDIT]
+    base += ["--checkpoint", str(causal_editor_folder)]
+    more = ["--source-size", "48x32", "--fps", "12.5", "--out", "-", "--raw"]
+    made = subprocess.run([*base, *more], input=raw + b"cut off", capture_output=True, check=True)
+    got = torch.frombuffer(bytearray(made.stdout), dtype=torch.uint8).reshape(23, 32, 48, 3)
+    assert made.stderr.decode().startswith("raw frames: rgb24, 48x32, 12.5 a second")
+    expected = VideoReader(edited / "video.mp4").read(range(23))
+    assert (got.int() - expected.int()).abs().float().mean() < 4  # what H.264 loses
+    # a fragmented mp4, as this program writes it, is read without going back
+    piped = (edited / "video.mp4").read_bytes()
+    where = ["--out", str(tmp_path / "again.mp4")]
+    subprocess.run([*base, *where], input=piped, capture_output=True, check=True)
+    about = VideoReader(tmp_path / "again.mp4").info
+    assert (about.num_frames, about.fps) == (23, 12.5)
+    failed = subprocess.run([*base, "--out", "-"], input=b"no video", capture_output=True)
+    assert failed.returncode == 2 and b"cannot be read as video" in failed.stderr
+
+
+def test_what_an_edit_refuses(
+    refused: Callable[..., str], causal_editor_folder: Path, long_clip: Path, tmp_path: Path
+) -> None:
+    said = refused(checkpoint=causal_editor_folder)
+    assert "causal_editor edits by instruction, and there is nothing to edit" in said
+    assert "takes no source" in refused(str(long_clip))
+    assert "give --out -" in refused("--raw")
+    assert "and there is none" in refused("--source-size", "48x32")
+    assert "must be WIDTHxHEIGHT, as 832x480, got '48'" in refused("--source-size", "48")
+    gone = str(tmp_path / "gone.mp4")
+    assert "does not exist; give a video file" in refused(gone, checkpoint=causal_editor_folder)
+    null = refused("/dev/null", checkpoint=causal_editor_folder)
+    assert "/dev/null cannot be read as video" in null

@@ -38,8 +38,15 @@ from mv2v_engine.engine.source import (
     open_long_source,
     view_identity,
 )
-from mv2v_engine.engine.stream import Stream, check_streams, checked_prompt, identity_of
+from mv2v_engine.engine.stream import (
+    Stream,
+    check_source,
+    check_streams,
+    checked_prompt,
+    identity_of,
+)
 from mv2v_engine.engine.stream_folder import StreamFolder
+from mv2v_engine.engine.stream_source import AnyStreamSource, StreamSource, open_stream_source
 from mv2v_engine.engine.team import open_team, serve
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.warmup import warm_up
@@ -317,17 +324,26 @@ class Engine(Parts):
         store: Path | str | None = None,
         resume: bool = False,
         is_locked: bool = False,
+        source: AnyStreamSource | None = None,
+        fps: float | None = None,
     ) -> Stream:
         """Open a stream: video without end from a causal model.
 
         Args:
             prompt: of the blocks to come; `Stream.prompt` changes it on the way.
+            source: what a model with the source on its channels edits: a video as `session` takes
+                one, `LiveFrames`, an iterable of frames uint8 [height, width, 3], or a function
+                that gives one from a frame's number on. An iterable, which gives each frame once,
+                goes on behind what a resumed stream has had of it.
+            fps: of the source; None keeps its own, of bare frames the checkpoint's.
             config: None takes the checkpoint's.
             store: a folder that keeps the stream; `resume` takes up what it holds.
             is_locked: the caller keeps other writers out of the folder.
 
         Raises:
             RequestError: the model is not causal, or cannot serve what is asked.
+            VideoError: the source cannot be used.
+            MemoryBudgetError: its bytes are more than there are.
             StorageError: the folder holds another stream, or none.
         """
         own = check_streams(self)
@@ -341,14 +357,18 @@ class Engine(Parts):
         folder = None
         if store is not None:
             folder = StreamFolder(arguments.path("store", store, "the path of a folder"))
-        identity = identity_of(self, own, seed)
+        check_source(self.checkpoint.config, self.checkpoint.name, source is not None)
+        edited = None if source is None else self._stream_source(source, fps)
+        identity = identity_of(self, own, seed, edited)
         with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
             manifest = None
             if folder is not None and resume:
                 manifest = folder.read()
                 folder.check_identity(manifest, identity)
             id = id or (manifest["id"] if manifest else new_id())
-            stream = Stream(self, prompt, own, seed=seed, id=id, folder=folder, lock=lock)
+            stream = Stream(
+                self, prompt, own, seed=seed, id=id, folder=folder, lock=lock, source=edited
+            )
             if folder is not None and manifest is None:
                 folder.create(id, identity)
             elif folder is not None:
@@ -356,6 +376,19 @@ class Engine(Parts):
                     folder.remove_unfinished()
                 stream.restore()
         return stream
+
+    def _stream_source(self, source: AnyStreamSource, fps: float | None) -> StreamSource:
+        """What a stream edits, at the model's size."""
+        config, sampling = self.config, self.sampling
+        return open_stream_source(
+            source,
+            size=sampling.size,
+            fps=fps,
+            own_fps=sampling.fps,
+            fit=config.source_fit,
+            max_pixels=config.max_source_pixels,
+            alpha=config.source_alpha,
+        )
 
     def _opened(
         self,

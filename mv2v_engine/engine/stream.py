@@ -4,9 +4,13 @@ A block's latents are made in a few steps and then seen once more, clean: that f
 later blocks attend to (`models.stream_cache`). The VAE goes on where the block before ended, so
 that no seam is seen. Neither grows with the stream, and a block costs what the one before it cost.
 
-The bits of a block follow from the seed, its number, its prompt and the blocks before. So a stream
-that was stored goes on as if nothing had happened: from its last snapshot the latents that lie
-there are seen and decoded again, one forward a block, and new ones follow.
+A model with the source on its channels (Lucy-Edit's layout) edits frames as they come: the VAE's
+encoder goes on, too, and a block begins when its frames are there. Of a source that ends within a
+block the last frame is repeated, and the video ends where the source does.
+
+The bits of a block follow from the seed, its number, its prompt, its source and the blocks before.
+So a stream that was stored goes on as if nothing had happened: from its last snapshot the latents
+that lie there are seen and decoded again, one forward a block, and new ones follow.
 
 B batch, C latent channels, F H W latent grid of a block, S text tokens.
 """
@@ -23,6 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
@@ -31,7 +36,8 @@ from mv2v_engine.defaults import inference
 from mv2v_engine.engine.graphs import StreamForward
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.session import window_seed
-from mv2v_engine.engine.stream_folder import StreamFolder
+from mv2v_engine.engine.stream_folder import StoredBlock, StreamFolder
+from mv2v_engine.engine.stream_source import StreamSource
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
@@ -39,12 +45,26 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.progress import CancelToken, Event, Spans, StepDone, cancel_token, staged
 from mv2v_engine.sampling.flow_match import RenoisingSolver, Solver, listed_sigmas, turn_noise
-from mv2v_engine.vae import StreamDecoder
+from mv2v_engine.vae import StreamDecoder, StreamEncoder
 
 # blocks whose seconds the report is of: the newest ones, so that it stays as small as the stream
 _MEASURED = 10_000
 # what the parts of a snapshot are called in its file
-_CACHE, _DECODER = "cache.", "decoder."
+_CACHE, _DECODER, _ENCODER = "cache.", "decoder.", "encoder."
+
+
+@dataclass(frozen=True, eq=False)
+class _Given:
+    """The source's frames of a block: [T, height, width, 3], T those of a whole block.
+
+    num_frames: those that the source had, the others repeat the last one. latents: [C, F, H, W],
+    once they are encoded.
+    """
+
+    number: int
+    frames: Tensor
+    num_frames: int
+    latents: Tensor | None = None
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,7 +72,8 @@ class StreamBlock:
     """A finished block.
 
     number: counted from 1. first_frame: of the video, counted from 0. frames: uint8
-    [T, height, width, 3]. is_again: it was finished before the stream was resumed.
+    [T, height, width, 3]. seconds: to make it, from when its source's frames were there. is_again:
+    it was finished before the stream was resumed.
     """
 
     number: int
@@ -66,8 +87,8 @@ class StreamBlock:
 class Stream:
     """Made by `Engine.stream`; not thread-safe.
 
-    num_blocks: how many are finished. cache, decoder: what they left. lost: what could not be read
-    again, in words.
+    num_blocks: how many are finished. cache, decoder, encoder: what they left, the last one None
+    without a source. lost: what could not be read again, in words.
     """
 
     def __init__(
@@ -80,6 +101,7 @@ class Stream:
         id: str,
         folder: StreamFolder | None = None,
         lock: WriterLock | None = None,
+        source: StreamSource | None = None,
     ) -> None:
         self.parts, self.config, self.seed, self.id = parts, config, seed, id
         self.folder, self._lock = folder, lock
@@ -88,8 +110,14 @@ class Stream:
         self._sigmas = listed_sigmas(config.timesteps, shift)
         self._text: Tensor | None = None
         self._forward = StreamForward(parts.transformer, parts.graphs, config.policy)
-        self.rewind()
+        self.source = source
+        self.encoder = None if source is None else StreamEncoder(parts.vae)
+        self._num_encoded = 0
+        self._given: _Given | None = None
+        self._waited = 0.0
+        self._num_recent = (config.window - config.num_fixed) // config.block_frames
         self._num_stored = 0
+        self.rewind()
         self.lost: list[str] = []
         self.spans = Spans(parts.device)
         self._seconds = deque[float](maxlen=_MEASURED)
@@ -103,7 +131,11 @@ class Stream:
         self.cache = StreamCache(parts.transformer.config, (rows, columns), self.config)
         self.decoder = StreamDecoder(parts.vae)
         self.num_blocks = self._snapshot_at = 0
+        self._num_frames: int | None = None  # of a video that has ended
         self._is_broken = False
+        self._prompt_before = self._prompt_begun = ""
+        # blocks that a new prompt may have seen again
+        self._recent = deque[tuple[Tensor, Tensor | None]](maxlen=self._num_recent)
 
     def __repr__(self) -> str:
         return f"Stream({self.id!r}, {self.num_blocks} blocks of {self.parts.checkpoint.name!r})"
@@ -126,6 +158,16 @@ class Stream:
         rate, latent = self.parts.vae.temporal_stride, (number - 1) * self.config.block_frames
         return max(0, latent * rate - rate + 1)
 
+    @property
+    def num_frames(self) -> int:
+        """How many frames the finished blocks have."""
+        return self._num_frames or self.first_frame(self.num_blocks + 1)
+
+    @property
+    def fps(self) -> float:
+        """Frames a second: the source's, or those that the model was made for."""
+        return self.parts.sampling.fps if self.source is None else self.source.fps
+
     def block_of(self, frame: int) -> int:
         """The number of the block that a frame of the video is in."""
         rate = self.parts.vae.temporal_stride
@@ -134,7 +176,8 @@ class Stream:
     def blocks(
         self, count: int | None = None, cancel: CancelToken | None = None
     ) -> Iterator[StreamBlock]:
-        """The next blocks as they finish, up to the stream's block `count`; without end if None.
+        """The next blocks as they finish, up to the stream's block `count`; None: as long as there
+        is a source, or without end.
 
         A resumed stream first hands over those behind its snapshot again. A block counts once the
         next one is asked for; whoever stops in between goes on with the one after.
@@ -154,6 +197,7 @@ class Stream:
         Raises:
             CancelledError: between two steps; the block under way is made again by the next call.
             NotFiniteError: a block's latents or frames are not finite.
+            VideoError: what the source gives is no frame, or cannot be read any further.
             StorageError: the folder does not take a block, or one that it holds is damaged.
             RequestError: an error broke the stream's state, which its folder still has.
         """
@@ -166,53 +210,117 @@ class Stream:
                 raise RequestError(
                     "this stream broke off while it decoded a block; resume it from its folder"
                 )
+            if self._num_frames is not None:
+                return
             self._snapshot()
-            began, number = time.perf_counter(), self.num_blocks + 1
-            latents, prompt, is_again = yield from self._latents(number, token)
-            decoded = partial(self._decoded, number, latents)
+            number = self.num_blocks + 1
+            found, waited = self._stored(number), time.perf_counter()
+            if self.source is not None and not self._receive(number, token):
+                return
+            began = time.perf_counter()
+            self._waited += began - waited
+            block = yield from self._latents(number, found, token)
+            decoded = partial(self._decoded, number, block)
             frames = yield from staged(self.spans, "vae", decoded)
-            seconds = time.perf_counter() - began
+            seconds, is_again = time.perf_counter() - began, found is not None
             if not is_again:
                 self._measure(seconds, len(frames))
-            yield StreamBlock(number, self.first_frame(number), frames, prompt, seconds, is_again)
+            first = self.first_frame(number)
+            yield StreamBlock(number, first, frames, block.prompt, seconds, is_again)
+
+    def _receive(self, number: int, token: CancelToken) -> bool:
+        """Wait for the source's frames of a block that the encoder has not seen; False: no more.
+
+        What has come once is kept, so that a stream that is resumed need not have it again.
+        """
+        assert self.source is not None
+        if number <= self._num_encoded or (self._given and self._given.number == number):
+            return True
+        first, stop = self.first_frame(number), self.first_frame(number + 1)
+        frames = None if self.folder is None else self.folder.read_source(number)
+        if frames is None:
+            frames = self.source.take(first, stop - first, token.check)
+            if frames is None:
+                return False
+            if self.folder is not None:
+                self.folder.save_source(number, frames)
+        repeated = frames[-1:].expand(stop - first - len(frames), -1, -1, -1)
+        self._given = _Given(number, torch.cat([frames, repeated]), len(frames))
+        return True
+
+    def _encoded(self) -> _Given:
+        """The source's frames of the block under way, with their latents."""
+        given, encoder = self._given, self.encoder
+        assert given is not None and encoder is not None
+        self._is_broken = True  # until the encoder's past is whole again
+        self._given = given = dataclasses.replace(given, latents=encoder.encode(given.frames))
+        self._is_broken, self._num_encoded = False, given.number
+        return given
 
     def _latents(
-        self, number: int, token: CancelToken
-    ) -> Generator[Event, None, tuple[Tensor, str, bool]]:
-        """A block's latents [C, F, H, W], their prompt, and whether they were stored before."""
-        found = self._stored(number)
-        prompt = self._prompt if found is None else found[1]
+        self, number: int, found: StoredBlock | None, token: CancelToken
+    ) -> Generator[Event, None, StoredBlock]:
+        """A block, as it was stored before or as it is made now."""
+        given = self._given
+        if given is not None and given.number == number and given.latents is None:
+            given = yield from staged(self.spans, "vae", self._encoded)
+        prompt = self._prompt if found is None else found.prompt
+        # what was seen again for a prompt that was begun is not what it was
+        if self.config.recache and self.cache.num_blocks >= number:
+            prompt = self._prompt_begun
         if self._text is None or prompt != self._read_prompt:
             read = partial(self.parts.text_embedding, prompt)
             self._text = yield from staged(self.spans, "text", read)
             self._read_prompt = prompt
             self.cache.clear_text()
-        # of a block that was cancelled room is made already
-        if self.cache.num_blocks < number:
-            self.cache.begin_block()
         with self.spans.stage("sampling") as started:
             yield started
+            # of a block that was cancelled room is made already
+            if self.cache.num_blocks < number:
+                if self.config.recache and number > 1 and prompt != self._prompt_before:
+                    self._see_again(self._text)
+                self.cache.begin_block()
+                self._prompt_begun = prompt
+            edited, num_frames = None, None
             if found is not None:
-                latents = found[0][None].to(self.parts.device)
+                edited = found.source
+            elif given is not None:
+                edited, num_frames = given.latents, given.num_frames
+            source = None if edited is None else edited[None].to(self.parts.device)
+            if found is not None:
+                latents = found.latents[None].to(self.parts.device)
             else:
-                latents = yield from self._sampled(number, token)
+                latents = yield from self._sampled(number, source, token)
             # what later blocks see of this one
-            block_velocity(self._forward, self.cache, latents, 0.0, self._text)
+            block_velocity(self._forward, self.cache, latents, 0.0, self._text, source)
         yield self.spans.done("sampling")
-        if found is None and self.folder is not None:
-            self.folder.save_block(number, latents[0], prompt)
+        if found is not None:
+            return found
+        if self.folder is not None:
+            self.folder.save_block(number, latents[0], prompt, source=edited, num_frames=num_frames)
             self._num_stored = number
-        return latents[0], prompt, found is not None
+        return StoredBlock(latents[0], prompt, edited, num_frames)
 
-    def _sampled(self, number: int, token: CancelToken) -> Generator[StepDone, None, Tensor]:
+    def _see_again(self, text: Tensor) -> None:
+        """Make K and V of the blocks that are held whole anew, as another prompt has them."""
+        frames = self.config.block_frames
+        held = (self.cache.num_frames - self.config.num_fixed) // frames
+        recent = list(self._recent)[-held:] if held > 0 else []
+        for later, (latents, source) in zip(reversed(range(len(recent))), recent, strict=True):
+            with self.cache.before(later * frames):
+                block_velocity(self._forward, self.cache, latents, 0.0, text, source)
+
+    def _sampled(
+        self, number: int, source: Tensor | None, token: CancelToken
+    ) -> Generator[StepDone, None, Tensor]:
         """Make a block [1, C, F, H, W], one step after the other."""
-        total = len(self.config.timesteps)
-        shape = (1, *self.cache.plan.latent_shapes[0])
+        total, channels = len(self.config.timesteps), self.parts.transformer.config.out_channels
+        shape = (1, channels, *self.cache.plan.latent_shapes[0][1:])
         noise, generator = turn_noise(shape, window_seed(self.seed, number - 1))
         solver, noise = RenoisingSolver(self._sigmas, generator), noise.to(self.parts.device)
         assert self._text is not None
         began, latents = time.monotonic(), noise
-        steps = block_steps(self._forward, self.cache, solver, noise, self._text)
+        steps = block_steps(self._forward, self.cache, solver, noise, self._text, source)
         for step, moved in enumerate(steps, 1):
             latents = moved
             left = (time.monotonic() - began) / step * (total - step)
@@ -225,14 +333,28 @@ class Stream:
         )
         return latents
 
-    def _decoded(self, number: int, latents: Tensor) -> Tensor:
+    def _decoded(self, number: int, block: StoredBlock) -> Tensor:
         """A block's frames; it is finished with them."""
         self._is_broken = True  # until the decoder's past is whole again
-        frames = self.decoder.decode(latents)
+        frames = self.decoder.decode(block.latents)
         self._is_broken, self.num_blocks = False, number
-        return frames
+        self._finish(block)
+        if block.num_frames is not None and block.num_frames < len(frames):
+            self._num_frames = self.first_frame(number) + block.num_frames
+        return frames[: block.num_frames]
 
-    def _stored(self, number: int) -> tuple[Tensor, str] | None:
+    def _finish(self, block: StoredBlock) -> None:
+        """Remember what a block was made for, and the block if it may be seen again."""
+        self._prompt_before = block.prompt
+        if self.config.recache:
+            tensors = block.latents, block.source
+            latents, source = (
+                None if each is None else each[None].to(self.parts.device) for each in tensors
+            )
+            assert latents is not None
+            self._recent.append((latents, source))
+
+    def _stored(self, number: int) -> StoredBlock | None:
         """A block that was finished before, as it lies in the folder."""
         if self.folder is None or number > self._num_stored:
             return None
@@ -245,10 +367,15 @@ class Stream:
             return
         if number <= self._snapshot_at or number < self._num_stored:
             return
+        if self.source is not None and self._num_encoded != number:
+            return
         cache = {_CACHE + name: tensor for name, tensor in self.cache.tensors().items()}
         decoder = {_DECODER + name: tensor for name, tensor in self.decoder.tensors().items()}
-        self.folder.save_snapshot(number, cache | decoder)
+        encoder = {} if self.encoder is None else self.encoder.tensors()
+        encoder = {_ENCODER + name: tensor for name, tensor in encoder.items()}
+        self.folder.save_snapshot(number, cache | decoder | encoder)
         self._snapshot_at = number
+        self.folder.remove_source(number)
 
     def restore(self) -> None:
         """Take up what the folder holds: its newest snapshot, and how far the stream is.
@@ -257,17 +384,28 @@ class Stream:
         """
         assert self.folder is not None
         self._num_stored = self.folder.num_blocks
+        if self.source is not None:
+            # a block may have its frames before it is finished
+            begun = self.folder.source_path(self._num_stored + 1).exists()
+            self.source.begin(self.first_frame(self._num_stored + begun + 1))
         try:
             taken, tensors = self.folder.read_snapshot()
             if not 0 < taken <= self._num_stored:
                 return
             self.cache.load(_under(_CACHE, tensors), taken, self.parts.device)
             self.decoder.load(_under(_DECODER, tensors))
+            if self.encoder is not None:
+                self.encoder.load(_under(_ENCODER, tensors))
+            oldest = taken if not self.config.recache else max(1, taken - self._num_recent + 1)
+            for number in range(oldest, taken + 1):
+                self._finish(self.folder.read_block(number))
         except (StorageError, ValueError) as error:
             self.lost.append(f"the snapshot is left out: {error}")
             self.rewind()
+            if self.source is not None:
+                self.encoder = StreamEncoder(self.parts.vae)
             return
-        self.num_blocks = self._snapshot_at = taken
+        self.num_blocks = self._snapshot_at = self._num_encoded = taken
 
     def _measure(self, seconds: float, num_frames: int) -> None:
         if self._first_seconds is None:
@@ -295,14 +433,15 @@ class Stream:
         return {
             "id": self.id,
             "blocks": self.num_blocks,
-            "frames": self.first_frame(self.num_blocks + 1),
-            "fps": self.parts.sampling.fps,
+            "frames": self.num_frames,
+            "fps": self.fps,
             "seed": self.seed,
             "prompt": self.prompt,
             "settings": settings_of(self.config),
             "made_now": dict(self._made),
             "latency": latency,
             "graphs": self._forward.report(),
+            **self._source_report(),
             "seconds": dict(self.spans.seconds),
             self.spans.peak_name: dict(self.spans.peak_bytes),
             "cache_bytes": self.cache.num_bytes,
@@ -311,9 +450,17 @@ class Stream:
             "engine": self.parts.describe(),
         }
 
+    def _source_report(self) -> dict[str, Any]:
+        if self.source is None or self.encoder is None:
+            return {}
+        told = {**self.source.report(), "waited_seconds": self._waited}
+        return {"source": told, "encoder_bytes": self.encoder.num_bytes}
+
     def close(self) -> None:
-        """Let go of the folder and of captured steps."""
+        """Let go of the folder, of the source and of captured steps."""
         self._forward.close()
+        if self.source is not None:
+            self.source.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -331,13 +478,16 @@ def block_velocity(
     latents: Tensor,
     timestep: float,
     text: Tensor,
+    source: Tensor | None = None,
 ) -> Tensor:
     """The velocity [B, C, F, H, W] of a stream's newest block, whose K and V are left in the cache.
 
     timestep: of the block. At 0 the latents are clean, and what they leave is what later blocks
-    see of them.
+    see of them. source: latents [B, C, F, H, W] for a model that takes them on the channels.
     """
     times = latents.new_full((len(latents),), timestep)
+    if source is not None:
+        latents = torch.cat([latents, source], 1)
     result: Tensor = transformer([latents], times, text, plan=cache.plan, stream=cache)
     return result
 
@@ -348,14 +498,15 @@ def block_steps(
     solver: Solver,
     latents: Tensor,
     text: Tensor,
+    source: Tensor | None = None,
 ) -> Iterator[Tensor]:
     """The latents [B, C, F, H, W] after each step of the newest block, the last ones clean.
 
     solver: fresh. latents: the noise that the block begins with, on the model's device. text:
-    embeddings [B, S, text_dim], read where the cache holds no prompt.
+    embeddings [B, S, text_dim], read where the cache holds no prompt. source: as `block_velocity`.
     """
     for index, timestep in enumerate(solver.timesteps.tolist()):
-        velocity = block_velocity(transformer, cache, latents, timestep, text)
+        velocity = block_velocity(transformer, cache, latents, timestep, text, source)
         latents = solver.step(velocity, index, latents)
         yield latents
 
@@ -368,9 +519,10 @@ def require_causal(
     Raises:
         RequestError: it does something else.
     """
-    if shape.has_camera or shape.is_editor:
-        kind = "edits by instruction" if shape.is_editor else "renders novel views"
-        raise RequestError(f"{name} {kind}, and streams are made from a prompt alone")
+    if shape.has_camera:
+        raise RequestError(
+            f"{name} renders novel views, and streams are made from a prompt, or edit a source"
+        )
     if stream is None:
         raise RequestError(
             f"{name} looks at all frames at once as far as its files tell, and a stream needs a "
@@ -416,13 +568,38 @@ def settings_of(config: StreamConfig) -> dict[str, Any]:
     """What a stream's bits depend on, as a manifest keeps it."""
     fields = dataclasses.asdict(config)
     del fields["snapshot_blocks"]
+    if not config.recache:  # which no folder has of before there was a choice
+        del fields["recache"]
     settings: dict[str, Any] = json.loads(json.dumps(fields))
     return settings
 
 
-def identity_of(parts: Parts, config: StreamConfig, seed: int) -> dict[str, Any]:
+def check_source(shape: TransformerConfig, name: str, has_source: bool) -> None:
+    """Refuse a source for a model that takes none, and the other way about.
+
+    Raises:
+        RequestError: so it is.
+    """
+    takes = bool(shape.source_channels)
+    if takes and not has_source:
+        raise RequestError(
+            f"{name} edits by instruction, and there is nothing to edit: give a source "
+            "(source=FRAMES, run stream SOURCE)"
+        )
+    if has_source and not takes:
+        raise RequestError(
+            f"{name} makes video from a prompt alone, and takes no source; leave it out"
+        )
+
+
+def identity_of(
+    parts: Parts, config: StreamConfig, seed: int, source: StreamSource | None = None
+) -> dict[str, Any]:
     """What a resumed stream must agree with."""
+    edited = {} if source is None else {"source": source.identity, "fps": source.fps}
     return {
+        **edited,
+        "decoder": parts.vae.decoder_key,
         "checkpoint": parts.checkpoint.name,
         "vae": parts.vae.key,
         "size": list(parts.sampling.size),

@@ -1,7 +1,10 @@
 """A stream's folder: what survives the process, at a cost that does not grow with the stream.
 
     stream.json                       the seed and the settings; never rewritten
-    blocks/block_0000001.safetensors  every block's latents and its prompt
+    blocks/block_0000001.safetensors  every block's latents and its prompt; of an edit its source's
+                                      latents, too, and how many of its frames there are
+    source/frames_0000001.safetensors frames that a block edits, until a snapshot holds what they
+                                      leave in the VAE's encoder
     state.safetensors                 a snapshot: all that the blocks before it left behind
 
 A block's file is written when the block is finished, and how many there are is how far the stream
@@ -17,9 +20,10 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
+from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
@@ -28,9 +32,23 @@ from mv2v_engine.engine.folder import KeptFolder
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_tensors, tensor_digest
 
-_UNFINISHED = re.compile(r"\.((stream|report)-\w{8}\.json|(block_\d+|state)-\w{8}\.safetensors)")
+_UNFINISHED = re.compile(
+    r"\.((stream|report)-\w{8}\.json|(block_\d+|frames_\d+|state)-\w{8}\.safetensors)"
+)
 
 _ADVICE = "restore it, or remove it and the blocks behind it, which are made again then"
+
+
+class StoredBlock(NamedTuple):
+    """A finished block: its latents, and its source's, [C, F, H, W].
+
+    num_frames: of the video, which ends with fewer than a whole block's; None: all.
+    """
+
+    latents: Tensor
+    prompt: str
+    source: Tensor | None = None
+    num_frames: int | None = None
 
 
 class StreamFolder(KeptFolder):
@@ -42,6 +60,7 @@ class StreamFolder(KeptFolder):
     def __init__(self, folder: Path) -> None:
         super().__init__(folder, "stream.json")
         self.blocks_folder, self.snapshot = folder / "blocks", folder / "state.safetensors"
+        self.source_folder = folder / "source"
 
     def create(self, id: str, identity: dict[str, Any]) -> None:
         """Begin a stream."""
@@ -59,22 +78,63 @@ class StreamFolder(KeptFolder):
         """Where a block lies, counted from 1."""
         return self.blocks_folder / f"block_{number:07d}.safetensors"
 
-    def save_block(self, number: int, latents: Tensor, prompt: str) -> None:
-        """Keep a finished block. latents: [C, F, H, W].
+    def save_block(
+        self,
+        number: int,
+        latents: Tensor,
+        prompt: str,
+        *,
+        source: Tensor | None = None,
+        num_frames: int | None = None,
+    ) -> None:
+        """Keep a finished block; the arguments as `StoredBlock` has them.
 
         Raises:
             StorageError: the folder does not take it, and is as it was.
         """
-        _save(self.block_path(number), {"latents": latents.cpu()}, {"prompt": prompt})
+        tensors, words = {"latents": latents.cpu()}, dict[str, Any](prompt=prompt)
+        if source is not None:
+            tensors["source"], words["num_frames"] = source.cpu(), num_frames
+        _save(self.block_path(number), tensors, words)
 
-    def read_block(self, number: int) -> tuple[Tensor, str]:
-        """The latents [C, F, H, W] of a block, and its prompt.
+    def read_block(self, number: int) -> StoredBlock:
+        """A finished block.
 
         Raises:
             StorageError: it is missing, damaged, or not the one that was stored.
         """
         tensors, words = _read(self.block_path(number))
-        return tensors["latents"], words["prompt"]
+        return StoredBlock(
+            tensors["latents"], words["prompt"], tensors.get("source"), words.get("num_frames")
+        )
+
+    def source_path(self, number: int) -> Path:
+        """Where the frames lie that a block edits."""
+        return self.source_folder / f"frames_{number:07d}.safetensors"
+
+    def save_source(self, number: int, frames: Tensor) -> None:
+        """Keep the frames uint8 [T, height, width, 3] of a block that begins.
+
+        Raises:
+            StorageError: the folder does not take them, and is as it was.
+        """
+        _save(self.source_path(number), {"frames": frames}, {})
+
+    def read_source(self, number: int) -> Tensor | None:
+        """The frames that a block edits; None: they are not here.
+
+        Raises:
+            StorageError: they are damaged.
+        """
+        path = self.source_path(number)
+        return _read(path)[0]["frames"] if path.exists() else None
+
+    def remove_source(self, number: int) -> None:
+        """Let go of the frames of a block and of those before it."""
+        with suppress(OSError):
+            for path in self.source_folder.glob("frames_*.safetensors"):
+                if path.name <= self.source_path(number).name:
+                    path.unlink(missing_ok=True)
 
     def save_snapshot(self, num_blocks: int, tensors: Mapping[str, Tensor]) -> None:
         """Keep what so many blocks left, in place of the snapshot before.
@@ -98,7 +158,7 @@ class StreamFolder(KeptFolder):
 
     def remove_unfinished(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
-        for folder in (self.folder, self.blocks_folder):
+        for folder in (self.folder, self.blocks_folder, self.source_folder):
             for path in folder.iterdir() if folder.is_dir() else ():
                 if _UNFINISHED.fullmatch(path.name):
                     path.unlink(missing_ok=True)
@@ -116,8 +176,11 @@ class StreamFolder(KeptFolder):
                 self.block_path(number).unlink(missing_ok=True)
             for path in (self.snapshot, self.manifest):
                 path.unlink(missing_ok=True)
-            if self.blocks_folder.is_dir() and not any(self.blocks_folder.iterdir()):
-                self.blocks_folder.rmdir()
+            for path in self.source_folder.glob("frames_*.safetensors"):
+                path.unlink(missing_ok=True)
+            for folder in (self.blocks_folder, self.source_folder):
+                if folder.is_dir() and not any(folder.iterdir()):
+                    folder.rmdir()
         except OSError as error:
             raise StorageError(
                 f"cannot remove the stream in {self.folder}: {error}; choose another folder"

@@ -17,7 +17,8 @@ B batch, L tokens, P tokens of a frame, N heads, D head dim, S text tokens, C wi
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -75,6 +76,18 @@ class StreamCache:
                 layer.roll(wanted - self.capacity)
             wanted = self.capacity
         self.num_frames, self.num_blocks = wanted, self.num_blocks + 1
+
+    @contextmanager
+    def before(self, count: int) -> Iterator[None]:
+        """Forwards overwrite, and see, what was held before the last `count` frames.
+
+        So blocks that are still held whole can be seen again, the oldest first.
+        """
+        held, self.num_frames = self.num_frames, self.num_frames - count
+        try:
+            yield
+        finally:
+            self.num_frames = held
 
     def clear_text(self) -> None:
         """Forget the prompt, so that the next forward reads another one."""

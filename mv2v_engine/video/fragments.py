@@ -94,6 +94,37 @@ class FragmentWriter:
         self.close()
 
 
+class RawWriter:
+    """Writes frames into an open file or pipe as their bytes, red, green and blue.
+
+    num_frames: written so far.
+    """
+
+    def __init__(self, file: IO[bytes]) -> None:
+        self._file, self.num_frames = file, 0
+
+    def add(self, frames: Tensor) -> None:
+        """Write frames uint8 [T, height, width, 3], and wait until they are written.
+
+        Raises:
+            OSError: the place does not take them; of a pipe whose reader has left, BrokenPipeError.
+        """
+        self._file.write(frames.contiguous().numpy().tobytes())
+        self._file.flush()
+        self.num_frames += len(frames)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with suppress(BrokenPipeError):
+            self._file.close()
+
+    def __enter__(self) -> RawWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
 def append_fragments(
     path: Path | str, fps: float | Fraction, *, num_fragments: int = 0, num_frames: int = 0
 ) -> FragmentWriter:

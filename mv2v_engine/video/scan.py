@@ -256,7 +256,7 @@ def scan_file(
         check_fps(f"the fps of {path.name}", rate)
         if not stream.frames and not walk.num_skipped:
             _check_duration(path, container, stream, stamps, rate, walk.last_held)
-        square = _square_size(first, stream)
+        square = square_size(first, stream)
         check_picture_size(path, square[1], square[0], max_pixels)
         has_alpha = has_room_for_alpha(first) and _is_any_seen_through(path, max_pixels, check)
         pictures = Pictures(path, first, stream.codec_context, alpha, has_alpha=has_alpha)
@@ -395,7 +395,7 @@ def _info(
     )
 
 
-def _square_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
+def square_size(frame: VideoFrame, stream: VideoStream) -> tuple[int, int]:
     """(height, width) with square pixels, before rotation."""
     aspect = stream.sample_aspect_ratio
     # ratios within 1 % of square come from cropped encodes; scaling would only blur
