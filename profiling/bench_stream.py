@@ -1,12 +1,15 @@
 """Whether a stream stays as fast and as small as it began: blocks 20 on beside blocks 1,000 on.
 
 `python profiling/bench_stream.py [--blocks 1000 2500] [--out profiling/results/stream.jsonl]`
+`python profiling/bench_stream.py --edit memrope --blocks 1000 --out profiling/results/live_edit.jsonl`
 
 A small random causal model on one thread of a CPU, by the process's own time; blocks of one latent
 frame, which is four of the video's, and two steps. For every policy of fixed size one stream: the
 median milliseconds of `window` blocks from block 20 on and from each of `blocks` on, with the
 quartiles of the later ones over the earlier median; the bytes of the cache and of what the VAE
-keeps; and what the process holds at these blocks.
+keeps; and what the process holds at these blocks. `--edit`: of streams that edit a source in
+Lucy-Edit's layout, frames of a generator that never ends, encoding included; with the report's
+latency.
 """
 
 from __future__ import annotations
@@ -20,10 +23,12 @@ from typing import Any, get_args
 
 import torch
 from measure import Report, digits, provenance, table
+from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.checkpoints import Checkpoint, LoadReport
 from mv2v_engine.config import SamplingConfig, StreamConfig, StreamPolicy
+from mv2v_engine.engine.stream import Stream
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.progress import host_bytes
@@ -35,12 +40,14 @@ VAE = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
 COLUMNS = (
     "policy blocks frames early_ms late_ms ratio low high cache_kib decoder_kib early_mib late_mib"
 )
+EDIT_COLUMNS = f"{COLUMNS} encoder_kib first_frame_ms fps p99_ms"
 
 
-def random_causal(stream: StreamConfig) -> Engine:
+def random_causal(stream: StreamConfig, *, edits: bool = False) -> Engine:
     """A model of 32x32 pixels, without text."""
     changes: dict[str, Any] = {"camera_conditioning": "none", "tokenizers": (), "merger": None}
-    shape = tiny_config(in_channels=16, out_channels=16, attention_head_dim=24, **changes)
+    changes |= {"in_channels": 32, "source_channels": 16} if edits else {"in_channels": 16}
+    shape = tiny_config(out_channels=16, attention_head_dim=24, **changes)
     transformer = MV2VTransformer(shape).eval().requires_grad_(False)
     randomise(transformer)
     with torch.random.fork_rng():
@@ -62,10 +69,21 @@ def random_causal(stream: StreamConfig) -> Engine:
     return Engine(checkpoint, vae, None, device=torch.device("cpu"), config=EngineConfig())
 
 
-def measured(policy: StreamPolicy, blocks: list[int], window: int) -> Iterator[dict[str, Any]]:
+def arriving() -> Iterator[Tensor]:
+    """Frames without end, each other than the one before."""
+    picture = torch.arange(32 * 32 * 3, dtype=torch.uint8).reshape(32, 32, 3)
+    while True:
+        yield picture
+        picture = picture.roll(1, 1)
+
+
+def measured(
+    policy: StreamPolicy, blocks: list[int], window: int, *, edits: bool = False
+) -> Iterator[dict[str, Any]]:
     """A row for each of `blocks`, of one stream."""
     config = StreamConfig(policy=policy, block_frames=1, window=12, timesteps=(1000, 500))
-    stream = random_causal(config).stream()
+    source = {"source": arriving()} if edits else {}
+    stream = random_causal(config, edits=edits).stream(**source)
     spent, memory, before = list[float](), dict[int, int](), time.process_time()
     for block in stream.blocks(max(blocks) + window):
         now = time.process_time()
@@ -91,22 +109,37 @@ def measured(policy: StreamPolicy, blocks: list[int], window: int) -> Iterator[d
             "decoder_kib": digits(stream.decoder.num_bytes / 1024),
             "early_mib": digits(memory[FIRST] / 2**20),
             "late_mib": digits(memory[first] / 2**20),
+            **(_latency(stream) if edits else {}),
         }
+
+
+def _latency(stream: Stream) -> dict[str, Any]:
+    """What the report says of all blocks, by the clock."""
+    report = stream.report()
+    latency = report["latency"]
+    return {
+        "encoder_kib": digits(report["encoder_bytes"] / 1024),
+        "first_frame_ms": digits(1000 * latency["first_frame_seconds"]),
+        "fps": digits(latency["frames_per_second"]),
+        "p99_ms": digits(1000 * latency["block_seconds_p99"]),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1000, 2500])
     parser.add_argument("--window", type=int, default=60)
+    parser.add_argument("--edit", nargs="*", choices=get_args(StreamPolicy), metavar="POLICY")
     parser.add_argument("--out", type=Path, default=Path("profiling/results/stream.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(args.out, {**provenance(torch.device("cpu")), "threads": 1})
-    for policy in get_args(StreamPolicy):
+    edits = args.edit is not None
+    for policy in args.edit or get_args(StreamPolicy):
         if policy != "all":  # which grows
-            for row in measured(policy, args.blocks, args.window):
+            for row in measured(policy, args.blocks, args.window, edits=edits):
                 report.add(**row)
-    print(table(report.rows, COLUMNS))
+    print(table(report.rows, EDIT_COLUMNS if edits else COLUMNS))
 
 
 if __name__ == "__main__":

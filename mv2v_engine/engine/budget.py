@@ -20,10 +20,11 @@ from mv2v_engine.config import (
     Offload,
     QuantizeName,
     SamplingConfig,
+    StreamConfig,
     TransformerConfig,
 )
 from mv2v_engine.defaults import without_memory
-from mv2v_engine.engine.counting import vae_peak_bytes
+from mv2v_engine.engine.counting import StreamBytes, vae_peak_bytes, vae_stream_bytes
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
 from mv2v_engine.models.autoencoder import Autoencoder
@@ -34,7 +35,7 @@ from mv2v_engine.progress import Spans
 from mv2v_engine.shapes import TextShape
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
-from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 from mv2v_engine.vae import VideoVAE
 
 # torch keeps this much for cuBLAS on Hopper, and less elsewhere
@@ -130,6 +131,39 @@ def predict(footprint: Footprint, plan: TokenPlan) -> Prediction:
     return Prediction({name: footprint.resident + count for name, count in own.items()})
 
 
+def predict_stream(
+    footprint: Footprint, plan: TokenPlan, config: StreamConfig, vae: StreamBytes
+) -> Prediction:
+    """The stages of a stream's block, once its window is full; policy "all" goes on growing.
+
+    footprint: of the engine; what it says of a turn's videos and of the VAE's stages is not read.
+    """
+    shape, size = plan.shape, footprint.execution.element_bytes
+    row, frame = shape.dim * size, plan.target.tokens_per_frame
+    held, text = config.window * frame, shape.text_len * shape.dim * size
+    layer = 2 * held * row + 2 * text
+    if config.policy == "memrope":
+        positions = frame if config.is_adaptive else 1
+        averaged = 4 if config.averages == "float32" else size
+        layer += 4 * positions * shape.dim * averaged
+    has_source = bool(shape.source_channels)
+    block = math.prod(plan.latent_shapes[0]) * torch.float32.itemsize
+    recent = (config.window - config.num_fixed) // config.block_frames if config.recache else 0
+    kept = shape.num_layers * layer + text + 2 * footprint.embedding
+    kept += vae.decoder_past + has_source * vae.encoder_past + (1 + recent) * block
+    # all keys with their rotary positions, and what moves up when room is made
+    reading = held * (row + shape.attention_head_dim * 4)
+    arriving = footprint.text if footprint.is_text_offloaded else 0
+    sampling = reading + forward_peak_bytes(plan, footprint.execution)
+    own = {
+        "vae encode": has_source * (vae.encode - vae.encoder_past),
+        "text": arriving + footprint.embed,
+        "sampling": _STEP_VIDEOS * block + sampling,
+        "vae decode": vae.decode - vae.decoder_past,
+    }
+    return Prediction({name: footprint.resident + kept + count for name, count in own.items()})
+
+
 class Budget:
     """The bytes of an engine's turns: what they will take, may take, and how to take less."""
 
@@ -210,6 +244,45 @@ class Budget:
                 f"this turn needs {found.peak:,} bytes of {self.parts.device} in its stage "
                 f"{found.fullest!r}, {limit:,} are available; {self.advice(plan, limit)}"
             )
+
+    def predict_stream(self, config: StreamConfig) -> Prediction:
+        """Peak bytes of a stream's stages."""
+        parts = self.parts
+        _, _, rows, columns = parts.latent_shape
+        grid = (config.block_frames, rows, columns)
+        plan = turn_plan(parts.transformer.config, grid, (), source=False, merge="off")
+        vae = vae_stream_bytes(parts.vae, config.block_frames, parts.sampling.size)
+        # a stream has no remembered videos
+        footprint = replace(self.footprint(), cache=parts.cache.bytes_used)
+        return predict_stream(footprint, plan, config, vae)
+
+    def check_stream(self, config: StreamConfig) -> None:
+        """Refuse a stream that cannot fit.
+
+        Raises:
+            MemoryBudgetError: with what it needs, what there is, and what would fit.
+        """
+        limit = self.limit()
+        if limit is None:
+            return
+        found = self.predict_stream(config)
+        if found.peak <= limit:
+            return
+        least = config.num_fixed + config.block_frames
+        fitting = (
+            window
+            for window in reversed(range(least, config.window))
+            if self.predict_stream(replace(config, window=window)).peak <= limit
+        )
+        window = next(fitting, None)
+        advice = "no smaller window fits either: use a smaller size, a larger device or another "
+        advice += 'model, or quantize="int8"'
+        if window is not None:
+            advice = f"window={window} fits"
+        raise MemoryBudgetError(
+            f"this stream needs {found.peak:,} bytes of {self.parts.device} in its stage "
+            f"{found.fullest!r}, {limit:,} are available; {advice}"
+        )
 
     def place_text(self) -> None:
         """Put the text encoder's weights where `EngineConfig.text_offload` wants them."""

@@ -10,7 +10,7 @@ T pixel frames.
 from __future__ import annotations
 
 import weakref
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import lru_cache
 from typing import Any
 
@@ -20,7 +20,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from mv2v_engine.defaults import without_memory
-from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
+from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig, Past
 from mv2v_engine.ops.conv3d import speed_up_conv3d
 from mv2v_engine.vae import VideoVAE
 
@@ -90,6 +90,39 @@ def vae_peak_bytes(vae: VideoVAE, num_frames: int, size: tuple[int, int]) -> tup
         (num_frames - 1) // vae.temporal_stride + 1,
         size,
     )
+
+
+@dataclass(frozen=True, slots=True)
+class StreamBytes:
+    """A VAE's bytes of a stream: the most of a block, and what stays from block to block."""
+
+    encode: int
+    decode: int
+    encoder_past: int
+    decoder_past: int
+
+
+def vae_stream_bytes(vae: VideoVAE, block_frames: int, size: tuple[int, int]) -> StreamBytes:
+    """What the VAE takes of a stream whose blocks have so many latent frames.
+
+    Counted of its first block and the frame behind it, in one piece: what is kept is there then.
+    """
+    by_taps = vae.device.type == "cpu"
+    return _streamed(vae.model.config, vae.dtype, vae.tile_above, by_taps, block_frames + 1, size)
+
+
+@lru_cache(maxsize=16)
+def _streamed(
+    config: AutoencoderConfig,
+    dtype: torch.dtype,
+    tile_above: int,
+    by_taps: bool,
+    num_latents: int,
+    size: tuple[int, int],
+) -> StreamBytes:
+    twin, kept = _twin(config, dtype, tile_above, by_taps), list[int]()
+    peaks = _run(twin, num_latents, size, kept)
+    return StreamBytes(*peaks, *kept)
 
 
 @lru_cache(maxsize=16)
@@ -177,12 +210,22 @@ def _twin(
     return VideoVAE(model, dtype, tile_above=tile_above)
 
 
-def _run(twin: VideoVAE, num_latents: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Peak bytes of encoding and of decoding so many latent frames."""
+def _run(
+    twin: VideoVAE, num_latents: int, size: tuple[int, int], kept: list[int] | None = None
+) -> tuple[int, int]:
+    """Peak bytes of encoding and of decoding so many latent frames.
+
+    kept: receives what encoding and what decoding would leave for frames to come.
+    """
+    pasts: tuple[list[Past] | None, ...] = (None, None) if kept is None else ([], [])
     num_frames = (num_latents - 1) * twin.temporal_stride + 1
     frames = torch.empty(num_frames, *size, 3, dtype=torch.uint8, device="meta")
     with _ShapesAlone() as encoding:
-        latents = twin.encode(frames)
+        latents = twin.encode(frames, pasts=pasts[0])
     with _ShapesAlone() as decoding:
-        twin.decode_on_device(latents)
+        twin.decode_on_device(latents, pasts=pasts[1])
+    if kept is not None:
+        for half in pasts:
+            held = (frames for past in half or () for frames in past.frames.values())
+            kept.append(sum(each.nbytes for each in held))
     return encoding.peak, decoding.peak

@@ -358,6 +358,7 @@ class Engine(Parts):
         if store is not None:
             folder = StreamFolder(arguments.path("store", store, "the path of a folder"))
         check_source(self.checkpoint.config, self.checkpoint.name, source is not None)
+        self.budget.check_stream(own)
         edited = None if source is None else self._stream_source(source, fps)
         identity = identity_of(self, own, seed, edited)
         with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:

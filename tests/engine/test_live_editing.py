@@ -14,12 +14,20 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine import Engine
+from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import StreamConfig
+from mv2v_engine.engine.budget import module_bytes
+from mv2v_engine.engine.counting import vae_stream_bytes
 from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.stream import Stream, StreamBlock, block_steps, block_velocity
 from mv2v_engine.engine.stream_folder import StreamFolder
-from mv2v_engine.errors import CancelledError, RequestError, StorageError, VideoError
+from mv2v_engine.errors import (
+    CancelledError,
+    MemoryBudgetError,
+    RequestError,
+    StorageError,
+    VideoError,
+)
 from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import RenoisingSolver, listed_sigmas, turn_noise
@@ -358,3 +366,33 @@ def test_recaching_is_a_forward_of_the_clean_latents(editor: Engine, config: Str
     assert changed.num_frames == 6
     stored, wanted = changed.tensors(), expected.tensors()
     assert all(torch.equal(stored[name], wanted[name]) for name in wanted)
+
+
+def test_a_stream_that_does_not_fit(
+    editor: Engine, causal_editor_folder: Path, config: StreamConfig, frames: Tensor
+) -> None:
+    """Refused before it begins, with the window that would fit; what is kept is as predicted."""
+    wide = dataclasses.replace(config, window=40, recache=True)
+    stages = dict.fromkeys((8, 20, 40), 0)
+    for window in stages:
+        found = editor.budget.predict_stream(dataclasses.replace(wide, window=window))
+        stages[window] = found.peak
+    assert stages[8] < stages[20] < stages[40]
+    tight = EngineConfig(memory_limit_bytes=stages[20])
+    engine = Engine.from_pretrained(causal_editor_folder, device="cpu", config=tight)
+    with pytest.raises(MemoryBudgetError, match=r"this stream needs [\d,]+ bytes .*window=20 fits"):
+        engine.stream("a red ball", config=wide, source=frames)
+    fits = dataclasses.replace(wide, window=20)
+    stream = engine.stream("a red ball", config=fits, source=frames)
+    list(stream.blocks(3))
+    kept = vae_stream_bytes(engine.vae, 2, (32, 48))
+    assert stream.encoder is not None
+    assert stream.encoder.num_bytes == kept.encoder_past
+    assert stream.decoder.num_bytes == kept.decoder_past
+    # all of the cache is in the prediction, beside the weights
+    weights = module_bytes(engine.transformer) + module_bytes(engine.vae.model)
+    assert stages[20] > weights + stream.cache.num_bytes + kept.encoder_past
+    tiny = EngineConfig(memory_limit_bytes=stages[8] // 2)
+    engine = Engine.from_pretrained(causal_editor_folder, device="cpu", config=tiny)
+    with pytest.raises(MemoryBudgetError, match="no smaller window fits either"):
+        engine.stream("a red ball", source=frames)
