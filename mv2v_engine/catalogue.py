@@ -17,6 +17,7 @@ from mv2v_engine.checkpoints.hub import size_words
 from mv2v_engine.checkpoints.resolve import is_trained_for_memory, resolve
 from mv2v_engine.config import (
     LUCY_5B,
+    VACE_1_3B,
     WAN_1_3B,
     EngineConfig,
     MergeMode,
@@ -231,6 +232,27 @@ def known_models() -> tuple[KnownModel, ...]:
             remembers=False,
             licence="Lucy Edit Dev Model Non-Commercial License v1.0",
             checked="equal to diffusers' pipeline on random weights",
+        ),
+        KnownModel(
+            name="decart-ai/Lucy-Edit-1.1-Dev",
+            shape=replace(LUCY_5B, merger=None),
+            sampling=SamplingConfig(fps=24.0),
+            vae=WAN_2_2_VAE,
+            text=UMT5_XXL,
+            remembers=False,
+            licence="",
+            checked="other weights of Lucy-Edit-Dev's model, to be run as that one",
+        ),
+        KnownModel(
+            name="Wan-AI/Wan2.1-VACE-1.3B",
+            shape=VACE_1_3B,
+            published=replace(VACE_1_3B, tokenizers=()),
+            sampling=SamplingConfig(flow_shift=16.0),
+            vae={},
+            text=UMT5_XXL,
+            remembers=False,
+            licence="Apache-2.0",
+            checked="its transformer equal to diffusers' on random weights",
         ),
     )
 

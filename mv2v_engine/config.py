@@ -19,6 +19,7 @@ from mv2v_engine.settings import PROGRAMS, setting
 from mv2v_engine.shapes import LUCY_5B as LUCY_5B
 from mv2v_engine.shapes import TINY as TINY
 from mv2v_engine.shapes import TINY_EDIT as TINY_EDIT
+from mv2v_engine.shapes import VACE_1_3B as VACE_1_3B
 from mv2v_engine.shapes import WAN_1_3B as WAN_1_3B
 from mv2v_engine.shapes import WAN_5B as WAN_5B
 from mv2v_engine.shapes import CameraAttention as CameraAttention

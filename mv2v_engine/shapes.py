@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Literal, get_args
 
 from mv2v_engine import arguments
@@ -47,6 +48,9 @@ class TransformerConfig:
 
     source_channels: how many of in_channels, the last ones, hold the source's latents beside the
         target's (Lucy-Edit); 0 where a source is tokens of its own.
+    vace_layers: blocks to whose target tokens VACE's own blocks add a hint of the source, one each;
+        empty for a model without them. Its source_channels are VACE's context, which has a patch
+        embedding of its own.
     tokenizers: spatial patches k of the conditioning tokenizers, empty for a base without them.
     merge_blocks: 0-indexed blocks before whose attention tokens merge; None takes METHOD 7's
         thirds. camera_conditioning: whose camera a conditioning token gets (METHOD 5); "none"
@@ -74,6 +78,7 @@ class TransformerConfig:
     in_channels: int
     out_channels: int
     source_channels: int = 0
+    vace_layers: tuple[int, ...] = ()
     text_dim: int = 4096
     text_len: int = 512
     freq_dim: int = 256
@@ -98,8 +103,11 @@ class TransformerConfig:
             raise RequestError(f"attention_head_dim must be even, got {self.attention_head_dim}")
         if any(k % 2 or k < 2 for k in self.tokenizers):
             raise RequestError(f"tokenizer patches must be even, got {self.tokenizers}")
-        if self.source_channels and not (
-            self.source_channels == self.out_channels == self.latent_channels
+        self._check_vace()
+        if (
+            self.source_channels
+            and not self.vace_layers
+            and not (self.source_channels == self.out_channels == self.latent_channels)
         ):
             raise RequestError(
                 "a source on channels has as many as the target: expected in_channels twice "
@@ -113,6 +121,22 @@ class TransformerConfig:
         if any(not 0 <= block < depth for block in self.merging_blocks):
             raise RequestError(f"merge_blocks {self.merge_blocks} must lie below {depth} blocks")
         self._check_cameras()
+
+    def _check_vace(self) -> None:
+        layers = self.vace_layers
+        if not layers:
+            return
+        is_rising = all(a < b for a, b in pairwise((-1, *layers, self.num_layers)))
+        if not is_rising or layers[0] != 0:
+            raise RequestError(
+                f"vace_layers must rise from 0 and lie below {self.num_layers} blocks, got {layers}"
+            )
+        if not self.source_channels or self.latent_channels != self.out_channels:
+            raise RequestError(
+                "VACE takes its context beside the target: expected in_channels of out_channels "
+                f"and source_channels, got {self.in_channels} in, {self.out_channels} out and "
+                f"source_channels {self.source_channels}"
+            )
 
     def _check_cameras(self) -> None:
         for name, known in (
@@ -276,6 +300,17 @@ WAN_5B = TransformerConfig(
 
 # Lucy-Edit: the same with the source on the target's channels; memory is extra tokens.
 LUCY_5B = dataclasses.replace(WAN_5B, in_channels=96, source_channels=48)
+
+# Wan2.1-VACE-1.3B: a block of its own beside every second one; its context are two videos' latents
+# and a mask's 8x8 pixels.
+VACE_1_3B = dataclasses.replace(
+    WAN_1_3B,
+    in_channels=112,
+    source_channels=96,
+    vace_layers=tuple(range(0, 30, 2)),
+    camera_conditioning="none",
+    merger=None,
+)
 
 # The embedded default's transformer, small enough to be trained and run on two CPU cores.
 TINY = TransformerConfig(

@@ -219,11 +219,22 @@ class VideoVAE:
                 "frames must be uint8 [T, height, width, 3], "
                 f"got {frames.dtype} {list(frames.shape)}"
             )
-        num_frames, height, width, _ = frames.shape
+        pixels = frames.to(self.device).permute(3, 0, 1, 2)
+        return self.encode_pixels(pixels.to(torch.float32) / 127.5 - 1, check=check, pasts=pasts)
+
+    @inference
+    def encode_pixels(
+        self,
+        pixels_CTHW: Tensor,
+        *,
+        check: Callable[[], None] | None = None,
+        pasts: list[Past] | None = None,
+    ) -> Tensor:
+        """Encode as `encode` does, pixels [3, T, height, width] in -1..1."""
+        _, num_frames, height, width = pixels_CTHW.shape
         # behind other frames there is no first one, which counts alone
         self.latent_shape(num_frames + bool(pasts), (height, width))
-        pixels = frames.to(self.device).permute(3, 0, 1, 2)
-        pixels = (pixels.to(torch.float32) / 127.5 - 1).to(self.dtype)
+        pixels = pixels_CTHW.to(self.device, self.dtype)
         with self._lock:
             tiles = self._tiles(height * width)
             latents_CFHW = self.model.encode(pixels[None], tiles=tiles, check=check, pasts=pasts)

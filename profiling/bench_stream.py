@@ -1,7 +1,7 @@
 """Whether a stream stays as fast and as small as it began: blocks 20 on beside blocks 1,000 on.
 
 `python profiling/bench_stream.py [--blocks 1000 2500] [--out profiling/results/stream.jsonl]`
-`python profiling/bench_stream.py --edit memrope --blocks 1000 --out profiling/results/live_edit.jsonl`
+`python profiling/bench_stream.py --edit memrope --blocks 1000 --out ...live_edit.jsonl`
 
 A small random causal model on one thread of a CPU, by the process's own time; blocks of one latent
 frame, which is four of the video's, and two steps. For every policy of fixed size one stream: the

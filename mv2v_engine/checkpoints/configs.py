@@ -56,7 +56,7 @@ _FIXED: dict[str, tuple[Any, ...]] = {
     "added_kv_proj_dim": (None,),
     "pos_embed_seq_len": (None,),
     "window_size": ([-1, -1],),
-    "model_type": ("t2v", "ti2v"),
+    "model_type": ("t2v", "ti2v", "vace"),
 }
 # Wan's own default (its shared config): what guidance moves away from
 WAN_NEGATIVE_PROMPT = (
@@ -215,6 +215,8 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
     if has_phases and channels == 2 * outputs:
         # it is given zeros on the others, which its base has for the latents of a first frame
         channels = outputs
+    vace = _vace(detected, infos, shapes) if detected.format == "vace" else {}
+    context = vace.get("source_channels", 0)
     if channels not in (outputs, 2 * outputs):
         raise CheckpointError(
             f"{detected.path} takes {channels} latent channels and gives {outputs}: it is made for "
@@ -227,9 +229,10 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
             num_attention_heads=heads,
             attention_head_dim=head_dim,
             ffn_dim=said.get("ffn_dim") or shapes.axis("blocks.0.ffn.net.0.proj.weight", 0),
-            in_channels=channels,
+            in_channels=channels + context,
             out_channels=outputs,
-            source_channels=channels - outputs,
+            source_channels=channels - outputs + context,
+            vace_layers=vace.get("vace_layers", ()),
             text_dim=said.get("text_dim")
             or shapes.axis("condition_embedder.text_embedder.linear_1.weight", 1),
             freq_dim=said.get("freq_dim")
@@ -256,6 +259,21 @@ def _actions(infos: Mapping[str, TensorInfo]) -> dict[str, Any]:
         "state_space": tuple(sorted(states)),
         "context_frames": 1,
     }
+
+
+def _vace(detected: Detected, infos: Mapping[str, TensorInfo], shapes: _Shapes) -> dict[str, Any]:
+    """VACE's own fields: its layers of the config, or spread evenly as all published ones are."""
+    said = read_json(detected.config_file) if detected.config_file else {}
+    count = len({name.split(".")[1] for name in infos if name.startswith("vace_blocks.")})
+    depth = said.get("num_layers") or shapes.depth()
+    layers = said.get("vace_layers") or list(range(0, depth, max(1, depth // count)))
+    if len(layers) != count:
+        raise CheckpointError(
+            f"{detected.path} has {count} VACE blocks, and {len(layers)} vace_layers "
+            f"({layers}); put the config.json that belongs to it beside it"
+        )
+    channels = shapes.axis("vace_patch_embedding.weight", 1)
+    return {"vace_layers": tuple(layers), "source_channels": channels}
 
 
 def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingConfig:
@@ -287,7 +305,10 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
             negative_prompt=_ECHO_NEGATIVE_PROMPT,
             timesteps="bfloat16",
         )
-    if config.source_channels:
+    if config.vace_layers:
+        # the shift of its authors' own script
+        sampling = dataclasses.replace(sampling, flow_shift=16.0, sizes=(sampling.size[::-1],))
+    elif config.source_channels:
         sampling = SamplingConfig(fps=24.0)
     elif config.out_channels == 48:
         sampling = dataclasses.replace(sampling, num_frames=121, size=(704, 1280), fps=24.0)

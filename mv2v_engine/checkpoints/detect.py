@@ -10,6 +10,7 @@
 | echo_memory | original Wan names, with cameras as actions of frames in every block        |
 | bernini_r   | a diffusers folder of Wan names whose JSON says that it is Bernini's        |
 | redirector  | self-attention with rotary phases alone, on a base with an adapter of rays  |
+| vace        | either naming, with VACE's blocks beside the main ones                      |
 """
 
 from __future__ import annotations
@@ -51,6 +52,7 @@ Format = Literal[
     "redirector",
     "bernini_r",
     "echo_memory",
+    "vace",
 ]
 
 OWN_CONFIG = "mv2v.json"
@@ -64,6 +66,8 @@ _EXPERT = re.compile(
     r"(?i).*(high|low)[-_ ]?noise.*|transformer_2"
     r"|.*(a14b|wan[-_.]?2[-_.]?2).*[-_. ](high|low)([-_. ].*)?"
 )
+# what configs call a transformer with VACE's blocks
+_VACE_CLASSES = ("WanVACETransformer3DModel", "VaceWanModel")
 # in the names of classes whose frames do not see later ones
 _CAUSAL = "causal"
 # where trainers of causal, distilled models keep the model
@@ -80,7 +84,6 @@ _UNSUPPORTED = {
     ".k_img.": "image-to-video",
     ".add_k_proj.": "image-to-video",
     "image_embedder.": "image-to-video",
-    "vace_blocks.": "VACE",
     "spatial_memory_module.": "spatial memory (Echo-Memory)",
     ".videossm_hybrid.": "hybrid state-space memory (Echo-Memory)",
     ".block_wise_ssm.gate": "state-space memory of the first version (Echo-Memory)",
@@ -323,7 +326,7 @@ def _config_beside(folder: Path) -> Path | None:
         return None
     config = read_json(path)
     described = str(config.get("_class_name", "WanModel"))
-    is_wan = described in ("WanTransformer3DModel", "WanModel")
+    is_wan = described in ("WanTransformer3DModel", "WanModel", *_VACE_CLASSES)
     return path if is_wan or _CAUSAL in described.lower() else None
 
 
@@ -344,7 +347,7 @@ def _require_whole_view(path: Path) -> None:
 def _require_wan_pipeline(path: Path) -> None:
     index = read_json(path)
     kind = (index.get("transformer") or [None, None])[1]
-    if kind != "WanTransformer3DModel":
+    if kind not in ("WanTransformer3DModel", *_VACE_CLASSES):
         raise CheckpointError(
             f"{path} describes a {index.get('_class_name')} with transformer {kind}; expected a "
             "pipeline of WanTransformer3DModel"
@@ -533,6 +536,9 @@ def _classify(
         says.append(f"{len(memory)} keys of tokenizers and mergers")
     if translation.unknown:
         says.append(f"{len(translation.unknown)} keys of unknown modules")
+    vace = {ours.split(".")[1] for ours in translation.names.values() if ours.startswith("vace_bl")}
+    if vace:
+        return "vace", ", ".join([*says, f"{len(vace)} VACE blocks beside the main ones"])
     channels, outputs = _channels(translation, tensors)
     if channels == 2 * outputs and not cameras:
         says.append(f"the source on {outputs} of the target's {channels} channels")

@@ -46,6 +46,7 @@ _KINDS: dict[Format, str] = {
     "redirector": "a ReDirector transformer",
     "bernini_r": "a Bernini-R transformer",
     "echo_memory": "an Echo-Memory transformer",
+    "vace": "a Wan VACE transformer, which is given a source and a mask",
 }
 
 

@@ -28,6 +28,7 @@ _ADAPTER = tuple(
 )
 _TOP_MODULES = {
     "patch_embedding": "patch_embedding",
+    "vace_patch_embedding": "vace_patch_embedding",
     "time_embedding.0": "condition_embedder.time_embedder.linear_1",
     "time_embedding.2": "condition_embedder.time_embedder.linear_2",
     "text_embedding.0": "condition_embedder.text_embedder.linear_1",
@@ -45,6 +46,9 @@ _BLOCK_MODULES = {
     "cam_encoder": "cam_encoder",
     "projector": "projector",
     "action_mlp.proj": "action_mlp.proj",
+    # of VACE's own blocks
+    "before_proj": "proj_in",
+    "after_proj": "proj_out",
 }
 _ATTENTIONS = {
     "self_attn": "attn1",
@@ -100,8 +104,8 @@ _FLAT: dict[Naming, tuple[dict[str, str], dict[str, str]]] = {
     "original": _flat("original"),
     "diffusers": _flat("diffusers"),
 }
-_FLAT_BLOCK = re.compile(r"blocks_(0|[1-9]\d*)_(.+)")
-_BLOCK_KEY = re.compile(r"blocks\.(0|[1-9]\d*)\.(.+)")
+_FLAT_BLOCK = re.compile(r"((?:vace_)?blocks)_(0|[1-9]\d*)_(.+)")
+_BLOCK_KEY = re.compile(r"((?:vace_)?blocks)\.(0|[1-9]\d*)\.(.+)")
 _EXTRA_KEY = re.compile(r"(?:tokenizers|mergers)\.(?:0|[1-9]\d*)\.(?:weight|bias)")
 # what compilers, sharding, checkpointing and data parallelism write between the parts of a key:
 # _orig_mod, _fsdp_wrapped_module, _checkpoint_wrapped_module, _forward_module and their like
@@ -141,8 +145,8 @@ def parameter_of(key: str, naming: Naming) -> str | None:
         return key
     (top, block), flat = _FLAT[naming], key.replace(".", "_")
     if match := _FLAT_BLOCK.fullmatch(flat):
-        leaf = block.get(match[2])
-        return f"blocks.{match[1]}.{leaf}" if leaf else None
+        leaf = block.get(match[3])
+        return f"{match[1]}.{match[2]}.{leaf}" if leaf else None
     return top.get(flat)
 
 
@@ -154,8 +158,8 @@ def block_of(key: str) -> int | None:
 
 def _lookup(key: str, top: Mapping[str, str], block: Mapping[str, str]) -> str | None:
     if match := _BLOCK_KEY.fullmatch(key):
-        leaf = block.get(match[2])
-        return f"blocks.{match[1]}.{leaf}" if leaf else None
+        leaf = block.get(match[3])
+        return f"{match[1]}.{match[2]}.{leaf}" if leaf else None
     return top.get(key)
 
 

@@ -351,6 +351,11 @@ class Parts:
                 f"the image encoder gives tokens of {self.image and self.image.dim}, the "
                 f"transformer takes {shape.image_dim}; give the one that belongs to {name}"
             )
+        if shape.vace_layers and self.config.parallel.context > 1:
+            raise RequestError(
+                f"{name} has VACE's blocks, whose tokens are not shared between processes: use "
+                "context=1"
+            )
         if self.video_bytes > self.config.cache_bytes:
             raise MemoryBudgetError(
                 f"one video of {name} is {self.video_bytes:,} bytes of latents, cache_bytes allows "

@@ -44,6 +44,7 @@ from mv2v_engine.engine.request import Request, check_camera, require_task
 from mv2v_engine.engine.source import LongSource, Source, source_trajectory
 from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.engine.turn import Draft, FinishedWindow, Footage, KeptWindow, Turn
+from mv2v_engine.engine.vace import vace_context
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
@@ -518,6 +519,12 @@ class Session:
                 cancel.check()
             encode = partial(parts.vae.encode, frames, check=cancel.check)
             latents = yield from staged(spans, "vae", encode)
+            beside = latents
+            if parts.transformer.config.vace_layers:
+                context = partial(
+                    vace_context, parts.vae, frames, whole=latents, check=cancel.check
+                )
+                beside = yield from staged(spans, "vae", context)
             if not parts.is_editor:
                 self._source_latents = latents
             cancel.check()
@@ -535,7 +542,7 @@ class Session:
                 descriptor = self._described(frames[: window.stop - window.start], latents)
                 recalled = memory.recall(window, descriptor, latents)
                 if parts.transformer.config.source_channels:
-                    on_channels = latents.to(parts.device)[None]
+                    on_channels = beside.to(parts.device)[None]
             else:
                 recalled = self._recall.recall(request, latents, self.turns, ranked)
             image = None if parts.image is None else self._image(request)

@@ -519,6 +519,8 @@ def require_causal(
     Raises:
         RequestError: it does something else.
     """
+    if shape.vace_layers:
+        raise RequestError(f"{name} has VACE's blocks, which see a whole video: use run edit")
     if shape.has_camera:
         raise RequestError(
             f"{name} renders novel views, and streams are made from a prompt, or edit a source"

@@ -33,6 +33,7 @@ from mv2v_engine.models.rope import table_on
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.models.sequence import Sequence
 from mv2v_engine.models.stream_cache import StreamCache
+from mv2v_engine.models.vace import VaceBlock
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout
@@ -46,7 +47,7 @@ _Layer = Callable[..., tuple[Tensor, KeysValues | None]]
 class MV2VTransformer(nn.Module):
     """The denoiser. Parameter names are diffusers' `WanTransformer3DModel`'s, and
     `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`, `control_adapter`
-    and `blocks.N.attn1.rope_phase_qk` and `_vo`.
+    and `blocks.N.attn1.rope_phase_qk` and `_vo`; of VACE `WanVACETransformer3DModel`'s.
     """
 
     # small and sensitive: diffusers keeps them in float32 under bf16 weights, and so do we
@@ -56,7 +57,13 @@ class MV2VTransformer(nn.Module):
         super().__init__()
         self.config = config
         dim = config.dim
-        self.patch_embedding = nn.Conv3d(config.in_channels, dim, (1, 2, 2), stride=(1, 2, 2))
+        channels = config.latent_channels if config.vace_layers else config.in_channels
+        self.patch_embedding = nn.Conv3d(channels, dim, (1, 2, 2), stride=(1, 2, 2))
+        self.vace_patch_embedding = None
+        if config.vace_layers:
+            self.vace_patch_embedding = nn.Conv3d(
+                config.source_channels, dim, (1, 2, 2), stride=(1, 2, 2)
+            )
         self.tokenizers = nn.ModuleDict(
             {str(k): Tokenizer(config.latent_channels, dim, k) for k in config.tokenizers}
         )
@@ -65,6 +72,9 @@ class MV2VTransformer(nn.Module):
         self.control_adapter = CameraAdapter(dim) if config.has_phases else None
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.num_layers)])
+        self.vace_blocks = nn.ModuleList(
+            [VaceBlock(config, is_first=layer == 0) for layer in config.vace_layers]
+        )
         self.mergers = nn.ModuleDict()
         if config.merger is not None:
             merging = config.merging_blocks[:1] if config.merger.shared else config.merging_blocks
@@ -106,7 +116,7 @@ class MV2VTransformer(nn.Module):
 
     def set_feed_forward_chunk(self, chunk: int | None) -> None:
         """Tokens that a block's feed-forward takes at once without gradients; None takes all."""
-        for block in (*self.blocks, *self._places()):
+        for block in (*self.blocks, *self.vace_blocks, *self._places()):
             cast(Block, block).ffn.chunk = chunk
 
     def forward(
@@ -181,6 +191,7 @@ class MV2VTransformer(nn.Module):
         kept = [sample.kept if sample.is_kept else None for sample in samples]
         sequence = Sequence.packed([self._embed(sample) for sample in samples])
         embedded = _targets(sequence, samples)
+        context = self._vace_context(sequence, samples[0])
         merges = any(sample.plan.merge != "off" and not sample.is_kept for sample in samples)
         merging_blocks = self.config.merging_blocks if merges else ()
         blocks = self.blocks if self.offload is None else self.offload.resident()
@@ -194,6 +205,13 @@ class MV2VTransformer(nn.Module):
                 stream = samples[0].stream
                 layer = None if stream is None else stream.layers[index]
                 x, _ = run(sequence, _of_block(kept, index), False, layer)
+            if context is not None and index in self.config.vace_layers:
+                own = self.vace_blocks[self.config.vace_layers.index(index)]
+                assert isinstance(own, VaceBlock)
+                context, hint = own.hint(context)
+                target = hint.shape[1]
+                x = torch.cat([x[:, :target] + hint, x[:, target:]], 1)
+                del hint
             sequence = replace(sequence, x=x)
             del x  # a merge before the next block does not need them
         parts = sequence.split()
@@ -213,17 +231,32 @@ class MV2VTransformer(nn.Module):
         Args:
             latents: the target's [B, C_in, F, H, W]. residual: as `forward` of that plan left it.
         """
-        video = self.patch_embedding(latents.to(self.patch_embedding.weight.dtype))
-        x = video.flatten(2).transpose(1, 2) + residual.read()
+        x = self._target_tokens(latents) + residual.read()
         return self._velocity(x, self.condition_embedder.time_embedding(timestep), plan)
+
+    def _target_tokens(self, latents: Tensor) -> Tensor:
+        """The target's tokens [B, L, C]; of VACE's channels, its own latents' alone."""
+        own = latents[:, : self.patch_embedding.in_channels]
+        video = self.patch_embedding(own.to(self.patch_embedding.weight.dtype))
+        tokens: Tensor = video.flatten(2).transpose(1, 2)
+        return tokens
+
+    def _vace_context(self, sequence: Sequence, sample: Sample) -> Sequence | None:
+        """The context's tokens as VACE's first block takes them, in the target's places."""
+        if self.vace_patch_embedding is None:
+            return None
+        target = sequence if len(sample.plan.segments) == 1 else sequence.halves()[0]
+        given = sample.latents[0][:, self.patch_embedding.in_channels :]
+        video = self.vace_patch_embedding(given.to(self.patch_embedding.weight.dtype))
+        x = self.vace_blocks[0].proj_in(video.flatten(2).transpose(1, 2))  # type: ignore[operator]
+        return replace(target, x=x + target.x)
 
     def _embed(self, sample: Sample) -> Sequence:
         """The tokens of the first block: the target's alone where the conditioning is kept."""
         plan, embedder = sample.plan, self.condition_embedder
         count = 1 if sample.is_kept else len(plan.segments)
         latents = sample.latents[:count]
-        target = self.patch_embedding(latents[0].to(self.patch_embedding.weight.dtype))
-        parts = [target.flatten(2).transpose(1, 2)]
+        parts = [self._target_tokens(latents[0])]
         for latent, segment in zip(latents[1:], plan.segments[1:count], strict=True):
             parts.append(self.tokenizers[str(segment.tokenizer)](latent))
         x, layout = torch.cat(parts, dim=1), Layout(plan.layout.runs[:count])

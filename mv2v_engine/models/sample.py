@@ -54,6 +54,7 @@ class Sample:
         """
         self._check_kept()
         self._check_stream()
+        self._check_vace(is_alone=is_alone)
         if not is_alone:
             self._check_packed()
         self._check_latents()
@@ -79,6 +80,15 @@ class Sample:
             raise ValueError("a stream keeps its own K and V, and runs in one process")
         if not self.stream.num_frames:
             raise ValueError("the stream has no block yet; call begin_block before its forwards")
+
+    def _check_vace(self, *, is_alone: bool) -> None:
+        if not self.plan.shape.vace_layers:
+            return
+        if not is_alone or self.stream is not None or self.ranks is not None:
+            raise ValueError(
+                "VACE's blocks run beside one sample's target in one process, not in packs, "
+                "streams or over ranks"
+            )
 
     def _check_packed(self) -> None:
         if self.stream is not None:

@@ -72,6 +72,8 @@ def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dic
     table["camera"] += _ray_flops(plan, plan.segments)
     table["embedding"] = _embedding_flops(plan, timesteps=1 + is_static)
     table["head"] = _head_flops(plan)
+    if shape.vace_layers:
+        table["vace"] = _vace_flops(plan)
     table["merge"] = sum(_merge_flops(plan, step) for step in steps)
     return table
 
@@ -85,6 +87,7 @@ def kept_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -
         + _ray_flops(plan, plan.segments[:1]),
         "embedding": _embedding_flops(plan, timesteps=1),
         "head": _head_flops(plan),
+        **({"vace": _vace_flops(plan)} if plan.shape.vace_layers else {}),
     }
 
 
@@ -161,6 +164,13 @@ def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -
         parts["linear"] += 2 * num_queries * per_token
         parts["cross_attention"] += 4 * num_queries * text * width + 4 * text * width**2
     return parts
+
+
+def _vace_flops(plan: TokenPlan) -> int:
+    """VACE's blocks over the target's tokens, their hints, and the first one's way in."""
+    count, length = len(plan.shape.vace_layers), plan.target.length
+    blocks = sum(_block_parts(plan, [length] * count, [length] * count).values())
+    return blocks + 2 * (count + 1) * length * plan.shape.dim**2
 
 
 def _prope_products(shape: TransformerConfig) -> int:

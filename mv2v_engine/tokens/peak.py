@@ -65,7 +65,10 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     image = IMAGE_TOKENS * block.row if plan.shape.image_dim else 0
     # tokens by their places, and attention's
     places = 3 * plan.length * block.row if plan.shape.is_by_frames else 0
-    return peak + places + residuals + table + rays + image + plan.shape.text_len * block.row
+    # VACE's context, what it becomes, its hint, and the target's tokens with it
+    vace = 4 * plan.target.length * block.row if plan.shape.vace_layers else 0
+    more = rays + image + places + vace
+    return peak + more + residuals + table + plan.shape.text_len * block.row
 
 
 def _merged_table(plan: TokenPlan, length: int) -> int:

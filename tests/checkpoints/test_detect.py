@@ -222,7 +222,7 @@ def test_other_models_are_named(tmp_path: Path, says: str) -> None:
 
 @pytest.mark.parametrize(
     ("key", "says"),
-    [("img_emb.proj.0.bias", "image-to-video"), ("vace_blocks.0.bias", "VACE")],
+    [("img_emb.proj.0.bias", "image-to-video"), ("motion_encoder.0.bias", "Animate")],
 )
 def test_other_wan_models_are_named(tmp_path: Path, wan: State, key: str, says: str) -> None:
     with pytest.raises(CheckpointError, match=f"is a {says} checkpoint"):

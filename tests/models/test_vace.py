@@ -1,0 +1,358 @@
+"""VACE: its forward against a reference of its own and diffusers', its context, its files, an edit."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.nn import functional as F
+
+from mv2v_engine import Engine, EngineConfig
+from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, render_inspection
+from mv2v_engine.checkpoints.names import to_original
+from mv2v_engine.config import ParallelConfig, StreamConfig, TransformerConfig
+from mv2v_engine.engine.stream import require_causal
+from mv2v_engine.engine.vace import vace_context
+from mv2v_engine.errors import CheckpointError, RequestError, VideoError
+from mv2v_engine.models.autoencoder import Autoencoder
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_config
+from mv2v_engine.tokens.flops import flop_table
+from mv2v_engine.tokens.plan import turn_plan
+from mv2v_engine.vae import VideoVAE
+
+GRID = (3, 6, 10)
+State = dict[str, Tensor]
+
+
+def _config(**changes: Any) -> TransformerConfig:
+    """Two latents of 16 channels and 64 of a mask; blocks beside 0, 2 and 3 of four."""
+    base: dict[str, Any] = {"camera_conditioning": "none", "tokenizers": (), "merger": None}
+    base |= {"in_channels": 112, "out_channels": 16, "source_channels": 96}
+    base |= {"num_layers": 4, "vace_layers": (0, 2, 3)}
+    return tiny_config(**base | changes)
+
+
+def _model(config: TransformerConfig) -> MV2VTransformer:
+    model = MV2VTransformer(config).eval().requires_grad_(False)
+    randomise(model)
+    return model
+
+
+def _inputs(config: TransformerConfig) -> tuple[Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(7)
+    latents = torch.randn(2, config.in_channels, *GRID, generator=generator)
+    text = torch.randn(2, config.text_len, config.text_dim, generator=generator)
+    return latents, torch.tensor([999.0, 371.5]), text
+
+
+def _original(model: MV2VTransformer) -> State:
+    """The weights under Wan's own names."""
+    names = {name: to_original(name) for name in model.state_dict()}
+    assert None not in names.values()
+    return {str(names[name]): weight for name, weight in model.state_dict().items()}
+
+
+class Reference:
+    """The paper's model, written out over Wan's own names, in float64, one sample at a time."""
+
+    def __init__(self, weights: State, config: TransformerConfig) -> None:
+        self.w = {name: weight.double() for name, weight in weights.items()}
+        self.heads, self.eps, self.layers = (
+            config.num_attention_heads,
+            config.eps,
+            config.vace_layers,
+        )
+        self.freq_dim, self.depth = config.freq_dim, config.num_layers
+
+    def linear(self, name: str, x: Tensor) -> Tensor:
+        return F.linear(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"])
+
+    def norm(self, x: Tensor, name: str | None = None) -> Tensor:
+        pair = (None, None) if name is None else (self.w[f"{name}.weight"], self.w[f"{name}.bias"])
+        return F.layer_norm(x, x.shape[-1:], *pair, eps=self.eps)
+
+    def heads_of(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)
+
+    def attention(self, name: str, x: Tensor, seen: Tensor, turn: Tensor | None) -> Tensor:
+        q, k, v = (self.linear(f"{name}.{p}", y) for p, y in zip("qkv", (x, seen, seen)))
+        for part, y in (("q", q), ("k", k)):
+            y *= (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
+            y *= self.w[f"{name}.norm_{part}.weight"]
+        q, k, v = map(self.heads_of, (q, k, v))
+        if turn is not None:
+            q, k = (
+                torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * turn).flatten(
+                    2
+                )
+                for y in (q.contiguous(), k.contiguous())
+            )
+        scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
+        out = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
+        return self.linear(f"{name}.o", out)
+
+    def block(self, name: str, x: Tensor, text: Tensor, time: Tensor, turn: Tensor) -> Tensor:
+        shift, scale, gate, shift2, scale2, gate2 = self.w[f"{name}.modulation"][0] + time
+        seen = self.norm(x) * (1 + scale) + shift
+        x = x + self.attention(f"{name}.self_attn", seen, seen, turn) * gate
+        x = x + self.attention(f"{name}.cross_attn", self.norm(x, f"{name}.norm3"), text, None)
+        hidden = self.linear(f"{name}.ffn.0", self.norm(x) * (1 + scale2) + shift2)
+        return x + self.linear(f"{name}.ffn.2", F.gelu(hidden, approximate="tanh")) * gate2
+
+    def turns(self, grid: tuple[int, int, int], width: int) -> Tensor:
+        sizes = (width - 4 * (width // 6), 2 * (width // 6), 2 * (width // 6))
+        parts = []
+        for axis, size in enumerate(sizes):
+            rate = 10000.0 ** (-torch.arange(0, size, 2, dtype=torch.float64) / size)
+            angle = torch.arange(grid[axis], dtype=torch.float64)[:, None] * rate
+            shape = [1, 1, 1, -1]
+            shape[axis] = grid[axis]
+            parts.append(angle.reshape(shape).expand(*grid, -1))
+        angles = torch.cat(parts, -1).flatten(0, 2)
+        return torch.polar(torch.ones_like(angles), angles)
+
+    def patches(self, name: str, video: Tensor) -> Tensor:
+        pair = self.w[f"{name}.weight"], self.w[f"{name}.bias"]
+        return F.conv3d(video[None], *pair, stride=(1, 2, 2))[0].flatten(1).T
+
+    def __call__(self, latents: Tensor, context: Tensor, time: float, text: Tensor) -> Tensor:
+        frames, rows, columns = latents.shape[1:]
+        x = self.patches("patch_embedding", latents.double())
+        half = self.freq_dim // 2
+        rate = 10000.0 ** (-torch.arange(half, dtype=torch.float64) / half)
+        wave = torch.cat([(time * rate).cos(), (time * rate).sin()])
+        embedded = self.linear("time_embedding.2", F.silu(self.linear("time_embedding.0", wave)))
+        modulation = self.linear("time_projection.1", F.silu(embedded)).unflatten(0, (6, -1))
+        hidden = F.gelu(self.linear("text_embedding.0", text.double()), approximate="tanh")
+        words = self.linear("text_embedding.2", hidden)
+        turn = self.turns((frames, rows // 2, columns // 2), x.shape[-1] // self.heads)
+        seen = self.patches("vace_patch_embedding", context.double())
+        seen, hints = self.linear("vace_blocks.0.before_proj", seen) + x, []
+        for place in range(len(self.layers)):
+            seen = self.block(f"vace_blocks.{place}", seen, words, modulation, turn)
+            hints.append(self.linear(f"vace_blocks.{place}.after_proj", seen))
+        for index in range(self.depth):
+            x = self.block(f"blocks.{index}", x, words, modulation, turn)
+            if index in self.layers:
+                x = x + hints[self.layers.index(index)]
+        shift, scale = self.w["head.modulation"][0] + embedded
+        out = self.linear("head.head", self.norm(x) * (1 + scale) + shift)
+        cells = out.reshape(frames, rows // 2, columns // 2, 2, 2, -1)
+        return cells.permute(5, 0, 1, 3, 2, 4).reshape(-1, frames, rows, columns)
+
+
+def test_it_is_the_papers_forward() -> None:
+    config = _config()
+    model = _model(config)
+    reference = Reference(_original(model), config)
+    latents, times, text = _inputs(config)
+    plan = turn_plan(config, GRID, ())
+    got = model([latents], times, text, plan=plan)
+    expected = torch.stack(
+        [
+            reference(latents[n, :16], latents[n, 16:], float(times[n]), text[n])
+            for n in range(len(latents))
+        ]
+    )
+    assert relative_error(got, expected) <= 1e-5
+    # and the context is read
+    other = torch.cat([latents[:, :16], -latents[:, 16:]], 1)
+    assert relative_error(model([other], times, text, plan=plan), expected) > 1e-2
+
+
+def test_it_is_diffusers_model() -> None:
+    from diffusers import WanVACETransformer3DModel
+
+    config = _config()
+    theirs = WanVACETransformer3DModel(
+        num_attention_heads=config.num_attention_heads,
+        attention_head_dim=config.attention_head_dim,
+        in_channels=16,
+        out_channels=16,
+        text_dim=config.text_dim,
+        freq_dim=config.freq_dim,
+        ffn_dim=config.ffn_dim,
+        num_layers=config.num_layers,
+        rope_max_seq_len=64,
+        vace_layers=list(config.vace_layers),
+        vace_in_channels=96,
+    )
+    theirs = theirs.eval().requires_grad_(False)
+    randomise(theirs)
+    model = MV2VTransformer(config).eval().requires_grad_(False)
+    model.load_state_dict(theirs.state_dict(), strict=True)
+    latents, times, text = _inputs(config)
+    expected = theirs(
+        hidden_states=latents[:, :16],
+        timestep=times,
+        encoder_hidden_states=text,
+        control_hidden_states=latents[:, 16:],
+        return_dict=False,
+    )[0]
+    got = model([latents], times, text, plan=turn_plan(config, GRID, ()))
+    assert relative_error(got, expected) <= 1e-5
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_memory_stands_beside_it(conditioning: Any) -> None:
+    """Hints go to the target's tokens alone; kept K and V give what a whole forward gives."""
+    from mv2v_engine.models.kept import ConditioningCache
+
+    config = _config(tokenizers=(2, 4))
+    model = _model(config)
+    latents, times, text = (each[:1] for each in _inputs(config))
+    plan = turn_plan(config, GRID, (2, 4), merge="off", conditioning=conditioning)
+    shapes = plan.latent_shapes[1:]
+    memory = [torch.randn(1, *s, generator=torch.Generator().manual_seed(3)) for s in shapes]
+    whole = model([latents, *memory], times, text, plan=plan)
+    alone = model([latents], times, text, plan=turn_plan(config, GRID, ()))
+    assert relative_error(whole, alone) > 1e-3
+    if conditioning == "static":
+        kept = ConditioningCache(plan)
+        first = model([latents, *memory], times, text, plan=plan, kept=kept)
+        again = model([latents], times, text, plan=plan, kept=kept)
+        assert relative_error(first, whole) == 0 and relative_error(again, whole) < 1e-5
+
+
+def test_its_flops_are_counted() -> None:
+    from torch.utils.flop_counter import FlopCounterMode
+
+    config = _config()
+    latents, times, text = (each[:1] for each in _inputs(config))
+    plan = turn_plan(config, GRID, ())
+    with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
+        _model(config)([latents], times, text, plan=plan)
+    assert counter.get_total_flops() == sum(flop_table(plan).values())
+    assert flop_table(plan)["vace"] > 0
+
+
+def test_what_it_does_not_do() -> None:
+    config = _config()
+    model = _model(config)
+    latents, times, text = (each[:1] for each in _inputs(config))
+    with pytest.raises(RequestError, match="VACE's blocks, which see a whole video"):
+        require_causal(config, "vace", StreamConfig())
+    from mv2v_engine.models.sample import Sample
+
+    sample = Sample(
+        latents=[latents],
+        timestep=times,
+        encoder_hidden_states=text,
+        plan=turn_plan(config, GRID, ()),
+    )
+    with pytest.raises(ValueError, match="not in packs, streams or over ranks"):
+        model.forward_samples([sample, sample])
+    for wrong in ((1, 2), (0, 0), (0, 4)):
+        with pytest.raises(RequestError, match="vace_layers must rise from 0"):
+            _config(vace_layers=wrong)
+    with pytest.raises(RequestError, match="VACE takes its context beside the target"):
+        _config(in_channels=110)
+
+
+@pytest.fixture(scope="module")
+def vae() -> VideoVAE:
+    torch.manual_seed(0)
+    fields = {"base_dim": 4, "dim_mult": [1, 1, 1, 1], "num_res_blocks": 1}
+    return VideoVAE(Autoencoder(fields))
+
+
+def test_the_context_of_a_source_and_a_mask(vae: VideoVAE) -> None:
+    """As VACE's authors encode it: both halves of the video, and the mask's cells by channel."""
+    generator = torch.Generator().manual_seed(1)
+    frames = torch.randint(0, 256, (9, 32, 48, 3), generator=generator, dtype=torch.uint8)
+    mask = (torch.rand(9, 32, 48, generator=generator) > 0.5).float()
+    got = vace_context(vae, frames, mask)
+    assert got.shape == (96, 3, 4, 6)
+    pixels = (frames.permute(3, 0, 1, 2).float() / 127.5 - 1)[None]
+    mean, std = (
+        torch.tensor(each).reshape(16, 1, 1, 1)
+        for each in (vae.model.config.latents_mean, vae.model.config.latents_std)
+    )
+    for place, chosen in ((0, 1 - mask), (1, mask)):
+        latents = (vae.model.encode(pixels * chosen)[0] - mean) / std
+        torch.testing.assert_close(got[16 * place : 16 * place + 16], latents)
+    for frame, nearest in enumerate((1, 4, 7)):  # the middle of each third of nine frames
+        for row, column in ((0, 0), (3, 5)):
+            cell = mask[nearest, 8 * row : 8 * row + 8, 8 * column : 8 * column + 8]
+            assert torch.equal(got[32:, frame, row, column], cell.flatten())
+    # without a mask all of it is made anew
+    whole = vace_context(vae, frames, whole=vae.encode(frames))
+    torch.testing.assert_close(whole, vace_context(vae, frames, torch.ones(9, 32, 48)))
+    assert torch.equal(whole[32:], torch.ones(64, 3, 4, 6))
+    with pytest.raises(VideoError, match="the mask must have shape"):
+        vace_context(vae, frames, mask[:5])
+
+
+def _file(folder: Path, model: MV2VTransformer, *, layers: list[int] | None) -> Path:
+    folder.mkdir()
+    config = model.config
+    words: dict[str, Any] = {"_class_name": "VaceWanModel", "model_type": "vace"}
+    words |= {"num_heads": config.num_attention_heads, "dim": config.dim, "text_len": 8}
+    words |= {} if layers is None else {"vace_layers": layers}
+    (folder / "config.json").write_text(json.dumps(words))
+    weights = {name: weight.contiguous() for name, weight in _original(model).items()}
+    save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return folder
+
+
+def test_its_file_is_recognised_and_edits(
+    worded_checkpoint: Path, moving_frames: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    config = _config(num_attention_heads=2, attention_head_dim=24, text_dim=16, text_len=8)
+    model = _model(config)
+    folder = _file(tmp_path / "vace", model, layers=[0, 2, 3])
+    found = inspect_checkpoint(folder)
+    assert found.problem is None and found.format == "vace" and found.command == "run edit"
+    told = render_inspection(found)
+    assert "a Wan VACE transformer" in told and "3 VACE blocks beside the main ones" in told
+    loaded = load_checkpoint(folder)
+    assert loaded.config.vace_layers == (0, 2, 3) and loaded.config.in_channels == 112
+    assert loaded.sampling.flow_shift == 16 and loaded.sampling.size == (480, 832)
+    ours = model.state_dict()
+    state = loaded.transformer.state_dict()
+    assert all(torch.equal(state[name], weight) for name, weight in ours.items())
+    # the layers of a file that does not say them are spread evenly, if they can be
+    even = _model(replace(config, vace_layers=(0, 2)))
+    assert load_checkpoint(_file(tmp_path / "even", even, layers=None)).config.vace_layers == (0, 2)
+    with pytest.raises(CheckpointError, match="has 3 VACE blocks, and 4 vace_layers"):
+        load_checkpoint(_file(tmp_path / "uneven", model, layers=None))
+
+    engine = Engine.from_pretrained(folder, device="cpu", components=worded_checkpoint)
+    small = replace(loaded.sampling, num_frames=5, size=(32, 48), num_inference_steps=2)
+    checkpoint = replace(engine.checkpoint, sampling=small)
+    options: dict[str, Any] = {"device": engine.device}
+    editor = Engine(checkpoint, engine.vae, engine.text, config=EngineConfig(), **options)
+    frames = moving_frames(9)
+    turn = editor.session(frames, cuts=()).edit("a red ball", seed=3)
+    assert turn.frames.shape == (9, 32, 48, 3)
+    other = editor.session(255 - frames, cuts=()).edit("a red ball", seed=3)
+    assert not torch.equal(turn.frames, other.frames)
+    shared = EngineConfig(parallel=ParallelConfig(context=2))
+    with pytest.raises(RequestError, match="tokens are not shared between processes"):
+        Engine(checkpoint, engine.vae, engine.text, config=shared, **options)
+
+
+def test_a_lora_of_its_blocks(tmp_path: Path) -> None:
+    """As Ditto's files are: changes of VACE's own blocks alone."""
+    model = _model(_config(num_attention_heads=2, attention_head_dim=24, text_len=8))
+    folder, generator = _file(tmp_path / "vace", model, layers=[0, 2, 3]), torch.Generator()
+    name, width = "vace_blocks.1.self_attn.q", model.config.dim
+    down, up = (
+        torch.randn(4, width, generator=generator),
+        torch.randn(width, 4, generator=generator),
+    )
+    keys = {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
+    save_file(keys, tmp_path / "ditto_small.safetensors")
+    loaded = load_checkpoint(folder, lora=((tmp_path / "ditto_small.safetensors", 0.5),))
+    got = loaded.transformer.state_dict()["vace_blocks.1.attn1.to_q.weight"]
+    expected = model.state_dict()["vace_blocks.1.attn1.to_q.weight"] + 0.5 * up @ down
+    torch.testing.assert_close(got, expected)
