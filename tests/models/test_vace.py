@@ -1,4 +1,4 @@
-"""VACE: its forward against a reference of its own and diffusers', its context, its files, an edit."""
+"""VACE: its forward against a written-out reference and diffusers', its context, files, an edit."""
 
 from __future__ import annotations
 
@@ -66,12 +66,9 @@ class Reference:
 
     def __init__(self, weights: State, config: TransformerConfig) -> None:
         self.w = {name: weight.double() for name, weight in weights.items()}
-        self.heads, self.eps, self.layers = (
-            config.num_attention_heads,
-            config.eps,
-            config.vace_layers,
-        )
-        self.freq_dim, self.depth = config.freq_dim, config.num_layers
+        self.heads, self.eps = config.num_attention_heads, config.eps
+        self.layers, self.depth = config.vace_layers, config.num_layers
+        self.freq_dim = config.freq_dim
 
     def linear(self, name: str, x: Tensor) -> Tensor:
         return F.linear(x, self.w[f"{name}.weight"], self.w[f"{name}.bias"])
@@ -84,18 +81,16 @@ class Reference:
         return x.unflatten(-1, (self.heads, -1)).transpose(0, 1)
 
     def attention(self, name: str, x: Tensor, seen: Tensor, turn: Tensor | None) -> Tensor:
-        q, k, v = (self.linear(f"{name}.{p}", y) for p, y in zip("qkv", (x, seen, seen)))
+        given = {"q": x, "k": seen, "v": seen}
+        q, k, v = (self.linear(f"{name}.{part}", y) for part, y in given.items())
         for part, y in (("q", q), ("k", k)):
             y *= (y.square().mean(-1, keepdim=True) + self.eps).rsqrt()
             y *= self.w[f"{name}.norm_{part}.weight"]
         q, k, v = map(self.heads_of, (q, k, v))
         if turn is not None:
-            q, k = (
-                torch.view_as_real(torch.view_as_complex(y.unflatten(-1, (-1, 2))) * turn).flatten(
-                    2
-                )
-                for y in (q.contiguous(), k.contiguous())
-            )
+            pairs = (y.contiguous().unflatten(-1, (-1, 2)) for y in (q, k))
+            turned = (torch.view_as_complex(y) * turn for y in pairs)
+            q, k = (torch.view_as_real(y).flatten(2) for y in turned)
         scores = q @ k.transpose(1, 2) / math.sqrt(q.shape[-1])
         out = (scores.softmax(-1) @ v).transpose(0, 1).flatten(1)
         return self.linear(f"{name}.o", out)
@@ -346,10 +341,8 @@ def test_a_lora_of_its_blocks(tmp_path: Path) -> None:
     model = _model(_config(num_attention_heads=2, attention_head_dim=24, text_len=8))
     folder, generator = _file(tmp_path / "vace", model, layers=[0, 2, 3]), torch.Generator()
     name, width = "vace_blocks.1.self_attn.q", model.config.dim
-    down, up = (
-        torch.randn(4, width, generator=generator),
-        torch.randn(width, 4, generator=generator),
-    )
+    down = torch.randn(4, width, generator=generator)
+    up = torch.randn(width, 4, generator=generator)
     keys = {f"{name}.lora_A.default.weight": down, f"{name}.lora_B.default.weight": up}
     save_file(keys, tmp_path / "ditto_small.safetensors")
     loaded = load_checkpoint(folder, lora=((tmp_path / "ditto_small.safetensors", 0.5),))
