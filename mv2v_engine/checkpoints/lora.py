@@ -140,7 +140,7 @@ class Lora:
         """Channels of the transformer that it was made for; None if no product tells."""
         for name, change in self.changes.items():
             if change.up is not None and change.down is not None:
-                if re.fullmatch(r"blocks\.\d+\.attn[12]\.to_(q|out\.0)\.weight", name):
+                if re.fullmatch(r"(vace_)?blocks\.\d+\.attn[12]\.to_(q|out\.0)\.weight", name):
                     return change.up.shape[0]
                 if name.endswith(".ffn.net.0.proj.weight"):
                     return math.prod(change.down.shape[1:])
@@ -162,10 +162,10 @@ class Lora:
         """What it is, in one sentence."""
         whose = "diffusers'" if self.naming == "diffusers" else "Wan's own"
         width = "" if self.width is None else f" of {self.width:,} channels"
-        return (
-            f"a LoRA under {whose} names: {self.line}, for a Wan transformer of {self.num_blocks} "
-            f"blocks{width}; give it as --lora with its base as --checkpoint"
-        )
+        made_for = f"a Wan transformer of {self.num_blocks} blocks{width}"
+        if not self.num_blocks and any(name.startswith("vace_") for name in self.changes):
+            made_for = f"the VACE blocks of a Wan transformer{width}"
+        return f"a LoRA under {whose} names: {self.line}, for {made_for}; give it as --lora with its base as --checkpoint"
 
     def to_dict(self) -> dict[str, Any]:
         """What a report says of it."""
@@ -370,7 +370,7 @@ def _require_lora(
         if any(re.search(r"blocks\.0\.(self_attn|attn1)\.", key) for key in header):
             what = "a transformer's weights and no change to them: give it as --checkpoint"
         raise CheckpointError(f"{path} is {what}; expected a LoRA of a Wan transformer")
-    if not any(re.match(r"blocks[._]\d+[._]|head|proj_out", module) for module in changing):
+    if not any(re.match(r"(vace_)?blocks[._]\d+[._]|head|proj_out", module) for module in changing):
         raise CheckpointError(
             f"{path} is a LoRA of another model than Wan (first keys: "
             f"{', '.join(list(header)[:3])}); expected changes to blocks.N.self_attn, cross_attn "

@@ -83,6 +83,6 @@ def large_linears(model: nn.Module) -> dict[str, nn.Linear]:
         name: module
         for name, module in model.named_modules()
         if isinstance(module, nn.Linear)
-        and name.startswith("blocks.")
+        and name.startswith(("blocks.", "vace_blocks."))
         and not name.endswith("cam_encoder")
     }
