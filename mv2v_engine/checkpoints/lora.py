@@ -165,7 +165,10 @@ class Lora:
         made_for = f"a Wan transformer of {self.num_blocks} blocks{width}"
         if not self.num_blocks and any(name.startswith("vace_") for name in self.changes):
             made_for = f"the VACE blocks of a Wan transformer{width}"
-        return f"a LoRA under {whose} names: {self.line}, for {made_for}; give it as --lora with its base as --checkpoint"
+        return (
+            f"a LoRA under {whose} names: {self.line}, for {made_for}; give it as --lora with its "
+            "base as --checkpoint"
+        )
 
     def to_dict(self) -> dict[str, Any]:
         """What a report says of it."""

@@ -208,7 +208,7 @@ class Stream:
             token.check()
             if self._is_broken:
                 raise RequestError(
-                    "this stream broke off while it decoded a block; resume it from its folder"
+                    "this stream broke off while the VAE ran; resume it from its folder"
                 )
             if self._num_frames is not None:
                 return
@@ -234,18 +234,21 @@ class Stream:
         What has come once is kept, so that a stream that is resumed need not have it again.
         """
         assert self.source is not None
-        if number <= self._num_encoded or (self._given and self._given.number == number):
+        if number <= self._num_encoded:
             return True
-        first, stop = self.first_frame(number), self.first_frame(number + 1)
-        frames = None if self.folder is None else self.folder.read_source(number)
-        if frames is None:
-            frames = self.source.take(first, stop - first, token.check)
+        given = self._given
+        if given is None or given.number != number:
+            first, stop = self.first_frame(number), self.first_frame(number + 1)
+            frames = None if self.folder is None else self.folder.read_source(number)
+            if frames is None:
+                frames = self.source.take(first, stop - first, token.check)
             if frames is None:
                 return False
-            if self.folder is not None:
-                self.folder.save_source(number, frames)
-        repeated = frames[-1:].expand(stop - first - len(frames), -1, -1, -1)
-        self._given = _Given(number, torch.cat([frames, repeated]), len(frames))
+            repeated = frames[-1:].expand(stop - first - len(frames), -1, -1, -1)
+            given = _Given(number, torch.cat([frames, repeated]), len(frames))
+            self._given = given
+        if self.folder is not None and not self.folder.source_path(number).exists():
+            self.folder.save_source(number, given.frames[: given.num_frames])
         return True
 
     def _encoded(self) -> _Given:

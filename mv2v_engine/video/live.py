@@ -156,17 +156,17 @@ def open_live(
     is_device = isinstance(place, str | Path) and stat.S_ISCHR(Path(place).stat().st_mode)
     name = str(place) if is_path else Path(str(getattr(place, "name", "pipe"))).name
     name = "stdin" if name in ("0", "<stdin>") else name
-    try:
-        if raw_size is not None:
-            if is_device:
-                raise RequestError(f"{name} is a device, whose frames say their size themselves")
-            return LiveFrames(_raw(place, raw_size), fps=fps, name=name, room=room)
-        import av
+    if raw_size is not None:
+        if is_device:
+            raise RequestError(f"{name} is a device, whose frames say their size themselves")
+        return LiveFrames(_raw(place, raw_size), fps=fps, name=name, room=room)
+    import av
 
+    try:
         options = {"framerate": f"{fps:g}"} if is_device and fps is not None else {}
         opened: Any = str(place) if is_path else place
         container = av.open(opened, "r", format="v4l2" if is_device else None, options=options)
-    except (OSError, ValueError) as error:
+    except (av.error.FFmpegError, OSError, ValueError) as error:
         raise VideoError(
             f"{name} cannot be read as video ({error}); give a container that can be read without "
             "going back (Matroska, MPEG-TS, fragmented mp4), or the size of raw frames"
