@@ -13,7 +13,7 @@ import stat
 import threading
 from collections import deque
 from collections.abc import Iterable, Iterator
-from contextlib import nullcontext
+from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
@@ -183,9 +183,11 @@ def _raw(place: str | Path | IO[bytes], size: tuple[int, int]) -> Iterator[Tenso
     """Frames [height, width, 3] of bytes; what is left of one that is cut off is left out."""
     height, width = size
     length = height * width * 3
-    is_path = isinstance(place, str | Path)
-    # a named pipe opens when somebody writes to it
-    with open(place, "rb") if is_path else nullcontext(place) as file:
+    with ExitStack() as stack:
+        file: Any = place
+        if isinstance(place, str | Path):
+            # a named pipe opens when somebody writes to it
+            file = stack.enter_context(Path(place).open("rb"))
         while True:
             data = bytearray()
             while len(data) < length and (more := file.read(length - len(data))):
@@ -202,7 +204,8 @@ def _decoded(
     import av
 
     stream, path = container.streams.video[0], Path(name)
-    pictures, shape = None, None
+    pictures: Pictures | None = None
+    shape: tuple[int, int] | None = None
     with container:
         try:
             for frame in container.decode(stream):
