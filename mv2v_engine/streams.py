@@ -63,8 +63,10 @@ from mv2v_engine.video.live import is_live, open_live
 _STDOUT = "-"
 _SAID_SECONDS = 5.0  # between two lines of progress
 # the settings of an engine that a stream has no use for
-_OF_TURNS = (SAMPLING, MEMORY, VIEWS, EDITS, STEPS, "batch_tokens", "graph_bytes")
-_OF_TURNS += ("cache_bytes", "device_cache_bytes", "frames_bytes")
+_OF_TURNS = (
+    *(SAMPLING, MEMORY, VIEWS, EDITS, STEPS),
+    *("batch_tokens", "cache_bytes", "device_cache_bytes", "frames_bytes", "graph_bytes"),
+)
 
 
 def stream(args: argparse.Namespace) -> int:
