@@ -32,10 +32,13 @@ from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import (
     AnySource,
+    AnyStreamSource,
     LongSource,
     Source,
+    StreamSource,
     load_source,
     open_long_source,
+    open_stream_source,
     view_identity,
 )
 from mv2v_engine.engine.stream import (
@@ -46,7 +49,6 @@ from mv2v_engine.engine.stream import (
     identity_of,
 )
 from mv2v_engine.engine.stream_folder import StreamFolder
-from mv2v_engine.engine.stream_source import AnyStreamSource, StreamSource, open_stream_source
 from mv2v_engine.engine.team import open_team, serve
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.warmup import warm_up

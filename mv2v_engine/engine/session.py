@@ -42,9 +42,8 @@ from mv2v_engine.engine.recall import EditRecall, Ranked, Recall, ViewRecall
 from mv2v_engine.engine.report import edit_report, view_report, window_report
 from mv2v_engine.engine.request import Request, check_camera, require_task
 from mv2v_engine.engine.source import LongSource, Source, source_trajectory
-from mv2v_engine.engine.step import Conditioning
+from mv2v_engine.engine.step import Conditioning, vace_context
 from mv2v_engine.engine.turn import Draft, FinishedWindow, Footage, KeptWindow, Turn
-from mv2v_engine.engine.vace import vace_context
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import Alpha
-from mv2v_engine.errors import RequestError, VideoError
+from mv2v_engine.errors import MV2VError, RequestError, VideoError
 from mv2v_engine.video.pictures import Pictures, has_room_for_alpha
 from mv2v_engine.video.scan import Check, check_picture_size, square_size
 
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 ROOM = 48
 # how long a wait goes on without looking whether it was cancelled
 _PATIENCE = 0.1
+# what a source may raise; anything else is told by the thread, too
+_FAILURES = (MV2VError, ArithmeticError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 
 
 class LiveFrames:
@@ -89,6 +91,7 @@ class LiveFrames:
         return None
 
     def _read(self) -> None:
+        is_whole = False
         try:
             for frame in self._source:
                 with self._changed:
@@ -102,11 +105,15 @@ class LiveFrames:
                     self._num_read += 1
                     self._waiting.append(frame)
                     self._changed.notify_all()
-        except Exception as error:
-            self._error = error
-        with self._changed:
-            self._is_over = True
-            self._changed.notify_all()
+            is_whole = True
+        except _FAILURES as error:
+            self._error, is_whole = error, True
+        finally:
+            if not is_whole:
+                self._error = VideoError(f"{self.name} ended by an error that its thread has told")
+            with self._changed:
+                self._is_over = True
+                self._changed.notify_all()
 
     def close(self) -> None:
         """Read no further than the frame that is being read."""

@@ -19,8 +19,8 @@ from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, render_inspection
 from mv2v_engine.checkpoints.names import to_original
 from mv2v_engine.config import ParallelConfig, StreamConfig, TransformerConfig
+from mv2v_engine.engine.step import vace_context
 from mv2v_engine.engine.stream import require_causal
-from mv2v_engine.engine.vace import vace_context
 from mv2v_engine.errors import CheckpointError, RequestError, VideoError
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
