@@ -181,7 +181,7 @@ def test_a_cancelled_block_is_made_again(
 
     def arriving() -> Iterator[Tensor]:
         yield from frames[:21]
-        gate.wait(60)
+        gate.wait(600)
         yield from frames[21:]
 
     stream = editor.stream(seed=4, config=config, source=LiveFrames(arriving(), fps=8))
@@ -256,9 +256,9 @@ def test_a_camera_does_not_wait(editor: Engine, moving_frames: Frames) -> None:
 
     def camera() -> Iterator[Tensor]:
         yield frames[0]
-        begun.wait(60)
+        begun.wait(600)
         yield from frames[1:39]
-        seen.wait(60)
+        seen.wait(600)
         yield frames[39]
 
     live = LiveFrames(camera(), drops=True, room=8)
