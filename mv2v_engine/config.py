@@ -52,7 +52,7 @@ MemoryMode = Literal["retrieved", "alone", "previous", "none"]
 MemoryRanking = Literal["fov", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
-SchedulerName = Literal["euler", "unipc", "lightx2v", "dmd", "rcm"]
+SchedulerName = Literal["euler", "unipc", "lightx2v", "dmd", "rcm", "flow_map"]
 FastName = Literal["lightx2v", "fastwan", "turbo"]
 # what is put behind a video's transparent pixels; "refuse" does not take them
 Alpha = Literal["black", "white", "refuse"]
@@ -187,6 +187,12 @@ class SamplingConfig:
         Raises:
             RequestError: another number of steps, or guidance.
         """
+        if self.scheduler == "flow_map" and scale != 1:
+            raise RequestError(
+                f"guidance moves velocities, not the long steps of a flow map, got guidance_scale="
+                f'{scale:g}; use 1, or scheduler="euler", which takes the same weights as plain '
+                "flow"
+            )
         counts = FEW_STEPS.get(self.scheduler)
         if counts is None:
             return

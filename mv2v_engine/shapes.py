@@ -69,6 +69,8 @@ class TransformerConfig:
     context_frames: how many of the source's latent frames, the first ones, are its segment; 0 all.
     image_dim: channels of the image tokens that cross-attention reads beside the text, CLIP's of
         the source's first frame; 0 for a model without them.
+    has_end_time: the weights are a flow map (METHOD 8): they are also told the time to which a step
+        goes, by a second time embedding.
     """
 
     num_layers: int
@@ -97,6 +99,7 @@ class TransformerConfig:
     state_space: tuple[int, ...] = ()
     context_frames: int = 0
     image_dim: int = 0
+    has_end_time: bool = False
 
     def __post_init__(self) -> None:
         if self.attention_head_dim % 2:

@@ -99,11 +99,12 @@ class Denoiser:
         self.guidance_scale, self._step_cache = guidance_scale, step_cache
         self._guidance, self._sigmas = guidance, solver.sigmas.to(device, torch.float32)
         self.timesteps = solver.timesteps.to(device)
+        self._ends = None if solver.ends is None else solver.ends.to(device)
         self.index, self.total, self.packed_steps = 0, len(self.timesteps), 0
         self._deltas = None if solver.deltas is None else solver.deltas.to(device)
         self.computed = (True,) * self.total
         if step_cache is not None:
-            self.computed = schedule(transformer, self.timesteps, step_cache)
+            self.computed = schedule(transformer, self.timesteps, self._ends, step_cache)
         self._graphs, self._asked, reason = graphs, False, "no step ran alone"
         if graphs is None:
             reason = "graphs are off"
@@ -120,7 +121,12 @@ class Denoiser:
             noise = noise * solver.noise_scale
         self._work_on(
             StepBuffers.of_turn(
-                conditioning, noise, guidance_scale, device=device, moves_latents=has_deltas
+                conditioning,
+                noise,
+                guidance_scale,
+                device=device,
+                moves_latents=has_deltas,
+                has_ends=self._ends is not None,
             )
         )
         self._shared = None if team is None else team.begin(plan, self.buffers)
@@ -157,6 +163,11 @@ class Denoiser:
         """The next step's, [1]."""
         return self.timesteps[self.index : self.index + 1]
 
+    @property
+    def end_timestep(self) -> Tensor | None:
+        """Where the next step goes, [1]; None of plain flow."""
+        return None if self._ends is None else self._ends[self.index : self.index + 1]
+
     def step(self) -> None:
         """Run one step, alone."""
         if self._graphs is not None and not self._asked:
@@ -164,12 +175,12 @@ class Denoiser:
         for branch in self.branches:
             if branch.cache is None:
                 branch.records.clear()  # of a step in a pack: a replay leaves none with the branch
-        noisy, timestep = self.buffers.noisy, self.timestep
+        given = (self.buffers.noisy, self.timestep, self.end_timestep)
         with no_gradients():
             if self._shared is not None:
-                self.advance(self._shared.velocities(self.branches, noisy, timestep))
+                self.advance(self._shared.velocities(self.branches, *given))
             elif not self.computed[self.index]:
-                self.advance([branch.skipped(noisy, timestep) for branch in self.branches])
+                self.advance([branch.skipped(*given) for branch in self.branches])
             else:
                 self._load_step()
                 if self._lease.entry is None:
@@ -186,8 +197,8 @@ class Denoiser:
         """
         if self._step_cache is not None or self._shared is not None or self._keeps:
             return None
-        noisy, timestep = self.buffers.noisy, self.timestep
-        return [branch.sample(noisy, timestep) for branch in self.branches]
+        given = (self.buffers.noisy, self.timestep, self.end_timestep)
+        return [branch.sample(*given) for branch in self.branches]
 
     @inference
     def advance(self, velocities: Sequence[Tensor]) -> None:
@@ -225,6 +236,8 @@ class Denoiser:
             self._previewer.before(self.buffers.latents)
         self.buffers.timestep.copy_(self.timestep)
         self.buffers.sigma.copy_(self._sigmas[self.index : self.index + 1])
+        if self.buffers.end_timestep is not None and self.end_timestep is not None:
+            self.buffers.end_timestep.copy_(self.end_timestep)
         if self._deltas is not None:
             self.buffers.delta.copy_(self._deltas[self.index : self.index + 1])
 
@@ -234,11 +247,11 @@ class Denoiser:
         Returns:
             The kinds of the forwards that it ran.
         """
-        noisy, timestep = self.buffers.noisy, self.buffers.timestep
+        given = (self.buffers.noisy, self.buffers.timestep, self.buffers.end_timestep)
         kinds, velocities = list[ForwardKind](), []
         for branch in self.branches:
             kinds.append("target" if branch.runs_target else "whole")
-            samples = [branch.sample(noisy, timestep)]
+            samples = [branch.sample(*given)]
             velocities.extend(self.transformer.forward_samples(samples))
         self._guide(velocities)
         if self.buffers.records is not None and self.branches[0].records:
@@ -373,11 +386,11 @@ def engine_denoiser(
 
 
 def schedule(
-    transformer: MV2VTransformer, timesteps_N: Tensor, threshold: float
+    transformer: MV2VTransformer, timesteps_N: Tensor, ends_N: Tensor | None, threshold: float
 ) -> tuple[bool, ...]:
     """For each timestep whether its blocks run: a function of the weights and the steps alone."""
     with torch.no_grad():
-        _, modulation = transformer.condition_embedder.time(timesteps_N)
+        _, modulation = transformer.condition_embedder.time(timesteps_N, ends_N)
     return computed_steps(relative_changes(modulation), threshold)
 
 

@@ -509,6 +509,7 @@ class StreamForward:
             timestep,
             unused,
             unused,
+            unused,
             latents.new_zeros((len(latents), shape.out_channels, *latents.shape[2:]), dtype=dtype),
             unused,
             Conditioning([], None, text, None),

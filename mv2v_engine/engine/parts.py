@@ -356,6 +356,12 @@ class Parts:
                 f"{name} has VACE's blocks, whose tokens are not shared between processes: use "
                 "context=1"
             )
+        if self.scheduler == "flow_map" and not shape.has_end_time:
+            raise RequestError(
+                f"scheduler flow_map takes the long steps of a flow map, which {name} is not: it "
+                'was never told where a step goes; use scheduler="euler", or weights of '
+                "`training.dit --flow-map`"
+            )
         if self.video_bytes > self.config.cache_bytes:
             raise MemoryBudgetError(
                 f"one video of {name} is {self.video_bytes:,} bytes of latents, cache_bytes allows "

@@ -61,6 +61,7 @@ class StepBuffers:
     """A step's tensors; every step finds them at the same addresses.
 
     latents: float32 [1, C, F, H, W], moved in place. timestep, delta: [1], of the step.
+    end_timestep: [1], where the step of a flow map goes; None of plain flow.
     guidance_scale, sigma: float32 [1], the latter the step's noise level. velocity: where the
     guided one is left [1, C, F, H, W], for a solver that moves the latents itself; None where the
     step does. finite_steps: int64 [1], the steps whose latents were finite: a number that is not
@@ -76,6 +77,7 @@ class StepBuffers:
     velocity: Tensor | None
     finite_steps: Tensor
     conditioning: Conditioning
+    end_timestep: Tensor | None = None
     records: tuple[MergeRecord, ...] | None = None
 
     @classmethod
@@ -87,6 +89,7 @@ class StepBuffers:
         *,
         device: torch.device,
         moves_latents: bool,
+        has_ends: bool,
     ) -> StepBuffers:
         """The turn's own tensors; text that guidance does not need is left out."""
         # a copy even where the noise lies right: it is moved in place
@@ -100,6 +103,7 @@ class StepBuffers:
             None if moves_latents else torch.zeros_like(latents),
             torch.zeros(1, dtype=torch.int64, device=device),
             conditioning.at_scale(guidance_scale),
+            torch.zeros(1, dtype=torch.float32, device=device) if has_ends else None,
         )
 
     @property
@@ -112,6 +116,7 @@ class StepBuffers:
         """All tensors, in an order that equal signatures share."""
         yield from (self.latents, self.timestep, self.delta, self.guidance_scale, self.sigma)
         yield self.finite_steps
+        yield from () if self.end_timestep is None else (self.end_timestep,)
         yield from () if self.velocity is None else (self.velocity,)
         yield from self.conditioning.latents
         yield from () if self.conditioning.source is None else (self.conditioning.source,)
@@ -154,6 +159,7 @@ class StepBuffers:
                 None if given.source is None else empty(given.source),
                 None if given.image is None else empty(given.image),
             ),
+            None if self.end_timestep is None else empty(self.end_timestep),
             _record_buffers(plan, self.latents.device),
         )
 
@@ -225,8 +231,9 @@ class Branch:
         """Whether the next forward runs the target alone."""
         return self.cache is not None and self.cache.is_filled
 
-    def sample(self, noisy: Tensor, timestep: Tensor) -> Sample:
-        """The next forward. noisy: the target as the model takes it, `StepBuffers.noisy`."""
+    def sample(self, noisy: Tensor, timestep: Tensor, end: Tensor | None = None) -> Sample:
+        """The next forward. noisy: the target as the model takes it, `StepBuffers.noisy`. end: the
+        timestep to which a flow map's step goes."""
         if not self.runs_target:
             self.records.clear()
         return Sample(
@@ -240,13 +247,14 @@ class Branch:
             residual=self.residual,
             ranks=self.ranks,
             image=self.conditioning.image,
+            end_timestep=end,
         )
 
-    def skipped(self, noisy: Tensor, timestep: Tensor) -> Tensor:
+    def skipped(self, noisy: Tensor, timestep: Tensor, end: Tensor | None = None) -> Tensor:
         """The velocity of a step that runs no block, after one that did."""
         assert self.residual is not None
         return self.transformer.forward_residual(
-            noisy, timestep, plan=self.plan, residual=self.residual
+            noisy, timestep, plan=self.plan, residual=self.residual, end_timestep=end
         )
 
     def release(self) -> None:

@@ -43,6 +43,7 @@ class _Begin:
     image: _Spec | None
     texts: tuple[_Spec, ...]
     noisy: _Spec
+    has_ends: bool
 
 
 class Team:
@@ -91,24 +92,26 @@ class SharedTurn:
         self.received_bytes, self._number = 0, 0
 
     def velocities(
-        self, branches: Sequence[Branch], noisy: Tensor, timestep: Tensor
+        self, branches: Sequence[Branch], noisy: Tensor, timestep: Tensor, end: Tensor | None
     ) -> list[Tensor]:
         """The velocities of one step, in the branches' order."""
         ranks = self.ranks
         with ranks.together():
             if not self._number:
-                self._begin(_spec(noisy))
+                self._begin(_spec(noisy), end is not None)
             before = _received(ranks)
             noisy, timestep = noisy.contiguous(), timestep.contiguous()
             ranks.say("step", self._number)
             ranks.share(noisy)
             ranks.share(timestep)
-            own = _forwards(ranks.own(branches), noisy, timestep)
+            if end is not None:
+                ranks.share(end.contiguous())
+            own = _forwards(ranks.own(branches), noisy, timestep, end)
             velocities = ranks.exchange(own, self._num_branches)
             self.received_bytes += _received(ranks) - before
         return velocities
 
-    def _begin(self, noisy: _Spec) -> None:
+    def _begin(self, noisy: _Spec, has_ends: bool) -> None:
         """Give every rank what all steps of the turn read."""
         ranks, given = self.ranks, self._buffers.conditioning
         texts = given.texts
@@ -121,6 +124,7 @@ class SharedTurn:
             None if given.image is None else _spec(given.image),
             tuple(map(_spec, texts)),
             noisy,
+            has_ends,
         )
         number = self._team.next_number()
         ranks.say("begin", number, begin)
@@ -167,6 +171,7 @@ class SharedTurn:
                 element_bytes=element_bytes,
                 branches=self._num_branches,
                 is_kept=plan.conditioning == "static",
+                has_ends=self._buffers.end_timestep is not None,
             )
         return {
             "processes": config.num_ranks,
@@ -189,7 +194,7 @@ class _Share:
         def receive(spec: _Spec) -> Tensor:
             return ranks.share(torch.empty(spec[0], dtype=spec[1], device=ranks.device))
 
-        self.ranks, self.noisy = ranks, begin.noisy
+        self.ranks, self.noisy, self.has_ends = ranks, begin.noisy, begin.has_ends
         latents = [receive(spec) for spec in begin.latents]
         cameras = None if begin.cameras is None else receive(begin.cameras)
         image = None if begin.image is None else receive(begin.image)
@@ -207,7 +212,10 @@ class _Share:
         ranks, device = self.ranks, self.ranks.device
         noisy = ranks.share(torch.empty(self.noisy[0], dtype=self.noisy[1], device=device))
         timestep = ranks.share(torch.empty(1, dtype=torch.float32, device=device))
-        own = _forwards(self.branches, noisy, timestep)
+        end = None
+        if self.has_ends:
+            end = ranks.share(torch.empty(1, dtype=torch.float32, device=device))
+        own = _forwards(self.branches, noisy, timestep, end)
         ranks.exchange(own, self.num_branches)
 
     def release(self) -> None:
@@ -237,8 +245,10 @@ def serve(ranks: Ranks, transformer: MV2VTransformer) -> None:
                 shares.pop(more[0]).release()
 
 
-def _forwards(branches: Sequence[Branch], noisy: Tensor, timestep: Tensor) -> list[Tensor]:
-    samples = [[branch.sample(noisy, timestep)] for branch in branches]
+def _forwards(
+    branches: Sequence[Branch], noisy: Tensor, timestep: Tensor, end: Tensor | None
+) -> list[Tensor]:
+    samples = [[branch.sample(noisy, timestep, end)] for branch in branches]
     return [b.transformer.forward_samples(s)[0] for b, s in zip(branches, samples, strict=True)]
 
 

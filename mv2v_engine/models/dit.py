@@ -51,7 +51,7 @@ class MV2VTransformer(nn.Module):
     """
 
     # small and sensitive: diffusers keeps them in float32 under bf16 weights, and so do we
-    keep_in_fp32_modules = ("time_embedder", "scale_shift_table", "norm2")
+    keep_in_fp32_modules = ("time_embedder", "end_time_embedder", "scale_shift_table", "norm2")
 
     def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
@@ -114,6 +114,12 @@ class MV2VTransformer(nn.Module):
                 stays = isinstance(module, CrossAttention) and attention in APPROXIMATE_ATTENTION
                 module.attention_backend = exact if stays else attention  # type: ignore[assignment]
 
+    def add_end_time(self) -> None:
+        """Let the weights become a flow map; until they are trained on they are what they were."""
+        if not self.config.has_end_time:
+            self.condition_embedder.add_end_time()
+            self.config = replace(self.config, has_end_time=True)
+
     def set_feed_forward_chunk(self, chunk: int | None) -> None:
         """Tokens that a block's feed-forward takes at once without gradients; None takes all."""
         for block in (*self.blocks, *self.vace_blocks, *self._places()):
@@ -133,6 +139,7 @@ class MV2VTransformer(nn.Module):
         ranks: ContextGroup | None = None,
         stream: StreamCache | None = None,
         image: Tensor | None = None,
+        end_timestep: Tensor | None = None,
     ) -> Tensor:
         """Velocity of the target latents [B, C_out, F, H, W].
 
@@ -155,6 +162,9 @@ class MV2VTransformer(nn.Module):
             stream: what a causal model sees of the blocks before the target, which is its newest
                 one: the target's K and V are left there, and the text's the first time.
             image: tokens of the image encoder [B, I, image_dim], for a model with `image_dim`.
+            end_timestep: of a flow map (`TransformerConfig.has_end_time`), the timestep to which
+                the step goes, in the shape of `timestep` and at most that; the result is then the
+                mean velocity on the way. None: the timestep itself, which is plain flow.
 
         Raises:
             ValueError: what does not fit the plan or the model.
@@ -171,6 +181,7 @@ class MV2VTransformer(nn.Module):
             ranks=ranks,
             stream=stream,
             image=image,
+            end_timestep=end_timestep,
         )
         return self.forward_samples([sample])[0]
 
@@ -224,15 +235,23 @@ class MV2VTransformer(nn.Module):
         return [self._head(*pair) for pair in zip(parts, samples, strict=True)]
 
     def forward_residual(
-        self, latents: Tensor, timestep: Tensor, *, plan: TokenPlan, residual: TargetResidual
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        *,
+        plan: TokenPlan,
+        residual: TargetResidual,
+        end_timestep: Tensor | None = None,
     ) -> Tensor:
         """No block runs: what they and the rays added to the target before is added again.
 
         Args:
             latents: the target's [B, C_in, F, H, W]. residual: as `forward` of that plan left it.
+            end_timestep: as `forward`.
         """
         x = self._target_tokens(latents) + residual.read()
-        return self._velocity(x, self.condition_embedder.time_embedding(timestep), plan)
+        temb = self.condition_embedder.time_embedding(timestep, end_timestep)
+        return self._velocity(x, temb, plan)
 
     def _target_tokens(self, latents: Tensor) -> Tensor:
         """The target's tokens [B, L, C]; of VACE's channels, its own latents' alone."""
@@ -274,7 +293,8 @@ class MV2VTransformer(nn.Module):
             x = x + rays
         # a fake tensor's table has no bits: kept, it would be served to real forwards
         table = table_on if type(x) is Tensor else table_on.__wrapped__
-        temb, temb_6 = embedder.time(sample.timestep.flatten())
+        end = None if sample.end_timestep is None else sample.end_timestep.flatten()
+        temb, temb_6 = embedder.time(sample.timestep.flatten(), end)
         static_temb_6 = None
         if plan.conditioning == "static" and not sample.is_kept:
             _, static_temb_6 = embedder.time(torch.zeros_like(sample.timestep))

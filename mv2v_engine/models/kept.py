@@ -126,16 +126,15 @@ class ConditioningCache:
             keys_values = keys.copy_(keys_values[0]), values.copy_(keys_values[1])
         self.blocks.append(keys_values)
 
-    def repeated(self, count: int, cameras_BFP: Tensor | None) -> ConditioningCache:
-        """The same for `count` targets of every sample: K and V [B * count, L, N, D].
+    def of_samples(self, samples_T: Tensor, cameras_TFP: Tensor | None) -> ConditioningCache:
+        """The same for T targets of any of the samples: K and V [T, L, N, D].
 
-        A sample's targets lie side by side. cameras: those of the targets' frames
-        [B * count, F, P].
+        samples: the sample of each target, int64. cameras: those of the targets' frames.
         """
         other = ConditioningCache(self.plan, is_trained=self._is_trained)
-        other.cameras = cameras_BFP
+        other.cameras = cameras_TFP
         other.blocks = [
-            (keys.repeat_interleave(count, 0), values.repeat_interleave(count, 0))
+            (keys.index_select(0, samples_T), values.index_select(0, samples_T))
             for keys, values in self.blocks
         ]
         return other

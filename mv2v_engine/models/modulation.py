@@ -55,6 +55,12 @@ class _TimeEmbedder(nn.Module):
         return result
 
 
+def _embedded(embedder: _TimeEmbedder, timestep_B: Tensor, freq_dim: int) -> Tensor:
+    embedding = sinusoidal_embedding(timestep_B, freq_dim)
+    result: Tensor = embedder(embedding.to(embedder.linear_1.weight.dtype))
+    return result
+
+
 class _TextEmbedder(nn.Module):
     def __init__(self, text_dim: int, dim: int) -> None:
         super().__init__()
@@ -107,11 +113,14 @@ class ConditionEmbedder(nn.Module):
         super().__init__()
         self.freq_dim = config.freq_dim
         self.time_embedder = _TimeEmbedder(config.freq_dim, config.dim)
+        self.end_time_embedder: _TimeEmbedder | None = None
         self.time_proj = nn.Linear(config.dim, 6 * config.dim)
         self.text_embedder = _TextEmbedder(config.text_dim, config.dim)
         self.image_embedder = None
         if config.image_dim:
             self.image_embedder = _ImageEmbedder(config.image_dim, config.dim)
+        if config.has_end_time:
+            self.add_end_time()
 
     def image(self, image_BID: Tensor) -> Tensor:
         """Image tokens [B, I, C] of an image encoder's [B, I, image_dim]."""
@@ -120,16 +129,32 @@ class ConditionEmbedder(nn.Module):
         image: Tensor = self.image_embedder(image_BID.to(weight.dtype))  # type: ignore[arg-type]
         return image
 
-    def time(self, timestep_B: Tensor) -> tuple[Tensor, Tensor]:
-        """temb [B, C] for the head and its projection [B, 6, C] for the blocks."""
-        temb = self.time_embedding(timestep_B)
+    def add_end_time(self) -> None:
+        """Make the second time embedding, which adds nothing until it is trained."""
+        like = self.time_embedder.linear_1.weight
+        added = _TimeEmbedder(self.freq_dim, len(like)).to(like.device, like.dtype)
+        nn.init.zeros_(added.linear_2.weight)
+        nn.init.zeros_(added.linear_2.bias)
+        self.end_time_embedder = added
+
+    def time(self, timestep_B: Tensor, end_B: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """temb [B, C] for the head and its projection [B, 6, C] for the blocks.
+
+        end: as in `time_embedding`.
+        """
+        temb = self.time_embedding(timestep_B, end_B)
         return temb, self.time_proj(nn.functional.silu(temb)).unflatten(1, (6, -1))
 
-    def time_embedding(self, timestep_B: Tensor) -> Tensor:
-        """temb [B, C] alone."""
-        embedding = sinusoidal_embedding(timestep_B, self.freq_dim)
-        weight = self.time_embedder.linear_1.weight
-        temb: Tensor = self.time_embedder(embedding.to(weight.dtype))
+    def time_embedding(self, timestep_B: Tensor, end_B: Tensor | None = None) -> Tensor:
+        """temb [B, C] alone.
+
+        end: the timestep to which a flow map's step goes; None is the timestep itself. How far it
+        goes is embedded, so that plain flow has one and the same embedding at every timestep.
+        """
+        temb = _embedded(self.time_embedder, timestep_B, self.freq_dim)
+        if self.end_time_embedder is not None:
+            gap = torch.zeros_like(timestep_B) if end_B is None else timestep_B - end_B
+            temb = temb + _embedded(self.end_time_embedder, gap, self.freq_dim)
         return temb.to(self.time_proj.weight.dtype)
 
     def text(self, text_BSD: Tensor) -> Tensor:

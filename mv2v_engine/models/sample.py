@@ -35,6 +35,7 @@ class Sample:
     ranks: ContextGroup | None = None
     stream: StreamCache | None = None
     image: Tensor | None = None
+    end_timestep: Tensor | None = None
 
     @property
     def is_kept(self) -> bool:
@@ -63,6 +64,7 @@ class Sample:
                 f"image tokens are {'missing' if self.image is None else 'given'}, but the model's "
                 f"image_dim is {self.plan.shape.image_dim}"
             )
+        self._check_end()
         if not self.is_kept:
             self._check_cameras()
             self._check_timestep()
@@ -129,6 +131,21 @@ class Sample:
             raise ValueError(
                 f'scope="joint" merges other counts in every sample, got a batch of '
                 f'{len(self.latents[0])}; run one sample at a time or use scope="group"'
+            )
+
+    def _check_end(self) -> None:
+        end = self.end_timestep
+        if end is None:
+            return
+        if not self.plan.shape.has_end_time:
+            raise ValueError(
+                "this model is told the timestep alone, got an end_timestep too; leave it out, or "
+                "take weights that are a flow map (has_end_time)"
+            )
+        if end.shape != self.timestep.shape:
+            raise ValueError(
+                f"end_timestep must have the shape of timestep {list(self.timestep.shape)}, got "
+                f"{list(end.shape)}"
             )
 
     def _check_cameras(self) -> None:

@@ -61,12 +61,13 @@ def step_traffic(
     element_bytes: int,
     branches: int = 2,
     is_kept: bool = False,
+    has_ends: bool = False,
     steps: Sequence[MergeStep] | None = None,
 ) -> dict[str, int]:
     """The traffic of a rank's whole step: its forwards, and what the ranks tell each other.
 
     context: ranks of one forward. rank: among them. branches: of guidance, shared by `guidance`
-    groups of such ranks.
+    groups of such ranks. has_ends: of a flow map, which is told where its step goes.
     """
     share = guidance if branches > 1 else 1
     one = dict.fromkeys(("attention", "merging", "head"), 0)
@@ -76,8 +77,8 @@ def step_traffic(
     frames, rows, columns = plan.target.grid
     video = frames * rows * columns
     total["guidance"] = (share - 1) * video * plan.shape.out_channels * element_bytes
-    # the noisy latents and the timestep, from rank 0
-    total["latents"] = (video * plan.shape.in_channels + 1) * _FLOAT32
+    # the noisy latents and the timesteps, from rank 0
+    total["latents"] = (video * plan.shape.in_channels + 1 + has_ends) * _FLOAT32
     return total
 
 

@@ -96,13 +96,15 @@ class Solver(Protocol):
     """Integrates the flow; `timesteps` [num_steps] are what the model is told (0..1000).
 
     sigmas: [num_steps + 1], the noise level before each step, and after the last. deltas:
-    [num_steps], if a step is no more than latents + velocity * delta; else None.
+    [num_steps], if a step is no more than latents + velocity * delta; else None. ends: [num_steps],
+    what a flow map is told of where each step goes; None tells it nothing, which is plain flow.
     noise_scale: what a turn's noise is multiplied with before the first step.
     """
 
     timesteps: Tensor
     sigmas: Tensor
     deltas: Tensor | None
+    ends: Tensor | None
     noise_scale: float
 
     def step(self, velocity: Tensor, index: int, latents: Tensor) -> Tensor:
@@ -113,6 +115,7 @@ class EulerSolver:
     """x += velocity * (sigma_next - sigma), in float32."""
 
     noise_scale = 1.0
+    ends: Tensor | None = None
 
     def __init__(self, num_steps: int, shift: float) -> None:
         self.sigmas = self._levels(num_steps, shift)
@@ -135,6 +138,7 @@ class UniPCSolver:
     """
 
     deltas: Tensor | None = None
+    ends: Tensor | None = None
     noise_scale = 1.0
 
     def __init__(self, num_steps: int, shift: float) -> None:
@@ -162,6 +166,18 @@ class UniPCSolver:
         return stepped
 
 
+class FlowMapSolver(EulerSolver):
+    """x_r = x_t - (t - r) u(x_t, t, r): of an exact flow map any number of steps is exact.
+
+    u is the mean velocity between two noise levels, so that the step is Euler's; the model is told
+    both levels (AnyFlow, arXiv 2605.13724).
+    """
+
+    def __init__(self, num_steps: int, shift: float) -> None:
+        super().__init__(num_steps, shift)
+        self.ends = self.sigmas[1:] * 1000
+
+
 class LightX2VSolver(EulerSolver):
     """Euler at the four levels that LightX2V distils to."""
 
@@ -181,6 +197,7 @@ class RenoisingSolver:
     """
 
     deltas: Tensor | None = None
+    ends: Tensor | None = None
 
     def __init__(
         self, sigmas: Tensor, generator: torch.Generator, times: Sequence[float] | None = None
@@ -223,6 +240,8 @@ def make_solver(
     solver = _fresh(name, num_steps, shift, generator)
     if timesteps == "bfloat16":
         solver.timesteps = solver.timesteps.to(torch.bfloat16).to(torch.float32)
+        if solver.ends is not None:
+            solver.ends = solver.ends.to(torch.bfloat16).to(torch.float32)
     return solver
 
 
@@ -234,6 +253,8 @@ def _fresh(
         raise ValueError(f"{name} has tables for {counts} steps, got {num_steps}")
     if name == "euler":
         return EulerSolver(num_steps, shift)
+    if name == "flow_map":
+        return FlowMapSolver(num_steps, shift)
     if name == "unipc":
         return UniPCSolver(num_steps, shift)
     if name == "lightx2v":

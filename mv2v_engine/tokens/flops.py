@@ -217,7 +217,9 @@ def _embedding_flops(plan: TokenPlan, timesteps: int) -> int:
 
 
 def _time_flops(plan: TokenPlan) -> int:
-    return 2 * (plan.shape.freq_dim * plan.shape.dim + plan.shape.dim**2)
+    """A timestep, and of a flow map where its step ends."""
+    times = 1 + plan.shape.has_end_time
+    return times * 2 * (plan.shape.freq_dim * plan.shape.dim + plan.shape.dim**2)
 
 
 def _time_projection_flops(plan: TokenPlan) -> int:

@@ -4,6 +4,7 @@
 `... --start-from FOLDER --out runs/memory` goes on from a checkpoint and teaches it memory.
 `... --edits runs/short_latents --text runs/edit_text --out runs/edit` follows instructions in short
 clips; with `--start-from FOLDER` and clips of many windows it goes on to their memory.
+`... --start-from FOLDER --flow-map` teaches it steps of any length, so that few are enough.
 
 The recipe and the loss are those of full-size fine-tuning; here every parameter is trained.
 """
@@ -21,6 +22,7 @@ from torch import nn
 
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.config import TINY, TINY_EDIT, CameraAttention, SamplingConfig
+from mv2v_engine.errors import TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.rope import axis_dims
 from mv2v_engine.parser import Parser
@@ -28,6 +30,7 @@ from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditRecipe, EditSampler
+from mv2v_engine.training.flow_map import flow_map_step
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Sampler, flow_step
@@ -127,6 +130,11 @@ def main() -> None:
         help="a checkpoint that follows cameras, or instructions, to learn memory; if not given, "
         "from scratch",
     )
+    parser.add_argument(
+        "--flow-map",
+        action="store_true",
+        help="with --start-from: teach it the time to which a step goes, for turns of 1 to 4 steps",
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--steps", type=int, help="in place of --minutes: what the schedule spans")
     parser.add_argument(
@@ -161,6 +169,8 @@ def main() -> None:
         parser.error("--latent-frames belongs to --edits")
     if args.camera_attention and (args.latents is None or args.start_from is not None):
         parser.error("--camera-attention belongs to --latents without --start-from")
+    if args.flow_map and args.start_from is None:
+        parser.error("--flow-map belongs to --start-from: a flow is learned first, then its steps")
 
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -178,7 +188,8 @@ def main() -> None:
         peak_tflops=matmul_tflops(device, compute_dtype(device)),
     )
     loop = TrainingLoop(model, optimizers, config)
-    loop.run(flow_step(data_parallel(model), sampler, device))
+    given = (data_parallel(model), sampler, device)
+    loop.run(flow_map_step(*given, lambda: loop.done) if args.flow_map else flow_step(*given))
     leave()
 
 
@@ -193,6 +204,13 @@ def compile_blocks(model: MV2VTransformer) -> None:
 def _model(args: argparse.Namespace, device: torch.device) -> MV2VTransformer:
     if args.start_from is not None:
         checkpoint = load_checkpoint(args.start_from, device=device, dtype=torch.float32)
+        if args.flow_map:
+            checkpoint.transformer.add_end_time()
+        elif checkpoint.config.has_end_time:
+            raise TrainingError(
+                f"{args.start_from} is a flow map, which training on plain flow alone would undo; "
+                "add --flow-map"
+            )
         return checkpoint.transformer.train()
     shape = TINY if args.edits is None else TINY_EDIT
     model = MV2VTransformer(replace(shape, camera_attention=args.camera_attention or "none"))

@@ -138,6 +138,14 @@ class TrainingLoop:
         self.save()
         self.plot()
 
+    @property
+    def done(self) -> float:
+        """The share of the budget that is spent, 0 to 1."""
+        done = self.elapsed / (self.config.minutes * 60)
+        if self.config.max_steps:
+            done = max(done, self.step / self.config.max_steps)
+        return min(done, 1.0)
+
     def averaged(self) -> dict[str, Tensor]:
         """The exponential moving average of the weights, frozen ones and buffers as they are."""
         return {**self.model.state_dict(), **self.ema}
@@ -251,11 +259,8 @@ class TrainingLoop:
 
     def _schedule(self) -> float:
         """Linear warm-up, then half a cosine over the budget down to 2 % of the peak."""
-        done = self.elapsed / (self.config.minutes * 60)
-        if self.config.max_steps:
-            done = max(done, self.step / self.config.max_steps)
         warm = min(1.0, (self.step + 1) / self.config.warmup_steps)
-        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(done, 1.0))))
+        return warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * self.done)))
 
     def _update_ema(self) -> None:
         decay = min(self.config.ema_decay, (1 + self.step) / (10 + self.step))

@@ -1,8 +1,9 @@
-"""The rectified-flow loss on the target's tokens (METHOD 8 and 12). B batch."""
+"""The rectified-flow loss on the target's tokens (METHOD 8 and 12). B batch, T its targets."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -26,6 +27,133 @@ class Sampler(Protocol):
     def draw(self, generator: torch.Generator) -> Batch: ...
 
 
+@dataclass(frozen=True, eq=False)
+class Noised:
+    """A batch's targets at random noise levels: one level a target, uniform, then shifted towards
+    noise as the sampler's are.
+
+    uniform, level: [T]. latents: (1 - level) clean + level noise [T, C, F, H, W]; velocity:
+    noise - clean, towards which plain flow is trained.
+    """
+
+    uniform: Tensor
+    level: Tensor
+    latents: Tensor
+    velocity: Tensor
+
+    @classmethod
+    def drawn(cls, clean: Tensor, generator: torch.Generator, flow_shift: float) -> Noised:
+        """Levels and noise from the generator, on the latents' device."""
+        uniform = torch.rand(len(clean), generator=generator)
+        level = shifted(uniform, flow_shift).to(clean.device)
+        noise = torch.randn(clean.shape, generator=generator).to(clean.device)
+        wide = widened(level)
+        latents = (1 - wide) * clean + wide * noise
+        return cls(uniform, level, latents, noise - clean)
+
+
+def shifted(uniform: Tensor, shift: float) -> Tensor:
+    """Noise levels, towards 1 where the shift is greater than 1."""
+    return shift * uniform / (1 + (shift - 1) * uniform)
+
+
+def widened(values_T: Tensor) -> Tensor:
+    """[T, 1, 1, 1, 1], to be multiplied with latents."""
+    return values_T[:, None, None, None, None]
+
+
+class BatchForward:
+    """The velocities of a batch's targets; static conditioning is encoded by the first call alone.
+
+    The first call is of all targets, in the order of `batch.targets`, and trains the model; `again`
+    is of any of them and does not.
+
+    Args:
+        keeps: keep what static conditioning leaves, for `again`.
+    """
+
+    def __init__(self, model: nn.Module, batch: Batch, *, keeps: bool = False) -> None:
+        self._model, self._batch = model, batch
+        self._kept: ConditioningCache | None = None
+        is_kept = keeps or batch.siblings is not None
+        if is_kept and batch.plan.conditioning == "static":
+            self._kept = ConditioningCache(batch.plan, is_trained=True)
+        # of every target, the sample whose conditioning it has
+        self._samples = torch.arange(len(batch.text), device=batch.text.device)
+        self._cameras: Tensor | None = None
+        if batch.siblings is not None:
+            count = batch.siblings.latents.shape[1]
+            self._samples = torch.cat([self._samples, self._samples.repeat_interleave(count)])
+            given = batch.siblings.cameras.flatten(0, 1)
+            self._cameras = with_matrices(batch.plan.shape, given)
+
+    def __call__(self, target: Tensor, timestep: Tensor, end: Tensor | None = None) -> Tensor:
+        """Velocities of the noisy targets [T, C, F, H, W]; timestep, end: [T]."""
+        batch, size = self._batch, len(self._batch.text)
+        given: dict[str, Any] = {"plan": batch.plan, "cameras": batch.cameras}
+        if self._kept is not None:
+            given["kept"] = self._kept
+        if end is not None:
+            given["end_timestep"] = end[:size]
+        noisy = self._with_source(target[:size], slice(None))
+        velocity: Tensor = self._model(
+            [noisy, *batch.latents[1:]], timestep[:size], batch.text, **given
+        )
+        if self._kept is not None and self._kept.cameras is not None:
+            own = self._kept.cameras
+            self._cameras = own if self._cameras is None else torch.cat([own, self._cameras])
+        if batch.siblings is None:
+            return velocity
+        rest = torch.arange(size, len(target), device=target.device)
+        more = self._over_kept(
+            rest, target[size:], timestep[size:], None if end is None else end[size:]
+        )
+        return torch.cat([velocity, more])
+
+    @torch.no_grad()
+    def again(self, rows: Tensor, target: Tensor, timestep: Tensor, end: Tensor) -> Tensor:
+        """Velocities of the targets of these numbers [R], without gradients.
+
+        target: [R, C, F, H, W], as noisy as `timestep` says.
+        """
+        if self._kept is not None:
+            return self._over_kept(rows, target, timestep, end)
+        batch, samples = self._batch, self._samples[rows]
+        latents = [
+            self._with_source(target, samples),
+            *(each[samples] for each in batch.latents[1:]),
+        ]
+        cameras = None if batch.cameras is None else batch.cameras[samples]
+        velocity: Tensor = self._own.forward(
+            latents, timestep, batch.text[samples], plan=batch.plan, cameras=cameras,
+            end_timestep=end,
+        )  # fmt: skip
+        return velocity
+
+    def _over_kept(
+        self, rows: Tensor, target: Tensor, timestep: Tensor, end: Tensor | None
+    ) -> Tensor:
+        assert self._kept is not None
+        samples, cameras = self._samples[rows], self._cameras
+        kept = self._kept.of_samples(samples, None if cameras is None else cameras[rows])
+        latents, text = [self._with_source(target, samples)], self._batch.text[samples]
+        given: dict[str, Any] = {} if end is None else {"end_timestep": end}
+        velocity: Tensor = self._own.forward(
+            latents, timestep, text, plan=self._batch.plan, kept=kept, **given
+        )
+        return velocity
+
+    @property
+    def _own(self) -> Any:
+        # the parameters are the wrapped module's, and DistributedDataParallel waits for their
+        # gradients
+        return getattr(self._model, "module", self._model)
+
+    def _with_source(self, target: Tensor, samples: Tensor | slice) -> Tensor:
+        source = self._batch.source
+        return target if source is None else torch.cat([target, source[samples]], dim=1)
+
+
 def flow_loss(
     model: nn.Module,
     batch: Batch,
@@ -37,47 +165,19 @@ def flow_loss(
 ) -> Tensor:
     """Mean squared error of the target's velocity at random noise levels, by the batch's weights.
 
-    A level is uniform, then shifted towards noise as the sampler's are; one a sample. dtype: what
-    products are computed in, by autocast; the error is always float32.
+    dtype: what products are computed in, by autocast; the error is always float32.
     """
     batch = batch.to(device)
-    clean = batch.targets
-    uniform = torch.rand(len(clean), generator=generator)
-    sigma = (flow_shift * uniform / (1 + (flow_shift - 1) * uniform)).to(device)
-    noise = torch.randn(clean.shape, generator=generator).to(device)
-    level = sigma[:, None, None, None, None]
-    target = (1 - level) * clean + level * noise
-    if batch.source is not None:
-        target = torch.cat([target, batch.source], dim=1)
+    noised = Noised.drawn(batch.targets, generator, flow_shift)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-        velocity = _velocity(model, batch, target, sigma * 1000)
-    error: Tensor = (velocity.float() - (noise - clean)).pow(2).mean(1)
-    if batch.weight is not None:
-        error = error * batch.weight
-    return error.mean()
+        velocity = BatchForward(model, batch)(noised.latents, noised.level * 1000)
+    return squared_error(velocity, noised.velocity, batch.weight).mean()
 
 
-def _velocity(model: nn.Module, batch: Batch, target: Tensor, timestep: Tensor) -> Tensor:
-    """The predicted velocities of the noisy targets, in the order of `batch.targets`."""
-    size, given = len(batch.text), {"plan": batch.plan, "cameras": batch.cameras}
-    first = ([target[:size], *batch.latents[1:]], timestep[:size], batch.text)
-    if batch.siblings is None:
-        velocity: Tensor = model(*first, **given)
-        return velocity
-    kept = ConditioningCache(batch.plan, is_trained=True)
-    velocity = model(*first, **given, kept=kept)
-    count = batch.siblings.latents.shape[1]
-    cameras = with_matrices(batch.plan.shape, batch.siblings.cameras.flatten(0, 1))
-    # the parameters are the wrapped module's, and DistributedDataParallel waits for their gradients
-    own: Any = getattr(model, "module", model)
-    siblings: Tensor = own.forward(
-        [target[size:]],
-        timestep[size:],
-        batch.text.repeat_interleave(count, 0),
-        plan=batch.plan,
-        kept=kept.repeated(count, cameras),
-    )
-    return torch.cat([velocity, siblings])
+def squared_error(velocity: Tensor, wanted: Tensor, weight: Tensor | None) -> Tensor:
+    """Mean over channels, times the batch's weights [T, F, H, W]."""
+    error = (velocity.float() - wanted).pow(2).mean(1)
+    return error if weight is None else error * weight
 
 
 def flow_step(

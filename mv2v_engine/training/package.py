@@ -3,6 +3,8 @@
 `python -m mv2v_engine.training.package --vae runs/vae/vae --dit runs/dit --out FOLDER`
 `... --name tiny-edit --shared-vae ../tiny-nvs/vae --text runs/text --dit runs/edit --out FOLDER`
 
+Weights that are a flow map are sampled as one, in FLOW_MAP_STEPS steps.
+
 Weights are stored in float16 and computed in whatever the engine asks for.
 """
 
@@ -11,7 +13,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -36,6 +38,8 @@ from mv2v_engine.training.log import Curve, plot_curves, read_curves
 # dB of the VAE that both share: hardly a held-out world is below, most real videos are
 # (profiling/results/known_sources.jsonl)
 LEAST_PSNR = 26.5
+# of a turn of a flow map, if not asked for others
+FLOW_MAP_STEPS = 4
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _TEXT_PARTS = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
 
@@ -100,6 +104,9 @@ def package(
     state = torch.load(dit / "checkpoint.pt", weights_only=True, map_location="cpu")
     # what has no weights, such as camera_attention, is told by the run alone
     shape = transformer_config(state["shape"]) if state.get("shape") else model.transformer
+    sampling = model.sampling
+    if shape.has_end_time:
+        sampling = replace(sampling, scheduler="flow_map", num_inference_steps=FLOW_MAP_STEPS)
     transformer = MV2VTransformer(shape)
     transformer.load_state_dict({**state["model"], **state["ema"]})
     make_folder(out)
@@ -111,7 +118,7 @@ def package(
         out,
         transformer,
         shape,
-        model.sampling,
+        sampling,
         name,
         torch.float16,
         conditioning=conditioning or model.conditioning,
