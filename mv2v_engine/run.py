@@ -28,7 +28,7 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.catalogue import describe_models
 from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
 from mv2v_engine.checkpoints.inspect import inspect_lora, render_lora
-from mv2v_engine.config import EDITS, MEMORY, PICTURE, SAMPLING, STEPS, VIEWS, LoadConfig
+from mv2v_engine.config import EDITS, MEMORY, PICTURE, STEPS, VIEWS, LoadConfig
 from mv2v_engine.envs import launched_rank, num_threads
 from mv2v_engine.errors import (
     CameraError,
@@ -243,7 +243,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="held-out worlds, 40 if not given",
     )
-    add("--steps", type=int, metavar="N", help="denoising steps, 10 if not given")
+    add("--steps", type=int, metavar="N", help="denoising steps; 10, or --fast's, if not given")
     add("--rows", metavar="A,B", help="methods to compare, all or the main ones if not given")
     add("--quick", action="store_true", help="a few scenes, steps and rows: a check")
     add(
@@ -278,7 +278,7 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     # what the protocol compares is not to be set
     add_engine(
         parser,
-        without=(SAMPLING, PICTURE, MEMORY, VIEWS, EDITS, STEPS, "batch_tokens"),
+        without=("timesteps", PICTURE, MEMORY, VIEWS, EDITS, STEPS, "batch_tokens"),
         own={
             "checkpoint": {
                 "default": None,

@@ -106,7 +106,11 @@ _FLAT: dict[Naming, tuple[dict[str, str], dict[str, str]]] = {
 }
 _FLAT_BLOCK = re.compile(r"((?:vace_)?blocks)_(0|[1-9]\d*)_(.+)")
 _BLOCK_KEY = re.compile(r"((?:vace_)?blocks)\.(0|[1-9]\d*)\.(.+)")
-_EXTRA_KEY = re.compile(r"(?:tokenizers|mergers)\.(?:0|[1-9]\d*)\.(?:weight|bias)")
+# of modules that are this project's own
+_EXTRA_KEY = re.compile(
+    r"(?:(?:tokenizers|mergers)\.(?:0|[1-9]\d*)|condition_embedder\.end_time_embedder\.linear_[12])"
+    r"\.(?:weight|bias)"
+)
 # what compilers, sharding, checkpointing and data parallelism write between the parts of a key:
 # _orig_mod, _fsdp_wrapped_module, _checkpoint_wrapped_module, _forward_module and their like
 _WRAPPER = re.compile(r"(?<![^.])(?:_\w+|module)\.")

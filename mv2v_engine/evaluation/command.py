@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
 
-from mv2v_engine.config import TransformerConfig
+from mv2v_engine.config import FAST, TransformerConfig
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.errors import RequestError
 from mv2v_engine.evaluation.edit_protocol import QUICK_EDITS, EditProtocol
@@ -48,7 +48,10 @@ def evaluate_checkpoint(args: argparse.Namespace, task: str, load: Callable[[], 
     """
     require_matplotlib()
     # one of the two, by the checkpoint's task
-    common = {"steps": args.steps, "rows": args.rows and tuple(args.rows.split(","))}
+    steps = args.steps
+    if steps is None and args.fast is not None:
+        steps = FAST[args.fast]["num_inference_steps"]
+    common = {"steps": steps, "rows": args.rows and tuple(args.rows.split(","))}
     if task == "edit":
         _refuse(args, _VIEWS_ALONE, task)
         of_clips = {name: getattr(args, name) for name in _EDITS_ALONE}

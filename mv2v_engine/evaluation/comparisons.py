@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -150,3 +150,11 @@ def table(
         "|---" * (len(titles) + 1) + "|",
         *(f"| {label} | {' | '.join(cells)} |" for label, cells in rows),
     ]
+
+
+def steps_words(settings: Mapping[str, Any]) -> str:
+    """How many steps a turn took, and what integrated them where that is not Euler's method."""
+    scheduler = settings.get("scheduler", "euler")
+    return f"{settings['steps']} denoising steps" + (
+        "" if scheduler == "euler" else f" of {scheduler}"
+    )

@@ -17,6 +17,7 @@ from mv2v_engine.evaluation.comparisons import (
     measures_table,
     number,
     rounded,
+    steps_words,
     table,
     targets_table,
 )
@@ -170,8 +171,8 @@ def edits_markdown(results: dict[str, Any]) -> str:
     settings = results["settings"]
     lengths = [f"{count} of {n} windows" for n, count in results["clips_by_windows"].items()]
     lines = [
-        f"{results['clips']} held-out clips ({', '.join(lengths)}), {settings['steps']} denoising "
-        f"steps, checkpoint {results['engine']['checkpoint']} on {results['engine']['device']}; "
+        f"{results['clips']} held-out clips ({', '.join(lengths)}), {steps_words(settings)}, "
+        f"checkpoint {results['engine']['checkpoint']} on {results['engine']['device']}; "
         "95 % bootstrap intervals over clips.",
         *([] if settings["trained_for_memory"] else ["These weights never learned to remember."]),
         "",

@@ -17,6 +17,7 @@ from mv2v_engine.evaluation.comparisons import (
     described,
     measures_table,
     rounded,
+    steps_words,
     table,
     targets_table,
 )
@@ -283,7 +284,7 @@ def markdown(results: dict[str, Any]) -> str:
     settings = results["settings"]
     lines = [
         f"{results['scenes']} held-out {settings['grade']} worlds, {settings['turns']} turns each, "
-        f"{settings['steps']} denoising steps, checkpoint {results['engine']['checkpoint']} on "
+        f"{steps_words(settings)}, checkpoint {results['engine']['checkpoint']} on "
         f"{results['engine']['device']}; 95 % bootstrap intervals over worlds.",
         *([] if settings["trained_for_memory"] else ["These weights never learned to remember."]),
         "",
