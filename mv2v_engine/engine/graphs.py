@@ -451,6 +451,7 @@ class StreamForward:
         *,
         plan: TokenPlan,
         stream: StreamCache,
+        end_timestep: Tensor | None = None,
     ) -> Tensor:
         """The velocity of a stream's newest block [B, C, F, H, W].
 
@@ -460,10 +461,13 @@ class StreamForward:
         if self._owner is not stream.era:
             self.close()
             self._owner = stream.era
-        own = self._buffers(latents[0], timestep, text, stream)
+        if end_timestep is None and self._transformer.config.has_end_time:
+            # plain flow, in the words of the block's other forwards
+            end_timestep = timestep
+        own = self._buffers(latents[0], timestep, text, stream, end_timestep)
         if own is None:
             self._steps["eager_steps"] += 1
-            return self._eager(latents[0], timestep, text, stream)
+            return self._eager(latents[0], timestep, text, stream, end_timestep)
         held = stream.capacity * stream.tokens_per_frame - plan.length
         lease = self._graphs.lease(self._transformer, plan, own, owner=stream.era, held=held)
         try:
@@ -473,7 +477,7 @@ class StreamForward:
 
             def forward() -> tuple[str, ...]:
                 given = buffers.latents, buffers.timestep, buffers.conditioning.text
-                velocity.copy_(self._eager(*given, stream))
+                velocity.copy_(self._eager(*given, stream, buffers.end_timestep))
                 return _STREAM
 
             lease.run(_STREAM, forward)
@@ -487,15 +491,25 @@ class StreamForward:
             lease.release()
 
     def _eager(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, stream: StreamCache
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        stream: StreamCache,
+        end_timestep: Tensor | None,
     ) -> Tensor:
         result: Tensor = self._transformer(
-            [latents], timestep, text, plan=stream.plan, stream=stream
+            [latents], timestep, text, plan=stream.plan, stream=stream, end_timestep=end_timestep
         )
         return result
 
     def _buffers(
-        self, latents: Tensor, timestep: Tensor, text: Tensor, stream: StreamCache
+        self,
+        latents: Tensor,
+        timestep: Tensor,
+        text: Tensor,
+        stream: StreamCache,
+        end_timestep: Tensor | None,
     ) -> StepBuffers | None:
         """The tensors of a forward that may be captured; None: it may not."""
         if self._grows or stream.num_frames < stream.capacity or stream.text is None:
@@ -513,6 +527,7 @@ class StreamForward:
             latents.new_zeros((len(latents), shape.out_channels, *latents.shape[2:]), dtype=dtype),
             unused,
             Conditioning([], None, text, None),
+            end_timestep,
         )
 
     def report(self) -> dict[str, Any]:

@@ -44,7 +44,7 @@ from mv2v_engine.locks import WriterLock
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.progress import CancelToken, Event, Spans, StepDone, cancel_token, staged
-from mv2v_engine.sampling.flow_match import RenoisingSolver, Solver, listed_sigmas, turn_noise
+from mv2v_engine.sampling.flow_match import Solver, listed_sigmas, stream_solver, turn_noise
 from mv2v_engine.vae import StreamDecoder, StreamEncoder
 
 # blocks whose seconds the report is of: the newest ones, so that it stays as small as the stream
@@ -317,10 +317,11 @@ class Stream:
         self, number: int, source: Tensor | None, token: CancelToken
     ) -> Generator[StepDone, None, Tensor]:
         """Make a block [1, C, F, H, W], one step after the other."""
-        total, channels = len(self.config.timesteps), self.parts.transformer.config.out_channels
-        shape = (1, channels, *self.cache.plan.latent_shapes[0][1:])
-        noise, generator = turn_noise(shape, window_seed(self.seed, number - 1))
-        solver, noise = RenoisingSolver(self._sigmas, generator), noise.to(self.parts.device)
+        total, shape = len(self.config.timesteps), self.parts.transformer.config
+        size = (1, shape.out_channels, *self.cache.plan.latent_shapes[0][1:])
+        noise, generator = turn_noise(size, window_seed(self.seed, number - 1))
+        noise = noise.to(self.parts.device)
+        solver = stream_solver(self._sigmas, generator, is_map=shape.has_end_time)
         assert self._text is not None
         began, latents = time.monotonic(), noise
         steps = block_steps(self._forward, self.cache, solver, noise, self._text, source)
@@ -482,16 +483,21 @@ def block_velocity(
     timestep: float,
     text: Tensor,
     source: Tensor | None = None,
+    end: float | None = None,
 ) -> Tensor:
     """The velocity [B, C, F, H, W] of a stream's newest block, whose K and V are left in the cache.
 
     timestep: of the block. At 0 the latents are clean, and what they leave is what later blocks
-    see of them. source: latents [B, C, F, H, W] for a model that takes them on the channels.
+    see of them. source: latents [B, C, F, H, W] for a model that takes them on the channels. end:
+    the timestep to which a flow map's step goes.
     """
     times = latents.new_full((len(latents),), timestep)
+    ends = None if end is None else torch.full_like(times, end)
     if source is not None:
         latents = torch.cat([latents, source], 1)
-    result: Tensor = transformer([latents], times, text, plan=cache.plan, stream=cache)
+    result: Tensor = transformer(
+        [latents], times, text, plan=cache.plan, stream=cache, end_timestep=ends
+    )
     return result
 
 
@@ -508,8 +514,9 @@ def block_steps(
     solver: fresh. latents: the noise that the block begins with, on the model's device. text:
     embeddings [B, S, text_dim], read where the cache holds no prompt. source: as `block_velocity`.
     """
+    ends = [None] * len(solver.timesteps) if solver.ends is None else solver.ends.tolist()
     for index, timestep in enumerate(solver.timesteps.tolist()):
-        velocity = block_velocity(transformer, cache, latents, timestep, text, source)
+        velocity = block_velocity(transformer, cache, latents, timestep, text, source, ends[index])
         latents = solver.step(velocity, index, latents)
         yield latents
 

@@ -44,12 +44,18 @@ class StreamCache:
 
     Args:
         grid: latent rows and columns.
+        is_trained: write over nothing that was read, so that gradients flow back through it.
     """
 
     def __init__(
-        self, shape: TransformerConfig, grid: tuple[int, int], config: StreamConfig
+        self,
+        shape: TransformerConfig,
+        grid: tuple[int, int],
+        config: StreamConfig,
+        *,
+        is_trained: bool = False,
     ) -> None:
-        self.config = config
+        self.config, self.is_trained = config, is_trained
         frames = (config.block_frames, *grid)
         self.plan = turn_plan(shape, frames, (), source=False, merge="off")
         self.tokens_per_frame = self.plan.target.tokens_per_frame
@@ -183,6 +189,13 @@ class LayerCache:
         """Store the new frames' K and V [B, L, N, D]; what is held with them."""
         size = self._cache.tokens_per_frame
         length, held = self._cache.capacity * size, self._cache.num_frames * size
+        if self._cache.is_trained:
+            before = self.stored or [keys[:, :0], values[:, :0]]
+            self.stored = [
+                torch.cat([stored[:, : held - new.shape[1]], new], 1)
+                for stored, new in zip(before, (keys, values), strict=True)
+            ]
+            return self.stored[0], self.stored[1]
         if not self.stored or self.stored[0].shape[1] < length:
             self._allocate(keys, length)
         for stored, new in zip(self.stored, (keys, values), strict=True):
@@ -201,6 +214,9 @@ class LayerCache:
         config, size = self._cache.config, self._cache.tokens_per_frame
         first, held = config.num_fixed * size, self._cache.num_frames * size
         stop = first + count * size
+        if self._cache.is_trained:
+            # what was read is left as it is
+            self.stored = [stored.clone() for stored in self.stored]
         if config.policy == "memrope":
             self._average([stored[:, first:stop] for stored in self.stored])
             for stored, *averages in zip(

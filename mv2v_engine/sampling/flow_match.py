@@ -173,9 +173,10 @@ class FlowMapSolver(EulerSolver):
     both levels (AnyFlow, arXiv 2605.13724).
     """
 
-    def __init__(self, num_steps: int, shift: float) -> None:
-        super().__init__(num_steps, shift)
-        self.ends = self.sigmas[1:] * 1000
+    def __init__(self, sigmas: Tensor) -> None:
+        self.sigmas = sigmas.to(torch.float32)
+        self.timesteps, self.ends = self.sigmas[:-1] * 1000, self.sigmas[1:] * 1000
+        self.deltas = self.sigmas.diff()
 
 
 class LightX2VSolver(EulerSolver):
@@ -221,6 +222,14 @@ class RenoisingSolver:
         return state.to(latents.dtype)
 
 
+def stream_solver(sigmas: Tensor, generator: torch.Generator, *, is_map: bool) -> Solver:
+    """The solver of a stream's block; weights that are a flow map add no noise between steps.
+
+    sigmas: of `listed_sigmas`. generator: of `turn_noise`.
+    """
+    return FlowMapSolver(sigmas) if is_map else RenoisingSolver(sigmas, generator)
+
+
 def make_solver(
     name: SchedulerName,
     num_steps: int,
@@ -254,7 +263,7 @@ def _fresh(
     if name == "euler":
         return EulerSolver(num_steps, shift)
     if name == "flow_map":
-        return FlowMapSolver(num_steps, shift)
+        return FlowMapSolver(shifted_sigmas(num_steps, shift))
     if name == "unipc":
         return UniPCSolver(num_steps, shift)
     if name == "lightx2v":

@@ -77,12 +77,12 @@ def map_target(
 
     Args:
         mean_velocity: u of latents and levels, to the same ends; called once, of 2 T latents.
-        latents, velocity: x_t and v. level, end: t and r [T], r below t.
+        latents, velocity: x_t and v. level, end: t and r [T]; where they are equal it is v.
     """
     above, below = (level + DELTA).clamp(max=1), torch.maximum(level - DELTA, end)
     moved = [latents + widened(near - level) * velocity for near in (above, below)]
     after, before = mean_velocity(torch.cat(moved), torch.cat([above, below])).float().chunk(2)
-    slope = (after - before) / widened(above - below)
+    slope = (after - before) / widened((above - below).clamp(min=1e-6))
     return velocity - widened(level - end) * slope
 
 
@@ -98,8 +98,7 @@ def flow_map_loss(
 ) -> dict[str, Tensor]:
     """The loss, and the plain squared errors of those targets that are plain flow and those not.
 
-    A target's weight is t sqrt(1 - t); the others together weigh as much as the plain ones, each
-    for each. "rows" is how many targets were run without gradients. dtype: as in `flow_loss`.
+    "rows" is how many targets were run without gradients. dtype: as in `flow_loss`.
     """
     batch = batch.to(device)
     noised = Noised.drawn(batch.targets, generator, flow_shift)
@@ -120,12 +119,21 @@ def flow_map_loss(
             given = (noised.latents[rows], noised.velocity[rows], level[rows], end[rows])
             wanted = wanted.index_copy(0, rows, map_target(again, *given))
     error = squared_error(mean, wanted, batch.weight).flatten(1).mean(1)
+    return {**balanced(error, level, end), "rows": torch.tensor(2 * len(rows))}
+
+
+def balanced(error: Tensor, level: Tensor, end: Tensor) -> dict[str, Tensor]:
+    """The loss of squared errors [T] of steps from t to r [T], and the plain means of both kinds.
+
+    A target's weight is t sqrt(1 - t); those with r below t together weigh as much as those that
+    are plain flow, each for each.
+    """
     is_plain = end == level
     weighted = error * level * (1 - level).sqrt()
     plain, others = weighted[is_plain], weighted[~is_plain]
     if len(plain) and len(others):
         others = others * (plain.mean() / others.mean()).detach()
-    found = {"loss": (plain.sum() + others.sum()) / len(error), "rows": torch.tensor(2 * len(rows))}
+    found = {"loss": (plain.sum() + others.sum()) / len(error)}
     for name, chosen in (("loss_plain", is_plain), ("loss_map", ~is_plain)):
         if bool(chosen.any()):
             found[name] = error[chosen].mean()

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import SamplingConfig, TransformerConfig
-from mv2v_engine.errors import TrainingError
+from mv2v_engine.errors import RequestError, TrainingError
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, tiny_config
@@ -256,5 +256,5 @@ def test_from_a_checkpoint_to_a_flow_map(
         assert torch.equal(parameter, state["model"][name]), name
     with pytest.raises(TrainingError, match="is a flow map, which training on plain flow"):
         train("plain", "--start-from", done)
-    with pytest.raises(SystemExit):
+    with pytest.raises(RequestError, match="--flow-map belongs to --start-from"):
         train("scratch", "--flow-map")

@@ -1,0 +1,218 @@
+"""Causal training: over the cache that a stream has, in three stages, to weights that stream."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from mv2v_engine.checkpoints import load_checkpoint
+from mv2v_engine.config import StreamConfig
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.files import save_tensors
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.stream_cache import StreamCache
+from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.tokens.plan import turn_plan
+from mv2v_engine.training import causal
+from mv2v_engine.training.causal import ClipForward, causal_loss, causal_model
+from mv2v_engine.training.recipe import Batch
+
+CPU = torch.device("cpu")
+SHAPE = tiny_config(
+    in_channels=8, source_channels=4, camera_conditioning="none", tokenizers=(), merger=None
+)
+FRAMES, GRID = 6, (4, 6)
+POLICIES: list[dict[str, Any]] = [
+    {"policy": "window", "window": 3},
+    {"policy": "sink", "window": 4, "sink_frames": 1},
+    {"policy": "memrope", "window": 5, "sink_frames": 1, "is_adaptive": True},
+    {"policy": "all", "window": 2},
+]
+
+
+def make_model(**changes: Any) -> MV2VTransformer:
+    model = MV2VTransformer(replace(SHAPE, **changes))
+    randomise(model)
+    return model
+
+
+def make_batch(model: MV2VTransformer, frames: int = FRAMES) -> Batch:
+    plan = turn_plan(model.config, (frames, *GRID), (), merge="off")
+    generator = torch.Generator().manual_seed(0)
+    clean, source = torch.randn(2, 2, 4, frames, *GRID, generator=generator).unbind(0)
+    text = torch.randn(2, 6, 10, generator=generator)
+    return Batch(plan, [clean], None, text, source)
+
+
+def config_of(**fields: Any) -> StreamConfig:
+    return StreamConfig(**{"block_frames": 1, "timesteps": (1000, 500)} | fields)
+
+
+@pytest.mark.parametrize("fields", POLICIES, ids=lambda fields: fields["policy"])
+def test_what_is_trained_is_what_is_run(fields: dict[str, Any]) -> None:
+    """The cache that gradients flow through holds what a stream's holds, past its first rolls; a
+    block's loss reaches the blocks that it sees, and no others."""
+    model, config = make_model(), config_of(**fields)
+    batch = make_batch(model)
+    clean = batch.targets.clone().requires_grad_()
+    trained = ClipForward(model, batch, config)
+    run = StreamCache(model.config, GRID, config)
+    level = torch.tensor([0.4, 0.9])
+    for frame in range(FRAMES):
+        place = slice(frame, frame + 1)
+        source = batch.source[:, :, place]  # type: ignore[index]
+        trained.cache.begin_block()
+        run.begin_block()
+        for at, latents in ((level, torch.ones_like(source)), (0 * level, clean[:, :, place])):
+            found = trained(latents, source, at)
+            with torch.no_grad():
+                noisy = torch.cat([latents, source], 1)
+                expected = model([noisy], at * 1000, batch.text, plan=run.plan, stream=run)
+            torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)
+            if at is level:
+                noisy_velocity = found
+    (gradient,) = torch.autograd.grad(noisy_velocity.sum(), clean)
+    reached = [bool(gradient[:, :, frame].any()) for frame in range(FRAMES)]
+    # the last block sees the two before it, or all; the sink is seen, or gone, and so is what the
+    # averages took; those between have been seen by those that are
+    assert reached[FRAMES - 1] is False and reached[FRAMES - 2] and reached[FRAMES - 3]
+    if fields["policy"] in ("all", "sink", "memrope"):
+        assert reached[0]
+
+
+@pytest.mark.parametrize("longest", [None, 1.0])
+@pytest.mark.parametrize("rolls_out", [False, True])
+def test_the_losses_train(longest: float | None, rolls_out: bool) -> None:
+    model = make_model(has_end_time=longest is not None)
+    config = config_of(**POLICIES[1])
+    found = causal_loss(
+        model,
+        make_batch(model),
+        torch.Generator().manual_seed(1),
+        config,
+        flow_shift=3.0,
+        longest=longest,
+        rolls_out=rolls_out,
+        device=CPU,
+    )
+    found["loss"].backward()
+    assert set(found) == ({"loss"} if longest is None else {"loss", "loss_plain", "loss_map"})
+    for name, parameter in model.named_parameters():
+        assert parameter.grad is not None and bool(parameter.grad.isfinite().all()), name
+        # a bias of keys moves no attention
+        assert bool(parameter.grad.any()) or name.endswith("to_k.bias"), name
+
+
+def test_a_block_sees_what_the_model_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    model, config, seen = make_model(), config_of(**POLICIES[1]), {}
+    batch = make_batch(model)
+    given = ClipForward.__call__
+
+    def watched(
+        self: ClipForward, latents: Tensor, source: Tensor, level: Tensor, *end: Any
+    ) -> Any:
+        if not level.any():
+            seen[name].append(latents)
+            assert torch.is_grad_enabled() is (name == "filmed")
+        return given(self, latents, source, level, *end)
+
+    monkeypatch.setattr(ClipForward, "__call__", watched)
+    for name, rolls_out in (("filmed", False), ("made", True)):
+        seen[name] = []
+        generator = torch.Generator().manual_seed(1)
+        causal_loss(
+            model, batch, generator, config, flow_shift=3.0, rolls_out=rolls_out, device=CPU
+        )
+    filmed, made = (torch.cat(seen[name], 2) for name in ("filmed", "made"))
+    # none follows the last block, so nothing is left of it
+    assert torch.equal(filmed, batch.targets[:, :, : FRAMES - 1])
+    assert made.shape == filmed.shape and not torch.allclose(made, filmed)
+    assert not made.requires_grad
+
+
+def test_what_cannot_be_made_causal(tiny_checkpoint: Path) -> None:
+    with pytest.raises(TrainingError, match="cannot be made causal: expected an editor whose"):
+        causal_model(load_checkpoint(tiny_checkpoint))
+    model = make_model()
+    with pytest.raises(TrainingError, match=r"clips of two blocks at least.* got 1 latent frames"):
+        causal_loss(
+            model,
+            make_batch(model, 1),
+            torch.Generator(),
+            config_of(window=2, policy="window"),
+            flow_shift=3.0,
+            device=CPU,
+        )
+
+
+@pytest.fixture
+def edits(tmp_path: Path) -> Path:
+    """Four clips of one window of four latent frames, for the small editor."""
+    folder, generator = tmp_path / "latents", torch.Generator().manual_seed(0)
+    folder.mkdir()
+    for clip in range(4):
+        source, edited = torch.randn(2, 1, 16, 4, 4, 6, generator=generator).half()
+        tensors = {
+            "source": source,
+            "edited": edited,
+            "mask": torch.zeros(1, 4, 4, 6).half(),
+            "text": torch.randn(2, 16, generator=generator).bfloat16(),
+        }
+        save_tensors(folder / f"edit_{clip:07d}.safetensors", tensors)
+    return folder
+
+
+def test_from_an_editor_to_a_stream(
+    tmp_path: Path, edits: Path, editor_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "causal"
+
+    def train(*more: object) -> None:
+        words = ["--edits", edits, "--text", editor_folder, "--start-from", editor_folder]
+        words += ["--out", out, "--steps", 10, "--batch", 2, *more]
+        monkeypatch.setattr("sys.argv", ["causal", *map(str, words)])
+        causal.main()
+
+    train()
+    states = {name: torch.load(out / name / "checkpoint.pt", weights_only=True)
+              for name in ("forcing", "map", "rollout")}  # fmt: skip
+    assert {name: state["step"] for name, state in states.items()} == {
+        "forcing": 5,
+        "map": 3,
+        "rollout": 2,
+    }
+    maps = {name: state["shape"]["has_end_time"] for name, state in states.items()}
+    assert maps == {"forcing": False, "map": True, "rollout": True}
+    found = load_checkpoint(out / "model", dtype=torch.float32)
+    assert found.stream == causal.TINY_STREAM and found.name == "editor-causal"
+    assert found.config.has_end_time and not found.config.tokenizers
+    assert found.vae_path is not None and found.text_path is not None
+    average = states["rollout"]["ema"]
+    for name, parameter in found.transformer.named_parameters():
+        torch.testing.assert_close(parameter, average[name], rtol=1e-3, atol=1e-4)
+    # again: all of it is there, and nothing moves
+    before = (out / "model" / "transformer.safetensors").read_bytes()
+    train()
+    assert (out / "model" / "transformer.safetensors").read_bytes() == before
+    # a stage alone goes on from what there is
+    out = tmp_path / "rollout"
+    monkeypatch.setattr(causal, "TINY_STREAM", replace(causal.TINY_STREAM, timesteps=(1000,)))
+    editor_folder = tmp_path / "causal" / "model"
+    train("--stages", "rollout")
+    assert not (out / "map").exists()
+    assert load_checkpoint(out / "model").stream.timesteps == (1000,)  # type: ignore[union-attr]
+    # a block after another, in the steps of its map
+    model = found.transformer
+    source, text = torch.randn(1, 16, 1, 4, 6), torch.randn(1, 8, 16)
+    batch = Batch(turn_plan(model.config, (1, 4, 6), (), merge="off"), [source], None, text, source)
+    clip = ClipForward(model, batch, found.stream)  # type: ignore[arg-type]
+    for _ in range(6):
+        clip.cache.begin_block()
+        made = clip.sampled(source, torch.Generator().manual_seed(3), found.sampling.flow_shift)
+        assert bool(made.isfinite().all())
+        clip(made, source, torch.zeros(1))
