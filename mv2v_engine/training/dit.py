@@ -30,7 +30,7 @@ from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditRecipe, EditSampler
-from mv2v_engine.training.flow_map import flow_map_step
+from mv2v_engine.training.flow_map import DELTA, flow_map_step
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Sampler, flow_step
@@ -135,6 +135,13 @@ def main() -> None:
         action="store_true",
         help="with --start-from: teach it the time to which a step goes, for turns of 1 to 4 steps",
     )
+    parser.add_argument(
+        "--delta",
+        type=float,
+        default=DELTA,
+        help="with --flow-map: noise levels to either side, between which the derivative is taken; "
+        "a small model changes in jumps from level to level, which more than 0.005 evens out",
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--steps", type=int, help="in place of --minutes: what the schedule spans")
     parser.add_argument(
@@ -169,6 +176,8 @@ def main() -> None:
         parser.error("--latent-frames belongs to --edits")
     if args.camera_attention and (args.latents is None or args.start_from is not None):
         parser.error("--camera-attention belongs to --latents without --start-from")
+    if not 0 < args.delta < 0.5:
+        parser.error(f"--delta must lie between 0 and 0.5, got {args.delta:g}")
     if args.flow_map and args.start_from is None:
         parser.error("--flow-map belongs to --start-from: a flow is learned first, then its steps")
 
@@ -189,7 +198,9 @@ def main() -> None:
     )
     loop = TrainingLoop(model, optimizers, config)
     given = (data_parallel(model), sampler, device)
-    loop.run(flow_map_step(*given, lambda: loop.done) if args.flow_map else flow_step(*given))
+    loop.run(
+        flow_map_step(*given, lambda: loop.done, args.delta) if args.flow_map else flow_step(*given)
+    )
     leave()
 
 

@@ -70,6 +70,7 @@ def map_target(
     velocity: Tensor,
     level: Tensor,
     end: Tensor,
+    delta: float = DELTA,
 ) -> Tensor:
     """v - (t - r) du/dt: what u(x_t, t, r) has to be [T, C, F, H, W].
 
@@ -78,8 +79,9 @@ def map_target(
     Args:
         mean_velocity: u of latents and levels, to the same ends; called once, of 2 T latents.
         latents, velocity: x_t and v. level, end: t and r [T]; where they are equal it is v.
+        delta: how far to either side the difference is taken.
     """
-    above, below = (level + DELTA).clamp(max=1), torch.maximum(level - DELTA, end)
+    above, below = (level + delta).clamp(max=1), torch.maximum(level - delta, end)
     moved = [latents + widened(near - level) * velocity for near in (above, below)]
     after, before = mean_velocity(torch.cat(moved), torch.cat([above, below])).float().chunk(2)
     slope = (after - before) / widened((above - below).clamp(min=1e-6))
@@ -95,6 +97,7 @@ def flow_map_loss(
     flow_shift: float,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    delta: float = DELTA,
 ) -> dict[str, Tensor]:
     """The loss, and the plain squared errors of those targets that are plain flow and those not.
 
@@ -117,7 +120,7 @@ def flow_map_loss(
                 return forward.again(twice, latents, levels * 1000, ends)
 
             given = (noised.latents[rows], noised.velocity[rows], level[rows], end[rows])
-            wanted = wanted.index_copy(0, rows, map_target(again, *given))
+            wanted = wanted.index_copy(0, rows, map_target(again, *given, delta))
     error = squared_error(mean, wanted, batch.weight).flatten(1).mean(1)
     return {**balanced(error, level, end), "rows": torch.tensor(2 * len(rows))}
 
@@ -141,11 +144,16 @@ def balanced(error: Tensor, level: Tensor, end: Tensor) -> dict[str, Tensor]:
 
 
 def flow_map_step(
-    model: nn.Module, sampler: Sampler, device: torch.device, done: Callable[[], float]
+    model: nn.Module,
+    sampler: Sampler,
+    device: torch.device,
+    done: Callable[[], float],
+    delta: float = DELTA,
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """A step of the loop, as `flow_step`.
 
-    done: the share of the training that is done, which tells how long steps may be.
+    done: the share of the training that is done, which tells how long steps may be. delta: as in
+    `map_target`.
     """
     dtype, shift = compute_dtype(device), sampler.recipe.flow_shift
     factor = training_flops_factor(getattr(model, "module", model))
@@ -160,6 +168,7 @@ def flow_map_step(
             flow_shift=shift,
             device=device,
             dtype=dtype,
+            delta=delta,
         )
         # forwards that train nothing are not followed by a way back
         plan, targets = batch.plan, len(batch.targets) + int(found.pop("rows")) / factor
