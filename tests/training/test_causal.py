@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from mv2v_engine import Engine
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.config import StreamConfig
+from mv2v_engine.engine.session import window_seed
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
@@ -168,7 +171,11 @@ def edits(tmp_path: Path) -> Path:
 
 
 def test_from_an_editor_to_a_stream(
-    tmp_path: Path, edits: Path, editor_folder: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path,
+    edits: Path,
+    editor_folder: Path,
+    moving_frames: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     out = tmp_path / "causal"
 
@@ -206,13 +213,19 @@ def test_from_an_editor_to_a_stream(
     train("--stages", "rollout")
     assert not (out / "map").exists()
     assert load_checkpoint(out / "model").stream.timesteps == (1000,)  # type: ignore[union-attr]
-    # a block after another, in the steps of its map
-    model = found.transformer
-    source, text = torch.randn(1, 16, 1, 4, 6), torch.randn(1, 8, 16)
-    batch = Batch(turn_plan(model.config, (1, 4, 6), (), merge="off"), [source], None, text, source)
+    # frames as they come, blocks in the steps of the map
+    engine = Engine.from_pretrained(tmp_path / "causal" / "model", device="cpu")
+    frames = moving_frames(21)
+    with engine.stream("a red ball", seed=3, source=iter(frames)) as stream:
+        made = torch.cat([block.frames for block in stream.blocks()])
+        first = engine.vae.encode(frames[:1])[None]
+    assert made.shape == frames.shape and stream.num_blocks == 6
+    # the first block is what training's own forward samples
+    model, text = engine.transformer, engine.text_embedding("a red ball")
+    batch = Batch(turn_plan(model.config, (1, 4, 6), (), merge="off"), [first], None, text, first)
     clip = ClipForward(model, batch, found.stream)  # type: ignore[arg-type]
-    for _ in range(6):
-        clip.cache.begin_block()
-        made = clip.sampled(source, torch.Generator().manual_seed(3), found.sampling.flow_shift)
-        assert bool(made.isfinite().all())
-        clip(made, source, torch.zeros(1))
+    clip.cache.begin_block()
+    generator = torch.Generator().manual_seed(window_seed(3, 0))
+    latents = clip.sampled(first, generator, found.sampling.flow_shift)
+    expected = engine.vae.decode(latents[0])
+    assert int((made[:1].int() - expected.int()).abs().max()) <= 1
