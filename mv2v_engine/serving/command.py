@@ -23,7 +23,10 @@ def serve(args: argparse.Namespace) -> int:
     _require(_NEEDED, "serve")
     config, cluster = serving_config(args), cluster_config(args)
     # whatever is wrong with the checkpoint is said before anything listens
-    is_editor = read_resolution(args).config.is_editor
+    resolution = read_resolution(args)
+    is_editor = resolution.config.is_editor
+    if resolution.stream is not None and cluster is not None:
+        raise RequestError("replicas make no streams; leave --workers ray out")
     if config.engine.batch_tokens is not None and (is_editor or cluster is not None):
         made = "edits are made" if is_editor else "a replica makes its turns"
         raise RequestError(f"{made} one after the other; leave --batch-tokens out")

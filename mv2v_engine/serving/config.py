@@ -9,7 +9,7 @@ from typing import Any
 
 from mv2v_engine.arguments import fit_fields
 from mv2v_engine.checkpoints.hub import hub_name
-from mv2v_engine.config import EngineConfig, LoadConfig
+from mv2v_engine.config import MODEL, EngineConfig, LoadConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.settings import PROGRAMS, setting
 
@@ -36,6 +36,14 @@ class Limits:
     sessions: int = setting(10_000, LIMITS, "of a token", flag="--max-sessions", above=0)
     uploads: int = setting(
         8, LIMITS, "of a token, under way at once", flag="--max-uploads", above=0
+    )
+    stream_seconds: float = setting(
+        3600.0,
+        LIMITS,
+        "of video in all streams of a token that are kept",
+        flag="--max-stream-seconds",
+        metavar="S",
+        above=0,
     )
     probe_seconds: float = setting(60.0, PROGRAMS, "that decoding a video may take", above=0)
 
@@ -84,6 +92,28 @@ class ServingConfig(LoadConfig):
         "where there are several tokens, else all",
         low=1,
     )
+    max_streams: int = setting(4, LIMITS, "that are made at once, of all tokens together", low=1)
+    max_streams_per_token: int | None = setting(
+        None,
+        LIMITS,
+        "of them one token's; if not given, half of --max-streams, rounded down and at least 1, "
+        "where there are several tokens, else all",
+        low=1,
+    )
+    stream_ahead: float = setting(
+        30.0,
+        LIMITS,
+        "seconds of video that a stream without an end is made ahead of its readers",
+        metavar="S",
+        above=0,
+    )
+    stream_unread: float = setting(
+        600.0,
+        LIMITS,
+        "seconds that a stream waits for a reader, or for frames to edit, before it ends",
+        metavar="S",
+        above=0,
+    )
     max_connections: int = setting(
         512, LIMITS, "open at once, a quarter of the open files at most", low=1
     )
@@ -91,6 +121,12 @@ class ServingConfig(LoadConfig):
         8, LIMITS, "in the engine's memory at once; the least recently used goes first", low=1
     )
     limits: Limits = field(default_factory=Limits)
+    causal: bool = setting(
+        False,
+        MODEL,
+        "the checkpoint makes frames block by block, as no weight of Self-Forcing, LongLive or "
+        "CausVid tells",
+    )
     keep_days: float | None = setting(
         None,
         LIMITS,
@@ -164,9 +200,17 @@ class ServingConfig(LoadConfig):
     @property
     def queue_share(self) -> int:
         """Turns of one token that may wait."""
-        if self.max_queue_per_token is not None:
-            return self.max_queue_per_token
-        return self.max_queue if len(self.tokens) < 2 else max(1, self.max_queue // 2)
+        return self._share(self.max_queue, self.max_queue_per_token)
+
+    @property
+    def stream_share(self) -> int:
+        """Streams of one token that may be made at once."""
+        return self._share(self.max_streams, self.max_streams_per_token)
+
+    def _share(self, most: int, own: int | None) -> int:
+        if own is not None:
+            return own
+        return most if len(self.tokens) < 2 else max(1, most // 2)
 
     @property
     def is_loopback(self) -> bool:

@@ -89,9 +89,15 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
             422, INVALID, "the rate or the shape of the frames is not taken"
         ),
         "video_too_slow": Kind(422, INVALID, "decoding the video takes too long or too much"),
-        "unprocessable_turn": Kind(422, INVALID, "the model or the session cannot do this turn"),
+        "unprocessable_turn": Kind(
+            422, INVALID, "the model or the session cannot do this turn or stream"
+        ),
         "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
         "too_many_uploads": Kind(429, RATE, "as many uploads are under way as one token may have"),
+        "too_many_streams": Kind(429, RATE, "as many streams are made as may be at once"),
+        "stream_limit": Kind(
+            429, RATE, "the token's streams have as many seconds of video as it may keep"
+        ),
         "too_many_connections": Kind(503, SERVER, "as many connections are busy as may be open"),
         "queue_full": Kind(429, RATE, "as many turns wait as may; Retry-After says for how long"),
         "internal": Kind(500, SERVER, "a fault of the service"),
@@ -101,6 +107,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "worker_crashed": Kind(None, SERVER, "the process that rendered the turn died"),
         "out_of_memory": Kind(None, SERVER, "the device or the host has too little memory"),
         "not_finite": Kind(None, SERVER, "the model computed NaN or infinity; nothing was kept"),
+        "unread": Kind(None, INVALID, "the stream waited too long for a reader, or for frames"),
         "timeout": Kind(None, SERVER, "the turn hung: its worker said nothing for too long"),
     }
 )

@@ -34,15 +34,18 @@ from mv2v_engine.serving.store.records import (
     SessionRecord,
     TurnFile,
     TurnRecord,
+    is_id,
     new_job,
 )
 from mv2v_engine.serving.store.recovery import recover
 from mv2v_engine.serving.store.retention import Retention
+from mv2v_engine.serving.store.streams import stream_folder, video_path
 from mv2v_engine.serving.watch.events import EventLogs, ended
 from mv2v_engine.serving.watch.listener import Listener
 from mv2v_engine.serving.work.backend import Backend
 from mv2v_engine.serving.work.publishing import Publisher
 from mv2v_engine.serving.work.scheduler import Scheduler
+from mv2v_engine.serving.work.streaming import Stream, Streams
 from mv2v_engine.serving.work.turn_request import kept_request, make_request
 
 # for Retry-After, where nothing says how long it takes
@@ -74,6 +77,8 @@ class Service:
         self._is_stopping = self._is_stopped = False
         self._restarts = 0
         self._draining: asyncio.Task[None] | None = None
+        # the store's clock when this began
+        self._clock_at, self._began = 0.0, time.monotonic()
 
     async def start(self) -> None:
         """Lock the store, recover what a kill left behind, and begin to load the engine.
@@ -97,6 +102,8 @@ class Service:
             with full_disk(self.config.store):
                 await recover(self.store, self._database, self._audit)
                 await self._scheduler.recover()
+                self._clock_at = await self._database.read(tables.clock)
+                await self.streams.recover()
         except BaseException:
             self._database.close()
             self.store.unlock()
@@ -104,6 +111,7 @@ class Service:
         self.backend.watch(self._backend_changed)
         await self.backend.start()
         self._scheduler.start()
+        self.streams.start()
         self._publisher.start()
         self._retention.start()
         self._audit.go_on()
@@ -122,7 +130,8 @@ class Service:
         self._sessions = Sessions(
             config, store, database, self._scheduler, self._publisher, self._audit, self._probe
         )
-        self._retention = Retention(config, database, self._expire)
+        self.streams = Streams(config, store, self.backend, self._scheduler.tell, self._clock)
+        self._retention = Retention(config, database, self._expire, self.streams.idle)
 
     async def drain(self) -> None:
         """Take no more turns, give the one under way its grace, then put it back in the queue.
@@ -147,6 +156,7 @@ class Service:
         await self._audit.stop()
         await self._retention.stop()
         await self._publisher.stop()
+        await self.streams.stop()
         await self._scheduler.stop()
         if self._tasks:
             await asyncio.wait(self._tasks)
@@ -212,6 +222,10 @@ class Service:
         """
         try:
             about = self.require_about()
+            if about["kind"] == "streams":
+                name = about["engine"]["checkpoint"]
+                message = f"{name} makes streams and no turns; POST /v1/streams instead"
+                raise ApiError("unprocessable_turn", message)
         except ApiError:
             await asyncio.to_thread(upload.unlink, missing_ok=True)
             raise
@@ -346,6 +360,44 @@ class Service:
         self._require_running()
         return await self._whole(self._scheduler.submit(job, key))
 
+    async def begin_stream(
+        self, owner: str, request: dict[str, Any], *, key: str | None = None
+    ) -> tuple[Stream, bool]:
+        """Begin a stream; see `Streams.create`. Raises not_ready too."""
+        about = self.require_about()
+        return await self._whole(self.streams.create(owner, about, request, key=key))
+
+    async def stream_prompt(self, owner: str, stream_id: str, prompt: str) -> int:
+        """See `Streams.set_prompt`. Raises not_ready too."""
+        self.require_about()
+        return await self._whole(self.streams.set_prompt(owner, stream_id, prompt))
+
+    async def cancel_stream(self, owner: str, stream_id: str) -> Stream:
+        """See `Streams.cancel`."""
+        return await self._whole(self.streams.cancel(owner, stream_id))
+
+    async def delete_stream(self, owner: str, stream_id: str) -> None:
+        """See `Streams.remove`."""
+        await self._whole(self.streams.remove(owner, stream_id))
+
+    async def stream_video(
+        self, owner: str, stream_id: str, first: int | None, last: int | None, keep_alive: float
+    ) -> AsyncIterator[bytes]:
+        """See `Streams.read`. first: if not given, the newest block of one that is being made.
+
+        Raises not_found, damaged: its video is not the one that was made.
+        """
+        stream = self.streams.find(owner, stream_id)
+        if stream.record.is_ended:
+            folder = stream_folder(self.store, stream_id)
+            problem = await asyncio.to_thread(
+                self._audit.verifier.problem, folder, video_path(folder).name, stream.record.files
+            )
+            if stream.num_blocks and problem is not None:
+                raise ApiError("damaged", f"the video of the stream is lost: {problem}")
+        newest = 1 if stream.record.is_ended else max(1, stream.num_blocks)
+        return self.streams.read(stream, first or newest, last, keep_alive)
+
     async def job(self, owner: str, job_id: str) -> JobRecord:
         """With its newest progress, and its position while it waits. Raises not_found."""
         return self._logs.with_progress(await self._read(jobs.find_job, owner, job_id))
@@ -387,11 +439,18 @@ class Service:
             return ended(job, after)
         return found.follow(after)
 
+    def _clock(self) -> float:
+        """The store's clock, in seconds."""
+        return self._clock_at + time.monotonic() - self._began
+
     async def _find(self, owner: str, session_id: str) -> SessionRecord:
         return await self._read(tables.find_session, owner, session_id)
 
     async def _expire(self, owner: str, session_id: str) -> None:
-        """Remove a session that nobody uses; raises busy if somebody does."""
+        """Remove a session or stream that nobody uses; raises busy if somebody does."""
+        if is_id("stream", session_id):
+            await self._whole(self.streams.remove(owner, session_id))
+            return
         await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
 
     async def _read(
@@ -417,4 +476,5 @@ class Service:
             self._scheduler.tell(lambda listener: listener.worker_restarted(reason))
         self._restarts = restarts
         self._scheduler.wake()
+        self.streams.wake()
         self._publisher.wake()

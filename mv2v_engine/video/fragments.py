@@ -160,21 +160,39 @@ def append_fragments(
 def fragment_ends(path: Path) -> list[int]:
     """Where each whole fragment of a file ends, in bytes; none of what is no such file."""
     ends, before = list[int](), b""
-    try:
-        with path.open("rb") as file:
-            size, start = os.fstat(file.fileno()).st_size, 0
-            while len(head := file.read(_HEAD.size)) == _HEAD.size:
-                length, kind = _HEAD.unpack(head)
-                start += length
-                if length < _HEAD.size or start > size:
-                    break
-                if (before, kind) == (b"moof", b"mdat"):
-                    ends.append(start)
-                before = kind
-                file.seek(start)
-    except FileNotFoundError:
-        pass
+    for kind, _, stop in _file_boxes(path):
+        if (before, kind) == (b"moof", b"mdat"):
+            ends.append(stop)
+        before = kind
     return ends
+
+
+def read_head(path: Path) -> bytes:
+    """What stands before the first fragment of a file; nothing if there is none."""
+    for kind, start, _ in _file_boxes(path):
+        if kind == b"moof":
+            with path.open("rb") as file:
+                return file.read(start)
+    return b""
+
+
+def codec_of(head: bytes) -> str:
+    """The codec that a head names, as RFC 6381 has it for players: avc1.640028."""
+    place = head.index(b"avcC") + 5
+    return f"avc1.{head[place : place + 3].hex()}"
+
+
+def _file_boxes(path: Path) -> Iterator[tuple[bytes, int, int]]:
+    """The whole boxes of a file, as `_boxes`; none of what is no such file."""
+    with suppress(FileNotFoundError), path.open("rb") as file:
+        size, start = os.fstat(file.fileno()).st_size, 0
+        while len(head := file.read(_HEAD.size)) == _HEAD.size:
+            length, kind = _HEAD.unpack(head)
+            if length < _HEAD.size or start + length > size:
+                return
+            yield kind, start, start + length
+            start += length
+            file.seek(start)
 
 
 def _boxes(data: bytes | bytearray, start: int, stop: int) -> Iterator[tuple[bytes, int, int]]:

@@ -32,14 +32,14 @@ from mv2v_engine.serving.http.headers import (
     cors_options,
     refusal,
 )
-from mv2v_engine.serving.http.routes import jobs, sessions, system, turns, videos
+from mv2v_engine.serving.http.routes import jobs, sessions, streams, system, turns, videos
 from mv2v_engine.serving.http.routes.parameters import BEARER, known_parameters
 from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.watch.metrics import Metrics
 from mv2v_engine.serving.watch.percent import Percentages
 
 PAGE = Path(__file__).with_name("page")
-OWNED = (sessions.router, turns.router, jobs.router, videos.router)
+OWNED = (sessions.router, turns.router, jobs.router, streams.router, videos.router)
 ROUTERS = (*OWNED, system.router)
 # codes of what the framework itself refuses
 _CODES = {

@@ -384,8 +384,18 @@ class UploadLimits(BaseModel):
     seconds: float
 
 
+class StreamSettings(BaseModel):
+    """How a model streams. block_frames: of every block but the first, which has `lead` fewer."""
+
+    settings: dict[str, Any]
+    block_frames: int
+    lead: int
+
+
 class Model(BaseModel):
     """What this service runs.
+
+    kind: what it makes. stream: null of a model that makes turns of sessions.
 
     engine: device, types and backends. presets: names of cameras. preset_poses: the path of each,
     sampled evenly from its first frame to its last, as a trajectory's poses.
@@ -395,7 +405,8 @@ class Model(BaseModel):
     id: str
     created: int
     owned_by: str
-    kind: SessionKind
+    kind: SessionKind | Literal["streams"]
+    stream: StreamSettings | None
     has_text: bool
     memory: MemoryMode
     presets: list[str]

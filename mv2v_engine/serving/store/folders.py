@@ -7,6 +7,7 @@
                     session.json  turns/            the engine's own (engine.folder)
                     results/turn_0001.mp4, .jpg     written by rename, after the engine's
                     rows/                           a copy of the session's rows (mirror)
+    streams/<id>/                   a stream (streams)
     set-aside/                      what a start found and no row promises; nothing removes it
     uploads/<random>   trash/<random>               emptied at every start
 
@@ -54,10 +55,11 @@ class Store:
         self.database = root / "service.sqlite3"
         self.sessions, self.uploads = root / "sessions", root / "uploads"
         self.trash, self.aside = root / "trash", root / "set-aside"
+        self.streams = root / "streams"
         self.spare = Spare(root / "spare")
         self._lock: Lock | None = None
         try:
-            for folder in (self.sessions, self.uploads, self.trash):
+            for folder in (self.sessions, self.streams, self.uploads, self.trash):
                 make_folder(folder)
         except OSError as error:
             raise StorageError(

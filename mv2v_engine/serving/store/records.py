@@ -24,15 +24,15 @@ LAST_EVENTS = frozenset({"finished", "failed", "cancelled"})
 # the event that is a picture: the next one takes its place
 PREVIEW = "preview"
 
-_ID = {kind: re.compile(rf"{kind}_[0-9a-f]{{24}}") for kind in ("session", "job")}
+_ID = {kind: re.compile(rf"{kind}_[0-9a-f]{{24}}") for kind in ("session", "job", "stream")}
 
 
-def new_id(kind: Literal["session", "job"]) -> str:
+def new_id(kind: Literal["session", "job", "stream"]) -> str:
     """A name that nobody can guess, and that is a safe file name."""
     return f"{kind}_{secrets.token_hex(12)}"
 
 
-def is_id(kind: Literal["session", "job"], text: str) -> bool:
+def is_id(kind: Literal["session", "job", "stream"], text: str) -> bool:
     """Whether a name from outside is one that `new_id` could have given."""
     return _ID[kind].fullmatch(text) is not None
 

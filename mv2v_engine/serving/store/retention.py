@@ -11,12 +11,13 @@ import asyncio
 import logging
 import sqlite3
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterable
 
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.store import tables
 from mv2v_engine.serving.store.database import Database
+from mv2v_engine.serving.store.streams import StreamRecord
 
 log = logging.getLogger("mv2v_engine.serving")
 
@@ -24,24 +25,30 @@ SWEEP_SECONDS = 600.0
 _DAY = 86_400.0
 
 
-def expired(db: sqlite3.Connection, config: ServingConfig) -> list[tuple[str, str]]:
-    """(owner, id) of the sessions to remove, in this order."""
-    surplus = 0
+def expired(
+    db: sqlite3.Connection, config: ServingConfig, streams: Iterable[StreamRecord] = ()
+) -> list[tuple[str, str]]:
+    """(owner, id) of the sessions and streams to remove, in this order. streams: idle ones."""
+    now, surplus = tables.clock(db), 0
+    found = [(age, one.owner, one.id, one.bytes) for one, age in tables.idle_sessions(db)]
+    ended = [(now - one.used, one.owner, one.id, one.bytes) for one in streams]
     if config.keep_bytes is not None:
-        surplus = tables.total_bytes(db) - config.keep_bytes
-    found = []
-    for session, age in tables.idle_sessions(db):
+        surplus = tables.total_bytes(db) + sum(one[-1] for one in ended) - config.keep_bytes
+    due = []
+    # of equally old ones the order is kept
+    for age, owner, id, num_bytes in sorted(found + ended, key=lambda one: -one[0]):
         is_old = config.keep_days is not None and age > config.keep_days * _DAY
         if is_old or surplus > 0:
-            found.append((session.owner, session.id))
-            surplus -= session.bytes
-    return found
+            due.append((owner, id))
+            surplus -= num_bytes
+    return due
 
 
 class Retention:
     """A task that removes expired sessions, at the start and every ten minutes.
 
-    delete: as `Service.delete_session`, of a session that has no turn that waits or runs.
+    delete: as `Service.delete_session`, of a session that has no turn that waits or runs, or of a
+        stream. streams: those that are idle.
     """
 
     def __init__(
@@ -49,7 +56,9 @@ class Retention:
         config: ServingConfig,
         database: Database,
         delete: Callable[[str, str], Awaitable[None]],
+        streams: Callable[[], Iterable[StreamRecord]] = tuple,
     ) -> None:
+        self._streams = streams
         self.config, self.database, self._delete = config, database, delete
         self._task: asyncio.Task[None] | None = None
         self._told = time.monotonic()
@@ -76,17 +85,18 @@ class Retention:
     async def sweep(self) -> list[str]:
         """Remove what has expired; the ids."""
         await self.tell_clock()
+        due = await self.database.read(expired, self.config, self._streams())
         removed = []
-        for owner, session_id in await self.database.read(expired, self.config):
+        for owner, session_id in due:
             try:
                 await self._delete(owner, session_id)
             except ApiError:
                 continue  # it was deleted or used meanwhile
             except OSError as error:
-                log.error("session %s cannot be removed: %s", session_id, error)
+                log.error("%s cannot be removed: %s", session_id, error)
                 continue
             removed.append(session_id)
-            log.info("session %s was removed: it was not used for long", session_id)
+            log.info("%s was removed: it was not used for long", session_id)
         return removed
 
     async def _run(self) -> None:

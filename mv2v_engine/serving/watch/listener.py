@@ -6,6 +6,7 @@ from types import TracebackType
 from typing import Any
 
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.streams import StreamRecord
 
 
 class Listener:
@@ -31,6 +32,18 @@ class Listener:
 
     def session_deleted(self, session_id: str) -> None:
         """A session is gone: deleted by its owner or by retention."""
+
+    def stream_created(self, stream: StreamRecord) -> None:
+        """A stream was begun."""
+
+    def stream_block(self, stream: StreamRecord, frames: int, seconds: float) -> None:
+        """A block of so many frames is in a stream's video, so long after it was asked for."""
+
+    def stream_ended(self, stream: StreamRecord) -> None:
+        """It finished, failed or was cancelled."""
+
+    def stream_deleted(self, stream: StreamRecord) -> None:
+        """It is gone: deleted by its owner or by retention."""
 
     def worker_restarted(self, reason: str) -> None:
         """The worker ended and is started again."""

@@ -21,21 +21,24 @@ from types import MappingProxyType
 from typing import Any
 
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.streams import StreamRecord
 from mv2v_engine.serving.watch.listener import Listener
 
 _OWN = logging.getLogger("mv2v_engine.serving")
 _NONE: Mapping[str, str] = MappingProxyType({})
 _IDS: ContextVar[Mapping[str, str]] = ContextVar("ids", default=_NONE)
-_ID_IN_TEXT = re.compile(r"(?<![0-9a-z_])(session|job)_[0-9a-f]{24}(?![0-9a-f])")
+_ID_IN_TEXT = re.compile(r"(?<![0-9a-z_])(session|job|stream)_[0-9a-f]{24}(?![0-9a-f])")
 # asked every few seconds by whoever watches the service
 _PROBES = frozenset({"/healthz", "/readyz", "/metrics"})
 _PATH_LENGTH = 200
 
 
 @contextmanager
-def log_ids(*, session: str | None = None, job: str | None = None) -> Iterator[None]:
+def log_ids(
+    *, session: str | None = None, job: str | None = None, stream: str | None = None
+) -> Iterator[None]:
     """Every line that this thread or task logs in the block carries the ids that are given."""
-    given = {"session": session, "job": job}
+    given = {"session": session, "job": job, "stream": stream}
     token = _IDS.set({**_IDS.get(), **{name: id for name, id in given.items() if id is not None}})
     try:
         yield
@@ -115,6 +118,26 @@ class LogListener(Listener):
     def session_deleted(self, session_id: str) -> None:
         with log_ids(session=session_id):
             log_event("session_deleted")
+
+    def stream_created(self, stream: StreamRecord) -> None:
+        with log_ids(stream=stream.id):
+            log_event("stream_created", blocks=stream.blocks, policy=stream.policy)
+
+    def stream_ended(self, stream: StreamRecord) -> None:
+        is_failed = stream.state == "failed"
+        with log_ids(stream=stream.id):
+            log_event(
+                "stream_ended",
+                level=logging.ERROR if is_failed else logging.INFO,
+                outcome=stream.state,
+                code=stream.error["code"] if stream.error else None,
+                bytes=stream.bytes,
+                restarts=stream.restarts,
+            )
+
+    def stream_deleted(self, stream: StreamRecord) -> None:
+        with log_ids(stream=stream.id):
+            log_event("stream_deleted")
 
     def worker_restarted(self, reason: str) -> None:
         log_event("worker_restarted", level=logging.ERROR, reason=reason)

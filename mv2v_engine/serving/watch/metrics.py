@@ -27,6 +27,7 @@ from prometheus_client.exposition import CONTENT_TYPE_LATEST
 
 from mv2v_engine.memory.cache import COUNTERS
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.streams import StreamRecord
 from mv2v_engine.serving.watch.listener import Listener
 
 _STEP = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
@@ -131,6 +132,29 @@ class Metrics(Listener):
         )
         self._streams = gauge("mv2v_event_streams", "Event streams that are being read.")
 
+        self._live: set[str] = set()
+        Gauge("mv2v_streams_live", "Streams that are made.", registry=registry).set_function(
+            lambda: len(self._live)
+        )
+        self._streams_ended = Counter(
+            "mv2v_streams",
+            "Streams that ended, by outcome and, if there is one, by the code of their error.",
+            ("outcome", "code"),
+            registry=registry,
+        )
+        self._stream_frames = Counter(
+            "mv2v_stream_frames", "Frames of streams that were made.", registry=registry
+        )
+        self._block_seconds = Histogram(
+            "mv2v_stream_block_seconds",
+            "From the order of a stream's block to its answer.",
+            buckets=_STEP,
+            registry=registry,
+        )
+        self._stream_readers = Gauge(
+            "mv2v_stream_readers", "Streams' videos that are being read.", registry=registry
+        )
+
     def watch_ready(self, is_ready: Callable[[], bool]) -> None:
         """Ask this whenever the metrics are read."""
         self._ready.set_function(lambda: float(is_ready()))
@@ -144,6 +168,12 @@ class Metrics(Listener):
     def event_stream(self) -> Iterator[None]:
         """An event stream is read while the block runs."""
         with self._streams.track_inprogress():
+            yield
+
+    @contextmanager
+    def stream_reader(self) -> Iterator[None]:
+        """A stream's video is read while the block runs."""
+        with self._stream_readers.track_inprogress():
             yield
 
     def render(self) -> bytes:
@@ -191,6 +221,18 @@ class Metrics(Listener):
 
     def session_deleted(self, session_id: str) -> None:
         self._sessions.labels("deleted").inc()
+
+    def stream_block(self, stream: StreamRecord, frames: int, seconds: float) -> None:
+        self._live.add(stream.id)
+        self._stream_frames.inc(frames)
+        self._block_seconds.observe(seconds)
+
+    def stream_created(self, stream: StreamRecord) -> None:
+        self._live.add(stream.id)
+
+    def stream_ended(self, stream: StreamRecord) -> None:
+        self._live.discard(stream.id)
+        self._streams_ended.labels(stream.state, (stream.error or {}).get("code", "")).inc()
 
     def worker_restarted(self, reason: str) -> None:
         self._restarts.inc()

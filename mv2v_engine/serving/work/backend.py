@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.streams import StreamRecord
 
 # codes of what is not done because the process that did it is gone
 WORKER_GONE = ("worker_crashed", "timeout")
@@ -47,9 +48,11 @@ class Backend(Protocol):
     def about(self) -> dict[str, Any] | None:
         """What the engine said when it was first ready; None before.
 
-        {"kind": "views" | "edits", "engine": Engine.describe(), "has_text": whether prompts can be
-        read, "memory": the default mode, "presets": names of cameras, "sampling": {"num_frames",
-        "size": [height, width], "fps", "num_inference_steps", "guidance_scale"}}
+        {"kind": "views" | "edits" | "streams", "engine": Engine.describe(), "has_text": whether
+        prompts can be read, "stream": None, or of a model that streams {"settings", "block_frames":
+        pixel frames of a block, "lead": by how many the first one has fewer}, "memory": the default
+        mode, "presets": names of cameras, "sampling": {"num_frames", "size": [height, width],
+        "fps", "num_inference_steps", "guidance_scale"}}
         """
 
     @property
@@ -78,7 +81,7 @@ class Backend(Protocol):
         """
 
     def cancel(self, job_id: str) -> None:
-        """End a running job at its next step; nothing if it is not running."""
+        """End a running job, or a stream's block, at its next step; nothing if there is none."""
 
     async def publish(self, session: SessionRecord, folder: Path, number: int) -> dict[str, Any]:
         """Write a finished turn's mp4 and thumbnail again.
@@ -87,5 +90,18 @@ class Backend(Protocol):
             {"type": "published", "bytes": of the turn's files} or {"type": "failed", ...}.
         """
 
+    async def block(self, record: StreamRecord, folder: Path, number: int) -> dict[str, Any]:
+        """Make a stream's next block, at most one of a stream at a time; `cancel` ends it.
+
+        folder: the stream's.
+
+        Returns:
+            {"type": "block", "number", "end": bytes of the video with it, "seconds": of its
+            making}, {"type": "failed", ...} or {"type": "cancelled"}.
+        """
+
+    async def check(self, prompt: str) -> dict[str, Any]:
+        """Whether a stream can have a prompt: {"type": "checked"} or {"type": "failed", ...}."""
+
     async def release(self, session_id: str) -> None:
-        """Let go of a session's memory and files; returns when that is done."""
+        """Let go of a session's, or a stream's, memory and files; returns when that is done."""

@@ -51,6 +51,7 @@ from mv2v_engine.serving.errors import failed, failure
 from mv2v_engine.serving.store.folders import result_path, source_path, turn_bytes
 from mv2v_engine.serving.store.records import PREVIEW
 from mv2v_engine.serving.watch.listener import Caught
+from mv2v_engine.serving.work.open_streams import OpenStreams
 from mv2v_engine.serving.work.turn_request import make_request, pixels, session_window
 from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.video.io import probe_video, read_video
@@ -79,17 +80,24 @@ class Host:
     has_claims: every call comes while a `claims.Claim` holds the folder; if not, an open session
         keeps other writers out itself.
     capacity: jobs worth having under way at once; known after `warm_up`.
+    max_streams: kept in memory, beside the sessions.
     """
 
-    def __init__(self, engine: Engine, *, max_open: int, has_claims: bool = False) -> None:
+    def __init__(
+        self, engine: Engine, *, max_open: int, has_claims: bool = False, max_streams: int = 1
+    ) -> None:
         self.engine, self.max_open, self.has_claims = engine, max_open, has_claims
         self._open: OrderedDict[str, Session] = OrderedDict()
+        self.streams = OpenStreams(engine, max_streams)
         self._busy: set[str] = set()
         self._batch, self.capacity = TurnBatch(engine, failures=(Exception,)), 1
         self.about = _describe(engine)
 
     def warm_up(self) -> None:
         """Make a short turn of nothing, so that no request pays for what comes but once."""
+        if self.about["kind"] == "streams":
+            self.streams.warm_up()
+            return
         sampling = self.engine.sampling
         frames = torch.zeros(
             (sampling.num_frames, *sampling.size, 3), dtype=torch.uint8, device="cpu"
@@ -151,13 +159,35 @@ class Host:
             return self._failure(caught.error, session["id"])
         return {"type": "published", "bytes": turn_bytes(folder, number)}
 
+    def block(self, asked: Json, folder: Path, cancel: CancelToken, tell: Tell) -> Iterator[None]:
+        """Make a block of a stream; comes back after every step, as `run`.
+
+        asked: `protocol.stream_fields`. tell: is given `Backend.block`'s answer.
+        """
+        caught = Caught()
+        with caught:
+            tell((yield from self.streams.block(asked, folder, cancel)))
+        if caught.error is not None:
+            # what is in memory may be half of a step; the folder is not
+            self.streams.release(asked["id"])
+            tell(self._failure(caught.error, asked["id"]))
+
+    def check(self, prompt: str) -> Json:
+        """Whether a stream's prompt is read to its end; `Backend.check`'s answer."""
+        caught = Caught()
+        with caught:
+            self.streams.check(prompt)
+        return self._failure(caught.error, "") if caught.error else {"type": "checked"}
+
     def release(self, session_id: str) -> None:
-        """Forget a session's memory; its folder stays."""
+        """Forget a session's memory, or a stream's; its folder stays."""
+        self.streams.release(session_id)
         session = self._open.pop(session_id, None)
         if session is not None:
             session.close()
 
     def close(self) -> None:
+        self.streams.close()
         for session_id in list(self._open):
             self.release(session_id)
 
@@ -369,13 +399,19 @@ def _data_url(picture: Tensor) -> str:
 
 def _describe(engine: Engine) -> Json:
     """What `Backend.about` gives."""
-    sampling = dataclasses.asdict(engine.sampling)
+    sampling, stream = dataclasses.asdict(engine.sampling), engine.checkpoint.stream
     # what makes other turns of the same weights
     others = engine.vae.key + (engine.vae.decoder_key or "")
     if engine.attention in APPROXIMATE_ATTENTION:
         others += engine.attention
     return {
-        "kind": "edits" if engine.is_editor else "views",
+        "kind": "streams" if stream else "edits" if engine.is_editor else "views",
+        "stream": stream
+        and {
+            "settings": dataclasses.asdict(stream),
+            "block_frames": stream.block_frames * engine.vae.temporal_stride,
+            "lead": engine.vae.temporal_stride - 1,
+        },
         "engine": engine.describe(),
         "digest": weights_fingerprint(engine.transformer.state_dict(), others),
         "has_text": engine.text is not None,

@@ -37,7 +37,12 @@ def open_host(setup: dict[str, Any], *, has_claims: bool = False) -> Host:
     engine = Engine.from_pretrained(**engine_arguments(setup))
     if engine.device.type == "cpu":
         os.nice(_NICENESS)
-    host = Host(engine, max_open=setup["max_sessions_open"], has_claims=has_claims)
+    host = Host(
+        engine,
+        max_open=setup["max_sessions_open"],
+        has_claims=has_claims,
+        max_streams=setup["max_streams_open"],
+    )
     host.warm_up()
     return host
 

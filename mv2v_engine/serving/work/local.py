@@ -20,6 +20,7 @@ from typing import Any
 
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.streams import StreamRecord
 from mv2v_engine.serving.work.protocol import (
     MAX_LINE,
     decode,
@@ -27,6 +28,7 @@ from mv2v_engine.serving.work.protocol import (
     run_message,
     session_fields,
     setup_message,
+    stream_fields,
 )
 
 log = logging.getLogger("mv2v_engine.serving")
@@ -53,6 +55,7 @@ class LocalBackend:
         self.ready, self.reason, self.restarts, self.capacity = False, _LOADING, 0, 1
         self.pid: int | None = None
         self._jobs: dict[str, asyncio.Queue[Event]] = {}
+        self._blocks: set[str] = set()
         self._answers: dict[int, asyncio.Future[Event]] = {}
         self._calls = itertools.count()
         self._process: Process | None = None
@@ -114,22 +117,35 @@ class LocalBackend:
 
     def cancel(self, job_id: str) -> None:
         """See `Backend`."""
-        if job_id in self._jobs:
+        if job_id in self._jobs or job_id in self._blocks:
             self._send({"type": "cancel", "job": job_id})
 
     async def publish(self, session: SessionRecord, folder: Path, number: int) -> Event:
         """See `Backend`."""
-        call = next(self._calls)
+        session_words = session_fields(session)
+        return await self._call(
+            {"type": "publish", "session": session_words, "folder": str(folder), "number": number}
+        )
+
+    async def block(self, record: StreamRecord, folder: Path, number: int) -> Event:
+        """See `Backend`."""
+        self._blocks.add(record.id)
+        try:
+            asked = stream_fields(record, number)
+            return await self._call({"type": "block", "stream": asked, "folder": str(folder)})
+        finally:
+            self._blocks.discard(record.id)
+
+    async def check(self, prompt: str) -> Event:
+        """See `Backend`."""
+        return await self._call({"type": "check", "prompt": prompt})
+
+    async def _call(self, message: Event) -> Event:
+        """The worker's answer; that it crashed, if it is gone before."""
+        call = message["call"] = next(self._calls)
         answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
         self._begin_work()
         self._answers[call] = answer
-        message = {
-            "type": "publish",
-            "call": call,
-            "session": session_fields(session),
-            "folder": str(folder),
-            "number": number,
-        }
         try:
             return await answer if self._send(message) else self._crashed()
         finally:

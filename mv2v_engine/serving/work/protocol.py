@@ -4,9 +4,12 @@
     {"type": "setup", ...}  first          {"type": "ready", "about", "capacity"}
     {"type": "run", "job", "session",      {"type": "broken", "message"}    it cannot load
      "folder"}                             {"type": "event", "job", "event"}
-    {"type": "cancel", "job"}
+    {"type": "cancel", "job"}              or a stream's id
     {"type": "publish", "call", "session", {"type": "answer", "call", "answer"}
      "folder", "number"}
+    {"type": "block", "call", "stream",    {"type": "answer", ...}
+     "folder"}
+    {"type": "check", "call", "prompt"}    {"type": "answer", ...}
     {"type": "release", "session"}
 
 The worker ends when its stdin does.
@@ -23,6 +26,7 @@ from mv2v_engine.config import EngineConfig, LoadConfig, ParallelConfig
 from mv2v_engine.options import DTYPES
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.streams import StreamRecord
 
 # of one line: reports of long edits have a row for every window
 MAX_LINE = 256 << 20
@@ -45,6 +49,7 @@ def setup_message(config: ServingConfig) -> dict[str, Any]:
     names = [*(field.name for field in dataclasses.fields(LoadConfig)), "store"]
     setup = {name: getattr(config, name) for name in (*names, "max_sessions_open")}
     setup |= {"type": "setup", "engine": dataclasses.asdict(engine)}
+    setup |= {"max_streams_open": config.max_streams}
     plain: dict[str, Any] = json.loads(json.dumps(setup, default=str))  # paths are text
     return plain
 
@@ -58,6 +63,7 @@ def engine_arguments(setup: dict[str, Any]) -> dict[str, Any]:
         "dtype": None if setup["dtype"] is None else DTYPES[setup["dtype"]],
         "components": setup["components"],
         "rename": setup["rename"],
+        "causal": setup["causal"],
         "config": EngineConfig(**engine | {"parallel": ParallelConfig(**engine["parallel"])}),
     }
 
@@ -68,6 +74,17 @@ def run_message(job: JobRecord, session: SessionRecord, folder: Path) -> dict[st
         "job": {"id": job.id, "number": job.number, "request": job.request},
         "session": session_fields(session),
         "folder": str(folder),
+    }
+
+
+def stream_fields(record: StreamRecord, number: int) -> dict[str, Any]:
+    """What a host needs to know of a stream to make its block of a number."""
+    return {
+        "id": record.id,
+        "number": number,
+        "prompt": record.prompt,
+        "seed": record.seed,
+        "policy": record.policy,
     }
 
 

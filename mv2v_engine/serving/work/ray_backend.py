@@ -24,9 +24,10 @@ from ray.serve.schema import ApplicationStatus
 from mv2v_engine.envs import keep_ray_quiet
 from mv2v_engine.errors import StorageError
 from mv2v_engine.serving.config import Cluster, ServingConfig
-from mv2v_engine.serving.errors import failure
+from mv2v_engine.serving.errors import failed, failure
 from mv2v_engine.serving.store.claims import issue
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.streams import StreamRecord
 from mv2v_engine.serving.watch.logs import log_event, log_ids
 from mv2v_engine.serving.work.backend import LAST_OF_BACKEND
 from mv2v_engine.serving.work.host import Json
@@ -138,6 +139,14 @@ class RayBackend:
             except _GONE as error:
                 log_event("replica_lost", level=logging.ERROR, error=error)
                 return _crashed(1)
+
+    async def block(self, record: StreamRecord, folder: Path, number: int) -> Json:
+        """See `Backend`: `serve` starts no replicas of a model that streams."""
+        return failed("unprocessable_turn", "replicas make no streams; serve without --workers ray")
+
+    async def check(self, prompt: str) -> Json:
+        """See `block`."""
+        return failed("unprocessable_turn", "replicas make no streams; serve without --workers ray")
 
     async def release(self, session_id: str) -> None:
         """See `Backend`: nobody writes between two turns, and memory goes when it is needed."""

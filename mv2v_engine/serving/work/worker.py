@@ -18,6 +18,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,7 +26,7 @@ from mv2v_engine.errors import MV2VError
 from mv2v_engine.locks import Lock
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.store.folders import worker_lock
-from mv2v_engine.serving.watch.logs import configure_logs
+from mv2v_engine.serving.watch.logs import configure_logs, log_ids
 from mv2v_engine.serving.watch.tracing import OpenJob, flush_traces, open_traces
 from mv2v_engine.serving.work.host import Host
 from mv2v_engine.serving.work.hosting import open_host, turn_made
@@ -38,6 +39,8 @@ _LAST_STEP_SECONDS = 10.0
 # that the worker of a service which was killed has to end
 _LOCK_SECONDS = 60.0
 _END = object()
+# orders that are made step by step, and where they name what may cancel them
+_LONG = {"run": "job", "block": "stream"}
 
 
 class Orders:
@@ -91,10 +94,10 @@ class Orders:
                 if token is not None:
                     token.cancel()
                 continue
-            if order["type"] == "run":
+            if order["type"] in _LONG:
                 # here, not where it begins: a cancellation may follow at once
                 with self._lock:
-                    self._tokens[order["job"]["id"]] = CancelToken()
+                    self._tokens[order[_LONG[order["type"]]]["id"]] = CancelToken()
             self._queue.put(order)
         self._end()
 
@@ -151,6 +154,8 @@ def serve(orders: Orders, host: Host, pipe: BinaryIO, open_job: OpenJob) -> None
     """Obey until stdin ends and the turns under way have come to their end.
 
     What is asked of a session waits until its turn is made, whatever other sessions have asked.
+    Turns and streams' blocks that are under way make a step each, one after the other, so that
+    none holds up another for longer than a step.
     """
     pending: list[dict[str, Any]] = []
     under_way: dict[str, Iterator[None]] = {}
@@ -161,9 +166,10 @@ def serve(orders: Orders, host: Host, pipe: BinaryIO, open_job: OpenJob) -> None
             session: str = _session_of(order)
             if session in busy:
                 later.append(order)
-            elif order["type"] == "run":
+            elif order["type"] in _LONG:
                 busy.add(session)
-                under_way[session] = _turn(order, host, orders, pipe, open_job)
+                make = partial(_turn, open_job=open_job) if order["type"] == "run" else _block
+                under_way[session] = make(order, host, orders, pipe)
             else:
                 _obey(order, host, pipe)
         pending = [] if orders.is_closed else later
@@ -174,6 +180,8 @@ def serve(orders: Orders, host: Host, pipe: BinaryIO, open_job: OpenJob) -> None
 
 
 def _session_of(order: dict[str, Any]) -> str:
+    if order["type"] in ("block", "check"):
+        return str(order.get("stream", {}).get("id", ""))
     session = order["session"]
     name: str = session if order["type"] == "release" else session["id"]
     return name
@@ -191,10 +199,23 @@ def _turn(
         yield from turn_made(order, host, token, open_job, tell)
 
 
+def _block(order: dict[str, Any], host: Host, orders: Orders, pipe: BinaryIO) -> Iterator[None]:
+    stream_id = order["stream"]["id"]
+    answer = partial(_answer, order, pipe)
+    with orders.token(stream_id) as token, log_ids(stream=stream_id):
+        yield from host.block(order["stream"], Path(order["folder"]), token, answer)
+
+
+def _answer(order: dict[str, Any], pipe: BinaryIO, answer: dict[str, Any]) -> None:
+    pipe.write(encode({"type": "answer", "call": order["call"], "answer": answer}))
+
+
 def _obey(order: dict[str, Any], host: Host, pipe: BinaryIO) -> None:
     if order["type"] == "publish":
         answer = host.publish(order["session"], Path(order["folder"]), order["number"])
-        pipe.write(encode({"type": "answer", "call": order["call"], "answer": answer}))
+        _answer(order, pipe, answer)
+    elif order["type"] == "check":
+        _answer(order, pipe, host.check(order["prompt"]))
     elif order["type"] == "release":
         host.release(order["session"])
 

@@ -75,6 +75,7 @@ def _model(service: Service) -> Model:
         created=0,
         owned_by="mv2v_engine",
         kind=about["kind"],
+        stream=about.get("stream"),
         has_text=about["has_text"],
         memory=about["memory"],
         presets=list(about["presets"]),
