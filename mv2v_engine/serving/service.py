@@ -131,7 +131,7 @@ class Service:
             config, store, database, self._scheduler, self._publisher, self._audit, self._probe
         )
         self.streams = Streams(config, store, self.backend, self._scheduler.tell, self._clock)
-        self._retention = Retention(config, database, self._expire, self.streams.idle)
+        self._retention = Retention(config, database, self._expire, self.streams.ended_records)
 
     async def drain(self) -> None:
         """Take no more turns, give the one under way its grace, then put it back in the queue.
@@ -158,6 +158,7 @@ class Service:
         await self._publisher.stop()
         await self.streams.stop()
         await self._scheduler.stop()
+        await self.streams.ended()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -449,7 +450,7 @@ class Service:
     async def _expire(self, owner: str, session_id: str) -> None:
         """Remove a session or stream that nobody uses; raises busy if somebody does."""
         if is_id("stream", session_id):
-            await self._whole(self.streams.remove(owner, session_id))
+            await self._whole(self.streams.remove(owner, session_id, is_idle=True))
             return
         await self._whole(self._sessions.remove(owner, session_id, is_idle=True))
 

@@ -28,7 +28,7 @@ _DAY = 86_400.0
 def expired(
     db: sqlite3.Connection, config: ServingConfig, streams: Iterable[StreamRecord] = ()
 ) -> list[tuple[str, str]]:
-    """(owner, id) of the sessions and streams to remove, in this order. streams: idle ones."""
+    """(owner, id) of the sessions and streams to remove, in this order. streams: ended ones."""
     now, surplus = tables.clock(db), 0
     found = [(age, one.owner, one.id, one.bytes) for one, age in tables.idle_sessions(db)]
     ended = [(now - one.used, one.owner, one.id, one.bytes) for one in streams]
@@ -48,7 +48,7 @@ class Retention:
     """A task that removes expired sessions, at the start and every ten minutes.
 
     delete: as `Service.delete_session`, of a session that has no turn that waits or runs, or of a
-        stream. streams: those that are idle.
+        stream. streams: those that have ended.
     """
 
     def __init__(

@@ -50,6 +50,8 @@ Waiting = Literal["reader", "source", "worker"]
 # blocks whose seconds a status is of
 _MEASURED = 1_000
 _CHUNK_BYTES = 256 << 10
+# that a cancelled block has to reach its next step when the service stops
+_LAST_STEP_SECONDS = 15.0
 # an empty box, which players skip: it keeps a connection on which nothing happens
 NOTHING = b"\0\0\0\x08free"
 _GONE = (
@@ -176,6 +178,12 @@ class Streams:
                 self.backend.cancel(stream.record.id)
                 tasks.append(stream.task)
         if tasks:
+            await asyncio.wait(tasks, timeout=_LAST_STEP_SECONDS)
+
+    async def ended(self) -> None:
+        """Wait for blocks whose worker did not answer; once the backend has stopped."""
+        tasks = [stream.task for stream in self._streams.values() if stream.task is not None]
+        if tasks:
             await asyncio.wait(tasks)
 
     def wake(self) -> None:
@@ -261,22 +269,23 @@ class Streams:
         await self._end_task(stream)
         return stream
 
-    async def remove(self, owner: str, stream_id: str) -> None:
+    async def remove(self, owner: str, stream_id: str, *, is_idle: bool = False) -> None:
         """End a stream and remove its files; it does not exist from the call on.
 
-        Raises not_found.
+        is_idle: only if nobody reads it. Raises not_found, busy.
         """
         stream = self.find(owner, stream_id)
+        if is_idle and (stream.num_readers or not stream.record.is_ended):
+            raise ApiError("busy", "somebody reads the stream")
         del self._streams[stream_id]
         await self._end_task(stream)
         await asyncio.to_thread(self.store.remove, stream_folder(self.store, stream_id))
         await asyncio.to_thread(self.store.spare.keep)
         self._tell(lambda listener: listener.stream_deleted(stream.record))
 
-    def idle(self) -> list[StreamRecord]:
-        """Those that may go by themselves: they have ended, and nobody reads them."""
-        streams = self._streams.values()
-        return [s.record for s in streams if s.record.is_ended and not s.num_readers]
+    def ended_records(self) -> list[StreamRecord]:
+        """Those that may go by themselves."""
+        return [stream.record for stream in self._streams.values() if stream.record.is_ended]
 
     async def read(
         self, stream: Stream, first: int, last: int | None, keep_alive: float
@@ -287,6 +296,7 @@ class Streams:
         """
         path = video_path(stream_folder(self.store, stream.record.id))
         stream.num_readers += 1
+        stream.record = replace(stream.record, used=self._clock())
         file = None
         try:
             number = first
