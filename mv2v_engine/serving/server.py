@@ -32,6 +32,8 @@ _BACKLOG, _ACCEPTED_AT_ONCE = 512, 32
 _UNREAD_SECONDS = 120
 # a connection that asks for nothing more; and what open answers may still take at the end
 _KEEP_ALIVE_SECONDS, _CLOSING_SECONDS = 30, 5
+# of one message of a WebSocket: a raw frame of 4096x2160 pixels
+_FRAME_BYTES = 32 << 20
 # seconds between two looks at whether turns are made, until they are
 _READY_SECONDS = 0.2
 
@@ -131,7 +133,10 @@ class DrainingServer(uvicorn.Server):
                 # what makes a protocol is all that is asked of it
                 http=connection,  # type: ignore[arg-type]
                 backlog=_ACCEPTED_AT_ONCE,
-                ws="none",
+                ws="websockets-sansio",
+                # who sends frames is slowed by not being read, and then answers no pings either
+                ws_ping_interval=None,
+                ws_max_size=_FRAME_BYTES,
                 log_config=None,
                 proxy_headers=False,
                 server_header=False,

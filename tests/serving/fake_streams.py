@@ -15,7 +15,7 @@ FPS, BLOCK_FRAMES = 8.0, 8
 STREAMS: dict[str, Any] = {
     "kind": "streams",
     "has_text": True,
-    "stream": {"settings": {}, "block_frames": BLOCK_FRAMES, "lead": 3},
+    "stream": {"settings": {}, "block_frames": BLOCK_FRAMES, "lead": 3, "has_source": False},
 }
 CRASHED = {"type": "failed", "code": "worker_crashed", "message": "the worker ended by SIGKILL"}
 

@@ -27,7 +27,15 @@ def causal(causal_folder: Path) -> Engine:
 
 
 def asked(number: int, **more: Any) -> Json:
-    return {"id": "s", "number": number, "prompt": "a ball", "seed": 1, "policy": None, **more}
+    return {
+        "id": "s",
+        "number": number,
+        "prompt": "a ball",
+        "seed": 1,
+        "policy": None,
+        "source": None,
+        **more,
+    }
 
 
 def made(streams: OpenStreams, folder: Path, number: int, steps: int | None = None) -> Json | None:

@@ -20,6 +20,8 @@ JSON_BYTES = 2 << 20
 # what a form has around its file: boundaries, headers, other fields
 FORM_BYTES = 1 << 20
 UPLOADS = frozenset({"/v1/sessions", "/v1/videos"})
+# frames for a stream, which come as long as it lasts and are slowed to its pace
+_ENDLESS = re.compile("/v1/streams/[^/]+/source")
 # a client that is refused still sends; it reads the answer only if it is let finish a little
 _DRAINED_BYTES, _DRAINED_SECONDS = 16 << 20, 5.0
 
@@ -77,6 +79,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+        if _ENDLESS.fullmatch(scope["path"]):
+            await self._bounded(scope, receive, send, sys.maxsize)
             return
         headers = Headers(scope=scope)
         is_upload = scope["method"] == "POST" and scope["path"] in UPLOADS

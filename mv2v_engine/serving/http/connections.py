@@ -91,6 +91,7 @@ class BoundedConnection(H11Protocol):
         super().__init__(*args, **kwargs)
         self._places, self._header_seconds = places, header_seconds
         self._late: asyncio.TimerHandle | None = None
+        self._is_upgraded = False
         # whether something of the next request has come
         self._has_begun = False
         # where it comes from, without the port
@@ -99,6 +100,8 @@ class BoundedConnection(H11Protocol):
     @property
     def is_waiting(self) -> bool:
         """Whether no request is under way."""
+        if self._is_upgraded:
+            return False
         return self.cycle is None or bool(self.cycle.response_complete)
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -136,6 +139,19 @@ class BoundedConnection(H11Protocol):
         if not self.is_waiting:
             self._places.works(self)
             self._forget_header()
+
+    def handle_websocket_upgrade(self, event: Any) -> None:
+        """Hand the connection over; its place is kept until it ends."""
+        super().handle_websocket_upgrade(event)
+        self._is_upgraded = True
+        protocol: Any = self.transport.get_protocol()
+        lost = protocol.connection_lost
+
+        def connection_lost(error: Exception | None) -> None:
+            self._places.leave(self)
+            lost(error)
+
+        protocol.connection_lost = connection_lost
 
     def on_response_complete(self) -> None:
         """End an answer; from now on the connection waits for the next request."""

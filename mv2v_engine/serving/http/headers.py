@@ -30,7 +30,7 @@ SECURITY: Mapping[str, str] = MappingProxyType(
     {
         "Content-Security-Policy": CONTENT_SECURITY_POLICY,
         "Cross-Origin-Opener-Policy": "same-origin",
-        "Permissions-Policy": "camera=(), geolocation=(), microphone=()",
+        "Permissions-Policy": "camera=(self), geolocation=(), microphone=()",
         "Referrer-Policy": "no-referrer",
         "X-Content-Type-Options": "nosniff",
         "X-Frame-Options": "DENY",
@@ -40,9 +40,19 @@ _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
-def refusal(error: ApiError) -> JSONResponse:
+class Refusal(JSONResponse):
+    """An error as an answer; a WebSocket that is not open yet is closed, which is a 403."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "websocket":
+            await send({"type": "websocket.close", "code": 1008, "reason": ""})
+        else:
+            await super().__call__(scope, receive, send)
+
+
+def refusal(error: ApiError) -> Refusal:
     """The answer that an error stands for."""
-    return JSONResponse(error.to_dict(), error.status, error.headers)
+    return Refusal(error.to_dict(), error.status, error.headers)
 
 
 class SecurityHeaders:
@@ -77,8 +87,9 @@ class SiteGuard:
         self._origins = frozenset(config.cors_origins)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if self._is_open and scope["type"] == "http":
-            error = self._problem(scope["method"], Headers(scope=scope))
+        if self._is_open and scope["type"] in ("http", "websocket"):
+            # a page of any site may open a WebSocket, so its method is one that changes something
+            error = self._problem(scope.get("method", "WEBSOCKET"), Headers(scope=scope))
             if error is not None:
                 await refusal(error)(scope, receive, send)
                 return
@@ -116,7 +127,7 @@ def cors_options(origins: Sequence[str]) -> dict[str, Any]:
     """What Starlette's CORS middleware is given for these origins."""
     return {
         "allow_origins": list(origins),
-        "allow_methods": ["GET", "POST", "DELETE"],
+        "allow_methods": ["GET", "POST", "PUT", "DELETE"],
         "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
         "expose_headers": ["Content-Range", "Location", "Retry-After"],
     }

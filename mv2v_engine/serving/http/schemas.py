@@ -385,11 +385,15 @@ class UploadLimits(BaseModel):
 
 
 class StreamSettings(BaseModel):
-    """How a model streams. block_frames: of every block but the first, which has `lead` fewer."""
+    """How a model streams. block_frames: of every block but the first, which has `lead` fewer.
+
+    has_source: whether it edits frames that are sent to its streams.
+    """
 
     settings: dict[str, Any]
     block_frames: int
     lead: int
+    has_source: bool
 
 
 class Model(BaseModel):

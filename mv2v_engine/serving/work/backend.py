@@ -50,7 +50,8 @@ class Backend(Protocol):
 
         {"kind": "views" | "edits" | "streams", "engine": Engine.describe(), "has_text": whether
         prompts can be read, "stream": None, or of a model that streams {"settings", "block_frames":
-        pixel frames of a block, "lead": by how many the first one has fewer}, "memory": the default
+        pixel frames of a block, "lead": by how many the first one has fewer, "has_source": whether
+        it edits frames that are sent}, "memory": the default
         mode, "presets": names of cameras, "sampling": {"num_frames", "size": [height, width],
         "fps", "num_inference_steps", "guidance_scale"}}
         """

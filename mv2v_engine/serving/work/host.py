@@ -411,6 +411,7 @@ def _describe(engine: Engine) -> Json:
             "settings": dataclasses.asdict(stream),
             "block_frames": stream.block_frames * engine.vae.temporal_stride,
             "lead": engine.vae.temporal_stride - 1,
+            "has_source": engine.is_editor,
         },
         "engine": engine.describe(),
         "digest": weights_fingerprint(engine.transformer.state_dict(), others),

@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections import OrderedDict
-from collections.abc import Generator
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from mv2v_engine import Engine
 from mv2v_engine.engine.stream import Stream, StreamBlock, checked_prompt
 from mv2v_engine.engine.stream_folder import StreamFolder
 from mv2v_engine.progress import CancelToken
-from mv2v_engine.serving.store.streams import engine_folder, video_path
+from mv2v_engine.serving.store.source_frames import SourceFrames
+from mv2v_engine.serving.store.streams import StreamRecord, engine_folder, video_path
 from mv2v_engine.video.fragments import FragmentWriter, append_fragments, fragment_ends
 
 Json = dict[str, Any]
@@ -45,8 +48,11 @@ class OpenStreams:
 
     def warm_up(self) -> None:
         """Make a block of nothing."""
-        prompt = "a video" if self.engine.text is not None else ""
-        with self.engine.stream(prompt) as stream:
+        prompt, source = "a video" if self.engine.text is not None else "", {}
+        if self.engine.is_editor:
+            height, width = self.engine.sampling.size
+            source = _source(lambda first: (np.zeros((height, width, 3), np.uint8),) * 99)
+        with self.engine.stream(prompt, **source) as stream:
             next(stream.blocks(1))
 
     def check(self, prompt: str) -> None:
@@ -116,6 +122,7 @@ class OpenStreams:
             store=kept.folder,
             resume=kept.exists(),
             is_locked=True,  # the store has one worker
+            **_sent_frames(asked, folder),
         )
         whole = len(fragment_ends(video))
         if whole < stream.num_blocks:
@@ -127,3 +134,15 @@ class OpenStreams:
             num_frames=stream.first_frame(whole + 1),
         )
         return OpenStream(stream, writer)
+
+
+def _sent_frames(asked: Json, folder: Path) -> Json:
+    """What an engine is given of frames that were sent up; nothing where none are."""
+    if asked["source"] is None:
+        return {}
+    return _source(SourceFrames(folder, StreamRecord(**asked["source"])).frames)
+
+
+def _source(frames: Callable[[int], Iterable[np.ndarray]]) -> Json:
+    """The argument of `Engine.stream` for frames from a number on."""
+    return {"source": frames}

@@ -85,6 +85,7 @@ def stream_fields(record: StreamRecord, number: int) -> dict[str, Any]:
         "prompt": record.prompt,
         "seed": record.seed,
         "policy": record.policy,
+        "source": dataclasses.asdict(record) if record.has_source else None,
     }
 
 

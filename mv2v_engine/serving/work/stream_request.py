@@ -40,6 +40,7 @@ def make_stream(
         seed=asked.get("seed", 0),
         blocks=blocks,
         policy=policy,
+        has_source=stream["has_source"],
         fps=sampling["fps"],
         width=width,
         height=height,

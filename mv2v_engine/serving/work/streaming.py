@@ -29,6 +29,7 @@ from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError, client_words, disk_errors, failed
 from mv2v_engine.serving.store.folders import Store
 from mv2v_engine.serving.store.records import Page
+from mv2v_engine.serving.store.source_frames import SourceFrames
 from mv2v_engine.serving.store.streams import (
     StreamRecord,
     ended_record,
@@ -58,7 +59,10 @@ _GONE = (
     "the worker ended {tries} times while it made block {number}; what there is of the stream stays"
 )
 # what ends a stream with all that was asked for, and yet not as it was asked
-_UNREAD = "nobody read the stream for {seconds:g} s, so it has ended; what there is of it stays"
+_UNREAD = (
+    "nobody read the stream, or sent it frames, for {seconds:g} s, so it has ended; what there is "
+    "of it stays"
+)
 _LIMIT = (
     "the token's streams have {seconds:g} s of video, which is all that it may keep; delete one to "
     "make another"
@@ -76,6 +80,9 @@ class Stream:
     def __init__(self, record: StreamRecord, head: bytes = b"", ends: Iterable[int] = ()) -> None:
         self.record, self.head, self.ends = record, head, array("Q", ends)
         self.waits_for: Waiting | None = None
+        # of one that edits what is sent to it, and whether somebody does
+        self.source: SourceFrames | None = None
+        self.is_fed = False
         self.furthest = self.num_readers = 0
         self.is_cancelling = False
         self.task: asyncio.Task[None] | None = None
@@ -160,7 +167,7 @@ class Streams:
             if not record.is_ended:
                 record = replace(record, restarts=record.restarts + 1)
                 await asyncio.to_thread(save_record, self.store, record)
-            self._streams[record.id] = Stream(record, head, ends)
+            self._streams[record.id] = self._with_source(Stream(record, head, ends))
 
     def start(self) -> None:
         """Go on with the streams that have not ended."""
@@ -238,7 +245,7 @@ class Streams:
         if key is not None and (known := self._of_key(owner, key, digest)) is not None:
             return known, False
         self._require_place(owner)
-        stream = self._streams[record.id] = Stream(record)
+        stream = self._streams[record.id] = self._with_source(Stream(record))
         try:
             with disk_errors():
                 await asyncio.to_thread(save_record, self.store, record)
@@ -328,6 +335,12 @@ class Streams:
             stream.record = replace(stream.record, used=self._clock())
             if file is not None:
                 file.close()
+
+    def _with_source(self, stream: Stream) -> Stream:
+        if stream.record.has_source:
+            folder = stream_folder(self.store, stream.record.id)
+            stream.source = SourceFrames(folder, stream.record)
+        return stream
 
     def _of_key(self, owner: str, key: str, digest: str) -> Stream | None:
         for stream in self._streams.values():
@@ -423,7 +436,7 @@ class Streams:
                     "code": "unread",
                     "message": _UNREAD.format(seconds=self.config.stream_unread),
                 }
-            if self._is_stopping or stream.is_cancelling:
+            if self._is_stopping or self._end_of(stream) is not None:
                 continue
             asked, number = time.monotonic(), stream.num_blocks + 1
             answer = await self.backend.block(stream.record, folder, number)
@@ -449,6 +462,9 @@ class Streams:
             return "cancelled", {"code": "cancelled", "message": "the stream was cancelled"}
         if record.blocks is not None and stream.num_blocks >= record.blocks:
             return "finished", None
+        source, next_one = stream.source, stream.num_blocks + 1
+        if source is not None and source.is_ended and not source.has(next_one):
+            return "finished", None
         about = self.backend.about
         if about is not None and about["engine"]["checkpoint"] != record.checkpoint:
             name = about["engine"]["checkpoint"]
@@ -464,7 +480,7 @@ class Streams:
     async def _may_go_on(self, stream: Stream) -> bool:
         """Wait until the next block is wanted and can be made; False if it takes too long."""
         deadline = time.monotonic() + self.config.stream_unread
-        while not (self._is_stopping or stream.is_cancelling):
+        while not (self._is_stopping or self._end_of(stream) is not None):
             if self.backend.is_lost or self.backend.ready:
                 stream.waits_for = self._lacks(stream)
                 if stream.waits_for is None:
@@ -480,6 +496,9 @@ class Streams:
     def _lacks(self, stream: Stream) -> Waiting | None:
         """What the next block waits for, beside a worker."""
         record = stream.record
+        if stream.source is not None:
+            # who sends frames sets the pace
+            return None if stream.source.has(stream.num_blocks + 1) else "source"
         ahead = stream.num_frames - record.num_frames(stream.furthest)
         is_ahead = ahead >= self.config.stream_ahead * record.fps
         return "reader" if record.blocks is None and is_ahead else None
@@ -496,6 +515,8 @@ class Streams:
         stream.seconds.append(now - asked)
         stream.engine_seconds.append(answer["seconds"])
         stream.frames.append(stream.num_frames - before)
+        if stream.source is not None:
+            stream.source.drop(stream.num_blocks)
         stream.changed()
         frames, seconds = stream.frames[-1], now - asked
         self._tell(lambda listener: listener.stream_block(stream.record, frames, seconds))

@@ -108,6 +108,22 @@ export const exportPath = (id) => `v1/sessions/${id}/export`;
 export const videoPath = (id, turn) => `v1/sessions/${id}/turns/${turn}/video`;
 export const thumbnailPath = (id, turn) => `v1/sessions/${id}/turns/${turn}/thumbnail`;
 
+export const streamPath = (id) => `v1/streams/${id}`;
+export const beginStream = (request, key) => post("v1/streams", request, key);
+export const stream = (id) => json(streamPath(id));
+export const setPrompt = (id, prompt) => post(`${streamPath(id)}/prompt`, { prompt });
+export const cancelStream = (id) => post(`${streamPath(id)}/cancel`, {});
+
+/** Where frames go up. A WebSocket has no headers of its own, so the token is a protocol's name. */
+export function sourceSocket(id) {
+  const address = new URL(`${streamPath(id)}/source`, ROOT);
+  address.protocol = address.protocol.replace("http", "ws");
+  const token = getToken();
+  const hex = Array.from(new TextEncoder().encode(token),
+    (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return new WebSocket(address, token ? ["mv2v", `token.${hex}`] : ["mv2v"]);
+}
+
 /** A file as an object URL: an address of its own could not carry the token. */
 export async function fetchFile(path, signal) {
   return URL.createObjectURL(await (await send(path, { signal })).blob());

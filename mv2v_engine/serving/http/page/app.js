@@ -6,6 +6,7 @@ import { $, h, replace } from "./dom.js";
 import { plural } from "./format.js";
 import { Preview } from "./frustum.js";
 import { icon } from "./icons.js";
+import { Live } from "./live.js";
 import { announce, clear, problem } from "./notices.js";
 import { SessionList, Uploader } from "./sessions.js";
 import { Workspace } from "./workspace.js";
@@ -197,8 +198,15 @@ async function start() {
     problem($("page-state"), error, start);
     return;
   }
-  const edits = model.kind === "edits";
   $("model").textContent = `${model.id} · ${model.engine.device}`;
+  if (model.kind === "streams") {
+    $("welcome").hidden = $("side").hidden = true;
+    $("streams").hidden = false;
+    $("shell").classList.add("alone");
+    new Live(model);
+    return;
+  }
+  const edits = model.kind === "edits";
   $("welcome-words").textContent = edits
     ? "Drop a video, say what to change, and change it again: each part remembers what came before."
     : "Drop a video, pick a camera, and watch it from there. Every further turn remembers the ones "

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response, status
+from fastapi import APIRouter, Path, Query, Request, Response, WebSocket, status
 from fastapi.responses import StreamingResponse
+from starlette.requests import ClientDisconnect
 
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.http.routes.jobs import KEEP_ALIVE_SECONDS
@@ -31,6 +32,8 @@ from mv2v_engine.serving.http.stream_schemas import (
     StreamStatus,
     status_of,
 )
+from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.work.uploading import SourceUpload
 
 router = APIRouter(prefix="/v1/streams", tags=["streams"])
 _A_STREAM: dict[str, Any] = {"pattern": "^stream_[0-9a-f]{24}$"}
@@ -155,6 +158,75 @@ async def get_stream_video(
     body = _until(parts, state.stopping, state.metrics.stream_reader())
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(body, headers=headers, media_type="video/mp4")
+
+
+_FRAMES: dict[str, Any] = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}
+# between two messages of a WebSocket
+_IDLE_SECONDS = 30.0
+
+
+@router.put(
+    "/{stream_id}/source",
+    response_model=StreamStatus,
+    responses=refusals(*ANY, *BODY, "not_found", "busy", "unprocessable_turn", "disk_full"),
+    openapi_extra=_FRAMES,
+)
+async def put_stream_source(
+    request: Request,
+    service: Serving,
+    owner: Owner,
+    stream_id: StreamId,
+    end: Annotated[bool, Query(description="no more frames will come after these")] = False,
+) -> StreamStatus:
+    """Send frames for a stream to edit: RGB, 8 bits a channel, of the stream's size, one after the
+    other.
+
+    The body may be as long as the stream and is read as fast as blocks are made. A block begins
+    when its frames are there. A WebSocket at the same address takes the same bytes, in messages of
+    any size, and the text `end`.
+    """
+    stream = service.streams.find(owner, stream_id)
+    kind = request.headers.get("content-type", "application/octet-stream")
+    if kind.partition(";")[0].strip().lower() != "application/octet-stream":
+        message = (
+            "raw frames are expected as application/octet-stream, got another type; decode a video "
+            "first, as ffmpeg -f rawvideo -pix_fmt rgb24 does"
+        )
+        raise ApiError("unsupported_media", message)
+    with SourceUpload(stream) as upload, suppress(ClientDisconnect):
+        async for data in request.stream():
+            await upload.write(data)
+        if end:
+            await upload.end()
+    return status_of(stream)
+
+
+@router.websocket("/{stream_id}/source")
+async def stream_source_socket(socket: WebSocket, stream_id: str) -> None:
+    """The same as `put_stream_source` for a browser, which cannot send a body without an end."""
+    service: Service = socket.app.state.service
+    try:
+        stream = service.streams.find(socket.state.owner, stream_id)
+        with SourceUpload(stream) as upload:
+            await socket.accept("mv2v" if "mv2v" in socket.scope["subprotocols"] else None)
+            while True:
+                message = await asyncio.wait_for(socket.receive(), _IDLE_SECONDS)
+                if message["type"] == "websocket.disconnect":
+                    return
+                if message.get("text") == "end":
+                    await upload.end()
+                    await socket.close()
+                    return
+                await upload.write(message.get("bytes") or b"")
+    except ApiError as error:
+        await socket.close(1008, error.message[:100])
+    except asyncio.TimeoutError:
+        await socket.close(1001, f"no frame came for {_IDLE_SECONDS:g} s")
 
 
 async def _until(

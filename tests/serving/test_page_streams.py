@@ -1,0 +1,54 @@
+"""The page of a service that streams: it plays while the stream grows, and changes its prompt."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import httpx
+import pytest
+
+from tests.serving.browsing import screenshots, wait_for_page
+
+if TYPE_CHECKING:
+    from playwright.sync_api import Page
+
+
+@pytest.fixture(scope="module")
+def address(
+    serving_engine: Callable[..., Any],
+    causal_folder: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[str]:
+    store = tmp_path_factory.mktemp("store")
+    with serving_engine(store, checkpoint=str(causal_folder)) as service:
+        yield service.address
+
+
+def test_a_stream_plays_changes_and_stops(
+    address: str, open_page: Callable[..., Page], tmp_path: Path
+) -> None:
+    page = open_page(address)
+    page.get_by_label("Prompt").fill("a red ball")
+    page.get_by_role("button", name="Start").click()
+    wait_for_page(page, "() => document.querySelector('.live-video').currentTime > 0.5")
+    assert page.evaluate("() => document.querySelector('.live-video').videoWidth") == 48
+    page.get_by_label("Prompt").fill("a blue box")
+    page.get_by_role("button", name="Change prompt").click()
+    page.get_by_text("The prompt holds from block").wait_for(state="attached")
+    with httpx.Client(base_url=address, timeout=300) as client:
+        (stream,) = client.get("/v1/streams").json()["data"]
+        assert (stream["state"], stream["prompt"]) == ("running", "a blue box")
+        # a prompt that is not read to its end is said, and changes nothing
+        page.get_by_label("Prompt").fill("a word " * 99)
+        page.get_by_role("button", name="Change prompt").click()
+        page.locator("#streams .note, #streams [role=alert]").first.wait_for()
+        page.get_by_label("Prompt").fill("a blue box")
+        page.get_by_role("button", name="Change prompt").click()
+        screenshots(page, tmp_path)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("the stream was cancelled").wait_for()
+        now = client.get(f"/v1/streams/{stream['id']}").json()
+        assert (now["state"], now["prompt"]) == ("cancelled", "a blue box")
+    assert page.get_by_role("button", name="Stop").is_disabled()
