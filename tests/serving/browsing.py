@@ -24,6 +24,9 @@ FLAGS = [
     "--disable-background-networking",
     "--disable-component-update",
     "--disable-sync",
+    # a camera that shows a moving pattern, and that no page has to be given
+    "--use-fake-device-for-media-stream",
+    "--use-fake-ui-for-media-stream",
 ]
 PATIENCE = 240_000  # ms; what a busy machine may take for a turn
 _LOOK = 20  # ms between two looks at what the page has asked for

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import struct
+from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import torch
+
+from mv2v_engine.serving.store.source_frames import SourceFrames
 from mv2v_engine.serving.store.streams import StreamRecord, video_path
-from mv2v_engine.video.fragments import fragment_ends
+from mv2v_engine.video.fragments import append_fragments, fragment_ends
 from tests.serving.conftest import HeldBackend
 
 FPS, BLOCK_FRAMES = 8.0, 8
@@ -17,6 +21,7 @@ STREAMS: dict[str, Any] = {
     "has_text": True,
     "stream": {"settings": {}, "block_frames": BLOCK_FRAMES, "lead": 3, "has_source": False},
 }
+EDITS = STREAMS | {"stream": STREAMS["stream"] | {"has_source": True}}
 CRASHED = {"type": "failed", "code": "worker_crashed", "message": "the worker ended by SIGKILL"}
 
 
@@ -31,8 +36,8 @@ class StreamBackend(HeldBackend):
     """size: bytes of a fragment. go: an Event that every block waits for. fails: what the next
     blocks answer, instead of being made. asked: (id, number, prompt) of every block."""
 
-    def __init__(self, size: int = 1000) -> None:
-        super().__init__(**STREAMS)
+    def __init__(self, size: int = 1000, about: dict[str, Any] = STREAMS) -> None:
+        super().__init__(**about)
         self.size = size
         self.failures: list[dict[str, Any]] = []
         self.asked: list[tuple[str, int, str]] = []
@@ -52,12 +57,16 @@ class StreamBackend(HeldBackend):
         if self.failures:
             return self.failures.pop(0)
         video = video_path(folder)
+        self.write(video, record, number)
+        end = fragment_ends(video)[number - 1]
+        return {"type": "block", "number": number, "end": end, "seconds": 0.001}
+
+    def write(self, video: Path, record: StreamRecord, number: int) -> None:
+        """Append a block's fragment."""
         with video.open("ab") as file:
             if number == 1:
                 file.write(HEAD)
             file.write(box(b"moof") + box(b"mdat", bytes([number % 256]) * self.size))
-        end = fragment_ends(video)[number - 1]
-        return {"type": "block", "number": number, "end": end, "seconds": 0.001}
 
     async def check(self, prompt: str) -> dict[str, Any]:
         return {"type": "checked"}
@@ -66,3 +75,22 @@ class StreamBackend(HeldBackend):
         if job_id in self.under_way:
             self._cancelled.add(job_id)
         super().cancel(job_id)
+
+
+class Negatives(StreamBackend):
+    """An editor that stands for a model with a source: its video is the negative of the frames.
+
+    given: the bytes of each stream's frames, as they were sent.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(about=EDITS)
+        self.given: dict[str, bytes] = defaultdict(bytes)
+
+    def write(self, video: Path, record: StreamRecord, number: int) -> None:
+        first = record.num_frames(number - 1)
+        frames = next(SourceFrames(video.parent, record).frames(first))
+        self.given[record.id] += frames.tobytes()
+        made = {"num_fragments": number - 1, "num_frames": first}
+        with append_fragments(video, record.fps, **made) as writer:
+            writer.add(255 - torch.from_numpy(frames))

@@ -10,6 +10,7 @@ import httpx
 import pytest
 
 from tests.serving.browsing import screenshots, wait_for_page
+from tests.serving.fake_streams import Negatives
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page
@@ -43,7 +44,7 @@ def test_a_stream_plays_changes_and_stops(
         # a prompt that is not read to its end is said, and changes nothing
         page.get_by_label("Prompt").fill("a word " * 99)
         page.get_by_role("button", name="Change prompt").click()
-        page.locator("#streams .note, #streams [role=alert]").first.wait_for()
+        page.locator("#streams [role=alert]").wait_for()
         page.get_by_label("Prompt").fill("a blue box")
         page.get_by_role("button", name="Change prompt").click()
         screenshots(page, tmp_path)
@@ -52,3 +53,27 @@ def test_a_stream_plays_changes_and_stops(
         now = client.get(f"/v1/streams/{stream['id']}").json()
         assert (now["state"], now["prompt"]) == ("cancelled", "a blue box")
     assert page.get_by_role("button", name="Stop").is_disabled()
+
+
+def test_a_camera_is_edited_live(
+    serving: Callable[..., Any], open_page: Callable[..., Page], tmp_path: Path
+) -> None:
+    backend = Negatives()
+    with serving(tmp_path / "store", backend) as service:
+        page = open_page(service.address)
+        page.get_by_label("Prompt").fill("a negative")
+        page.get_by_role("button", name="Start").click()
+        wait_for_page(page, "() => document.querySelector('.live-video').currentTime > 0.5")
+        assert page.locator(".live-camera").is_visible()
+        assert page.evaluate("() => document.querySelector('.live-video').videoWidth") == 64
+        screenshots(page, tmp_path)
+        page.get_by_role("button", name="Stop").click()
+        page.get_by_text("the stream was cancelled").wait_for()
+        assert page.locator(".live-camera").count() == 0
+        (given,) = backend.given.values()
+        # the pattern: frames of many colours, and not all alike
+        frames = [given[at : at + 48 * 64 * 3] for at in range(0, len(given), 48 * 64 * 3)]
+        assert len(frames) >= 5 and len(set(frames)) > 1 and len(set(frames[0])) > 2
+        with service.client() as client:
+            (stream,) = client.get("/v1/streams").json()["data"]
+            assert (stream["state"], stream["error"]["code"]) == ("cancelled", "cancelled")

@@ -116,6 +116,7 @@ def create_app(
     for router in OWNED:
         app.include_router(router, dependencies=[Depends(BEARER)])
     app.include_router(system.router)
+    app.router.routes.append(streams.SOURCE_SOCKET)
     app.mount("/page", PageFiles(directory=PAGE))
     app.get("/", include_in_schema=False)(_page)
     app.get("/docs", include_in_schema=False)(_docs)

@@ -84,7 +84,7 @@ class Stream:
         self.source: SourceFrames | None = None
         self.is_fed = False
         self.furthest = self.num_readers = 0
-        self.is_cancelling = False
+        self.is_cancelling = self.is_stopping = False
         self.task: asyncio.Task[None] | None = None
         self.first_seconds: float | None = None
         self.seconds = deque[float](maxlen=_MEASURED)
@@ -180,6 +180,7 @@ class Streams:
         self._is_stopping = True
         tasks = []
         for stream in self._streams.values():
+            stream.is_stopping = True
             stream.changed()
             if stream.task is not None:
                 self.backend.cancel(stream.record.id)

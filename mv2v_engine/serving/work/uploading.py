@@ -66,6 +66,8 @@ class SourceUpload:
 
     def _require_live(self) -> None:
         stream = self.stream
+        if stream.is_stopping:
+            raise ApiError("not_ready", "the service is stopping; send the rest when it is back")
         is_over = stream.source is not None and stream.source.is_ended
         if stream.record.is_ended or stream.is_cancelling or is_over:
             raise ApiError("busy", "the stream has ended, or takes no more frames; begin another")

@@ -10,6 +10,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Path, Query, Request, Response, WebSocket, status
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
+from starlette.routing import WebSocketRoute
 
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.http.routes.jobs import KEEP_ALIVE_SECONDS
@@ -206,12 +207,11 @@ async def put_stream_source(
     return status_of(stream)
 
 
-@router.websocket("/{stream_id}/source")
-async def stream_source_socket(socket: WebSocket, stream_id: str) -> None:
+async def source_socket(socket: WebSocket) -> None:
     """The same as `put_stream_source` for a browser, which cannot send a body without an end."""
     service: Service = socket.app.state.service
     try:
-        stream = service.streams.find(socket.state.owner, stream_id)
+        stream = service.streams.find(socket.state.owner, socket.path_params["stream_id"])
         with SourceUpload(stream) as upload:
             await socket.accept("mv2v" if "mv2v" in socket.scope["subprotocols"] else None)
             while True:
@@ -227,6 +227,10 @@ async def stream_source_socket(socket: WebSocket, stream_id: str) -> None:
         await socket.close(1008, error.message[:100])
     except asyncio.TimeoutError:
         await socket.close(1001, f"no frame came for {_IDLE_SECONDS:g} s")
+
+
+# beside the router, whose dependencies are of requests
+SOURCE_SOCKET = WebSocketRoute(f"{router.prefix}/{{stream_id}}/source", source_socket)
 
 
 async def _until(

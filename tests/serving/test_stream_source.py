@@ -1,0 +1,175 @@
+"""Frames that go up to a stream: by a body without an end or a WebSocket, no faster than it edits.
+
+The model is a double: `Negatives`, which is given the frames as an engine would be.
+"""
+
+from __future__ import annotations
+
+import random
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
+
+from websockets.exceptions import ConnectionClosed, InvalidStatus
+from websockets.sync.client import connect
+
+from mv2v_engine.serving.store.source_frames import MOST_BLOCKS
+from tests.serving.fake_streams import BLOCK_FRAMES, Negatives
+
+FRAME = 48 * 64 * 3
+# frames of the first block, and of three
+FIRST, THREE = BLOCK_FRAMES - 3, 3 * BLOCK_FRAMES - 3
+PATIENCE = 60.0
+
+
+@pytest.fixture
+def backend() -> Negatives:
+    return Negatives()
+
+
+@pytest.fixture
+def live(serving: Callable[..., Any], tmp_path: Path, backend: Negatives) -> Iterator[Any]:
+    with serving(tmp_path, backend) as service:
+        yield service
+
+
+@pytest.fixture
+def client(live: Any) -> Iterator[httpx.Client]:
+    with live.client() as client:
+        yield client
+
+
+def begun(client: httpx.Client) -> str:
+    answer = client.post("/v1/streams", json={"prompt": "a negative"})
+    assert answer.status_code == 201, answer.text
+    return str(answer.json()["id"])
+
+
+def until(is_so: Callable[[], Any]) -> Any:
+    deadline = time.monotonic() + PATIENCE
+    while not (found := is_so()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
+def status(client: httpx.Client, stream: str) -> dict[str, Any]:
+    return dict(client.get(f"/v1/streams/{stream}").json())
+
+
+def pieces(data: bytes) -> Iterator[bytes]:
+    """The same bytes in odd parts: frames begin and end anywhere in them."""
+    random.seed(0)
+    while data:
+        size = random.randint(1, 3 * FRAME)
+        yield data[:size]
+        data = data[size:]
+
+
+def test_a_body_of_frames_is_edited_block_by_block(
+    client: httpx.Client, backend: Negatives, tmp_path: Path
+) -> None:
+    stream, data = begun(client), random.Random(1).randbytes(THREE * FRAME + 99)
+    path = f"/v1/streams/{stream}/source"
+    assert until(lambda: status(client, stream)["waits_for"]) == "source"
+    half = data[: FIRST * FRAME]
+    assert client.put(path, content=pieces(half)).status_code == 200
+    until(lambda: status(client, stream)["blocks"] == 1)
+    rest = pieces(data[len(half) :])
+    assert client.put(path, content=rest, params={"end": "true"}).status_code == 200
+    now = until(lambda: (s := status(client, stream))["state"] != "running" and s)
+    # what fills no block is left out
+    assert (now["state"], now["error"], now["frames"]) == ("finished", None, THREE)
+    assert backend.given[stream] == data[: THREE * FRAME]
+    assert [one.name for one in (tmp_path / "streams" / stream / "source").iterdir()] == ["end"]
+    again = client.put(path, content=b"more")
+    assert (again.status_code, again.json()["error"]["code"]) == (409, "busy")
+    typed = client.put(path, content=b"x", headers={"Content-Type": "video/mp4"})
+    assert typed.status_code == 415 and "rawvideo" in typed.json()["error"]["message"]
+
+
+def test_who_sends_faster_than_the_model_is_slowed(
+    client: httpx.Client, live: Any, backend: Negatives, tmp_path: Path
+) -> None:
+    stream, count, sent = begun(client), 200 * BLOCK_FRAMES - 3, 0
+    until(lambda: status(client, stream)["waits_for"] == "source")
+    backend.hold()
+    frame = bytes(FRAME) * 16
+
+    def frames() -> Iterator[bytes]:
+        nonlocal sent
+        for _ in range(0, count, 16):
+            yield frame
+            sent += 16
+
+    def send() -> None:
+        with live.client() as other:
+            other.put(f"/v1/streams/{stream}/source?end=true", content=frames())
+
+    sender = threading.Thread(target=send)
+    sender.start()
+    folder = tmp_path / "streams" / stream / "source"
+    until(lambda: len(list(folder.glob("block_*.rgb"))) == MOST_BLOCKS)
+    before = -1
+    while before != sent:  # what the system's own buffers take
+        before = sent
+        time.sleep(0.3)
+    assert sent < count
+    assert len(list(folder.glob("*.rgb"))) == MOST_BLOCKS
+    with connect(address(live, stream), proxy=None) as other, pytest.raises(ConnectionClosed):
+        other.recv(PATIENCE)  # one client at a time
+    backend.let_go()
+    sender.join(PATIENCE)
+    assert not sender.is_alive()
+    now = until(lambda: (s := status(client, stream))["state"] != "running" and s)
+    assert (now["state"], now["frames"]) == ("finished", count)
+
+
+def address(live: Any, stream: str) -> str:
+    return f"{live.address.replace('http', 'ws', 1)}/v1/streams/{stream}/source"
+
+
+def test_a_socket_takes_the_same_bytes(client: httpx.Client, live: Any, backend: Negatives) -> None:
+    stream, data = begun(client), random.Random(2).randbytes(THREE * FRAME)
+    with connect(address(live, stream), subprotocols=["mv2v"], proxy=None) as socket:  # type: ignore[list-item]
+        assert socket.subprotocol == "mv2v"
+        for at in range(0, len(data), FRAME):
+            socket.send(data[at : at + FRAME])
+        until(lambda: status(client, stream)["blocks"] == 3)
+        socket.send("end")
+        with pytest.raises(ConnectionClosed):
+            socket.recv(PATIENCE)
+    now = until(lambda: (s := status(client, stream))["state"] != "running" and s)
+    assert (now["state"], backend.given[stream]) == ("finished", data)
+    # the places that sockets have taken are given back
+    places = live.server.server_state.connections
+    until(lambda: len(places) <= 1)
+
+
+def test_sockets_are_guarded_as_requests_are(
+    serving: Callable[..., Any], live: Any, client: httpx.Client, tmp_path: Path
+) -> None:
+    stream = begun(client)
+    with pytest.raises(InvalidStatus) as caught:
+        connect(address(live, stream), origin="http://elsewhere.example", proxy=None)  # type: ignore[arg-type]
+    assert caught.value.response.status_code == 403
+    with pytest.raises(InvalidStatus):
+        connect(address(live, "stream_" + 24 * "0"), proxy=None).recv(PATIENCE)
+    with serving(tmp_path / "other", Negatives(), tokens=("a secret",)) as closed:
+        with closed.client("a secret") as known:
+            stream = begun(known)
+        for protocols in (None, ["mv2v", "token." + b"a guess".hex()], ["token.zz"]):
+            with pytest.raises(InvalidStatus):
+                connect(address(closed, stream), subprotocols=protocols, proxy=None)  # type: ignore[arg-type]
+        protocols = ["mv2v", "token." + b"a secret".hex()]
+        with connect(address(closed, stream), subprotocols=protocols, proxy=None) as socket:  # type: ignore[arg-type]
+            socket.send(bytes(FIRST * FRAME))
+            with closed.client("a secret") as known:
+                until(lambda: status(known, stream)["blocks"] == 1)
