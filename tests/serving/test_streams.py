@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
@@ -187,3 +190,26 @@ def test_a_key_begins_one_stream(client: httpx.Client) -> None:
     assert ids[0] == first.json()["id"]
     page = client.get("/v1/streams", params={"after": ids[0], "limit": 1}).json()
     assert [one["id"] for one in page["data"]] == ids[1:2]
+
+
+def test_a_killed_worker_costs_no_bit(live: Any, client: httpx.Client, causal_folder: Path) -> None:
+    """Killed twice, wherever it was; who reads waits and gets every block once."""
+    blocks = 8
+    stream = begun(client, seed=9, blocks=blocks)
+    reading: list[bytes] = []
+    reader = threading.Thread(target=lambda: reading.append(_read_all(live, stream)))
+    reader.start()
+    for number in (2, 5):
+        until(lambda number=number: status(client, stream)["blocks"] >= number)  # type: ignore[misc]
+        os.kill(until(lambda: live.backend.ready and live.backend.pid), signal.SIGKILL)
+        until(lambda: not live.backend.ready)
+    now = ended(client, stream)
+    assert (now["state"], now["blocks"]) == ("finished", blocks)
+    reader.join(PATIENCE)
+    assert reading == [expected(causal_folder, ["a red ball"] * blocks, seed=9)]
+    assert video(client, stream) == reading[0]
+
+
+def _read_all(live: Any, stream: dict[str, Any]) -> bytes:
+    with live.client() as client:
+        return video(client, stream, first=1)

@@ -123,7 +123,7 @@ class Camera {
 export class Live {
   constructor(model) {
     this.model = model;
-    this.prompt = h("input", { id: "live-prompt", name: "prompt", maxlength: 8192, required: true,
+    this.prompt = h("input", { id: "live-prompt", type: "text", name: "prompt", maxlength: 8192, required: true,
       autocomplete: "off", placeholder: "What the video shows" });
     this.go = h("button", { class: "button primary" }, "Start");
     this.end = h("button", { type: "button", class: "button", disabled: true,
