@@ -123,15 +123,15 @@ class Camera {
 export class Live {
   constructor(model) {
     this.model = model;
-    this.prompt = h("input", { id: "live-prompt", type: "text", name: "prompt", maxlength: 8192, required: true,
-      autocomplete: "off", placeholder: "What the video shows" });
+    this.prompt = h("input", { id: "live-prompt", type: "text", name: "prompt", maxlength: 8192,
+      required: true, autocomplete: "off", placeholder: "What the video shows" });
     this.go = h("button", { class: "button primary" }, "Start");
     this.end = h("button", { type: "button", class: "button", disabled: true,
       onclick: () => this.stop() }, "Stop");
     this.video = h("video", { muted: true, playsinline: true, controls: true, class: "live-video",
       "aria-label": "The stream" });
     this.video.muted = true;
-    this.state = h("p", { class: "fine", id: "live-state", role: "status" }, "Nothing is made yet.");
+    this.state = h("p", { class: "fine", role: "status" }, "Nothing is made yet.");
     this.problems = h("div", {});
     this.camera = null;
     this.cameraPlace = h("div", { class: "live-source" });
