@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import shlex
 import statistics
 import subprocess
 import sys
@@ -93,7 +92,8 @@ def main() -> None:
         "added_ms": digits(1e3 * (order - engine)),
         "client_ms": digits(1e3 * statistics.median(between)),
         "ratio": digits(order / engine),
-        "command": shlex.join(["python", *sys.argv]),
+        "command": f"python profiling/bench_stream_serving.py --checkpoint {now['checkpoint']} "
+        f"--blocks {args.blocks}",
         "load_average": digits(os.getloadavg()[0]),
     }
     report.add(**row)

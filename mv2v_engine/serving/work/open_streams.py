@@ -74,7 +74,7 @@ class OpenStreams:
         try:
             opened = self._opened(asked, folder)
             opened.stream.prompt = asked["prompt"]
-            seconds = 0.0
+            seconds, video = 0.0, video_path(folder)
             for event in opened.stream.events(asked["number"], cancel):
                 if isinstance(event, StreamBlock):
                     # blocks behind a snapshot are handed over again, and lie there already
@@ -85,7 +85,9 @@ class OpenStreams:
                     yield
         finally:
             self._busy.discard(asked["id"])
-        end = fragment_ends(video_path(folder))[asked["number"] - 1]
+        # all fragments are looked through only where this one lay there already
+        is_last = opened.writer.num_fragments == asked["number"]
+        end = video.stat().st_size if is_last else fragment_ends(video)[asked["number"] - 1]
         return {"type": "block", "number": asked["number"], "end": end, "seconds": seconds}
 
     def release(self, stream_id: str) -> None:
