@@ -16,6 +16,7 @@ import httpx
 import pytest
 
 from mv2v_engine import Engine
+from mv2v_engine.serving.work.streaming import NOTHING
 from mv2v_engine.video.fragments import FragmentWriter
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
@@ -206,8 +207,10 @@ def test_a_killed_worker_costs_no_bit(live: Any, client: httpx.Client, causal_fo
     now = ended(client, stream)
     assert (now["state"], now["blocks"]) == ("finished", blocks)
     reader.join(PATIENCE)
-    assert reading == [expected(causal_folder, ["a red ball"] * blocks, seed=9)]
-    assert video(client, stream) == reading[0]
+    whole = expected(causal_folder, ["a red ball"] * blocks, seed=9)
+    assert video(client, stream) == whole
+    # a worker may take so long to start that the connection has to be kept
+    assert reading[0].replace(NOTHING, b"") == whole
 
 
 def _read_all(live: Any, stream: dict[str, Any]) -> bytes:
