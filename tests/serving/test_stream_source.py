@@ -21,7 +21,7 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from mv2v_engine.serving.store.source_frames import MOST_BLOCKS
-from tests.serving.fake_streams import BLOCK_FRAMES, Negatives
+from tests.serving.fake_streams import BLOCK_FRAMES, Negatives, StreamBackend
 
 FRAME = 48 * 64 * 3
 # frames of the first block, and of three
@@ -96,8 +96,10 @@ def test_a_body_of_frames_is_edited_block_by_block(
 
 
 def test_who_sends_faster_than_the_model_is_slowed(
-    client: httpx.Client, live: Any, backend: Negatives, tmp_path: Path
+    client: httpx.Client, live: Any, backend: Negatives, tmp_path: Path, monkeypatch: Any
 ) -> None:
+    # frames are taken and no video is encoded: so many would take long
+    monkeypatch.setattr(Negatives, "write", StreamBackend.write)
     stream, count, sent = begun(client), 200 * BLOCK_FRAMES - 3, 0
     until(lambda: status(client, stream)["waits_for"] == "source")
     backend.hold()
