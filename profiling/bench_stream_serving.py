@@ -6,8 +6,7 @@ A service of the checkpoint in a process of its own makes one stream; a client r
 it grows. Of the same blocks: the median and the 99th percentile of seconds from the server's order
 to the worker's answer, those that the model and the VAE take of it, and those between two fragments
 at the client. What is added is an encoder's work on the frames, flushes of the video, and a message
-each way: about the same seconds for any model of that size of frames, so the ratio is that of the
-smallest model and falls with the model's size.
+each way; it was measured of the smallest model alone.
 """
 
 from __future__ import annotations
