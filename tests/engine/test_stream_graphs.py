@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from tests.engine.graph_stand_in import StandIn, raising
 
 PROMPTS = ["a red ball"] * 5 + ["the ball rolls"] * 2
 FORWARDS = 3  # of a block: two steps, and one that leaves K and V
+NUM_FRAMES = 5 + 8 * (len(PROMPTS) - 1)
 
 
 @pytest.fixture
@@ -34,6 +35,27 @@ def recorder(causal: Engine) -> StandIn:
     recorder = StandIn()
     causal.graphs = Graphs("on", 1 << 30, recorder, None)
     return recorder
+
+
+@pytest.fixture(scope="module")
+def live_map(
+    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Callable[..., Path]
+) -> Path:
+    """A causal editor that is a flow map: each of a block's forwards has the time it goes to."""
+    return make_checkpoint(
+        tmp_path_factory.mktemp("checkpoint") / "live_map",
+        name="live_map",
+        has_text=True,
+        sampling={"size": (32, 48), "num_frames": 5, "scheduler": "flow_map"},
+        stream=StreamConfig(block_frames=2, window=8, sink_frames=2, timesteps=(1000, 500)),
+        num_layers=2,
+        in_channels=32,
+        source_channels=16,
+        camera_conditioning="none",
+        tokenizers=(),
+        merger=None,
+        has_end_time=True,
+    )
 
 
 def _config(engine: Engine, **changes: Any) -> StreamConfig:
@@ -58,38 +80,59 @@ def _counts(stream: Stream) -> tuple[int, int, int]:
 
 
 @pytest.mark.parametrize(
-    "changes",
+    ("model", "changes", "seen_again"),
     [
-        {},
-        {"is_adaptive": True},
-        {"policy": "window"},
-        {"policy": "sink", "averages": "cache"},
+        ("causal_folder", {}, 0),
+        ("causal_folder", {"is_adaptive": True}, 0),
+        ("causal_folder", {"policy": "window"}, 0),
+        ("causal_folder", {"policy": "sink", "averages": "cache"}, 0),
+        ("causal_folder", {"recache": True}, 2),
+        ("causal_editor_folder", {}, 0),
+        ("causal_editor_folder", {"recache": True, "policy": "window"}, 4),
+        ("causal_editor_folder", {"recache": True, "policy": "sink"}, 3),
+        ("live_map", {"recache": True}, 2),
+        ("live_map", {"recache": True, "is_adaptive": True, "policy": "memrope"}, 2),
+        ("live_map", {"timesteps": (1000, 750, 250), "is_warped": False}, 0),
     ],
     ids=str,
 )
-def test_replay_equals_eager(causal: Engine, changes: dict[str, Any]) -> None:
-    """Over rolls of the window and another prompt: nothing of a block is baked in."""
-    config = _config(causal, **changes)
-    eager = causal.stream(seed=4, config=config)
+def test_replay_equals_eager(
+    model: str,
+    changes: dict[str, Any],
+    seen_again: int,
+    request: pytest.FixtureRequest,
+    moving_frames: Callable[..., Tensor],
+) -> None:
+    """Over rolls of the window and another prompt: nothing of a block is baked in.
+
+    seen_again: forwards of blocks that a new prompt has seen again; all but the last of them see
+    less than the window.
+    """
+    engine = Engine.from_pretrained(request.getfixturevalue(model), device="cpu")
+    config = _config(engine, **changes)
+    frames = moving_frames(NUM_FRAMES) if engine.is_editor else None
+    eager = engine.stream(seed=4, config=config, source=frames)
     expected = list(_frames(eager))
-    assert _counts(eager) == (len(PROMPTS) * FORWARDS, 0, 0)
+    forwards = len(config.timesteps) + 1
+    total = len(PROMPTS) * forwards + seen_again
+    assert _counts(eager) == (total, 0, 0)
     assert "graphs need a CUDA device" in eager.report()["graphs"]["reason"]
-    causal.graphs = Graphs("on", 1 << 30, recorder := StandIn(), None)
-    with causal.stream(seed=4, config=config) as stream:
+    engine.graphs = Graphs("on", 1 << 30, recorder := StandIn(), None)
+    with engine.stream(seed=4, config=config, source=frames) as stream:
         got = list(_frames(stream, spoil=True))
         filling = config.window // config.block_frames - 1
         # while it fills; one that makes ready what launches wait for; after another prompt, one
-        # that reads it and one more
-        first = (filling * FORWARDS) + 1
+        # that reads it, or those that see less, and one more
+        first = (filling * forwards) + 1
         eager_steps, captured, replayed = _counts(stream)
-        assert (eager_steps, captured) == (first + 2, 2)
-        assert eager_steps + captured + replayed == len(PROMPTS) * FORWARDS
+        assert (eager_steps, captured) == (first + max(seen_again, 2), 2)
+        assert eager_steps + captured + replayed == total
         assert stream.report()["graphs"]["reason"] is None
         assert recorder.captures == 2 and len(recorder.live) == 1 and not recorder.turns
     for mine, theirs in zip(got, expected, strict=True):
         assert torch.equal(mine, theirs)
     # a stream that is closed leaves nothing
-    assert not recorder.live and not causal.graphs.bytes()["buffers"]
+    assert not recorder.live and not engine.graphs.bytes()["buffers"]
 
 
 def test_what_is_cut_goes_on(causal: Engine, recorder: StandIn, tmp_path: Path) -> None:
