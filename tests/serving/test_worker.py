@@ -10,14 +10,28 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.locks import Lock
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.store.folders import sweep_session, worker_lock
-from mv2v_engine.serving.work.protocol import decode, encode, setup_message
+from mv2v_engine.serving.work.protocol import decode, encode, engine_arguments, setup_message
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_a_setup_says_which_engine(tmp_path: Path) -> None:
+    """What the service was told of a checkpoint comes through the pipe."""
+    places: dict[str, Any] = {"components": tmp_path / "a", "rename": tmp_path / "b"}
+    given = {"checkpoint": "c", "device": "cpu", "causal": True, **places}
+    for place in places.values():
+        place.mkdir()
+    config = ServingConfig(store=tmp_path, dtype="bfloat16", **given)
+    found = engine_arguments(decode(encode(setup_message(config))))
+    assert found.pop("path_or_name") == "c" and found.pop("dtype") == torch.bfloat16
+    assert found.pop("config").max_source_pixels == config.limits.pixels
+    assert found == {"device": "cpu", "causal": True} | {k: str(v) for k, v in places.items()}
 
 
 class Worker:

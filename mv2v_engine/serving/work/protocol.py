@@ -46,7 +46,7 @@ def setup_message(config: ServingConfig) -> dict[str, Any]:
     """What a worker needs to know of a service; no tokens."""
     # what was taken as an upload is not refused by a turn
     engine = dataclasses.replace(config.engine, max_source_pixels=config.limits.pixels)
-    names = [*(field.name for field in dataclasses.fields(LoadConfig)), "store"]
+    names = [*(field.name for field in dataclasses.fields(LoadConfig)), "causal", "store"]
     setup = {name: getattr(config, name) for name in (*names, "max_sessions_open")}
     setup |= {"type": "setup", "engine": dataclasses.asdict(engine)}
     setup |= {"max_streams_open": config.max_streams}
