@@ -153,6 +153,8 @@ def _check_places(args: argparse.Namespace) -> None:
         raise RequestError("--raw writes frames into a pipe; give --out -")
     if args.source is None and (args.source_size or args.fps):
         raise RequestError("--source-size and --fps are of a source, and there is none")
+    if args.source == _STDOUT and sys.stdin is None:
+        raise VideoError("stdin is closed; give a pipe, or a video file")
     # a pattern of images is no path itself
     is_path = args.source not in (None, _STDOUT) and "%" not in args.source
     if is_path and not Path(args.source).exists():

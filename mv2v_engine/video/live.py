@@ -192,16 +192,20 @@ def _raw(place: str | Path | IO[bytes], size: tuple[int, int]) -> Iterator[Tenso
     length = height * width * 3
     with ExitStack() as stack:
         file: Any = place
-        if isinstance(place, str | Path):
-            # a named pipe opens when somebody writes to it
-            file = stack.enter_context(Path(place).open("rb"))
-        while True:
-            data = bytearray()
-            while len(data) < length and (more := file.read(length - len(data))):
-                data += more
-            if len(data) < length:
-                return
-            yield torch.frombuffer(data, dtype=torch.uint8).reshape(height, width, 3)
+        try:
+            if isinstance(place, str | Path):
+                # a named pipe opens when somebody writes to it
+                file = stack.enter_context(Path(place).open("rb"))
+            while True:
+                data = bytearray()
+                while len(data) < length and (more := file.read(length - len(data))):
+                    data += more
+                if len(data) < length:
+                    return
+                yield torch.frombuffer(data, dtype=torch.uint8).reshape(height, width, 3)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise VideoError(f"raw frames cannot be read any further: {reason}") from error
 
 
 def _decoded(
@@ -225,7 +229,7 @@ def _decoded(
                     pictures.measure([frame] if pictures.is_hdr else [])
                 pixels = pictures.pixels(frame, *square_size(frame, stream))
                 yield torch.rot90(pixels, frame.rotation // 90, (0, 1))
-        except av.error.FFmpegError as error:
+        except (av.error.FFmpegError, OSError) as error:
             raise VideoError(
                 f"{name} cannot be decoded any further ({error}); the frames before are taken"
             ) from error
