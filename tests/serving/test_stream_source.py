@@ -1,19 +1,29 @@
 """Frames that go up to a stream: by a body without an end or a WebSocket, no faster than it edits.
 
-The model is a double: `Negatives`, which is given the frames as an engine would be.
+The model is a double, but in the last test: `Negatives`, which is given the frames as an engine
+would be.
 """
 
 from __future__ import annotations
 
+import os
 import random
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator
+from io import BytesIO
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from torch import Tensor
+
+from mv2v_engine import Engine
+from mv2v_engine.engine.stream_folder import StreamFolder
+from mv2v_engine.video.fragments import FragmentWriter
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
@@ -21,12 +31,14 @@ from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from mv2v_engine.serving.store.source_frames import MOST_BLOCKS
+from mv2v_engine.serving.store.streams import engine_folder
+from mv2v_engine.serving.work.streaming import NOTHING
 from tests.serving.fake_streams import BLOCK_FRAMES, Negatives, StreamBackend
 
 FRAME = 48 * 64 * 3
 # frames of the first block, and of three
 FIRST, THREE = BLOCK_FRAMES - 3, 3 * BLOCK_FRAMES - 3
-PATIENCE = 60.0
+PATIENCE = 300.0
 
 
 @pytest.fixture
@@ -175,3 +187,42 @@ def test_sockets_are_guarded_as_requests_are(
             socket.send(bytes(FIRST * FRAME))
             with closed.client("a secret") as known:
                 until(lambda: status(known, stream)["blocks"] == 1)
+
+
+def test_an_editor_edits_what_is_sent(
+    serving_engine: Callable[..., Any],
+    causal_editor_folder: Path,
+    moving_frames: Callable[..., Tensor],
+    tmp_path: Path,
+) -> None:
+    """By both ways, the worker killed while it edits a block: to the bits of the engine alone."""
+    frames, cuts = moving_frames(5 + 3 * 8), [0, 5 + 8, 5 + 2 * 8, 5 + 3 * 8]
+    engine, made = Engine.from_pretrained(causal_editor_folder, device="cpu"), BytesIO()
+    writer = FragmentWriter(made, engine.sampling.fps)
+    for block in engine.stream("a negative", source=frames).blocks():
+        writer.add(block.frames)
+    first, second, third = (frames[a:b].numpy().tobytes() for a, b in pairwise(cuts))
+    with (
+        serving_engine(tmp_path, checkpoint=str(causal_editor_folder)) as live,
+        live.client() as client,
+    ):
+        backend = live.backend
+        until(lambda: backend.ready or backend.is_lost)
+        assert backend.ready, backend.reason
+        stream = begun(client)
+        assert client.put(f"/v1/streams/{stream}/source", content=pieces(first)).status_code == 200
+        # who reads waits for the block
+        assert client.get(f"/v1/streams/{stream}/video?first=2&last=2").status_code == 200
+        under_way = StreamFolder(engine_folder(tmp_path / "streams" / stream)).source_path(3)
+        with connect(address(live, stream), proxy=None) as socket:
+            socket.send(second)
+            until(under_way.exists)
+            os.kill(backend.pid, signal.SIGKILL)
+            until(lambda: not backend.ready)
+            socket.send(third)
+            socket.send("end")
+            whole = client.get(f"/v1/streams/{stream}/video?first=1").content
+        assert whole.replace(NOTHING, b"") == made.getvalue()
+        now = status(client, stream)
+        assert (now["state"], now["error"], now["frames"]) == ("finished", None, len(frames))
+        assert backend.restarts == 1 and now["restarts"] <= 1

@@ -44,8 +44,8 @@ def client(live: Any) -> Iterator[httpx.Client]:
 
 
 def ready(service: Any) -> None:
-    with service.client() as client:
-        until(lambda: client.get("/readyz").status_code == 200)
+    until(lambda: service.backend.ready or service.backend.is_lost)
+    assert service.backend.ready, service.backend.reason
 
 
 def until(is_so: Callable[[], Any]) -> Any:
@@ -201,12 +201,13 @@ def test_a_killed_worker_costs_no_bit(live: Any, client: httpx.Client, causal_fo
     reader = threading.Thread(target=lambda: reading.append(_read_all(live, stream)))
     reader.start()
     for number in (2, 5):
-        until(lambda number=number: status(client, stream)["blocks"] >= number)  # type: ignore[misc]
-        os.kill(until(lambda: live.backend.ready and live.backend.pid), signal.SIGKILL)
+        # who reads a block waits for it
+        assert video(client, stream, first=number, last=number)
+        os.kill(live.backend.pid, signal.SIGKILL)
         until(lambda: not live.backend.ready)
+    reader.join(PATIENCE)
     now = ended(client, stream)
     assert (now["state"], now["blocks"]) == ("finished", blocks)
-    reader.join(PATIENCE)
     whole = expected(causal_folder, ["a red ball"] * blocks, seed=9)
     assert video(client, stream) == whole
     # a worker may take so long to start that the connection has to be kept
