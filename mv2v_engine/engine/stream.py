@@ -215,7 +215,7 @@ class Stream:
             self._snapshot()
             number = self.num_blocks + 1
             found, waited = self._stored(number), time.perf_counter()
-            if self.source is not None and not self._receive(number, token):
+            if self.source is not None and not self._receive(number, found, token):
                 return
             began = time.perf_counter()
             self._waited += began - waited
@@ -228,10 +228,14 @@ class Stream:
             first = self.first_frame(number)
             yield StreamBlock(number, first, frames, block.prompt, seconds, is_again)
 
-    def _receive(self, number: int, token: CancelToken) -> bool:
+    def _receive(self, number: int, found: StoredBlock | None, token: CancelToken) -> bool:
         """Wait for the source's frames of a block that the encoder has not seen; False: no more.
 
-        What has come once is kept, so that a stream that is resumed need not have it again.
+        What has come once is kept, so that a stream that is resumed need not have it again. found:
+        as `_stored`.
+
+        Raises:
+            StorageError: the source no longer has all frames of a block that is finished.
         """
         assert self.source is not None
         if number <= self._num_encoded:
@@ -242,6 +246,12 @@ class Stream:
             frames = None if self.folder is None else self.folder.read_source(number)
             if frames is None:
                 frames = self.source.take(first, stop - first, token.check)
+                had = 0 if found is None else found.num_frames or 0
+                if had and (frames is None or len(frames) < had):
+                    raise StorageError(
+                        f"frames {first} to {first + had - 1} of {self.source.name} are needed "
+                        f"again, for block {number}, and are not all there; begin the stream anew"
+                    )
             if frames is None:
                 return False
             repeated = frames[-1:].expand(stop - first - len(frames), -1, -1, -1)

@@ -148,7 +148,7 @@ def test_it_goes_on_wherever_it_was_killed(
     assert len(everything) == COUNT and _same(everything, unbroken)
 
 
-@pytest.mark.parametrize("kind", ["once", "file"])
+@pytest.mark.parametrize("kind", ["once", "file", "gone", "cut"])
 def test_a_lost_snapshot(
     editor: Engine,
     config: StreamConfig,
@@ -164,12 +164,16 @@ def test_a_lost_snapshot(
     with editor.stream(**options) as stream:
         list(_made(stream, 5))
     StreamFolder(tmp_path).snapshot.unlink()
+    # a function whose frames are not kept for ever
+    if kind in ("gone", "cut"):
+        options["source"] = lambda first: frames[first : 3 if kind == "cut" else 0]
     with editor.stream(**options, resume=True) as stream:
         assert stream.num_blocks == 0
         if kind == "file":
             assert _same(list(_made(stream)), unbroken)
         else:
-            with pytest.raises(StorageError, match="gives each frame once; begin the stream anew"):
+            said = "gives each frame once" if kind == "once" else "frames 0 to 4 .* not all there"
+            with pytest.raises(StorageError, match=f"{said}; begin the stream anew"):
                 list(_made(stream))
 
 
