@@ -1,6 +1,6 @@
 """What eight bits do to a prompt's embedding: UMT5-XXL's blocks at their own size, random weights.
 
-`python profiling/bench_text_quantize.py [--layers 2] [--tokens 48] [--out FILE]`
+`python profiling/bench_text_quantize.py [--layers 1] [--tokens 32] [--out FILE]`
 
 Embeddings of random tokens by transformers' encoder: in bfloat16, and with the linear layers of its
 blocks in int8 or fp8 beside it, against float32 of the same weights. `error` is the norm of the
@@ -11,6 +11,7 @@ outliers, as trained ones do.
 from __future__ import annotations
 
 import argparse
+from copy import deepcopy
 from pathlib import Path
 from typing import Any
 
@@ -38,14 +39,12 @@ def measure(num_layers: int, num_tokens: int) -> list[dict[str, Any]]:
         num_heads=shape.num_heads,
         feed_forward_proj="gated-gelu",
     )
-    model: Any = UMT5EncoderModel(config).eval()
+    whole: Any = UMT5EncoderModel(config).eval()
     ids = torch.randint(0, 512, (1, num_tokens))
-    exact = model(ids).last_hidden_state
-    weights = {name: weight.to(torch.bfloat16) for name, weight in model.state_dict().items()}
+    exact = whole(ids).last_hidden_state
     rows = []
     for kind in (None, "int8", "fp8"):
-        model = UMT5EncoderModel(config).eval().to(torch.bfloat16)
-        model.load_state_dict(weights)
+        model = deepcopy(whole).to(torch.bfloat16)
         if kind is not None:
             _quantize(model, kind, torch.bfloat16, {})
         found: Tensor = model(ids).last_hidden_state.float()
@@ -63,8 +62,8 @@ def measure(num_layers: int, num_tokens: int) -> list[dict[str, Any]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--layers", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=48)
+    parser.add_argument("--layers", type=int, default=1)
+    parser.add_argument("--tokens", type=int, default=32)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     rows = measure(args.layers, args.tokens)
