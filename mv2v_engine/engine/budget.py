@@ -402,7 +402,8 @@ def _quantizable_here(parts: Parts) -> int:
     saved = _quantizable_bytes(transformer, parts.dtype)
     if transformer.offload is None:
         return saved
-    of_places = saved * len(transformer.offload.places) // len(transformer.blocks)
+    count = len(transformer.blocks)
+    of_places = saved * min(count, NUM_PLACES) // count
     return of_places + (saved if parts.device.type == "cpu" else 0)
 
 
@@ -437,10 +438,10 @@ def shape_footprint(
             quantize_linears(transformer, quantize)
     weights = _sizes_as(transformer, torch.bfloat16)
     blocks = {name: count for name, count in weights.items() if name.startswith("blocks.")}
-    places = sum(
-        buffer_bytes(count for name, count in blocks.items() if name.startswith(f"blocks.{place}."))
-        for place in range(NUM_PLACES)
-    )
+    by_block: dict[str, list[int]] = {}
+    for name, count in blocks.items():
+        by_block.setdefault(name.split(".")[1], []).append(count)
+    places = max(map(buffer_bytes, by_block.values())) * min(len(by_block), NUM_PLACES)
     saved = 0 if quantize is not None else _quantizable_bytes(transformer, torch.bfloat16)
     text_bytes = text_saved = embed = 0
     is_narrow = quantize_text is not None

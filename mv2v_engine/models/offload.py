@@ -17,6 +17,8 @@ from torch import Tensor, nn
 NUM_PLACES = 2
 # torch's allocator places tensors so, and libraries choose their algorithms by it
 _ALIGNMENT = 512
+# the names, dtypes and shapes of a block's tensors
+_Layout = tuple[tuple[str, torch.dtype, torch.Size], ...]
 
 
 class Copies(Protocol):
@@ -71,9 +73,10 @@ class CudaCopies:
 
 
 class BlockOffload:
-    """Blocks of equal shapes that run one after the other, in two places on a device.
+    """Blocks that run one after the other, in two places on a device.
 
-    places: the modules that run; their weights are those of the block that was last copied there.
+    places: the modules that run, in each place one for every layout of weights; what they hold is
+    the block that was last copied there.
     """
 
     def __init__(
@@ -81,8 +84,8 @@ class BlockOffload:
     ) -> None:
         """Move the blocks' weights into one buffer a block, pinned beside CUDA.
 
-        blocks: on the host, with weights of the same dtypes in all of them. device: where they
-        run. copies: None takes the device's.
+        blocks: on the host; not all need have the same weights. device: where they run. copies:
+        None takes the device's.
         """
         is_cuda = device.type == "cuda"
         self._sources = []
@@ -91,12 +94,19 @@ class BlockOffload:
             buffer = torch.empty(block_bytes(block), dtype=torch.uint8, pin_memory=is_cuda)
             _lay_out(block, buffer, is_copied=True)
             self._sources.append(buffer)
-        self.places = [deepcopy(block) for block in blocks[:NUM_PLACES]]
-        self._targets = [torch.empty_like(self._sources[0], device=device) for _ in self.places]
-        for place, target in zip(self.places, self._targets, strict=True):
-            _lay_out(place, target, is_copied=False)
+        size = max(buffer.nbytes for buffer in self._sources)
+        self._targets = [
+            torch.empty(size, dtype=torch.uint8, device=device) for _ in blocks[:NUM_PLACES]
+        ]
+        self._layouts = [_layout(block) for block in blocks]
+        self._modules: dict[tuple[int, _Layout], nn.Module] = {}
+        for layout, block in dict(zip(self._layouts, blocks, strict=True)).items():
+            for place, target in enumerate(self._targets):
+                module = self._modules[place, layout] = deepcopy(block)
+                _lay_out(module, target, is_copied=False)
+        self.places = list(self._modules.values())
         self._copies: Copies = copies or (CudaCopies(device) if is_cuda else _AtOnce())
-        self._held: list[int | None] = [None] * len(self.places)
+        self._held: list[int | None] = [None] * len(self._targets)
         # forwards of several threads share the places
         self._lock = threading.Lock()
 
@@ -118,7 +128,7 @@ class BlockOffload:
                 following = self._fetch((index + 1) % count, beside=place)
                 self._copies.ready(place)
                 try:
-                    yield self.places[place]
+                    yield self._modules[place, self._layouts[index]]
                 finally:
                     self._copies.leave(place)
                 place = following
@@ -129,14 +139,15 @@ class BlockOffload:
             return self._held.index(index)
         place = 1 - beside
         self._held[place] = None
-        self._copies.fill(place, self._targets[place], self._sources[index])
+        source = self._sources[index]
+        self._copies.fill(place, self._targets[place][: source.nbytes], source)
         self._held[place] = index
         return place
 
 
 def places_bytes(blocks: Sequence[nn.Module]) -> int:
     """Bytes of the places of such blocks; they may be without memory."""
-    return sum(map(block_bytes, blocks[:NUM_PLACES]))
+    return max(map(block_bytes, blocks)) * min(len(blocks), NUM_PLACES)
 
 
 def block_bytes(block: nn.Module) -> int:
@@ -147,6 +158,15 @@ def block_bytes(block: nn.Module) -> int:
 def buffer_bytes(sizes: Iterable[int]) -> int:
     """Bytes of a buffer of tensors of such bytes, each aligned."""
     return sum(-(-size // _ALIGNMENT) * _ALIGNMENT for size in sizes)
+
+
+def _layout(block: nn.Module) -> _Layout:
+    """What tells apart blocks that cannot run in one module."""
+    names = {id(module): name for name, module in block.named_modules()}
+    return tuple(
+        (f"{names[id(module)]}.{name}", tensor.dtype, tensor.shape)
+        for module, name, tensor in _tensors(block)
+    )
 
 
 def _tensors(block: nn.Module) -> Iterator[tuple[nn.Module, str, Tensor]]:
