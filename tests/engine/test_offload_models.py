@@ -1,4 +1,4 @@
-"""Offloaded blocks of every kind of weights: what they make is that of resident ones, to the bit."""
+"""Offloaded blocks of every kind of weights make what resident ones make, to the bit."""
 
 from __future__ import annotations
 
