@@ -38,7 +38,9 @@ def recorded_responsiveness(transformer: MV2VTransformer) -> Iterator[list[Tenso
             forwards.append(torch.stack(current))
             current.clear()
 
-    handles = [block.register_forward_pre_hook(record) for block in transformer.blocks]
+    offload = transformer.offload
+    running = transformer.blocks if offload is None else offload.places
+    handles = [block.register_forward_pre_hook(record) for block in running]
     try:
         yield forwards
     finally:

@@ -64,6 +64,10 @@ def test_what_is_recorded_is_what_merging_uses() -> None:
         records: list[MergeRecord] = []
         merging = turn_plan(config, grid, (4,), fraction=0.5)
         model(*inputs, plan=merging, cameras=cameras, records=records)
+        model.offload_blocks(torch.device("cpu"))
+        with recorded_responsiveness(model) as offloaded:
+            model(*inputs, plan=plan, cameras=cameras)
+    assert len(offloaded) == 1 and torch.equal(offloaded[0], forwards[0])
     # nothing is recorded after the block is left
     assert len(forwards) == 2 and forwards[0].shape == (3, 4)
     assert torch.equal(forwards[0], forwards[1])
