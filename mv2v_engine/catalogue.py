@@ -272,7 +272,7 @@ def _embedded(name: str) -> KnownModel:
         sampling=found.sampling,
         vae=read_json(found.vae_path / "config.json"),
         text=text,
-        remembers=is_trained_for_memory(found.initialised),
+        remembers=is_trained_for_memory(found.config, found.initialised),
         licence="Apache-2.0",
         checked="trained and measured with this code, of toy worlds alone",
         files=(*found.detected.files, *parts),

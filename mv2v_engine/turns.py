@@ -146,7 +146,7 @@ def _asked(args: argparse.Namespace, resolution: Resolution) -> dict[str, Any]:
         "seed": args.seed,
         "num_inference_steps": args.num_inference_steps,
         "guidance_scale": args.guidance_scale,
-        "memory": args.memory or default_memory(resolution.initialised),
+        "memory": args.memory or default_memory(resolution.config, resolution.initialised),
     }
 
 

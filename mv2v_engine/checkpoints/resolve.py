@@ -267,9 +267,10 @@ def _first_channels(infos: dict[str, TensorInfo], channels: int) -> dict[str, So
     return {name: Source(info, (info.shape[0], channels, *info.shape[2:]), is_first=True)}
 
 
-def is_trained_for_memory(initialised: Iterable[str]) -> bool:
-    """Whether the memory tokenizers came with the checkpoint, given what did not."""
-    return not any(name.startswith(("tokenizers.4.", "tokenizers.8.")) for name in initialised)
+def is_trained_for_memory(config: TransformerConfig, initialised: Iterable[str]) -> bool:
+    """Whether the model has memory tokenizers that came with the checkpoint, given what did not."""
+    is_given = not any(name.startswith(("tokenizers.4.", "tokenizers.8.")) for name in initialised)
+    return is_given and max(config.tokenizers, default=0) > 2
 
 
 def _initialised(expected: Iterable[str], sources: dict[str, Source]) -> dict[str, str]:

@@ -17,8 +17,8 @@ from typing import Any, TypeAlias
 import torch
 from tqdm import tqdm
 
+from mv2v_engine.checkpoints.resolve import is_trained_for_memory
 from mv2v_engine.engine.engine import Engine
-from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.errors import StorageError
 from mv2v_engine.evaluation.edit_protocol import EditProtocol
 from mv2v_engine.evaluation.parallel import Measures, Processes, measure_all
@@ -242,6 +242,8 @@ def _settings(engine: Engine, protocol: AnyProtocol, count: str) -> dict[str, An
         "device": str(engine.device),
         "dtype": engine.describe()["dtype"],
         # on other weights the memory rows show what an untrained memory does
-        "trained_for_memory": default_memory(engine.checkpoint.report.initialised) != "none",
+        "trained_for_memory": is_trained_for_memory(
+            engine.checkpoint.config, engine.checkpoint.report.initialised
+        ),
         "rows": [row.name for row in protocol.chosen_rows],
     }

@@ -20,7 +20,7 @@ from mv2v_engine.errors import (
     VideoError,
 )
 from mv2v_engine.ops import native
-from mv2v_engine.testing import relative_error
+from mv2v_engine.testing import relative_error, tiny_config
 
 Make = Callable[..., Path]
 BACKEND = "reference" if native.missing_reason("cpu") else "native"
@@ -146,8 +146,11 @@ def test_a_base_without_memory_keeps_its_own_quality(
     tmp_path: Path, make_checkpoint: Make, tiny_checkpoint: Path
 ) -> None:
     """What the weights never learned is off until it is asked for by name."""
-    assert default_memory(["tokenizers.2.weight", "tokenizers.4.weight"]) == "none"
-    assert default_memory([]) == "retrieved"
+    config = tiny_config()
+    assert default_memory(config, ["tokenizers.2.weight", "tokenizers.4.weight"]) == "none"
+    assert default_memory(config, []) == "retrieved"
+    # nothing that a ranked video could be read with
+    assert default_memory(tiny_config(tokenizers=(2,)), []) == "none"
     base = make_checkpoint(tmp_path / "base", merger=None)
     assert (load(base).merge, load(base, merge="conv").merge) == ("off", "conv")
     trained = load(tiny_checkpoint)
