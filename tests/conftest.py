@@ -23,12 +23,16 @@ from mv2v_engine.config import SamplingConfig, StreamConfig, TransformerConfig
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.ops.backend import has_bfloat16_products
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
 from mv2v_engine.testing import randomise
 from mv2v_engine.video.io import write_video
 from tests.checkpoints.small_hub import SmallHub, ask_at, serving
 
+has_products = pytest.mark.skipif(
+    not has_bfloat16_products(), reason="this CPU does not multiply bfloat16"
+)
 NUM_FRAMES, SIZE, FPS = 9, (48, 64), 8
 TRANSFORMER = {
     "num_layers": 3,

@@ -25,6 +25,7 @@ from mv2v_engine import run
 from mv2v_engine.camera.files import save_trajectory
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.video.io import read_video, write_video
+from tests.conftest import has_products
 from tests.folders import DAMAGES, contents
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -158,7 +159,11 @@ def test_seeds(finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoin
             ["--cache-bytes", "27KiB", "--device-cache-bytes", "9 KiB", "--max-memory", "1"],
             {"tiers": {"device": 9216, "host": 9216}},
         ),
-        (["--dtype", "bfloat16", "--backend", "reference"], {"dtype": "bfloat16"}),
+        pytest.param(
+            ["--dtype", "bfloat16", "--backend", "reference"],
+            {"dtype": "bfloat16"},
+            marks=has_products,
+        ),
         (["--conditioning", "static"], {"conditioning": "static", "whole": 1}),
         (["--step-cache", "9"], {"whole": 2, "computed": 2}),
     ],

@@ -96,6 +96,13 @@ def test_another_edit_is_not_resumed(
     other = tmp_path / "other.mp4"
     write_video(other, moving_frames(23, seed=1), 12.5)
     assert "holds a session whose source is" in refused("--resume", source=other)
+    # what it began with and nobody asks for now is another setting, too
+    manifest = tmp_path / "edited.edit" / "session.json"
+    content = json.loads(manifest.read_text())
+    content["turns"][0]["settings"]["quantize_text"] = "int8"
+    content.pop("sha256")
+    manifest.write_text(json.dumps(content))
+    assert "--quantize-text 'int8' instead of None" in refused("--resume")
 
 
 def test_a_foreign_video_beside_an_unfinished_edit(

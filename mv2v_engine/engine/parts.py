@@ -27,6 +27,7 @@ from mv2v_engine.config import (
     MergeMode,
     SchedulerName,
     Timesteps,
+    TransformerConfig,
     name_with_attention,
 )
 from mv2v_engine.engine.descriptors import (
@@ -253,9 +254,9 @@ def check_same_weights(own: EngineConfig, asked: EngineConfig) -> None:
             )
 
 
-def default_memory(initialised: Iterable[str]) -> MemoryMode:
+def default_memory(config: TransformerConfig, initialised: Iterable[str]) -> MemoryMode:
     """What a turn remembers unless it is told: nothing, on weights that never learned to."""
-    return "retrieved" if is_trained_for_memory(initialised) else "none"
+    return "retrieved" if is_trained_for_memory(config, initialised) else "none"
 
 
 AnyParts = TypeVar("AnyParts", bound="Parts")
@@ -290,7 +291,9 @@ class Parts:
         self.timesteps: Timesteps = self.sampling.timesteps
         self.transformer, self.team = checkpoint.transformer, team
         self.backend, self.attention = configure(self.transformer, config, device)
-        self.memory_mode = config.memory or default_memory(checkpoint.report.initialised)
+        self.memory_mode = config.memory or default_memory(
+            checkpoint.config, checkpoint.report.initialised
+        )
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
         self._check()
@@ -407,6 +410,8 @@ class Parts:
             own["flow_shift"] = self.sampling.flow_shift
         if self.config.quantize_text is not None:
             own["quantize_text"] = self.config.quantize_text
+        if self.products != self.dtype:
+            own["products"] = str(self.products).removeprefix("torch.")
         return {**settings, **_EXACT, **own, **rounded}
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:

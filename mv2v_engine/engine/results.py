@@ -418,7 +418,9 @@ class EditResults(Results):
             self._require_same(row["settings"], settings)
 
     def _require_same(self, begun: dict[str, Any], asked: dict[str, Any]) -> None:
-        for name, value in asked.items():
+        # what is left as it was stands in neither
+        for name in (*asked, *begun):
+            value = asked.get(name)
             if begun.get(name) != value:
                 raise StorageError(
                     f"{self.folder} cannot be resumed: its edit has {name} {begun.get(name)!r} "

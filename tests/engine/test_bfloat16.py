@@ -15,13 +15,9 @@ from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.feed_forward import FeedForward
 from mv2v_engine.models.linear import Linear
-from mv2v_engine.ops.backend import has_bfloat16_products
 from mv2v_engine.progress import StageDone, StageStarted
 from mv2v_engine.testing import assert_within_budget, randomise
-
-has_products = pytest.mark.skipif(
-    not has_bfloat16_products(), reason="this CPU does not multiply bfloat16"
-)
+from tests.conftest import has_products
 
 
 def _engine(path: Path, dtype: torch.dtype, **settings: Any) -> Engine:
@@ -43,6 +39,7 @@ def test_what_is_narrow(tiny_checkpoint: Path, backend: Any) -> None:
     assert engine.dtype == torch.float32 and engine.describe()["dtype"] == "bfloat16"
     whole = _engine(tiny_checkpoint, torch.float32, backend=backend)
     assert whole.backend == engine.backend
+    assert engine.edit_settings() == whole.edit_settings() | {"products": "bfloat16"}
 
 
 @has_products

@@ -18,6 +18,7 @@ from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import CameraError, CancelledError, RequestError
 from mv2v_engine.progress import Event, StageDone, StageStarted, StepDone
 from mv2v_engine.video.io import read_video
+from tests.conftest import has_products
 
 CAMERAS = ("pan_right", "arc_left", "pan_right")
 
@@ -232,6 +233,7 @@ def test_unipc_is_repeatable_and_another_path(tiny_checkpoint: Path, source_fram
     assert not torch.equal(one.latents, euler.latents)
 
 
+@has_products
 def test_half_precision_stays_near(tiny_checkpoint: Path, source_frames: Tensor) -> None:
     half = Engine.from_pretrained(tiny_checkpoint, device="cpu", dtype=torch.bfloat16)
     turn = half.session(source_frames).render("pan_left")

@@ -21,6 +21,7 @@ from mv2v_engine.engine.stream_folder import StreamFolder
 from mv2v_engine.errors import CancelledError, CheckpointError, RequestError, StorageError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.progress import CancelToken, StepDone
+from tests.conftest import has_products
 
 PROMPTS = ["a red ball"] * 3 + ["the ball rolls"] * 5
 COUNT = len(PROMPTS)
@@ -256,6 +257,31 @@ def test_another_stream_is_not_continued(
     other = dataclasses.replace(config, window=10)
     with pytest.raises(StorageError, match="whose settings is"):
         causal.stream(seed=4, config=other, store=tmp_path, resume=True)
+
+
+def test_rounded_weights_are_another_stream(
+    causal: Engine, causal_folder: Path, config: StreamConfig, tmp_path: Path
+) -> None:
+    """Those of the text encoder, too, and in both directions."""
+    settings = EngineConfig(quantize_text="int8")
+    rounded = Engine.from_pretrained(causal_folder, device="cpu", config=settings)
+    for number, (one, other) in enumerate([(causal, rounded), (rounded, causal)]):
+        store = tmp_path / str(number)
+        with one.stream("a ball", config=config, store=store) as stream:
+            next(stream.blocks())
+        with pytest.raises(StorageError, match="a stream whose quantize_text is"):
+            other.stream("a ball", config=config, store=store, resume=True)
+
+
+@has_products
+def test_narrow_products_are_another_stream(
+    causal: Engine, causal_folder: Path, config: StreamConfig, tmp_path: Path
+) -> None:
+    with causal.stream("a ball", config=config, store=tmp_path) as stream:
+        next(stream.blocks())
+    narrow = Engine.from_pretrained(causal_folder, device="cpu", dtype=torch.bfloat16)
+    with pytest.raises(StorageError, match=r"dtype is 'float32', this one's is 'bfloat16'"):
+        narrow.stream("a ball", config=config, store=tmp_path, resume=True)
 
 
 def test_a_model_that_is_not_causal(make_checkpoint: Any, tmp_path: Path) -> None:
