@@ -215,10 +215,12 @@ class Stream:
             self._snapshot()
             number = self.num_blocks + 1
             found, waited = self._stored(number), time.perf_counter()
-            if self.source is not None and not self._receive(number, found, token):
-                return
-            began = time.perf_counter()
-            self._waited += began - waited
+            try:
+                if self.source is not None and not self._receive(number, found, token):
+                    return
+            finally:  # who stops waiting has waited
+                began = time.perf_counter()
+                self._waited += began - waited
             block = yield from self._latents(number, found, token)
             decoded = partial(self._decoded, number, block)
             frames = yield from staged(self.spans, "vae", decoded)

@@ -159,7 +159,7 @@ def test_a_lost_snapshot(
 ) -> None:
     """What can be read again is; what cannot is asked for by name."""
     once = iter(frames)
-    source: Any = once if kind == "once" else frames
+    source: Any = frames if kind == "file" else once
     options: dict[str, Any] = {"seed": 4, "config": config, "store": tmp_path, "source": source}
     with editor.stream(**options) as stream:
         list(_made(stream, 5))
