@@ -265,8 +265,12 @@ def _vace(detected: Detected, infos: Mapping[str, TensorInfo], shapes: _Shapes) 
     """VACE's own fields: its layers of the config, or spread evenly as all published ones are."""
     said = read_json(detected.config_file) if detected.config_file else {}
     count = len({name.split(".")[1] for name in infos if name.startswith("vace_blocks.")})
-    depth = said.get("num_layers") or shapes.depth()
+    depth = shapes.depth()
     layers = said.get("vace_layers") or list(range(0, depth, max(1, depth // count)))
+    if not isinstance(layers, list) or any(type(layer) is not int for layer in layers):
+        raise CheckpointError(
+            f"{detected.config_file}: vace_layers must be a list of whole numbers, got {layers!r}"
+        )
     if len(layers) != count:
         raise CheckpointError(
             f"{detected.path} has {count} VACE blocks, and {len(layers)} vace_layers "

@@ -321,6 +321,11 @@ def test_its_file_is_recognised_and_edits(
     assert load_checkpoint(_file(tmp_path / "even", even, layers=None)).config.vace_layers == (0, 2)
     with pytest.raises(CheckpointError, match="has 3 VACE blocks, and 4 vace_layers"):
         load_checkpoint(_file(tmp_path / "uneven", model, layers=None))
+    wrong: list[Any] = [5, "0", [0, "2", 3], [0, 2.5, 3], [False, 2, 3], {"0": 2}]
+    for number, layers in enumerate(wrong):
+        path = _file(tmp_path / f"wrong{number}", model, layers=layers)
+        with pytest.raises(CheckpointError, match="vace_layers must be a list of whole numbers"):
+            load_checkpoint(path)
 
     engine = Engine.from_pretrained(folder, device="cpu", components=worded_checkpoint)
     small = replace(loaded.sampling, num_frames=5, size=(32, 48), num_inference_steps=2)
