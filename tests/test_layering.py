@@ -71,6 +71,7 @@ SIDEWAYS = {
     ("vae", "models"),
     ("vae", "checkpoints"),  # weight files and their names
     ("image", "checkpoints"),
+    ("text", "models"),  # layers of eight bits
     ("text", "checkpoints"),
     ("training", "evaluation"),
 }
