@@ -343,7 +343,8 @@ def test_config_beside_contradicts_or_describes(tmp_path: Path, wan: State) -> N
         ),
         (
             {"sampling": {"scheduler": "ddim"}},
-            "scheduler must be one of 'euler', 'unipc', 'lightx2v', 'dmd', 'rcm', got 'ddim'",
+            "scheduler must be one of 'euler', 'unipc', 'lightx2v', 'dmd', 'rcm', 'flow_map', "
+            "got 'ddim'",
         ),
         ({"sampling": {"fps": 0}}, r"fps must lie in 0\.01\.\.1000, got 0"),
         ({"sampling": {"guidance_scale": 1e38}}, r"guidance_scale must lie in 0\.\.100, got"),

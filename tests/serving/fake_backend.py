@@ -23,6 +23,7 @@ from mv2v_engine.serving.store.records import JobRecord, SessionRecord
 NUM_FRAMES, SIZE = 9, (48, 64)
 ABOUT: dict[str, Any] = {
     "kind": "views",
+    "stream": None,
     "engine": {"checkpoint": "fake"},
     "has_text": False,
     "memory": "retrieved",
