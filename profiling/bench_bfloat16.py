@@ -25,7 +25,7 @@ from mv2v_engine.config import TINY
 from mv2v_engine.evaluation.protocol import FIRST_SCENE
 from mv2v_engine.files import save_json
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.linear import Linear
+from mv2v_engine.models.feed_forward import Linear
 from mv2v_engine.testing import randomise
 from mv2v_engine.tokens.plan import novel_view_plan
 

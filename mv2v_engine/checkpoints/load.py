@@ -33,7 +33,7 @@ from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import save_json, save_tensors
 from mv2v_engine.finite import refuse_weights, weight_fault
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.linear import Linear
+from mv2v_engine.models.feed_forward import Linear
 from mv2v_engine.models.quantized import QuantizedLinear, quantize_linears
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
 

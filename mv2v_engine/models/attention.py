@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.models.camera_rays import phase_layer
+from mv2v_engine.models.feed_forward import Linear
 from mv2v_engine.models.kept import KeysValues
-from mv2v_engine.models.linear import Linear
 from mv2v_engine.ops.attention import attention, attention_varlen
 from mv2v_engine.ops.attention_libraries import Pack
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.config import TransformerConfig
-from mv2v_engine.models.linear import Linear
+from mv2v_engine.models.feed_forward import Linear
 from mv2v_engine.tokens.plan import TokenPlan
 
 POSE_DIM = 12

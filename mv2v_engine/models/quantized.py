@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.config import QuantizeName
-from mv2v_engine.models.linear import Linear
+from mv2v_engine.models.feed_forward import Linear
 
 # what keeps its dtype whatever the tokens' is
 OWN_DTYPES = (".stored", ".scale")

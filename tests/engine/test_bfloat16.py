@@ -13,8 +13,7 @@ from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.engine import device as devices
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.errors import RequestError
-from mv2v_engine.models.feed_forward import FeedForward
-from mv2v_engine.models.linear import Linear
+from mv2v_engine.models.feed_forward import FeedForward, Linear
 from mv2v_engine.progress import StageDone, StageStarted
 from mv2v_engine.testing import assert_within_budget, randomise
 from tests.conftest import has_products
