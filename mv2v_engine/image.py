@@ -177,7 +177,9 @@ def _read_file(path: Path, dtype: torch.dtype) -> CLIPVisionModel:
     # what no file holds: the positions' numbers
     embeddings = inner.embeddings
     embeddings.register_buffer(
-        "position_ids", torch.arange(embeddings.num_positions)[None], persistent=False
+        "position_ids",
+        torch.arange(embeddings.num_positions, dtype=torch.int64, device="cpu")[None],
+        persistent=False,
     )
     return model
 

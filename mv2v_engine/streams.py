@@ -368,7 +368,8 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
         "--source-size",
         type=_size,
         metavar="WIDTHxHEIGHT",
-        help="the source is frames of so many pixels of red, green and blue bytes",
+        help="the source is frames of so many pixels of red, green and blue bytes; if not given, "
+        "it is an encoded video",
     )
     add(
         "--fps",

@@ -104,6 +104,8 @@ def as_cameras(drawn: Tensor, config: TransformerConfig) -> Tensor:
     focal, centre = 1 + 0.5 * matrix[..., :2, 0].tanh(), 0.1 * matrix[..., :2, 1].tanh()
     one = torch.cat([pose, focal, centre], -1)
     count = config.camera_dim // 16
+    if count == 1:
+        return one
     cameras: Tensor = one.repeat_interleave(count, -2).unflatten(-2, (-1, count)).flatten(-2)
     return cameras
 

@@ -290,7 +290,7 @@ def vace_context(
             f"the mask must have shape {list(frames.shape[:3])}, one value a pixel of every frame, "
             f"got {list(mask.shape)}"
         )
-    ones = torch.ones(frames.shape[:3], device=vae.device)
+    ones = torch.ones(frames.shape[:3], dtype=torch.float32, device=vae.device)
     chosen = ones if mask is None else (mask.to(vae.device).float() >= 0.5).float()
     pixels = frames.to(vae.device).permute(3, 0, 1, 2).float() / 127.5 - 1
     inactive = vae.encode_pixels(pixels * (1 - chosen), check=check)

@@ -91,7 +91,9 @@ class BlockOffload:
         self._sources = []
         for block in blocks:
             # torch rounds a pinned buffer up to a power of two
-            buffer = torch.empty(block_bytes(block), dtype=torch.uint8, pin_memory=is_cuda)
+            host = next(block.parameters()).device
+            size = block_bytes(block)
+            buffer = torch.empty(size, dtype=torch.uint8, device=host, pin_memory=is_cuda)
             _lay_out(block, buffer, is_copied=True)
             self._sources.append(buffer)
         size = max(buffer.nbytes for buffer in self._sources)
@@ -112,7 +114,7 @@ class BlockOffload:
 
     @property
     def num_bytes(self) -> int:
-        """Of the places on the device."""
+        """Bytes of the places on the device."""
         return sum(target.nbytes for target in self._targets)
 
     def resident(self) -> Iterator[nn.Module]:

@@ -8,6 +8,7 @@ B batch, L query and S key tokens, N heads, D head dim; packed: T queries and S 
 from __future__ import annotations
 
 from contextlib import AbstractContextManager, nullcontext
+from functools import partial
 from typing import get_args
 
 import torch
@@ -162,11 +163,12 @@ def _trial_lacks(
     generator = torch.Generator().manual_seed(0)
     length, run = 640, 64
     shape = (1, length, num_heads, head_dim)
-    centres = torch.randn(1, length // run, num_heads, head_dim, generator=generator)
+    drawn = partial(torch.randn, generator=generator, dtype=torch.float32, device="cpu")
+    centres = drawn((1, length // run, num_heads, head_dim))
     # scores of the own run stand out by about 16 whatever the width
     centres *= 4 * head_dim**-0.25
-    places = torch.arange(length) // run
-    q, k, v = (torch.randn(shape, generator=generator) for _ in range(3))
+    places = torch.arange(length, dtype=torch.int64, device="cpu") // run
+    q, k, v = (drawn(shape) for _ in range(3))
     near = centres[:, places]
     q, k, v = (t.to(device, dtype) for t in (near + q / 4, near + k / 4, v))
     reason = missing(name, q, k, v)

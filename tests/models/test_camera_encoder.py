@@ -16,7 +16,7 @@ from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 from tests.models.drawn import random_inputs, random_model
 
 GRID = (3, 6, 10)
-FORMS = [form for form in get_args(CameraAttention) if form != "none"]
+FORMS = [form for form in get_args(CameraAttention) if form.startswith("prope")]
 
 
 def _shape(form: Any, **changes: Any) -> TransformerConfig:

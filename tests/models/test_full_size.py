@@ -118,6 +118,8 @@ def test_a_full_size_forward_never_waits_for_data(
     counted = {str(name) for name in count.get_flop_counts()["Global"]}
     names = ("attention", "frame_responsiveness", "linear_gelu", "token_merge")
     ours = {f"mv2v.{name}" for name in names}
+    if backend != "auto":
+        ours.remove("mv2v.linear_gelu")  # oneDNN's, where the CPU multiplies bfloat16
     assert counted & ours == (ours if backend == "auto" else set())
 
 

@@ -27,8 +27,9 @@ SHALLOW_TINY = replace(TINY, num_layers=3, merge_blocks=None)
 
 
 @pytest.fixture(autouse=True)
-def no_fake_tables() -> Iterator[None]:
-    """A table made under fake tensors is of no use to anyone else."""
+def as_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """No oneDNN under the reference; a table made under fake tensors is of no use to others."""
+    monkeypatch.setattr("mv2v_engine.ops.linear_gelu._HAS_BFLOAT16", False)
     rope.table_on.cache_clear()
     yield
     rope.table_on.cache_clear()
