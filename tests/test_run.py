@@ -385,7 +385,9 @@ def test_info(capsys: Capture) -> None:
     if not torch.cuda.is_available():
         assert "triton: every operation missing: it needs a CUDA device" in output
         assert "auto: reference (dense), reference (packed) on cpu" in output
-        assert "fa3, fa4, fa2, torch, cudnn (dense), xformers, triton missing" in output
+        names = "fa3, fa4, fa2, torch, cudnn (dense), xformers, triton"
+        approximate = (f"{name} (approximate, by name alone)" for name in ("sage", "sparge"))
+        assert f"{names}, {', '.join(approximate)} missing" in output
         assert "no step is captured: graphs need a CUDA device" in output
 
 

@@ -246,9 +246,10 @@ async def _all(parts: Any) -> bytes:
 async def test_retention_is_of_streams_too(tmp_path: Path) -> None:
     settings: dict[str, Any] = {"keep_bytes": 6_000}
     async with serving(tmp_path, StreamBackend(size=2_000), **settings) as (service, _):
-        streams = [await begun(service, blocks=1) for _ in range(3)]
-        for stream in streams:
-            await ended(stream)
+        streams = []
+        for _ in range(3):
+            streams.append(await begun(service, blocks=1))
+            await ended(streams[-1])
         due = await service._database.read(
             lambda db: expired(db, service.config, service.streams.ended_records())
         )
