@@ -1,6 +1,6 @@
 """A model hub on loopback: the routes that huggingface_hub asks, and the mishaps of real ones.
 
-A repository is a folder `owner/name`; every file of more than two kilobytes is a large one, which the
+A repository is a folder `owner/name`; every file of more than 1,400 bytes is a large one, which the
 hub answers with a redirect, as it does for all that lies in its large-file storage.
 """
 
@@ -20,7 +20,7 @@ from urllib.parse import unquote, urlparse
 import pytest
 from huggingface_hub import constants
 
-LARGE = 2048
+LARGE = 1400
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 _API = re.compile(r"/api/models/([^/]+/[^/]+)(?:/revision/([^/]+))?")
 _RESOLVE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
