@@ -54,6 +54,7 @@ def both(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
         running.append(
             subprocess.Popen(
                 command,
+                cwd=_ROOT,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 text=True,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ NAMES = (*VIEWS, *STATIC, "prope, merged", "static, prope", "edit", "static edit
 @pytest.fixture(scope="module")
 def results(tmp_path_factory: pytest.TempPathFactory) -> Results:
     folder = tmp_path_factory.mktemp("forwards")
-    both_succeed(str(Path(__file__).with_name("forwards.py")), str(folder))
+    both_succeed("-m", "tests.parallel.forwards", str(folder))
     first, second = (json.loads((folder / f"rank{rank}.json").read_text()) for rank in (0, 1))
     return first, second
 

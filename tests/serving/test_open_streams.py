@@ -12,6 +12,7 @@ import pytest
 from mv2v_engine import CancelToken, Engine
 from mv2v_engine.engine.stream_folder import StreamFolder
 from mv2v_engine.serving.store.streams import engine_folder, video_path
+from mv2v_engine.serving.watch.logs import _IDS
 from mv2v_engine.serving.work import worker
 from mv2v_engine.serving.work.host import Host
 from mv2v_engine.serving.work.open_streams import OpenStreams
@@ -103,7 +104,7 @@ class Steps:
     """A host whose turns and blocks are so many steps, and that notes whose each was."""
 
     def __init__(self, count: int) -> None:
-        self.count, self.log = count, list[str]()
+        self.count, self.log, self.ids = count, list[str](), list[Json]()
 
     def run(
         self, job: Json, session: Json, folder: Path, cancel: CancelToken, tell: Any
@@ -118,6 +119,7 @@ class Steps:
     def _steps(self, name: str) -> Iterator[None]:
         for _ in range(self.count):
             self.log.append(name)
+            self.ids.append(_IDS.get())
             yield
 
     def tick(self) -> None:
@@ -161,6 +163,9 @@ def test_streams_and_turns_take_steps_in_turn(monkeypatch: pytest.MonkeyPatch) -
     worker.serve(orders, host, orders, lambda *ids: _nothing())  # type: ignore[arg-type]
     assert {name: host.log.count(name) for name in "ab"} == {"a": 16, "b": 16}
     assert host.log.count("turn") == 8
+    # a line of the log says whose it is, though all are steps of one thread
+    lines = {"turn": {"session": "turn", "job": "t"}, "a": {"stream": "a"}, "b": {"stream": "b"}}
+    assert host.ids == [lines[name] for name in host.log] and not _IDS.get()
     # as long as all three have work, nobody is more than a step ahead, also between two blocks
     for at in range(24):
         counts = [host.log[: at + 1].count(name) for name in ("a", "b", "turn")]

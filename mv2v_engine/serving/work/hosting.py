@@ -60,7 +60,12 @@ def turn_made(
         with log_ids(session=session["id"], job=job["id"]), open_job(session["id"], job["id"]):
             yield from host.run(job, session, Path(order["folder"]), token, tell)
 
-    context, steps = copy_context(), make()
+    yield from apart(make())
+
+
+def apart(steps: Generator[None, None, None]) -> Iterator[None]:
+    """The steps in a context of their own, which nothing else sees that runs between them."""
+    context = copy_context()
     try:
         while context.run(next, steps, _END) is not _END:
             yield

@@ -16,7 +16,7 @@ import queue
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -29,7 +29,7 @@ from mv2v_engine.serving.store.folders import worker_lock
 from mv2v_engine.serving.watch.logs import configure_logs, log_ids
 from mv2v_engine.serving.watch.tracing import OpenJob, flush_traces, open_traces
 from mv2v_engine.serving.work.host import Host
-from mv2v_engine.serving.work.hosting import open_host, turn_made
+from mv2v_engine.serving.work.hosting import apart, open_host, turn_made
 from mv2v_engine.serving.work.protocol import decode, encode
 
 log = logging.getLogger("mv2v_engine.serving.worker")
@@ -202,8 +202,13 @@ def _turn(
 def _block(order: dict[str, Any], host: Host, orders: Orders, pipe: BinaryIO) -> Iterator[None]:
     stream_id = order["stream"]["id"]
     answer = partial(_answer, order, pipe)
-    with orders.token(stream_id) as token, log_ids(stream=stream_id):
-        yield from host.block(order["stream"], Path(order["folder"]), token, answer)
+
+    def make() -> Generator[None, None, None]:
+        with log_ids(stream=stream_id):
+            yield from host.block(order["stream"], Path(order["folder"]), token, answer)
+
+    with orders.token(stream_id) as token:
+        yield from apart(make())
 
 
 def _answer(order: dict[str, Any], pipe: BinaryIO, answer: dict[str, Any]) -> None:
