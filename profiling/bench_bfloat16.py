@@ -4,7 +4,7 @@
 
 Turns, latents and frames as `bench_quantize` measures them, with `dtype=bfloat16` in the place of
 weights of eight bits; the float32 turn is made twice. Widths: a forward of four random blocks over
-675 tokens of the token plan that `tiny-nvs` has with three memory videos, float32 and bfloat16 in
+825 tokens of the token plan that `tiny-nvs` has with three memory videos, float32 and bfloat16 in
 turn, the median of the ratios of the process's own seconds.
 """
 
