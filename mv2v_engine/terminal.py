@@ -255,7 +255,8 @@ def lasting_output() -> Iterator[None]:
 
 def say(message: str) -> None:
     """One line on stderr, whatever the message holds."""
-    print(" ".join(message.split()), file=sys.stderr)
+    # in one write, newline and all: processes that share a terminal do not share its lines
+    sys.stderr.write(" ".join(message.split()) + "\n")
 
 
 def clock(seconds: float) -> str:
