@@ -301,15 +301,6 @@ class SessionFolder(KeptFolder):
         """
         return self._read(row, window, digest)[0]["latents"]
 
-    def check_windows(self, row: Mapping[str, Any]) -> None:
-        """Read all windows of a turn.
-
-        Raises:
-            StorageError: as `latents`.
-        """
-        for window, digest in enumerate(row["windows"], 1):
-            self._read(row, window, digest)
-
     def window_reports(self, number: int) -> list[dict[str, Any]]:
         """The reports of an edit's finished windows in order; their tensors are not read.
 

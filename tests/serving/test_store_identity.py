@@ -236,136 +236,63 @@ async def test_a_finished_turn_without_a_row_gets_one(tmp_path: Path) -> None:
         assert (await ended(service, await asked(service, record))).number == 3
 
 
-# columns that came later than the window
+# columns that the version before has not
 CHOSEN = ("asked_fps", "alpha", "fit", "size")
 CHOICES = Choices(window="last", fps=12.5, alpha="white")
 
 
-def to_version_1(root: Path) -> None:
-    """The store as the version before wrote it."""
+def to_version_3(root: Path, spare: Path) -> None:
+    """The store as the version before wrote it: a session's row has the window alone."""
     with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
-        db.execute("DROP TABLE store")
-        for table, names in (
-            ("sessions", ("used", "files", "identity", "damage", "window", *CHOSEN)),
-            ("turns", ("files", "entry", "damage")),
-        ):
-            for name in names:
-                db.execute(f"ALTER TABLE {table} DROP COLUMN {name}")
-        db.execute("PRAGMA user_version = 1")
-    (root / "store.json").unlink()
-    (root / "spare").unlink(missing_ok=True)
-    for rows in root.glob("sessions/*/rows"):
-        shutil.rmtree(rows)
-
-
-@pytest.mark.parametrize(
-    ("name", "content", "is_lost"),
-    [
-        ("", b"", False),
-        ("results/turn_0001.mp4", b"", False),
-        ("results/turn_0001.jpg", None, False),
-        ("turns/turn_01.safetensors", b"", True),
-        ("turns/turn_01.safetensors", None, True),
-    ],
-)
-def test_a_store_of_the_version_before_is_taken_up(
-    tmp_path: Path, name: str, content: bytes | None, is_lost: bool
-) -> None:
-    sessions = make(tmp_path)
-    to_version_1(tmp_path)
-    damaged = tmp_path / "sessions" / sessions[0] / name
-    if content is None:
-        damaged.unlink()
-    elif name:
-        damaged.write_bytes(content)
-    before = contents(tmp_path / "sessions")
-
-    async def look() -> None:
-        async with serving(tmp_path) as (service, _):
-            turns = await service.turns("anna", sessions[0])
-            assert [turn.damage is not None for turn in turns] == [is_lost, False]
-            session = await service.session("anna", sessions[0])
-            for number in (1, 2):
-                if is_lost and number == 1:
-                    continue
-                video = await published(service, session, number)
-                assert video.read_bytes() == b"frames of turn %d" % number
-            assert (await service.session("ben", sessions[1])).num_turns == 1
-
-    asyncio.run(look())
-    asyncio.run(look())
-    if not name:
-        kept = contents(tmp_path / "sessions")
-        assert {n: kept[n] for n in before} == before
-        check_store(tmp_path)
-
-
-def no_folder(root: Path, session: str) -> None:
-    shutil.rmtree(root / "sessions" / session)
-
-
-def folder_more(root: Path, session: str) -> None:
-    name = "session_" + "2" * 24
-    store_turn(root / "sessions" / name, name, 1)
-
-
-def turn_more(root: Path, session: str) -> None:
-    store_turn(root / "sessions" / session, session, 3)
-
-
-@pytest.mark.parametrize("spoil", [no_folder, folder_more, turn_more])
-def test_a_store_of_the_version_before_whose_rows_and_folders_disagree_is_refused(
-    tmp_path: Path, spoil: Callable[[Path, str], None]
-) -> None:
-    sessions = make(tmp_path)
-    to_version_1(tmp_path)
-    spoil(tmp_path, sessions[0])
-    before = contents(tmp_path)
-    with pytest.raises(StorageError, match="its rows and its folders disagree"):
-        start(tmp_path)
-    after = contents(tmp_path)
-    assert {n: v for n, v in after.items() if n != DATABASE} == {
-        n: v for n, v in before.items() if n not in (DATABASE, "spare")
-    } | {n: v for n, v in after.items() if n == "spare"}
-    main(["store", "repair", str(tmp_path)])
-    start(tmp_path)
-
-
-def to_version_2(root: Path, spare: Path) -> None:
-    """The store as it was before a session's row had the window."""
-    with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
-        for name in ("window", *CHOSEN):
+        for name in CHOSEN:
             db.execute(f"ALTER TABLE sessions DROP COLUMN {name}")
-        db.execute("PRAGMA user_version = 2")
+        db.execute("PRAGMA user_version = 3")
     for path in root.glob("sessions/*/rows/session.json"):
         with edited_json(path) as copy:
-            for name in ("window", *CHOSEN):
+            for name in CHOSEN:
                 del copy["row"][name]
 
 
-def lost_in_version_2(root: Path, spare: Path) -> None:
-    to_version_2(root, spare)
+def lost_in_version_3(root: Path, spare: Path) -> None:
+    to_version_3(root, spare)
     missing(root, spare)
 
 
+@pytest.mark.parametrize("version", [1, 2, 4, 6])
+def test_a_store_of_another_version_is_refused(
+    tmp_path: Path, version: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make(tmp_path)
+    with closing(sqlite3.connect(tmp_path / DATABASE, isolation_level=None)) as db:
+        db.execute(f"PRAGMA user_version = {version}")
+    before = contents(tmp_path)
+    wanted = f"has version {version}, this engine reads 3 and 5; serve it"
+    with pytest.raises(StorageError, match=wanted):
+        start(tmp_path)
+    assert [main(["store", word, str(tmp_path)]) for word in ("check", "repair")] == [1, 2]
+    said = capsys.readouterr()
+    assert wanted in said.out and wanted in said.err
+    assert contents(tmp_path) == before
+
+
 @pytest.mark.parametrize(
-    ("spoil", "is_repaired", "window"),
+    ("spoil", "is_repaired", "has_choices"),
     [
-        (None, False, "last"),
-        (missing, True, "last"),
-        (empty, True, "last"),
-        (to_version_2, False, None),
-        (to_version_2, True, None),
-        (lost_in_version_2, True, None),
+        (None, False, True),
+        (missing, True, True),
+        (empty, True, True),
+        (to_version_3, False, False),
+        (to_version_3, True, False),
+        (lost_in_version_3, True, False),
     ],
 )
 def test_the_part_of_a_video_outlives_its_database(
     tmp_path: Path,
     spoil: Callable[[Path, Path], None] | None,
     is_repaired: bool,
-    window: str | None,
+    has_choices: bool,
 ) -> None:
-    """Its copy has it, too; older stores go on without one."""
+    """Its copy has it, too; what else was chosen is not known of a store of the version before."""
 
     async def made() -> str:
         async with serving(tmp_path) as (service, _):
@@ -377,12 +304,11 @@ def test_the_part_of_a_video_outlives_its_database(
     async def look() -> None:
         async with serving(tmp_path) as (service, _):
             session = await service.session("", name)
-            assert session.window == window
-            chosen = (12.5, "white", "crop") if window else (None, None, None)
+            chosen = (12.5, "white", "crop") if has_choices else (None, None, None)
             assert (session.asked_fps, session.alpha, session.fit) == chosen
             assert (await ended(service, await asked(service, session))).number == 2
             windows = {one.window for one in (await service.sessions("")).items}
-            assert windows == {window}
+            assert windows == {"last"}
 
     async def look_again() -> None:
         async with serving(tmp_path) as (service, _):
@@ -391,7 +317,7 @@ def test_the_part_of_a_video_outlives_its_database(
     name = asyncio.run(made())
     if spoil is not None:
         spoil(tmp_path, tmp_path)
-    assert main(["store", "check", str(tmp_path)]) == int(is_repaired and spoil != to_version_2)
+    assert main(["store", "check", str(tmp_path)]) == int(is_repaired and spoil != to_version_3)
     if is_repaired:
         assert main(["store", "repair", str(tmp_path)]) == 0
     asyncio.run(look())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Set
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -99,31 +99,10 @@ CREATE INDEX jobs_of_owner ON jobs (owner, serial);
 CREATE INDEX jobs_of_session ON jobs (session, serial);
 CREATE INDEX jobs_alive ON jobs (state, serial) WHERE state IN ('queued', 'running');
 """
-# what the next version has more; the columns come last in both
-_UPGRADES = {
-    1: """
-CREATE TABLE store (
-    id TEXT NOT NULL,
-    generation INTEGER NOT NULL,
-    clock REAL NOT NULL DEFAULT 0
-);
-ALTER TABLE sessions ADD COLUMN used REAL NOT NULL DEFAULT 0;
-ALTER TABLE sessions ADD COLUMN files TEXT NOT NULL DEFAULT '{}';
-ALTER TABLE sessions ADD COLUMN identity TEXT;
-ALTER TABLE sessions ADD COLUMN damage TEXT;
-ALTER TABLE turns ADD COLUMN files TEXT NOT NULL DEFAULT '{}';
-ALTER TABLE turns ADD COLUMN entry TEXT;
-ALTER TABLE turns ADD COLUMN damage TEXT;
-""",
-    2: "ALTER TABLE sessions ADD COLUMN window TEXT",
-    3: """
-ALTER TABLE sessions ADD COLUMN asked_fps REAL;
-ALTER TABLE sessions ADD COLUMN alpha TEXT;
-ALTER TABLE sessions ADD COLUMN fit TEXT;
-""",
-    4: "ALTER TABLE sessions ADD COLUMN size TEXT",
-}
-READABLE = {*_UPGRADES, VERSION}
+# what this version has more than the one before; the columns come last in both
+BEFORE = 3
+READABLE = frozenset({BEFORE, VERSION})
+ADDED = {"asked_fps": "REAL", "alpha": "TEXT", "fit": "TEXT", "size": "TEXT"}
 # how SQLite says that the disk, or its shared memory on it, has no room
 _FULL = ("full", "disk I/O error")
 
@@ -142,7 +121,7 @@ class Database:
         self.path, self._make_room = path, make_room
         self._writer = _Connection(path, "store-writer")
         try:
-            self._writer.submit(_require_version)
+            self._writer.submit(lambda db: require_version(db, {VERSION}))
             self._reader = _Connection(path, "store-reader")
         except BaseException:
             self._writer.close()
@@ -224,12 +203,10 @@ def create(db: sqlite3.Connection) -> None:
 
 
 def upgrade(db: sqlite3.Connection) -> None:
-    """Make an older version this one, within a transaction.
-
-    The digests that version 1 had not are for the caller to fill in.
-    """
-    for version in range(version_of(db), VERSION):
-        _run(db, _UPGRADES[version])
+    """Make the version before this one, within a transaction; a database of this version stays."""
+    if version_of(db) != VERSION:
+        columns = (f"ALTER TABLE sessions ADD COLUMN {name} {kind}" for name, kind in ADDED.items())
+        _run(db, ";".join(columns))
 
 
 def version_of(db: sqlite3.Connection) -> int:
@@ -278,17 +255,14 @@ def _unusable(path: Path, error: sqlite3.Error) -> StorageError:
     )
 
 
-def _require_version(db: sqlite3.Connection) -> None:
+def require_version(db: sqlite3.Connection, readable: Set[int] = READABLE) -> None:
+    """Refuse a database of a version that is not readable."""
     found = version_of(db)
-    if found != VERSION:
-        raise wrong_version(found)
-
-
-def wrong_version(found: int) -> StorageError:
-    return StorageError(
-        f"the store's database has version {found}, this engine reads {VERSION}; serve it "
-        "with the engine that wrote it, or choose another store"
-    )
+    if found not in readable:
+        raise StorageError(
+            f"the store's database has version {found}, this engine reads {BEFORE} and {VERSION}; "
+            "serve it with the engine that wrote it, or choose another store"
+        )
 
 
 def _run(db: sqlite3.Connection, statements: str) -> None:

@@ -19,6 +19,7 @@ database knows.
 from __future__ import annotations
 
 import itertools
+import json
 import re
 import secrets
 import shutil
@@ -260,6 +261,17 @@ def manifest_entry(folder: Path, number: int) -> tuple[dict[str, Any], dict[str,
         row = next(row for row in manifest["turns"] if row["number"] == number)
         entry = {name: value for name, value in row.items() if name != "report"}
         return entry, manifest["identity"]
+
+
+def finished_numbers(folder: Path) -> set[int]:
+    """Numbers of the finished turns in a folder, as far as its manifest can be read."""
+    try:
+        with reading(folder):
+            manifest: Any = json.loads((folder / "session.json").read_text(encoding="utf-8"))
+            rows = manifest["turns"]
+            return {int(row["number"]) for row in rows if row.get("report") is not None}
+    except (StorageError, OSError):
+        return set()
 
 
 def stored_identity(folder: Path) -> dict[str, Any] | None:

@@ -11,14 +11,12 @@ import json
 import secrets
 import sqlite3
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json
 from mv2v_engine.serving.store import database
-from mv2v_engine.serving.store.adoption import adopt, disagreement
 from mv2v_engine.serving.store.folders import Store
 from mv2v_engine.serving.store.mirror import had_rows_in
 from mv2v_engine.serving.store.tables import session_ids
@@ -39,8 +37,7 @@ class Identity:
 def admit(store: Store) -> Identity:
     """Begin the next generation of a locked store whose parts belong together.
 
-    A new store gets an identity, and so does one of the version before there were any, if its rows
-    and its folders agree.
+    A new store gets an identity.
 
     Raises:
         StorageError: they do not belong together; nothing has changed. Or the disk is full.
@@ -49,11 +46,8 @@ def admit(store: Store) -> Identity:
     if not has_database(store):
         return _begin(store, named)
     with database.opened(store.database) as db:
-        version = require_admissible(db, store, named)
-        if version == 1:
-            named = _take_up(db, store, named)
-        elif version < database.VERSION:
-            database.in_transaction(db, database.upgrade)
+        require_admissible(db, store, named)
+        database.in_transaction(db, database.upgrade)
         row = identity_of(db)
         identity = Identity(row.id, row.generation + 1)
         database.in_transaction(db, set_identity, identity)
@@ -75,25 +69,15 @@ def refusal(store: Store) -> str | None:
     return None
 
 
-def require_admissible(db: sqlite3.Connection, store: Store, named: Identity | None) -> int:
-    """Refuse a database that is damaged, or does not belong to its store; its version.
+def require_admissible(db: sqlite3.Connection, store: Store, named: Identity | None) -> None:
+    """Refuse a database that is damaged, of another version, or does not belong to its store.
 
     named: what `store.json` says.
     """
     require_whole(db, store)
-    version = database.version_of(db)
-    if version == 1:
-        if named is not None and named.generation > 0:
-            raise _refused(store.root, "its database is older than its folders, and of version 1")
-        quarrel = disagreement(db, store)
-        if quarrel is not None:
-            raise _refused(store.root, f"its rows and its folders disagree: {quarrel}")
-    elif version not in database.READABLE:
-        raise database.wrong_version(version)
-    else:
-        require_same(store.root, named, identity_of(db))
-        require_rows(db, store)
-    return version
+    database.require_version(db)
+    require_same(store.root, named, identity_of(db))
+    require_rows(db, store)
 
 
 def has_database(store: Store) -> bool:
@@ -227,15 +211,6 @@ def _require_new(store: Store, named: Identity | None) -> None:
         what = "an empty" if store.database.exists() else "no"
         seen = "has sessions" if has_sessions else "was started before"
         raise _refused(store.root, f"it {seen} and {what} {store.database.name}")
-
-
-def _take_up(db: sqlite3.Connection, store: Store, named: Identity | None) -> Identity:
-    """Give a store of version 1 an identity, and its rows the digests of their files."""
-    named = named or new_identity()
-    # cut off behind this, it is begun again
-    write_identity(store.root, named)
-    adopt(db, store, partial(set_identity, identity=named))
-    return named
 
 
 def _refused(root: Path, why: str) -> StorageError:

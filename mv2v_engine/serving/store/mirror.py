@@ -21,10 +21,15 @@ from typing import Any, get_args
 from mv2v_engine.arguments import shown
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json
-from mv2v_engine.serving.store.adoption import finished_numbers
-from mv2v_engine.serving.store.database import Database, create
+from mv2v_engine.serving.store.database import ADDED, Database, create
 from mv2v_engine.serving.store.digests import is_promise, num_bytes, promised
-from mv2v_engine.serving.store.folders import latents_paths, manifest_row, reading, stored_identity
+from mv2v_engine.serving.store.folders import (
+    finished_numbers,
+    latents_paths,
+    manifest_row,
+    reading,
+    stored_identity,
+)
 from mv2v_engine.serving.store.records import Kind, TurnRecord
 from mv2v_engine.serving.store.tables import JSON, columns, insert, scalar, text
 
@@ -173,9 +178,8 @@ def read_rows(folder: Path) -> Rows:
     if value is None:
         raise StorageError(f"{folder.name} has no copy of its rows")
     with reading(folder):
-        # copies of before there was a choice have none
-        row = dict.fromkeys(("window", "asked_fps", "alpha", "fit", "size")) | value["row"]
-        session = _checked(row, "sessions")
+        # copies that the version before wrote have none of these
+        session = _checked(dict.fromkeys(ADDED) | value["row"], "sessions")
         identity = text(stored_identity(folder))
         rows = Rows(str(value["store"]), session | {"identity": identity})
     copied = {

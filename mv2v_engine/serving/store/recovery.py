@@ -24,10 +24,15 @@ import sqlite3
 from pathlib import Path
 
 from mv2v_engine.serving.store import jobs, tables
-from mv2v_engine.serving.store.adoption import finished_numbers
 from mv2v_engine.serving.store.audit import Audit
 from mv2v_engine.serving.store.database import Database
-from mv2v_engine.serving.store.folders import Store, remove_content, stored_identity, sweep_results
+from mv2v_engine.serving.store.folders import (
+    Store,
+    finished_numbers,
+    remove_content,
+    stored_identity,
+    sweep_results,
+)
 from mv2v_engine.serving.store.mirror import copied_turn, insert_turn, mend_rows, mirror
 from mv2v_engine.serving.store.records import SessionRecord, is_id
 

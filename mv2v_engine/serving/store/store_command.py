@@ -14,11 +14,10 @@ from pathlib import Path
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.serving.store import database as sqlite
 from mv2v_engine.serving.store import tables
-from mv2v_engine.serving.store.adoption import adopt, finished_numbers
 from mv2v_engine.serving.store.audit import Audit, manifest_problem, turn_state
 from mv2v_engine.serving.store.database import Database
 from mv2v_engine.serving.store.digests import Verifier
-from mv2v_engine.serving.store.folders import Store
+from mv2v_engine.serving.store.folders import Store, finished_numbers
 from mv2v_engine.serving.store.identity import (
     Identity,
     create,
@@ -93,7 +92,7 @@ def check(store: Store) -> Iterator[str]:
             with sqlite.opened(store.database) as db:
                 known = tables.session_ids(db)
                 version = sqlite.version_of(db)
-                if version in sqlite.READABLE - {sqlite.VERSION}:
+                if version == sqlite.BEFORE:
                     print(f"version {version}: the next start makes version {sqlite.VERSION} of it")
                 else:
                     sessions = tables.kept_sessions(db)
@@ -207,27 +206,22 @@ def _usable(store: Store, named: Identity | None) -> Identity | None:
     """What the database says it is, if it is whole and this store's; else None.
 
     Raises:
-        StorageError: a newer engine wrote it.
+        StorageError: another version of the engine wrote it.
     """
     try:
         if not has_database(store):
             return None
         with sqlite.opened(store.database) as db:
             require_whole(db, store)
-            version = sqlite.version_of(db)
-            if version == 1:
-                identity = named or new_identity()
-                adopt(db, store, partial(set_identity, identity=Identity(identity.id, 0)))
-            elif version in sqlite.READABLE:
-                sqlite.in_transaction(db, sqlite.upgrade)
-            row = identity_of(db) if version in sqlite.READABLE else None
     except StorageError as error:
         # a disk that fails says nothing of the database
         if isinstance(error.__cause__, sqlite3.OperationalError | OSError):
             raise
         return None
-    if row is None:
-        raise sqlite.wrong_version(version)
+    with sqlite.opened(store.database) as db:
+        sqlite.require_version(db)
+        sqlite.in_transaction(db, sqlite.upgrade)
+        row = identity_of(db)
     return row if named is None or row.id == named.id else None
 
 
