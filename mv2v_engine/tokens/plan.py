@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from torch import Tensor
@@ -463,27 +463,5 @@ def novel_view_plan(
     )
 
 
-def window_plan(
-    *,
-    memory: int,
-    frames: int = 81,
-    size: tuple[int, int] = (480, 832),
-    merge: MergeMode = "conv",
-    fraction: float | None = None,
-    conditioning: ConditioningMode = "joint",
-    shape: TransformerConfig = LUCY_5B,
-    tokenizers: MemoryTokenizers = "ranked",
-    spatial_stride: int = 16,
-) -> TokenPlan:
-    """The plan of an edit's window that remembers `memory` segments."""
-    return novel_view_plan(
-        memory=memory,
-        frames=frames,
-        size=size,
-        merge=merge,
-        fraction=fraction,
-        conditioning=conditioning,
-        shape=shape,
-        tokenizers=tokenizers,
-        spatial_stride=spatial_stride,
-    )
+# of an edit's window that remembers `memory` segments
+window_plan = partial(novel_view_plan, shape=LUCY_5B, spatial_stride=16)
