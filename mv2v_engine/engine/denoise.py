@@ -112,7 +112,7 @@ class Denoiser:
             self._asked, reason = True, "steps that reuse what earlier ones left run eagerly"
         if team is not None:
             self._graphs, reason = None, "steps that several processes share run eagerly"
-        self._lease = Lease(self._graphs, None, reason)
+        self._lease: Lease[StepBuffers] = Lease(self._graphs, None, reason)
         # kept K and V depend on no text, so the branches share them
         self.cache = ConditioningCache(plan) if plan.conditioning == "static" else None
         self._ranks = None if team is None else team.ranks.context

@@ -17,14 +17,14 @@ import traceback
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from mv2v_engine.config import APPROXIMATE_ATTENTION, EngineConfig, GraphMode
 from mv2v_engine.engine.capture import Graph, Recorder, open_recorder
-from mv2v_engine.engine.step import Conditioning, Signature, StepBuffers
+from mv2v_engine.engine.step import AnyBuffers, Buffers, Signature, StepBuffers
 from mv2v_engine.errors import KernelUnavailableError, MemoryBudgetError, RequestError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import KeptLayout, KeptStorage
@@ -57,14 +57,14 @@ class _Key:
 
 
 @dataclass(eq=False)
-class Entry:
+class Entry(Generic[AnyBuffers]):
     """A key's buffers and graphs, one for each kind of step; what they read lives as long.
 
     warm: the kinds of forwards that have run eagerly.
     """
 
     key: _Key
-    buffers: StepBuffers
+    buffers: AnyBuffers
     kept: KeptStorage | None
     constants: tuple[Tensor, ...]
     graphs: dict[tuple[str, ...], Graph] = field(default_factory=dict)
@@ -75,15 +75,17 @@ class Entry:
             self.graphs.popitem()[1].reset()
 
 
-class Lease:
+class Lease(Generic[AnyBuffers]):
     """Made by `Graphs.lease`. Without an entry every step runs eagerly; reason: why."""
 
-    def __init__(self, graphs: Graphs | None, entry: Entry | None, reason: str | None) -> None:
+    def __init__(
+        self, graphs: Graphs | None, entry: Entry[AnyBuffers] | None, reason: str | None
+    ) -> None:
         self._graphs, self.entry, self.reason = graphs, entry, reason
         self._captured = self._replayed = 0
 
     @property
-    def buffers(self) -> StepBuffers | None:
+    def buffers(self) -> AnyBuffers | None:
         """The tensors that the steps have to work on; None: the turn's own."""
         return None if self.entry is None else self.entry.buffers
 
@@ -189,7 +191,7 @@ class Graphs:
     ) -> None:
         self.mode, self.capacity_bytes = mode, capacity_bytes
         self._recorder, self._reason = recorder, reason
-        self._entries: OrderedDict[_Key, Entry] = OrderedDict()
+        self._entries: OrderedDict[_Key, Entry[Any]] = OrderedDict()
         self._arena: Tensor | None = None
         self._refused: dict[_Key, str] = {}
         self._gone = set[object]()
@@ -233,11 +235,11 @@ class Graphs:
         self,
         transformer: MV2VTransformer,
         plan: TokenPlan,
-        own: StepBuffers,
+        own: AnyBuffers,
         *,
         owner: object = None,
         held: int = 0,
-    ) -> Lease:
+    ) -> Lease[AnyBuffers]:
         """A turn's way to its steps: buffers to work on and graphs to replay, or a reason why not.
 
         own: the turn's tensors, whose values the leased buffers take. owner: whose tensors steps
@@ -267,7 +269,7 @@ class Graphs:
         return Lease(self, entry, None)
 
     def capture(
-        self, entry: Entry, kinds: tuple[str, ...], step: Callable[[], object]
+        self, entry: Entry[Any], kinds: tuple[str, ...], step: Callable[[], object]
     ) -> str | None:
         """Record a step of a leased entry; the reason why that cannot be, if graphs need not be.
 
@@ -295,7 +297,7 @@ class Graphs:
         graph.replay()
         self._recorder.pace()
 
-    def release(self, entry: Entry) -> None:
+    def release(self, entry: Entry[Any]) -> None:
         """The turn that leased the entry has ended."""
         assert self._recorder is not None
         try:
@@ -344,13 +346,13 @@ class Graphs:
         self._require(reason, error)
         return reason
 
-    def _entry(self, transformer: MV2VTransformer, key: _Key, own: StepBuffers) -> Entry:
+    def _entry(self, transformer: MV2VTransformer, key: _Key, own: AnyBuffers) -> Entry[AnyBuffers]:
         if key in self._entries:
             self._entries.move_to_end(key)
             return self._entries[key]
         layout = None
         if key.plan.conditioning == "static":
-            cameras = own.conditioning.cameras
+            cameras = own.conditioning.cameras if isinstance(own, StepBuffers) else None
             layout = KeptLayout(key.plan, key.dtype, None if cameras is None else cameras.dtype)
         device = own.latents.device
         self._make_room(own.num_bytes, 0 if layout is None else layout.num_bytes, device)
@@ -393,7 +395,7 @@ class Graphs:
                 f"its graphs need {needed:,} bytes, graph_bytes allows {self.capacity_bytes:,}"
             )
 
-    def _shrink(self, spared: Entry) -> bool:
+    def _shrink(self, spared: Entry[Any]) -> bool:
         """Drop the others, least recently used first, until the budget holds; whether it does."""
         while sum(self.bytes().values()) > self.capacity_bytes:
             key = next((key for key, entry in self._entries.items() if entry is not spared), None)
@@ -418,6 +420,16 @@ class Graphs:
         self._entries.pop(key).reset()
         if not any(entry.kept is not None for entry in self._entries.values()):
             self._arena = None
+
+
+@dataclass(frozen=True, eq=False)
+class StreamBuffers(Buffers):
+    """A stream's: what its forward takes, and the velocity [B, C, F, H, W] that it gives."""
+
+    timestep: Tensor
+    text: Tensor
+    velocity: Tensor
+    end_timestep: Tensor | None
 
 
 class StreamForward:
@@ -472,12 +484,10 @@ class StreamForward:
         lease = self._graphs.lease(self._transformer, plan, own, owner=stream.era, held=held)
         try:
             buffers = lease.buffers or own
-            velocity = buffers.velocity
-            assert velocity is not None
 
             def forward() -> tuple[str, ...]:
-                given = buffers.latents, buffers.timestep, buffers.conditioning.text
-                velocity.copy_(self._eager(*given, stream, buffers.end_timestep))
+                given = buffers.latents, buffers.timestep, buffers.text
+                buffers.velocity.copy_(self._eager(*given, stream, buffers.end_timestep))
                 return _STREAM
 
             lease.run(_STREAM, forward)
@@ -486,7 +496,7 @@ class StreamForward:
             for name in self._steps:
                 self._steps[name] += report[name]
             # the next forward writes over it
-            return velocity.clone()
+            return buffers.velocity.clone()
         finally:
             lease.release()
 
@@ -510,25 +520,15 @@ class StreamForward:
         text: Tensor,
         stream: StreamCache,
         end_timestep: Tensor | None,
-    ) -> StepBuffers | None:
+    ) -> StreamBuffers | None:
         """The tensors of a forward that may be captured; None: it may not."""
         if self._grows or stream.num_frames < stream.capacity or stream.text is None:
             self._reason = "every block sees more than the one before" if self._grows else _FILLS
             return None
         shape, dtype = self._transformer.config, self._transformer.patch_embedding.weight.dtype
-        # of the same step as a turn's, which has more in it
-        unused = timestep.new_zeros(1)
-        return StepBuffers(
-            latents,
-            timestep,
-            unused,
-            unused,
-            unused,
-            latents.new_zeros((len(latents), shape.out_channels, *latents.shape[2:]), dtype=dtype),
-            unused,
-            Conditioning([], None, text, None),
-            end_timestep,
-        )
+        size = (len(latents), shape.out_channels, *latents.shape[2:])
+        velocity = latents.new_zeros(size, dtype=dtype)
+        return StreamBuffers(latents, timestep, text, velocity, end_timestep)
 
     def report(self) -> dict[str, Any]:
         """How the forwards ran, what all graphs of the engine hold, and why the last one was not

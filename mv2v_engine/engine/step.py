@@ -9,7 +9,9 @@ C latent channels, F H W latent grid, V camera tracks, S text tokens.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -26,6 +28,8 @@ from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.vae import VideoVAE
 
+Held = TypeVar("Held")
+AnyBuffers = TypeVar("AnyBuffers", bound="Buffers")
 Signature = tuple[tuple[tuple[int, ...], torch.dtype], ...]
 
 
@@ -57,8 +61,39 @@ class Conditioning:
 
 
 @dataclass(frozen=True, eq=False)
-class StepBuffers:
-    """A step's tensors; every step finds them at the same addresses.
+class Buffers:
+    """The tensors of a step, which every step finds at the same addresses."""
+
+    latents: Tensor
+
+    def tensors(self) -> Iterator[Tensor]:
+        """All tensors, in the order of the fields."""
+        return _tensors(self)
+
+    @property
+    def signature(self) -> Signature:
+        """Shapes and dtypes of all tensors: they tell the number of branches, and whether the step
+        moves the latents."""
+        return tuple((tuple(tensor.shape), tensor.dtype) for tensor in self.tensors())
+
+    @property
+    def num_bytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors())
+
+    def reserved(self: AnyBuffers, plan: TokenPlan) -> AnyBuffers:
+        """Empty ones of the same signature, for steps of the plan."""
+        return _mapped(self, partial(torch.empty_like, memory_format=torch.contiguous_format))
+
+    def load(self: AnyBuffers, other: AnyBuffers) -> None:
+        """Take another's values; its records are left out."""
+        # records come last
+        for mine, theirs in zip(self.tensors(), other.tensors(), strict=False):
+            mine.copy_(theirs)
+
+
+@dataclass(frozen=True, eq=False)
+class StepBuffers(Buffers):
+    """A turn's.
 
     latents: float32 [1, C, F, H, W], moved in place. timestep, delta: [1], of the step.
     end_timestep: [1], where the step of a flow map goes; None of plain flow.
@@ -69,7 +104,6 @@ class StepBuffers:
     records: where merges are written; None leaves them as the forward made them.
     """
 
-    latents: Tensor
     timestep: Tensor
     delta: Tensor
     guidance_scale: Tensor
@@ -112,62 +146,10 @@ class StepBuffers:
         source = self.conditioning.source
         return self.latents if source is None else torch.cat([self.latents, source], dim=1)
 
-    def tensors(self) -> Iterator[Tensor]:
-        """All tensors, in an order that equal signatures share."""
-        yield from (self.latents, self.timestep, self.delta, self.guidance_scale, self.sigma)
-        yield self.finite_steps
-        yield from () if self.end_timestep is None else (self.end_timestep,)
-        yield from () if self.velocity is None else (self.velocity,)
-        yield from self.conditioning.latents
-        yield from () if self.conditioning.source is None else (self.conditioning.source,)
-        yield from () if self.conditioning.cameras is None else (self.conditioning.cameras,)
-        yield from () if self.conditioning.image is None else (self.conditioning.image,)
-        yield from self.conditioning.texts
-        for record in self.records or ():
-            yield from (record.merged, record.responsiveness, record.frames)
-
-    @property
-    def signature(self) -> Signature:
-        """Shapes and dtypes of all tensors: they tell the number of branches, and whether the step
-        moves the latents."""
-        return tuple((tuple(tensor.shape), tensor.dtype) for tensor in self.tensors())
-
-    @property
-    def num_bytes(self) -> int:
-        return sum(tensor.nbytes for tensor in self.tensors())
-
     def reserved(self, plan: TokenPlan) -> StepBuffers:
         """Empty ones of the same signature, with a place for the plan's merges."""
-        given = self.conditioning
-
-        def empty(tensor: Tensor) -> Tensor:
-            return torch.empty_like(tensor, memory_format=torch.contiguous_format)
-
-        return StepBuffers(
-            empty(self.latents),
-            empty(self.timestep),
-            empty(self.delta),
-            empty(self.guidance_scale),
-            empty(self.sigma),
-            None if self.velocity is None else empty(self.velocity),
-            empty(self.finite_steps),
-            Conditioning(
-                [empty(latents) for latents in given.latents],
-                None if given.cameras is None else empty(given.cameras),
-                empty(given.text),
-                None if given.negative_text is None else empty(given.negative_text),
-                None if given.source is None else empty(given.source),
-                None if given.image is None else empty(given.image),
-            ),
-            None if self.end_timestep is None else empty(self.end_timestep),
-            _record_buffers(plan, self.latents.device),
-        )
-
-    def load(self, other: StepBuffers) -> None:
-        """Take another's values; its records are left out."""
-        # records come last
-        for mine, theirs in zip(self.tensors(), other.tensors(), strict=False):
-            mine.copy_(theirs)
+        records = _record_buffers(plan, self.latents.device)
+        return replace(super().reserved(plan), records=records)
 
     def count_finite(self) -> None:
         """Count a step whose latents are finite, on the device."""
@@ -201,10 +183,32 @@ def _record_buffers(plan: TokenPlan, device: torch.device) -> tuple[MergeRecord,
 
 def copied(records: Sequence[MergeRecord]) -> tuple[MergeRecord, ...]:
     """Records that no later step writes to."""
-    return tuple(
-        MergeRecord(r.step, r.merged.clone(), r.responsiveness.clone(), r.frames.clone())
-        for r in records
-    )
+    return tuple(_mapped(record, torch.clone) for record in records)
+
+
+def _tensors(value: object) -> Iterator[Tensor]:
+    """The tensors in buffers, and in what these hold."""
+    if isinstance(value, Tensor):
+        yield value
+    elif isinstance(value, Buffers | Conditioning | MergeRecord):
+        for each in fields(value):
+            yield from _tensors(getattr(value, each.name))
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _tensors(item)
+
+
+def _mapped(value: Held, work: Callable[[Tensor], Tensor]) -> Held:
+    """The same with other tensors in the places of those in it."""
+    mapped: Any = value
+    if isinstance(value, Tensor):
+        mapped = work(value)
+    elif isinstance(value, Buffers | Conditioning | MergeRecord):
+        changes = {each.name: _mapped(getattr(value, each.name), work) for each in fields(value)}
+        mapped = replace(value, **changes)
+    elif isinstance(value, list | tuple):
+        mapped = type(value)(_mapped(item, work) for item in value)
+    return mapped  # type: ignore[no-any-return]
 
 
 @dataclass(eq=False)
