@@ -508,7 +508,7 @@ class Session:
             if isinstance(memory, ViewRecall):
                 ranked = ranked or memory.rank(request, len(self.turns))
             budget.check(ranked[1] if ranked else self._plan_of(request, window, memory))
-        latents, frames = self._source_latents, None
+        latents, frames, context = self._source_latents, None, None
         if latents is None:
             if isinstance(self.source, Source):
                 frames = self.source.frames
@@ -518,12 +518,9 @@ class Session:
                 cancel.check()
             encode = partial(parts.vae.encode, frames, check=cancel.check)
             latents = yield from staged(spans, "vae", encode)
-            beside = latents
             if parts.transformer.config.vace_layers:
-                context = partial(
-                    vace_context, parts.vae, frames, whole=latents, check=cancel.check
-                )
-                beside = yield from staged(spans, "vae", context)
+                given = partial(vace_context, parts.vae, frames, whole=latents, check=cancel.check)
+                context = yield from staged(spans, "vae", given)
             if not parts.is_editor:
                 self._source_latents = latents
             cancel.check()
@@ -541,6 +538,7 @@ class Session:
                 descriptor = self._described(frames[: window.stop - window.start], latents)
                 recalled = memory.recall(window, descriptor, latents)
                 if parts.transformer.config.source_channels:
+                    beside = latents if context is None else context
                     on_channels = beside.to(parts.device)[None]
             else:
                 recalled = self._recall.recall(request, latents, self.turns, ranked)

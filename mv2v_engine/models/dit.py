@@ -13,7 +13,7 @@ from collections.abc import Callable
 from collections.abc import Sequence as Series
 from dataclasses import replace
 from functools import partial
-from itertools import chain
+from itertools import chain, repeat
 from typing import cast
 
 import torch
@@ -33,7 +33,7 @@ from mv2v_engine.models.rope import table_on
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.models.sequence import Sequence
 from mv2v_engine.models.stream_cache import StreamCache
-from mv2v_engine.models.vace import VaceBlock
+from mv2v_engine.models.vace import Hints, VaceBlock
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout
@@ -202,27 +202,21 @@ class MV2VTransformer(nn.Module):
         kept = [sample.kept if sample.is_kept else None for sample in samples]
         sequence = Sequence.packed([self._embed(sample) for sample in samples])
         embedded = _targets(sequence, samples)
-        context = self._vace_context(sequence, samples[0])
+        hints, stream = self._hints(sequence, samples[0]), samples[0].stream
+        layers = repeat(None) if stream is None else stream.layers
         merges = any(sample.plan.merge != "off" and not sample.is_kept for sample in samples)
         merging_blocks = self.config.merging_blocks if merges else ()
         blocks = self.blocks if self.offload is None else self.offload.resident()
-        for index, block in enumerate(blocks):
+        for index, (block, layer) in enumerate(zip(blocks, layers, strict=False)):
             if index in merging_blocks:
                 sequence = self._merge(index, cast(Block, block), sequence, samples)
             run = self._layer(block)
             if sequence.static_temb_6 is not None:
                 x = _static(run, sequence, samples[0].kept)
             else:
-                stream = samples[0].stream
-                layer = None if stream is None else stream.layers[index]
                 x, _ = run(sequence, _of_block(kept, index), False, layer)
-            if context is not None and index in self.config.vace_layers:
-                own = self.vace_blocks[self.config.vace_layers.index(index)]
-                assert isinstance(own, VaceBlock)
-                context, hint = own.hint(context)
-                target = hint.shape[1]
-                x = torch.cat([x[:, :target] + hint, x[:, target:]], 1)
-                del hint
+            if hints is not None:
+                x = hints.added(index, x)
             sequence = replace(sequence, x=x)
             del x  # a merge before the next block does not need them
         parts = sequence.split()
@@ -260,15 +254,16 @@ class MV2VTransformer(nn.Module):
         tokens: Tensor = video.flatten(2).transpose(1, 2)
         return tokens
 
-    def _vace_context(self, sequence: Sequence, sample: Sample) -> Sequence | None:
-        """The context's tokens as VACE's first block takes them, in the target's places."""
+    def _hints(self, sequence: Sequence, sample: Sample) -> Hints | None:
+        """VACE's, whose context has the target's places."""
         if self.vace_patch_embedding is None:
             return None
         target = sequence if len(sample.plan.segments) == 1 else sequence.halves()[0]
         given = sample.latents[0][:, self.patch_embedding.in_channels :]
         video = self.vace_patch_embedding(given.to(self.patch_embedding.weight.dtype))
         x = self.vace_blocks[0].proj_in(video.flatten(2).transpose(1, 2))  # type: ignore[operator]
-        return replace(target, x=x + target.x)
+        context = replace(target, x=x + target.x)
+        return Hints(self.vace_blocks, self.config.vace_layers, context)
 
     def _embed(self, sample: Sample) -> Sequence:
         """The tokens of the first block: the target's alone where the conditioning is kept."""

@@ -8,8 +8,10 @@ B batch, L target tokens, C width.
 
 from __future__ import annotations
 
+from collections.abc import Sequence as Series
 from dataclasses import replace
 
+import torch
 from torch import Tensor, nn
 
 from mv2v_engine.config import TransformerConfig
@@ -28,7 +30,23 @@ class VaceBlock(Block):
         self.proj_in = nn.Linear(config.dim, config.dim) if is_first else None
         self.proj_out = nn.Linear(config.dim, config.dim)
 
-    def hint(self, context: Sequence) -> tuple[Sequence, Tensor]:
-        """The context behind this block, and its hint [B, L, C]."""
-        x, _ = self(context)
-        return replace(context, x=x), self.proj_out(x)
+
+class Hints:
+    """The context's walk beside the main blocks.
+
+    blocks: VACE's own, each beside the main block of that index in `layers`.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, layers: Series[int], context: Sequence) -> None:
+        self._beside, self._context = dict(zip(layers, blocks, strict=True)), context
+
+    def added(self, index: int, x: Tensor) -> Tensor:
+        """The tokens [B, L, C] behind main block `index`, with the hint that it has, if any."""
+        if index not in self._beside:
+            return x
+        block = self._beside[index]
+        assert isinstance(block, VaceBlock)
+        own, _ = block(self._context)
+        self._context = replace(self._context, x=own)
+        hint = block.proj_out(own)
+        return torch.cat([x[:, : hint.shape[1]] + hint, x[:, hint.shape[1] :]], 1)
