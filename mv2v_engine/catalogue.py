@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -52,11 +52,11 @@ class KnownModel:
 
     name: str
     shape: TransformerConfig
-    sampling: SamplingConfig
-    vae: Mapping[str, Any]
-    text: TextShape | None
-    licence: str
     checked: str
+    sampling: SamplingConfig = field(default_factory=SamplingConfig)
+    vae: Mapping[str, Any] = field(default_factory=dict)
+    text: TextShape | None = UMT5_XXL
+    licence: str = ""
     components: str = ""
     base: str = ""
     stored: tuple[int, ...] = ()
@@ -169,9 +169,6 @@ def known_models() -> tuple[KnownModel, ...]:
             shape=_RECAMMASTER,
             published=replace(_RECAMMASTER, tokenizers=()),
             remembers=False,
-            sampling=SamplingConfig(),
-            vae={},
-            text=UMT5_XXL,
             stored=(2, 4, 2),
             licence="Apache-2.0, components Apache-2.0",
             checked="equal to its authors' pipeline on random weights",
@@ -180,11 +177,7 @@ def known_models() -> tuple[KnownModel, ...]:
             name="DHCAI/Memory-V2V:memoryv2v.ckpt",
             components=_WAN_COMPONENTS,
             shape=WAN_1_3B,
-            sampling=SamplingConfig(),
-            vae={},
-            text=UMT5_XXL,
             stored=(2, 4, 2),
-            licence="",
             checked="names of its memory modules are not public and are read off their shapes; "
             "run inspect first",
         ),
@@ -194,9 +187,6 @@ def known_models() -> tuple[KnownModel, ...]:
             shape=_REDIRECTOR,
             published=replace(_REDIRECTOR, tokenizers=()),
             remembers=False,
-            sampling=SamplingConfig(),
-            vae={},
-            text=UMT5_XXL,
             licence="Apache-2.0, its base's not told",
             checked="equal to its authors' pipeline written again, on random weights",
         ),
@@ -206,8 +196,6 @@ def known_models() -> tuple[KnownModel, ...]:
             shape=_ECHO,
             remembers=False,
             sampling=SamplingConfig(size=(352, 640), flow_shift=15.0, timesteps="bfloat16"),
-            vae={},
-            text=UMT5_XXL,
             licence="CC BY 4.0",
             checked="equal to its authors' steps written again, on random weights; signs and units "
             "of its cameras are inferred",
@@ -218,9 +206,6 @@ def known_models() -> tuple[KnownModel, ...]:
             published=replace(_BERNINI, tokenizers=()),
             remembers=False,
             sampling=SamplingConfig(num_inference_steps=40, guidance_scale=4.0, guidance="apg"),
-            vae={},
-            text=UMT5_XXL,
-            licence="",
             checked="edits by text equal to its authors' steps written again, on random weights",
         ),
         KnownModel(
@@ -228,7 +213,6 @@ def known_models() -> tuple[KnownModel, ...]:
             shape=replace(LUCY_5B, merger=None),
             sampling=SamplingConfig(fps=24.0),
             vae=WAN_2_2_VAE,
-            text=UMT5_XXL,
             remembers=False,
             licence="Lucy Edit Dev Model Non-Commercial License v1.0",
             checked="equal to diffusers' pipeline on random weights",
@@ -238,9 +222,7 @@ def known_models() -> tuple[KnownModel, ...]:
             shape=replace(LUCY_5B, merger=None),
             sampling=SamplingConfig(fps=24.0),
             vae=WAN_2_2_VAE,
-            text=UMT5_XXL,
             remembers=False,
-            licence="",
             checked="other weights of Lucy-Edit-Dev's model, to be run as that one",
         ),
         KnownModel(
@@ -248,8 +230,6 @@ def known_models() -> tuple[KnownModel, ...]:
             shape=VACE_1_3B,
             published=replace(VACE_1_3B, tokenizers=()),
             sampling=SamplingConfig(flow_shift=16.0),
-            vae={},
-            text=UMT5_XXL,
             remembers=False,
             licence="Apache-2.0",
             checked="its transformer equal to diffusers' on random weights",
