@@ -1,7 +1,7 @@
 """Confidence intervals over scenes: the percentile bootstrap (Efron 1979).
 
-Scenes are resampled, never pixels or turns, which depend on each other. Ratios and differences of
-two methods resample both together, since they were measured on the same scenes.
+Scenes are resampled, never pixels or turns, which depend on each other. A ratio of two
+methods resamples both together, since they were measured on the same scenes.
 """
 
 from __future__ import annotations
@@ -26,9 +26,6 @@ class Estimate:
     high: float
     count: int
 
-    def to_dict(self) -> dict[str, float | int | list[float]]:
-        return {"value": self.value, "ci": [self.low, self.high], "scenes": self.count}
-
 
 def mean(values: Sequence[float | None]) -> Estimate | None:
     """The mean over scenes; a scene without the measure is None. None if no scene has it."""
@@ -38,11 +35,6 @@ def mean(values: Sequence[float | None]) -> Estimate | None:
 def ratio(numerator: Sequence[float | None], other: Sequence[float | None]) -> Estimate | None:
     """Ratio of two means over the scenes that have both."""
     return _estimate([numerator, other], lambda means: means[0] / means[1].clamp_min(1e-12))
-
-
-def difference(first: Sequence[float | None], second: Sequence[float | None]) -> Estimate | None:
-    """Difference of two means over the scenes that have both."""
-    return _estimate([first, second], lambda means: means[0] - means[1])
 
 
 def _estimate(

@@ -18,8 +18,8 @@ Columns = Sequence[tuple[str, str, int, bool]]
 class Target:
     """A row's value, or two rows compared item by item, that is met within its bounds.
 
-    rows: of two the ratio, of one the mean, unless `compare` says otherwise. values: a row's, given
-    what the task calls a row. for_interval: the whole interval must lie within the bounds.
+    rows: of two the ratio, of one the mean. values: a row's, given what the task calls a row.
+    for_interval: the whole interval must lie within the bounds.
     """
 
     name: str
@@ -28,11 +28,9 @@ class Target:
     at_most: float | None = None
     at_least: float | None = None
     for_interval: bool = False
-    compare: Callable[..., Estimate | None] | None = None
 
     def estimate(self, columns: Sequence[Values]) -> Estimate | None:
-        compare = self.compare or (bootstrap.mean if len(columns) == 1 else bootstrap.ratio)
-        return compare(*columns)
+        return bootstrap.mean(*columns) if len(columns) == 1 else bootstrap.ratio(*columns)
 
     def is_met(self, estimate: Estimate) -> bool | None:
         """None without bounds: it is told, and not judged."""

@@ -20,11 +20,7 @@ def test_the_value_is_the_mean_and_none_is_left_out() -> None:
 
 def test_equal_scenes_leave_no_doubt() -> None:
     estimate = bootstrap.mean([0.25] * 5)
-    assert estimate is not None and estimate.to_dict() == {
-        "value": 0.25,
-        "ci": [0.25, 0.25],
-        "scenes": 5,
-    }
+    assert estimate == bootstrap.Estimate(0.25, 0.25, 0.25, 5)
 
 
 def test_pairs_are_resampled_together() -> None:
@@ -33,9 +29,6 @@ def test_pairs_are_resampled_together() -> None:
     estimate = bootstrap.ratio(half, values)
     assert estimate is not None and estimate.count == 4
     assert (estimate.value, estimate.low, estimate.high) == pytest.approx((0.5, 0.5, 0.5))
-    shifted = bootstrap.difference([1.5, 5.5, 2.5, 9.5, 0.0], values)
-    assert shifted is not None
-    assert (shifted.low, shifted.high) == pytest.approx((0.5, 0.5))
 
 
 def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
