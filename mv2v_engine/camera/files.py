@@ -24,7 +24,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, Literal, TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -138,7 +138,8 @@ def resolve_camera(
         check: whether files and poses are refused that look wrong (`plausibility`).
 
     Raises:
-        CameraError: none of these, or as `named_poses`, `load_trajectory`, `CameraTrajectory`.
+        CameraError: none of these, unreadable, another number of poses than `num_frames`, or poses
+            that are no rigid matrices.
     """
     if isinstance(camera, CameraTrajectory):
         _require_count(camera, num_frames, is_source)
@@ -214,37 +215,6 @@ def given_trajectory(
     return _read_spec(spec, file, options, num_frames, size, False, True)
 
 
-def load_trajectory(
-    path: Path | str,
-    *,
-    num_frames: int,
-    size: tuple[int, int],
-    camera: str | None = None,
-    reference: Literal["first_frame", "file"] = "file",
-    options: CameraOptions | None = None,
-) -> CameraTrajectory:
-    """Read one camera path of exactly `num_frames` poses.
-
-    Args:
-        size: (height, width) of the video to make; intrinsics are scaled to it.
-        camera: which camera of a ReCamMaster file, such as "cam03"; other formats have one only.
-        reference: what the poses are relative to: "file" leaves them as written, "first_frame"
-            makes the first one the identity, as `options.relative` does. ReCamMaster's are always
-            relative to the camera's own first frame, as its presets start at the source's pose.
-        options: what is done with the poses. Whether they are plausible is not looked at here.
-
-    Raises:
-        CameraError: unreadable file, unknown format or camera, a number of poses other than
-            `num_frames`, or poses that are no rigid matrices.
-    """
-    path = Path(path)
-    spec = _Spec(str(path), camera, "")
-    options = options or CameraOptions()
-    if reference == "first_frame":
-        options = replace(options, relative=True)
-    return _read_spec(spec, _open(path), options, num_frames, size, False, False)
-
-
 def parse_trajectory(
     content: Any,
     *,
@@ -258,7 +228,7 @@ def parse_trajectory(
     `format`, `version` and `convention` may be left out. check: as for `resolve_camera`.
 
     Raises:
-        CameraError: as `load_trajectory`.
+        CameraError: as `resolve_camera`.
     """
     if not isinstance(content, dict) or content.get("format", FORMAT) != FORMAT:
         raise CameraError(f"a trajectory is an object of format {FORMAT!r}, with poses")
@@ -277,7 +247,7 @@ def load_rig(path: Path | str) -> dict[str, Tensor]:
     They are relative to the first camera's first frame, so poses of two cameras compare.
 
     Raises:
-        CameraError: unreadable file, another format, or matrices as in `load_trajectory`.
+        CameraError: unreadable file, another format, or matrices that are no poses.
     """
     file = _open(Path(path))
     if recognised(file) is not RECAMMASTER:

@@ -14,7 +14,6 @@ from numpy.typing import NDArray
 
 from mv2v_engine.camera.files import (
     load_rig,
-    load_trajectory,
     parse_trajectory,
     resolve_camera,
     save_trajectory,
@@ -22,6 +21,7 @@ from mv2v_engine.camera.files import (
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses
 from mv2v_engine.camera.trajectories import CameraTrajectory, named_poses, named_trajectory
 from mv2v_engine.errors import CameraError
+from tests.camera.written import load_trajectory
 
 SIZE = (96, 160)
 Matrix = NDArray[np.float64]
@@ -147,9 +147,7 @@ def test_own_format_keeps_its_world_unless_told(tmp_path: Path) -> None:
     )
     kept = load_trajectory(tmp_path / "camera.json", num_frames=3, size=SIZE)
     assert torch.equal(kept.poses, poses)
-    moved = load_trajectory(
-        tmp_path / "camera.json", num_frames=3, size=SIZE, reference="first_frame"
-    )
+    moved = load_trajectory(tmp_path / "camera.json", num_frames=3, size=SIZE, options="?relative")
     assert moved.poses[:, 2, 3].tolist() == [0, 1, 2]
     assert not moved.poses[:, :2, 3].any()
 

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.camera.poses import default_intrinsics
 from mv2v_engine.camera.trajectories import CameraTrajectory
 
@@ -26,6 +27,19 @@ def turned(axis: tuple[float, float, float], degrees: float) -> Array:
     angle = np.radians(degrees)
     result: Array = np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
     return result
+
+
+def load_trajectory(
+    path: Path,
+    *,
+    num_frames: int,
+    size: tuple[int, int],
+    camera: str | None = None,
+    options: str = "",
+) -> CameraTrajectory:
+    """A camera file's path, whether it is plausible or not."""
+    name = f"{path}#{camera}" if camera else str(path)
+    return resolve_camera(name + options, num_frames, size, check=False)
 
 
 def path(count: int = N) -> Array:
