@@ -80,22 +80,14 @@ def read_video(
     path: Path | str,
     *,
     max_pixels: int = DEFAULT_MAX_PIXELS,
-    start: int = 0,
-    count: int | None = None,
-    indices: Sequence[int] | None = None,
 ) -> Clip:
-    """Decode frames `start` to `start + count` (default: to the end), or the given `indices`.
-
-    Only what is needed is decoded: from the key frame before the first frame asked for to the
-    last one. `indices` may repeat and takes the place of start and count.
+    """Decode all frames of a video.
 
     Raises:
         VideoError: as `probe_video` and `VideoReader.read`; frames larger than `max_pixels`.
     """
     reader = VideoReader(path, max_pixels=max_pixels)
-    if indices is None:
-        indices = range(start, reader.info.num_frames if count is None else start + count)
-    return Clip(reader.read(indices), reader.info.fps)
+    return Clip(reader.read(range(reader.info.num_frames)), reader.info.fps)
 
 
 class VideoReader:
@@ -162,6 +154,8 @@ class VideoReader:
         check: Check | None = None,
     ) -> Tensor:
         """The frames of these numbers, in any order and with repeats: uint8 [T, height, width, 3].
+
+        Only what is needed is decoded: from the key frame before the first one to the last one.
 
         size: (height, width) to which each is brought as soon as it is decoded, as `cover_and_crop`
             does by `fit`; None leaves them as they are.

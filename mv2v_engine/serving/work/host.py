@@ -54,7 +54,7 @@ from mv2v_engine.serving.watch.listener import Caught
 from mv2v_engine.serving.work.open_streams import OpenStreams
 from mv2v_engine.serving.work.turn_request import make_request, pixels, session_window
 from mv2v_engine.vae import weights_fingerprint
-from mv2v_engine.video.io import probe_video, read_video
+from mv2v_engine.video.io import VideoReader
 
 Json: TypeAlias = dict[str, Any]
 # is given the events of a job, as they happen
@@ -371,8 +371,8 @@ def _save_thumbnail(video: Path, path: Path) -> None:
     """The frame in the middle: the first ones of turns with moving cameras look alike."""
     from PIL import Image
 
-    middle = probe_video(video).num_frames // 2
-    frame = read_video(video, indices=[middle]).frames[0]
+    reader = VideoReader(video)
+    frame = reader.read([reader.info.num_frames // 2])[0]
     with replacing(path) as temporary:
         Image.fromarray(frame.numpy()).save(temporary, "JPEG", quality=_JPEG_QUALITY)
 
