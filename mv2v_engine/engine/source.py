@@ -12,7 +12,7 @@ import hashlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import chain
 from pathlib import Path
 from typing import IO, Any, ClassVar, TypeAlias
@@ -527,16 +527,10 @@ def open_stream_source(
     """
     if fps is not None:
         check_fps("fps", fps)
+    made = partial(StreamSource, size=size, fit=fit)
     if isinstance(source, LiveFrames):
-        return StreamSource(
-            lambda first: (),
-            size=size,
-            fps=fps or source.fps or own_fps,
-            name=source.name,
-            fit=fit,
-            can_seek=False,
-            live=source,
-        )
+        rate = fps or source.fps or own_fps
+        return made(lambda first: (), fps=rate, name=source.name, can_seek=False, live=source)
     is_function = callable(source) and not isinstance(source, Tensor)
     is_kept = isinstance(source, str | bytes | bytearray | memoryview | list | tuple | Tensor)
     is_once = isinstance(source, Iterable) and not (
@@ -546,20 +540,7 @@ def open_stream_source(
         or hasattr(source, "__fspath__")
     )
     if is_function or is_once:
-        return StreamSource(
-            source if is_function else lambda first: source,
-            size=size,
-            fps=fps or own_fps,
-            name="frames",
-            fit=fit,
-            can_seek=is_function,
-        )
+        opened = source if is_function else lambda first: source
+        return made(opened, fps=fps or own_fps, name="frames", can_seek=is_function)
     video = open_long_source(source, size=size, fps=fps, own_fps=own_fps, fit=fit, **reading)
-    return StreamSource(
-        video.frames,
-        size=size,
-        fps=video.fps,
-        name=video.name,
-        fit=fit,
-        identity=video.fingerprint,
-    )
+    return made(video.frames, fps=video.fps, name=video.name, identity=video.fingerprint)
