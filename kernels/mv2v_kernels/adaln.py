@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
+from mv2v_kernels.common import check_dtypes, given, launch_rows
 
 
 @triton.jit
@@ -94,25 +94,13 @@ def launch_adaln(
     check_dtypes("adaln", x=x, scale=scale, shift=shift, camera=camera)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
+        by_index = given(camera, 3, x), given(frame, 2, x), given(row, 2, x)
         launch_rows(
             "adaln",
             _adaln_kernel,
-            x,
-            x,
-            scale,
-            shift,
-            x if camera is None else camera,
-            x if frame is None else frame,
-            x if row is None else row,
-            out,
-            x.shape[1],
+            (x, scale, shift, *by_index),
+            (out,),
             eps,
-            *x.stride(),
-            *scale.stride(),
-            *shift.stride(),
-            *strides_of(camera, 3),
-            *strides_of(frame, 2),
-            *strides_of(row, 2),
             width=x.shape[2],
             HAS_CAMERA=camera is not None,
             HAS_ROW=row is not None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
@@ -64,11 +65,21 @@ def check_grid(op: str, *grid: int) -> None:
         )
 
 
-def launch_rows(op: str, kernel: Any, x: Tensor, *args: Any, width: int, **flags: Any) -> None:
-    """Launch an elementwise kernel over the tokens of x [B, L, ...], `ROWS` of them a program.
+def launch_rows(
+    op: str,
+    kernel: Any,
+    tensors: Sequence[Tensor],
+    written: Sequence[Tensor],
+    *numbers: float,
+    width: int,
+    **flags: Any,
+) -> None:
+    """Launch an elementwise kernel over the tokens of tensors[0] [B, L, ...], `ROWS` a program.
 
-    width: of a token, which a program holds whole, 16 elements a thread. flags: the kernel's own.
+    tensors: come with their strides, behind the numbers. written: lie without gaps. width: of a
+    token, which a program holds whole, 16 elements a thread. flags: the kernel's own.
     """
+    x = tensors[0]
     if width > _MAX_WIDTH:
         raise ValueError(f"{op} in Triton takes a width up to {_MAX_WIDTH}, got {width}")
     block = max(triton.next_power_of_2(width), 16)
@@ -76,7 +87,11 @@ def launch_rows(op: str, kernel: Any, x: Tensor, *args: Any, width: int, **flags
     check_grid(op, *grid)
     with on_device(x):
         kernel[grid](
-            *args,
+            *tensors,
+            *written,
+            x.shape[1],
+            *numbers,
+            *(stride for tensor in tensors for stride in tensor.stride()),
             C=width,
             BLOCK_C=block,
             ROWS=ROWS,
@@ -85,6 +100,6 @@ def launch_rows(op: str, kernel: Any, x: Tensor, *args: Any, width: int, **flags
         )
 
 
-def strides_of(tensor: Tensor | None, rank: int) -> tuple[int, ...]:
-    """A tensor's strides; zeros where a kernel is given another in its place."""
-    return (0,) * rank if tensor is None else tensor.stride()
+def given(tensor: Tensor | None, rank: int, x: Tensor) -> Tensor:
+    """A tensor; x with strides of zero where it is missing, which a kernel does not read."""
+    return x.as_strided((1,) * rank, (0,) * rank) if tensor is None else tensor

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
+from mv2v_kernels.common import check_dtypes, given, launch_rows
 
 
 @triton.jit
@@ -70,18 +70,8 @@ def launch_gated_residual(x: Tensor, y: Tensor, gate: Tensor, row: Tensor | None
         launch_rows(
             "gated_residual",
             _gated_residual_kernel,
-            x,
-            x,
-            y,
-            gate,
-            x if row is None else row,
-            out,
-            x.shape[1],
-            *x.stride(),
-            *y.stride(),
-            *gate.stride(),
-            *strides_of(row, 2),
-            *out.stride(),
+            (x, y, gate, given(row, 2, x), out),
+            (),
             width=x.shape[2],
             HAS_ROW=row is not None,
         )

@@ -78,21 +78,14 @@ def _row(p_m, b_0, b_1, b_2, b_3, stride_j):
 def launch_prope(x: Tensor, matrix: Tensor, frame: Tensor, channels: int) -> Tensor:
     """x [B, L, N, D], matrix [B, F, 4, 4], frame [B, L] -> [B, L, N, D]."""
     check_dtypes("prope", x=x, matrix=matrix)
-    _, length, num_heads, head_dim = x.shape
+    num_heads, head_dim = x.shape[2:]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
         launch_rows(
             "prope",
             _prope_kernel,
-            x,
-            x,
-            matrix,
-            frame,
-            out,
-            length,
-            *x.stride(),
-            *matrix.stride(),
-            *frame.stride(),
+            (x, matrix, frame),
+            (out,),
             width=num_heads * head_dim,
             D=head_dim,
             CHANNELS=channels,

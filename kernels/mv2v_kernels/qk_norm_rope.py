@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
+from mv2v_kernels.common import check_dtypes, given, launch_rows
 
 
 @triton.jit
@@ -88,22 +88,16 @@ def launch(
 
     x: [B, L, N, D]; with a norm, the heads of a token lie one behind the other.
     """
-    _, length, num_heads, head_dim = x.shape
+    num_heads, head_dim = x.shape[2:]
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     if out.numel():
+        table = given(None if rope is None else rope.expand(len(x), -1, -1), 3, x)
         launch_rows(
             op,
             _qk_norm_rope_kernel,
-            x,
-            x,
-            x if weight is None else weight,
-            x if rope is None else rope,
-            out,
-            length,
+            (x, given(weight, 1, x), table),
+            (out,),
             eps,
-            *x.stride(),
-            *strides_of(weight, 1),
-            *strides_of(None if rope is None else rope.expand(len(x), -1, -1), 3),
             width=num_heads * head_dim,
             HALF=head_dim // 2,
             HAS_NORM=weight is not None,

@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from mv2v_kernels.common import check_dtypes, launch_rows, strides_of
+from mv2v_kernels.common import check_dtypes, given, launch_rows
 
 
 @triton.jit
@@ -118,24 +118,9 @@ def launch_residual_norm(
         launch_rows(
             "residual_norm",
             _residual_norm_kernel,
-            x,
-            x,
-            y,
-            x if gate is None else gate,
-            gain,
-            shift,
-            x if row is None else row,
-            total,
-            out,
-            x.shape[1],
+            (x, y, given(gate, 2, x), gain, shift, given(row, 2, x), total),
+            (out,),
             eps,
-            *x.stride(),
-            *y.stride(),
-            *strides_of(gate, 2),
-            *gain.stride(),
-            *shift.stride(),
-            *strides_of(row, 2),
-            *total.stride(),
             width=x.shape[2],
             HAS_GATE=gate is not None,
             IS_SCALE=scale is not None,
