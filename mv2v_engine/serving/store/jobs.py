@@ -261,12 +261,9 @@ def list_jobs(
     if session is not None:
         find_session(db, owner, session)
         where, values = f"{where} AND session = ?", [owner, session]
-    serial = None
     if after is not None:
         find_job(db, owner, after)
-        serial = scalar(db, "SELECT serial FROM jobs WHERE id = ?", after)
-    rows = listed(db, _JOB, where, values, serial, limit, is_newest_first)
-    return Page(tuple(record(JobRecord, row) for row in rows[:limit]), len(rows) > limit)
+    return listed(db, JobRecord, f"{_JOB} {where}", "jobs", values, after, limit, is_newest_first)
 
 
 def jobs_in_state(db: sqlite3.Connection, state: JobState) -> list[JobRecord]:

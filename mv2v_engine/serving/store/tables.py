@@ -103,29 +103,32 @@ def list_sessions(
     db: sqlite3.Connection, owner: str, *, limit: int, after: str | None, is_newest_first: bool
 ) -> Page[SessionRecord]:
     """Raises not_found: no such `after`."""
-    serial = None
     if after is not None:
         find_session(db, owner, after)
-        serial = scalar(db, "SELECT serial FROM sessions WHERE id = ?", after)
-    where, values = "WHERE owner = ? AND NOT is_deleting", [owner]
-    rows = listed(db, _SESSION, where, values, serial, limit, is_newest_first)
-    return Page(tuple(record(SessionRecord, row) for row in rows[:limit]), len(rows) > limit)
+    where = "WHERE owner = ? AND NOT is_deleting"
+    order = (after, limit, is_newest_first)
+    return listed(db, SessionRecord, f"{_SESSION} {where}", "sessions", [owner], *order)
 
 
 def listed(
     db: sqlite3.Connection,
+    kind: type[Record],
     select: str,
-    where: str,
+    table: str,
     values: Sequence[Any],
-    serial: int | None,
+    after: str | None,
     limit: int,
     is_newest_first: bool,
-) -> list[sqlite3.Row]:
-    """One row more than asked for, if there is one; those behind a serial number."""
+) -> Page[Record]:
+    """Records of a table in order, those behind the one of the id `after`."""
     direction, compare = ("DESC", "<") if is_newest_first else ("ASC", ">")
-    behind = "" if serial is None else f" AND serial {compare} {int(serial)}"
+    behind = ""
+    if after is not None:
+        behind = f"AND serial {compare} (SELECT serial FROM {table} WHERE id = ?)"
+        values = [*values, after]
     order = f"ORDER BY serial {direction} LIMIT {int(limit) + 1}"
-    return db.execute(f"{select} {where}{behind} {order}", values).fetchall()
+    rows = db.execute(f"{select} {behind} {order}", values).fetchall()
+    return Page(tuple(record(kind, row) for row in rows[:limit]), len(rows) > limit)
 
 
 def touch(db: sqlite3.Connection, session_id: str, now: float) -> None:

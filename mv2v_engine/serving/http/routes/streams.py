@@ -86,16 +86,10 @@ async def list_streams(
     limit: Limit = 20,
     after: AfterStream = None,
     order: Order = "desc",
-) -> StreamList:
+) -> Any:
     """Streams by creation."""
     page = service.streams.listed(owner, limit=limit, after=after, is_newest_first=order == "desc")
-    data = [status_of(stream) for stream in page.items]
-    return StreamList(
-        data=data,
-        first_id=data[0].id if data else None,
-        last_id=data[-1].id if data else None,
-        has_more=page.has_more,
-    )
+    return StreamList.of([status_of(stream) for stream in page.items], has_more=page.has_more)
 
 
 @router.get("/{stream_id}", response_model=StreamStatus, responses=refusals(*ANY, "not_found"))
