@@ -104,10 +104,24 @@ def example(*values: Mapping[str, Any]) -> dict[str, Any]:
     return {"examples": [dict(value) for value in values]}
 
 
-class Trajectory(BaseModel):
-    """A camera's path: one pose a frame, camera-to-world, OpenCV axes, metres."""
+class Asked(BaseModel):
+    """What a client sends: no field but these, and no text for a number."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was set, as the service takes it."""
+        return self.model_dump(mode="json", exclude_none=True)
+
+
+class Kept(BaseModel):
+    """What the service keeps, made of its records."""
+
+    model_config = ConfigDict(from_attributes=True)
+
+
+class Trajectory(Asked):
+    """A camera's path: one pose a frame, camera-to-world, OpenCV axes, metres."""
 
     format: Literal["mv2v-camera"]
     version: Literal[1]
@@ -120,7 +134,7 @@ class Trajectory(BaseModel):
 FileName = Annotated[str, StringConstraints(min_length=1, max_length=200)]
 
 
-class CameraFiles(BaseModel):
+class CameraFiles(Asked):
     """A camera file as a command line names it, with what it holds.
 
     spec: a name of `files`, with a camera's name and options where it has some. files: text, JSON,
@@ -128,8 +142,6 @@ class CameraFiles(BaseModel):
     """
 
     model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
         json_schema_extra=example(
             {
                 "spec": "poses.json?relative&scale=0.01",
@@ -157,16 +169,14 @@ CameraObject = Annotated[
 ]
 
 
-class TurnRequest(BaseModel):
+class TurnRequest(Asked):
     """A turn: a camera for a model of novel views, an instruction for one that edits.
 
     What is left out takes the model's default.
     """
 
     model_config = ConfigDict(
-        extra="forbid",
-        strict=True,
-        json_schema_extra=example(_REQUEST, {"prompt": "make the sphere red"}),
+        json_schema_extra=example(_REQUEST, {"prompt": "make the sphere red"})
     )
 
     camera: CameraText | CameraObject | None = Field(
@@ -188,15 +198,11 @@ class TurnRequest(BaseModel):
             raise ValueError("a turn needs a camera or a prompt, got neither")
         return self
 
-    def to_dict(self) -> dict[str, Any]:
-        """What was set, as the service takes it."""
-        return self.model_dump(mode="json", exclude_none=True)
 
-
-class BranchRequest(BaseModel):
+class BranchRequest(Asked):
     """Where the new session goes on from."""
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=example({"turn": 1}))
+    model_config = ConfigDict(json_schema_extra=example({"turn": 1}))
 
     turn: int = Field(ge=0, le=2**31 - 1, description="the last turn to take along; 0 for none")
 
@@ -209,7 +215,7 @@ class Footprint(BaseModel):
     next_turn_tokens: dict[str, int] | None
 
 
-class Session(BaseModel):
+class Session(Kept):
     """A source video and its turns. Times are unix seconds, sizes pixels and bytes.
 
     fps: of the turns. window, alpha, fit, size: how the video is read; null where nobody ever
@@ -217,7 +223,6 @@ class Session(BaseModel):
     """
 
     model_config = ConfigDict(
-        from_attributes=True,
         json_schema_extra=example(
             {
                 "object": "session",
@@ -274,14 +279,13 @@ class SessionWithFootprint(Session):
     footprint: Footprint
 
 
-class Turn(BaseModel):
+class Turn(Kept):
     """A finished turn. report: the engine's own, of memory, tokens, seconds and bytes.
 
     warnings: what was changed of its camera, and what the model does not know.
     """
 
     model_config = ConfigDict(
-        from_attributes=True,
         json_schema_extra=example(
             {
                 "object": "turn",
@@ -317,14 +321,13 @@ class JobError(BaseModel):
     message: str
 
 
-class Job(BaseModel):
+class Job(Kept):
     """A turn that was asked for. progress: the last event, as the stream of events has it.
 
     warnings: what was changed of its camera. A camera's files are kept as the trajectory in them.
     """
 
     model_config = ConfigDict(
-        from_attributes=True,
         json_schema_extra=example(
             {
                 "object": "job",
@@ -373,10 +376,8 @@ class Sampling(BaseModel):
     guidance_scale: float
 
 
-class UploadLimits(BaseModel):
+class UploadLimits(Kept):
     """What an uploaded video may have at most. pixels: of one frame."""
-
-    model_config = ConfigDict(from_attributes=True)
 
     upload_bytes: int
     frames: int

@@ -7,7 +7,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from mv2v_engine.config import StreamPolicy
-from mv2v_engine.serving.http.schemas import CREATED, JobError, Text, example
+from mv2v_engine.serving.http.schemas import CREATED, Asked, JobError, ListingPart, Text, example
 from mv2v_engine.serving.store.streams import StreamState
 from mv2v_engine.serving.work.streaming import Stream, Waiting
 
@@ -17,13 +17,13 @@ _REQUEST: dict[str, Any] = {"prompt": "a red kite over a beach", "seed": 7}
 _MOST = 100_000_000
 
 
-class StreamRequest(BaseModel):
+class StreamRequest(Asked):
     """A stream. Without blocks or frames it goes on until it is cancelled, or nobody reads it.
 
     frames: rounded up to whole blocks. What is left out is the model's default.
     """
 
-    model_config = ConfigDict(extra="forbid", strict=True, json_schema_extra=example(_REQUEST))
+    model_config = ConfigDict(json_schema_extra=example(_REQUEST))
 
     prompt: Text = Field(default="", description="what the video shows")
     seed: int | None = Field(default=None, ge=0, le=2**63 - 1)
@@ -39,17 +39,11 @@ class StreamRequest(BaseModel):
             raise ValueError("a stream ends after blocks or after frames, got both; give one")
         return self
 
-    def to_dict(self) -> dict[str, Any]:
-        """What was set, as the service takes it."""
-        return self.model_dump(mode="json", exclude_none=True)
 
-
-class PromptRequest(BaseModel):
+class PromptRequest(Asked):
     """What a stream shows from the next block on."""
 
-    model_config = ConfigDict(
-        extra="forbid", strict=True, json_schema_extra=example({"prompt": "the kite comes down"})
-    )
+    model_config = ConfigDict(json_schema_extra=example({"prompt": "the kite comes down"}))
 
     prompt: Text
 
@@ -143,12 +137,8 @@ class StreamStatus(BaseModel):
     latency: Latency | None
 
 
-class StreamList(BaseModel):
-    object: Literal["list"] = "list"
-    data: list[StreamStatus]
-    first_id: str | None
-    last_id: str | None
-    has_more: bool
+class StreamList(ListingPart[StreamStatus]):
+    pass
 
 
 _SAME = (
