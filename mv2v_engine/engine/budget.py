@@ -328,13 +328,8 @@ class Budget:
             yield 'text_offload="always"', (replace(footprint, is_text_offloaded=True), plan)
         if footprint.text_quantizable:
             text = footprint.text - footprint.text_quantizable
-            yield (
-                'quantize_text="int8"',
-                (
-                    replace(footprint, text=text, text_quantizable=0),
-                    plan,
-                ),
-            )
+            narrow = replace(footprint, text=text, text_quantizable=0)
+            yield 'quantize_text="int8"', (narrow, plan)
         smaller = max((footprint.execution.chunk or plan.length) // 4, 1)
         execution = replace(footprint.execution, chunk=smaller)
         yield f"feed_forward_chunk={smaller}", (replace(footprint, execution=execution), plan)

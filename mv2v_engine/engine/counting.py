@@ -12,7 +12,7 @@ from __future__ import annotations
 import weakref
 from dataclasses import asdict, dataclass
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,14 +82,7 @@ def vae_peak_bytes(vae: VideoVAE, num_frames: int, size: tuple[int, int]) -> tup
 
     Weights are not part of it, nor is what a library allocates inside a convolution.
     """
-    return _counted(
-        vae.model.config,
-        vae.dtype,
-        vae.tile_above,
-        vae.device.type == "cpu",
-        (num_frames - 1) // vae.temporal_stride + 1,
-        size,
-    )
+    return _counted(_Form.of(vae), (num_frames - 1) // vae.temporal_stride + 1, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,37 +100,43 @@ def vae_stream_bytes(vae: VideoVAE, block_frames: int, size: tuple[int, int]) ->
 
     Counted of its first block and the frame behind it, in one piece: what is kept is there then.
     """
-    by_taps = vae.device.type == "cpu"
-    return _streamed(vae.model.config, vae.dtype, vae.tile_above, by_taps, block_frames + 1, size)
+    return _streamed(_Form.of(vae), block_frames + 1, size)
+
+
+class _Form(NamedTuple):
+    """What a VAE's bytes depend on. by_taps: it runs as on a CPU."""
+
+    config: AutoencoderConfig
+    dtype: torch.dtype
+    tile_above: int
+    by_taps: bool
+
+    @classmethod
+    def of(cls, vae: VideoVAE) -> _Form:
+        return cls(vae.model.config, vae.dtype, vae.tile_above, vae.device.type == "cpu")
+
+    def twin(self) -> VideoVAE:
+        """The same model without memory."""
+        with without_memory():
+            model = Autoencoder(asdict(self.config))
+        if self.by_taps:
+            speed_up_conv3d(model)
+        return VideoVAE(model, self.dtype, tile_above=self.tile_above)
 
 
 @lru_cache(maxsize=16)
-def _streamed(
-    config: AutoencoderConfig,
-    dtype: torch.dtype,
-    tile_above: int,
-    by_taps: bool,
-    num_latents: int,
-    size: tuple[int, int],
-) -> StreamBytes:
-    twin, kept = _twin(config, dtype, tile_above, by_taps), list[int]()
-    peaks = _run(twin, num_latents, size, kept)
+def _streamed(form: _Form, num_latents: int, size: tuple[int, int]) -> StreamBytes:
+    kept = list[int]()
+    peaks = _run(form.twin(), num_latents, size, kept)
     return StreamBytes(*peaks, *kept)
 
 
 @lru_cache(maxsize=16)
-def _counted(
-    config: AutoencoderConfig,
-    dtype: torch.dtype,
-    tile_above: int,
-    by_taps: bool,
-    num_latents: int,
-    size: tuple[int, int],
-) -> tuple[int, int]:
-    twin = _twin(config, dtype, tile_above, by_taps)
+def _counted(form: _Form, num_latents: int, size: tuple[int, int]) -> tuple[int, int]:
+    twin = form.twin()
     values = ((num_latents - 1) * twin.temporal_stride + 1) * size[0] * size[1] * 3
     # the frames' bytes come to a GPU first
-    copied = 0 if by_taps else values
+    copied = 0 if form.by_taps else values
     if num_latents < sum(_LATENTS):  # all of them are less work
         encode, decode = _run(twin, num_latents, size)
         return encode + copied, decode
@@ -146,7 +145,7 @@ def _counted(
     encode, decode = (b + further * (b - a) for a, b in zip(before, after, strict=True))
     # the pixels of a long or narrow model's video weigh more: float32 before and after an
     # operation; on the way out bytes too, and what the model computes in
-    return max(encode, 8 * values) + copied, max(decode, (9 + dtype.itemsize) * values)
+    return max(encode, 8 * values) + copied, max(decode, (9 + form.dtype.itemsize) * values)
 
 
 class _ShapesAlone(LiveBytes):
@@ -197,17 +196,6 @@ def _empty(
             return torch.empty_strided(shape, strides, dtype=like.dtype, device=like.device)
         memory_format = torch.contiguous_format
     return torch.empty(shape, dtype=like.dtype, device=like.device, memory_format=memory_format)
-
-
-def _twin(
-    config: AutoencoderConfig, dtype: torch.dtype, tile_above: int, by_taps: bool
-) -> VideoVAE:
-    """The same model without memory; `by_taps`: as it runs on a CPU."""
-    with without_memory():
-        model = Autoencoder(asdict(config))
-    if by_taps:
-        speed_up_conv3d(model)
-    return VideoVAE(model, dtype, tile_above=tile_above)
 
 
 def _run(

@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -416,29 +416,28 @@ class StepDue:
     denoiser: Denoiser
 
 
-@overload
 def denoise(
     denoiser: Denoiser, cancel: CancelToken
-) -> Generator[StepDone | Preview, None, Denoised]: ...
-
-
-@overload
-def denoise(
-    denoiser: Denoiser, cancel: CancelToken, *, hands_over: Literal[True]
-) -> Generator[StepDone | Preview | StepDue, None, Denoised]: ...
-
-
-def denoise(
-    denoiser: Denoiser, cancel: CancelToken, *, hands_over: bool = False
-) -> Generator[StepDone | Preview | StepDue, None, Denoised]:
+) -> Generator[StepDone | Preview, None, Denoised]:
     """Run a turn to its end; yields after every step, and the pictures that were asked for.
-
-    hands_over: every step is left to the caller, who runs it where a `StepDue` comes.
 
     Raises:
         CancelledError: between two steps, if the token was set.
         NotFiniteError: a step gave latents that are not finite; known at the end.
     """
+    return cast("Generator[StepDone | Preview, None, Denoised]", _denoise(denoiser, cancel, False))
+
+
+def stepwise(
+    denoiser: Denoiser, cancel: CancelToken
+) -> Generator[StepDone | Preview | StepDue, None, Denoised]:
+    """Denoise as `denoise` does, with every step left to the caller, where a `StepDue` comes."""
+    return _denoise(denoiser, cancel, True)
+
+
+def _denoise(
+    denoiser: Denoiser, cancel: CancelToken, hands_over: bool
+) -> Generator[StepDone | Preview | StepDue, None, Denoised]:
     began, total = time.monotonic(), denoiser.total
     try:
         while not denoiser.is_finished:
@@ -454,10 +453,3 @@ def denoise(
         return denoiser.result()
     finally:
         denoiser.release()
-
-
-def stepwise(
-    denoiser: Denoiser, cancel: CancelToken
-) -> Generator[StepDone | Preview | StepDue, None, Denoised]:
-    """Denoise as `denoise` does, with every step left to the caller."""
-    return denoise(denoiser, cancel, hands_over=True)

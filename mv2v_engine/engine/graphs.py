@@ -476,18 +476,21 @@ class StreamForward:
         if end_timestep is None and self._transformer.config.has_end_time:
             # plain flow, in the words of the block's other forwards
             end_timestep = timestep
-        own = self._buffers(latents[0], timestep, text, stream, end_timestep)
-        if own is None:
+        shape, dtype = self._transformer.config, self._transformer.patch_embedding.weight.dtype
+        batch, _, *size = latents[0].shape
+        velocity = latents[0].new_empty((batch, shape.out_channels, *size), dtype=dtype)
+        own = StreamBuffers(latents[0], timestep, text, velocity, end_timestep)
+        if self._grows or stream.num_frames < stream.capacity or stream.text is None:
+            self._reason = "every block sees more than the one before" if self._grows else _FILLS
             self._steps["eager_steps"] += 1
-            return self._eager(latents[0], timestep, text, stream, end_timestep)
+            return self._velocity(own, stream)
         held = stream.capacity * stream.tokens_per_frame - plan.length
         lease = self._graphs.lease(self._transformer, plan, own, owner=stream.era, held=held)
         try:
             buffers = lease.buffers or own
 
             def forward() -> tuple[str, ...]:
-                given = buffers.latents, buffers.timestep, buffers.text
-                buffers.velocity.copy_(self._eager(*given, stream, buffers.end_timestep))
+                buffers.velocity.copy_(self._velocity(buffers, stream))
                 return _STREAM
 
             lease.run(_STREAM, forward)
@@ -500,35 +503,16 @@ class StreamForward:
         finally:
             lease.release()
 
-    def _eager(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        stream: StreamCache,
-        end_timestep: Tensor | None,
-    ) -> Tensor:
-        result: Tensor = self._transformer(
-            [latents], timestep, text, plan=stream.plan, stream=stream, end_timestep=end_timestep
+    def _velocity(self, buffers: StreamBuffers, stream: StreamCache) -> Tensor:
+        velocity: Tensor = self._transformer(
+            [buffers.latents],
+            buffers.timestep,
+            buffers.text,
+            plan=stream.plan,
+            stream=stream,
+            end_timestep=buffers.end_timestep,
         )
-        return result
-
-    def _buffers(
-        self,
-        latents: Tensor,
-        timestep: Tensor,
-        text: Tensor,
-        stream: StreamCache,
-        end_timestep: Tensor | None,
-    ) -> StreamBuffers | None:
-        """The tensors of a forward that may be captured; None: it may not."""
-        if self._grows or stream.num_frames < stream.capacity or stream.text is None:
-            self._reason = "every block sees more than the one before" if self._grows else _FILLS
-            return None
-        shape, dtype = self._transformer.config, self._transformer.patch_embedding.weight.dtype
-        size = (len(latents), shape.out_channels, *latents.shape[2:])
-        velocity = latents.new_zeros(size, dtype=dtype)
-        return StreamBuffers(latents, timestep, text, velocity, end_timestep)
+        return velocity
 
     def report(self) -> dict[str, Any]:
         """How the forwards ran, what all graphs of the engine hold, and why the last one was not
