@@ -58,7 +58,7 @@ def test_real_tensors_take_what_was_predicted(num_frames: int) -> None:
 def test_a_long_video_is_predicted_from_its_first_frames(base_dim: int) -> None:
     """Narrow, its pixels weigh most at the end; wide, a chunk's features."""
     config = AutoencoderConfig(**SMALL | {"base_dim": base_dim})
-    twin = counting._twin(config, torch.bfloat16, 1 << 30, False)
+    twin = counting._Form(config, torch.bfloat16, 1 << 30, False).twin()
     counted = _counted(twin, 25, SIZE)
     assert vae_peak_bytes(twin, 25, SIZE) == pytest.approx(counted, rel=0.03)
 
@@ -71,7 +71,7 @@ def test_shapes_and_layouts_are_those_of_torch(
 ) -> None:
     """Else other copies would be counted than are made."""
     config = AutoencoderConfig(**SMALL | changes)
-    twin = counting._twin(config, torch.bfloat16, SIZE[0] * SIZE[1] - 1, by_taps)
+    twin = counting._Form(config, torch.bfloat16, SIZE[0] * SIZE[1] - 1, by_taps).twin()
     num_frames = 4 * num_latents - 3
     encode, decode = _counted(twin, num_frames, SIZE)
     copied = num_frames * SIZE[0] * SIZE[1] * 3
