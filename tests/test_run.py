@@ -31,9 +31,11 @@ from tests.folders import DAMAGES, contents
 ROOT = Path(__file__).resolve().parents[1]
 CAMERAS = ("pan_right", "arc_left", "pan_right")
 VIDEOS = ("turn_01_pan_right.mp4", "turn_02_arc_left.mp4", "turn_03_pan_right.mp4")
+BESIDE = ("overview.png", "report.json", "session.json")
 GIB = 1 << 30
 
 Capture = pytest.CaptureFixture[str]
+Render = Callable[..., int]
 
 
 def novel_view(
@@ -56,6 +58,16 @@ def in_process(arguments: list[str], **changes: Any) -> subprocess.Popen[str]:
     )
 
 
+@pytest.fixture
+def render(source_clip: Path, tiny_checkpoint: Path) -> Callable[..., int]:
+    """Runs novel-view; returns its exit code."""
+
+    def do(out: Path, cameras: Sequence[str] = CAMERAS, *more: str) -> int:
+        return run.main(novel_view(source_clip, tiny_checkpoint, out, cameras, *more))
+
+    return do
+
+
 def latents(out: Path) -> list[Tensor]:
     return [load_file(path)["latents"] for path in sorted((out / "turns").iterdir())]
 
@@ -72,13 +84,7 @@ def finished(
 
 def test_three_turns(finished: Path) -> None:
     turns = {f"turns/turn_{number:02d}.safetensors" for number in (1, 2, 3)}
-    assert set(contents(finished)) == {
-        *VIDEOS,
-        *turns,
-        "overview.png",
-        "report.json",
-        "session.json",
-    }
+    assert set(contents(finished)) == {*VIDEOS, *turns, *BESIDE}
     report = json.loads((finished / "report.json").read_text())
     remembered = [[row["turn"] for row in turn["memory"]["retrieved"]] for turn in report["turns"]]
     assert remembered == [[], [1], [1, 2]]
@@ -100,11 +106,8 @@ def test_another_process_gives_the_same_in_little_memory(
     assert report["peak_host_bytes"] < 1.5 * GIB
 
 
-def test_what_is_printed(
-    tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
-) -> None:
-    arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / "out")
-    assert run.main([*arguments, "--steps", "2"]) == 0
+def test_what_is_printed(tmp_path: Path, render: Render, capsys: Capture) -> None:
+    assert render(tmp_path / "out", CAMERAS, "--steps", "2") == 0
     output = capsys.readouterr().out
     assert "source clip.mp4: all 9 frames; 64x48 to 64x48: unscaled, nothing cropped" in output
     assert re.search(r"^turn 2/3 arc_left  sampling 1/2, 0:00 left$", output, re.M)
@@ -115,30 +118,25 @@ def test_what_is_printed(
     assert re.search(r"pan_right  1 \(1\.00\), 2 \(0\.\d\d\) +36 +36 +24", third)
 
 
-def test_quiet_prints_the_paths_alone(
-    tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
-) -> None:
+def test_quiet_prints_the_paths_alone(tmp_path: Path, render: Render, capsys: Capture) -> None:
     out = tmp_path / "out"
-    arguments = novel_view(source_clip, tiny_checkpoint, out, ["static"], "--quiet")
-    assert run.main(arguments) == 0
+    assert render(out, ["static"], "--quiet") == 0
     written = [out / name for name in ("turn_01_static.mp4", "overview.png", "report.json")]
     captured = capsys.readouterr()
     assert captured.out.split() == [str(path) for path in written] and captured.err == ""
 
 
 def test_a_preview_that_cannot_be_drawn_is_said(
-    finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
+    finished: Path, tmp_path: Path, render: Render, capsys: Capture
 ) -> None:
-    arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / "out", CAMERAS[:1])
-    assert run.main([*arguments, "--preview"]) == 0
+    assert render(tmp_path / "out", CAMERAS[:1], "--preview") == 0
     assert "no preview is drawn" in capsys.readouterr().err
     assert (tmp_path / "out" / VIDEOS[0]).read_bytes() == (finished / VIDEOS[0]).read_bytes()
 
 
-def test_seeds(finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
+def test_seeds(finished: Path, tmp_path: Path, render: Render) -> None:
     for seed in ("0", "1"):
-        arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / seed, CAMERAS[:1])
-        assert run.main([*arguments, "--seed", seed]) == 0
+        assert render(tmp_path / seed, CAMERAS[:1], "--seed", seed) == 0
     frames = (finished / VIDEOS[0]).read_bytes()
     assert (tmp_path / "0" / VIDEOS[0]).read_bytes() == frames
     assert not torch.equal(latents(tmp_path / "1")[0], latents(finished)[0])
@@ -170,15 +168,14 @@ def test_seeds(finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoin
 )
 def test_options_reach_the_turns(
     tmp_path: Path,
-    source_clip: Path,
-    tiny_checkpoint: Path,
+    render: Render,
     finished: Path,
     options: list[str],
     expected: dict[str, Any],
     capsys: Capture,
 ) -> None:
     out = tmp_path / "out"
-    assert run.main([*novel_view(source_clip, tiny_checkpoint, out), *options]) == 0
+    assert render(out, CAMERAS, *options) == 0
     turn = json.loads((out / "report.json").read_text())["turns"][2]
     found = {
         "memory": turn["memory"]["mode"],
@@ -219,11 +216,11 @@ def test_windows(tmp_path: Path, tiny_checkpoint: Path, source_frames: Tensor, w
     assert "17" in source["window"]
 
 
-def test_camera_files(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
+def test_camera_files(tmp_path: Path, render: Render) -> None:
     save_trajectory(tmp_path / "mine.json", named_trajectory("pan_right", 9, (480, 640)))
     cameras = [str(tmp_path / "mine.json"), "translate:0.5,0,1"]
     out = tmp_path / "out"
-    assert run.main(novel_view(source_clip, tiny_checkpoint, out, cameras)) == 0
+    assert render(out, cameras) == 0
     turns = json.loads((out / "report.json").read_text())["turns"]
     assert [turn["file"] for turn in turns] == [
         "turn_01_mine.json.mp4",
@@ -232,33 +229,26 @@ def test_camera_files(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) 
 
 
 def test_resuming_remakes_what_is_missing_and_goes_on(
-    finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
+    finished: Path, tmp_path: Path, render: Render, capsys: Capture
 ) -> None:
     out = tmp_path / "out"
     # nothing there yet: begins
-    two = novel_view(source_clip, tiny_checkpoint, out, CAMERAS[:2], "--resume")
-    assert run.main(two) == 0
+    assert render(out, CAMERAS[:2], "--resume") == 0
     for name in (VIDEOS[0], "overview.png", "report.json"):
         (out / name).unlink()
-    assert run.main(novel_view(source_clip, tiny_checkpoint, out, CAMERAS, "--resume")) == 0
+    assert render(out, CAMERAS, "--resume") == 0
     assert "resumed after 2 finished turns" in capsys.readouterr().out
     made, expected = contents(out), contents(finished)
     assert set(made) == set(expected)
-    for name in set(expected) - {"overview.png", "report.json", "session.json"}:
+    for name in set(expected) - set(BESIDE):
         assert made[name] == expected[name]
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_resuming_finds_every_damaged_file(
-    finished: Path,
-    tmp_path: Path,
-    source_clip: Path,
-    tiny_checkpoint: Path,
-    capsys: Capture,
-    damage: str,
+    finished: Path, tmp_path: Path, render: Render, capsys: Capture, damage: str
 ) -> None:
     """Each is made again, or named as lost; none is taken for what it was."""
-    arguments = novel_view(source_clip, tiny_checkpoint, tmp_path / "out", CAMERAS, "--resume")
     before = contents(finished)
     for name, content in before.items():
         out = tmp_path / "out"
@@ -266,7 +256,8 @@ def test_resuming_finds_every_damaged_file(
         shutil.copytree(finished, out)
         (out / name).write_bytes(DAMAGES[damage](content))
         found = contents(out)
-        code, said = run.main([*arguments, "--quiet"]), capsys.readouterr().err
+        code = render(out, CAMERAS, "--resume", "--quiet")
+        said = capsys.readouterr().err
         after = contents(out)
         if name == "session.json" and damage != "short":
             assert code == run.REFUSED and said.count("\n") == 1
@@ -286,14 +277,13 @@ def test_resuming_finds_every_damaged_file(
 
 
 def test_a_lost_turn_whose_video_is_lost_too(
-    finished: Path, tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
+    finished: Path, tmp_path: Path, render: Render, capsys: Capture
 ) -> None:
-    out = tmp_path / "out"
+    out, asked = tmp_path / "out", ([*CAMERAS, "static"], "--resume", "--quiet")
     shutil.copytree(finished, out)
     for name in (VIDEOS[1], "turns/turn_02.safetensors"):
         (out / name).write_bytes(b"")
-    arguments = novel_view(source_clip, tiny_checkpoint, out, [*CAMERAS, "static"], "--resume")
-    assert run.main([*arguments, "--quiet"]) == run.PARTIAL
+    assert render(out, *asked) == run.PARTIAL
     first, last = capsys.readouterr().err.splitlines()
     assert first.startswith("turn 2 is lost: ") and last.startswith("error: turn 2 is lost: ")
     rows = json.loads((out / "report.json").read_text())["turns"]
@@ -302,24 +292,17 @@ def test_a_lost_turn_whose_video_is_lost_too(
     assert {row["turn"] for row in rows[3]["memory"]["retrieved"]} == {1, 3}
     # restored, all of it is made
     shutil.copy(finished / "turns" / "turn_02.safetensors", out / "turns")
-    assert run.main([*arguments, "--quiet"]) == 0
+    assert render(out, *asked) == 0
     assert (out / VIDEOS[1]).read_bytes() == (finished / VIDEOS[1]).read_bytes()
 
 
-def test_overwriting_replaces(finished: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
+def test_overwriting_replaces(finished: Path, render: Render) -> None:
     out = finished.parent / "copy"
     shutil.copytree(finished, out)
     (out / "mine.txt").write_text("mine")
-    arguments = novel_view(source_clip, tiny_checkpoint, out, ["static"], "--overwrite")
-    assert run.main(arguments) == 0
-    assert set(contents(out)) == {
-        "mine.txt",
-        "turn_01_static.mp4",
-        "turns/turn_01.safetensors",
-        "overview.png",
-        "report.json",
-        "session.json",
-    }
+    assert render(out, ["static"], "--overwrite") == 0
+    made = {"mine.txt", "turn_01_static.mp4", "turns/turn_01.safetensors"}
+    assert set(contents(out)) == made | set(BESIDE)
 
 
 def interrupted_in_the_second_turn(arguments: list[str]) -> tuple[int, str]:
@@ -343,13 +326,7 @@ def test_interrupting_keeps_the_finished_turns(
     assert code == 130
     assert errors == "interrupted: finished turns are kept; continue with --resume\n"
     assert len(json.loads((out / "session.json").read_text())["turns"]) == 1
-    assert set(contents(out)) == {
-        VIDEOS[0],
-        "overview.png",
-        "report.json",
-        "session.json",
-        "turns/turn_01.safetensors",
-    }
+    assert set(contents(out)) == {VIDEOS[0], "turns/turn_01.safetensors", *BESIDE}
 
 
 @contextmanager

@@ -34,11 +34,28 @@ PROMPT = "a red ball"
 KEPT = {f"turns/turn_01/window_{number:05d}.safetensors" for number in range(1, 6)}
 
 Capture = pytest.CaptureFixture[str]
+Edit = Callable[..., int]
 
 
 def words(clip: Path, out: Path, checkpoint: Path | str, *more: str) -> list[str]:
     where = ["--out", str(out), "--checkpoint", str(checkpoint), "--device", "cpu"]
     return ["edit", str(clip), "--prompt", PROMPT, *where, *more]
+
+
+@pytest.fixture
+def edit(long_clip: Path, editor_folder: Path) -> Callable[..., int]:
+    """Runs edit; returns its exit code."""
+
+    def do(out: Path, *more: str, clip: Path = long_clip) -> int:
+        return run.main(words(clip, out, editor_folder, *more))
+
+    return do
+
+
+@pytest.fixture
+def copied(tmp_path: Path, finished_edit: tuple[Path, str]) -> Path:
+    """The finished edit's folder again."""
+    return Path(shutil.copytree(finished_edit[0], tmp_path / "copy"))
 
 
 def files(folder: Path) -> set[str]:
@@ -111,15 +128,10 @@ def test_what_is_printed(finished_edit: tuple[Path, str]) -> None:
     ],
 )
 def test_options_reach_the_windows(
-    tmp_path: Path,
-    long_clip: Path,
-    editor_folder: Path,
-    finished_edit: tuple[Path, str],
-    options: list[str],
-    expected: dict[str, Any],
+    tmp_path: Path, edit: Edit, options: list[str], expected: dict[str, Any]
 ) -> None:
     out = tmp_path / "out.mp4"
-    assert run.main(words(long_clip, out, editor_folder, *options, "--quiet")) == 0
+    assert edit(out, *options, "--quiet") == 0
     report = report_of(out)
     windows = report["windows"]
     found = {
@@ -137,35 +149,25 @@ def test_options_reach_the_windows(
         assert windows[2]["memory"]["retrieved"] == []
 
 
-def test_short_videos(
-    tmp_path: Path, editor_folder: Path, moving_frames: Callable[..., Tensor]
-) -> None:
+def test_short_videos(tmp_path: Path, edit: Edit, moving_frames: Callable[..., Tensor]) -> None:
     """Shorter than a window, down to one frame: repeated for the model, and cut back."""
     for count in (1, 3):
         clip, out = tmp_path / f"{count}.mp4", tmp_path / f"{count}_edited.mp4"
         write_video(clip, moving_frames(count), FPS)
-        assert run.main(words(clip, out, editor_folder, "--quiet")) == 0
+        assert edit(out, "--quiet", clip=clip) == 0
         assert probe_video(out).num_frames == count
         assert report_of(out)["num_windows"] == 1
 
 
-def test_quiet_and_overwriting(
-    tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Capture
-) -> None:
+def test_quiet_and_overwriting(tmp_path: Path, edit: Edit, capsys: Capture) -> None:
     out = tmp_path / "edited.mp4"
-    assert run.main(words(long_clip, out, editor_folder, "--steps", "1", "--quiet")) == 0
+    assert edit(out, "--steps", "1", "--quiet") == 0
     first, folder = out.read_bytes(), tmp_path / "edited.edit"
     (folder / "mine.txt").write_text("mine")
     capsys.readouterr()
-    assert (
-        run.main(words(long_clip, out, editor_folder, "--cuts", "6", "--overwrite", "--quiet")) == 0
-    )
-    captured = capsys.readouterr()
-    assert captured.out.split() == [
-        str(out),
-        str(folder / "overview.png"),
-        str(folder / "report.json"),
-    ]
+    assert edit(out, "--cuts", "6", "--overwrite", "--quiet") == 0
+    captured, written = capsys.readouterr(), (out, folder / "overview.png", folder / "report.json")
+    assert captured.out.split() == [str(path) for path in written]
     assert captured.err == "" and out.read_bytes() != first
     assert {"session.json", "overview.png", "report.json", "mine.txt"} <= files(folder)
     assert report_of(out)["shots"] == 2
@@ -184,8 +186,7 @@ def interrupting(title: str, num_steps: int) -> Iterator[Callable[[Event], None]
 
 def test_interrupting_keeps_windows_and_says_how_to_go_on(
     tmp_path: Path,
-    long_clip: Path,
-    editor_folder: Path,
+    edit: Edit,
     finished_edit: tuple[Path, str],
     monkeypatch: pytest.MonkeyPatch,
     capsys: Capture,
@@ -193,7 +194,7 @@ def test_interrupting_keeps_windows_and_says_how_to_go_on(
     out = tmp_path / "a folder" / "edited.mp4"
     with monkeypatch.context() as patch:
         patch.setattr("mv2v_engine.turns.turn_progress", interrupting)
-        assert run.main(words(long_clip, out, editor_folder)) == 130
+        assert edit(out) == 130
     errors = capsys.readouterr().err
     said, _, command = errors.partition("; continue with: ")
     assert said == "interrupted: 2 of 5 windows are kept" and errors.count("\n") == 1
@@ -249,12 +250,10 @@ def test_killed_and_resumed(
 
 
 @pytest.mark.parametrize(("limit", "code"), [(100, 2), (9_000, 3)])
-def test_full_disk(
-    tmp_path: Path, long_clip: Path, editor_folder: Path, capsys: Capture, limit: int, code: int
-) -> None:
+def test_full_disk(tmp_path: Path, edit: Edit, capsys: Capture, limit: int, code: int) -> None:
     out = tmp_path / "edited.mp4"
     with largest_file(limit):
-        assert run.main(words(long_clip, out, editor_folder, "--quiet")) == code
+        assert edit(out, "--quiet") == code
     errors = capsys.readouterr().err
     assert errors.startswith("error: cannot write") and errors.count("\n") == 1
     assert not [name for name in files(tmp_path) if Path(name).name.startswith(".")]
@@ -262,32 +261,23 @@ def test_full_disk(
         assert not files(tmp_path)
         return
     assert "windows are kept; continue with: python -m mv2v_engine.run edit" in errors
-    assert run.main(words(long_clip, out, editor_folder, "--quiet", "--resume")) == 0
+    assert edit(out, "--quiet", "--resume") == 0
     assert probe_video(out).num_frames == NUM_FRAMES
 
 
 def test_resuming_a_finished_edit_makes_what_is_missing(
-    tmp_path: Path, long_clip: Path, editor_folder: Path, finished_edit: tuple[Path, str]
+    edit: Edit, finished_edit: tuple[Path, str], copied: Path
 ) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished_edit[0], folder)
     for name in ("edited.mp4", "edited.edit/overview.png", "edited.edit/report.json"):
-        (folder / name).unlink()
-    assert (
-        run.main(words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")) == 0
-    )
-    assert files(folder) == files(finished_edit[0])
-    assert (folder / "edited.mp4").read_bytes() == (finished_edit[0] / "edited.mp4").read_bytes()
+        (copied / name).unlink()
+    assert edit(copied / "edited.mp4", "--resume", "--quiet") == 0
+    assert files(copied) == files(finished_edit[0])
+    assert (copied / "edited.mp4").read_bytes() == (finished_edit[0] / "edited.mp4").read_bytes()
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_resuming_finds_every_damaged_file(
-    tmp_path: Path,
-    long_clip: Path,
-    editor_folder: Path,
-    finished_edit: tuple[Path, str],
-    capsys: Capture,
-    damage: str,
+    tmp_path: Path, edit: Edit, finished_edit: tuple[Path, str], capsys: Capture, damage: str
 ) -> None:
     """Each is made again to the same bits, or refused; none is taken for what it was."""
     whole, folder = finished_edit[0], tmp_path / "copy"
@@ -296,8 +286,8 @@ def test_resuming_finds_every_damaged_file(
         shutil.copytree(whole, folder)
         spoilt = DAMAGES[damage](content)
         (folder / name).write_bytes(spoilt)
-        arguments = words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")
-        code, said = run.main(arguments), capsys.readouterr().err
+        code = edit(folder / "edited.mp4", "--resume", "--quiet")
+        said = capsys.readouterr().err
         if name.endswith("session.json") and damage != "short":
             assert code == run.REFUSED and said.startswith(f"error: {folder / name} ")
             assert said.count("\n") == 1 and (folder / name).read_bytes() == spoilt
@@ -311,41 +301,27 @@ def test_resuming_finds_every_damaged_file(
 
 
 def test_another_video_in_the_edits_place_is_not_replaced(
-    tmp_path: Path,
-    long_clip: Path,
-    editor_folder: Path,
-    finished_edit: tuple[Path, str],
-    capsys: Capture,
+    edit: Edit, copied: Path, capsys: Capture
 ) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished_edit[0], folder)
-    mine = (folder / "edited.mp4").read_bytes() + b"of my own"
-    (folder / "edited.mp4").write_bytes(mine)
-    arguments = words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")
-    assert run.main(arguments) == run.REFUSED
+    out = copied / "edited.mp4"
+    mine = out.read_bytes() + b"of my own"
+    out.write_bytes(mine)
+    assert edit(out, "--resume", "--quiet") == run.REFUSED
     assert "is not the video that its edit wrote" in capsys.readouterr().err
-    assert (folder / "edited.mp4").read_bytes() == mine
+    assert out.read_bytes() == mine
 
 
 def test_the_overview_of_a_long_video_is_capped(
-    tmp_path: Path,
-    long_clip: Path,
-    editor_folder: Path,
-    finished_edit: tuple[Path, str],
-    monkeypatch: pytest.MonkeyPatch,
+    edit: Edit, copied: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = tmp_path / "copy"
-    shutil.copytree(finished_edit[0], folder)
-    overview = folder / "edited.edit" / "overview.png"
+    out, overview = copied / "edited.mp4", copied / "edited.edit" / "overview.png"
     whole = np.asarray(Image.open(overview))
     overview.unlink()
-    written = (folder / "edited.mp4").stat().st_mtime_ns
+    written = out.stat().st_mtime_ns
     monkeypatch.setattr("mv2v_engine.engine.results.MAX_WINDOWS", 2)
-    assert (
-        run.main(words(long_clip, folder / "edited.mp4", editor_folder, "--resume", "--quiet")) == 0
-    )
+    assert edit(out, "--resume", "--quiet") == 0
     # the video that is there is not made again
-    assert (folder / "edited.mp4").stat().st_mtime_ns == written
+    assert out.stat().st_mtime_ns == written
     capped, row = np.asarray(Image.open(overview)), len(whole) // 10
     assert len(capped) == 4 * row
     assert (capped[26 : 2 * row] == whole[26 : 2 * row]).all()  # the first window
@@ -353,16 +329,14 @@ def test_the_overview_of_a_long_video_is_capped(
     assert (capped[:26] < 100).sum() > (whole[:26] < 100).sum()  # it says what is missing
 
 
-def test_a_folder_of_images_letterboxed(
-    tmp_path: Path, editor_folder: Path, capsys: Capture
-) -> None:
+def test_a_folder_of_images_letterboxed(tmp_path: Path, edit: Edit, capsys: Capture) -> None:
     (tmp_path / "frames").mkdir()
     for number in range(8, 13):
         pixels = np.full((*SIZE[::-1], 3), 20 * number, np.uint8)
         Image.fromarray(pixels).save(tmp_path / "frames" / f"{number}.png")
     out = tmp_path / "out.mp4"
     options = ("--fit", "letterbox", "--fps", "10", "--steps", "1", "--cuts", "none")
-    assert run.main(words(tmp_path / "frames", out, editor_folder, *options)) == 0
+    assert edit(out, *options, clip=tmp_path / "frames") == 0
     said = capsys.readouterr().out
     assert "note: 5 images were taken at 10 a second\n" in said
     assert "between black bars of" in said
