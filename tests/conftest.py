@@ -229,39 +229,29 @@ def smooth_frames(count: int, size: tuple[int, int] = (64, 96)) -> Tensor:
     return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
 
 
+# a causal model of 32x48 pixels that reads 8 tokens: blocks of 2 latent frames, a window of 8, two
+# steps; and one with the source's latents beside the target's, as Lucy-Edit has them
+CAUSAL: dict[str, Any] = {
+    "has_text": True,
+    "sampling": {"size": (32, 48), "num_frames": 5},
+    "stream": StreamConfig(block_frames=2, window=8, sink_frames=2, timesteps=(1000, 500)),
+    "num_layers": 2,
+    "camera_conditioning": "none",
+    "tokenizers": (),
+    "merger": None,
+}
+CAUSAL_EDITOR = CAUSAL | {"in_channels": 32, "source_channels": 16}
+
+
 @pytest.fixture(scope="session")
 def causal_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A small random causal model of 32x48 pixels that reads 8 tokens: blocks of 2 latent frames,
-    a window of 8, two steps."""
-    return save_tiny(
-        tmp_path_factory.mktemp("checkpoint") / "causal",
-        name="causal",
-        has_text=True,
-        sampling={"size": (32, 48), "num_frames": 5},
-        stream=StreamConfig(block_frames=2, window=8, sink_frames=2, timesteps=(1000, 500)),
-        num_layers=2,
-        camera_conditioning="none",
-        tokenizers=(),
-        merger=None,
-    )
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "causal", name="causal", **CAUSAL)
 
 
 @pytest.fixture(scope="session")
 def causal_editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The same with the source's latents beside the target's, as Lucy-Edit has them."""
-    return save_tiny(
-        tmp_path_factory.mktemp("checkpoint") / "causal_editor",
-        name="causal_editor",
-        has_text=True,
-        sampling={"size": (32, 48), "num_frames": 5},
-        stream=StreamConfig(block_frames=2, window=8, sink_frames=2, timesteps=(1000, 500)),
-        num_layers=2,
-        in_channels=32,
-        source_channels=16,
-        camera_conditioning="none",
-        tokenizers=(),
-        merger=None,
-    )
+    folder = tmp_path_factory.mktemp("checkpoint") / "causal_editor"
+    return save_tiny(folder, name="causal_editor", **CAUSAL_EDITOR)
 
 
 @pytest.fixture

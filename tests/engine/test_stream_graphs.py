@@ -18,6 +18,7 @@ from mv2v_engine.engine.stream import Stream
 from mv2v_engine.errors import CancelledError, RequestError
 from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.progress import CancelToken, StepDone
+from tests.conftest import CAUSAL, CAUSAL_EDITOR
 from tests.engine.graph_stand_in import StandIn, raising
 
 PROMPTS = ["a red ball"] * 5 + ["the ball rolls"] * 2
@@ -45,16 +46,8 @@ def live_map(
     return make_checkpoint(
         tmp_path_factory.mktemp("checkpoint") / "live_map",
         name="live_map",
-        has_text=True,
-        sampling={"size": (32, 48), "num_frames": 5, "scheduler": "flow_map"},
-        stream=StreamConfig(block_frames=2, window=8, sink_frames=2, timesteps=(1000, 500)),
-        num_layers=2,
-        in_channels=32,
-        source_channels=16,
-        camera_conditioning="none",
-        tokenizers=(),
-        merger=None,
         has_end_time=True,
+        **CAUSAL_EDITOR | {"sampling": CAUSAL["sampling"] | {"scheduler": "flow_map"}},
     )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -17,6 +19,13 @@ def random_model(config: TransformerConfig, *, seed: int = 0) -> MV2VTransformer
     model = MV2VTransformer(config).eval().requires_grad_(False)
     randomise(model, seed=seed)
     return model
+
+
+def in_diffusers_words(config: TransformerConfig) -> dict[str, Any]:
+    """What its `WanTransformer3DModel` of the same shape is made of."""
+    same = ("num_attention_heads", "attention_head_dim", "out_channels", "text_dim", "freq_dim")
+    same += ("ffn_dim", "num_layers", "eps")
+    return {name: getattr(config, name) for name in same} | {"rope_max_seq_len": 64}
 
 
 def random_inputs(plan: TokenPlan, batch: int = 1, seed: int = 0) -> Inputs:

@@ -28,6 +28,7 @@ from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_confi
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.vae import VideoVAE
+from tests.models.drawn import in_diffusers_words
 
 GRID = (3, 6, 10)
 State = dict[str, Tensor]
@@ -169,17 +170,10 @@ def test_it_is_diffusers_model() -> None:
 
     config = _config()
     theirs = WanVACETransformer3DModel(
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
         in_channels=16,
-        out_channels=16,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
-        rope_max_seq_len=64,
         vace_layers=list(config.vace_layers),
         vace_in_channels=96,
+        **in_diffusers_words(config),
     )
     theirs = theirs.eval().requires_grad_(False)
     randomise(theirs)

@@ -14,6 +14,7 @@ from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
+from tests.models.drawn import in_diffusers_words
 
 # frames, rows, columns of the latent grid: token grids of odd and prime sides among them
 GRIDS = [(1, 2, 2), (3, 6, 10), (5, 12, 20), (2, 14, 26), (4, 10, 2)]
@@ -36,18 +37,10 @@ def _diffusers(config: TransformerConfig) -> Any:
 
     model = WanTransformer3DModel(
         patch_size=(1, 2, 2),
-        num_attention_heads=config.num_attention_heads,
-        attention_head_dim=config.attention_head_dim,
         in_channels=config.in_channels,
-        out_channels=config.out_channels,
-        text_dim=config.text_dim,
-        freq_dim=config.freq_dim,
-        ffn_dim=config.ffn_dim,
-        num_layers=config.num_layers,
         cross_attn_norm=True,
         qk_norm="rms_norm_across_heads",
-        eps=config.eps,
-        rope_max_seq_len=64,
+        **in_diffusers_words(config),
     )
     randomise(model)
     return model.eval().requires_grad_(False)

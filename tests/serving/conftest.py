@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -97,6 +98,15 @@ class Live:
                 await self.server.serve([bound])
 
 
+def until(is_so: Callable[[], Any]) -> Any:
+    """What is so, once it is."""
+    deadline = time.monotonic() + PATIENCE
+    while not (found := is_so()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return found
+
+
 @pytest.fixture
 def held() -> FakeBackend:
     """Each of its steps waits until the test has set `go`."""
@@ -156,6 +166,15 @@ def live(serving: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory) 
 def client(live: Live) -> Iterator[httpx.Client]:
     with live.client() as client:
         yield client
+
+
+@pytest.fixture
+def sent(tmp_path: Path, source_clip: Path) -> Path:
+    """A session's folder that has the clip alone."""
+    folder = tmp_path / "session_a"
+    folder.mkdir()
+    (folder / "source").write_bytes(source_clip.read_bytes())
+    return folder
 
 
 @pytest.fixture(scope="session")

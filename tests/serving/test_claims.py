@@ -34,12 +34,8 @@ def made(host: Host, folder: Path, claim: Claim) -> Iterator[dict[str, Any]]:
         yield from events
 
 
-def test_an_attempt_that_is_believed_dead_gives_way(
-    engine: Engine, tmp_path: Path, source_clip: Path
-) -> None:
-    folder = tmp_path / "session"
-    folder.mkdir()
-    (folder / "source").write_bytes(source_clip.read_bytes())
+def test_an_attempt_that_is_believed_dead_gives_way(engine: Engine, sent: Path) -> None:
+    folder = sent
     first = made(replica(engine), folder, Claim(folder, issue(folder), "first"))
     next(event for event in first if event["type"] == "step_done")
     # another attempt is told to make the turn; the first holds the lock, and has not noticed

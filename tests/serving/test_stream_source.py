@@ -33,6 +33,7 @@ from websockets.sync.client import connect
 from mv2v_engine.serving.store.source_frames import MOST_BLOCKS
 from mv2v_engine.serving.store.streams import engine_folder
 from mv2v_engine.serving.work.streaming import NOTHING
+from tests.serving.conftest import until
 from tests.serving.fake_streams import BLOCK_FRAMES, Negatives, StreamBackend
 
 FRAME = 48 * 64 * 3
@@ -52,24 +53,10 @@ def live(serving: Callable[..., Any], tmp_path: Path, backend: Negatives) -> Ite
         yield service
 
 
-@pytest.fixture
-def client(live: Any) -> Iterator[httpx.Client]:
-    with live.client() as client:
-        yield client
-
-
 def begun(client: httpx.Client) -> str:
     answer = client.post("/v1/streams", json={"prompt": "a negative"})
     assert answer.status_code == 201, answer.text
     return str(answer.json()["id"])
-
-
-def until(is_so: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := is_so()):
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
-    return found
 
 
 def status(client: httpx.Client, stream: str) -> dict[str, Any]:

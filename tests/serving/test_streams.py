@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import threading
-import time
 from collections.abc import Callable, Iterator
 from io import BytesIO
 from pathlib import Path
@@ -18,6 +17,7 @@ import pytest
 from mv2v_engine import Engine
 from mv2v_engine.serving.work.streaming import NOTHING
 from mv2v_engine.video.fragments import FragmentWriter
+from tests.serving.conftest import until
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
@@ -37,23 +37,9 @@ def live(
         yield service
 
 
-@pytest.fixture
-def client(live: Any) -> Iterator[httpx.Client]:
-    with live.client() as client:
-        yield client
-
-
 def ready(service: Any) -> None:
     until(lambda: service.backend.ready or service.backend.is_lost)
     assert service.backend.ready, service.backend.reason
-
-
-def until(is_so: Callable[[], Any]) -> Any:
-    deadline = time.monotonic() + PATIENCE
-    while not (found := is_so()):
-        assert time.monotonic() < deadline
-        time.sleep(0.02)
-    return found
 
 
 def begun(client: httpx.Client, **request: Any) -> dict[str, Any]:

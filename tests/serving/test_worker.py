@@ -95,11 +95,9 @@ def worker(tmp_path: Path, tiny_checkpoint: Path) -> Iterator[Worker]:
 
 
 def test_a_worker_from_its_setup_to_the_end_of_its_server(
-    worker: Worker, tmp_path: Path, source_clip: Path
+    worker: Worker, tmp_path: Path, sent: Path
 ) -> None:
-    folder = tmp_path / "session_a"
-    folder.mkdir()
-    (folder / "source").write_bytes(source_clip.read_bytes())
+    folder = sent
     ready = next(worker.said())
     assert ready["type"] == "ready" and ready["about"]["sampling"]["num_frames"] == 9
     assert not Lock(worker_lock(tmp_path)).acquire()
@@ -158,12 +156,8 @@ def test_a_worker_from_its_setup_to_the_end_of_its_server(
     assert Lock(worker_lock(tmp_path)).acquire()
 
 
-def test_what_nobody_foresaw_fails_a_turn_and_not_the_worker(
-    worker: Worker, tmp_path: Path, source_clip: Path
-) -> None:
-    folder = tmp_path / "session_a"
-    folder.mkdir()
-    (folder / "source").write_bytes(source_clip.read_bytes())
+def test_what_nobody_foresaw_fails_a_turn_and_not_the_worker(worker: Worker, sent: Path) -> None:
+    folder = sent
     assert next(worker.said())["type"] == "ready"
     worker.run("strange", folder, None, steps=2)  # a turn of views has a number
     *_, last = worker.events("strange")
