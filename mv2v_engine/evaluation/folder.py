@@ -33,17 +33,27 @@ AnyProtocol: TypeAlias = Protocol | EditProtocol
 class EvaluationKind:
     """What tells one task's evaluations from another's.
 
-    format, version: of its files. item: what is measured one by one, as a word. pictures: all that
-    may lie in the folder, by name. evaluator: of an engine and a protocol, whose `measure(seed)`
-    gives a result with `measures`. draw: a result into a file.
+    format, version: of its files. item: what is measured one by one, as a word; a protocol has a
+    field of their number. protocol, quick: what is measured if nothing else is asked for.
+    pictures: all that may lie in the folder, by name. evaluator: of an engine and a protocol, whose
+    `measure(seed)` gives a result with `measures`. draw: a result into a file. sum_up: an engine,
+    all items' measures and the protocol to what `results.json` says of them. table: of these. plot:
+    them, into the folder. agreed: what a resumed evaluation must agree on beside the protocol and
+    the weights.
     """
 
     format: str
     version: int
     item: str
+    protocol: AnyProtocol
+    quick: AnyProtocol
     pictures: tuple[str, ...]
     evaluator: Callable[[Engine, Any], Any]
     draw: Callable[[Path, Any], None]
+    sum_up: Callable[[Engine, list[Measures], Any], dict[str, Any]]
+    table: Callable[[dict[str, Any]], str]
+    plot: Callable[[Path, dict[str, Any]], None]
+    agreed: Callable[[], dict[str, Any]] = dict
 
 
 class EvaluationFolder:
@@ -122,11 +132,12 @@ class EvaluationFolder:
         save_json(self._item_path(seed), content)
         return measures | timed
 
-    def publish(self, results: dict[str, Any], table: str) -> None:
-        """Write the results and the table."""
+    def publish(self, results: dict[str, Any]) -> None:
+        """Write the results, and show them in a table and in pictures."""
         save_json(self.results, results)
         with replacing(self.table) as temporary:
-            temporary.write_text(table, encoding="utf-8")
+            temporary.write_text(self.kind.table(results), encoding="utf-8")
+        self.kind.plot(self.folder, results)
 
     def _item_path(self, seed: int) -> Path:
         return self.items / f"{self.kind.item}_{seed:07d}.json"
@@ -155,42 +166,24 @@ class Job:
         return self.folder.save(seed, self.settings, result.measures, time.monotonic() - began)
 
 
-@dataclass(frozen=True)
-class Measured:
-    """What is measured of a protocol.
-
-    items: every item's measures, in order. about: what `results.json` holds of how.
-    """
-
-    items: list[Measures]
-    kind: EvaluationKind
-    about: dict[str, Any]
-
-    def results(self, **content: Any) -> dict[str, Any]:
-        """What `results.json` holds. content: the task's."""
-        kind = {"format": self.kind.format, "version": self.kind.version}
-        return {**kind, **content, **self.about}
-
-
-def measure_missing(
+def evaluate(
     engine: Engine,
     folder: EvaluationFolder,
     protocol: AnyProtocol,
     *,
-    processes: Processes | None,
+    processes: Processes,
     is_quiet: bool,
-    **more: Any,
-) -> Measured:
-    """Measure the items of a protocol that the folder lacks, or whose picture it lacks.
+) -> None:
+    """Measure the items of a protocol that the folder lacks, or whose picture it lacks; sum up.
 
-    more: what a resumed evaluation must agree on beside the protocol and the weights.
+    processes: measure in several at once, with engines like this one.
 
     Raises:
         StorageError: the folder holds something else, or cannot be written.
         MemoryBudgetError: one of the processes was killed.
     """
     kind, seeds = folder.kind, protocol.seeds
-    settings = _settings(engine, protocol, f"{kind.item}s") | more
+    settings = _settings(engine, protocol, f"{kind.item}s") | kind.agreed()
     stored = {seed: folder.finished(seed, settings) for seed in seeds}
     for seed, picture in protocol.drawn.items():
         if not (folder.folder / picture).exists():
@@ -199,28 +192,32 @@ def measure_missing(
     began, job = time.monotonic(), Job(protocol, folder, settings)
     bar = tqdm(total=len(seeds), unit=kind.item, disable=is_quiet)
     bar.update(len(seeds) - len(missing))
-    with contextlib.closing(measure_all(engine, missing, job, processes)) as results:
-        for seed, measures in zip(missing, results, strict=True):
+    with contextlib.closing(measure_all(engine, missing, job, processes)) as measured:
+        for seed, measures in zip(missing, measured, strict=True):
             stored[seed] = measures
             bar.update()
     bar.close()
+    took = time.monotonic() - began
     items = [measures for measures in stored.values() if measures is not None]
-    about = {
+    results = {
+        "format": kind.format,
+        "version": kind.version,
+        **kind.sum_up(engine, items, protocol),
         "settings": settings,
         "engine": engine.describe(),
         "machine": {
             "cpu": platform.machine(),
             "threads": torch.get_num_threads(),
-            "processes": processes.jobs if processes is not None else 1,
+            "processes": processes.jobs,
         },
         "seconds": round(sum(measures["seconds"] for measures in items), 1),
         # this run alone, whose processes measured side by side what earlier ones had left
         "this_run": {
             f"{kind.item}s": len(missing),
-            "seconds": round(time.monotonic() - began, 1),
+            "seconds": round(took, 1),
         },
     }
-    return Measured(items, kind, about)
+    folder.publish(results)
 
 
 def _settings(engine: Engine, protocol: AnyProtocol, count: str) -> dict[str, Any]:

@@ -42,7 +42,7 @@ def default_jobs(device: str | None) -> int:
 
 
 def measure_all(
-    engine: Engine, seeds: Sequence[int], measure: MeasureFn, processes: Processes | None
+    engine: Engine, seeds: Sequence[int], measure: MeasureFn, processes: Processes
 ) -> Generator[Measures]:
     """`measure(engine, seed)` of every seed, in order, as they become ready.
 
@@ -52,8 +52,8 @@ def measure_all(
     Raises:
         MemoryBudgetError: a process was killed.
     """
-    jobs = min(processes.jobs, len(seeds)) if processes is not None else 1
-    if processes is None or jobs <= 1:
+    jobs = min(processes.jobs, len(seeds))
+    if jobs <= 1:
         for seed in seeds:
             yield measure(engine, seed)
         return
