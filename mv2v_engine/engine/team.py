@@ -50,12 +50,9 @@ class Team:
     """Rank 0's side of its ranks; what is made from one engine's weights shares it."""
 
     def __init__(self, ranks: Ranks) -> None:
-        self.ranks, self._numbers = ranks, count(1)
+        self.ranks, self.numbers = ranks, count(1)
         # a program that ends without `close` must not leave the others waiting
         self.close = weakref.finalize(self, ranks.close)
-
-    def next_number(self) -> int:
-        return next(self._numbers)
 
     def begin(self, plan: TokenPlan, buffers: StepBuffers) -> SharedTurn:
         """A turn whose steps the ranks share."""
@@ -126,7 +123,7 @@ class SharedTurn:
             noisy,
             has_ends,
         )
-        number = self._team.next_number()
+        number = next(self._team.numbers)
         ranks.say("begin", number, begin)
         for tensor in tensors:
             ranks.share(tensor.contiguous())

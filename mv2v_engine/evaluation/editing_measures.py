@@ -41,11 +41,6 @@ MEASURES = {
 }
 
 
-def measure_edit(frames: Tensor, clip: EditClip, starts: Sequence[int]) -> dict[str, float | None]:
-    """Everything of `MEASURES` for one edit; see `EditMeasurer`."""
-    return EditMeasurer(clip, starts).measure(frames)
-
-
 class EditMeasurer:
     """Measures edits of one clip; what is true of the clip is worked out once.
 

@@ -35,12 +35,11 @@ class FifoForward:
 class FifoIteration:
     """Forwards, from the noisy end to the clean one, then `finished` leaves (None: padding).
 
-    All forwards of an iteration read the queue as it was before it. `entered` is the frame that
-    came in, as pure noise, in the last place before this iteration.
+    All forwards of an iteration read the queue as it was before it; before it a frame came
+    in, as pure noise, in the last place.
     """
 
     forwards: tuple[FifoForward, ...]
-    entered: int
     finished: int | None
 
 
@@ -90,8 +89,4 @@ def fifo_schedule(
                     kept=kept,
                 )
             )
-        yield FifoIteration(
-            forwards=tuple(forwards),
-            entered=min(iteration, num_frames - 1),
-            finished=head if head >= 0 else None,
-        )
+        yield FifoIteration(forwards=tuple(forwards), finished=head if head >= 0 else None)

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.errors import VideoError
-from mv2v_engine.evaluation.editing_measures import MEASURES, measure_edit
+from mv2v_engine.evaluation.editing_measures import MEASURES, EditMeasurer
 from mv2v_engine.evaluation.instruction_agreement import found_pattern
 from mv2v_engine.evaluation.seams import seam_flicker
 from mv2v_engine.evaluation.window_agreement import window_of_frame
@@ -45,7 +45,7 @@ def test_the_truth_is_perfect_and_the_source_is_not(
     clips: dict[EditKind, EditClip], kind: EditKind
 ) -> None:
     clip = clips[kind]
-    truth = measure_edit(clip.edited.frames, clip, STARTS)
+    truth = EditMeasurer(clip, STARTS).measure(clip.edited.frames)
     assert set(truth) == set(MEASURES)
     assert truth["agreement"] is not None and truth["agreement"] > 0.98
     assert truth["background_psnr"] is not None and truth["background_psnr"] > 70
@@ -55,7 +55,7 @@ def test_the_truth_is_perfect_and_the_source_is_not(
         assert truth["subject_error"] is None
     else:
         assert truth["subject_error"] is not None and truth["subject_error"] < 0.06
-    source = measure_edit(clip.source.frames, clip, STARTS)
+    source = EditMeasurer(clip, STARTS).measure(clip.source.frames)
     assert source["agreement"] is not None and source["agreement"] < 0.05
 
 
@@ -71,8 +71,8 @@ def test_a_decoders_blur_and_noise_change_no_verdict(
         noisy = blurred + 5 * torch.randn(blurred.shape, generator=generator)
         return noisy.clamp(0, 255).to(torch.uint8).permute(0, 2, 3, 1)
 
-    edited = measure_edit(damaged(clip.edited.frames), clip, STARTS)["agreement"]
-    source = measure_edit(damaged(clip.source.frames), clip, STARTS)["agreement"]
+    edited = EditMeasurer(clip, STARTS).measure(damaged(clip.edited.frames))["agreement"]
+    source = EditMeasurer(clip, STARTS).measure(damaged(clip.source.frames))["agreement"]
     assert edited is not None and edited > 0.85
     assert source is not None and source < 0.25
 
@@ -82,9 +82,9 @@ def test_independent_choices_follow_the_words_and_disagree(
     clips: dict[EditKind, EditClip], kind: EditKind
 ) -> None:
     clip = clips[kind]
-    truth = measure_edit(clip.edited.frames, clip, STARTS)
+    truth = EditMeasurer(clip, STARTS).measure(clip.edited.frames)
     others = [other_choice(clip, alternative).edited.frames for alternative in (1, 2)]
-    other = measure_edit(independent(clip, others), clip, STARTS)
+    other = EditMeasurer(clip, STARTS).measure(independent(clip, others))
     assert other["agreement"] is not None and other["agreement"] > 0.95
     assert other["background_psnr"] == pytest.approx(truth["background_psnr"], abs=0.01)
     assert other["background_error"] == pytest.approx(truth["background_error"], abs=1e-4)
@@ -92,7 +92,7 @@ def test_independent_choices_follow_the_words_and_disagree(
     assert other["subject_error"] > max(3 * truth["subject_error"], 0.05)
     assert other["seam_ratio"] is not None and other["seam_ratio"] > 1.5
     # one other choice throughout is as good as the true one
-    constant = measure_edit(others[0], clip, STARTS)
+    constant = EditMeasurer(clip, STARTS).measure(others[0])
     assert constant["subject_error"] is not None
     assert constant["subject_error"] < 0.5 * other["subject_error"]
 
@@ -102,20 +102,19 @@ def test_the_wrong_colour_agrees_with_itself_alone(clips: dict[EditKind, EditCli
     asked = clip.instruction.value
     wrong = "green" if asked != "green" else "red"
     other = Instruction(kind="colour", target=clip.instruction.target, value=wrong)
-    measures = measure_edit(
-        clip.edited.frames, dataclasses.replace(clip, instruction=other), STARTS
-    )
+    misread = dataclasses.replace(clip, instruction=other)
+    measures = EditMeasurer(misread, STARTS).measure(clip.edited.frames)
     assert measures["agreement"] == pytest.approx(0, abs=0.02)
     assert measures["subject_error"] is not None and measures["subject_error"] < 0.01
 
 
 def test_damage_to_the_background_is_background_damage(clips: dict[EditKind, EditClip]) -> None:
     clip = clips["paint"]
-    truth = measure_edit(clip.edited.frames, clip, STARTS)
+    truth = EditMeasurer(clip, STARTS).measure(clip.edited.frames)
     frames = clip.edited.frames.clone()
     middle = frames[8:16]
     middle[~clip.mask[8:16]] = (middle[~clip.mask[8:16]].float() * 0.8).to(torch.uint8)
-    got = measure_edit(frames, clip, STARTS)
+    got = EditMeasurer(clip, STARTS).measure(frames)
     for name in ("background_psnr", "background_error", "subject_error"):
         assert truth[name] is not None and got[name] is not None
     assert got["background_psnr"] < 30  # type: ignore[operator]
@@ -127,7 +126,7 @@ def test_damage_to_the_background_is_background_damage(clips: dict[EditKind, Edi
 def test_a_frozen_frame_is_still_and_far_from_the_truth(clips: dict[EditKind, EditClip]) -> None:
     clip = clips["remove"]
     frozen = clip.edited.frames[:1].expand_as(clip.edited.frames)
-    got = measure_edit(frozen, clip, STARTS)
+    got = EditMeasurer(clip, STARTS).measure(frozen)
     assert got["flicker"] == 1 and got["inner_flicker"] == 0
     assert got["background_psnr"] is not None and got["background_psnr"] < 35
 
@@ -182,6 +181,6 @@ def test_patterns_are_told_apart_from_points_and_colours() -> None:
 def test_frames_of_another_clip(clips: dict[EditKind, EditClip]) -> None:
     clip = clips["hat"]
     with pytest.raises(VideoError, match=r"an edit of this clip is uint8 \[24, 48, 80, 3\]"):
-        measure_edit(clip.edited.frames[:8], clip, (0,))
+        EditMeasurer(clip, (0,)).measure(clip.edited.frames[:8])
     with pytest.raises(VideoError, match=r"got torch.float32"):
-        measure_edit(clip.edited.frames.float(), clip, STARTS)
+        EditMeasurer(clip, STARTS).measure(clip.edited.frames.float())
