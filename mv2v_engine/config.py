@@ -123,7 +123,8 @@ class SamplingConfig:
     that it was made at, for frames that come without one. sizes: others that it was made for, too.
     timesteps: how the model is told them; "bfloat16" rounds them, as ReCamMaster does in training
     and inference. guidance: how two predictions become one, `sampling.guidance`. prompt_prefix:
-    what stands before every prompt but the negative one.
+    what stands before every prompt but the negative one; reference_prefix: in its place where there
+    are reference images, if it is not empty.
     """
 
     num_frames: int = 81
@@ -153,6 +154,7 @@ class SamplingConfig:
     timesteps: Timesteps = "exact"
     guidance: GuidanceMode = "cfg"
     prompt_prefix: str = ""
+    reference_prefix: str = ""
 
     def __post_init__(self) -> None:
         fit_fields(self)

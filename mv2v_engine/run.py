@@ -103,7 +103,8 @@ def evaluate(args: argparse.Namespace) -> int:
     resolution = read_resolution(args)
     config = EngineConfig(**given(args, EngineConfig))
     load = partial(Engine.from_pretrained, args.checkpoint, **loading(args, config))
-    evaluate_checkpoint(args, task_of(resolution.config, args.task, resolution.name), load)
+    task = task_of(resolution.config, args.task, resolution.name)
+    evaluate_checkpoint(args, task, resolution.sampling, load)
     return 0
 
 

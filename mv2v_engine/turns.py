@@ -19,10 +19,11 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints.resolve import Resolution
 from mv2v_engine.config import EDITS, VIEWS
 from mv2v_engine.engine.descriptors import check_descriptor
+from mv2v_engine.engine.guides import open_guides, require_guides
 from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.engine.request import Request, camera_notes, require_task
 from mv2v_engine.engine.results import EditResults, Results, ViewResults
-from mv2v_engine.engine.source import load_source, view_identity
+from mv2v_engine.engine.source import load_source, open_long_source, view_identity
 from mv2v_engine.errors import CancelledError, MV2VError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.options import (
@@ -56,6 +57,8 @@ from mv2v_engine.video.windows import edit_windows
 _ADVICE = "free some space and run the same command with --resume, which makes what is missing"
 # rows of the table on the terminal, and cuts on its line; the report has all
 _MAX_ROWS, _SHOWN_CUTS = 24, 12
+# pixels of a latent cell, where guides are read to be checked alone
+_STRIDE = 8
 
 
 def novel_view(args: argparse.Namespace) -> int:
@@ -113,12 +116,22 @@ def edit(args: argparse.Namespace) -> int:
     shared = parallel_config(args, sampling.guidance_scale)
     config = EngineConfig(**given(args, EngineConfig), parallel=shared)
     require_task(resolution.config, resolution.name, edits=True)
+    guides: dict[str, Any] = {"references": args.reference, "mask": args.mask}
+    given_guides = {name: bool(value) for name, value in guides.items()}
+    require_guides(resolution.config, resolution.name, **given_guides)
     request = Request.edit(sampling=sampling, **_asked(args, resolution))
     if follows(args, config):
         return 0
     check_descriptor(config)
     results = EditResults(args.out)
     about = VideoReader(args.clip, alpha=config.source_alpha, max_pixels=None).info
+    if any(given_guides.values()):
+        # what cannot be read is said before weights are
+        reading: dict[str, Any] = {"alpha": config.source_alpha}
+        reading |= {"max_pixels": config.max_source_pixels}
+        how = {"size": sampling.size, "fps": args.fps, "own_fps": sampling.fps, **reading}
+        source = open_long_source(args.clip, fit=config.source_fit, **how)
+        open_guides(resolution.config, source, **guides, stride=_STRIDE, **reading)
     if args.cuts is not None:
         edit_windows(about.num_frames, sampling.num_frames, cuts=args.cuts)
     results.check_writable(args.clip)
@@ -132,6 +145,7 @@ def edit(args: argparse.Namespace) -> int:
                 args.clip,
                 fps=args.fps,
                 cuts=args.cuts,
+                **guides,
                 store=results.folder,
                 resume=resume,
                 is_locked=True,
@@ -170,8 +184,8 @@ def _loaded(
             engine.check_text(request.prompt, request.guidance_scale)
             if engine.is_editor and engine.text is not None:
                 engine.text.require_whole(engine.whole_prompt(request.prompt))
-        if resume and isinstance(results, EditResults):
-            results.check_settings(engine.edit_settings())
+        if resume:
+            results.check_settings(engine.turn_settings())
         results.remove_unfinished()
         if args.overwrite:
             results.clear()
@@ -388,6 +402,22 @@ def add_edit(parser: argparse.ArgumentParser) -> None:
         metavar="C",
         help="first frames of the shots but the first, from 0, as 40,85; none: one shot; "
         "auto, if not given: PySceneDetect finds them",
+    )
+    add(
+        "--reference",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="IMAGE",
+        help="an image that the instruction refers to, for VACE and Bernini-R; several in their "
+        "order; none if not given",
+    )
+    add(
+        "--mask",
+        type=Path,
+        metavar="VIDEO_OR_IMAGE",
+        help="what is bright in it is made anew, what is dark stays, for VACE; everything is made "
+        "anew if not given",
     )
     add_turns(parser, group)
     add_engine(

@@ -244,6 +244,32 @@ def test_resuming_remakes_what_is_missing_and_goes_on(
         assert made[name] == expected[name]
 
 
+def test_turns_of_other_steps_are_not_resumed(
+    tmp_path: Path, source_clip: Path, tiny_checkpoint: Path, capsys: Capture
+) -> None:
+    """Two families of as many steps differ in their solver and shift alone."""
+    out = tmp_path / "out"
+
+    def command(*more: str) -> list[str]:
+        return novel_view(source_clip, tiny_checkpoint, out, CAMERAS[:1], *more)
+
+    assert run.main(command("--fast", "lightx2v")) == 0
+    before = contents(out)
+    capsys.readouterr()
+    assert run.main(command("--fast", "turbo", "--resume")) == run.REFUSED
+    said = capsys.readouterr().err
+    assert "its session has scheduler 'lightx2v' instead of 'rcm'; ask for the same" in said
+    assert contents(out) == before
+    assert run.main(command("--fast", "lightx2v", "--resume")) == 0
+    # a folder of before they were kept is taken as it is
+    manifest = out / "session.json"
+    content = json.loads(manifest.read_text())
+    content["turns"][0]["settings"] = {}
+    content.pop("sha256")
+    manifest.write_text(json.dumps(content))
+    assert run.main(command("--fast", "turbo", "--resume")) == 0
+
+
 @pytest.mark.parametrize("damage", DAMAGES)
 def test_resuming_finds_every_damaged_file(
     finished: Path, tmp_path: Path, render: Render, capsys: Capture, damage: str

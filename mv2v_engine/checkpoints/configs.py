@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
-from mv2v_engine.checkpoints.detect import PATCH_CELLS, Detected, Format, read_json
+from mv2v_engine.checkpoints.detect import PATCH_CELLS, Detected, Format, read_json, wrong_base
 from mv2v_engine.checkpoints.weights import TensorInfo
 from mv2v_engine.config import (
     CameraConditioning,
@@ -32,6 +32,7 @@ TRAINED_FOR: tuple[ConditioningMode, ...] = ("joint",)
 _HEAD_DIM = 128
 # what Bernini is told before the instruction of an edit
 _BERNINI_EDITS = "You are a helpful assistant specialized in video editing."
+_BERNINI_REFERS = "You are a helpful assistant specialized in video editing with reference."
 _ECHO_NEGATIVE_PROMPT = "oversaturated colors, overexposed, static, blurry details"
 _IMAGE_LINEAR = "condition_embedder.image_embedder.ff.net.0.proj.weight"
 # formats of novel views that were trained further, on one size
@@ -203,7 +204,7 @@ def infer_config(detected: Detected, infos: Mapping[str, TensorInfo]) -> Transfo
     """
     said = _described(detected.config_file, detected.format) if detected.config_file else {}
     has_phases = detected.format == "redirector"
-    shapes = _Shapes(detected.path, infos)
+    shapes = _Shapes(detected, infos)
     width = shapes.width()
     heads, head_dim = _heads(detected, said, width)
     camera: CameraConditioning = "none"
@@ -301,6 +302,7 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
             sizes=((832, 480),),
             negative_prompt=WAN_NEGATIVE_PROMPT,
             prompt_prefix=_BERNINI_EDITS,
+            reference_prefix=_BERNINI_REFERS,
         )
     if config.camera_actions:
         return SamplingConfig(
@@ -338,11 +340,13 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
 class _Shapes:
     """Sizes read off tensors that every Wan transformer has."""
 
-    def __init__(self, path: Path, infos: Mapping[str, TensorInfo]) -> None:
-        self.path, self.infos = path, infos
+    def __init__(self, detected: Detected, infos: Mapping[str, TensorInfo]) -> None:
+        self.path, self.base, self.infos = detected.path, detected.base, infos
 
     def axis(self, name: str, axis: int) -> int:
         info = self.infos.get(name)
+        if info is None and self.base is not None:
+            raise wrong_base(self.base, self.path, f"neither has {name} under one kind of names")
         if info is None:
             raise CheckpointError(
                 f"{self.path} lacks {name}, whose shape tells the model's size; expected a whole "

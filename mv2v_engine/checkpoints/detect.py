@@ -91,11 +91,12 @@ _UNSUPPORTED = {
     "audio_injector.": "speech-to-video",
 }
 _CAMERA_BRANCH = ".prope_attn."
-# learned rotary phases of cameras, whose base has an adapter of their rays and reads image tokens
 _ACTIONS = ".action_mlp."
 # rows of Echo-Memory that no tensor tells from the one with a single context frame
 _ECHO_ROW = re.compile(r"(?i)(context_k|ctx_?)(5|20)|framepack\w*|\w*moc\w*")
+# learned rotary phases of cameras, whose base has an adapter of their rays and reads image tokens
 _PHASES = ".rope_phase_qk."
+BASE_OF_REDIRECTOR = "alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera"
 _OF_PHASES = ("control_adapter.", "img_emb.", ".k_img.", ".add_k_proj.", "image_embedder.")
 
 
@@ -179,7 +180,7 @@ def detect(
         raise CheckpointError(
             f"{root} holds ReDirector's trained tensors, self-attention with rotary phases, and "
             "not the rest of the transformer; give the one that they were trained on with "
-            "base=PATH, alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera"
+            f"base=PATH, {BASE_OF_REDIRECTOR}"
         )
     stored, tensors = tensors, with_scales(tensors)
     shapes = {key: info.shape for key, info in tensors.items()}
@@ -207,6 +208,14 @@ def detect(
         reason if under is None else f"{reason}, on {under.name}",
         is_causal=causal,
         base=under,
+    )
+
+
+def wrong_base(base: Path, path: Path, what: str) -> CheckpointError:
+    """The error for a base that is not that of trained tensors. what: how they differ."""
+    return CheckpointError(
+        f"{base} is not the base of {path}: {what}; give the one that it was trained on with "
+        f"base=PATH, {BASE_OF_REDIRECTOR}"
     )
 
 

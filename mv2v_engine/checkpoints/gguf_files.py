@@ -119,11 +119,19 @@ def open_tensors(path: Path) -> Callable[[str], Tensor]:
 def _reader(path: Path) -> Any:
     try:
         from gguf import GGUFReader
+        from gguf.gguf_reader import READER_SUPPORTED_VERSIONS
     except ImportError as error:
         raise CheckpointError(
             f"{path} is a GGUF file, which the package gguf reads, and it is not installed: "
             "pip install 'mv2v_engine[gguf]'"
         ) from error
+    version = _version(path)
+    if version not in (None, *READER_SUPPORTED_VERSIONS):
+        known = " and ".join(map(str, READER_SUPPORTED_VERSIONS))
+        raise CheckpointError(
+            f"{path} is a GGUF file of version {version}, and versions {known} are read; convert "
+            "the model again with a newer converter, or download a newer file"
+        )
     try:
         return GGUFReader(path)
     # numpy's and Python's own errors, whatever the bytes make of them
@@ -133,6 +141,16 @@ def _reader(path: Path) -> Any:
             f"{path} is a GGUF file that is truncated or damaged ({reason}); copy or download the "
             "whole file again"
         ) from error
+
+
+def _version(path: Path) -> int | None:
+    """The format's version, of either order of bytes; None of a file that ends before it."""
+    with path.open("rb") as file:
+        head = file.read(8)[len(MAGIC) :]
+    if len(head) < 4:
+        return None
+    little = int.from_bytes(head, "little")
+    return little if little & 0xFFFF else int.from_bytes(head, "big")
 
 
 def _t5_name(name: str) -> str:

@@ -6,7 +6,7 @@ read, so that the host never holds more than the model and a sixteenth of a file
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -109,6 +109,7 @@ def load_checkpoint(
     with_components: bool = True,
     causal: bool = False,
     base: Path | str | None = None,
+    check: Callable[[Resolution], None] | None = None,
 ) -> Checkpoint:
     """Load a checkpoint's transformer in evaluation mode.
 
@@ -127,6 +128,7 @@ def load_checkpoint(
         causal: the model was trained to make frames block by block, as no tensor tells.
         base: the transformer whose other tensors a file of trained ones leaves out, as
             `path_or_name`; what lies beside it is the checkpoint's.
+        check: called before any weight is read; what it raises ends the loading.
 
     Raises:
         CheckpointError: nothing there, unreadable, incomplete, of other shapes, undecided, or not
@@ -141,6 +143,8 @@ def load_checkpoint(
     detected = detect(path, renames, causal=causal, base=base)
     resolution = resolve(detected, loras).quantized(quantize)
     resolution.require_loadable()
+    if check is not None:
+        check(resolution)
     place, home = torch.device(device), None if offload is None else torch.device("cpu")
     _fill(resolution, place, dtype, products, home=home, check_weights=check_weights)
     if offload is not None:

@@ -21,7 +21,7 @@ from mv2v_engine.checkpoints.configs import (
     infer_config,
     read_own_config,
 )
-from mv2v_engine.checkpoints.detect import Detected, Format
+from mv2v_engine.checkpoints.detect import Detected, Format, wrong_base
 from mv2v_engine.checkpoints.modules import (
     Assignment,
     Shape,
@@ -102,11 +102,13 @@ class Resolution:
         """Raise `CheckpointError` for whatever forbids loading, the most telling thing first."""
         path = self.detected.path
         require_decided(self.undecided, path)
+        listed = "; ".join(
+            f"{name} got {list(got)}, expected {list(expected)}"
+            for name, got, expected in self.mismatched[:3]
+        )
+        if self.detected.base is not None:
+            self._require_base(self.detected.base, listed)
         if self.mismatched:
-            listed = "; ".join(
-                f"{name} got {list(got)}, expected {list(expected)}"
-                for name, got, expected in self.mismatched[:3]
-            )
             raise CheckpointError(
                 f"{path}: {len(self.mismatched)} parameters have other shapes than the model "
                 f"({listed}); give the config that belongs to these weights"
@@ -132,6 +134,18 @@ class Resolution:
         stored = {name: source.info.shape for name, source in self.sources.items()}
         for lora in self.loras:
             lora.require_fit(stored, self.detected.path.name)
+
+    def _require_base(self, base: Path, mismatched: str) -> None:
+        """Refuse a base and trained tensors that are no transformer together."""
+        wrong = []
+        if self.mismatched:
+            wrong.append(f"{len(self.mismatched)} parameters have other shapes ({mismatched})")
+        if self.missing:
+            wrong.append(f"{len(self.missing)} are in neither: {_first(self.missing)}")
+        if self.unknown:
+            wrong.append(f"{len(self.unknown)} keys have no place: {_first(self.unknown)}")
+        if wrong:
+            raise wrong_base(base, self.detected.path, "; ".join(wrong))
 
 
 def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:

@@ -20,6 +20,7 @@ from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.device import dtype_of_tokens, rank_device, transformer_dtype
 from mv2v_engine.engine.folder import SessionFolder, kept_for_one
+from mv2v_engine.engine.guides import AnyImage, Guides, open_guides, require_guides
 from mv2v_engine.engine.knowledge import source_warnings
 from mv2v_engine.engine.parts import (
     Parts,
@@ -231,6 +232,8 @@ class Engine(Parts):
         resume: bool = False,
         source_latents: Tensor | None = None,
         cuts: Sequence[int] | None = None,
+        references: Sequence[AnyImage] = (),
+        mask: AnySource | None = None,
         cancel: CancelToken | None = None,
         is_locked: bool = False,
     ) -> Session:
@@ -255,6 +258,10 @@ class Engine(Parts):
             cuts: of edits, first frames of the video's shots but the first; () says that it is
                 one shot, None looks for cuts in one pass over the video. No window straddles a
                 cut: with a cut at every frame, every frame is a window.
+            references: of edits by VACE or Bernini-R, images that the instruction refers to, in
+                order: files, Pillow's images, or uint8 [height, width, 3].
+            mask: of edits by VACE, a video of the source's size and length, or an image of its
+                size: what is bright is made anew, what is dark stays.
 
         Raises:
             VideoError, CameraError, StorageError: what does not fit.
@@ -262,7 +269,8 @@ class Engine(Parts):
             CancelledError: `cancel` was cancelled before the session was open.
         """
         views = {"cameras": cameras, "window": window, "source_latents": source_latents}
-        others = views if self.is_editor else {"cuts": cuts}
+        of_edits = {"cuts": cuts, "references": references or None, "mask": mask}
+        others = views if self.is_editor else of_edits
         if wrong := [name for name, value in others.items() if value is not None]:
             kind = "edits by instruction" if self.is_editor else "renders novel views"
             raise RequestError(f"{self.checkpoint.name} {kind}, leave out {' and '.join(wrong)}")
@@ -281,13 +289,28 @@ class Engine(Parts):
             sized._check_latents(source_latents)
         if cuts is not None:
             cuts = _frame_numbers(cuts)
-        opened = sized._opened(source, window, fps, alpha, fit, check)
+        shape, name = self.checkpoint.config, self.checkpoint.name
+        require_guides(shape, name, references=bool(references), mask=mask is not None)
+        opened, guides = sized._opened(source, window, fps, alpha, fit, check), Guides()
+        if isinstance(opened, LongSource):
+            guides = open_guides(
+                shape,
+                opened,
+                references=references,
+                mask=mask,
+                stride=self.vae.spatial_stride,
+                max_pixels=self.config.max_source_pixels,
+                alpha=alpha or self.config.source_alpha,
+                check=check,
+            )
         if camera is not None and isinstance(opened, Source):
             opened = opened.noting(f"its camera: {words}" for words in camera.notes)
         with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
             manifest, identity = None, dict[str, Any]()
             if folder is not None:
                 identity = self._identity(opened, camera)
+                if self.is_editor:
+                    identity |= guides.identity()
             if folder is not None and resume:
                 manifest = folder.read()
                 folder.check_identity(manifest, identity)
@@ -306,6 +329,7 @@ class Engine(Parts):
                 folder=folder,
                 lock=lock,
                 source_latents=source_latents,
+                guides=guides,
             )
             if folder is not None and manifest is None:
                 folder.create(session.id, identity)

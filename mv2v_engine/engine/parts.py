@@ -129,6 +129,17 @@ def load_parts(
     if components is not None:
         given = fetch_components(components, has_image=config.base is not None)
     is_checked = config.check_weights
+
+    def check(plan: Resolution) -> None:
+        if given is None:
+            require_components(plan)
+        text = plan.text_path if given is None else given.text_encoder
+        if config.quantize_text is not None and text is None:
+            raise RequestError(
+                f"{plan.name} has no text encoder, got quantize_text={config.quantize_text!r}; "
+                "leave it out"
+            )
+
     checkpoint = load_checkpoint(
         path_or_name,
         device=place,
@@ -142,14 +153,13 @@ def load_parts(
         with_components=given is None,
         causal=causal,
         base=config.base,
+        check=check,
     )
     checkpoint = replace(checkpoint, name=name_with_attention(checkpoint.name, config.attention))
     has_image, image_path = bool(checkpoint.config.image_dim), checkpoint.image_path
     vae_path, text_path = checkpoint.vae_path, checkpoint.text_path
     tokenizer_path = checkpoint.tokenizer_path
-    if given is None:
-        require_components(checkpoint)
-    else:
+    if given is not None:
         vae_path = given.vae(checkpoint.config.latent_channels)
         text_path, tokenizer_path = given.text_encoder, given.tokenizer
         if has_image and given.image_encoder is not None:
@@ -173,11 +183,6 @@ def load_parts(
             is_offloaded=config.text_offload != "never" and place.type == "cuda",
             check_weights=is_checked,
         )
-    elif config.quantize_text is not None:
-        raise RequestError(
-            f"{checkpoint.name} has no text encoder, got quantize_text={config.quantize_text!r}; "
-            "leave it out"
-        )
     image = None
     if has_image:
         _require_image(checkpoint.name, image_path)
@@ -186,7 +191,7 @@ def load_parts(
     return checkpoint, vae, text, image
 
 
-def require_components(found: Checkpoint | Resolution) -> None:
+def require_components(found: Resolution) -> None:
     """Refuse a checkpoint that lacks what turns need beside its transformer; ours need no text.
 
     Raises:
@@ -378,7 +383,12 @@ class Parts:
             )
 
     def plan(
-        self, tokenizers: Sequence[int], *, has_source: bool = True, preceding: bool = True
+        self,
+        tokenizers: Sequence[int],
+        *,
+        has_source: bool = True,
+        preceding: bool = True,
+        references: Sequence[tuple[int, int]] = (),
     ) -> TokenPlan:
         """The plan of a window as configured; the arguments as `turn_plan` takes them."""
         config, (_, frames, rows, columns) = self.config, self.latent_shape
@@ -388,6 +398,7 @@ class Parts:
             tokenizers,
             source=has_source,
             preceding=preceding,
+            references=references,
             merge=self.merge,
             scope=config.merge_scope,
             fraction=config.merge_fraction,
@@ -395,24 +406,30 @@ class Parts:
             rope=config.rope,
         )
 
-    def plan_of(self, num_memory: int) -> TokenPlan:
-        """The plan of a window that remembers so many videos."""
+    def plan_of(self, num_memory: int, references: Sequence[tuple[int, int]] = ()) -> TokenPlan:
+        """The plan of a window that remembers so many videos. references: as `plan` has them."""
         available, mode = self.transformer.config.tokenizers, self.config.memory_tokenizers
-        return self.plan(memory_tokenizers(num_memory, available, mode=mode))
+        ranked = memory_tokenizers(num_memory, available, mode=mode)
+        return self.plan(ranked, references=references)
 
-    def edit_settings(self) -> dict[str, Any]:
-        """What an edit's latents depend on beside its request; windows of one edit share it."""
-        settings = {name: getattr(self.config, name) for name in _OF_AN_EDIT}
+    def turn_settings(self) -> dict[str, Any]:
+        """What a turn's latents depend on beside its request; windows of one edit share it.
+
+        A view's turns are each their own: of theirs it is how they are sampled.
+        """
         # exact ones stand in no folder of before there was a choice
         rounded = {} if self.timesteps == "exact" else {"timesteps": self.timesteps}
-        own: dict[str, Any] = {"merge": self.merge, "scheduler": self.scheduler}
+        own: dict[str, Any] = {"scheduler": self.scheduler}
+        if self.is_editor:
+            own |= {name: getattr(self.config, name) for name in _OF_AN_EDIT}
+            own |= {**_EXACT, "merge": self.merge}
         if self.sampling.flow_shift != self.checkpoint.sampling.flow_shift:
             own["flow_shift"] = self.sampling.flow_shift
         if self.config.quantize_text is not None:
             own["quantize_text"] = self.config.quantize_text
         if self.products != self.dtype:
             own["products"] = str(self.products).removeprefix("torch.")
-        return {**settings, **_EXACT, **own, **rounded}
+        return {**own, **rounded}
 
     def check_text(self, prompt: str, guidance_scale: float) -> None:
         """Refuse a prompt that nothing here could read, and guidance towards nothing."""
@@ -458,17 +475,22 @@ class Parts:
             return [nothing] * len(prompts)
         return self.text.encode_all(prompts)
 
-    def guidance_texts(self, prompt: str, guidance_scale: float) -> tuple[Tensor, Tensor | None]:
+    def guidance_texts(
+        self, prompt: str, guidance_scale: float, *, has_references: bool = False
+    ) -> tuple[Tensor, Tensor | None]:
         """Embeddings [1, S, text_dim] of the prompt and, with guidance, of the negative prompt."""
-        prompts = [self.whole_prompt(prompt)]
+        prompts = [self.whole_prompt(prompt, has_references=has_references)]
         if needs_guidance(guidance_scale):
             prompts.append(self.sampling.negative_prompt)
         text, *negative = self.text_embeddings(prompts)
         return text, negative[0] if negative else None
 
-    def whole_prompt(self, prompt: str) -> str:
+    def whole_prompt(self, prompt: str, *, has_references: bool = False) -> str:
         """A prompt as the text encoder reads it."""
-        return f"{self.sampling.prompt_prefix} {prompt}".strip()
+        prefix = self.sampling.prompt_prefix
+        if has_references and self.sampling.reference_prefix:
+            prefix = self.sampling.reference_prefix
+        return f"{prefix} {prompt}".strip()
 
     def _decoder(self) -> dict[str, Any]:
         """What made the frames in place of the VAE's own decoder."""

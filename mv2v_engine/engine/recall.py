@@ -195,12 +195,19 @@ class ViewRecall(Recall):
 class EditRecall(Recall):
     """The memory of one edit under way: its finished windows.
 
-    What the cache has no room for is read again from where the window is kept.
+    What the cache has no room for is read again from where the window is kept. references: latent
+    (rows, columns) of the images that every window refers to.
     """
 
-    def __init__(self, parts: Parts, id: str, mode: MemoryMode) -> None:
+    def __init__(
+        self,
+        parts: Parts,
+        id: str,
+        mode: MemoryMode,
+        references: Sequence[tuple[int, int]] = (),
+    ) -> None:
         super().__init__(parts, id)
-        self.mode = mode
+        self.mode, self.references = mode, tuple(references)
         self._keys: list[SegmentKey] = []
 
     @property
@@ -229,7 +236,10 @@ class EditRecall(Recall):
         preceding = retrieval.ids[:1] == before[:1] and before in (
             (key.id, key.shot) for key in self._keys
         )
-        return retrieval, self.parts.plan(retrieval.tokenizers, preceding=preceding)
+        plan = self.parts.plan(
+            retrieval.tokenizers, preceding=preceding, references=self.references
+        )
+        return retrieval, plan
 
     def _ranked(self, window: EditWindow, descriptor: Tensor) -> Retrieval:
         if self.mode == "none":
@@ -244,11 +254,18 @@ class EditRecall(Recall):
             tokenizers=config.memory_tokenizers,
         )
 
-    def recall(self, window: EditWindow, descriptor: Tensor, source: Tensor) -> Recalled:
+    def recall(
+        self,
+        window: EditWindow,
+        descriptor: Tensor,
+        source: Tensor,
+        references: Sequence[Tensor] = (),
+    ) -> Recalled:
         """What a window is conditioned on.
 
         descriptor: of its source, [D]. source: its latents [C, F, H, W], a segment of their own
-        where they do not lie on the target's channels.
+        where they do not lie on the target's channels. references: latents [C, 1, H, W] of images,
+        segments of their own in the same case.
         """
 
         def rank() -> Ranked:
@@ -257,18 +274,19 @@ class EditRecall(Recall):
         retrieval, plan, entries = self._gathered(rank(), rank)
         videos = [entry.latents for entry in entries]
         if not self.parts.transformer.config.source_channels:
-            videos = [source, *videos]
+            videos = [source, *references, *videos]
         return Recalled(retrieval, plan, [video.to(self.parts.device)[None] for video in videos])
 
     def largest_plan(self, window: EditWindow) -> TokenPlan:
         """The longest plan that a window may get, known before its source is read."""
         count = sum(self._crosses_shots or key.shot == window.shot for key in self._keys)
-        return self.parts.plan_of(0 if self.mode == "none" else min(count, self.top_k))
+        count = 0 if self.mode == "none" else min(count, self.top_k)
+        return self.parts.plan_of(count, self.references)
 
     def plans(self, most: int) -> list[TokenPlan]:
         """The plans of windows with none to `most` others of their shot before them."""
         counts = range(1 if self.mode == "none" else min(most, self.top_k) + 1)
-        return [self.parts.plan_of(count) for count in counts]
+        return [self.parts.plan_of(count, self.references) for count in counts]
 
     def forget(self) -> None:
         """The edit, or its shot, has ended: nothing of it stays in the cache."""

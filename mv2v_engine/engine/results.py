@@ -96,6 +96,27 @@ class Results(ABC):
                     f"{self.elsewhere}"
                 )
 
+    def check_settings(self, settings: dict[str, Any]) -> None:
+        """Refuse to continue under other settings of the engine.
+
+        Raises:
+            StorageError: they differ from those that its turns began with.
+        """
+        for row in self.store.read()["turns"]:
+            # views of before they were kept have none
+            self._require_same(row["settings"] or settings, settings)
+
+    def _require_same(self, begun: dict[str, Any], asked: dict[str, Any]) -> None:
+        # what is left as it was stands in neither
+        for name in (*asked, *begun):
+            value = asked.get(name)
+            if begun.get(name) != value:
+                raise StorageError(
+                    f"{self.folder} cannot be resumed: its {self.of} has {name} "
+                    f"{begun.get(name)!r} instead of {value!r}; ask for the same {self.of}, or "
+                    f"{self.elsewhere}"
+                )
+
     def check_replaceable(self, source: Path) -> None:
         """Refuse a source that `clear` would remove, and another program's session.
 
@@ -407,25 +428,6 @@ class EditResults(Results):
         """
         digest = self._reported().get("file_sha256")
         return digest is not None and _digest_of(self.video) == digest
-
-    def check_settings(self, settings: dict[str, Any]) -> None:
-        """Refuse to continue an edit under other settings of the engine.
-
-        Raises:
-            StorageError: they differ from those that it began with.
-        """
-        for row in self.store.read()["turns"]:
-            self._require_same(row["settings"], settings)
-
-    def _require_same(self, begun: dict[str, Any], asked: dict[str, Any]) -> None:
-        # what is left as it was stands in neither
-        for name in (*asked, *begun):
-            value = asked.get(name)
-            if begun.get(name) != value:
-                raise StorageError(
-                    f"{self.folder} cannot be resumed: its edit has {name} {begun.get(name)!r} "
-                    f"instead of {value!r}; ask for the same edit, or choose another --out"
-                )
 
     def clear(self) -> None:
         """Remove the results, and the folder too if nothing else lies there."""

@@ -36,6 +36,7 @@ from mv2v_engine.engine.denoise import (
     stepwise,
 )
 from mv2v_engine.engine.folder import STORAGE_ERROR, SessionFolder
+from mv2v_engine.engine.guides import Guides
 from mv2v_engine.engine.knowledge import prompt_warnings
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.recall import EditRecall, Ranked, Recall, ViewRecall
@@ -98,14 +99,17 @@ class Session:
         folder: SessionFolder | None = None,
         lock: WriterLock | None = None,
         source_latents: Tensor | None = None,
+        guides: Guides | None = None,
     ) -> None:
         """Take an opened source.
 
-        camera: the source's own path; None: it stands still. lock: the folder's; None if there is
-        no folder, it can only be read, or the caller keeps others out.
+        camera: the source's own path; None: it stands still. guides: of edits, references and mask.
+        lock: the folder's; None if there is no folder, it can only be read, or the caller keeps
+        others out.
         """
         self.parts, self.source, self.id, self.cuts = parts, source, id, tuple(cuts)
         self.folder, self._lock, self._source_latents = folder, lock, source_latents
+        self.guides = guides or Guides()
         self.windows = edit_windows(source.num_frames, parts.sampling.num_frames, cuts=self.cuts)
         self.lost: tuple[str, ...] = ()
         self._drafts: list[Draft] = []
@@ -314,9 +318,14 @@ class Session:
 
     def plans(self) -> list[TokenPlan]:
         """The plans that an edit with memory may run, for `Engine.warmup`."""
-        memory = EditRecall(self.parts, self.id, self.parts.memory_mode)
+        memory = EditRecall(self.parts, self.id, self.parts.memory_mode, self._references)
         shots = [window.shot for window in self.windows]
         return memory.plans(max(shots.count(shot) for shot in set(shots)) - 1)
+
+    @property
+    def _references(self) -> tuple[tuple[int, int], ...]:
+        """Latent (rows, columns) of the images that edits refer to."""
+        return self.guides.sizes(self.parts.vae.spatial_stride)
 
     def warnings(self, prompt: str = "") -> tuple[str, ...]:
         """What the weights do not know of the source and of an edit's instruction, in words."""
@@ -390,6 +399,7 @@ class Session:
         self._is_closed = True
         self._recall.forget()
         self.source.close()
+        self.guides.close()
         if self._lock is not None:
             self._lock.release()
 
@@ -418,7 +428,9 @@ class Session:
         if camera is not None:
             check_camera(camera, parts.transformer.config)
         elif parts.text is not None:
-            parts.text.require_whole(parts.whole_prompt(request.prompt))
+            has_references = bool(self.guides.images)
+            words = parts.whole_prompt(request.prompt, has_references=has_references)
+            parts.text.require_whole(words)
 
     def _turn(
         self,
@@ -509,6 +521,7 @@ class Session:
                 ranked = ranked or memory.rank(request, len(self.turns))
             budget.check(ranked[1] if ranked else self._plan_of(request, window, memory))
         latents, frames, context = self._source_latents, None, None
+        references: list[Tensor] = []
         if latents is None:
             if isinstance(self.source, Source):
                 frames = self.source.frames
@@ -518,8 +531,20 @@ class Session:
                 cancel.check()
             encode = partial(parts.vae.encode, frames, check=cancel.check)
             latents = yield from staged(spans, "vae", encode)
+            if self.guides.images:
+                refer = partial(self.guides.latents, parts.vae, cancel.check)
+                references = yield from staged(spans, "vae", refer)
             if parts.transformer.config.vace_layers:
-                given = partial(vace_context, parts.vae, frames, whole=latents, check=cancel.check)
+                mask = self.guides.mask
+                given = partial(
+                    vace_context,
+                    parts.vae,
+                    frames,
+                    None if mask is None else mask.window(window, cancel.check),
+                    whole=latents,
+                    references=references,
+                    check=cancel.check,
+                )
                 context = yield from staged(spans, "vae", given)
             if not parts.is_editor:
                 self._source_latents = latents
@@ -527,7 +552,9 @@ class Session:
         texts = yield from staged(
             spans,
             "text",
-            lambda: parts.guidance_texts(request.prompt, request.guidance_scale),
+            lambda: parts.guidance_texts(
+                request.prompt, request.guidance_scale, has_references=bool(references)
+            ),
         )
         cancel.check()
         descriptor, on_channels = None, None
@@ -536,7 +563,7 @@ class Session:
             if isinstance(memory, EditRecall):
                 assert frames is not None
                 descriptor = self._described(frames[: window.stop - window.start], latents)
-                recalled = memory.recall(window, descriptor, latents)
+                recalled = memory.recall(window, descriptor, latents, references)
                 if parts.transformer.config.source_channels:
                     beside = latents if context is None else context
                     on_channels = beside.to(parts.device)[None]
@@ -545,7 +572,10 @@ class Session:
             image = None if parts.image is None else self._image(request)
         yield spans.done("memory")
         seed = window_seed(request.seed, window.number)
-        noise, generator = turn_noise((1, *latents.shape), seed)
+        # VACE's references are frames of the target, too, before those that are kept
+        shape = (1, len(latents), *recalled.plan.target.grid)
+        num_before = recalled.plan.target.num_frames - latents.shape[1]
+        noise, generator = turn_noise(shape, seed)
         denoiser = engine_denoiser(
             parts,
             recalled.plan,
@@ -560,7 +590,7 @@ class Session:
             yield started
             denoised = yield from steps(denoiser, cancel)
         yield spans.done("sampling")
-        made, retrieval = denoised.latents.cpu(), recalled.retrieval
+        made, retrieval = denoised.latents[:, num_before:].cpu(), recalled.retrieval
         if parts.is_editor:
             report = window_report(parts, window, denoiser, denoised, retrieval, spans)
             return KeptWindow(report, made, descriptor), None
@@ -630,7 +660,8 @@ class Session:
             with self.parts.cache.pinned(self._recall.entry_id(number) for number in numbers):
                 yield self._recall
             return
-        memory = EditRecall(self.parts, f"{self.id}/{draft.number}", draft.request.memory)
+        name, mode = f"{self.id}/{draft.number}", draft.request.memory
+        memory = EditRecall(self.parts, name, mode, self._references)
         try:
             self.store_missing()
             for window, kept in zip(self.windows, draft.windows, strict=False):
@@ -641,12 +672,12 @@ class Session:
         finally:
             memory.forget()
             self.source.close()
+            self.guides.close()
 
     def _taken_up(self, request: Request) -> Draft:
         """The edit that a request has begun, or a new turn."""
-        settings: dict[str, Any] = {}
+        settings = self.parts.turn_settings()
         if self.parts.is_editor:
-            settings = self.parts.edit_settings()
             for draft in self._drafts:
                 if (draft.request, draft.settings) == (request, settings):
                     return draft
@@ -752,7 +783,7 @@ class Session:
     def _edited(self, draft: Draft, decoding: Spans) -> Turn:
         """A finished edit as a turn, which it stays."""
         if draft.report is None:
-            source = {**self.source.describe(), "cuts": list(self.cuts)}
+            source = {**self.source.describe(), "cuts": list(self.cuts), **self.guides.describe()}
             rows = [kept.report for kept in draft.windows]
             draft.report = edit_report(
                 self.parts,

@@ -274,17 +274,20 @@ def vace_context(
     mask: Tensor | None = None,
     *,
     whole: Tensor | None = None,
+    references: Sequence[Tensor] = (),
     check: Callable[[], None] | None = None,
 ) -> Tensor:
-    """What VACE's blocks are given of a source [2 C + S^2, F, H, W], S the VAE's stride.
+    """What VACE's blocks are given of a source [2 C + S^2, R + F, H, W], S the VAE's stride.
 
     Where the mask is 1 the video is made anew, with what the source shows there as a hint; where
-    it is 0 the source stays. Both are encoded apart, and the mask's pixels follow as channels.
+    it is 0 the source stays. Both are encoded apart, and the mask's pixels follow as channels. The
+    R references stand before the frames as what stays.
 
     Args:
         frames: uint8 [T, height, width, 3].
         mask: [T, height, width], from 0.5 on what is made anew; None is all of it.
         whole: the latents of all frames, where they are known; read without a mask.
+        references: latents [C, 1, H, W] of images.
 
     Raises:
         VideoError: a mask of another shape, or frames as `VideoVAE.encode` refuses them.
@@ -302,7 +305,10 @@ def vace_context(
         reactive = vae.encode_pixels(pixels * chosen, check=check)
     else:
         reactive = whole.to(vae.device)
-    return torch.cat([inactive, reactive, mask_channels(chosen, vae.spatial_stride, reactive)])
+    context = torch.cat([inactive, reactive, mask_channels(chosen, vae.spatial_stride, reactive)])
+    blank = len(context) - len(inactive)
+    before = [F.pad(each.to(context), (0, 0, 0, 0, 0, 0, 0, blank)) for each in references]
+    return torch.cat([*before, context], 1)
 
 
 def mask_channels(mask_THW: Tensor, stride: int, latents_CFHW: Tensor) -> Tensor:

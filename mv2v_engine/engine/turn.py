@@ -64,7 +64,7 @@ class KeptWindow:
 class Draft:
     """A turn as far as it has come.
 
-    settings: those of the engine on which the latents of an edit depend; windows of one edit share
+    settings: those of the engine on which the turn's latents depend; windows of one edit share
     them. windows: the finished ones. report: of the whole turn; None until every window is
     finished. num_stored: how many windows the session's folder has. lost: why the folder's next
     window cannot be read, if it had one.

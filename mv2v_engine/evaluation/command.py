@@ -6,7 +6,7 @@ import argparse
 from collections.abc import Callable
 from dataclasses import replace
 
-from mv2v_engine.config import FAST, TransformerConfig
+from mv2v_engine.config import FAST, SamplingConfig, TransformerConfig
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.evaluation.figures import require_matplotlib
@@ -39,11 +39,15 @@ def task_of(shape: TransformerConfig, asked: str | None, name: str) -> str:
     return found
 
 
-def evaluate_checkpoint(args: argparse.Namespace, task: str, load: Callable[[], Engine]) -> None:
-    """Measure and print what was written. args: as `run evaluate --help` says.
+def evaluate_checkpoint(
+    args: argparse.Namespace, task: str, sampling: SamplingConfig, load: Callable[[], Engine]
+) -> None:
+    """Measure and print what was written.
+
+    args: as `run evaluate --help` says. sampling: the checkpoint's under them.
 
     Raises:
-        RequestError: an option of the other task.
+        RequestError: an option of the other task, or steps that the scheduler cannot take.
     """
     require_matplotlib()
     kind = EDITS if task == "edit" else VIEWS
@@ -60,6 +64,8 @@ def evaluate_checkpoint(args: argparse.Namespace, task: str, load: Callable[[], 
             raise RequestError(f"--{name} is for the other task, this checkpoint's is {task}")
     asked = {name: value for name, value in options.items() if value is not None}
     protocol = replace(kind.quick if args.quick else kind.protocol, **asked)
+    taken = sampling.num_inference_steps if protocol.steps is None else protocol.steps
+    sampling.check_few_steps(taken, sampling.guidance_scale)
     require_writable(args.out)
     folder = EvaluationFolder(args.out, kind)
     if not args.resume and not args.overwrite:

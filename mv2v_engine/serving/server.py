@@ -194,7 +194,8 @@ async def serve(
         the address and the model's name, when the first turn could be made.
 
     Raises:
-        StorageError, RequestError: the store or the address cannot be used.
+        StorageError, RequestError: the store or the address cannot be used, or the engine cannot be
+            had with these settings, however often it is tried.
     """
     bound = bound_socket(config.host, config.port)
     try:
@@ -210,16 +211,23 @@ async def serve(
             gc.collect()
             gc.freeze()
             on_listening(address)
-            waiting = asyncio.create_task(_tell_ready(app, address, on_ready))
+            waiting = asyncio.create_task(_tell_ready(app, address, on_ready, server))
             try:
                 await server.serve([bound])
             finally:
                 waiting.cancel()
+            if backend.refusal:
+                raise RequestError(backend.refusal)
     finally:
         bound.close()
 
 
-async def _tell_ready(app: FastAPI, address: str, tell: Callable[[str, str], None]) -> None:
+async def _tell_ready(
+    app: FastAPI, address: str, tell: Callable[[str, str], None], server: DrainingServer
+) -> None:
     while not app.state.service.ready:
+        if app.state.service.backend.refusal:
+            server.begin_drain()
+            return
         await asyncio.sleep(_READY_SECONDS)
     tell(address, app.state.service.about["engine"]["checkpoint"])

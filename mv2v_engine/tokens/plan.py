@@ -319,6 +319,7 @@ def turn_plan(
     *,
     source: bool = True,
     preceding: bool = True,
+    references: Sequence[tuple[int, int]] = (),
     merge: MergeMode = "conv",
     scope: MergeScope = "group",
     fraction: float | None = None,
@@ -334,11 +335,19 @@ def turn_plan(
         tokenizers: one per memory video, best first.
         source: whether a novel view has its source.
         preceding: whether the first memory video of an edit is the segment just before.
+        references: latent (rows, columns) of images that an edit refers to; VACE's are frames
+            before the target's, and have its rows and columns.
+
+    Raises:
+        RequestError: references to a model that takes none.
     """
+    if references and not (shape.source_ids or shape.vace_layers):
+        raise RequestError(f"this model takes no reference images, got {len(references)}")
     if shape.source_ids:
-        segments = _segments_by_id(grid, tokenizers)
+        segments = _segments_by_id(grid, references, tokenizers)
     elif shape.source_channels:
-        segments = _edit_segments(grid, tokenizers, preceding)
+        longer = (len(references) + grid[0], *grid[1:])
+        segments = _edit_segments(grid, longer, tokenizers, preceding)
     else:
         segments = _view_segments(shape, grid, tokenizers, source)
     return TokenPlan(
@@ -393,25 +402,36 @@ def _view_segments(
         )
 
 
-def _segments_by_id(grid: tuple[int, int, int], tokenizers: Sequence[int]) -> Iterator[Segment]:
-    """Target 0, source 1, memory from 2 on; more ids than were trained lie evenly among these."""
-    count, most = 1 + len(tokenizers), MOST_SOURCE_IDS
+def _segments_by_id(
+    grid: tuple[int, int, int], references: Sequence[tuple[int, int]], tokenizers: Sequence[int]
+) -> Iterator[Segment]:
+    """Target 0, source 1, then references and memory; more ids than were trained lie evenly among
+    these."""
+    count, most = 1 + len(references) + len(tokenizers), MOST_SOURCE_IDS
     ids = [1 + n * (min(count, most) - 1) / max(count - 1, 1) for n in range(count)]
     yield Segment(role="target", grid=grid)
     yield Segment(role="source", grid=grid, source_id=ids[0], mergeable=True)
-    for source_id, tokenizer in zip(ids[1:], tokenizers, strict=True):
+    for source_id, (rows, columns) in zip(ids[1:], references, strict=False):
+        yield Segment(role="source", grid=(1, rows, columns), source_id=source_id)
+    for source_id, tokenizer in zip(ids[1 + len(references) :], tokenizers, strict=True):
         yield Segment(
             role="memory", grid=grid, tokenizer=tokenizer, source_id=source_id, mergeable=True
         )
 
 
 def _edit_segments(
-    grid: tuple[int, int, int], tokenizers: Sequence[int], has_preceding: bool
+    grid: tuple[int, int, int],
+    target: tuple[int, int, int],
+    tokenizers: Sequence[int],
+    has_preceding: bool,
 ) -> Iterator[Segment]:
     """The segment just before takes the ids T..2T-1, all other memory shares 2T..3T-1; memory
-    frames run backwards (METHOD 4)."""
-    frames = grid[0]
-    yield Segment(role="target", grid=grid)
+    frames run backwards (METHOD 4).
+
+    target: the grid with references before its frames, whose T counts.
+    """
+    frames = target[0]
+    yield Segment(role="target", grid=target)
     for rank, tokenizer in enumerate(tokenizers):
         yield Segment(
             role="memory",

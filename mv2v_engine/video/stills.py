@@ -157,6 +157,28 @@ def decode_stills(
             yield number, _rgb(image, stills, stills.files[number])
 
 
+def is_image(path: Path) -> bool:
+    """Whether a path's name is that of one image."""
+    return path.suffix.lower() in SUFFIXES
+
+
+def read_image(path: Path, alpha: Alpha = "black", max_pixels: int | None = None) -> Tensor:
+    """One image, upright: uint8 [height, width, 3].
+
+    Raises:
+        VideoError: there is no such file, it is no image, or it is too large or too narrow.
+    """
+    from PIL import ImageOps
+
+    if not path.is_file():
+        raise VideoError(f"no image at {path}; give a file that exists")
+    with _opened(path) as image:
+        height, width = _upright_size(image)
+        check_picture_size(path, width, height, max_pixels)
+        upright = ImageOps.exif_transpose(image)
+        return _composed(upright if upright is not None else image, alpha, path.name)
+
+
 def frames_of_images(
     images: Sequence[Any], alpha: Alpha = "black"
 ) -> tuple[Tensor, tuple[str, ...]] | None:

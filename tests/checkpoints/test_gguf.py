@@ -6,7 +6,7 @@ import sys
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -107,6 +107,22 @@ def test_weights_become_numbers_again(wan256: State, tmp_path: Path, kind: str) 
     assert torch.equal(weight, found.to(torch.bfloat16))  # type: ignore[arg-type]
     named = {"F16": "float16", "BF16": "bfloat16"}.get(kind, kind)
     assert named in loaded.report.stored_dtypes
+
+
+@pytest.mark.parametrize("order", ["little", "big"])
+def test_other_versions_of_the_format_are_named(
+    wan256: State, tmp_path: Path, order: Literal["little", "big"]
+) -> None:
+    path = write_gguf(tmp_path / "wan.gguf", wan256)
+    content = path.read_bytes()
+    path.write_bytes(content[:4] + (1).to_bytes(4, order) + content[8:])
+    with pytest.raises(
+        CheckpointError, match=r"a GGUF file of version 1, and versions 2 and 3 are"
+    ):
+        detect(path)
+    path.write_bytes(content[:6])
+    with pytest.raises(CheckpointError, match="truncated or damaged"):
+        detect(path)
 
 
 def test_inspect_says_how_it_is_stored(wan256: State, tmp_path: Path) -> None:

@@ -15,16 +15,19 @@ from typing import Any
 import pytest
 import torch
 from diffusers import AutoencoderKLWan, UniPCMultistepScheduler, WanPipeline, WanTransformer3DModel
+from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
 from mv2v_engine import Engine, EngineConfig, run
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, save_checkpoint
 from mv2v_engine.engine.graphs import Graphs
+from mv2v_engine.errors import RequestError
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.sampling.guidance import guide_projected
 from mv2v_engine.testing import randomise, relative_error
 from mv2v_engine.tokens.plan import turn_plan
+from mv2v_engine.video.transforms import cover_and_crop
 from tests.conftest import VAE, _save_text
 from tests.engine.graph_stand_in import StandIn
 
@@ -119,12 +122,20 @@ def predicted(
 ) -> Tensor:
     """Velocity of the first of videos [1, 16, F, H, W]."""
     model = WanTransformer3DModel.from_pretrained(folder / "transformer").eval()
-    frames, rows, columns = videos[0].shape[2:]
-    grid = (frames, rows // 2, columns // 2)
-    model.rope = Table(torch.cat([factors(grid, source_id) for source_id in ids]))
+    tables, tokens = [], []
+    for video, source_id in zip(videos, ids, strict=True):
+        frames, rows, columns = video.shape[2:]
+        tables.append(factors((frames, rows // 2, columns // 2), source_id))
+        # one token high and wide: sizes that differ join, and patches stay what they are
+        cells = video.unflatten(4, (-1, 2)).unflatten(3, (-1, 2)).permute(0, 1, 2, 3, 5, 4, 6)
+        tokens.append(cells.flatten(2, 4).reshape(1, 16, -1, 2, 2))
+    model.rope = Table(torch.cat(tables))
     with torch.no_grad():
-        out: Tensor = model(torch.cat(videos, 2), t, text, return_dict=False)[0]
-    return out[:, :, :frames]
+        out: Tensor = model(torch.cat(tokens, 2), t, text, return_dict=False)[0]
+    frames, rows, columns = videos[0].shape[2:]
+    own = out[:, :, : frames * rows * columns // 4]
+    own = own.reshape(1, 16, frames, rows // 2, columns // 2, 2, 2)
+    return own.permute(0, 1, 2, 3, 5, 4, 6).reshape(videos[0].shape)
 
 
 def projected(x: Tensor, sigma: float, own: Tensor, other: Tensor, scale: float) -> Tensor:
@@ -195,17 +206,53 @@ def test_remembered_windows_have_ids_of_their_own(folder: Path, editor: Engine) 
     assert [s.source_id for s in many.segments[1:]] == [1 + n / 2 for n in range(9)]
 
 
+def test_images_are_segments_with_the_ids_after_the_sources(
+    folder: Path, editor: Engine, frames: Tensor, tmp_path: Path
+) -> None:
+    """Each keeps its shape, in whole patches, and is made no larger; its own words stand first."""
+    generator = torch.Generator().manual_seed(8)
+    wide = torch.randint(0, 256, (16, 32, 3), generator=generator, dtype=torch.uint8)
+    tall = torch.randint(0, 256, (100, 50, 3), generator=generator, dtype=torch.uint8)
+    Image.fromarray(wide.numpy()).save(tmp_path / "wide.png")
+    session = editor.session(frames, cuts=(), references=[tmp_path / "wide.png", tall.numpy()])
+    turn = session.edit("a red ball", seed=3, num_inference_steps=3)
+    assert turn.report["source"]["references"] == [[16, 32], [48, 32]]
+    small_tall = cover_and_crop(tall[None], (48, 32))[0]
+    given = [frames, wide[None], small_tall]
+    source, *images = (editor.vae.encode(each)[None] for each in given)
+    assert editor.text is not None
+    texts = [
+        editor.text.encode(f"{SYSTEM[:-1]} with reference. a red ball"),
+        editor.text.encode(editor.sampling.negative_prompt),
+    ]
+    latents = initial_noise(tuple(source.shape), 3)
+    solver, ids = make_solver("unipc", 3, 5.0), [0.0, 1.0, 2.0, 3.0]
+    for index in range(3):
+        t, videos = solver.timesteps[index : index + 1], [latents, source, *images]
+        own, other = (predicted(folder, videos, ids, t, text) for text in texts)
+        velocity = projected(latents, float(solver.sigmas[index]), own, other, 4.0)
+        latents = solver.step(velocity, index, latents)
+    assert relative_error(session._drafts[0].windows[0].read()[None], latents) <= 1e-5
+    plan = turn_plan(editor.transformer.config, (3, 4, 6), (4,) * 4, references=[(2, 4)] * 2)
+    assert [s.source_id for s in plan.segments[1:]] == [1 + n * 4 / 6 for n in range(7)]
+    with pytest.raises(
+        RequestError, match=r"-R-1\.3B-Diffusers takes no mask; leave it out"
+    ):
+        editor.session(frames, cuts=(), mask=frames)
+
+
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
 def test_a_long_edit_remembers_and_captured_steps_are_the_same(
     folder: Path, frames: Tensor, conditioning: Any
 ) -> None:
     long = torch.cat([frames, frames.flip(0)])
+    images = [frames[0, :16, :32]]
     latents = []
     for captured in (False, True):
         engine = small(folder, conditioning=conditioning, memory="retrieved")
         if captured:
             engine.graphs = Graphs("on", 1 << 30, StandIn(), None)
-        session = engine.session(long, cuts=())
+        session = engine.session(long, cuts=(), references=images)
         session.edit("a ball", num_inference_steps=3)
         windows = session._drafts[0].windows
         latents.append([window.read() for window in windows])

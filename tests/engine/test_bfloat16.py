@@ -38,7 +38,7 @@ def test_what_is_narrow(tiny_checkpoint: Path, backend: Any) -> None:
     assert engine.dtype == torch.float32 and engine.describe()["dtype"] == "bfloat16"
     whole = _engine(tiny_checkpoint, torch.float32, backend=backend)
     assert whole.backend == engine.backend
-    assert engine.edit_settings() == whole.edit_settings() | {"products": "bfloat16"}
+    assert engine.turn_settings() == whole.turn_settings() | {"products": "bfloat16"}
 
 
 @has_products

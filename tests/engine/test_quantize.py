@@ -131,7 +131,10 @@ def test_the_bytes_of_a_shape() -> None:
 
 
 def test_the_text_encoder(
-    worded_checkpoint: Path, tiny_checkpoint: Path, source_frames: Tensor
+    worded_checkpoint: Path,
+    tiny_checkpoint: Path,
+    source_frames: Tensor,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Its bytes are known and advised, reports say it, and who has none is refused."""
     whole, small = (
@@ -153,6 +156,8 @@ def test_the_text_encoder(
     assert not torch.equal(turns[0].latents, turns[1].latents)
     assert turns[1].report["quantize_text"] == "int8"
     assert "the text encoder's weights rounded to int8" in turns[1].report["approximations"]
+    # before any weight is read
+    monkeypatch.setattr("mv2v_engine.checkpoints.load._fill", None)
     with pytest.raises(RequestError, match=r"tiny has no text encoder, got quantize_text='fp8'"):
         Engine.from_pretrained(
             tiny_checkpoint, device="cpu", config=EngineConfig(quantize_text="fp8")

@@ -17,7 +17,7 @@ from transformers import UMT5EncoderModel
 
 from mv2v_engine import Engine, EngineConfig, run
 from mv2v_engine.camera.trajectories import named_trajectory
-from mv2v_engine.checkpoints import inspect_checkpoint, render_inspection
+from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, render_inspection
 from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import CheckpointError, RequestError
@@ -27,6 +27,7 @@ from mv2v_engine.sampling.flow_match import initial_noise
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.work.protocol import decode, encode, engine_arguments, setup_message
 from mv2v_engine.testing import relative_error
+from tests.checkpoints.conftest import by_replacement, fill, original_shapes
 from tests.checkpoints.redirector_files import SHAPE, base_state, trained_state
 from tests.checkpoints.small_hub import SmallHub
 from tests.engine.graph_stand_in import StandIn
@@ -241,6 +242,42 @@ def test_what_is_needed_is_said(
     assert "blocks.2.attn1.rope_phase_qk.1.weight" in str(
         inspect_checkpoint(trained, base=base).problem
     )
+
+
+def _other_bases() -> dict[str, tuple[dict[str, Tensor], str]]:
+    """Transformers that it was not trained on, and what is said of each."""
+    plain = replace(SHAPE, image_dim=0, camera_attention="none", shared_time=False)
+    wan = fill(original_shapes(plain, camera=False))
+    fun = base_state()
+    return {
+        "plain": (wan, "neither has condition_embedder.image_embedder"),
+        "diffusers": (
+            {by_replacement(key): weight for key, weight in wan.items()},
+            "neither has proj_out.weight under one kind of names",
+        ),
+        "deeper": (base_state(replace(SHAPE, num_layers=4, merge_blocks=None)), "2 are in neither"),
+        "shallower": (base_state(replace(SHAPE, num_layers=2, merge_blocks=None)), "in neither"),
+        "wider": (base_state(replace(SHAPE, num_attention_heads=3)), "have other shapes"),
+        "no_adapter": (
+            {key: weight for key, weight in fun.items() if "control_adapter" not in key},
+            "6 are in neither: control_adapter.conv.weight",
+        ),
+    }
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "diffusers", "deeper", "shallower", "wider", "no_adapter"]
+)
+def test_a_base_that_is_another_is_named(trained: Path, tmp_path: Path, name: str) -> None:
+    state, what = _other_bases()[name]
+    other = tmp_path / f"{name}_base"
+    other.mkdir()
+    save_file(state, str(other / "diffusion_pytorch_model.safetensors"))
+    with pytest.raises(CheckpointError) as caught:
+        load_checkpoint(trained, base=other)
+    said = str(caught.value)
+    assert said.startswith(f"{other} is not the base of {trained}: ") and what in said
+    assert "base=PATH, alibaba-pai/Wan2.1-Fun-V1.1-1.3B-Control-Camera" in said
 
 
 def test_names_on_a_hub(hub: SmallHub, trained: Path, base: Path) -> None:

@@ -187,3 +187,14 @@ def test_bad_requests(
     assert run.main(command(tiny_checkpoint, tmp_path / "out", *option)) == 2
     assert words in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_steps_that_a_family_cannot_take_are_refused_before_anything(
+    tiny_checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("mv2v_engine.evaluation.command._run", None)
+    assert (
+        run.main(command(tiny_checkpoint, tmp_path / "out", "--fast", "turbo", "--steps", "9")) == 2
+    )
+    assert "scheduler rcm has a table for" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

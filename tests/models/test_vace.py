@@ -6,12 +6,14 @@ import json
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from PIL import Image
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -21,9 +23,10 @@ from mv2v_engine.checkpoints.names import to_original
 from mv2v_engine.config import ParallelConfig, StreamConfig, TransformerConfig
 from mv2v_engine.engine.step import vace_context
 from mv2v_engine.engine.stream import require_causal
-from mv2v_engine.errors import CheckpointError, RequestError, VideoError
+from mv2v_engine.errors import CheckpointError, RequestError, StorageError, VideoError
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.sampling.flow_match import initial_noise
 from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import turn_plan
@@ -334,6 +337,144 @@ def test_its_file_is_recognised_and_edits(
     shared = EngineConfig(parallel=ParallelConfig(context=2))
     with pytest.raises(RequestError, match="tokens are not shared between processes"):
         Engine(checkpoint, engine.vae, engine.text, config=shared, **options)
+
+
+@pytest.fixture
+def editor(worded_checkpoint: Path, tmp_path: Path) -> Engine:
+    """Of windows of 5 frames of 32x48, two steps without guidance."""
+    config = _config(num_attention_heads=2, attention_head_dim=24, text_dim=16, text_len=8)
+    folder = _file(tmp_path / "vace", _model(config), layers=[0, 2, 3])
+    engine = Engine.from_pretrained(folder, device="cpu", components=worded_checkpoint)
+    changes: dict[str, Any] = {"num_frames": 5, "size": (32, 48), "num_inference_steps": 2}
+    sampling = replace(engine.sampling, guidance_scale=1.0, flow_shift=5.0, **changes)
+    checkpoint = replace(engine.checkpoint, sampling=sampling)
+    return Engine(checkpoint, engine.vae, engine.text, device=engine.device, config=EngineConfig())
+
+
+def _context(vae: VideoVAE, frames: Tensor, mask: Tensor, images: list[Tensor]) -> Tensor:
+    """As the paper words it: what stays and what does not, apart, the mask's pixels of the nearest
+    frames, and before them the images on white as what stays."""
+    pixels = frames.permute(3, 0, 1, 2).float() / 127.5 - 1
+    parts = [vae.encode_pixels(pixels * (1 - mask)), vae.encode_pixels(pixels * mask)]
+    # of five frames the nearest to the middles of two halves
+    cells = mask[[1, 3]].reshape(2, 4, 8, 6, 8).permute(2, 4, 0, 1, 3).flatten(0, 1)
+    context = torch.cat([*parts, cells])
+    for image in reversed(images):
+        latents = vae.encode(image[None])
+        context = torch.cat([torch.cat([latents, torch.zeros(80, 1, 4, 6)]), context], 1)
+    return context
+
+
+def test_images_and_a_mask_are_what_its_blocks_are_given(
+    editor: Engine, moving_frames: Callable[..., Tensor], tmp_path: Path
+) -> None:
+    """Euler over the reference forward; the images are frames before the target's, cut off."""
+    frames = moving_frames(5)
+    mask = torch.zeros(5, 32, 48)
+    mask[1:, 8:24, 11:37] = 1
+    generator = torch.Generator().manual_seed(6)
+    wide, tall = (
+        torch.randint(0, 256, (*size, 3), generator=generator, dtype=torch.uint8)
+        for size in ((16, 48), (32, 16))
+    )
+    Image.fromarray(wide.numpy()).save(tmp_path / "wide.png")
+    given = {"references": [tmp_path / "wide.png", tall], "mask": _video(mask)}
+    session = editor.session(frames, cuts=(), **given)
+    turn = session.edit("a red ball", seed=3)
+    assert turn.frames.shape == (5, 32, 48, 3)
+    assert turn.report["source"]["references"] == [[32, 48], [32, 48]]
+    assert turn.report["source"]["mask"] == "mask"
+
+    canvas = [torch.full((32, 48, 3), 255, dtype=torch.uint8) for _ in range(2)]
+    canvas[0][8:24], canvas[1][:, 16:32] = wide, tall
+    context = _context(editor.vae, frames, mask, canvas)
+    assert context.shape == (96, 4, 4, 6)
+    assert editor.text is not None
+    text = editor.text.encode("a red ball")[0]
+    file = editor.checkpoint.report.path / "diffusion_pytorch_model.safetensors"
+    reference = Reference(load_file(str(file)), editor.transformer.config)
+    latents = initial_noise((1, 16, 4, 4, 6), 3)[0].double()
+    levels = torch.linspace(1, 0, 3, dtype=torch.float64)
+    levels = 5 * levels / (1 + 4 * levels)
+    for level, after in pairwise(levels):
+        velocity = reference(latents, context, float(1000 * level), text)
+        latents = latents + (after - level) * velocity
+    assert relative_error(session._drafts[0].windows[0].read(), latents[:, 2:].float()) <= 1e-4
+
+
+def _video(mask: Tensor) -> Tensor:
+    return (255 * mask).to(torch.uint8)[..., None].expand(*mask.shape, 3)
+
+
+def test_a_mask_of_a_long_video_and_what_is_refused(
+    editor: Engine, moving_frames: Callable[..., Tensor], tmp_path: Path, monkeypatch: Any
+) -> None:
+    frames, seen = moving_frames(9), list[Tensor]()
+    original = vace_context
+
+    def watched(vae: VideoVAE, frames: Tensor, mask: Tensor | None = None, **how: Any) -> Tensor:
+        assert mask is not None
+        seen.append(mask)
+        return original(vae, frames, mask, **how)
+
+    monkeypatch.setattr("mv2v_engine.engine.session.vace_context", watched)
+    mask = torch.zeros(9, 32, 48)
+    for number in range(9):
+        mask[number, number] = 1
+    session = editor.session(frames, cuts=(), mask=_video(mask))
+    session.edit("a red ball")
+    for window, own in zip(session.windows, seen, strict=True):
+        assert torch.equal(own, mask[list(window.indices)])
+    # one image is every frame's, and a folder knows its session by it and by the references
+    seen.clear()
+    Image.fromarray(_video(mask)[3].numpy()).save(tmp_path / "mask.png")
+    store = tmp_path / "session"
+    about: dict[str, Any] = {"cuts": (), "store": store}
+    session = editor.session(frames, mask=tmp_path / "mask.png", references=[frames[0]], **about)
+    session.edit("a red ball")
+    assert all(torch.equal(own, mask[3].expand(5, -1, -1)) for own in seen)
+    assert session.turns[0].report["source"]["mask"] == "mask.png"
+    session.close()
+    with pytest.raises(StorageError, match="a session whose mask is '"):
+        editor.session(frames, references=[frames[0]], resume=True, **about)
+    with pytest.raises(StorageError, match="a session whose references is"):
+        editor.session(frames, mask=tmp_path / "mask.png", resume=True, **about)
+    again = editor.session(
+        frames, mask=_video(mask)[3:4], references=[frames[0].numpy()], resume=True, **about
+    )
+    assert len(again.turns) == 1
+
+    refused: list[tuple[dict[str, Any], str]] = [
+        ({"mask": _video(mask)[:5]}, "mask has 5 frames, and the source that it masks 9; give as"),
+        ({"mask": _video(mask)[:, :16]}, "mask is 48x16, and the source that it masks 48x32"),
+        ({"mask": tmp_path / "none.png"}, "no image at .*none.png; give a file that exists"),
+        ({"references": [tmp_path / "none.jpg"]}, "no image at .*none.jpg"),
+        ({"references": [Path(__file__)]}, "test_vace.py cannot be read as an image"),
+        ({"references": [frames]}, "references must be a list, each an image file"),
+        ({"references": [frames[0].float()]}, "references must be a list, each an image file"),
+        ({"references": [frames[0, :1]]}, "one side more than 16 times the other"),
+        ({"references": "one.png"}, "references must be images"),
+    ]
+    for given, words in refused:
+        with pytest.raises((VideoError, RequestError), match=words):
+            editor.session(frames, cuts=(), **given)
+
+
+def test_who_takes_none_says_so(
+    moving_frames: Callable[..., Tensor], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from mv2v_engine import run
+    from mv2v_engine.video.io import write_video
+
+    clip, image = tmp_path / "clip.mp4", tmp_path / "one.png"
+    write_video(clip, moving_frames(5), 8)
+    Image.fromarray(moving_frames(1)[0].numpy()).save(image)
+    common = ["edit", str(clip), "--prompt", "x", "--out", str(tmp_path / "out.mp4")]
+    assert run.main([*common, "--mask", str(image)]) == 2
+    assert "tiny-edit takes no mask; leave it out, or use" in capsys.readouterr().err
+    assert run.main([*common, "--reference", str(image)]) == 2
+    assert "tiny-edit takes no reference images; leave them out" in capsys.readouterr().err
+    assert not (tmp_path / "out.mp4").exists()
 
 
 def test_a_lora_of_its_blocks(tmp_path: Path) -> None:

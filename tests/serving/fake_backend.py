@@ -71,7 +71,7 @@ class FakeBackend:
     def __init__(self, **about: Any) -> None:
         self.about: dict[str, Any] | None = ABOUT | about
         self.ready, self.reason, self.restarts = True, "", 0
-        self.is_lost = False
+        self.is_lost, self.refusal = False, ""
         self.go = asyncio.Event()
         self.go.set()
         self.crash: dict[str, str] = {}

@@ -5,6 +5,8 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import socket
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve, cluster_config, serving_config
 from mv2v_engine.serving.config import Cluster, ServingConfig
 from mv2v_engine.serving.server import bound_socket
+from mv2v_engine.serving.store.folders import Store
 from mv2v_engine.video.io import probe_video
 
 Events = Callable[..., list[tuple[int, str, dict[str, Any]]]]
@@ -165,3 +168,20 @@ def test_the_command_makes_turns_and_ends_cleanly(tmp_path: Path) -> None:
         assert finished_job(client, branch, camera="tilt_up", num_inference_steps=1)
         assert len(client.get(f"/v1/sessions/{branch}/turns").json()["data"]) == 2
     assert (service.exit_code, service.faults()) == (0, 0), service.log.read_text()
+
+
+def test_settings_that_no_try_can_meet_end_it(tmp_path: Path) -> None:
+    words = ["serve", "--store", str(tmp_path / "store"), "--port", "0", "--quantize-text", "int8"]
+    ended = subprocess.run(
+        [sys.executable, "-m", "mv2v_engine.run", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        check=False,
+    )
+    assert ended.returncode == 2 and ended.stdout.startswith("listening on http://")
+    (line,) = [each for each in ended.stderr.splitlines() if each.startswith("error")]
+    assert "tiny-nvs has no text encoder, got --quantize-text int8; leave it out" in line
+    assert "Traceback" not in ended.stderr
+    # the store is free again, and another try is not refused for its sake
+    assert Store(tmp_path / "store").lock() is None

@@ -45,6 +45,10 @@ class Backend(Protocol):
         """Whether it will not be ready again by itself; a turn that it is given fails at once."""
 
     @property
+    def refusal(self) -> str:
+        """Why what was asked for can never be had, before it ever was; empty otherwise."""
+
+    @property
     def about(self) -> dict[str, Any] | None:
         """What the engine said when it was first ready; None before.
 

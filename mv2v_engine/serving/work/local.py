@@ -61,7 +61,7 @@ class LocalBackend:
         self._process: Process | None = None
         self._supervisor: asyncio.Task[None] | None = None
         self._is_stopping = self._is_broken = self._is_stalled = False
-        self.is_lost = False
+        self.is_lost, self.refusal = False, ""
         # when the worker last said something, or was given work while it had none
         self._heard = time.monotonic()
         self._changed: Callable[[], None] = lambda: None
@@ -181,7 +181,7 @@ class LocalBackend:
             except OSError as error:
                 was_ready, self.reason = False, f"no worker can be started: {error}"
                 log.error("%s", self.reason)
-            if self._is_stopping:
+            if self._is_stopping or self.refusal:
                 return
             early = 0 if was_ready else early + 1
             if early > len(_PAUSES):
@@ -265,7 +265,11 @@ class LocalBackend:
             self._changed()
         elif kind == "broken":
             self.reason, self._is_broken = message["message"], True
-            log.error("the engine cannot be loaded: %s", self.reason)
+            # what could be had before may be had again
+            if message["is_final"] and self.about is None:
+                self.refusal = self.reason
+            else:
+                log.error("the engine cannot be loaded: %s", self.reason)
 
     def _ended(self, code: int) -> None:
         """The process is gone: so is what it was asked for."""

@@ -3,8 +3,8 @@
     server, to the worker's stdin          worker, to its private pipe
     {"type": "setup", ...}  first          {"type": "ready", "about", "capacity"}
     {"type": "run", "job", "session",      {"type": "broken", "message"}    it cannot load
-     "folder"}                             {"type": "event", "job", "event"}
-    {"type": "cancel", "job"}              or a stream's id
+     "folder"}                               nor ever could, if it "is_final"
+    {"type": "cancel", "job"}              {"type": "event", "job", "event"}, or a stream's id
     {"type": "publish", "call", "session", {"type": "answer", "call", "answer"}
      "folder", "number"}
     {"type": "block", "call", "stream",    {"type": "answer", ...}

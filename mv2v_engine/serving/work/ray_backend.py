@@ -52,6 +52,8 @@ class RayBackend:
         self.config, self.cluster = config.in_cluster(), cluster
         self.about: Json | None = None
         self.ready, self.reason, self.is_lost = False, _STARTING, False
+        # a cluster may become another one
+        self.refusal = ""
         self.restarts = self.capacity = 0
         # of the replicas: that were last seen to run, and ever were at once
         self._running = self._most = 0

@@ -22,7 +22,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mv2v_engine.errors import MV2VError
+from mv2v_engine.errors import KernelUnavailableError, MV2VError, RequestError
 from mv2v_engine.locks import Lock
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.store.folders import worker_lock
@@ -39,6 +39,8 @@ _LAST_STEP_SECONDS = 10.0
 # that the worker of a service which was killed has to end
 _LOCK_SECONDS = 60.0
 _END = object()
+# what was asked for and cannot be had: no later try would find it otherwise
+_FINAL = (RequestError, KernelUnavailableError)
 # orders that are made step by step, and where they name what may cancel them
 _LONG = {"run": "job", "block": "stream"}
 
@@ -130,7 +132,7 @@ def main() -> int:
         open_job = open_traces()
         host = open_host(first)
     except MV2VError as error:
-        pipe.write(encode(_broken(str(error))))
+        pipe.write(encode(_broken(str(error), is_final=isinstance(error, _FINAL))))
         return 1
     pipe.write(encode({"type": "ready", "about": host.about, "capacity": host.capacity}))
     try:
@@ -225,8 +227,8 @@ def _obey(order: dict[str, Any], host: Host, pipe: BinaryIO) -> None:
         host.release(order["session"])
 
 
-def _broken(message: str) -> dict[str, Any]:
-    return {"type": "broken", "message": message}
+def _broken(message: str, *, is_final: bool = False) -> dict[str, Any]:
+    return {"type": "broken", "message": message, "is_final": is_final}
 
 
 if __name__ == "__main__":
