@@ -235,9 +235,7 @@ def test_images_are_segments_with_the_ids_after_the_sources(
     assert relative_error(session._drafts[0].windows[0].read()[None], latents) <= 1e-5
     plan = turn_plan(editor.transformer.config, (3, 4, 6), (4,) * 4, references=[(2, 4)] * 2)
     assert [s.source_id for s in plan.segments[1:]] == [1 + n * 4 / 6 for n in range(7)]
-    with pytest.raises(
-        RequestError, match=r"-R-1\.3B-Diffusers takes no mask; leave it out"
-    ):
+    with pytest.raises(RequestError, match=r"-R-1\.3B-Diffusers takes no mask; leave it out"):
         editor.session(frames, cuts=(), mask=frames)
 
 
