@@ -206,7 +206,8 @@ def known_models() -> tuple[KnownModel, ...]:
             published=replace(_BERNINI, tokenizers=()),
             remembers=False,
             sampling=SamplingConfig(num_inference_steps=40, guidance_scale=4.0, guidance="apg"),
-            checked="edits by text equal to its authors' steps written again, on random weights",
+            checked="edits by text and images equal to its authors' steps written again, on random "
+            "weights",
         ),
         KnownModel(
             name="decart-ai/Lucy-Edit-Dev",
@@ -232,7 +233,8 @@ def known_models() -> tuple[KnownModel, ...]:
             sampling=SamplingConfig(flow_shift=16.0),
             remembers=False,
             licence="Apache-2.0",
-            checked="its transformer equal to diffusers' on random weights",
+            checked="its transformer equal to diffusers', its context to its description, on random "
+            "weights",
         ),
     )
 
