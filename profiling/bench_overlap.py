@@ -5,8 +5,9 @@
 Two windows of `tiny-edit` on a CPU, in three ways that take turns: one after the other with all
 threads; the first one decoded while the second's steps run, each with all threads; and the same
 with half of them each. All give the same frames, which is checked. `ratio` is a round's wall clock
-against one after the other in the same round, the median of the rounds; `share` what decoding is of
-the latter. Other work on the machine slows all three, and the load is told.
+against one after the other in the same round, the median of the rounds, and `cpu_ratio` the same of
+the seconds that its threads computed; `share` what decoding is of the former. Other work on the
+machine slows all three, and favours who has more threads: the load is told.
 """
 
 from __future__ import annotations
@@ -28,7 +29,7 @@ from mv2v_engine.engine.denoise import engine_denoiser
 from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.sampling.flow_match import turn_noise
 
-COLUMNS = "steps way threads_each ratio lowest highest share load"
+COLUMNS = "steps way threads_each ratio lowest highest cpu_ratio share load"
 
 
 class Windows:
@@ -94,27 +95,31 @@ def measure(steps: int, rounds: int, cores: int) -> list[dict[str, Any]]:
         "overlapped": (windows.overlapped, cores),
         "overlapped, half each": (windows.overlapped, half),
     }
-    expected = windows.in_turn(cores)
+    first, expected = next(iter(ways)), windows.in_turn(cores)
     seconds: dict[str, list[float]] = {name: [] for name in ways}
+    computed: dict[str, list[float]] = {name: [] for name in ways}
     shares = []
     for _ in range(rounds):
         for name, (run, threads) in ways.items():
-            began = time.perf_counter()
+            began, cpu = time.perf_counter(), time.process_time()
             frames = run(threads)
             seconds[name].append(time.perf_counter() - began)
-            if name == "one after the other":
+            computed[name].append(time.process_time() - cpu)
+            if name == first:
                 shares.append(windows.decode_seconds / seconds[name][-1])
             for one, other in zip(frames, expected, strict=True):
                 # another number of threads sums in another order
                 assert int((one.int() - other.int()).abs().max()) <= 1
-    whole, load = seconds["one after the other"], digits(os.getloadavg()[0])
-    rows = []
+    load, rows = digits(os.getloadavg()[0]), []
     for name, (_, threads) in ways.items():
-        ratios = [own / all_of for own, all_of in zip(seconds[name], whole, strict=True)]
+        ratios, of_cpu = (
+            [own / whole for own, whole in zip(each[name], each[first], strict=True)]
+            for each in (seconds, computed)
+        )
         bounds = {"lowest": digits(min(ratios)), "highest": digits(max(ratios))}
         row = {"steps": steps, "way": name, "threads_each": threads, **bounds}
-        rows.append(row | {"ratio": digits(median(ratios)), "load": load})
-        rows[-1]["share"] = digits(median(shares))
+        row |= {"ratio": digits(median(ratios)), "cpu_ratio": digits(median(of_cpu))}
+        rows.append(row | {"share": digits(median(shares)), "load": load})
     return rows
 
 
