@@ -37,7 +37,7 @@ from mv2v_engine.models.vace import Hints, VaceBlock
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout
-from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.tokens.plan import Segment, TokenPlan
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
 
 # what a block does, or does again on the way back
@@ -254,6 +254,11 @@ class MV2VTransformer(nn.Module):
         tokens: Tensor = video.flatten(2).transpose(1, 2)
         return tokens
 
+    def _encode(self, segment: Segment, latents: Tensor) -> Tensor:
+        """A conditioning segment's tokens [B, L, C] by its encoder."""
+        tokens: Tensor = self.tokenizers[str(segment.tokenizer)](latents)
+        return tokens
+
     def _hints(self, sequence: Sequence, sample: Sample) -> Hints | None:
         """VACE's, whose context has the target's places."""
         if self.vace_patch_embedding is None:
@@ -272,7 +277,7 @@ class MV2VTransformer(nn.Module):
         latents = sample.latents[:count]
         parts = [self._target_tokens(latents[0])]
         for latent, segment in zip(latents[1:], plan.segments[1:count], strict=True):
-            parts.append(self.tokenizers[str(segment.tokenizer)](latent))
+            parts.append(self._encode(segment, latent))
         x, layout = torch.cat(parts, dim=1), Layout(plan.layout.runs[:count])
         frames = torch.arange(layout.num_frames, device=x.device).expand(len(x), -1)
         if sample.kept is not None and sample.is_kept:

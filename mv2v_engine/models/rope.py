@@ -40,9 +40,7 @@ def rotary_table(plan: TokenPlan) -> Tensor:
     still = (plan.length, (shape.attention_head_dim - shape.rotary_dim) // 2)
     parts_cos = [torch.ones(still, dtype=torch.float64, device="cpu")]
     parts_sin = [torch.zeros(still, dtype=torch.float64, device="cpu")]
-    for positions, dim in zip(
-        (cells.tau_L[:, None], cells.rows_LE, cells.columns_LE), dims, strict=True
-    ):
+    for positions, dim in zip((cells.taus_LE, cells.rows_LE, cells.columns_LE), dims, strict=True):
         if plan.rope == "centre":
             positions = positions.to(torch.float64).mean(-1, keepdim=True)
         angles = _angles(positions, dim, shape.rope_theta)

@@ -28,6 +28,7 @@ from mv2v_engine.config import (
     TransformerConfig,
 )
 from mv2v_engine.errors import RequestError
+from mv2v_engine.tokens.encoders import EncoderName, encoded_grid
 from mv2v_engine.tokens.layout import Layout, MergeStep, Run, merge_step
 
 Role = Literal["target", "source", "memory"]
@@ -44,6 +45,7 @@ class Segment:
     source_id: of a model whose videos have ids, 0 the target's.
     camera: which camera track its tokens take, None for a model without cameras.
     reverse: temporal ids run backwards (memory of long editing, METHOD 4).
+    encoder: what makes its tokens; frames_per_token: latent frames that one of them covers.
     """
 
     role: Role
@@ -54,16 +56,23 @@ class Segment:
     camera: int | None = None
     mergeable: bool = False
     reverse: bool = False
+    encoder: EncoderName = "patches"
+    frames_per_token: int = 1
+
+    @property
+    def encoded_grid(self) -> tuple[int, int, int]:
+        """Token (frames, rows, columns)."""
+        return encoded_grid(self.encoder, self.grid, self.tokenizer, self.frames_per_token)
 
     @property
     def num_frames(self) -> int:
-        return self.grid[0]
+        """Frames of tokens."""
+        return self.encoded_grid[0]
 
     @property
     def token_grid(self) -> tuple[int, int]:
-        """Token rows and columns of a frame, replicate-padded to whole patches."""
-        _, rows, columns = self.grid
-        return -(-rows // self.tokenizer), -(-columns // self.tokenizer)
+        """Token rows and columns of a frame."""
+        return self.encoded_grid[1:]
 
     @property
     def cell_grid(self) -> tuple[int, int]:
@@ -275,6 +284,7 @@ class TokenPlan:
         return {
             "tokens": self.length,
             "tokens_by_kind": self.lengths_by_kind,
+            "memory_encoders": [s.encoder for s in self.segments if s.role == "memory"],
             "memory_tokenizers": [s.tokenizer for s in self.segments if s.role == "memory"],
             "memory_tokens": [s.length for s in self.segments if s.role == "memory"],
             "merge": self.merge,
