@@ -24,8 +24,10 @@ from mv2v_engine.shapes import WAN_1_3B as WAN_1_3B
 from mv2v_engine.shapes import WAN_5B as WAN_5B
 from mv2v_engine.shapes import CameraAttention as CameraAttention
 from mv2v_engine.shapes import CameraConditioning as CameraConditioning
+from mv2v_engine.shapes import HistoryConfig as HistoryConfig
 from mv2v_engine.shapes import MergerConfig as MergerConfig
 from mv2v_engine.shapes import TransformerConfig as TransformerConfig
+from mv2v_engine.shapes import rate_of
 
 MergeMode = Literal["conv", "discard", "off"]
 MergeScope = Literal["group", "joint"]
@@ -382,6 +384,16 @@ class EngineConfig:
     memory_tokenizers: MemoryTokenizers = setting(
         "ranked", PROGRAMS, "the ablation: uniform gives every memory video 1x2x2 tokens"
     )
+    history: str | None = setting(
+        None,
+        MEMORY,
+        "remembered videos as one history, at this rate of tokens or the checkpoint's first, by "
+        "its history encoder; tokenizers by rank if not given",
+        metavar="RATE",
+    )
+    history_frames: int = setting(
+        0, MEMORY, "the last latent frames of the history that are seen whole beside it", low=0
+    )
     rope: RopeMode = setting(
         "pooled", PROGRAMS, "the ablation: centre gives a coarse token one position, no average"
     )
@@ -462,6 +474,13 @@ class EngineConfig:
             raise RequestError(
                 f"fast={self.fast!r} samples with {FAST[self.fast]['scheduler']}, got "
                 f"scheduler={self.scheduler!r}; leave one of them out"
+            )
+        if self.history not in (None, "default"):
+            rate_of(self.history)
+        if self.history_frames and self.history is None:
+            raise RequestError(
+                f"history_frames={self.history_frames} are those of a history; ask for one "
+                '(history="default"), or leave them out'
             )
         self._check_graphs()
         self._check_parallel()

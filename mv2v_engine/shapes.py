@@ -17,7 +17,9 @@ CameraConditioning = Literal["own", "target", "none"]
 CameraAttention = Literal[
     "none", "prope", "prope_fused", "prope_dual", "prope_fused_dual", "phases"
 ]
+HistoryBranches = Literal["both", "hr", "lr", "kernel"]
 
+_HISTORY_LAYERS = 4
 # of CLIP's ViT-H/14 at 224 pixels: one of the whole image, 16x16 patches
 IMAGE_TOKENS = 257
 
@@ -40,6 +42,68 @@ class MergerConfig:
     def __post_init__(self) -> None:
         if min(self.kernel) < 1 or self.kernel == (1, 1):
             raise RequestError(f"a merge kernel must cover at least two cells, got {self.kernel}")
+
+
+def rate_of(rate: str) -> tuple[int, int, int]:
+    """Rows, columns and latent frames of a rate of history tokens, as "4x4x2".
+
+    Raises:
+        RequestError: it is no rate that four convolutions of strides 1 and 2 reach.
+    """
+    parts = rate.split("x") if isinstance(rate, str) else []
+    if len(parts) == 3 and parts[0] == parts[1] and set(parts) <= {"1", "2", "4", "8"}:
+        rows, columns, frames = (int(part) for part in parts)
+        # the patches below the rate are one more halving
+        if rows.bit_length() + frames.bit_length() - 1 <= _HISTORY_LAYERS:
+            return rows, columns, frames
+    raise RequestError(
+        f"a rate of history tokens is ROWSxCOLUMNSxFRAMES with as many rows as columns, powers of "
+        f"two that {_HISTORY_LAYERS} convolutions reach, as 4x4x2, 2x2x2 or 2x2x1, got {rate!r}"
+    )
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryConfig:
+    """Shape of TinyHistory's encoders of remembered videos (METHOD 17).
+
+    rates: 1x2x2 patches and latent frames that a token covers, as "4x4x2", an encoder each; the
+        first is the default. channels: of the four convolutions of the branch at full resolution,
+        the last of them with attention of so many heads.
+    branches: of which a token is the sum; one alone is an ablation, and so is "kernel", one large
+        trained patch embedding as the tokenizers are.
+    cross_attention: blocks that also attend to the encoder's last hidden states.
+    """
+
+    rates: tuple[str, ...] = ("4x4x2",)
+    channels: tuple[int, int, int, int] = (64, 128, 256, 512)
+    heads: int = 8
+    branches: HistoryBranches = "both"
+    cross_attention: tuple[int, ...] = ()
+
+    def __post_init__(self) -> None:
+        if not self.rates or len(self.channels) != _HISTORY_LAYERS:
+            raise RequestError(
+                f"a history encoder has a rate at least and {_HISTORY_LAYERS} numbers of channels, "
+                f"got rates {self.rates} and channels {self.channels}"
+            )
+        for rate in self.rates:
+            rate_of(rate)
+        arguments.choice("branches", self.branches, get_args(HistoryBranches))
+        if self.channels[-1] % (2 * self.heads):
+            raise RequestError(
+                f"{self.heads} heads of history attention do not divide {self.channels[-1]} "
+                "channels into even parts"
+            )
+        if self.cross_attention and not self.has_convolutions:
+            raise RequestError(
+                "cross_attention reads the full-resolution branch, which branches="
+                f"{self.branches!r} leaves out"
+            )
+
+    @property
+    def has_convolutions(self) -> bool:
+        """Whether there is a branch at full resolution."""
+        return self.branches in ("both", "hr")
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -71,6 +135,7 @@ class TransformerConfig:
         the source's first frame; 0 for a model without them.
     has_end_time: the weights are a flow map (METHOD 8): they are also told the time to which a step
         goes, by a second time embedding.
+    history: the encoders of remembered videos beside the tokenizers; None for a model without.
     """
 
     num_layers: int
@@ -100,6 +165,7 @@ class TransformerConfig:
     context_frames: int = 0
     image_dim: int = 0
     has_end_time: bool = False
+    history: HistoryConfig | None = None
 
     def __post_init__(self) -> None:
         if self.attention_head_dim % 2:
@@ -123,6 +189,10 @@ class TransformerConfig:
             object.__setattr__(self, "merge_blocks", blocks)
         if any(not 0 <= block < depth for block in self.merging_blocks):
             raise RequestError(f"merge_blocks {self.merge_blocks} must lie below {depth} blocks")
+        if self.history and any(not 0 <= b < depth for b in self.history.cross_attention):
+            raise RequestError(
+                f"cross_attention {self.history.cross_attention} must lie below {depth} blocks"
+            )
         self._check_cameras()
 
     def _check_vace(self) -> None:

@@ -19,6 +19,7 @@ from mv2v_engine.checkpoints.weights import TensorInfo
 from mv2v_engine.config import (
     CameraConditioning,
     ConditioningMode,
+    HistoryConfig,
     MergerConfig,
     SamplingConfig,
     StreamConfig,
@@ -190,6 +191,9 @@ def transformer_config(words: Mapping[str, Any]) -> TransformerConfig:
     if fields.get("merger") is not None:
         merger = {name: _tupled(value) for name, value in fields["merger"].items()}
         fields["merger"] = MergerConfig(**merger)
+    if fields.get("history") is not None:
+        history = {name: _tupled(value) for name, value in fields["history"].items()}
+        fields["history"] = HistoryConfig(**history)
     return TransformerConfig(**fields)
 
 

@@ -322,8 +322,11 @@ def _problem(resolution: Resolution, numbers: Iterable[Numbers]) -> str | None:
 
 def _config_lines(config: TransformerConfig) -> list[str]:
     fields = dataclasses.asdict(config)
-    merger = fields.pop("merger")
+    merger, history = fields.pop("merger"), fields.pop("history")
     lines = [f"{key} {value}" for key, value in fields.items()]
+    if history is not None:
+        said = ", ".join(f"{key} {value}" for key, value in history.items())
+        lines.append(f"history {said}: `--history RATE` remembers by it")
     if merger is None:
         lines.append("merger none, average pooling")
     else:

@@ -55,13 +55,14 @@ def frame_cameras(plan: TokenPlan, cameras_BVFP: Tensor) -> Tensor:
         )
     by_segment = []
     for segment in plan.segments:
-        track = segment.camera or 0
-        if track >= cameras_BVFP.shape[1] or segment.num_frames > cameras_BVFP.shape[2]:
+        track, count = segment.camera or 0, segment.grid[0]
+        if track >= cameras_BVFP.shape[1] or count > cameras_BVFP.shape[2]:
             raise ValueError(
-                f"{segment.role} needs camera track {track} of {segment.num_frames} frames, "
+                f"{segment.role} needs camera track {track} of {count} frames, "
                 f"got tracks of shape {tuple(cameras_BVFP.shape)}"
             )
-        by_segment.append(cameras_BVFP[:, track, : segment.num_frames])
+        # a token of several frames has the camera of its first one
+        by_segment.append(cameras_BVFP[:, track, : count : segment.frames_per_token])
     return with_matrices(shape, torch.cat(by_segment, dim=1))
 
 

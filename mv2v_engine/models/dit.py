@@ -25,6 +25,7 @@ from mv2v_engine.models.attention import CrossAttention
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import frame_cameras
 from mv2v_engine.models.camera_rays import CameraAdapter
+from mv2v_engine.models.history import Encoded, HistoryEncoder
 from mv2v_engine.models.kept import ConditioningCache, KeysValues, TargetResidual
 from mv2v_engine.models.merging import Merger, MergeRecord, merged
 from mv2v_engine.models.modulation import ConditionEmbedder
@@ -46,8 +47,9 @@ _Layer = Callable[..., tuple[Tensor, KeysValues | None]]
 
 class MV2VTransformer(nn.Module):
     """The denoiser. Parameter names are diffusers' `WanTransformer3DModel`'s, and
-    `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`, `control_adapter`
-    and `blocks.N.attn1.rope_phase_qk` and `_vo`; of VACE `WanVACETransformer3DModel`'s.
+    `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `history_encoders.RATE`,
+    `mergers.N`, `control_adapter` and `blocks.N.attn1.rope_phase_qk` and `_vo`; of VACE
+    `WanVACETransformer3DModel`'s.
     """
 
     # small and sensitive: diffusers keeps them in float32 under bf16 weights, and so do we
@@ -69,6 +71,10 @@ class MV2VTransformer(nn.Module):
         )
         for tokenizer in self.tokenizers.values():
             init_from_base(tokenizer, self.patch_embedding)  # type: ignore[arg-type]
+        history = config.history
+        self.history_encoders = nn.ModuleDict(
+            {rate: HistoryEncoder(config, rate) for rate in (history.rates if history else ())}
+        )
         self.control_adapter = CameraAdapter(dim) if config.has_phases else None
         self.condition_embedder = ConditionEmbedder(config)
         self.blocks = nn.ModuleList([Block(config, index) for index in range(config.num_layers)])
@@ -256,6 +262,9 @@ class MV2VTransformer(nn.Module):
 
     def _encode(self, segment: Segment, latents: Tensor) -> Tensor:
         """A conditioning segment's tokens [B, L, C] by its encoder."""
+        if segment.encoder == "history":
+            encoded: Encoded = self.history_encoders[segment.rate](latents, self.patch_embedding)
+            return encoded.tokens
         tokens: Tensor = self.tokenizers[str(segment.tokenizer)](latents)
         return tokens
 

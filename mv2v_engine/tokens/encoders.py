@@ -9,7 +9,10 @@ F H W latent grid, k the spatial patch of a token, t the latent frames that it c
 
 from __future__ import annotations
 
+import math
 from typing import Literal
+
+from mv2v_engine.shapes import HistoryConfig
 
 EncoderName = Literal["patches", "history"]
 Grid = tuple[int, int, int]
@@ -25,3 +28,50 @@ def encoded_grid(encoder: EncoderName, grid: Grid, patch: int, frames: int) -> G
     if encoder == "history":
         return -(-count // frames), rows // patch, columns // patch
     return -(-count // frames), -(-rows // patch), -(-columns // patch)
+
+
+def history_strides(patch: int, frames: int) -> tuple[Grid, ...]:
+    """Strides (frames, rows, columns) of the four convolutions: time is halved first, then space.
+
+    patch, frames: k and t of a token, powers of two.
+    """
+    times, spaces = frames.bit_length() - 1, patch.bit_length() - 1
+    halvings = [(2, 1, 1)] * times + [(1, 2, 2)] * spaces
+    return tuple(halvings + [(1, 1, 1)] * (4 - len(halvings)))
+
+
+def history_layers(
+    config: HistoryConfig, channels: int, grid: Grid, patch: int, frames: int
+) -> list[tuple[int, int]]:
+    """Elements that come out of every convolution, and multiply-adds of each of them.
+
+    channels: of the latents.
+    """
+    (count, rows, columns), layers = encoded_grid("history", grid, patch, frames), []
+    size, given = [count * frames, rows * patch, columns * patch], channels
+    for made, stride in zip(config.channels, history_strides(patch, frames), strict=True):
+        size = [extent // step for extent, step in zip(size, stride, strict=True)]
+        layers.append((math.prod(size) * made, 27 * given))
+        given = made
+    return layers
+
+
+def history_flops(
+    config: HistoryConfig, channels: int, width: int, grid: Grid, patch: int, frames: int
+) -> int:
+    """FLOPs of encoding a history, two a multiply-add; pooling is not counted.
+
+    channels: of the latents. width: C, of the tokens.
+    """
+    count, rows, columns = encoded_grid("history", grid, patch, frames)
+    length, hidden, total = count * rows * columns, config.channels[-1], 0
+    if config.branches == "kernel":
+        total += length * frames * patch**2 * channels * width
+    if config.branches in ("both", "lr"):
+        total += length * 4 * channels * width
+    if config.has_convolutions:
+        layers = history_layers(config, channels, grid, patch, frames)
+        total += sum(elements * each for elements, each in layers)
+        # attention within a frame, then the way to the tokens' width
+        total += length * (4 * hidden**2 + 2 * rows * columns * hidden + hidden * width)
+    return 2 * total

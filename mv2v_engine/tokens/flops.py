@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Literal
 
 from mv2v_engine.shapes import IMAGE_TOKENS
+from mv2v_engine.tokens.encoders import history_flops
 from mv2v_engine.tokens.layout import MergeStep
 
 if TYPE_CHECKING:
@@ -195,11 +196,19 @@ def _ray_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
 
 
 def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
+    shape = plan.shape
     values = sum(
-        segment.length * segment.tokenizer**2 * plan.shape.channels_of(segment.role)
+        segment.length * segment.tokenizer**2 * shape.channels_of(segment.role)
         for segment in segments
+        if segment.encoder == "patches"
     )
-    return 2 * plan.shape.dim * values
+    histories = 0
+    for each in segments:
+        if each.encoder == "history":
+            assert shape.history is not None
+            size = (each.grid, each.tokenizer, each.frames_per_token)
+            histories += history_flops(shape.history, shape.latent_channels, shape.dim, *size)
+    return 2 * shape.dim * values + histories
 
 
 def _camera_flops(plan: TokenPlan, blocks: int, frames: int) -> int:

@@ -28,6 +28,7 @@ from mv2v_engine.config import (
     TransformerConfig,
 )
 from mv2v_engine.errors import RequestError
+from mv2v_engine.shapes import rate_of
 from mv2v_engine.tokens.encoders import EncoderName, encoded_grid
 from mv2v_engine.tokens.layout import Layout, MergeStep, Run, merge_step
 
@@ -46,6 +47,7 @@ class Segment:
     camera: which camera track its tokens take, None for a model without cameras.
     reverse: temporal ids run backwards (memory of long editing, METHOD 4).
     encoder: what makes its tokens; frames_per_token: latent frames that one of them covers.
+    taus: of a target whose frames are not in a row, the temporal id of each; else empty.
     """
 
     role: Role
@@ -58,6 +60,7 @@ class Segment:
     reverse: bool = False
     encoder: EncoderName = "patches"
     frames_per_token: int = 1
+    taus: tuple[int, ...] = ()
 
     @property
     def encoded_grid(self) -> tuple[int, int, int]:
@@ -73,6 +76,11 @@ class Segment:
     def token_grid(self) -> tuple[int, int]:
         """Token rows and columns of a frame."""
         return self.encoded_grid[1:]
+
+    @property
+    def rate(self) -> str:
+        """The rate of a history's tokens, as "4x4x2"."""
+        return f"{self.tokenizer // 2}x{self.tokenizer // 2}x{self.frames_per_token}"
 
     @property
     def cell_grid(self) -> tuple[int, int]:
@@ -141,6 +149,8 @@ class TokenPlan:
                         "the target uses the base 1x2x2 patches and needs even latent rows and "
                         f"columns, got tokenizer {segment.tokenizer} on grid {segment.grid}"
                     )
+            elif segment.encoder == "history":
+                self._check_history(segment)
             elif segment.tokenizer not in self.shape.tokenizers:
                 raise RequestError(
                     f"{segment.role} asks for tokenizer 1x{segment.tokenizer}x{segment.tokenizer}; "
@@ -159,6 +169,32 @@ class TokenPlan:
             object.__setattr__(self, "fraction", round(rule, 6))
         if not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"the merge fraction must lie in 0..1, got {self.fraction}")
+
+    def _check_history(self, segment: Segment) -> None:
+        """Refuse a history that the model cannot encode, or that has no whole token."""
+        history, (frames, rows, columns) = self.shape.history, segment.grid
+        if history is None or segment.rate not in history.rates:
+            has = "no history encoder" if history is None else f"{' and '.join(history.rates)}"
+            raise RequestError(
+                f"a history of rate {segment.rate} needs the encoder of that rate, this model has "
+                f"{has}"
+            )
+        if self.shape.has_phases or segment.mergeable or segment.role != "memory":
+            raise RequestError(
+                "a history is memory that does not merge, of a model without camera phases, got "
+                f"{segment.role}, mergeable {segment.mergeable}"
+            )
+        patch = segment.tokenizer
+        if min(rows, columns) < patch:
+            raise RequestError(
+                f"a token of rate {segment.rate} covers {patch}x{patch} latent cells, the video "
+                f"has {rows}x{columns}; use a finer rate"
+            )
+        if frames < segment.frames_per_token:
+            raise RequestError(
+                f"a token of rate {segment.rate} covers {segment.frames_per_token} latent frames, "
+                f"the history has {frames}; use a finer rate, or a longer history"
+            )
 
     @property
     def merge_fraction(self) -> float:
@@ -335,6 +371,8 @@ def turn_plan(
     fraction: float | None = None,
     conditioning: ConditioningMode = "joint",
     rope: RopeMode = "pooled",
+    history: str | None = None,
+    history_frames: int = 0,
 ) -> TokenPlan:
     """The plan of a novel view, or of an edit's window: target, source, memory by rank (METHOD 2).
 
@@ -347,21 +385,28 @@ def turn_plan(
         preceding: whether the first memory video of an edit is the segment just before.
         references: latent (rows, columns) of images that an edit refers to; VACE's are frames
             before the target's, and have its rows and columns.
+        history: the rate at which the memory videos, one after the other, are one history; None
+            gives each its tokenizer. history_frames: see `history_segments`.
 
     Raises:
         RequestError: references to a model that takes none.
     """
     if references and not (shape.source_ids or shape.vace_layers):
         raise RequestError(f"this model takes no reference images, got {len(references)}")
+    by_rank = () if history is not None else tokenizers
     if shape.source_ids:
-        segments = _segments_by_id(grid, references, tokenizers)
+        segments = _segments_by_id(grid, references, by_rank)
     elif shape.source_channels:
         longer = (len(references) + grid[0], *grid[1:])
-        segments = _edit_segments(grid, longer, tokenizers, preceding)
+        segments = _edit_segments(grid, longer, by_rank, preceding)
     else:
-        segments = _view_segments(shape, grid, tokenizers, source)
+        segments = _view_segments(shape, grid, by_rank, source)
+    past: Iterator[Segment] = iter(())
+    if history is not None and tokenizers:
+        length = (len(tokenizers) * grid[0], *grid[1:])
+        past = history_segments(shape, length, history, history_frames)
     return TokenPlan(
-        segments=tuple(segments),
+        segments=(*segments, *past),
         shape=shape,
         merge=merge,
         scope=scope,
@@ -369,6 +414,30 @@ def turn_plan(
         conditioning=conditioning,
         rope=rope,
     )
+
+
+def history_segments(
+    shape: TransformerConfig, grid: tuple[int, int, int], rate: str, whole_frames: int = 0
+) -> Iterator[Segment]:
+    """A history just before the target, with the ids of its own latent frames (METHOD 17).
+
+    grid: of all of it. whole_frames: how many of its last latent frames follow once more, at the
+    source's 1x2x2 tokens. Cameras are tracks 2 and 3.
+    """
+    rows, _, frames = rate_of(rate)
+    track = 2 if shape.has_camera else None
+    yield Segment(
+        role="memory",
+        grid=grid,
+        tokenizer=2 * rows,
+        tau=-grid[0],
+        camera=track,
+        encoder="history",
+        frames_per_token=frames,
+    )
+    if count := min(whole_frames, grid[0]):
+        camera = None if track is None else track + 1
+        yield Segment(role="memory", grid=(count, *grid[1:]), tau=-count, camera=camera)
 
 
 def _view_segments(

@@ -42,6 +42,8 @@ def _segment_cells(segment: Segment, widest: int, longest: int) -> tuple[Tensor,
     frames, rows, columns = segment.encoded_grid
     extent = segment.tokenizer // 2
     tau = segment.tau + _axis(frames, segment.grid[0], segment.frames_per_token, longest)
+    if segment.taus:
+        tau = torch.tensor(segment.taus, device="cpu")[tau - segment.tau]
     if segment.reverse:
         tau = tau.flip(0)
     row = _axis(rows, segment.cell_grid[0], extent, widest)

@@ -1,0 +1,334 @@
+"""Train TinyHistory's encoder and low-rank updates of the blocks (METHOD 17), in two stages.
+
+`python -m mv2v_engine.training.history --stage 1 --checkpoint tiny-edit --edits LATENTS --out OUT1`
+`... --stage 2 --checkpoint OUT1/model --edits LATENTS --out OUT2`
+
+Stage 1, frame query: of a history whose frames are drowned in noise but for a few, these few are
+asked for by their numbers. Stage 2: the whole history is clean, and the next window is asked for.
+The updates are merged into the weights that are written.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
+from mv2v_engine.config import HistoryConfig, TransformerConfig
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.history import HistoryEncoder
+from mv2v_engine.parser import Parser
+from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments
+from mv2v_engine.training.command import run_command
+from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator, rank
+from mv2v_engine.training.edit_latents import EditLatents
+from mv2v_engine.training.finetune import empty_text, frozen_fingerprint, record_run
+from mv2v_engine.training.loop import LoopConfig, TrainingLoop
+from mv2v_engine.training.losses import flow_step, shifted
+from mv2v_engine.training.low_rank import add_low_rank, merge_low_rank
+from mv2v_engine.training.odds import MemoryRecipe, chance, number, padded_text, pick
+from mv2v_engine.training.recipe import Batch
+from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
+
+# noise levels of masked frames
+_MASK_LEVELS = (0.2, 1.0)
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class HistoryRecipe(MemoryRecipe):
+    """The odds of both stages: `max_memory` counts the windows of a history.
+
+    stage: 1 or 2. rate: of the history's tokens. whole_frames: of the history's end, that stage 2
+    shows whole beside it.
+    """
+
+    stage: int = 1
+    rate: str = "4x4x2"
+    whole_frames: int = 0
+
+
+class HistorySampler:
+    """Draws histories from encoded editing pairs; everything follows from the generator.
+
+    Args:
+        empty_text: [S', text_dim], the encoder's own of the empty prompt.
+
+    Raises:
+        TrainingError: no clip has windows enough, or the latents are not this model's.
+    """
+
+    def __init__(
+        self,
+        latents: EditLatents,
+        shape: TransformerConfig,
+        recipe: HistoryRecipe,
+        *,
+        empty_text: Tensor,
+    ) -> None:
+        self.latents, self.shape, self.recipe = latents, shape, recipe
+        if shape.has_camera:
+            raise TrainingError(
+                "histories are trained on edited clips, which have no cameras; this model's "
+                f"camera_conditioning is {shape.camera_conditioning!r}"
+            )
+        if latents.latent_shape[0] != shape.latent_channels:
+            raise TrainingError(
+                f"the latents have {latents.latent_shape[0]} channels, the transformer takes "
+                f"{shape.latent_channels}; encode the clips with the VAE that belongs to it"
+            )
+        windows = [pair.num_windows - (recipe.stage == 2) for pair in latents.pairs]
+        self._most = min(recipe.max_memory, max(windows))
+        self._fewest = 2 if recipe.stage == 1 else 1
+        if self._most < self._fewest:
+            raise TrainingError(
+                f"stage {recipe.stage} needs clips of {2} windows at least, the longest of "
+                f"{len(latents)} clips has {max(pair.num_windows for pair in latents.pairs)}; "
+                "encode longer clips"
+            )
+        self._clips = {
+            count: [clip for clip, own in enumerate(windows) if own >= count]
+            for count in range(self._fewest, self._most + 1)
+        }
+        self._empty_text = padded_text(empty_text, shape)
+        self._texts = [padded_text(pair.text, shape) for pair in latents.pairs]
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """One batch of one plan; the plan is the same in all processes, the samples are not."""
+        plan, asked = self.draw_plan(generator)
+        own, (_, frames, *_) = own_generator(generator), self.latents.latent_shape
+        count, stage = plan.segments[1].grid[0] // frames, self.recipe.stage
+        targets, histories, sources, texts = [], [], [], []
+        for _ in range(self.recipe.batch):
+            clip = pick(self._clips[count], own)
+            pair = self.latents.pairs[clip]
+            first = number(0, pair.num_windows - count - (stage == 2), own)
+            is_edit = stage == 2 or chance(0.5, own)
+            shown = pair.edited if is_edit else pair.source
+            history = _joined(shown[first : first + count])
+            histories.append(history if stage == 2 else self._masked(history, asked, own))
+            if stage == 1:
+                targets.append(history[:, asked])
+                sources.append(torch.zeros_like(targets[-1]))
+            else:
+                targets.append(pair.edited[first + count].float())
+                sources.append(pair.source[first + count].float())
+            is_told = is_edit and not chance(0.1, own)
+            texts.append(self._texts[clip] if is_told else self._empty_text)
+        past = torch.stack(histories)
+        whole = [past[:, :, -s.grid[0] :] for s in plan.segments[2:]]
+        return Batch(
+            plan=plan,
+            latents=[torch.stack(targets), past, *whole],
+            cameras=None,
+            text=torch.stack(texts),
+            source=torch.stack(sources) if self.shape.source_channels else None,
+        )
+
+    def draw_plan(self, generator: torch.Generator) -> tuple[TokenPlan, list[int]]:
+        """A plan by the odds, and the frames of the history that stage 1 asks for, in order."""
+        recipe, (_, frames, rows, columns) = self.recipe, self.latents.latent_shape
+        length = frames * number(self._fewest, self._most, generator)
+        asked = sorted(torch.randperm(length, generator=generator)[:frames].tolist())
+        is_static = chance(recipe.static_conditioning, generator)
+        past = history_segments(
+            self.shape,
+            (length, rows, columns),
+            recipe.rate,
+            recipe.whole_frames if recipe.stage == 2 else 0,
+        )
+        return query_plan(
+            self.shape,
+            (frames, rows, columns),
+            tuple(past),
+            asked if recipe.stage == 1 else None,
+            is_static=is_static,
+        ), asked
+
+    def _masked(self, history: Tensor, asked: list[int], generator: torch.Generator) -> Tensor:
+        """A history [C, F, H, W] with noise in all but the frames that are asked for."""
+        low, high = _MASK_LEVELS
+        drawn = torch.randn((), generator=generator).sigmoid()
+        level = low + (high - low) * shifted(drawn, self.recipe.flow_shift)
+        noise = torch.randn(history.shape, generator=generator)
+        masked = (1 - level) * history + level * noise
+        masked[:, asked] = history[:, asked]
+        return masked
+
+
+def query_plan(
+    shape: TransformerConfig,
+    grid: tuple[int, int, int],
+    past: tuple[Segment, ...],
+    asked: list[int] | None,
+    *,
+    is_static: bool = False,
+) -> TokenPlan:
+    """A target beside a history: the frames of it that are asked for, or what comes after it.
+
+    grid: of the target. past: the history's segments. asked: numbers of frames in the history,
+    which the target's own positions say; None: the target follows.
+    """
+    length = past[0].grid[0]
+    taus = () if asked is None else tuple(number - length for number in asked)
+    return TokenPlan(
+        segments=(Segment(role="target", grid=grid, taus=taus), *past),
+        shape=shape,
+        merge="off",
+        conditioning="static" if is_static else "joint",
+    )
+
+
+def _joined(windows: Tensor) -> Tensor:
+    """Windows [N, C, F, H, W] one after the other: float32 [C, N F, H, W]."""
+    return windows.float().transpose(0, 1).flatten(1, 2)
+
+
+def add_history(model: MV2VTransformer, history: HistoryConfig) -> TransformerConfig:
+    """Give a transformer history encoders, beside those that it has; its config afterwards.
+
+    Raises:
+        TrainingError: those that it has are of another shape.
+    """
+    had = model.config.history
+    if had is not None and replace(had, rates=()) != replace(history, rates=()):
+        raise TrainingError(
+            f"this model has history encoders of {had}, asked was {history}; leave --channels, "
+            "--heads and --branches out"
+        )
+    rates = had.rates if had is not None else ()
+    rates += tuple(rate for rate in history.rates if rate not in rates)
+    model.config = replace(model.config, history=replace(history, rates=rates))
+    for rate in rates:
+        if rate not in model.history_encoders:
+            encoder = HistoryEncoder(model.config, rate)
+            encoder.begin_as(model.patch_embedding)
+            model.history_encoders[rate] = encoder.to(model.patch_embedding.weight.device)
+    return model.config
+
+
+def prepare(model: MV2VTransformer, rank: int) -> list[nn.Parameter]:
+    """Freeze all but the history encoders and low-rank updates, which are added; those, in float32.
+
+    Blocks keep their inputs alone for the backward pass.
+    """
+    model.requires_grad_(False)
+    add_low_rank(model, rank)
+    model.history_encoders.requires_grad_(True).float()
+    for name, parameter in model.named_parameters():
+        if ".parametrizations.weight.0." in name:
+            parameter.requires_grad_(True)
+    model.gradient_checkpointing = True
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+
+
+def make_optimizer(trained: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
+    """AdamW without weight decay, as updates of low rank are trained."""
+    return torch.optim.AdamW(trained, lr=learning_rate, betas=(0.9, 0.95), weight_decay=0.0)
+
+
+def main() -> None:
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
+    parser.add_argument("--checkpoint", required=True, metavar="NAME_OR_PATH")
+    parser.add_argument(
+        "--edits", type=Path, nargs="+", required=True, help="folders of training.edit_latents"
+    )
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--components", type=Path, help="text_encoder and tokenizer from here")
+    parser.add_argument("--rate", default="4x4x2", help="of the history's tokens")
+    parser.add_argument(
+        "--channels",
+        type=int,
+        nargs=4,
+        default=HistoryConfig().channels,
+        help="of the convolutions",
+    )
+    parser.add_argument("--heads", type=int, default=HistoryConfig().heads)
+    parser.add_argument("--branches", choices=("both", "hr", "lr"), default="both")
+    parser.add_argument("--rank", type=int, default=128, help="of the blocks' updates")
+    parser.add_argument("--whole-frames", type=int, default=0, help="of a history's end, whole")
+    parser.add_argument("--max-windows", type=int, default=8, help="of a history")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--steps", type=int, help="in place of --minutes")
+    parser.add_argument("--minutes", type=float, default=60)
+    parser.add_argument("--flow-shift", type=float, help="of the noise; the checkpoint's if not")
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--device", default="cpu")
+    args = parser.parse_args()
+    if args.rank < 1:
+        parser.error(f"--rank must be at least 1, got {args.rank}")
+
+    torch.manual_seed(0)
+    device = torch.device(args.device)
+    join(device)
+    base = load_checkpoint(args.checkpoint, device=device, dtype=compute_dtype(device))
+    model, had = base.transformer.train(), base.config.history
+    if args.stage == 2 and (had is None or args.rate not in had.rates):
+        raise TrainingError(
+            f"stage 2 goes on with the encoder that stage 1 has trained, and {args.checkpoint} has "
+            f"none of rate {args.rate}; give the model that stage 1 wrote"
+        )
+    history = HistoryConfig(
+        rates=(args.rate,),
+        channels=tuple(args.channels),
+        heads=args.heads,
+        branches=args.branches,
+    )
+    shape = add_history(model, history if had is None else replace(had, rates=(args.rate,)))
+    trained = prepare(model, args.rank)
+    shift = base.sampling.flow_shift if args.flow_shift is None else args.flow_shift
+    recipe = HistoryRecipe(
+        batch=args.batch,
+        max_memory=args.max_windows,
+        flow_shift=shift,
+        stage=args.stage,
+        rate=args.rate,
+        whole_frames=args.whole_frames,
+    )
+    record_run(
+        args.out,
+        {
+            "base": args.checkpoint,
+            "frozen_weights": frozen_fingerprint(model),
+            "stage": args.stage,
+            "rate": args.rate,
+            "rank": args.rank,
+            "learning_rate": args.learning_rate,
+        },
+    )
+    text = empty_text(base, args.components)
+    nothing = torch.zeros(1, shape.text_dim)
+    sampler = HistorySampler(
+        EditLatents(*args.edits), shape, recipe, empty_text=nothing if text is None else text
+    )
+    config = LoopConfig(
+        out=args.out,
+        minutes=args.minutes if args.steps is None else math.inf,
+        max_steps=args.steps,
+        batch=args.batch,
+        peak_tflops=matmul_tflops(device, compute_dtype(device)),
+    )
+    loop = TrainingLoop(model, [make_optimizer(trained, args.learning_rate)], config)
+    loop.run(flow_step(data_parallel(model), sampler, device))
+    is_first = rank() == 0
+    leave()
+    if is_first:
+        model.load_state_dict(loop.averaged())
+        merge_low_rank(model)
+        folder = args.out / "model"
+        vae = None if base.vae_path is None else os.path.relpath(base.vae_path, folder)
+        save_checkpoint(
+            folder, model, shape, base.sampling, f"{base.name}-history", torch.bfloat16,
+            conditioning=recipe.conditioning, vae=vae,
+        )  # fmt: skip
+        print(f"wrote {folder}: the averaged weights; run with --checkpoint and --history")
+
+
+if __name__ == "__main__":
+    run_command(main)
