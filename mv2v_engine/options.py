@@ -67,7 +67,8 @@ def add_engine(
 ) -> None:
     """The checkpoint, and how its engine runs. without, own: as `add_settings` has them."""
     add_settings(parser, LoadConfig, own=own)
-    own = {"lora": {"type": lora_pair}, **own}
+    history = {"nargs": "?", "const": "default"}
+    own = {"lora": {"type": lora_pair}, "history": history, **own}
     add_settings(parser, EngineConfig, without=without, own=own)
     for name in ("--reuse", "--reuse-refresh", "--reuse-drift"):
         parser.add_argument(name, type=_gone, help=argparse.SUPPRESS)

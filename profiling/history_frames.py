@@ -1,6 +1,6 @@
 """Can frames be asked back from a history? PSNR of random frames, by what encodes the history.
 
-`python profiling/history_frames.py --edits LATENTS --work runs/history [--steps 200]
+`python profiling/history_frames.py --edits LATENTS --work runs/history [--steps 150]
 [--out profiling/results/history_frames.json]`
 
 Stage 1 of `mv2v_engine.training.history` on tiny-edit, from the same weights, with the same
@@ -137,13 +137,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--edits", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True, help="where trainings lie")
-    parser.add_argument("--steps", type=int, default=200)
+    parser.add_argument("--steps", type=int, default=150)
     parser.add_argument("--rate", default="2x2x2")
     parser.add_argument("--frames", type=int, default=2, help="latent frames of a window")
     parser.add_argument("--windows", type=int, default=6, help="of a history, at most")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--learning-rate", type=float, default=2e-3)
     parser.add_argument("--held-out", type=int, default=40, help="clips")
+    parser.add_argument("--measured", type=int, default=24, help="of the held-out clips")
     parser.add_argument("--branches", nargs="+", default=BRANCHES)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -153,7 +154,7 @@ def main() -> None:
     assert base.vae_path is not None
     vae = load_vae(base.vae_path, device=CPU, dtype=torch.float32)
     batches = [
-        held_out.draw(torch.Generator().manual_seed(10**6 + clip)) for clip in range(args.held_out)
+        held_out.draw(torch.Generator().manual_seed(10**6 + clip)) for clip in range(args.measured)
     ]
     values: dict[str, list[float | None]] = {}
     rows: dict[str, Any] = {}

@@ -299,8 +299,8 @@ class Budget:
         """The plan of a turn that remembers as many videos as the configuration allows."""
         parts = self.parts
         remembers = parts.memory_mode in ("retrieved", "alone")
-        has_tokenizers = bool(parts.transformer.config.tokenizers)
-        return parts.plan_of(parts.config.max_memory if remembers and has_tokenizers else 0)
+        has_encoder = bool(parts.transformer.config.tokenizers or parts.history)
+        return parts.plan_of(parts.config.max_memory if remembers and has_encoder else 0)
 
     def advice(self, plan: TokenPlan, limit: int) -> str:
         """The single settings that bring a turn's peak to a limit, or what comes nearest."""

@@ -296,8 +296,9 @@ class Parts:
         self.timesteps: Timesteps = self.sampling.timesteps
         self.transformer, self.team = checkpoint.transformer, team
         self.backend, self.attention = configure(self.transformer, config, device)
-        self.memory_mode = config.memory or default_memory(
-            checkpoint.config, checkpoint.report.initialised
+        by_default = default_memory(checkpoint.config, checkpoint.report.initialised)
+        self.memory_mode = config.memory or (
+            "retrieved" if config.history is not None else by_default
         )
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
@@ -335,6 +336,15 @@ class Parts:
         return self.transformer.config.is_editor
 
     @property
+    def history(self) -> str | None:
+        """The rate at which remembered videos are one history; None: each has its tokenizer."""
+        asked, encoders = self.config.history, self.transformer.config.history
+        if asked is None or encoders is None:
+            return None
+        rate = encoders.rates[0] if asked == "default" else asked
+        return rate if rate in encoders.rates else None
+
+    @property
     def latent_shape(self) -> tuple[int, int, int, int]:
         """The latents of one window: channels, frames, rows, columns."""
         return self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
@@ -363,6 +373,12 @@ class Parts:
             raise RequestError(
                 f"{name} has VACE's blocks, whose tokens are not shared between processes: use "
                 "context=1"
+            )
+        if self.config.history is not None and self.history is None:
+            has = "" if shape.history is None else f" but of {' and '.join(shape.history.rates)}"
+            raise RequestError(
+                f"{name} has no history encoder{has}, got history={self.config.history!r}; leave "
+                "it out, or use weights of `training.history`"
             )
         if self.scheduler == "flow_map" and not shape.has_end_time:
             raise RequestError(
@@ -404,10 +420,14 @@ class Parts:
             fraction=config.merge_fraction,
             conditioning=config.conditioning,
             rope=config.rope,
+            history=self.history,
+            history_frames=config.history_frames,
         )
 
     def plan_of(self, num_memory: int, references: Sequence[tuple[int, int]] = ()) -> TokenPlan:
         """The plan of a window that remembers so many videos. references: as `plan` has them."""
+        if self.history is not None:
+            return self.plan((2,) * num_memory, references=references)
         available, mode = self.transformer.config.tokenizers, self.config.memory_tokenizers
         ranked = memory_tokenizers(num_memory, available, mode=mode)
         return self.plan(ranked, references=references)
@@ -427,6 +447,8 @@ class Parts:
             own["flow_shift"] = self.sampling.flow_shift
         if self.config.quantize_text is not None:
             own["quantize_text"] = self.config.quantize_text
+        if self.history is not None:
+            own |= {"history": self.history, "history_frames": self.config.history_frames}
         if self.products != self.dtype:
             own["products"] = str(self.products).removeprefix("torch.")
         return {**own, **rounded}
@@ -513,6 +535,7 @@ class Parts:
             "scheduler": self.scheduler,
             "timesteps": self.timesteps,
             **({"fast": self.config.fast} if self.config.fast else {}),
+            **({"history": self.history} if self.history else {}),
             "torch": torch.__version__,
             # whose steps a turn is made of
             **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),

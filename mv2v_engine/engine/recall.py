@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from mv2v_engine.camera.poses import relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
@@ -61,7 +62,8 @@ class Recall:
     @property
     def top_k(self) -> int:
         """The most videos that a window remembers."""
-        return self.parts.config.max_memory if self.parts.transformer.config.tokenizers else 0
+        has_encoder = self.parts.transformer.config.tokenizers or self.parts.history
+        return self.parts.config.max_memory if has_encoder else 0
 
     def entry_id(self, number: int) -> str:
         """What the cache calls a turn or a window, counted from 1."""
@@ -91,15 +93,35 @@ class Recall:
         """Leave nothing of this in the cache."""
         self.parts.cache.forget(self.owner)
 
+    def _planned(self, retrieval: Retrieval, **how: Any) -> Ranked:
+        """What is remembered, said of its encoder, and its plan. how: as `Parts.plan` takes it."""
+        retrieval = dataclasses.replace(retrieval, history=self.parts.history)
+        return retrieval, self.parts.plan(retrieval.tokenizers, **how)
+
+    def _videos(self, plan: TokenPlan, entries: Sequence[MemoryEntry]) -> list[Tensor]:
+        """Latents [C, F, H, W] of every memory segment; entries: as `_gathered` gives them."""
+        for entry in entries:
+            entry.require_key(self.parts.latent_kind.key)
+        videos = [entry.latents for entry in entries]
+        if self.parts.history is None or not videos:
+            return videos
+        past = torch.cat(videos, 1)
+        return [past[:, -s.grid[0] :] for s in plan.segments if s.role == "memory"]
+
     def _gathered(
         self, ranked: Ranked, rank: Callable[[], Ranked]
     ) -> tuple[Retrieval, TokenPlan, list[MemoryEntry]]:
-        """What is remembered, its plan and its entries; what cannot be read again is left out."""
+        """What is remembered, its plan and its entries; what cannot be read again is left out.
+
+        The entries are in the order of their segments; those of a history, of their turns.
+        """
         (retrieval, plan), cache, lost = ranked, self.parts.cache, dict[str, str]()
         while True:
             cache.prefetch(retrieval.ids)
             entries, missing = cache.gather(retrieval.ids)
             if not missing:
+                if self.parts.history is not None:
+                    entries = sorted(entries, key=lambda entry: entry.turn)
                 return dataclasses.replace(retrieval, lost=tuple(lost.items())), plan, entries
             lost |= missing  # the cache has forgotten them, so the ranking moves on
             retrieval, plan = rank()
@@ -116,7 +138,7 @@ class ViewRecall(Recall):
         """What a turn after `num_turns` others remembers, best first, and its plan."""
         retrieval = self._ranked(request, num_turns)
         has_source = not (request.memory == "alone" and retrieval.ids)
-        return retrieval, self.parts.plan(retrieval.tokenizers, has_source=has_source)
+        return self._planned(retrieval, has_source=has_source)
 
     def _ranked(self, request: Request, num_turns: int) -> Retrieval:
         config, cache = self.parts.config, self.parts.cache
@@ -169,7 +191,7 @@ class ViewRecall(Recall):
         count = plan.shape.context_frames or source.shape[1]
         videos = [
             *([source[:, :count]] if has_source else []),
-            *(entry.latents for entry in entries),
+            *self._videos(plan, entries),
         ]
         return Recalled(
             retrieval,
@@ -189,7 +211,14 @@ class ViewRecall(Recall):
             poses = relative_to(target.poses, target.poses[0])
             trajectories = [dataclasses.replace(target, poses=poses)]
         stride = self.parts.vae.temporal_stride
-        return torch.stack([t.vectors(shape.camera_dim, stride=stride) for t in trajectories])
+        tracks = [t.vectors(shape.camera_dim, stride=stride) for t in trajectories]
+        histories = [s for s in plan.segments if s.role == "memory"]
+        if self.parts.history is None or not histories:
+            return torch.stack(tracks)
+        past = torch.cat(tracks[2:])
+        tracks = [*tracks[:2], *(past[-segment.grid[0] :] for segment in histories)]
+        # tracks are of one length: frames that no segment has are never read
+        return pad_sequence(tracks, batch_first=True)
 
 
 class EditRecall(Recall):
@@ -236,10 +265,7 @@ class EditRecall(Recall):
         preceding = retrieval.ids[:1] == before[:1] and before in (
             (key.id, key.shot) for key in self._keys
         )
-        plan = self.parts.plan(
-            retrieval.tokenizers, preceding=preceding, references=self.references
-        )
-        return retrieval, plan
+        return self._planned(retrieval, preceding=preceding, references=self.references)
 
     def _ranked(self, window: EditWindow, descriptor: Tensor) -> Retrieval:
         if self.mode == "none":
@@ -272,7 +298,7 @@ class EditRecall(Recall):
             return self.rank(window, descriptor)
 
         retrieval, plan, entries = self._gathered(rank(), rank)
-        videos = [entry.latents for entry in entries]
+        videos = self._videos(plan, entries)
         if not self.parts.transformer.config.source_channels:
             videos = [source, *references, *videos]
         return Recalled(retrieval, plan, [video.to(self.parts.device)[None] for video in videos])

@@ -233,8 +233,10 @@ def _cache(parts: Parts) -> dict[str, Any]:
 def segment_names(
     plan: TokenPlan, memory_turns: Sequence[int], memory_name: str = "turn"
 ) -> list[str]:
-    """What a report calls each segment: target, source, turn N."""
+    """What a report calls each segment: target, source, turn N, or the history of all of them."""
     turns = iter(memory_turns)
+    if any(segment.encoder == "history" for segment in plan.segments):
+        return ["history" if s.role == "memory" else s.role for s in plan.segments]
     return [
         f"{memory_name} {next(turns)}" if segment.role == "memory" else segment.role
         for segment in plan.segments

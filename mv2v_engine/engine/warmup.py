@@ -74,7 +74,9 @@ def _nothing(engine: Parts, plan: TokenPlan, guidance_scale: float) -> Condition
     cameras = None
     if plan.shape.has_camera:
         tracks = 1 + max(segment.camera or 0 for segment in plan.segments)
-        num_frames = 4 * (plan.target.num_frames - 1) + 1
+        # the longest track: a history has the frames of several videos
+        longest = max(segment.grid[0] for segment in plan.segments)
+        num_frames = 4 * (longest - 1) + 1
         still = source_trajectory(None, num_frames, engine.sampling.size)
         one = still.vectors(plan.shape.camera_dim, stride=4)
         cameras = one.to(engine.device).expand(1, tracks, -1, -1).contiguous()

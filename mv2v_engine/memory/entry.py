@@ -86,6 +86,18 @@ class MemoryEntry:
         """Bytes of the latents, what a cache's budget counts; a trajectory is a few kilobytes."""
         return self.latents.numel() * self.latents.element_size()
 
+    def require_key(self, key: str) -> None:
+        """Refuse latents of another VAE than the one of this key.
+
+        Raises:
+            RequestError: they are.
+        """
+        if self.key != key:
+            raise RequestError(
+                f"memory {self.id!r} has latents of the VAE {self.key}, this model's is {key}; a "
+                "model understands its own VAE's alone: encode the video again"
+            )
+
     def stored_on(self, device: torch.device) -> MemoryEntry:
         """The same entry with latents on `device` that hold no more storage than their own.
 

@@ -42,6 +42,7 @@ class Retrieval:
     tokenizers: spatial patch of each video. num_candidates: videos that were ranked.
     reason: why nothing was retrieved, None if something was.
     lost: id and reason of what would have been, and could not be read again.
+    history: the rate at which all of it is one history, in place of tokenizers; else None.
     """
 
     ids: tuple[str, ...]
@@ -51,6 +52,7 @@ class Retrieval:
     num_candidates: int
     reason: str | None = None
     lost: tuple[tuple[str, str], ...] = ()
+    history: str | None = None
 
     @classmethod
     def of(
@@ -76,9 +78,16 @@ class Retrieval:
     def to_dict(self) -> dict[str, Any]:
         """For a report: one row a video, the reason if there is none, and what was lost if any."""
         rows = zip(self.ids, self.turns, self.scores, self.tokenizers, strict=True)
+        encoder = "patches" if self.history is None else "history"
         return {
             "retrieved": [
-                {"id": id, "turn": turn, "score": round(score, 6), "tokenizer": f"1x{k}x{k}"}
+                {
+                    "id": id,
+                    "turn": turn,
+                    "score": round(score, 6),
+                    "encoder": encoder,
+                    "tokenizer": self.history or f"1x{k}x{k}",
+                }
                 for id, turn, score, k in rows
             ],
             "num_candidates": self.num_candidates,

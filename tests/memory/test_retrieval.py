@@ -276,8 +276,8 @@ def test_the_report_names_turn_score_and_tokenizer() -> None:
     got = Retrieval(("b", "a"), (2, 1), (0.75, 0.5), (4, 8), 3)
     assert got.to_dict() == {
         "retrieved": [
-            {"id": "b", "turn": 2, "score": 0.75, "tokenizer": "1x4x4"},
-            {"id": "a", "turn": 1, "score": 0.5, "tokenizer": "1x8x8"},
+            {"id": "b", "turn": 2, "score": 0.75, "encoder": "patches", "tokenizer": "1x4x4"},
+            {"id": "a", "turn": 1, "score": 0.5, "encoder": "patches", "tokenizer": "1x8x8"},
         ],
         "num_candidates": 3,
         "reason": None,

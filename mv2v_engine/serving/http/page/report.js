@@ -54,9 +54,10 @@ function retrievedRow(row, index, report, { noun, latentFrames, open }) {
       h("span", { class: "score" }, row.score.toFixed(3))),
     h("div", { class: "meter", "aria-hidden": "true" },
       h("span", { vars: { "--share": Math.max(0, Math.min(1, row.score)) } })),
-    h("p", { class: "fine" },
-      `${plural(tokens, "token")} (${row.tokenizer.replaceAll("x", "×")}), `
-      + `${percent(merged)} merged`));
+    h("p", { class: "fine" }, row.encoder === "history"
+      ? `in the history (${row.tokenizer.replaceAll("x", "×")})`
+      : `${plural(tokens, "token")} (${row.tokenizer.replaceAll("x", "×")}), `
+        + `${percent(merged)} merged`));
 }
 
 /** Which videos a turn or a window remembered, and why. */
