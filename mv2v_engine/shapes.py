@@ -189,10 +189,11 @@ class TransformerConfig:
             object.__setattr__(self, "merge_blocks", blocks)
         if any(not 0 <= block < depth for block in self.merging_blocks):
             raise RequestError(f"merge_blocks {self.merge_blocks} must lie below {depth} blocks")
-        if self.history and any(not 0 <= b < depth for b in self.history.cross_attention):
-            raise RequestError(
-                f"cross_attention {self.history.cross_attention} must lie below {depth} blocks"
-            )
+        attending = self.history.cross_attention if self.history else ()
+        if any(not 0 <= block < depth for block in attending):
+            raise RequestError(f"cross_attention {attending} must lie below {depth} blocks")
+        if attending and self.vace_layers:
+            raise RequestError("VACE's blocks attend to no history; leave cross_attention out")
         self._check_cameras()
 
     def _check_vace(self) -> None:

@@ -2,7 +2,7 @@
 
 Translation is strict: a key is known whole or not at all. Original Wan calls its blocks' norms
 in the order norm1, norm3, norm2, so norm2 and norm3 change places. This project's names are
-diffusers' plus `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`,
+diffusers' plus `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `history_encoders.RATE`, `mergers.N`,
 `control_adapter` and `blocks.N.attn1.rope_phase_qk` and `_vo`.
 """
 
@@ -108,7 +108,8 @@ _FLAT_BLOCK = re.compile(r"((?:vace_)?blocks)_(0|[1-9]\d*)_(.+)")
 _BLOCK_KEY = re.compile(r"((?:vace_)?blocks)\.(0|[1-9]\d*)\.(.+)")
 # of modules that are this project's own
 _EXTRA_KEY = re.compile(
-    r"(?:(?:tokenizers|mergers)\.(?:0|[1-9]\d*)|condition_embedder\.end_time_embedder\.linear_[12])"
+    r"(?:(?:tokenizers|mergers)\.(?:0|[1-9]\d*)|condition_embedder\.end_time_embedder\.linear_[12]"
+    r"|(?:history_encoders\.\dx\dx\d|blocks\.(?:0|[1-9]\d*)\.attn_history)(?:\.\w+)+)"
     r"\.(?:weight|bias)"
 )
 # what compilers, sharding, checkpointing and data parallelism write between the parts of a key:

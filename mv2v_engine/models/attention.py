@@ -110,6 +110,25 @@ class SelfAttention(_Projections):
         return self._norm(self.to_k(hidden_BLC), self.norm_k.weight).flatten(2)
 
 
+class HistoryAttention(_Projections):
+    """Attention to what a history's tokens were made of, without positions (METHOD 17).
+
+    Zero at the start. width: E, of the history encoder's last hidden states.
+    """
+
+    def __init__(self, dim: int, num_heads: int, eps: float, width: int) -> None:
+        super().__init__(dim, num_heads, eps)
+        self.to_k, self.to_v = Linear(width, dim), Linear(width, dim)
+        for parameter in self.to_out.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, hidden_BLC: Tensor, history_BLE: Tensor) -> Tensor:
+        keys = self._norm(self.to_k(history_BLE), self.norm_k.weight)
+        values = self.to_v(history_BLE).unflatten(-1, (self.num_heads, -1))
+        queries = self._norm(self.to_q(hidden_BLC), self.norm_q.weight)
+        return self.out(self.attend(queries, keys, values))
+
+
 class CrossAttention(_Projections):
     """Attention to the text, without positions and without a mask, as Wan does.
 

@@ -17,7 +17,7 @@ from torch.nn.functional import layer_norm
 
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.models.actions import CameraActions, StateSpaceMemory, by_frame, by_place
-from mv2v_engine.models.attention import CrossAttention, SelfAttention
+from mv2v_engine.models.attention import CrossAttention, HistoryAttention, SelfAttention
 from mv2v_engine.models.camera_encoder import (
     POSE_DIM,
     Role,
@@ -56,6 +56,10 @@ class Block(nn.Module):
         self.attn_frames = None
         if config.action_attention:
             self.attn_frames = SelfAttention(dim, heads, config.eps)
+        self.attn_history = None
+        if config.history is not None and index in config.history.cross_attention:
+            width = config.history.channels[-1]
+            self.attn_history = HistoryAttention(dim, heads, config.eps, width)
         self.state_space = StateSpaceMemory(dim) if index in config.state_space else None
         self.camera_channels = config.camera_channels
         self.backend = "reference"
@@ -93,6 +97,8 @@ class Block(nn.Module):
                 None if sequence.image is None else self.attn2.image_keys_values(sequence.image),
                 sequence.image_pack,
             )
+            if self.attn_history is not None:
+                attended = attended + self._from_history(self.attn_history, sequence, hidden)
             del hidden
             x, hidden = self._add_adaln(x, attended, ffn)
         del attended
@@ -182,6 +188,19 @@ class Block(nn.Module):
         if stream.text is None:
             stream.text = self.attn2.keys_values(text)
         return stream.text
+
+    def _from_history(
+        self, attention: HistoryAttention, sequence: Sequence, hidden: Tensor
+    ) -> Tensor:
+        """What every sample's tokens read of its history [B, L, C]; nothing where it has none."""
+        parts = replace(sequence, x=hidden).split()
+        return torch.cat(
+            [
+                torch.zeros_like(p.x) if p.history is None else attention(p.x, p.history)
+                for p in parts
+            ],
+            1,
+        )
 
     def _from_cameras(self, x_BLND: Tensor, role: Role, sequence: Sequence) -> Tensor:
         """PRoPE of this rank's tokens with all heads; without it they are left as they are."""

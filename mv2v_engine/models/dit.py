@@ -260,13 +260,12 @@ class MV2VTransformer(nn.Module):
         tokens: Tensor = video.flatten(2).transpose(1, 2)
         return tokens
 
-    def _encode(self, segment: Segment, latents: Tensor) -> Tensor:
-        """A conditioning segment's tokens [B, L, C] by its encoder."""
+    def _encode(self, segment: Segment, latents: Tensor) -> Encoded:
+        """A conditioning segment's tokens by its encoder."""
         if segment.encoder == "history":
-            encoded: Encoded = self.history_encoders[segment.rate](latents, self.patch_embedding)
-            return encoded.tokens
-        tokens: Tensor = self.tokenizers[str(segment.tokenizer)](latents)
-        return tokens
+            found: Encoded = self.history_encoders[segment.rate](latents, self.patch_embedding)
+            return found
+        return Encoded(self.tokenizers[str(segment.tokenizer)](latents), None)
 
     def _hints(self, sequence: Sequence, sample: Sample) -> Hints | None:
         """VACE's, whose context has the target's places."""
@@ -284,9 +283,15 @@ class MV2VTransformer(nn.Module):
         plan, embedder = sample.plan, self.condition_embedder
         count = 1 if sample.is_kept else len(plan.segments)
         latents = sample.latents[:count]
-        parts = [self._target_tokens(latents[0])]
+        parts, hidden = [self._target_tokens(latents[0])], list[Tensor]()
         for latent, segment in zip(latents[1:], plan.segments[1:count], strict=True):
-            parts.append(self._encode(segment, latent))
+            encoded = self._encode(segment, latent)
+            parts.append(encoded.tokens)
+            hidden += [] if encoded.hidden is None else [encoded.hidden]
+        history = None
+        if plan.attended_history is not None:
+            kept = None if sample.kept is None else sample.kept.history
+            history = torch.cat(hidden, 1) if hidden else kept
         x, layout = torch.cat(parts, dim=1), Layout(plan.layout.runs[:count])
         frames = torch.arange(layout.num_frames, device=x.device).expand(len(x), -1)
         if sample.kept is not None and sample.is_kept:
@@ -308,7 +313,7 @@ class MV2VTransformer(nn.Module):
         if plan.conditioning == "static" and not sample.is_kept:
             _, static_temb_6 = embedder.time(torch.zeros_like(sample.timestep))
             if sample.kept is not None:
-                sample.kept.start(plan, cameras)
+                sample.kept.start(plan, cameras, history)
         stream, text = sample.stream, None if sample.stream is None else sample.stream.text
         if text is None:
             text = embedder.text(sample.encoder_hidden_states)
@@ -328,6 +333,7 @@ class MV2VTransformer(nn.Module):
             cameras=cameras,
             rays=rays,
             image=None if sample.image is None else embedder.image(sample.image),
+            history=history,
         ).over(sample.ranks, is_by_frames=self.is_by_frames)
         return sequence.with_frame_timesteps() if sample.timestep.ndim == 2 else sequence
 

@@ -24,10 +24,7 @@ from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.attention import SelfAttention
 from mv2v_engine.shapes import rate_of
-from mv2v_engine.tokens.encoders import encoded_grid, history_strides
-
-# latent frames that are encoded at once where no gradient is asked for
-_AT_ONCE = 32
+from mv2v_engine.tokens.encoders import FRAMES_AT_ONCE, encoded_grid, history_strides
 
 
 class Encoded(NamedTuple):
@@ -113,7 +110,7 @@ class HistoryEncoder(nn.Module):
             RequestError: latents of another VAE, or of fewer cells or frames than a token covers.
         """
         found, state, last = list[Encoded](), HistoryState(), None
-        length = latents_BCFHW.shape[2] if torch.is_grad_enabled() else _AT_ONCE
+        length = latents_BCFHW.shape[2] if torch.is_grad_enabled() else FRAMES_AT_ONCE
         for part in latents_BCFHW.split(max(length, 1), 2):
             made, last, state = self.append(part, base, state)
             found.append(made)

@@ -27,10 +27,12 @@ _ALIGNMENT = 512
 
 @dataclass(frozen=True, eq=False)
 class KeptStorage:
-    """Tensors that a cache keeps into, of one sample: k and v of every block, and the cameras."""
+    """Tensors that a cache keeps into, of one sample: k and v of every block, the cameras, and what
+    a history's tokens were made of."""
 
     blocks: tuple[KeysValues, ...]
     cameras: Tensor | None
+    history: Tensor | None = None
 
 
 class KeptLayout:
@@ -49,6 +51,9 @@ class KeptLayout:
         self._has_cameras = cameras is not None
         if cameras is not None:
             self._place((1, plan.target.num_frames, frame_dim(plan.shape)), cameras)
+        self._has_history = plan.attended_history is not None
+        if plan.attended_history is not None:
+            self._place((1, *plan.attended_history), dtype)
 
     def _place(self, shape: tuple[int, ...], dtype: torch.dtype) -> None:
         self._pieces.append((self.num_bytes, shape, dtype))
@@ -61,8 +66,9 @@ class KeptLayout:
             buffer[start : start + math.prod(shape) * dtype.itemsize].view(dtype).view(shape)
             for start, shape, dtype in self._pieces
         ]
+        history = views.pop() if self._has_history else None
         cameras = views.pop() if self._has_cameras else None
-        return KeptStorage(tuple(zip(views[::2], views[1::2], strict=True)), cameras)
+        return KeptStorage(tuple(zip(views[::2], views[1::2], strict=True)), cameras, history)
 
 
 class ConditioningCache:
@@ -70,6 +76,7 @@ class ConditioningCache:
 
     blocks: k (normalised, rotated) and v [B, L, N, D] of every block's conditioning, after the
     merges before it. cameras: [B, F, P] of the target's frames; None for a model without cameras.
+    history: [B, L', E], what a history's tokens were made of, where blocks attend to it.
     `keep_in` gives it a place to keep them; without one it keeps the tensors that it is handed.
 
     Args:
@@ -85,6 +92,7 @@ class ConditioningCache:
         self.plan, self._is_trained = plan, is_trained
         self.blocks: list[KeysValues] = []
         self.cameras: Tensor | None = None
+        self.history: Tensor | None = None
         self._storage: KeptStorage | None = None
 
     def keep_in(self, storage: KeptStorage) -> None:
@@ -100,8 +108,11 @@ class ConditioningCache:
         """The K and V that block `index` attends to."""
         return self.blocks[index]
 
-    def start(self, plan: TokenPlan, cameras_BFP: Tensor | None) -> None:
-        """Take up a forward's plan and the cameras of all its frames, before its first block.
+    def start(
+        self, plan: TokenPlan, cameras_BFP: Tensor | None, history_BLE: Tensor | None = None
+    ) -> None:
+        """Take up a forward's plan, the cameras of all its frames and its history, before its
+        first block.
 
         Raises:
             ValueError: it is another plan, gradients are on, or another forward was kept before.
@@ -118,6 +129,10 @@ class ConditioningCache:
         if self._storage is not None and self.cameras is not None:
             assert self._storage.cameras is not None
             self.cameras = self._storage.cameras.copy_(self.cameras)
+        self.history = history_BLE
+        if self._storage is not None and history_BLE is not None:
+            assert self._storage.history is not None
+            self.history = self._storage.history.copy_(history_BLE)
 
     def append(self, keys_values: KeysValues) -> None:
         """Keep the next block's K and V."""
@@ -133,6 +148,8 @@ class ConditioningCache:
         """
         other = ConditioningCache(self.plan, is_trained=self._is_trained)
         other.cameras = cameras_TFP
+        if self.history is not None:
+            other.history = self.history.index_select(0, samples_T)
         other.blocks = [
             (keys.index_select(0, samples_T), values.index_select(0, samples_T))
             for keys, values in self.blocks
@@ -142,7 +159,7 @@ class ConditioningCache:
     def release(self) -> None:
         """Let go of every tensor, whoever still holds the cache."""
         self.blocks.clear()
-        self.cameras = self._storage = None
+        self.cameras = self.history = self._storage = None
 
 
 class TargetResidual:

@@ -37,6 +37,7 @@ class Sequence:
     text [B, S, C]; None: there is no cross-attention. cameras [B, R, P] or None.
     rays [B, L, C]: what the cameras' rays became, of which attention makes phases; image [B, I, C]:
         what cross-attention reads beside the text. None of a model without.
+    history [B, L', E]: what a history's tokens were made of, where blocks attend to it; else None.
     shard: over which ranks the layout's tokens lie; L are then this rank's, and `frames` still all.
     parts: the samples that were packed, with their tokens as they were then; of one sample, none.
     """
@@ -53,6 +54,7 @@ class Sequence:
     static_temb_6: Tensor | None = None
     rays: Tensor | None = None
     image: Tensor | None = None
+    history: Tensor | None = None
     row: Tensor | None = None
     shard: Shard | None = None
     parts: tuple[Sequence, ...] = ()
@@ -73,6 +75,7 @@ class Sequence:
         static_temb_6: Tensor | None = None,
         rays: Tensor | None = None,
         image: Tensor | None = None,
+        history: Tensor | None = None,
     ) -> Sequence:
         """A sequence of one sample, or of a batch of samples of one plan."""
         token_frames = frames[:, token_slots(layout, frames.device)]
@@ -89,6 +92,7 @@ class Sequence:
             static_temb_6,
             rays,
             image,
+            history,
         )
 
     @classmethod
@@ -212,7 +216,7 @@ class Sequence:
         target = self._half(0, slice(length), slice(count), runs[:1])
         rest = self._half(1, slice(length, None), slice(count, None), runs[1:])
         if self.static_temb_6 is not None:
-            rest = replace(rest, temb_6=self.static_temb_6, text=None, image=None)
+            rest = replace(rest, temb_6=self.static_temb_6, text=None, image=None, history=None)
         return target, rest
 
     def _half(self, part: int, tokens: slice, frames: slice, runs: tuple[Run, ...]) -> Sequence:

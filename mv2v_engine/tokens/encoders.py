@@ -9,6 +9,7 @@ F H W latent grid, k the spatial patch of a token, t the latent frames that it c
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Literal
 
@@ -16,6 +17,8 @@ from mv2v_engine.shapes import HistoryConfig
 
 EncoderName = Literal["patches", "history"]
 Grid = tuple[int, int, int]
+# latent frames of a history that are encoded at once where no gradient is asked for
+FRAMES_AT_ONCE = 32
 
 
 def encoded_grid(encoder: EncoderName, grid: Grid, patch: int, frames: int) -> Grid:
@@ -54,6 +57,16 @@ def history_layers(
         layers.append((math.prod(size) * made, 27 * given))
         given = made
     return layers
+
+
+def history_peak(config: HistoryConfig, channels: int, grid: Grid, patch: int, frames: int) -> int:
+    """Elements that the convolutions hold at once: an input, what comes out, and its SiLU."""
+    if not config.has_convolutions:
+        return 0
+    part = (min(grid[0], FRAMES_AT_ONCE), *grid[1:])
+    sizes = [math.prod(part) * channels]
+    sizes += [size for size, _ in history_layers(config, channels, part, patch, frames)]
+    return max(before + 2 * after for before, after in itertools.pairwise(sizes))
 
 
 def history_flops(

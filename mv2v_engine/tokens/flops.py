@@ -5,7 +5,8 @@ camera projector, cross-attention's q and o, and the feed-forward; 4 L S C + 4 S
 cross-attention and its text k, v. S text tokens. PRoPE adds 32 L N D to the linear part, where D
 channels of N heads meet cameras. Phases of cameras add 8 L C N P for two layers of P a head, image
 tokens as much in cross-attention as so much text. Attention over F frames adds 4 L F C + 8 L C^2, a
-state-space memory 6 L C^2 in its blocks.
+state-space memory 6 L C^2 in its blocks. Attention to a history's L' hidden states of E channels
+adds 4 L C^2 + 4 L L' C + 4 L' E C in its blocks.
 """
 
 from __future__ import annotations
@@ -160,6 +161,11 @@ def _block_parts(plan: TokenPlan, queries: Sequence[int], keys: Sequence[int]) -
         if shape.action_attention:
             parts["self_attention"] += 4 * num_queries * frames * width
             parts["linear"] += 8 * num_queries * width**2
+        attending = shape.history.cross_attention if shape.history is not None else ()
+        if plan.attended_history is not None and index in attending:
+            length, channels = plan.attended_history
+            own = num_queries * (width + length) + length * channels
+            parts["cross_attention"] += 4 * own * width
         if index in shape.state_space:
             parts["linear"] += 6 * num_queries * width**2
         parts["linear"] += 2 * num_queries * per_token

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from itertools import accumulate
 
 from mv2v_engine.shapes import IMAGE_TOKENS
+from mv2v_engine.tokens.encoders import history_peak
 from mv2v_engine.tokens.flops import residual_bytes
 from mv2v_engine.tokens.plan import TokenPlan
 
@@ -68,6 +69,17 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     # VACE's context, what it becomes, its hint, and the target's tokens with it
     vace = 4 * plan.target.length * block.row if plan.shape.vace_layers else 0
     more = rays + image + places + vace
+    if plan.attended_history is not None:
+        # hidden states, their k and v, and what all tokens read of them
+        length, channels = plan.attended_history
+        more += length * channels * execution.element_bytes
+        peak += (2 * length + plan.length) * block.row
+    for each in plan.segments if plan.shape.history is not None else ():
+        if each.encoder == "history" and plan.shape.history is not None:
+            size = (each.grid, each.tokenizer, each.frames_per_token)
+            made = history_peak(plan.shape.history, plan.shape.latent_channels, *size)
+            # beside the tokens of all segments
+            peak = max(peak, made * execution.element_bytes + plan.length * block.row)
     return peak + more + residuals + table + plan.shape.text_len * block.row
 
 

@@ -236,6 +236,15 @@ class TokenPlan:
         """Numbers of a camera as it is given."""
         return self.shape.camera_dim
 
+    @property
+    def attended_history(self) -> tuple[int, int] | None:
+        """Tokens and channels of what a history was made of, if blocks attend to it."""
+        history = self.shape.history
+        lengths = [s.length for s in self.segments if s.encoder == "history"]
+        if history is None or not history.cross_attention or not lengths:
+            return None
+        return sum(lengths), history.channels[-1]
+
     @cached_property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
         """Every segment's latents (C, F, H, W); the target's hold a source on channels, too."""

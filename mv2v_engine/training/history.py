@@ -14,6 +14,7 @@ import math
 import os
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +22,12 @@ from torch import Tensor, nn
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import HistoryConfig, TransformerConfig
 from mv2v_engine.errors import TrainingError
+from mv2v_engine.models.attention import HistoryAttention
+from mv2v_engine.models.block import Block
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.history import HistoryEncoder
 from mv2v_engine.parser import Parser
+from mv2v_engine.shapes import HistoryBranches
 from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator, rank
@@ -209,11 +213,18 @@ def add_history(model: MV2VTransformer, history: HistoryConfig) -> TransformerCo
             encoder = HistoryEncoder(model.config, rate)
             encoder.begin_as(model.patch_embedding)
             model.history_encoders[rate] = encoder.to(model.patch_embedding.weight.device)
+    for index in history.cross_attention:
+        block, config = cast(Block, model.blocks[index]), model.config
+        if block.attn_history is None:
+            block.attn_history = HistoryAttention(
+                config.dim, config.num_attention_heads, config.eps, history.channels[-1]
+            ).to(model.patch_embedding.weight.device)
     return model.config
 
 
 def prepare(model: MV2VTransformer, rank: int) -> list[nn.Parameter]:
-    """Freeze all but the history encoders and low-rank updates, which are added; those, in float32.
+    """Freeze all but the history encoders, what attends to them, and low-rank updates, which are
+    added; those, in float32.
 
     Blocks keep their inputs alone for the backward pass.
     """
@@ -221,8 +232,8 @@ def prepare(model: MV2VTransformer, rank: int) -> list[nn.Parameter]:
     add_low_rank(model, rank)
     model.history_encoders.requires_grad_(True).float()
     for name, parameter in model.named_parameters():
-        if ".parametrizations.weight.0." in name:
-            parameter.requires_grad_(True)
+        if ".parametrizations.weight.0." in name or ".attn_history." in name:
+            parameter.requires_grad_(True).data = parameter.data.float()
     model.gradient_checkpointing = True
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
@@ -250,7 +261,15 @@ def main() -> None:
         help="of the convolutions",
     )
     parser.add_argument("--heads", type=int, default=HistoryConfig().heads)
-    parser.add_argument("--branches", choices=("both", "hr", "lr"), default="both")
+    parser.add_argument("--branches", choices=get_args(HistoryBranches), default="both")
+    parser.add_argument(
+        "--cross-attention",
+        type=int,
+        nargs="+",
+        default=(),
+        metavar="BLOCK",
+        help="none by default",
+    )
     parser.add_argument("--rank", type=int, default=128, help="of the blocks' updates")
     parser.add_argument("--whole-frames", type=int, default=0, help="of a history's end, whole")
     parser.add_argument("--max-windows", type=int, default=8, help="of a history")
@@ -279,6 +298,7 @@ def main() -> None:
         channels=tuple(args.channels),
         heads=args.heads,
         branches=args.branches,
+        cross_attention=tuple(args.cross_attention),
     )
     shape = add_history(model, history if had is None else replace(had, rates=(args.rate,)))
     trained = prepare(model, args.rank)

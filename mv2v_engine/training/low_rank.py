@@ -30,7 +30,12 @@ class LowRank(nn.Module):
 
 
 def _layers(model: MV2VTransformer) -> list[Linear]:
-    return [module for module in model.blocks.modules() if isinstance(module, Linear)]
+    """The blocks' own: what attends to a history is trained whole."""
+    return [
+        module
+        for name, module in model.blocks.named_modules()
+        if isinstance(module, Linear) and "attn_history" not in name
+    ]
 
 
 def add_low_rank(model: MV2VTransformer, rank: int) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -13,11 +14,14 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from mv2v_engine.config import HistoryConfig, TransformerConfig
 from mv2v_engine.errors import RequestError
+from mv2v_engine.models.attention import HistoryAttention
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.history import HistoryEncoder, HistoryState
 from mv2v_engine.models.kept import ConditioningCache
+from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import assert_within_budget, cpu_flops, randomise, tiny_config
 from mv2v_engine.tokens.encoders import history_flops
+from mv2v_engine.tokens.flops import flop_table, kept_flop_table
 from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments
 from mv2v_engine.tokens.tokenizers import init_from_base
 
@@ -224,3 +228,92 @@ def test_at_rate_one_it_is_a_plain_memory_video(conditioning: Any, camera: Any) 
         model(latents, *given, plan=plans[0], cameras=cameras, kept=kept)
         later = model(latents[:1], *given, plan=plans[0], kept=kept)
         torch.testing.assert_close(later, one, rtol=1e-6, atol=1e-6)
+
+
+def attending(blocks: tuple[int, ...]) -> tuple[MV2VTransformer, TokenPlan, list[Tensor]]:
+    """A model of which these blocks attend to a history's hidden states, a plan, and latents."""
+    history = HistoryConfig(
+        rates=("2x2x2",), channels=CHANNELS, heads=HEADS, cross_attention=blocks
+    )
+    config = tiny_config(camera_conditioning="none", history=history)
+    model = MV2VTransformer(config).eval()
+    randomise(model)
+    past = tuple(history_segments(config, (5, 8, 12), "2x2x2"))
+    target = Segment(role="target", grid=(2, 8, 12))
+    plan = TokenPlan(segments=(target, *past), shape=config, merge="off")
+    generator = torch.Generator().manual_seed(0)
+    latents = [torch.randn(1, 4, *s.grid, generator=generator) for s in plan.segments]
+    return model, plan, latents
+
+
+@torch.no_grad()
+def test_attention_to_hidden_states_is_the_description_s_and_zero_at_the_start() -> None:
+    made = HistoryAttention(24, 2, 1e-6, 16)
+    x, hidden = torch.randn(1, 5, 24), torch.randn(1, 7, 16)
+    assert not made(x, hidden).any()
+    randomise(made)
+
+    def written_out(dtype: torch.dtype) -> Tensor:
+        w = {name: tensor.to(dtype) for name, tensor in made.state_dict().items()}
+
+        def of(name: str, value: Tensor) -> Tensor:
+            return value.to(dtype) @ w[f"{name}.weight"].T + w[f"{name}.bias"]
+
+        def normed(name: str, value: Tensor) -> Tensor:
+            scale = (value.pow(2).mean(-1, keepdim=True) + 1e-6).rsqrt()
+            return (value * scale * w[f"{name}.weight"]).reshape(-1, 2, 12).transpose(0, 1)
+
+        q, k = normed("norm_q", of("to_q", x[0])), normed("norm_k", of("to_k", hidden[0]))
+        v = of("to_v", hidden[0]).reshape(-1, 2, 12).transpose(0, 1)
+        mixed = (q @ k.mT / math.sqrt(12)).softmax(-1) @ v
+        return of("to_out.0", mixed.transpose(0, 1).flatten(1))
+
+    oracle = written_out(torch.float64)
+    assert_within_budget(made(x, hidden)[0], oracle, written_out(torch.float32))
+
+
+@torch.no_grad()
+def test_blocks_attend_to_hidden_states() -> None:
+    """Alone, over kept K and V, and packed with a sample that has no history."""
+    model, plan, latents = attending((0, 2))
+    text, timestep = torch.randn(1, 6, 10), torch.tensor([400.0])
+    whole = model(latents, timestep, text, plan=plan)
+    without, plain_plan, _ = attending(())
+    without.load_state_dict(model.state_dict(), strict=False)
+    plain = without(latents, timestep, text, plan=plain_plan)
+    assert not torch.allclose(whole, plain, atol=1e-3)
+
+    static = replace(plan, conditioning="static")
+    kept = ConditioningCache(static)
+    first = model(latents, timestep, text, plan=static, kept=kept)
+    later = model(latents[:1], timestep, text, plan=static, kept=kept)
+    torch.testing.assert_close(later, first, rtol=1e-4, atol=1e-5)
+
+    alone = replace(plan, segments=plan.segments[:1])
+    samples = [
+        Sample(latents=given, timestep=timestep, encoder_hidden_states=text, plan=of)
+        for given, of in ((latents, plan), (latents[:1], alone))
+    ]
+    both = model.forward_samples(samples)
+    torch.testing.assert_close(both[0], whole, rtol=1e-4, atol=1e-5)
+    own = model(latents[:1], timestep, text, plan=alone)
+    torch.testing.assert_close(both[1], own, rtol=1e-4, atol=1e-5)
+
+    for name, parameter in model.named_parameters():
+        if "attn_history.to_out" in name:
+            parameter.zero_()
+    torch.testing.assert_close(model(latents, timestep, text, plan=plan), plain)
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+@torch.no_grad()
+def test_a_forward_with_a_history_costs_what_the_plan_says(conditioning: Any) -> None:
+    model, plan, latents = attending((1,))
+    plan = replace(plan, conditioning=conditioning)
+    kept = ConditioningCache(plan) if conditioning == "static" else None
+    given = (torch.tensor([400.0]), torch.randn(1, 6, 10))
+    tables = [flop_table, kept_flop_table] if kept is not None else [flop_table]
+    for table in tables:
+        with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
+            model(latents, *given, plan=plan, kept=kept)
+        assert sum(table(plan).values()) == counter.get_total_flops()

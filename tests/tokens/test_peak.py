@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from mv2v_engine.config import TINY, WAN_1_3B
+from mv2v_engine.config import TINY, WAN_1_3B, HistoryConfig
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.models import rope
 from mv2v_engine.models.dit import MV2VTransformer
@@ -18,7 +18,7 @@ from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.models.quantized import quantize_linears
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
-from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan
+from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
 
 BFLOAT16, CHUNK = torch.bfloat16, 16_384
 # merges before blocks 1 and 2, in a tenth of the time of all thirty
@@ -55,7 +55,7 @@ def counted(
             model.set_feed_forward_chunk(chunk)
             given = [torch.empty(1, shape.in_channels, *s.grid) for s in plan.segments]
             size = (1, len(plan.segments), plan.target.num_frames, shape.camera_dim)
-            cameras = torch.empty(size, dtype=torch.float32)
+            cameras = torch.empty(size, dtype=torch.float32) if shape.has_camera else None
             text, timestep = torch.empty(1, shape.text_len, shape.text_dim), torch.empty(1)
             keep = ConditioningCache(plan) if plan.conditioning == "static" else None
             with LiveBytes() as live:
@@ -114,6 +114,17 @@ def test_weights_that_are_made_when_they_are_used(kind: Any, conditioning: Any) 
         memory=1, conditioning=conditioning, shape=SHALLOW, frames=5, size=(96, 160)
     )
     _assert_predicted(few, BFLOAT16, CHUNK, quantize=kind)
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+@pytest.mark.parametrize("blocks", [(), (0, 2)])
+def test_a_history(conditioning: Any, blocks: tuple[int, ...]) -> None:
+    history = HistoryConfig(cross_attention=blocks)
+    shape = replace(SHALLOW, camera_conditioning="none", history=history)
+    plan = turn_plan(
+        shape, (21, 60, 104), (4,) * 4, merge="off", conditioning=conditioning, history="4x4x2"
+    )
+    _assert_predicted(plan, BFLOAT16, CHUNK)
 
 
 def test_full_size_by_the_reference() -> None:

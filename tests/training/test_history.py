@@ -1,0 +1,230 @@
+"""Both stages of TinyHistory's training: what they ask, what they move, one full-size step."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from mv2v_engine.checkpoints import load_checkpoint
+from mv2v_engine.config import WAN_1_3B, HistoryConfig
+from mv2v_engine.engine.counting import LiveBytes
+from mv2v_engine.errors import TrainingError
+from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.feed_forward import Linear
+from mv2v_engine.testing import randomise, tiny_config
+from mv2v_engine.tokens.plan import history_segments
+from mv2v_engine.training import history
+from mv2v_engine.training.edit_latents import EditLatents
+from mv2v_engine.training.history import (
+    HistoryRecipe,
+    HistorySampler,
+    add_history,
+    make_optimizer,
+    prepare,
+    query_plan,
+)
+from mv2v_engine.training.losses import flow_loss
+from mv2v_engine.training.low_rank import add_low_rank, merge_low_rank
+from mv2v_engine.training.recipe import Batch
+
+GIB = 1 << 30
+WINDOWS = (3, 4, 5)
+
+
+def save_clips(folder: Path, channels: int = 16, text_dim: int = 16) -> Path:
+    """Clips whose latents say clip, window and frame: 100, 10 and 1; the source has half of it."""
+    folder.mkdir(parents=True)
+    for clip, windows in enumerate(WINDOWS):
+        number = 100 * clip + 10 * torch.arange(windows)[:, None] + torch.arange(2)
+        edited = number[:, None, :, None, None].expand(-1, channels, -1, 4, 6).half()
+        tensors = {
+            "source": edited / 2,
+            "edited": edited,
+            "mask": torch.zeros(windows, 2, 4, 6).half(),
+            "text": torch.zeros(2, text_dim).bfloat16(),
+        }
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()},
+            folder / f"edit_{clip:07d}.safetensors",
+        )
+    return folder
+
+
+@pytest.fixture(scope="session")
+def clips(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_clips(tmp_path_factory.mktemp("latents") / "clips")
+
+
+def sampler(clips: Path, **recipe: int) -> HistorySampler:
+    shape = tiny_config(
+        camera_conditioning="none", in_channels=32, out_channels=16, source_channels=16,
+        text_dim=16, history=HistoryConfig(rates=("2x2x2",)),
+    )  # fmt: skip
+    made = HistoryRecipe(batch=3, rate="2x2x2", **recipe)  # type: ignore[arg-type]
+    return HistorySampler(EditLatents(clips), shape, made, empty_text=torch.zeros(1, 16))
+
+
+def test_stage_1_asks_for_the_frames_that_are_clean(clips: Path) -> None:
+    drawn = sampler(clips, stage=1, max_memory=5)
+    lengths, asked = set(), set()
+    for seed in range(40):
+        batch = drawn.draw(torch.Generator().manual_seed(seed))
+        target, past = batch.latents
+        taus, length = batch.plan.target.taus, past.shape[2]
+        lengths.add(length)
+        numbers = [tau + length for tau in taus]
+        asked.update(numbers)
+        assert len(set(numbers)) == 2 and batch.plan.segments[1].tau == -length
+        assert batch.source is not None and not batch.source.any()
+        for frame in range(length):
+            is_clean = [bool(p[:, frame].unique().numel() == 1) for p in past]
+            assert is_clean == [frame in numbers] * 3
+        for place, number in enumerate(numbers):
+            assert torch.equal(target[:, :, place], past[:, :, number])
+    assert lengths == {4, 6, 8, 10} and asked == set(range(10))
+
+
+def test_stage_2_asks_for_the_window_after_a_clean_history(clips: Path) -> None:
+    drawn = sampler(clips, stage=2, max_memory=3, whole_frames=3)
+    for seed in range(20):
+        batch = drawn.draw(torch.Generator().manual_seed(seed))
+        target, past, whole = batch.latents
+        assert batch.plan.target.taus == () and batch.source is not None
+        first = past[:, 0, 0, 0, 0]
+        windows = past.shape[2] // 2
+        assert torch.equal(target[:, 0, 0, 0, 0], first + 10 * windows)
+        assert torch.equal(2 * batch.source, target)
+        assert torch.equal(whole, past[:, :, -3:])
+        steps = past[:, 0, :, 0, 0] - first[:, None]
+        assert torch.equal(steps[:, 0::2], (10.0 * torch.arange(windows)).expand(3, -1))
+
+
+def test_what_it_cannot_be_trained_on(clips: Path, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match=r"latents have 4 channels.* takes 16"):
+        sampler(save_clips(tmp_path / "other", channels=4), stage=1, max_memory=4)
+    found = EditLatents(clips)
+    found.pairs = tuple(
+        replace(p, source=p.source[:1], edited=p.edited[:1], mask=p.mask[:1]) for p in found.pairs
+    )
+    shape = sampler(clips, stage=1, max_memory=4).shape
+    for stage in (1, 2):
+        with pytest.raises(TrainingError, match=f"stage {stage} needs clips of 2 windows"):
+            recipe = HistoryRecipe(stage=stage, rate="2x2x2")
+            HistorySampler(found, shape, recipe, empty_text=torch.zeros(1, 16))
+
+
+@torch.no_grad()
+def test_updates_of_low_rank_are_merged_into_the_weights() -> None:
+    model = MV2VTransformer(tiny_config())
+    randomise(model)
+    names = {name: p.clone() for name, p in model.named_parameters()}
+    layer = model.blocks[1].get_submodule("attn1.to_q")
+    assert isinstance(layer, Linear)
+    x = torch.randn(3, 24)
+    before = layer(x)
+    add_low_rank(model, 4)
+    assert torch.equal(layer(x), before)
+    update = layer.parametrizations.weight[0]  # type: ignore[union-attr, index]
+    update.up.normal_()
+    assert update.up.shape == (24, 4) and update.down.shape == (4, 24)
+    expected = names["blocks.1.attn1.to_q.weight"] + update.up @ update.down
+    changed = layer(x)
+    merge_low_rank(model)
+    torch.testing.assert_close(layer(x), changed)
+    assert {n: p.shape for n, p in model.named_parameters()} == {
+        n: p.shape for n, p in names.items()
+    }
+    for name, parameter in model.named_parameters():
+        is_updated = name == "blocks.1.attn1.to_q.weight"
+        torch.testing.assert_close(parameter, expected if is_updated else names[name])
+
+
+def _run(monkeypatch: pytest.MonkeyPatch, *words: object) -> None:
+    monkeypatch.setattr("sys.argv", ["history", *map(str, words), "--device", "cpu"])
+    history.main()
+
+
+def test_both_stages_by_command(
+    editor_folder: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = tmp_path / "one", tmp_path / "two"
+    shared = ["--edits", clips, "--rate", "2x2x2", "--rank", 3, "--batch", 2, "--steps"]
+    small = ["--channels", 4, 4, 8, 8, "--heads", 2]
+    with pytest.raises(TrainingError, match=r"none of rate 2x2x2; give the model that stage 1"):
+        _run(monkeypatch, "--stage", 2, "--checkpoint", editor_folder, "--out", two, *shared, 2)
+    words = ["--stage", 1, "--checkpoint", editor_folder, "--out", one, *small, *shared]
+    _run(monkeypatch, *words, 2)
+    _run(monkeypatch, *words, 3)
+    assert torch.load(one / "checkpoint.pt", weights_only=True)["step"] == 3
+    base, first = load_checkpoint(editor_folder), load_checkpoint(one / "model")
+    assert first.config.history == HistoryConfig(rates=("2x2x2",), channels=(4, 4, 8, 8), heads=2)
+    assert first.vae_path is not None and first.conditioning == ("joint", "static")
+    before = dict(base.transformer.named_parameters())
+    moved = {
+        name
+        for name, parameter in first.transformer.named_parameters()
+        if name in before and not torch.equal(parameter, before[name].to(parameter.dtype))
+    }
+    assert moved and all(name.startswith("blocks.") for name in moved)
+    _run(
+        monkeypatch, "--stage", 2, "--checkpoint", one / "model", "--out", two,
+        "--whole-frames", 2, *shared, 2,
+    )  # fmt: skip
+    second = load_checkpoint(two / "model")
+    assert second.config == first.config
+    name = "history_encoders.2x2x2.convs.0.weight"
+    trained = [dict(each.transformer.named_parameters())[name] for each in (first, second)]
+    assert not torch.equal(*trained)  # stage 2 goes on with the encoder
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_full_size_step(stage: int) -> None:
+    """20 s of history at 480x832 beside 21 latent frames, updates of rank 128, on fake tensors.
+
+    In six blocks: every other one adds the same.
+    """
+    shape = replace(WAN_1_3B, num_layers=6, merge_blocks=None, camera_conditioning="none")
+    grid, length = (21, 60, 104), 80
+    previous = torch.get_default_dtype()
+    with FakeTensorMode(), LiveBytes() as memory:
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            model = MV2VTransformer(shape)
+        finally:
+            torch.set_default_dtype(previous)
+        config = add_history(model, HistoryConfig())
+        trained = prepare(model, 128)
+        average = [parameter.detach().clone() for parameter in trained]
+        optimizer = make_optimizer(trained, 1e-4)
+        past = tuple(history_segments(config, (length, *grid[1:]), "4x4x2", 3 * (stage - 1)))
+        plan = query_plan(config, grid, past, list(range(21)) if stage == 1 else None)
+        latents = [torch.empty(1, 16, *s.grid) for s in plan.segments]
+        batch = Batch(plan, latents, None, torch.empty(1, shape.text_len, shape.text_dim))
+        generator, device = torch.Generator(), torch.device("cpu")
+        loss = flow_loss(
+            model, batch, generator, flow_shift=5.0, device=device, dtype=torch.bfloat16
+        )
+        loss.backward()
+        nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+        torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 0.001)
+        del loss, batch, latents
+        held = memory.now
+    count = sum(parameter.numel() for parameter in trained)
+    encoder = sum(parameter.numel() for parameter in model.history_encoders.parameters())
+    print(f"\n{count:,} parameters train, {encoder:,} of them the encoder's")
+    print(f"weights and states {held / GIB:.1f} GiB, peak {memory.peak / GIB:.1f} GiB")
+    width, ffn = shape.dim, shape.ffn_dim
+    # q, k, v and o of self- and cross-attention, and the feed-forward's two
+    updates = 6 * 128 * (8 * 2 * width + 2 * (width + ffn))
+    assert count == encoder + updates
+    frozen = sum(p.numel() for p in model.parameters()) - count
+    assert held == pytest.approx(4 * 4 * count + 2 * frozen, rel=0.01)
+    assert past[0].length == 7 * 13 * 40 and memory.peak < 16 * GIB
