@@ -2,8 +2,9 @@
 
 Translation is strict: a key is known whole or not at all. Original Wan calls its blocks' norms
 in the order norm1, norm3, norm2, so norm2 and norm3 change places. This project's names are
-diffusers' plus `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `history_encoders.RATE`, `mergers.N`,
-`control_adapter` and `blocks.N.attn1.rope_phase_qk` and `_vo`.
+diffusers' plus `blocks.N.cam_encoder`, `blocks.N.projector`, `tokenizers.K`, `mergers.N`,
+`history_encoders.RATE`, `blocks.N.attn_history`, `control_adapter` and
+`blocks.N.attn1.rope_phase_qk` and `_vo`.
 """
 
 from __future__ import annotations

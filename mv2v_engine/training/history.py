@@ -208,18 +208,24 @@ def add_history(model: MV2VTransformer, history: HistoryConfig) -> TransformerCo
     rates = had.rates if had is not None else ()
     rates += tuple(rate for rate in history.rates if rate not in rates)
     model.config = replace(model.config, history=replace(history, rates=rates))
-    for rate in rates:
-        if rate not in model.history_encoders:
-            encoder = HistoryEncoder(model.config, rate)
-            encoder.begin_as(model.patch_embedding)
-            model.history_encoders[rate] = encoder.to(model.patch_embedding.weight.device)
-    for index in history.cross_attention:
-        block, config = cast(Block, model.blocks[index]), model.config
-        if block.attn_history is None:
-            block.attn_history = HistoryAttention(
-                config.dim, config.num_attention_heads, config.eps, history.channels[-1]
-            ).to(model.patch_embedding.weight.device)
+    with model.patch_embedding.weight.device:
+        for rate in rates:
+            if rate not in model.history_encoders:
+                model.history_encoders[rate] = encoder = HistoryEncoder(model.config, rate)
+                encoder.begin_as(model.patch_embedding)
+        for index in history.cross_attention:
+            block, config = cast(Block, model.blocks[index]), model.config
+            if block.attn_history is None:
+                block.attn_history = HistoryAttention(
+                    config.dim, config.num_attention_heads, config.eps, history.channels[-1]
+                )
     return model.config
+
+
+def is_trained(name: str) -> bool:
+    """Whether a parameter moves: the encoders', what attends to them, and the updates'."""
+    marks = ("history_encoders.", ".attn_history.", ".parametrizations.weight.0.")
+    return any(mark in name for mark in marks)
 
 
 def prepare(model: MV2VTransformer, rank: int) -> list[nn.Parameter]:
@@ -228,12 +234,11 @@ def prepare(model: MV2VTransformer, rank: int) -> list[nn.Parameter]:
 
     Blocks keep their inputs alone for the backward pass.
     """
-    model.requires_grad_(False)
     add_low_rank(model, rank)
-    model.history_encoders.requires_grad_(True).float()
     for name, parameter in model.named_parameters():
-        if ".parametrizations.weight.0." in name or ".attn_history." in name:
-            parameter.requires_grad_(True).data = parameter.data.float()
+        parameter.requires_grad_(is_trained(name))
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
     model.gradient_checkpointing = True
     return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
