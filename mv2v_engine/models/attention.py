@@ -125,8 +125,10 @@ class HistoryAttention(_Projections):
     def forward(self, hidden_BLC: Tensor, history_BLE: Tensor) -> Tensor:
         keys = self._norm(self.to_k(history_BLE), self.norm_k.weight)
         values = self.to_v(history_BLE).unflatten(-1, (self.num_heads, -1))
-        queries = self._norm(self.to_q(hidden_BLC), self.norm_q.weight)
-        return self.out(self.attend(queries, keys, values))
+        # the queries are not named: they are gone before the output is made
+        return self.out(
+            self.attend(self._norm(self.to_q(hidden_BLC), self.norm_q.weight), keys, values)
+        )
 
 
 class CrossAttention(_Projections):

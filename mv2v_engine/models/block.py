@@ -193,14 +193,11 @@ class Block(nn.Module):
         self, attention: HistoryAttention, sequence: Sequence, hidden: Tensor
     ) -> Tensor:
         """What every sample's tokens read of its history [B, L, C]; nothing where it has none."""
-        parts = replace(sequence, x=hidden).split()
-        return torch.cat(
-            [
-                torch.zeros_like(p.x) if p.history is None else attention(p.x, p.history)
-                for p in parts
-            ],
-            1,
-        )
+        read = [
+            torch.zeros_like(p.x) if p.history is None else attention(p.x, p.history)
+            for p in replace(sequence, x=hidden).split()
+        ]
+        return read[0] if len(read) == 1 else torch.cat(read, 1)
 
     def _from_cameras(self, x_BLND: Tensor, role: Role, sequence: Sequence) -> Tensor:
         """PRoPE of this rank's tokens with all heads; without it they are left as they are."""

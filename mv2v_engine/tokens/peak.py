@@ -70,10 +70,8 @@ def forward_peak_bytes(plan: TokenPlan, execution: Execution) -> int:
     vace = 4 * plan.target.length * block.row if plan.shape.vace_layers else 0
     more = rays + image + places + vace
     if plan.attended_history is not None:
-        # hidden states, their k and v, and what all tokens read of them
         length, channels = plan.attended_history
         more += length * channels * execution.element_bytes
-        peak += (2 * length + plan.length) * block.row
     for each in plan.segments if plan.shape.history is not None else ():
         if each.encoder == "history" and plan.shape.history is not None:
             size = (each.grid, each.tokenizer, each.frames_per_token)
@@ -106,11 +104,14 @@ class _Block:
         if plan.shape.has_phases:
             # turned by phases in float32, as pairs that are put together again
             self.rotating = max(self.rotating, plan.shape.dim * 12)
+        history = plan.attended_history
+        self.history = 0 if history is None else 2 * history[0] * self.row
         self.norming = 0 if execution.is_fused else plan.shape.dim * 12
 
     def joint(self, length: int) -> int:
         """All tokens together."""
-        return max(length * self.row + self._attend(length), self._feed_forward(length))
+        attend = max(self._attend(length), self._read_history(length))
+        return max(length * self.row + attend, self._feed_forward(length))
 
     def static(self, own: int) -> int:
         """The conditioning by itself, whose K and V stay, then the target over both."""
@@ -123,7 +124,8 @@ class _Block:
         after = own * self.row + kept
         joined = (2 * self.target + 2 * length) * self.row
         forward = self._feed_forward(self.target) - self.target * self.row
-        target = max(self._attend(self.target), joined, forward)
+        attend = max(self._attend(self.target), self._read_history(self.target))
+        target = max(attend, joined, forward)
         return length * self.row + max(conditioning, after + target)
 
     def choose(self, length: int) -> int:
@@ -135,13 +137,19 @@ class _Block:
     def over_kept(self, own: int) -> int:
         """The target alone, over what was kept."""
         joined = (2 * self.target + 2 * (self.target + own)) * self.row
-        attend = self.target * self.row + max(self._attend(self.target), joined)
+        read = max(self._attend(self.target), self._read_history(self.target))
+        attend = self.target * self.row + max(read, joined)
         return max(attend, self._feed_forward(self.target))
 
     def _attend(self, length: int) -> int:
         """q, k and v of so many tokens, beside the tokens."""
         projecting = 3 * length * self.row + self.square_weight
         return max(length * (4 * self.row + self.rotating), projecting)
+
+    def _read_history(self, length: int) -> int:
+        """What so many tokens read of a history, beside the tokens: its k and v, the text's result,
+        and two rows a token on the way from queries to what is added."""
+        return 4 * length * self.row + self.history if self.history else 0
 
     def _feed_forward(self, length: int) -> int:
         """The feed-forward of so many tokens, which it counts too."""

@@ -200,7 +200,7 @@ def add_history(model: MV2VTransformer, history: HistoryConfig) -> TransformerCo
         TrainingError: those that it has are of another shape.
     """
     had = model.config.history
-    if had is not None and replace(had, rates=()) != replace(history, rates=()):
+    if had is not None and replace(had, rates=history.rates) != history:
         raise TrainingError(
             f"this model has history encoders of {had}, asked was {history}; leave --channels, "
             "--heads and --branches out"
