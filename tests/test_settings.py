@@ -107,7 +107,10 @@ def sample(action: argparse.Action) -> tuple[list[str], Any]:
         value = next(each for each in action.choices if each != action.default)
         return [value], value
     assert callable(action.type)
-    text = {"HxW": "4x6", "N": "2", "FILE[:S]": "file:2"}.get(str(action.metavar), "0.25")
+    texts = {"HxW": "4x6", "N": "2", "FILE[:S]": "file:2", "RATE": "2x2x1"}
+    text = texts.get(str(action.metavar), "0.25")
+    if action.dest == "history_frames":  # which belong to a history
+        return [text, "--history"], 2
     if action.dest == "lora":
         return [text], ((Path("file"), 2.0),)
     return [text], action.type(text)
