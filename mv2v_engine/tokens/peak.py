@@ -147,9 +147,9 @@ class _Block:
         return max(length * (4 * self.row + self.rotating), projecting)
 
     def _read_history(self, length: int) -> int:
-        """What so many tokens read of a history, beside the tokens: its k and v, the text's result,
-        and two rows a token on the way from queries to what is added."""
-        return 4 * length * self.row + self.history if self.history else 0
+        """What so many tokens read of a history, beside the tokens: its k and v; the next sum, its
+        norm, the text's result, and two rows a token from queries to what is added."""
+        return 5 * length * self.row + self.history if self.history else 0
 
     def _feed_forward(self, length: int) -> int:
         """The feed-forward of so many tokens, which it counts too."""
