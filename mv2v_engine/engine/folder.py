@@ -315,8 +315,10 @@ class SessionFolder(KeptFolder):
                 found.append(json.loads((file.metadata() or {})["report"]))
         return found
 
-    def branch(self, folder: Path, *, id: str, count: int) -> None:
+    def branch(self, folder: Path, *, id: str, count: int, without: Set[int] = frozenset()) -> None:
         """Begin another session in an empty folder with this one's first turns, their files shared.
+
+        without: numbers of turns whose files are gone, which are not remembered there either.
 
         Raises:
             FileNotFoundError: one of the files is not there.
@@ -332,7 +334,7 @@ class SessionFolder(KeptFolder):
                 raise StorageError(
                     f"{folder} already holds a session; choose another folder for the branch"
                 )
-            for path in _paths(self, rows):
+            for path in _paths(self, [row for row in rows if row["number"] not in without]):
                 share_file(path, folder / path.relative_to(self.folder))
             other.create(id, manifest["identity"], rows)
 

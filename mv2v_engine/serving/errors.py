@@ -74,6 +74,7 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "not_found": Kind(404, INVALID, "no such route, session, turn, job or file for this token"),
         "method_not_allowed": Kind(405, INVALID, "the route has other methods"),
         "busy": Kind(409, INVALID, "the state of the session or the job does not allow this"),
+        "edit_conflict": Kind(409, INVALID, "somebody else has changed it meanwhile"),
         "idempotency_conflict": Kind(409, INVALID, "the Idempotency-Key came with another request"),
         "not_finished": Kind(409, INVALID, "the turn has no result yet, or will have none"),
         "damaged": Kind(410, SERVER, "the files are not those recorded, and cannot be made again"),

@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -24,6 +24,7 @@ from mv2v_engine.serving.store import jobs, tables
 from mv2v_engine.serving.store.audit import Audit
 from mv2v_engine.serving.store.database import Given, Result, Work
 from mv2v_engine.serving.store.folders import Store, result_path, source_path
+from mv2v_engine.serving.store.history import Deleted
 from mv2v_engine.serving.store.identity import admit
 from mv2v_engine.serving.store.records import (
     Choices,
@@ -46,7 +47,8 @@ from mv2v_engine.serving.work.backend import Backend
 from mv2v_engine.serving.work.publishing import Publisher
 from mv2v_engine.serving.work.scheduler import Scheduler
 from mv2v_engine.serving.work.streaming import Stream, Streams
-from mv2v_engine.serving.work.turn_request import kept_request, make_request
+from mv2v_engine.serving.work.turn_request import kept_request, make_request, session_window
+from mv2v_engine.video.transforms import select_window
 
 # for Retry-After, where nothing says how long it takes
 _RETRY_SECONDS = 5
@@ -310,16 +312,65 @@ class Service:
         """
         await self._whole(self._sessions.remove(owner, session_id, is_idle=False))
 
-    async def branch(self, owner: str, session_id: str, number: int) -> SessionRecord:
+    async def edit_session(
+        self, owner: str, session_id: str, changes: Mapping[str, Any]
+    ) -> SessionRecord:
+        """Change a session's name, notes or is_favourite.
+
+        changes: those of them that are set, and `edited` as it was read, where a change that was
+            made elsewhere since is to be refused.
+
+        Raises not_found, edit_conflict, disk_full.
+        """
+        found = await self._whole(self._sessions.edit(owner, session_id, changes))
+        assert isinstance(found, SessionRecord)
+        return found
+
+    async def edit_turn(
+        self, owner: str, session_id: str, number: int, changes: Mapping[str, Any]
+    ) -> TurnRecord:
+        """Change a turn's name, notes or is_favourite; as `edit_session`."""
+        found = await self._whole(self._sessions.edit(owner, session_id, changes, number))
+        assert isinstance(found, TurnRecord)
+        return found
+
+    async def delete_turn(self, owner: str, session_id: str, number: int) -> Deleted:
+        """Delete a turn: its files go, no later turn remembers it, its number stays taken.
+
+        Turns that remembered it stay as they are, and say so. Deleted once more, it is the same.
+
+        Raises not_found, busy: a turn of the session is being made. disk_full.
+        """
+        return await self._whole(self._sessions.delete_turn(owner, session_id, number))
+
+    async def branch(
+        self, owner: str, session_id: str, number: int, window: str | None = None
+    ) -> SessionRecord:
         """A new session of the same source with turns 1 to `number` (0: none).
 
         A session of edits branches with number 0 alone, for its turns do not build on each other.
 
+        window: another part of the video, with number 0 alone.
+
         Raises not_ready, not_found, invalid_request, disk_full, too_many_sessions, damaged.
         """
-        self.require_about()
+        about = self.require_about()
         parent = await self._find(owner, session_id)
-        return await self._whole(self._sessions.branch(parent, number))
+        return await self._whole(self._sessions.branch(parent, number, about, window))
+
+    def source_frames(self, session: SessionRecord) -> tuple[int, ...] | None:
+        """Which frames of the source the model sees; None before the engine was ready once."""
+        about = self.about
+        if about is None or about["kind"] == "streams":
+            return None
+        if session.kind == "edits":
+            return tuple(range(session.frames))
+        wanted = about["sampling"]["num_frames"]
+        try:
+            window = session_window(session.frames, wanted, session.window)
+            return select_window(session.frames, wanted, window).indices
+        except MV2VError:
+            return None  # it was made for another model
 
     async def export(self, owner: str, session_id: str) -> Path:
         """A zip of its videos and reports; the caller removes it. Raises not_found, disk_full."""

@@ -8,12 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
-import json
 import shutil
 import sqlite3
 import time
-import zipfile
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Set
 from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
@@ -26,7 +24,8 @@ from mv2v_engine.errors import VideoError
 from mv2v_engine.files import chunks_of, flush, make_folder, move, share_file
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.errors import ApiError, client_words, disk_errors
-from mv2v_engine.serving.store import jobs, tables
+from mv2v_engine.serving.exporting import write_export
+from mv2v_engine.serving.store import history, jobs, tables
 from mv2v_engine.serving.store.audit import Audit
 from mv2v_engine.serving.store.database import Database, is_disk_full
 from mv2v_engine.serving.store.digests import promised
@@ -57,8 +56,6 @@ Probe = Callable[[str, Path, Limits, Alpha], Awaitable[ProbedVideo]]
 # of a picture; less is what rounding a size to the model's takes, and is in the report alone
 _MUCH_CROPPED = 0.01
 _MAX_NAME = 200
-# of a session, what is nobody's business outside the service
-_INNER = ("owner", "files", "identity")
 
 
 class Sessions:
@@ -118,13 +115,17 @@ class Sessions:
                 self.scheduler.tell(lambda listener: listener.session_created(session))
         return kept
 
-    async def branch(self, parent: SessionRecord, number: int) -> SessionRecord:
+    async def branch(
+        self, parent: SessionRecord, number: int, about: dict[str, Any], window: str | None
+    ) -> SessionRecord:
         """Make a branch; see `Service.branch`."""
-        branch = _branch_record(parent, number)
+        turns = await self.database.read(tables.list_turns, parent.id, with_deleted=True)
+        branch = _branch_record(parent, number, len(turns), about, window)
+        gone = {turn.number for turn in turns if turn.deleted is not None}
         self.store.require_free(self.config.min_free_bytes)
         with disk_errors():
             await self._require_whole(parent, number)
-            source_bytes = await asyncio.to_thread(_place_branch, self.store, parent, branch)
+            source_bytes = await asyncio.to_thread(_place_branch, self.store, parent, branch, gone)
             branch = replace(branch, bytes=source_bytes)
             made = await self._added(_add_branch, branch, self.config.limits.sessions)
         await mirror(self.database, self.store.session(made.id), made.id)
@@ -137,8 +138,8 @@ class Sessions:
         now = await self.audit.session(parent)
         if now.damage is not None:
             raise ApiError("damaged", f"session {parent.id} takes no branch: {now.damage}")
-        for turn in (await self.database.read(tables.list_turns, parent.id))[:number]:
-            if turn.damage is not None:
+        for turn in await self.database.read(tables.list_turns, parent.id):
+            if turn.number <= number and turn.damage is not None:
                 raise ApiError(
                     "damaged",
                     f"turn {turn.number} of the session is damaged ({turn.damage}); branch from "
@@ -191,6 +192,39 @@ class Sessions:
         self.publisher.forget(session_id)
         self.scheduler.tell(lambda listener: listener.session_deleted(session_id))
 
+    async def edit(
+        self, owner: str, session_id: str, changes: Mapping[str, Any], number: int | None = None
+    ) -> SessionRecord | TurnRecord:
+        """Change what is said of a session, or of its turn of a number. See `Service`."""
+        now, found = time.time(), None
+        with disk_errors():
+            if number is None:
+                found = await self.database.write(
+                    history.edit_session, owner, session_id, changes, now
+                )
+            else:
+                found = await self.database.write(
+                    history.edit_turn, owner, session_id, number, changes, now
+                )
+        await mirror(self.database, self.store.session(session_id), session_id, number=number)
+        return found
+
+    async def delete_turn(self, owner: str, session_id: str, number: int) -> history.Deleted:
+        """Delete a turn. See `Service`."""
+        # no turn of the session begins before the worker has forgotten this one
+        async with self.scheduler.queueing:
+            with disk_errors():
+                gone = await self.database.must_write(
+                    history.delete_turn, owner, session_id, number, time.time()
+                )
+            await self.publisher.idle(session_id)
+            await self.scheduler.backend.release(session_id)
+            self.scheduler.memory.pop(session_id, None)
+            await asyncio.to_thread(history.discard_files, self.store, session_id, number)
+            await asyncio.to_thread(self.store.empty_trash)
+        await mirror(self.database, self.store.session(session_id), session_id)
+        return gone
+
     async def export(self, session: SessionRecord) -> Path:
         """Write an archive of a session; see `Service.export`."""
         self.store.require_free(self.config.min_free_bytes + session.bytes)
@@ -201,7 +235,7 @@ class Sessions:
         path, folder = self.store.new_upload(), self.store.session(session.id)
         whole = [await self._whole_files(turn) for turn in turns]
         with disk_errors():
-            await asyncio.to_thread(_write_export, path, folder, session, turns, whole)
+            await asyncio.to_thread(write_export, path, folder, session, turns, whole)
         return path
 
     async def _whole_files(self, turn: TurnRecord) -> list[TurnFile]:
@@ -324,12 +358,15 @@ def _add_session(
     return session
 
 
-def _branch_record(parent: SessionRecord, number: int) -> SessionRecord:
-    """The record of a branch to come. Raises not_found, invalid_request."""
-    if not 0 <= number <= parent.num_turns:
-        raise ApiError(
-            "not_found", f"session {parent.id} has {parent.num_turns} turns, asked was {number}"
-        )
+def _branch_record(
+    parent: SessionRecord, number: int, last: int, about: dict[str, Any], window: str | None
+) -> SessionRecord:
+    """The record of a branch to come. last: number of the parent's last turn.
+
+    Raises not_found, invalid_request.
+    """
+    if not 0 <= number <= last:
+        raise ApiError("not_found", f"session {parent.id} has {last} turns, asked was {number}")
     if parent.kind == "edits" and number:
         raise ApiError(
             "invalid_request",
@@ -338,11 +375,28 @@ def _branch_record(parent: SessionRecord, number: int) -> SessionRecord:
             param="turn",
         )
     now, name = time.time(), new_id("session")
-    return replace(parent, id=name, created=now, touched=now, parent=parent.id, parent_turn=number)
+    branch = replace(
+        parent, id=name, created=now, touched=now, parent=parent.id, parent_turn=number
+    )
+    branch = replace(branch, notes="", is_favourite=False, edited=None)
+    if window is None:
+        return branch
+    if number:
+        message = "turns are made of one part of a video; give a window with turn 0 alone"
+        raise ApiError("invalid_request", message, param="window")
+    # what the engine knows of the other part is not said of this one
+    said = _warnings(about, parent.frames, parent.window)
+    rest = tuple(words for words in parent.warnings if words not in said)
+    warnings = (*_warnings(about, parent.frames, window), *rest)
+    return replace(branch, window=window, warnings=warnings, identity=None)
 
 
-def _place_branch(store: Store, parent: SessionRecord, branch: SessionRecord) -> int:
+def _place_branch(
+    store: Store, parent: SessionRecord, branch: SessionRecord, gone: Set[int]
+) -> int:
     """Build a branch's folder of its parent's files and move it into place; bytes of its source.
+
+    gone: numbers of the parent's turns that were deleted.
 
     Raises not_found: the parent is gone.
     """
@@ -350,7 +404,7 @@ def _place_branch(store: Store, parent: SessionRecord, branch: SessionRecord) ->
     try:
         share_file(source_path(old), source_path(staging))
         if number:
-            SessionFolder(old).branch(staging, id=branch.id, count=number)
+            SessionFolder(old).branch(staging, id=branch.id, count=number, without=gone)
         for turn in range(1, number + 1):
             for which in get_args(TurnFile):
                 path = result_path(old, turn, which)
@@ -374,33 +428,3 @@ def _add_branch(db: sqlite3.Connection, branch: SessionRecord, most: int) -> Ses
     tables.add_session(db, branch, most=most)
     tables.copy_turns(db, branch.parent, branch.id, branch.parent_turn)
     return tables.find_session(db, branch.owner, branch.id)
-
-
-def _write_export(
-    path: Path,
-    folder: Path,
-    session: SessionRecord,
-    turns: Sequence[TurnRecord],
-    whole: Sequence[Sequence[TurnFile]],
-) -> None:
-    """Videos and thumbnails as they are, for they are compressed, and what is known of them.
-
-    whole: the files of each turn that are as recorded.
-    """
-    about: dict[str, Any] = {k: v for k, v in asdict(session).items() if k not in _INNER}
-    try:
-        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
-            about["turns"] = []
-            for turn, results in zip(turns, whole, strict=True):
-                files = []
-                for which in results:
-                    result = result_path(folder, turn.number, which)
-                    if result.exists():
-                        file.write(result, result.name)
-                        files.append(result.name)
-                row = {"number": turn.number, "request": turn.request, "files": files}
-                about["turns"].append(row | {"report": turn.report, "damage": turn.damage})
-            file.writestr("session.json", json.dumps(about, indent=2))
-    except OSError:
-        path.unlink(missing_ok=True)
-        raise

@@ -236,21 +236,36 @@ async def test_a_finished_turn_without_a_row_gets_one(tmp_path: Path) -> None:
         assert (await ended(service, await asked(service, record))).number == 3
 
 
-# columns that the version before has not
+# columns that versions before have not: 3 none of them, 5 none of the later ones
 CHOSEN = ("asked_fps", "alpha", "fit", "size")
+SAID = ("notes", "is_favourite", "edited")
+SAID_OF_TURNS = ("name", *SAID, "deleted", "forgotten")
 CHOICES = Choices(window="last", fps=12.5, alpha="white")
 
 
-def to_version_3(root: Path, spare: Path) -> None:
-    """The store as the version before wrote it: a session's row has the window alone."""
+def to_version(version: int, root: Path) -> None:
+    """The store as an earlier version wrote it."""
+    of_sessions = SAID if version == 5 else (*CHOSEN, *SAID)
     with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
-        for name in CHOSEN:
-            db.execute(f"ALTER TABLE sessions DROP COLUMN {name}")
-        db.execute("PRAGMA user_version = 3")
-    for path in root.glob("sessions/*/rows/session.json"):
-        with edited_json(path) as copy:
-            for name in CHOSEN:
-                del copy["row"][name]
+        for table, names in (("sessions", of_sessions), ("turns", SAID_OF_TURNS)):
+            for name in names:
+                db.execute(f"ALTER TABLE {table} DROP COLUMN {name}")
+        db.execute(f"PRAGMA user_version = {version}")
+    for pattern, names in (("session", of_sessions), ("turn_*", SAID_OF_TURNS)):
+        for path in root.glob(f"sessions/*/rows/{pattern}.json"):
+            with edited_json(path) as copy:
+                for name in names:
+                    del copy["row"][name]
+
+
+def to_version_3(root: Path, spare: Path) -> None:
+    """A session's row has the window alone."""
+    to_version(3, root)
+
+
+def to_version_5(root: Path, spare: Path) -> None:
+    """Nobody could name a turn or delete it."""
+    to_version(5, root)
 
 
 def lost_in_version_3(root: Path, spare: Path) -> None:
@@ -258,7 +273,7 @@ def lost_in_version_3(root: Path, spare: Path) -> None:
     missing(root, spare)
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, 6])
+@pytest.mark.parametrize("version", [1, 2, 4, 7])
 def test_a_store_of_another_version_is_refused(
     tmp_path: Path, version: int, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -266,7 +281,7 @@ def test_a_store_of_another_version_is_refused(
     with closing(sqlite3.connect(tmp_path / DATABASE, isolation_level=None)) as db:
         db.execute(f"PRAGMA user_version = {version}")
     before = contents(tmp_path)
-    wanted = f"has version {version}, this engine reads 3 and 5; serve it"
+    wanted = f"has version {version}, this engine reads 3, 5 and 6; serve it"
     with pytest.raises(StorageError, match=wanted):
         start(tmp_path)
     assert [main(["store", word, str(tmp_path)]) for word in ("check", "repair")] == [1, 2]
@@ -282,6 +297,7 @@ def test_a_store_of_another_version_is_refused(
         (missing, True, True),
         (empty, True, True),
         (to_version_3, False, False),
+        (to_version_5, False, True),
         (to_version_3, True, False),
         (lost_in_version_3, True, False),
     ],

@@ -127,7 +127,7 @@ def cors_options(origins: Sequence[str]) -> dict[str, Any]:
     """What Starlette's CORS middleware is given for these origins."""
     return {
         "allow_origins": list(origins),
-        "allow_methods": ["GET", "POST", "PUT", "DELETE"],
+        "allow_methods": ["GET", "POST", "PUT", "PATCH", "DELETE"],
         "allow_headers": ["Authorization", "Content-Type", "Idempotency-Key", "Last-Event-ID"],
         "expose_headers": ["Content-Range", "Location", "Retry-After"],
     }

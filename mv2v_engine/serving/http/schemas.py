@@ -205,6 +205,65 @@ class BranchRequest(Asked):
     model_config = ConfigDict(json_schema_extra=example({"turn": 1}))
 
     turn: int = Field(ge=0, le=2**31 - 1, description="the last turn to take along; 0 for none")
+    window: Window | None = Field(
+        default=None, description=f"another part of the video, with turn 0 alone: {WINDOW_HELP}"
+    )
+
+
+MAX_NAME = 200
+Name = Annotated[str, StringConstraints(max_length=MAX_NAME)]
+
+
+class Changes(BaseModel):
+    """What is said of a session or a turn; what is left out stays."""
+
+    model_config = ConfigDict(
+        extra="forbid", strict=True, json_schema_extra=example({"name": "from the left"})
+    )
+
+    name: Name = Field(default="", description="how people call it")
+    notes: Text = ""
+    is_favourite: bool = False
+    edited: Finite | None = Field(
+        default=None,
+        description="its `edited` as you read it; changed elsewhere since, it is refused",
+    )
+
+    @model_validator(mode="after")
+    def _is_something(self) -> Changes:
+        if not self.model_fields_set - {"edited"}:
+            raise ValueError("nothing is to be changed; give name, notes or is_favourite")
+        return self
+
+    def set(self) -> dict[str, Any]:
+        """What is to be changed, and what that is based on."""
+        return self.model_dump(exclude_unset=True)
+
+
+class DeletedTurn(BaseModel):
+    """A turn that is gone. dependents: turns that remembered it, which stay as they are.
+
+    waiting: jobs that wait in its session, and will not remember it.
+    """
+
+    model_config = ConfigDict(
+        from_attributes=True,
+        json_schema_extra=example(
+            {
+                "object": "turn.deleted",
+                "session": SESSION_ID,
+                "number": 1,
+                "dependents": [2],
+                "waiting": [JOB_ID],
+            }
+        ),
+    )
+
+    object: Literal["turn.deleted"] = "turn.deleted"
+    session: str
+    number: int
+    dependents: list[int]
+    waiting: list[str]
 
 
 class Footprint(BaseModel):
@@ -246,6 +305,9 @@ class Session(Kept):
                 "fit": "crop",
                 "size": "160x96",
                 "damage": None,
+                "notes": "",
+                "is_favourite": False,
+                "edited": None,
             }
         ),
     )
@@ -271,18 +333,26 @@ class Session(Kept):
     fit: Fit | None
     size: str | None
     damage: str | None
+    notes: str
+    is_favourite: bool
+    edited: float | None
 
 
 class SessionWithFootprint(Session):
-    """A session and what it takes."""
+    """A session and what it takes.
+
+    source_frames: numbers of the frames that the model sees, from 0; null where that is not known.
+    """
 
     footprint: Footprint
+    source_frames: list[int] | None
 
 
 class Turn(Kept):
     """A finished turn. report: the engine's own, of memory, tokens, seconds and bytes.
 
-    warnings: what was changed of its camera, and what the model does not know.
+    warnings: what was changed of its camera, and what the model does not know. forgotten: turns
+    that it remembered and that were deleted since.
     """
 
     model_config = ConfigDict(
@@ -298,6 +368,11 @@ class Turn(Kept):
                 "bytes": 96_412,
                 "warnings": [],
                 "damage": None,
+                "name": "",
+                "notes": "",
+                "is_favourite": False,
+                "edited": None,
+                "forgotten": [],
             }
         ),
     )
@@ -312,6 +387,11 @@ class Turn(Kept):
     bytes: int
     warnings: list[str]
     damage: str | None
+    name: str
+    notes: str
+    is_favourite: bool
+    edited: float | None
+    forgotten: list[int]
 
 
 class JobError(BaseModel):
@@ -367,10 +447,11 @@ class Job(Kept):
 
 
 class Sampling(BaseModel):
-    """What a turn makes by default. size: height and width."""
+    """What a turn makes by default. size: height and width. sizes: others that can be asked for."""
 
     num_frames: int
     size: list[int]
+    sizes: list[list[int]] = []
     fps: float
     num_inference_steps: int
     guidance_scale: float

@@ -95,7 +95,8 @@ class Audit:
 
         mends: its manifest too, which nobody may write meanwhile.
         """
-        turns = await self.database.read(tables.list_turns, session.id)
+        every = await self.database.read(tables.list_turns, session.id, with_deleted=True)
+        turns = [turn for turn in every if turn.deleted is None]
         folder = self.store.session(session.id)
         states = await asyncio.to_thread(self._states, folder, turns, is_deep)
         for turn, state in zip(turns, states, strict=True):
@@ -105,7 +106,7 @@ class Audit:
             # what was found of the manifest holds until it is looked at again
             damage = session.damage
         elif damage is None:
-            damage = await self._mended(folder, session, turns)
+            damage = await self._mended(folder, session, every)
         if damage != session.damage:
             _say(f"session {session.id}", damage)
             await self.database.must_write(tables.set_session_damage, session.id, damage)
@@ -206,6 +207,7 @@ class Audit:
     def _mend_manifest(
         self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord], wrong: str
     ) -> str | None:
+        """turns: the deleted ones too, for their numbers stay taken."""
         manifest = SessionFolder(folder)
         entries = [turn.entry for turn in turns]
         if turns and (session.identity is None or None in entries):
@@ -235,7 +237,8 @@ def _rows(manifest: SessionFolder, turns: Sequence[TurnRecord]) -> list[dict[str
     except StorageError as error:
         log.warning("of session.json nothing but what the database has is left: %s", error)
     for turn in turns:
-        rows[turn.number] = _row(turn)
+        if turn.deleted is None or turn.number not in rows:
+            rows[turn.number] = _row(turn)
     for number in range(1, max(rows)):
         if number not in rows and rows[max(rows)]["camera"] is None:
             # an edit that was unfinished: without settings, no request goes on with it
@@ -283,6 +286,8 @@ def _difference(folder: Path, session: SessionRecord, turns: Sequence[TurnRecord
         for turn in turns:
             if turn.number not in by_number:
                 return f"it does not list turn {turn.number}"
+            if turn.deleted is not None:
+                continue
             row = by_number[turn.number]
             entry = {} if turn.entry is None else _row(turn)
             wrong = [name for name in entry.keys() - {"report"} if row[name] != entry[name]]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import sqlite3
-from collections.abc import Callable, Iterator, Set
+from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -22,7 +22,7 @@ Given = ParamSpec("Given")
 # a function of a connection, and of what it is called with besides
 Work: TypeAlias = Callable[Concatenate[sqlite3.Connection, Given], Result]
 
-VERSION = 5
+VERSION = 6
 _SCHEMA = """
 CREATE TABLE store (
     id TEXT NOT NULL,
@@ -58,6 +58,9 @@ CREATE TABLE sessions (
     alpha TEXT,
     fit TEXT,
     size TEXT,
+    notes TEXT NOT NULL DEFAULT '',
+    is_favourite INTEGER NOT NULL DEFAULT 0,
+    edited REAL,
     UNIQUE (owner, key)
 );
 CREATE INDEX sessions_of_owner ON sessions (owner, serial);
@@ -73,6 +76,12 @@ CREATE TABLE turns (
     files TEXT NOT NULL DEFAULT '{}',
     entry TEXT,
     damage TEXT,
+    name TEXT NOT NULL DEFAULT '',
+    notes TEXT NOT NULL DEFAULT '',
+    is_favourite INTEGER NOT NULL DEFAULT 0,
+    edited REAL,
+    deleted REAL,
+    forgotten TEXT NOT NULL DEFAULT '[]',
     PRIMARY KEY (session, number)
 );
 CREATE INDEX turns_to_publish ON turns (session) WHERE is_published = 0;
@@ -99,10 +108,22 @@ CREATE INDEX jobs_of_owner ON jobs (owner, serial);
 CREATE INDEX jobs_of_session ON jobs (session, serial);
 CREATE INDEX jobs_alive ON jobs (state, serial) WHERE state IN ('queued', 'running');
 """
-# what this version has more than the one before; the columns come last in both
-BEFORE = 3
-READABLE = frozenset({BEFORE, VERSION})
-ADDED = {"asked_fps": "REAL", "alpha": "TEXT", "fit": "TEXT", "size": "TEXT"}
+# what the next version that is read has more, by table; the columns come last in both
+_SAID = {"notes": "TEXT NOT NULL DEFAULT ''", "is_favourite": "INTEGER NOT NULL DEFAULT 0"}
+_SAID |= {"edited": "REAL"}
+_ADDED = {
+    3: {"sessions": {"asked_fps": "REAL", "alpha": "TEXT", "fit": "TEXT", "size": "TEXT"}},
+    5: {
+        "sessions": _SAID,
+        "turns": {
+            "name": "TEXT NOT NULL DEFAULT ''",
+            **_SAID,
+            "deleted": "REAL",
+            "forgotten": "TEXT NOT NULL DEFAULT '[]'",
+        },
+    },
+}
+READABLE = (*_ADDED, VERSION)
 # how SQLite says that the disk, or its shared memory on it, has no room
 _FULL = ("full", "disk I/O error")
 
@@ -203,10 +224,20 @@ def create(db: sqlite3.Connection) -> None:
 
 
 def upgrade(db: sqlite3.Connection) -> None:
-    """Make the version before this one, within a transaction; a database of this version stays."""
-    if version_of(db) != VERSION:
-        columns = (f"ALTER TABLE sessions ADD COLUMN {name} {kind}" for name, kind in ADDED.items())
-        _run(db, ";".join(columns))
+    """Make an older version this one, within a transaction; a database of this version stays."""
+    found = version_of(db)
+    if found == VERSION:
+        return
+    _run(
+        db,
+        ";".join(
+            f"ALTER TABLE {table} ADD COLUMN {name} {kind}"
+            for version, tables in _ADDED.items()
+            if version >= found
+            for table, columns in tables.items()
+            for name, kind in columns.items()
+        ),
+    )
 
 
 def version_of(db: sqlite3.Connection) -> int:
@@ -255,12 +286,13 @@ def _unusable(path: Path, error: sqlite3.Error) -> StorageError:
     )
 
 
-def require_version(db: sqlite3.Connection, readable: Set[int] = READABLE) -> None:
+def require_version(db: sqlite3.Connection, readable: Collection[int] = READABLE) -> None:
     """Refuse a database of a version that is not readable."""
     found = version_of(db)
     if found not in readable:
         raise StorageError(
-            f"the store's database has version {found}, this engine reads {BEFORE} and {VERSION}; "
+            f"the store's database has version {found}, this engine reads "
+            f"{', '.join(map(str, READABLE[:-1]))} and {VERSION}; "
             "serve it with the engine that wrote it, or choose another store"
         )
 

@@ -21,7 +21,7 @@ from typing import Any, get_args
 from mv2v_engine.arguments import shown
 from mv2v_engine.errors import StorageError
 from mv2v_engine.files import save_json
-from mv2v_engine.serving.store.database import ADDED, Database, create
+from mv2v_engine.serving.store.database import Database, create
 from mv2v_engine.serving.store.digests import is_promise, num_bytes, promised
 from mv2v_engine.serving.store.folders import (
     finished_numbers,
@@ -42,6 +42,12 @@ _FORMAT, _VERSION = "mv2v-rows", 1
 _NOT_COPIED = {
     "sessions": {"serial", "touched", "used", "is_deleting", "damage", "identity"},
     "turns": {"session", "is_published", "damage"},
+}
+# what copies of before there was a choice, or anything to say, do not have
+_SAID: dict[str, Any] = {"notes": "", "is_favourite": 0, "edited": None}
+_EARLIER: dict[str, dict[str, Any]] = {
+    "sessions": dict.fromkeys(("window", "asked_fps", "alpha", "fit", "size")) | _SAID,
+    "turns": {"name": "", "deleted": None, "forgotten": "[]", **_SAID},
 }
 _KINDS = {"TEXT": (str,), "INTEGER": (int,), "REAL": (int, float)}
 
@@ -178,8 +184,8 @@ def read_rows(folder: Path) -> Rows:
     if value is None:
         raise StorageError(f"{folder.name} has no copy of its rows")
     with reading(folder):
-        # copies that the version before wrote have none of these
-        session = _checked(dict.fromkeys(ADDED) | value["row"], "sessions")
+        row = _EARLIER["sessions"] | value["row"]
+        session = _checked(row, "sessions")
         identity = text(stored_identity(folder))
         rows = Rows(str(value["store"]), session | {"identity": identity})
     copied = {
@@ -209,7 +215,7 @@ def copied_turn(folder: Path, number: int) -> dict[str, Any] | None:
         value = _read_json(folder / FOLDER / _turn_name(number))
         if value is not None:
             with reading(folder):
-                row = _checked(value["row"], "turns")
+                row = _checked(_EARLIER["turns"] | value["row"], "turns")
                 if row["number"] == number:
                     return row
     except StorageError as error:

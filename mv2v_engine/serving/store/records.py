@@ -80,6 +80,7 @@ class SessionRecord:
         choice.
     files: what is promised of the upload (`digests`). identity: what the engine's manifest says of
         the session, once it has a turn. damage: why it takes no more turns, if it was damaged.
+    notes, is_favourite: what its user says of it. edited: when its user last did.
     """
 
     id: str
@@ -106,6 +107,9 @@ class SessionRecord:
     files: dict[str, Any] = field(default_factory=dict, repr=False)
     identity: dict[str, Any] | None = field(default=None, repr=False)
     damage: str | None = None
+    notes: str = ""
+    is_favourite: bool = False
+    edited: float | None = None
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -117,6 +121,8 @@ class TurnRecord:
     is_published: whether its mp4 and thumbnail are written; if not, they are made again soon.
     files: what is promised of them (`digests`). entry: its row of the engine's manifest, without
         the report. damage: what is lost of it, if its latents are.
+    name, notes, is_favourite, edited: as of a session. deleted: when it was; the number is taken.
+    forgotten: numbers of the turns that it remembered and that were deleted since.
     """
 
     session: str
@@ -130,6 +136,12 @@ class TurnRecord:
     files: dict[str, Any] = field(default_factory=dict, repr=False)
     entry: dict[str, Any] | None = field(default=None, repr=False)
     damage: str | None = None
+    name: str = ""
+    notes: str = ""
+    is_favourite: bool = False
+    edited: float | None = None
+    deleted: float | None = None
+    forgotten: tuple[int, ...] = ()
 
     @property
     def warnings(self) -> tuple[str, ...]:

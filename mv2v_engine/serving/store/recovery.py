@@ -6,6 +6,7 @@ between a session's folder and its row      a folder without a row: removed; set
                                             turns, as a branch has
 after a running job was cancelled           a running job, marked so: cancelled
 while a session was deleted                 a row marked so: the deletion is done
+while a turn was deleted                    a row marked so: its files are removed
 before a turn's first step                  a running job, no turn: back to the queue
 while the turn was made                     the same, and half-written files: removed
 between the engine's store and the row      a running job, its turn in the folder: finished
@@ -23,7 +24,7 @@ import logging
 import sqlite3
 from pathlib import Path
 
-from mv2v_engine.serving.store import jobs, tables
+from mv2v_engine.serving.store import history, jobs, tables
 from mv2v_engine.serving.store.audit import Audit
 from mv2v_engine.serving.store.database import Database
 from mv2v_engine.serving.store.folders import (
@@ -52,6 +53,8 @@ async def recover(store: Store, database: Database, audit: Audit) -> None:
     known = await database.read(tables.session_ids)
     for stray in await asyncio.to_thread(store.stray_sessions, known):
         await asyncio.to_thread(_put_away, store, stray)
+    for session_id, number in await database.read(history.deleted_turns):
+        await asyncio.to_thread(history.discard_files, store, session_id, number)
     await asyncio.to_thread(store.empty_trash)
     await reconcile(store, database, audit)
     for session_id, number in await database.read(tables.unpublished_turns):
@@ -108,5 +111,5 @@ async def _take_up(session: SessionRecord, store: Store, database: Database) -> 
 def _told(db: sqlite3.Connection, session_id: str) -> set[int]:
     """Numbers of the turns that a session's rows tell of, or will once its jobs are recovered."""
     running = [job.number for job in jobs.jobs_in_state(db, "running") if job.session == session_id]
-    turns = tables.list_turns(db, session_id)
+    turns = tables.list_turns(db, session_id, with_deleted=True)
     return {turn.number for turn in turns} | {number for number in running if number is not None}

@@ -92,7 +92,7 @@ def check(store: Store) -> Iterator[str]:
             with sqlite.opened(store.database) as db:
                 known = tables.session_ids(db)
                 version = sqlite.version_of(db)
-                if version == sqlite.BEFORE:
+                if version != sqlite.VERSION:
                     print(f"version {version}: the next start makes version {sqlite.VERSION} of it")
                 else:
                     sessions = tables.kept_sessions(db)

@@ -24,16 +24,19 @@ log = logging.getLogger("mv2v_engine.serving")
 
 _SESSION = """
     SELECT s.*,
-        (SELECT count(*) FROM turns t WHERE t.session = s.id) AS num_turns,
+        (SELECT count(*) FROM turns t WHERE t.session = s.id AND t.deleted IS NULL) AS num_turns,
         source_bytes
             + (SELECT coalesce(sum(t.bytes), 0) FROM turns t WHERE t.session = s.id) AS bytes
     FROM sessions s
 """
 # of a turn, to a branch
-_COPIED = "number, request, report, created, bytes, is_published, files, entry, damage"
+_COPIED = (
+    "number, request, report, created, bytes, is_published, files, entry, damage, name, notes, "
+    "is_favourite, edited, deleted, forgotten"
+)
 # columns that hold JSON, and of what
 JSON: Mapping[str, type[list[Any]] | type[dict[str, Any]]] = MappingProxyType(
-    {"warnings": list}
+    {"warnings": list, "forgotten": list}
     | dict.fromkeys(("request", "report", "files", "identity", "entry", "error", "progress"), dict)
 )
 # those of them that may hold nothing
@@ -226,20 +229,28 @@ def total_bytes(db: sqlite3.Connection) -> int:
 def add_turn(db: sqlite3.Connection, turn: TurnRecord, *, is_repeatable: bool) -> None:
     """Add a finished turn.
 
-    is_repeatable: asked for again, it is the same turn (an edit is), whole again if it was damaged.
+    is_repeatable: asked for again, it is the same turn (an edit is), whole again if it was damaged
+        or deleted.
     """
     row = columns(turn, without={"damage"})
-    again = ", ".join(f"{name} = excluded.{name}" for name in row if name != "job")
+    # what people have written of it stays
+    own = {"job", "name", "notes", "is_favourite", "edited"}
+    again = ", ".join(f"{name} = excluded.{name}" for name in row if name not in own)
     rest = (
         f"ON CONFLICT (session, number) DO UPDATE SET {again}, damage = NULL "
-        "WHERE turns.damage IS NOT NULL"
+        "WHERE turns.damage IS NOT NULL OR turns.deleted IS NOT NULL"
     )
     insert(db, "turns", row, rest if is_repeatable else "")
 
 
-def list_turns(db: sqlite3.Connection, session_id: str) -> tuple[TurnRecord, ...]:
-    """In order."""
-    rows = db.execute("SELECT * FROM turns WHERE session = ? ORDER BY number", (session_id,))
+def list_turns(
+    db: sqlite3.Connection, session_id: str, *, with_deleted: bool = False
+) -> tuple[TurnRecord, ...]:
+    """In order. with_deleted: those too of which nothing but the row is left."""
+    which = "" if with_deleted else "AND deleted IS NULL"
+    rows = db.execute(
+        f"SELECT * FROM turns WHERE session = ? {which} ORDER BY number", (session_id,)
+    )
     return tuple(record(TurnRecord, row) for row in rows)
 
 
@@ -250,6 +261,8 @@ def find_turn(db: sqlite3.Connection, session_id: str, number: int) -> TurnRecor
     ).fetchone()
     if row is None:
         raise ApiError("not_found", f"session {session_id} has no turn {number}")
+    if row["deleted"] is not None:
+        raise ApiError("not_found", f"turn {number} of session {session_id} was deleted")
     return record(TurnRecord, row)
 
 
@@ -276,7 +289,8 @@ def unpublished_turns(db: sqlite3.Connection) -> list[tuple[str, int]]:
     """Session and number of turns whose mp4 or thumbnail is to be made again, and can be."""
     rows = db.execute(
         "SELECT t.session, t.number FROM turns t JOIN sessions s ON s.id = t.session "
-        "WHERE t.is_published = 0 AND t.damage IS NULL AND s.damage IS NULL AND NOT s.is_deleting "
+        "WHERE t.is_published = 0 AND t.damage IS NULL AND t.deleted IS NULL AND s.damage IS NULL "
+        "AND NOT s.is_deleting "
         "ORDER BY t.session, t.number"
     )
     return [(row["session"], row["number"]) for row in rows]

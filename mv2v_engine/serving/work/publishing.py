@@ -63,6 +63,10 @@ class Publisher:
     async def leave(self, session_id: str) -> None:
         """Write nothing more into a session's folder; returns when that is so."""
         self._gone.add(session_id)
+        await self.idle(session_id)
+
+    async def idle(self, session_id: str) -> None:
+        """Wait until nothing is written into a session's folder."""
         while self._current == session_id:
             await self._published.wait()
 

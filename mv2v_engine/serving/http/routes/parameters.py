@@ -62,7 +62,7 @@ async def known_parameters(request: Request) -> None:
     seen = set()
     for name, _ in request.query_params.multi_items():
         if name not in known:
-            has_body = request.method == "POST"
+            has_body = request.method in ("POST", "PATCH")
             none = "this route has none" + (": send fields in the body" if has_body else "")
             raise unknown_name("query parameter", name, known, none)
         if name in seen:

@@ -26,7 +26,9 @@ from mv2v_engine.serving.http.routes.parameters import (
     SessionId,
 )
 from mv2v_engine.serving.http.schemas import (
+    MAX_NAME,
     BranchRequest,
+    Changes,
     Footprint,
     Session,
     Sessions,
@@ -52,7 +54,6 @@ UPLOAD = (
     "idempotency_conflict",
     "disk_full",
 )
-_NAME_LENGTH = 200
 _FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -70,7 +71,7 @@ _FORM: dict[str, Any] = {
                         },
                         "name": {
                             "type": "string",
-                            "maxLength": _NAME_LENGTH,
+                            "maxLength": MAX_NAME,
                             "description": "how people call it",
                         },
                     }
@@ -85,6 +86,14 @@ _FORM: dict[str, Any] = {
 def clean_name(name: str) -> str:
     """A name as it is shown: one line without control characters."""
     return "".join(letter if letter.isprintable() else " " for letter in name).strip()
+
+
+def cleaned(body: Changes) -> dict[str, Any]:
+    """What is to be changed, the name as it is shown."""
+    changes = body.set()
+    if "name" in changes:
+        changes["name"] = clean_name(changes["name"])
+    return changes
 
 
 # what a branch is refused with
@@ -111,10 +120,10 @@ async def create_session(
     async with received_form(request, "video", limit, service.upload_path) as form:
         fields = dict(form.fields)
         name = clean_name(fields.pop("name", ""))
-        if len(name) > _NAME_LENGTH:
+        if len(name) > MAX_NAME:
             raise ApiError(
                 "invalid_request",
-                f"name may have {_NAME_LENGTH} characters, got {len(name)}; shorten it",
+                f"name may have {MAX_NAME} characters, got {len(name)}; shorten it",
                 param="name",
             )
         try:
@@ -157,9 +166,24 @@ async def get_session(service: Serving, owner: Owner, session_id: SessionId) -> 
     record, footprint = await asyncio.gather(
         service.session(owner, session_id), service.footprint(owner, session_id)
     )
+    frames = service.source_frames(record)
     return SessionWithFootprint(
-        **Session.model_validate(record).model_dump(), footprint=Footprint(**asdict(footprint))
+        **Session.model_validate(record).model_dump(),
+        footprint=Footprint(**asdict(footprint)),
+        source_frames=None if frames is None else list(frames),
     )
+
+
+@router.patch(
+    "/{session_id}",
+    response_model=Session,
+    responses=refusals(*ANY, *BODY, "not_found", "edit_conflict", "disk_full"),
+)
+async def edit_session(
+    service: Serving, owner: Owner, session_id: SessionId, body: Changes
+) -> Session:
+    """Change a session's name, notes, or whether it is a favourite."""
+    return Session.model_validate(await service.edit_session(owner, session_id, cleaned(body)))
 
 
 @router.delete(
@@ -185,8 +209,8 @@ async def branch_session(
     session_id: SessionId,
     body: BranchRequest,
 ) -> Session:
-    """A new session of the same video that has its turns up to this one."""
-    record = await service.branch(owner, session_id, body.turn)
+    """A new session of the same video that has its turns up to this one, or of another part."""
+    record = await service.branch(owner, session_id, body.turn, body.window)
     response.headers["Location"] = f"/v1/sessions/{record.id}"
     return Session.model_validate(record)
 
@@ -215,7 +239,7 @@ async def get_session_source(
 async def export_session(
     request: Request, service: Serving, owner: Owner, session_id: SessionId
 ) -> Response:
-    """A zip of the session's videos, thumbnails and reports."""
+    """A zip of the session's videos and pictures, one sheet of them all, and its reports."""
     path = await service.export(owner, session_id)
     return await answer_file(
         request,

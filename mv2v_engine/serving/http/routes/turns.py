@@ -14,7 +14,17 @@ from mv2v_engine.serving.http.routes.parameters import (
     SessionId,
     TurnNumber,
 )
-from mv2v_engine.serving.http.schemas import Answers, Job, Turn, TurnRequest, Turns, refusals
+from mv2v_engine.serving.http.routes.sessions import cleaned
+from mv2v_engine.serving.http.schemas import (
+    Answers,
+    Changes,
+    DeletedTurn,
+    Job,
+    Turn,
+    TurnRequest,
+    Turns,
+    refusals,
+)
 from mv2v_engine.serving.store.records import TurnFile
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/turns", tags=["turns"])
@@ -59,6 +69,30 @@ async def get_turn(
 ) -> Turn:
     """A turn and its report: what was remembered, tokens, seconds, bytes."""
     return Turn.model_validate(await service.turn(owner, session_id, number))
+
+
+@router.patch(
+    "/{number}",
+    response_model=Turn,
+    responses=refusals(*ANY, *BODY, "not_found", "edit_conflict", "disk_full"),
+)
+async def edit_turn(
+    service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber, body: Changes
+) -> Turn:
+    """Change a turn's name, notes, or whether it is a favourite."""
+    return Turn.model_validate(await service.edit_turn(owner, session_id, number, cleaned(body)))
+
+
+@router.delete(
+    "/{number}",
+    response_model=DeletedTurn,
+    responses=refusals(*ANY, "wrong_origin", "not_found", "busy", "disk_full"),
+)
+async def delete_turn(
+    service: Serving, owner: Owner, session_id: SessionId, number: TurnNumber
+) -> DeletedTurn:
+    """Remove a turn's files, and remember it no more; turns that remembered it are named."""
+    return DeletedTurn.model_validate(await service.delete_turn(owner, session_id, number))
 
 
 def _add_file(which: TurnFile, suffix: str, media_type: str, words: str) -> None:

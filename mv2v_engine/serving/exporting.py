@@ -1,0 +1,102 @@
+"""A session as a zip: videos, pictures, one sheet of all pictures, and what is known of it."""
+
+from __future__ import annotations
+
+import io
+import json
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from mv2v_engine.serving.store.folders import result_path
+from mv2v_engine.serving.store.records import SessionRecord, TurnFile, TurnRecord
+
+# of a session, what is nobody's business outside the service
+_INNER = ("owner", "files", "identity")
+_COLUMNS, _MARGIN, _CAPTION = 4, 12, 20  # of the sheet; pixels
+_CELL = (320, 240)  # that a picture has at most, pixels
+
+
+def write_export(
+    path: Path,
+    folder: Path,
+    session: SessionRecord,
+    turns: Sequence[TurnRecord],
+    whole: Sequence[Sequence[TurnFile]],
+) -> None:
+    """Videos and thumbnails as they are, for they are compressed, and what is known of them.
+
+    whole: the files of each turn that are as recorded.
+
+    Raises:
+        OSError: the place cannot be written; nothing is left there.
+    """
+    about: dict[str, Any] = {k: v for k, v in asdict(session).items() if k not in _INNER}
+    pictures = []
+    try:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:
+            about["turns"] = []
+            for turn, results in zip(turns, whole, strict=True):
+                files = []
+                for which in results:
+                    result = result_path(folder, turn.number, which)
+                    if result.exists():
+                        file.write(result, result.name)
+                        files.append(result.name)
+                        if which == "thumbnail":
+                            pictures.append((_caption(turn), result))
+                about["turns"].append(_about(turn) | {"files": files})
+            sheet = contact_sheet(pictures)
+            if sheet is not None:
+                file.writestr("contact_sheet.jpg", sheet)
+            file.writestr("session.json", json.dumps(about, indent=2))
+    except OSError:
+        path.unlink(missing_ok=True)
+        raise
+
+
+def _about(turn: TurnRecord) -> dict[str, Any]:
+    names = ("number", "name", "notes", "is_favourite", "request", "report", "damage", "forgotten")
+    return {name: getattr(turn, name) for name in names}
+
+
+def _caption(turn: TurnRecord) -> str:
+    asked = turn.request.get("camera") or turn.request.get("prompt") or ""
+    words = turn.name or (asked if isinstance(asked, str) else str(asked.get("name", "camera")))
+    return f"{turn.number}  {words}" + ("  *" if turn.is_favourite else "")
+
+
+def contact_sheet(pictures: Sequence[tuple[str, Path]]) -> bytes | None:
+    """A JPEG of all pictures, each over its caption; None if there is none that can be read."""
+    from PIL import Image, ImageDraw, ImageFont, UnidentifiedImageError
+
+    cells = []
+    for words, path in pictures:
+        try:
+            with Image.open(path) as opened:
+                picture = opened.convert("RGB")
+        except UnidentifiedImageError:
+            continue
+        picture.thumbnail(_CELL)
+        cells.append((words, picture))
+    if not cells:
+        return None
+    width = max(picture.width for _, picture in cells)
+    height = max(picture.height for _, picture in cells) + _CAPTION
+    columns = min(_COLUMNS, len(cells))
+    rows = -(-len(cells) // columns)
+    size = (columns * (width + _MARGIN) + _MARGIN, rows * (height + _MARGIN) + _MARGIN)
+    sheet = Image.new("RGB", size, "white")
+    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(14)
+    for place, (words, picture) in enumerate(cells):
+        left = _MARGIN + place % columns * (width + _MARGIN)
+        top = _MARGIN + place // columns * (height + _MARGIN)
+        sheet.paste(picture, (left, top))
+        while draw.textlength(words, font) > width:
+            words = words[:-2].rstrip("\N{HORIZONTAL ELLIPSIS}") + "\N{HORIZONTAL ELLIPSIS}"
+        draw.text((left, top + height - _CAPTION + 2), words, "black", font)
+    encoded = io.BytesIO()
+    sheet.save(encoded, "JPEG", quality=88)
+    return encoded.getvalue()
