@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import io
 import json
+import shutil
 import sqlite3
 import zipfile
 from collections.abc import AsyncIterator
@@ -140,7 +142,7 @@ async def test_a_kill_while_a_turn_is_deleted(
     await abandon(service)
     if is_lost:
         (tmp_path / "service.sqlite3").unlink()
-        main(["store", "repair", str(tmp_path)])
+        await asyncio.to_thread(main, ["store", "repair", str(tmp_path)])
     async with serving(tmp_path, Remembering()) as (service, _):
         assert files_of(service, session, 1) == []
         (left,) = await service.turns("", session.id)
@@ -154,6 +156,7 @@ async def test_a_kill_while_a_turn_is_deleted(
         listed = SessionFolder(service.store.session(session.id)).read()["turns"]
         assert [row["number"] for row in listed] == [1, 2, 3]
         assert files_of(service, session, 1) == []
+    shutil.rmtree(tmp_path / "set-aside")  # the manifest that was none
     check_store(tmp_path)
 
 
@@ -230,22 +233,23 @@ def test_a_turn_is_deleted_over_http_and_the_export_tells_of_the_rest(
         assert "results/turn_0001.mp4" not in file.namelist()
 
 
-def test_another_part_of_a_video(client: httpx.Client, upload: Upload) -> None:
-    session = upload(client, "clip.mp4")
-    place = f"/v1/sessions/{session['id']}"
-    wanted = client.get("/v1/models").json()["data"][0]["sampling"]["num_frames"]
-    part = client.post(f"{place}/branches", json={"turn": 0, "window": "last"})
-    assert part.status_code == 201
-    found = client.get(f"/v1/sessions/{part.json()['id']}").json()
-    last = session["frames"] - 1
-    assert found["source_frames"] == list(range(last - wanted + 1, last + 1))
-    assert found["parent"] == session["id"] and "last" in " ".join(found["warnings"])
-    for body, words in (
-        ({"turn": 0, "window": str(last)}, "frame"),
-        ({"turn": 0, "window": "best"}, "window must be"),
-    ):
-        answer = client.post(f"{place}/branches", json=body)
-        assert words in refused_over_http(answer, 422, "invalid_request", "window")
+@in_loop
+async def test_another_part_of_a_video(tmp_path: Path) -> None:
+    async with serving(tmp_path) as (service, _):
+        session = await finished(service)
+        part = await service.branch("", session.id, 0, "last")
+        assert service.source_frames(part) == tuple(range(11, 20))
+        assert (part.parent, part.num_turns, part.identity) == (session.id, 0, None)
+        assert "11" in part.warnings[0] and part.warnings != session.warnings
+        for number, window, words in (
+            (0, "19", "frame"),
+            (1, "last", "turn 0 alone"),
+        ):
+            refusal = await refused(service.branch("", session.id, number, window))
+            assert (refusal.code, refusal.param) == ("invalid_request", "window")
+            assert words in refusal.message
+        assert (await ended(service, await asked(service, part))).state == "finished"
+    check_store(tmp_path)
 
 
 def test_a_sheet_of_pictures(tmp_path: Path) -> None:
