@@ -66,10 +66,10 @@ async function json(path, options) {
   return (await send(path, options)).json();
 }
 
-function post(path, content, key = null) {
+function post(path, content, key = null, method = "POST") {
   const headers = { "Content-Type": "application/json" };
   if (key) headers["Idempotency-Key"] = key;
-  return json(path, { method: "POST", headers, body: JSON.stringify(content) });
+  return json(path, { method, headers, body: JSON.stringify(content) });
 }
 
 /** All pages of a list. */
@@ -99,7 +99,14 @@ export const job = (id) => json(`v1/jobs/${id}`);
 export const cancel = (id) => post(`v1/jobs/${id}/cancel`, {});
 export const submit = (id, request, key) =>
   post(`v1/sessions/${id}/turns`, { ...request, previews: true }, key);
-export const branch = (id, turn) => post(`v1/sessions/${id}/branches`, { turn });
+/** window: another part of the video, with turn 0 alone. */
+export const branch = (id, turn, window = undefined) =>
+  post(`v1/sessions/${id}/branches`, { turn, window });
+export const editSession = (id, changes) => post(`v1/sessions/${id}`, changes, null, "PATCH");
+export const editTurn = (id, turn, changes) =>
+  post(`v1/sessions/${id}/turns/${turn}`, changes, null, "PATCH");
+export const removeTurn = (id, turn) =>
+  json(`v1/sessions/${id}/turns/${turn}`, { method: "DELETE" });
 export const remove = (id) => send(`v1/sessions/${id}`, { method: "DELETE" });
 
 export const eventsPath = (id) => `v1/jobs/${id}/events`;
@@ -140,10 +147,11 @@ export async function download(path, name) {
 
 /**
  * A session of a video. fetch says nothing of how much it has sent, so this is the older interface.
- * onprogress: (share of the bytes that were sent). signal: aborts it.
+ * choices: how it is read. onprogress: (share of the bytes that were sent). signal: aborts it.
  */
-export function upload(file, { key, onprogress, signal }) {
+export function upload(file, { key, choices, onprogress, signal }) {
   const form = new FormData();
+  for (const [name, value] of Object.entries(choices)) form.append(name, value);
   form.append("name", file.name);
   form.append("video", file, file.name);
   return new Promise((resolve, reject) => {

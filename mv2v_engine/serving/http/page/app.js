@@ -6,9 +6,9 @@ import { $, h, replace } from "./dom.js";
 import { plural } from "./format.js";
 import { Preview } from "./frustum.js";
 import { icon } from "./icons.js";
-import { Live } from "./live.js";
 import { announce, clear, problem } from "./notices.js";
 import { SessionList, Uploader } from "./sessions.js";
+import { keepFocus, setUpShortcuts } from "./shortcuts.js";
 import { Workspace } from "./workspace.js";
 
 const THEMES = { auto: "system", light: "light", dark: "dark" };
@@ -18,22 +18,23 @@ let list = null;
 let uploader = null;
 let hero = null;
 let shows = 0;
+let fresh = null; // the session that this page has just made
 
-/** What the address names: #session=…&frame=8&hide=source.1 */
+/** What the address names: #session=…&show=2&beside=source&mode=side&frame=8 */
 function readHash() {
   const values = new URLSearchParams(location.hash.slice(1));
   return {
     session: values.get("session"),
+    show: values.get("show"),
+    beside: values.get("beside"),
+    mode: values.get("mode"),
     frame: Number(values.get("frame")) || 0,
-    hidden: (values.get("hide") ?? "").split(".").filter(Boolean),
   };
 }
 
-function hashOf(session, { frame, hidden }) {
-  const values = new URLSearchParams({ session });
-  if (frame) values.set("frame", frame);
-  if (hidden.length) values.set("hide", hidden.join("."));
-  return `#${values}`;
+function hashOf(session, view) {
+  const said = Object.entries(view).filter(([, value]) => value && value !== "wipe");
+  return `#${new URLSearchParams({ session, ...Object.fromEntries(said) })}`;
 }
 
 /** A later call overtakes one that still waits for the service. */
@@ -44,6 +45,8 @@ async function show() {
   const number = (shows += 1);
   $("welcome").hidden = Boolean(session);
   $("session").hidden = !session;
+  if (session) document.documentElement.dataset.view = "session";
+  else delete document.documentElement.dataset.view;
   list.mark(session);
   clear($("page-state"));
   if (!session) {
@@ -55,10 +58,16 @@ async function show() {
     await workspace.open(session, view);
     if (number !== shows) return;
     document.title = `${workspace.session.name || "Untitled"} – mv2v`;
+    // whoever came here by what is gone now goes on where the next turn is asked for
+    const { activeElement: active } = document;
+    const isLost = active === document.body || active.closest("[hidden]");
+    if (isLost || active === $("file") || session === fresh) workspace.composer.focus();
+    fresh = null;
   } catch (error) {
     if (number !== shows) return;
     $("welcome").hidden = false;
     $("session").hidden = true;
+    delete document.documentElement.dataset.view;
     problem($("page-state"), error, show);
   }
 }
@@ -105,6 +114,7 @@ async function deleteSession(session) {
   announce("The session is deleted");
   // it may have taken a step of the turn under way, and the user somewhere else meanwhile
   if (readHash().session === session.id) goTo(null);
+  $("main").focus({ preventScroll: true });
   list.refresh();
 }
 
@@ -138,6 +148,7 @@ function setUpAccess() {
   const dialog = $("access");
   replace($("access-open"), icon("key"));
   $("access-open").addEventListener("click", askForToken);
+  $("access-close").addEventListener("click", () => dialog.close("no"));
   dialog.addEventListener("close", () => {
     if (dialog.returnValue !== "yes") return;
     api.setToken($("token").value.trim());
@@ -174,20 +185,8 @@ function setUpKeys() {
     event.preventDefault(); // the hash is the view's
     $("main").focus();
   });
-  document.addEventListener("keydown", (event) => {
-    const isElsewhere = event.target.closest(
-      "input, textarea, select, button, a, summary, dialog, [role=slider], canvas");
-    const isCommand = event.ctrlKey || event.altKey || event.metaKey;
-    if (isElsewhere || isCommand || !workspace?.session) return;
-    const actions = {
-      " ": () => workspace.player.toggle(),
-      ",": () => workspace.player.step(-1),
-      ".": () => workspace.player.step(1),
-    };
-    if (!(event.key in actions)) return;
-    event.preventDefault();
-    actions[event.key]();
-  });
+  setUpShortcuts(() => workspace);
+  keepFocus(() => [workspace?.session && $("viewer"), $("main")]);
 }
 
 async function start() {
@@ -203,20 +202,23 @@ async function start() {
     $("welcome").hidden = $("side").hidden = true;
     $("streams").hidden = false;
     $("shell").classList.add("alone");
+    const { Live } = await import("./live.js");
     new Live(model);
     return;
   }
-  const edits = model.kind === "edits";
-  $("welcome-words").textContent = edits
-    ? "Drop a video, say what to change, and change it again: each part remembers what came before."
-    : "Drop a video, pick a camera, and watch it from there. Every further turn remembers the ones "
-      + "that saw the same things, so that what they made up stays as it was.";
-  uploader.setLimits(model.limits);
+  if (model.kind === "edits") {
+    $("welcome-words").textContent = "Drop a video, say what to change, and change it again: "
+      + "each part remembers what came before.";
+  }
+  uploader.setModel(model);
   workspace = new Workspace(model, {
-    onview: (view) => history.replaceState(null, "", hashOf(workspace.session.id, view)),
+    onview: () =>
+      history.replaceState(null, "", hashOf(workspace.session.id, workspace.view)),
+    confirmed,
     onbranch: async (session) => {
       await list.refresh();
       announce("Branched into a new session");
+      fresh = session.id;
       goTo(session);
     },
     onchange: () => list.refresh(),
@@ -229,6 +231,7 @@ async function start() {
 list = new SessionList();
 hero = drawHero();
 uploader = new Uploader((session) => {
+  fresh = session.id;
   goTo(session);
   list.refresh();
 });

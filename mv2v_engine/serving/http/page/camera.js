@@ -16,6 +16,8 @@ export const AXES = {
   pan: { name: "Pan", unit: "°", limit: 90, step: 1, positive: "right", negative: "left" },
   tilt: { name: "Tilt", unit: "°", limit: 45, step: 1, positive: "up", negative: "down" },
   zoom: { name: "Zoom", unit: " m", limit: 4, step: 0.1, positive: "in", negative: "out" },
+  slide: { name: "Slide", unit: " m", limit: 4, step: 0.1, positive: "right", negative: "left" },
+  lift: { name: "Lift", unit: " m", limit: 3, step: 0.1, positive: "up", negative: "down" },
 };
 
 const IDENTITY = [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0];
@@ -71,12 +73,16 @@ function sampled(pose, count) {
   return Array.from({ length: count }, (_, index) => pose(count > 1 ? index / (count - 1) : 0));
 }
 
-export const still = () => ({ arc: 0, pan: 0, tilt: 0, zoom: 0 });
+export const still = () => Object.fromEntries(Object.keys(AXES).map((axis) => [axis, 0]));
 
 /** What to ask the service for: a move, or several that add up. */
 export function cameraOf(amounts) {
-  const used = Object.keys(AXES).filter((axis) => amounts[axis] !== 0);
-  return used.map((axis) => `${axis}:${amounts[axis]}`).join("+") || "static";
+  const used = Object.keys(AXES).filter((axis) => amounts[axis] !== 0 && axis in MOVES);
+  const moves = used.map((axis) => `${axis}:${amounts[axis]}`);
+  const { slide, lift } = amounts;
+  // y points down
+  if (slide || lift) moves.push(`translate:${slide},${-lift || 0},0`);
+  return moves.join("+") || "static";
 }
 
 const partsOf = (camera) => String(camera).split(/ *\+ *(?=[A-Za-z_])/);
@@ -129,13 +135,17 @@ export function amountsWords(amounts) {
 export function requestWords(request) {
   if (request.prompt && !request.camera) return request.prompt;
   const camera = request.camera;
-  if (camera && typeof camera === "object") return camera.name ?? "Camera file";
+  if (camera && typeof camera === "object") return camera.name ?? "Camera path";
   return partsOf(camera).map(moveWords).join(", ");
 }
 
 function moveWords(camera) {
   const [kind, text] = camera.split(":");
   if (kind in AXES && text && !text.includes(",")) return axisWords(kind, Number(text));
+  if (kind === "translate") {
+    const [x, y, z] = text.split(",").map(Number);
+    return amountsWords({ ...still(), slide: x, lift: -y, zoom: z });
+  }
   if (kind === "static") return "The source's own camera";
   if (text) return `${kind} ${text}`;
   return presetWords(kind);

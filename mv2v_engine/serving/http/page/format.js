@@ -4,6 +4,9 @@ export function plural(count, noun) {
   return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 }
 
+/** "turn 1, turn 2 and turn 3" */
+export const list = (words) => new Intl.ListFormat("en").format(words);
+
 export function seconds(value) {
   if (value < 0.0995) return `${Math.round(value * 1000)} ms`;
   if (value < 9.95) return `${value.toFixed(1)} s`;

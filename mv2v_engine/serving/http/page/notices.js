@@ -23,6 +23,19 @@ export function clear(place) {
   replace(place);
 }
 
+/** Does what a button says, once at a time; it keeps the focus, which a disabled one loses. */
+export async function busy(pressed, action, onerror) {
+  if (pressed.getAttribute("aria-busy") === "true") return;
+  pressed.setAttribute("aria-busy", "true");
+  try {
+    await action();
+  } catch (error) {
+    onerror(error);
+  } finally {
+    pressed.removeAttribute("aria-busy");
+  }
+}
+
 let spoken = "";
 
 /** Tells a screen reader. The same words twice in a row are said once. */

@@ -3,42 +3,43 @@
 import { h, replace, setVars } from "./dom.js";
 import { icon } from "./icons.js";
 
-const RATES = [1, 0.5, 0.25];
+const RATES = [0.25, 0.5, 1, 2];
 
 export class Player {
   /** root: where its controls go; onframe: (frame), whenever another one is shown. */
   constructor(root, onframe) {
-    this.videos = new Map();
+    this.videos = new Map(); // id: {video, timing}
     this.pending = new Map(); // frames to seek to once a seek under way is done
     this.onframe = onframe;
-    this.fps = 1;
-    this.frames = 1;
-    this.frame = 0;
+    Object.assign(this, { fps: 1, frames: 1, frame: 0, rate: 1, loops: true });
     this.isPlaying = false;
     this.run = 0; // which playing it is: an older one's clock stops by itself
-    this.toggleButton = this.#button("play", "Play all", () => this.toggle(), "Space");
+    this.toggleButton = this.#button("play", "Play", () => this.toggle(), "Space");
     this.toggleButton.classList.add("primary", "round");
-    this.rateButton = h("button", {
-      type: "button", class: "button small rate", onclick: () => this.#nextRate(),
-    });
+    this.loopButton = this.#button("loop", "Loop", () => this.setLoop(!this.loops), "L");
+    this.speed = h("select", {
+      class: "speed", "aria-label": "Speed", onchange: () => this.setRate(Number(this.speed.value)),
+    }, RATES.map((rate) => h("option", { value: rate, selected: rate === 1 }, `${rate}×`)));
     this.range = h("input", {
       type: "range", min: 0, max: 0, step: 1, value: 0, class: "scrubber", "aria-label": "Frame",
-      oninput: () => this.seek(Number(this.range.value)),
+      oninput: () => {
+        this.pause();
+        this.seek(Number(this.range.value));
+      },
     });
     this.readout = h("output", { class: "readout" });
     replace(root,
       this.#button("previous", "Previous frame", () => this.step(-1), ","),
       this.toggleButton,
       this.#button("next", "Next frame", () => this.step(1), "."),
-      this.range, this.readout, this.rateButton);
-    this.rate = 1;
-    this.#showRate();
+      this.range, this.readout, this.speed, this.loopButton);
+    this.setLoop(true);
   }
 
   /** key: that does the same where nothing else takes it. */
   #button(name, label, onclick, key = null) {
     return h("button", {
-      type: "button", class: "icon", "aria-label": label, title: key, onclick,
+      type: "button", class: "icon", "aria-label": label, title: `${label} (${key})`, onclick,
     }, icon(name));
   }
 
@@ -52,50 +53,62 @@ export class Player {
 
   clear() {
     this.pause();
-    this.videos.clear();
-    this.pending.clear();
+    for (const id of [...this.videos.keys()]) this.remove(id);
   }
 
-  add(id, video) {
-    this.videos.set(id, video);
+  /**
+   * Plays a video along. timing: where its frames lie if they are not the timeline's own:
+   * {time: (frame) in seconds, frame: (seconds), speed: of the video at speed 1}.
+   */
+  add(id, video, timing = null) {
     const settle = () => {
-      if (this.videos.get(id) !== video) return; // put aside before it was loaded
-      video.playbackRate = this.rate;
+      if (this.videos.get(id)?.video !== video) return; // put aside before it was loaded
+      video.playbackRate = this.rate * (timing?.speed() ?? 1);
       if (this.isPlaying) video.play().catch(ignoreInterruption);
-      this.#seekVideo(video, this.frame);
+      this.#seekVideo({ video, timing }, this.frame);
     };
+    const known = this.videos.get(id)?.video === video;
+    this.videos.set(id, { video, timing });
     if (video.readyState >= HTMLMediaElement.HAVE_METADATA) settle();
     else video.addEventListener("loadedmetadata", settle, { once: true });
-    video.addEventListener("seeked", () => {
+    if (known) return;
+    video.onseeked = () => {
       const frame = this.pending.get(video);
       this.pending.delete(video);
-      if (frame !== undefined) this.#seekVideo(video, frame);
-    });
+      if (frame !== undefined) this.#seekVideo({ video, timing }, frame);
+    };
   }
 
   remove(id) {
-    const video = this.videos.get(id);
-    video?.pause();
+    const entry = this.videos.get(id);
     this.videos.delete(id);
-    this.pending.delete(video);
+    if (!entry) return;
+    entry.video.pause();
+    this.pending.delete(entry.video);
   }
 
   /** Those that could be opened. */
   #ready() {
     return [...this.videos.values()].filter(
-      (video) => video.readyState >= HTMLMediaElement.HAVE_METADATA && !video.error,
+      ({ video }) => video.readyState >= HTMLMediaElement.HAVE_METADATA && !video.error,
     );
   }
 
   /** The middle of a frame, since its edge may round to the one before. */
-  #time(frame) {
-    return (frame + 0.5) / this.fps;
+  #time({ timing }, frame) {
+    return timing ? timing.time(frame) : (frame + 0.5) / this.fps;
   }
 
-  #seekVideo(video, frame) {
+  #frameOf({ video, timing }) {
+    const frame = timing ? timing.frame(video.currentTime) : video.currentTime * this.fps;
+    return Math.max(0, Math.min(this.frames - 1, Math.floor(frame)));
+  }
+
+  #seekVideo(entry, frame) {
+    const { video } = entry;
     if (video.readyState < HTMLMediaElement.HAVE_METADATA) return;
     if (video.seeking) this.pending.set(video, frame);
-    else video.currentTime = Math.min(this.#time(frame), video.duration);
+    else video.currentTime = Math.min(this.#time(entry, frame), video.duration);
   }
 
   #show(frame) {
@@ -111,7 +124,7 @@ export class Player {
 
   seek(frame) {
     const held = Math.max(0, Math.min(this.frames - 1, Math.round(frame)));
-    for (const video of this.#ready()) this.#seekVideo(video, held);
+    for (const entry of this.#ready()) this.#seekVideo(entry, held);
     this.#show(held);
   }
 
@@ -131,12 +144,12 @@ export class Player {
     this.isPlaying = false;
     this.run += 1;
     this.#showState();
-    for (const video of this.videos.values()) video.pause();
+    for (const { video } of this.videos.values()) video.pause();
     this.seek(this.frame);
   }
 
   play() {
-    if (this.isPlaying || !this.#ready().length) return;
+    if (this.isPlaying || !this.videos.size) return;
     this.isPlaying = true;
     this.#showState();
     this.#from(this.frame >= this.frames - 1 ? 0 : this.frame);
@@ -145,47 +158,83 @@ export class Player {
   /** Plays on from a frame, all at once: after every one has found it. */
   async #from(frame) {
     const run = (this.run += 1);
-    const videos = this.#ready();
-    for (const video of videos) video.pause();
+    const entries = this.#ready();
+    for (const { video } of entries) video.pause();
     this.seek(frame);
-    await Promise.all(videos.map(settled));
+    await Promise.all(entries.map(({ video }) => settled(video)));
     if (run !== this.run) return;
-    for (const video of videos) video.play().catch(ignoreInterruption);
+    for (const { video } of entries) video.play().catch(ignoreInterruption);
     requestAnimationFrame(() => this.#tick(run));
   }
 
   #tick(run) {
     if (run !== this.run) return;
-    const videos = this.#ready();
-    const leader = videos.reduce((a, b) => (b.duration > a.duration ? b : a), videos[0]);
-    if (!leader) return this.pause();
-    const end = this.frames / this.fps;
-    if (leader.ended || leader.currentTime >= end) return void this.#from(0);
-    const frame = Math.min(this.frames - 1, Math.floor(leader.currentTime * this.fps));
-    if (frame !== this.frame) this.#show(frame);
-    for (const video of videos) {
-      const drift = Math.abs(video.currentTime - Math.min(leader.currentTime, video.duration));
-      if (!video.seeking && drift > 1.5 / this.fps) video.currentTime = leader.currentTime;
+    const again = () => requestAnimationFrame(() => this.#tick(run));
+    const entries = this.#ready();
+    // the first frame may still be on its way
+    if (!entries.length) return void again();
+    const leader = entries.find(({ timing }) => !timing) ?? entries[0];
+    const { video } = leader;
+    const end = leader.timing ? leader.timing.time(this.frames - 0.5) : this.frames / this.fps;
+    if (video.ended || video.currentTime >= end) {
+      if (this.loops) this.#from(0);
+      else this.pause();
+      return;
     }
-    requestAnimationFrame(() => this.#tick(run));
+    const frame = this.#frameOf(leader);
+    if (frame !== this.frame) this.#show(frame);
+    for (const entry of entries) {
+      if (entry === leader || entry.video.seeking) continue;
+      const due = Math.min(video.currentTime, entry.video.duration);
+      const time = entry.timing || leader.timing ? this.#time(entry, frame) : due;
+      const most = (1.5 / this.fps) * (entry.timing?.speed() ?? 1);
+      if (Math.abs(entry.video.currentTime - Math.min(time, entry.video.duration)) > most) {
+        entry.video.currentTime = time;
+      }
+    }
+    again();
   }
 
   #showState() {
     const { toggleButton, isPlaying } = this;
     replace(toggleButton, icon(isPlaying ? "pause" : "play"));
-    toggleButton.setAttribute("aria-label", isPlaying ? "Pause all" : "Play all");
+    toggleButton.setAttribute("aria-label", isPlaying ? "Pause" : "Play");
   }
 
-  #nextRate() {
-    this.rate = RATES[(RATES.indexOf(this.rate) + 1) % RATES.length];
-    for (const video of this.videos.values()) video.playbackRate = this.rate;
-    this.#showRate();
+  setLoop(loops) {
+    this.loops = loops;
+    this.loopButton.setAttribute("aria-pressed", loops);
   }
 
-  #showRate() {
-    this.rateButton.textContent = `${this.rate}×`;
-    this.rateButton.setAttribute("aria-label", `Speed ${this.rate}, change it`);
+  /** The next faster or slower speed. */
+  changeRate(steps) {
+    const place = RATES.indexOf(this.rate) + steps;
+    this.setRate(RATES[Math.max(0, Math.min(RATES.length - 1, place))]);
   }
+
+  setRate(rate) {
+    this.rate = rate;
+    this.speed.value = rate;
+    for (const { video, timing } of this.videos.values()) {
+      video.playbackRate = rate * (timing?.speed() ?? 1);
+    }
+  }
+}
+
+/**
+ * Where the frames of an uploaded video lie that its turns were made of.
+ *
+ * video: the upload; total: its frames; indices: those that the model sees; fps: of the turns.
+ */
+export function sourceTiming(video, total, indices, fps) {
+  const period = () => video.duration / total;
+  const last = indices.length - 1;
+  const stride = Math.max(1, (indices[last] - indices[0]) / Math.max(1, last));
+  return {
+    time: (frame) => (indices[Math.min(last, Math.floor(frame))] + 0.5 + (frame % 1)) * period(),
+    frame: (seconds) => (seconds / period() - indices[0]) / stride,
+    speed: () => Math.max(0.0625, Math.min(16, fps * period() * stride)) || 1,
+  };
 }
 
 /** Once a video shows the frame that it was sent to; a broken one does not hold up the others. */

@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import { $, h, replace, setVars } from "./dom.js";
 import { ago, bytes, percent, plural } from "./format.js";
+import { icon } from "./icons.js";
 import { announce, button, clear, problem } from "./notices.js";
 
 export class Uploader {
@@ -36,11 +37,45 @@ export class Uploader {
     });
   }
 
-  /** limits: of the service's; what is too large is not sent. */
-  setLimits({ upload_bytes: most }) {
+  /** What is too large is not sent; what becomes of a video is said before. */
+  setModel(model) {
+    const { upload_bytes: most } = model.limits;
     this.most = most;
+    const [height, width] = model.size;
+    const views = model.kind === "views";
+    $("output").textContent = views
+      ? `Turns of ${width} × ${height}, ${model.num_frames} frames, `
+        + `${(model.num_frames / model.fps).toFixed(1)} s at ${model.fps} a second`
+      : "Edits are as long and as large as the video";
+    this.#reading(model);
     $("pick-limit").textContent =
       `or choose a file, up to ${bytes(most).replace(" ", "\u00a0")}`;
+  }
+
+  /** How a video is read, where not as the service reads all of them. */
+  #reading(model) {
+    const choice = (id, label, options) => h("label", { class: "field" }, h("span", null, label),
+      h("select", { id: `read-${id}`, "data-choice": id },
+        h("option", { value: "" }, "As usual"),
+        options.map(([value, words]) => h("option", { value }, words))));
+    const sizes = [model.size, ...(model.sizes ?? [])].map(([height, width]) =>
+      [`${width}x${height}`, `${width} × ${height}`]);
+    replace($("reading"), h("details", { class: "reading" },
+      h("summary", { class: "fine" }, "How it is read"),
+      h("div", { class: "fields" },
+        h("label", { class: "field" }, h("span", null, "Frames a second"), h("input", {
+          type: "number", id: "read-fps", "data-choice": "fps", min: 1, step: "any",
+          placeholder: "Its own", inputmode: "decimal",
+        })),
+        choice("fit", "Edges", [["crop", "Cut off"], ["pad", "Black bars"]]),
+        choice("alpha", "Transparent", [["black", "Black"], ["white", "White"],
+          ["refuse", "Refuse it"]]),
+        choice("size", "Size of turns", sizes))));
+  }
+
+  get choices() {
+    const chosen = [...$("reading").querySelectorAll("[data-choice]")].filter(({ value }) => value);
+    return Object.fromEntries(chosen.map(({ dataset, value }) => [dataset.choice, value]));
   }
 
   /** Uploads a file; sent again after an error, it is still one session: the key stays. */
@@ -72,7 +107,7 @@ export class Uploader {
       words.textContent = share < 1 ? `${file.name}, ${percent(share)}` : "Looking at the video…";
     };
     try {
-      const session = await api.upload(file, { key, onprogress, signal: leaving.signal });
+      const session = await api.upload(file, { key, choices: this.choices, onprogress, signal: leaving.signal });
       clear(this.state);
       announce(`${file.name} is ready`);
       this.onsession(session);
@@ -112,19 +147,35 @@ export class SessionList {
   }
 
   #show(sessions) {
-    replace(this.list, sessions.map((session) => h("li", null,
-      h("a", { href: `#session=${session.id}`, class: "session-link", "data-session": session.id },
-        h("span", { class: "session-title" }, session.name || "Untitled"),
-        h("span", { class: "fine" }, [
-          plural(session.num_turns, "turn"),
-          session.parent && `branched at turn ${session.parent_turn}`,
-          ago(session.created),
-        ].filter(Boolean).join(" · "))))));
+    const children = new Map();
+    const known = new Set(sessions.map(({ id }) => id));
+    for (const session of sessions) {
+      const parent = known.has(session.parent) ? session.parent : null;
+      children.set(parent, [...(children.get(parent) ?? []), session]);
+    }
+    const branches = (id) => (children.get(id) ?? []).map((session) => h("li", null,
+      this.#link(session),
+      children.has(session.id) && h("ul", { class: "branches" }, branches(session.id))));
+    replace(this.list, branches(null));
     if (!sessions.length) {
       replace(this.list,
         h("li", { class: "fine empty" }, "Nothing yet. The first video starts one."));
     }
     this.mark(this.current);
+  }
+
+  #link(session) {
+    return h("a", {
+      href: `#session=${session.id}`, class: "session-link", "data-session": session.id,
+    },
+    h("span", { class: "session-title" }, session.name || "Untitled",
+      session.is_favourite && icon("star")),
+    h("span", { class: "fine" }, [
+      plural(session.num_turns, "turn"),
+      session.parent && (session.parent_turn ? `branched at turn ${session.parent_turn}`
+        : "of the same video"),
+      ago(session.created),
+    ].filter(Boolean).join(" · ")));
   }
 
   mark(id) {

@@ -1,36 +1,60 @@
-// One session on the page: its cards, its player, the turns under way, and the next one.
+// One session on the page: its stage, its history, the turns under way, and the next one.
 
 import * as api from "./api.js";
-import { sourceCard, turnCard } from "./cards.js";
+import { Clips } from "./clips.js";
 import { Composer } from "./composer.js";
+import { requestWords } from "./camera.js";
 import { $, h, replace } from "./dom.js";
 import { bytes, plural } from "./format.js";
-import { button, clear, problem } from "./notices.js";
-import { Player } from "./player.js";
-import { JobCard } from "./progress.js";
+import { History } from "./history.js";
+import { Job } from "./jobs.js";
+import { announce, busy, button, clear, problem } from "./notices.js";
+import { PartPicker } from "./part.js";
+import { sourceTiming } from "./player.js";
+import { Shown, editable, fileName } from "./shown.js";
+import { Stage } from "./stage.js";
+
+const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 
 export class Workspace {
   /**
-   * model: as the service describes it. onview: ({frame, hidden}) of the session that is shown has
-   * changed; onbranch: (session) made from this one; onchange: () something that the list shows;
-   * ondelete: (session) asks whether to, and does it.
+   * model: as the service describes it. onview: () what is shown is another; onbranch: (session)
+   * made from this one; onchange: () something that the list shows; ondelete: (session) asks whether
+   * to, and does it; confirmed: ({title, words, yes}) asks.
    */
-  constructor(model, { onview, onbranch, onchange, ondelete }) {
-    Object.assign(this, { model, onview, onbranch, onchange, ondelete });
+  constructor(model, { onview, onbranch, onchange, ondelete, confirmed }) {
+    Object.assign(this, { model, onview, onbranch, onchange, ondelete, confirmed });
     this.root = $("session");
-    this.wall = $("wall");
-    this.player = new Player($("transport"), () => this.#viewed());
-    this.composer = new Composer($("composer"), model, (session, job) => {
+    this.session = null;
+    this.turns = [];
+    this.jobs = new Map();
+    this.picked = []; // ids on the stage: what is shown, and what stands beside it
+    this.opening = 0;
+    this.stage = new Stage($("viewer"), {
+      onframe: (frame) => this.#framed(frame), oncompare: (id) => this.compare(id),
+      onmode: () => this.#viewed(),
+    });
+    this.player = this.stage.player;
+    this.clips = new Clips((id, error, again) => this.#troubled(id, error, again));
+    this.history = new History((id, isBeside) => {
+      if (isBeside) this.compare(id);
+      else this.pick(id);
+    });
+    this.shown = new Shown(model, {
+      open: (number) => this.pick(String(number)),
+      branch: async (number) => onbranch(await api.branch(this.session.id, number)),
+      edit: (turn, changes) => this.#editTurn(turn, changes),
+      remove: (turn) => this.#removeTurn(turn),
+    });
+    this.part = new PartPicker(model.num_frames, {
+      onlook: (frame) => this.#look(frame), onuse: (window) => this.#usePart(window),
+    });
+    this.composer = new Composer($("composer"), model, this.player, (session, job) => {
       if (this.session?.id === session.id) this.#addJob(job);
     });
-    this.cards = new Map();
-    this.jobs = new Map();
-    this.hidden = new Set();
-    this.session = null;
-    this.opening = 0;
   }
 
-  /** Shows a session as it is now. view: {frame, hidden}, where the user left it. */
+  /** Shows a session as it is now. view: {show, beside, mode, frame}, where the user left it. */
   async open(id, view) {
     this.close();
     const opening = this.opening;
@@ -41,19 +65,25 @@ export class Workspace {
     this.root.inert = false;
     this.session = session;
     this.turns = turns;
-    this.hidden = new Set(view.hidden);
     this.#head();
-    const length = this.model.kind === "views" ? this.model.num_frames : session.frames;
-    this.player.setTimeline(session.fps, Math.min(length, session.frames));
-    this.#addCard(sourceCard(session, this.#settings()));
-    for (const turn of turns) this.#addCard(turnCard(session, turn, this.#settings()));
-    this.#chips();
+    const [width, height] = this.#size();
+    this.stage.setSize(width, height);
+    const length = session.source_frames?.length ?? session.frames;
+    this.player.setTimeline(session.fps, length);
+    this.part.show(session);
     this.composer.show(session, turns);
-    this.player.seek(view.frame);
     const newest = turns.at(-1)?.created ?? 0;
     const isOpen = (job) => job.state === "queued" || job.state === "running"
       || (job.state === "failed" && job.ended > newest);
-    for (const job of jobs.filter(isOpen).sort((a, b) => a.created - b.created)) this.#addJob(job);
+    this.stage.setMode(view.mode);
+    const open = jobs.filter(isOpen).sort((a, b) => a.created - b.created);
+    this.#place([view.show, view.beside].filter((one) => this.#has(one)));
+    for (const job of open) this.#addJob(job, false);
+    if (!this.picked.length) {
+      this.#place([open.at(-1)?.id ?? String(turns.at(-1)?.number ?? "source")]);
+    }
+    if (view.frame) this.player.seek(view.frame);
+    else this.#present();
   }
 
   /** Also ends an `open` that still waits. Nothing of the session can be pressed any more. */
@@ -62,151 +92,299 @@ export class Workspace {
     this.session = null; // first, so that the player's last frame is nobody's view
     this.root.inert = true;
     this.player.clear();
-    for (const card of [...this.cards.values(), ...this.jobs.values()]) card.remove();
-    this.cards.clear();
+    for (const job of this.jobs.values()) job.remove();
     this.jobs.clear();
-    for (const id of ["session-head", "session-state", "shown", "wall"]) clear($(id));
+    this.picked = [];
+    this.stage.show();
+    this.clips.clear();
+    this.history.clear();
+    this.shown.clear();
+    for (const id of ["session-head", "session-state", "part"]) clear($(id));
+    clear(this.stage.state);
   }
 
-  #settings() {
+  /** Width and height of the turns: views have the session's size, edits the source's. */
+  #size() {
     const { session, model } = this;
-    return {
-      player: this.player,
-      aspect: this.#aspect(),
-      numFrames: model.num_frames,
-      open: (turn) => this.#reveal(String(turn)),
-      onbranch: async (turn) => this.onbranch(await api.branch(session.id, turn)),
-    };
+    if (model.kind === "edits") return [session.width, session.height];
+    return session.size ? session.size.split("x").map(Number) : [...model.size].reverse();
   }
 
-  /** Width over height, of the turns: views have the model's size, edits the source's. */
-  #aspect() {
-    if (this.model.kind === "edits") return this.session.width / this.session.height;
-    const [height, width] = this.model.size;
-    return width / height;
+  get ids() {
+    return ["source", ...this.turns.map(({ number }) => String(number)), ...this.jobs.keys()];
+  }
+
+  get turn() {
+    return this.turns.find(({ number }) => String(number) === this.picked[0]);
+  }
+
+  #has(id) {
+    return Boolean(id) && this.ids.includes(id);
   }
 
   #head() {
     const { session } = this;
-    const { footprint } = session;
-    const next = footprint.next_turn_tokens;
-    const tokens = next && Object.values(next).reduce((a, b) => a + b, 0);
-    const facts = [
-      `${session.width} × ${session.height}`, plural(session.frames, "frame"),
-      `${Number(session.fps.toFixed(3))} fps`, plural(session.num_turns, "turn"),
-      `${bytes(footprint.disk_bytes)} on disk`,
-      footprint.memory_bytes > 0 && `${bytes(footprint.memory_bytes)} in memory`,
-      tokens && `next turn ${plural(tokens, "token")}`,
-    ].filter(Boolean);
-    const act = (name, label, action) => {
-      const pressed = button(label, () => this.#attempt(pressed, action), name);
+    $("session-heading").textContent = session.name || "Untitled";
+    const state = $("session-state");
+    const act = (label, action, glyph) => {
+      const pressed = button(label, () => {
+        clear(state);
+        busy(pressed, action, (error) => problem(state, error));
+      }, glyph);
       return pressed;
     };
-    replace($("session-head"),
-      h("div", null, h("h1", { id: "session-name" }, session.name || "Untitled"),
-        h("p", { class: "fine facts-line" }, facts.map((fact) => h("span", null, fact)))),
-      h("div", { class: "row tools" },
-        act("download", "Export", () =>
-          api.download(api.exportPath(session.id), `${session.name || "session"}.zip`)),
-        act("trash", "Delete", () => this.ondelete(session))));
+    const name = editable("input", {
+      type: "text", class: "name title", id: "session-name", maxlength: 200,
+      placeholder: "Untitled",
+    }, { value: session.name, label: "Name of the video", place: state,
+      save: (value) => this.#editSession({ name: value }) });
+    const star = act("Favourite",
+      () => this.#editSession({ is_favourite: !this.session.is_favourite }), "star");
+    star.setAttribute("aria-pressed", session.is_favourite);
+    const notes = editable("textarea", { rows: 2, maxlength: 8192, placeholder: "Notes" }, {
+      value: session.notes, label: "Notes on the video", place: state,
+      save: (value) => this.#editSession({ notes: value }),
+    });
+    const { footprint } = session;
+    const facts = [
+      `${session.width} × ${session.height}`, plural(session.frames, "frame"),
+      `${Number(session.fps.toFixed(3))} frames a second`, `${bytes(footprint.disk_bytes)} on disk`,
+    ];
+    replace($("session-head"), name,
+      h("details", { class: "menu" }, h("summary", { class: "button small" }, "Notes and facts"),
+        h("div", { class: "menu-body" }, notes, h("p", { class: "fine" }, facts.join(" · ")))),
+      h("div", { class: "row tools" }, star,
+        act("Export", () =>
+          api.download(api.exportPath(session.id), fileName(session, "all.zip")), "download"),
+        act("Delete", () => this.ondelete(this.session), "trash")));
   }
 
-  async #attempt(pressed, action) {
-    const place = $("session-state");
-    clear(place);
-    pressed.disabled = true;
+  async #editSession(changes) {
+    const { session } = this;
+    const fresh = await this.#edited(changes, session, (based) =>
+      api.editSession(session.id, based), () => api.session(session.id));
+    if (this.session?.id !== session.id) return;
+    this.session = { ...this.session, ...fresh };
+    $("session-heading").textContent = fresh.name || "Untitled";
+    for (const pressed of $("session-head").querySelectorAll("[aria-pressed]")) {
+      pressed.setAttribute("aria-pressed", fresh.is_favourite);
+    }
+    this.onchange();
+  }
+
+  /** Changes a record; where somebody else was faster, the next try is based on what they wrote. */
+  async #edited(changes, record, change, read) {
     try {
-      await action();
+      return await change({ ...changes, edited: record.edited });
     } catch (error) {
-      problem(place, error, () => this.#attempt(pressed, action));
-    } finally {
-      pressed.disabled = false;
+      if (error.code === "edit_conflict") record.edited = (await read()).edited;
+      throw error;
     }
   }
 
-  /** Before the cards of later turns and of turns to come. */
-  #addCard(card) {
-    const later = [...this.cards.values()].find(({ id }) => Number(id) > Number(card.id))
-      ?? this.jobs.values().next().value;
-    this.wall.insertBefore(card.element, later?.element ?? null);
-    this.cards.set(card.id, card);
-    card.setShown(!this.hidden.has(card.id));
+  async #editTurn(turn, changes) {
+    const { session } = this;
+    const fresh = await this.#edited(changes, turn, (based) =>
+      api.editTurn(session.id, turn.number, based), () => api.turn(session.id, turn.number));
+    if (this.session?.id !== session.id) return;
+    this.turns = this.turns.map((known) => (known.number === fresh.number ? fresh : known));
+    this.#refresh();
   }
 
-  #chips() {
-    const ids = ["source", ...this.turns.map(({ number }) => String(number))];
-    replace($("shown"), ids.map((id) => h("button", {
-      type: "button", class: "chip small", "data-show": id, "aria-pressed": !this.hidden.has(id),
-      onclick: () => this.#toggle(id),
-    }, id === "source" ? "Source" : `Turn ${id}`)));
+  async #removeTurn(turn) {
+    const { session } = this;
+    const dependents = this.turns.filter(({ report }) => !report.windows
+      && report.memory.retrieved.some((row) => row.turn === turn.number));
+    const isSure = await this.confirmed({
+      title: `Delete turn ${turn.number}?`,
+      words: `Its video goes, and later turns will not remember it. ${dependents.length
+        ? `${plural(dependents.length, "turn")} that remembered it stay as they are.` : ""}`,
+      yes: "Delete it",
+    });
+    if (!isSure) return;
+    const gone = await api.removeTurn(session.id, turn.number);
+    if (this.session?.id !== session.id) return;
+    announce(`Turn ${turn.number} is deleted`);
+    this.turns = this.turns.filter(({ number }) => number !== turn.number).map((other) =>
+      (gone.dependents.includes(other.number)
+        ? { ...other, forgotten: [...new Set([...other.forgotten, turn.number])] } : other));
+    const id = String(turn.number);
+    this.picked = this.picked.filter((one) => one !== id);
+    if (!this.picked.length) this.picked = [String(this.turns.at(-1)?.number ?? "source")];
+    this.#place(this.picked);
+    this.clips.remove(id);
+    this.composer.show(this.session, this.turns);
+    this.history.list.querySelector("[aria-current]")?.focus();
+    this.onchange();
   }
 
-  #toggle(id) {
-    if (this.hidden.has(id)) this.hidden.delete(id);
-    else if (this.hidden.size < this.cards.size - 1) this.hidden.add(id);
-    this.cards.get(id).setShown(!this.hidden.has(id));
-    this.#chips();
-    $("shown").querySelector(`[data-show="${id}"]`).focus();
+  /** Shows something on the stage. */
+  pick(id) {
+    if (!this.#has(id)) return;
+    this.#place([id, ...this.picked.slice(1).filter((one) => one !== id)]);
+    this.#viewed();
+    this.#present();
+  }
+
+  /** What stands beside what is shown; null for nothing. */
+  compare(id) {
+    const [first] = this.picked;
+    this.#place(id && id !== first && this.#has(id) ? [first, id] : [first]);
     this.#viewed();
   }
 
-  #reveal(id) {
-    const card = this.cards.get(id);
-    if (!card) return;
-    if (this.hidden.has(id)) this.#toggle(id);
-    card.element.focus({ preventScroll: true });
-    card.element.scrollIntoView({ block: "nearest", inline: "center" });
+  /** The next or the one before of all that there is. */
+  move(steps) {
+    const { ids } = this;
+    const place = ids.indexOf(this.picked[0]) + steps;
+    this.pick(ids[(place + ids.length) % ids.length]);
+  }
+
+  #place(ids) {
+    this.picked = ids;
+    if (!ids.length) return;
+    this.stage.show(...ids.map((id) => this.#entry(id)));
+    clear(this.stage.state);
+    this.#refresh();
+  }
+
+  #entry(id) {
+    const { session } = this;
+    const job = this.jobs.get(id);
+    if (job) return { id, title: "Under way", element: job.element };
+    if (id !== "source") {
+      const video = this.clips.get(id, api.videoPath(session.id, id), `Turn ${id}`);
+      return { id, title: `Turn ${id}`, video };
+    }
+    const video = this.clips.get(id, api.sourcePath(session.id), "Source");
+    const frames = session.source_frames ?? Array.from({ length: session.frames }, (_, i) => i);
+    return {
+      id, title: "Source", video, isCover: session.fit !== "pad",
+      timing: sourceTiming(video, session.frames, frames, session.fps),
+    };
+  }
+
+  /** What is shown plays by itself; who wants calm gets its middle, where cameras differ. */
+  #present() {
+    if (this.jobs.has(this.picked[0])) return;
+    if (calm.matches) this.player.seek(Math.floor(this.player.frames / 2));
+    else this.player.play();
+  }
+
+  /** All that tells of the session's turns. */
+  #refresh() {
+    const { session, turns, jobs, picked } = this;
+    this.history.show(session, turns, [...jobs.values()], picked);
+    this.history.setSource(this.clips.get("source", api.sourcePath(session.id), "Source"));
+    const choices = [["source", "Source"], ...turns.map(({ number, name, request }) =>
+      [String(number), `Turn ${number}: ${name || requestWords(request)}`])];
+    this.stage.setChoices(choices.filter(([id]) => id !== picked[0]), picked[1]);
+    const { turn } = this;
+    if (turn) this.shown.show(session, turn);
+    else if (picked[0] === "source") this.shown.showSource(session);
+    else this.shown.clear();
+  }
+
+  #troubled(id, error, again) {
+    if (!this.picked.includes(id)) return;
+    if (error) problem(this.stage.state, error, again);
+    else clear(this.stage.state);
+  }
+
+  #framed(frame) {
+    this.composer?.setFrame(frame);
+    this.#viewed();
   }
 
   #viewed() {
-    if (this.session && !this.player.isPlaying) {
-      this.onview({ frame: this.player.frame, hidden: [...this.hidden] });
-    }
+    if (this.session && !this.player.isPlaying) this.onview();
   }
 
-  #addJob(job) {
-    this.#putAway(job.id);
+  /** What the address says of the view. */
+  get view() {
+    const [show, beside] = this.picked;
+    return { show, beside, mode: this.stage.mode, frame: this.player.frame };
+  }
+
+  /** A frame of the upload itself, while its part is picked. */
+  #look(frame) {
+    if (this.picked[0] !== "source" || this.picked.length > 1) this.#place(["source"]);
+    this.player.pause();
+    const video = this.clips.get("source", api.sourcePath(this.session.id), "Source");
+    video.currentTime = ((frame + 0.5) * video.duration) / this.session.frames;
+  }
+
+  async #usePart(window) {
     const { session } = this;
-    const card = new JobCard(job, {
+    const made = await api.branch(session.id, 0, window);
+    // it was only begun with another part
+    if (!this.turns.length && !this.jobs.size) await api.remove(session.id);
+    await this.onbranch(made);
+  }
+
+  #addJob(job, isShown = true) {
+    this.#putAway(job.id, false);
+    const { session } = this;
+    const made = new Job(job, {
       onfinished: (number) => this.#finished(session, job.id, number),
       onagain: (request) => {
         this.#putAway(job.id);
-        this.composer.send(request);
+        this.composer.send([request]);
       },
       ongone: () => this.#putAway(job.id),
+      onchange: () => {
+        if (this.jobs.has(job.id)) this.#refreshHistory();
+      },
     });
-    this.jobs.set(job.id, card);
-    this.wall.append(card.element);
-    card.begin();
-    card.element.scrollIntoView({ block: "nearest", inline: "nearest" });
+    this.jobs.set(job.id, made);
+    // of several that were asked for at once, the first one is watched
+    if (isShown && !this.jobs.has(this.picked[0])) this.#place([job.id]);
+    else this.#refreshHistory();
+    made.begin();
   }
 
-  #putAway(id) {
-    this.jobs.get(id)?.remove();
+  #refreshHistory() {
+    this.history.show(this.session, this.turns, [...this.jobs.values()], this.picked);
+  }
+
+  #putAway(id, shows = true) {
+    const job = this.jobs.get(id);
+    if (!job) return;
+    const hadFocus = job.element.contains(document.activeElement);
     this.jobs.delete(id);
+    if (shows && this.picked.includes(id)) {
+      this.#place([[...this.jobs.keys()][0] ?? String(this.turns.at(-1)?.number ?? "source")]);
+      if (hadFocus) this.history.list.querySelector("[aria-current]")?.focus();
+    }
+    job.remove();
+    if (shows) this.#refreshHistory();
   }
 
-  /** The finished turn takes its job's place. */
+  /** The finished turn takes its job's place, and plays. */
   async #finished(session, jobId, number) {
-    const place = this.jobs.get(jobId);
+    const job = this.jobs.get(jobId);
     try {
       const [turn, fresh] = await Promise.all([
         api.turn(session.id, number), api.session(session.id)]);
       if (this.session?.id !== session.id) return;
       // the answers about two turns may come in any order
       if (fresh.num_turns >= this.session.num_turns) this.session = fresh;
-      this.#putAway(jobId);
-      if (!this.cards.has(String(number))) {
-        this.turns = [...this.turns, turn].sort((a, b) => a.number - b.number);
-        this.#addCard(turnCard(fresh, turn, this.#settings()));
-      }
-      this.#head();
-      this.#chips();
+      const wasShown = this.picked[0] === jobId;
+      const hadFocus = job.element.contains(document.activeElement);
+      this.clips.remove(String(number)); // an edit that is made again
+      this.turns = [...this.turns.filter((known) => known.number !== number), turn]
+        .sort((a, b) => a.number - b.number);
+      this.jobs.delete(jobId);
+      if (wasShown) this.#place([String(number)]);
+      else this.#refresh();
+      job.remove();
+      if (wasShown) this.#present();
+      if (hadFocus) this.history.list.querySelector("[aria-current]")?.focus();
       this.composer.show(this.session, this.turns);
       this.onchange();
     } catch (error) {
-      if (this.session?.id !== session.id) return;
-      problem(place.state, error, () => this.#finished(session, jobId, number));
+      if (this.session?.id !== session.id || !this.jobs.has(jobId)) return;
+      problem(job.state, error, () => this.#finished(session, jobId, number));
     }
   }
 

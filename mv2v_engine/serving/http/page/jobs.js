@@ -1,4 +1,4 @@
-// The card of a turn under way: every stage and step as the service tells them, and a way out.
+// A turn under way: its picture as it comes out of the noise, how far it is, and a way out.
 
 import * as api from "./api.js";
 import { requestWords } from "./camera.js";
@@ -10,35 +10,36 @@ import { follow } from "./stream.js";
 
 const ENDS = new Set(["finished", "failed", "cancelled"]);
 
-export class JobCard {
+export class Job {
   /**
-   * onfinished: (turn's number); onagain: (request) asks for it once more; ongone: () once the card
-   * may go.
+   * onfinished: (turn's number); onagain: (request) asks for it once more; ongone: () once it may
+   * go; onchange: () where its words or its picture are others.
    */
-  constructor(job, { onfinished, onagain, ongone }) {
-    Object.assign(this, { job, onfinished, onagain, ongone });
-    const words = requestWords(job.request);
+  constructor(job, { onfinished, onagain, ongone, onchange }) {
+    Object.assign(this, { job, onfinished, onagain, ongone, onchange });
+    this.id = job.id;
+    this.title = requestWords(job.request);
+    this.short = "Waiting";
+    this.picture = null; // its address
     this.leaving = new AbortController();
     this.stages = new Map();
+    this.image = h("img", { class: "preview-picture", hidden: true,
+      alt: "What the turn looks like at this step" });
     this.words = h("p", { class: "job-words" });
-    this.picture = h("img", { alt: "What the turn looks like at this step" });
-    this.preview = h("div", { class: "frame", hidden: true }, this.picture);
     this.link = h("p", { class: "fine job-link" });
     this.bar = h("div", {
       class: "progress waiting", role: "progressbar", "aria-label": "Progress of the turn",
       "aria-valuemin": 0, "aria-valuemax": 100,
     }, h("span"));
     this.list = h("ol", { class: "stages" });
-    this.state = h("div", { class: "card-state" });
+    this.state = h("div");
     this.stop = button("Cancel", () => this.cancel(), "close");
-    this.element = h("article", {
-      class: "card job", id: `card-${job.id}`, "data-job": job.id, tabindex: "-1",
-    },
-    h("header", { class: "card-head" },
-      h("h3", null, "Next turn"),
-      h("p", { class: "card-words", title: words }, words)),
-    this.preview, this.words, this.bar, this.list, this.link, this.state,
-    h("div", { class: "row tools" }, this.stop));
+    this.tools = h("div", { class: "row" }, this.stop);
+    this.element = h("article", { class: "job", "data-job": job.id, tabindex: "-1" },
+      this.image,
+      h("div", { class: "job-panel" },
+        h("h2", { class: "job-title" }, this.title), this.words, this.bar, this.link, this.state,
+        h("details", null, h("summary", { class: "fine" }, "Steps"), this.list), this.tools));
   }
 
   /** Follows the job, or shows how it ended: a turn asked for again may long be finished. */
@@ -87,6 +88,7 @@ export class JobCard {
 
   #say(words, share = null, isSpoken = true) {
     this.words.textContent = words;
+    this.short = share === null ? words : `${Math.round(100 * share)} %`;
     this.bar.classList.toggle("waiting", share === null);
     if (share === null) this.bar.removeAttribute("aria-valuenow");
     else {
@@ -95,6 +97,7 @@ export class JobCard {
     }
     this.bar.setAttribute("aria-valuetext", words);
     if (isSpoken) announce(words);
+    this.onchange();
   }
 
   #stage(stage, spent = null) {
@@ -120,13 +123,16 @@ export class JobCard {
   #show(image) {
     const bytes = Uint8Array.from(atob(image.split(",")[1]), (letter) => letter.charCodeAt(0));
     this.#forget();
-    this.picture.src = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
-    this.preview.hidden = false;
+    this.picture = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
+    this.image.src = this.picture;
+    this.image.hidden = false;
+    this.onchange();
   }
 
   #forget() {
-    this.preview.hidden = true;
-    URL.revokeObjectURL(this.picture.src);
+    this.image.hidden = true;
+    if (this.picture) URL.revokeObjectURL(this.picture);
+    this.picture = null;
   }
 
   #window({ number, total, seconds_left: left }) {
@@ -136,7 +142,6 @@ export class JobCard {
   #end(event) {
     this.ended = event.type;
     this.#forget();
-    this.element.classList.add("ended");
     this.link.textContent = "";
     if (event.type === "finished") {
       announce(`Turn ${event.turn} is finished`);
@@ -144,25 +149,24 @@ export class JobCard {
       return;
     }
     const again = () => this.onagain(this.job.request);
-    if (event.type === "failed") {
-      this.#say("Failed");
-      problem(this.state, event.error, again);
-    } else this.#say("Cancelled. The session is as it was before.");
+    this.#say(event.type === "failed" ? "Failed" : "Cancelled. The session is as it was before.");
+    if (event.type === "failed") problem(this.state, event.error, again);
     this.bar.hidden = true;
     const gone = button("Put away", () => this.ongone());
+    const hadFocus = this.tools.contains(document.activeElement);
     // a failure's own box has the other one
-    this.stop.replaceWith(
-      ...(event.type === "failed" ? [gone] : [button("Try again", again), gone]));
+    replace(this.tools, event.type === "cancelled" && button("Try again", again), gone);
+    if (hadFocus) gone.focus();
+    this.onchange();
   }
 
   async cancel() {
-    this.stop.disabled = true;
+    if (this.ended) return;
     clear(this.state);
     this.words.textContent = "Cancelling at the next step…";
     try {
       await api.cancel(this.job.id);
     } catch (error) {
-      this.stop.disabled = false;
       problem(this.state, error);
     }
   }
