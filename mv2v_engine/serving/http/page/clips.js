@@ -12,24 +12,36 @@ export class Clips {
     this.clips = new Map();
   }
 
-  /** The video element of an id; it loads by itself. */
-  get(id, path, title) {
+  /** The video element of an id; it loads by itself. poster: of a picture until it has. */
+  get(id, path, title, poster = null) {
     const known = this.clips.get(id);
     if (known) return known.video;
     const video = h("video", { playsinline: true, preload: "auto", "aria-label": title });
     video.muted = true;
-    const clip = { video, leaving: new AbortController(), address: null };
+    const clip = { video, leaving: new AbortController(), addresses: [] };
     this.clips.set(id, clip);
     video.addEventListener("error", () => this.onproblem(id, new Error(
       "This browser cannot play the video's format; download it to see it.")));
     this.#load(id, clip, path);
+    if (poster) this.#poster(clip, poster);
     return video;
+  }
+
+  async #poster(clip, path) {
+    try {
+      const address = await fetchFile(path, clip.leaving.signal);
+      clip.addresses.push(address);
+      clip.video.poster = address;
+    } catch {
+      // the video itself tells what is wrong
+    }
   }
 
   async #load(id, clip, path) {
     try {
-      clip.address = await fetchFile(path, clip.leaving.signal);
-      clip.video.src = clip.address;
+      const address = await fetchFile(path, clip.leaving.signal);
+      clip.addresses.push(address);
+      clip.video.src = address;
       this.onproblem(id, null);
     } catch (error) {
       if (error.name !== "AbortError") this.onproblem(id, error, () => this.#load(id, clip, path));
@@ -43,7 +55,7 @@ export class Clips {
     clip.leaving.abort();
     clip.video.removeAttribute("src");
     clip.video.remove();
-    if (clip.address) URL.revokeObjectURL(clip.address);
+    for (const address of clip.addresses) URL.revokeObjectURL(address);
   }
 
   clear() {

@@ -156,7 +156,7 @@ export class Workspace {
       h("div", { class: "row tools" }, star,
         act("Export", () =>
           api.download(api.exportPath(session.id), fileName(session, "all.zip")), "download"),
-        act("Delete", () => this.ondelete(this.session), "trash")));
+        act("Delete video", () => this.ondelete(this.session), "trash")));
   }
 
   async #editSession(changes) {
@@ -243,6 +243,7 @@ export class Workspace {
   #place(ids) {
     this.picked = ids;
     if (!ids.length) return;
+    if (this.jobs.has(ids[0])) this.player.pause();
     this.stage.show(...ids.map((id) => this.#entry(id)));
     clear(this.stage.state);
     this.#refresh();
@@ -253,7 +254,8 @@ export class Workspace {
     const job = this.jobs.get(id);
     if (job) return { id, title: "Under way", element: job.element };
     if (id !== "source") {
-      const video = this.clips.get(id, api.videoPath(session.id, id), `Turn ${id}`);
+      const video = this.clips.get(id, api.videoPath(session.id, id), `Turn ${id}`,
+        api.thumbnailPath(session.id, id));
       return { id, title: `Turn ${id}`, video };
     }
     const video = this.clips.get(id, api.sourcePath(session.id), "Source");
