@@ -89,11 +89,21 @@ def wait_for_frame(page: Page, fps: float, frame: int) -> None:
     wait_for_page(
         page,
         """({ fps, frame }) =>
-          [...document.querySelectorAll(".card:not([hidden]) video")].every((video) =>
+          [...document.querySelectorAll(".pane:not([hidden]) video")].every((video) =>
             video.readyState >= 2 && !video.seeking
               && Math.floor(video.currentTime * fps) === frame)""",
         {"fps": fps, "frame": frame},
     )
+
+
+def wait_for_turn(page: Page, number: int) -> None:
+    """Until a turn is in the history."""
+    page.locator(f"#history [data-id='{number}']").wait_for()
+
+
+def wait_for_session(page: Page) -> None:
+    """Until a session is shown."""
+    page.locator("#history [data-id=source]").wait_for()
 
 
 def settle(page: Page) -> None:
@@ -112,11 +122,13 @@ def screenshots(page: Page, folder: Path) -> None:
     for scheme in ("light", "dark"):
         page.emulate_media(color_scheme=scheme)
         screenshot(f"desktop_{scheme}")
-    parts = page.locator(".card:not([hidden]) > *")
+    parts = page.locator("#session .tools > *, .transport > *, .send > *, .cameras *:not(svg *)")
     assert (
         parts.evaluate_all(
-            """(parts) => parts.filter((part) => part.getBoundingClientRect().right
-            > part.parentElement.getBoundingClientRect().right).map((part) => part.className)"""
+            """(parts) => parts.filter((part) => part.checkVisibility()
+            && part.getBoundingClientRect().right
+              > part.parentElement.getBoundingClientRect().right + 1)
+              .map((part) => part.outerHTML.slice(0, 200))"""
         )
         == []
     )
@@ -129,7 +141,7 @@ def screenshots(page: Page, folder: Path) -> None:
 
 def delete_session(page: Page) -> None:
     """The one that is shown; back at the beginning when it is gone."""
-    page.get_by_role("button", name="Delete").click()
+    page.get_by_role("button", name="Delete video").click()
     page.get_by_role("dialog").get_by_role("button", name="Delete it").click()
     page.locator("#welcome h1").wait_for()
 

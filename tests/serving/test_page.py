@@ -5,9 +5,12 @@ The browser is Debian's Chromium. Screenshots are left in the test's folder of t
 
 from __future__ import annotations
 
+import gzip
+import importlib.util
 import math
 import re
 import time
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,12 +20,24 @@ import pytest
 from http_service import demo_clip
 
 from mv2v_engine.video.io import read_video
-from tests.serving.browsing import delete_session, screenshots, wait_for_frame, wait_for_model
+from tests.serving.browsing import (
+    DESKTOP,
+    PHONE,
+    delete_session,
+    screenshots,
+    wait_for_frame,
+    wait_for_model,
+    wait_for_page,
+    wait_for_session,
+    wait_for_turn,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page
 
 PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "http" / "page"
+MOST_TABS, MOST_SHIFT = 6, 0.02
+MOST_SCRIPT = 120_000  # bytes, as they are sent
 FRAME = 8  # that the scrubber is sent to
 LAST = 15  # from which it is played, round the end
 
@@ -39,7 +54,7 @@ def references(name: str, text: str) -> set[str]:
         }
     if name.endswith(".css"):
         return set(re.findall(r'(?:url\(|@import )["\']?([^"\')]+)', text))
-    return {found.removeprefix("./") for found in re.findall(r'from "([^"]+)"', text)}
+    return {found.removeprefix("./") for found in re.findall(r'(?:from |import\()"([^"]+)"', text)}
 
 
 def test_every_file_that_is_referred_to_exists_and_none_is_left_over() -> None:
@@ -60,6 +75,11 @@ def test_nothing_comes_from_another_host_or_stands_inline() -> None:
     assert re.findall(r"<style|\sstyle=|\son[a-z]+=", index) == []
 
 
+def test_the_script_is_small() -> None:
+    scripts = [text for name, text in page_files().items() if name.endswith(".js")]
+    assert sum(len(gzip.compress(text.encode())) for text in scripts) <= MOST_SCRIPT
+
+
 @pytest.fixture(scope="module")
 def address(
     serving_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
@@ -70,9 +90,10 @@ def address(
 
 
 def render(page: Page, number: int) -> None:
-    """Ask for the camera that is picked, and wait for its card."""
+    """Ask for the camera that is picked; its turn plays without a click."""
     page.get_by_role("button", name="Render this view").click()
-    page.locator(f"#card-{number} .cost").wait_for()
+    wait_for_turn(page, number)
+    page.locator(f".pane[data-shown='{number}'] video").wait_for()
 
 
 def turn_dial(page: Page, dial: Locator, degrees: float) -> None:
@@ -91,29 +112,42 @@ def turn_dial(page: Page, dial: Locator, degrees: float) -> None:
     page.mouse.up()
 
 
-def shown_cards(page: Page) -> list[str]:
-    """Ids of the cards that stand side by side."""
-    cards = page.locator(".card:not([hidden]):has(video)")
-    return cards.evaluate_all("(cards) => cards.map((card) => card.id)")
+def shifted(page: Page) -> float:
+    """By how much what was on the page has moved by itself."""
+    found: float = page.evaluate(
+        """() => new Promise((done) => {
+          let sum = 0;
+          new PerformanceObserver((list) => {
+            for (const entry of list.getEntries()) if (!entry.hadRecentInput) sum += entry.value;
+          }).observe({ type: "layout-shift", buffered: true });
+          setTimeout(() => done(sum), 100);
+        })"""
+    )
+    return found
 
 
-def pixels(page: Page, card: str) -> np.ndarray:
-    """What a card's video shows, uint8 [height, width, 3] in the video's own size."""
+def has_focus(page: Page) -> bool:
+    """Whether something other than the whole page has it."""
+    return bool(page.evaluate("document.activeElement !== document.body"))
+
+
+def pixels(page: Page, shown: str) -> np.ndarray:
+    """What a turn or the source shows, uint8 [height, width, 3] in the video's own size."""
     found = page.evaluate(
-        """async (card) => {
-          const video = document.querySelector(`#${card} video`);
+        """async (shown) => {
+          const video = document.querySelector(`.pane[data-shown='${shown}'] video`);
           const canvas = new OffscreenCanvas(video.videoWidth, video.videoHeight);
           const context = canvas.getContext("2d");
           context.drawImage(video, 0, 0);
           const { data } = context.getImageData(0, 0, canvas.width, canvas.height);
           return { size: [canvas.height, canvas.width, 4], data: Array.from(data) };
         }""",
-        card,
+        shown,
     )
     return np.array(found["data"], np.uint8).reshape(found["size"])[..., :3]
 
 
-def test_two_turns_and_a_cancelled_third(
+def test_turns_are_made_watched_and_edited(
     address: str, open_page: Callable[..., Page], tmp_path: Path
 ) -> None:
     from playwright.sync_api import expect
@@ -122,6 +156,7 @@ def test_two_turns_and_a_cancelled_third(
     page = open_page(address, color_scheme="light", accept_downloads=True)
     page.get_by_role("heading", name="Re-film a video").wait_for()
     wait_for_model(page)
+    expect(page.locator("#output")).to_contain_text("160 \N{MULTIPLICATION SIGN} 96")
 
     # something that is no video: the server's words stand where it was dropped
     video = {"name": "two spheres.mp4", "mimeType": "video/mp4"}
@@ -129,12 +164,21 @@ def test_two_turns_and_a_cancelled_third(
     refusal = page.locator("#drop-state .problem")
     expect(refusal).to_contain_text("unreadable_video")
     refusal.get_by_role("button", name="Dismiss").click()
+    assert has_focus(page)
 
     page.set_input_files("#file", {**video, "buffer": clip})
-    page.locator("#card-source").wait_for()
-    expect(page.locator("#session-name")).to_have_text("two spheres.mp4")
+    wait_for_session(page)
+    expect(page.locator("#session-name")).to_have_value("two spheres.mp4")
+    # what comes next is a few keys away, and in sight
+    tabs = 0
+    while page.evaluate("document.activeElement.id") != "render":
+        page.keyboard.press("Tab")
+        tabs += 1
+        assert tabs <= MOST_TABS
+    box = page.locator("#render").bounding_box()
+    assert box is not None and box["y"] + box["height"] <= DESKTOP["height"]
     page.get_by_text("Settings").click()
-    page.get_by_label("Steps").fill("2")
+    page.get_by_label("Steps", exact=True).fill("2")
 
     # the dial by the pointer, a quarter turn from its top, then by the keyboard
     dial = page.get_by_role("slider", name="Arc dial")
@@ -144,85 +188,174 @@ def test_two_turns_and_a_cancelled_third(
     for _ in range(4):
         page.keyboard.press("Shift+ArrowLeft")
     expect(dial).to_have_attribute("aria-valuenow", "-40")
-    expect(page.locator("figcaption code")).to_have_text("arc:-40")
+    code = page.locator("figcaption code")
+    expect(code).to_have_text("arc:-40")
     render(page, 1)
-    expect(page.locator("#card-1 .memory")).to_contain_text("Nothing remembered")
-    expect(page.locator("#card-1 header")).to_contain_text("Arc left 40°")
+    wait_for_page(
+        page, "() => !document.querySelector('.pane[data-shown=\"1\"] video')?.paused ?? false"
+    )
+    expect(page.locator("#history [data-id='1']")).to_contain_text("Arc left 40°")
+    page.get_by_text("Behind this picture").click()
+    expect(page.locator("#shown .memory")).to_contain_text("Nothing remembered")
 
     page.get_by_role("button", name="Pan right").click()
     render(page, 2)
-    remembered = page.locator("#card-2 .recall li")
-    assert remembered.count() == 1
+    remembered = page.locator("#shown .recall li")
+    expect(remembered).to_have_count(1)
     words = remembered.inner_text()
     assert "Turn 1" in words
     assert re.search(r"0\.\d{3}", words)
     assert "75 tokens (1\N{MULTIPLICATION SIGN}4\N{MULTIPLICATION SIGN}4)" in words
     assert re.search(r"\d+\s% merged", words)
-    page.locator("#card-2 .cost summary").click()
-    cost = page.locator("#card-2 .cost").inner_text()
+    page.locator("#shown .cost summary").click()
+    cost = page.locator("#shown .cost").inner_text()
     assert "675 tokens" in cost
     for stage in ("Sampling", "VAE", "Recall"):
         assert stage in cost
+    assert shifted(page) <= MOST_SHIFT
 
-    # every video to one frame, and the frame is that one
+    # beside the source, both at one frame, and the frame is that one
     source = read_video(tmp_path / "clip.mp4")
     fps, frames = source.fps, source.frames.numpy()
-    assert shown_cards(page) == ["card-source", "card-1", "card-2"]
-    page.get_by_role("slider", name="Frame").fill(str(FRAME))
+    page.get_by_label("Compare with").select_option("source")
+    page.get_by_role("slider", name="Frame", exact=True).fill(str(FRAME))
     wait_for_frame(page, fps, FRAME)
     # a browser may show a frame some time after it is there; it never shows another one then
     found, deadline = -1, time.monotonic() + 10
     while found != FRAME and time.monotonic() < deadline:
-        seen = pixels(page, "card-source").astype(float)
+        seen = pixels(page, "source").astype(float)
         found = int(np.argmin([np.abs(seen - frame).mean() for frame in frames.astype(float)]))
     assert found == FRAME
-
+    page.get_by_role("slider", name="Where the wipe stands").fill("30")
     screenshots(page, tmp_path)
+    page.get_by_role("button", name="Side by side").click()
+    left, right = (page.locator(".pane").nth(place).bounding_box() for place in (0, 1))
+    assert left is not None and right is not None and left["x"] + left["width"] <= right["x"]
 
-    # a third one, of two moves together, is cancelled and leaves the session as it was; no
-    # machine makes so many steps before it is told to stop
-    page.get_by_label("Steps").fill("1000")
-    page.get_by_label("Tilt in degrees").fill("10")
-    expect(page.locator("figcaption code")).to_have_text("arc:-40+tilt:10")
-    page.get_by_role("button", name="Render this view").click()
-    job = page.locator(".job")
-    job.get_by_text(re.compile(r"Sampling: step \d+ of 1,?000, .* left")).wait_for()
-    expect(job.get_by_role("progressbar")).to_have_attribute("aria-valuenow", re.compile(r"\d+"))
-    page.screenshot(path=tmp_path / "progress.png", animations="disabled")
-    job.get_by_role("button", name="Cancel").click()
-    job.get_by_text("Cancelled. The session is as it was before.").wait_for()
-    job.get_by_role("button", name="Put away").click()
-    expect(page.locator(".wall .card")).to_have_count(3)
-
-    with page.expect_download() as download:
-        page.locator("#card-2").get_by_role("button", name="Download").click()
-    assert download.value.suggested_filename == "two_spheres_turn_2.mp4"
-    assert len(read_video(download.value.path()).frames) == len(frames)
-
-    # the address holds the view
-    page.get_by_role("group", name="Shown side by side").get_by_text("Turn 1").click()
+    # what is said of it stays, and the address holds the view
+    page.locator("#turn-name").fill("the far side")
+    page.locator("#turn-name").press("Enter")
+    expect(page.locator("#history [data-id='2']")).to_contain_text("the far side")
+    page.locator("#shown").get_by_role("button", name="Favourite").click()
+    expect(page.locator("#history [data-id='2'] button")).to_have_attribute(
+        "aria-label", "Turn 2, the far side, favourite"
+    )
     page.reload()
-    page.locator("#card-2 .cost").wait_for()
-    assert shown_cards(page) == ["card-source", "card-2"]
+    wait_for_turn(page, 2)
+    expect(page.locator("#turn-name")).to_have_value("the far side")
+    assert page.locator(".pane:not([hidden])").evaluate_all(
+        "(panes) => panes.map((pane) => pane.dataset.shown)"
+    ) == ["2", "source"]
     readout = page.locator(".readout")
     expect(readout).to_have_text(f"{FRAME + 1} / {len(frames)}")
 
     # played together, round the end, and stopped at one frame
-    page.get_by_role("slider", name="Frame").fill(str(LAST))
+    page.get_by_role("slider", name="Frame", exact=True).fill(str(LAST))
     wait_for_frame(page, fps, LAST)
-    page.get_by_role("button", name="Play all").click()
+    page.get_by_role("button", name="Play", exact=True).click()
     expect(readout).to_have_text(re.compile(r"^[1-9] /"))
-    page.get_by_role("button", name="Pause all").click()
+    page.get_by_role("button", name="Pause", exact=True).click()
     wait_for_frame(page, fps, int(readout.inner_text().split()[0]) - 1)
 
-    # a branch remembers the first turn alone; deleted, the session it came from stays
-    page.get_by_role("group", name="Shown side by side").get_by_text("Turn 1").click()
-    page.locator("#card-1").get_by_role("button", name="Branch").click()
-    page.get_by_text("branched at turn 1").wait_for()
-    page.locator("#card-2").wait_for(state="detached")
-    page.locator("#card-1 .cost").wait_for()
+    # a third one, said in words, shows what it becomes; a turn that it may remember stays
+    # meanwhile; cancelled, it leaves the session as it was. No machine makes so many steps
+    page.get_by_text("Settings").click()
+    page.get_by_label("Steps", exact=True).fill("1000")
+    page.get_by_label("Say the move").fill("move right and look up a little")
+    expect(code).to_have_text("tilt:6+translate:1,0,0")
+    page.get_by_label("Say the move").press("Enter")
+    job = page.locator(".job")
+    job.get_by_text(re.compile(r"Sampling: step \d+ of 1,?000, .* left")).wait_for()
+    expect(job.get_by_role("progressbar")).to_have_attribute("aria-valuenow", re.compile(r"\d+"))
+    job.locator(".preview-picture:not([hidden])").wait_for()
+    page.screenshot(path=tmp_path / "progress.png", animations="disabled")
+    page.locator("#history [data-id='1'] button").click()
+    delete_turn(page)
+    expect(page.locator("#shown .problem")).to_contain_text("is being made")
+    page.locator("#history .under-way button").click()
+    job.get_by_role("button", name="Cancel").click()
+    job.get_by_text("Cancelled. The session is as it was before.").wait_for()
+    job.get_by_role("button", name="Put away").click()
+    expect(page.locator("#history li")).to_have_count(3)
+    assert has_focus(page)
+
+    # deleted, a turn is named by those that remembered it
+    page.locator("#history [data-id='1'] button").click()
+    delete_turn(page)
+    expect(page.locator("#history li")).to_have_count(2)
+    expect(page.locator("#shown .note").first).to_have_text("It remembered turn 1, deleted since.")
+    assert has_focus(page)
+    with page.expect_download() as download:
+        page.locator("#shown").get_by_role("button", name="Download").click()
+    assert download.value.suggested_filename == "two_spheres_turn_2.mp4"
+    assert len(read_video(download.value.path()).frames) == len(frames)
+    with page.expect_download() as download:
+        page.get_by_role("button", name="Export").click()
+    with zipfile.ZipFile(download.value.path()) as archive:
+        names = {"contact_sheet.jpg", "session.json", "turn_0002.jpg", "turn_0002.mp4"}
+        assert set(archive.namelist()) == names
+
+    # two variants at once; the first one plays when it is there
+    page.get_by_label("Steps", exact=True).fill("1")
+    page.get_by_label("How many variants").select_option("2")
+    page.get_by_role("button", name="Render this view").click()
+    wait_for_turn(page, 4)
+    expect(page.locator("#history li")).to_have_count(4)
+    page.locator(".pane[data-shown='3'] video").wait_for()
+
+    # a branch has the turns up to there; deleted, the session it came from stays
+    page.keyboard.press("2")
+    page.locator("#shown").get_by_role("button", name="Branch").click()
+    page.get_by_text("branched at turn 2").wait_for()
+    page.locator("#history [data-id='3']").wait_for(state="detached")
+    wait_for_turn(page, 2)
     expect(page.locator(".session-link")).to_have_count(2)
+    assert page.locator(".branches .session-link").count() == 1
     delete_session(page)
     expect(page.locator(".session-link")).to_have_count(1)
     page.locator(".session-link").click()
-    page.locator("#card-2 .cost").wait_for()
+    wait_for_turn(page, 4)
+    assert has_focus(page)
+
+
+def delete_turn(page: Page) -> None:
+    """The one that is shown."""
+    page.get_by_role("button", name="Delete turn").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete it").click()
+
+
+def test_nobody_is_kept_out(address: str, open_page: Callable[..., Page], tmp_path: Path) -> None:
+    """What axe finds on the first view, a video and the list of keys, in both themes."""
+    spec = importlib.util.find_spec("axe_playwright_python")
+    if spec is None or spec.origin is None:
+        pytest.skip("axe_playwright_python is not installed")
+    script = (Path(spec.origin).parent / "axe.min.js").read_text(encoding="utf-8")
+    page = open_page(address, reduced_motion="reduce")
+    wait_for_model(page)
+
+    def check() -> None:
+        page.evaluate(script)
+        found = page.evaluate("() => axe.run(document)")["violations"]
+        assert [(one["id"], [node["html"] for node in one["nodes"]]) for one in found] == []
+
+    check()
+    demo_clip(tmp_path)
+    page.set_input_files("#file", tmp_path / "clip.mp4")
+    wait_for_session(page)
+    for details in page.locator("#session details").all():
+        details.evaluate("(details) => { details.open = true; }")
+    for scheme in ("light", "dark"):
+        page.emulate_media(color_scheme=scheme)
+        check()
+    page.set_viewport_size(PHONE)
+    check()
+    # what comes next is not below the fold, and nothing has moved by itself
+    box = page.locator("#render").bounding_box()
+    assert box is not None and box["y"] + box["height"] <= PHONE["height"]
+    page.get_by_role("button", name="Keyboard shortcuts").focus()
+    page.keyboard.press("?")
+    check()
+    page.keyboard.press("Escape")
+    page.reload()
+    wait_for_session(page)
+    assert shifted(page) <= MOST_SHIFT

@@ -10,7 +10,13 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from tests.conftest import EDIT_FPS, EDIT_FRAMES
-from tests.serving.browsing import PATIENCE, screenshots, wait_for_frame
+from tests.serving.browsing import (
+    PATIENCE,
+    screenshots,
+    wait_for_frame,
+    wait_for_session,
+    wait_for_turn,
+)
 
 if TYPE_CHECKING:
     from playwright.sync_api import Page, Route
@@ -37,7 +43,7 @@ def test_two_instructions_and_two_that_are_refused(
     page = open_page(address, color_scheme="light")
     page.get_by_text("say what to change").wait_for()
     page.set_input_files("#file", long_clip)
-    page.locator("#card-source").wait_for()
+    wait_for_session(page)
     prompt = page.get_by_label("Instruction")
     asked: list[str | None] = []
 
@@ -61,14 +67,15 @@ def test_two_instructions_and_two_that_are_refused(
     page.route("**/events", stream)
     prompt.fill("a red ball")
     page.get_by_role("button", name="Edit the video").click()
-    page.locator("#card-1 .cost").wait_for()
+    wait_for_turn(page, 1)
     assert len(asked) == 2
     page.unroute("**/events")
-    expect(page.locator("#card-1 header")).to_contain_text("a red ball")
+    expect(page.locator("#history [data-id='1']")).to_contain_text("a red ball")
+    page.get_by_text("Behind this picture").click()
 
     # each window says what it remembered of those before it
-    expect(page.locator("#card-1 .memory")).to_contain_text(f"{WINDOWS} windows in 1 shot")
-    windows = page.locator("#card-1 .window")
+    expect(page.locator("#shown .memory")).to_contain_text(f"{WINDOWS} windows in 1 shot")
+    windows = page.locator("#shown .window")
     expect(windows).to_have_count(WINDOWS)
     windows.first.locator("summary").click()
     expect(windows.first).to_contain_text("Nothing remembered")
@@ -81,14 +88,15 @@ def test_two_instructions_and_two_that_are_refused(
     expect(remembered.first).to_contain_text("tokens (1\N{MULTIPLICATION SIGN}4")
 
     # the result is as long as the source, and plays beside it
-    expect(page.locator(".readout")).to_have_text(f"1 / {EDIT_FRAMES}")
-    page.get_by_role("slider", name="Frame").fill(str(FRAME))
+    expect(page.locator(".readout")).to_have_text(re.compile(rf"/ {EDIT_FRAMES}$"))
+    page.keyboard.press("c")
+    page.get_by_role("slider", name="Frame", exact=True).fill(str(FRAME))
     wait_for_frame(page, EDIT_FPS, FRAME)
 
     # a second one by the keyboard; what cannot be done is said where it was asked for
     prompt.fill("the floor")
     prompt.press("Control+Enter")
-    page.locator("#card-2 .cost").wait_for()
+    wait_for_turn(page, 2)
     prompt.fill("   ")
     page.get_by_role("button", name="Edit the video").click()
     refusal = page.locator("#composer .problem")
@@ -99,6 +107,6 @@ def test_two_instructions_and_two_that_are_refused(
     page.get_by_role("button", name="Edit the video").click()
     failure = page.locator(".job .problem")
     expect(failure).to_contain_text("the prompt has 13 tokens, the model reads 8; shorten it")
-    expect(page.locator(".wall .card")).to_have_count(4)
+    expect(page.locator("#history li")).to_have_count(4)
 
     screenshots(page, tmp_path)

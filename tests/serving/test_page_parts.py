@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+import httpx
 import numpy as np
 
 from mv2v_engine.camera.trajectories import named_poses, named_trajectory
-from tests.serving.browsing import PATIENCE, wait_for_model
+from tests.serving.browsing import PATIENCE, wait_for_model, wait_for_page, wait_for_session
 from tests.serving.conftest import Live
 
 if TYPE_CHECKING:
@@ -52,7 +53,7 @@ def test_a_broken_stream_is_taken_up_where_it_broke(
     page.route("**/events", stream)
     wait_for_model(page)
     page.set_input_files("#file", source_clip)
-    page.locator("#card-source").wait_for()
+    wait_for_session(page)
     page.get_by_role("button", name="Render this view").click()
     page.locator(".job .problem").get_by_text("the process died").wait_for()
     assert page.locator(".stages").inner_text() == "Sampling"
@@ -77,7 +78,8 @@ def test_the_token_is_asked_for_and_stays_out_of_addresses(live: Live, open_page
     page.get_by_text("give a bearer token").wait_for()
     dialog = page.get_by_role("dialog")
     dialog.get_by_label("Token").fill("open sesame")
-    dialog.get_by_role("button", name="Use it").click()
+    # the key that one presses after typing it
+    dialog.get_by_label("Token").press("Enter")
     wait_for_model(page)
     assert not any("sesame" in url for url in [*addresses, page.url])
 
@@ -103,11 +105,18 @@ def test_previewed_paths_are_the_ones_that_are_rendered(live: Live, open_page: O
     sent = page.evaluate(
         """async () => {
           const { cameraOf, still } = await import("/page/camera.js");
-          return [{}, { arc: 30 }, { tilt: 10, pan: 20.5 }, { zoom: -1, arc: 2, tilt: 3 }]
+          return [{}, { arc: 30 }, { tilt: 10, pan: 20.5 }, { zoom: -1, arc: 2, tilt: 3 },
+            { pan: 4, slide: -1, lift: 0.5 }]
             .map((amounts) => cameraOf({ ...still(), ...amounts }));
         }"""
     )
-    assert sent == ["static", "arc:30", "pan:20.5+tilt:10", "arc:2+tilt:3+zoom:-1"]
+    assert sent == [
+        "static",
+        "arc:30",
+        "pan:20.5+tilt:10",
+        "arc:2+tilt:3+zoom:-1",
+        "pan:4+translate:-1,-0.5,0",
+    ]
     for spec in sent:
         assert named_trajectory(spec, 5, (96, 160)).name == spec
 
@@ -116,6 +125,7 @@ def test_what_is_too_large_is_not_sent(live: Live, open_page: OpenPage) -> None:
     most = live.config.limits.upload_bytes
     page = open_page(live.address)
     wait_for_model(page)
+    assert page.locator("#output").inner_text().startswith("Turns of 64 \N{MULTIPLICATION SIGN} 48")
     assert page.locator("#pick-limit").inner_text() == "or choose a file, up to 1.00\u00a0MiB"
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url))
@@ -175,3 +185,94 @@ def test_videos_that_drift_apart_are_brought_together(live: Live, open_page: Ope
     )
     # a frame is let be, more is made up for, and at the end all begin again in their first frame
     assert times == {"near": [1, 0.875], "far": [1, 1], "end": [0.0625, 0.0625]}
+
+
+SAID = {
+    "move left and look down": {"slide": -1, "tilt": -12},
+    "orbit right 30 degrees": {"arc": 30},
+    "look left and down a little": {"pan": -20, "tilt": -6},
+    "go forward, then rise": {"zoom": 1.5, "lift": 0.8},
+    "pull back far": {"zoom": -3},
+    "tilt up 300": {"tilt": 45},
+    "stay": {},
+}
+
+
+def test_plain_words_are_moves(live: Live, open_page: OpenPage) -> None:
+    page = open_page(f"{live.address}/healthz")
+    found = page.evaluate(
+        """async (said) => {
+          const { parseMoves } = await import("/page/moves.js");
+          return said.map(parseMoves);
+        }""",
+        [*SAID, "make it nicer"],
+    )
+    for words, expected in zip(SAID, found, strict=False):
+        moved = {axis: amount for axis, amount in expected["amounts"].items() if amount}
+        assert (moved, expected["unread"]) == (SAID[words], []), words
+    assert found[-1]["unread"] == ["make it nicer"] and not any(found[-1]["amounts"].values())
+
+
+def test_keyframes_are_a_path_that_the_service_takes(
+    live: Live, client: httpx.Client, upload: Callable[..., Any], open_page: OpenPage
+) -> None:
+    page = open_page(f"{live.address}/healthz")
+    path = page.evaluate(
+        """async () => {
+          const { trajectoryOf } = await import("/page/keyframes.js");
+          const { still } = await import("/page/camera.js");
+          const keys = [[0, still()], [4, { ...still(), arc: 40 }], [8, { ...still(), arc: 40 }]];
+          return trajectoryOf(keys, 9, [48, 64]);
+        }"""
+    )
+    poses = np.array(path["poses"])
+    expected = named_poses("arc:40", 2).numpy()
+    for frame, at in ((0, 0), (4, 1), (8, 1)):
+        np.testing.assert_allclose(poses[frame].ravel(), expected[at].ravel(), atol=1e-5)
+    # half of the way in half of the time, and slow at both ends
+    halfway = named_poses("arc:20", 2).numpy()[1]
+    np.testing.assert_allclose(poses[2].ravel(), halfway.ravel(), atol=1e-5)
+    assert np.abs(poses[1] - poses[0]).sum() < np.abs(poses[2] - poses[1]).sum()
+    session = upload(client)["id"]
+    answer = client.post(f"/v1/sessions/{session}/turns", json={"camera": path})
+    assert answer.status_code == 202, answer.text
+
+
+def test_a_part_of_a_long_video_and_what_a_second_tab_wrote(
+    live: Live, client: httpx.Client, open_page: OpenPage, long_clip: Path
+) -> None:
+    from playwright.sync_api import expect
+
+    page = open_page(live.address, reduced_motion="reduce")
+    wait_for_model(page)
+    page.get_by_text("How it is read").click()
+    page.get_by_label("Edges").select_option("pad")
+    page.set_input_files("#file", long_clip)
+    wait_for_session(page)
+    first = page.url.partition("session=")[2].partition("&")[0]
+    assert client.get(f"/v1/sessions/{first}").json()["fit"] == "pad"
+    page.get_by_role("slider", name="First frame of the part").fill("5")
+    expect(page.locator("#part output")).to_contain_text("Frames 6\N{EN DASH}14 of")
+    page.get_by_role("button", name="Use this part").click()
+    expect(page.locator("#part output")).to_contain_text("Frames 6\N{EN DASH}14 of")
+    wait_for_page(page, "(first) => !location.hash.includes(first)", first)
+    wait_for_session(page)
+    second = page.url.partition("session=")[2].partition("&")[0]
+    found = client.get(f"/v1/sessions/{second}").json()
+    assert found["source_frames"] == list(range(5, 14)) and found["fit"] == "pad"
+    # the one without turns that it was begun with is gone
+    assert client.get(f"/v1/sessions/{first}").status_code == 404
+
+    # a note of this tab does not take the place of one that another tab wrote meanwhile
+    client.patch(f"/v1/sessions/{second}", json={"notes": "theirs"})
+    page.locator(".menu summary").click()
+    notes = page.get_by_label("Notes on the video")
+    notes.fill("mine")
+    notes.blur()
+    refusal = page.locator("#session-state .problem")
+    expect(refusal).to_contain_text("changed elsewhere")
+    assert client.get(f"/v1/sessions/{second}").json()["notes"] == "theirs"
+    refusal.get_by_role("button", name="Try again").click()
+    expect(refusal).to_have_count(0)
+    assert client.get(f"/v1/sessions/{second}").json()["notes"] == "mine"
+    assert page.evaluate("document.activeElement !== document.body")

@@ -17,7 +17,8 @@ from tests.serving.browsing import (
     delete_session,
     settle,
     wait_for_model,
-    wait_for_page,
+    wait_for_session,
+    wait_for_turn,
 )
 from tests.serving.conftest import HeldBackend, Live
 
@@ -83,11 +84,11 @@ def link(page: Page, session: str) -> Locator:
 
 def go_to(page: Page, session: str) -> None:
     link(page, session).click()
-    page.locator("#card-source").wait_for()
+    wait_for_session(page)
 
 
 def go_home(page: Page) -> None:
-    page.get_by_role("button", name="mv2v, new video").click()
+    page.get_by_role("button", name="mv2v, all videos").click()
     page.locator("#welcome h1").wait_for()
 
 
@@ -96,7 +97,7 @@ def test_a_list_that_was_overtaken_is_not_shown(page: Page, source_clip: Path) -
     early = Held(page, lists)
     page.set_input_files("#file", source_clip)
     early.wait()
-    page.locator("#card-source").wait_for()
+    wait_for_session(page)
     session = page.url.partition("session=")[2].partition("&")[0]
     with page.expect_response(lists):
         delete_session(page)
@@ -126,13 +127,11 @@ def test_a_session_that_was_left_before_it_came(
     assert page.locator("#session[inert]").count() == 1
     go_to(page, first)
     late.let_go(status=404, json={"error": {"message": "there is none", "code": "not_found"}})
-    assert page.locator("#card-source").is_visible()
+    assert page.locator("#history [data-id=source]").is_visible()
     assert page.locator("#page-state").inner_text() == ""
 
     # a session that plays does not write itself into the address when it is left
-    wait_for_page(page, "() => document.querySelector('#card-source video').readyState >= 2")
-    page.get_by_role("button", name="Play all").click()
-    page.get_by_role("button", name="Pause all").wait_for()
+    page.get_by_role("button", name="Pause", exact=True).wait_for()
     go_home(page)
     assert page.evaluate("location.hash") == ""
 
@@ -154,7 +153,7 @@ def test_a_turn_whose_session_was_left(
     go_to(page, first)
     page.locator(".job").wait_for()
     service.backend.let_go()
-    page.locator("#card-1 .cost").wait_for()
+    wait_for_turn(page, 1)
     assert page.locator(".job").count() == 0
 
 
@@ -178,7 +177,7 @@ def test_a_turn_that_ends_while_its_session_is_opened(
     page.route(re.compile(r"/v1/jobs\?session="), end_it_first)
     page.reload()
     go_to(page, session)
-    page.locator("#card-1 .cost").wait_for()
+    wait_for_turn(page, 1)
 
 
 def test_a_turn_of_which_the_answer_was_lost(
@@ -207,7 +206,7 @@ def test_a_turn_of_which_the_answer_was_lost(
     events_of(client, lost[0])
     # asked for once more, it is the one that is long finished
     problem.get_by_role("button", name="Try again").click()
-    page.locator("#card-1 .cost").wait_for()
+    wait_for_turn(page, 1)
     settle(page)
     assert page.locator(".job").count() == 0
     assert len(client.get(f"/v1/sessions/{session}/turns").json()["data"]) == 1

@@ -16,6 +16,7 @@ from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
+from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -117,7 +118,7 @@ def create_app(
         app.include_router(router, dependencies=[Depends(BEARER)])
     app.include_router(system.router)
     app.router.routes.append(streams.SOURCE_SOCKET)
-    app.mount("/page", PageFiles(directory=PAGE))
+    app.mount("/page", GZipMiddleware(PageFiles(directory=PAGE)))
     app.get("/", include_in_schema=False)(_page)
     app.get("/docs", include_in_schema=False)(_docs)
     return app

@@ -43,7 +43,7 @@ export class Stage {
   #tool(name, label, key, onclick) {
     return h("button", {
       type: "button", class: "icon", "aria-label": label, title: `${label} (${key})`,
-      "aria-pressed": "false", onclick,
+      "aria-pressed": "false", "data-tool": name, onclick,
     }, icon(name));
   }
 

@@ -151,7 +151,7 @@ export class Workspace {
       `${Number(session.fps.toFixed(3))} frames a second`, `${bytes(footprint.disk_bytes)} on disk`,
     ];
     replace($("session-head"), name,
-      h("details", { class: "menu" }, h("summary", { class: "button small" }, "Notes and facts"),
+      h("details", { class: "menu" }, h("summary", { class: "button small" }, "Notes"),
         h("div", { class: "menu-body" }, notes, h("p", { class: "fine" }, facts.join(" · ")))),
       h("div", { class: "row tools" }, star,
         act("Export", () =>
