@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "http" / "page"
 MOST_TABS, MOST_SHIFT = 6, 0.02
-MOST_SCRIPT = 120_000  # bytes, as they are sent
+MOST_SCRIPT = 60_000  # bytes, as they are sent
 FRAME = 8  # that the scrubber is sent to
 LAST = 15  # from which it is played, round the end
 

@@ -60,8 +60,11 @@ async function show() {
     document.title = `${workspace.session.name || "Untitled"} – mv2v`;
     // whoever came here by what is gone now goes on where the next turn is asked for
     const { activeElement: active } = document;
-    const isLost = active === document.body || active.closest("[hidden]");
-    if (isLost || active === $("file") || session === fresh) workspace.composer.focus();
+    if (active === document.body || !active.checkVisibility() || session === fresh) {
+      // on a phone the keyboard would cover the picture
+      if (matchMedia("(pointer: coarse)").matches) $("viewer").focus({ preventScroll: true });
+      else workspace.composer.focus();
+    }
     fresh = null;
   } catch (error) {
     if (number !== shows) return;

@@ -20,7 +20,7 @@ export function editable(tag, props, { value, label, save, place }) {
       }
     },
     onkeydown: (event) => {
-      if (event.key === "Enter" && tag === "input") input.blur();
+      if (event.key === "Enter" && tag === "input") input.dispatchEvent(new Event("change"));
     },
   });
   input.value = value;

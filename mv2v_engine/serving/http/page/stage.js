@@ -36,6 +36,8 @@ export class Stage {
     this.full = this.#tool("full", "Full screen", "F", () => this.toggleFull());
     transport.append(this.compare, h("span", { class: "modes" }, this.modes), this.fit, this.full);
     replace(root, this.area, this.state, transport);
+    document.addEventListener("fullscreenchange", () =>
+      this.full.setAttribute("aria-pressed", Boolean(document.fullscreenElement)));
     this.#wiped();
     this.setMode("wipe");
   }
@@ -116,6 +118,5 @@ export class Stage {
   async toggleFull() {
     if (document.fullscreenElement) await document.exitFullscreen();
     else await this.root.requestFullscreen?.();
-    this.full.setAttribute("aria-pressed", Boolean(document.fullscreenElement));
   }
 }
