@@ -56,7 +56,7 @@ def test_a_broken_stream_is_taken_up_where_it_broke(
     wait_for_session(page)
     page.get_by_role("button", name="Render this view").click()
     page.locator(".job .problem").get_by_text("the process died").wait_for()
-    assert page.locator(".stages").inner_text() == "Sampling"
+    assert page.locator(".stages").text_content() == "Sampling"
     # what had come whole is not asked for again
     assert asked_after == [None, "1"]
 
