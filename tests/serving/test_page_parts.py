@@ -246,11 +246,11 @@ def test_a_part_of_a_long_video_and_what_a_second_tab_wrote(
     page = open_page(live.address, reduced_motion="reduce")
     wait_for_model(page)
     page.get_by_text("How it is read").click()
-    page.get_by_label("Edges").select_option("pad")
+    page.get_by_label("Edges").select_option("letterbox")
     page.set_input_files("#file", long_clip)
     wait_for_session(page)
     first = page.url.partition("session=")[2].partition("&")[0]
-    assert client.get(f"/v1/sessions/{first}").json()["fit"] == "pad"
+    assert client.get(f"/v1/sessions/{first}").json()["fit"] == "letterbox"
     page.get_by_role("slider", name="First frame of the part").fill("5")
     expect(page.locator("#part output")).to_contain_text("Frames 6\N{EN DASH}14 of")
     page.get_by_role("button", name="Use this part").click()
@@ -259,7 +259,7 @@ def test_a_part_of_a_long_video_and_what_a_second_tab_wrote(
     wait_for_session(page)
     second = page.url.partition("session=")[2].partition("&")[0]
     found = client.get(f"/v1/sessions/{second}").json()
-    assert found["source_frames"] == list(range(5, 14)) and found["fit"] == "pad"
+    assert found["source_frames"] == list(range(5, 14)) and found["fit"] == "letterbox"
     # the one without turns that it was begun with is gone
     assert client.get(f"/v1/sessions/{first}").status_code == 404
 

@@ -227,7 +227,11 @@ export class Player {
  * video: the upload; total: its frames; indices: those that the model sees; fps: of the turns.
  */
 export function sourceTiming(video, total, indices, fps) {
-  const period = () => video.duration / total;
+  // a rate that its user chose is not the upload's own, which its length tells
+  const period = () => {
+    const found = video.duration / total;
+    return Math.abs(found * fps - 1) < 0.1 ? 1 / fps : found;
+  };
   const last = indices.length - 1;
   const stride = Math.max(1, (indices[last] - indices[0]) / Math.max(1, last));
   return {

@@ -67,7 +67,7 @@ export class Uploader {
           type: "number", id: "read-fps", "data-choice": "fps", min: 1, step: "any",
           placeholder: "Its own", inputmode: "decimal",
         })),
-        choice("fit", "Edges", [["crop", "Cut off"], ["pad", "Black bars"]]),
+        choice("fit", "Edges", [["crop", "Cut off"], ["letterbox", "Black bars"]]),
         choice("alpha", "Transparent", [["black", "Black"], ["white", "White"],
           ["refuse", "Refuse it"]]),
         choice("size", "Size of turns", sizes))));

@@ -261,7 +261,7 @@ export class Workspace {
     const video = this.clips.get(id, api.sourcePath(session.id), "Source");
     const frames = session.source_frames ?? Array.from({ length: session.frames }, (_, i) => i);
     return {
-      id, title: "Source", video, isCover: session.fit !== "pad",
+      id, title: "Source", video, isCover: session.fit !== "letterbox",
       timing: sourceTiming(video, session.frames, frames, session.fps),
     };
   }
