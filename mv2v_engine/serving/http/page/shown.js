@@ -36,6 +36,7 @@ export class Shown {
     Object.assign(this, { model, actions });
     this.root = $("shown");
     this.key = null;
+    this.isOpen = false; // what is behind a picture, of one turn as of the next
   }
 
   clear() {
@@ -66,11 +67,8 @@ export class Shown {
     if (key === this.key) return;
     const focused = this.root.contains(document.activeElement)
       ? document.activeElement.dataset.part : null;
-    const isOpen = this.root.querySelector("details.behind")?.open;
     this.key = key;
     make();
-    const details = this.root.querySelector("details.behind");
-    if (details && isOpen) details.open = true;
     if (focused) this.root.querySelector(`[data-part="${focused}"]`)?.focus();
   }
 
@@ -110,7 +108,10 @@ export class Shown {
         `It remembered ${list(turn.forgotten.map((other) => `turn ${other}`))}, deleted since.`),
       turn.warnings.map((words) => h("p", { class: "note" }, words)),
       notes,
-      h("details", { class: "behind" }, h("summary", null, "Behind this picture"),
+      h("details", {
+        class: "behind", open: this.isOpen,
+        ontoggle: (event) => { this.isOpen = event.currentTarget.open; },
+      }, h("summary", null, "Behind this picture"),
         h("div", { class: "behind-parts" },
           memorySection(turn.report, {
             numFrames: this.model.num_frames, open: this.actions.open }),
