@@ -23,8 +23,9 @@ export class Player {
     this.range = h("input", {
       type: "range", min: 0, max: 0, step: 1, value: 0, class: "scrubber", "aria-label": "Frame",
       oninput: () => {
+        const frame = Number(this.range.value); // before the pause shows its own
         this.pause();
-        this.seek(Number(this.range.value));
+        this.seek(frame);
       },
     });
     this.readout = h("output", { class: "readout" });
