@@ -233,8 +233,8 @@ def known_models() -> tuple[KnownModel, ...]:
             sampling=SamplingConfig(flow_shift=16.0),
             remembers=False,
             licence="Apache-2.0",
-            checked="its transformer equal to diffusers', its context to its description, on random "
-            "weights",
+            checked="its transformer equal to diffusers', its context to its description, on "
+            "random weights",
         ),
     )
 
