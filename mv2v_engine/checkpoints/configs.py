@@ -93,14 +93,17 @@ def own_json(
     vae: str | None = None,
     knowledge: Knowledge | None = None,
     stream: StreamConfig | None = None,
+    base: Base | None = None,
 ) -> dict[str, Any]:
     """The content of `mv2v.json`.
 
     conditioning: the modes that the weights were trained for. vae: the VAE's folder relative to
     the checkpoint's, where it is another one's; None: `vae/` beside the file. stream: of a causal
-    model.
+    model. base: of a checkpoint that holds trained tensors alone.
     """
     shared: dict[str, Any] = {} if vae is None else {"vae": vae}
+    if base is not None:
+        shared["base"] = dataclasses.asdict(base)
     if knowledge is not None:
         shared["knowledge"] = dataclasses.asdict(knowledge)
     if stream is not None:
@@ -117,6 +120,26 @@ def own_json(
 
 
 @dataclasses.dataclass(frozen=True)
+class Base:
+    """The checkpoint of this project's that has the tensors which another one leaves out, with its
+    text encoder and tokenizer.
+
+    folder: relative to the other's. sha256: of its transformer's file, since other weights there
+    are not those that were trained on.
+    """
+
+    folder: str
+    sha256: str
+
+    def __post_init__(self) -> None:
+        words = self.folder, self.sha256
+        if not all(isinstance(word, str) and word for word in words):
+            raise RequestError(f"base is {words}, no folder and SHA-256")
+        if Path(self.folder).is_absolute():
+            raise RequestError(f"base is {self.folder!r}, no path relative to the folder")
+
+
+@dataclasses.dataclass(frozen=True)
 class OwnConfig:
     """What `mv2v.json` says; see `own_json`."""
 
@@ -127,6 +150,7 @@ class OwnConfig:
     vae: str | None = None
     knowledge: Knowledge = NOTHING_SAID
     stream: StreamConfig | None = None
+    base: Base | None = None
 
 
 def read_own_config(path: Path) -> OwnConfig:
@@ -153,6 +177,7 @@ def read_own_config(path: Path) -> OwnConfig:
         stream = value.get("stream")
         if stream is not None:
             stream = StreamConfig(**{k: _tupled(v) for k, v in stream.items()})
+        base = value.get("base")
         return OwnConfig(
             str(value["name"]),
             transformer,
@@ -161,6 +186,7 @@ def read_own_config(path: Path) -> OwnConfig:
             vae,
             _knowledge(value.get("knowledge", {})),
             stream,
+            None if base is None else Base(**base),
         )
     except (KeyError, TypeError, AttributeError, RequestError) as error:
         raise CheckpointError(

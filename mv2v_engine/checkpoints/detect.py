@@ -41,6 +41,7 @@ from mv2v_engine.checkpoints.weights import (
     with_scales,
 )
 from mv2v_engine.errors import CheckpointError, nearest_names
+from mv2v_engine.files import file_digest
 
 Format = Literal[
     "mv2v_engine",
@@ -176,6 +177,11 @@ def detect(
             beneath |= read_header(file)
         tensors = beneath | tensors
         found = replace(found_under, files=(*found_under.files, *found.files))
+    elif found.is_own and (named := read_json(_config_of(found)).get("base")) is not None:
+        under = _own_base(root, found.folder, named)
+        (beneath_file,) = _find_in_folder(under).files
+        tensors = read_header(beneath_file) | tensors
+        found = replace(found, files=(beneath_file, *found.files))
     elif not _is_whole(tensors) and any(_PHASES in key for key in tensors):
         raise CheckpointError(
             f"{root} holds ReDirector's trained tensors, self-attention with rotary phases, and "
@@ -217,6 +223,40 @@ def wrong_base(base: Path, path: Path, what: str) -> CheckpointError:
         f"{base} is not the base of {path}: {what}; give the one that it was trained on with "
         f"base=PATH, {BASE_OF_REDIRECTOR}"
     )
+
+
+def _config_of(found: _Found) -> Path:
+    assert found.config_file is not None
+    return found.config_file
+
+
+def _own_base(root: Path, folder: Path, named: object) -> Path:
+    """The checkpoint of this project's on which another's tensors were trained, as it says itself.
+
+    Raises:
+        CheckpointError: it is not there, or has other weights by now.
+    """
+    place, digest = (
+        (named.get("folder"), named.get("sha256")) if isinstance(named, dict) else (None, None)
+    )
+    if not isinstance(place, str) or not place or Path(place).is_absolute():
+        raise CheckpointError(
+            f"{root / OWN_CONFIG} has base {named!r}; expected the folder, relative to this one, "
+            "and the SHA-256 of the weights that these were trained on"
+        )
+    base = (folder / place).resolve()
+    weights = base / OWN_WEIGHTS
+    if not (base / OWN_CONFIG).is_file() or not weights.is_file():
+        raise CheckpointError(
+            f"{root} holds trained tensors alone, and the checkpoint that has the others is not at "
+            f"{base}; copy it there"
+        )
+    if file_digest(weights) != digest:
+        raise CheckpointError(
+            f"{root} was trained on other weights than those in {weights} (SHA-256 "
+            f"{str(digest)[:12]}…); put those back, or train it on these"
+        )
+    return base
 
 
 def _is_whole(tensors: Iterable[str]) -> bool:

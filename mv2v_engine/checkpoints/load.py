@@ -6,21 +6,21 @@ read, so that the host never holds more than the model and a sixteenth of a file
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.checkpoints.configs import NOTHING_SAID, TRAINED_FOR, Knowledge, own_json
+from mv2v_engine.checkpoints.configs import NOTHING_SAID, TRAINED_FOR, Base, Knowledge, own_json
 from mv2v_engine.checkpoints.detect import OWN_CONFIG, OWN_WEIGHTS, Format, detect
 from mv2v_engine.checkpoints.fetch import fetch_checkpoint
 from mv2v_engine.checkpoints.lora import Lora, LoraMerger, find_loras
 from mv2v_engine.checkpoints.modules import Source
 from mv2v_engine.checkpoints.names import read_renames
 from mv2v_engine.checkpoints.resolve import Resolution, resolve
-from mv2v_engine.checkpoints.weights import WeightReader
+from mv2v_engine.checkpoints.weights import WeightReader, scaled_float8
 from mv2v_engine.config import (
     ConditioningMode,
     Offload,
@@ -178,12 +178,16 @@ def save_checkpoint(
     vae: str | None = None,
     knowledge: Knowledge | None = None,
     stream: StreamConfig | None = None,
+    base: Base | None = None,
+    only: Collection[str] | None = None,
+    eights: Collection[str] = (),
 ) -> None:
     """Write `transformer.safetensors` and `mv2v.json`, each whole or not at all.
 
     conditioning: the modes that the weights were trained for. vae: the folder of a VAE that is
     shared with another checkpoint, relative to this one; None where it has its own, `vae/`.
-    stream: of a causal model.
+    stream: of a causal model. base: what has the other parameters, where `only` those named are
+    written; None writes all. eights: weights that are stored in float8 with one scale a row.
 
     Raises:
         CheckpointError: the weights are quantised.
@@ -198,10 +202,15 @@ def save_checkpoint(
     tensors = {
         key: parameter.detach().to("cpu", stored_dtype(transformer, key, dtype))
         for key, parameter in transformer.named_parameters()
+        if only is None or key in only
     }
+    for key in eights:
+        weight = transformer.get_parameter(key).detach().cpu().float()
+        module = key.removesuffix(".weight")
+        tensors |= dict(zip((key, f"{module}.scale_weight"), scaled_float8(weight), strict=True))
     save_tensors(folder / OWN_WEIGHTS, tensors, {"format": "pt"})
     # last, because a folder counts as a checkpoint once it has this file
-    words = own_json(name, config, sampling, conditioning, vae, knowledge, stream)
+    words = own_json(name, config, sampling, conditioning, vae, knowledge, stream, base)
     save_json(folder / OWN_CONFIG, words)
 
 

@@ -180,6 +180,10 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
             sources |= _first_channels(infos, config.in_channels)
         sampling = default_sampling(detected, config)
     components = own_components(detected)
+    is_part = detected.format == "mv2v_engine" and detected.base is not None
+    if is_part:
+        assert detected.base is not None
+        components = find_components(detected.base, is_asked=False)
     if vae_path is None:
         vae_path = components.vae(config.latent_channels)
     # parameters only: buffers are computed by the model, and no checkpoint holds them
@@ -187,7 +191,13 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
         model = MV2VTransformer(config).eval()
     expected = {key: tuple(p.shape) for key, p in model.named_parameters()}
     initialised = {} if detected.format == "mv2v_engine" else _initialised(expected, sources)
-    unknown += [sources[key].info.key for key in sources if key not in expected]
+    # a base may have more than a model on it uses, such as what reads memory
+    own_file = detected.files[-1]
+    unknown += [
+        source.info.key
+        for key, source in sources.items()
+        if key not in expected and not (is_part and source.info.file != own_file)
+    ]
     return Resolution(
         detected=detected,
         name="+".join([name, *(lora.name for lora in loras)]),

@@ -231,6 +231,15 @@ def with_scales(tensors: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
     return weights
 
 
+def scaled_float8(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """A weight [rows, ...] in float8 (e4m3) and its scales float32 [rows], as `with_scales` reads
+    them; a row of zeros has scale 1."""
+    most = weight.flatten(1).abs().amax(1)
+    scale = torch.where(most > 0, most / torch.finfo(torch.float8_e4m3fn).max, 1.0)
+    rows = scale.reshape(-1, *(1 for _ in weight.shape[1:]))
+    return (weight / rows).to(torch.float8_e4m3fn), scale
+
+
 def _is_other_scale(key: str, modules: set[str]) -> bool:
     """Whether a key lies within one of the modules, of float8 weights, and is about their scale."""
     place = key

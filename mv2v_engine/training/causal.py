@@ -22,7 +22,7 @@ import argparse
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, get_args
@@ -31,15 +31,18 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
+from mv2v_engine.checkpoints.configs import Base
+from mv2v_engine.checkpoints.detect import weight_files
 from mv2v_engine.checkpoints.load import Checkpoint
-from mv2v_engine.config import StreamConfig
+from mv2v_engine.config import StreamConfig, StreamPolicy
 from mv2v_engine.errors import TrainingError
-from mv2v_engine.files import copy_file
+from mv2v_engine.files import copy_file, file_digest
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.parser import Parser
 from mv2v_engine.sampling.flow_match import listed_sigmas, stream_solver
 from mv2v_engine.settings import add_settings, given
+from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator, rank
 from mv2v_engine.training.dit import TINY_EDIT_RECIPE, make_optimizers
@@ -48,6 +51,7 @@ from mv2v_engine.training.edit_recipe import EditSampler
 from mv2v_engine.training.flow_map import balanced, end_levels, longest_step, map_target
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Noised, squared_error
+from mv2v_engine.training.odds import chance, pick
 from mv2v_engine.training.recipe import Batch
 from mv2v_engine.training.text import read_text_encoder
 from mv2v_engine.training.throughput import compute_dtype
@@ -59,6 +63,65 @@ SHARES: dict[StageName, float] = {"forcing": 0.5, "map": 0.3, "rollout": 0.2}
 TINY_STREAM = StreamConfig(
     block_frames=1, policy="sink", window=4, sink_frames=1, timesteps=(1000, 500)
 )
+
+
+class ReturningSampler(EditSampler):
+    """Draws clips that leave time out: windows of one edit in their order, one behind the other.
+
+    What was seen in the first window comes back after any time, so that what a cache holds of long
+    ago is worth reading. Of every later window the first latent frame is left out: it is encoded
+    without a past, as only the first frame of a stream is.
+
+    Args:
+        windows: of a clip.
+
+    Raises:
+        TrainingError: no clip has so many windows.
+    """
+
+    def __init__(self, *args: Any, windows: int, **others: Any) -> None:
+        super().__init__(*args, **others)
+        self._windows = windows
+        pairs = self.latents.pairs
+        self._long = [index for index, pair in enumerate(pairs) if pair.num_windows >= windows]
+        if not self._long:
+            most = max(pair.num_windows for pair in pairs)
+            raise TrainingError(
+                f"no clip has {windows} windows, the longest of {len(pairs)} has {most}; lower "
+                "--windows, or encode longer clips"
+            )
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """One batch; everything follows from the generator."""
+        generator, recipe, pairs = own_generator(generator), self.recipe, self.latents.pairs
+        drawn = list[tuple[int, list[int]]]()
+        for _ in range(recipe.batch):
+            clip = pick(self._long, generator)
+            order = torch.randperm(pairs[clip].num_windows, generator=generator)
+            drawn.append((clip, order[: self._windows].sort().values.tolist()))
+        target, source, mask = (
+            torch.stack([_joined(getattr(pairs[clip], of), chosen) for clip, chosen in drawn])
+            for of in ("edited", "source", "mask")
+        )
+        weight = 1 + recipe.edit_weight * mask
+        texts = [
+            self._empty_text if chance(recipe.text_dropped, generator) else self._texts[clip]
+            for clip, _ in drawn
+        ]
+        return Batch(
+            plan=turn_plan(self.shape, tuple(target.shape[2:]), (), source=False, merge="off"),
+            latents=[target],
+            cameras=None,
+            text=torch.stack(texts),
+            source=source,
+            weight=weight / weight.mean((1, 2, 3), keepdim=True),
+        )
+
+
+def _joined(windows: Tensor, chosen: Sequence[int]) -> Tensor:
+    """Windows [W, ..., F, H, W] one behind the other, float32 [..., F', H, W]."""
+    first, *others = (windows[index] for index in chosen)
+    return torch.cat([first, *(window[..., 1:, :, :] for window in others)], -3).float()
 
 
 @dataclass(frozen=True, eq=False)
@@ -228,24 +291,48 @@ def causal_model(checkpoint: Checkpoint) -> MV2VTransformer:
 
 
 def save_causal(
-    out: Path, model: MV2VTransformer, base: Checkpoint, config: StreamConfig, dtype: torch.dtype
+    out: Path,
+    model: MV2VTransformer,
+    base: Checkpoint,
+    config: StreamConfig,
+    dtype: torch.dtype,
+    *,
+    name: str,
+    refers: bool = False,
 ) -> None:
     """Write a checkpoint folder that streams: weights, `stream`, the base's text parts; its VAE is
-    named."""
-    for part, path in (("text_encoder", base.text_path), ("tokenizer", base.tokenizer_path)):
+    named.
+
+    refers: the base's folder is named, too, in place of what is in it: its text parts, and the
+    parameters that are frozen. Of the others the blocks' matrices are stored in float8.
+    """
+    parts = [] if refers else [("text_encoder", base.text_path), ("tokenizer", base.tokenizer_path)]
+    for part, path in parts:
         if path is not None and path.is_dir():
             shutil.copytree(path, out / part, copy_function=copy_file, dirs_exist_ok=True)
     vae = None if base.vae_path is None else os.path.relpath(base.vae_path, out.resolve())
+    beneath, trained, matrices = None, None, list[str]()
+    if refers:
+        weights = weight_files(base.report.path)[-1]
+        folder = os.path.relpath(weights.parent.resolve(), out.resolve())
+        beneath = Base(folder, file_digest(weights))
+        trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        matrices = [
+            name for name, p in trained.items() if p.ndim == 2 and name.startswith("blocks.")
+        ]
     save_checkpoint(
         out,
         model,
         model.config,
         replace(base.sampling, guidance_scale=1.0, scheduler="euler"),
-        f"{base.name}-causal",
+        name,
         dtype,
         vae=vae,
         knowledge=base.knowledge,
         stream=config,
+        base=beneath,
+        only=trained,
+        eights=matrices,
     )
 
 
@@ -256,6 +343,7 @@ def main() -> None:
     add("--text", type=Path, required=True, help="folder of training.text")
     add("--start-from", required=True, metavar="NAME_OR_PATH", help="a bidirectional editor")
     add("--out", type=Path, required=True, help="a folder of each stage, and `model`")
+    add("--name", help="of the model; the base's with -causal if not given")
     add(
         "--stages",
         nargs="+",
@@ -266,6 +354,21 @@ def main() -> None:
     add("--minutes", type=float, default=60, help="of all stages together, default 60")
     add("--steps", type=int, help="of all stages together, in place of --minutes")
     add("--batch", type=int, default=TINY_EDIT_RECIPE.batch)
+    add("--windows", type=int, default=1, help="of a clip, with what lies between them left out")
+    add(
+        "--policies",
+        nargs="+",
+        choices=get_args(StreamPolicy),
+        help="each batch is trained under one of them; --policy alone if not given",
+    )
+    add(
+        "--train",
+        nargs="+",
+        metavar="WORD",
+        help="only parameters in whose name one of these words is, as attn1 or bias; the others "
+        "stay the base's, and --out/model names it in place of holding them",
+    )
+    add("--warmup", type=int, default=100, help="steps of every stage until rates are whole")
     add("--learning-rate", type=float, default=2e-3, help="of AdamW")
     add("--matrix-learning-rate", type=float, default=4e-3, help="of Muon")
     add("--block-frames", type=int, metavar="N", help="latent frames of a block, 1 if not given")
@@ -280,21 +383,36 @@ def main() -> None:
     join(device)
     base = load_checkpoint(args.start_from, device=device, dtype=torch.float32)
     model = causal_model(base)
+    if args.train:
+        for name, parameter in model.named_parameters():
+            parameter.requires_grad_(any(word in name for word in args.train))
     # memory is not read, and nothing else is left to draw
     recipe = replace(
         TINY_EDIT_RECIPE, batch=args.batch, no_memory=1.0, uniform_tokenizer=0.0, merging=0.0
     )
     text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))
-    sampler = EditSampler(
-        EditLatents(*args.edits), model.config, recipe, empty_text=text.encode("")[0]
-    )
+    latents, empty = EditLatents(*args.edits), text.encode("")[0]
+    sampler = EditSampler(latents, model.config, recipe, empty_text=empty)
+    if args.windows > 1:
+        sampler = ReturningSampler(
+            latents, model.config, recipe, empty_text=empty, windows=args.windows
+        )
     stages = [name for name in get_args(StageName) if name in args.stages]
     for name in stages:
         _run_stage(name, stages, model, sampler, stream, args)
     is_first = rank() == 0
     leave()
     if is_first:
-        save_causal(args.out / "model", model, base, stream, torch.float16)
+        name = args.name or f"{base.name}-causal"
+        save_causal(
+            args.out / "model",
+            model,
+            base,
+            stream,
+            torch.float16,
+            name=name,
+            refers=bool(args.train),
+        )
         print(f"wrote {args.out / 'model'}: run stream SOURCE --checkpoint {args.out / 'model'}")
 
 
@@ -324,6 +442,7 @@ def _run_stage(
         minutes=args.minutes * share if args.steps is None else math.inf,
         max_steps=None if args.steps is None else max(1, round(args.steps * share)),
         batch=args.batch,
+        warmup_steps=args.warmup,
     )
     rates = args.learning_rate, args.matrix_learning_rate
     loop, wrapped = (
@@ -335,16 +454,18 @@ def _run_stage(
         sampler.recipe.flow_shift,
         model.config.has_end_time,
     )
+    policies = args.policies or [stream.policy]
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         batch, longest = sampler.draw(generator), None
+        policy = policies[int(torch.randint(len(policies), (), generator=generator))]
         if is_map:
             longest = longest_step(loop.done) if name == "map" else 1.0
         return causal_loss(
             wrapped,
             batch,
             own_generator(generator),
-            stream,
+            replace(stream, policy=policy),
             flow_shift=shift,
             longest=longest,
             rolls_out=name == "rollout",

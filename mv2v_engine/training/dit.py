@@ -96,10 +96,12 @@ def initialise(model: MV2VTransformer) -> None:
 def make_optimizers(
     model: MV2VTransformer, learning_rate: float, matrix_learning_rate: float
 ) -> list[torch.optim.Optimizer]:
-    """Muon for the blocks' matrices, AdamW for the rest."""
+    """Muon for the blocks' matrices, AdamW for the rest; frozen ones are left out."""
     matrices: list[nn.Parameter] = []
     others: list[nn.Parameter] = []
     for name, parameter in model.named_parameters():
+        if not parameter.requires_grad:
+            continue
         is_matrix = parameter.ndim == 2 and name.startswith("blocks.") and "cam_" not in name
         (matrices if is_matrix else others).append(parameter)
     return [
