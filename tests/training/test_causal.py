@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,17 +13,24 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine
-from mv2v_engine.checkpoints import load_checkpoint
+from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint
+from mv2v_engine.checkpoints.weights import read_header
 from mv2v_engine.config import StreamConfig
 from mv2v_engine.engine.session import window_seed
-from mv2v_engine.errors import TrainingError
+from mv2v_engine.errors import CheckpointError, TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training import causal
-from mv2v_engine.training.causal import ClipForward, causal_loss, causal_model
+from mv2v_engine.training.causal import (
+    ClipForward,
+    ReturningSampler,
+    causal_loss,
+    causal_model,
+)
+from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.recipe import Batch
 
 CPU = torch.device("cpu")
@@ -229,3 +237,85 @@ def test_from_an_editor_to_a_stream(
     latents = clip.sampled(first, generator, found.sampling.flow_shift)
     expected = engine.vae.decode(latents[0])
     assert int((made[:1].int() - expected.int()).abs().max()) <= 1
+
+
+def test_a_base_keeps_what_is_not_trained(
+    tmp_path: Path, edits: Path, editor_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Only named parameters move and are written; the rest is the base's, which must be there as
+    it was."""
+    out = tmp_path / "causal"
+    base_folder = shutil.copytree(editor_folder, tmp_path / "editor")
+    words = ["--edits", edits, "--text", base_folder, "--start-from", base_folder, "--out", out]
+    words += ["--steps", 6, "--batch", 2, "--train", "attn1", "bias", "--name", "streamer"]
+    words += ["--policies", "memrope", "window", "--window", 4, "--sink", 0]
+    monkeypatch.setattr("sys.argv", ["causal", *map(str, words)])
+    causal.main()
+    written = read_header(out / "model" / "transformer.safetensors")
+    names = {name.removesuffix("scale_weight") for name in written}
+    assert all("attn1" in n or "bias" in n or "end_time" in n for n in names)
+    assert not (out / "model" / "text_encoder").exists()
+    base, found = load_checkpoint(base_folder), load_checkpoint(out / "model")
+    assert found.name == "streamer" and found.text_path == base.text_path
+    assert inspect_checkpoint(out / "model").problem is None
+    state = torch.load(out / "rollout" / "checkpoint.pt", weights_only=True)["ema"]
+    weights = base.transformer.state_dict()
+    moved = 0
+    for name, parameter in found.transformer.named_parameters():
+        if name not in state:
+            assert torch.equal(parameter, weights[name].to(parameter.dtype)), name
+            continue
+        moved += name in weights and not torch.equal(parameter, weights[name].to(parameter))
+        # three bits of a float8's fraction, one scale a row
+        most = state[name].abs().amax() if state[name].ndim < 2 else state[name].abs().amax(1)
+        assert float((parameter.detach().float() - state[name]).abs().max()) <= float(most.max()) / 16
+    assert moved > 10
+    # weights that are not those that were trained on
+    changed = {name: weight + 1 for name, weight in weights.items()}
+    save_tensors(base_folder / "transformer.safetensors", changed)
+    with pytest.raises(CheckpointError, match="was trained on other weights than those in"):
+        load_checkpoint(out / "model")
+    (base_folder / "transformer.safetensors").unlink()
+    with pytest.raises(CheckpointError, match="has the others is not at"):
+        load_checkpoint(out / "model")
+
+
+def test_clips_that_leave_time_out(tmp_path: Path) -> None:
+    """Windows of one edit in their order, the later ones without their first latent frame."""
+    folder = tmp_path / "latents"
+    folder.mkdir()
+    source = torch.arange(4.0).reshape(4, 1, 1, 1, 1) * 10 + torch.arange(3.0).reshape(
+        1, 1, 3, 1, 1
+    )
+    source = source.expand(4, 16, 3, 4, 6)
+    tensors = {
+        "source": source.half(),
+        "edited": -source.half(),
+        "mask": torch.zeros(4, 3, 4, 6).half(),
+        "text": torch.ones(2, 16).bfloat16(),
+    }
+    tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_tensors(folder / "edit_0000000.safetensors", tensors)
+    shape = tiny_config(
+        in_channels=32,
+        out_channels=16,
+        source_channels=16,
+        camera_conditioning="none",
+        text_dim=16,
+    )
+    recipe = replace(causal.TINY_EDIT_RECIPE, batch=8)
+    given = {"empty_text": torch.zeros(1, 16)}
+    latents = EditLatents(folder)
+    sampler = ReturningSampler(latents, shape, recipe, windows=2, **given)
+    batch = sampler.draw(torch.Generator().manual_seed(0))
+    assert batch.targets.shape == (8, 16, 5, 4, 6) and batch.source is not None
+    assert torch.equal(batch.targets, -batch.source)
+    found = {tuple(clip[0, :, 0, 0].int().tolist()) for clip in batch.source}
+    possible = {
+        (10 * first, 10 * first + 1, 10 * first + 2, 10 * later + 1, 10 * later + 2)
+        for first in range(4)
+        for later in range(first + 1, 4)
+    }
+    assert found <= possible and len(found) > 2
+    with pytest.raises(TrainingError, match="no clip has 5 windows, the longest of 1 has 4"):
+        ReturningSampler(latents, shape, recipe, windows=5, **given)
