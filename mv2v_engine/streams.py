@@ -155,6 +155,11 @@ def _check_places(args: argparse.Namespace) -> None:
         raise RequestError("--source-size and --fps are of a source, and there is none")
     if args.source == _STDOUT and sys.stdin is None:
         raise VideoError("stdin is closed; give a pipe, or a video file")
+    # what was closed before the program began has been replaced by now, but for this name
+    if args.out == _STDOUT and sys.__stdout__ is None:
+        raise StorageError(
+            "--out - writes to stdout, and it is closed; give it a pipe or a file, or name --out"
+        )
     # a pattern of images is no path itself
     is_path = args.source not in (None, _STDOUT) and "%" not in args.source
     if is_path and not Path(args.source).exists():

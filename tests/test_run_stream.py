@@ -329,3 +329,13 @@ def test_what_an_edit_refuses(
     assert "raw frames cannot be read any further: Is a directory" in folder
     monkeypatch.setattr(sys, "stdin", None)
     assert "stdin is closed" in refused("-", *raw, checkpoint=causal_editor_folder)
+
+
+def test_a_stdout_that_is_closed(causal_folder: Path) -> None:
+    """It was closed before the program began: nothing is made for nobody."""
+    words = [sys.executable, "-m", "mv2v_engine.run", "stream", "--prompt", "a ball", "--out", "-"]
+    words += ["--checkpoint", str(causal_folder), "--seconds", "1"]
+    close = 'exec "$@" >&-'
+    ended = subprocess.run(["sh", "-c", close, "sh", *words], stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 2
+    assert "--out - writes to stdout, and it is closed; give it a pipe" in ended.stderr

@@ -45,6 +45,8 @@ Shape = tuple[int, ...]
 _PREFIX = re.compile(
     r"^(?:(?:base_model|model|diffusion_model|transformer|unet|lora_unet|lycoris|pipe|dit)[._]+)+"
 )
+# where a trainer of causal models (LongLive) keeps the model's; beside it may lie its critic's
+_GENERATOR = "generator_lora."
 # PEFT writes the adapter's name before `weight`, where there may be several
 _KEY = re.compile(
     r"(?P<module>.+)\.(?:lora_(?P<side>A|B|down|up)(?:\.\w+)?\.weight"
@@ -275,7 +277,9 @@ def read_lora(path: Path, strength: float = 1.0) -> Lora:
         CheckpointError: it is no LoRA, another kind of adapter, or half of it is missing.
     """
     header = read_header(path)
-    matches = {key: _KEY.fullmatch(_PREFIX.sub("", bare(key))) for key in header}
+    header = {k: info for k, info in header.items() if k.startswith(_GENERATOR)} or header
+    inner = {key: bare(key.removeprefix(_GENERATOR)) for key in header}
+    matches = {key: _KEY.fullmatch(_PREFIX.sub("", name)) for key, name in inner.items()}
     _require_lora(path, header, matches)
     modules = [match["module"] for match in matches.values() if match is not None]
     is_theirs = any(map(_OF_DIFFUSERS.search, modules))

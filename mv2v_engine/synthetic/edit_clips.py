@@ -9,7 +9,7 @@ T frames.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -21,6 +21,7 @@ from mv2v_engine.synthetic.edit_worlds import (
     WINDOW,
     EditWorld,
     edit_camera,
+    loop_camera,
     make_edit_world,
 )
 from mv2v_engine.synthetic.edits import TARGET, Edit, apply_edit
@@ -173,6 +174,26 @@ def make_cut_clip(
     return tuple(shots)
 
 
+def make_loop_clip(
+    seed: int,
+    *,
+    num_frames: int = 120,
+    degrees: float = 60,
+    size: tuple[int, int] = (96, 160),
+    kind: EditKind | None = None,
+    grade: Grade = "plain",
+) -> EditClip:
+    """An editing pair that can be repeated without a seam: nothing moves but the camera, which
+    looks away from the target, longer than half of the time, and comes back."""
+    edit_world = make_edit_world(seed, num_frames=num_frames, grade=grade)
+    world = edit_world.world
+    still = replace(world, swing_N3=0 * world.swing_N3, spin_N=0 * world.spin_N)
+    edit_world = replace(edit_world, world=still)
+    camera = loop_camera(num_frames=num_frames, size=size, degrees=degrees)
+    instruction = draw_instruction(edit_world, seed, kind)
+    return _of_camera(seed, edit_world, instruction, camera, "cpu")
+
+
 def other_choice(clip: EditClip, alternative: int) -> EditClip:
     """The same clip and words, another valid choice: what an editor without memory may come to."""
     edit = apply_edit(clip.edit_world.world, clip.instruction, choice_seed(clip.seed, alternative))
@@ -188,6 +209,16 @@ def _filmed(
     device: torch.device | str,
 ) -> EditClip:
     camera = edit_camera(edit_world, seed, num_frames=num_frames, size=size)
+    return _of_camera(seed, edit_world, instruction, camera, device)
+
+
+def _of_camera(
+    seed: int,
+    edit_world: EditWorld,
+    instruction: Instruction,
+    camera: CameraTrajectory,
+    device: torch.device | str,
+) -> EditClip:
     source = render(edit_world.world, camera, device=device)
     edit = apply_edit(edit_world.world, instruction, choice_seed(seed))
     unedited = EditClip(seed, instruction, camera, edit_world, edit, source, source)

@@ -218,6 +218,15 @@ def _returns(inside: Tensor) -> bool:
     return gone > WINDOW // 2 and "x" * (WINDOW // 4) in flags[gone:]
 
 
+def loop_camera(*, num_frames: int, size: tuple[int, int], degrees: float) -> CameraTrajectory:
+    """A camera that turns away from the target and back, so that its frames can be repeated: the
+    frame behind the last one would be the first."""
+    time = torch.arange(num_frames) / num_frames
+    rotation = rotation_yaw(degrees * (1 - (2 * torch.pi * time).cos()) / 2)
+    poses = torch.cat([rotation, torch.zeros(num_frames, 3, 1)], dim=-1)
+    return CameraTrajectory(poses, default_intrinsics(*size), size, "loop")
+
+
 PATHS = ("look away", "orbit", "dolly", "static")
 
 

@@ -221,19 +221,22 @@ def test_what_a_stream_refuses(
         causal.stream(store=tmp_path, resume=True)
 
 
-def test_a_generator_of_self_forcing(causal_folder: Path, tmp_path: Path) -> None:
-    """A file of original names, which says neither what it is nor how many heads it has."""
+def _generator(causal_folder: Path, folder: Path) -> tuple[Path, dict[str, Tensor]]:
+    """The causal model as Self-Forcing saves one, and its weights by our names."""
     with safe_open(str(causal_folder / "transformer.safetensors"), "pt") as file:
         own = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     names = {name: f"model.{to_original(name)}" for name in own}
-    torch.save(
-        {"generator_ema": {names[name]: own[name] for name in own}},
-        tmp_path / "self_forcing_dmd.pt",
-    )
+    path = folder / "self_forcing_dmd.pt"
+    torch.save({"generator_ema": {names[name]: own[name] for name in own}}, path)
     words = {"num_heads": 2, "dim": 48, "text_len": 8}
-    (tmp_path / "config.json").write_text(json.dumps({"_class_name": "CausalWanModel", **words}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "CausalWanModel", **words}))
+    return path, own
+
+
+def test_a_generator_of_self_forcing(causal_folder: Path, tmp_path: Path) -> None:
+    """A file of original names, which says neither what it is nor how many heads it has."""
+    path, own = _generator(causal_folder, tmp_path)
     options: dict[str, Any] = {"device": "cpu", "components": causal_folder}
-    path = tmp_path / "self_forcing_dmd.pt"
     with pytest.raises(CheckpointError, match="run stream --causal"):
         Engine.from_pretrained(path, **options)
     engine = Engine.from_pretrained(path, causal=True, **options)
@@ -241,6 +244,33 @@ def test_a_generator_of_self_forcing(causal_folder: Path, tmp_path: Path) -> Non
     assert stream.config == StreamConfig() and stream.cache.plan.target.grid == (3, 60, 104)
     loaded = engine.transformer.state_dict()
     assert all(torch.equal(loaded[name], weight) for name, weight in own.items())
+
+
+def test_the_lora_of_a_generator(causal_folder: Path, tmp_path: Path) -> None:
+    """As LongLive saves it: below a name of the trainer's, in PEFT's words, with a critic's beside
+    it; its scale is 1."""
+    path, own = _generator(causal_folder, tmp_path)
+    generator, products = torch.Generator().manual_seed(0), dict[str, Tensor]()
+    saved: dict[str, dict[str, Tensor]] = {"generator_lora": {}, "critic_lora": {}}
+    for name, weight in own.items():
+        if not name.startswith("blocks.") or weight.ndim != 2:
+            continue
+        up = torch.randn(len(weight), 3, generator=generator)
+        down = torch.randn(3, weight.shape[1], generator=generator)
+        module = to_original(name).removesuffix(".weight").replace("blocks.0.", "blocks.0._fsdp_.")
+        for side, factor in (("A", down), ("B", up)):
+            key = f"base_model.model.{module}.lora_{side}.weight"
+            saved["generator_lora"][key], saved["critic_lora"][key] = factor, 0 * factor + 1
+        products[name] = weight + up @ down
+    torch.save(saved, tmp_path / "lora.pt")
+    config = EngineConfig(lora=((tmp_path / "lora.pt", 1.0),))
+    options: dict[str, Any] = {"device": "cpu", "components": causal_folder, "causal": True}
+    engine = Engine.from_pretrained(path, config=config, **options)
+    assert engine.stream("a red ball").config == StreamConfig()
+    loaded = engine.transformer.state_dict()
+    assert len(products) == 20
+    for name, weight in own.items():
+        torch.testing.assert_close(loaded[name], products.get(name, weight), rtol=1e-6, atol=2e-6)
 
 
 def test_another_stream_is_not_continued(

@@ -6,6 +6,7 @@ would be.
 
 from __future__ import annotations
 
+import asyncio
 import os
 import random
 import signal
@@ -30,9 +31,11 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
-from mv2v_engine.serving.store.source_frames import MOST_BLOCKS
-from mv2v_engine.serving.store.streams import engine_folder
-from mv2v_engine.serving.work.streaming import NOTHING
+from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.store.source_frames import MOST_BLOCKS, SourceFrames
+from mv2v_engine.serving.store.streams import StreamRecord, engine_folder
+from mv2v_engine.serving.work.streaming import NOTHING, Stream
+from mv2v_engine.serving.work.uploading import SourceUpload
 from tests.serving.conftest import until
 from tests.serving.fake_streams import BLOCK_FRAMES, Negatives, StreamBackend
 
@@ -213,3 +216,34 @@ def test_an_editor_edits_what_is_sent(
         now = status(client, stream)
         assert (now["state"], now["error"], now["frames"]) == ("finished", None, len(frames))
         assert backend.restarts == 1 and now["restarts"] <= 1
+
+
+def test_a_service_that_stops_says_where_to_go_on(tmp_path: Path) -> None:
+    """Of a block that is not whole nothing is kept: the client is told the frame it begins with."""
+    record = StreamRecord(
+        id="s",
+        owner="",
+        checkpoint="c",
+        prompt="",
+        seed=0,
+        blocks=None,
+        policy=None,
+        fps=16.0,
+        width=4,
+        height=2,
+        block_frames=4,
+        lead=3,
+        created=0.0,
+    )
+    stream = Stream(record)
+    stream.source = SourceFrames(tmp_path, record)
+
+    async def sent(upload: SourceUpload, frames: int) -> None:
+        await upload.write(bytes(frames * 4 * 2 * 3))
+
+    with SourceUpload(stream) as upload:
+        asyncio.run(sent(upload, 1 + 4 + 3))
+        stream.is_stopping = True
+        with pytest.raises(ApiError, match=r"when it is back, go on from frame 5, counted from 0"):
+            asyncio.run(sent(upload, 1))
+    assert [stream.source.has(number) for number in (1, 2, 3)] == [True, True, False]

@@ -50,6 +50,11 @@ class SourceFrames:
             number += 1
         return number
 
+    def first_frame(self, number: int) -> int:
+        """The first frame of a block, counted from 0: the next one to send where that block's are
+        not there."""
+        return self.record.num_frames(number - 1)
+
     def keep(self, number: int, data: bytes) -> None:
         """Keep all frames of a block. Raises StorageError."""
         make_folder(self.folder)

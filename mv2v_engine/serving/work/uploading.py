@@ -27,8 +27,9 @@ class SourceUpload:
             raise ApiError("unprocessable_turn", "the model makes video from a prompt alone")
         if self.stream.is_fed:
             raise ApiError("busy", "another client sends frames to this stream")
+        self.source = self.stream.source
         self._require_live()
-        self.source, self.stream.is_fed = self.stream.source, True
+        self.stream.is_fed = True
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -67,7 +68,14 @@ class SourceUpload:
     def _require_live(self) -> None:
         stream = self.stream
         if stream.is_stopping:
-            raise ApiError("not_ready", "the service is stopping; send the rest when it is back")
+            # a block is kept whole or not at all, so the client has to know where it begins
+            number = self.source.first_lacking(stream.num_blocks + 1)
+            message = (
+                f"the service is stopping; when it is back, go on from frame "
+                f"{self.source.first_frame(number)}, counted from 0: those of a block that was not "
+                "filled are not kept"
+            )
+            raise ApiError("not_ready", message)
         is_over = stream.source is not None and stream.source.is_ended
         if stream.record.is_ended or stream.is_cancelling or is_over:
             raise ApiError("busy", "the stream has ended, or takes no more frames; begin another")
