@@ -185,8 +185,13 @@ def _loaded(
 ) -> Engine:
     """The engine, once all prompts are known to be read to their ends."""
     engine = Engine.from_pretrained(args.checkpoint, **loading(args, config), causal=args.causal)
-    for _, prompt in prompts:
-        checked_prompt(engine, prompt)
+    for second, prompt in prompts:
+        try:
+            checked_prompt(engine, prompt)
+        except RequestError as error:
+            if not second:
+                raise
+            raise RequestError(f"--then {second:g}: {error}") from error
     return engine
 
 
@@ -200,6 +205,7 @@ def _run(
     for words in opened.lost:
         say(words)
     fps, shown, why, code = opened.fps, _Progress(args.quiet), "", 0
+    said = 0
     count = None
     if args.seconds is not None:
         count = opened.block_of(math.ceil(args.seconds * fps) - 1)
@@ -210,7 +216,11 @@ def _run(
                 prompt = [words for second, words in prompts if second <= now][-1]
                 if prompt != opened.prompt:
                     opened.prompt = prompt
-                if not _write_block(args, opened, writer, cancel, shown):
+                is_made = _write_block(args, opened, writer, cancel, shown)
+                for words in opened.warnings[said:]:
+                    say(f"warning: {words}")
+                said = len(opened.warnings)
+                if not is_made:
                     break
     except (KeyboardInterrupt, CancelledError):
         why, code = "interrupted", INTERRUPTED

@@ -34,6 +34,7 @@ from mv2v_engine import arguments
 from mv2v_engine.config import StreamConfig, TransformerConfig
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.graphs import StreamForward
+from mv2v_engine.engine.knowledge import prompt_warnings, source_warnings
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.source import StreamSource
@@ -88,7 +89,8 @@ class Stream:
     """Made by `Engine.stream`; not thread-safe.
 
     num_blocks: how many are finished. cache, decoder, encoder: what they left, the last one None
-    without a source. lost: what could not be read again, in words.
+    without a source. lost: what could not be read again, in words. warnings: what the weights do
+    not know of the prompts so far and, once its first block is handed over, of the source.
     """
 
     def __init__(
@@ -119,6 +121,7 @@ class Stream:
         self._num_stored = 0
         self.rewind()
         self.lost: list[str] = []
+        self.warnings = list(prompt_warnings(parts.checkpoint, self._prompt))
         self.spans = Spans(parts.device)
         self._seconds = deque[float](maxlen=_MEASURED)
         self._first_seconds: float | None = None
@@ -152,6 +155,10 @@ class Stream:
     @prompt.setter
     def prompt(self, prompt: str) -> None:
         self._prompt = checked_prompt(self.parts, prompt)
+        self._warn(prompt_warnings(self.parts.checkpoint, prompt))
+
+    def _warn(self, words: tuple[str, ...]) -> None:
+        self.warnings += [each for each in words if each not in self.warnings]
 
     def first_frame(self, number: int) -> int:
         """The first frame of a block; the video's first latent frame is one frame."""
@@ -229,6 +236,10 @@ class Stream:
                 self._measure(seconds, len(frames))
             first = self.first_frame(number)
             yield StreamBlock(number, first, frames, block.prompt, seconds, is_again)
+            given = self._given
+            # not before, so that the first frame comes as soon as it can
+            if number == 1 and given is not None and given.number == 1:
+                self._warn(source_warnings(self.parts.checkpoint, self.parts.vae, given.frames[0]))
 
     def _receive(self, number: int, found: StoredBlock | None, token: CancelToken) -> bool:
         """Wait for the source's frames of a block that the encoder has not seen; False: no more.
@@ -463,6 +474,7 @@ class Stream:
             "cache_bytes": self.cache.num_bytes,
             "decoder_bytes": self.decoder.num_bytes,
             **({"lost": self.lost} if self.lost else {}),
+            **({"warnings": self.warnings} if self.warnings else {}),
             "engine": self.parts.describe(),
         }
 
