@@ -45,8 +45,9 @@ class KnownModel:
 
     name, components, base: as `--checkpoint`, `--components` and `--base` take them. stored: bytes
     of an element in the published files of transformer, VAE and text encoder; () where nobody
-    told. files: of weights that ship with the package. published: the transformer as it is in its
-    file, if what is loaded has modules more. remembers: whether the weights learned to. licence: ""
+    told. streams: whether it edits frames as they come, and not windows. files: of weights that
+    ship with the package. published: the transformer as it is in its file, if what is loaded has
+    modules more. remembers: whether the weights learned to. licence: ""
     where it is not told. checked: how far it is known to run.
     """
 
@@ -62,6 +63,7 @@ class KnownModel:
     stored: tuple[int, ...] = ()
     published: TransformerConfig | None = None
     remembers: bool = True
+    streams: bool = False
     files: tuple[Path, ...] = ()
 
     @property
@@ -69,11 +71,18 @@ class KnownModel:
         return self.shape.is_editor
 
     @property
+    def task(self) -> str:
+        """The command of `run` that it is for."""
+        if self.streams:
+            return "stream"
+        return "edit" if self.is_editor else "novel-view"
+
+    @property
     def command(self) -> str:
         """A command line that runs it."""
         words = ["python", "-m", "mv2v_engine.run"]
         if self.is_editor:
-            words += ["edit", "clip.mp4", "--prompt", "make the ball red", "--out", "edited.mp4"]
+            words += [self.task, "clip.mp4", "--prompt", "make the ball red", "--out", "edited.mp4"]
         else:
             words += ["novel-view", "clip.mp4", "--camera", "pan_right", "--out", "out/"]
         words += ["--checkpoint", self.name]
@@ -255,6 +264,7 @@ def _embedded(name: str) -> KnownModel:
         vae=read_json(found.vae_path / "config.json"),
         text=text,
         remembers=is_trained_for_memory(found.config, found.initialised),
+        streams=found.stream is not None,
         licence="Apache-2.0",
         checked="trained and measured with this code, of toy worlds alone",
         files=(*found.detected.files, *parts),
@@ -271,6 +281,7 @@ def _described(model: KnownModel) -> str:
     disk, most = model.disk_bytes, EngineConfig().max_memory
     first = model.cost(0)
     height, width = first["size"]
+    frames = "frames as they come," if model.streams else f"{first['frames']} frames"
     peaks = [f"{_peak(first)} for a turn without memory"]
     if model.remembers:
         peaks.append(f"{_peak(model.cost(most))} with {most} remembered videos")
@@ -279,8 +290,7 @@ def _described(model: KnownModel) -> str:
     return "\n".join(
         [
             f"{model.name}{beside}",
-            f"  task      {'edit' if model.is_editor else 'novel-view'}, {first['frames']} frames "
-            f"of {height}x{width}",
+            f"  task      {model.task}, {frames} of {height}x{width}",
             f"  on disk   {_NOT_TOLD if disk is None else size_words(disk)}",
             f"  peak      {'; '.join(peaks)}",
             f"  smaller   {_smaller(model)}",

@@ -103,13 +103,14 @@ class ReturningSampler(EditSampler):
             torch.stack([_joined(getattr(pairs[clip], of), chosen) for clip, chosen in drawn])
             for of in ("edited", "source", "mask")
         )
+        _, _, frames, rows, columns = target.shape
         weight = 1 + recipe.edit_weight * mask
         texts = [
             self._empty_text if chance(recipe.text_dropped, generator) else self._texts[clip]
             for clip, _ in drawn
         ]
         return Batch(
-            plan=turn_plan(self.shape, tuple(target.shape[2:]), (), source=False, merge="off"),
+            plan=turn_plan(self.shape, (frames, rows, columns), (), source=False, merge="off"),
             latents=[target],
             cameras=None,
             text=torch.stack(texts),
