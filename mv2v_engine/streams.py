@@ -400,6 +400,5 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
         "weight of Self-Forcing, LongLive, CausVid or a causal Lucy-Edit tells",
     )
     add_settings(parser, StreamConfig, has_defaults=False)
-    needed = {"checkpoint": {"default": None, "required": True}}
-    add_engine(parser, without=_OF_TURNS, own=needed)
+    add_engine(parser, without=_OF_TURNS, own={"checkpoint": {"default": "tiny-stream"}})
     add_folder(parser, "stream", "FILE.stream")
