@@ -2,6 +2,7 @@
 
 `python profiling/bench_stream.py [--blocks 1000 2500] [--out profiling/results/stream.jsonl]`
 `python profiling/bench_stream.py --edit memrope --blocks 1000 --out ...live_edit.jsonl`
+`python profiling/bench_stream.py --checkpoint tiny-stream --blocks 24 --out ...tiny_stream.jsonl`
 
 A small random causal model on one thread of a CPU, by the process's own time; blocks of one latent
 frame, which is four of the video's, and two steps. For every policy of fixed size one stream: the
@@ -9,12 +10,15 @@ median milliseconds of `window` blocks from block 20 on and from each of `blocks
 quartiles of the later ones over the earlier median; the bytes of the cache and of what the VAE
 keeps; and what the process holds at these blocks. `--edit`: of streams that edit a source in
 Lucy-Edit's layout, frames of a generator that never ends, encoding included; with the report's
-latency.
+latency. `--checkpoint`: of an embedded editor on a rendered clip, so many blocks after the first
+four; frames a second by the process's own time and by the clock, and the load of the machine.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
+import os
 import statistics
 import time
 from collections.abc import Iterator
@@ -32,6 +36,7 @@ from mv2v_engine.engine.stream import Stream
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.progress import host_bytes
+from mv2v_engine.synthetic.edit_clips import make_loop_clip
 from mv2v_engine.testing import randomise, tiny_config
 from mv2v_engine.vae import VideoVAE
 
@@ -125,15 +130,50 @@ def _latency(stream: Stream) -> dict[str, Any]:
     }
 
 
+def measured_checkpoint(name: str, blocks: int) -> dict[str, Any]:
+    """A row of an embedded checkpoint that edits a rendered clip."""
+    engine, warm = Engine.from_pretrained(name, device="cpu"), 4
+    clip = make_loop_clip(3_000_001, kind="colour")
+    frames = (clip.source.frames[i % clip.num_frames] for i in itertools.count())
+    with engine.stream(clip.prompt, source=frames) as stream:
+        spent, count, before = list[float](), 0, time.process_time()
+        for block in stream.blocks(warm + blocks):
+            now = time.process_time()
+            if block.number > warm:
+                spent.append(now - before)
+                count += len(block.frames)
+            before = time.process_time()
+        latency = stream.report()["latency"]
+    rate = count / sum(spent)
+    return {
+        "checkpoint": name,
+        "blocks": blocks,
+        "steps": len(stream.config.timesteps),
+        "process_fps": digits(rate),
+        "process_to_real_time": digits(rate / stream.fps),
+        "process_block_ms_p99": digits(1000 * sorted(spent)[int(0.99 * len(spent))]),
+        "clock_fps": digits(latency["frames_per_second"]),
+        "clock_first_frame_ms": digits(1000 * latency["first_frame_seconds"]),
+        "clock_block_ms_p99": digits(1000 * latency["block_seconds_p99"]),
+        "load": digits(os.getloadavg()[0]),
+        "cores": os.cpu_count(),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--blocks", type=int, nargs="+", default=[1000, 2500])
     parser.add_argument("--window", type=int, default=60)
     parser.add_argument("--edit", nargs="*", choices=get_args(StreamPolicy), metavar="POLICY")
+    parser.add_argument("--checkpoint", metavar="NAME")
     parser.add_argument("--out", type=Path, default=Path("profiling/results/stream.jsonl"))
     args = parser.parse_args()
     torch.set_num_threads(1)
     report = Report(args.out, {**provenance(torch.device("cpu")), "threads": 1})
+    if args.checkpoint is not None:
+        report.add(**measured_checkpoint(args.checkpoint, args.blocks[0]))
+        print(report.rows[0])
+        return
     edits = args.edit is not None
     for policy in args.edit or get_args(StreamPolicy):
         if policy != "all":  # which grows
