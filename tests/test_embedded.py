@@ -21,9 +21,9 @@ from mv2v_engine.evaluation.alignment import camera_error
 from mv2v_engine.evaluation.consistency import film
 from mv2v_engine.evaluation.edit_protocol import MAIN_EDIT_ROWS
 from mv2v_engine.evaluation.editing_measures import EditMeasurer
-from mv2v_engine.evaluation.images import masked_psnr
+from mv2v_engine.evaluation.images import masked_l1, masked_psnr
 from mv2v_engine.evaluation.protocol import MAIN_ROWS
-from mv2v_engine.synthetic.edit_clips import make_edit_clip
+from mv2v_engine.synthetic.edit_clips import grown, make_edit_clip, make_loop_clip
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import make_world
 from mv2v_engine.training.dit import TINY_EDIT_MEMORY_RECIPE, TINY_MEMORY_RECIPE
@@ -161,3 +161,14 @@ def test_edits_follow_the_words_and_remember(editor: Engine) -> None:
     edited, unedited = measurer.measure(turn.frames), measurer.measure(source)
     assert edited["agreement"] > unedited["agreement"] + 0.3, (edited, unedited)
     assert edited["background_psnr"] > 22, edited
+
+
+def test_a_stream_edits_what_is_named_and_leaves_the_rest() -> None:
+    engine = Engine.from_pretrained("tiny-stream", device="cpu")
+    clip = make_loop_clip(3_000_001, kind="colour")
+    source, truth, mask = clip.source.frames[:13], clip.edited.frames[:13], clip.edited_mask[:13]
+    with engine.stream(clip.prompt, source=iter(source), seed=1) as stream:
+        made = torch.cat([block.frames for block in stream.blocks()])
+    assert made.shape == source.shape and not stream.warnings
+    assert masked_l1(made, truth, mask) < 0.7 * masked_l1(source, truth, mask)
+    assert masked_psnr(made, truth, ~grown(clip.mask[:13], 8)) > 26
