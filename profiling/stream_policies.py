@@ -69,7 +69,7 @@ class Source:
     text: Tensor
 
     def latents(self, frame: int) -> Tensor:
-        """Of a latent frame of the stream [C, 1, H, W]."""
+        """The latents of one latent frame of the stream [C, 1, H, W]."""
         count = LOOP // RATE
         part = self.first if frame < count else self.later
         return part[:, frame % count, None]
@@ -158,7 +158,7 @@ def _change(frames: Tensor) -> float:
 
 
 def slope(values: Sequence[float], fps: float) -> float:
-    """Of values of loops, by the minute."""
+    """What values of loops grow by in a minute."""
     minutes = torch.arange(len(values), dtype=torch.float64) * LOOP / fps / 60
     centred = minutes - minutes.mean()
     return float(
