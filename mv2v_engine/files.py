@@ -18,12 +18,12 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from mv2v_engine.errors import StorageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 # what file systems answer that know no flushing of folders
 _CANNOT_FLUSH = (errno.EINVAL, errno.ENOTSUP, errno.ENOSYS)
@@ -189,6 +189,8 @@ def save_tensors(
 
 def tensor_digest(*tensors: Tensor) -> str:
     """SHA-256 of the tensors' types, shapes and bits."""
+    import torch
+
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(f"{tensor.dtype} {list(tensor.shape)}".encode())

@@ -24,7 +24,7 @@ HEAVY = (
 )
 WEB = ("fastapi", "prometheus_client", "pydantic", "starlette", "uvicorn")
 # what is loaded when a module has been imported, each after the ones before
-MODULES = ("", ".text", ".vae", ".video.io", ".run")
+MODULES = (".engine.engine", ".text", ".vae", ".video.io", ".run")
 LOOK = """
 import importlib, json, os, sys, time
 
@@ -87,7 +87,7 @@ def test_the_engine_imports_in_two_seconds(told: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("module", "unneeded"),
     [
-        ("", HEAVY),
+        (".engine.engine", HEAVY),
         (".text", ("transformers",)),
         (".vae", ("diffusers",)),
         (".video.io", ("av",)),
@@ -123,3 +123,8 @@ def test_a_turn_needs_no_compiler(loaded: dict[str, Any]) -> None:
 def test_a_small_model_loads_in_little_time(loaded: dict[str, Any]) -> None:
     """Of the processor's time, and less than torch takes where the machine is slow or busy."""
     assert loaded["seconds"] <= max(1.5, loaded["torch"])
+
+
+def test_a_client_of_the_service_loads_no_torch() -> None:
+    told = _told("import json, sys, mv2v_engine.client; print(json.dumps(list(sys.modules)))")
+    assert not {"torch", "numpy", *HEAVY, *WEB} & set(told)

@@ -55,7 +55,7 @@ LAYERS: tuple[frozenset[str], ...] = (
     frozenset({"engine"}),
     frozenset({"__init__"}),
     frozenset({"machine", "terminal", "options", "catalogue"}),
-    frozenset({"serving", "training", "evaluation", "turns", "streams"}),
+    frozenset({"serving", "training", "evaluation", "turns", "streams", "client"}),
     frozenset({"run"}),
 )
 LAYER_OF = {unit: depth for depth, layer in enumerate(LAYERS) for unit in layer}
