@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -35,6 +35,7 @@ from mv2v_engine.engine.denoise import (
     engine_denoiser,
     stepwise,
 )
+from mv2v_engine.engine.display import MAX_TURNS, pictures_html
 from mv2v_engine.engine.folder import STORAGE_ERROR, SessionFolder
 from mv2v_engine.engine.guides import Guides
 from mv2v_engine.engine.knowledge import prompt_warnings
@@ -124,6 +125,18 @@ class Session:
     def __repr__(self) -> str:
         model, turns = self.parts.checkpoint.name, len(self.turns)
         return f"Session(id={self.id!r}, model={model!r}, turns={turns})"
+
+    def _repr_html_(self) -> str:
+        """The source and the newest turns in a notebook, a picture of each."""
+        source, shown = self.source, list[tuple[Tensor, str]]()
+        if isinstance(source, Source):
+            shown.append((source.frames[source.num_frames // 2], "source"))
+        for turn in self.turns[-MAX_TURNS:]:
+            with suppress(StorageError):  # lost
+                frames = next(turn.footage.parts())
+                asked = turn.report.get("camera") or turn.report.get("prompt")
+                shown.append((frames[len(frames) // 2], f"{turn.number}: {asked}"))
+        return pictures_html(shown, repr(self))
 
     @property
     def turns(self) -> list[Turn]:

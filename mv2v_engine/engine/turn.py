@@ -22,7 +22,9 @@ from torch import Tensor
 
 from mv2v_engine.arguments import short_repr, shown
 from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.engine.display import video_html
 from mv2v_engine.engine.request import Request
+from mv2v_engine.errors import StorageError
 from mv2v_engine.video.io import video_writer
 from mv2v_engine.video.sound import Sound
 from mv2v_engine.video.windows import EditWindow
@@ -224,6 +226,13 @@ class Turn:
         }
         said = "".join(f", {name}={shown(value)}" for name, value in values.items())
         return f"{type(self).__name__}(number={self.number}{said}, fps={self.fps:g})"
+
+    def _repr_html_(self) -> str | None:
+        """The video in a notebook, of an edit its first window; none if it is lost."""
+        try:
+            return video_html(next(self.footage.parts()), self.fps, repr(self))
+        except StorageError:
+            return None
 
     @property
     def camera(self) -> CameraTrajectory:
