@@ -55,6 +55,11 @@ def serving_tokens() -> tuple[str, ...]:
     return tuple(filter(None, re.split(r"[\s,]+", os.environ.get("MV2V_TOKENS", ""))))
 
 
+def webhook_secret() -> str | None:
+    """MV2V_WEBHOOK_SECRET: by which the service signs callbacks, whsec_ and base64."""
+    return os.environ.get("MV2V_WEBHOOK_SECRET", "").strip() or None
+
+
 def child_environment(**changes: str) -> dict[str, str]:
     """This process's environment with some variables set, for a process to start."""
     return {**os.environ, **changes}

@@ -8,14 +8,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from mv2v_engine.config import EngineConfig, LoadConfig
-from mv2v_engine.envs import serving_tokens
+from mv2v_engine.envs import serving_tokens, webhook_secret
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import add_engine, read_resolution
 from mv2v_engine.serving.config import CONNECTIONS, PLACES, Cluster, Limits, ServingConfig
 from mv2v_engine.serving.work.backend import Backend
 from mv2v_engine.settings import add_settings, flags, given
 
-_NEEDED = ("fastapi", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
+_NEEDED = ("fastapi", "httpx", "uvicorn", "pydantic", "prometheus_client", "python_multipart")
 
 
 def serve(args: argparse.Namespace) -> int:
@@ -84,6 +84,7 @@ def serving_config(args: argparse.Namespace) -> ServingConfig:
         **given(args, ServingConfig),
         store=args.store,
         engine=EngineConfig(**given(args, EngineConfig)),
+        webhook_secret=webhook_secret(),
         tokens=() if args.allow_anonymous else read_tokens(args.tokens),
         limits=Limits(**given(args, Limits)),
     )

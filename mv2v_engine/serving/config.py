@@ -61,6 +61,7 @@ class ServingConfig(LoadConfig):
 
     store: the folder of the database, the sessions and their files.
     tokens: bearer tokens, each with sessions of its own; none leaves the service open.
+    webhook_secret: by which callbacks are signed, whsec_ and base64.
     allow_anonymous: whether a service without tokens may listen beyond loopback.
 
     Raises:
@@ -83,6 +84,22 @@ class ServingConfig(LoadConfig):
         "a site whose pages may use the service, such as https://example.org; none if not given",
         flag="--cors-origin",
         metavar="ORIGIN",
+    )
+    webhook_hosts: tuple[str, ...] = setting(
+        (),
+        CONNECTIONS,
+        "a host that may be told of the ends of turns, as example.org, example.org:8443 or "
+        "10.1.2.3, or a network of such, 10.0.0.0/8; none if not given",
+        flag="--webhook-host",
+        metavar="HOST",
+    )
+    webhook_secret: str | None = field(default=None, repr=False)
+    source_hosts: tuple[str, ...] = setting(
+        (),
+        CONNECTIONS,
+        "a host that videos may be fetched from, in the same forms; none if not given",
+        flag="--source-host",
+        metavar="HOST",
     )
     max_queue: int = setting(32, LIMITS, "turns that wait, of all tokens together", low=1)
     max_queue_per_token: int | None = setting(

@@ -93,6 +93,8 @@ KINDS: Mapping[str, Kind] = MappingProxyType(
         "unprocessable_turn": Kind(
             422, INVALID, "the model or the session cannot do this turn or stream"
         ),
+        "host_not_allowed": Kind(422, INVALID, "the service may not ask the host of this URL"),
+        "not_fetched": Kind(422, INVALID, "the URL gave no file, or not in time"),
         "too_many_sessions": Kind(429, RATE, "there are as many sessions as one token may have"),
         "too_many_uploads": Kind(429, RATE, "as many uploads are under way as one token may have"),
         "too_many_streams": Kind(429, RATE, "as many streams are made as may be at once"),

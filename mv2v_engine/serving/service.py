@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import sqlite3
 import time
+from collections import Counter
 from collections.abc import AsyncIterator, Coroutine, Mapping, Sequence
 from contextlib import suppress
 from functools import partial
@@ -44,15 +45,19 @@ from mv2v_engine.serving.store.streams import stream_folder, video_path
 from mv2v_engine.serving.watch.events import EventLogs, ended
 from mv2v_engine.serving.watch.listener import Listener
 from mv2v_engine.serving.work.backend import Backend
+from mv2v_engine.serving.work.outbound import Hosts, RefusedError
 from mv2v_engine.serving.work.publishing import Publisher
 from mv2v_engine.serving.work.scheduler import Scheduler
 from mv2v_engine.serving.work.streaming import Stream, Streams
 from mv2v_engine.serving.work.turn_request import kept_request, make_request, session_window
+from mv2v_engine.serving.work.webhooks import Webhooks
 from mv2v_engine.video.transforms import select_window
 
 # for Retry-After, where nothing says how long it takes
 _RETRY_SECONDS = 5
 _RETRY = {"Retry-After": str(_RETRY_SECONDS)}
+# that fetching a video may take, and each part of it
+_FETCH_SECONDS, _FETCH_PART_SECONDS = 120.0, 10.0
 # a session that is only looked at is touched no more often than that
 _TOUCH_SECONDS = 3600.0
 
@@ -73,7 +78,13 @@ class Service:
         probe: Probe,
         listeners: Sequence[Listener] = (),
     ) -> None:
-        self.config, self.backend, self.listeners = config, backend, tuple(listeners)
+        told = Hosts(config.webhook_hosts) if config.webhook_hosts else None
+        self.webhooks = Webhooks(
+            config.store / "webhooks", told, config.webhook_secret, self._any_job
+        )
+        self._fetched_from, self._fetching = Hosts(config.source_hosts), Counter[str]()
+        self.config, self.backend = config, backend
+        self.listeners = (*listeners, self.webhooks)
         self._probe = probe
         self._tasks: set[asyncio.Task[Any]] = set()
         self._is_stopping = self._is_stopped = False
@@ -106,6 +117,7 @@ class Service:
                 await self._scheduler.recover()
                 self._clock_at = await self._database.read(tables.clock)
                 await self.streams.recover()
+                await self.webhooks.start()
         except BaseException:
             self._database.close()
             self.store.unlock()
@@ -161,6 +173,8 @@ class Service:
         await self.streams.stop()
         await self._scheduler.stop()
         await self.streams.ended()
+        await self.webhooks.stop()
+        self._fetched_from.close()
         if self._tasks:
             await asyncio.wait(self._tasks)
 
@@ -206,6 +220,39 @@ class Service:
         self.require_about()
         self.store.require_free(self.config.min_free_bytes)
         return self.store.new_upload()
+
+    async def fetch(self, owner: str, url: str, field: str) -> Path:
+        """The file of a URL in a new path; whoever asked removes it if it is not used.
+
+        field: of the request, for errors.
+
+        Raises host_not_allowed, not_fetched, too_large, too_many_uploads, disk_full, not_ready.
+        """
+        limits = self.config.limits
+        self._fetched_from.check(url, field)
+        if self._fetching[owner] >= limits.uploads:
+            message = f"{limits.uploads} uploads are under way; try again when one has ended"
+            raise ApiError("too_many_uploads", message, headers=_RETRY)
+        path = await self.upload_path()
+        self._fetching[owner] += 1
+        try:
+            with disk_errors():
+                await asyncio.wait_for(
+                    self._fetched_from.download(
+                        url, path, limits.upload_bytes, seconds=_FETCH_PART_SECONDS
+                    ),
+                    _FETCH_SECONDS,
+                )
+            return path
+        except (RefusedError, asyncio.TimeoutError) as error:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+            why = str(error) or f"it took more than {_FETCH_SECONDS:g} s"
+            raise ApiError("not_fetched", f"{field}: {why}", param=field) from error
+        except BaseException:
+            await asyncio.to_thread(path.unlink, missing_ok=True)
+            raise
+        finally:
+            self._fetching[owner] -= 1
 
     async def create_session(
         self,
@@ -383,12 +430,14 @@ class Service:
 
         request: "camera" (a preset, moves, a trajectory as JSON, or files) or "prompt", and of
             "seed", "num_inference_steps", "guidance_scale", "memory" those that were set.
+            "callback_url": who is told of its end.
         key: of idempotency; the same key and request give the same job again.
 
         Returns:
             the job, and whether it is new.
 
-        Raises not_found, not_ready, unprocessable_turn, queue_full, idempotency_conflict, damaged.
+        Raises not_found, not_ready, unprocessable_turn, queue_full, idempotency_conflict, damaged,
+        host_not_allowed.
         """
         about = self.require_about()
         session = await self._find(owner, session_id)
@@ -410,7 +459,22 @@ class Service:
             raise ApiError("unprocessable_turn", message, param=param) from error
         job = new_job(session, kept_request(request, made))
         self._require_running()
+        if "callback_url" in request:
+            self.webhooks.check(request["callback_url"])
+            return await self._whole(self._submit_and_tell(job, key))
         return await self._whole(self._scheduler.submit(job, key))
+
+    async def _submit_and_tell(self, job: JobRecord, key: str | None) -> tuple[JobRecord, bool]:
+        """Queue a job whose end somebody is told of."""
+        with disk_errors():
+            await self.webhooks.expect(job)
+        is_new = False
+        try:
+            kept, is_new = await self._scheduler.submit(job, key)
+        finally:
+            if not is_new:
+                await self.webhooks.forget(job.id)
+        return kept, is_new
 
     async def begin_stream(
         self, owner: str, request: dict[str, Any], *, key: str | None = None
@@ -490,6 +554,9 @@ class Service:
             assert job.is_ended, f"{job_id} is {job.state} and has no log"
             return ended(job, after)
         return found.follow(after)
+
+    async def _any_job(self, job_id: str) -> JobRecord | None:
+        return await self._database.read(jobs.any_job, job_id)
 
     def _clock(self) -> float:
         """The store's clock, in seconds."""

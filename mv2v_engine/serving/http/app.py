@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import json
+import re
+import secrets
 import time
 from pathlib import Path
 from typing import Any
@@ -13,6 +15,7 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
+from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -33,14 +36,32 @@ from mv2v_engine.serving.http.headers import (
     cors_options,
     refusal,
 )
-from mv2v_engine.serving.http.routes import jobs, sessions, streams, system, turns, videos
+from mv2v_engine.serving.http.routes import (
+    jobs,
+    openrouter,
+    sessions,
+    streams,
+    system,
+    turns,
+    videos,
+)
 from mv2v_engine.serving.http.routes.parameters import BEARER, known_parameters
 from mv2v_engine.serving.service import Service
+from mv2v_engine.serving.watch.logs import log_ids
 from mv2v_engine.serving.watch.metrics import Metrics
 from mv2v_engine.serving.watch.percent import Percentages
 
+REQUEST_ID = "X-Request-ID"
+_SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PAGE = Path(__file__).with_name("page")
-OWNED = (sessions.router, turns.router, jobs.router, streams.router, videos.router)
+OWNED = (
+    sessions.router,
+    turns.router,
+    jobs.router,
+    streams.router,
+    videos.router,
+    openrouter.router,
+)
 ROUTERS = (*OWNED, system.router)
 # codes of what the framework itself refuses
 _CODES = {
@@ -200,6 +221,7 @@ async def _broken(request: Request, error: Exception) -> Response:
     answer = refusal(ApiError("internal", "a fault of the service; its log says more"))
     # sent from outside of all that adds headers
     answer.headers.update(SECURITY)
+    answer.headers[REQUEST_ID] = request.state.request_id
     return answer
 
 
@@ -241,7 +263,11 @@ class HeadsOnly:
 
 
 class Observed:
-    """Counts and times requests by route, never by address."""
+    """Counts and times requests by route, never by address, and gives each an id.
+
+    The id is the client's, if it is one that a log can hold; every answer tells it, and every line
+    of the log that is written on the way.
+    """
 
     def __init__(self, app: ASGIApp, metrics: Metrics) -> None:
         self._app, self._metrics = app, metrics
@@ -257,11 +283,16 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
+                MutableHeaders(scope=message)[REQUEST_ID] = request_id
             await send(message)
 
         began = time.perf_counter()
+        given = Headers(scope=scope).get(REQUEST_ID, "")
+        request_id = given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
+        scope.setdefault("state", {})["request_id"] = request_id
         try:
-            await self._app(scope, receive, noting)
+            with log_ids(request=request_id):
+                await self._app(scope, receive, noting)
         finally:
             route = getattr(scope.get("route"), "path", "other")
             self._metrics.observe_request(route, status, time.perf_counter() - began)

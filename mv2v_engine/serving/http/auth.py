@@ -14,7 +14,7 @@ from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.http.headers import refusal
 
 # what belongs to somebody; health, metrics, the page and the schema do not
-PROTECTED = "/v1/"
+PROTECTED = ("/v1/", "/api/v1/")
 
 
 def owner_of(token: str) -> str:

@@ -41,7 +41,14 @@ class RemixRequest(TurnRequest):
     def turn(self, kind: SessionKind) -> dict[str, Any]:
         """What is asked of a model of this kind."""
         asked = TurnRequest.to_dict(self)
-        for name in ("session_id", "model", "seconds", "size", *SourceChoices.model_fields):
+        for name in (
+            "session_id",
+            "video_url",
+            "model",
+            "seconds",
+            "size",
+            *SourceChoices.model_fields,
+        ):
             asked.pop(name, None)
         if not asked.get("prompt"):
             asked.pop("prompt", None)
@@ -61,6 +68,9 @@ class VideoRequest(SourceChoices, RemixRequest):
     )
 
     session_id: str | None = Field(default=None, description="one more turn in this session")
+    video_url: str | None = Field(
+        default=None, description="of the file to start from, if the service may ask its host"
+    )
 
 
 class Video(BaseModel):

@@ -192,6 +192,10 @@ class TurnRequest(Asked):
         default=None, description="a small picture of every step among the job's events"
     )
 
+    callback_url: Annotated[str, StringConstraints(max_length=2000)] | None = Field(
+        default=None, description="told of the turn's end, if the service may ask its host"
+    )
+
     @model_validator(mode="after")
     def _is_something(self) -> TurnRequest:
         if self.camera is None and self.prompt is None:

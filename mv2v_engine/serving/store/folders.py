@@ -8,6 +8,7 @@
                     results/turn_0001.mp4, .jpg     written by rename, after the engine's
                     rows/                           a copy of the session's rows (mirror)
     streams/<id>/                   a stream (streams)
+    webhooks/<job id>.json          whom to tell of a job's end (work.webhooks)
     set-aside/                      what a start found and no row promises; nothing removes it
     uploads/<random>   trash/<random>               emptied at every start
 

@@ -247,6 +247,12 @@ def job_by_id(db: sqlite3.Connection, job_id: str) -> JobRecord:
     return record(JobRecord, db.execute(f"{_JOB} WHERE id = ?", (job_id,)).fetchone())
 
 
+def any_job(db: sqlite3.Connection, job_id: str) -> JobRecord | None:
+    """Anybody's, if there is one."""
+    row = db.execute(f"{_JOB} WHERE id = ?", (job_id,)).fetchone()
+    return None if row is None else record(JobRecord, row)
+
+
 def list_jobs(
     db: sqlite3.Connection,
     owner: str,

@@ -35,10 +35,14 @@ _PATH_LENGTH = 200
 
 @contextmanager
 def log_ids(
-    *, session: str | None = None, job: str | None = None, stream: str | None = None
+    *,
+    session: str | None = None,
+    job: str | None = None,
+    stream: str | None = None,
+    request: str | None = None,
 ) -> Iterator[None]:
     """Every line that this thread or task logs in the block carries the ids that are given."""
-    given = {"session": session, "job": job, "stream": stream}
+    given = {"session": session, "job": job, "stream": stream, "request": request}
     token = _IDS.set({**_IDS.get(), **{name: id for name, id in given.items() if id is not None}})
     try:
         yield

@@ -32,9 +32,9 @@ def make_request(asked: dict[str, Any], about: dict[str, Any], size: str | None 
         CameraError, RequestError: the model cannot serve it.
     """
     name = about["engine"]["checkpoint"]
-    # the last ones are of no matter to the model: who asked wants to see the steps, and OpenAI's
-    # clients ask what a video was made after
-    known = {"camera", "prompt", "memory", *_COMMON, "previews", "remixed_from"}
+    # the last ones are of no matter to the model: who asked wants to see the steps or to be told of
+    # the end, and OpenAI's clients ask what a video was made after
+    known = {"camera", "prompt", "memory", *_COMMON, "previews", "remixed_from", "callback_url"}
     if unknown := sorted(set(asked) - known):
         raise RequestError(f"a turn has no {', '.join(unknown)}; leave it out")
     common = {key: asked[key] for key in _COMMON if asked.get(key) is not None}

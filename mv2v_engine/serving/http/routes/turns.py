@@ -29,7 +29,14 @@ from mv2v_engine.serving.store.records import TurnFile
 
 router = APIRouter(prefix="/v1/sessions/{session_id}/turns", tags=["turns"])
 # what a turn may be refused for
-SUBMIT = ("unprocessable_turn", "queue_full", "idempotency_conflict", "not_found", "damaged")
+SUBMIT = (
+    "unprocessable_turn",
+    "queue_full",
+    "idempotency_conflict",
+    "not_found",
+    "damaged",
+    "host_not_allowed",
+)
 
 _KNOWN: Answers = {200: {"model": Job, "description": "the job that this key has already made"}}
 

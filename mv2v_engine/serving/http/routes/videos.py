@@ -6,6 +6,7 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -191,50 +192,65 @@ def invalid(error: ValidationError) -> ApiError:
 @router.post(
     "",
     response_model=Video,
-    responses=refusals(*ANY, *BODY, *UPLOAD, "queue_full", "not_found", "damaged", "not_made_here"),
+    responses=refusals(*ANY, *BODY, *UPLOAD, *SUBMIT, "not_made_here", "not_fetched"),
     openapi_extra=_request_body(),
 )
 async def create_video(
     request: Request, service: Serving, config: Configured, owner: Owner, key: Key = None
 ) -> Video:
-    """Begin a session with input_reference, or take the one of session_id, and ask for a turn."""
+    """Begin a session with input_reference or video_url, or take that of session_id; ask a turn."""
     async with AsyncExitStack() as stack:
         asked, form = await _asked(request, stack, service, config.limits.upload_bytes)
-        about = service.require_about()
-        _check_model(asked, about)
-        if (form.video is None) == (asked.session_id is None):
-            raise ApiError(
-                "invalid_request",
-                f"a new video needs {_FILE_FIELD}, the file of a video to start from, or "
-                "session_id, the session of one that is here: exactly one of them",
-                param=_FILE_FIELD,
-            )
-        choices = asked.choices()
-        chosen = [
-            name
-            for name, value in asdict(choices).items()
-            if value is not None and name != "size"  # which may say again what the session's is
-        ]
-        if form.video is None and chosen:
-            raise ApiError(
-                "invalid_request",
-                f"{chosen[0]} is chosen with {_FILE_FIELD}, and a session has its own; leave it "
-                "out",
-                param=chosen[0],
-            )
+        return await begun(request, service, owner, asked, form, key)
+
+
+async def begun(
+    request: Request,
+    service: Service,
+    owner: str,
+    asked: VideoRequest,
+    form: Form,
+    key: str | None,
+) -> Video:
+    """A new video of what a form, a session or a URL holds."""
+    about = service.require_about()
+    _check_model(asked, about)
+    starts = (form.video, asked.session_id, asked.video_url)
+    if sum(start is not None for start in starts) != 1:
+        raise ApiError(
+            "invalid_request",
+            f"a new video needs {_FILE_FIELD}, the file of a video to start from, video_url, its "
+            "address, or session_id, the session of one that is here: exactly one of them",
+            param=_FILE_FIELD,
+        )
+    choices = asked.choices()
+    chosen = [
+        name
+        for name, value in asdict(choices).items()
+        if value is not None and name != "size"  # which may say again what the session's is
+    ]
+    if asked.session_id is not None and chosen:
+        raise ApiError(
+            "invalid_request",
+            f"{chosen[0]} is chosen with {_FILE_FIELD}, and a session has its own; leave it out",
+            param=chosen[0],
+        )
+    if asked.video_url is not None:
+        video: Path | None = await service.fetch(owner, asked.video_url, "video_url")
+    else:
         video = form.take_video()
+    if video is not None:
+        session = await service.create_session(owner, video, "", key=key, choices=choices)
+    else:
+        session = await service.session(owner, asked.session_id or "")
+    try:
+        _check_size(asked, session, about)
+        _check_seconds(asked, session, about)
+        job, _ = await service.submit(owner, session.id, asked.turn(session.kind), key=key)
+    except ApiError:
         if video is not None:
-            session = await service.create_session(owner, video, "", key=key, choices=choices)
-        else:
-            session = await service.session(owner, asked.session_id or "")
-        try:
-            _check_size(asked, session, about)
-            _check_seconds(asked, session, about)
-            job, _ = await service.submit(owner, session.id, asked.turn(session.kind), key=key)
-        except ApiError:
-            if video is not None:
-                await _forget_unused(service, owner, session.id)
-            raise
+            await _forget_unused(service, owner, session.id)
+        raise
     return _video(request, job, session, about)
 
 
