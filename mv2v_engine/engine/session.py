@@ -35,7 +35,6 @@ from mv2v_engine.engine.denoise import (
     engine_denoiser,
     stepwise,
 )
-from mv2v_engine.engine.display import MAX_TURNS, pictures_html
 from mv2v_engine.engine.folder import STORAGE_ERROR, SessionFolder
 from mv2v_engine.engine.guides import Guides
 from mv2v_engine.engine.knowledge import prompt_warnings
@@ -63,6 +62,7 @@ from mv2v_engine.progress import (
 )
 from mv2v_engine.sampling.flow_match import turn_noise
 from mv2v_engine.tokens.plan import TokenPlan
+from mv2v_engine.video.display import MAX_TURNS, pictures_html
 from mv2v_engine.video.io import video_path, video_writer
 from mv2v_engine.video.windows import EditWindow, edit_windows
 

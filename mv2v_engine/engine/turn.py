@@ -22,9 +22,9 @@ from torch import Tensor
 
 from mv2v_engine.arguments import short_repr, shown
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.engine.display import video_html
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import StorageError
+from mv2v_engine.video.display import video_html
 from mv2v_engine.video.io import video_writer
 from mv2v_engine.video.sound import Sound
 from mv2v_engine.video.windows import EditWindow
