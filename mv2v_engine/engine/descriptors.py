@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import EngineConfig
-from mv2v_engine.engine.device import usable_device
 from mv2v_engine.memory.segment_retrieval import latent_descriptor
+from mv2v_engine.parallel.device import usable_device
 from mv2v_engine.vae import weights_fingerprint
 from mv2v_engine.vision import DINO, FrameEncoder, frame_encoder_kind, load_frame_encoder
 

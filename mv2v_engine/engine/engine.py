@@ -18,7 +18,6 @@ from mv2v_engine.checkpoints.load import load_checkpoint
 from mv2v_engine.config import MAX_GUIDANCE_SCALE, Alpha, EngineConfig, Fit, StreamConfig
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
-from mv2v_engine.engine.device import dtype_of_tokens, rank_device, transformer_dtype
 from mv2v_engine.engine.folder import SessionFolder, kept_for_one
 from mv2v_engine.engine.guides import AnyImage, Guides, open_guides, require_guides
 from mv2v_engine.engine.knowledge import source_warnings
@@ -55,6 +54,7 @@ from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.warmup import warm_up
 from mv2v_engine.errors import RequestError
 from mv2v_engine.finite import require_finite
+from mv2v_engine.parallel.device import dtype_of_tokens, rank_device, transformer_dtype
 from mv2v_engine.parallel.ranks import Ranks, check_launch
 from mv2v_engine.progress import CancelToken, cancel_token
 from mv2v_engine.tokens.plan import TokenPlan

@@ -35,7 +35,6 @@ from mv2v_engine.engine.descriptors import (
     check_descriptor,
     open_describer,
 )
-from mv2v_engine.engine.device import dtype_of_tokens
 from mv2v_engine.engine.graphs import open_graphs
 from mv2v_engine.engine.request import check_text
 from mv2v_engine.engine.team import Team
@@ -49,6 +48,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.attention_backends import resolve_attention
 from mv2v_engine.ops.backend import resolve
 from mv2v_engine.parallel.context import head_lengths
+from mv2v_engine.parallel.device import dtype_of_tokens
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan

@@ -196,10 +196,10 @@ class Sessions:
         self, owner: str, session_id: str, changes: Mapping[str, Any], number: int | None = None
     ) -> SessionRecord | TurnRecord:
         """Change what is said of a session, or of its turn of a number. See `Service`."""
-        now, found = time.time(), None
+        now = time.time()
         with disk_errors():
             if number is None:
-                found = await self.database.write(
+                found: SessionRecord | TurnRecord = await self.database.write(
                     history.edit_session, owner, session_id, changes, now
                 )
             else:

@@ -10,10 +10,10 @@ import torch
 
 from mv2v_engine import Engine, EngineConfig, run
 from mv2v_engine.config import WAN_1_3B, ParallelConfig
-from mv2v_engine.engine.device import rank_device
 from mv2v_engine.errors import RequestError
 from mv2v_engine.options import parallel_config
 from mv2v_engine.parallel.context import even_lengths, head_lengths
+from mv2v_engine.parallel.device import rank_device
 from mv2v_engine.parallel.traffic import step_traffic
 from mv2v_engine.tokens.plan import novel_view_plan
 
