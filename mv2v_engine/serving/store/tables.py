@@ -311,10 +311,10 @@ def text(value: Any | None) -> str | None:
 
 
 def columns(kept: Any, *, without: Set[str] = frozenset()) -> dict[str, Any]:
-    """A record's fields as a row has them."""
+    """A record's fields as a row has them, and as they are read from it: SQLite has no booleans."""
     row = {field.name: getattr(kept, field.name) for field in fields(kept)}
     return {
-        name: text(value) if name in JSON else value
+        name: text(value) if name in JSON else int(value) if isinstance(value, bool) else value
         for name, value in row.items()
         if name not in without
     }
