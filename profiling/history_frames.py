@@ -51,7 +51,7 @@ SAMPLING_STEPS = 8
 
 
 def samplers(args: argparse.Namespace, base: Any) -> tuple[HistorySampler, HistorySampler]:
-    """Of the clips that are trained on, and of those that are held out, a clip a draw."""
+    """Samplers of the clips that are trained on, and of those held out, a clip a draw."""
     found = []
     text = empty_text(base, None)
     assert text is not None

@@ -36,6 +36,22 @@ from mv2v_engine.synthetic.instructions import KINDS
 _MEMORY_COUNTS = range(0, 11)
 
 
+# a kind goes to other processes, which find its functions by their names
+
+
+def _agreed_of_views() -> dict[str, Any]:
+    """Scenes with and without it make no mean."""
+    return {"st_lpips": load_perceptual_distance() is not None}
+
+
+def _sum_up_edits(_: Engine, clips: Sequence[Measures], protocol: EditProtocol) -> dict[str, Any]:
+    return summarise_edits(clips, protocol)
+
+
+def _plot_edits(folder: Path, results: dict[str, Any]) -> None:
+    edit_figures.save_bars(folder / edit_figures.BARS, results)
+
+
 def _sum_up_views(engine: Engine, scenes: Sequence[Measures], protocol: Protocol) -> dict[str, Any]:
     costs = _costs(engine)
     return {
@@ -95,8 +111,7 @@ VIEWS = EvaluationKind(
     pictures=(SIDE_BY_SIDE, figures.CONSISTENCY, figures.COST),
     evaluator=SceneEvaluator,
     draw=figures.save_side_by_side,
-    # scenes with and without it make no mean
-    agreed=lambda: {"st_lpips": load_perceptual_distance() is not None},
+    agreed=_agreed_of_views,
     sum_up=_sum_up_views,
     table=markdown,
     plot=_plot_views,
@@ -110,7 +125,7 @@ EDITS = EvaluationKind(
     pictures=(*(picture_of(kind) for kind in KINDS), edit_figures.BARS),
     evaluator=ClipEvaluator,
     draw=edit_figures.save_windows,
-    sum_up=lambda _, clips, protocol: summarise_edits(clips, protocol),
+    sum_up=_sum_up_edits,
     table=edits_markdown,
-    plot=lambda folder, results: edit_figures.save_bars(folder / edit_figures.BARS, results),
+    plot=_plot_edits,
 )

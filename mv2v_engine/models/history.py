@@ -24,7 +24,8 @@ from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.attention import SelfAttention
 from mv2v_engine.shapes import rate_of
-from mv2v_engine.tokens.encoders import FRAMES_AT_ONCE, encoded_grid, history_strides
+from mv2v_engine.tokens.encoders import FRAMES_AT_ONCE, history_strides
+from mv2v_engine.tokens.layout import encoded_grid
 
 
 class Encoded(NamedTuple):

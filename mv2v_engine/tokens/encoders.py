@@ -11,26 +11,12 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Literal
 
 from mv2v_engine.shapes import HistoryConfig
+from mv2v_engine.tokens.layout import Grid, encoded_grid
 
-EncoderName = Literal["patches", "history"]
-Grid = tuple[int, int, int]
 # latent frames of a history that are encoded at once where no gradient is asked for
 FRAMES_AT_ONCE = 32
-
-
-def encoded_grid(encoder: EncoderName, grid: Grid, patch: int, frames: int) -> Grid:
-    """Token (frames, rows, columns) of a video of a latent grid.
-
-    patch, frames: k and t. Patches are padded to whole ones; of a history, rows and columns that
-    fill no whole patch are cut off, at the bottom and on the right, and its last frame is repeated.
-    """
-    count, rows, columns = grid
-    if encoder == "history":
-        return -(-count // frames), rows // patch, columns // patch
-    return -(-count // frames), -(-rows // patch), -(-columns // patch)
 
 
 def history_strides(patch: int, frames: int) -> tuple[Grid, ...]:

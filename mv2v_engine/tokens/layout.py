@@ -9,8 +9,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 from mv2v_engine.errors import RequestError
+
+EncoderName = Literal["patches", "history"]
+Grid = tuple[int, int, int]
+
+
+def encoded_grid(encoder: EncoderName, grid: Grid, patch: int, frames: int) -> Grid:
+    """Token (frames, rows, columns) of a video of a latent grid.
+
+    patch, frames: the spatial patch of a token, and the latent frames that it covers. Patches are
+    padded to whole ones; of a history, rows and columns that fill no whole patch are cut off, at
+    the bottom and on the right, and its last frame is repeated.
+    """
+    count, rows, columns = grid
+    if encoder == "history":
+        return -(-count // frames), rows // patch, columns // patch
+    return -(-count // frames), -(-rows // patch), -(-columns // patch)
 
 
 @dataclass(frozen=True, slots=True)

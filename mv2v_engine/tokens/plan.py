@@ -29,8 +29,7 @@ from mv2v_engine.config import (
 )
 from mv2v_engine.errors import RequestError
 from mv2v_engine.shapes import rate_of
-from mv2v_engine.tokens.encoders import EncoderName, encoded_grid
-from mv2v_engine.tokens.layout import Layout, MergeStep, Run, merge_step
+from mv2v_engine.tokens.layout import EncoderName, Layout, MergeStep, Run, encoded_grid, merge_step
 
 Role = Literal["target", "source", "memory"]
 _ORDER = ("target", "source", "memory")

@@ -86,7 +86,7 @@ def test_tiles_take_less() -> None:
 
 
 def test_wans_own_at_full_size() -> None:
-    twin = counting._twin(AutoencoderConfig(), torch.bfloat16, 480 * 832, False)
+    twin = counting._Form(AutoencoderConfig(), torch.bfloat16, 480 * 832, False).twin()
     encode, decode = vae_peak_bytes(twin, 81, (480, 832))
     # four frames of 96 channels at full resolution are 307 MB; about ten such are alive
     assert 3.0e9 < encode < decode < 4.5e9

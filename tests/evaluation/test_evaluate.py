@@ -192,7 +192,7 @@ def test_bad_requests(
 def test_steps_that_a_family_cannot_take_are_refused_before_anything(
     tiny_checkpoint: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("mv2v_engine.evaluation.command._run", None)
+    monkeypatch.setattr("mv2v_engine.evaluation.command.evaluate", None)
     assert (
         run.main(command(tiny_checkpoint, tmp_path / "out", "--fast", "turbo", "--steps", "9")) == 2
     )
