@@ -31,6 +31,9 @@ from mv2v_engine.training.throughput import compute_dtype, training_flops_factor
 PLAIN, WHOLE = 0.5, 0.25
 # noise levels to either side, between which the derivative is taken
 DELTA = 0.005
+# squared error from which on a step's target counts ever less: the slope of a small model is rough,
+# and learned as it is it becomes rougher
+BOUND = 0.1
 # from which share of a training on steps may be how long: what is known first is what they are
 # made of
 CURRICULUM = ((0.0, 0.0), (0.05, 0.1), (0.3, 1.0))
@@ -129,10 +132,12 @@ def balanced(error: Tensor, level: Tensor, end: Tensor) -> dict[str, Tensor]:
     """The loss of squared errors [T] of steps from t to r [T], and the plain means of both kinds.
 
     A target's weight is t sqrt(1 - t); those with r below t together weigh as much as those that
-    are plain flow, each for each.
+    are plain flow, each for each. Of these a far one weighs less, so that its pull is bounded (as
+    MeanFlow's adaptive weight does, arXiv 2505.13447).
     """
     is_plain = end == level
-    weighted = error * level * (1 - level).sqrt()
+    bounded = torch.where(is_plain, error, error / (error.detach() + BOUND))
+    weighted = bounded * level * (1 - level).sqrt()
     plain, others = weighted[is_plain], weighted[~is_plain]
     if len(plain) and len(others):
         others = others * (plain.mean() / others.mean()).detach()

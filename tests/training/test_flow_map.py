@@ -20,6 +20,7 @@ from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training import dit
 from mv2v_engine.training.flow_map import (
     DELTA,
+    balanced,
     end_levels,
     flow_map_loss,
     flow_map_step,
@@ -258,3 +259,12 @@ def test_from_a_checkpoint_to_a_flow_map(
         train("plain", "--start-from", done)
     with pytest.raises(RequestError, match="--flow-map belongs to --start-from"):
         train("scratch", "--flow-map")
+
+
+def test_a_far_target_of_a_step_pulls_no_more_than_others() -> None:
+    error = torch.tensor([0.2, 0.2, 0.2, 1e4], requires_grad=True)
+    level, end = torch.full((4,), 0.5), torch.tensor([0.5, 0.5, 0.0, 0.0])
+    balanced(error, level, end)["loss"].backward()
+    assert error.grad is not None
+    plain, _, near, far = (error.grad * error).tolist()
+    assert near < far < 2 * near and plain == pytest.approx((near + far) / 2)
