@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine import device as devices
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.feed_forward import FeedForward, Linear
+from mv2v_engine.parallel import device as devices
 from mv2v_engine.progress import StageDone, StageStarted
 from mv2v_engine.testing import assert_within_budget, randomise
 from tests.conftest import has_products

@@ -66,7 +66,7 @@ def opening(browser: Browser) -> Iterator[Callable[..., Page]]:
     yield open_one
     for page in opened:
         page.close()
-    assert faults == []
+    assert not faults, faults
 
 
 def wait_for_model(page: Page) -> None:
