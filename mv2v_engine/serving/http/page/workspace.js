@@ -312,8 +312,12 @@ export class Workspace {
   #look(frame) {
     if (this.picked[0] !== "source" || this.picked.length > 1) this.#place(["source"]);
     this.player.pause();
-    const video = this.clips.get("source", api.sourcePath(this.session.id), "Source");
-    video.currentTime = ((frame + 0.5) * video.duration) / this.session.frames;
+    const { session } = this;
+    const video = this.clips.get("source", api.sourcePath(session.id), "Source");
+    const seek = () => { video.currentTime = ((frame + 0.5) * video.duration) / session.frames; };
+    // before that it has no duration; of several that wait, the last one holds
+    if (video.readyState >= HTMLMediaElement.HAVE_METADATA) seek();
+    else video.addEventListener("loadedmetadata", seek, { once: true });
   }
 
   async #usePart(window) {
