@@ -50,6 +50,12 @@ CHANNELS, HEADS, RANK = (32, 64, 96, 128), 4, 32
 SAMPLING_STEPS = 8
 
 
+def vars_of(estimate: bootstrap.Estimate) -> dict[str, Any]:
+    """The estimate as the result file has it."""
+    ci = [estimate.low, estimate.high]
+    return {"value": estimate.value, "ci": ci, "scenes": estimate.count}
+
+
 def samplers(args: argparse.Namespace, base: Any) -> tuple[HistorySampler, HistorySampler]:
     """Samplers of the clips that are trained on, and of those held out, a clip a draw."""
     found = []
@@ -178,15 +184,16 @@ def main() -> None:
             estimate = bootstrap.mean(values[name])
             assert estimate is not None
             rows[name] = {
-                "psnr": estimate.to_dict(),
+                "psnr": vars_of(estimate),
                 "encoder_parameters": made["encoder_parameters"],
                 "cpu_seconds_of_training": made["cpu_seconds"],
             }
             print(f"{name:12s} {estimate.value:.2f} dB [{estimate.low:.2f}, {estimate.high:.2f}]")
         for other in values:
-            found = bootstrap.difference(values["both"], values[other]) if other != "both" else None
+            gains = [a - b for a, b in zip(values["both"], values[other], strict=True)]
+            found = bootstrap.mean(gains) if other != "both" else None
             if found is not None:
-                rows[other]["both_over_it"] = found.to_dict()
+                rows[other]["both_over_it"] = vars_of(found)
         if args.out is not None:
             tokens = [b.plan.segments[1].length for b in batches]
             settings = {n: str(v) if isinstance(v, Path) else v for n, v in vars(args).items()}

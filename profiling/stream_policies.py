@@ -185,9 +185,11 @@ def summed(rows: Sequence[Row], policy: str, fps: float) -> Row:
         found["identity_ratio"] = _estimate(
             bootstrap.ratio(means["identity"], _means(rivals, "identity"))
         )
-        found["background_gain"] = _estimate(
-            bootstrap.difference(means["background"], _means(rivals, "background"))
-        )
+        gains = [
+            None if own is None or other is None else own - other
+            for own, other in zip(means["background"], _means(rivals, "background"), strict=True)
+        ]
+        found["background_gain"] = _estimate(bootstrap.mean(gains))
     return found
 
 
