@@ -4,6 +4,7 @@
 `... --start-from FOLDER --out runs/memory` goes on from a checkpoint and teaches it memory.
 `... --edits runs/short_latents --text runs/edit_text --out runs/edit` follows instructions in short
 clips; with `--start-from FOLDER` and clips of many windows it goes on to their memory.
+`... --start-from FOLDER --guide source=1.5` learns what guidance makes of that checkpoint.
 `... --start-from FOLDER --flow-map` teaches it steps of any length, so that few are enough.
 
 The recipe and the loss are those of full-size fine-tuning; here every parameter is trained.
@@ -34,8 +35,10 @@ from mv2v_engine.training.flow_map import DELTA, flow_map_step
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Sampler, flow_step
+from mv2v_engine.training.odds import padded_text
 from mv2v_engine.training.optimizers import Muon
 from mv2v_engine.training.recipe import Recipe, SceneSampler
+from mv2v_engine.training.teacher import Teacher, read_scales
 from mv2v_engine.training.text import read_text_encoder
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
 
@@ -144,6 +147,17 @@ def main() -> None:
         help="with --flow-map: noise levels to either side, between which the derivative is taken; "
         "a small model changes in jumps from level to level, which more than 0.005 evens out",
     )
+    parser.add_argument(
+        "--guide",
+        nargs="+",
+        default=(),
+        metavar="WHAT=SCALE",
+        help="with --start-from: learn what guidance away from a lack of source, memory, text or "
+        "training makes of that checkpoint, in place of the data's velocity; as source=1.5",
+    )
+    parser.add_argument(
+        "--weaker", metavar="NAME_OR_PATH", help="with --guide training=SCALE: the weaker weights"
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--steps", type=int, help="in place of --minutes: what the schedule spans")
     parser.add_argument(
@@ -182,6 +196,8 @@ def main() -> None:
         parser.error(f"--delta must lie between 0 and 0.5, got {args.delta:g}")
     if args.flow_map and args.start_from is None:
         parser.error("--flow-map belongs to --start-from: a flow is learned first, then its steps")
+    if (args.guide or args.weaker) and args.start_from is None:
+        parser.error("--guide and --weaker belong to --start-from, which is guided")
 
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -200,9 +216,11 @@ def main() -> None:
     )
     loop = TrainingLoop(model, optimizers, config)
     given = (data_parallel(model), sampler, device)
-    loop.run(
-        flow_map_step(*given, lambda: loop.done, args.delta) if args.flow_map else flow_step(*given)
-    )
+    teacher = _teacher(args, device)
+    if args.flow_map:
+        loop.run(flow_map_step(*given, lambda: loop.done, args.delta, teacher))
+    else:
+        loop.run(flow_step(*given, teacher))
     leave()
 
 
@@ -229,6 +247,25 @@ def _model(args: argparse.Namespace, device: torch.device) -> MV2VTransformer:
     model = MV2VTransformer(replace(shape, camera_attention=args.camera_attention or "none"))
     initialise(model)
     return model.to(device)
+
+
+def _teacher(args: argparse.Namespace, device: torch.device) -> Teacher | None:
+    """What --guide asks for: --start-from's weights, guided."""
+    scales = read_scales(args.guide)
+    if not scales and args.weaker is None:
+        return None
+    model, weaker = (
+        None
+        if name is None
+        else load_checkpoint(name, device=device, dtype=torch.float32).transformer.eval()
+        for name in (args.start_from, args.weaker)
+    )
+    assert model is not None
+    empty_text = None
+    if args.text is not None:
+        text = read_text_encoder(args.text, model.config.text_len, torch.device("cpu"))
+        empty_text = padded_text(text.encode("")[0], model.config).to(device)
+    return Teacher(model, scales, weaker=weaker, empty_text=empty_text)
 
 
 def _sampler(args: argparse.Namespace, model: MV2VTransformer, device: torch.device) -> Sampler:

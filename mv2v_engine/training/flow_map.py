@@ -20,6 +20,7 @@ from mv2v_engine.training.losses import (
     BatchForward,
     Noised,
     Sampler,
+    Velocities,
     shifted,
     squared_error,
     widened,
@@ -101,18 +102,20 @@ def flow_map_loss(
     device: torch.device,
     dtype: torch.dtype = torch.float32,
     delta: float = DELTA,
+    teacher: Velocities | None = None,
 ) -> dict[str, Tensor]:
     """The loss, and the plain squared errors of those targets that are plain flow and those not.
 
-    "rows" is how many targets were run without gradients. dtype: as in `flow_loss`.
+    "rows" is how many targets were run without gradients. dtype, teacher: as in `flow_loss`.
     """
     batch = batch.to(device)
     noised = Noised.drawn(batch.targets, generator, flow_shift)
     level = noised.level
     end = end_levels(noised, generator, longest=longest, flow_shift=flow_shift).to(device)
     (rows,) = torch.nonzero(end < level, as_tuple=True)
-    wanted = noised.velocity
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        noised = noised.by(teacher, batch)
+        wanted = noised.velocity
         forward = BatchForward(model, batch, keeps=True)
         # before the others: autocast hands weights on as the first forward cast them
         mean = forward(noised.latents, level * 1000, end * 1000)
@@ -154,11 +157,12 @@ def flow_map_step(
     device: torch.device,
     done: Callable[[], float],
     delta: float = DELTA,
+    teacher: Velocities | None = None,
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """A step of the loop, as `flow_step`.
 
     done: the share of the training that is done, which tells how long steps may be. delta: as in
-    `map_target`.
+    `map_target`. teacher: as in `flow_loss`, and not counted.
     """
     dtype, shift = compute_dtype(device), sampler.recipe.flow_shift
     factor = training_flops_factor(getattr(model, "module", model))
@@ -174,6 +178,7 @@ def flow_map_step(
             device=device,
             dtype=dtype,
             delta=delta,
+            teacher=teacher,
         )
         # forwards that train nothing are not followed by a way back
         plan, targets = batch.plan, len(batch.targets) + int(found.pop("rows")) / factor

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,6 +16,12 @@ from mv2v_engine.training.distributed import own_generator
 from mv2v_engine.training.odds import MemoryRecipe
 from mv2v_engine.training.recipe import Batch
 from mv2v_engine.training.throughput import compute_dtype
+
+
+class Velocities(Protocol):
+    """What says which velocity is wanted in the place of the data: `teacher.Teacher`."""
+
+    def velocity(self, batch: Batch, noised: Noised) -> Tensor: ...
 
 
 class Sampler(Protocol):
@@ -50,6 +56,10 @@ class Noised:
         wide = widened(level)
         latents = (1 - wide) * clean + wide * noise
         return cls(uniform, level, latents, noise - clean)
+
+    def by(self, teacher: Velocities | None, batch: Batch) -> Noised:
+        """The same with the velocity that a teacher, if there is one, wants of the targets."""
+        return self if teacher is None else replace(self, velocity=teacher.velocity(batch, self))
 
 
 def shifted(uniform: Tensor, shift: float) -> Tensor:
@@ -162,14 +172,17 @@ def flow_loss(
     flow_shift: float,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
+    teacher: Velocities | None = None,
 ) -> Tensor:
     """Mean squared error of the target's velocity at random noise levels, by the batch's weights.
 
-    dtype: what products are computed in, by autocast; the error is always float32.
+    dtype: what products are computed in, by autocast; the error is always float32. teacher: says
+    the wanted velocity in the place of the data.
     """
     batch = batch.to(device)
     noised = Noised.drawn(batch.targets, generator, flow_shift)
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+        noised = noised.by(teacher, batch)
         velocity = BatchForward(model, batch)(noised.latents, noised.level * 1000)
     return squared_error(velocity, noised.velocity, batch.weight).mean()
 
@@ -181,19 +194,25 @@ def squared_error(velocity: Tensor, wanted: Tensor, weight: Tensor | None) -> Te
 
 
 def flow_step(
-    model: nn.Module, sampler: Sampler, device: torch.device
+    model: nn.Module,
+    sampler: Sampler,
+    device: torch.device,
+    teacher: Velocities | None = None,
 ) -> Callable[[torch.Generator], dict[str, Tensor]]:
     """A step of the loop: a batch's loss, also under the name of its conditioning mode.
 
     In bfloat16 on a GPU, in float32 elsewhere. `forward_tflop` is one forward of the batch by the
-    plan's count; its backward costs twice as much where every parameter is trained.
+    plan's count, without a teacher's; its backward costs twice as much where every parameter is
+    trained.
     """
     dtype, shift = compute_dtype(device), sampler.recipe.flow_shift
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         batch = sampler.draw(generator)
         own = own_generator(generator)
-        loss = flow_loss(model, batch, own, flow_shift=shift, device=device, dtype=dtype)
+        loss = flow_loss(
+            model, batch, own, flow_shift=shift, device=device, dtype=dtype, teacher=teacher
+        )
         plan = batch.plan
         flops = len(batch.targets) * plan.flops() + len(batch.text) * conditioning_flops(plan)
         return {
