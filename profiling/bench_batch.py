@@ -117,7 +117,10 @@ def compare(case: Case, count: int, rounds: int) -> dict[str, Any]:
     alone, packed = [run([sample])[0] for sample in samples], run(samples)
     error = max(relative_error(ours, own) for ours, own in zip(packed, alone, strict=True))
     del alone, packed
-    ways = [lambda: [run([sample]) for sample in samples], partial(run, samples)]
+    ways: tuple[Callable[[], Any], ...] = (
+        lambda: [run([sample]) for sample in samples],
+        partial(run, samples),
+    )
     times = [[seconds(way, case.setting.device) for way in ways] for _ in range(rounds + 1)][1:]
     ratios = [alone / packed for alone, packed in times]
     return {

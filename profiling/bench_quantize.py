@@ -90,7 +90,7 @@ def measure(
     of: str = "weights",
 ) -> list[dict[str, Any]]:
     """A row a setting: means over scenes, the worst latents, the median of time ratios."""
-    given = {"device": "cpu", "dtype": torch.float32}
+    given: dict[str, Any] = {"device": "cpu", "dtype": torch.float32}
     engines = {
         label: Engine.from_pretrained(name, **given | own) for label, own in settings.items()
     }

@@ -85,10 +85,10 @@ def compare(
     with tempfile.TemporaryDirectory() as name:
         root, ways = Path(name), []
         clip = demo_clip(root)
-        for way, tokens in (("alone", 1), ("packed", TOKENS)):
+        for label, tokens in (("alone", 1), ("packed", TOKENS)):
             config = EngineConfig(conditioning=conditioning, batch_tokens=tokens)
             host = Host(engine.reconfigured(config), max_open=count)
-            ways.append(Sessions(host, root / way, clip, count))
+            ways.append(Sessions(host, root / label, clip, count))
         ratios, times, means = [], [], []
         for number in range(1, rounds + 2):
             found = [way.ask(number, steps) for way in ways]

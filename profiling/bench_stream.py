@@ -87,8 +87,7 @@ def measured(
 ) -> Iterator[dict[str, Any]]:
     """A row for each of `blocks`, of one stream."""
     config = StreamConfig(policy=policy, block_frames=1, window=12, timesteps=(1000, 500))
-    source = {"source": arriving()} if edits else {}
-    stream = random_causal(config, edits=edits).stream(**source)
+    stream = random_causal(config, edits=edits).stream(source=arriving() if edits else None)
     spent, memory, before = list[float](), dict[int, int](), time.process_time()
     for block in stream.blocks(max(blocks) + window):
         now = time.process_time()

@@ -69,7 +69,7 @@ def markdown(results: dict[str, Any], rows: Sequence[str] | None = None) -> str:
     table = TABLES[results["format"]]
     some = next(iter(results["rows"].values()))
     measures = [column for column in table.measures if column[1] in some]
-    titles = [title for title, *_ in (*measures, *table.costs)]
+    titles = [str(title) for title, *_ in (*measures, *table.costs)]
     lines = [f"| | {' | '.join(titles)} |", "|---" * (len(titles) + 1) + "|"]
     shown = {n: row for n, row in results["rows"].items() if rows is None or n in rows}
     for name, row in {**shown, **results["references"]}.items():

@@ -177,11 +177,8 @@ def main() -> None:
         parser.error(f"no case {sorted(unknown)}; there are {list(CASES)}")
     baseline = args.baseline or baseline_commit()
     with checked_out(baseline) as tree, contextlib.ExitStack() as stack:
-        versions = []
-        for root in (tree, ROOT):
-            versions.append(Version(root))
-            stack.callback(versions[-1].close)
-        rows = compare(*versions, cases, args.rounds, args.ratio)
+        old, new = (stack.enter_context(contextlib.closing(Version(root))) for root in (tree, ROOT))
+        rows = compare(old, new, cases, args.rounds, args.ratio)
     common = provenance(torch.device("cpu")) | {"baseline": baseline, "ratio_at_most": args.ratio}
     report = Report(args.out, common)
     for row in rows:

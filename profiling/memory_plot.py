@@ -33,7 +33,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
 
     counted = [row for row in rows if row["what"] == "counted"]
     timed = [row for row in rows if row["what"] == "forward" and "ms" in row]
-    settings = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "cost of memory"}
+    settings: Any = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "cost of memory"}
     with pyplot.rc_context(settings):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.6), layout="constrained")
         for kind, label in LABELS.items():

@@ -51,8 +51,8 @@ class Scene:
     def __init__(self, engine: Engine, seed: int) -> None:
         sampling, world = engine.sampling, make_world(seed)
         source = film(world, named_trajectory("static", sampling.num_frames, sampling.size))
-        cameras = scene_trajectories(seed, sampling).values()
-        turns = [film(world, camera, source) for camera in cameras]
+        asked = scene_trajectories(seed, sampling).values()
+        turns = [film(world, camera, source) for camera in asked]
         views = [source, *turns]
         self.latents = [engine.vae.encode(view.truth.frames) for view in views]
         reference = source.camera.poses[0]

@@ -38,8 +38,9 @@ def shapes() -> dict[str, KnownModel]:
     known = {model.name: model for model in known_models()}
     editor = known["decart-ai/Lucy-Edit-Dev"]
     small = known["DHCAI/Memory-V2V:memoryv2v.ckpt"]
-    deep = {"num_layers": 40, "num_attention_heads": 40, "ffn_dim": 13_824}
-    wide = replace(WAN_1_3B, **deep, merge_blocks=None)
+    wide = replace(
+        WAN_1_3B, num_layers=40, num_attention_heads=40, ffn_dim=13_824, merge_blocks=None
+    )
     return {
         "1.3B": small,
         "5B": replace(editor, shape=LUCY_5B),

@@ -211,7 +211,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    settings = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "stream policies"}
+    settings: Any = {"font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "stream policies"}
     with pyplot.rc_context(settings):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained")
         for policy, color in COLORS.items():

@@ -81,7 +81,8 @@ def trace(engine: Engine, out: Path | None, *, memory: int, steps: int) -> profi
         activities = [ProfilerActivity.CPU]
         if engine.device.type == "cuda":
             activities.append(ProfilerActivity.CUDA)
-        with profile(activities=activities) as recorded:
+        recorded: profile = profile(activities=activities)
+        with recorded:
             session.render(cameras[-1], num_inference_steps=steps)
     recorded.export_chrome_trace(str(out))
     return recorded
