@@ -1,8 +1,8 @@
 """FIFO-Diffusion (Kim et al. 2024) as an editor of long clips: a baseline on the same weights.
 
 A queue of latent frames at rising noise levels goes through the model a block at a time
-(`sampling.fifo`); frames leave at its clean end. The source rides on the target's channels, frame
-by frame. What differs from the paper, which makes videos from text:
+(`evaluation.fifo_schedule`); frames leave at its clean end. The source rides on the target's
+channels, frame by frame. What differs from the paper, which makes videos from text:
 
 - a flow model and Euler's steps, without the noise that DDIM may add;
 - places before the clip's first frame hold that frame of the source (or of `begin`), noised to
@@ -30,10 +30,10 @@ from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.request import sampled
 from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import RequestError, VideoError
+from mv2v_engine.evaluation.fifo_schedule import FifoForward, fifo_schedule, fifo_stride
 from mv2v_engine.finite import is_finite
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.progress import CancelToken, StepDone
-from mv2v_engine.sampling.fifo import FifoForward, fifo_schedule, fifo_stride
 from mv2v_engine.sampling.flow_match import initial_noise, shifted_sigmas
 from mv2v_engine.sampling.guidance import guide
 from mv2v_engine.tokens.flops import work_flops

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from mv2v_engine.sampling.fifo import fifo_schedule
+from mv2v_engine.evaluation.fifo_schedule import fifo_schedule
 
 CASES = [(22, 10, 5, False), (3, 10, 5, False), (1, 4, 4, False), (7, 8, 4, True), (5, 4, 4, True)]
 CASES += [(7, 10, 5, True), (4, 6, 3, True), (3, 2, 1, True)]
