@@ -48,7 +48,13 @@ from mv2v_engine.training.distributed import data_parallel, join, leave, own_gen
 from mv2v_engine.training.dit import TINY_EDIT_RECIPE, make_optimizers
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditSampler
-from mv2v_engine.training.flow_map import balanced, end_levels, longest_step, map_target
+from mv2v_engine.training.flow_map import (
+    DELTA,
+    balanced,
+    end_levels,
+    longest_step,
+    map_target,
+)
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Noised, squared_error
 from mv2v_engine.training.odds import chance, pick
@@ -189,6 +195,7 @@ def causal_loss(
     *,
     flow_shift: float,
     longest: float | None = None,
+    delta: float = DELTA,
     rolls_out: bool = False,
     device: torch.device,
     dtype: torch.dtype = torch.float32,
@@ -196,7 +203,7 @@ def causal_loss(
     """The loss of all blocks of a batch's clips, each at its own noise level.
 
     Args:
-        longest: the largest step of a flow map; None trains plain flow.
+        longest: the largest step of a flow map; None trains plain flow. delta: as in `map_target`.
         rolls_out: blocks see what the model made of those before; else what was filmed.
         dtype: what products are computed in, by autocast.
 
@@ -217,7 +224,8 @@ def causal_loss(
             mean = forward(noised.latents, block.source, level, told)
             wanted = noised.velocity
             if bool((end < level).any()):
-                wanted = map_target(_again(forward, block, end), noised.latents, wanted, level, end)
+                again = _again(forward, block, end)
+                wanted = map_target(again, noised.latents, wanted, level, end, delta)
             errors.append(squared_error(mean, wanted, block.weight).flatten(1).mean(1))
             levels.append(level)
             ends.append(end)
@@ -372,6 +380,7 @@ def main() -> None:
     add("--warmup", type=int, default=100, help="steps of every stage until rates are whole")
     add("--learning-rate", type=float, default=2e-3, help="of AdamW")
     add("--matrix-learning-rate", type=float, default=4e-3, help="of Muon")
+    add("--delta", type=float, default=DELTA, help="as --delta of training.dit")
     add("--block-frames", type=int, metavar="N", help="latent frames of a block, 1 if not given")
     add("--timesteps", type=float, nargs="+", help="of a block, from 1000 down; 1000 500")
     add("--device", default="cpu")
@@ -469,6 +478,7 @@ def _run_stage(
             replace(stream, policy=policy),
             flow_shift=shift,
             longest=longest,
+            delta=args.delta,
             rolls_out=name == "rollout",
             device=device,
             dtype=dtype,
