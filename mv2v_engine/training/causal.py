@@ -45,7 +45,7 @@ from mv2v_engine.settings import add_settings, given
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator, rank
-from mv2v_engine.training.dit import TINY_EDIT_RECIPE, make_optimizers
+from mv2v_engine.training.dit import TINY_EDIT_RECIPE, make_optimizers, train_alone
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditSampler
 from mv2v_engine.training.flow_map import (
@@ -394,8 +394,7 @@ def main() -> None:
     base = load_checkpoint(args.start_from, device=device, dtype=torch.float32)
     model = causal_model(base)
     if args.train:
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(any(word in name for word in args.train))
+        train_alone(model, args.train)
     # memory is not read, and nothing else is left to draw
     recipe = replace(
         TINY_EDIT_RECIPE, batch=args.batch, no_memory=1.0, uniform_tokenizer=0.0, merging=0.0

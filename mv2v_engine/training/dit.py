@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import get_args
@@ -96,6 +97,22 @@ def initialise(model: MV2VTransformer) -> None:
     nn.init.zeros_(model.proj_out.bias)
 
 
+def train_alone(model: MV2VTransformer, words: Sequence[str]) -> None:
+    """Freeze all parameters in whose name none of the words is.
+
+    Raises:
+        TrainingError: a word is in no name.
+    """
+    names = [name for name, _ in model.named_parameters()]
+    if missing := [word for word in words if not any(word in name for name in names)]:
+        raise TrainingError(
+            f"--train {missing[0]} is in no parameter's name; the model has {', '.join(names[:3])} "
+            f"and {len(names) - 3} more"
+        )
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(any(word in name for word in words))
+
+
 def make_optimizers(
     model: MV2VTransformer, learning_rate: float, matrix_learning_rate: float
 ) -> list[torch.optim.Optimizer]:
@@ -158,6 +175,12 @@ def main() -> None:
     parser.add_argument(
         "--weaker", metavar="NAME_OR_PATH", help="with --guide training=SCALE: the weaker weights"
     )
+    parser.add_argument(
+        "--train",
+        nargs="+",
+        metavar="WORD",
+        help="with --start-from: only parameters in whose name one of these words is, as attn1",
+    )
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--steps", type=int, help="in place of --minutes: what the schedule spans")
     parser.add_argument(
@@ -196,8 +219,8 @@ def main() -> None:
         parser.error(f"--delta must lie between 0 and 0.5, got {args.delta:g}")
     if args.flow_map and args.start_from is None:
         parser.error("--flow-map belongs to --start-from: a flow is learned first, then its steps")
-    if (args.guide or args.weaker) and args.start_from is None:
-        parser.error("--guide and --weaker belong to --start-from, which is guided")
+    if (args.guide or args.weaker or args.train) and args.start_from is None:
+        parser.error("--guide, --weaker and --train belong to --start-from")
 
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -242,6 +265,8 @@ def _model(args: argparse.Namespace, device: torch.device) -> MV2VTransformer:
                 f"{args.start_from} is a flow map, which training on plain flow alone would undo; "
                 "add --flow-map"
             )
+        if args.train:
+            train_alone(checkpoint.transformer, args.train)
         return checkpoint.transformer.train()
     shape = TINY if args.edits is None else TINY_EDIT
     model = MV2VTransformer(replace(shape, camera_attention=args.camera_attention or "none"))

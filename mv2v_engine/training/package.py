@@ -22,7 +22,7 @@ from safetensors.torch import load_file
 
 from mv2v_engine.checkpoints.configs import Knowledge, transformer_config
 from mv2v_engine.checkpoints.detect import detect
-from mv2v_engine.checkpoints.load import save_checkpoint
+from mv2v_engine.checkpoints.load import load_checkpoint, save_checkpoint
 from mv2v_engine.checkpoints.resolve import resolve
 from mv2v_engine.config import TINY, TINY_EDIT, ConditioningMode, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import TrainingError
@@ -79,6 +79,7 @@ def package(
     shared_vae: str | None = None,
     text: Path | None = None,
     conditioning: Sequence[ConditioningMode] | None = None,
+    base: str | None = None,
 ) -> None:
     """Write the folder: transformer, VAE or another checkpoint's, text encoder and tokenizer.
 
@@ -89,9 +90,10 @@ def package(
             which `mv2v.json` then names.
         text: a folder with text_encoder and tokenizer.
         conditioning: the modes that were trained; None takes the model's own.
+        base: the checkpoint that it started from, which has what was frozen.
 
     Raises:
-        TrainingError: a part is not where it was said to be.
+        TrainingError: a part is not where it was said to be, or weights that were frozen are.
         CheckpointError: what was written would not load.
     """
     model = MODELS[name]
@@ -108,7 +110,16 @@ def package(
     if shape.has_end_time:
         sampling = replace(sampling, scheduler="flow_map", num_inference_steps=FLOW_MAP_STEPS)
     transformer = MV2VTransformer(shape)
-    transformer.load_state_dict({**state["model"], **state["ema"]})
+    weights = {**state["model"], **state["ema"]}
+    if frozen := transformer.state_dict().keys() - weights.keys():
+        if base is None:
+            raise TrainingError(
+                f"{len(frozen)} parameters were frozen, as {min(frozen)}, and {dit} does not hold "
+                "them; name the checkpoint that it started from as --base"
+            )
+        before = load_checkpoint(base, device="cpu", dtype=torch.float32).transformer.state_dict()
+        weights |= {name: before[name] for name in frozen}
+    transformer.load_state_dict(weights)
     make_folder(out)
     if vae is not None:
         _copy_vae(vae, out / "vae")
@@ -175,6 +186,11 @@ def main() -> None:
     vae.add_argument("--vae", type=Path, help="the VAE's folder, copied")
     vae.add_argument("--shared-vae", metavar="PATH", help="another checkpoint's, relative to --out")
     parser.add_argument("--text", type=Path, help="a folder with text_encoder and tokenizer")
+    parser.add_argument(
+        "--base",
+        metavar="NAME_OR_PATH",
+        help="the checkpoint that the training started from: it has what --train left out",
+    )
     parser.add_argument("--dit", type=Path, required=True, help="the transformer's --out folder")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument(
@@ -196,6 +212,7 @@ def main() -> None:
         shared_vae=args.shared_vae,
         text=args.text,
         conditioning=args.conditioning,
+        base=args.base,
     )
     log = args.dit / "log.csv"
     plot_losses(args.vae_logs, args.earlier, log, args.out / "loss.png")

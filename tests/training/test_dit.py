@@ -11,10 +11,11 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.config import TINY, TransformerConfig
+from mv2v_engine.errors import TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.testing import as_cameras, tiny_config
 from mv2v_engine.tokens.plan import turn_plan
-from mv2v_engine.training.dit import compile_blocks, initialise, make_optimizers
+from mv2v_engine.training.dit import compile_blocks, initialise, make_optimizers, train_alone
 from mv2v_engine.training.losses import flow_loss
 from mv2v_engine.training.recipe import Batch
 
@@ -71,6 +72,15 @@ def test_compiled_blocks_compute_what_they_compute(
     assert plain.keys() == compiled.keys()
     for name, gradient in plain.items():
         torch.testing.assert_close(compiled[name], gradient, rtol=1e-3, atol=1e-4)
+
+
+def test_a_part_is_trained_alone() -> None:
+    model = MV2VTransformer(tiny_config())
+    train_alone(model, ["attn1", "bias"])
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    assert trained == {n for n, _ in model.named_parameters() if "attn1" in n or "bias" in n}
+    with pytest.raises(TrainingError, match=r"--train attn9 is in no parameter's name"):
+        train_alone(model, ["bias", "attn9"])
 
 
 def test_every_parameter_has_one_optimizer() -> None:

@@ -121,6 +121,28 @@ def test_parts_that_are_not_there(runs: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
+def test_what_was_frozen_is_the_bases(runs: Path, assets: Path) -> None:
+    given: dict[str, Any] = {"shared_vae": SHARED, "text": runs / "text"}
+    package.package("tiny-edit", runs / "edit", assets / "base", **given)
+    state = torch.load(runs / "edit" / "checkpoint.pt", weights_only=True)
+    frozen = {name for name in state["model"] if ".ffn." in name}
+    for name in ("model", "ema"):
+        state[name] = {k: v + 1 for k, v in state[name].items() if k not in frozen}
+    (assets / "some").mkdir()
+    torch.save(state, assets / "some" / "checkpoint.pt")
+    with pytest.raises(TrainingError, match=r"parameters were frozen.*--base"):
+        package.package("tiny-edit", assets / "some", assets / "out", **given)
+    assert not (assets / "out").exists()
+    base = str(assets / "base")
+    package.package("tiny-edit", assets / "some", assets / "out", base=base, **given)
+    before, after = (
+        load_checkpoint(str(assets / name)).transformer.state_dict() for name in ("base", "out")
+    )
+    for name, value in after.items():
+        moved = 0.0 if name in frozen else 1.0
+        torch.testing.assert_close(value, before[name] + moved, rtol=1e-2, atol=1e-2)
+
+
 def test_a_vae_of_its_own(runs: Path, tmp_path: Path) -> None:
     modes = ("joint", "static")
     package.package("tiny-edit", runs / "edit", tmp_path, vae=NVS / "vae", conditioning=modes)
