@@ -88,8 +88,9 @@ class HistoryEncoder(nn.Module):
         self.norm = nn.LayerNorm(widths[-1], eps=config.eps)
         self.attention = SelfAttention(widths[-1], self.config.heads, config.eps)
         self.proj = nn.Linear(widths[-1], config.dim)
-        nn.init.zeros_(self.proj.weight)
         nn.init.zeros_(self.proj.bias)
+        if self.config.branches == "both":  # alone it would pass nothing on
+            nn.init.zeros_(self.proj.weight)
 
     @torch.no_grad()
     def begin_as(self, base: nn.Conv3d) -> None:
