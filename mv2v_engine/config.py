@@ -51,7 +51,7 @@ AttentionName = Literal[
     "sparge-reference",
 ]
 MemoryMode = Literal["retrieved", "alone", "previous", "none"]
-MemoryRanking = Literal["fov", "random"]
+MemoryRanking = Literal["fov", "coverage", "learned", "random"]
 MemoryTokenizers = Literal["ranked", "uniform"]
 GraphMode = Literal["auto", "on", "off"]
 SchedulerName = Literal["euler", "unipc", "lightx2v", "dmd", "rcm", "flow_map"]
@@ -407,7 +407,10 @@ class EngineConfig:
         0.5, VIEWS, "weight of intersection over union, or of coverage", low=0, high=1
     )
     memory_ranking: MemoryRanking = setting(
-        "fov", PROGRAMS, "the ablation: random draws the videos by the turn's seed"
+        "fov",
+        VIEWS,
+        "coverage takes one video after the other by what it adds to the source, learned by a "
+        "network of the checkpoint's; random, the ablation, draws them by the turn's seed",
     )
     descriptor: Path | str | None = setting(
         None, EDITS, "a DINOv2 folder that compares windows; latents do if not given", metavar="DIR"

@@ -43,6 +43,7 @@ from mv2v_engine.errors import CheckpointError, MemoryBudgetError, RequestError
 from mv2v_engine.image import ImageEncoder, load_image_encoder
 from mv2v_engine.memory.cache import MemoryCache
 from mv2v_engine.memory.entry import LatentKind
+from mv2v_engine.memory.ranking import Ranker
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.ops.attention_backends import resolve_attention
@@ -271,8 +272,9 @@ class Parts:
     """A checkpoint on a device, and what its sessions share.
 
     memory_mode: what a turn remembers unless it is told. merge: the mode of merging. sampling: the
-    checkpoint's defaults at the configured size. backend, attention: what the transformer runs on.
-    cache: the memory. team: the other processes that share its steps.
+    checkpoint's defaults at the configured size. ranker: of a learned ranking, else None. backend,
+    attention: what the transformer runs on. cache: the memory. team: the other processes that share
+    its steps.
     """
 
     def __init__(
@@ -303,6 +305,9 @@ class Parts:
         has_mergers = self.transformer.config.merger is not None
         self.merge: MergeMode = config.merge or ("conv" if has_mergers else "off")
         self._check()
+        self.ranker: Ranker | None = None
+        if config.memory_ranking == "learned":
+            self.ranker = Ranker.read(checkpoint.report.path, checkpoint.config.latent_channels)
         self.graphs = open_graphs(config if team is None else replace(config, graphs="off"), device)
         self.cache = MemoryCache(
             config.cache_bytes,
@@ -422,6 +427,7 @@ class Parts:
             rope=config.rope,
             history=self.history,
             history_frames=config.history_frames,
+            is_encoded=self.history is not None,
         )
 
     def plan_of(self, num_memory: int, references: Sequence[tuple[int, int]] = ()) -> TokenPlan:

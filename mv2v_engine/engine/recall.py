@@ -12,7 +12,7 @@ import dataclasses
 import weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -25,8 +25,10 @@ from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.turn import KeptWindow, Turn
 from mv2v_engine.memory.entry import MemoryEntry
+from mv2v_engine.memory.ranking import Gain, Known, chosen, coverage, ends, pooled, seen_volume
 from mv2v_engine.memory.retrieval import Retrieval, rank_memory
 from mv2v_engine.memory.segment_retrieval import SegmentKey, rank_segments
+from mv2v_engine.models.history import HistoryEncoder, HistoryTokens
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.video.windows import EditWindow
 
@@ -38,8 +40,9 @@ Ranked = tuple[Retrieval, TokenPlan]
 class Recalled:
     """What a window's steps are conditioned on.
 
-    latents: [1, C, F, H, W] of each conditioning segment, on the device. cameras: tracks
-    [1, V, F, 12 or 16]; None for a model without cameras.
+    latents: [1, C, F, H, W] of each conditioning segment, of a history its tokens, as
+    `TokenPlan.latent_shapes` has them, on the device. cameras: tracks [1, V, F, 12 or 16]; None for
+    a model without cameras.
     """
 
     retrieval: Retrieval
@@ -57,6 +60,7 @@ class Recall:
     def __init__(self, parts: Parts, id: str) -> None:
         self.parts, self.id = parts, id
         self.owner = object()
+        self._history: HistoryTokens | None = None
         # one that is dropped without `forget`, wherever its last reference goes
         weakref.finalize(self, parts.cache.abandon, self.owner).atexit = False
 
@@ -88,10 +92,13 @@ class Recall:
             owner=self.owner,
         )
         self.parts.cache.add(entry)
+        if self._history is not None:
+            self._history.forget(entry.id)
         return entry
 
     def forget(self) -> None:
         """Leave nothing of this in the cache."""
+        self._history = None
         self.parts.cache.forget(self.owner)
 
     def _planned(self, retrieval: Retrieval, **how: Any) -> Ranked:
@@ -100,14 +107,25 @@ class Recall:
         return retrieval, self.parts.plan(retrieval.tokenizers, **how)
 
     def _videos(self, plan: TokenPlan, entries: Sequence[MemoryEntry]) -> list[Tensor]:
-        """Latents [C, F, H, W] of every memory segment; entries: as `_gathered` gives them."""
+        """Latents [1, C, F, H, W] of every memory segment, of a history its tokens.
+
+        entries: as `_gathered` gives them.
+        """
         for entry in entries:
             entry.require_key(self.parts.latent_kind.key)
         videos = [entry.latents for entry in entries]
         if self.parts.history is None or not videos:
-            return videos
-        past = torch.cat(videos, 1)
-        return [past[:, -s.grid[0] :] for s in plan.segments if s.role == "memory"]
+            return [video[None] for video in videos]
+        if self._history is None:
+            transformer = self.parts.transformer
+            encoder = cast(HistoryEncoder, transformer.history_encoders[self.parts.history])
+            has_hidden = plan.attended_history is not None
+            self._history = HistoryTokens(
+                encoder, transformer.patch_embedding, with_hidden=has_hidden
+            )
+        tokens = self._history.of([(entry.id, entry.latents) for entry in entries])
+        whole = [s.grid[0] for s in plan.segments if s.role == "memory" and not s.is_encoded]
+        return [tokens, *(torch.cat(videos, 1)[None, :, -count:] for count in whole)]
 
     def _gathered(
         self, ranked: Ranked, rank: Callable[[], Ranked]
@@ -134,6 +152,19 @@ class ViewRecall(Recall):
     def __init__(self, parts: Parts, id: str, camera: CameraTrajectory) -> None:
         super().__init__(parts, id)
         self.camera = camera
+        self._pooled: dict[str, Tensor] = {}
+
+    def add(
+        self,
+        number: int,
+        latents: Tensor,
+        reload: Callable[[], Tensor] | None,
+        trajectory: CameraTrajectory | None = None,
+    ) -> MemoryEntry:
+        """As `Recall.add`; a learned ranking reads what the video shows."""
+        if self.parts.ranker is not None:
+            self._pooled[self.entry_id(number)] = pooled(latents)
+        return super().add(number, latents, reload, trajectory)
 
     def rank(self, request: Request, num_turns: int) -> Ranked:
         """What a turn after `num_turns` others remembers, best first, and its plan."""
@@ -163,7 +194,21 @@ class ViewRecall(Recall):
             backend="reference" if config.backend == "reference" else "auto",
             tokenizers=config.memory_tokenizers,
             shuffle=shuffle,
+            choose=self._choose if config.memory_ranking in ("coverage", "learned") else None,
         )
+
+    def _choose(
+        self, target: CameraTrajectory, entries: Sequence[MemoryEntry], count: int
+    ) -> list[tuple[int, float]]:
+        """A `Choose`: each entry by what it adds to the source and those before it."""
+        gain: Gain = coverage
+        cameras = [entry.camera for entry in entries]
+        if self.parts.ranker is not None:
+            own = [ends(target, self.camera, camera) for camera in cameras]
+            shown = [self._pooled[entry.id] for entry in entries]
+            gain = self.parts.ranker.gain(Known(torch.stack(own), torch.stack(shown)))
+        seen = seen_volume(target, [self.camera, *cameras])
+        return chosen(~seen[0], seen[1:], gain, count)
 
     def recall(
         self, request: Request, source: Tensor, turns: Sequence[Turn], ranked: Ranked | None = None
@@ -191,13 +236,13 @@ class ViewRecall(Recall):
         has_source = any(segment.role == "source" for segment in plan.segments)
         count = plan.shape.context_frames or source.shape[1]
         videos = [
-            *([source[:, :count]] if has_source else []),
+            *([source[None, :, :count]] if has_source else []),
             *self._videos(plan, entries),
         ]
         return Recalled(
             retrieval,
             plan,
-            [video.to(device)[None] for video in videos],
+            [video.to(device) for video in videos],
             None if cameras is None else cameras.to(device)[None],
         )
 
@@ -301,8 +346,8 @@ class EditRecall(Recall):
         retrieval, plan, entries = self._gathered(rank(), rank)
         videos = self._videos(plan, entries)
         if not self.parts.transformer.config.source_channels:
-            videos = [source, *references, *videos]
-        return Recalled(retrieval, plan, [video.to(self.parts.device)[None] for video in videos])
+            videos = [each[None] for each in (source, *references)] + videos
+        return Recalled(retrieval, plan, [video.to(self.parts.device) for video in videos])
 
     def largest_plan(self, window: EditWindow) -> TokenPlan:
         """The longest plan that a window may get, known before its source is read."""

@@ -84,7 +84,7 @@ def _nothing(engine: Parts, plan: TokenPlan, guidance_scale: float) -> Condition
     if plan.shape.source_channels:
         source = zeros(1, channels, *plan.target.grid)
     return Conditioning(
-        [zeros(1, channels, *s.grid) for s in plan.segments[1:]],
+        [zeros(1, *shape) for shape in plan.latent_shapes[1:]],
         cameras,
         *engine.guidance_texts("", guidance_scale),
         source,

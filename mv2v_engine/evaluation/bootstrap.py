@@ -37,6 +37,15 @@ def ratio(numerator: Sequence[float | None], other: Sequence[float | None]) -> E
     return _estimate([numerator, other], lambda means: means[0] / means[1].clamp_min(1e-12))
 
 
+def share(
+    first: Sequence[float | None], second: Sequence[float | None], best: Sequence[float | None]
+) -> Estimate | None:
+    """How far the second mean is from the first on the way to the best, which is 1."""
+    return _estimate(
+        [first, second, best], lambda means: (means[0] - means[1]) / (means[0] - means[2])
+    )
+
+
 def _estimate(
     columns: Sequence[Sequence[float | None]], statistic: Callable[[Tensor], Tensor]
 ) -> Estimate | None:

@@ -16,9 +16,10 @@ Columns = Sequence[tuple[str, str, int, bool]]
 
 @dataclass(frozen=True, kw_only=True, slots=True)
 class Target:
-    """A row's value, or two rows compared item by item, that is met within its bounds.
+    """A row's value, or rows compared item by item, that is met within its bounds.
 
-    rows: of two the ratio, of one the mean. values: a row's, given what the task calls a row.
+    rows: of one the mean, of two the ratio, of three how far the second is from the first on the
+    way to the third. values: a row's, given what the task calls a row.
     for_interval: the whole interval must lie within the bounds.
     """
 
@@ -30,7 +31,8 @@ class Target:
     for_interval: bool = False
 
     def estimate(self, columns: Sequence[Values]) -> Estimate | None:
-        return bootstrap.mean(*columns) if len(columns) == 1 else bootstrap.ratio(*columns)
+        of_counts = (bootstrap.mean, bootstrap.ratio, bootstrap.share)
+        return of_counts[len(columns) - 1](*columns)
 
     def is_met(self, estimate: Estimate) -> bool | None:
         """None without bounds: it is told, and not judged."""

@@ -58,8 +58,9 @@ _LAST: dict[int, dict[str, tuple[str, float]]] = {
 class Row:
     """One method: how each of its turns remembers, and how its engine is configured.
 
-    ranking: the engine's, or the oracle, which knows the world: the videos that show most of what
-    the source and those already chosen do not. after: the row that makes all turns but the last
+    ranking: the engine's; the oracle, which knows the world: the videos that show most of what
+    the source and those already chosen do not; or responsiveness: those whose frames the blocks
+    respond to most, with all videos before them. after: the row that makes all turns but the last
     ones; None is this one.
     """
 
@@ -68,7 +69,7 @@ class Row:
     memory: MemoryMode = "retrieved"
     merge: MergeMode = "off"
     conditioning: ConditioningMode = "joint"
-    ranking: MemoryRanking | Literal["oracle"] = "fov"
+    ranking: MemoryRanking | Literal["oracle", "responsiveness"] = "fov"
     tokenizers: MemoryTokenizers = "ranked"
     max_memory: int = 10
     after: str | None = None
@@ -80,8 +81,10 @@ class Row:
             merge=self.merge,
             conditioning=self.conditioning,
             max_memory=self.max_memory,
-            # what an oracle did not choose is forgotten before
-            memory_ranking="fov" if self.ranking == "oracle" else self.ranking,
+            # where the evaluation has chosen, all else is forgotten before
+            memory_ranking="fov"
+            if self.ranking == "oracle" or self.ranking == "responsiveness"
+            else self.ranking,
             memory_tokenizers=self.tokenizers,
         )
 
@@ -101,6 +104,27 @@ ROWS: tuple[Row, ...] = (
         label="two videos, at random",
         max_memory=2,
         ranking="random",
+        after="memory",
+    ),
+    Row(
+        name="coverage_2",
+        label="two videos, by residual coverage",
+        max_memory=2,
+        ranking="coverage",
+        after="memory",
+    ),
+    Row(
+        name="responsiveness_2",
+        label="two videos, by responsiveness",
+        max_memory=2,
+        ranking="responsiveness",
+        after="memory",
+    ),
+    Row(
+        name="learned_2",
+        label="two videos, by a learned ranking",
+        max_memory=2,
+        ranking="learned",
         after="memory",
     ),
     Row(
@@ -151,7 +175,9 @@ class Protocol:
         if self.rows is not None:
             return tuple(row for row in ROWS if row.name in self.rows)
         if self.turns == 9:
-            return tuple(row for row in ROWS if row.after or row.name in ("independent", "memory"))
+            rows = (row for row in ROWS if row.after or row.name in ("independent", "memory"))
+            # few checkpoints have one: it is asked for by name
+            return tuple(row for row in rows if row.ranking != "learned")
         return tuple(row for row in ROWS if not row.after)
 
     @property

@@ -205,6 +205,12 @@ _GAIN, _MERGED, _STATIC = (
     ("static", "memory"),
 )
 _RETRIEVED, _ORACLE = ("retrieved_2", "random_2"), ("oracle_2", "random_2")
+_RANKINGS = {
+    "retrieved_2": "VideoFOV",
+    "coverage_2": "coverage",
+    "responsiveness_2": "responsiveness",
+    "learned_2": "learned",
+}
 _WITHIN = 1.02  # of memory
 _TARGETS = (
     Target(name="PSNR where seen, dB", rows=("memory",), values=_of("source_psnr"), at_least=26),
@@ -233,6 +239,23 @@ _TARGETS = (
     Target(name="oracle / random", rows=_ORACLE, values=_choice),
     Target(name="oracle / random, loop closure", rows=_ORACLE, values=_closure),
     Target(name="oracle / random, detour", rows=_ORACLE, values=_detour),
+    *(
+        Target(
+            name=f"{label}, of the oracle's gain over random",
+            rows=("random_2", row, "oracle_2"),
+            values=_choice,
+        )
+        for row, label in _RANKINGS.items()
+    ),
+    *(
+        Target(
+            name=f"{label}, of the oracle's gain over VideoFOV",
+            rows=("retrieved_2", row, "oracle_2"),
+            values=_choice,
+        )
+        for row, label in _RANKINGS.items()
+        if row != "retrieved_2"
+    ),
 )
 
 

@@ -17,6 +17,7 @@ from contextlib import closing
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from mv2v_engine.camera.trajectories import named_trajectory
@@ -125,11 +126,31 @@ class SceneEvaluator:
                     session.adopt(turn)
                 if row.ranking == "oracle":
                     _remember_alone(session, scene.best_memory(name, row.max_memory))
+                if row.ranking == "responsiveness":
+                    found = self._most_responsive(scene, before, first, request, row.max_memory)
+                    _remember_alone(session, found)
                 if row.name == "memory" and name == protocol.last[0]:
                     scene.agreement = _agreement(session, request)
                 scene.answer(session, request, name)
                 turns[name] = session.turns[-1]
         return turns
+
+    def _most_responsive(
+        self, scene: _Scene, before: Sequence[Turn], row: Row, request: Request, count: int
+    ) -> set[str]:
+        """The turns whose frames the blocks respond to most, where a row remembers all of them."""
+        with closing(self._session(scene, row)) as session:
+            for turn in before:
+                session.adopt(turn)
+            retrieval, plan = session.plan_turn(request)
+            scores = torch.stack(_responses(session, request)).sum((0, 1))
+        frames = [span.segment for span in plan.frame_table if span.segment]
+        totals: dict[str, float] = {}
+        memory = [i for i, segment in enumerate(plan.segments) if segment.role == "memory"]
+        for number, turn_number in zip(memory, retrieval.turns, strict=True):
+            own = [score for score, owner in zip(scores, frames, strict=True) if owner == number]
+            totals[str(turn_number)] = float(sum(own))
+        return set(sorted(totals, key=lambda name: -totals[name])[:count])
 
     def _session(self, scene: _Scene, row: Row) -> Session:
         return self.engines[row.name].session(
@@ -291,7 +312,13 @@ def _cost(turn: Turn) -> Measures:
 
 
 def _agreement(session: Session, request: Request) -> dict[str, dict[str, float]]:
-    """How the blocks agree in a turn that is given up before it is decoded, to time none of it."""
+    """How the blocks agree."""
+    return mean_agreement([block_agreement(scores) for scores in _responses(session, request)])
+
+
+def _responses(session: Session, request: Request) -> list[Tensor]:
+    """Responsiveness [blocks, frames] of the conditioning at a few noise levels, in a turn that is
+    given up before it is decoded, to time none of it."""
     few = dataclasses.replace(request, num_inference_steps=_RECORDED_STEPS)
     with recorded_responsiveness(session.parts.transformer) as forwards:
         events = session.events(few)
@@ -299,4 +326,4 @@ def _agreement(session: Session, request: Request) -> dict[str, dict[str, float]
             if isinstance(event, StepDone) and event.step == event.total:
                 break
         events.close()
-    return mean_agreement([block_agreement(scores) for scores in forwards])
+    return forwards

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -33,6 +33,10 @@ class Found(Protocol):
     def id(self) -> str: ...
     @property
     def turn(self) -> int: ...
+
+
+# numbers of entries and their scores, the best first: at most so many for a target
+Choose = Callable[[CameraTrajectory, Sequence[MemoryEntry], int], list[tuple[int, float]]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -219,6 +223,7 @@ def rank_memory(
     backend: fov_overlap.Backend = "auto",
     tokenizers: MemoryTokenizers = "ranked",
     shuffle: torch.Generator | None = None,
+    choose: Choose | None = None,
 ) -> Retrieval:
     """The at most `top_k` entries that overlap the target's view, most relevant first.
 
@@ -227,6 +232,7 @@ def rank_memory(
     Args:
         tokenizers: spend tokens by rank, or the source's 1x2x2 on every video.
         shuffle: draws from all entries in any order instead (the ablation); scores are reported.
+        choose: takes the place of VideoFOV.
     """
     if top_k < 0:
         raise RequestError(f"top_k must not be negative, got {top_k}")
@@ -234,6 +240,11 @@ def rank_memory(
         return Retrieval.nothing(0, "the cache is empty")
     if not top_k:
         return Retrieval.nothing(len(entries), "at most 0 memory videos were asked for")
+    if choose is not None:
+        picked = [(score, entries[number]) for number, score in choose(target, entries, top_k)]
+        if not picked:
+            return Retrieval.nothing(len(entries), "no cached video shows what the source does not")
+        return Retrieval.of(picked, len(entries), tokenizers)
     trajectories = [entry.camera for entry in entries]
     scores = video_fov_scores(
         target, trajectories, radius=radius, blend=blend, backend=backend

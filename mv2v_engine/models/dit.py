@@ -262,6 +262,10 @@ class MV2VTransformer(nn.Module):
 
     def _encode(self, segment: Segment, latents: Tensor) -> Encoded:
         """A conditioning segment's tokens by its encoder."""
+        if segment.is_encoded:
+            given = latents.to(self.patch_embedding.weight.dtype)
+            tokens, hidden = given.split([self.config.dim, given.shape[2] - self.config.dim], 2)
+            return Encoded(tokens, hidden if hidden.shape[2] else None)
         if segment.encoder == "history":
             found: Encoded = self.history_encoders[segment.rate](latents, self.patch_embedding)
             return found

@@ -13,6 +13,7 @@ convolution, t latent frames that a token covers.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, cast
 
@@ -46,6 +47,50 @@ class HistoryState:
 
     past: tuple[Tensor, ...] = ()
     pending: Tensor | None = None
+
+
+class HistoryTokens:
+    """The tokens of a history that grows by videos, each of which is encoded alone and once.
+
+    What is kept is that of the last history that was asked for. with_hidden: each token is
+    followed by what it was made of.
+    """
+
+    def __init__(self, encoder: HistoryEncoder, base: nn.Conv3d, *, with_hidden: bool) -> None:
+        self._encoder, self._base, self._with_hidden = encoder, base, with_hidden
+        self._parts: list[tuple[str, Encoded, Encoded | None, HistoryState]] = []
+
+    def forget(self, id: str | None = None) -> None:
+        """Let go of a video and of all that came after it; None: of all."""
+        ids = [part[0] for part in self._parts]
+        del self._parts[0 if id is None else ids.index(id) if id in ids else len(ids) :]
+
+    @torch.no_grad()
+    def of(self, videos: Sequence[tuple[str, Tensor]]) -> Tensor:
+        """Tokens float32 [1, L, D or D + E] of videos one after the other.
+
+        videos: id and latents [C, F, H, W] of each. Those at the beginning that were the
+        beginning before are not encoded again.
+
+        Raises:
+            RequestError: as `HistoryEncoder.forward`.
+        """
+        known = [part[0] for part in self._parts]
+        same = 0
+        while same < min(len(known), len(videos)) and known[same] == videos[same][0]:
+            same += 1
+        del self._parts[same:]
+        for id, latents in videos[same:]:
+            state = self._parts[-1][3] if self._parts else HistoryState()
+            part = latents[None].to(self._base.weight.device)
+            self._parts.append((id, *self._encoder.append(part, self._base, state)))
+        found = [part[1] for part in self._parts]
+        found += [last for *_, last, _ in self._parts[-1:] if last is not None]
+        tokens = torch.cat([each.tokens for each in found], 1).float()
+        if not self._with_hidden:
+            return tokens
+        hidden = [each.hidden for each in found if each.hidden is not None]
+        return torch.cat([tokens, torch.cat(hidden, 1).float()], 2)
 
 
 class CausalConv(nn.Conv3d):

@@ -210,7 +210,7 @@ def _tokenize_flops(plan: TokenPlan, segments: Sequence[Segment]) -> int:
     )
     histories = 0
     for each in segments:
-        if each.encoder == "history":
+        if each.encoder == "history" and not each.is_encoded:
             assert shape.history is not None
             size = (each.grid, each.tokenizer, each.frames_per_token)
             histories += history_flops(shape.history, shape.latent_channels, shape.dim, *size)

@@ -46,6 +46,7 @@ class Segment:
     camera: which camera track its tokens take, None for a model without cameras.
     reverse: temporal ids run backwards (memory of long editing, METHOD 4).
     encoder: what makes its tokens; frames_per_token: latent frames that one of them covers.
+    is_encoded: of a history, its tokens are given in place of its latents.
     taus: of a target whose frames are not in a row, the temporal id of each; else empty.
     """
 
@@ -59,6 +60,7 @@ class Segment:
     reverse: bool = False
     encoder: EncoderName = "patches"
     frames_per_token: int = 1
+    is_encoded: bool = False
     taus: tuple[int, ...] = ()
 
     @property
@@ -246,8 +248,18 @@ class TokenPlan:
 
     @cached_property
     def latent_shapes(self) -> tuple[tuple[int, ...], ...]:
-        """Every segment's latents (C, F, H, W); the target's hold a source on channels, too."""
-        return tuple((self.shape.channels_of(s.role), *s.grid) for s in self.segments)
+        """Every segment's latents (C, F, H, W); the target's hold a source on channels, too.
+
+        Of a history that is encoded already its tokens, each followed by what it was made of where
+        blocks attend to that: (L, width).
+        """
+        width = self.shape.dim
+        if self.attended_history is not None:
+            width += self.attended_history[1]
+        return tuple(
+            (s.length, width) if s.is_encoded else (self.shape.channels_of(s.role), *s.grid)
+            for s in self.segments
+        )
 
     @cached_property
     def frame_table(self) -> tuple[FrameSpan, ...]:
@@ -381,6 +393,7 @@ def turn_plan(
     rope: RopeMode = "pooled",
     history: str | None = None,
     history_frames: int = 0,
+    is_encoded: bool = False,
 ) -> TokenPlan:
     """The plan of a novel view, or of an edit's window: target, source, memory by rank (METHOD 2).
 
@@ -394,7 +407,7 @@ def turn_plan(
         references: latent (rows, columns) of images that an edit refers to; VACE's are frames
             before the target's, and have its rows and columns.
         history: the rate at which the memory videos, one after the other, are one history; None
-            gives each its tokenizer. history_frames: see `history_segments`.
+            gives each its tokenizer. history_frames, is_encoded: see `history_segments`.
 
     Raises:
         RequestError: references to a model that takes none.
@@ -412,7 +425,7 @@ def turn_plan(
     past: Iterator[Segment] = iter(())
     if history is not None and tokenizers:
         length = (len(tokenizers) * grid[0], *grid[1:])
-        past = history_segments(shape, length, history, history_frames)
+        past = history_segments(shape, length, history, history_frames, is_encoded=is_encoded)
     return TokenPlan(
         segments=(*segments, *past),
         shape=shape,
@@ -425,12 +438,17 @@ def turn_plan(
 
 
 def history_segments(
-    shape: TransformerConfig, grid: tuple[int, int, int], rate: str, whole_frames: int = 0
+    shape: TransformerConfig,
+    grid: tuple[int, int, int],
+    rate: str,
+    whole_frames: int = 0,
+    *,
+    is_encoded: bool = False,
 ) -> Iterator[Segment]:
     """A history just before the target, with the ids of its own latent frames (METHOD 17).
 
     grid: of all of it. whole_frames: how many of its last latent frames follow once more, at the
-    source's 1x2x2 tokens. Cameras are tracks 2 and 3.
+    source's 1x2x2 tokens. is_encoded: forwards are given its tokens. Cameras are tracks 2 and 3.
     """
     rows, _, frames = rate_of(rate)
     track = 2 if shape.has_camera else None
@@ -442,6 +460,7 @@ def history_segments(
         camera=track,
         encoder="history",
         frames_per_token=frames,
+        is_encoded=is_encoded,
     )
     if count := min(whole_frames, grid[0]):
         camera = None if track is None else track + 1

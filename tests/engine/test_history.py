@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -17,6 +17,7 @@ from mv2v_engine.config import HistoryConfig
 from mv2v_engine.engine import session as sessions
 from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.errors import RequestError
+from mv2v_engine.models.history import HistoryEncoder
 from mv2v_engine.video.io import write_video
 from tests.conftest import EDIT_SIZE, EDIT_WINDOW, save_tiny
 from tests.engine.editing.conftest import long_clip
@@ -56,6 +57,14 @@ def test_an_edit_remembers_its_windows_in_time(
         return made[-1]
 
     monkeypatch.setattr(sessions, "engine_denoiser", noted)
+    encoded: list[Tensor] = []
+    append = HistoryEncoder.append
+
+    def counted(self: HistoryEncoder, latents: Tensor, *given: Any) -> Any:
+        encoded.append(latents)
+        return append(self, latents, *given)
+
+    monkeypatch.setattr(HistoryEncoder, "append", counted)
     clip = tmp_path / "clip.mp4"
     write_video(clip, long_clip(20), 8)
     editor = engine(editor_folder, history="default", history_frames=3)
@@ -64,9 +73,14 @@ def test_an_edit_remembers_its_windows_in_time(
     grids = [[s.grid for s in plan.segments[1:]] for plan in plans]
     whole = [(2, 4, 6), (3, 4, 6), (3, 4, 6)]
     assert grids == [[]] + [[(2 * n, 4, 6), whole[n - 1]] for n in (1, 2, 3)]
-    past, end = made[3].buffers.conditioning.latents
+    tokens, end = made[3].buffers.conditioning.latents
     joined = torch.cat(list(turn.latents[:3]), 1)
-    assert torch.equal(past[0], joined) and torch.equal(end[0], joined[:, -3:])
+    assert torch.equal(end[0], joined[:, -3:])
+    # whatever the number of windows and of steps, a window is encoded once
+    assert [tuple(part.shape[2:]) for part in encoded] == [(2, 4, 6)] * 3
+    encoder = cast(HistoryEncoder, editor.transformer.history_encoders["2x2x2"])
+    expected = encoder(joined[None], editor.transformer.patch_embedding).tokens
+    torch.testing.assert_close(tokens, expected.detach(), rtol=1e-5, atol=1e-6)
     window = turn.report["windows"][3]
     assert window["plan"]["memory_encoders"] == ["history", "patches"]
     assert {row["encoder"] for row in window["memory"]["retrieved"]} == {"history"}

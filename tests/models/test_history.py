@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from dataclasses import replace
 from typing import Any
@@ -16,7 +17,7 @@ from mv2v_engine.config import HistoryConfig, TransformerConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.attention import HistoryAttention
 from mv2v_engine.models.dit import MV2VTransformer
-from mv2v_engine.models.history import HistoryEncoder, HistoryState
+from mv2v_engine.models.history import HistoryEncoder, HistoryState, HistoryTokens
 from mv2v_engine.models.kept import ConditioningCache
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import assert_within_budget, cpu_flops, randomise, tiny_config
@@ -170,6 +171,32 @@ def test_parts_encoded_alone_are_the_whole(rate: str, grid: tuple[int, int, int]
     with torch.enable_grad():
         at_once = made(latents, base).tokens
     torch.testing.assert_close(whole.tokens, at_once.detach(), rtol=1e-6, atol=1e-6)
+
+
+@torch.no_grad()
+def test_a_history_that_grows_is_encoded_from_where_it_was() -> None:
+    """Videos of three frames at two a token: what is pending is made anew, the rest is kept."""
+    made, base = (module.double() for module in encoder("2x2x2"))
+    videos = {id: torch.randn(4, 3, 9, 13, dtype=torch.float64) for id in "abcd"}
+    history, oracle = HistoryTokens(made, base, with_hidden=True), copy.deepcopy(made)
+    given: list[str] = []
+    append = made.append
+    made.append = lambda latents, *rest: (  # type: ignore[method-assign]
+        given.append(next(i for i, v in videos.items() if torch.equal(v, latents[0]))),
+        append(latents, *rest),
+    )[1]
+    for ids, new in (("a", "a"), ("abc", "bc"), ("abc", ""), ("abd", "d"), ("bd", "bd")):
+        given.clear()
+        tokens = history.of([(id, videos[id]) for id in ids])
+        assert "".join(given) == new
+        whole = torch.cat([videos[id] for id in ids], 1)[None]
+        expected = torch.cat(list(oracle(whole, base)), 2)
+        torch.testing.assert_close(tokens, expected.float(), rtol=1e-5, atol=1e-6)
+    history.forget("d")
+    history.forget("a")
+    given.clear()
+    history.of([("b", videos["b"]), ("d", videos["d"])])
+    assert given[0] == "d" and len(given) == 1
 
 
 @torch.no_grad()
