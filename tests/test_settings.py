@@ -33,7 +33,6 @@ COMMANDS = {
 }
 # what only comparisons set, and what is made of options of its own
 NO_OPTION = {
-    "memory_ranking",
     "memory_tokenizers",
     "merge_scope",
     "parallel",
@@ -220,7 +219,7 @@ def test_whatever_is_advised_can_be_set() -> None:
     assert len(advice) > 15
     # whoever reads of these has set them in a program
     inner = {name for name, _ in advice} & NO_OPTION
-    assert inner == {"merge_scope", "memory_ranking"}
+    assert inner == {"merge_scope"}
     for name, value in advice:
         if name not in NO_OPTION:
             # FILE stands for any, 1 for what is filled in

@@ -15,10 +15,12 @@ from torch import Tensor
 from mv2v_engine import CameraTrajectory, CancelToken, Engine, EngineConfig, Session
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.request import Request
-from mv2v_engine.errors import CameraError, CancelledError, RequestError
+from mv2v_engine.errors import CameraError, CancelledError, CheckpointError, RequestError
+from mv2v_engine.memory.ranking import Ranker
 from mv2v_engine.progress import Event, StageDone, StageStarted, StepDone
+from mv2v_engine.testing import randomise
 from mv2v_engine.video.io import read_video
-from tests.conftest import has_products
+from tests.conftest import has_products, save_tiny
 
 CAMERAS = ("pan_right", "arc_left", "pan_right")
 
@@ -136,6 +138,36 @@ def test_uniform_tokens_and_random_retrieval(tiny_checkpoint: Path, source_frame
     again = [session.plan_turn(request(seed=seed))[0].ids for seed in range(30)]
     assert again == [retrieval.ids for retrieval in drawn]
     assert session.render("tilt:1").report["memory"]["ranking"] == "random"
+
+
+def test_rankings_by_what_a_video_adds(tmp_path: Path, source_frames: Tensor) -> None:
+    """Two of four turns: the second one shows what neither the source nor the first one does."""
+    folder = save_tiny(tmp_path / "tiny")
+    with pytest.raises(CheckpointError, match=r"no ranking.safetensors.*training.ranking"):
+        configured(folder, memory_ranking="learned")
+    ranker = Ranker(16)
+    randomise(ranker)
+    ranker.save(folder)
+    rankings = {}
+    for name in ("fov", "coverage", "learned"):
+        session = configured(folder, memory_ranking=name, max_memory=2).session(source_frames)
+        for camera in ("static", "pan:20", "pan:19", "tilt:15"):
+            session.render(camera, num_inference_steps=1)
+        turn = session.render("pan:25+tilt:15", num_inference_steps=1)
+        assert turn.report["memory"]["ranking"] == name
+        rankings[name] = [row["turn"] for row in turn.report["memory"]["retrieved"]]
+        # a turn of what the source shows needs none that shows the same
+        still = session.plan_turn(Request.view("static", session.parts.sampling, memory="retrieved"))[0]
+        assert (still.ids == ()) == (name != "fov")
+    assert rankings["fov"] == [2, 3]
+    assert sorted(rankings["coverage"]) == [2, 4] or sorted(rankings["coverage"]) == [3, 4]
+    assert 1 not in rankings["learned"] and len(rankings["learned"]) == 2
+    # the same weights, the same choice
+    again = configured(folder, memory_ranking="learned", max_memory=2).session(source_frames)
+    for earlier in session.turns[:4]:
+        again.adopt(earlier)
+    planned = again.plan_turn(Request.view("pan:25+tilt:15", session.parts.sampling, memory="retrieved"))[0]
+    assert list(planned.turns) == rankings["learned"]
 
 
 def test_a_planned_turn_is_the_one_that_runs(engine: Engine, source_frames: Tensor) -> None:

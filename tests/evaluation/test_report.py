@@ -119,6 +119,8 @@ def test_rankings_are_compared_by_pixels_and_by_branch() -> None:
         "memory": _last(**{"9": 0.06, "detour": 0.1}),
         "retrieved_2": _last(**{"9": 0.08, "detour": 0.2}),
         "random_2": _last(**{"9": 0.16, "detour": 0.2}),
+        "coverage_2": _last(**{"9": 0.08, "detour": 0.15}),
+        "responsiveness_2": _last(**{"9": 0.08, "detour": 0.3}),
         "oracle_2": _last(**{"9": 0.08, "detour": 0.1}),
     }
     rows["independent"]["pairs"]["3-4"] = {"l1": 0.2, "features": 0.1, "pixels": 100}
@@ -133,6 +135,11 @@ def test_rankings_are_compared_by_pixels_and_by_branch() -> None:
     assert chosen["value"] == pytest.approx(0.777778) and chosen["at_most"] == 0.9
     assert found["oracle / random"]["value"] == pytest.approx(0.5)
     assert found["oracle / random"]["met"] is None
+    # of 0.28 down to 0.18, which are half of the way from 0.36
+    assert found["coverage, of the oracle's gain over VideoFOV"]["value"] == pytest.approx(0.5)
+    assert found["VideoFOV, of the oracle's gain over random"]["value"] == pytest.approx(0.444444)
+    assert found["responsiveness, of the oracle's gain over VideoFOV"]["value"] == pytest.approx(-1)
+    assert "learned, of the oracle's gain over VideoFOV" not in found
     assert found["retrieved / random, detour"]["value"] == pytest.approx(1)
     assert list(results["rows"]["independent"]["by_turn"]) == ["4", "9", "detour"]
     branches = results["rows"]["random_2"]["branches"]

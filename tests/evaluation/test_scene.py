@@ -29,7 +29,7 @@ CHOICE = Protocol(
     grade="furnished",
     turns=9,
     steps=1,
-    rows=("memory", "retrieved_2", "random_2", "oracle_2"),
+    rows=("memory", "retrieved_2", "random_2", "coverage_2", "responsiveness_2", "oracle_2"),
 )
 
 
@@ -140,7 +140,7 @@ def test_rankings_choose_from_the_same_eight_turns(nine: tuple[SceneResult, list
     # eight turns of memory, which the others take over, then the last ones
     assert answered[:8] == [*range(1, 9)] and set(answered[8:]) == {9}
     chosen = {}
-    for name in ("retrieved_2", "random_2", "oracle_2"):
+    for name in CHOICE.rows[1:] if CHOICE.rows else ():
         assert [turn["turn"] for turn in rows[name]["turns"]] == ["9", "detour"]
         assert {pair.partition("-")[2] for pair in rows[name]["pairs"]} <= {"9", "detour"}
         chosen[name] = [turn["retrieved"] for turn in rows[name]["turns"]]
@@ -148,6 +148,8 @@ def test_rankings_choose_from_the_same_eight_turns(nine: tuple[SceneResult, list
     # the ninth looks where the first did
     assert chosen["retrieved_2"][0][0] == 1
     assert chosen["random_2"] != chosen["retrieved_2"]
+    assert all(len(turns) == 2 for turns in chosen["responsiveness_2"])
+    assert chosen["responsiveness_2"] != chosen["retrieved_2"] != chosen["coverage_2"]
 
 
 @pytest.mark.parametrize("last", CHOICE.last)
