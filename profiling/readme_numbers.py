@@ -13,10 +13,13 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+import memory_table
 from measure import ROOT, read_rows
 
 RESULTS = ROOT / "profiling" / "results"
-COSTS, SCALING, SERVING = (ROOT / "docs" / f"{name}.md" for name in ("costs", "scaling", "serving"))
+COSTS, SCALING, SERVING, TUNING = (
+    ROOT / "docs" / f"{name}.md" for name in ("costs", "scaling", "serving", "tuning-memory")
+)
 README = ROOT / "README.md"
 ARCHITECTURE = ROOT / "docs" / "architecture.md"
 # [`Session.render`](../mv2v_engine/engine/session.py#L139)
@@ -194,8 +197,8 @@ def faults(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
-# a table's name, the result that it is made of, and how
-TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
+# a table's name, the result that it is made of, and how; None: it reads several itself
+TABLES: dict[str, tuple[str | None, Callable[[Sequence[Row]], str]]] = {
     "memory": ("memory.jsonl", memory),
     "peers": ("peers.jsonl", peers),
     "turns": ("engine.jsonl", turns),
@@ -205,6 +208,8 @@ TABLES: dict[str, tuple[str, Callable[[Sequence[Row]], str]]] = {
     "hourly": ("engine.jsonl", hourly),
     "growth": ("memory.jsonl", growth),
     "faults": ("fault_matrix.jsonl", faults),
+    "encoders": (None, lambda _: memory_table.encoders()),
+    "rankings": (None, lambda _: memory_table.rankings()),
 }
 # which tables a page has
 PAGES: dict[Path, tuple[str, ...]] = {
@@ -212,13 +217,15 @@ PAGES: dict[Path, tuple[str, ...]] = {
     COSTS: ("memory", "peers", "turns", "peaks", "cards"),
     SCALING: ("hourly", "growth"),
     SERVING: ("faults",),
+    TUNING: ("encoders", "rankings"),
 }
 
 
 def block(name: str) -> str:
     """A table between its marks, as its page has it."""
     file, markdown = TABLES[name]
-    return f"<!-- numbers: {name} -->\n{markdown(read_rows(RESULTS / file))}\n<!-- end -->"
+    rows = [] if file is None else read_rows(RESULTS / file)
+    return f"<!-- numbers: {name} -->\n{markdown(rows)}\n<!-- end -->"
 
 
 def written(page: Path) -> str:
