@@ -157,7 +157,9 @@ def test_rankings_by_what_a_video_adds(tmp_path: Path, source_frames: Tensor) ->
         assert turn.report["memory"]["ranking"] == name
         rankings[name] = [row["turn"] for row in turn.report["memory"]["retrieved"]]
         # a turn of what the source shows needs none that shows the same
-        still = session.plan_turn(Request.view("static", session.parts.sampling, memory="retrieved"))[0]
+        still = session.plan_turn(
+            Request.view("static", session.parts.sampling, memory="retrieved")
+        )[0]
         assert (still.ids == ()) == (name != "fov")
     assert rankings["fov"] == [2, 3]
     assert sorted(rankings["coverage"]) == [2, 4] or sorted(rankings["coverage"]) == [3, 4]
@@ -166,7 +168,9 @@ def test_rankings_by_what_a_video_adds(tmp_path: Path, source_frames: Tensor) ->
     again = configured(folder, memory_ranking="learned", max_memory=2).session(source_frames)
     for earlier in session.turns[:4]:
         again.adopt(earlier)
-    planned = again.plan_turn(Request.view("pan:25+tilt:15", session.parts.sampling, memory="retrieved"))[0]
+    planned = again.plan_turn(
+        Request.view("pan:25+tilt:15", session.parts.sampling, memory="retrieved")
+    )[0]
     assert list(planned.turns) == rankings["learned"]
 
 
