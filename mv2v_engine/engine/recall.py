@@ -161,7 +161,7 @@ class ViewRecall(Recall):
         reload: Callable[[], Tensor] | None,
         trajectory: CameraTrajectory | None = None,
     ) -> MemoryEntry:
-        """As `Recall.add`; a learned ranking reads what the video shows."""
+        """Remember a finished video, and for a learned ranking what it shows."""
         if self.parts.ranker is not None:
             self._pooled[self.entry_id(number)] = pooled(latents)
         return super().add(number, latents, reload, trajectory)
