@@ -39,11 +39,11 @@ from mv2v_engine.training.history import (
     HistorySampler,
     add_history,
     make_optimizer,
-    merge_low_rank,
     prepare,
 )
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import flow_step
+from mv2v_engine.training.low_rank import merge_low_rank
 from mv2v_engine.training.recipe import Batch
 from mv2v_engine.vae import VideoVAE, load_vae
 
