@@ -5,8 +5,8 @@
         turn = client.wait(client.submit(session, camera="arc:-40"), print)
         client.download(turn, "turn1.mp4")
 
-Every method is written once, as a coroutine of `_Api`. `AsyncClient` gives the coroutine; `Client`
-runs it to its end at once, over a connection whose coroutines never wait.
+Every method is written once, as a coroutine of `AsyncClient`; `Client` runs it to its end at once,
+over a connection whose coroutines never wait.
 
 Methods raise `ServiceError` with the service's code, and `UnreachableError` if no answer came. What
 may be repeated is repeated: reading, deleting, cancelling, and what an Idempotency-Key protects.
@@ -28,13 +28,11 @@ from typing import (
     Any,
     BinaryIO,
     Concatenate,
-    Generic,
     Literal,
     ParamSpec,
     TypeGuard,
     TypeVar,
     cast,
-    overload,
 )
 
 try:
@@ -247,11 +245,34 @@ class _Waiting:
         await self._http.aclose()
 
 
-class _Api:
-    """Every method of the clients, over either connection."""
+class AsyncClient:
+    """The service at an address, in an event loop.
 
-    def __init__(self, wire: _Blocking | _Waiting) -> None:
-        self._wire = wire
+    Args:
+        url: such as http://127.0.0.1:8000.
+        token: a bearer token, if the service has any.
+        timeout: seconds without a byte after which a connection is given up.
+    """
+
+    _wires: type[_Blocking | _Waiting] = _Waiting
+
+    def __init__(
+        self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout: float = 60.0
+    ) -> None:
+        headers = {"User-Agent": f"mv2v_engine/{__version__}"}
+        if token is not None:
+            headers["Authorization"] = f"Bearer {token}"
+        self._wire = self._wires(base_url=url, headers=headers, timeout=timeout)
+
+    async def aclose(self) -> None:
+        """Close the connections."""
+        await self._wire.close()
+
+    async def __aenter__(self) -> AsyncClient:
+        return self
+
+    async def __aexit__(self, *error: object) -> None:
+        await self.aclose()
 
     @asynccontextmanager
     async def _answer(
@@ -621,139 +642,82 @@ def _run(work: Coroutine[Any, Any, Result]) -> Result:
     raise AssertionError("a blocking connection has waited")
 
 
-def _iterate(items: AsyncGenerator[Result, None]) -> Iterator[Result]:
-    """The items of an iterator that never waits."""
-    try:
-        while True:
-            try:
-                item = _run(items.__anext__())
-            except StopAsyncIteration:
-                return
-            yield item
-    finally:
-        _run(items.aclose())
+def _done(
+    work: Callable[Concatenate[AsyncClient, Given], Coroutine[Any, Any, Result]],
+) -> Callable[Concatenate[Client, Given], Result]:
+    """A method of `AsyncClient` as one of `Client`."""
+
+    @functools.wraps(work)
+    def called(on: Client, /, *given: Given.args, **named: Given.kwargs) -> Result:
+        return _run(work(on._api, *given, **named))
+
+    return called
 
 
-class _Method(Generic[Given, Result]):
-    """A method of `_Api` as that of a client: a result of `Client`, a coroutine of the other."""
+def _each(
+    work: Callable[Concatenate[AsyncClient, Given], AsyncGenerator[Result, None]],
+) -> Callable[Concatenate[Client, Given], Iterator[Result]]:
+    """The same for a method that gives one thing after another."""
 
-    def __init__(
-        self, work: Callable[Concatenate[_Api, Given], Coroutine[Any, Any, Result]]
-    ) -> None:
-        self._work, self.__doc__, self.__wrapped__ = work, work.__doc__, work
+    @functools.wraps(work)
+    def called(on: Client, /, *given: Given.args, **named: Given.kwargs) -> Iterator[Result]:
+        items = work(on._api, *given, **named)
+        try:
+            while True:
+                try:
+                    item = _run(items.__anext__())
+                except StopAsyncIteration:
+                    return
+                yield item
+        finally:
+            _run(items.aclose())
 
-    @overload
-    def __get__(self, on: Client, kind: type) -> Callable[Given, Result]: ...
-    @overload
-    def __get__(
-        self, on: AsyncClient, kind: type
-    ) -> Callable[Given, Coroutine[Any, Any, Result]]: ...
-    @overload
-    def __get__(self, on: None, kind: type) -> _Method[Given, Result]: ...
-    def __get__(self, on: Any, kind: type) -> Any:
-        if on is None:
-            return self
-
-        @functools.wraps(self._work)
-        def called(*given: Given.args, **named: Given.kwargs) -> Any:
-            work = self._work(on._api, *given, **named)
-            return _run(work) if isinstance(on, Client) else work
-
-        return called
+    return called
 
 
-class _Items(Generic[Given, Result]):
-    """The same of a method that gives one thing after another."""
+class _Unlooped(AsyncClient):
+    """An `AsyncClient` whose coroutines never wait."""
 
-    def __init__(
-        self, work: Callable[Concatenate[_Api, Given], AsyncGenerator[Result, None]]
-    ) -> None:
-        self._work, self.__doc__, self.__wrapped__ = work, work.__doc__, work
-
-    @overload
-    def __get__(self, on: Client, kind: type) -> Callable[Given, Iterator[Result]]: ...
-    @overload
-    def __get__(
-        self, on: AsyncClient, kind: type
-    ) -> Callable[Given, AsyncGenerator[Result, None]]: ...
-    @overload
-    def __get__(self, on: None, kind: type) -> _Items[Given, Result]: ...
-    def __get__(self, on: Any, kind: type) -> Any:
-        if on is None:
-            return self
-
-        @functools.wraps(self._work)
-        def called(*given: Given.args, **named: Given.kwargs) -> Any:
-            items = self._work(on._api, *given, **named)
-            return _iterate(items) if isinstance(on, Client) else items
-
-        return called
+    _wires = _Blocking
+    _wire: _Blocking
 
 
-class _Methods:
-    """What both clients have."""
-
-    _api: _Api
-
-    model, version = _Method(_Api.model), _Method(_Api.version)
-    create_session, session = _Method(_Api.create_session), _Method(_Api.session)
-    sessions, delete_session = _Items(_Api.sessions), _Method(_Api.delete_session)
-    branch, export = _Method(_Api.branch), _Method(_Api.export)
-    submit, turn, turns = _Method(_Api.submit), _Method(_Api.turn), _Method(_Api.turns)
-    job, jobs, cancel = _Method(_Api.job), _Items(_Api.jobs), _Method(_Api.cancel)
-    events, wait = _Items(_Api.events), _Method(_Api.wait)
-    download, content = _Method(_Api.download), _Method(_Api.content)
-    begin_stream, stream = _Method(_Api.begin_stream), _Method(_Api.stream)
-    stream_prompt, stream_video = _Method(_Api.stream_prompt), _Items(_Api.stream_video)
-    cancel_stream, delete_stream = _Method(_Api.cancel_stream), _Method(_Api.delete_stream)
-
-
-def _settings(url: str, token: str | None, timeout: float) -> dict[str, Any]:
-    headers = {"User-Agent": f"mv2v_engine/{__version__}"}
-    if token is not None:
-        headers["Authorization"] = f"Bearer {token}"
-    return {"base_url": url, "headers": headers, "timeout": timeout}
-
-
-class Client(_Methods):
-    """The service at an address; every method returns when it is done.
-
-    Args:
-        url: such as http://127.0.0.1:8000.
-        token: a bearer token, if the service has any.
-        timeout: seconds without a byte after which a connection is given up.
-    """
+class Client:
+    """`AsyncClient` without an event loop: every method returns when it is done."""
 
     def __init__(
         self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout: float = 60.0
     ) -> None:
-        self._api = _Api(_Blocking(**_settings(url, token, timeout)))
+        self._api = _Unlooped(url, token=token, timeout=timeout)
 
-    def close(self) -> None:
-        """Close the connections."""
-        _run(self._api._wire.close())
+    close = _done(AsyncClient.aclose)
+    model = _done(AsyncClient.model)
+    version = _done(AsyncClient.version)
+    create_session = _done(AsyncClient.create_session)
+    sessions = _each(AsyncClient.sessions)
+    session = _done(AsyncClient.session)
+    delete_session = _done(AsyncClient.delete_session)
+    branch = _done(AsyncClient.branch)
+    submit = _done(AsyncClient.submit)
+    turns = _done(AsyncClient.turns)
+    turn = _done(AsyncClient.turn)
+    jobs = _each(AsyncClient.jobs)
+    job = _done(AsyncClient.job)
+    cancel = _done(AsyncClient.cancel)
+    events = _each(AsyncClient.events)
+    wait = _done(AsyncClient.wait)
+    download = _done(AsyncClient.download)
+    content = _done(AsyncClient.content)
+    export = _done(AsyncClient.export)
+    begin_stream = _done(AsyncClient.begin_stream)
+    stream = _done(AsyncClient.stream)
+    stream_prompt = _done(AsyncClient.stream_prompt)
+    stream_video = _each(AsyncClient.stream_video)
+    cancel_stream = _done(AsyncClient.cancel_stream)
+    delete_stream = _done(AsyncClient.delete_stream)
 
     def __enter__(self) -> Client:
         return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
-
-
-class AsyncClient(_Methods):
-    """The same in an event loop: methods are coroutines or asynchronous iterators."""
-
-    def __init__(
-        self, url: str = "http://127.0.0.1:8000", *, token: str | None = None, timeout: float = 60.0
-    ) -> None:
-        self._api = _Api(_Waiting(**_settings(url, token, timeout)))
-
-    async def aclose(self) -> None:
-        """Close the connections."""
-        await self._api._wire.close()
-
-    async def __aenter__(self) -> AsyncClient:
-        return self
-
-    async def __aexit__(self, *error: object) -> None:
-        await self.aclose()

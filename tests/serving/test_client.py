@@ -117,10 +117,10 @@ def test_what_is_cut_off_is_sent_again_with_its_key(
     monkeypatch.setattr(api, "_PAUSES", (0.0, 0.0))
     with Client(service.address) as client:
         session = client.create_session(source_clip)
-        send, lost = client._api._wire._http.send, []
+        send, lost = client._api._wire._http.send, list[str]()
 
         def losing(request: httpx.Request, **how: Any) -> httpx.Response:
-            answer = send(request, **how)  # type: ignore[misc]
+            answer = send(request, **how)
             if not lost:
                 lost.append(request.headers["Idempotency-Key"])
                 answer.close()
