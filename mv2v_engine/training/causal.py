@@ -44,7 +44,7 @@ from mv2v_engine.sampling.flow_match import listed_sigmas, stream_solver
 from mv2v_engine.settings import add_settings, given
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator, rank
+from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator
 from mv2v_engine.training.dit import TINY_EDIT_RECIPE, make_optimizers, train_alone
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.edit_recipe import EditSampler
@@ -409,9 +409,7 @@ def main() -> None:
     stages = [name for name in get_args(StageName) if name in args.stages]
     for name in stages:
         _run_stage(name, stages, model, sampler, stream, args)
-    is_first = rank() == 0
-    leave()
-    if is_first:
+    if leave():
         name = args.name or f"{base.name}-causal"
         save_causal(
             args.out / "model",
@@ -454,21 +452,14 @@ def _run_stage(
         warmup_steps=args.warmup,
     )
     rates = args.learning_rate, args.matrix_learning_rate
-    loop, wrapped = (
-        TrainingLoop(model, make_optimizers(model, *rates), config),
-        data_parallel(model),
-    )
-    dtype, shift, is_map = (
-        compute_dtype(device),
-        sampler.recipe.flow_shift,
-        model.config.has_end_time,
-    )
-    policies = args.policies or [stream.policy]
+    loop = TrainingLoop(model, make_optimizers(model, *rates), config)
+    wrapped, policies = data_parallel(model), args.policies or [stream.policy]
+    dtype, shift = compute_dtype(device), sampler.recipe.flow_shift
 
     def step(generator: torch.Generator) -> dict[str, Tensor]:
         batch, longest = sampler.draw(generator), None
         policy = policies[int(torch.randint(len(policies), (), generator=generator))]
-        if is_map:
+        if model.config.has_end_time:
             longest = longest_step(loop.done) if name == "map" else 1.0
         return causal_loss(
             wrapped,

@@ -67,7 +67,9 @@ def from_first(make: Callable[[], T]) -> T:
     return result
 
 
-def leave() -> None:
-    """Part from the other processes; process 0 alone may have work left."""
+def leave() -> bool:
+    """Part from the other processes; whether this is the one, process 0, that has work left."""
+    is_first = rank() == 0
     if dist.is_initialized():
         dist.destroy_process_group()
+    return is_first

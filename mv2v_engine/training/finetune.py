@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
@@ -43,7 +44,7 @@ from mv2v_engine.training.distributed import (
 )
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.losses import flow_step
+from mv2v_engine.training.losses import Sampler, flow_step
 from mv2v_engine.training.recipe import Recipe, SceneSampler
 from mv2v_engine.training.text import trim_text
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
@@ -61,10 +62,12 @@ def is_trained(name: str) -> bool:
     return parts[0] in _TRAINED_MODULES
 
 
-def prepare(model: MV2VTransformer) -> list[nn.Parameter]:
+def prepare(
+    model: MV2VTransformer, is_trained: Callable[[str], bool] = is_trained
+) -> list[nn.Parameter]:
     """Freeze what the recipe freezes; the parameters that it trains, in float32.
 
-    Blocks keep their inputs alone for the backward pass.
+    Blocks keep their inputs alone for the backward pass. is_trained: by a parameter's name.
     """
     trained = []
     for name, parameter in model.named_parameters():
@@ -166,6 +169,25 @@ def _text_in_words(cache: LatentCache, text: Tensor | None) -> str:
     return f"some without text: they get {without}"
 
 
+def run(
+    model: MV2VTransformer,
+    optimizer: torch.optim.Optimizer,
+    config: LoopConfig,
+    sampler: Sampler,
+    device: torch.device,
+) -> bool:
+    """Train a prepared model to the end, and part from the other processes.
+
+    Returns:
+        whether this is the process that saves it; there it has the averaged weights.
+    """
+    loop = TrainingLoop(model, [optimizer], config)
+    loop.run(flow_step(data_parallel(model), sampler, device))
+    if is_first := leave():
+        model.load_state_dict(loop.averaged())
+    return is_first
+
+
 def _say(*lines: str) -> None:
     if rank() == 0:
         print("\n".join(lines), flush=True)
@@ -237,12 +259,7 @@ def main() -> None:
         accumulate=args.accumulate,
         peak_tflops=matmul_tflops(device, compute_dtype(device)),
     )
-    loop = TrainingLoop(model, [make_optimizer(trained, args.learning_rate)], config)
-    loop.run(flow_step(data_parallel(model), sampler, device))
-    is_first = rank() == 0
-    leave()
-    if is_first:
-        model.load_state_dict(loop.averaged())
+    if run(model, make_optimizer(trained, args.learning_rate), config, sampler, device):
         name = f"{base.name}-memory"
         save_checkpoint(
             args.out / "model", model, shape, base.sampling, name, torch.bfloat16,

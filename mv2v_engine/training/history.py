@@ -29,12 +29,12 @@ from mv2v_engine.models.history import HistoryEncoder
 from mv2v_engine.parser import Parser
 from mv2v_engine.shapes import HistoryBranches
 from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments
+from mv2v_engine.training import finetune
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator, rank
+from mv2v_engine.training.distributed import join, own_generator
 from mv2v_engine.training.edit_latents import EditLatents
-from mv2v_engine.training.finetune import empty_text, frozen_fingerprint, record_run
-from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.losses import flow_step, shifted
+from mv2v_engine.training.loop import LoopConfig
+from mv2v_engine.training.losses import shifted
 from mv2v_engine.training.low_rank import add_low_rank, merge_low_rank
 from mv2v_engine.training.odds import MemoryRecipe, chance, number, padded_text, pick
 from mv2v_engine.training.recipe import Batch
@@ -230,17 +230,10 @@ def is_trained(name: str) -> bool:
 
 def prepare(model: MV2VTransformer, rank: int) -> list[nn.Parameter]:
     """Freeze all but the history encoders, what attends to them, and low-rank updates, which are
-    added; those, in float32.
-
-    Blocks keep their inputs alone for the backward pass.
+    added; those, as `finetune.prepare` makes them ready.
     """
     add_low_rank(model, rank)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_(is_trained(name))
-        if parameter.requires_grad:
-            parameter.data = parameter.data.float()
-    model.gradient_checkpointing = True
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
+    return finetune.prepare(model, is_trained)
 
 
 def make_optimizer(trained: list[nn.Parameter], learning_rate: float) -> torch.optim.Optimizer:
@@ -316,18 +309,18 @@ def main() -> None:
         rate=args.rate,
         whole_frames=args.whole_frames,
     )
-    record_run(
+    finetune.record_run(
         args.out,
         {
             "base": args.checkpoint,
-            "frozen_weights": frozen_fingerprint(model),
+            "frozen_weights": finetune.frozen_fingerprint(model),
             "stage": args.stage,
             "rate": args.rate,
             "rank": args.rank,
             "learning_rate": args.learning_rate,
         },
     )
-    text = empty_text(base, args.components)
+    text = finetune.empty_text(base, args.components)
     nothing = torch.zeros(1, shape.text_dim)
     sampler = HistorySampler(
         EditLatents(*args.edits), shape, recipe, empty_text=nothing if text is None else text
@@ -339,12 +332,8 @@ def main() -> None:
         batch=args.batch,
         peak_tflops=matmul_tflops(device, compute_dtype(device)),
     )
-    loop = TrainingLoop(model, [make_optimizer(trained, args.learning_rate)], config)
-    loop.run(flow_step(data_parallel(model), sampler, device))
-    is_first = rank() == 0
-    leave()
-    if is_first:
-        model.load_state_dict(loop.averaged())
+    optimizer = make_optimizer(trained, args.learning_rate)
+    if finetune.run(model, optimizer, config, sampler, device):
         merge_low_rank(model)
         folder = args.out / "model"
         vae = None if base.vae_path is None else os.path.relpath(base.vae_path, folder)

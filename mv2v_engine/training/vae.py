@@ -20,13 +20,7 @@ from torch import Tensor, nn
 from mv2v_engine.evaluation.reconstruction import reconstruction_psnr
 from mv2v_engine.parser import Parser
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.distributed import (
-    data_parallel,
-    join,
-    leave,
-    own_generator,
-    rank,
-)
+from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.optimizers import Muon
 from mv2v_engine.training.scenes import load_scene
@@ -181,9 +175,7 @@ def main() -> None:
         }
 
     loop.run(step)
-    is_first = rank() == 0
-    leave()
-    if not is_first:
+    if not leave():
         return
     vae.load_state_dict(loop.averaged())
     vae.eval()
