@@ -199,7 +199,7 @@ def _run(
     args: argparse.Namespace,
     opened: Stream,
     prompts: list[tuple[float, str]],
-    writer: FragmentWriter | RawWriter,
+    writer: RawWriter,
 ) -> int:
     """Write blocks until there are enough; the exit code."""
     for words in opened.lost:
@@ -245,7 +245,7 @@ def _run(
 def _write_block(
     args: argparse.Namespace,
     opened: Stream,
-    writer: FragmentWriter | RawWriter,
+    writer: RawWriter,
     cancel: CancelToken,
     shown: _Progress,
 ) -> bool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import signal
 import sys
 import threading
@@ -42,6 +43,7 @@ _STAGES = ("vae", "text", "memory", "sampling")
 _POSES_SHOWN = 9  # of a camera, at most
 _PREVIEW_COLUMNS = 72  # of characters, at most
 _LEAST_COLUMNS, _LEAST_LINES = 16, 6  # of a terminal that has room for a picture
+_NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)?")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
 
@@ -270,7 +272,8 @@ def table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     """Aligned columns; those that hold only numbers to the right."""
     columns = list(zip(headers, *rows, strict=True))
     widths = [max(len(cell) for cell in column) for column in columns]
-    right = [all(map(_is_numeric, column[1:])) for column in columns]
+    # a number, or what stands for none
+    right = [all(_NUMBER.fullmatch(cell) for cell in column[1:]) for column in columns]
     lines = []
     for row in (headers, *rows):
         cells = zip(row, widths, right, strict=True)
@@ -313,11 +316,6 @@ def camera_words(trajectory: CameraTrajectory) -> str:
     return "\n".join([*lines, table(headers, rows)])
 
 
-def _is_numeric(cell: str) -> bool:
-    """Whether a cell is a number, or stands for none."""
-    return cell in ("", "-") or cell.removeprefix("-").replace(".", "", 1).isdigit()
-
-
 def turn_table(reports: Sequence[dict[str, Any]]) -> str:
     """One row a turn: what it remembered, tokens by kind, merged frames, work, seconds by stage."""
     names = [[str(report["turn"]), report["camera"]] for report in reports]
@@ -354,7 +352,11 @@ def _run_table(
     headers += [unit, *(f"{stage} s" for stage in stages)]
     rows = []
     for report, name in zip(reports, names, strict=True):
-        merged = {merge["block"]: _count(merge["frames"]) for merge in report["merged_frames"]}
+        merged = {
+            merge["block"]: sum(map(len, merge["frames"].values()))
+            for merge in report["merged_frames"]
+        }
+        work = report["flops"] / scale
         tokens = report["plan"]["tokens_by_kind"]
         rows.append(
             [
@@ -363,16 +365,12 @@ def _run_table(
                 *(str(tokens.get(kind, 0)) for kind in kinds),
                 *(str(merged.get(block, 0)) for block in blocks),
                 *(_reused(report) if reusing else []),
-                _short(report["flops"] / scale),
+                # three digits, more only before the point
+                f"{work:.0f}" if work >= 100 else f"{work:.3g}",
                 *(f"{report['seconds'].get(stage, 0):.2f}" for stage in stages),
             ]
         )
     return table(headers, rows)
-
-
-def _short(value: float) -> str:
-    """Three digits, more only before the point."""
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def _reused(report: dict[str, Any]) -> list[str]:
@@ -381,10 +379,6 @@ def _reused(report: dict[str, Any]) -> list[str]:
     computed = len(report.get("reuse", {}).get("steps_computed", range(total)))
     whole = 1 if report["plan"]["conditioning"] == "static" else computed
     return [f"{computed} of {total}", f"{whole} of {total}"]
-
-
-def _count(frames: dict[str, list[int]]) -> int:
-    return sum(len(of_video) for of_video in frames.values())
 
 
 def _retrieved(memory: dict[str, Any]) -> str:

@@ -16,7 +16,7 @@ from contextlib import suppress
 from fractions import Fraction
 from io import BytesIO
 from pathlib import Path
-from typing import IO
+from typing import IO, TypeVar
 
 from torch import Tensor
 
@@ -30,10 +30,42 @@ _CONTAINER = {"movflags": "empty_moov+default_base_moof+frag_keyframe"}
 # every frame is shown when it is decoded, so that times are counted from the frames alone
 _CODEC = {"bf": "0"}
 _HEAD = struct.Struct(">I4s")
+AnyWriter = TypeVar("AnyWriter", bound="RawWriter")
 
 
-class FragmentWriter:
-    """Appends fragments to an open file or pipe.
+class RawWriter:
+    """Writes frames into an open file or pipe as their bytes, red, green and blue.
+
+    num_frames: written so far.
+    """
+
+    def __init__(self, file: IO[bytes], num_frames: int = 0) -> None:
+        self._file, self.num_frames = file, num_frames
+
+    def add(self, frames: Tensor) -> None:
+        """Write frames uint8 [T, height, width, 3], and wait until they are written.
+
+        Raises:
+            OSError: the place does not take them; of a pipe whose reader has left, BrokenPipeError.
+        """
+        self._file.write(frames.contiguous().numpy().tobytes())
+        self._file.flush()
+        self.num_frames += len(frames)
+
+    def close(self) -> None:
+        """Let go of the file."""
+        with suppress(BrokenPipeError):
+            self._file.close()
+
+    def __enter__(self: AnyWriter) -> AnyWriter:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+
+class FragmentWriter(RawWriter):
+    """Appends frames as fragments of an mp4, in place of their bytes.
 
     num_fragments, num_frames: in the file so far. `append_fragments` opens one in a path.
     """
@@ -48,9 +80,9 @@ class FragmentWriter:
         num_frames: int = 0,
     ) -> None:
         check_fps("fps", fps)
-        self._file, self._crf = file, crf
-        self.rate = Fraction(fps).limit_denominator(1001)
-        self.num_fragments, self.num_frames = num_fragments, num_frames
+        super().__init__(file, num_frames)
+        self.rate, self._crf = Fraction(fps).limit_denominator(1001), crf
+        self.num_fragments = num_fragments
 
     def add(self, frames: Tensor) -> None:
         """Append a fragment of frames uint8 [T, height, width, 3], and wait until it is written.
@@ -81,48 +113,6 @@ class FragmentWriter:
             os.fsync(self._file.fileno())
         self.num_fragments += 1
         self.num_frames += len(frames)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        with suppress(BrokenPipeError):
-            self._file.close()
-
-    def __enter__(self) -> FragmentWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
-
-
-class RawWriter:
-    """Writes frames into an open file or pipe as their bytes, red, green and blue.
-
-    num_frames: written so far.
-    """
-
-    def __init__(self, file: IO[bytes]) -> None:
-        self._file, self.num_frames = file, 0
-
-    def add(self, frames: Tensor) -> None:
-        """Write frames uint8 [T, height, width, 3], and wait until they are written.
-
-        Raises:
-            OSError: the place does not take them; of a pipe whose reader has left, BrokenPipeError.
-        """
-        self._file.write(frames.contiguous().numpy().tobytes())
-        self._file.flush()
-        self.num_frames += len(frames)
-
-    def close(self) -> None:
-        """Let go of the file."""
-        with suppress(BrokenPipeError):
-            self._file.close()
-
-    def __enter__(self) -> RawWriter:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.close()
 
 
 def append_fragments(

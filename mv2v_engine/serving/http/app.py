@@ -7,13 +7,13 @@ import json
 import re
 import secrets
 import time
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
-from fastapi.routing import APIRoute
 from fastapi.staticfiles import StaticFiles
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -84,18 +84,13 @@ class Application(FastAPI):
             schema = super().openapi()
             for operations in schema["paths"].values():
                 for operation in operations.values():
-                    _drop_framework_errors(operation["responses"])
+                    # it promises 422 wherever a path has a parameter, also where any text will do
+                    if "HTTPValidationError" in json.dumps(operation["responses"].get("422", {})):
+                        del operation["responses"]["422"]
             for name in ("HTTPValidationError", "ValidationError"):
                 schema["components"]["schemas"].pop(name, None)
         assert self.openapi_schema is not None
         return self.openapi_schema
-
-
-def _drop_framework_errors(responses: dict[str, Any]) -> None:
-    """It promises 422 wherever a path has a parameter, also where any text will do."""
-    said = json.dumps(responses.get("422", {}))
-    if "HTTPValidationError" in said:
-        del responses["422"]
 
 
 def create_app(
@@ -124,7 +119,7 @@ def create_app(
         middleware=before,
         redirect_slashes=False,
         dependencies=[Depends(known_parameters)],
-        generate_unique_id_function=_operation_id,
+        generate_unique_id_function=attrgetter("name"),
         exception_handlers={
             ApiError: _refused,
             RequestValidationError: _invalid,
@@ -143,10 +138,6 @@ def create_app(
     app.get("/", include_in_schema=False)(_page)
     app.get("/docs", include_in_schema=False)(_docs)
     return app
-
-
-def _operation_id(route: APIRoute) -> str:
-    return route.name
 
 
 async def _page() -> FileResponse:

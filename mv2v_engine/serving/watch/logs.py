@@ -86,62 +86,62 @@ class LogListener(Listener):
     """Writes a line for whatever happens to sessions, jobs and the worker; none for steps."""
 
     def job_queued(self, job: JobRecord) -> None:
-        with log_ids(session=job.session, job=job.id):
-            log_event("job_queued", attempts=job.attempts)
+        log_event("job_queued", session=job.session, job=job.id, attempts=job.attempts)
 
     def job_started(self, job: JobRecord) -> None:
-        with log_ids(session=job.session, job=job.id):
-            log_event("job_started", turn=job.number, attempts=job.attempts)
+        log_event(
+            "job_started",
+            session=job.session,
+            job=job.id,
+            turn=job.number,
+            attempts=job.attempts,
+        )
 
     def job_ended(self, job: JobRecord, report: dict[str, Any] | None) -> None:
-        is_failed = job.state == "failed"
         seconds = None
         if job.started is not None and job.ended is not None:
             seconds = round(job.ended - job.started, 3)
-        with log_ids(session=job.session, job=job.id):
-            log_event(
-                "job_ended",
-                level=logging.ERROR if is_failed else logging.INFO,
-                outcome=job.state,
-                code=job.error["code"] if job.error else None,
-                turn=job.number,
-                seconds=seconds,
-            )
+        log_event(
+            "job_ended",
+            level=logging.ERROR if job.state == "failed" else logging.INFO,
+            session=job.session,
+            job=job.id,
+            outcome=job.state,
+            code=job.error["code"] if job.error else None,
+            turn=job.number,
+            seconds=seconds,
+        )
 
     def session_created(self, session: SessionRecord) -> None:
-        with log_ids(session=session.id):
-            log_event(
-                "session_created",
-                kind=session.kind,
-                frames=session.frames,
-                width=session.width,
-                height=session.height,
-                bytes=session.bytes,
-            )
+        log_event(
+            "session_created",
+            session=session.id,
+            kind=session.kind,
+            frames=session.frames,
+            width=session.width,
+            height=session.height,
+            bytes=session.bytes,
+        )
 
     def session_deleted(self, session_id: str) -> None:
-        with log_ids(session=session_id):
-            log_event("session_deleted")
+        log_event("session_deleted", session=session_id)
 
     def stream_created(self, stream: StreamRecord) -> None:
-        with log_ids(stream=stream.id):
-            log_event("stream_created", blocks=stream.blocks, policy=stream.policy)
+        log_event("stream_created", stream=stream.id, blocks=stream.blocks, policy=stream.policy)
 
     def stream_ended(self, stream: StreamRecord) -> None:
-        is_failed = stream.state == "failed"
-        with log_ids(stream=stream.id):
-            log_event(
-                "stream_ended",
-                level=logging.ERROR if is_failed else logging.INFO,
-                outcome=stream.state,
-                code=stream.error["code"] if stream.error else None,
-                bytes=stream.bytes,
-                restarts=stream.restarts,
-            )
+        log_event(
+            "stream_ended",
+            level=logging.ERROR if stream.state == "failed" else logging.INFO,
+            stream=stream.id,
+            outcome=stream.state,
+            code=stream.error["code"] if stream.error else None,
+            bytes=stream.bytes,
+            restarts=stream.restarts,
+        )
 
     def stream_deleted(self, stream: StreamRecord) -> None:
-        with log_ids(stream=stream.id):
-            log_event("stream_deleted")
+        log_event("stream_deleted", stream=stream.id)
 
     def worker_restarted(self, reason: str) -> None:
         log_event("worker_restarted", level=logging.ERROR, reason=reason)

@@ -9,8 +9,8 @@ from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -133,27 +133,19 @@ class Metrics(Listener):
         self._streams = gauge("mv2v_event_streams", "Event streams that are being read.")
 
         self._live: set[str] = set()
-        Gauge("mv2v_streams_live", "Streams that are made.", registry=registry).set_function(
-            lambda: len(self._live)
-        )
-        self._streams_ended = Counter(
+        gauge("mv2v_streams_live", "Streams that are made.").set_function(lambda: len(self._live))
+        self._streams_ended = counter(
             "mv2v_streams",
             "Streams that ended, by outcome and, if there is one, by the code of their error.",
             ("outcome", "code"),
-            registry=registry,
         )
-        self._stream_frames = Counter(
-            "mv2v_stream_frames", "Frames of streams that were made.", registry=registry
-        )
-        self._block_seconds = Histogram(
+        self._stream_frames = counter("mv2v_stream_frames", "Frames of streams that were made.")
+        self._block_seconds = histogram(
             "mv2v_stream_block_seconds",
             "From the order of a stream's block to its answer.",
             buckets=_STEP,
-            registry=registry,
         )
-        self._stream_readers = Gauge(
-            "mv2v_stream_readers", "Streams' videos that are being read.", registry=registry
-        )
+        self._stream_readers = gauge("mv2v_stream_readers", "Streams' videos that are being read.")
 
     def watch_ready(self, is_ready: Callable[[], bool]) -> None:
         """Ask this whenever the metrics are read."""
@@ -164,17 +156,13 @@ class Metrics(Listener):
         self._requests.labels(route, str(status)).inc()
         self._request_seconds.labels(route).observe(seconds)
 
-    @contextmanager
-    def event_stream(self) -> Iterator[None]:
+    def event_stream(self) -> AbstractContextManager[None]:
         """An event stream is read while the block runs."""
-        with self._streams.track_inprogress():
-            yield
+        return self._streams.track_inprogress()
 
-    @contextmanager
-    def stream_reader(self) -> Iterator[None]:
+    def stream_reader(self) -> AbstractContextManager[None]:
         """A stream's video is read while the block runs."""
-        with self._stream_readers.track_inprogress():
-            yield
+        return self._stream_readers.track_inprogress()
 
     def render(self) -> bytes:
         """Everything in Prometheus's text format."""

@@ -28,7 +28,7 @@ from mv2v_engine.serving.errors import failed, failure
 from mv2v_engine.serving.store.claims import issue
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
 from mv2v_engine.serving.store.streams import StreamRecord
-from mv2v_engine.serving.watch.logs import log_event, log_ids
+from mv2v_engine.serving.watch.logs import log_event
 from mv2v_engine.serving.work.backend import LAST_OF_BACKEND
 from mv2v_engine.serving.work.host import Json
 from mv2v_engine.serving.work.protocol import run_message, session_fields, setup_message
@@ -170,8 +170,8 @@ class RayBackend:
                     yield event
                     is_ended = is_ended or event["type"] in LAST_OF_BACKEND
             except _GONE as error:
-                with log_ids(session=session.id, job=job.id):
-                    log_event("replica_lost", level=logging.ERROR, error=error)
+                lost = {"session": session.id, "job": job.id}
+                log_event("replica_lost", level=logging.ERROR, error=error, **lost)
             if is_ended:
                 return
             if self._is_stopping or attempt >= self.config.max_attempts:
@@ -197,9 +197,8 @@ class RayBackend:
             except StopAsyncIteration:
                 return
             if event["type"] == "started":
-                with log_ids(session=session_id, job=order["job"]["id"]):
-                    place = {name: event[name] for name in ("replica", "host", "process")}
-                    log_event("turn_begun", **place)
+                place = {name: event[name] for name in ("replica", "host", "process")}
+                log_event("turn_begun", session=session_id, job=order["job"]["id"], **place)
             yield event
 
     async def _revoke(self, folder: Path) -> None:
