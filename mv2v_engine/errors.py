@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 
 class MV2VError(Exception):
@@ -84,6 +84,12 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, MemoryError | torch.OutOfMemoryError):
         return True
     return isinstance(error, RuntimeError) and any(sign in str(error) for sign in _OUT_OF_MEMORY)
+
+
+def first_of(keys: Sequence[str], count: int = 4) -> str:
+    """The first few of some keys, and how many more there are."""
+    more = f" and {len(keys) - count} more" if len(keys) > count else ""
+    return ", ".join(keys[:count]) + more
 
 
 def nearest_names(name: str, known: Iterable[str], *, count: int = 3) -> str:

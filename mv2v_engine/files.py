@@ -15,7 +15,7 @@ import shutil
 import stat
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -136,6 +136,21 @@ def replacing(path: Path) -> Iterator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def remove_matching(folders: Iterable[Path], names: re.Pattern[str]) -> None:
+    """Remove files of these names, as `replacing` leaves them when its process is killed."""
+    for folder in folders:
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if names.fullmatch(path.name):
+                path.unlink(missing_ok=True)
+
+
+def remove_empty(*folders: Path) -> None:
+    """Remove folders in which nothing lies, in this order."""
+    for folder in folders:
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()
 
 
 def copy_file(source: Path | str, target: Path | str) -> None:

@@ -164,8 +164,8 @@ def resolve_camera(
             return _read_spec(
                 spec, _open(Path(spec.place)), options, num_frames, size, is_source, check
             )
-        if _is_like_a_file(text):
-            place = re.split(r"[?#]", text, maxsplit=1)[0]
+        place = re.split(r"[?#]", text, maxsplit=1)[0]
+        if os.sep in place or re.search(r"\.[A-Za-z]\w*$", place):
             raise CameraError(
                 f"cannot read camera file {place}: there is none; give the path of a camera file"
             )
@@ -183,11 +183,6 @@ def _require_count(trajectory: CameraTrajectory, num_frames: int | None, is_sour
             f"{whose} has {found} {poses}, a window of this model has {num_frames} frames: give "
             f"one pose a frame{still}"
         )
-
-
-def _is_like_a_file(text: str) -> bool:
-    place = re.split(r"[?#]", text, maxsplit=1)[0]
-    return os.sep in place or re.search(r"\.[A-Za-z]\w*$", place) is not None
 
 
 def given_trajectory(
@@ -329,7 +324,13 @@ def _read_spec(
 ) -> CameraTrajectory:
     """A file's path as it is asked for."""
     form = recognised(file)
-    _check_options(file, form, options)
+    if form.axes is None and (options.axes or options.direction):
+        given = "axes" if options.axes else "direction"
+        raise file.refused(f" is {form.name}, whose {given} are fixed; leave the option out")
+    if options.quaternion != "xyzw" and form is not TUM:
+        raise file.refused(
+            f" is {form.name}; the option quaternion is of TUM's text alone: leave it out"
+        )
     if spec.camera is not None and form is not RECAMMASTER:
         raise file.refused(
             f" holds one camera without a name, got {spec.camera!r}; leave the name out"
@@ -346,16 +347,6 @@ def _read_spec(
 
 def _check(trajectory: CameraTrajectory, *, is_source: bool, advice: str) -> None:
     check_plausible(trajectory.poses, trajectory.name, is_source=is_source, advice=advice)
-
-
-def _check_options(file: CameraFile, form: Format, options: CameraOptions) -> None:
-    if form.axes is None and (options.axes or options.direction):
-        given = "axes" if options.axes else "direction"
-        raise file.refused(f" is {form.name}, whose {given} are fixed; leave the option out")
-    if options.quaternion != "xyzw" and form is not TUM:
-        raise file.refused(
-            f" is {form.name}; the option quaternion is of TUM's text alone: leave it out"
-        )
 
 
 def _convention(form: Format, options: CameraOptions) -> str:

@@ -36,7 +36,7 @@ from mv2v_engine.checkpoints.weights import (
     read_header,
     read_metadata,
 )
-from mv2v_engine.errors import CheckpointError
+from mv2v_engine.errors import CheckpointError, first_of
 from mv2v_engine.files import file_digest
 from mv2v_engine.finite import refuse_weights, weight_fault
 
@@ -187,7 +187,7 @@ class Lora:
         kind = " (an image-to-video model's)" if any(map(_IMAGE.search, self.unknown)) else ""
         raise CheckpointError(
             f"{self.path} has {len(self.unknown)} keys that change nothing of a text-to-video Wan "
-            f"transformer{kind}: {_first(self.unknown)}; expected a LoRA of one alone, give one "
+            f"transformer{kind}: {first_of(self.unknown)}; expected a LoRA of one alone, give one "
             "that was made for this base, or a file without these keys"
         )
 
@@ -534,8 +534,3 @@ def _depth(names: Iterable[str]) -> int:
     """One more than the last block that parameters name."""
     blocks = [block for name in names if (block := block_of(name)) is not None]
     return max(blocks, default=-1) + 1
-
-
-def _first(keys: Sequence[str]) -> str:
-    more = f" and {len(keys) - _SHOWN} more" if len(keys) > _SHOWN else ""
-    return ", ".join(keys[:_SHOWN]) + more

@@ -39,7 +39,7 @@ from mv2v_engine.config import (
     TransformerConfig,
 )
 from mv2v_engine.defaults import without_memory
-from mv2v_engine.errors import CheckpointError
+from mv2v_engine.errors import CheckpointError, first_of
 from mv2v_engine.models.dit import MV2VTransformer
 
 if TYPE_CHECKING:
@@ -115,15 +115,15 @@ class Resolution:
             )
         if self.missing:
             raise CheckpointError(
-                f"{path} lacks {len(self.missing)} parameters: {_first(self.missing)}; expected a "
-                "whole transformer, copy or download it again"
+                f"{path} lacks {len(self.missing)} parameters: {first_of(self.missing)}; expected "
+                "a whole transformer, copy or download it again"
             )
         for source in self.sources.values():
             require_numbers(source.info)
         if self.unknown:
             raise CheckpointError(
                 f"{path} has {len(self.unknown)} keys that the model does not know: "
-                f'{_first(self.unknown)}; rename them or leave them out ("key": null) with '
+                f'{first_of(self.unknown)}; rename them or leave them out ("key": null) with '
                 "rename=FILE"
             )
         if self.vae_path is not None and not _is_component(self.vae_path):
@@ -141,9 +141,9 @@ class Resolution:
         if self.mismatched:
             wrong.append(f"{len(self.mismatched)} parameters have other shapes ({mismatched})")
         if self.missing:
-            wrong.append(f"{len(self.missing)} are in neither: {_first(self.missing)}")
+            wrong.append(f"{len(self.missing)} are in neither: {first_of(self.missing)}")
         if self.unknown:
-            wrong.append(f"{len(self.unknown)} keys have no place: {_first(self.unknown)}")
+            wrong.append(f"{len(self.unknown)} keys have no place: {first_of(self.unknown)}")
         if wrong:
             raise wrong_base(base, self.detected.path, "; ".join(wrong))
 
@@ -320,8 +320,3 @@ def _mapping(sources: dict[str, Source]) -> list[str]:
             cells = ", its inputs read as cells in row-major order" if source.is_cells else ""
             lines.append(f"{source.info.key} {list(source.info.shape)} -> {name}{how}{cells}")
     return lines
-
-
-def _first(keys: tuple[str, ...], count: int = 4) -> str:
-    more = f" and {len(keys) - count} more" if len(keys) > count else ""
-    return ", ".join(keys[:count]) + more

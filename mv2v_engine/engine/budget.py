@@ -174,6 +174,7 @@ class Budget:
         """The bytes taken now: the cache fills, the text encoder comes and goes."""
         parts, config = self.parts, self.parts.config
         shape, text, sampling = parts.transformer.config, parts.text, parts.sampling
+        blocks = parts.transformer.blocks
         encode, decode = vae_peak_bytes(parts.vae, sampling.num_frames, sampling.size)
         on_gpu, held = parts.device.type == "cuda", parts.graphs.bytes()
         embed = text_saved = 0
@@ -205,7 +206,7 @@ class Budget:
                 is_quantized=config.quantize is not None,
             ),
             quantizable=0 if config.quantize else _quantizable_here(parts),
-            offloadable=0 if config.offload else _offloadable_bytes(parts),
+            offloadable=0 if config.offload else module_bytes(blocks) - places_bytes(list(blocks)),
             text_quantizable=text_saved,
         )
 
@@ -400,11 +401,6 @@ def _quantizable_here(parts: Parts) -> int:
     count = len(transformer.blocks)
     of_places = saved * min(count, NUM_PLACES) // count
     return of_places + (saved if parts.device.type == "cpu" else 0)
-
-
-def _offloadable_bytes(parts: Parts) -> int:
-    blocks = parts.transformer.blocks
-    return module_bytes(blocks) - places_bytes(list(blocks))
 
 
 def shape_footprint(

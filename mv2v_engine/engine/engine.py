@@ -35,7 +35,6 @@ from mv2v_engine.engine.source import (
     AnyStreamSource,
     LongSource,
     Source,
-    StreamSource,
     load_source,
     open_long_source,
     open_stream_source,
@@ -288,7 +287,8 @@ class Engine(Parts):
         if source_latents is not None:
             sized._check_latents(source_latents)
         if cuts is not None:
-            cuts = _frame_numbers(cuts)
+            given = arguments.sequence("cuts", cuts, object, "a sequence of frame numbers, or None")
+            cuts = [arguments.integer(f"cuts[{place}]", cut) for place, cut in enumerate(given)]
         shape, name = self.checkpoint.config, self.checkpoint.name
         require_guides(shape, name, references=bool(references), mask=mask is not None)
         opened, guides = sized._opened(source, window, fps, alpha, fit, check), Guides()
@@ -385,7 +385,17 @@ class Engine(Parts):
             folder = StreamFolder(arguments.path("store", store, "the path of a folder"))
         check_source(self.checkpoint.config, self.checkpoint.name, source is not None)
         self.budget.check_stream(own)
-        edited = None if source is None else self._stream_source(source, fps)
+        edited = None
+        if source is not None:
+            edited = open_stream_source(
+                source,
+                size=self.sampling.size,
+                fps=fps,
+                own_fps=self.sampling.fps,
+                fit=self.config.source_fit,
+                max_pixels=self.config.max_source_pixels,
+                alpha=self.config.source_alpha,
+            )
         identity = identity_of(self, own, seed, edited)
         with kept_for_one(folder, resume=resume, is_locked=is_locked) as lock:
             manifest = None
@@ -403,19 +413,6 @@ class Engine(Parts):
                     folder.remove_unfinished()
                 stream.restore()
         return stream
-
-    def _stream_source(self, source: AnyStreamSource, fps: float | None) -> StreamSource:
-        """What a stream edits, at the model's size."""
-        config, sampling = self.config, self.sampling
-        return open_stream_source(
-            source,
-            size=sampling.size,
-            fps=fps,
-            own_fps=sampling.fps,
-            fit=config.source_fit,
-            max_pixels=config.max_source_pixels,
-            alpha=config.source_alpha,
-        )
 
     def _opened(
         self,
@@ -504,14 +501,3 @@ class Engine(Parts):
 def new_id() -> str:
     """An id for a session that was given none."""
     return uuid.uuid4().hex[:12]
-
-
-def _frame_numbers(cuts: Sequence[int]) -> list[int]:
-    """First frames of shots, as a caller gives them.
-
-    Raises:
-        RequestError: they are no sequence of integers.
-    """
-    if isinstance(cuts, str | bytes) or not isinstance(cuts, Iterable):
-        raise arguments.mistaken("cuts", cuts, "a sequence of frame numbers, or None")
-    return [arguments.integer(f"cuts[{place}]", cut) for place, cut in enumerate(cuts)]

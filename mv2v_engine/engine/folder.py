@@ -36,7 +36,7 @@ from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.errors import RequestError, StorageError
-from mv2v_engine.files import save_json, save_tensors, share_file, tensor_digest
+from mv2v_engine.files import remove_matching, save_json, save_tensors, share_file, tensor_digest
 from mv2v_engine.finite import is_finite
 from mv2v_engine.locks import WriterLock
 
@@ -355,11 +355,8 @@ class SessionFolder(KeptFolder):
 
     def remove_unfinished(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
-        places = (self.folder, self.turns_folder, *self.turns_folder.glob("turn_*/"))
-        for folder in places:
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if _UNFINISHED.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+        turns = self.turns_folder
+        remove_matching((self.folder, turns, *turns.glob("turn_*/")), _UNFINISHED)
 
     def _read(
         self, row: Mapping[str, Any], window: int, digest: str | None

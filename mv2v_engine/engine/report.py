@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from mv2v_engine.config import APPROXIMATE_ATTENTION, FEW_STEPS
@@ -118,9 +118,9 @@ def edit_report(
         "full_size": full_size_rows(parts, request, counts),
         "approximations": sorted({words for row in rows for words in row["approximations"]}),
         "conditioning_is_trained": all(row["conditioning_is_trained"] for row in rows),
-        "seconds": _summed([*(row["seconds"] for row in rows), decoding.seconds]),
-        peaks: _highest([*(row.get(peaks, {}) for row in rows), decoding.peak_bytes]),
-        "predicted_peak_bytes": _highest(row["predicted_peak_bytes"] for row in rows),
+        "seconds": _by_name([*(row["seconds"] for row in rows), decoding.seconds], _added),
+        peaks: _by_name([*(row.get(peaks, {}) for row in rows), decoding.peak_bytes], max),
+        "predicted_peak_bytes": _by_name((row["predicted_peak_bytes"] for row in rows), max),
         **_cache(parts),
         **parts.describe(),
     }
@@ -204,20 +204,19 @@ def full_size_rows(parts: Parts, request: Request, counts: Sequence[int]) -> lis
     return rows
 
 
-def _summed(rows: Iterable[Mapping[str, float]]) -> dict[str, float]:
-    total: dict[str, float] = {}
+def _by_name(
+    rows: Iterable[Mapping[str, Any]], together: Callable[[Any, Any], Any]
+) -> dict[str, Any]:
+    """The values of all rows under each name, taken together one after the other, from 0 on."""
+    found: dict[str, Any] = {}
     for row in rows:
         for name, value in row.items():
-            total[name] = round(total.get(name, 0.0) + value, 4)
-    return total
+            found[name] = together(found.get(name, 0), value)
+    return found
 
 
-def _highest(rows: Iterable[Mapping[str, int]]) -> dict[str, int]:
-    highest: dict[str, int] = {}
-    for row in rows:
-        for name, value in row.items():
-            highest[name] = max(value, highest.get(name, 0))
-    return highest
+def _added(total: float, seconds: float) -> float:
+    return round(total + seconds, 4)
 
 
 def _cache(parts: Parts) -> dict[str, Any]:

@@ -35,7 +35,13 @@ from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.source import LongSource, Source
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import RequestError, StorageError
-from mv2v_engine.files import file_digest, require_writable, save_json
+from mv2v_engine.files import (
+    file_digest,
+    remove_empty,
+    remove_matching,
+    require_writable,
+    save_json,
+)
 from mv2v_engine.progress import peak_host_bytes
 from mv2v_engine.video.contact_sheet import Strip, make_strip, save_contact_sheet, spaced_frames
 from mv2v_engine.video.io import VideoReader
@@ -139,9 +145,7 @@ class Results(ABC):
             for path in self._files():
                 path.unlink(missing_ok=True)
             turns = self.store.turns_folder
-            for folder in (*turns.glob("turn_*/"), turns):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            remove_empty(*turns.glob("turn_*/"), turns)
         except OSError as error:
             raise StorageError(
                 f"cannot remove earlier results: {error}; {self.elsewhere}"
@@ -152,9 +156,7 @@ class Results(ABC):
         self.store.remove_unfinished()
         for folder, name in [(self.folder, r"(report|overview)"), *self._strays()]:
             pattern = re.compile(rf"\.{name}-\w{{8}}\.(json|png|mp4)", re.IGNORECASE)
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if pattern.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+            remove_matching([folder], pattern)
 
     def _reported(self) -> dict[str, Any]:
         """The report; nothing of one that is not there, damaged or another program's."""
@@ -432,8 +434,7 @@ class EditResults(Results):
     def clear(self) -> None:
         """Remove the results, and the folder too if nothing else lies there."""
         super().clear()
-        if self.folder.is_dir() and not any(self.folder.iterdir()):
-            self.folder.rmdir()
+        remove_empty(self.folder)
 
     @property
     def num_kept(self) -> int:

@@ -758,7 +758,10 @@ class Session:
             try:
                 digest = self.folder.append(draft, number, latents)
             except StorageError as error:
-                self._note(draft, str(error))
+                # the reports of views say why the folder has not taken them
+                for waiting in self._drafts[self._drafts.index(draft) :]:
+                    if waiting.request.camera is not None and waiting.report is not None:
+                        waiting.report[STORAGE_ERROR] = str(error)
                 raise
             row = {"number": draft.number, "camera": draft.request.camera}
             read = partial(self.folder.latents, row, number, digest)
@@ -767,12 +770,6 @@ class Session:
                 draft.report.pop(STORAGE_ERROR, None)
                 self._remember(draft, latents, read)
             kept.stored(read)
-
-    def _note(self, draft: Draft, failure: str) -> None:
-        """Write into the reports of views why the folder has not taken them."""
-        for waiting in self._drafts[self._drafts.index(draft) :]:
-            if waiting.request.camera is not None and waiting.report is not None:
-                waiting.report[STORAGE_ERROR] = failure
 
     def _remember(
         self, draft: Draft, latents: Tensor, reload: Callable[[], Tensor] | None = None

@@ -30,7 +30,7 @@ from torch import Tensor
 
 from mv2v_engine.engine.folder import KeptFolder
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import save_tensors, tensor_digest
+from mv2v_engine.files import remove_empty, remove_matching, save_tensors, tensor_digest
 
 _UNFINISHED = re.compile(
     r"\.((stream|report)-\w{8}\.json|(block_\d+|frames_\d+|state)-\w{8}\.safetensors)"
@@ -158,10 +158,7 @@ class StreamFolder(KeptFolder):
 
     def remove_unfinished(self) -> None:
         """Remove the temporary files of a process that was killed while it wrote."""
-        for folder in (self.folder, self.blocks_folder, self.source_folder):
-            for path in folder.iterdir() if folder.is_dir() else ():
-                if _UNFINISHED.fullmatch(path.name):
-                    path.unlink(missing_ok=True)
+        remove_matching((self.folder, self.blocks_folder, self.source_folder), _UNFINISHED)
 
     def clear(self) -> None:
         """Remove the stream, the manifest last, and nothing else that lies there.
@@ -178,9 +175,7 @@ class StreamFolder(KeptFolder):
                 path.unlink(missing_ok=True)
             for path in self.source_folder.glob("frames_*.safetensors"):
                 path.unlink(missing_ok=True)
-            for folder in (self.blocks_folder, self.source_folder):
-                if folder.is_dir() and not any(folder.iterdir()):
-                    folder.rmdir()
+            remove_empty(self.blocks_folder, self.source_folder)
         except OSError as error:
             raise StorageError(
                 f"cannot remove the stream in {self.folder}: {error}; choose another folder"

@@ -196,14 +196,11 @@ def implementation(
         raise KernelUnavailableError(
             f"{op} was asked for with backend {backend!r}, but {reason}; use 'auto' or 'reference'"
         )
-    if backend == "native" and type(x) is Tensor and not _is_watched():
+    # a compiler and a dispatch mode have to see every operation
+    is_watched = torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
+    if backend == "native" and type(x) is Tensor and not is_watched:
         return _ON_CPU[op]  # without the dispatcher, which takes as long as a small call
     return registered
-
-
-def _is_watched() -> bool:
-    """Does a compiler or a dispatch mode have to see every operation?"""
-    return torch.compiler.is_compiling() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _missing_on(backend: str, op: str, device_type: str) -> str | None:

@@ -41,12 +41,11 @@ def work_flops(plan: TokenPlan, work: Work, steps: Sequence[MergeStep] | None = 
     """FLOPs of one piece of work. steps: as in `flop_table`."""
     if work == "schedule":
         return _time_flops(plan) + _time_projection_flops(plan)
-    tables = {
-        "whole": flop_table,
-        "kept": kept_flop_table,
-        "residual": residual_flop_table,
-    }
-    return sum(tables[work](plan, steps).values())
+    if work == "residual":
+        # no block runs, and no merge
+        return _tokenize_flops(plan, plan.segments[:1]) + _time_flops(plan) + _head_flops(plan)
+    table = flop_table if work == "whole" else kept_flop_table
+    return sum(table(plan, steps).values())
 
 
 def flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> dict[str, int]:
@@ -90,17 +89,6 @@ def kept_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -
         "embedding": _embedding_flops(plan, timesteps=1),
         "head": _head_flops(plan),
         **({"vace": _vace_flops(plan)} if plan.shape.vace_layers else {}),
-    }
-
-
-def residual_flop_table(
-    plan: TokenPlan, steps: Sequence[MergeStep] | None = None
-) -> dict[str, int]:
-    """FLOPs by part of a step without blocks, which knows nothing of merges."""
-    return {
-        "tokenize": _tokenize_flops(plan, plan.segments[:1]),
-        "embedding": _time_flops(plan),
-        "head": _head_flops(plan),
     }
 
 

@@ -480,23 +480,17 @@ def _view_segments(
     """
     frames, is_shared = grid[0], shape.camera_conditioning == "target"
     taus = (0, 0) if shape.shared_time else (frames, 2 * frames)
+    context, is_whole = grid, not shape.context_frames
+    if count := shape.context_frames:
+        # a state runs from the past on, which has the ids before the target's
+        context, taus = (count, *grid[1:]), (-count if shape.state_space else frames, 2 * frames)
 
     def track(index: int) -> int | None:
         return (0 if is_shared else index) if shape.has_camera else None
 
     yield Segment(role="target", grid=grid, camera=track(0))
-    if count := shape.context_frames:
-        # a state runs from the past on, which has the ids before the target's
-        tau = -count if shape.state_space else frames
-        if has_source:
-            context = (count, *grid[1:])
-            yield Segment(role="source", grid=context, tau=tau, camera=track(1))
-        for rank, tokenizer in enumerate(tokenizers):
-            camera, late = track(2 + rank), 2 * frames
-            yield Segment(role="memory", grid=grid, tokenizer=tokenizer, tau=late, camera=camera)
-        return
     if has_source:
-        yield Segment(role="source", grid=grid, tau=taus[0], camera=track(1), mergeable=True)
+        yield Segment(role="source", grid=context, tau=taus[0], camera=track(1), mergeable=is_whole)
     for rank, tokenizer in enumerate(tokenizers):
         yield Segment(
             role="memory",
@@ -504,7 +498,7 @@ def _view_segments(
             tokenizer=tokenizer,
             tau=taus[1],
             camera=track(2 + rank),
-            mergeable=True,
+            mergeable=is_whole,
         )
 
 

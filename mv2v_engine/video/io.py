@@ -200,6 +200,7 @@ class VideoReader:
                     yield still
                     at += 1
             return
+        self._measure(check)
         for stored, frame in self._stored_frames(None, check):
             if tick < len(order) and stored == order[tick]:
                 is_wanted = stored >= first
@@ -245,6 +246,7 @@ class VideoReader:
             # what is woven of fields needs the frame before it, too
             target = scan.stamps[max(0, min(places) - scan.is_interlaced)]
             first_key = next((key for key in reversed(scan.keyframes) if key <= target), None)
+        self._measure(check)
         missing = set(places)
         # a file may lie about its key frames: then once more from its beginning
         for seek in (first_key, None) if first_key is not None else (None,):
@@ -260,13 +262,6 @@ class VideoReader:
         self, seek: int | None, check: Check | None
     ) -> Iterator[tuple[int, VideoFrame]]:
         """Decoded frames with their number in the file, from the key frame stamped `seek` on."""
-        self._measure(check)
-        yield from self._raw_frames(seek, check)
-
-    def _raw_frames(
-        self, seek: int | None, check: Check | None
-    ) -> Iterator[tuple[int, VideoFrame]]:
-        """The stored frames, before anything is known of their brightness."""
         scan = self._scan
         stamps = scan.stamps
         number = {stamp: index for index, stamp in enumerate(stamps)}
@@ -296,11 +291,11 @@ class VideoReader:
         if scan.stamps and scan.keyframes:
             keys = scan.keyframes
             seeks = sorted({keys[place * (len(keys) - 1) // (most - 1)] for place in range(most)})
-            looked_at = (next(self._raw_frames(seek, check), None) for seek in seeks)
+            looked_at = (next(self._stored_frames(seek, check), None) for seek in seeks)
             scan.pictures.measure(found[1] for found in looked_at if found is not None)
         else:
             # what has no known key frames is decoded from its beginning
-            begun = islice(self._raw_frames(None, check), 0, 20 * most, 20)
+            begun = islice(self._stored_frames(None, check), 0, 20 * most, 20)
             scan.pictures.measure(frame for _, frame in begun)
         self._is_measured = True
 

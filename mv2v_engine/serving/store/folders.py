@@ -31,7 +31,7 @@ from typing import Any
 
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import StorageError
-from mv2v_engine.files import flush, make_folder, move
+from mv2v_engine.files import flush, make_folder, move, remove_matching
 from mv2v_engine.locks import Lock
 from mv2v_engine.serving.errors import FULL, ApiError
 from mv2v_engine.serving.store.database import Database
@@ -314,10 +314,7 @@ def sweep_session(folder: Path) -> None:
     """
     names = ("turns", "results", "rows")
     places = [folder, *(folder / name for name in names), *folder.glob("turns/turn_*/")]
-    for place in places:
-        for path in place.iterdir() if place.is_dir() else ():
-            if _UNFINISHED.fullmatch(path.name):
-                path.unlink(missing_ok=True)
+    remove_matching(places, _UNFINISHED)
     store = SessionFolder(folder)
     with reading(folder):
         listed = store.listed_files() if store.exists() else set()
