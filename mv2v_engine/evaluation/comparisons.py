@@ -12,6 +12,12 @@ from mv2v_engine.evaluation.bootstrap import Estimate
 Values = list[float | None]
 # of a table: title, measure, digits, whether its interval is shown
 Columns = Sequence[tuple[str, str, int, bool]]
+# of one row, of two, of three
+_OF_COUNTS: tuple[Callable[..., Estimate | None], ...] = (
+    bootstrap.mean,
+    bootstrap.ratio,
+    bootstrap.share,
+)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -29,10 +35,6 @@ class Target:
     at_most: float | None = None
     at_least: float | None = None
     for_interval: bool = False
-
-    def estimate(self, columns: Sequence[Values]) -> Estimate | None:
-        of_counts = (bootstrap.mean, bootstrap.ratio, bootstrap.share)
-        return of_counts[len(columns) - 1](*columns)
 
     def is_met(self, estimate: Estimate) -> bool | None:
         """None without bounds: it is told, and not judged."""
@@ -56,8 +58,9 @@ def compared(
     table = {}
     for target in targets:
         columns = [column for name in target.rows if (column := values(target, name)) is not None]
-        measured = len(columns) == len(target.rows)
-        estimate = target.estimate(columns) if measured else None
+        if len(columns) < len(target.rows):
+            continue
+        estimate = _OF_COUNTS[len(columns) - 1](*columns)
         if estimate is not None:
             bounds = {"at_most": target.at_most, "at_least": target.at_least}
             table[target.name] = {

@@ -48,8 +48,8 @@ def save_windows(path: Path, result: ClipResult) -> None:
     save_figure(figure, path)
 
 
-def save_bars(path: Path, results: dict[str, Any]) -> None:
-    """Means with their 95 % intervals, a panel a measure."""
+def save_bars(folder: Path, results: dict[str, Any]) -> None:
+    """Means with their 95 % intervals, a panel a measure, as `BARS` in a folder."""
     from matplotlib import pyplot
 
     rows = results["rows"] | results["references"]
@@ -71,4 +71,4 @@ def save_bars(path: Path, results: dict[str, Any]) -> None:
         axis.set_title(title, fontsize=9)
         axis.tick_params(labelsize=8)
         axis.grid(axis="x", alpha=0.3)
-    save_figure(figure, path)
+    save_figure(figure, folder / BARS)

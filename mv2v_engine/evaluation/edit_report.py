@@ -108,7 +108,8 @@ _TARGETS = (
 
 def summarise_edits(clips: Clips, protocol: EditProtocol) -> dict[str, Any]:
     """Everything that follows from the clips' measures (see `measures` in it for units)."""
-    features = {name: words for name, words in _FEATURES.items() if _has(clips, name)}
+    measured = clips[0]["references"]["truth"]
+    features = {name: words for name, words in _FEATURES.items() if name in measured}
     measures = MEASURES | features
     columns: dict[str, list[dict[str, Any]]] = {
         name: [clip["references"][name] for clip in clips] for name in clips[0]["references"]
@@ -131,10 +132,6 @@ def summarise_edits(clips: Clips, protocol: EditProtocol) -> dict[str, Any]:
         ),
         "measures": measures | _COST,
     }
-
-
-def _has(clips: Clips, measure: str) -> bool:
-    return measure in clips[0]["references"]["truth"]
 
 
 def _row(

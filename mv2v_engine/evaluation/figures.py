@@ -64,10 +64,12 @@ def save_side_by_side(path: Path, scene: SceneResult) -> None:
             axis.imshow(scene.frames[name][turn][-1].numpy())
             invented = view.invented[-1].float()
             if name != "source" and 0 < invented.mean() < 1:
+                # single pixels of the mask would draw as confetti
+                smooth = torch.nn.functional.avg_pool2d(invented[None], 5, stride=1, padding=2)[0]
                 # white on black is seen on whatever colour
                 for colour, linewidth in (("black", 1.8), ("white", 0.7)):
                     edge = {"colors": colour, "linewidths": linewidth}
-                    axis.contour(_smoothed(invented).numpy(), [0.5], **edge)
+                    axis.contour(smooth.numpy(), [0.5], **edge)
             axis.set_xticks([])
             axis.set_yticks([])
             if name == rows[0]:
@@ -75,11 +77,6 @@ def save_side_by_side(path: Path, scene: SceneResult) -> None:
                 axis.set_title(f"{which}: {view.camera.name}", fontsize=9)
         line[0].set_ylabel(_LABELS[name].replace(" as ", "\nas "), fontsize=8)
     save_figure(figure, path)
-
-
-def _smoothed(mask: torch.Tensor) -> torch.Tensor:
-    """Single pixels of a mask would draw as confetti."""
-    return torch.nn.functional.avg_pool2d(mask[None, None], 5, stride=1, padding=2)[0, 0]
 
 
 def save_consistency(path: Path, results: dict[str, Any]) -> None:

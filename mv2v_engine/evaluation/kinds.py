@@ -48,10 +48,6 @@ def _sum_up_edits(_: Engine, clips: Sequence[Measures], protocol: EditProtocol) 
     return summarise_edits(clips, protocol)
 
 
-def _plot_edits(folder: Path, results: dict[str, Any]) -> None:
-    edit_figures.save_bars(folder / edit_figures.BARS, results)
-
-
 def _sum_up_views(engine: Engine, scenes: Sequence[Measures], protocol: Protocol) -> dict[str, Any]:
     costs = _costs(engine)
     return {
@@ -127,5 +123,5 @@ EDITS = EvaluationKind(
     draw=edit_figures.save_windows,
     sum_up=_sum_up_edits,
     table=edits_markdown,
-    plot=_plot_edits,
+    plot=edit_figures.save_bars,
 )

@@ -125,13 +125,13 @@ class _Row:
     def pair_names(self) -> list[str]:
         return sorted({name for pairs in self._pairs() for name in pairs})
 
-    def later_turns(self) -> list[str]:
-        """Turns that can be compared with earlier ones, in order."""
-        return sorted({name.partition("-")[2] for name in self.pair_names()})
-
-    def against_earlier(self, later: str) -> Values:
-        """Consistency of one turn with all turns before it."""
-        return self.pairs([n for n in self.pair_names() if n.partition("-")[2] == later])
+    def by_later(self) -> dict[str, Values]:
+        """Consistency of each turn with all turns before it, in the order of the turns."""
+        names = self.pair_names()
+        later = sorted({name.partition("-")[2] for name in names})
+        return {
+            turn: self.pairs([n for n in names if n.partition("-")[2] == turn]) for turn in later
+        }
 
     def last_turns(self, *names: str) -> Values:
         """Consistency of last turns with all turns before them, a pixel as much as another."""
@@ -171,7 +171,7 @@ def _row(row: _Row, quality: Sequence[str], *, has_cost: bool) -> dict[str, Any]
         name: described(bootstrap.mean(row.pairs([name]))) for name in row.pair_names()
     }
     summary["by_turn"] = {
-        later: described(bootstrap.mean(row.against_earlier(later))) for later in row.later_turns()
+        later: described(bootstrap.mean(values)) for later, values in row.by_later().items()
     }
     branches = {name: bootstrap.mean(values(row)) for name, values in _BRANCHES.items()}
     summary["branches"] = {

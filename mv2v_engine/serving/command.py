@@ -40,7 +40,12 @@ def serve(args: argparse.Namespace) -> int:
     backend = _make_backend(config, cluster)
     asyncio.run(
         serve_http(
-            config, backend, (LogListener(),), on_listening=_announce, on_ready=_announce_ready
+            config,
+            backend,
+            (LogListener(),),
+            # flushed, for whoever started this waits for the lines
+            on_listening=lambda address: print(f"listening on {address}", flush=True),
+            on_ready=lambda address, model: print(f"ready: {model} on {address}", flush=True),
         )
     )
     return 0
@@ -63,15 +68,6 @@ def _make_backend(config: ServingConfig, cluster: Cluster | None) -> Backend:
     from mv2v_engine.serving.work.ray_backend import RayBackend
 
     return RayBackend(config, cluster)
-
-
-def _announce(address: str) -> None:
-    # flushed, for whoever started this waits for the line
-    print(f"listening on {address}", flush=True)
-
-
-def _announce_ready(address: str, model: str) -> None:
-    print(f"ready: {model} on {address}", flush=True)
 
 
 def serving_config(args: argparse.Namespace) -> ServingConfig:

@@ -80,7 +80,10 @@ class Service:
     ) -> None:
         told = Hosts(config.webhook_hosts) if config.webhook_hosts else None
         self.webhooks = Webhooks(
-            config.store / "webhooks", told, config.webhook_secret, self._any_job
+            config.store / "webhooks",
+            told,
+            config.webhook_secret,
+            lambda job_id: self._database.read(jobs.any_job, job_id),
         )
         self._fetched_from, self._fetching = Hosts(config.source_hosts), Counter[str]()
         self.config, self.backend = config, backend
@@ -554,9 +557,6 @@ class Service:
             assert job.is_ended, f"{job_id} is {job.state} and has no log"
             return ended(job, after)
         return found.follow(after)
-
-    async def _any_job(self, job_id: str) -> JobRecord | None:
-        return await self._database.read(jobs.any_job, job_id)
 
     def _clock(self) -> float:
         """The store's clock, in seconds."""

@@ -386,7 +386,12 @@ def main() -> None:
     add("--device", default="cpu")
     add_settings(parser, StreamConfig, has_defaults=False)
     args = parser.parse_args()
-    stream = replace(TINY_STREAM, **_stream_fields(args))
+    fields = given(args, StreamConfig)
+    if args.block_frames is not None:
+        fields["block_frames"] = args.block_frames
+    if args.timesteps is not None:
+        fields["timesteps"] = tuple(args.timesteps)
+    stream = replace(TINY_STREAM, **fields)
 
     torch.manual_seed(0)
     device = torch.device(args.device)
@@ -421,15 +426,6 @@ def main() -> None:
             refers=bool(args.train),
         )
         print(f"wrote {args.out / 'model'}: run stream SOURCE --checkpoint {args.out / 'model'}")
-
-
-def _stream_fields(args: argparse.Namespace) -> dict[str, Any]:
-    fields = given(args, StreamConfig)
-    if args.block_frames is not None:
-        fields["block_frames"] = args.block_frames
-    if args.timesteps is not None:
-        fields["timesteps"] = tuple(args.timesteps)
-    return fields
 
 
 def _run_stage(

@@ -63,10 +63,6 @@ class RenderedEdits:
             return EditPair(source, edited, mask, said["prompt"], said["kind"])
 
 
-def pair_path(folder: Path, seed: int) -> Path:
-    return folder / f"edit_{seed:07d}.safetensors"
-
-
 def num_windows(seed: int) -> int:
     """Windows of a seed's clip: 5 to 8."""
     return _FEWEST_WINDOWS + seed % (_MOST_WINDOWS - _FEWEST_WINDOWS + 1)
@@ -116,7 +112,7 @@ def main() -> None:
     make_folder(args.out)
     own, step = (int(part) for part in args.shard.split("/"))
     for seed in tqdm(range(first, last)[own::step], unit="clip"):
-        path = pair_path(args.out, seed)
+        path = args.out / f"edit_{seed:07d}.safetensors"
         if not path.exists():
             render_pair(path, seed, num_frames=args.frames, device=args.device, grade=args.grade)
 

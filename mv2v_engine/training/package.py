@@ -172,13 +172,6 @@ def _losses(log: Path) -> dict[str, Curve]:
     return {name: curve for name, curve in read_curves(log).items() if name.startswith("loss")}
 
 
-def copy_logs(logs: Sequence[Path], dit_log: Path, out: Path) -> None:
-    """The CSV of every stage, named after its run's folder; the last one's plainly."""
-    for log in [*logs, dit_log]:
-        name = "training_log.csv" if log == dit_log else f"{log.parent.name}_training_log.csv"
-        copy_file(log, out / name)
-
-
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--name", choices=tuple(MODELS), default="tiny-nvs")
@@ -216,7 +209,9 @@ def main() -> None:
     )
     log = args.dit / "log.csv"
     plot_losses(args.vae_logs, args.earlier, log, args.out / "loss.png")
-    copy_logs([*args.vae_logs, *args.earlier], log, args.out)
+    for earlier in [*args.vae_logs, *args.earlier]:
+        copy_file(earlier, args.out / f"{earlier.parent.name}_training_log.csv")
+    copy_file(log, args.out / "training_log.csv")
 
 
 if __name__ == "__main__":

@@ -50,7 +50,10 @@ def check_pictures(path: Path, scan: Scan) -> None:
                 stamp = frame.pts
                 if is_timed and stamp is not None:
                     if latest is not None and stamp < latest:
-                        raise _disordered(path, num_seen)
+                        raise VideoError(
+                            f"{path.name} is damaged: its frame {num_seen + 1} comes before frame "
+                            f"{num_seen} by its time stamp; re-encode it"
+                        )
                     latest = stamp
                 if frame.is_corrupt:
                     is_damaged = True
@@ -66,10 +69,3 @@ def check_pictures(path: Path, scan: Scan) -> None:
         )
     if missing:
         raise truncated(path, num_frames - len(missing), num_frames)
-
-
-def _disordered(path: Path, number: int) -> VideoError:
-    return VideoError(
-        f"{path.name} is damaged: its frame {number + 1} comes before frame {number} by its time "
-        "stamp; re-encode it"
-    )

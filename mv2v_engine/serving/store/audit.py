@@ -101,7 +101,10 @@ class Audit:
         states = await asyncio.to_thread(self._states, folder, turns, is_deep)
         for turn, state in zip(turns, states, strict=True):
             await self._found(turn, state)
-        damage = await asyncio.to_thread(self._source_damage, folder, session, is_deep)
+        damage = await asyncio.to_thread(
+            self.verifier.problem, folder, "source", session.files, is_deep=is_deep
+        )
+        damage = damage and f"the uploaded video is lost: {damage}"
         if damage is None and not mends:
             # what was found of the manifest holds until it is looked at again
             damage = session.damage
@@ -182,10 +185,6 @@ class Audit:
             name = path.relative_to(folder).as_posix()
             if self.verifier.problem(folder, name, turn.files) is not None:
                 self._put_away(path)
-
-    def _source_damage(self, folder: Path, session: SessionRecord, is_deep: bool) -> str | None:
-        problem = self.verifier.problem(folder, "source", session.files, is_deep=is_deep)
-        return problem and f"the uploaded video is lost: {problem}"
 
     async def _mended(
         self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]

@@ -158,11 +158,6 @@ def read_identity(root: Path) -> Identity | None:
         raise _refused(root, f"{NAME} cannot be read ({error})") from error
 
 
-def store_file(root: Path) -> Path:
-    """Where a store says what it is."""
-    return root / NAME
-
-
 def write_identity(root: Path, identity: Identity) -> None:
     value = {"id": identity.id, "generation": identity.generation}
     save_json(root / NAME, {"format": _FORMAT, "version": _VERSION, **value})

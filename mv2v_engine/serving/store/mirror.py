@@ -128,7 +128,11 @@ async def mirror(
     """
     rows = await database.read(rows_of, session_id, number=number)
     if rows is not None:
-        await asyncio.to_thread(write_rows, folder, rows)
+        texts: dict[str, dict[str, Any]] = {
+            _turn_name(each): {"row": row} for each, row in rows.turns.items()
+        }
+        texts["session.json"] = {"store": rows.store, "row": rows.session}
+        await asyncio.to_thread(_write, folder, texts)
 
 
 def rows_of(db: sqlite3.Connection, session_id: str, *, number: int | None = None) -> Rows | None:
@@ -150,13 +154,8 @@ def write_turn(folder: Path, turn: TurnRecord) -> None:
     _write(folder, {_turn_name(turn.number): {"row": row}})
 
 
-def write_rows(folder: Path, rows: Rows) -> None:
-    """Write what differs of the copy in a session's folder."""
-    texts = {_turn_name(number): {"row": row} for number, row in rows.turns.items()}
-    _write(folder, {"session.json": {"store": rows.store, "row": rows.session}, **texts})
-
-
 def _write(folder: Path, texts: dict[str, dict[str, Any]]) -> None:
+    """Write what differs of the copy in a session's folder."""
     place = folder / FOLDER
     if not folder.is_dir():
         return

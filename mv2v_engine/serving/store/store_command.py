@@ -19,6 +19,7 @@ from mv2v_engine.serving.store.database import Database
 from mv2v_engine.serving.store.digests import Verifier
 from mv2v_engine.serving.store.folders import Store, finished_numbers
 from mv2v_engine.serving.store.identity import (
+    NAME,
     Identity,
     create,
     has_database,
@@ -28,7 +29,6 @@ from mv2v_engine.serving.store.identity import (
     refusal,
     require_whole,
     set_identity,
-    store_file,
     write_identity,
 )
 from mv2v_engine.serving.store.mirror import insert_session, read_rows
@@ -181,7 +181,7 @@ def _mend_database(store: Store) -> Identity:
     try:
         named = read_identity(store.root)
     except StorageError:
-        place = store.set_aside(store_file(store.root), store_file(store.root).name)
+        place = store.set_aside(store.root / NAME, NAME)
         print(f"store.json was damaged, and set aside: {place}")
         named = None
     row = _usable(store, named)

@@ -22,7 +22,7 @@ from mv2v_engine.errors import StorageError
 from mv2v_engine.files import make_folder, save_json
 from mv2v_engine.serving.store.digests import promised
 from mv2v_engine.serving.store.folders import Store
-from mv2v_engine.serving.store.records import is_id, new_id
+from mv2v_engine.serving.store.records import is_id
 
 log = logging.getLogger("mv2v_engine.serving")
 
@@ -161,7 +161,3 @@ def read_records(store: Store) -> list[StreamRecord]:
             continue
         found.append(record)
     return sorted(found, key=lambda record: record.created)
-
-
-def new_stream_id() -> str:
-    return new_id("stream")

@@ -86,7 +86,8 @@ class LocalBackend:
             # between two workers
             self._supervisor.cancel()
         elif was_ready:
-            _close_stdin(process)
+            assert process.stdin is not None
+            process.stdin.close()
         else:
             # it loads, and has written nothing
             _kill(process)
@@ -296,11 +297,6 @@ class LocalBackend:
         message = f"{why}; the session is as it was, ask for the turn again"
         code = "timeout" if self._is_stalled else "worker_crashed"
         return {"type": "failed", "code": code, "message": message}
-
-
-def _close_stdin(process: Process) -> None:
-    if process.stdin is not None:
-        process.stdin.close()
 
 
 async def _end(process: Process, patience: float) -> int:

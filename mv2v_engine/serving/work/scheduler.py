@@ -252,7 +252,8 @@ class Scheduler:
         result = (await asyncio.gather(driven, return_exceptions=True))[0]
         if isinstance(result, BaseException):
             log.error("job %s failed", job.id, exc_info=result)
-            result = failed("internal", _words(result))
+            name = type(result).__name__
+            result = failed("internal", f"{name}: {result}" if str(result) else name)
         try:
             await self._settle(job, session, result)
             if result["type"] == "done":
@@ -438,7 +439,3 @@ def _left_behind(folder: Path, session: SessionRecord, number: int | None) -> di
     for path in result_paths(folder, number):
         path.unlink(missing_ok=True)
     return {"type": "done", "number": number, "report": row["report"], "published": False}
-
-
-def _words(error: BaseException) -> str:
-    return f"{type(error).__name__}: {error}" if str(error) else type(error).__name__

@@ -28,12 +28,11 @@ from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError, client_words, disk_errors, failed
 from mv2v_engine.serving.store.folders import Store
-from mv2v_engine.serving.store.records import Page
+from mv2v_engine.serving.store.records import Page, new_id
 from mv2v_engine.serving.store.source_frames import SourceFrames
 from mv2v_engine.serving.store.streams import (
     StreamRecord,
     ended_record,
-    new_stream_id,
     read_records,
     save_record,
     stream_folder,
@@ -236,7 +235,7 @@ class Streams:
         if key is not None and (known := self._of_key(owner, key, digest)) is not None:
             return known, False
         try:
-            record = make_stream(owner, new_stream_id(), request, about)
+            record = make_stream(owner, new_id("stream"), request, about)
         except RequestError as error:
             raise ApiError("unprocessable_turn", client_words(str(error))) from error
         record = replace(record, key=key, digest=digest, used=self._clock())

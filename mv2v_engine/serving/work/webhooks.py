@@ -16,6 +16,7 @@ import hashlib
 import hmac
 import json
 import logging
+import re
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable
@@ -27,7 +28,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from mv2v_engine.errors import RequestError
-from mv2v_engine.files import make_folder, save_json
+from mv2v_engine.files import make_folder, remove_matching, save_json
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.store.records import JobRecord, is_id
 from mv2v_engine.serving.watch.listener import Listener
@@ -74,7 +75,9 @@ class Webhooks(Listener):
 
     async def start(self) -> None:
         """Take up what is still to be told."""
-        await asyncio.to_thread(self._clean)
+        await asyncio.to_thread(make_folder, self._folder)
+        unfinished = re.compile(r"\.job_.*")  # a kill's, while it was written
+        await asyncio.to_thread(remove_matching, [self._folder], unfinished)
         for path in await asyncio.to_thread(lambda: sorted(self._folder.glob("job_*.json"))):
             job_id = path.stem
             try:
@@ -161,11 +164,6 @@ class Webhooks(Listener):
                 return answer.status_code, None
         except RefusedError as error:
             return None, type(error.__cause__ or error).__name__
-
-    def _clean(self) -> None:
-        make_folder(self._folder)
-        for path in self._folder.glob(".job_*"):  # a kill's, while it was written
-            path.unlink(missing_ok=True)
 
     def _write(self, job_id: str, waiting: _Waiting) -> None:
         save_json(self._path(job_id), {"url": waiting.url, "attempts": waiting.attempts})

@@ -122,18 +122,6 @@ class VideoModels(BaseModel):
     data: list[VideoModel]
 
 
-def _generation(request: Request, job_id: str, state: State, error: str | None) -> Generation:
-    path = f"{router.prefix}/{job_id}"
-    content = f"{request.base_url}{path.lstrip('/')}/content?index=0"
-    return Generation(
-        id=job_id,
-        polling_url=path,
-        status=state,
-        unsigned_urls=[content] if state == "completed" else None,
-        error=error,
-    )
-
-
 @router.post(
     "",
     status_code=status.HTTP_202_ACCEPTED,
@@ -179,8 +167,15 @@ async def get_generation(
 ) -> Generation:
     """How far a video is, and where it is once it is completed."""
     job: JobRecord = await service.job(owner, video_id)
-    error = None if job.error is None else job.error["message"]
-    return _generation(request, job.id, _STATUS[job.state], error)
+    path = f"{router.prefix}/{job.id}"
+    content = f"{request.base_url}{path.lstrip('/')}/content?index=0"
+    return Generation(
+        id=job.id,
+        polling_url=path,
+        status=_STATUS[job.state],
+        unsigned_urls=[content] if job.state == "finished" else None,
+        error=None if job.error is None else job.error["message"],
+    )
 
 
 @router.get(
