@@ -15,6 +15,7 @@ from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.defaults import torch_defaults
 from mv2v_engine.files import tensor_digest
 from mv2v_engine.testing import relative_error
+from tests.torch_state import default_dtype, num_threads
 
 ROOT = Path(__file__).resolve().parents[1] / "mv2v_engine"
 # what makes a tensor of nothing, and takes torch's defaults where it names no dtype or device
@@ -22,16 +23,6 @@ FLOATS = {"empty", "eye", "full", "linspace", "logspace", "ones", "rand", "randn
 FACTORIES = FLOATS | {"arange", "randint", "randperm", "scalar_tensor", "tensor"}
 # modules are made without memory and filled, or by training; these make no turn
 OTHERS = ("synthetic", "training", "evaluation", "testing.py")
-
-
-@contextmanager
-def default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 @contextmanager
@@ -50,16 +41,6 @@ def other_seed() -> Iterator[None]:
         yield
 
 
-@contextmanager
-def threads(number: int) -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(number)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "float64": lambda: default_dtype(torch.float64),
     "bfloat16": lambda: default_dtype(torch.bfloat16),
@@ -70,8 +51,8 @@ SETTINGS: dict[str, Callable[[], AbstractContextManager[object]]] = {
     "autocast": lambda: torch.autocast("cpu", torch.bfloat16),
     "deterministic algorithms": deterministic,
     "another seed of torch's own": other_seed,
-    "one thread": lambda: threads(1),
-    "two threads": lambda: threads(2),
+    "one thread": lambda: num_threads(1),
+    "two threads": lambda: num_threads(2),
 }
 
 

@@ -22,6 +22,7 @@ from mv2v_engine.ops import (
 )
 from mv2v_engine.ops.backend import NATIVE_OPS, resolve
 from mv2v_engine.testing import assert_within_budget
+from tests.torch_state import num_threads
 
 CPU = torch.device("cpu")
 needs_library = pytest.mark.skipif(
@@ -165,21 +166,14 @@ def test_outputs_are_written_whole_and_nothing_around_them(
         assert buffer[:GUARD].isnan().all() and buffer[-GUARD:].isnan().all()
 
 
-@pytest.fixture
-def threads() -> Iterator[None]:
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
-
-
 @needs_library
 @pytest.mark.parametrize("form", FORMS)
-def test_threads_change_no_bit(form: str, threads: None) -> None:
+def test_threads_change_no_bit(form: str) -> None:
     run, _ = _case(form, (2, 301, 3, 58))  # of more than two threads' grain
     found = []
     for count in (1, 2, 3):
-        torch.set_num_threads(count)
-        found.append(torch.cat([each.flatten() for each in _results(run("native"))]))
+        with num_threads(count):
+            found.append(torch.cat([each.flatten() for each in _results(run("native"))]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
 
 

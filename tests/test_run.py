@@ -27,6 +27,7 @@ from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.video.io import read_video, write_video
 from tests.conftest import has_products
 from tests.folders import DAMAGES, contents
+from tests.torch_state import num_threads
 
 ROOT = Path(__file__).resolve().parents[1]
 CAMERAS = ("pan_right", "arc_left", "pan_right")
@@ -411,16 +412,13 @@ def test_inspect(tiny_checkpoint: Path, tmp_path: Path, capsys: Capture) -> None
 def test_threads_come_from_the_environment(
     monkeypatch: pytest.MonkeyPatch, capsys: Capture
 ) -> None:
-    before = torch.get_num_threads()
-    try:
+    with num_threads(torch.get_num_threads()):
         monkeypatch.setenv("MV2V_NUM_THREADS", "3")
         assert run.main(["info"]) == 0
         assert "cpu: 3 threads" in capsys.readouterr().out
         monkeypatch.setenv("MV2V_NUM_THREADS", "many")
         assert run.main(["info"]) == 2
         assert "MV2V_NUM_THREADS must be a positive integer" in capsys.readouterr().err
-    finally:
-        torch.set_num_threads(before)
 
 
 def test_help_and_version(capsys: Capture) -> None:

@@ -22,6 +22,7 @@ from mv2v_engine.ops.backend import resolve
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import novel_view_plan
 from mv2v_engine.vae import VideoVAE
+from tests.torch_state import default_dtype
 
 pytestmark = pytest.mark.gpu
 
@@ -39,13 +40,8 @@ def an_empty_gpu() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def model() -> Iterator[MV2VTransformer]:
     """Random weights at full size: bytes do not depend on them."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with torch.device(CUDA):
-            model = MV2VTransformer(WAN_1_3B).requires_grad_(False)
-    finally:
-        torch.set_default_dtype(previous)
+    with default_dtype(torch.bfloat16), torch.device(CUDA):
+        model = MV2VTransformer(WAN_1_3B).requires_grad_(False)
     model.set_backend(resolve("auto", torch.device(CUDA)))
     model.set_feed_forward_chunk(EngineConfig().feed_forward_chunk)
     yield model

@@ -22,6 +22,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.quantized import quantize_linears
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import novel_view_plan
+from tests.torch_state import default_dtype
 
 CPU = torch.device("cpu")
 
@@ -116,9 +117,7 @@ def test_what_cannot_be(tiny_checkpoint: Path) -> None:
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_tenth_of_the_weights_is_on_the_device(quantize: Any) -> None:
     """Of thirty blocks two, and what is in none; a forward makes no more than ever."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
+    with default_dtype(torch.bfloat16):
         with without_memory(), torch.no_grad():
             model = MV2VTransformer(WAN_1_3B)
             if quantize is not None:
@@ -135,8 +134,6 @@ def test_a_tenth_of_the_weights_is_on_the_device(quantize: Any) -> None:
             text = torch.empty(1, WAN_1_3B.text_len, WAN_1_3B.text_dim)
             with LiveBytes() as live:
                 model(given, torch.empty(1), text, plan=plan, cameras=cameras)
-    finally:
-        torch.set_default_dtype(previous)
     resident = whole - blocks + model.offload.num_bytes
     assert resident < whole / 5
     assert live.peak == pytest.approx(

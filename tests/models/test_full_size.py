@@ -25,6 +25,7 @@ from mv2v_engine.models.sample import Sample
 from mv2v_engine.testing import cpu_flops
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, window_plan
+from tests.torch_state import default_dtype
 
 
 def _dense_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
@@ -93,26 +94,21 @@ def test_a_full_size_forward_never_waits_for_data(
     shape: TransformerConfig, plan: TokenPlan, backend: str
 ) -> None:
     """A data-dependent shape or a host read raises under fake tensors."""
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(torch.bfloat16)
-    try:
-        with FakeTensorMode(), torch.no_grad():
-            model = MV2VTransformer(shape)
-            model.set_backend(backend)
-            latents = [torch.empty(1, shape.channels_of(s.role), *s.grid) for s in plan.segments]
-            cameras: Tensor | None = None
-            if shape.has_camera:
-                cameras = torch.empty(1, len(plan.segments), plan.target.num_frames, 12)
-            with FlopCounterMode(display=False, custom_mapping=FORMULAS) as count:
-                velocity = model(
-                    latents,
-                    torch.empty(1),
-                    torch.empty(1, shape.text_len, shape.text_dim),
-                    plan=plan,
-                    cameras=cameras,
-                )
-    finally:
-        torch.set_default_dtype(previous)
+    with default_dtype(torch.bfloat16), FakeTensorMode(), torch.no_grad():
+        model = MV2VTransformer(shape)
+        model.set_backend(backend)
+        latents = [torch.empty(1, shape.channels_of(s.role), *s.grid) for s in plan.segments]
+        cameras: Tensor | None = None
+        if shape.has_camera:
+            cameras = torch.empty(1, len(plan.segments), plan.target.num_frames, 12)
+        with FlopCounterMode(display=False, custom_mapping=FORMULAS) as count:
+            velocity = model(
+                latents,
+                torch.empty(1),
+                torch.empty(1, shape.text_len, shape.text_dim),
+                plan=plan,
+                cameras=cameras,
+            )
     assert tuple(velocity.shape) == (1, shape.out_channels, *plan.target.grid)
     assert count.get_total_flops() == sum(flop_table(plan).values())
     counted = {str(name) for name in count.get_flop_counts()["Global"]}

@@ -20,6 +20,7 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.ops import fov_overlap as module
 from mv2v_engine.ops import native
 from mv2v_engine.ops.fov_overlap import fov_overlap, visible_points
+from tests.torch_state import num_threads
 
 NOT_BUILT = native.missing_reason("cpu", "fov_overlap")
 needs_library = pytest.mark.skipif(NOT_BUILT is not None, reason=str(NOT_BUILT))
@@ -177,14 +178,10 @@ def test_any_strides_are_taken() -> None:
 @needs_library
 def test_more_threads_than_chunks_count_the_same() -> None:
     points, planes = _random(7, 5000, [9, 9, 9])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(1)
+    with num_threads(1):
         one = fov_overlap(points, planes, frames=[9, 9, 9])
-        torch.set_num_threads(13)
+    with num_threads(13):
         assert torch.equal(fov_overlap(points, planes, frames=[9, 9, 9]), one)
-    finally:
-        torch.set_num_threads(before)
 
 
 @needs_library

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,17 +14,9 @@ from safetensors.torch import load_file
 
 from mv2v_engine import run
 from tests.launched import both, both_succeed, torchrun
+from tests.torch_state import num_threads
 
 CAMERAS = ("pan_right", "arc_left")
-
-
-@pytest.fixture
-def one_thread() -> Iterator[None]:
-    """As torchrun's processes have: another number of threads splits products otherwise."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
@@ -90,14 +81,15 @@ def test_sessions_are_not_batched_over_processes(told: dict[str, Any]) -> None:
 
 
 def test_guidance_on_two_processes_is_that_of_one_to_the_bit(
-    tmp_path: Path, worded_checkpoint: Path, source_clip: Path, one_thread: None
+    tmp_path: Path, worded_checkpoint: Path, source_clip: Path
 ) -> None:
     """By the command, which finds out how many there are and writes once."""
     words = ["novel-view", str(source_clip), "--prompt", "a red ball", "--guidance", "3"]
     words += [word for camera in CAMERAS for word in ("--camera", camera)]
     words += ["--memory", "retrieved", "--checkpoint", str(worded_checkpoint), "--device", "cpu"]
     done = torchrun("-m", "mv2v_engine.run", *words, "--out", str(tmp_path / "two"))
-    with contextlib.redirect_stdout(io.StringIO()):
+    # as torchrun's processes have: another number of threads splits products otherwise
+    with num_threads(1), contextlib.redirect_stdout(io.StringIO()):
         assert run.main([*words, "--out", str(tmp_path / "one")]) == 0
     found = [
         sorted(str(path.relative_to(folder)) for path in folder.rglob("*"))

@@ -19,6 +19,7 @@ from mv2v_engine.models.quantized import quantize_linears
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
+from tests.torch_state import default_dtype
 
 BFLOAT16, CHUNK = torch.bfloat16, 16_384
 # merges before blocks 1 and 2, in a tenth of the time of all thirty
@@ -43,9 +44,8 @@ def counted(
     Operations that are one opaque call run on the meta device; the reference's attention would be
     another one there, with all its scores, so that it runs on fake tensors of a CPU.
     """
-    shape, previous = plan.shape, torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
+    shape = plan.shape
+    with default_dtype(dtype):
         device = FakeTensorMode() if backend == "reference" else torch.device("meta")
         with device, torch.no_grad():
             model = MV2VTransformer(shape)
@@ -62,8 +62,6 @@ def counted(
                 model(given, timestep, text, plan=plan, cameras=cameras, kept=keep)
                 if keep is not None:
                     model([given[0]], timestep, text, plan=plan, kept=keep)
-    finally:
-        torch.set_default_dtype(previous)
     return live.peak
 
 

@@ -9,16 +9,15 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.optim import Optimizer
 
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.config import WAN_1_3B, HistoryConfig
-from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.feed_forward import Linear
 from mv2v_engine.testing import randomise, tiny_config
-from mv2v_engine.tokens.plan import history_segments
+from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments
 from mv2v_engine.training import history
 from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.history import (
@@ -29,11 +28,9 @@ from mv2v_engine.training.history import (
     prepare,
     query_plan,
 )
-from mv2v_engine.training.losses import flow_loss
 from mv2v_engine.training.low_rank import add_low_rank, merge_low_rank
-from mv2v_engine.training.recipe import Batch
+from tests.training.full_size import assert_a_step_fits
 
-GIB = 1 << 30
 WINDOWS = (3, 4, 5)
 
 
@@ -191,40 +188,20 @@ def test_a_full_size_step(stage: int) -> None:
     """
     shape = replace(WAN_1_3B, num_layers=6, merge_blocks=None, camera_conditioning="none")
     grid, length = (21, 60, 104), 80
-    previous = torch.get_default_dtype()
-    with FakeTensorMode(), LiveBytes() as memory:
-        torch.set_default_dtype(torch.bfloat16)
-        try:
-            model = MV2VTransformer(shape)
-        finally:
-            torch.set_default_dtype(previous)
+    past: list[Segment] = []
+
+    def prepared(model: MV2VTransformer) -> tuple[list[nn.Parameter], Optimizer, TokenPlan]:
         config = add_history(model, HistoryConfig())
         trained = prepare(model, 128)
-        average = [parameter.detach().clone() for parameter in trained]
-        optimizer = make_optimizer(trained, 1e-4)
-        past = tuple(history_segments(config, (length, *grid[1:]), "4x4x2", 3 * (stage - 1)))
-        plan = query_plan(config, grid, past, list(range(21)) if stage == 1 else None)
-        latents = [torch.empty(1, 16, *s.grid) for s in plan.segments]
-        batch = Batch(plan, latents, None, torch.empty(1, shape.text_len, shape.text_dim))
-        generator, device = torch.Generator(), torch.device("cpu")
-        loss = flow_loss(
-            model, batch, generator, flow_shift=5.0, device=device, dtype=torch.bfloat16
-        )
-        loss.backward()
-        nn.utils.clip_grad_norm_(trained, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        torch._foreach_lerp_(average, [parameter.detach() for parameter in trained], 0.001)
-        del loss, batch, latents
-        held = memory.now
-    count = sum(parameter.numel() for parameter in trained)
+        past.extend(history_segments(config, (length, *grid[1:]), "4x4x2", 3 * (stage - 1)))
+        plan = query_plan(config, grid, tuple(past), list(range(21)) if stage == 1 else None)
+        return trained, make_optimizer(trained, 1e-4), plan
+
+    model, count = assert_a_step_fits(shape, prepared)
     encoder = sum(parameter.numel() for parameter in model.history_encoders.parameters())
-    print(f"\n{count:,} parameters train, {encoder:,} of them the encoder's")
-    print(f"weights and states {held / GIB:.1f} GiB, peak {memory.peak / GIB:.1f} GiB")
+    print(f"{encoder:,} of them the encoder's")
     width, ffn = shape.dim, shape.ffn_dim
     # q, k, v and o of self- and cross-attention, and the feed-forward's two
     updates = 6 * 128 * (8 * 2 * width + 2 * (width + ffn))
     assert count == encoder + updates
-    frozen = sum(p.numel() for p in model.parameters()) - count
-    assert held == pytest.approx(4 * 4 * count + 2 * frozen, rel=0.01)
-    assert past[0].length == 7 * 13 * 40 and memory.peak < 16 * GIB
+    assert past[0].length == 7 * 13 * 40
