@@ -216,10 +216,15 @@ def lucy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def small_lucy(lucy_folder: Path) -> Engine:
     """That folder's engine for 9 frames of 64 x 96 pixels: 3 latent frames."""
-    loaded = Engine.from_pretrained(lucy_folder, device="cpu")
-    sampling = replace(loaded.sampling, num_frames=9, size=(64, 96))
-    checkpoint = replace(loaded.checkpoint, sampling=sampling)
-    return Engine(checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config)
+    return windowed(Engine.from_pretrained(lucy_folder, device="cpu"), size=(64, 96))
+
+
+def windowed(loaded: Engine, **sampling: Any) -> Engine:
+    """That engine for 9 frames of 32 x 48 pixels, and what else is told."""
+    changed = replace(loaded.sampling, **{"num_frames": 9, "size": (32, 48)} | sampling)
+    checkpoint = replace(loaded.checkpoint, sampling=changed)
+    parts = (loaded.vae, loaded.text, loaded.image)
+    return Engine(checkpoint, *parts, device=loaded.device, config=loaded.config)
 
 
 def smooth_frames(count: int, size: tuple[int, int] = (64, 96)) -> Tensor:
@@ -301,18 +306,20 @@ def long_clip(
     return path
 
 
+EDITOR: dict[str, Any] = {
+    "name": "editor",
+    "has_text": True,
+    "sampling": {"num_frames": EDIT_WINDOW, "size": EDIT_SIZE, "num_inference_steps": 2},
+    "in_channels": 32,
+    "source_channels": 16,
+    "camera_conditioning": "none",
+}
+
+
 @pytest.fixture(scope="session")
 def editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small random model that takes windows of 5 frames and reads 8 tokens."""
-    return save_tiny(
-        tmp_path_factory.mktemp("checkpoint") / "editor",
-        name="editor",
-        has_text=True,
-        sampling={"num_frames": EDIT_WINDOW, "size": EDIT_SIZE, "num_inference_steps": 2},
-        in_channels=32,
-        source_channels=16,
-        camera_conditioning="none",
-    )
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "editor", **EDITOR)
 
 
 @pytest.fixture(scope="session")

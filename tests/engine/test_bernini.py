@@ -8,7 +8,6 @@ n of a table over the whole head does (2 of 12 channels here).
 from __future__ import annotations
 
 import json
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ from mv2v_engine.sampling.guidance import guide_projected
 from mv2v_engine.testing import randomise, relative_error
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.video.transforms import cover_and_crop
-from tests.conftest import VAE, _save_text
+from tests.conftest import VAE, _save_text, smooth_frames, windowed
 from tests.engine.graph_stand_in import StandIn
 
 SIZE, FRAMES, HEADS, HEAD_DIM = (32, 48), 9, 2, 12
@@ -74,19 +73,12 @@ def editor(folder: Path) -> Engine:
 
 def small(folder: Path, **config: Any) -> Engine:
     """Its engine for a small window."""
-    loaded = Engine.from_pretrained(folder, device="cpu", config=EngineConfig(**config))
-    sampling = replace(loaded.sampling, num_frames=FRAMES, size=SIZE)
-    checkpoint = replace(loaded.checkpoint, sampling=sampling)
-    return Engine(checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config)
+    return windowed(Engine.from_pretrained(folder, device="cpu", config=EngineConfig(**config)))
 
 
 @pytest.fixture(scope="module")
 def frames() -> Tensor:
-    """uint8 [9, 32, 48, 3]."""
-    generator = torch.Generator().manual_seed(5)
-    coarse = torch.rand(FRAMES, 3, 4, 6, generator=generator)
-    smooth = torch.nn.functional.interpolate(coarse, SIZE, mode="bilinear")
-    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return smooth_frames(FRAMES, SIZE)
 
 
 def factors(grid: tuple[int, int, int], source_id: float) -> Tensor:

@@ -35,7 +35,7 @@ from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import turn_plan
 from tests.checkpoints.conftest import SMALL, original_shapes
 from tests.checkpoints.redirector_files import _filled
-from tests.conftest import VAE, _save_text, _save_vae
+from tests.conftest import VAE, _save_text, _save_vae, windowed
 from tests.engine.graph_stand_in import StandIn
 from tests.models.test_recammaster_parity import _attention, _linear, _rms, _rotate
 
@@ -188,10 +188,7 @@ def saved(folder: Path, weights: State, row: str = "context_k1") -> Path:
 
 
 def small(path: Path, components: Path) -> Engine:
-    loaded = Engine.from_pretrained(path, device="cpu", components=components)
-    sampling = replace(loaded.sampling, num_frames=FRAMES, size=SIZE)
-    checkpoint = replace(loaded.checkpoint, sampling=sampling)
-    return Engine(checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config)
+    return windowed(Engine.from_pretrained(path, device="cpu", components=components))
 
 
 @pytest.mark.parametrize("states", [(), STATES])

@@ -19,7 +19,7 @@ from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.history import HistoryEncoder
 from mv2v_engine.video.io import write_video
-from tests.conftest import EDIT_SIZE, EDIT_WINDOW, save_tiny
+from tests.conftest import EDITOR, save_tiny
 from tests.engine.editing.conftest import long_clip
 
 HISTORY = HistoryConfig(rates=("2x2x2", "1x1x1"), channels=(4, 4, 8, 8), heads=2)
@@ -29,16 +29,7 @@ PROMPT = "a red ball"
 @pytest.fixture(scope="module")
 def editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Windows of 5 frames of 32x48: latents of 2x4x6."""
-    return save_tiny(
-        tmp_path_factory.mktemp("checkpoint") / "editor",
-        name="editor",
-        has_text=True,
-        sampling={"num_frames": EDIT_WINDOW, "size": EDIT_SIZE, "num_inference_steps": 2},
-        in_channels=32,
-        source_channels=16,
-        camera_conditioning="none",
-        history=HISTORY,
-    )
+    return save_tiny(tmp_path_factory.mktemp("checkpoint") / "editor", **EDITOR, history=HISTORY)
 
 
 def engine(folder: Path, **config: Any) -> Engine:
@@ -138,15 +129,8 @@ def test_what_is_refused(editor_folder: Path, tmp_path: Path, tiny_checkpoint: P
         EngineConfig(history="fine")
     with pytest.raises(RequestError, match="history_frames=2 are those of a history"):
         EngineConfig(history_frames=2)
-    coarse = save_tiny(
-        tmp_path / "coarse",
-        has_text=True,
-        sampling={"num_frames": EDIT_WINDOW, "size": EDIT_SIZE, "num_inference_steps": 2},
-        in_channels=32,
-        source_channels=16,
-        camera_conditioning="none",
-        history=replace(HISTORY, rates=("4x4x2",)),
-    )
+    rates = replace(HISTORY, rates=("4x4x2",))
+    coarse = save_tiny(tmp_path / "coarse", **EDITOR, history=rates)
     session = engine(coarse, history="default").session(long_clip(10), cuts=())
     with pytest.raises(RequestError, match=r"covers 8x8 latent cells, the video has 4x6"):
         session.edit(PROMPT)

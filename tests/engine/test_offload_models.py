@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from mv2v_engine.engine.budget import shape_footprint
 from mv2v_engine.models.offload import NUM_PLACES, block_bytes
 from tests.checkpoints import test_gguf as gguf_files
 from tests.checkpoints.test_gguf import write_gguf
+from tests.conftest import windowed
 from tests.engine import test_bernini as bernini
 from tests.engine import test_echo_memory as echo_memory
 from tests.engine import test_redirector as redirector
@@ -43,11 +43,7 @@ def test_a_state_in_some_of_the_blocks(tmp_path: Path, components: Path, quantiz
     for offload in OFFLOADS:
         config = EngineConfig(offload=offload, quantize=quantize)
         loaded = Engine.from_pretrained(path, device="cpu", components=components, config=config)
-        sampling = replace(loaded.sampling, num_frames=9, size=(32, 48))
-        checkpoint = replace(loaded.checkpoint, sampling=sampling)
-        engine = Engine(
-            checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config
-        )
+        engine = windowed(loaded)
         session = engine.session(frames)
         asked: dict[str, Any] = {"prompt": "a ball", "num_inference_steps": 2}
         made.append([session.render(camera, **asked).latents for camera in ("pan:-30", "pan:30")])
@@ -107,11 +103,7 @@ def test_vace(
         )
         given: dict[str, Any] = {"components": worded_checkpoint, "config": config}
         loaded = Engine.from_pretrained(path, device="cpu", **given)
-        sampling = replace(loaded.sampling, num_frames=5, size=(32, 48), num_inference_steps=2)
-        checkpoint = replace(loaded.checkpoint, sampling=sampling)
-        engine = Engine(
-            checkpoint, loaded.vae, loaded.text, device=loaded.device, config=loaded.config
-        )
+        engine = windowed(loaded, num_frames=5, num_inference_steps=2)
         session = engine.session(moving_frames(9), cuts=())
         session.edit("a red ball", seed=3)
         made.append([window.read() for window in session._drafts[0].windows])

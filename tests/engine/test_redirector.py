@@ -30,6 +30,7 @@ from mv2v_engine.testing import relative_error
 from tests.checkpoints.conftest import by_replacement, fill, original_shapes
 from tests.checkpoints.redirector_files import SHAPE, base_state, trained_state
 from tests.checkpoints.small_hub import SmallHub
+from tests.conftest import smooth_frames, windowed
 from tests.engine.graph_stand_in import StandIn
 from tests.models.test_redirector_parity import rays_of, reference
 from tests.test_text import original_t5_name
@@ -117,20 +118,14 @@ def trained(tmp_path: Path) -> Path:
 
 def small_engine(trained: Path, base: Path, **config: object) -> Engine:
     """An engine of 9 frames of 32x48."""
-    loaded = Engine.from_pretrained(trained, device="cpu", config=EngineConfig(base=base, **config))  # type: ignore[arg-type]
-    sampling = replace(loaded.sampling, num_frames=FRAMES, size=SIZE)
-    checkpoint = replace(loaded.checkpoint, sampling=sampling)
-    parts = (loaded.vae, loaded.text, loaded.image)
-    return Engine(checkpoint, *parts, device=loaded.device, config=loaded.config)
+    return windowed(
+        Engine.from_pretrained(trained, device="cpu", config=EngineConfig(base=base, **config))  # type: ignore[arg-type]
+    )
 
 
 @pytest.fixture
 def frames() -> Tensor:
-    """uint8 [9, 32, 48, 3]."""
-    generator = torch.Generator().manual_seed(5)
-    coarse = torch.rand(FRAMES, 3, 4, 6, generator=generator)
-    smooth = F.interpolate(coarse, SIZE, mode="bilinear")
-    return (smooth * 255).to(torch.uint8).permute(0, 2, 3, 1)
+    return smooth_frames(FRAMES, SIZE)
 
 
 def test_a_turn_is_that_of_the_published_pipeline(

@@ -33,6 +33,7 @@ from mv2v_engine.ops.qk_norm_rope import qk_norm_rope
 from mv2v_engine.ops.residual_norm import residual_norm
 from mv2v_engine.ops.rope import rope
 from mv2v_engine.ops.token_merge import token_merge
+from tests.ops.conftest import OPS
 
 SHARED_BYTES = {80: 166_912, 90: 232_448, 120: 101_376}  # what one block may ask for
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -108,16 +109,7 @@ def inspect(name: str, kernel: Any, folder: Path) -> Compiled:
 @pytest.fixture(scope="module", autouse=True)
 def launchers_on_the_cpu() -> Iterator[None]:
     library = torch.library.Library("mv2v", "IMPL")
-    for op in (
-        "adaln",
-        "frame_responsiveness",
-        "gated_residual",
-        "prope",
-        "qk_norm_rope",
-        "residual_norm",
-        "rope",
-        "token_merge",
-    ):
+    for op in OPS:
         launcher = triton_launcher(op)
         assert launcher is not None
         library.impl(op, launcher, "CPU", allow_override=True)

@@ -8,12 +8,7 @@ from torch import Tensor
 
 from mv2v_engine.ops.qk_norm_rope import qk_norm_rope, rms_norm_reference
 from mv2v_engine.testing import assert_within_budget, max_error
-
-CASES = [  # batch, tokens, heads, head dim, rope batch
-    (1, 1, 1, 2, 1),
-    (2, 7, 3, 10, 1),
-    (3, 19, 2, 12, 3),
-]
+from tests.ops.test_rope import CASES, rope_eager, rope_oracle
 
 
 def _inputs(
@@ -32,18 +27,12 @@ def _inputs(
 def _oracle(x: Tensor, weight: Tensor, rope: Tensor, heads: int) -> Tensor:
     wide, gain = x.double(), weight.double()
     normed = wide / (wide.pow(2).mean(-1, keepdim=True) + 1e-6).sqrt() * gain
-    pairs = torch.view_as_complex(normed.unflatten(-1, (heads, -1, 2)))
-    cos, sin = rope.double().chunk(2, -1)
-    turned = pairs * torch.complex(cos, sin)[:, :, None]
-    return torch.view_as_real(turned).flatten(-2)
+    return rope_oracle(normed.unflatten(-1, (heads, -1)), rope)
 
 
 def _eager(x: Tensor, weight: Tensor, rope: Tensor, heads: int) -> Tensor:
     normed = torch.nn.functional.rms_norm(x, (x.shape[-1],), weight, 1e-6)
-    pairs = normed.unflatten(-1, (heads, -1, 2))
-    cos, sin = (part[:, :, None] for part in rope.to(x.dtype).chunk(2, -1))
-    even, odd = pairs.unbind(-1)
-    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
+    return rope_eager(normed.unflatten(-1, (heads, -1)), rope)
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

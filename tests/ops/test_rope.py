@@ -26,13 +26,13 @@ def _inputs(
     return x.to(dtype), torch.cat([angles.cos(), angles.sin()], -1)
 
 
-def _oracle(x: Tensor, table: Tensor) -> Tensor:
+def rope_oracle(x: Tensor, table: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.double().unflatten(-1, (-1, 2)))
     cos, sin = table.double().chunk(2, -1)
     return torch.view_as_real(pairs * torch.complex(cos, sin)[:, :, None]).flatten(-2)
 
 
-def _eager(x: Tensor, table: Tensor) -> Tensor:
+def rope_eager(x: Tensor, table: Tensor) -> Tensor:
     cos, sin = (part[:, :, None] for part in table.to(x.dtype).chunk(2, -1))
     even, odd = x.unflatten(-1, (-1, 2)).unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
@@ -47,7 +47,7 @@ def test_matches_float64(
     x, table = _inputs(*case, dtype)
     got = rope(x, table, backend=backend)
     assert got.shape == x.shape and got.dtype == dtype
-    assert_within_budget(got, _oracle(x, table), _eager(x, table))
+    assert_within_budget(got, rope_oracle(x, table), rope_eager(x, table))
 
 
 @pytest.mark.parametrize("backend", ["reference", "auto"])

@@ -5,9 +5,10 @@ from __future__ import annotations
 import asyncio
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import httpx
@@ -33,7 +34,12 @@ REPORT: dict[str, Any] = {
 
 
 class HeldBackend(FakeBackend):
-    """Whose turns can be held up from another thread, and report what the metrics read."""
+    """Whose turns can be held up from another thread, and report what the metrics read.
+
+    shown: what they report besides.
+    """
+
+    shown: Mapping[str, Any] = MappingProxyType({})
 
     async def start(self) -> None:
         self._loop = asyncio.get_running_loop()
@@ -52,7 +58,7 @@ class HeldBackend(FakeBackend):
     ) -> AsyncIterator[dict[str, Any]]:
         async for event in super().run(job, session, folder):
             if event["type"] == "done":
-                event = event | {"report": REPORT | event["report"]}
+                event = event | {"report": REPORT | event["report"] | self.shown}
             yield event
 
 

@@ -25,6 +25,14 @@ EDITS = STREAMS | {"stream": STREAMS["stream"] | {"has_source": True}}
 CRASHED = {"type": "failed", "code": "worker_crashed", "message": "the worker ended by SIGKILL"}
 
 
+def stream_record(**changes: Any) -> StreamRecord:
+    """A stream of 4x2 pixels, blocks of 4 frames and 3 before them, as the store has it."""
+    texts = {"id": "stream_1", "owner": "", "checkpoint": "causal", "prompt": ""}
+    sizes = {"seed": 0, "fps": 16.0, "width": 4, "height": 2, "block_frames": 4, "lead": 3}
+    others = {"blocks": None, "policy": None, "created": 0.0}
+    return StreamRecord(**{**texts, **sizes, **others, **changes})
+
+
 def box(kind: bytes, content: bytes = b"") -> bytes:
     return struct.pack(">I4s", 8 + len(content), kind) + content
 

@@ -18,8 +18,8 @@ import yaml
 from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
-from mv2v_engine.serving.store.streams import StreamRecord
 from mv2v_engine.serving.watch.metrics import Metrics
+from tests.serving.fake_streams import stream_record
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -63,22 +63,7 @@ def labels_by_sample() -> dict[str, frozenset[str]]:
     metrics.job_event(job, {"type": "stage_started", "stage": "vae"})
     metrics.job_event(job, {"type": "stage_done", "stage": "vae"})
     metrics.job_ended(job, report)
-    stream = StreamRecord(
-        id="stream_1",
-        owner="",
-        checkpoint="causal",
-        prompt="",
-        seed=0,
-        blocks=None,
-        policy=None,
-        fps=1.0,
-        width=1,
-        height=1,
-        block_frames=1,
-        lead=0,
-        created=0.0,
-        state="finished",
-    )
+    stream = stream_record(state="finished")
     metrics.stream_block(stream, 1, 0.0)
     metrics.stream_ended(stream)
     metrics.observe_request("/", 200, 0.0)

@@ -33,11 +33,11 @@ from websockets.sync.client import connect
 
 from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.store.source_frames import MOST_BLOCKS, SourceFrames
-from mv2v_engine.serving.store.streams import StreamRecord, engine_folder
+from mv2v_engine.serving.store.streams import engine_folder
 from mv2v_engine.serving.work.streaming import NOTHING, Stream
 from mv2v_engine.serving.work.uploading import SourceUpload
 from tests.serving.conftest import until
-from tests.serving.fake_streams import BLOCK_FRAMES, Negatives, StreamBackend
+from tests.serving.fake_streams import BLOCK_FRAMES, Negatives, StreamBackend, stream_record
 
 FRAME = 48 * 64 * 3
 # frames of the first block, and of three
@@ -220,21 +220,7 @@ def test_an_editor_edits_what_is_sent(
 
 def test_a_service_that_stops_says_where_to_go_on(tmp_path: Path) -> None:
     """Of a block that is not whole nothing is kept: the client is told the frame it begins with."""
-    record = StreamRecord(
-        id="s",
-        owner="",
-        checkpoint="c",
-        prompt="",
-        seed=0,
-        blocks=None,
-        policy=None,
-        fps=16.0,
-        width=4,
-        height=2,
-        block_frames=4,
-        lead=3,
-        created=0.0,
-    )
+    record = stream_record()
     stream = Stream(record)
     stream.source = SourceFrames(tmp_path, record)
 

@@ -71,8 +71,10 @@ def test_captions_belong_to_their_videos(multicam: Path, tmp_path: Path) -> None
         _open(multicam, captions=table)
 
 
-def _remove_video(folder: Path) -> None:
-    (folder / "videos" / "cam02.mp4").unlink()
+@pytest.fixture
+def copy(multicam: Path, tmp_path: Path) -> Path:
+    """A dataset that may be damaged."""
+    return Path(shutil.copytree(multicam, tmp_path / "copy"))
 
 
 def _shorten_video(folder: Path) -> None:
@@ -88,19 +90,17 @@ def _cut_video(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "reason"),
     [
-        (_remove_video, "cam02: cam02.mp4 is missing"),
+        (lambda folder: (folder / "videos" / "cam02.mp4").unlink(), "cam02: cam02.mp4 is missing"),
         (_shorten_video, "cam02: cam02.mp4 has 4 frames, its camera 5 poses"),
         (_cut_video, "cam02: cam02.mp4"),
     ],
     ids=["missing", "short", "corrupt"],
 )
 def test_an_unusable_video_is_left_out_with_its_reason(
-    multicam: Path, tmp_path: Path, damage: Callable[[Path], None], reason: str
+    copy: Path, damage: Callable[[Path], None], reason: str
 ) -> None:
-    root = tmp_path / "copy"
-    shutil.copytree(multicam, root)
-    damage(root / "train" / "f24_aperture5" / "scene2")
-    source = _open(root)
+    damage(copy / "train" / "f24_aperture5" / "scene2")
+    source = _open(copy)
     scene = source.load("scene_f24_aperture5_scene2")
     assert len(scene.frames) == len(scene.poses) == len(scene.captions) == 2
     assert len(scene.skipped) == 1 and scene.skipped[0].startswith(reason)
@@ -109,17 +109,11 @@ def test_an_unusable_video_is_left_out_with_its_reason(
     assert source.load("scene_f24_aperture5_scene10").skipped == ()
 
 
-def test_a_video_without_poses_is_left_out_with_its_reason(multicam: Path, tmp_path: Path) -> None:
-    root = tmp_path / "copy"
-    shutil.copytree(multicam, root)
-    videos = root / "train" / "f24_aperture5" / "scene2" / "videos"
+def test_a_video_without_poses_is_left_out_with_its_reason(copy: Path) -> None:
+    videos = copy / "train" / "f24_aperture5" / "scene2" / "videos"
     shutil.copy(videos / "cam01.mp4", videos / "cam04.mp4")
-    scene = _open(root).load("scene_f24_aperture5_scene2")
+    scene = _open(copy).load("scene_f24_aperture5_scene2")
     assert scene.skipped == ("cam04: camera_extrinsics.json has no such camera",)
-
-
-def _remove_json(folder: Path) -> None:
-    (folder / "cameras" / "camera_extrinsics.json").unlink()
 
 
 def _cut_json(folder: Path) -> None:
@@ -135,20 +129,21 @@ def _empty_videos(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_remove_json, "no usable cameras: cannot read camera file .*camera_extrinsics.json"),
+        (
+            lambda folder: (folder / "cameras" / "camera_extrinsics.json").unlink(),
+            "no usable cameras: cannot read camera file .*camera_extrinsics.json",
+        ),
         (_cut_json, "no usable cameras: camera_extrinsics.json is not valid JSON"),
         (_empty_videos, "1 usable videos, at least 2 are needed: cam02.*cam03"),
     ],
     ids=["no-json", "cut-json", "one-video"],
 )
 def test_an_unusable_scene_is_an_error_of_its_own(
-    multicam: Path, tmp_path: Path, damage: Callable[[Path], None], message: str
+    copy: Path, damage: Callable[[Path], None], message: str
 ) -> None:
-    root = tmp_path / "copy"
-    shutil.copytree(multicam, root)
-    damage(root / "train" / "f24_aperture5" / "scene2")
+    damage(copy / "train" / "f24_aperture5" / "scene2")
     with pytest.raises(TrainingError, match=message):
-        _open(root).load("scene_f24_aperture5_scene2")
+        _open(copy).load("scene_f24_aperture5_scene2")
 
 
 def test_another_folder_says_what_was_expected(tmp_path: Path) -> None:

@@ -225,13 +225,15 @@ def test_an_unfinished_video_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="no limits on a process's files")
-def test_a_full_disk_leaves_nothing(tmp_path: Path) -> None:
+def test_a_full_disk_leaves_the_old_file_alone(tmp_path: Path) -> None:
+    (tmp_path / "clip.mp4").write_bytes(b"earlier result")
     noise = torch.Generator().manual_seed(0)
     full = pytest.raises(StorageError, match=r"(?s)cannot write.*choose another place")
     with largest_file(20_000), full, video_writer(tmp_path / "clip.mp4", 25, crf=1) as writer:
         for _ in range(30):
             writer.add(torch.randint(0, 256, (1, 96, 128, 3), generator=noise).to(torch.uint8))
-    assert not list(tmp_path.iterdir())
+    assert [entry.name for entry in tmp_path.iterdir()] == ["clip.mp4"]
+    assert (tmp_path / "clip.mp4").read_bytes() == b"earlier result"
 
 
 def test_frames_one_after_the_other_are_those_read_at_once(
