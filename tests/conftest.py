@@ -15,7 +15,7 @@ import torch
 from huggingface_hub import constants
 from torch import Tensor
 
-from mv2v_engine import Engine, run
+from mv2v_engine import Engine, EngineConfig, run
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints import save_checkpoint
 from mv2v_engine.checkpoints.hub import _opened
@@ -217,6 +217,11 @@ def lucy_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def small_lucy(lucy_folder: Path) -> Engine:
     """That folder's engine for 9 frames of 64 x 96 pixels: 3 latent frames."""
     return windowed(Engine.from_pretrained(lucy_folder, device="cpu"), size=(64, 96))
+
+
+def configured(checkpoint: Path, **settings: Any) -> Engine:
+    """A checkpoint's engine on the CPU."""
+    return Engine.from_pretrained(checkpoint, device="cpu", config=EngineConfig(**settings))
 
 
 def windowed(loaded: Engine, **sampling: Any) -> Engine:

@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import AutoTokenizer, UMT5EncoderModel
 
-from mv2v_engine import Engine, EngineConfig, run
+from mv2v_engine import Engine, run
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint, save_checkpoint
 from mv2v_engine.engine.graphs import Graphs
 from mv2v_engine.errors import RequestError
@@ -27,7 +27,7 @@ from mv2v_engine.sampling.guidance import guide_projected
 from mv2v_engine.testing import randomise, relative_error
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.video.transforms import cover_and_crop
-from tests.conftest import VAE, _save_text, smooth_frames, windowed
+from tests.conftest import VAE, _save_text, configured, smooth_frames, windowed
 from tests.engine.graph_stand_in import StandIn
 
 SIZE, FRAMES, HEADS, HEAD_DIM = (32, 48), 9, 2, 12
@@ -73,7 +73,7 @@ def editor(folder: Path) -> Engine:
 
 def small(folder: Path, **config: Any) -> Engine:
     """Its engine for a small window."""
-    return windowed(Engine.from_pretrained(folder, device="cpu", config=EngineConfig(**config)))
+    return windowed(configured(folder, **config))
 
 
 @pytest.fixture(scope="module")

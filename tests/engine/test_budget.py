@@ -12,19 +12,16 @@ import torch
 from peak_memory import full_size_parts
 from torch import Tensor
 
-from mv2v_engine import Engine, EngineConfig
+from mv2v_engine import EngineConfig
 from mv2v_engine.engine.budget import Budget, Footprint, predict
 from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import MemoryBudgetError, RequestError
 from mv2v_engine.progress import StageDone, StageStarted
 from mv2v_engine.tokens.plan import novel_view_plan
+from tests.conftest import configured
 
 GIB = 1 << 30
-
-
-def _engine(path: Path, **settings: Any) -> Engine:
-    return Engine.from_pretrained(path, device="cpu", config=EngineConfig(**settings))
 
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
@@ -32,7 +29,7 @@ def test_a_turns_own_bytes(
     worded_checkpoint: Path, source_frames: Tensor, conditioning: Any
 ) -> None:
     """All that a real turn makes, stage by stage, beside the weights that were there before."""
-    engine = _engine(worded_checkpoint, conditioning=conditioning, memory="retrieved")
+    engine = configured(worded_checkpoint, conditioning=conditioning, memory="retrieved")
     session = engine.session(source_frames)
     # the first two make what the host keeps for later ones: a sphere's points, a fingerprint
     for camera in ("pan_right", "arc_left", "pan_left"):
@@ -57,7 +54,7 @@ def test_a_turns_own_bytes(
 def test_a_turn_that_cannot_fit_is_refused_before_it_runs(
     tiny_checkpoint: Path, source_frames: Tensor, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    engine = _engine(tiny_checkpoint, merge="off", conditioning="static")
+    engine = configured(tiny_checkpoint, merge="off", conditioning="static")
     session = engine.session(source_frames)
     session.render("pan_right", memory="retrieved")
     request = Request.view("arc_left", engine.sampling, memory="retrieved")
@@ -168,7 +165,7 @@ def test_an_engine_with_offloaded_text_renders_the_same(
 ) -> None:
     turns = []
     for mode in ("never", "always"):
-        engine = _engine(worded_checkpoint, text_offload=mode)
+        engine = configured(worded_checkpoint, text_offload=mode)
         assert engine.text is not None and engine.text.is_offloaded == (mode == "always")
         session = engine.session(source_frames)
         turns.append(session.render("pan_right", prompt="a red ball", guidance_scale=3.0))
@@ -180,10 +177,10 @@ def test_an_engine_with_offloaded_text_renders_the_same(
 def test_the_largest_plan_is_the_one_of_a_full_memory(
     make_checkpoint: Callable[..., Path], tiny_checkpoint: Path
 ) -> None:
-    engine = _engine(tiny_checkpoint, memory="retrieved", max_memory=4)
+    engine = configured(tiny_checkpoint, memory="retrieved", max_memory=4)
     plan = engine.budget.largest_plan()
     assert plan.num_memory == 4 and plan.target.grid == engine.latent_kind.shape[1:]
-    forgetful = _engine(tiny_checkpoint, memory="none").budget.largest_plan()
+    forgetful = configured(tiny_checkpoint, memory="none").budget.largest_plan()
     assert forgetful.num_memory == 0
 
 
@@ -195,10 +192,10 @@ def test_bounds_must_be_positive(field: str) -> None:
 
 def test_the_arenas_count_whole(tiny_checkpoint: Path) -> None:
     """A CPU's two arenas are one memory; loose latents count as they come, with one to come."""
-    video = _engine(tiny_checkpoint).video_bytes
-    loose = _engine(tiny_checkpoint).budget.footprint()
+    video = configured(tiny_checkpoint).video_bytes
+    loose = configured(tiny_checkpoint).budget.footprint()
     assert (loose.cache, loose.copies_memory) == (video, False)
-    tiers = _engine(tiny_checkpoint, cache_bytes=10 * video, device_cache_bytes=3 * video)
+    tiers = configured(tiny_checkpoint, cache_bytes=10 * video, device_cache_bytes=3 * video)
     assert (tiers.budget.footprint().cache, tiers.budget.footprint().copies_memory) == (
         10 * video,
         True,

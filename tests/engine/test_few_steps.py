@@ -4,32 +4,28 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine import Engine, EngineConfig, run
+from mv2v_engine import run
 from mv2v_engine.engine.batch import TOKENS
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import RequestError
 from mv2v_engine.serving.work.host import Host
 from mv2v_engine.serving.work.turn_request import make_request
 from mv2v_engine.testing import relative_error
+from tests.conftest import configured
 
 PRESETS = [("lightx2v", "lightx2v", 4), ("fastwan", "dmd", 3), ("turbo", "rcm", 4)]
-
-
-def engine_of(checkpoint: Path, **settings: Any) -> Engine:
-    return Engine.from_pretrained(checkpoint, device="cpu", config=EngineConfig(**settings))
 
 
 @pytest.mark.parametrize(("fast", "scheduler", "steps"), PRESETS)
 def test_a_preset_sets_all_of_it(
     worded_checkpoint: Path, source_frames: Tensor, fast: str, scheduler: str, steps: int
 ) -> None:
-    engine = engine_of(worded_checkpoint, fast=fast)
+    engine = configured(worded_checkpoint, fast=fast)
     first, second = (engine.session(source_frames) for _ in range(2))
     turn = first.render("pan_right", seed=3)
     report = turn.report
@@ -54,7 +50,7 @@ def test_a_preset_sets_all_of_it(
 def test_packed_turns_are_what_they_are_alone(
     tiny_checkpoint: Path, source_frames: Tensor, fast: str, scheduler: str, steps: int
 ) -> None:
-    engine = engine_of(tiny_checkpoint, fast=fast, batch_tokens=TOKENS)
+    engine = configured(tiny_checkpoint, fast=fast, batch_tokens=TOKENS)
 
     def request(camera: str, seed: int) -> Request:
         return Request.view(camera, engine.sampling, memory="none", seed=seed)
@@ -81,14 +77,14 @@ def test_windows_of_an_edit_have_noise_of_their_own(
 
 
 def test_warming_up_takes_what_the_table_has(tiny_checkpoint: Path, source_frames: Tensor) -> None:
-    engine = engine_of(tiny_checkpoint, fast="turbo")
+    engine = configured(tiny_checkpoint, fast="turbo")
     session = engine.session(source_frames)
     plan = session.plan_turn(Request.view("pan_right", engine.sampling, memory="none"))[1]
     assert len(engine.warmup([plan])) == 1
 
 
 def test_a_service_refuses_at_the_door(tiny_checkpoint: Path, tmp_path: Path) -> None:
-    host = Host(engine_of(tiny_checkpoint, fast="lightx2v"), max_open=1)
+    host = Host(configured(tiny_checkpoint, fast="lightx2v"), max_open=1)
     host.warm_up()
     about = json.loads(json.dumps(host.about))
     assert make_request({"camera": "pan_right"}, about).num_inference_steps == 4

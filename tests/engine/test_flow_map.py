@@ -10,7 +10,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.engine.batch import TOKENS
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import RequestError
@@ -19,6 +18,7 @@ from mv2v_engine.sampling.flow_match import make_solver
 from mv2v_engine.testing import cpu_flops, randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import turn_plan
+from tests.conftest import configured
 from tests.engine.graphed_turns import Asked, steps
 from tests.engine.graphed_turns import StandInTurns as Turns
 
@@ -29,10 +29,6 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory, make_checkpoint: Any) -
         tmp_path_factory.mktemp("map"), has_end_time=True, sampling={"scheduler": "flow_map"}
     )
     return folder
-
-
-def engine_of(checkpoint: Path, **settings: Any) -> Engine:
-    return Engine.from_pretrained(checkpoint, device="cpu", config=EngineConfig(**settings))
 
 
 @torch.no_grad()
@@ -114,7 +110,7 @@ def test_replay_equals_eager(conditioning: str) -> None:
 
 
 def test_a_turn_of_a_few_steps(checkpoint: Path, source_frames: Tensor) -> None:
-    engine = engine_of(checkpoint)
+    engine = configured(checkpoint)
     session = engine.session(source_frames)
     for count in (1, 2, 20):
         turn = session.render("pan_right", seed=3, num_inference_steps=count, memory="none")
@@ -124,7 +120,7 @@ def test_a_turn_of_a_few_steps(checkpoint: Path, source_frames: Tensor) -> None:
     with pytest.raises(RequestError, match="guidance moves velocities"):
         session.render("pan_right", guidance_scale=2.0)
     # the same weights as plain flow, where that is asked for
-    plain = engine_of(checkpoint, scheduler="euler").session(source_frames)
+    plain = configured(checkpoint, scheduler="euler").session(source_frames)
     other = plain.render("pan_right", seed=3, num_inference_steps=20)
     assert other.report["scheduler"] == "euler"
     assert relative_error(other.latents, turn.latents) > 1e-3
@@ -132,13 +128,13 @@ def test_a_turn_of_a_few_steps(checkpoint: Path, source_frames: Tensor) -> None:
 
 def test_weights_that_were_never_told_are_refused(tiny_checkpoint: Path) -> None:
     with pytest.raises(RequestError, match='never told where a step goes; use scheduler="euler"'):
-        engine_of(tiny_checkpoint, scheduler="flow_map")
+        configured(tiny_checkpoint, scheduler="flow_map")
 
 
 def test_old_weights_in_a_new_place_are_the_old_ones(
     tiny_checkpoint: Path, source_frames: Tensor
 ) -> None:
-    engine = engine_of(tiny_checkpoint)
+    engine = configured(tiny_checkpoint)
     before = engine.session(source_frames).render("pan_right", seed=3).latents
     engine.transformer.add_end_time()
     after = engine.session(source_frames).render("pan_right", seed=3).latents
@@ -146,7 +142,7 @@ def test_old_weights_in_a_new_place_are_the_old_ones(
 
 
 def test_packed_turns_are_what_they_are_alone(checkpoint: Path, source_frames: Tensor) -> None:
-    engine = engine_of(checkpoint, batch_tokens=TOKENS)
+    engine = configured(checkpoint, batch_tokens=TOKENS)
 
     def request(camera: str, seed: int, count: int) -> Request:
         asked = Request.view(camera, engine.sampling, memory="none", seed=seed)
@@ -167,14 +163,14 @@ def test_a_closed_step_cache_is_the_exact_path(
     checkpoint: Path, source_frames: Tensor, conditioning: Any
 ) -> None:
     exact, cached = (
-        engine_of(checkpoint, conditioning=conditioning, step_cache=threshold)
+        configured(checkpoint, conditioning=conditioning, step_cache=threshold)
         .session(source_frames)
         .render("pan_right", seed=3, num_inference_steps=4)
         for threshold in (None, 0.0)
     )
     assert torch.equal(exact.latents, cached.latents)
     skipped = (
-        engine_of(checkpoint, conditioning=conditioning, step_cache=9.0)
+        configured(checkpoint, conditioning=conditioning, step_cache=9.0)
         .session(source_frames)
         .render("pan_right", seed=3, num_inference_steps=4)
     )

@@ -12,13 +12,10 @@ from torch import Tensor
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.engine.results import ViewResults
 from mv2v_engine.errors import RequestError, StorageError
+from tests.conftest import configured
 
 CAMERAS = ("pan_right", "arc_left", "pan:8", "tilt_up", "pan:-8")
 VIDEO, FRAMES = 16 * 3 * 6 * 8 * 4, 9 * 48 * 64 * 3
-
-
-def configured(checkpoint: Path, **changes: object) -> Engine:
-    return Engine.from_pretrained(checkpoint, device="cpu", config=EngineConfig(**changes))
 
 
 def videos_in_memory() -> int:

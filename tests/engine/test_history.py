@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine import Engine, EngineConfig, run
+from mv2v_engine import EngineConfig, run
 from mv2v_engine.checkpoints.inspect import inspect_checkpoint, render_inspection
 from mv2v_engine.config import HistoryConfig
 from mv2v_engine.engine import session as sessions
@@ -19,7 +19,7 @@ from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.history import HistoryEncoder
 from mv2v_engine.video.io import write_video
-from tests.conftest import EDITOR, save_tiny
+from tests.conftest import EDITOR, configured, save_tiny
 from tests.engine.editing.conftest import long_clip
 
 HISTORY = HistoryConfig(rates=("2x2x2", "1x1x1"), channels=(4, 4, 8, 8), heads=2)
@@ -30,10 +30,6 @@ PROMPT = "a red ball"
 def editor_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Windows of 5 frames of 32x48: latents of 2x4x6."""
     return save_tiny(tmp_path_factory.mktemp("checkpoint") / "editor", **EDITOR, history=HISTORY)
-
-
-def engine(folder: Path, **config: Any) -> Engine:
-    return Engine.from_pretrained(folder, device="cpu", config=EngineConfig(**config))
 
 
 def test_an_edit_remembers_its_windows_in_time(
@@ -58,7 +54,7 @@ def test_an_edit_remembers_its_windows_in_time(
     monkeypatch.setattr(HistoryEncoder, "append", counted)
     clip = tmp_path / "clip.mp4"
     write_video(clip, long_clip(20), 8)
-    editor = engine(editor_folder, history="default", history_frames=3)
+    editor = configured(editor_folder, history="default", history_frames=3)
     turn = editor.session(clip, cuts=()).edit(PROMPT)
     plans = [denoiser.plan for denoiser in made]
     grids = [[s.grid for s in plan.segments[1:]] for plan in plans]
@@ -77,7 +73,7 @@ def test_an_edit_remembers_its_windows_in_time(
     assert {row["encoder"] for row in window["memory"]["retrieved"]} == {"history"}
     assert turn.report["history"] == "2x2x2"
     # of other encoders, another edit
-    finer = engine(editor_folder, history="1x1x1").session(clip, cuts=()).edit(PROMPT)
+    finer = configured(editor_folder, history="1x1x1").session(clip, cuts=()).edit(PROMPT)
     assert not torch.equal(finer.latents[1], turn.latents[1])
     assert torch.equal(finer.latents[0], turn.latents[0])
 
@@ -104,17 +100,17 @@ def test_views_remember_turns_with_their_cameras(
 ) -> None:
     folder = save_tiny(tmp_path / "views", history=HISTORY)
     config = {"history": "2x2x2", "conditioning": conditioning}
-    session = engine(folder, **config).session(source_frames)
+    session = configured(folder, **config).session(source_frames)
     turns = [session.render(camera) for camera in ("pan_left", "arc:-20", "tilt_up")]
     plan = turns[2].report["plan"]
     assert plan["memory_encoders"] == ["history"]
     assert [row["turn"] for row in turns[2].report["memory"]["retrieved"]] != []
     # the cameras of earlier turns are read: the same latents under others give another turn
-    other = engine(folder, **config).session(source_frames)
+    other = configured(folder, **config).session(source_frames)
     for turn in turns[:2]:
         other.adopt(turn)
     assert torch.equal(other.render("tilt_up").latents, turns[2].latents)
-    moved = engine(folder, **config).session(source_frames)
+    moved = configured(folder, **config).session(source_frames)
     moved.adopt(turns[0])
     moved.adopt(replace(turns[1], trajectory=turns[0].trajectory))
     assert not torch.equal(moved.render("tilt_up").latents, turns[2].latents)
@@ -122,22 +118,22 @@ def test_views_remember_turns_with_their_cameras(
 
 def test_what_is_refused(editor_folder: Path, tmp_path: Path, tiny_checkpoint: Path) -> None:
     with pytest.raises(RequestError, match=r"tiny has no history encoder, got history='default'"):
-        engine(tiny_checkpoint, history="default")
+        configured(tiny_checkpoint, history="default")
     with pytest.raises(RequestError, match=r"no history encoder but of 2x2x2 and 1x1x1"):
-        engine(editor_folder, history="2x2x1")
+        configured(editor_folder, history="2x2x1")
     with pytest.raises(RequestError, match="ROWSxCOLUMNSxFRAMES"):
         EngineConfig(history="fine")
     with pytest.raises(RequestError, match="history_frames=2 are those of a history"):
         EngineConfig(history_frames=2)
     rates = replace(HISTORY, rates=("4x4x2",))
     coarse = save_tiny(tmp_path / "coarse", **EDITOR, history=rates)
-    session = engine(coarse, history="default").session(long_clip(10), cuts=())
+    session = configured(coarse, history="default").session(long_clip(10), cuts=())
     with pytest.raises(RequestError, match=r"covers 8x8 latent cells, the video has 4x6"):
         session.edit(PROMPT)
 
 
 def test_latents_of_another_vae_are_no_memory(editor_folder: Path) -> None:
-    editor = engine(editor_folder, history="default")
+    editor = configured(editor_folder, history="default")
     session = editor.session(long_clip(10), cuts=())
     entry = session._recall.add(1, torch.zeros(editor.latent_shape), None)
     entry.require_key(editor.vae.key)

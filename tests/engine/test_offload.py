@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mv2v_engine import Engine, EngineConfig, run
+from mv2v_engine import EngineConfig, run
 from mv2v_engine.config import WAN_1_3B, SamplingConfig
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.engine.budget import module_bytes, shape_footprint
@@ -22,13 +22,10 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.quantized import quantize_linears
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
 from mv2v_engine.tokens.plan import novel_view_plan
+from tests.conftest import configured
 from tests.torch_state import default_dtype
 
 CPU = torch.device("cpu")
-
-
-def _engine(path: Path, **settings: Any) -> Engine:
-    return Engine.from_pretrained(path, device="cpu", config=EngineConfig(**settings))
 
 
 @pytest.fixture
@@ -60,7 +57,7 @@ def test_turns_are_the_same(
     """To the bit, from the first turn to one that remembers it."""
     turns = []
     for offload in (None, "blocks"):
-        engine = _engine(tiny_checkpoint, memory="retrieved", offload=offload, **settings)
+        engine = configured(tiny_checkpoint, memory="retrieved", offload=offload, **settings)
         session = engine.session(source_frames)
         for camera in ("pan_right", "arc_left"):
             turn = session.render(camera)
@@ -75,20 +72,20 @@ def test_turns_are_the_same(
 
 def test_after_loras(tiny_checkpoint: Path, source_frames: Tensor, lora: Path) -> None:
     latents = [
-        _engine(tiny_checkpoint, lora=((lora, 0.5),), offload=offload)
+        configured(tiny_checkpoint, lora=((lora, 0.5),), offload=offload)
         .session(source_frames)
         .render("pan_right")
         .latents
         for offload in (None, "blocks")
     ]
-    plain = _engine(tiny_checkpoint).session(source_frames).render("pan_right").latents
+    plain = configured(tiny_checkpoint).session(source_frames).render("pan_right").latents
     assert torch.equal(latents[0], latents[1]) and not torch.equal(latents[0], plain)
 
 
 def test_several_turns_at_once(tiny_checkpoint: Path, source_frames: Tensor) -> None:
     found = []
     for offload in (None, "blocks"):
-        engine = _engine(tiny_checkpoint, offload=offload, batch_tokens=10_000)
+        engine = configured(tiny_checkpoint, offload=offload, batch_tokens=10_000)
         sessions = [engine.session(source_frames) for _ in range(2)]
         asked = [(each, each.request("pan_right", seed=n)) for n, each in enumerate(sessions)]
         found.append([turn.latents for turn in engine.answer_all(asked)])  # type: ignore[union-attr]
@@ -98,7 +95,7 @@ def test_several_turns_at_once(tiny_checkpoint: Path, source_frames: Tensor) -> 
 def test_a_stream(causal_folder: Path) -> None:
     found = []
     for offload in (None, "blocks"):
-        with _engine(causal_folder, offload=offload).stream("a red ball", seed=4) as stream:
+        with configured(causal_folder, offload=offload).stream("a red ball", seed=4) as stream:
             found.append([block.frames for block in stream.blocks(3)])
     assert len(found[0]) == 3 and all(map(torch.equal, *found))
 
@@ -108,7 +105,7 @@ def test_what_cannot_be(tiny_checkpoint: Path) -> None:
         EngineConfig(graphs="on", offload="blocks")
     with pytest.raises(RequestError, match=r"offload must be .*'blocks'"):
         EngineConfig(offload="layers")  # type: ignore[arg-type]
-    engine = _engine(tiny_checkpoint, offload="blocks")
+    engine = configured(tiny_checkpoint, offload="blocks")
     with pytest.raises(RequestError, match="offload is shared by all engines on these weights"):
         engine.reconfigured(EngineConfig())
     assert engine.graphs._reason == "the blocks' weights come from the host every step"
@@ -154,7 +151,7 @@ def test_the_bytes_of_an_engine(
     tiny_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, make_checkpoint: Callable[..., Path]
 ) -> None:
     """On a CPU the blocks wait where they run; on another device they do not."""
-    whole, offloaded = (_engine(tiny_checkpoint, offload=value) for value in (None, "blocks"))
+    whole, offloaded = (configured(tiny_checkpoint, offload=value) for value in (None, "blocks"))
     places = offloaded.transformer.offload
     assert places is not None and len(places.places) == 2
     before, after = (engine.budget.footprint() for engine in (whole, offloaded))

@@ -30,7 +30,7 @@ from mv2v_engine.testing import relative_error
 from tests.checkpoints.conftest import by_replacement, fill, original_shapes
 from tests.checkpoints.redirector_files import SHAPE, base_state, trained_state
 from tests.checkpoints.small_hub import SmallHub
-from tests.conftest import smooth_frames, windowed
+from tests.conftest import configured, smooth_frames, windowed
 from tests.engine.graph_stand_in import StandIn
 from tests.models.test_redirector_parity import rays_of, reference
 from tests.test_text import original_t5_name
@@ -118,9 +118,7 @@ def trained(tmp_path: Path) -> Path:
 
 def small_engine(trained: Path, base: Path, **config: object) -> Engine:
     """An engine of 9 frames of 32x48."""
-    return windowed(
-        Engine.from_pretrained(trained, device="cpu", config=EngineConfig(base=base, **config))  # type: ignore[arg-type]
-    )
+    return windowed(configured(trained, base=base, **config))
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine import CameraTrajectory, CancelToken, Engine, EngineConfig, Session
+from mv2v_engine import CameraTrajectory, CancelToken, Engine, Session
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import CameraError, CancelledError, CheckpointError, RequestError
@@ -20,13 +20,9 @@ from mv2v_engine.memory.ranking import Ranker
 from mv2v_engine.progress import Event, StageDone, StageStarted, StepDone
 from mv2v_engine.testing import randomise
 from mv2v_engine.video.io import read_video
-from tests.conftest import has_products, save_tiny
+from tests.conftest import configured, has_products, save_tiny
 
 CAMERAS = ("pan_right", "arc_left", "pan_right")
-
-
-def configured(checkpoint: Path, **changes: object) -> Engine:
-    return Engine.from_pretrained(checkpoint, device="cpu", config=EngineConfig(**changes))
 
 
 def test_later_turns_remember_earlier_ones(engine: Engine, source_frames: Tensor) -> None:

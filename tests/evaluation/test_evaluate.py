@@ -122,25 +122,20 @@ def test_resuming_measures_only_what_is_missing(
             assert other["rows"][name][key] == row[key]
 
 
-def test_a_folder_in_use_is_refused(again: Path, tiny_checkpoint: Path, capsys: Capture) -> None:
-    assert run.main(command(tiny_checkpoint, again, *QUICK)) == 2
-    error = capsys.readouterr().err
-    assert "already holds an evaluation of 2 scenes; continue it with --resume" in error
-
-
 @pytest.mark.parametrize(
     ("option", "words"),
     [
-        (["--steps", "3"], "whose steps is 4, this one's is 3"),
-        (["--turns", "5"], "whose turns is 3, this one's is 5"),
-        (["--grade", "textured"], "whose grade is 'plain', this one's is 'textured'"),
-        (["--rows", "memory"], "whose rows is"),
+        ([], "already holds an evaluation of 2 scenes; continue it with --resume"),
+        (["--resume", "--steps", "3"], "whose steps is 4, this one's is 3"),
+        (["--resume", "--turns", "5"], "whose turns is 3, this one's is 5"),
+        (["--resume", "--grade", "textured"], "whose grade is 'plain', this one's is 'textured'"),
+        (["--resume", "--rows", "memory"], "whose rows is"),
     ],
 )
-def test_other_settings_are_refused(
+def test_a_folder_in_use_is_refused(
     again: Path, tiny_checkpoint: Path, capsys: Capture, option: list[str], words: str
 ) -> None:
-    assert run.main(command(tiny_checkpoint, again, *QUICK, "--resume", *option)) == 2
+    assert run.main(command(tiny_checkpoint, again, *QUICK, *option)) == 2
     assert words in capsys.readouterr().err
 
 
