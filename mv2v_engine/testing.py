@@ -48,11 +48,6 @@ def relative_error(value: Tensor, oracle: Tensor) -> float:
     return float(difference / oracle.double().norm())
 
 
-def rounding_band(oracle: Tensor, dtype: torch.dtype) -> float:
-    """What storing values of the oracle's size in `dtype` costs at most: half a unit there."""
-    return float(oracle.double().abs().max()) * torch.finfo(dtype).eps / 2
-
-
 def assert_within_budget(value: Tensor, oracle: Tensor, eager: Tensor) -> None:
     """Fail unless error(value) <= 2 * (error(eager) + rounding band), all against the oracle.
 
@@ -71,7 +66,9 @@ def assert_within_budget(value: Tensor, oracle: Tensor, eager: Tensor) -> None:
     if not bool(value.isfinite().all()):
         raise AssertionError("the result holds infinities or NaNs")
     error, plain = max_error(value, oracle), max_error(eager, oracle)
-    budget = FACTOR * (plain + rounding_band(oracle, value.dtype))
+    # half a unit of the oracle's size
+    band = float(oracle.abs().max()) * torch.finfo(value.dtype).eps / 2
+    budget = FACTOR * (plain + band)
     if error > budget:
         raise AssertionError(
             f"error {error:.3g} exceeds the budget {budget:.3g} (eager torch: {plain:.3g})"

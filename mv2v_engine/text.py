@@ -209,8 +209,12 @@ class TextEncoder:
             )
         ids: Tensor = tokens["input_ids"]
         mask: Tensor = tokens["attention_mask"]
-        if bool(mask.all()):
-            self._warn_if_cut(prompt)
+        if bool(mask.all()) and (length := self.num_tokens(prompt)) > self.max_length:
+            warnings.warn(
+                f"the prompt has {length} tokens, the model reads {self.max_length}; "
+                "the rest is ignored: shorten it",
+                stacklevel=4,
+            )
         with torch_defaults():
             output = self.model(ids.to(self.device), mask.to(self.device))
         embedding: Tensor = output.last_hidden_state
@@ -224,15 +228,6 @@ class TextEncoder:
             "damaged weights with `run inspect PATH --deep`",
         )
         return embedding
-
-    def _warn_if_cut(self, prompt: str) -> None:
-        length = self.num_tokens(prompt)
-        if length > self.max_length:
-            warnings.warn(
-                f"the prompt has {length} tokens, the model reads {self.max_length}; "
-                "the rest is ignored: shorten it",
-                stacklevel=5,
-            )
 
     def num_tokens(self, prompt: str) -> int:
         """Tokens of a prompt, its end included, however many the model reads."""

@@ -87,14 +87,10 @@ def _text_images(file: CameraFile) -> Iterator[_ColmapImage]:
         values = file.floats(fields[1:8], f"line {row.number}")
         yield _ColmapImage(tuple(values), int(fields[8][:20]), fields[9])
         after = next(rows, None)
-        if after is not None and _are_points(after.words):
+        seen = [] if after is None else after.words.split()
+        # triples of numbers: x, y and the number of a 3-D point
+        if after is not None and len(seen) % 3 == 0 and all(map(is_number, seen)):
             after = next(rows, None)
-
-
-def _are_points(words: str) -> bool:
-    """Whether a line holds triples of numbers: x, y and the number of a 3-D point."""
-    fields = words.split()
-    return len(fields) % 3 == 0 and all(map(is_number, fields))
 
 
 def is_colmap_binary(file: CameraFile) -> bool:

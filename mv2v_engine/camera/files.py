@@ -399,7 +399,13 @@ def _finished(
     places = None
     if num_frames is not None and len(poses) != num_frames:
         if not options.resample:
-            raise CameraError(_other_count(file, len(poses), num_frames))
+            found = len(poses)
+            advice = "add poses" if found < num_frames else "leave some out"
+            raise CameraError(
+                f"{file} has {found} pose{'s' * (found != 1)}, the video has {num_frames} frames; "
+                f"a trajectory needs exactly one pose per frame: {advice}, take some (frames=A:B), "
+                "or resample it (resample)"
+            )
         places = even_places(num_frames, len(poses), recording.times)
         # before it is mixed with others: a frame keeps its number in an error
         validate_poses(poses, name=recording.name)
@@ -434,15 +440,6 @@ def _with_asked_lens(
                 f"{file}: intrinsics must have shape [3, 3] or [{count}, 3, 3], got {list(shape)}"
             )
     return recording
-
-
-def _other_count(file: str, found: int, wanted: int) -> str:
-    advice = "add poses" if found < wanted else "leave some out"
-    return (
-        f"{file} has {found} pose{'s' * (found != 1)}, the video has {wanted} frames; a trajectory "
-        f"needs exactly one pose per frame: {advice}, take some (frames=A:B), or resample it "
-        "(resample)"
-    )
 
 
 def _ordered(

@@ -171,7 +171,11 @@ def detect(
     under = None
     if base is not None:
         under, _, found_under = _find(base)
-        _require_part(root, tensors)
+        if _is_whole(tensors):
+            raise CheckpointError(
+                f"{root} is a whole transformer, and base is for a file of trained tensors alone; "
+                "leave base out"
+            )
         beneath: dict[str, TensorInfo] = {}
         for file in found_under.files:
             beneath |= read_header(file)
@@ -262,15 +266,6 @@ def _own_base(root: Path, folder: Path, named: object) -> Path:
 def _is_whole(tensors: Iterable[str]) -> bool:
     """Whether a transformer's first layer is there, which no fine-tuning of attention saves."""
     return any(bare(key).endswith("patch_embedding.weight") for key in tensors)
-
-
-def _require_part(root: Path, tensors: Iterable[str]) -> None:
-    """Refuse a base for a file that is whole without one."""
-    if _is_whole(tensors):
-        raise CheckpointError(
-            f"{root} is a whole transformer, and base is for a file of trained tensors alone; "
-            "leave base out"
-        )
 
 
 def weight_files(path: Path | str) -> tuple[Path, ...]:

@@ -287,7 +287,14 @@ def read_lora(path: Path, strength: float = 1.0) -> Lora:
     found: dict[str, dict[str, TensorInfo]] = {}
     unknown = []
     with WeightReader() as reader:
-        zeros = {key for key, info in header.items() if _is_zero(info, reader)}
+        # differences that are none, as those of norms are that this transformer does not have
+        zeros = {
+            key
+            for key, info in header.items()
+            if key.endswith((".diff", ".diff_b"))
+            and len(info.shape) == 1
+            and not bool(reader.read(info).any())
+        }
     for key, match in matches.items():
         if key in zeros:
             continue
@@ -439,12 +446,6 @@ def _incomplete(info: TensorInfo, what: str) -> CheckpointError:
         f"{info.file}: {info.key} is {what}; expected lora_A [r, columns] and lora_B [rows, r] of "
         "every layer, copy or download the file again"
     )
-
-
-def _is_zero(info: TensorInfo, reader: WeightReader) -> bool:
-    """Whether a difference is none, as those of norms are that this transformer does not have."""
-    is_difference = info.key.endswith((".diff", ".diff_b")) and len(info.shape) == 1
-    return is_difference and not bool(reader.read(info).any())
 
 
 class LoraMerger:

@@ -258,7 +258,14 @@ def translate(
             unknown.append(key)
         else:
             names[key] = ours
-    _require_unique(names)
+    seen: dict[str, str] = {}
+    for key, name in names.items():
+        if name in seen:
+            raise CheckpointError(
+                f"{seen[name]!r} and {key!r} both become {name!r}; expected one key for each "
+                "parameter, correct the rename file"
+            )
+        seen[name] = key
     return Translation(
         naming,
         names,
@@ -337,17 +344,6 @@ def _apply_renames(
             f"nearest keys: {nearest_names(idle[0], keys)}"
         )
     return names, dropped
-
-
-def _require_unique(names: Mapping[str, str]) -> None:
-    seen: dict[str, str] = {}
-    for key, name in names.items():
-        if name in seen:
-            raise CheckpointError(
-                f"{seen[name]!r} and {key!r} both become {name!r}; expected one key for each "
-                "parameter, correct the rename file"
-            )
-        seen[name] = key
 
 
 def read_renames(path: Path) -> dict[str, str | None]:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mv2v_engine.checkpoints.components import Components, find_components
+from mv2v_engine.checkpoints.components import find_components
 from mv2v_engine.checkpoints.configs import (
     NOTHING_SAID,
     TRAINED_FOR,
@@ -179,7 +179,11 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
         if detected.format == "redirector":
             sources |= _first_channels(infos, config.in_channels)
         sampling = default_sampling(detected, config)
-    components = own_components(detected)
+    # in its own file, or beside it
+    if detected.translation.parts and len(detected.files) == 1:
+        components = find_components(detected.files[0])
+    else:
+        components = find_components(detected.folder, is_asked=False)
     is_part = detected.format == "mv2v_engine" and detected.base is not None
     if is_part:
         assert detected.base is not None
@@ -235,13 +239,6 @@ def _name_of(path: Path) -> str:
     if folder.parent.name == "snapshots" and repository.startswith("models--"):
         return repository.rpartition("--")[2]
     return folder.name
-
-
-def own_components(detected: Detected) -> Components:
-    """What came with a checkpoint: in its own file, or beside it."""
-    if detected.translation.parts and len(detected.files) == 1:
-        return find_components(detected.files[0])
-    return find_components(detected.folder, is_asked=False)
 
 
 def _is_component(place: Path) -> bool:

@@ -56,7 +56,9 @@ def camera_error(frames: Tensor, view: View, *, every: int = 4) -> PoseError | N
     chosen, mask = chosen[enough], usable[enough]
     if not len(chosen):
         return None
-    camera = _frames_of(view.camera, chosen)
+    camera, k = view.camera, view.camera.intrinsics
+    lens = k if k.ndim == 2 else k[chosen]
+    camera = CameraTrajectory(camera.poses[chosen], lens, camera.size, camera.name)
     points = camera_points(camera, view.truth.depth[chosen])
     poses = _align(_image(frames[chosen]), _image(view.truth.frames[chosen]), points, mask, camera)
     moved = image_positions(_transform(_inverse(poses), points), camera)
@@ -67,13 +69,6 @@ def camera_error(frames: Tensor, view: View, *, every: int = 4) -> PoseError | N
     angle = torch.rad2deg(((trace - 1) / 2).clamp(-1, 1).acos())
     metres = poses[:, :3, 3].norm(dim=1)
     return PoseError(float(pixels.mean()), float(angle.mean()), float(metres.mean()))
-
-
-def _frames_of(camera: CameraTrajectory, chosen: Tensor) -> CameraTrajectory:
-    k = camera.intrinsics
-    return CameraTrajectory(
-        camera.poses[chosen], k if k.ndim == 2 else k[chosen], camera.size, camera.name
-    )
 
 
 def _image(frames: Tensor) -> Tensor:

@@ -58,10 +58,7 @@ _FOLLOWS_FROM = 0.5  # agreement
 
 
 def _of(measure: str) -> Any:
-    def values(clips: Clips) -> Values:
-        return [clip[measure] for clip in clips]
-
-    return values
+    return lambda clips: [clip[measure] for clip in clips]
 
 
 def _followed(clips: Clips) -> Values:
@@ -82,19 +79,15 @@ _TARGETS = (
         values=_of("subject_error"),
         at_most=0.5,
     ),
-    Target(
-        name="subject error, memory / one noise, where both follow the words",
-        rows=("memory", "one_noise"),
-        values=_followed,
-        at_most=1,
-        for_interval=True,
-    ),
-    Target(
-        name="subject error, memory / FIFO, where both follow the words",
-        rows=("memory", "fifo"),
-        values=_followed,
-        at_most=1,
-        for_interval=True,
+    *(
+        Target(
+            name=f"subject error, memory / {words}, where both follow the words",
+            rows=("memory", other),
+            values=_followed,
+            at_most=1,
+            for_interval=True,
+        )
+        for other, words in (("one_noise", "one noise"), ("fifo", "FIFO"))
     ),
     # the true edit's own changes at seams are no fault of an editor's
     Target(

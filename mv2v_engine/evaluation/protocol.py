@@ -89,6 +89,13 @@ class Row:
         )
 
 
+_OTHER_RANKINGS: dict[MemoryRanking | Literal["oracle", "responsiveness"], str] = {
+    "random": "at random",
+    "coverage": "by residual coverage",
+    "responsiveness": "by responsiveness",
+    "learned": "by a learned ranking",
+    "oracle": "by an oracle",
+}
 ROWS: tuple[Row, ...] = (
     Row(name="independent", label="independent turns", memory="none"),
     Row(name="previous", label="previous output as source", memory="previous"),
@@ -99,40 +106,9 @@ ROWS: tuple[Row, ...] = (
     Row(name="uniform", label="uniform 1x2x2 tokens", tokenizers="uniform"),
     Row(name="no_source", label="no source (memory alone)", memory="alone"),
     Row(name="retrieved_2", label="two videos, retrieved", max_memory=2, after="memory"),
-    Row(
-        name="random_2",
-        label="two videos, at random",
-        max_memory=2,
-        ranking="random",
-        after="memory",
-    ),
-    Row(
-        name="coverage_2",
-        label="two videos, by residual coverage",
-        max_memory=2,
-        ranking="coverage",
-        after="memory",
-    ),
-    Row(
-        name="responsiveness_2",
-        label="two videos, by responsiveness",
-        max_memory=2,
-        ranking="responsiveness",
-        after="memory",
-    ),
-    Row(
-        name="learned_2",
-        label="two videos, by a learned ranking",
-        max_memory=2,
-        ranking="learned",
-        after="memory",
-    ),
-    Row(
-        name="oracle_2",
-        label="two videos, by an oracle",
-        max_memory=2,
-        ranking="oracle",
-        after="memory",
+    *(
+        Row(name=f"{by}_2", label=f"two videos, {how}", max_memory=2, ranking=by, after="memory")
+        for by, how in _OTHER_RANKINGS.items()
     ),
 )
 MAIN_ROWS = ("independent", "previous", "memory", "memory_merged", "static")

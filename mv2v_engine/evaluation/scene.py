@@ -239,9 +239,14 @@ class _Scene:
         """A row: quality and cost of its own turns, consistency with all turns before them."""
         for name in own:
             if turns[name] not in self._measured:
+                report = turns[name].report
                 self._measured[turns[name]] = {
                     **self._quality(turns[name].frames, name),
-                    **_cost(turns[name]),
+                    "tokens": report["plan"]["tokens"],
+                    "flops": report["flops"],
+                    "seconds": report["seconds"]["sampling"],
+                    "memory": len(report["plan"]["memory_tokenizers"]),
+                    "retrieved": [row["turn"] for row in report["memory"]["retrieved"]],
                 }
         return {
             "turns": [self._measured[turns[name]] for name in own],
@@ -298,17 +303,6 @@ def _remember_alone(session: Session, names: set[str]) -> None:
     for entry in cache.entries():
         if str(entry.turn) not in names:
             cache.evict(entry.id)
-
-
-def _cost(turn: Turn) -> Measures:
-    report = turn.report
-    return {
-        "tokens": report["plan"]["tokens"],
-        "flops": report["flops"],
-        "seconds": report["seconds"]["sampling"],
-        "memory": len(report["plan"]["memory_tokenizers"]),
-        "retrieved": [row["turn"] for row in report["memory"]["retrieved"]],
-    }
 
 
 def _agreement(session: Session, request: Request) -> dict[str, dict[str, float]]:

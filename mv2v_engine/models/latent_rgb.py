@@ -91,15 +91,13 @@ class LatentRGB:
                 "previews are then fitted to their source"
             ) from error
         shapes = found.factors.shape, found.bias.shape
-        if shapes != ((channels, 3), (3,)) or not found._is_finite():
+        is_finite = bool(found.factors.isfinite().all() and found.bias.isfinite().all())
+        if shapes != ((channels, 3), (3,)) or not is_finite:
             raise CheckpointError(
                 f"{path} holds factors {list(shapes[0])} and bias {list(shapes[1])}, expected "
                 f"finite ones [{channels}, 3] and [3]; copy it again, or delete it"
             )
         return found
-
-    def _is_finite(self) -> bool:
-        return bool(self.factors.isfinite().all() and self.bias.isfinite().all())
 
     def save(self, path: Path) -> None:
         """Write the map as JSON, to four digits behind the point."""

@@ -53,7 +53,8 @@ class Sample:
         Raises:
             ValueError: a count, a shape, or cameras where the model has none.
         """
-        self._check_kept()
+        if self.kept is not None and self.kept.plan != self.plan:
+            raise ValueError("this cache was made for another plan; make one for every turn")
         self._check_stream()
         self._check_vace(is_alone=is_alone)
         if not is_alone:
@@ -68,10 +69,6 @@ class Sample:
         if not self.is_kept:
             self._check_cameras()
             self._check_timestep()
-
-    def _check_kept(self) -> None:
-        if self.kept is not None and self.kept.plan != self.plan:
-            raise ValueError("this cache was made for another plan; make one for every turn")
 
     def _check_stream(self) -> None:
         if self.stream is None:

@@ -46,13 +46,13 @@ def conv3d_by_taps(
 def speed_up_conv3d(model: nn.Module) -> None:
     """Let a model's plain 3-D convolutions run by taps wherever their input is on the CPU."""
     for module in model.modules():
-        if isinstance(module, nn.Conv3d) and _is_plain(module):
+        if (
+            isinstance(module, nn.Conv3d)
+            and module.padding in ((0, 0, 0), "valid")
+            and module.groups == 1
+            and module.dilation == (1, 1, 1)
+        ):
             module._conv_forward = MethodType(_conv_forward, module)  # type: ignore[method-assign]
-
-
-def _is_plain(module: nn.Conv3d) -> bool:
-    unpadded = module.padding in ((0, 0, 0), "valid")
-    return unpadded and module.groups == 1 and module.dilation == (1, 1, 1)
 
 
 def _conv_forward(module: nn.Conv3d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

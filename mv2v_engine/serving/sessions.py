@@ -233,13 +233,13 @@ class Sessions:
             await self.audit.session(session)
         turns = await self.database.read(tables.list_turns, session.id)
         path, folder = self.store.new_upload(), self.store.session(session.id)
-        whole = [await self._whole_files(turn) for turn in turns]
+        whole = [
+            [which for which in RESULTS if await self.audit.problem(turn, which) is None]
+            for turn in turns
+        ]
         with disk_errors():
             await asyncio.to_thread(write_export, path, folder, session, turns, whole)
         return path
-
-    async def _whole_files(self, turn: TurnRecord) -> list[TurnFile]:
-        return [which for which in RESULTS if await self.audit.problem(turn, which) is None]
 
     def _discard(self, session_id: str) -> None:
         """Take a session's folder out of its place at once, then from the disk."""

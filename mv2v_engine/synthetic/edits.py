@@ -71,15 +71,12 @@ def _repainted(textures: Textures, surface: int, values: dict[str, Tensor]) -> T
     return replace(textures, **changed)
 
 
-def _mean_colour(textures: Textures, surface: int) -> Tensor:
-    return (textures.colour_a_S3[surface] + textures.colour_b_S3[surface]) / 2
-
-
 def _colours(
     world: World, surface: int, name: str, generator: torch.Generator
 ) -> dict[str, Tensor]:
     """A shade of the named colour, of any that is new if none is named, and a darker one of it."""
-    old = _mean_colour(world.textures, surface)
+    textures = world.textures
+    old = (textures.colour_a_S3[surface] + textures.colour_b_S3[surface]) / 2
     while True:
         drawn = (
             name or COLOUR_NAMES[int(torch.randint(len(COLOUR_NAMES), (1,), generator=generator))]

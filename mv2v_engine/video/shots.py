@@ -98,14 +98,10 @@ def _differ(before: _Picture, after: _Picture) -> bool:
 
 def _picture(frame: Tensor) -> _Picture:
     """uint8 [rows, columns, 3] in OpenCV's order of colours, small."""
-    return _small(frame).flip(-1).contiguous().numpy()
-
-
-def _small(frame: Tensor) -> Tensor:
     height, width = frame.shape[:2]
     factor = -(-max(height, width) // _MAX_SIDE)
-    if factor == 1:
-        return frame
-    planes = frame.permute(2, 0, 1)[None].float()
-    pooled = F.avg_pool2d(planes, factor, ceil_mode=True, count_include_pad=False)[0]
-    return pooled.round().to(torch.uint8).permute(1, 2, 0)
+    if factor > 1:
+        planes = frame.permute(2, 0, 1)[None].float()
+        pooled = F.avg_pool2d(planes, factor, ceil_mode=True, count_include_pad=False)[0]
+        frame = pooled.round().to(torch.uint8).permute(1, 2, 0)
+    return frame.flip(-1).contiguous().numpy()

@@ -91,7 +91,15 @@ class BodyLimit:
         owner = scope["state"]["owner"]
         if self._uploads[owner] >= self._limits.uploads:
             await _drain(receive)
-            await refusal(_too_many(self._limits))(scope, receive, send)
+            most = self._limits.uploads
+            wait = max(1, round(self._limits.probe_seconds / most))
+            error = ApiError(
+                "too_many_uploads",
+                f"{most} uploads of this token are under way, and no more may be; try again in "
+                f"{wait} s",
+                headers={"Retry-After": str(wait)},
+            )
+            await refusal(error)(scope, receive, send)
             return
         self._uploads[owner] += 1
         try:
@@ -134,16 +142,6 @@ class BodyLimit:
             return message
 
         await self._app(scope, bounded, send)
-
-
-def _too_many(limits: Limits) -> ApiError:
-    wait = max(1, round(limits.probe_seconds / limits.uploads))
-    return ApiError(
-        "too_many_uploads",
-        f"{limits.uploads} uploads of this token are under way, and no more may be; try again in "
-        f"{wait} s",
-        headers={"Retry-After": str(wait)},
-    )
 
 
 def _too_large(most: int) -> str:

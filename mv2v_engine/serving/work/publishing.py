@@ -85,7 +85,10 @@ class Publisher:
                 continue
             waiting = await self.database.read(tables.unpublished_turns)
             if not await self._publish_all(waiting):
-                await self._sleep()
+                # until something happens, or it is worth another try
+                with suppress(asyncio.TimeoutError):
+                    await asyncio.wait_for(self._woken.wait(), RETRY_SECONDS)
+                self.wake()
 
     async def _record(self, session: SessionRecord, folder: Path, number: int) -> dict[str, Any]:
         """Write down what was published; what there is to say if that is not possible."""
@@ -97,12 +100,6 @@ class Publisher:
             return {"type": "failed", "code": "disk_full", "message": str(error)}
         await mirror(self.database, folder, session.id, number=number)
         return {}
-
-    async def _sleep(self) -> None:
-        """Until something happens, or it is worth another try."""
-        with suppress(asyncio.TimeoutError):
-            await asyncio.wait_for(self._woken.wait(), RETRY_SECONDS)
-        self.wake()
 
     async def _publish_all(self, turns: Iterable[tuple[str, int]]) -> bool:
         """Whether none is left that another try might make."""
