@@ -177,7 +177,11 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
             unknown = [key for key in unknown if key not in found.names]
         config, sources = _with_extras(base, infos)
         if detected.format == "redirector":
-            sources |= _first_channels(infos, config.in_channels)
+            # the patch embedding of the channels that are not always zero
+            name = "patch_embedding.weight"
+            size = infos[name].shape
+            shape = (size[0], config.in_channels, *size[2:])
+            sources[name] = Source(infos[name], shape, is_first=True)
         sampling = default_sampling(detected, config)
     # in its own file, or beside it
     if detected.translation.parts and len(detected.files) == 1:
@@ -279,13 +283,6 @@ def _with_extras(
         merge_blocks=blocks,
     )
     return config, sources
-
-
-def _first_channels(infos: dict[str, TensorInfo], channels: int) -> dict[str, Source]:
-    """The patch embedding of the channels that are not always zero."""
-    name = "patch_embedding.weight"
-    info = infos[name]
-    return {name: Source(info, (info.shape[0], channels, *info.shape[2:]), is_first=True)}
 
 
 def is_trained_for_memory(config: TransformerConfig, initialised: Iterable[str]) -> bool:

@@ -79,7 +79,10 @@ class ClipEvaluator:
         source, truth = clip.source.frames.cpu(), clip.edited.frames.cpu()
         windows = edit_windows(num_frames, sampling.num_frames)
         measurer = EditMeasurer(clip, [window.first_new for window in windows])
-        frames = {"source": source, "truth": truth, "vae": self._through_vae(truth, windows)}
+        # encoded and decoded window by window: the best that a denoiser can do
+        vae = self.engine.vae
+        decoded = [vae.decode(vae.encode(truth[list(window.indices)])) for window in windows]
+        frames = {"source": source, "truth": truth, "vae": _stitched(decoded, windows)}
         references = {name: self._quality(video, measurer) for name, video in frames.items()}
         rows = {}
         for row in protocol.chosen_rows:
@@ -116,12 +119,6 @@ class ClipEvaluator:
             sum(edit.flops for edit in alone),
             sum(edit.seconds for edit in alone),
         )
-
-    def _through_vae(self, truth: Tensor, windows: Sequence[EditWindow]) -> Tensor:
-        """The true edit encoded and decoded window by window: the best that a denoiser can do."""
-        vae = self.engine.vae
-        decoded = [vae.decode(vae.encode(truth[list(window.indices)])) for window in windows]
-        return _stitched(decoded, windows)
 
     def _quality(self, frames: Tensor, measurer: EditMeasurer) -> dict[str, float | None]:
         seen = {

@@ -55,7 +55,10 @@ def apply_edit(world: World, instruction: Instruction, choice: int) -> Edit:
         first = NUM_WALLS + len(world.kind_N)
         return Edit(hatted, added=tuple(range(first, NUM_WALLS + len(hatted.kind_N))))
     if instruction.kind == "remove":
-        return Edit(_without_target(world), removed=(surface,))
+        centre, swing = world.centre_N3.clone(), world.swing_N3.clone()
+        centre[0, 1] += _FAR_AWAY
+        swing[0] = 0
+        return Edit(replace(world, centre_N3=centre, swing_N3=swing), removed=(surface,))
     if instruction.kind == "pattern":
         values = _pattern(world, instruction.value, generator)
     else:
@@ -188,10 +191,3 @@ def _with_objects(
         textures=world.textures.followed_by(textures),
         **moving,
     )
-
-
-def _without_target(world: World) -> World:
-    centre, swing = world.centre_N3.clone(), world.swing_N3.clone()
-    centre[0, 1] += _FAR_AWAY
-    swing[0] = 0
-    return replace(world, centre_N3=centre, swing_N3=swing)

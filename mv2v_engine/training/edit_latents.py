@@ -20,9 +20,8 @@ from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.edit_worlds import WINDOW
-from mv2v_engine.text import TextEncoder
 from mv2v_engine.training.command import run_command
-from mv2v_engine.training.edits import EditPair, RenderedEdits
+from mv2v_engine.training.edits import RenderedEdits
 from mv2v_engine.training.stored import reading, stored_in
 from mv2v_engine.training.text import read_text_encoder, trim_text
 from mv2v_engine.vae import VideoVAE, load_vae
@@ -87,16 +86,6 @@ class EditLatents:
         """(C, F, H, W) of every window."""
         channels, frames, rows, columns = self.pairs[0].source.shape[1:]
         return channels, frames, rows, columns
-
-
-def encode_pair(pair: EditPair, vae: VideoVAE, text: TextEncoder) -> EncodedPair:
-    """A rendered pair, window by window."""
-    return EncodedPair(
-        source=_encoded(pair.source, vae),
-        edited=_encoded(pair.edited, vae),
-        mask=torch.stack([latent_mask(m, vae) for m in pair.mask.split(WINDOW)]).half(),
-        text=trim_text(text.encode(pair.prompt))[0].bfloat16(),
-    )
 
 
 def latent_mask(mask: Tensor, vae: VideoVAE) -> Tensor:
@@ -164,7 +153,14 @@ def main() -> None:
     for name in tqdm(source.names[first::step], unit="clip"):
         path = args.out / f"{name}.safetensors"
         if not path.exists():
-            encoded = encode_pair(source.load(name), vae, text)
+            pair = source.load(name)
+            masks = [latent_mask(mask, vae) for mask in pair.mask.split(WINDOW)]
+            encoded = EncodedPair(
+                source=_encoded(pair.source, vae),
+                edited=_encoded(pair.edited, vae),
+                mask=torch.stack(masks).half(),
+                text=trim_text(text.encode(pair.prompt))[0].bfloat16(),
+            )
             save_tensors(path, {n: getattr(encoded, n).contiguous() for n in _TENSORS})
 
 

@@ -162,13 +162,6 @@ def record_run(out: Path, record: dict[str, Any]) -> None:
         save_json(path, record)
 
 
-def _text_in_words(cache: LatentCache, text: Tensor | None) -> str:
-    if cache.has_captions:
-        return "all with text"
-    without = "zeros, for want of a text encoder" if text is None else "the empty prompt's"
-    return f"some without text: they get {without}"
-
-
 def run(
     model: MV2VTransformer,
     optimizer: torch.optim.Optimizer,
@@ -244,11 +237,15 @@ def main() -> None:
         # one process loads the encoder: it is larger than the transformer
         text = from_first(lambda: empty_text(base, args.components))
     sampler = SceneSampler(cache, shape, recipe, empty_text=text)
+    words = "all with text"
+    if not cache.has_captions:
+        without = "zeros, for want of a text encoder" if text is None else "the empty prompt's"
+        words = f"some without text: they get {without}"
     count = sum(parameter.numel() for parameter in trained)
     _say(
         *base.report.lines(),
         f"trains {count:,} of {sum(p.numel() for p in model.parameters()):,} parameters",
-        f"{len(cache)} scenes, {_text_in_words(cache, text)}",
+        f"{len(cache)} scenes, {words}",
     )
     config = LoopConfig(
         out=args.out,

@@ -11,6 +11,7 @@ import io
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,7 @@ def video_html(frames: Tensor, fps: float, caption: str) -> str:
 def pictures_html(pictures: Sequence[tuple[Tensor, str]], caption: str) -> str:
     """Pictures uint8 [H, W, 3] beside each other, each above its words."""
     cells = "".join(
-        f'<figure style="margin:4px"><img src="data:image/png;base64,{_png(picture)}">'
+        f'<figure style="margin:4px"><img src="{data_url(picture, _SIDE, "PNG")}">'
         f"<figcaption>{html.escape(words)}</figcaption></figure>"
         for picture, words in pictures
     )
@@ -44,10 +45,15 @@ def pictures_html(pictures: Sequence[tuple[Tensor, str]], caption: str) -> str:
     return f'{heading}<div style="display:flex;flex-wrap:wrap">{cells}</div>'
 
 
-def _png(picture: Tensor) -> str:
+def data_url(picture: Tensor, side: int, form: str, **options: Any) -> str:
+    """A picture uint8 [H, W, 3], made no larger than so many pixels a side.
+
+    form, options: as Pillow's `save` has them.
+    """
     from PIL import Image
 
     image, encoded = Image.fromarray(picture.numpy()), io.BytesIO()
-    image.thumbnail((_SIDE, _SIDE))
-    image.save(encoded, "PNG")
-    return base64.b64encode(encoded.getvalue()).decode()
+    image.thumbnail((side, side))
+    image.save(encoded, form, **options)
+    content = base64.b64encode(encoded.getvalue()).decode()
+    return f"data:image/{form.lower()};base64,{content}"

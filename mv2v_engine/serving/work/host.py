@@ -7,9 +7,7 @@ the same turn once.
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import io
 import logging
 from collections import OrderedDict
 from collections.abc import Callable, Generator, Iterator
@@ -19,7 +17,6 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 import torch
-from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS
@@ -54,6 +51,7 @@ from mv2v_engine.serving.watch.listener import Caught
 from mv2v_engine.serving.work.open_streams import OpenStreams
 from mv2v_engine.serving.work.turn_request import make_request, pixels, session_window
 from mv2v_engine.vae import weights_fingerprint
+from mv2v_engine.video.display import data_url
 from mv2v_engine.video.io import VideoReader
 
 Json: TypeAlias = dict[str, Any]
@@ -380,21 +378,12 @@ def _save_thumbnail(video: Path, path: Path) -> None:
 def _translate(event: Event, tell: Tell) -> None:
     """Tell an engine's event as JSON."""
     if isinstance(event, Preview):
-        image = _data_url(event.picture)
+        # so few pixels have none of their colours to spare
+        how: dict[str, Any] = {"quality": _JPEG_QUALITY, "subsampling": 0}
+        image = data_url(event.picture, _PREVIEW_SIDE, "JPEG", **how)
         tell({"type": PREVIEW, "step": event.step, "total": event.total, "image": image})
     elif not isinstance(event, TurnNotStored):
         tell({"type": _NAMES[type(event)], **asdict(event)})
-
-
-def _data_url(picture: Tensor) -> str:
-    """A picture uint8 [H, W, 3] as a JPEG of no more than `_PREVIEW_SIDE` pixels a side."""
-    from PIL import Image
-
-    image, encoded = Image.fromarray(picture.numpy()), io.BytesIO()
-    image.thumbnail((_PREVIEW_SIDE, _PREVIEW_SIDE))
-    # so few pixels have none of their colours to spare
-    image.save(encoded, "JPEG", quality=_JPEG_QUALITY, subsampling=0)
-    return "data:image/jpeg;base64," + base64.b64encode(encoded.getvalue()).decode()
 
 
 def _describe(engine: Engine) -> Json:

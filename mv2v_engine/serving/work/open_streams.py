@@ -116,6 +116,10 @@ class OpenStreams:
         if config is not None and asked["policy"] is not None:
             config = dataclasses.replace(config, policy=asked["policy"])
         kept, video = StreamFolder(engine_folder(folder)), video_path(folder)
+        # of frames that were sent up
+        given: Json = {}
+        if asked["source"] is not None:
+            given = _source(SourceFrames(folder, StreamRecord(**asked["source"])).frames)
         stream = self.engine.stream(
             asked["prompt"],
             id=asked["id"],
@@ -124,7 +128,7 @@ class OpenStreams:
             store=kept.folder,
             resume=kept.exists(),
             is_locked=True,  # the store has one worker
-            **_sent_frames(asked, folder),
+            **given,
         )
         whole = len(fragment_ends(video))
         if whole < stream.num_blocks:
@@ -136,13 +140,6 @@ class OpenStreams:
             num_frames=stream.first_frame(whole + 1),
         )
         return OpenStream(stream, writer)
-
-
-def _sent_frames(asked: Json, folder: Path) -> Json:
-    """What an engine is given of frames that were sent up; nothing where none are."""
-    if asked["source"] is None:
-        return {}
-    return _source(SourceFrames(folder, StreamRecord(**asked["source"])).frames)
 
 
 def _source(frames: Callable[[int], Iterable[np.ndarray]]) -> Json:
