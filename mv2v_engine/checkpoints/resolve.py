@@ -178,10 +178,9 @@ def resolve(detected: Detected, loras: tuple[Lora, ...] = ()) -> Resolution:
         config, sources = _with_extras(base, infos)
         if detected.format == "redirector":
             # the patch embedding of the channels that are not always zero
-            name = "patch_embedding.weight"
-            size = infos[name].shape
-            shape = (size[0], config.in_channels, *size[2:])
-            sources[name] = Source(infos[name], shape, is_first=True)
+            patch = infos["patch_embedding.weight"]
+            shape = (patch.shape[0], config.in_channels, *patch.shape[2:])
+            sources["patch_embedding.weight"] = Source(patch, shape, is_first=True)
         sampling = default_sampling(detected, config)
     # in its own file, or beside it
     if detected.translation.parts and len(detected.files) == 1:
