@@ -59,10 +59,10 @@ def test_the_place_is_named_when_it_cannot_be_written(tmp_path: Path) -> None:
     blocker = tmp_path / "file"
     blocker.write_text("")
     # not a permission, which root ignores: a file where a folder should be
-    for path in (blocker / "report.json", blocker / "deep" / "report.json"):
-        for write in WRITERS.values():
-            with pytest.raises(StorageError, match=r"cannot write .*report\.json.*another place"):
-                write(path)
+    for kind, write in WRITERS.items():
+        for folder in (blocker, blocker / "deep"):
+            with pytest.raises(StorageError, match=rf"cannot write .*a\.{kind}.*another place"):
+                write(folder / f"a.{kind}")
     assert _names(tmp_path) == ["file"]
 
 
