@@ -71,7 +71,7 @@ def opening(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 def wait_for_model(page: Page) -> None:
     """Until the service has loaded it, and the page has made its form."""
-    page.locator("#composer form").wait_for(state="attached")
+    page.locator("#composer[data-kind]").wait_for(state="attached")
 
 
 def wait_for_page(page: Page, predicate: str, argument: Any = None) -> None:

@@ -165,7 +165,10 @@ def test_videos_that_drift_apart_are_brought_together(live: Live, open_page: Ope
           }
           const ticks = [];
           window.requestAnimationFrame = (callback) => ticks.push(callback);
-          const player = new Player(document.createElement("div"), () => {});
+          const html = await (await fetch("/")).text();
+          const controls = new DOMParser().parseFromString(html, "text/html")
+            .querySelector(".transport");
+          const player = new Player(controls, () => {});
           const videos = [new Video(), new Video()];
           player.setTimeline(8, 16);
           videos.forEach((video, index) => player.add(String(index), video));

@@ -14,11 +14,12 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError
 
-# blob: because the page fetches videos with its token and plays what it got
+# blob: because the page fetches videos with its token and plays what it got; data: because the
+# previews of a turn under way come as such within its events
 CONTENT_SECURITY_POLICY = "; ".join(
     (
         "default-src 'self'",
-        "img-src 'self' blob:",
+        "img-src 'self' blob: data:",
         "media-src 'self' blob:",
         "object-src 'none'",
         "base-uri 'none'",

@@ -1,6 +1,6 @@
 // The service's HTTP interface. The token goes into a header alone, never into an address.
 
-const ROOT = new URL("../", import.meta.url);
+export const ROOT = new URL("../", import.meta.url);
 const TOKEN = "mv2v-token";
 
 /** An error with the server's own words. retryAfter: seconds, or null. */
@@ -24,10 +24,12 @@ export function setToken(token) {
   else sessionStorage.removeItem(TOKEN);
 }
 
+export const hex = (bytes) =>
+  Array.from(bytes, (byte) => byte.toString(16).padStart(2, "0")).join("");
+
 /** A key under which a request may be sent again without being done twice. */
 export function newKey() {
-  const random = crypto.getRandomValues(new Uint8Array(16));
-  return Array.from(random, (byte) => byte.toString(16).padStart(2, "0")).join("");
+  return hex(crypto.getRandomValues(new Uint8Array(16)));
 }
 
 function authorized(headers = {}) {
@@ -62,11 +64,11 @@ export async function send(path, { method = "GET", headers, body, signal } = {})
     response.headers.get("Retry-After"));
 }
 
-async function json(path, options) {
+export async function json(path, options) {
   return (await send(path, options)).json();
 }
 
-function post(path, content, key = null, method = "POST") {
+export function post(path, content, key = null, method = "POST") {
   const headers = { "Content-Type": "application/json" };
   if (key) headers["Idempotency-Key"] = key;
   return json(path, { method, headers, body: JSON.stringify(content) });
@@ -114,22 +116,6 @@ export const sourcePath = (id) => `v1/sessions/${id}/source`;
 export const exportPath = (id) => `v1/sessions/${id}/export`;
 export const videoPath = (id, turn) => `v1/sessions/${id}/turns/${turn}/video`;
 export const thumbnailPath = (id, turn) => `v1/sessions/${id}/turns/${turn}/thumbnail`;
-
-export const streamPath = (id) => `v1/streams/${id}`;
-export const beginStream = (request, key) => post("v1/streams", request, key);
-export const stream = (id) => json(streamPath(id));
-export const setPrompt = (id, prompt) => post(`${streamPath(id)}/prompt`, { prompt });
-export const cancelStream = (id) => post(`${streamPath(id)}/cancel`, {});
-
-/** Where frames go up. A WebSocket has no headers of its own, so the token is a protocol's name. */
-export function sourceSocket(id) {
-  const address = new URL(`${streamPath(id)}/source`, ROOT);
-  address.protocol = address.protocol.replace("http", "ws");
-  const token = getToken();
-  const hex = Array.from(new TextEncoder().encode(token),
-    (byte) => byte.toString(16).padStart(2, "0")).join("");
-  return new WebSocket(address, token ? ["mv2v", `token.${hex}`] : ["mv2v"]);
-}
 
 /** A file as an object URL: an address of its own could not carry the token. */
 export async function fetchFile(path, signal) {

@@ -2,10 +2,9 @@
 
 import * as api from "./api.js";
 import { pathOf } from "./camera.js";
-import { $, h, replace } from "./dom.js";
+import { $, h, replace, setIcon } from "./dom.js";
 import { plural } from "./format.js";
 import { Preview } from "./frustum.js";
-import { icon } from "./icons.js";
 import { announce, clear, problem } from "./notices.js";
 import { SessionList, Uploader } from "./sessions.js";
 import { keepFocus, setUpShortcuts } from "./shortcuts.js";
@@ -16,25 +15,23 @@ const THEMES = { auto: "system", light: "light", dark: "dark" };
 let workspace = null;
 let list = null;
 let uploader = null;
-let hero = null;
 let shows = 0;
 let fresh = null; // the session that this page has just made
 
 /** What the address names: #session=…&show=2&beside=source&mode=side&frame=8 */
 function readHash() {
-  const values = new URLSearchParams(location.hash.slice(1));
-  return {
-    session: values.get("session"),
-    show: values.get("show"),
-    beside: values.get("beside"),
-    mode: values.get("mode"),
-    frame: Number(values.get("frame")) || 0,
-  };
+  const said = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
+  return { ...said, frame: Number(said.frame) || 0 };
 }
 
 function hashOf(session, view) {
   const said = Object.entries(view).filter(([, value]) => value && value !== "wipe");
   return `#${new URLSearchParams({ session, ...Object.fromEntries(said) })}`;
+}
+
+/** Shows the place of a session, or the welcome. */
+function reveal(session) {
+  document.documentElement.dataset.view = session ? "session" : "";
 }
 
 /** A later call overtakes one that still waits for the service. */
@@ -43,10 +40,7 @@ async function show() {
   const { session, ...view } = readHash();
   if (session && workspace.session?.id === session) return;
   const number = (shows += 1);
-  $("welcome").hidden = Boolean(session);
-  $("session").hidden = !session;
-  if (session) document.documentElement.dataset.view = "session";
-  else delete document.documentElement.dataset.view;
+  reveal(session);
   list.mark(session);
   clear($("page-state"));
   if (!session) {
@@ -68,9 +62,7 @@ async function show() {
     fresh = null;
   } catch (error) {
     if (number !== shows) return;
-    $("welcome").hidden = false;
-    $("session").hidden = true;
-    delete document.documentElement.dataset.view;
+    reveal(null);
     problem($("page-state"), error, show);
   }
 }
@@ -86,7 +78,6 @@ function drawHero() {
     path: path("arc:-70"), others, aspect: 0.6,
     words: "A camera before a subject, and three paths that other cameras take around it",
   });
-  return hero;
 }
 
 function goTo(session) {
@@ -126,11 +117,10 @@ function setUpTheme() {
   const order = Object.keys(THEMES);
   const showTheme = () => {
     const theme = document.documentElement.dataset.theme ?? "auto";
-    replace(button, icon(theme));
-    button.setAttribute("aria-label", `Theme: ${THEMES[theme]}. Change it`);
+    setIcon(button, theme);
+    button.ariaLabel = `Theme: ${THEMES[theme]}. Change it`;
     button.title = `Theme: ${THEMES[theme]}`;
-    workspace?.redraw();
-    hero.draw();
+    document.dispatchEvent(new Event("theme"));
     return theme;
   };
   button.addEventListener("click", () => {
@@ -149,7 +139,6 @@ function setUpTheme() {
 
 function setUpAccess() {
   const dialog = $("access");
-  replace($("access-open"), icon("key"));
   $("access-open").addEventListener("click", askForToken);
   $("access-close").addEventListener("click", () => dialog.close("no"));
   dialog.addEventListener("close", () => {
@@ -177,7 +166,7 @@ async function loadModel() {
       if (error.status === 401) askForToken();
       if (error.code !== "not_ready") throw error;
       replace(place, h("div", { class: "note", role: "status" }, error.message),
-        h("div", { class: "progress waiting" }, h("span")));
+        h("progress", { "aria-label": "Loading the model" }));
       await new Promise((resolve) => { setTimeout(resolve, 1000 * (error.retryAfter ?? 2)); });
     }
   }
@@ -232,7 +221,7 @@ async function start() {
 }
 
 list = new SessionList();
-hero = drawHero();
+drawHero();
 uploader = new Uploader((session) => {
   fresh = session.id;
   goTo(session);
@@ -243,5 +232,4 @@ setUpAccess();
 setUpKeys();
 window.addEventListener("hashchange", show);
 $("home").addEventListener("click", () => goTo(null));
-$("welcome").hidden = Boolean(readHash().session);
 start();

@@ -6,7 +6,7 @@
 
 import { signed } from "./format.js";
 
-export const SUBJECT_DISTANCE = 4; // metres; what arcs turn about
+const SUBJECT_DISTANCE = 4; // metres; what arcs turn about
 /** In which moves are made that add up, however they are written. */
 const ORDER = ["arc", "translate", "crane", "zoom", "pan", "tilt", "static"];
 
@@ -20,7 +20,7 @@ export const AXES = {
   lift: { name: "Lift", unit: " m", limit: 3, step: 0.1, positive: "up", negative: "down" },
 };
 
-const IDENTITY = [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0];
+export const IDENTITY = [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0];
 const radians = (degrees) => (degrees * Math.PI) / 180;
 
 function compose(a, b) {

@@ -2,7 +2,7 @@
 
 import { AXES, amountsWords, cameraOf, pathOf, presetWords, still } from "./camera.js";
 import { Dial } from "./dial.js";
-import { h, replace } from "./dom.js";
+import { $, cloned, h, partsOf, replace } from "./dom.js";
 import { Preview } from "./frustum.js";
 import { Keyframes, trajectoryOf } from "./keyframes.js";
 import { parseMoves } from "./moves.js";
@@ -23,52 +23,32 @@ export class CameraPicker {
     });
     this.keyframes.current = () => this.moves;
     this.dial = new Dial((value) => this.#setAxis(this.axis, value));
-    this.canvas = h("canvas", { class: "preview", role: "img", tabindex: "0" });
-    this.words = h("strong", { id: "camera-words" });
-    this.code = h("code", { class: "fine" });
-    this.chips = new Map();
-    this.rows = new Map();
-    this.said = h("input", {
-      type: "text", id: "say", maxlength: 200, autocomplete: "off", spellcheck: "false",
-      placeholder: "move left and look down", oninput: () => this.#say(),
-    });
-    this.heard = h("p", { class: "fine", id: "heard" });
-    this.said.setAttribute("aria-describedby", "heard camera-words");
-    this.sayField = h("label", { class: "field" }, h("span", null, "Say the move"), this.said);
-    this.figure = h("figure", { class: "camera-preview" }, this.canvas,
-      h("figcaption", null, this.words, this.code));
-    this.element = h("div", { class: "cameras" },
-      h("div", { class: "camera-dial" }, this.dial.element),
-      h("div", { class: "camera-axes" }, this.#axes()),
-      h("div", { class: "group" }, h("h3", { class: "label" }, "Along the way"),
-        this.keyframes.element),
-      h("div", { class: "group" }, h("h3", { class: "label" }, "Presets"), this.#presets()),
-      h("div", { class: "group" }, h("h3", { class: "label" }, "From a file"), this.#files()));
-    this.preview = new Preview(this.canvas);
+    this.element = document.querySelector(".cameras");
+    this.words = $("camera-words");
+    this.code = document.querySelector(".camera-preview code");
+    this.fileWords = partsOf(this.element).file;
+    this.rows = new Map(Object.keys(AXES).map((axis) => [axis, this.#row(axis)]));
+    this.chips = new Map([...this.presets.keys()].map((name) => [name, this.#chip(name)]));
+    $("say").addEventListener("input", () => this.#say());
+    $("camera-file").addEventListener("change", () => this.#read($("camera-file")));
+    this.preview = new Preview($("preview"));
     this.#show();
   }
 
-  #presets() {
-    const list = h("div", {
-      class: "chips presets", role: "group", "aria-label": "Preset cameras",
-    });
-    for (const name of this.presets.keys()) {
-      const chip = h("button", {
-        type: "button", class: "chip", "data-preset": name, "aria-pressed": "false",
-        onclick: () => this.#setPreset(name),
-      }, presetWords(name));
-      this.chips.set(name, chip);
-      list.append(chip);
-    }
-    return list;
+  #chip(name) {
+    const chip = h("button", {
+      type: "button", class: "chip", "data-preset": name, onclick: () => this.#setPreset(name),
+    }, presetWords(name));
+    $("presets").append(chip);
+    return chip;
   }
 
   /** What was said, as a move that is shown before it is asked for. */
   #say() {
-    const { amounts, unread } = parseMoves(this.said.value);
-    this.heard.textContent = unread.length
+    const { amounts, unread } = parseMoves($("say").value);
+    $("heard").textContent = unread.length
       ? `Not understood: ${unread.join(", ")}. Try "orbit right 30" or "zoom in a little".` : "";
-    if (!this.said.value.trim()) return;
+    if (!$("say").value.trim()) return;
     this.#plain();
     this.keyframes.clear();
     this.amounts = amounts;
@@ -80,17 +60,6 @@ export class CameraPicker {
   /** No preset and no file. */
   #plain() {
     this.preset = this.file = null;
-  }
-
-  #files() {
-    const input = h("input", {
-      type: "file", class: "quiet", id: "camera-file", "aria-label": "Camera file",
-      accept: ".json,.txt,.csv,.npy,.npz,.tum,.kitti", onchange: () => this.#read(input),
-    });
-    this.fileWords = h("div", { class: "row" });
-    return h("div", { class: "row" }, input,
-      h("label", { for: "camera-file", class: "button small" }, "Choose a camera file"),
-      this.fileWords);
   }
 
   async #read(input) {
@@ -118,27 +87,25 @@ export class CameraPicker {
     this.keyframes.setFrame(frame);
   }
 
-  #axes() {
-    const list = h("div", { class: "axes", role: "group", "aria-label": "Free camera" });
-    for (const [axis, { name, unit, limit, step }] of Object.entries(AXES)) {
-      const choose = h("button", {
-        type: "button", class: "axis-name", "aria-pressed": "false",
-        "aria-label": `${name} on the dial`, onclick: () => this.#setAxis(axis, this.moves[axis]),
-      }, name);
-      const field = h("input", {
-        type: "number", min: -limit, max: limit, step: "any", id: `axis-${axis}`,
-        "aria-label": `${name} in ${unit === "°" ? "degrees" : "metres"}`,
-        onfocus: () => this.#setAxis(axis, this.moves[axis], field),
-        oninput: () => this.#typed(axis, field),
-        onblur: () => this.#show(),
-        onkeydown: (event) => this.#stepField(event, axis, step),
-      });
-      const row = h("div", { class: "axis" }, choose, field,
-        h("span", { class: "axis-unit", "aria-hidden": "true" }, unit.trim()));
-      this.rows.set(axis, { row, choose, field });
-      list.append(row);
-    }
-    return list;
+  #row(axis) {
+    const { name, unit, limit, step } = AXES[axis];
+    const content = cloned("axis");
+    const row = content.firstElementChild;
+    const { choose, field, unit: sign } = partsOf(row);
+    choose.textContent = name;
+    choose.ariaLabel = `${name} on the dial`;
+    choose.addEventListener("click", () => this.#setAxis(axis, this.moves[axis]));
+    Object.assign(field, {
+      id: `axis-${axis}`, min: -limit, max: limit,
+      ariaLabel: `${name} in ${unit === "°" ? "degrees" : "metres"}`,
+      onfocus: () => this.#setAxis(axis, this.moves[axis], field),
+      oninput: () => this.#typed(axis, field),
+      onblur: () => this.#show(),
+      onkeydown: (event) => this.#stepField(event, axis, step),
+    });
+    sign.textContent = unit.trim();
+    $("axes").append(row);
+    return { row, choose, field };
   }
 
   /** Arrow keys in a field step as the dial does, not by the browser's own step of 1. */
@@ -179,13 +146,13 @@ export class CameraPicker {
     this.element.classList.toggle("has-preset", Boolean(this.preset ?? this.file));
     for (const [axis, { row, choose, field }] of this.rows) {
       row.classList.toggle("current", axis === this.axis);
-      choose.setAttribute("aria-pressed", axis === this.axis);
+      choose.ariaPressed = axis === this.axis;
       if (field !== typing) {
         field.value = moves[axis];
         field.classList.remove("wrong");
       }
     }
-    for (const [name, chip] of this.chips) chip.setAttribute("aria-pressed", name === this.preset);
+    for (const [name, chip] of this.chips) chip.ariaPressed = name === this.preset;
     this.words.textContent = this.#words();
     this.code.textContent = typeof camera === "string" ? camera : "";
     replace(this.fileWords, this.file && [h("span", null, this.file.spec),
@@ -234,9 +201,5 @@ export class CameraPicker {
   setEarlier(turns) {
     this.earlier = turns;
     this.#draw();
-  }
-
-  redraw() {
-    this.preview.draw();
   }
 }

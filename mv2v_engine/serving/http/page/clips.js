@@ -1,4 +1,4 @@
-// The videos of one session: each is fetched once, when it is first shown.
+// The files of one session, videos and pictures: each is fetched once, when it is first shown.
 
 import * as api from "./api.js";
 import { h } from "./dom.js";
@@ -9,7 +9,19 @@ export class Clips {
   /** onproblem: (id, error or null) of a video that cannot be shown, or can again. */
   constructor(onproblem) {
     this.onproblem = onproblem;
-    this.clips = new Map();
+    this.clips = new Map(); // id: {video, paths}
+    this.files = new Map(); // path: a promise of its address
+    this.leaving = new AbortController();
+  }
+
+  /** A file's address, once it is there. */
+  file(path) {
+    if (!this.files.has(path)) {
+      const fetched = fetchFile(path, this.leaving.signal);
+      this.files.set(path, fetched);
+      fetched.catch(() => this.files.get(path) === fetched && this.files.delete(path));
+    }
+    return this.files.get(path);
   }
 
   /** The video element of an id; it loads by itself. poster: of a picture until it has. */
@@ -18,53 +30,56 @@ export class Clips {
     if (known) return known.video;
     const video = h("video", { playsinline: true, preload: "auto", "aria-label": title });
     video.muted = true;
-    const clip = { video, leaving: new AbortController(), addresses: [] };
-    this.clips.set(id, clip);
-    video.addEventListener("error", () => this.onproblem(id, new Error(
+    this.clips.set(id, { video, paths: [path, poster] });
+    video.addEventListener("error", () => this.#tell(id, video, new Error(
       "This browser cannot play the video's format; download it to see it.")));
-    this.#load(id, clip, path);
-    if (poster) this.#poster(clip, poster);
+    this.#load(id, video, path);
+    // the video itself tells what is wrong
+    if (poster) this.file(poster).then((address) => { video.poster = address; }, () => {});
     return video;
   }
 
-  async #poster(clip, path) {
+  async #load(id, video, path) {
     try {
-      const address = await fetchFile(path, clip.leaving.signal);
-      clip.addresses.push(address);
-      clip.video.poster = address;
-    } catch {
-      // the video itself tells what is wrong
+      const address = await this.file(path);
+      if (this.#tell(id, video, null)) video.src = address;
+    } catch (error) {
+      if (error.name !== "AbortError") {
+        this.#tell(id, video, error, () => this.#load(id, video, path));
+      }
     }
   }
 
-  async #load(id, clip, path) {
-    try {
-      const address = await fetchFile(path, clip.leaving.signal);
-      clip.addresses.push(address);
-      clip.video.src = address;
-      this.onproblem(id, null);
-    } catch (error) {
-      if (error.name !== "AbortError") this.onproblem(id, error, () => this.#load(id, clip, path));
-    }
+  /** What is wrong with a video, as long as it is the id's: whether it is. */
+  #tell(id, video, error, again) {
+    const isCurrent = this.clips.get(id)?.video === video;
+    if (isCurrent) this.onproblem(id, error, again);
+    return isCurrent;
   }
 
   remove(id) {
     const clip = this.clips.get(id);
     if (!clip) return;
     this.clips.delete(id);
-    clip.leaving.abort();
     clip.video.removeAttribute("src");
     clip.video.remove();
-    for (const address of clip.addresses) URL.revokeObjectURL(address);
+    for (const path of clip.paths) this.#forget(path);
+  }
+
+  #forget(path) {
+    this.files.get(path)?.then(URL.revokeObjectURL, () => {});
+    this.files.delete(path);
   }
 
   clear() {
+    this.leaving.abort();
+    this.leaving = new AbortController();
     for (const id of [...this.clips.keys()]) this.remove(id);
+    for (const path of [...this.files.keys()]) this.#forget(path);
   }
 }
 
-/** A file's address, once it is there. */
-export async function fetchFile(path, signal, attempt = 1) {
+async function fetchFile(path, signal, attempt = 1) {
   try {
     return await api.fetchFile(path, signal);
   } catch (error) {

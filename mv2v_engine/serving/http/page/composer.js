@@ -2,22 +2,10 @@
 
 import * as api from "./api.js";
 import { CameraPicker } from "./cameras.js";
-import { h, replace } from "./dom.js";
-import { icon } from "./icons.js";
+import { $, keepKind, onClick, partsOf } from "./dom.js";
 import { busy, clear, problem } from "./notices.js";
 
-const MEMORY = {
-  retrieved: "Relevant turns",
-  previous: "The last turn",
-  none: "Nothing",
-};
-const MOST = 4; // variants at once
 const SEEDS = 2 ** 31;
-
-function field(label, input, hint = null) {
-  return h("label", { class: "field" }, h("span", null, label), input,
-    hint && h("span", { class: "fine" }, hint));
-}
 
 export class Composer {
   /**
@@ -25,81 +13,35 @@ export class Composer {
    * (session, its job).
    */
   constructor(root, model, player, onsent) {
-    this.model = model;
     this.onsent = onsent;
-    this.isEditing = model.kind === "edits";
-    this.state = h("div");
-    this.sendButton = h("button", { class: "button primary large", type: "submit", id: "render" },
-      this.isEditing ? "Edit the video" : "Render this view");
-    this.picker = this.isEditing ? null : new CameraPicker(model, player);
-    const asked = this.isEditing ? this.#instruction()
-      : [this.picker.sayField, this.picker.heard];
-    this.form = h("form", {
-      onsubmit: (event) => {
-        event.preventDefault();
-        busy(this.sendButton, () => this.send(this.#requests()), (error) => { throw error; });
-      },
-    }, asked, h("div", { class: "row send" }, this.sendButton, this.#variants()), this.state,
-    this.picker?.figure, this.picker?.element, this.#settings());
-    replace(root,
-      h("h2", { id: "composer-title" }, this.isEditing ? "Next edit" : "Next view"), this.form);
-  }
-
-  #instruction() {
-    this.prompt = h("textarea", {
-      id: "prompt", rows: 3, required: true, placeholder: "make the sphere red",
-      onkeydown: (event) => {
-        if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) this.form.requestSubmit();
-      },
+    keepKind(root, model.kind);
+    this.state = partsOf(root).state;
+    this.picker = model.kind === "edits" ? null : new CameraPicker(model, player);
+    this.typed = $("prompt") ?? $("say");
+    const form = this.form = root.querySelector("form");
+    form.addEventListener("submit", (event) => {
+      event.preventDefault();
+      busy($("render"), () => this.send(this.#requests()), (error) => { throw error; });
     });
-    return field("Instruction", this.prompt, "What to change; everything else stays as it is.");
-  }
-
-  /** How many, and the number that each one's chance begins with. */
-  #variants() {
-    this.count = h("select", { id: "count", "aria-label": "How many variants" },
-      Array.from({ length: MOST }, (_, index) =>
-        h("option", { value: index + 1 }, `${index + 1}×`)));
-    this.seed = h("input", {
-      type: "number", id: "seed", min: 0, step: 1, value: 0, inputmode: "numeric",
-      "aria-label": "Seed", title: "Seed: the same number makes the same picture again",
+    form.addEventListener("keydown", (event) => {
+      if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
     });
-    const dice = h("button", {
-      type: "button", class: "icon", "aria-label": "Throw the dice for another seed",
-      title: "Another seed",
-      onclick: () => { this.seed.value = Math.floor(Math.random() * SEEDS); },
-    }, icon("dice"));
-    return h("span", { class: "variants" }, this.count, this.seed, dice);
-  }
-
-  #settings() {
-    const number = (id, value, min, step) =>
-      h("input", { type: "number", id, min, step, value, inputmode: "decimal" });
-    this.steps = number("steps", this.model.num_inference_steps, 1, 1);
-    this.steps.max = 1000;
-    this.guidance = number("guidance", this.model.guidance_scale, 0, "any");
-    // an edit remembers windows of its own, not other turns
-    const memory = Object.entries(MEMORY).filter(
-      ([mode]) => !this.isEditing || mode !== "previous");
-    this.memory = h("select", { id: "memory" }, memory.map(([mode, words]) =>
-      h("option", { value: mode, selected: mode === this.model.memory }, words)));
-    return h("details", { class: "settings" },
-      h("summary", null, "Settings"),
-      h("div", { class: "fields" },
-        field("Steps", this.steps), field("Guidance", this.guidance),
-        field("Remember", this.memory)));
+    onClick(root, { dice: () => { $("seed").value = Math.floor(Math.random() * SEEDS); } });
+    for (const field of form.elements) {
+      if (field.name in model) field.value = model[field.name];
+    }
+    root.dataset.kind = model.kind;
   }
 
   /** One for each variant; the seeds follow one another. */
   #requests() {
-    const chosen = this.isEditing ? { prompt: this.prompt.value } : { camera: this.picker.camera };
-    const numbers = { num_inference_steps: this.steps, guidance_scale: this.guidance };
-    for (const [name, input] of Object.entries(numbers)) {
-      if (input.value !== "") chosen[name] = Number(input.value);
+    const chosen = { seed: 0 };
+    if (this.picker) chosen.camera = this.picker.camera;
+    for (const { name, value, type } of this.form.elements) {
+      if (name && value !== "") chosen[name] = type === "number" ? Number(value) : value;
     }
-    const first = this.seed.value === "" ? 0 : Number(this.seed.value);
-    return Array.from({ length: Number(this.count.value) }, (_, index) =>
-      ({ ...chosen, memory: this.memory.value, seed: first + index }));
+    return Array.from({ length: Number($("count").value) }, (_, index) =>
+      ({ ...chosen, seed: chosen.seed + index }));
   }
 
   /** session: whose turns come next; turns: that it has. */
@@ -116,7 +58,7 @@ export class Composer {
 
   /** Where one begins: what is typed here is what comes next. */
   focus() {
-    (this.prompt ?? this.picker.said).focus({ preventScroll: true });
+    this.typed.focus({ preventScroll: true });
   }
 
   /** Asks for turns. Sent again after an error, each is still one turn: the keys stay. */
@@ -133,9 +75,5 @@ export class Composer {
         return;
       }
     }
-  }
-
-  redraw() {
-    this.picker?.redraw();
   }
 }

@@ -1,8 +1,12 @@
-// Elements without a framework.
+// Elements without a framework. What stands still is in index.html, and found by `data-part`.
 
-const SVG = "http://www.w3.org/2000/svg";
+function present(children) {
+  return children.flat(2).filter((child) => child !== false && (child ?? null) !== null);
+}
 
-function filled(element, props, children) {
+/** An element. props: attributes, `onclick` and the like, and `vars`, its CSS variables. */
+export function h(tag, props, ...children) {
+  const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props ?? {})) {
     if (value === null || value === undefined) continue;
     if (name.startsWith("aria-")) element.setAttribute(name, String(value));
@@ -15,20 +19,6 @@ function filled(element, props, children) {
   return element;
 }
 
-function present(children) {
-  return children.flat(2).filter((child) => child !== false && (child ?? null) !== null);
-}
-
-/** An HTML element. props: attributes, `onclick` and the like, and `vars`, its CSS variables. */
-export function h(tag, props, ...children) {
-  return filled(document.createElement(tag), props, children);
-}
-
-/** An SVG element, as `h`. */
-export function svg(tag, props, ...children) {
-  return filled(document.createElementNS(SVG, tag), props, children);
-}
-
 /** CSS variables; a style attribute would be refused by the page's content security policy. */
 export function setVars(element, vars) {
   for (const [name, value] of Object.entries(vars)) element.style.setProperty(name, value);
@@ -39,3 +29,35 @@ export function replace(element, ...children) {
 }
 
 export const $ = (id) => document.getElementById(id);
+
+/** What is in a template, once more. */
+export const cloned = (id) => $(id).content.cloneNode(true);
+
+/** The elements of a piece of the page by their `data-part`. */
+export function partsOf(root) {
+  return Object.fromEntries(
+    [...root.querySelectorAll("[data-part]")].map((part) => [part.dataset.part, part]));
+}
+
+/** actions: by the part, what a click on it does: (the part). */
+export function onClick(root, actions) {
+  root.addEventListener("click", ({ target }) => {
+    const part = target.closest("[data-part]");
+    if (root.contains(part)) actions[part.dataset.part]?.(part);
+  });
+}
+
+/** Leaves what is of this kind of model: "views" or "edits". */
+export function keepKind(root, kind) {
+  for (const part of root.querySelectorAll(`[data-of]:not([data-of=${kind}])`)) part.remove();
+}
+
+export function setIcon(glyph, name) {
+  glyph.querySelector("use").setAttribute("href", `#icon-${name}`);
+}
+
+export function icon(name) {
+  const glyph = cloned("glyph");
+  setIcon(glyph, name);
+  return glyph;
+}

@@ -1,5 +1,8 @@
 // A small drawing of the room: the source's camera, the path of the next one, and earlier turns'.
 
+import { IDENTITY } from "./camera.js";
+
+export const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 const HALF_WIDTH = 0.5 * (23.76 / 24); // of the image plane one metre ahead: the engine's own lens
 const DEPTH = 0.8; // metres; how long a drawn frustum is
 const SUBJECT = [0, 0, 4];
@@ -9,7 +12,6 @@ const GLIDE = 1600; // ms that the moving camera takes along the path
 const CENTRE = [0, 0.1, 1.9]; // what the drawing turns about
 const DISTANCE = 11; // metres from there to the drawing's own eye
 const MARGIN = 22; // pixels
-const IDENTITY = [1, 0, 0, 0, 0, 1, 0, 0, 0, 0, 1, 0];
 
 const place = (pose) => [pose[3], pose[7], pose[11]];
 
@@ -35,9 +37,9 @@ export class Preview {
     this.others = [];
     this.aspect = 0.6;
     this.glide = null; // where the moving camera is, from 0 to 1
-    this.calm = window.matchMedia("(prefers-reduced-motion: reduce)");
     new ResizeObserver(() => this.draw()).observe(canvas);
     window.matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.draw());
+    document.addEventListener("theme", () => this.draw());
     canvas.addEventListener("pointerdown", (event) => canvas.setPointerCapture(event.pointerId));
     canvas.addEventListener("pointermove", (event) => {
       if (canvas.hasPointerCapture(event.pointerId)) this.#turn(event.movementX, event.movementY);
@@ -59,7 +61,7 @@ export class Preview {
    */
   show({ path, others, aspect, words }) {
     Object.assign(this, { path, others, aspect });
-    this.canvas.setAttribute("aria-label", words);
+    this.canvas.ariaLabel = words;
     this.glide = null;
     this.draw();
     clearTimeout(this.soon);
@@ -74,7 +76,7 @@ export class Preview {
 
   /** One glide along the path, then rest. */
   #play() {
-    if (this.calm.matches || !this.path || this.glide !== null) return;
+    if (calm.matches || !this.path || this.glide !== null) return;
     const path = this.path;
     const began = performance.now();
     const step = (now) => {
@@ -101,23 +103,23 @@ export class Preview {
     context.clearRect(0, 0, width, height);
     context.lineJoin = context.lineCap = "round";
     const paint = colours(canvas);
-    const project = this.#projection(width, height);
-    this.#floor(project, paint);
-    this.#subject(project, paint);
+    this.project = this.#projection(width, height);
+    this.#floor(paint);
+    this.#subject(paint);
     for (const { poses, label } of this.others) {
-      this.#line(project, poses.map(place), paint.soft, 1.25, 0.7, [3, 4]);
-      this.#frustum(project, poses.at(-1), paint.soft, 1, 0.6);
-      this.#label(project, poses.at(-1), label, paint.soft);
+      this.#line(poses.map(place), paint.soft, 1.25, 0.7, [3, 4]);
+      this.#frustum(poses.at(-1), paint.soft, 1, 0.6);
+      this.#label(poses.at(-1), label, paint.soft);
     }
-    this.#frustum(project, IDENTITY, paint.ink, 1.5, 0.9);
+    this.#frustum(IDENTITY, paint.ink, 1.5, 0.9);
     if (!this.path) return;
-    this.#line(project, this.path.map(place), paint.accent, 2.25, 1);
+    this.#line(this.path.map(place), paint.accent, 2.25, 1);
     for (const share of [0.34, 0.67]) {
-      this.#frustum(project, this.#poseAt(share), paint.accent, 1, 0.3);
+      this.#frustum(this.#poseAt(share), paint.accent, 1, 0.3);
     }
-    this.#frustum(project, this.path.at(-1), paint.accent, 1.75, 1, true);
+    this.#frustum(this.path.at(-1), paint.accent, 1.75, 1, true);
     if (this.glide !== null) {
-      this.#frustum(project, this.#poseAt(this.glide), paint.accent, 1.75, 0.9, true);
+      this.#frustum(this.#poseAt(this.glide), paint.accent, 1.75, 0.9, true);
     }
   }
 
@@ -163,20 +165,20 @@ export class Preview {
     return [...plane.map(([across, down]) => world(pose, across, down, DEPTH)), place(pose)];
   }
 
-  #line(project, points, colour, width, alpha, dash = []) {
+  #line(points, colour, width, alpha, dash = []) {
     const { context } = this;
     context.globalAlpha = alpha;
     context.strokeStyle = colour;
     context.lineWidth = width;
     context.setLineDash(dash);
     context.beginPath();
-    for (const point of points) context.lineTo(...project(point));
+    for (const point of points) context.lineTo(...this.project(point));
     context.stroke();
     context.setLineDash([]);
     context.globalAlpha = 1;
   }
 
-  #frustum(project, pose, colour, width, alpha, isFilled = false) {
+  #frustum(pose, colour, width, alpha, isFilled = false) {
     const [x, y] = [HALF_WIDTH * DEPTH, HALF_WIDTH * DEPTH * this.aspect];
     const corners = this.#corners(pose);
     const eye = corners.pop();
@@ -185,42 +187,42 @@ export class Preview {
       context.globalAlpha = 0.16 * alpha;
       context.fillStyle = colour;
       context.beginPath();
-      for (const corner of corners) context.lineTo(...project(corner));
+      for (const corner of corners) context.lineTo(...this.project(corner));
       context.fill();
     }
-    this.#line(project, [...corners, corners[0]], colour, width, alpha);
-    for (const corner of corners) this.#line(project, [eye, corner], colour, width, alpha);
+    this.#line([...corners, corners[0]], colour, width, alpha);
+    for (const corner of corners) this.#line([eye, corner], colour, width, alpha);
     // which side is up
     const tip = world(pose, 0, -y * 1.5, DEPTH);
-    this.#line(project, [world(pose, -x * 0.35, -y, DEPTH), tip, world(pose, x * 0.35, -y, DEPTH)],
+    this.#line([world(pose, -x * 0.35, -y, DEPTH), tip, world(pose, x * 0.35, -y, DEPTH)],
       colour, width, alpha);
   }
 
-  #label(project, pose, text, colour) {
+  #label(pose, text, colour) {
     const { context } = this;
-    const [x, y] = project(world(pose, 0, -HALF_WIDTH * DEPTH, DEPTH * 1.1));
+    const [x, y] = this.project(world(pose, 0, -HALF_WIDTH * DEPTH, DEPTH * 1.1));
     context.fillStyle = colour;
     context.font = "600 12px system-ui, sans-serif";
     context.textAlign = "center";
     context.fillText(text, x, y - 4);
   }
 
-  #floor(project, paint) {
+  #floor(paint) {
     for (let step = -4; step <= 4; step += 1) {
-      this.#line(project, [[step, FLOOR, -2], [step, FLOOR, 6]], paint.line, 1, 0.9);
-      this.#line(project, [[-4, FLOOR, step + 2], [4, FLOOR, step + 2]], paint.line, 1, 0.9);
+      this.#line([[step, FLOOR, -2], [step, FLOOR, 6]], paint.line, 1, 0.9);
+      this.#line([[-4, FLOOR, step + 2], [4, FLOOR, step + 2]], paint.line, 1, 0.9);
     }
   }
 
   /** A globe where arcs turn about, and its foot on the floor. */
-  #subject(project, paint) {
+  #subject(paint) {
     const around = Array.from({ length: 33 }, (_, index) => (index / 32) * 2 * Math.PI);
     const [x, y, z] = SUBJECT;
-    const ring = (point) => this.#line(project, around.map(point), paint.soft, 1, 0.7);
+    const ring = (point) => this.#line(around.map(point), paint.soft, 1, 0.7);
     const r = SUBJECT_RADIUS;
     ring((a) => [x + r * Math.cos(a), y, z + r * Math.sin(a)]);
     ring((a) => [x + r * Math.cos(a), y + r * Math.sin(a), z]);
     ring((a) => [x, y + r * Math.cos(a), z + r * Math.sin(a)]);
-    this.#line(project, [[x, r, z], [x, FLOOR, z]], paint.soft, 1, 0.5, [2, 3]);
+    this.#line([[x, r, z], [x, FLOOR, z]], paint.soft, 1, 0.5, [2, 3]);
   }
 }

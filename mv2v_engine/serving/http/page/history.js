@@ -1,29 +1,24 @@
 // The history as pictures: the source, every turn, and the turns under way.
 
 import * as api from "./api.js";
-import { fetchFile } from "./clips.js";
 import { requestWords } from "./camera.js";
-import { $, h, replace } from "./dom.js";
-import { icon } from "./icons.js";
+import { $, cloned, h, icon, partsOf, replace } from "./dom.js";
 
 export class History {
-  /** onpick: (id, whether it is to stand beside what is shown). */
-  constructor(onpick) {
-    this.list = $("history");
-    this.onpick = onpick;
-    this.tiles = new Map();
-    this.leaving = new AbortController();
-    this.addresses = [];
+  /** clips: the session's files; onpick: (id, whether it is to stand beside what is shown). */
+  constructor(clips, onpick) {
+    Object.assign(this, { clips, onpick, list: $("history"), tiles: new Map() });
     this.list.addEventListener("keydown", (event) => this.#key(event));
   }
 
   clear() {
-    this.leaving.abort();
-    this.leaving = new AbortController();
-    for (const address of this.addresses) URL.revokeObjectURL(address);
-    this.addresses = [];
     this.tiles.clear();
     replace(this.list);
+  }
+
+  /** Gives the focus to what is shown. */
+  focus() {
+    this.list.querySelector("[aria-current]")?.focus();
   }
 
   /** session: whose; turns; jobs: `Job`s; shown: ids of what stands on the stage, the first one. */
@@ -34,7 +29,7 @@ export class History {
         id: String(turn.number), title: `Turn ${turn.number}`, turn,
         words: turn.name || requestWords(turn.request),
       })),
-      ...jobs.map((job) => ({ id: job.id, title: job.title, words: job.short, job })),
+      ...jobs.map((job) => ({ id: job.id, title: job.name, words: job.short, job })),
     ];
     const ids = new Set(wanted.map(({ id }) => id));
     for (const [id, tile] of this.tiles) {
@@ -53,38 +48,28 @@ export class History {
   }
 
   #tile(session, { id, turn }) {
-    const picture = h("span", { class: "thumb" }, h("img", { alt: "", hidden: true }));
-    const pick = h("button", {
-      type: "button", class: "tile", onclick: (event) => this.onpick(id, event.shiftKey),
-    }, picture, h("span", { class: "tile-title" }), h("span", { class: "tile-words fine" }));
-    const tile = h("li", { "data-id": id }, pick);
+    const content = cloned("tile");
+    const tile = content.firstElementChild;
+    tile.dataset.id = id;
+    partsOf(tile).pick.addEventListener("click", (event) => this.onpick(id, event.shiftKey));
     this.tiles.set(id, tile);
-    if (turn) this.#picture(tile, api.thumbnailPath(session.id, turn.number));
+    // its words are enough; what is wrong with it is said where it is played
+    if (turn) {
+      this.clips.file(api.thumbnailPath(session.id, turn.number))
+        .then((address) => setPicture(tile, address), () => {});
+    }
     return tile;
   }
 
-  async #picture(tile, path) {
-    try {
-      const address = await fetchFile(path, this.leaving.signal);
-      this.addresses.push(address);
-      setPicture(tile, address);
-    } catch {
-      // its words are enough; what is wrong with it is said where it is played
-    }
-  }
-
   #fill(tile, { id, title, words, turn, job }, shown) {
-    const [titleLine, wordsLine] = tile.querySelectorAll(".tile-title, .tile-words");
+    const { pick, title: titleLine, words: wordsLine } = partsOf(tile);
     replace(titleLine, title, turn?.is_favourite && icon("star"));
     wordsLine.textContent = words;
     const place = shown.indexOf(id);
     tile.classList.toggle("beside", place > 0);
-    const pick = tile.firstChild;
     pick.title = words;
-    if (place === 0) pick.setAttribute("aria-current", "true");
-    else pick.removeAttribute("aria-current");
-    pick.setAttribute("aria-label",
-      [title, words, turn?.is_favourite && "favourite"].filter(Boolean).join(", "));
+    pick.ariaCurrent = place === 0 ? "true" : null;
+    pick.ariaLabel = [title, words, turn?.is_favourite && "favourite"].filter(Boolean).join(", ");
     if (job) {
       tile.classList.add("under-way");
       setPicture(tile, job.picture);
@@ -96,12 +81,10 @@ export class History {
     const tile = this.tiles.get("source");
     if (!tile) return;
     const draw = () => {
-      const canvas = h("canvas", { width: 160, height: 96 });
-      const scale = Math.max(160 / video.videoWidth, 96 / video.videoHeight);
-      const [width, height] = [video.videoWidth * scale, video.videoHeight * scale];
-      canvas.getContext("2d").drawImage(
-        video, (160 - width) / 2, (96 - height) / 2, width, height);
-      replace(tile.querySelector(".thumb"), canvas);
+      const [width, height] = [160, Math.round((160 * video.videoHeight) / video.videoWidth)];
+      const canvas = h("canvas", { width, height });
+      canvas.getContext("2d").drawImage(video, 0, 0, width, height);
+      replace(partsOf(tile).thumb, canvas);
     };
     if (video.readyState >= HTMLMediaElement.HAVE_CURRENT_DATA) draw();
     else video.addEventListener("loadeddata", draw, { once: true });

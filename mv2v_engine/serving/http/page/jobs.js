@@ -2,7 +2,7 @@
 
 import * as api from "./api.js";
 import { requestWords } from "./camera.js";
-import { h, replace, setVars } from "./dom.js";
+import { cloned, h, partsOf, replace } from "./dom.js";
 import { seconds } from "./format.js";
 import { announce, button, clear, problem } from "./notices.js";
 import { stageWords } from "./report.js";
@@ -12,34 +12,23 @@ const ENDS = new Set(["finished", "failed", "cancelled"]);
 
 export class Job {
   /**
-   * onfinished: (turn's number); onagain: (request) asks for it once more; ongone: () once it may
-   * go; onchange: () where its words or its picture are others.
+   * actions: {onfinished: (turn's number), onagain: (request) asks for it once more, ongone: () once
+   * it may go, onchange: () where its words or its picture are others}.
    */
-  constructor(job, { onfinished, onagain, ongone, onchange }) {
-    Object.assign(this, { job, onfinished, onagain, ongone, onchange });
+  constructor(job, actions) {
+    Object.assign(this, { job }, actions);
     this.id = job.id;
-    this.title = requestWords(job.request);
+    this.name = requestWords(job.request);
     this.short = "Waiting";
-    this.picture = null; // its address
+    this.picture = null; // a data URL
     this.leaving = new AbortController();
     this.stages = new Map();
-    this.image = h("img", { class: "preview-picture", hidden: true,
-      alt: "What the turn looks like at this step" });
-    this.words = h("p", { class: "job-words" });
-    this.link = h("p", { class: "fine job-link" });
-    this.bar = h("div", {
-      class: "progress waiting", role: "progressbar", "aria-label": "Progress of the turn",
-      "aria-valuemin": 0, "aria-valuemax": 100,
-    }, h("span"));
-    this.list = h("ol", { class: "stages" });
-    this.state = h("div");
-    this.stop = button("Cancel", () => this.cancel(), "close");
-    this.tools = h("div", { class: "row" }, this.stop);
-    this.element = h("article", { class: "job", "data-job": job.id, tabindex: "-1" },
-      this.image,
-      h("div", { class: "job-panel" },
-        h("h2", { class: "job-title" }, this.title), this.words, this.bar, this.link, this.state,
-        h("details", null, h("summary", { class: "fine" }, "Steps"), this.list), this.tools));
+    const content = cloned("job");
+    Object.assign(this, partsOf(content));
+    this.element = content.firstElementChild;
+    this.element.dataset.job = job.id;
+    this.title.textContent = this.name;
+    this.cancel.addEventListener("click", () => this.#cancel());
   }
 
   /** Follows the job, or shows how it ended: a turn asked for again may long be finished. */
@@ -89,13 +78,9 @@ export class Job {
   #say(words, share = null, isSpoken = true) {
     this.words.textContent = words;
     this.short = share === null ? words : `${Math.round(100 * share)} %`;
-    this.bar.classList.toggle("waiting", share === null);
-    if (share === null) this.bar.removeAttribute("aria-valuenow");
-    else {
-      this.bar.setAttribute("aria-valuenow", Math.round(100 * share));
-      setVars(this.bar, { "--share": share });
-    }
-    this.bar.setAttribute("aria-valuetext", words);
+    if (share === null) this.bar.removeAttribute("value");
+    else this.bar.value = share;
+    this.bar.ariaValueText = words;
     if (isSpoken) announce(words);
     this.onchange();
   }
@@ -119,20 +104,10 @@ export class Job {
     this.#say(`${stageWords(stage)}: step ${step} of ${total}${rest}`, step / total, isQuarter);
   }
 
-  /** Shows a data URL in place of the last one; the page's policy lets in blobs alone. */
   #show(image) {
-    const bytes = Uint8Array.from(atob(image.split(",")[1]), (letter) => letter.charCodeAt(0));
-    this.#forget();
-    this.picture = URL.createObjectURL(new Blob([bytes], { type: "image/jpeg" }));
-    this.image.src = this.picture;
+    this.picture = this.image.src = image;
     this.image.hidden = false;
     this.onchange();
-  }
-
-  #forget() {
-    this.image.hidden = true;
-    if (this.picture) URL.revokeObjectURL(this.picture);
-    this.picture = null;
   }
 
   #window({ number, total, seconds_left: left }) {
@@ -141,7 +116,8 @@ export class Job {
 
   #end(event) {
     this.ended = event.type;
-    this.#forget();
+    this.picture = null;
+    this.image.hidden = true;
     this.link.textContent = "";
     if (event.type === "finished") {
       announce(`Turn ${event.turn} is finished`);
@@ -160,7 +136,7 @@ export class Job {
     this.onchange();
   }
 
-  async cancel() {
+  async #cancel() {
     if (this.ended) return;
     clear(this.state);
     this.words.textContent = "Cancelling at the next step…";
@@ -173,7 +149,6 @@ export class Job {
 
   remove() {
     this.leaving.abort();
-    this.#forget();
     this.element.remove();
   }
 }

@@ -1,8 +1,7 @@
 // Keyframes of a camera: amounts of the axes at some frames, and what lies between them.
 
 import { cameraOf, pathOf, still } from "./camera.js";
-import { h, replace, setVars } from "./dom.js";
-import { button } from "./notices.js";
+import { $, h, onClick, partsOf, replace } from "./dom.js";
 
 const ease = (share) => share * share * (3 - 2 * share);
 
@@ -33,12 +32,10 @@ export class Keyframes {
     this.keys = new Map(); // frame: amounts
     this.picked = null;
     this.frame = 0;
-    this.track = h("div", { class: "key-track", role: "group", "aria-label": "Keyframes" });
-    this.addButton = button("Add key", () => this.add());
-    this.removeButton = button("Remove key", () => this.remove());
-    this.clearButton = button("No keys", () => this.clear());
-    this.element = h("div", { class: "keyframes" },
-      this.track, h("div", { class: "row" }, this.addButton, this.removeButton, this.clearButton));
+    this.parts = partsOf($("keyframes"));
+    onClick($("keyframes"), {
+      add: () => this.add(), remove: () => this.remove(), clear: () => this.clear(),
+    });
     this.#show();
   }
 
@@ -57,7 +54,7 @@ export class Keyframes {
 
   setFrame(frame) {
     this.frame = Math.min(this.frames - 1, frame);
-    this.addButton.lastChild.textContent = `Add key at frame ${this.frame + 1}`;
+    this.parts.add.textContent = `Add key at frame ${this.frame + 1}`;
   }
 
   /** A key where the player stands. amounts: of the first one, which starts at the source's own. */
@@ -92,23 +89,20 @@ export class Keyframes {
 
   #changed(focus = null) {
     this.#show();
-    if (focus !== null) this.track.querySelector(`[data-frame="${focus}"]`).focus();
-    else if (document.activeElement?.hidden) this.addButton.focus();
+    if (focus !== null) this.parts.track.querySelector(`[data-frame="${focus}"]`).focus();
+    else if (document.activeElement?.hidden) this.parts.add.focus();
     this.onchange();
   }
 
   #show() {
-    replace(this.track, this.sorted.map(([frame]) => {
-      const key = h("button", {
-        type: "button", class: "key", "data-frame": frame, "aria-pressed": frame === this.picked,
-        "aria-label": `Key at frame ${frame + 1}; arrow keys move it`,
-        onclick: () => this.#pick(frame), onkeydown: (event) => this.#move(event, frame),
-      });
-      setVars(key, { "--share": frame / Math.max(1, this.frames - 1) });
-      return key;
-    }));
-    this.track.hidden = !this.isOn;
-    this.removeButton.hidden = this.clearButton.hidden = !this.isOn;
+    const { track, remove, clear } = this.parts;
+    replace(track, this.sorted.map(([frame]) => h("button", {
+      type: "button", class: "key", "data-frame": frame, "aria-pressed": frame === this.picked,
+      "aria-label": `Key at frame ${frame + 1}; arrow keys move it`,
+      vars: { "--share": frame / Math.max(1, this.frames - 1) },
+      onclick: () => this.#pick(frame), onkeydown: (event) => this.#move(event, frame),
+    })));
+    track.hidden = remove.hidden = clear.hidden = !this.isOn;
     this.setFrame(this.frame);
   }
 

@@ -14,6 +14,17 @@ const WAITS = {
   reader: "waits for the player", source: "waits for frames", worker: "waits for a worker",
 };
 
+const streamPath = (id) => `v1/streams/${id}`;
+
+/** Where frames go up. A WebSocket has no headers of its own, so the token is a protocol's name. */
+function sourceSocket(id) {
+  const address = new URL(`${streamPath(id)}/source`, api.ROOT);
+  address.protocol = address.protocol.replace("http", "ws");
+  const token = api.getToken();
+  const name = `token.${api.hex(new TextEncoder().encode(token))}`;
+  return new WebSocket(address, token ? ["mv2v", name] : ["mv2v"]);
+}
+
 /** Appends a stream's video to a player as it comes. */
 class Player {
   constructor(video) {
@@ -80,7 +91,7 @@ class Camera {
     });
     this.video.srcObject = this.media;
     await this.video.play();
-    this.socket = api.sourceSocket(this.stream.id);
+    this.socket = sourceSocket(this.stream.id);
     this.socket.binaryType = "arraybuffer";
     await new Promise((resolve, reject) => {
       this.socket.addEventListener("open", resolve, { once: true });
@@ -154,7 +165,8 @@ export class Live {
     clear(this.problems);
     try {
       if (this.isLive) {
-        const { first_block: first } = await api.setPrompt(this.stream.id, this.prompt.value);
+        const { first_block: first } = await api.post(
+          `${streamPath(this.stream.id)}/prompt`, { prompt: this.prompt.value });
         announce(`The prompt holds from block ${first} on`);
       } else {
         await this.begin();
@@ -165,7 +177,7 @@ export class Live {
   }
 
   async begin() {
-    this.show(await api.beginStream({ prompt: this.prompt.value }, api.newKey()));
+    this.show(await api.post("v1/streams", { prompt: this.prompt.value }, api.newKey()));
     if (this.model.stream.has_source) {
       this.camera = new Camera(this.stream);
       replace(this.cameraPlace, this.camera.video);
@@ -181,10 +193,10 @@ export class Live {
   }
 
   async play(id) {
-    const response = await api.send(`${api.streamPath(id)}/video?first=1`);
+    const response = await api.send(`${streamPath(id)}/video?first=1`);
     let status;
     do {
-      status = await api.stream(id);
+      status = await api.json(streamPath(id));
       if (!status.codec) await new Promise((done) => { setTimeout(done, 100); });
     } while (!status.codec && status.state === "running");
     if (status.codec) await new Player(this.video).play(response, status.codec);
@@ -194,7 +206,7 @@ export class Live {
     while (this.isLive && this.stream.id === id) {
       await new Promise((done) => { setTimeout(done, STATUS); });
       try {
-        const now = await api.stream(id);
+        const now = await api.json(streamPath(id));
         if (this.stream.id === id) this.show(now);
       } catch (error) {
         if (error.code === "not_found") return;
@@ -207,7 +219,7 @@ export class Live {
     this.camera = null;
     replace(this.cameraPlace);
     try {
-      if (this.stream) this.show(await api.cancelStream(this.stream.id));
+      if (this.stream) this.show(await api.post(`${streamPath(this.stream.id)}/cancel`, {}));
     } catch (error) {
       problem(this.problems, error);
     }

@@ -1,7 +1,6 @@
 // What every part of the page says alike: errors, words for a screen reader, small buttons.
 
-import { $, h, replace } from "./dom.js";
-import { icon } from "./icons.js";
+import { $, h, icon, replace } from "./dom.js";
 
 /** A small button; `name` is of an icon. */
 export function button(label, onclick, name = null) {
@@ -25,22 +24,18 @@ export function clear(place) {
 
 /** Does what a button says, once at a time; it keeps the focus, which a disabled one loses. */
 export async function busy(pressed, action, onerror) {
-  if (pressed.getAttribute("aria-busy") === "true") return;
-  pressed.setAttribute("aria-busy", "true");
+  if (pressed.ariaBusy === "true") return;
+  pressed.ariaBusy = "true";
   try {
     await action();
   } catch (error) {
     onerror(error);
   } finally {
-    pressed.removeAttribute("aria-busy");
+    pressed.ariaBusy = null;
   }
 }
 
-let spoken = "";
-
 /** Tells a screen reader. The same words twice in a row are said once. */
 export function announce(words) {
-  if (words === spoken) return;
-  spoken = words;
-  $("live").textContent = words;
+  if (words !== $("live").textContent) $("live").textContent = words;
 }

@@ -1,54 +1,44 @@
 // Videos that play as one: one clock, one scrubber, every seek to the middle of a frame.
 
-import { h, replace, setVars } from "./dom.js";
-import { icon } from "./icons.js";
-
-const RATES = [0.25, 0.5, 1, 2];
+import { onClick, partsOf, setIcon, setVars } from "./dom.js";
 
 export class Player {
-  /** root: where its controls go; onframe: (frame), whenever another one is shown. */
+  /** root: where its controls stand; onframe: (frame), whenever another one is shown. */
   constructor(root, onframe) {
     this.videos = new Map(); // id: {video, timing}
     this.pending = new Map(); // frames to seek to once a seek under way is done
     this.onframe = onframe;
-    Object.assign(this, { fps: 1, frames: 1, frame: 0, rate: 1, loops: true });
+    Object.assign(this, { fps: 1, frames: 1, frame: 0, loops: true });
     this.isPlaying = false;
     this.run = 0; // which playing it is: an older one's clock stops by itself
-    this.toggleButton = this.#button("play", "Play", () => this.toggle(), "Space");
-    this.toggleButton.classList.add("primary", "round");
-    this.loopButton = this.#button("loop", "Loop", () => this.setLoop(!this.loops), "L");
-    this.speed = h("select", {
-      class: "speed", "aria-label": "Speed", onchange: () => this.setRate(Number(this.speed.value)),
-    }, RATES.map((rate) => h("option", { value: rate, selected: rate === 1 }, `${rate}×`)));
-    this.range = h("input", {
-      type: "range", min: 0, max: 0, step: 1, value: 0, class: "scrubber", "aria-label": "Frame",
-      oninput: () => {
-        const frame = Number(this.range.value); // before the pause shows its own
-        this.pause();
-        this.seek(frame);
+    this.parts = partsOf(root);
+    const { range, speed, loop } = this.parts;
+    onClick(root, {
+      previous: () => this.step(-1),
+      play: () => this.toggle(),
+      next: () => this.step(1),
+      loop: () => {
+        this.loops = !this.loops;
+        loop.ariaPressed = this.loops;
       },
     });
-    this.readout = h("output", { class: "readout" });
-    replace(root,
-      this.#button("previous", "Previous frame", () => this.step(-1), ","),
-      this.toggleButton,
-      this.#button("next", "Next frame", () => this.step(1), "."),
-      this.range, this.readout, this.speed, this.loopButton);
-    this.setLoop(true);
+    speed.addEventListener("change", () => this.#rated());
+    range.addEventListener("input", () => {
+      const frame = Number(range.value); // before the pause shows its own
+      this.pause();
+      this.seek(frame);
+    });
   }
 
-  /** key: that does the same where nothing else takes it. */
-  #button(name, label, onclick, key = null) {
-    return h("button", {
-      type: "button", class: "icon", "aria-label": label, title: `${label} (${key})`, onclick,
-    }, icon(name));
+  get rate() {
+    return Number(this.parts.speed.value);
   }
 
   /** What is played: so many frames at a rate. */
   setTimeline(fps, frames) {
     this.pause();
     Object.assign(this, { fps, frames, frame: 0 });
-    this.range.max = frames - 1;
+    this.parts.range.max = frames - 1;
     this.#show(0);
   }
 
@@ -114,12 +104,12 @@ export class Player {
 
   #show(frame) {
     this.frame = frame;
-    this.range.value = frame;
-    setVars(this.range, { "--share": frame / Math.max(1, this.frames - 1) });
+    const { range, readout } = this.parts;
+    range.value = frame;
+    setVars(range, { "--share": frame / Math.max(1, this.frames - 1) });
     const time = (frame / this.fps).toFixed(2);
-    this.range.setAttribute(
-      "aria-valuetext", `frame ${frame + 1} of ${this.frames}, ${time} seconds`);
-    this.readout.textContent = `${frame + 1} / ${this.frames}`;
+    range.ariaValueText = `frame ${frame + 1} of ${this.frames}, ${time} seconds`;
+    readout.textContent = `${frame + 1} / ${this.frames}`;
     this.onframe(frame);
   }
 
@@ -197,27 +187,22 @@ export class Player {
   }
 
   #showState() {
-    const { toggleButton, isPlaying } = this;
-    replace(toggleButton, icon(isPlaying ? "pause" : "play"));
-    toggleButton.setAttribute("aria-label", isPlaying ? "Pause" : "Play");
-  }
-
-  setLoop(loops) {
-    this.loops = loops;
-    this.loopButton.setAttribute("aria-pressed", loops);
+    const { play } = this.parts;
+    setIcon(play, this.isPlaying ? "pause" : "play");
+    play.ariaLabel = this.isPlaying ? "Pause" : "Play";
   }
 
   /** The next faster or slower speed. */
   changeRate(steps) {
-    const place = RATES.indexOf(this.rate) + steps;
-    this.setRate(RATES[Math.max(0, Math.min(RATES.length - 1, place))]);
+    const { speed } = this.parts;
+    speed.selectedIndex =
+      Math.max(0, Math.min(speed.length - 1, speed.selectedIndex + steps));
+    this.#rated();
   }
 
-  setRate(rate) {
-    this.rate = rate;
-    this.speed.value = rate;
+  #rated() {
     for (const { video, timing } of this.videos.values()) {
-      video.playbackRate = rate * (timing?.speed() ?? 1);
+      video.playbackRate = this.rate * (timing?.speed() ?? 1);
     }
   }
 }

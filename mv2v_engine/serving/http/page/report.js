@@ -29,6 +29,9 @@ function mergedShare(report, name, latentFrames) {
   return frames.size / latentFrames;
 }
 
+const listed = (name, rows) => h("dl", { class: name }, rows.map(([term, words]) =>
+  h("div", null, h("dt", null, term), h("dd", null, words))));
+
 /** A bar of 100 %: parts of a whole, each with a name and a number in words. */
 function stackedBar(parts, words) {
   const total = parts.reduce((all, part) => all + part.value, 0) || 1;
@@ -36,9 +39,8 @@ function stackedBar(parts, words) {
     h("div", { class: "stack", "aria-hidden": "true" },
       parts.filter((part) => part.value > 0).map((part, index) =>
         h("span", { class: `shade-${index % 5}`, vars: { "--share": part.value / total } }))),
-    h("dl", { class: "legend" }, parts.map((part, index) => h("div", null,
-      h("dt", null, h("span", { class: `swatch shade-${index % 5}` }), part.name),
-      h("dd", null, words(part.value))))),
+    listed("legend", parts.map(({ name, value }, index) =>
+      [[h("span", { class: `swatch shade-${index % 5}` }), name], words(value)])),
   ];
 }
 
@@ -52,8 +54,7 @@ function retrievedRow(row, index, report, { noun, latentFrames, open }) {
       open ? h("button", { type: "button", class: "link", onclick: () => open(turn) }, name)
         : h("span", null, name),
       h("span", { class: "score" }, row.score.toFixed(3))),
-    h("div", { class: "meter", "aria-hidden": "true" },
-      h("span", { vars: { "--share": Math.max(0, Math.min(1, row.score)) } })),
+    h("meter", { value: row.score, "aria-hidden": "true" }),
     h("p", { class: "fine" }, row.encoder === "history"
       ? `in the history (${row.tokenizer.replaceAll("x", "×")})`
       : `${plural(tokens, "token")} (${row.tokenizer.replaceAll("x", "×")}), `
@@ -130,6 +131,5 @@ export function costSection(report) {
     h("h5", null, report.windows ? "Tokens of the largest window" : "Tokens"),
     stackedBar(Object.entries(largest.plan.tokens_by_kind).map(([kind, value]) =>
       ({ name: KINDS[kind] ?? kind, value })), count),
-    h("dl", { class: "facts" }, facts.map(([name, value]) => h("div", null,
-      h("dt", null, name), h("dd", null, value)))));
+    listed("facts", facts));
 }

@@ -1,9 +1,8 @@
 // The list of sessions, and how a video gets into it.
 
 import * as api from "./api.js";
-import { $, h, replace, setVars } from "./dom.js";
+import { $, h, icon, replace } from "./dom.js";
 import { ago, bytes, percent, plural } from "./format.js";
-import { icon } from "./icons.js";
 import { announce, button, clear, problem } from "./notices.js";
 
 export class Uploader {
@@ -47,42 +46,24 @@ export class Uploader {
       ? `Turns of ${width} × ${height}, ${model.num_frames} frames, `
         + `${(model.num_frames / model.fps).toFixed(1)} s at ${model.fps} a second`
       : "Edits are as long and as large as the video";
-    this.#reading(model);
     $("pick-limit").textContent =
       `or choose a file, up to ${bytes(most).replace(" ", "\u00a0")}`;
+    $("read-size").append(...[model.size, ...(model.sizes ?? [])].map(([height, width]) =>
+      h("option", { value: `${width}x${height}` }, `${width} × ${height}`)));
   }
 
   /** How a video is read, where not as the service reads all of them. */
-  #reading(model) {
-    const choice = (id, label, options) => h("label", { class: "field" }, h("span", null, label),
-      h("select", { id: `read-${id}`, "data-choice": id },
-        h("option", { value: "" }, "As usual"),
-        options.map(([value, words]) => h("option", { value }, words))));
-    const sizes = [model.size, ...(model.sizes ?? [])].map(([height, width]) =>
-      [`${width}x${height}`, `${width} × ${height}`]);
-    replace($("reading"), h("details", { class: "reading" },
-      h("summary", { class: "fine" }, "How it is read"),
-      h("div", { class: "fields" },
-        h("label", { class: "field" }, h("span", null, "Frames a second"), h("input", {
-          type: "number", id: "read-fps", "data-choice": "fps", min: 1, step: "any",
-          placeholder: "Its own", inputmode: "decimal",
-        })),
-        choice("fit", "Edges", [["crop", "Cut off"], ["letterbox", "Black bars"]]),
-        choice("alpha", "Transparent", [["black", "Black"], ["white", "White"],
-          ["refuse", "Refuse it"]]),
-        choice("size", "Size of turns", sizes))));
-  }
-
   get choices() {
-    const chosen = [...$("reading").querySelectorAll("[data-choice]")].filter(({ value }) => value);
-    return Object.fromEntries(chosen.map(({ dataset, value }) => [dataset.choice, value]));
+    const fields = [...$("reading").querySelectorAll("[name]")];
+    return Object.fromEntries(
+      fields.filter(({ value }) => value).map(({ name, value }) => [name, value]));
   }
 
   /** Uploads a file; sent again after an error, it is still one session: the key stays. */
   async take(file, key = api.newKey()) {
     this.current?.abort();
     this.current = null;
-    this.zone.removeAttribute("aria-busy");
+    this.zone.ariaBusy = null;
     if (file.size > this.most) {
       // the service would close the connection on what it does not read, and its words be lost
       problem(this.state, new Error(`${file.name} has ${bytes(file.size)}, more than the `
@@ -92,22 +73,20 @@ export class Uploader {
     const leaving = new AbortController();
     this.current = leaving;
     const words = h("span", { class: "fine" }, `${file.name}, ${bytes(file.size)}`);
-    const bar = h("div", {
-      class: "progress", role: "progressbar", "aria-label": "Upload",
-      "aria-valuemin": 0, "aria-valuemax": 100,
-    }, h("span"));
+    const bar = h("progress", { "aria-label": "Upload" });
     replace(this.state, h("div", { class: "uploading" }, words, bar,
       button("Stop", () => leaving.abort())));
-    this.zone.setAttribute("aria-busy", "true");
+    this.zone.ariaBusy = "true";
     announce(`Uploading ${file.name}`);
     const onprogress = (share) => {
-      setVars(bar, { "--share": share });
-      bar.setAttribute("aria-valuenow", Math.round(100 * share));
-      bar.classList.toggle("waiting", share === 1);
+      if (share < 1) bar.value = share;
+      else bar.removeAttribute("value");
       words.textContent = share < 1 ? `${file.name}, ${percent(share)}` : "Looking at the video…";
     };
     try {
-      const session = await api.upload(file, { key, choices: this.choices, onprogress, signal: leaving.signal });
+      const session = await api.upload(file, {
+        key, choices: this.choices, onprogress, signal: leaving.signal,
+      });
       clear(this.state);
       announce(`${file.name} is ready`);
       this.onsession(session);
@@ -116,7 +95,7 @@ export class Uploader {
       if (error.name === "AbortError") clear(this.state);
       else problem(this.state, error, () => this.take(file, key));
     } finally {
-      if (this.current === leaving) this.zone.removeAttribute("aria-busy");
+      if (this.current === leaving) this.zone.ariaBusy = null;
     }
   }
 }
@@ -181,8 +160,7 @@ export class SessionList {
   mark(id) {
     this.current = id;
     for (const link of this.list.querySelectorAll(".session-link")) {
-      if (link.dataset.session === id) link.setAttribute("aria-current", "page");
-      else link.removeAttribute("aria-current");
+      link.ariaCurrent = link.dataset.session === id ? "page" : null;
     }
   }
 }

@@ -2,29 +2,39 @@
 
 import * as api from "./api.js";
 import { requestWords } from "./camera.js";
-import { $, h, replace } from "./dom.js";
+import { $, cloned, h, keepKind, onClick, partsOf, replace } from "./dom.js";
 import { bytes, list } from "./format.js";
 import { busy, button, clear, problem } from "./notices.js";
 import { costSection, memorySection } from "./report.js";
 
-/** A text that is written back when it is left; what somebody else wrote meanwhile is not lost. */
-export function editable(tag, props, { value, label, save, place }) {
-  const input = h(tag, {
-    ...props, "aria-label": label,
-    onchange: async () => {
+/**
+ * Makes the fields of a piece of the page write back what they are left with; what somebody else
+ * wrote meanwhile is not lost. save: ({field: value}); place: where a problem is told.
+ */
+export function editable(root, save, place) {
+  for (const field of root.querySelectorAll("[data-field]")) {
+    const change = async () => {
       clear(place);
       try {
-        await save(input.value);
+        await save({ [field.dataset.field]: field.value });
       } catch (error) {
-        problem(place, error, () => input.dispatchEvent(new Event("change")));
+        problem(place, error, change);
       }
-    },
-    onkeydown: (event) => {
-      if (event.key === "Enter" && tag === "input") input.dispatchEvent(new Event("change"));
-    },
-  });
-  input.value = value;
-  return input;
+    };
+    field.addEventListener("change", change);
+    field.addEventListener("keydown", ({ key }) => {
+      if (key === "Enter" && field.matches("input")) change();
+    });
+  }
+}
+
+/** actions: by the part, what its button does, once at a time; place: where a problem is told. */
+export function attemptable(root, actions, place) {
+  onClick(root, Object.fromEntries(Object.entries(actions).map(([part, action]) =>
+    [part, (pressed) => {
+      clear(place);
+      busy(pressed, action, (error) => problem(place, error));
+    }])));
 }
 
 export class Shown {
@@ -46,81 +56,69 @@ export class Shown {
 
   /** Of the source. */
   showSource(session) {
-    this.#keep(`source ${session.id}`, () => {
-      const state = h("div");
-      const fresh = button("Start afresh", () => this.#attempt(fresh, state, () =>
-        this.actions.branch(0)), "branch");
+    this.#keep(`source ${session.id}`, (content) => {
+      const fresh = button("Start afresh", null, "branch");
+      fresh.dataset.part = "fresh";
       fresh.title = "The same video again, without turns";
-      replace(this.root, session.warnings.map((words) => h("p", { class: "note" }, words)),
+      const state = h("div");
+      replace(content, session.warnings.map((words) => h("p", { class: "note" }, words)),
         state, h("div", { class: "row" }, fresh));
+      attemptable(content, { fresh: () => this.actions.branch(0) }, state);
     });
   }
 
   /** Of a turn. */
   show(session, turn) {
-    const key = JSON.stringify([session.id, turn]);
-    this.#keep(key, () => this.#turn(session, turn));
+    this.#keep(JSON.stringify([session.id, turn]), (content) =>
+      this.#turn(content, session, turn));
   }
 
   /** Made anew only where something is other than it was, so that nobody loses a cursor. */
   #keep(key, make) {
     if (key === this.key) return;
-    const focused = this.root.contains(document.activeElement)
-      ? document.activeElement.dataset.part : null;
+    const { activeElement: active } = document;
+    const { part, field } = this.root.contains(active) ? active.dataset : {};
     this.key = key;
-    make();
-    if (focused) this.root.querySelector(`[data-part="${focused}"]`)?.focus();
+    const content = h("div");
+    make(content);
+    replace(this.root, content);
+    content.querySelector(`[data-part="${part}"], [data-field="${field}"]`)?.focus();
   }
 
-  #turn(session, turn) {
-    const state = h("div");
+  #turn(content, session, turn) {
+    content.append(cloned("turn"));
+    keepKind(content, session.kind); // an edit's turns do not build on each other
+    const { title, star, download, branch, state, warnings, behind, parts } = partsOf(content);
     const { number } = turn;
-    const save = (changes) => this.actions.edit(turn, changes);
-    const name = editable("input", {
-      type: "text", class: "name", maxlength: 200, placeholder: requestWords(turn.request),
-      "data-part": "name", id: "turn-name",
-    }, { value: turn.name, label: `Name of turn ${number}`, place: state,
-      save: (value) => save({ name: value }) });
-    const notes = editable("textarea", {
-      rows: 2, maxlength: 8192, placeholder: "Notes", "data-part": "notes",
-    }, { value: turn.notes, label: `Notes on turn ${number}`, place: state,
-      save: (value) => save({ notes: value }) });
-    const act = (part, label, action, glyph) => {
-      const pressed = button(label, () => this.#attempt(pressed, state, action), glyph);
-      pressed.dataset.part = part;
-      return pressed;
-    };
-    const star = act("star", "Favourite", () => save({ is_favourite: !turn.is_favourite }), "star");
-    star.setAttribute("aria-pressed", turn.is_favourite);
-    const download = act("download", "Download", () => api.download(
-      api.videoPath(session.id, number), fileName(session, `turn_${number}.mp4`)), "download");
+    title.textContent = `Turn ${number}`;
+    star.ariaPressed = turn.is_favourite;
     download.title = `mp4, ${bytes(turn.bytes)} with what it is made again from`;
-    // an edit's turns do not build on each other, so that there is nothing to branch from
-    const fork = session.kind === "views"
-      && act("branch", "Branch", () => this.actions.branch(number), "branch");
-    if (fork) fork.title = `Go on from here in a new history, with turns 1 to ${number}`;
-    const remove = act("delete", "Delete turn", () => this.actions.remove(turn), "trash");
-    replace(this.root,
-      h("div", { class: "shown-bar" }, h("h2", { class: "shown-title" }, `Turn ${number}`), name,
-        h("div", { class: "row tools" }, star, download, fork, remove)),
-      state,
-      turn.forgotten.length > 0 && h("p", { class: "note" },
-        `It remembered ${list(turn.forgotten.map((other) => `turn ${other}`))}, deleted since.`),
-      turn.warnings.map((words) => h("p", { class: "note" }, words)),
-      notes,
-      h("details", {
-        class: "behind", open: this.isOpen,
-        ontoggle: (event) => { this.isOpen = event.currentTarget.open; },
-      }, h("summary", null, "Behind this picture"),
-        h("div", { class: "behind-parts" },
-          memorySection(turn.report, {
-            numFrames: this.model.num_frames, open: this.actions.open }),
-          costSection(turn.report))));
-  }
-
-  #attempt(pressed, state, action) {
-    clear(state);
-    return busy(pressed, action, (error) => problem(state, error));
+    if (branch) branch.title = `Go on from here in a new history, with turns 1 to ${number}`;
+    const [name, notes] = content.querySelectorAll("[data-field]");
+    name.placeholder = requestWords(turn.request);
+    name.value = turn.name;
+    notes.value = turn.notes;
+    name.ariaLabel = `Name of turn ${number}`;
+    notes.ariaLabel = `Notes on turn ${number}`;
+    const save = (changes) => this.actions.edit(turn, changes);
+    editable(content, save, state);
+    attemptable(content, {
+      star: () => save({ is_favourite: !turn.is_favourite }),
+      download: () => api.download(
+        api.videoPath(session.id, number), fileName(session, `turn_${number}.mp4`)),
+      branch: () => this.actions.branch(number),
+      delete: () => this.actions.remove(turn),
+    }, state);
+    const forgotten = turn.forgotten.map((other) => `turn ${other}`);
+    replace(warnings, [
+      ...(forgotten.length ? [`It remembered ${list(forgotten)}, deleted since.`] : []),
+      ...turn.warnings,
+    ].map((words) => h("p", { class: "note" }, words)));
+    behind.open = this.isOpen;
+    behind.addEventListener("toggle", () => { this.isOpen = behind.open; });
+    parts.append(
+      memorySection(turn.report, { numFrames: this.model.num_frames, open: this.actions.open }),
+      costSection(turn.report));
   }
 }
 

@@ -1,10 +1,7 @@
 // The picture: one, or two that are wiped over each other or stand side by side, and their player.
 
-import { h, replace, setVars } from "./dom.js";
-import { icon } from "./icons.js";
+import { h, onClick, partsOf, replace, setVars } from "./dom.js";
 import { Player } from "./player.js";
-
-const MODES = { wipe: "Wipe", side: "Side by side" };
 
 export class Stage {
   /**
@@ -12,50 +9,32 @@ export class Stage {
    * beside; onmode: () another way to compare was.
    */
   constructor(root, { onframe, oncompare, onmode }) {
-    Object.assign(this, { root, oncompare, onmode, mode: "wipe", ids: [] });
-    this.panes = [h("div", { class: "pane" }), h("div", { class: "pane over", hidden: true })];
-    this.wipe = h("input", {
-      type: "range", class: "wipe", min: 0, max: 100, value: 50, step: 1, hidden: true,
-      "aria-label": "Where the wipe stands, in percent", oninput: () => this.#wiped(),
+    Object.assign(this, { root, onmode, mode: "wipe", ids: [] }, partsOf(root));
+    this.panes = root.querySelectorAll(".pane");
+    this.modes = root.querySelectorAll("[data-mode]");
+    this.wipe.addEventListener("input", () => this.#wiped());
+    this.area.addEventListener("click", (event) => {
+      if (!event.target.closest("button, input, a, summary, .job")) this.player.toggle();
     });
-    this.area = h("div", { class: "stage", onclick: (event) => this.#clicked(event) },
-      h("div", { class: "picture" }, this.panes, this.wipe));
-    this.state = h("div", { class: "stage-state" });
-    const transport = h("div", {
-      class: "transport", role: "group", "aria-label": "Playback",
+    this.player = new Player(root.querySelector(".transport"), onframe);
+    this.compare.addEventListener("change", () => oncompare(this.compare.value || null));
+    onClick(root, {
+      mode: ({ dataset }) => this.setMode(dataset.mode),
+      fit: () => { this.fit.ariaPressed = this.area.classList.toggle("actual"); },
+      full: () => {
+        if (document.fullscreenElement) document.exitFullscreen();
+        else root.requestFullscreen?.();
+      },
     });
-    this.player = new Player(transport, onframe);
-    this.compare = h("select", {
-      "aria-label": "Compare with", class: "compare",
-      onchange: () => oncompare(this.compare.value || null),
+    document.addEventListener("fullscreenchange", () => {
+      this.full.ariaPressed = Boolean(document.fullscreenElement);
     });
-    this.modes = Object.entries(MODES).map(([mode, words]) => h("button", {
-      type: "button", class: "chip small", "data-mode": mode, onclick: () => this.setMode(mode),
-    }, words));
-    this.fit = this.#tool("fit", "Actual size", "Z", () => this.toggleFit());
-    this.full = this.#tool("full", "Full screen", "F", () => this.toggleFull());
-    transport.append(this.compare, h("span", { class: "modes" }, this.modes), this.fit, this.full);
-    replace(root, this.area, this.state, transport);
-    document.addEventListener("fullscreenchange", () =>
-      this.full.setAttribute("aria-pressed", Boolean(document.fullscreenElement)));
     this.#wiped();
     this.setMode("wipe");
   }
 
-  #tool(name, label, key, onclick) {
-    return h("button", {
-      type: "button", class: "icon", "aria-label": label, title: `${label} (${key})`,
-      "aria-pressed": "false", "data-tool": name, onclick,
-    }, icon(name));
-  }
-
   #wiped() {
     setVars(this.area, { "--wipe": `${this.wipe.value}%` });
-  }
-
-  #clicked(event) {
-    if (event.target.closest("button, input, a, summary, .job")) return;
-    this.player.toggle();
   }
 
   /** width, height: of the turns, in pixels. */
@@ -94,8 +73,9 @@ export class Stage {
       choices.map(([value, words]) => h("option", { value, selected: value === id }, words)));
   }
 
+  /** mode: "wipe" or "side". */
   setMode(mode) {
-    this.mode = mode in MODES ? mode : "wipe";
+    this.mode = mode === "side" ? mode : "wipe";
     this.#showMode();
     this.onmode();
   }
@@ -106,17 +86,7 @@ export class Stage {
     this.wipe.hidden = !isTwo || this.mode !== "wipe";
     for (const button of this.modes) {
       button.hidden = !isTwo;
-      button.setAttribute("aria-pressed", button.dataset.mode === this.mode);
+      button.ariaPressed = button.dataset.mode === this.mode;
     }
-  }
-
-  toggleFit() {
-    const isActual = this.area.classList.toggle("actual");
-    this.fit.setAttribute("aria-pressed", isActual);
-  }
-
-  async toggleFull() {
-    if (document.fullscreenElement) await document.exitFullscreen();
-    else await this.root.requestFullscreen?.();
   }
 }

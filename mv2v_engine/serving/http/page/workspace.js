@@ -4,17 +4,16 @@ import * as api from "./api.js";
 import { Clips } from "./clips.js";
 import { Composer } from "./composer.js";
 import { requestWords } from "./camera.js";
-import { $, h, replace } from "./dom.js";
+import { $, partsOf } from "./dom.js";
 import { bytes, plural } from "./format.js";
+import { calm } from "./frustum.js";
 import { History } from "./history.js";
 import { Job } from "./jobs.js";
-import { announce, busy, button, clear, problem } from "./notices.js";
+import { announce, clear, problem } from "./notices.js";
 import { PartPicker } from "./part.js";
 import { sourceTiming } from "./player.js";
-import { Shown, editable, fileName } from "./shown.js";
+import { Shown, attemptable, editable, fileName } from "./shown.js";
 import { Stage } from "./stage.js";
-
-const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
 
 export class Workspace {
   /**
@@ -23,7 +22,7 @@ export class Workspace {
    * to, and does it; confirmed: ({title, words, yes}) asks.
    */
   constructor(model, { onview, onbranch, onchange, ondelete, confirmed }) {
-    Object.assign(this, { model, onview, onbranch, onchange, ondelete, confirmed });
+    Object.assign(this, { model, onview, onbranch, onchange, confirmed });
     this.root = $("session");
     this.session = null;
     this.turns = [];
@@ -36,7 +35,7 @@ export class Workspace {
     });
     this.player = this.stage.player;
     this.clips = new Clips((id, error, again) => this.#troubled(id, error, again));
-    this.history = new History((id, isBeside) => {
+    this.history = new History(this.clips, (id, isBeside) => {
       if (isBeside) this.compare(id);
       else this.pick(id);
     });
@@ -49,6 +48,14 @@ export class Workspace {
     this.part = new PartPicker(model.num_frames, {
       onlook: (frame) => this.#look(frame), onuse: (window) => this.#usePart(window),
     });
+    const [head, state] = [$("session-head"), $("session-state")];
+    editable(head, (changes) => this.#editSession(changes), state);
+    attemptable(head, {
+      star: () => this.#editSession({ is_favourite: !this.session.is_favourite }),
+      download: () => api.download(
+        api.exportPath(this.session.id), fileName(this.session, "all.zip")),
+      remove: () => ondelete(this.session),
+    }, state);
     this.composer = new Composer($("composer"), model, this.player, (session, job) => {
       if (this.session?.id === session.id) this.#addJob(job);
     });
@@ -80,7 +87,7 @@ export class Workspace {
     this.#place([view.show, view.beside].filter((one) => this.#has(one)));
     for (const job of open) this.#addJob(job, false);
     if (!this.picked.length) {
-      this.#place([open.at(-1)?.id ?? String(turns.at(-1)?.number ?? "source")]);
+      this.#place([open.at(-1)?.id ?? this.newest]);
     }
     if (view.frame) this.player.seek(view.frame);
     else this.#present();
@@ -99,7 +106,7 @@ export class Workspace {
     this.clips.clear();
     this.history.clear();
     this.shown.clear();
-    for (const id of ["session-head", "session-state", "part"]) clear($(id));
+    clear($("session-state"));
     clear(this.stage.state);
   }
 
@@ -118,45 +125,32 @@ export class Workspace {
     return this.turns.find(({ number }) => String(number) === this.picked[0]);
   }
 
+  /** The id of what was made last. */
+  get newest() {
+    return String(this.turns.at(-1)?.number ?? "source");
+  }
+
   #has(id) {
     return Boolean(id) && this.ids.includes(id);
   }
 
   #head() {
     const { session } = this;
-    $("session-heading").textContent = session.name || "Untitled";
-    const state = $("session-state");
-    const act = (label, action, glyph) => {
-      const pressed = button(label, () => {
-        clear(state);
-        busy(pressed, action, (error) => problem(state, error));
-      }, glyph);
-      return pressed;
-    };
-    const name = editable("input", {
-      type: "text", class: "name title", id: "session-name", maxlength: 200,
-      placeholder: "Untitled",
-    }, { value: session.name, label: "Name of the video", place: state,
-      save: (value) => this.#editSession({ name: value }) });
-    const star = act("Favourite",
-      () => this.#editSession({ is_favourite: !this.session.is_favourite }), "star");
-    star.setAttribute("aria-pressed", session.is_favourite);
-    const notes = editable("textarea", { rows: 2, maxlength: 8192, placeholder: "Notes" }, {
-      value: session.notes, label: "Notes on the video", place: state,
-      save: (value) => this.#editSession({ notes: value }),
-    });
-    const { footprint } = session;
-    const facts = [
+    const { facts } = partsOf($("session-head"));
+    for (const field of $("session-head").querySelectorAll("[data-field]")) {
+      field.value = session[field.dataset.field];
+    }
+    this.#named(session);
+    facts.textContent = [
       `${session.width} × ${session.height}`, plural(session.frames, "frame"),
-      `${Number(session.fps.toFixed(3))} frames a second`, `${bytes(footprint.disk_bytes)} on disk`,
-    ];
-    replace($("session-head"), name,
-      h("details", { class: "menu" }, h("summary", { class: "button small" }, "Notes"),
-        h("div", { class: "menu-body" }, notes, h("p", { class: "fine" }, facts.join(" · ")))),
-      h("div", { class: "row tools" }, star,
-        act("Export", () =>
-          api.download(api.exportPath(session.id), fileName(session, "all.zip")), "download"),
-        act("Delete video", () => this.ondelete(this.session), "trash")));
+      `${Number(session.fps.toFixed(3))} frames a second`,
+      `${bytes(session.footprint.disk_bytes)} on disk`,
+    ].join(" · ");
+  }
+
+  #named({ name, is_favourite: isFavourite }) {
+    $("session-heading").textContent = name || "Untitled";
+    partsOf($("session-head")).star.ariaPressed = isFavourite;
   }
 
   async #editSession(changes) {
@@ -165,10 +159,7 @@ export class Workspace {
       api.editSession(session.id, based), () => api.session(session.id));
     if (this.session?.id !== session.id) return;
     this.session = { ...this.session, ...fresh };
-    $("session-heading").textContent = fresh.name || "Untitled";
-    for (const pressed of $("session-head").querySelectorAll("[aria-pressed]")) {
-      pressed.setAttribute("aria-pressed", fresh.is_favourite);
-    }
+    this.#named(fresh);
     this.onchange();
   }
 
@@ -210,11 +201,11 @@ export class Workspace {
         ? { ...other, forgotten: [...new Set([...other.forgotten, turn.number])] } : other));
     const id = String(turn.number);
     this.picked = this.picked.filter((one) => one !== id);
-    if (!this.picked.length) this.picked = [String(this.turns.at(-1)?.number ?? "source")];
+    if (!this.picked.length) this.picked = [this.newest];
     this.#place(this.picked);
     this.clips.remove(id);
     this.composer.show(this.session, this.turns);
-    this.history.list.querySelector("[aria-current]")?.focus();
+    this.history.focus();
     this.onchange();
   }
 
@@ -258,12 +249,16 @@ export class Workspace {
         api.thumbnailPath(session.id, id));
       return { id, title: `Turn ${id}`, video };
     }
-    const video = this.clips.get(id, api.sourcePath(session.id), "Source");
+    const video = this.#source();
     const frames = session.source_frames ?? Array.from({ length: session.frames }, (_, i) => i);
     return {
       id, title: "Source", video, isCover: session.fit !== "letterbox",
       timing: sourceTiming(video, session.frames, frames, session.fps),
     };
+  }
+
+  #source() {
+    return this.clips.get("source", api.sourcePath(this.session.id), "Source");
   }
 
   /** What is shown plays by itself; who wants calm gets its middle, where cameras differ. */
@@ -275,9 +270,9 @@ export class Workspace {
 
   /** All that tells of the session's turns. */
   #refresh() {
-    const { session, turns, jobs, picked } = this;
-    this.history.show(session, turns, [...jobs.values()], picked);
-    this.history.setSource(this.clips.get("source", api.sourcePath(session.id), "Source"));
+    const { session, turns, picked } = this;
+    this.#refreshHistory();
+    this.history.setSource(this.#source());
     const choices = [["source", "Source"], ...turns.map(({ number, name, request }) =>
       [String(number), `Turn ${number}: ${name || requestWords(request)}`])];
     this.stage.setChoices(choices.filter(([id]) => id !== picked[0]), picked[1]);
@@ -313,7 +308,7 @@ export class Workspace {
     if (this.picked[0] !== "source" || this.picked.length > 1) this.#place(["source"]);
     this.player.pause();
     const { session } = this;
-    const video = this.clips.get("source", api.sourcePath(session.id), "Source");
+    const video = this.#source();
     const seek = () => { video.currentTime = ((frame + 0.5) * video.duration) / session.frames; };
     // before that it has no duration; of several that wait, the last one holds
     if (video.readyState >= HTMLMediaElement.HAVE_METADATA) seek();
@@ -359,8 +354,8 @@ export class Workspace {
     const hadFocus = job.element.contains(document.activeElement);
     this.jobs.delete(id);
     if (shows && this.picked.includes(id)) {
-      this.#place([[...this.jobs.keys()][0] ?? String(this.turns.at(-1)?.number ?? "source")]);
-      if (hadFocus) this.history.list.querySelector("[aria-current]")?.focus();
+      this.#place([[...this.jobs.keys()][0] ?? this.newest]);
+      if (hadFocus) this.history.focus();
     }
     job.remove();
     if (shows) this.#refreshHistory();
@@ -381,20 +376,17 @@ export class Workspace {
       this.turns = [...this.turns.filter((known) => known.number !== number), turn]
         .sort((a, b) => a.number - b.number);
       this.jobs.delete(jobId);
-      if (wasShown) this.#place([String(number)]);
-      else this.#refresh();
+      if (wasShown) {
+        this.#place([String(number)]);
+        this.#present();
+      } else this.#refresh();
       job.remove();
-      if (wasShown) this.#present();
-      if (hadFocus) this.history.list.querySelector("[aria-current]")?.focus();
+      if (hadFocus) this.history.focus();
       this.composer.show(this.session, this.turns);
       this.onchange();
     } catch (error) {
       if (this.session?.id !== session.id || !this.jobs.has(jobId)) return;
       problem(job.state, error, () => this.#finished(session, jobId, number));
     }
-  }
-
-  redraw() {
-    this.composer.redraw();
   }
 }
