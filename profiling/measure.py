@@ -288,6 +288,12 @@ def digits(value: float) -> float:
     return float(f"{value:.4g}")
 
 
+def percentile(values: Sequence[float], share: float) -> float:
+    """The value that a share of all lies below, or at."""
+    ordered = sorted(values)
+    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
+
+
 def table(rows: Sequence[dict[str, Any]], names: str) -> str:
     """Rows as aligned text, by the names of columns; what a row lacks is left empty."""
     columns = names.split()

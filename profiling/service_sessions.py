@@ -23,7 +23,7 @@ from typing import Any
 
 import torch
 from http_service import served
-from measure import Report, digits, provenance, table
+from measure import Report, digits, percentile, provenance, table
 
 from mv2v_engine.client import Client, Job
 from mv2v_engine.synthetic.demo_clip import write_demo_clip
@@ -34,12 +34,6 @@ COLUMNS = (
 )
 # how long an idle service is asked
 _IDLE_SECONDS = 3.0
-
-
-def percentile(values: Sequence[float], share: float) -> float:
-    """The value that a share of all lies below, or at."""
-    ordered = sorted(values)
-    return ordered[min(len(ordered) - 1, round(share * (len(ordered) - 1)))]
 
 
 def asked_until(client: Client, job: Job, seconds: float | None) -> tuple[int, float]:

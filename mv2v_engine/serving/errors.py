@@ -1,6 +1,6 @@
 """What the service refuses and how a job fails: one table of codes, one shape on the wire.
 
-`{"error": {"message", "type", "param", "code"}}`, as OpenAI's clients read it. A code has one HTTP
+`{"error": {"message", "type", "param", "code", "request_id"}}`, as OpenAI's clients read it. A code has one HTTP
 status; those that only jobs have are never an answer's own and carry none.
 """
 
@@ -176,15 +176,17 @@ class ApiError(Exception):
     def type(self) -> str:
         return KINDS[self.code].type
 
-    def to_dict(self) -> dict[str, Any]:
-        """The body of the answer."""
-        return error_body(self.code, self.message, self.param)
+    def to_dict(self, request_id: str | None = None) -> dict[str, Any]:
+        """The body of the answer to a request; None before there is one."""
+        return error_body(self.code, self.message, self.param, request_id)
 
 
-def error_body(code: str, message: str, param: str | None = None) -> dict[str, Any]:
-    """An error in the shape that OpenAI's clients read."""
+def error_body(
+    code: str, message: str, param: str | None = None, request_id: str | None = None
+) -> dict[str, Any]:
+    """An error in the shape that OpenAI's clients read, with the id that the log has it under."""
     fields = {"message": message, "type": KINDS[code].type, "param": param, "code": code}
-    return {"error": fields}
+    return {"error": fields | {"request_id": request_id}}
 
 
 # what an error of the engine is to a job, the first that it is an instance of; else `internal`

@@ -521,6 +521,15 @@ class Service:
         """With its newest progress, and its position while it waits. Raises not_found."""
         return self._logs.with_progress(await self._read(jobs.find_job, owner, job_id))
 
+    def job_version(self, job_id: str) -> tuple[int, int] | None:
+        """What is other once a job may be: what was read of it holds as long as this is the same.
+
+        None where nothing may be read.
+        """
+        if self._is_stopped:
+            return None
+        return self._database.num_writes, self._logs.num_events(job_id)
+
     async def jobs(
         self,
         owner: str,

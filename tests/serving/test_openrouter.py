@@ -192,6 +192,7 @@ def test_ids_of_requests(service: Any, http: httpx.Client) -> None:
     with service.client() as nobody:
         answer = nobody.get("/v1/jobs", headers={"X-Request-ID": "refused-1"})
         assert answer.status_code == 401 and answer.headers["x-request-id"] == "refused-1"
+        assert answer.json()["error"]["request_id"] == "refused-1"
 
 
 def test_a_fault_tells_its_id(
@@ -203,4 +204,5 @@ def test_a_fault_tells_its_id(
     monkeypatch.setattr(service.app.state.service, "jobs", broken)
     answer = http.get("/v1/jobs", headers={"X-Request-ID": "fault-1"})
     assert answer.status_code == 500 and answer.headers["x-request-id"] == "fault-1"
-    assert json.loads(answer.text)["error"]["code"] == "internal"
+    error = json.loads(answer.text)["error"]
+    assert (error["code"], error["request_id"]) == ("internal", "fault-1")

@@ -15,7 +15,6 @@ from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import FileResponse
 from fastapi.staticfiles import StaticFiles
-from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
@@ -34,6 +33,7 @@ from mv2v_engine.serving.http.headers import (
     SecurityHeaders,
     SiteGuard,
     cors_options,
+    header,
     refusal,
 )
 from mv2v_engine.serving.http.routes import (
@@ -46,12 +46,14 @@ from mv2v_engine.serving.http.routes import (
     videos,
 )
 from mv2v_engine.serving.http.routes.parameters import BEARER, known_parameters
+from mv2v_engine.serving.http.statuses import JobStatuses
 from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.watch.logs import log_ids
 from mv2v_engine.serving.watch.metrics import Metrics
 from mv2v_engine.serving.watch.percent import Percentages
 
 REQUEST_ID = "X-Request-ID"
+_RAW_ID = REQUEST_ID.lower().encode()
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 PAGE = Path(__file__).with_name("page")
 OWNED = (
@@ -107,6 +109,7 @@ def create_app(
         Middleware(Authentication, tokens=config.tokens),
         Middleware(BodyLimit, limits=config.limits),
         Middleware(HeadsOnly),
+        Middleware(JobStatuses, service=service),
     ]
     if config.cors_origins:
         before.insert(2, Middleware(CORSMiddleware, **cors_options(config.cors_origins)))
@@ -274,11 +277,12 @@ class Observed:
             nonlocal status
             if message["type"] == "http.response.start":
                 status = message["status"]
-                MutableHeaders(scope=message)[REQUEST_ID] = request_id
+                named = (_RAW_ID, request_id.encode())
+                message = {**message, "headers": [*message["headers"], named]}
             await send(message)
 
         began = time.perf_counter()
-        given = Headers(scope=scope).get(REQUEST_ID, "")
+        given = header(scope, _RAW_ID).decode("latin-1")
         request_id = given if _SANE_ID.fullmatch(given) else f"req_{secrets.token_hex(12)}"
         scope.setdefault("state", {})["request_id"] = request_id
         try:

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 from urllib.parse import urlsplit
 
-from starlette.datastructures import Headers, MutableHeaders
+from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,23 +38,34 @@ SECURITY: Mapping[str, str] = MappingProxyType(
         "X-Frame-Options": "DENY",
     }
 )
+_RAW = {name.lower().encode(): value.encode() for name, value in SECURITY.items()}
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Refusal(JSONResponse):
-    """An error as an answer; a WebSocket that is not open yet is closed, which is a 403."""
+    """An error as an answer, which tells the request's id.
+
+    A WebSocket that is not open yet is closed, which is a 403.
+    """
+
+    def __init__(self, error: ApiError) -> None:
+        super().__init__(error.to_dict(), error.status, error.headers)
+        self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "websocket":
             await send({"type": "websocket.close", "code": 1008, "reason": ""})
-        else:
-            await super().__call__(scope, receive, send)
+            return
+        request_id = scope.get("state", {}).get("request_id")
+        self.body = self.render(self._error.to_dict(request_id))
+        self.headers["content-length"] = str(len(self.body))
+        await super().__call__(scope, receive, send)
 
 
 def refusal(error: ApiError) -> Refusal:
     """The answer that an error stands for."""
-    return Refusal(error.to_dict(), error.status, error.headers)
+    return Refusal(error)
 
 
 class SecurityHeaders:
@@ -65,9 +77,9 @@ class SecurityHeaders:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def with_headers(message: Message) -> None:
             if message["type"] == "http.response.start":
-                headers = MutableHeaders(scope=message)
-                for name, value in SECURITY.items():
-                    headers.setdefault(name, value)
+                given = {name for name, _ in message["headers"]}
+                added = [one for one in _RAW.items() if one[0] not in given]
+                message = {**message, "headers": [*message["headers"], *added]}
             await send(message)
 
         await self._app(scope, receive, with_headers if scope["type"] == "http" else send)
@@ -116,6 +128,12 @@ class SiteGuard:
         )
 
 
+def header(scope: Scope, name: bytes) -> bytes:
+    """The value of a request's header, in lower case; empty if it has none."""
+    return next((value for given, value in scope["headers"] if given == name), b"")
+
+
+@functools.lru_cache(256)
 def host_name(netloc: str) -> str | None:
     """The host of a Host header, lower-case and without port; None if it is none."""
     try:

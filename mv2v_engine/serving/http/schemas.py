@@ -25,6 +25,7 @@ from mv2v_engine.video.scan import MAX_FPS, MIN_FPS
 
 Item = TypeVar("Item")
 SESSION_ID, JOB_ID = "session_0123456789abcdef01234567", "job_89abcdef0123456789abcdef"
+REQUEST_ID = "req_0123456789abcdef01234567"
 CREATED = 1_790_000_000.25
 _REQUEST: dict[str, Any] = {"camera": "arc:-40", "seed": 7}
 _PROGRESS = {
@@ -565,13 +566,16 @@ class ErrorFields(BaseModel):
     type: str
     param: str | None
     code: str
+    request_id: str | None
 
 
 class ErrorBody(BaseModel):
     """Every answer of status 400 and above."""
 
     model_config = ConfigDict(
-        json_schema_extra=example(error_body("not_found", "there is no session of this name"))
+        json_schema_extra=example(
+            error_body("not_found", "there is no session of this name", None, REQUEST_ID)
+        )
     )
 
     error: ErrorFields
@@ -589,7 +593,7 @@ def refusals(*codes: str) -> Answers:
         )
         said = answer.get("description")
         answer["description"] = f"{said}; or {kind.meaning}" if said else kind.meaning
-        example = {"summary": code, "value": error_body(code, kind.meaning)}
+        example = {"summary": code, "value": error_body(code, kind.meaning, None, REQUEST_ID)}
         answer["content"]["application/json"]["examples"][code] = example
         if kind.status in (429, 503):
             answer["headers"] = {

@@ -140,6 +140,8 @@ class Database:
 
     def __init__(self, path: Path, make_room: Callable[[], bool] = lambda: False) -> None:
         self.path, self._make_room = path, make_room
+        # transactions that were kept: as long as there is no other, what was read holds
+        self.num_writes = 0
         self._writer = _Connection(path, "store-writer")
         try:
             self._writer.submit(lambda db: require_version(db, {VERSION}))
@@ -155,8 +157,13 @@ class Database:
 
         Whoever waits may be cancelled; the transaction then still ends one way or the other.
         """
-        done = self._writer.start(lambda db: in_transaction(db, work, *args, **how))
-        return await asyncio.wrap_future(done)
+
+        def kept(db: sqlite3.Connection) -> Result:
+            result = in_transaction(db, work, *args, **how)
+            self.num_writes += 1
+            return result
+
+        return await asyncio.wrap_future(self._writer.start(kept))
 
     async def must_write(
         self, work: Work[Given, Result], *args: Given.args, **how: Given.kwargs

@@ -38,6 +38,11 @@ class EventLog:
         return next((event for event in reversed(self._events) if event.kind != PREVIEW), None)
 
     @property
+    def newest(self) -> int:
+        """The number of the last event, or the one before the first."""
+        return self._next - 1
+
+    @property
     def is_ended(self) -> bool:
         return self.last is not None and self.last.kind in LAST_EVENTS
 
@@ -96,6 +101,11 @@ class EventLogs:
 
     def find(self, job_id: str) -> EventLog | None:
         return self._alive.get(job_id) or self._ended.get(job_id)
+
+    def num_events(self, job_id: str) -> int:
+        """The number of the newest event of a job's log; 0 of a job without one."""
+        found = self.find(job_id)
+        return found.newest if found is not None else 0
 
     def end(self, job: JobRecord) -> None:
         """Add the event that a job came to, which ends its log."""

@@ -85,7 +85,10 @@ async def list_jobs(
     return Jobs.of(data, has_more=page.has_more)
 
 
-@router.get("/{job_id}", response_model=Job, responses=refusals(*ANY, "not_found"))
+_TAGGED: Answers = {304: {"description": "If-None-Match has the tag (ETag) of the state as it is"}}
+
+
+@router.get("/{job_id}", response_model=Job, responses=_TAGGED | refusals(*ANY, "not_found"))
 async def get_job(service: Serving, owner: Owner, job_id: JobId) -> Job:
     """A job's state, its place in the queue or its last event."""
     return Job.model_validate(await service.job(owner, job_id))
