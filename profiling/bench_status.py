@@ -6,8 +6,8 @@ A service of `tiny-nvs` in a process of its own is asked for one job's state at 
 client that does not wait for an answer before the next question is due: a request that is late
 counts from when it was due. Of each situation: requests that were answered in a second, the median
 and the 99th percentile of milliseconds, and microseconds of CPU that the service's own process
-spent on a request, user and system, without its worker's. `finished` asks after a turn that is made,
-`running` after one under way in the worker, which has a lower priority; both as a client that
+spent on a request, user and system, without its worker's. `finished` asks after a turn that is
+made, `running` after one under way in the worker, which has a lower priority; both as a client that
 remembers the answer's tag (`If-None-Match`) and as one that does not.
 """
 
@@ -41,10 +41,8 @@ async def answer(reader: asyncio.StreamReader) -> tuple[int, str, int]:
     """One answer on a connection: its status, its tag, and the bytes of its body."""
     head = (await reader.readuntil(b"\r\n\r\n")).decode("latin-1")
     status = int(head.split(" ", 2)[1])
-    headers = dict(
-        (name.lower(), value.strip())
-        for name, _, value in (line.partition(":") for line in head.split("\r\n")[1:])
-    )
+    lines = (line.partition(":") for line in head.split("\r\n")[1:])
+    headers = {name.lower(): value.strip() for name, _, value in lines}
     length = int(headers.get("content-length", 0))
     await reader.readexactly(length)
     return status, headers.get("etag", ""), length

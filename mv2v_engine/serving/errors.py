@@ -1,7 +1,7 @@
 """What the service refuses and how a job fails: one table of codes, one shape on the wire.
 
-`{"error": {"message", "type", "param", "code", "request_id"}}`, as OpenAI's clients read it. A code has one HTTP
-status; those that only jobs have are never an answer's own and carry none.
+`{"error": {"message", "type", "param", "code", "request_id"}}`, as OpenAI's clients read it. A code
+has one HTTP status; those that only jobs have are never an answer's own and carry none.
 """
 
 from __future__ import annotations

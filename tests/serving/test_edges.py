@@ -147,6 +147,7 @@ def test_version(http: httpx.Client) -> None:
         ({"camera": "pan_left", "steps": 2}, "steps", "no field 'steps'; 'num_inference_steps'"),
         ({"camera": "pan_left", "guidance": 2}, "guidance", "'guidance_scale' is the nearest"),
         ({"camera": "pan_left", "sed": 2}, "sed", "'seed' is the nearest"),
+        ({"camera": "pan_left", "window": "120"}, "window", "/branches with"),
         ({"camera": "pan_left", "seed": "2"}, "seed", "must be an integer, got the text '2'"),
         ({"camera": "pan_left", "seed": 1.5}, "seed", "must be an integer, got 1.5"),
         ({"camera": "pan_left", "seed": -1}, "seed", "must be at least 0, got -1"),

@@ -48,6 +48,12 @@ _EXPECTED = {
     "model_type": "an object",
     "model_attributes_type": "an object",
 }
+# fields that a request has not, because what they say is said elsewhere
+_ELSEWHERE = {
+    "window": "all turns of a session are made of one part of its video, to whose first frame "
+    'their cameras are relative; POST /v1/sessions/{session_id}/branches with {"turn": 0, "window": ...} '
+    "makes a session of another part",
+}
 
 
 def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place: int) -> ApiError:
@@ -63,6 +69,9 @@ def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place
     kind, parts = chosen["type"], chosen["loc"][place:]
     if kind == "extra_forbidden":
         path = ".".join((*_names(parts[:-1]), str(parts[-1])[:_LENGTH]))
+        if path in _ELSEWHERE:
+            message = f"there is no field {path!r} here: {_ELSEWHERE[path]}"
+            return ApiError("invalid_request", message, param=path)
         return unknown_name("field", path, known if len(parts) == 1 else (), "leave it out")
     path = ".".join(_names(parts))
     if chosen["loc"][:1] == ("header",):
