@@ -54,11 +54,16 @@ class Served:
 
 
 def start(
-    store: Path, log: Path, *words: str, environment: Mapping[str, str] | None = None
+    store: Path,
+    log: Path,
+    *words: str,
+    environment: Mapping[str, str] | None = None,
+    root: Path = ROOT,
 ) -> Served:
     """Serve a store; returns once it listens. What it writes to stderr is added to `log`.
 
     words: more of the command line. environment: variables that it has beside this process's own.
+    root: the checkout that is served.
 
     Raises:
         NotServed: it ended before.
@@ -70,8 +75,8 @@ def start(
             stdout=subprocess.PIPE,
             stderr=errors,
             text=True,
-            cwd=ROOT,
-            env={**os.environ, **(environment or {})},
+            cwd=root,
+            env={**os.environ, "PYTHONPATH": f"{root}:{root / 'kernels'}", **(environment or {})},
         )
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -83,9 +88,9 @@ def start(
 
 
 @contextmanager
-def served(folder: Path, *words: str) -> Iterator[Served]:
+def served(folder: Path, *words: str, root: Path = ROOT) -> Iterator[Served]:
     """Serve a store in `folder` from when turns are made until the block ends, then stop it."""
-    found = start(folder / "store", folder / "service.log", *words)
+    found = start(folder / "store", folder / "service.log", *words, root=root)
     try:
         wait_until_ready(found)
         yield found

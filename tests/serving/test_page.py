@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
+from bench_page import MOST_SHIFT, painted
 from http_service import demo_clip
 
 from mv2v_engine.video.io import read_video
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, Response
 
 PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "http" / "page"
-MOST_TABS, MOST_SHIFT = 6, 0.02
+MOST_TABS = 6
 MOST_SCRIPT = 120_000  # bytes that the page of a model that makes turns is given
 ELSEWHERE = {"docs.js", "live.js"}  # of the page at /docs, and of a model that streams
 FRAME = 8  # that the scrubber is sent to
@@ -126,20 +127,6 @@ def turn_dial(page: Page, dial: Locator, degrees: float) -> None:
     page.mouse.up()
 
 
-def shifted(page: Page) -> float:
-    """By how much what was on the page has moved by itself."""
-    found: float = page.evaluate(
-        """() => new Promise((done) => {
-          let sum = 0;
-          new PerformanceObserver((list) => {
-            for (const entry of list.getEntries()) if (!entry.hadRecentInput) sum += entry.value;
-          }).observe({ type: "layout-shift", buffered: true });
-          setTimeout(() => done(sum), 100);
-        })"""
-    )
-    return found
-
-
 def has_focus(page: Page) -> bool:
     """Whether something other than the whole page has it."""
     return bool(page.evaluate("document.activeElement !== document.body"))
@@ -226,7 +213,7 @@ def test_turns_are_made_watched_and_edited(
     assert "675 tokens" in cost
     for stage in ("Sampling", "VAE", "Recall"):
         assert stage in cost
-    assert shifted(page) <= MOST_SHIFT
+    assert (moved := painted(page))["shift"] <= MOST_SHIFT, moved
 
     # beside the source, both at one frame, and the frame is that one
     source = read_video(tmp_path / "clip.mp4")
@@ -372,4 +359,4 @@ def test_nobody_is_kept_out(address: str, open_page: Callable[..., Page], tmp_pa
     page.keyboard.press("Escape")
     page.reload()
     wait_for_session(page)
-    assert shifted(page) <= MOST_SHIFT
+    assert (moved := painted(page))["shift"] <= MOST_SHIFT, moved

@@ -3,15 +3,24 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import httpx
 import numpy as np
+import pytest
+from bench_page import MOST_PAINT_MS, MOST_SHIFT, SCREENS, painted
 
 from mv2v_engine.camera.trajectories import named_poses, named_trajectory
-from tests.serving.browsing import PATIENCE, wait_for_model, wait_for_page, wait_for_session
+from tests.serving.browsing import (
+    PATIENCE,
+    settle,
+    wait_for_model,
+    wait_for_page,
+    wait_for_session,
+)
 from tests.serving.conftest import Live
 
 if TYPE_CHECKING:
@@ -148,6 +157,27 @@ def test_what_is_too_large_is_not_sent(live: Live, open_page: OpenPage) -> None:
     page.set_input_files("#file", video)
     problem.get_by_text(f"the body has more than {2 * most} bytes").wait_for()
     assert problem.locator("code").inner_text() == "too_large"
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_page_stands_at_once_and_stays(
+    live: Live, open_page: OpenPage, upload: Callable[..., Any], client: httpx.Client, screen: str
+) -> None:
+    """The browser's own observers: what is painted last of the large, and what moves by itself."""
+    session = upload(client)["id"]
+    found = {}
+    for place, there in (("", "#composer[data-kind]"), (f"#session={session}", "#history li")):
+        page = open_page("about:blank", viewport=SCREENS[screen])
+        page.goto(f"{live.address}/{place}")
+        page.locator(there).first.wait_for(state="attached")
+        settle(page)
+        found[place] = painted(page)
+        assert found[place]["shift"] <= MOST_SHIFT, found[place]
+        assert found[place]["paint"] > 0
+    load, cores = os.getloadavg()[0], os.cpu_count() or 1
+    if load > cores:
+        pytest.skip(f"{load:.1f} processes want {cores} cores: no time tells of the page's own")
+    assert found[""]["paint"] <= MOST_PAINT_MS, found
 
 
 def test_videos_that_drift_apart_are_brought_together(live: Live, open_page: OpenPage) -> None:

@@ -5,7 +5,7 @@ import { pathOf } from "./camera.js";
 import { $, h, replace, setIcon } from "./dom.js";
 import { plural } from "./format.js";
 import { Preview } from "./frustum.js";
-import { announce, clear, problem } from "./notices.js";
+import { announce, problem } from "./notices.js";
 import { SessionList, Uploader } from "./sessions.js";
 import { keepFocus, setUpShortcuts } from "./shortcuts.js";
 import { Workspace } from "./workspace.js";
@@ -42,7 +42,7 @@ async function show() {
   const number = (shows += 1);
   reveal(session);
   list.mark(session);
-  clear($("page-state"));
+  replace($("page-state"));
   if (!session) {
     document.title = "mv2v";
     workspace.close();
@@ -160,7 +160,7 @@ async function loadModel() {
   for (;;) {
     try {
       const model = await api.model();
-      clear(place);
+      replace(place);
       return model;
     } catch (error) {
       if (error.status === 401) askForToken();
@@ -231,5 +231,11 @@ setUpTheme();
 setUpAccess();
 setUpKeys();
 window.addEventListener("hashchange", show);
+for (const type of ["focus", "online"]) {
+  window.addEventListener(type, () => {
+    workspace?.refresh();
+    list.refresh();
+  });
+}
 $("home").addEventListener("click", () => goTo(null));
 start();

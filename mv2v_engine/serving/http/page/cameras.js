@@ -1,6 +1,6 @@
 // Where a camera is picked: the dial and its axes, keyframes, presets, a file, plain words.
 
-import { AXES, amountsWords, cameraOf, pathOf, presetWords, still } from "./camera.js";
+import { AXES, amountsWords, cameraOf, pathOf, presetWords } from "./camera.js";
 import { Dial } from "./dial.js";
 import { $, cloned, h, partsOf, replace } from "./dom.js";
 import { Preview } from "./frustum.js";
@@ -18,9 +18,7 @@ export class CameraPicker {
     this.preset = null;
     this.file = null; // {spec, files}
     this.earlier = [];
-    this.keyframes = new Keyframes(model.num_frames, {
-      onchange: () => this.#show(), onseek: (frame) => player.seek(frame),
-    });
+    this.keyframes = new Keyframes(model.num_frames, player, () => this.#show());
     this.keyframes.current = () => this.moves;
     this.dial = new Dial((value) => this.#setAxis(this.axis, value));
     this.element = document.querySelector(".cameras");
@@ -81,10 +79,6 @@ export class CameraPicker {
   /** The amounts that the dial turns: the picked key's, or the move's. */
   get moves() {
     return this.keyframes.amounts ?? this.amounts;
-  }
-
-  setFrame(frame) {
-    this.keyframes.setFrame(frame);
   }
 
   #row(axis) {

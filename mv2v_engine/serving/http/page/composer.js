@@ -2,8 +2,8 @@
 
 import * as api from "./api.js";
 import { CameraPicker } from "./cameras.js";
-import { $, keepKind, onClick, partsOf } from "./dom.js";
-import { busy, clear, problem } from "./notices.js";
+import { $, keepKind, onClick, partsOf, replace } from "./dom.js";
+import { attempt, problem } from "./notices.js";
 
 const SEEDS = 2 ** 31;
 
@@ -21,7 +21,7 @@ export class Composer {
     const form = this.form = root.querySelector("form");
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      busy($("render"), () => this.send(this.#requests()), (error) => { throw error; });
+      attempt($("render"), this.state, () => this.send(this.#requests()));
     });
     form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
@@ -46,14 +46,10 @@ export class Composer {
 
   /** session: whose turns come next; turns: that it has. */
   show(session, turns) {
-    if (this.session?.id !== session.id) clear(this.state);
+    if (this.session?.id !== session.id) replace(this.state);
     this.session = session;
     this.picker?.setEarlier(
       turns.map(({ number, request }) => ({ number, camera: request.camera })));
-  }
-
-  setFrame(frame) {
-    this.picker?.setFrame(frame);
   }
 
   /** Where one begins: what is typed here is what comes next. */
@@ -64,7 +60,7 @@ export class Composer {
   /** Asks for turns. Sent again after an error, each is still one turn: the keys stay. */
   async send(requests, keys = requests.map(() => api.newKey())) {
     const { session } = this;
-    clear(this.state);
+    replace(this.state);
     for (const [place, request] of requests.entries()) {
       try {
         this.onsent(session, await api.submit(session.id, request, keys[place]));

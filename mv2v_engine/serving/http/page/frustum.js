@@ -3,8 +3,8 @@
 import { IDENTITY } from "./camera.js";
 
 export const calm = window.matchMedia("(prefers-reduced-motion: reduce)");
-const HALF_WIDTH = 0.5 * (23.76 / 24); // of the image plane one metre ahead: the engine's own lens
 const DEPTH = 0.8; // metres; how long a drawn frustum is
+const WIDE = 0.5 * (23.76 / 24) * DEPTH; // half of its end: the engine's own lens
 const SUBJECT = [0, 0, 4];
 const SUBJECT_RADIUS = 0.45;
 const FLOOR = 1.1; // metres below the source's camera
@@ -160,7 +160,7 @@ export class Preview {
 
   /** Where a frustum's image plane ends, and the eye. */
   #corners(pose) {
-    const [x, y] = [HALF_WIDTH * DEPTH, HALF_WIDTH * DEPTH * this.aspect];
+    const [x, y] = [WIDE, WIDE * this.aspect];
     const plane = [[-x, -y], [x, -y], [x, y], [-x, y]];
     return [...plane.map(([across, down]) => world(pose, across, down, DEPTH)), place(pose)];
   }
@@ -179,7 +179,7 @@ export class Preview {
   }
 
   #frustum(pose, colour, width, alpha, isFilled = false) {
-    const [x, y] = [HALF_WIDTH * DEPTH, HALF_WIDTH * DEPTH * this.aspect];
+    const [x, y] = [WIDE, WIDE * this.aspect];
     const corners = this.#corners(pose);
     const eye = corners.pop();
     if (isFilled) {
@@ -200,7 +200,7 @@ export class Preview {
 
   #label(pose, text, colour) {
     const { context } = this;
-    const [x, y] = this.project(world(pose, 0, -HALF_WIDTH * DEPTH, DEPTH * 1.1));
+    const [x, y] = this.project(world(pose, 0, -WIDE, DEPTH * 1.1));
     context.fillStyle = colour;
     context.font = "600 12px system-ui, sans-serif";
     context.textAlign = "center";

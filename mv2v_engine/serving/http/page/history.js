@@ -53,11 +53,11 @@ export class History {
     tile.dataset.id = id;
     partsOf(tile).pick.addEventListener("click", (event) => this.onpick(id, event.shiftKey));
     this.tiles.set(id, tile);
+    const show = (address) => (turn ? setPicture(tile, address)
+      : replace(partsOf(tile).thumb, h("video", { src: `${address}#t=0.01`, tabindex: -1 })));
+    const path = turn ? api.thumbnailPath(session.id, turn.number) : api.sourcePath(session.id);
     // its words are enough; what is wrong with it is said where it is played
-    if (turn) {
-      this.clips.file(api.thumbnailPath(session.id, turn.number))
-        .then((address) => setPicture(tile, address), () => {});
-    }
+    if (turn || id === "source") this.clips.file(path).then(show, () => {});
     return tile;
   }
 
@@ -74,20 +74,6 @@ export class History {
       tile.classList.add("under-way");
       setPicture(tile, job.picture);
     }
-  }
-
-  /** The source's own picture, once its video has one. */
-  setSource(video) {
-    const tile = this.tiles.get("source");
-    if (!tile) return;
-    const draw = () => {
-      const [width, height] = [160, Math.round((160 * video.videoHeight) / video.videoWidth)];
-      const canvas = h("canvas", { width, height });
-      canvas.getContext("2d").drawImage(video, 0, 0, width, height);
-      replace(partsOf(tile).thumb, canvas);
-    };
-    if (video.readyState >= HTMLMediaElement.HAVE_CURRENT_DATA) draw();
-    else video.addEventListener("loadeddata", draw, { once: true });
   }
 
   #key(event) {

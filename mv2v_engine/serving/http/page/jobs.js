@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { requestWords } from "./camera.js";
 import { cloned, h, partsOf, replace } from "./dom.js";
 import { seconds } from "./format.js";
-import { announce, button, clear, problem } from "./notices.js";
+import { announce, button, problem } from "./notices.js";
 import { stageWords } from "./report.js";
 import { follow } from "./stream.js";
 
@@ -12,8 +12,8 @@ const ENDS = new Set(["finished", "failed", "cancelled"]);
 
 export class Job {
   /**
-   * actions: {onfinished: (turn's number), onagain: (request) asks for it once more, ongone: () once
-   * it may go, onchange: () where its words or its picture are others}.
+   * actions: {onfinished: (turn's number), onagain: (request) asks for it once more, ongone: ()
+   * once it may go, onchange: () where its words or its picture are others}.
    */
   constructor(job, actions) {
     Object.assign(this, { job }, actions);
@@ -52,7 +52,7 @@ export class Job {
       });
     } catch (error) {
       problem(this.state, error, () => {
-        clear(this.state);
+        replace(this.state);
         this.#follow();
       });
     }
@@ -138,7 +138,7 @@ export class Job {
 
   async #cancel() {
     if (this.ended) return;
-    clear(this.state);
+    replace(this.state);
     this.words.textContent = "Cancelling at the next step…";
     try {
       await api.cancel(this.job.id);

@@ -26,12 +26,14 @@ export function trajectoryOf(keys, frames, size) {
 }
 
 export class Keyframes {
-  /** frames: of a turn. onchange: () the keys, or which one is picked, are others. */
-  constructor(frames, { onchange, onseek }) {
-    Object.assign(this, { frames, onchange, onseek });
+  /**
+   * frames: of a turn. player: that keys are set along. onchange: () the keys, or which one is
+   * picked, are others.
+   */
+  constructor(frames, player, onchange) {
+    Object.assign(this, { frames, player, onchange });
     this.keys = new Map(); // frame: amounts
     this.picked = null;
-    this.frame = 0;
     this.parts = partsOf($("keyframes"));
     onClick($("keyframes"), {
       add: () => this.add(), remove: () => this.remove(), clear: () => this.clear(),
@@ -52,14 +54,9 @@ export class Keyframes {
     return this.isOn ? this.keys.get(this.picked) : null;
   }
 
-  setFrame(frame) {
-    this.frame = Math.min(this.frames - 1, frame);
-    this.parts.add.textContent = `Add key at frame ${this.frame + 1}`;
-  }
-
   /** A key where the player stands. amounts: of the first one, which starts at the source's own. */
   add() {
-    const { frame } = this;
+    const frame = Math.min(this.frames - 1, this.player.frame);
     if (!this.isOn && frame > 0) this.keys.set(0, still());
     const amounts = this.isOn && !(this.keys.size === 1 && this.keys.has(0))
       ? amountsAt(this.sorted, frame) : { ...this.current() };
@@ -103,12 +100,11 @@ export class Keyframes {
       onclick: () => this.#pick(frame), onkeydown: (event) => this.#move(event, frame),
     })));
     track.hidden = remove.hidden = clear.hidden = !this.isOn;
-    this.setFrame(this.frame);
   }
 
   #pick(frame) {
     this.picked = frame;
-    this.onseek(frame);
+    this.player.seek(frame);
     this.#changed(frame);
   }
 
@@ -126,7 +122,7 @@ export class Keyframes {
     this.keys.set(next, this.keys.get(frame));
     this.keys.delete(frame);
     this.picked = next;
-    this.onseek(next);
+    this.player.seek(next);
     this.#changed(next);
   }
 }

@@ -3,7 +3,7 @@
 
 import * as api from "./api.js";
 import { $, h, replace } from "./dom.js";
-import { announce, clear, problem } from "./notices.js";
+import { announce, problem } from "./notices.js";
 
 const KEPT = 30; // seconds of video behind the one that is shown
 const BEHIND = 0.5; // seconds that the player stays behind the newest frame it has
@@ -162,7 +162,7 @@ export class Live {
 
   /** A new stream, or another prompt for the one that is made. */
   async submit() {
-    clear(this.problems);
+    replace(this.problems);
     try {
       if (this.isLive) {
         const { first_block: first } = await api.post(

@@ -18,18 +18,18 @@ export function problem(place, error, again = null) {
   );
 }
 
-export function clear(place) {
-  replace(place);
-}
-
-/** Does what a button says, once at a time; it keeps the focus, which a disabled one loses. */
-export async function busy(pressed, action, onerror) {
+/**
+ * Does what a button says, once at a time; it keeps the focus, which a disabled one loses. place:
+ * where a problem is told.
+ */
+export async function attempt(pressed, place, action) {
   if (pressed.ariaBusy === "true") return;
   pressed.ariaBusy = "true";
+  replace(place);
   try {
     await action();
   } catch (error) {
-    onerror(error);
+    problem(place, error);
   } finally {
     pressed.ariaBusy = null;
   }

@@ -1,17 +1,14 @@
 // Which part of a long video the turns are made of.
 
-import { $, onClick, partsOf, setVars } from "./dom.js";
-import { busy, clear, problem } from "./notices.js";
+import { $, onClick, partsOf, replace, setVars } from "./dom.js";
+import { attempt } from "./notices.js";
 
 export class PartPicker {
   /** numFrames: that a turn has; onlook: (frame of the video, or null); onuse: (window). */
   constructor(numFrames, { onlook, onuse }) {
     Object.assign(this, { numFrames, onlook }, partsOf($("part")));
     this.range.addEventListener("input", () => this.#look(true));
-    const take = (pressed, window) => {
-      clear(this.state);
-      busy(pressed, () => onuse(window), (error) => problem(this.state, error));
-    };
+    const take = (pressed, window) => attempt(pressed, this.state, () => onuse(window));
     onClick(this.body, {
       use: (pressed) => take(pressed, this.range.value),
       even: (pressed) => take(pressed, "even"),
@@ -21,7 +18,7 @@ export class PartPicker {
   /** Hidden where the model sees the whole video, or as many frames as it has. */
   show(session) {
     const { source_frames: seen, frames } = session;
-    clear(this.state);
+    replace(this.state);
     this.last = frames - this.numFrames;
     this.body.hidden = session.kind !== "views" || this.last <= 0 || !seen;
     if (this.body.hidden) return;

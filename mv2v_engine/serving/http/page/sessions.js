@@ -3,7 +3,7 @@
 import * as api from "./api.js";
 import { $, h, icon, replace } from "./dom.js";
 import { ago, bytes, percent, plural } from "./format.js";
-import { announce, button, clear, problem } from "./notices.js";
+import { announce, button, problem } from "./notices.js";
 
 export class Uploader {
   /** onsession: (session) that the video became. */
@@ -19,21 +19,16 @@ export class Uploader {
       this.input.value = "";
     });
     // the whole page takes a drop: a video that misses the zone would replace the page
-    let depth = 0;
-    const light = (step) => {
-      depth = Math.max(0, depth + step);
-      document.body.classList.toggle("dropping", depth > 0);
-    };
-    window.addEventListener("dragenter", (event) => hasFiles(event) && light(1));
-    window.addEventListener("dragleave", (event) => hasFiles(event) && light(-1));
-    window.addEventListener("dragover", (event) => hasFiles(event) && event.preventDefault());
-    window.addEventListener("drop", (event) => {
-      if (!hasFiles(event)) return;
-      event.preventDefault();
-      light(-depth);
-      const [file] = event.dataTransfer.files;
-      if (file) this.take(file);
-    });
+    for (const type of ["dragover", "dragleave", "drop"]) {
+      window.addEventListener(type, (event) => {
+        const { dataTransfer, relatedTarget } = event;
+        if (!dataTransfer?.types.includes("Files")) return;
+        event.preventDefault();
+        const isOver = type === "dragover" || (type === "dragleave" && relatedTarget);
+        document.body.classList.toggle("dropping", Boolean(isOver));
+        if (type === "drop" && dataTransfer.files.length) this.take(dataTransfer.files[0]);
+      });
+    }
   }
 
   /** What is too large is not sent; what becomes of a video is said before. */
@@ -87,21 +82,17 @@ export class Uploader {
       const session = await api.upload(file, {
         key, choices: this.choices, onprogress, signal: leaving.signal,
       });
-      clear(this.state);
+      replace(this.state);
       announce(`${file.name} is ready`);
       this.onsession(session);
     } catch (error) {
       if (this.current !== leaving) return; // another file has taken its place
-      if (error.name === "AbortError") clear(this.state);
+      if (error.name === "AbortError") replace(this.state);
       else problem(this.state, error, () => this.take(file, key));
     } finally {
       if (this.current === leaving) this.zone.ariaBusy = null;
     }
   }
-}
-
-function hasFiles(event) {
-  return event.dataTransfer?.types.includes("Files");
 }
 
 export class SessionList {
@@ -118,7 +109,7 @@ export class SessionList {
     try {
       const sessions = await api.sessions();
       if (asked !== this.asked) return;
-      clear(this.state);
+      replace(this.state);
       this.#show(sessions);
     } catch (error) {
       if (asked === this.asked) problem(this.state, error, () => this.refresh());

@@ -4,7 +4,7 @@ import * as api from "./api.js";
 import { requestWords } from "./camera.js";
 import { $, cloned, h, keepKind, onClick, partsOf, replace } from "./dom.js";
 import { bytes, list } from "./format.js";
-import { busy, button, clear, problem } from "./notices.js";
+import { attempt, button, problem } from "./notices.js";
 import { costSection, memorySection } from "./report.js";
 
 /**
@@ -14,7 +14,7 @@ import { costSection, memorySection } from "./report.js";
 export function editable(root, save, place) {
   for (const field of root.querySelectorAll("[data-field]")) {
     const change = async () => {
-      clear(place);
+      replace(place);
       try {
         await save({ [field.dataset.field]: field.value });
       } catch (error) {
@@ -31,10 +31,7 @@ export function editable(root, save, place) {
 /** actions: by the part, what its button does, once at a time; place: where a problem is told. */
 export function attemptable(root, actions, place) {
   onClick(root, Object.fromEntries(Object.entries(actions).map(([part, action]) =>
-    [part, (pressed) => {
-      clear(place);
-      busy(pressed, action, (error) => problem(place, error));
-    }])));
+    [part, (pressed) => attempt(pressed, place, action)])));
 }
 
 export class Shown {

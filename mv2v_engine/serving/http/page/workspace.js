@@ -4,16 +4,26 @@ import * as api from "./api.js";
 import { Clips } from "./clips.js";
 import { Composer } from "./composer.js";
 import { requestWords } from "./camera.js";
-import { $, partsOf } from "./dom.js";
+import { $, partsOf, replace } from "./dom.js";
 import { bytes, plural } from "./format.js";
 import { calm } from "./frustum.js";
 import { History } from "./history.js";
 import { Job } from "./jobs.js";
-import { announce, clear, problem } from "./notices.js";
+import { announce, problem } from "./notices.js";
 import { PartPicker } from "./part.js";
 import { sourceTiming } from "./player.js";
 import { Shown, attemptable, editable, fileName } from "./shown.js";
 import { Stage } from "./stage.js";
+
+const isAlive = ({ state }) => state === "queued" || state === "running";
+
+/** A session as it is now: itself, its turns, and its jobs in order. */
+async function read(id) {
+  // jobs first: one that is finished by then is among the turns that are asked for after it
+  const jobs = await api.jobs(id);
+  const [session, turns] = await Promise.all([api.session(id), api.turns(id)]);
+  return { session, turns, jobs: jobs.reverse() };
+}
 
 export class Workspace {
   /**
@@ -30,7 +40,7 @@ export class Workspace {
     this.picked = []; // ids on the stage: what is shown, and what stands beside it
     this.opening = 0;
     this.stage = new Stage($("viewer"), {
-      onframe: (frame) => this.#framed(frame), oncompare: (id) => this.compare(id),
+      onframe: () => this.#viewed(), oncompare: (id) => this.compare(id),
       onmode: () => this.#viewed(),
     });
     this.player = this.stage.player;
@@ -65,9 +75,7 @@ export class Workspace {
   async open(id, view) {
     this.close();
     const opening = this.opening;
-    // jobs first: one that is finished by then is among the turns that are asked for after it
-    const jobs = await api.jobs(id);
-    const [session, turns] = await Promise.all([api.session(id), api.turns(id)]);
+    const { session, turns, jobs } = await read(id);
     if (opening !== this.opening) return;
     this.root.inert = false;
     this.session = session;
@@ -80,10 +88,9 @@ export class Workspace {
     this.part.show(session);
     this.composer.show(session, turns);
     const newest = turns.at(-1)?.created ?? 0;
-    const isOpen = (job) => job.state === "queued" || job.state === "running"
-      || (job.state === "failed" && job.ended > newest);
+    const isOpen = (job) => isAlive(job) || (job.state === "failed" && job.ended > newest);
     this.stage.setMode(view.mode);
-    const open = jobs.filter(isOpen).sort((a, b) => a.created - b.created);
+    const open = jobs.filter(isOpen);
     this.#place([view.show, view.beside].filter((one) => this.#has(one)));
     for (const job of open) this.#addJob(job, false);
     if (!this.picked.length) {
@@ -91,6 +98,27 @@ export class Workspace {
     }
     if (view.frame) this.player.seek(view.frame);
     else this.#present();
+  }
+
+  /** Takes in what another tab has made, changed or deleted meanwhile. */
+  async refresh() {
+    const { session: before, turns: known } = this;
+    if (!before) return;
+    try {
+      const { session, turns, jobs } = await read(before.id);
+      // what this tab has done meanwhile is newer
+      if (this.session !== before || this.turns !== known) return;
+      Object.assign(this, { session, turns });
+      this.#head();
+      this.composer.show(session, turns);
+      const unknown = jobs.filter((job) => isAlive(job) && !this.jobs.has(job.id));
+      for (const job of unknown) this.#addJob(job, false);
+      const still = this.picked.filter((id) => this.#has(id));
+      if (still.length < this.picked.length) this.#place(still.length ? still : [this.newest]);
+      else this.#refresh();
+    } catch (error) {
+      if (this.session === before) problem($("session-state"), error, () => this.refresh());
+    }
   }
 
   /** Also ends an `open` that still waits. Nothing of the session can be pressed any more. */
@@ -106,8 +134,8 @@ export class Workspace {
     this.clips.clear();
     this.history.clear();
     this.shown.clear();
-    clear($("session-state"));
-    clear(this.stage.state);
+    replace($("session-state"));
+    replace(this.stage.state);
   }
 
   /** Width and height of the turns: views have the session's size, edits the source's. */
@@ -138,7 +166,7 @@ export class Workspace {
     const { session } = this;
     const { facts } = partsOf($("session-head"));
     for (const field of $("session-head").querySelectorAll("[data-field]")) {
-      field.value = session[field.dataset.field];
+      if (field !== document.activeElement) field.value = session[field.dataset.field];
     }
     this.#named(session);
     facts.textContent = [
@@ -236,7 +264,7 @@ export class Workspace {
     if (!ids.length) return;
     if (this.jobs.has(ids[0])) this.player.pause();
     this.stage.show(...ids.map((id) => this.#entry(id)));
-    clear(this.stage.state);
+    replace(this.stage.state);
     this.#refresh();
   }
 
@@ -272,7 +300,6 @@ export class Workspace {
   #refresh() {
     const { session, turns, picked } = this;
     this.#refreshHistory();
-    this.history.setSource(this.#source());
     const choices = [["source", "Source"], ...turns.map(({ number, name, request }) =>
       [String(number), `Turn ${number}: ${name || requestWords(request)}`])];
     this.stage.setChoices(choices.filter(([id]) => id !== picked[0]), picked[1]);
@@ -285,12 +312,7 @@ export class Workspace {
   #troubled(id, error, again) {
     if (!this.picked.includes(id)) return;
     if (error) problem(this.stage.state, error, again);
-    else clear(this.stage.state);
-  }
-
-  #framed(frame) {
-    this.composer?.setFrame(frame);
-    this.#viewed();
+    else replace(this.stage.state);
   }
 
   #viewed() {
