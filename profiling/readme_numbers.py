@@ -197,6 +197,37 @@ def faults(rows: Sequence[Row]) -> str:
     return "\n".join(lines)
 
 
+def sessions(rows: Sequence[Row]) -> str:
+    """What one service makes of turns that are asked for at once."""
+    lines = [
+        "| sessions | turns an hour | s in the queue: median | p99 | s to the end: median | p99 "
+        "| MB a session | load average of the machine |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        seconds = [row[f"{what}_{p}_s"] for what in ("waiting", "whole") for p in ("p50", "p99")]
+        cells = [row["sessions"], f"{row['turns_an_hour']:,.0f}", *(f"{s:,.1f}" for s in seconds)]
+        cells += [f"{row['session_bytes'] / 1e6:.2f}", row["load_average"]]
+        lines.append(f"| {' | '.join(map(str, cells))} |")
+    return "\n".join(lines)
+
+
+def statuses(rows: Sequence[Row]) -> str:
+    """What a job's status costs, and how soon it comes; before and now, from one run."""
+    lines = [
+        "| | while | the client sends the tag back | CPU a request, µs | answered a second, of "
+        "those asked | ms: median | p99 | load average of the machine |",
+        "|---" * 8 + "|",
+    ]
+    for row in rows:
+        cells = ["now" if row["checkout"] == "this one" else "before", row["while"]]
+        cells += ["yes" if row["tagged"] else "no", f"{row['cpu_us']:,.0f}"]
+        cells += [f"{row['answered_a_second']:,.0f} of {row['rate']:,.0f}"]
+        cells += [f"{row['p50_ms']:,.1f}", f"{row['p99_ms']:,.1f}", str(row["load_average"])]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
 # a table's name, the result that it is made of, and how; None: it reads several itself
 TABLES: dict[str, tuple[str | None, Callable[[Sequence[Row]], str]]] = {
     "memory": ("memory.jsonl", memory),
@@ -210,12 +241,14 @@ TABLES: dict[str, tuple[str | None, Callable[[Sequence[Row]], str]]] = {
     "faults": ("fault_matrix.jsonl", faults),
     "encoders": (None, lambda _: memory_table.encoders()),
     "rankings": (None, lambda _: memory_table.rankings()),
+    "sessions": ("service_sessions.jsonl", sessions),
+    "statuses": ("service.jsonl", statuses),
 }
 # which tables a page has
 PAGES: dict[Path, tuple[str, ...]] = {
     README: ("models",),
     COSTS: ("memory", "peers", "turns", "peaks", "cards"),
-    SCALING: ("hourly", "growth"),
+    SCALING: ("hourly", "sessions", "statuses", "growth"),
     SERVING: ("faults",),
     TUNING: ("encoders", "rankings"),
 }

@@ -1,12 +1,12 @@
-"""The service under many sessions at once: what a turn waits, and what asking after it costs.
+"""The service under many sessions at once: what a turn waits, and what a session takes.
 
-`python profiling/service_sessions.py [--sessions 1 10 100] [--steps 2] [--out FILE.jsonl]`
+`OMP_NUM_THREADS=1 python profiling/service_sessions.py [--sessions 1 10 100] [--steps 2]
+[--out profiling/results/service_sessions.jsonl]`
 
 A service of `tiny-nvs` in a process of its own makes one turn of each session, all asked for at
 once. Of each number of sessions: turns an hour, the median and the 99th percentile of seconds in
-the queue and from asking to the end, bytes of a session on the disk, and how many requests of a
-job's state one client gets answered in a second, one after the other, while turns run and, in the
-same service, when none does.
+the queue and from asking to the end, and bytes of a session on the disk. All three numbers of
+sessions take five minutes of a core.
 """
 
 from __future__ import annotations
@@ -24,28 +24,13 @@ import torch
 from http_service import served
 from measure import Report, digits, percentile, provenance, table
 
-from mv2v_engine.client import Client, Job
+from mv2v_engine.client import Client
 from mv2v_engine.synthetic.demo_clip import write_demo_clip
 
 COLUMNS = (
     "sessions turns_an_hour waiting_p50_s waiting_p99_s whole_p50_s whole_p99_s session_bytes "
-    "asked_a_second asked_a_second_idle load_average"
+    "load_average"
 )
-# how long an idle service is asked
-_IDLE_SECONDS = 3.0
-
-
-def asked_until(client: Client, job: Job, seconds: float | None) -> tuple[int, float]:
-    """How often a job's state was answered, and in how many seconds.
-
-    seconds: for which to ask; None: until the job has ended.
-    """
-    began, count = time.perf_counter(), 0
-    while True:
-        state, count = client.job(job).state, count + 1
-        spent = time.perf_counter() - began
-        if spent > seconds if seconds is not None else state not in ("queued", "running"):
-            return count, spent
 
 
 def measured(client: Client, clip: Path, sessions: int, steps: int) -> dict[str, Any]:
@@ -54,13 +39,11 @@ def measured(client: Client, clip: Path, sessions: int, steps: int) -> dict[str,
     began = time.perf_counter()
     how: dict[str, Any] = {"camera": "arc:-20", "num_inference_steps": steps}
     jobs = [client.submit(session, **how) for session in made]
-    count, spent = asked_until(client, jobs[-1], None)
     ended = []
     for job in jobs:
         client.wait(job)
         ended.append(client.job(job))
     seconds = time.perf_counter() - began
-    idle_count, idle = asked_until(client, jobs[-1], _IDLE_SECONDS)
     waiting = [(job.started or 0) - job.created for job in ended]
     whole = [(job.ended or 0) - job.created for job in ended]
     sizes = [client.session(session).bytes for session in made]
@@ -75,8 +58,6 @@ def measured(client: Client, clip: Path, sessions: int, steps: int) -> dict[str,
         "whole_p50_s": digits(percentile(whole, 0.5)),
         "whole_p99_s": digits(percentile(whole, 0.99)),
         "session_bytes": round(statistics.fmean(sizes)),
-        "asked_a_second": digits(count / spent),
-        "asked_a_second_idle": digits(idle_count / idle),
     }
 
 
@@ -102,7 +83,7 @@ def main() -> None:
                 row["command"] = f"python profiling/{Path(sys.argv[0]).name} " + " ".join(
                     ["--sessions", *map(str, args.sessions), "--steps", str(args.steps)]
                 )
-                row["load_average"] = digits(os.getloadavg()[0])
+                row |= {"load_average": digits(os.getloadavg()[0]), "cores": os.cpu_count()}
                 report.add(**row)
                 rows.append(row)
     print(table(rows, COLUMNS))

@@ -19,7 +19,7 @@ from tests.serving.browsing import (
     wait_for_session,
     wait_for_turn,
 )
-from tests.serving.conftest import HeldBackend, Live
+from tests.serving.conftest import HeldBackend, Live, until
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, Route
@@ -203,3 +203,180 @@ def test_a_turn_of_which_the_answer_was_lost(
     settle(page)
     assert page.locator(".job").count() == 0
     assert len(client.get(f"/v1/sessions/{session}/turns").json()["data"]) == 1
+
+
+def test_two_tabs_on_one_session(
+    service: Live,
+    page: Page,
+    client: httpx.Client,
+    upload: Upload,
+    open_page: OpenPage,
+    events_of: Callable[..., Any],
+) -> None:
+    from playwright.sync_api import expect
+
+    def made(session: str) -> None:
+        job = client.post(f"/v1/sessions/{session}/turns", json={"camera": "pan_right"}).json()
+        events_of(client, job["id"])
+
+    session = upload(client)["id"]
+    for _ in range(2):
+        made(session)
+    page.reload()
+    go_to(page, session)
+    wait_for_turn(page, 2)
+    other = open_page(f"{service.address}/#session={session}&show=1")
+    wait_for_turn(other, 2)
+    expect(other.locator("#turn-name")).to_be_visible()
+
+    # one deletes the turn that the other shows: what the other writes is not lost in silence
+    page.keyboard.press("1")
+    page.get_by_role("button", name="Delete turn").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete it").click()
+    expect(page.locator("#history [data-id='1']")).to_have_count(0)
+    other.locator("#turn-name").fill("the first")
+    other.locator("#turn-name").press("Enter")
+    refusal = other.locator("#shown .problem")
+    expect(refusal.first).to_contain_text("turn 1")
+    expect(other.locator("#turn-name")).to_have_value("the first")
+
+    # whoever comes back to a tab finds what the other has made, and what it has deleted gone
+    service.backend.hold()
+    job = client.post(f"/v1/sessions/{session}/turns", json={"camera": "pan_right"}).json()["id"]
+    other.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    expect(other.locator("#history [data-id='1']")).to_have_count(0)
+    expect(other.locator(f"#history [data-id={job}]")).to_have_count(1)
+    expect(other.locator("#history [data-id='2'] [aria-current]")).to_have_count(1)
+    service.backend.let_go()
+    wait_for_turn(other, 3)
+    page.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    wait_for_turn(page, 3)
+
+    # what is typed and not yet written back stays, whatever the other has changed meanwhile
+    other.locator(".menu summary").click()
+    notes = other.get_by_label("Notes on the video")
+    notes.fill("typed here")
+    other.locator("#turn-name").fill("typed too")
+    client.patch(f"/v1/sessions/{session}", json={"name": "theirs"})
+    client.patch(f"/v1/sessions/{session}/turns/2", json={"is_favourite": True})
+    other.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    expect(other.locator("#session-name")).to_have_value("theirs")
+    expect(other.locator("#shown [data-part=star]")).to_have_attribute("aria-pressed", "true")
+    expect(other.locator("#turn-name")).to_have_value("typed too")
+
+    # a session that the other tab deletes is told of, with what was typed still there
+    delete_session(page)
+    other.get_by_label("Say the move").fill("move left")
+    other.get_by_role("button", name="Render this view").click()
+    expect(other.locator("#composer .problem")).to_contain_text("not_found")
+    expect(other.get_by_label("Say the move")).to_have_value("move left")
+    other.evaluate("() => window.dispatchEvent(new Event('focus'))")
+    expect(other.locator("#session-state .problem")).to_contain_text("not_found")
+    expect(link(other, session)).to_have_count(0)
+
+
+def test_a_turn_that_another_remembers_is_deleted(
+    service: Live, page: Page, client: httpx.Client, upload: Upload, events_of: Callable[..., Any]
+) -> None:
+    """While it is remembered it stays, and the page says until when; afterwards it goes."""
+    from playwright.sync_api import expect
+
+    session = upload(client)["id"]
+    job = client.post(f"/v1/sessions/{session}/turns", json={"camera": "pan_right"}).json()["id"]
+    events_of(client, job)
+    page.reload()
+    go_to(page, session)
+    service.backend.hold()
+    page.get_by_role("button", name="Render this view").click()
+    page.locator(".job").wait_for()
+    client_sees_running = f"/v1/sessions/{session}/turns/1"
+    page.locator("#history [data-id='1'] button").click()
+    page.get_by_role("button", name="Delete turn").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete it").click()
+    refusal = page.locator("#shown .problem")
+    expect(refusal).to_contain_text("is being made")
+    assert client.get(client_sees_running).status_code == 200
+    service.backend.let_go()
+    wait_for_turn(page, 2)
+    refusal.get_by_role("button", name="Dismiss").click()
+    page.get_by_role("button", name="Delete turn").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete it").click()
+    expect(page.locator("#history [data-id='1']")).to_have_count(0)
+    assert client.get(client_sees_running).status_code == 404
+
+
+def test_the_connection_is_lost_in_each_state(
+    service: Live, page: Page, client: httpx.Client, source_clip: Path
+) -> None:
+    """It is said where it happened, nothing is lost, and once more is enough."""
+    from playwright.sync_api import expect
+
+    lost = "The service does not answer"
+
+    def once_more(place: str) -> None:
+        problem = page.locator(f"{place} .problem")
+        expect(problem).to_contain_text(lost)
+        page.context.set_offline(False)
+        problem.get_by_role("button", name="Try again").click()
+        expect(problem).to_have_count(0)
+
+    def num_sessions() -> int:
+        return len(client.get("/v1/sessions", params={"limit": 100}).json()["data"])
+
+    # a video is sent
+    before = num_sessions()
+    page.context.set_offline(True)
+    page.set_input_files("#file", source_clip)
+    once_more("#drop-state")
+    wait_for_session(page)
+    session = page.url.partition("session=")[2].partition("&")[0]
+    assert num_sessions() == before + 1
+
+    # a session is opened
+    go_home(page)
+    page.context.set_offline(True)
+    link(page, session).click()
+    once_more("#page-state")
+    wait_for_session(page)
+
+    # something is written of it
+    page.locator(".menu summary").click()
+    page.context.set_offline(True)
+    page.get_by_label("Notes on the video").fill("from the left")
+    page.get_by_label("Notes on the video").blur()
+    expect(page.get_by_label("Notes on the video")).to_have_value("from the left")
+    once_more("#session-state")
+    until(lambda: client.get(f"/v1/sessions/{session}").json()["notes"] == "from the left")
+
+    # a turn is asked for; it is finished and its record is lost on the way
+    page.context.set_offline(True)
+    page.get_by_role("button", name="Render this view").click()
+    cut: list[str] = []
+
+    def cut_once(route: Route) -> None:
+        cut.append(route.request.url)
+        if len(cut) > 1:
+            route.continue_()
+        else:
+            route.abort()
+
+    page.route(f"**/v1/sessions/{session}/turns/1", cut_once)
+    once_more("#composer")
+    once_more(".job")
+    wait_for_turn(page, 1)
+    assert len(client.get(f"/v1/sessions/{session}/turns").json()["data"]) == 1
+
+    # a turn is marked, and deleted
+    page.context.set_offline(True)
+    page.locator("#shown").get_by_role("button", name="Favourite").click()
+    expect(page.locator("#shown .problem")).to_contain_text(lost)
+    page.get_by_role("button", name="Delete turn").click()
+    page.get_by_role("dialog").get_by_role("button", name="Delete it").click()
+    expect(page.locator("#shown .problem")).to_contain_text(lost)
+    expect(page.locator("#history [data-id='1']")).to_have_count(1)
+    page.context.set_offline(False)
+    page.locator("#shown").get_by_role("button", name="Favourite").click()
+    expect(page.locator("#history [data-id='1'] button")).to_have_attribute(
+        "aria-label", re.compile("favourite$")
+    )
+    expect(page.locator("#shown .problem")).to_have_count(0)

@@ -51,8 +51,8 @@ _EXPECTED = {
 # fields that a request has not, because what they say is said elsewhere
 _ELSEWHERE = {
     "window": "all turns of a session are made of one part of its video, to whose first frame "
-    'their cameras are relative; POST /v1/sessions/{session_id}/branches with {"turn": 0, "window": ...} '
-    "makes a session of another part",
+    "their cameras are relative; POST /v1/sessions/{session_id}/branches with "
+    '{"turn": 0, "window": ...} makes a session of another part',
 }
 
 

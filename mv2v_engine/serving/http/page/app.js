@@ -140,7 +140,6 @@ function setUpTheme() {
 function setUpAccess() {
   const dialog = $("access");
   $("access-open").addEventListener("click", askForToken);
-  $("access-close").addEventListener("click", () => dialog.close("no"));
   dialog.addEventListener("close", () => {
     if (dialog.returnValue !== "yes") return;
     api.setToken($("token").value.trim());

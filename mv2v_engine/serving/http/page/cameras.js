@@ -1,6 +1,6 @@
 // Where a camera is picked: the dial and its axes, keyframes, presets, a file, plain words.
 
-import { AXES, amountsWords, cameraOf, pathOf, presetWords } from "./camera.js";
+import { AXES, amountsWords, cameraOf, pathOf, presetWords, still } from "./camera.js";
 import { Dial } from "./dial.js";
 import { $, cloned, h, partsOf, replace } from "./dom.js";
 import { Preview } from "./frustum.js";
@@ -18,8 +18,8 @@ export class CameraPicker {
     this.preset = null;
     this.file = null; // {spec, files}
     this.earlier = [];
-    this.keyframes = new Keyframes(model.num_frames, player, () => this.#show());
-    this.keyframes.current = () => this.moves;
+    this.keyframes = new Keyframes(
+      model.num_frames, player, () => this.moves, () => this.#show());
     this.dial = new Dial((value) => this.#setAxis(this.axis, value));
     this.element = document.querySelector(".cameras");
     this.words = $("camera-words");
@@ -82,7 +82,7 @@ export class CameraPicker {
   }
 
   #row(axis) {
-    const { name, unit, limit, step } = AXES[axis];
+    const { name, unit, limit } = AXES[axis];
     const content = cloned("axis");
     const row = content.firstElementChild;
     const { choose, field, unit: sign } = partsOf(row);
@@ -95,21 +95,12 @@ export class CameraPicker {
       onfocus: () => this.#setAxis(axis, this.moves[axis], field),
       oninput: () => this.#typed(axis, field),
       onblur: () => this.#show(),
-      onkeydown: (event) => this.#stepField(event, axis, step),
+      // in steps of the dial's, not by the browser's own of 1
+      onkeydown: (event) => ["ArrowUp", "ArrowDown"].includes(event.key) && this.dial.key(event),
     });
     sign.textContent = unit.trim();
     $("axes").append(row);
     return { row, choose, field };
-  }
-
-  /** Arrow keys in a field step as the dial does, not by the browser's own step of 1. */
-  #stepField(event, axis, step) {
-    const direction = { ArrowUp: 1, ArrowDown: -1 }[event.key];
-    if (!direction) return;
-    event.preventDefault();
-    const { limit } = AXES[axis];
-    const next = this.moves[axis] + direction * step * (event.shiftKey ? 10 : 1);
-    this.#setAxis(axis, Number(Math.max(-limit, Math.min(limit, next)).toFixed(2)));
   }
 
   #typed(axis, field) {

@@ -14,7 +14,7 @@ export class Dial {
     this.element = $("dial");
     this.parts = partsOf(this.element);
     const listeners = {
-      keydown: (event) => this.#key(event),
+      keydown: (event) => this.key(event),
       pointerdown: (event) => this.#grab(event),
       pointermove: (event) => this.#drag(event),
       dblclick: () => this.#turn(0),
@@ -54,18 +54,16 @@ export class Dial {
     this.onchange(next);
   }
 
-  #key(event) {
+  key(event) {
     const { limit, step } = this.axis;
-    const steps = event.shiftKey ? 10 : 1;
-    const moves = {
-      ArrowRight: this.value + steps * step, ArrowUp: this.value + steps * step,
-      ArrowLeft: this.value - steps * step, ArrowDown: this.value - steps * step,
-      PageUp: this.value + 10 * step, PageDown: this.value - 10 * step,
-      Home: -limit, End: limit, 0: 0, Delete: 0, Backspace: 0,
-    };
-    if (!(event.key in moves) || event.ctrlKey || event.altKey || event.metaKey) return;
+    const steps = {
+      ArrowRight: 1, ArrowUp: 1, ArrowLeft: -1, ArrowDown: -1, PageUp: 10, PageDown: -10,
+    }[event.key] * (event.shiftKey ? 10 : 1);
+    const places = { Home: -limit, End: limit, 0: 0, Delete: 0, Backspace: 0 };
+    const value = places[event.key] ?? this.value + steps * step;
+    if (Number.isNaN(value) || event.ctrlKey || event.altKey || event.metaKey) return;
     event.preventDefault();
-    this.#turn(moves[event.key]);
+    this.#turn(value);
   }
 
   #angle(event) {

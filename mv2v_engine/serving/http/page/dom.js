@@ -8,7 +8,7 @@ function present(children) {
 export function h(tag, props, ...children) {
   const element = document.createElement(tag);
   for (const [name, value] of Object.entries(props ?? {})) {
-    if (value === null || value === undefined) continue;
+    if ((value ?? null) === null) continue;
     if (name.startsWith("aria-")) element.setAttribute(name, String(value));
     else if (value === false) continue;
     else if (name.startsWith("on")) element.addEventListener(name.slice(2), value);

@@ -27,11 +27,11 @@ export function trajectoryOf(keys, frames, size) {
 
 export class Keyframes {
   /**
-   * frames: of a turn. player: that keys are set along. onchange: () the keys, or which one is
-   * picked, are others.
+   * frames: of a turn. player: that keys are set along. current: () amounts of the dial, of which
+   * the first key is made. onchange: () the keys, or which one is picked, are others.
    */
-  constructor(frames, player, onchange) {
-    Object.assign(this, { frames, player, onchange });
+  constructor(frames, player, current, onchange) {
+    Object.assign(this, { frames, player, current, onchange });
     this.keys = new Map(); // frame: amounts
     this.picked = null;
     this.parts = partsOf($("keyframes"));
@@ -64,9 +64,6 @@ export class Keyframes {
     this.picked = frame;
     this.#changed();
   }
-
-  /** current: () amounts of the dial, of which the first key is made. */
-  current = () => still();
 
   edit(amounts) {
     this.keys.set(this.picked, amounts);

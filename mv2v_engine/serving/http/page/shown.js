@@ -28,6 +28,13 @@ export function editable(root, save, place) {
   }
 }
 
+/** What is saved of a field; what was typed over it stays. */
+export function setSaved(field, saved) {
+  const typed = field.value === field.defaultValue ? saved : field.value;
+  field.defaultValue = saved;
+  field.value = typed;
+}
+
 /** actions: by the part, what its button does, once at a time; place: where a problem is told. */
 export function attemptable(root, actions, place) {
   onClick(root, Object.fromEntries(Object.entries(actions).map(([part, action]) =>
@@ -93,8 +100,14 @@ export class Shown {
     if (branch) branch.title = `Go on from here in a new history, with turns 1 to ${number}`;
     const [name, notes] = content.querySelectorAll("[data-field]");
     name.placeholder = requestWords(turn.request);
-    name.value = turn.name;
-    notes.value = turn.notes;
+    const id = `${session.id} ${number}`;
+    for (const field of [name, notes]) {
+      const { field: what } = field.dataset;
+      const before = this.root.querySelector(`[data-turn="${id}"] [data-field=${what}]`);
+      if (before) Object.assign(field, { defaultValue: before.defaultValue, value: before.value });
+      setSaved(field, turn[what]);
+    }
+    content.dataset.turn = id;
     name.ariaLabel = `Name of turn ${number}`;
     notes.ariaLabel = `Notes on turn ${number}`;
     const save = (changes) => this.actions.edit(turn, changes);

@@ -12,7 +12,7 @@ import { Job } from "./jobs.js";
 import { announce, problem } from "./notices.js";
 import { PartPicker } from "./part.js";
 import { sourceTiming } from "./player.js";
-import { Shown, attemptable, editable, fileName } from "./shown.js";
+import { Shown, attemptable, editable, fileName, setSaved } from "./shown.js";
 import { Stage } from "./stage.js";
 
 const isAlive = ({ state }) => state === "queued" || state === "running";
@@ -28,8 +28,8 @@ async function read(id) {
 export class Workspace {
   /**
    * model: as the service describes it. onview: () what is shown is another; onbranch: (session)
-   * made from this one; onchange: () something that the list shows; ondelete: (session) asks whether
-   * to, and does it; confirmed: ({title, words, yes}) asks.
+   * made from this one; onchange: () something that the list shows; ondelete: (session) asks
+   * whether to, and does it; confirmed: ({title, words, yes}) asks.
    */
   constructor(model, { onview, onbranch, onchange, ondelete, confirmed }) {
     Object.assign(this, { model, onview, onbranch, onchange, confirmed });
@@ -126,6 +126,7 @@ export class Workspace {
     this.opening += 1;
     this.session = null; // first, so that the player's last frame is nobody's view
     this.root.inert = true;
+    $("session-form").reset(); // what was not saved of it
     this.player.clear();
     for (const job of this.jobs.values()) job.remove();
     this.jobs.clear();
@@ -164,21 +165,17 @@ export class Workspace {
 
   #head() {
     const { session } = this;
-    const { facts } = partsOf($("session-head"));
+    const { facts, star } = partsOf($("session-head"));
     for (const field of $("session-head").querySelectorAll("[data-field]")) {
-      if (field !== document.activeElement) field.value = session[field.dataset.field];
+      setSaved(field, session[field.dataset.field]);
     }
-    this.#named(session);
+    $("session-heading").textContent = session.name || "Untitled";
+    star.ariaPressed = session.is_favourite;
     facts.textContent = [
       `${session.width} × ${session.height}`, plural(session.frames, "frame"),
       `${Number(session.fps.toFixed(3))} frames a second`,
       `${bytes(session.footprint.disk_bytes)} on disk`,
     ].join(" · ");
-  }
-
-  #named({ name, is_favourite: isFavourite }) {
-    $("session-heading").textContent = name || "Untitled";
-    partsOf($("session-head")).star.ariaPressed = isFavourite;
   }
 
   async #editSession(changes) {
@@ -187,7 +184,7 @@ export class Workspace {
       api.editSession(session.id, based), () => api.session(session.id));
     if (this.session?.id !== session.id) return;
     this.session = { ...this.session, ...fresh };
-    this.#named(fresh);
+    this.#head();
     this.onchange();
   }
 
