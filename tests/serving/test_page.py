@@ -66,6 +66,13 @@ def test_every_file_that_is_referred_to_exists_and_none_is_left_over() -> None:
     assert (referred - {"./", "openapi.json"}) | {"index.html", "docs.html"} == set(files)
 
 
+def test_all_modules_are_asked_for_at_once() -> None:
+    files = page_files()
+    ahead = re.findall(r'rel="modulepreload" href="page/([^"]+)', files["index.html"])
+    imported = {name for name in files if name.endswith(".js")} - ELSEWHERE
+    assert sorted(ahead) == sorted(imported - {"app.js", "theme.js"})
+
+
 def test_nothing_comes_from_another_host_or_stands_inline() -> None:
     namespace = "http://www.w3.org/2000/svg"
     for name, text in page_files().items():
