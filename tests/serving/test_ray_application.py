@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import traceback
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -23,11 +24,13 @@ from ray.serve.schema import (
     ServeStatus,
 )
 
-from mv2v_engine.errors import RequestError
+from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve, serving_config
 from mv2v_engine.serving.config import Cluster, ServingConfig
+from mv2v_engine.serving.server import serve as serve_http
 from mv2v_engine.serving.store.records import SessionRecord, new_job
+from mv2v_engine.serving.work import ray_replica
 from mv2v_engine.serving.work.protocol import setup_message
 from mv2v_engine.serving.work.ray_backend import RayBackend
 from mv2v_engine.serving.work.ray_replica import build_app
@@ -36,26 +39,74 @@ ROOT = Path(__file__).resolve().parents[2]
 PATIENCE = 600.0  # seconds
 
 
+def _says(monkeypatch: pytest.MonkeyPatch, words: str, *, has_failed: bool = True) -> None:
+    """Have Serve say so of replicas. has_failed: its last word: it starts no more of them."""
+    deployment = DeploymentStatusOverview(
+        DeploymentStatus.DEPLOY_FAILED if has_failed else DeploymentStatus.UPDATING,
+        DeploymentStatusTrigger.REPLICA_STARTUP_FAILED,
+        {},
+        words,
+    )
+    state = ApplicationStatus.DEPLOY_FAILED if has_failed else ApplicationStatus.DEPLOYING
+    about = ApplicationStatusOverview(state, "failed to update", 0.0, {"Replica": deployment})
+    monkeypatch.setattr(serve, "status", lambda: ServeStatus(applications={"mv2v": about}))
+    monkeypatch.setattr(RayBackend, "_connect", lambda self: object())
+    monkeypatch.setattr(RayBackend, "_disconnect", lambda self: None)
+
+
+def test_settings_that_no_try_can_meet_end_the_service(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A replica says which error is one of them, and Serve says what the replica said."""
+
+    def failing(setup: Any, **how: Any) -> Any:
+        raise CheckpointError("style.safetensors fits another base; give that base")
+
+    monkeypatch.setattr(ray_replica, "open_host", failing)
+    with pytest.raises(ray_replica.NeverError) as caught:
+        ray_replica._opened({})
+    trace = "".join(traceback.format_exception(caught.value))
+    _says(
+        monkeypatch,
+        f"A replica failed to start. Error:\n{trace}",
+        has_failed=False,
+    )
+
+    config = ServingConfig(store=tmp_path / "store", port=0)
+    backend = RayBackend(config, Cluster(replicas=1))
+    listening = serve_http(config, backend, on_listening=print, on_ready=print)
+    with pytest.raises(RequestError, match=r"^style\.safetensors fits another base; give that"):
+        asyncio.run(asyncio.wait_for(listening, PATIENCE))
+
+    # what another deploys may become something else, and is waited for
+    async def looked() -> RayBackend:
+        backend, seen = RayBackend(config, Cluster()), asyncio.Event()
+        backend.watch(seen.set)
+        await backend.start()
+        await asyncio.wait_for(seen.wait(), PATIENCE)
+        await backend.stop(0.0)
+        return backend
+
+    waiting = asyncio.run(looked())
+    assert not waiting.refusal and not waiting.is_lost
+
+    def unreachable(setup: Any, **how: Any) -> Any:
+        try:
+            raise OSError("no route to host")
+        except OSError as error:
+            raise CheckpointError("the hub cannot be reached") from error
+
+    # what may be there at the next try is tried again
+    monkeypatch.setattr(ray_replica, "open_host", unreachable)
+    with pytest.raises(CheckpointError):
+        ray_replica._opened({})
+
+
 def test_replicas_that_never_come_up_are_given_up(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Serve's last word on replicas whose constructor failed; it starts no more of them."""
-    deployment = DeploymentStatusOverview(
-        DeploymentStatus.DEPLOY_FAILED,
-        DeploymentStatusTrigger.REPLICA_STARTUP_FAILED,
-        {},
-        "failed to start 3 times in a row\nTraceback\nCheckpointError: no checkpoint at 'x'\n",
-    )
-    status = ServeStatus(
-        applications={
-            "mv2v": ApplicationStatusOverview(
-                ApplicationStatus.DEPLOY_FAILED, "failed to update", 0.0, {"Replica": deployment}
-            )
-        }
-    )
-    monkeypatch.setattr(serve, "status", lambda: status)
-    monkeypatch.setattr(RayBackend, "_connect", lambda self: object())
-    monkeypatch.setattr(RayBackend, "_disconnect", lambda self: None)
+    """Serve's last word on replicas whose constructor failed."""
+    _says(monkeypatch, "failed 3 times\nTraceback\nCheckpointError: no checkpoint at 'x'\n")
 
     sizes: dict[str, Any] = {"frames": 9, "width": 64, "height": 48, "bytes": 1, "num_turns": 0}
     times = {"fps": 8.0, "created": 0.0, "touched": 0.0}

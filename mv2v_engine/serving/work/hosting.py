@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from mv2v_engine import Engine
 from mv2v_engine.envs import num_threads
+from mv2v_engine.errors import CheckpointError, KernelUnavailableError, MV2VError, RequestError
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.watch.logs import log_ids
 from mv2v_engine.serving.watch.tracing import OpenJob
@@ -21,6 +23,18 @@ from mv2v_engine.serving.work.protocol import engine_arguments
 # below the server, whose answers should not wait for a turn
 _NICENESS = 5
 _END = object()
+
+
+def is_final(error: MV2VError) -> bool:
+    """Whether what was asked for cannot be had here: no later try would find it otherwise.
+
+    A checkpoint that a disk or a hub did not give may be given later.
+    """
+    if isinstance(error, RequestError | KernelUnavailableError):
+        return True
+    cause = error.__cause__
+    is_read = cause is None or isinstance(cause, MV2VError | SafetensorError)
+    return isinstance(error, CheckpointError) and is_read
 
 
 def open_host(setup: dict[str, Any], *, has_claims: bool = False) -> Host:

@@ -32,7 +32,7 @@ from mv2v_engine.serving.watch.logs import log_event
 from mv2v_engine.serving.work.backend import LAST_OF_BACKEND
 from mv2v_engine.serving.work.host import Json
 from mv2v_engine.serving.work.protocol import run_message, session_fields, setup_message
-from mv2v_engine.serving.work.ray_replica import APPLICATION, DEPLOYMENT, application
+from mv2v_engine.serving.work.ray_replica import APPLICATION, DEPLOYMENT, NeverError, application
 
 log = logging.getLogger("mv2v_engine.serving")
 
@@ -52,7 +52,6 @@ class RayBackend:
         self.config, self.cluster = config.in_cluster(), cluster
         self.about: Json | None = None
         self.ready, self.reason, self.is_lost = False, _STARTING, False
-        # a cluster may become another one
         self.refusal = ""
         self.restarts = self.capacity = 0
         # of the replicas: that were last seen to run, and ever were at once
@@ -285,7 +284,12 @@ class RayBackend:
         self._running, self._most = running, max(self._most, running)
         said = [text.strip() for text in (found.message, app.message) if text.strip()]
         reason = _last_line(said[0]) if said else _STARTING
-        if app.status == ApplicationStatus.DEPLOY_FAILED and not running and self._is_deployer:
+        never = reason.partition(f"{NeverError.__name__}: ")[2]
+        if never and self._is_deployer and self.about is None:
+            # replicas that another deploys may become others
+            self.refusal = never
+            self._give_up(never)
+        elif app.status == ApplicationStatus.DEPLOY_FAILED and not running and self._is_deployer:
             # Serve starts no more of them, and nobody else deploys
             self._give_up(f"no replica came up: {reason}; mend that and start the service again")
         else:

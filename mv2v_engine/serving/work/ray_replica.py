@@ -28,7 +28,7 @@ from mv2v_engine.serving.watch.logs import configure_logs
 from mv2v_engine.serving.watch.tracing import OpenJob, open_traces
 from mv2v_engine.serving.work.backend import LAST_OF_BACKEND
 from mv2v_engine.serving.work.host import Host, Json, Tell
-from mv2v_engine.serving.work.hosting import open_host, turn_made
+from mv2v_engine.serving.work.hosting import is_final, open_host, turn_made
 from mv2v_engine.serving.work.protocol import setup_message
 
 log = logging.getLogger("mv2v_engine.serving.replica")
@@ -41,6 +41,10 @@ _SERVED = ("checkpoint", "device", "dtype", "max_sessions_open")
 _PATHS = ("store", "components", "rename")
 
 
+class NeverError(RuntimeError):
+    """What is asked of a replica can never be had (`is_final`); Serve tells errors as text."""
+
+
 class Replica:
     """One engine. What nobody expected ends its process, and so does an engine that hangs; Serve
     starts another.
@@ -48,7 +52,8 @@ class Replica:
     setup: as `protocol.setup_message` makes it.
 
     Raises:
-        MV2VError: the checkpoint cannot be loaded here.
+        NeverError: the checkpoint cannot be loaded here, whenever it is tried.
+        MV2VError: it cannot be loaded now.
     """
 
     def __init__(self, setup: Json) -> None:
@@ -152,7 +157,12 @@ class Replica:
 
 def _opened(setup: Json) -> tuple[Host, OpenJob]:
     open_job = open_traces()
-    return open_host(setup, has_claims=True), open_job
+    try:
+        return open_host(setup, has_claims=True), open_job
+    except MV2VError as error:
+        if is_final(error):
+            raise NeverError(str(error)) from None
+        raise
 
 
 async def _heard(coming: Awaitable[Json], patience: float | None) -> Json:

@@ -22,14 +22,14 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from mv2v_engine.errors import KernelUnavailableError, MV2VError, RequestError
+from mv2v_engine.errors import MV2VError
 from mv2v_engine.locks import Lock
 from mv2v_engine.progress import CancelToken
 from mv2v_engine.serving.store.folders import worker_lock
 from mv2v_engine.serving.watch.logs import configure_logs, log_ids
 from mv2v_engine.serving.watch.tracing import OpenJob, flush_traces, open_traces
 from mv2v_engine.serving.work.host import Host
-from mv2v_engine.serving.work.hosting import apart, open_host, turn_made
+from mv2v_engine.serving.work.hosting import apart, is_final, open_host, turn_made
 from mv2v_engine.serving.work.protocol import decode, encode
 
 log = logging.getLogger("mv2v_engine.serving.worker")
@@ -39,8 +39,6 @@ _LAST_STEP_SECONDS = 10.0
 # that the worker of a service which was killed has to end
 _LOCK_SECONDS = 60.0
 _END = object()
-# what was asked for and cannot be had: no later try would find it otherwise
-_FINAL = (RequestError, KernelUnavailableError)
 # orders that are made step by step, and where they name what may cancel them
 _LONG = {"run": "job", "block": "stream"}
 
@@ -132,7 +130,7 @@ def main() -> int:
         open_job = open_traces()
         host = open_host(first)
     except MV2VError as error:
-        pipe.write(encode(_broken(str(error), is_final=isinstance(error, _FINAL))))
+        pipe.write(encode(_broken(str(error), is_final=is_final(error))))
         return 1
     pipe.write(encode({"type": "ready", "about": host.about, "capacity": host.capacity}))
     try:
