@@ -51,6 +51,7 @@ from mv2v_engine.ops.backend import resolve
 from mv2v_engine.parallel.context import head_lengths
 from mv2v_engine.parallel.device import dtype_of_tokens
 from mv2v_engine.sampling.guidance import needs_guidance
+from mv2v_engine.terminal import say
 from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
 from mv2v_engine.vae import VideoVAE, load_vae
@@ -126,6 +127,13 @@ def load_parts(
     resolve_attention(config, place, tokens)
     open_graphs(config, place)
     check_descriptor(config)
+    moved = {"offload": config.offload, "text_offload": config.text_offload}
+    for name, asked in moved.items():
+        if asked in ("blocks", "always") and place.type != "cuda":
+            say(
+                f"note: {name}={asked!r} runs and saves nothing here: the memory of {place} is the "
+                "host's"
+            )
     given = None
     if components is not None:
         given = fetch_components(components, has_image=config.base is not None)

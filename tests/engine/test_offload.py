@@ -170,13 +170,21 @@ def test_the_bytes_of_an_engine(
     assert f'offload="blocks" ({needed:,})' in whole.budget.advice(plan, needed)
 
 
-def test_on_the_command_line(tiny_checkpoint: Path, source_clip: Path, tmp_path: Path) -> None:
+def test_on_the_command_line(
+    tiny_checkpoint: Path, source_clip: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     words = ["novel-view", str(source_clip), "--out", str(tmp_path / "out"), "--device", "cpu"]
     words += ["--camera", "pan_right", "--checkpoint", str(tiny_checkpoint), "--steps", "2"]
-    assert run.main([*words, "--offload", "blocks"]) == 0
+    assert run.main([*words, "--offload", "blocks", "--quiet"]) == 0
+    # what was asked for and cannot be had is said to who wants to hear nothing, too
+    said = capsys.readouterr().err
+    assert said == (
+        "note: offload='blocks' runs and saves nothing here: the memory of cpu is the host's\n"
+    )
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["turns"][0]["offload"] == "blocks"
     # it is the same turn, so it may be taken up without
     assert run.main([*words, "--camera", "arc_left", "--resume"]) == 0
+    assert "saves nothing" not in capsys.readouterr().err
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert ["offload" in turn for turn in report["turns"]] == [True, False]
