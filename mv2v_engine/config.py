@@ -126,7 +126,9 @@ class SamplingConfig:
     timesteps: how the model is told them; "bfloat16" rounds them, as ReCamMaster does in training
     and inference. guidance: how two predictions become one, `sampling.guidance`. prompt_prefix:
     what stands before every prompt but the negative one; reference_prefix: in its place where there
-    are reference images, if it is not empty.
+    are reference images, if it is not empty. reference_scales: of the images and of the video,
+    which with reference images are guided apart from the words, `sampling.guidance.guide_chain`;
+    empty: as without them.
     """
 
     num_frames: int = 81
@@ -157,9 +159,15 @@ class SamplingConfig:
     guidance: GuidanceMode = "cfg"
     prompt_prefix: str = ""
     reference_prefix: str = ""
+    reference_scales: tuple[float, ...] = ()
 
     def __post_init__(self) -> None:
         fit_fields(self)
+        if len(self.reference_scales) not in (0, 2):
+            raise RequestError(
+                "reference_scales must be two, of the images and of the video, or none, got "
+                f"{self.reference_scales}"
+            )
         if self.num_frames % 4 != 1 or self.num_frames < 1:
             raise RequestError(f"num_frames must be 4n+1, got {self.num_frames}")
 

@@ -328,6 +328,7 @@ def default_sampling(detected: Detected, config: TransformerConfig) -> SamplingC
             num_inference_steps=40,
             guidance_scale=4.0,
             guidance="apg",
+            reference_scales=(4.5, 1.25),
             scheduler="unipc",
             sizes=((832, 480),),
             negative_prompt=WAN_NEGATIVE_PROMPT,

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Generator, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
 import torch
@@ -29,7 +29,7 @@ from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.progress import CancelToken, Preview, StepDone
 from mv2v_engine.sampling.flow_match import Solver, make_solver
-from mv2v_engine.sampling.guidance import guide, guide_projected
+from mv2v_engine.sampling.guidance import guide, guide_chain, guide_projected
 from mv2v_engine.sampling.preview import Previewer
 from mv2v_engine.sampling.step_cache import computed_steps, relative_changes
 from mv2v_engine.tokens.flops import FORWARDS, Work, exact_work
@@ -48,7 +48,7 @@ class Denoised:
     """Latents float32 [C, F, H, W]; the last step's merges, or the kept ones; what was run.
 
     graphs: how the steps ran. reuse: which of them ran the blocks; None if all did. Both are plain
-    data for the report.
+    data for the report. lesser: what was run of plans with less conditioning.
     """
 
     latents: Tensor
@@ -56,10 +56,12 @@ class Denoised:
     work: Mapping[Work, int]
     graphs: dict[str, Any]
     reuse: dict[str, Any] | None = None
+    lesser: tuple[tuple[TokenPlan, Mapping[Work, int]], ...] = ()
 
     @property
     def num_forwards(self) -> int:
-        return sum(self.work.get(kind, 0) for kind in FORWARDS)
+        works = (self.work, *(work for _, work in self.lesser))
+        return sum(work.get(kind, 0) for work in works for kind in FORWARDS)
 
 
 class Denoiser:
@@ -74,6 +76,7 @@ class Denoiser:
         noise: [1, C, F, H, W], of deviation 1, on any device; never written to.
         solver: used by this turn alone, since it may remember its steps.
         guidance: how velocities are guided, as `SamplingConfig.guidance`.
+        reference_scales: as `SamplingConfig.reference_scales`, for a plan with such images.
         graphs: replay captured steps. team: the processes that share every step.
         step_cache: below which change of the modulation a step runs no block; None runs all.
         previews: in whose colours pictures are taken; None takes none.
@@ -89,6 +92,7 @@ class Denoiser:
         solver: Solver,
         guidance_scale: float,
         guidance: GuidanceMode = "cfg",
+        reference_scales: Sequence[float] = (),
         graphs: Graphs | None = None,
         team: Team | None = None,
         step_cache: float | None = None,
@@ -115,6 +119,15 @@ class Denoiser:
         self._lease: Lease[StepBuffers] = Lease(self._graphs, None, reason)
         # kept K and V depend on no text, so the branches share them
         self.cache = ConditioningCache(plan) if plan.conditioning == "static" else None
+        self._scales, lesser = tuple(reference_scales), plan.lesser() if reference_scales else ()
+        if conditioning.at_scale(guidance_scale).negative_text is None:
+            lesser = ()
+        self._lesser = [
+            (each, places, ConditioningCache(each) if each.conditioning == "static" else None)
+            for each, places in lesser
+        ]
+        if lesser and self.cache is not None:
+            self._graphs, reason = None, "what a branch without the images keeps is its own"
         self._ranks = None if team is None else team.ranks.context
         has_deltas = self._deltas is not None
         if solver.noise_scale != 1:
@@ -148,6 +161,12 @@ class Denoiser:
             )
             for text in given.texts
         ]
+        for plan, places, cache in self._lesser:
+            assert given.negative_text is not None
+            less = replace(given, latents=[given.latents[place] for place in places])
+            residual = None if self._step_cache is None else TargetResidual()
+            text = given.negative_text
+            self.branches.append(Branch(self.transformer, plan, less, text, cache, None, residual))
 
     @property
     def is_finished(self) -> bool:
@@ -263,7 +282,9 @@ class Denoiser:
     def _guide(self, velocities: Sequence[Tensor]) -> None:
         """Guide, and move the latents unless the solver does."""
         buffers = self.buffers
-        if self._guidance == "apg":
+        if self._lesser:
+            velocity = guide_chain(velocities, buffers.guidance_scale, self._scales)
+        elif self._guidance == "apg":
             velocity = guide_projected(
                 velocities, buffers.guidance_scale, buffers.latents, buffers.sigma
             )
@@ -291,15 +312,18 @@ class Denoiser:
             yield from self._previewer.arrived(is_last=self.is_finished)
 
     def work(self) -> dict[Work, int]:
-        """The forwards and other work of all steps, in all branches together."""
-        branches, skipped = len(self.branches), self.computed.count(False)
-        forwards = (self.total - skipped) * branches
+        """The forwards and other work of all steps, in all branches of the plan together."""
+        branches = len(self.branches) - len(self._lesser)
         if self._shared is not None:
-            return self._shared.work(forwards)
-        work = exact_work(self.plan, forwards)
-        if self._step_cache is None:
-            return work
-        return {**work, "residual": skipped * branches, "schedule": self.total}
+            return self._shared.work(self.computed.count(True) * branches)
+        work = self._work_of(self.plan, branches)
+        return work if self._step_cache is None else {**work, "schedule": self.total}
+
+    def _work_of(self, plan: TokenPlan, branches: int) -> dict[Work, int]:
+        work, skipped = exact_work(plan, self.computed.count(True) * branches), {}
+        if self._step_cache is not None:
+            skipped = {"residual": self.computed.count(False) * branches}
+        return {**work, **skipped}  # type: ignore[dict-item]
 
     def result(self) -> Denoised:
         """The result of the steps, no longer written to.
@@ -314,7 +338,8 @@ class Denoiser:
         if self._step_cache is not None:
             steps = [step for step, runs in enumerate(self.computed) if runs]
             reuse = {"step_cache": self._step_cache, "steps_computed": steps}
-        return Denoised(latents, records, self.work(), self.graph_report(), reuse)
+        lesser = tuple((plan, self._work_of(plan, 1)) for plan, _, _ in self._lesser)
+        return Denoised(latents, records, self.work(), self.graph_report(), reuse, lesser)
 
     def _require_finite(self) -> None:
         """Raise if a step's latents are not finite; the one place that waits for the device."""
@@ -378,6 +403,7 @@ def engine_denoiser(
         ),
         guidance_scale=guidance_scale,
         guidance=parts.sampling.guidance,
+        reference_scales=parts.sampling.reference_scales,
         graphs=parts.graphs,
         team=parts.team,
         step_cache=parts.config.step_cache,

@@ -19,7 +19,7 @@ from mv2v_engine.config import MAX_GUIDANCE_SCALE, Alpha, EngineConfig, Fit, Str
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.folder import SessionFolder, kept_for_one
-from mv2v_engine.engine.guides import AnyImage, Guides, open_guides, require_guides
+from mv2v_engine.engine.guides import AnyImage, Guides, guides_of, open_guides, require_guides
 from mv2v_engine.engine.knowledge import source_warnings
 from mv2v_engine.engine.parts import (
     Parts,
@@ -51,7 +51,7 @@ from mv2v_engine.engine.stream_folder import StreamFolder
 from mv2v_engine.engine.team import open_team, serve
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.engine.warmup import warm_up
-from mv2v_engine.errors import RequestError
+from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.parallel.device import dtype_of_tokens, rank_device, transformer_dtype
 from mv2v_engine.parallel.ranks import Ranks, check_launch
@@ -235,6 +235,7 @@ class Engine(Parts):
         mask: AnySource | None = None,
         cancel: CancelToken | None = None,
         is_locked: bool = False,
+        reads_any: bool = False,
     ) -> Session:
         """Open a session of the kind that the model serves.
 
@@ -248,6 +249,7 @@ class Engine(Parts):
             store: a folder that keeps the session; `resume` takes up what it holds.
             cancel: ends the reading of the file, and the look for cuts.
             is_locked: the caller keeps other writers out of the folder.
+            reads_any: resume turns of other settings, too, to read them; new ones are refused.
             cameras: of novel views, the source's own path, as `Session.render` takes one; unknown
                 means static.
             window: of novel views, which frames of a clip of another length than the model's
@@ -263,7 +265,7 @@ class Engine(Parts):
                 size: what is bright is made anew, what is dark stays.
 
         Raises:
-            VideoError, CameraError, StorageError: what does not fit.
+            VideoError, CameraError, StorageError: what does not fit; turns of other settings.
             RequestError: so too, or an argument of the other task.
             CancelledError: `cancel` was cancelled before the session was open.
         """
@@ -290,7 +292,13 @@ class Engine(Parts):
             given = arguments.sequence("cuts", cuts, object, "a sequence of frame numbers, or None")
             cuts = [arguments.integer(f"cuts[{place}]", cut) for place, cut in enumerate(given)]
         shape, name = self.checkpoint.config, self.checkpoint.name
-        require_guides(shape, name, references=bool(references), mask=mask is not None)
+        has_guides = {"references": bool(references), "mask": mask is not None}
+        require_guides(guides_of(shape), name, **has_guides)
+        if references and self.team is not None and self.sampling.reference_scales:
+            raise RequestError(
+                f"{name} guides by references with forwards of several lengths, which are not "
+                "shared between processes: use one process, or leave the references out"
+            )
         opened, guides = sized._opened(source, window, fps, alpha, fit, check), Guides()
         if isinstance(opened, LongSource):
             guides = open_guides(
@@ -338,6 +346,9 @@ class Engine(Parts):
                 if folder.is_writable:
                     folder.remove_unfinished()
                 session.restore()
+                problem = None if reads_any else session.other_settings()
+                if problem is not None:
+                    raise StorageError(f"{folder.folder} cannot be resumed: {problem}")
         return session
 
     def stream(

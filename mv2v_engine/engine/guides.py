@@ -10,7 +10,7 @@ C latent channels, T frames of a window.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -96,17 +96,25 @@ class Guides:
         return told
 
 
-def require_guides(config: TransformerConfig, name: str, *, references: bool, mask: bool) -> None:
-    """Refuse references or a mask that a model does not take. name: the checkpoint's.
+def guides_of(config: TransformerConfig) -> dict[str, bool]:
+    """Whether a model takes "references", and a "mask"."""
+    has_canvas = bool(config.vace_layers)
+    return {"references": has_canvas or config.source_ids, "mask": has_canvas}
+
+
+def require_guides(taken: Mapping[str, bool], name: str, *, references: bool, mask: bool) -> None:
+    """Refuse references or a mask that a model does not take.
+
+    taken: as `guides_of` gives it. name: the checkpoint's.
 
     Raises:
         RequestError: it takes none.
     """
-    if mask and not config.vace_layers:
+    if mask and not taken["mask"]:
         raise RequestError(
             f"{name} takes no mask; leave it out, or use a checkpoint that does, as VACE"
         )
-    if references and not (config.vace_layers or config.source_ids):
+    if references and not taken["references"]:
         raise RequestError(
             f"{name} takes no reference images; leave them out, or use a checkpoint that does, as "
             "VACE and Bernini-R"
@@ -159,6 +167,31 @@ def read_reference(image: AnyImage, alpha: Alpha, max_pixels: int) -> Tensor:
     return found[0][0]
 
 
+def check_mask(
+    name: str,
+    size: tuple[int, int],
+    num_frames: int,
+    source_size: tuple[int, int],
+    source_frames: int,
+) -> None:
+    """Refuse a mask that is not as large and as long as its source, sizes (height, width).
+
+    Raises:
+        VideoError: it is neither that nor one image of that size.
+    """
+    if size != source_size:
+        (height, width), (rows, columns) = size, source_size
+        raise VideoError(
+            f"{name} is {width}x{height}, and the source that it masks {columns}x{rows}; give a "
+            "mask of the source's size"
+        )
+    if num_frames not in (1, source_frames):
+        raise VideoError(
+            f"{name} has {num_frames} frames, and the source that it masks {source_frames}; give "
+            "as many, or one image for all"
+        )
+
+
 def _reference(
     image_HW3: Tensor, size: tuple[int, int], config: TransformerConfig, stride: int
 ) -> Tensor:
@@ -197,17 +230,8 @@ def _opened_mask(
         fit=source.fit,
     )
     name = Path(mask).name if isinstance(mask, str | Path) else "mask"
-    if video.source_size != source.source_size:
-        (height, width), (rows, columns) = video.source_size, source.source_size
-        raise VideoError(
-            f"{name} is {width}x{height}, and the source that it masks {columns}x{rows}; give a "
-            "mask of the source's size"
-        )
-    if video.num_frames not in (1, source.num_frames):
-        raise VideoError(
-            f"{name} has {video.num_frames} frames, and the source that it masks "
-            f"{source.num_frames}; give as many, or one image for all"
-        )
+    size, count = video.source_size, video.num_frames
+    check_mask(name, size, count, source.source_size, source.num_frames)
     video.name = name
     if video.num_frames == source.num_frames:
         return Mask(video, video)

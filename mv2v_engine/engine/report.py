@@ -158,7 +158,7 @@ def _run(
         "merged_frames": merge_report(plan, denoised.records, names),
         "forwards": denoised.num_forwards,
         "packed_steps": denoiser.packed_steps,
-        **turn_flops(plan, steps, denoised.work),
+        **turn_flops(plan, steps, denoised.work, denoised.lesser),
         **_kept_bytes(parts, denoiser, steps),
         **({} if denoised.reuse is None else {"reuse": denoised.reuse}),
         "graphs": denoised.graphs,
@@ -243,13 +243,17 @@ def segment_names(
 
 
 def turn_flops(
-    plan: TokenPlan, steps: Sequence[MergeStep], work: int | Mapping[Work, int]
+    plan: TokenPlan,
+    steps: Sequence[MergeStep],
+    work: int | Mapping[Work, int],
+    lesser: Sequence[tuple[TokenPlan, Mapping[Work, int]]] = (),
 ) -> dict[str, Any]:
     """FLOPs by part of a turn's first forward and of each later exact one, and of the whole turn.
 
     With static conditioning the later ones run the target alone. `flops_exact` is what the same
     steps take without approximations. steps: the merges that happened. work: what was run, or how
-    many forwards of an exact turn.
+    many forwards of an exact turn. lesser: what was run of plans with less conditioning, by plan,
+    which the totals hold, too.
     """
     if isinstance(work, int):
         work = exact_work(plan, work)
@@ -261,12 +265,16 @@ def turn_flops(
         sum(count * work_flops(plan, kind, steps) for kind, count in counts.items() if count)
         for counts in (work, exact)
     ]
+    rows = [
+        {"tokens": each.length, **turn_flops(each, each.merge_steps, run)} for each, run in lesser
+    ]
     return {
         "flops_first_forward": first,
         "flops_per_forward": later,
-        "flops": totals[0],
-        "flops_exact": totals[1],
+        "flops": totals[0] + sum(row["flops"] for row in rows),
+        "flops_exact": totals[1] + sum(row["flops_exact"] for row in rows),
         "work": dict(work),
+        **({"lesser": rows} if rows else {}),
     }
 
 

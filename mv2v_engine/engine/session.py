@@ -70,6 +70,9 @@ Happening = TypeVar("Happening", bound="Event | StepDue")
 Steps = Callable[[Denoiser, CancelToken], Generator[Happening, None, Denoised]]
 # odd, so that the low bits, from which torch seeds, differ between the windows of an edit
 _SEED_STEP = 0x9E3779B97F4A7C15
+# of `Parts.turn_settings`, those of the steps; and what sets some that have other names
+_SAMPLED = ("scheduler", "flow_shift", "timesteps")
+_SET_BY = {"scheduler": "fast or scheduler", "flow_shift": "fast", "products": "dtype"}
 
 
 def window_seed(seed: int, number: int) -> int:
@@ -383,6 +386,25 @@ class Session:
         for draft in self._drafts if self.folder is not None else ():
             self._store(draft)
 
+    def other_settings(self) -> str | None:
+        """Why no turn goes on behind those that there are, in words; None if one may.
+
+        Views that were made by other steps or numbers remember each other badly. An edit remembers
+        itself alone, and under other settings is another edit; by other steps it is refused, too.
+        """
+        own = self.parts.turn_settings()
+        for draft in self._drafts:
+            # adopted ones, and those of before they were kept, have none
+            begun = draft.settings or own
+            for name in _SAMPLED if self.parts.is_editor else dict.fromkeys((*own, *begun)):
+                if begun.get(name) != own.get(name):
+                    return (
+                        f"turn {draft.number} of the session was made with {name} "
+                        f"{begun.get(name)!r}, and this engine has {own.get(name)!r}; give the "
+                        f"same {_SET_BY.get(name, name)}, or begin another session"
+                    )
+        return None
+
     def restore(self) -> None:
         """Take up the turns of the session's folder; of their latents as many as memory holds.
 
@@ -436,6 +458,9 @@ class Session:
         self._require_open()
         arguments.instance("request", request, Request, "a Request")
         parts, camera = self.parts, request.camera
+        problem = self.other_settings()
+        if problem is not None:
+            raise RequestError(problem)
         self._require_task(edits=camera is None)
         parts.check_text(request.prompt, request.guidance_scale)
         if camera is not None:

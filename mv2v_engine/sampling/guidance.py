@@ -35,6 +35,24 @@ def guide(velocities: Sequence[Tensor], guidance_scale: float | Tensor) -> Tenso
     return negative[0] + guidance_scale * (positive - negative[0])
 
 
+def guide_chain(
+    velocities: Sequence[Tensor], guidance_scale: float | Tensor, scales: Sequence[float]
+) -> Tensor:
+    """Words, images and video of an edit, each guided by its own scale, summed in float32.
+
+    As Bernini has it (`rv2v`): with e of the nested conditions none, V, VI and VI with the words,
+    e + s_V (e_V - e) + s_I (e_VI - e_V) + s (e_VIT - e_VI). On clean latents it is the same sum.
+
+    velocities: of all of it, of all but the words, of the video alone, and of nothing.
+    guidance_scale: of the words. scales: of the images and of the video.
+    """
+    parts = [velocity.float() for velocity in velocities]
+    guided = parts[-1]
+    for more, less, scale in zip(parts, parts[1:], (guidance_scale, *scales), strict=True):
+        guided = guided + scale * (more - less)
+    return guided
+
+
 def guide_projected(
     velocities: Sequence[Tensor],
     guidance_scale: float | Tensor,

@@ -10,7 +10,7 @@ F latent frames, H W latent rows and columns, L tokens, C width, k a tokenizer's
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from typing import Any, Literal
 
@@ -170,6 +170,24 @@ class TokenPlan:
             object.__setattr__(self, "fraction", round(rule, 6))
         if not 0 <= self.merge_fraction <= 1:
             raise RequestError(f"the merge fraction must lie in 0..1, got {self.fraction}")
+
+    def lesser(self) -> tuple[tuple[TokenPlan, tuple[int, ...]], ...]:
+        """The plan without reference images that are segments, and the target's alone.
+
+        With each go the places of its conditioning among this plan's. Nothing without such images.
+        """
+        sources = [place for place, s in enumerate(self.segments) if s.role == "source"]
+        if not self.shape.source_ids or len(sources) < 2:
+            return ()
+        without = [n for n in range(1, len(self.segments)) if n not in sources[1:]]
+        plans = []
+        for kept in (without, []):
+            segments = tuple(self.segments[place] for place in (0, *kept))
+            # nothing that could be kept: the target's tokens depend on every step
+            conditioning: ConditioningMode = self.conditioning if kept else "joint"
+            plan = replace(self, segments=segments, conditioning=conditioning)
+            plans.append((plan, tuple(place - 1 for place in kept)))
+        return tuple(plans)
 
     def _check_history(self, segment: Segment) -> None:
         """Refuse a history that the model cannot encode, or that has no whole token."""

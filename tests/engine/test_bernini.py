@@ -25,6 +25,7 @@ from mv2v_engine.errors import RequestError
 from mv2v_engine.sampling.flow_match import initial_noise, make_solver
 from mv2v_engine.sampling.guidance import guide_projected
 from mv2v_engine.testing import randomise, relative_error
+from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import turn_plan
 from mv2v_engine.video.transforms import cover_and_crop
 from tests.conftest import VAE, _save_text, configured, smooth_frames, windowed
@@ -217,18 +218,72 @@ def test_images_are_segments_with_the_ids_after_the_sources(
         editor.text.encode(f"{SYSTEM[:-1]} with reference. a red ball"),
         editor.text.encode(editor.sampling.negative_prompt),
     ]
-    latents = initial_noise(tuple(source.shape), 3)
-    solver, ids = make_solver("unipc", 3, 5.0), [0.0, 1.0, 2.0, 3.0]
-    for index in range(3):
-        t, videos = solver.timesteps[index : index + 1], [latents, source, *images]
-        own, other = (predicted(folder, videos, ids, t, text) for text in texts)
-        velocity = projected(latents, float(solver.sigmas[index]), own, other, 4.0)
-        latents = solver.step(velocity, index, latents)
-    assert relative_error(session._drafts[0].windows[0].read()[None], latents) <= 1e-5
+
+    def walked(scales: tuple[float, ...]) -> Tensor:
+        """`rv2v` of its code; without scales, the two forwards of edits without images."""
+        latents = initial_noise(tuple(source.shape), 3)
+        solver, ids = make_solver("unipc", 3, 5.0), [0.0, 1.0, 2.0, 3.0]
+        for index in range(3):
+            t, videos = solver.timesteps[index : index + 1], [latents, source, *images]
+            own, other = (predicted(folder, videos, ids, t, text) for text in texts)
+            if scales:
+                of_video, of_nothing = (
+                    predicted(folder, videos[:count], ids[:count], t, texts[1]) for count in (2, 1)
+                )
+                velocity = of_nothing + scales[1] * (of_video - of_nothing)
+                velocity += scales[0] * (other - of_video) + 4.0 * (own - other)
+            else:
+                velocity = projected(latents, float(solver.sigmas[index]), own, other, 4.0)
+            latents = solver.step(velocity, index, latents)
+        return latents
+
+    assert editor.sampling.reference_scales == (4.5, 1.25)
+    made = session._drafts[0].windows[0]
+    assert relative_error(made.read()[None], walked((4.5, 1.25))) <= 1e-5
+    # what the totals hold: two whole forwards a step, one without the images, one of the target
+    row = made.report
+    assert row["forwards"] == 12 and row["work"] == {"whole": 6}
+    assert [each["work"] for each in row["lesser"]] == [{"whole": 3}] * 2
+    whole = turn_plan(editor.transformer.config, (3, 4, 6), (), references=[(2, 4), (6, 4)])
+    less = turn_plan(editor.transformer.config, (3, 4, 6), ())
+    counts = [sum(flop_table(plan).values()) for plan in (whole, less)]
+    assert [each["tokens"] for each in row["lesser"]] == [less.length, less.target.length]
+    alone = sum(flop_table(replace(less, segments=less.segments[:1])).values())
+    assert row["flops"] == 3 * (2 * counts[0] + counts[1] + alone)
+    plain = replace(editor.checkpoint, sampling=replace(editor.sampling, reference_scales=()))
+    options: dict[str, Any] = {"device": editor.device, "config": editor.config}
+    other = Engine(plain, editor.vae, editor.text, **options).session(
+        frames, cuts=(), references=[tmp_path / "wide.png", tall.numpy()]
+    )
+    other.edit("a red ball", seed=3, num_inference_steps=3)
+    assert relative_error(other._drafts[0].windows[0].read()[None], walked(())) <= 1e-5
+    # at scale 1 there is nothing to guide towards
+    turn = session.edit("a red ball", seed=3, num_inference_steps=3, guidance_scale=1.0)
+    assert turn.report["windows"][0]["forwards"] == 3 and "lesser" not in turn.report["windows"][0]
     plan = turn_plan(editor.transformer.config, (3, 4, 6), (4,) * 4, references=[(2, 4)] * 2)
     assert [s.source_id for s in plan.segments[1:]] == [1 + n * 4 / 6 for n in range(7)]
     with pytest.raises(RequestError, match=r"-R-1\.3B-Diffusers takes no mask; leave it out"):
         editor.session(frames, cuts=(), mask=frames)
+
+
+@pytest.mark.parametrize("conditioning", ["joint", "static"])
+def test_images_are_guided_alike_in_captured_and_in_kept_steps(
+    folder: Path, frames: Tensor, conditioning: Any
+) -> None:
+    image = torch.randint(0, 256, (32, 32, 3), dtype=torch.uint8)
+    made = []
+    for recorder in (None, StandIn()):
+        engine = small(folder, conditioning=conditioning)
+        if recorder is not None:
+            engine.graphs = Graphs("on", 1 << 28, recorder, None)
+        session = engine.session(frames, cuts=(), references=[image])
+        row = session.edit("a red ball", seed=3, num_inference_steps=4).report["windows"][0]
+        replayed = row["graphs"]["replayed_steps"]
+        assert (replayed > 0) == (recorder is not None and conditioning == "joint")
+        made.append(session._drafts[0].windows[0].read())
+        kept = {"whole": 8} if conditioning == "joint" else {"whole": 1, "kept": 7}
+        assert row["work"] == kept and row["lesser"][1]["work"] == {"whole": 4}
+    assert torch.equal(*made)
 
 
 @pytest.mark.parametrize("conditioning", ["joint", "static"])

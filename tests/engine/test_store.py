@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine import Engine
+from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import RequestError, StorageError
@@ -105,6 +105,20 @@ def test_other_input_does_not_go_on(
     other = Engine.from_pretrained(make_checkpoint(tmp_path / "v", vae=vae), device="cpu")
     with pytest.raises(StorageError, match="whose vae is"):
         other.session(source_frames, store=folder, resume=True)
+    for config, words in (
+        (EngineConfig(fast="lightx2v"), "scheduler 'euler', and this engine has 'lightx2v'"),
+        (EngineConfig(scheduler="unipc"), "scheduler 'euler', and this engine has 'unipc'"),
+        (EngineConfig(timesteps="bfloat16"), "timesteps None, and this engine has 'bfloat16'"),
+    ):
+        other = engine.reconfigured(config)
+        with pytest.raises(StorageError, match=words):
+            other.session(source_frames, store=folder, resume=True)
+        # its turns can be read all the same, and no turn goes on behind them
+        session = other.session(source_frames, store=folder, resume=True, reads_any=True)
+        assert len(session.turns) == 2 and session.turns[0].frames.shape[0] == 9
+        with pytest.raises(RequestError, match=f"{words}; give the same"):
+            session.render("pan_left")
+        session.close()
     assert (folder / "session.json").read_bytes() == before
 
 

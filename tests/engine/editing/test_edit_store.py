@@ -125,6 +125,11 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
     again.close()
     other = editor.reconfigured(config).session(frames, store=tmp_path, resume=True)
     assert other.edit(PROMPT, num_inference_steps=1).number == 4
+    other.close()
+    # and by other steps it is refused
+    fast = editor.reconfigured(EngineConfig(fast="fastwan"))
+    with pytest.raises(StorageError, match="this engine has 'dmd'; give the same fast"):
+        fast.session(frames, store=tmp_path, resume=True)
 
 
 def test_only_what_was_begun_is_resumed(editor: Engine, engine: Engine, tmp_path: Path) -> None:
