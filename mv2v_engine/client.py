@@ -20,7 +20,15 @@ import functools
 import json
 import secrets
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Coroutine, Iterator, Mapping
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -106,6 +114,8 @@ class Session:
     parent_turn: int | None
     warnings: list[str]
     damage: str | None
+    num_references: int = 0
+    has_mask: bool = False
     footprint: dict[str, Any] | None = None
 
 
@@ -167,7 +177,10 @@ class Stream:
 
 @dataclass(frozen=True, kw_only=True)
 class Model:
-    """What the service runs. sampling: the defaults of a turn. limits: of an upload."""
+    """What the service runs. sampling: the defaults of a turn. limits: of an upload.
+
+    guides: whether edits take "references", and a "mask".
+    """
 
     id: str
     kind: str
@@ -176,6 +189,7 @@ class Model:
     presets: list[str]
     sampling: dict[str, Any]
     limits: dict[str, Any]
+    guides: dict[str, bool] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -281,7 +295,7 @@ class AsyncClient:
         path: str,
         *,
         key: str | None = None,
-        video: Video | None = None,
+        files: Sequence[tuple[str, Video]] = (),
         headers: Mapping[str, str] | None = None,
         **how: Any,
     ) -> AsyncIterator[httpx.Response]:
@@ -290,28 +304,31 @@ class AsyncClient:
         if key is not None:
             headers["Idempotency-Key"] = key
         is_repeatable = method != "POST" or key is not None or path.endswith("/cancel")
-        start = video.tell() if _is_file(video) and video.seekable() else None
+        streams = [given for _, given in files if _is_file(given)]
+        starts = [(file, file.tell()) for file in streams if file.seekable()]
+        can_rewind = len(starts) == len(streams)
         for pause in (*(_PAUSES if is_repeatable else ()), None):
-            opened: BinaryIO | None = None
+            opened: list[BinaryIO] = []
             try:
-                if video is not None:
-                    if start is not None:
-                        assert _is_file(video)
-                        video.seek(start)
-                    name, content = _content(video)
-                    if content is not video and _is_file(content):
-                        opened = content
-                    how["files"] = {"video": (name, content)}
+                for file, start in starts:
+                    file.seek(start)
+                if files:
+                    how["files"] = []
+                for field, given in files:
+                    name, content = _content(given)
+                    if content is not given and _is_file(content):
+                        opened.append(content)
+                    how["files"].append((field, (name, content)))
                 request = self._wire.build_request(method, path, headers=headers, **how)
                 response = await self._wire.send(request)
             except httpx.TransportError as error:
-                if pause is None or (_is_file(video) and start is None):
+                if pause is None or not can_rewind:
                     raise _unreachable(error) from error
                 await self._wire.sleep(pause)
                 continue
             finally:
-                if opened is not None:
-                    opened.close()
+                for file in opened:
+                    file.close()
             break
         try:
             if not response.is_success:
@@ -358,6 +375,8 @@ class AsyncClient:
         alpha: Literal["black", "white", "refuse"] | None = None,
         fit: Literal["crop", "letterbox"] | None = None,
         size: str | None = None,
+        references: Sequence[Video] = (),
+        mask: Video | None = None,
         key: str | None = None,
     ) -> Session:
         """Begin a session with a video: a path, bytes, or a file that is open for reading bytes.
@@ -365,14 +384,20 @@ class AsyncClient:
         Args:
             name: how people call it; the file's name, if not given.
             window, fps, alpha, fit, size: how the video is read; see docs/serving.md.
+            references: images that the session's edits refer to, in order, for a model that takes
+                any (`Model.guides`), as VACE and Bernini-R.
+            mask: of edits by VACE, a video as large and as long, or one image: what is bright there
+                is made anew.
             key: of idempotency; one is made if none is given.
         """
         name = Path(video).name if name is None and isinstance(video, str | Path) else name
         fields = _set(name=name, window=window, fps=fps, alpha=alpha, fit=fit, size=size)
         data = {field: str(value) for field, value in fields.items()}
         key = key or secrets.token_hex(16)
+        files = [("video", video), *(("reference", image) for image in references)]
+        files += [] if mask is None else [("mask", mask)]
         return _read(
-            Session, await self._json("POST", "/v1/sessions", data=data, video=video, key=key)
+            Session, await self._json("POST", "/v1/sessions", data=data, files=files, key=key)
         )
 
     async def sessions(self, *, order: Order = "desc") -> AsyncGenerator[Session, None]:
@@ -577,14 +602,14 @@ def _is_file(video: object) -> TypeGuard[BinaryIO]:
 
 
 def _content(video: Video) -> tuple[str, bytes | BinaryIO]:
-    """The name and the bytes, or the open file, of a video.
+    """The name and the bytes, or the open file, of a video or an image.
 
     Raises:
         OSError: a path cannot be opened.
     """
     if isinstance(video, str | Path):
         return Path(video).name, open(video, "rb")
-    return "video", video
+    return "file", video
 
 
 def _id(named: Session | Job | Stream | str) -> str:

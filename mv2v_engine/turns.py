@@ -19,7 +19,7 @@ from mv2v_engine.camera.files import resolve_camera
 from mv2v_engine.checkpoints.resolve import Resolution
 from mv2v_engine.config import EDITS, VIEWS
 from mv2v_engine.engine.descriptors import check_descriptor
-from mv2v_engine.engine.guides import open_guides, require_guides
+from mv2v_engine.engine.guides import guides_of, open_guides, require_guides
 from mv2v_engine.engine.parts import default_memory
 from mv2v_engine.engine.request import Request, camera_notes, require_task
 from mv2v_engine.engine.results import EditResults, Results, ViewResults
@@ -118,7 +118,7 @@ def edit(args: argparse.Namespace) -> int:
     require_task(resolution.config, resolution.name, edits=True)
     guides: dict[str, Any] = {"references": args.reference, "mask": args.mask}
     given_guides = {name: bool(value) for name, value in guides.items()}
-    require_guides(resolution.config, resolution.name, **given_guides)
+    require_guides(guides_of(resolution.config), resolution.name, **given_guides)
     request = Request.edit(sampling=sampling, **_asked(args, resolution))
     if follows(args, config):
         return 0

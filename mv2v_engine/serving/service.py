@@ -17,7 +17,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from mv2v_engine.errors import CameraError, MV2VError
+from mv2v_engine.engine.guides import require_guides
+from mv2v_engine.errors import CameraError, MV2VError, RequestError
 from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.errors import ApiError, client_words, disk_errors, full_disk
 from mv2v_engine.serving.sessions import Probe, Sessions
@@ -36,6 +37,7 @@ from mv2v_engine.serving.store.records import (
     SessionRecord,
     TurnFile,
     TurnRecord,
+    Uploads,
     is_id,
     new_job,
 )
@@ -263,27 +265,38 @@ class Service:
         upload: Path,
         name: str,
         *,
+        references: Sequence[Path] = (),
+        mask: Path | None = None,
         key: str | None = None,
         choices: Choices | None = None,
     ) -> SessionRecord:
         """Make a session of an uploaded video, which is moved into it, or removed on a refusal.
 
-        key: of idempotency; the same key, name, choices and file give the same session again.
+        references, mask: what edits are given beside the video, uploaded like it.
+        key: of idempotency; the same key, name, choices and files give the same session again.
 
         Raises not_ready, disk_full, too_many_sessions, the probe's codes, idempotency_conflict,
-        invalid_request: the video has no such window.
+        invalid_request: the video has no such window. unprocessable_turn: the model makes no turns,
+        or takes no references or mask.
         """
+        uploads = Uploads(upload, tuple(references), mask)
         try:
             about = self.require_about()
+            model = about["engine"]["checkpoint"]
             if about["kind"] == "streams":
-                name = about["engine"]["checkpoint"]
-                message = f"{name} makes streams and no turns; POST /v1/streams instead"
+                message = f"{model} makes streams and no turns; POST /v1/streams instead"
                 raise ApiError("unprocessable_turn", message)
+            sent = {"references": bool(references), "mask": mask is not None}
+            try:
+                require_guides(about["guides"], model, **sent)
+            except RequestError as error:
+                param = "mask" if mask is not None and not about["guides"]["mask"] else "reference"
+                raise ApiError("unprocessable_turn", str(error), param=param) from error
         except ApiError:
-            await asyncio.to_thread(upload.unlink, missing_ok=True)
+            await asyncio.to_thread(uploads.remove)
             raise
         return await self._whole(
-            self._sessions.create(owner, upload, name, key, about, choices or Choices())
+            self._sessions.create(owner, uploads, name, key, about, choices or Choices())
         )
 
     async def sessions(

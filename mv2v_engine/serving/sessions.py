@@ -16,12 +16,13 @@ from contextlib import AsyncExitStack
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, Protocol, get_args
 
 from mv2v_engine.config import Alpha
 from mv2v_engine.engine.folder import SessionFolder
+from mv2v_engine.engine.guides import check_mask
 from mv2v_engine.errors import VideoError
-from mv2v_engine.files import chunks_of, flush, make_folder, move, share_file
+from mv2v_engine.files import chunks_of, file_digest, flush, make_folder, move, share_file
 from mv2v_engine.serving.config import Limits, ServingConfig
 from mv2v_engine.serving.errors import ApiError, client_words, disk_errors
 from mv2v_engine.serving.exporting import write_export
@@ -33,15 +34,17 @@ from mv2v_engine.serving.store.folders import (
     RESULTS,
     Store,
     result_path,
-    source_path,
 )
 from mv2v_engine.serving.store.mirror import mirror
 from mv2v_engine.serving.store.records import (
+    MASK,
+    SOURCE,
     Choices,
     ProbedVideo,
     SessionRecord,
     TurnFile,
     TurnRecord,
+    Uploads,
     new_id,
 )
 from mv2v_engine.serving.work.publishing import Publisher
@@ -50,8 +53,17 @@ from mv2v_engine.serving.work.turn_request import made_size, pixels, session_win
 from mv2v_engine.video.scan import rate_notes
 from mv2v_engine.video.transforms import crop_report, select_window
 
-# decodes an owner's upload within the limits; raises ApiError with the limit's own code
-Probe = Callable[[str, Path, Limits, Alpha], Awaitable[ProbedVideo]]
+
+class Probe(Protocol):
+    """Decodes an owner's upload within the limits; raises ApiError with the limit's own code.
+
+    name: as in `Uploads.named`, given of what is no video alone.
+    """
+
+    def __call__(
+        self, owner: str, path: Path, limits: Limits, alpha: Alpha, name: str = SOURCE, /
+    ) -> Awaitable[ProbedVideo]: ...
+
 
 # of a picture; less is what rounding a size to the model's takes, and is in the report alone
 _MUCH_CROPPED = 0.01
@@ -78,20 +90,20 @@ class Sessions:
     async def create(
         self,
         owner: str,
-        upload: Path,
+        uploads: Uploads,
         name: str,
         key: str | None,
         about: dict[str, Any],
         choices: Choices,
     ) -> SessionRecord:
-        """Make a session; the upload is moved or removed in any case. See `Service`."""
+        """Make a session; its uploads are moved or removed in any case. See `Service`."""
         async with AsyncExitStack() as stack:
-            stack.push_async_callback(asyncio.to_thread, upload.unlink, missing_ok=True)
+            stack.push_async_callback(asyncio.to_thread, uploads.remove)
             stack.enter_context(disk_errors())
             self.store.require_free(self.config.min_free_bytes)
             digest = None
             if key is not None:
-                digest = await asyncio.to_thread(_upload_digest, upload, name, choices)
+                digest = await asyncio.to_thread(_upload_digest, uploads, name, choices)
                 known = await self.database.read(tables.session_of_key, owner, key, digest)
                 if known is not None:
                     return known
@@ -101,9 +113,10 @@ class Sessions:
             alpha: Alpha = choices.alpha or about.get("source_alpha", "black")
             fit, size = choices.fit or about.get("source_fit", "crop"), choices.size
             choices = replace(choices, alpha=alpha, fit=fit, size=made_size(about, size))
-            video = await self.probe(owner, upload, self.config.limits, alpha)
-            session = _new_session(owner, name, upload, video, about, choices)
-            files = await asyncio.to_thread(_place_upload, self.store, upload, session.id)
+            video = await self.probe(owner, uploads.video, self.config.limits, alpha)
+            await self._check_guides(owner, uploads, video, alpha)
+            session = _new_session(owner, name, uploads, video, about, choices)
+            files = await asyncio.to_thread(_place_uploads, self.store, uploads, session.id)
             session = replace(session, files=files)
             kept = await self._added(_add_session, session, most, key, digest)
             if kept.id != session.id:
@@ -114,6 +127,25 @@ class Sessions:
                 await asyncio.to_thread(self.store.spare.keep)
                 self.scheduler.tell(lambda listener: listener.session_created(session))
         return kept
+
+    async def _check_guides(
+        self, owner: str, uploads: Uploads, video: ProbedVideo, alpha: Alpha
+    ) -> None:
+        """Refuse references and a mask that cannot be read, or do not fit the video.
+
+        Raises the probe's codes.
+        """
+        for name, path in uploads.named().items():
+            if name == SOURCE:
+                continue
+            found = await self.probe(owner, path, self.config.limits, alpha, name)
+            if name != MASK:
+                continue
+            size, source = (found.height, found.width), (video.height, video.width)
+            try:
+                check_mask("the mask", size, found.frames, source, video.frames)
+            except VideoError as error:
+                raise ApiError("unreadable_video", str(error), param=MASK) from error
 
     async def branch(
         self, parent: SessionRecord, number: int, about: dict[str, Any], window: str | None
@@ -246,15 +278,19 @@ class Sessions:
         self.store.remove(self.store.session(session_id))
 
 
-def _upload_digest(upload: Path, name: str, choices: Choices) -> str:
-    """The identity of an upload's name, choices and bytes, for idempotency."""
+def _upload_digest(uploads: Uploads, name: str, choices: Choices) -> str:
+    """The identity of uploads' bytes, their session's name and choices, for idempotency."""
     said = name if choices.window is None else f"{name}\0{choices.window}"
     for key, value in asdict(choices).items():
         # a window alone stands as it did when there was no other choice
         if key != "window" and value is not None:
             said += f"\0{key}={value}"
+    for place, path in uploads.named().items():
+        # a video alone stands as it did when there was nothing else
+        if place != SOURCE:
+            said += f"\0{place}={file_digest(path)}"
     digest = hashlib.sha256(said.encode("utf-8", "surrogatepass") + b"\0")
-    for chunk in chunks_of(upload):
+    for chunk in chunks_of(uploads.video):
         digest.update(chunk)
     return digest.hexdigest()
 
@@ -262,7 +298,7 @@ def _upload_digest(upload: Path, name: str, choices: Choices) -> str:
 def _new_session(
     owner: str,
     name: str,
-    upload: Path,
+    uploads: Uploads,
     video: ProbedVideo,
     about: dict[str, Any],
     choices: Choices,
@@ -281,7 +317,7 @@ def _new_session(
         fps=choices.fps or video.fps,
         created=now,
         touched=now,
-        bytes=upload.stat().st_size,
+        bytes=sum(path.stat().st_size for path in uploads.named().values()),
         num_turns=0,
         warnings=(
             *_warnings(about, video.frames, choices.window),
@@ -335,13 +371,15 @@ def _cropping(video: ProbedVideo, choices: Choices) -> tuple[str, ...]:
     return (report.description,) if is_much else ()
 
 
-def _place_upload(store: Store, upload: Path, session_id: str) -> dict[str, Any]:
-    """Move an upload into its session's folder, which appears whole; what its row promises."""
-    staging = store.new_upload()
-    make_folder(staging)
-    flush(upload)
-    move(upload, source_path(staging))
-    files = promised(staging, [source_path(staging)])
+def _place_uploads(store: Store, uploads: Uploads, session_id: str) -> dict[str, Any]:
+    """Move uploads into their session's folder, which appears whole; what its row promises."""
+    staging, placed = store.new_upload(), list[Path]()
+    for name, upload in uploads.named().items():
+        placed.append(staging / name)
+        make_folder(placed[-1].parent)
+        flush(upload)
+        move(upload, placed[-1])
+    files = promised(staging, placed)
     move(staging, store.session(session_id))
     return files
 
@@ -394,7 +432,7 @@ def _branch_record(
 def _place_branch(
     store: Store, parent: SessionRecord, branch: SessionRecord, gone: Set[int]
 ) -> int:
-    """Build a branch's folder of its parent's files and move it into place; bytes of its source.
+    """Build a branch's folder of its parent's files and move it into place; bytes of its uploads.
 
     gone: numbers of the parent's turns that were deleted.
 
@@ -402,7 +440,8 @@ def _place_branch(
     """
     old, staging, number = store.session(parent.id), store.new_upload(), branch.parent_turn or 0
     try:
-        share_file(source_path(old), source_path(staging))
+        for name in parent.uploads:
+            share_file(old / name, staging / name)
         if number:
             SessionFolder(old).branch(staging, id=branch.id, count=number, without=gone)
         for turn in range(1, number + 1):
@@ -411,7 +450,7 @@ def _place_branch(
                 if path.exists():
                     share_file(path, result_path(staging, turn, which))
         move(staging, store.session(branch.id))
-        return source_path(store.session(branch.id)).stat().st_size
+        return sum((store.session(branch.id) / name).stat().st_size for name in parent.uploads)
     except OSError as error:
         if old.exists():
             raise

@@ -31,6 +31,8 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
+# as Pillow calls them
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "TIFF", "PPM")
 # frames a second of images that come without a rate
 DEFAULT_FPS = 25.0
 _MAX_IMAGES = 1 << 20
@@ -158,8 +160,16 @@ def decode_stills(
 
 
 def is_image(path: Path) -> bool:
-    """Whether a path's name is that of one image."""
-    return path.suffix.lower() in SUFFIXES
+    """Whether a path's name is that of one image, or the file begins as one."""
+    from PIL import Image
+
+    if path.suffix.lower() in SUFFIXES:
+        return True
+    try:
+        with Image.open(path, formats=_FORMATS):
+            return True
+    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError):
+        return False
 
 
 def read_image(path: Path, alpha: Alpha = "black", max_pixels: int | None = None) -> Tensor:

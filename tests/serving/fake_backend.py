@@ -26,6 +26,7 @@ ABOUT: dict[str, Any] = {
     "stream": None,
     "engine": {"checkpoint": "fake"},
     "has_text": False,
+    "guides": {"references": False, "mask": False},
     "memory": "retrieved",
     "presets": ["pan_right"],
     "sampling": {

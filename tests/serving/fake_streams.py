@@ -19,6 +19,7 @@ FPS, BLOCK_FRAMES = 8.0, 8
 STREAMS: dict[str, Any] = {
     "kind": "streams",
     "has_text": True,
+    "guides": {"references": False, "mask": False},
     "stream": {"settings": {}, "block_frames": BLOCK_FRAMES, "lead": 3, "has_source": False},
 }
 EDITS = STREAMS | {"stream": STREAMS["stream"] | {"has_source": True}}

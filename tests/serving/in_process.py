@@ -33,7 +33,9 @@ def in_loop(test: Callable[Given, Coroutine[Any, Any, None]]) -> Callable[Given,
     return run
 
 
-async def probe(owner: str, path: Path, limits: Limits, alpha: str) -> ProbedVideo:
+async def probe(
+    owner: str, path: Path, limits: Limits, alpha: str, name: str = "source"
+) -> ProbedVideo:
     assert path.exists()
     return VIDEO
 

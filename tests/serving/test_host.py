@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
-from mv2v_engine import Engine
+from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.errors import CancelledError, StorageError
 from mv2v_engine.locks import WriterLock
@@ -226,6 +226,20 @@ def test_a_turn_that_is_not_finite_fails_by_its_name(host: Host, folder: Path) -
     done = list(run(host, folder, 2, TURN))[-1]
     assert (done["type"], done["number"]) == ("done", 2)
     assert [row["turn"] for row in done["report"]["memory"]["retrieved"]] == [1]
+
+
+def test_a_session_of_other_steps_is_read_and_not_gone_on_with(host: Host, folder: Path) -> None:
+    *_, first = run(host, folder, 1, TURN)
+    assert first["type"] == "done"
+    host.close()
+    result_path(folder, 1, "video").unlink()
+    other = Host(host.engine.reconfigured(EngineConfig(fast="turbo")), max_open=1)
+    *_, last = run(other, folder, 2, {"camera": "pan_left", "num_inference_steps": 4})
+    assert (last["type"], last["code"]) == ("failed", "unprocessable_turn")
+    assert "was made with scheduler 'euler', and this engine has 'rcm'" in last["message"]
+    session = {"id": folder.name, "frames": 9, "window": None}
+    assert other.publish(session, folder, 1)["type"] == "published"
+    assert result_path(folder, 1, "video").exists()
 
 
 class _Late(CancelToken):

@@ -54,10 +54,10 @@ def receive(
         headers = [(b"content-type", content_type.encode())]
         scope = {"type": "http", "method": "POST", "headers": headers}
         request = Request(scope, next_message)
-        async with received_form(request, "video", len(VIDEO), new_path) as form:
-            data = form.video.read_bytes() if form.video is not None else None
+        async with received_form(request, {"video": 1}, len(VIDEO), new_path) as form:
+            data = form.files["video"][0].read_bytes() if form.files else None
             if is_taken:
-                form.take_video()
+                form.take("video")
         return form.fields, data
 
     return asyncio.run(run())
@@ -68,6 +68,40 @@ def test_any_pieces_give_the_same_form(tmp_path: Path, size: int) -> None:
     pieces = [WHOLE[start : start + size] for start in range(0, len(WHOLE), size)]
     assert receive(tmp_path, pieces) == ({"name": "Größe"}, VIDEO)
     assert (tmp_path / "upload").read_bytes() == VIDEO
+
+
+@pytest.mark.parametrize("size", [1, 7, 1000, 5 << 20])
+def test_files_of_several_fields_keep_their_order(tmp_path: Path, size: int) -> None:
+    files = [("image", b"one"), ("video", VIDEO), ("image", b""), ("image", bytes(2 << 20))]
+    body = b"".join(part(name, data, "a") for name, data in files) + part("name", b"n") + END
+    pieces = iter([body[start : start + size] for start in range(0, len(body), size)])
+    if size < 1000:
+        body = b"".join(part(name, data[:9], "a") for name, data in files) + END
+        pieces = iter([body[start : start + size] for start in range(0, len(body), size)])
+    most, cut = 3 << 20, 9 if size < 1000 else None
+
+    async def next_message() -> Any:
+        piece = next(pieces, None)
+        return {"type": "http.request", "body": piece or b"", "more_body": piece is not None}
+
+    async def new_path() -> Path:
+        return tmp_path / str(len(list(tmp_path.iterdir())))
+
+    async def run() -> None:
+        kind = f"multipart/form-data; boundary={BOUNDARY}".encode()
+        request = Request(
+            {"type": "http", "method": "POST", "headers": [(b"content-type", kind)]}, next_message
+        )
+        async with received_form(request, {"video": 1, "image": 3}, most, new_path) as form:
+            (video,), images = form.files["video"], form.take("image")
+            assert video.read_bytes() == VIDEO[:cut]
+            assert [image.read_bytes() for image in images] == [
+                data[:cut] for name, data in files if name == "image"
+            ]
+        # what was not taken is gone
+        assert sorted(tmp_path.iterdir()) == sorted(images)
+
+    asyncio.run(run())
 
 
 def test_what_nobody_takes_is_removed(tmp_path: Path) -> None:

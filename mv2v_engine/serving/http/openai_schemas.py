@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
 from mv2v_engine.serving.http.schemas import (
     CREATED,
     JOB_ID,
+    MAX_REFERENCES,
     SESSION_ID,
     JobError,
     ListingPart,
@@ -44,6 +45,8 @@ class RemixRequest(TurnRequest):
         for name in (
             "session_id",
             "video_url",
+            "reference_urls",
+            "mask_url",
             "model",
             "seconds",
             "size",
@@ -60,7 +63,8 @@ class RemixRequest(TurnRequest):
 class VideoRequest(SourceChoices, RemixRequest):
     """A new video: of the file in the form's input_reference, or of a session that there is.
 
-    window, fps, alpha, fit and size say how the file is read; a session has its own.
+    window, fps, alpha, fit and size say how the file is read, references and a mask are what edits
+    are given beside it; a session has its own.
     """
 
     model_config = ConfigDict(
@@ -71,6 +75,21 @@ class VideoRequest(SourceChoices, RemixRequest):
     video_url: str | None = Field(
         default=None, description="of the file to start from, if the service may ask its host"
     )
+    reference_urls: Annotated[list[str], Field(max_length=MAX_REFERENCES)] | None = Field(
+        default=None, description="of images that the edit refers to, in order"
+    )
+    mask_url: str | None = Field(
+        default=None, description="of a video or an image: what is bright there is made anew"
+    )
+
+    def urls(self, video: str) -> list[tuple[str, str, str]]:
+        """What is to be fetched: its name here, the form's field of such a file, and its URL.
+
+        video: the field of the video.
+        """
+        named = [("video_url", video, self.video_url), ("mask_url", "mask", self.mask_url)]
+        named += [("reference_urls", "reference", url) for url in self.reference_urls or ()]
+        return [(name, field, url) for name, field, url in named if url is not None]
 
 
 class Video(BaseModel):

@@ -51,6 +51,8 @@ Row4 = Annotated[list[Finite], Field(min_length=4, max_length=4)]
 Intrinsics = Annotated[list[Row3], Field(min_length=3, max_length=3)]
 Pose = Annotated[list[Row4], Field(min_length=3, max_length=3)]
 MAX_POSES = 4096
+# images that the edits of a session may refer to
+MAX_REFERENCES = 8
 # which frames of a longer or shorter video the model is given
 WINDOW = "^(first|middle|last|even|pad|[0-9]{1,9})$"
 WINDOW_HELP = "first, middle, last, even, pad, or the number of the frame to start at"
@@ -283,7 +285,7 @@ class Session(Kept):
     """A source video and its turns. Times are unix seconds, sizes pixels and bytes.
 
     fps: of the turns. window, alpha, fit, size: how the video is read; null where nobody ever
-    chose.
+    chose. num_references, has_mask: images that its edits refer to, and whether they have a mask.
     """
 
     model_config = ConfigDict(
@@ -309,6 +311,8 @@ class Session(Kept):
                 "alpha": "black",
                 "fit": "crop",
                 "size": "160x96",
+                "num_references": 0,
+                "has_mask": False,
                 "damage": None,
                 "notes": "",
                 "is_favourite": False,
@@ -337,6 +341,8 @@ class Session(Kept):
     alpha: Alpha | None
     fit: Fit | None
     size: str | None
+    num_references: int
+    has_mask: bool
     damage: str | None
     notes: str
     is_favourite: bool
@@ -483,6 +489,13 @@ class StreamSettings(BaseModel):
     has_source: bool
 
 
+class Guides(BaseModel):
+    """What edits of the model are given beside the video: images to refer to, and a mask."""
+
+    references: bool
+    mask: bool
+
+
 class Model(BaseModel):
     """What this service runs.
 
@@ -499,6 +512,7 @@ class Model(BaseModel):
     kind: SessionKind | Literal["streams"]
     stream: StreamSettings | None
     has_text: bool
+    guides: Guides
     memory: MemoryMode
     presets: list[str]
     preset_poses: dict[str, list[Pose]]

@@ -1,12 +1,13 @@
-"""Multipart forms with one video: streamed to a file as they arrive, nothing large in memory.
+"""Multipart forms with files, which are streamed to the disk as they arrive, none in memory.
 
-The file's own name and type are read and never used: what it holds, decoding tells.
+Files' own names and types are read and never used: what they hold, decoding tells.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections import Counter
+from collections.abc import Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -29,49 +30,48 @@ _WRITE_BYTES = 1 << 20
 
 @dataclass(slots=True)
 class Form:
-    """What was sent. video: where the file lies, None if there was none; name: its field's."""
+    """What was sent. files: where those of each field lie, in the order in which they came."""
 
     fields: dict[str, str] = field(default_factory=dict)
-    video: Path | None = None
+    files: dict[str, list[Path]] = field(default_factory=dict)
 
-    def take_video(self) -> Path | None:
-        """The file, for whom it is then: leaving the block that received it removes it no more."""
-        video, self.video = self.video, None
-        return video
+    def take(self, name: str) -> list[Path]:
+        """A field's files, whose they are then: leaving the block that received them removes them
+        no more."""
+        return self.files.pop(name, [])
+
+    async def remove(self) -> None:
+        """Remove the files that were not taken."""
+        for path in (path for paths in self.files.values() for path in paths):
+            await asyncio.to_thread(path.unlink, missing_ok=True)
 
 
 @asynccontextmanager
 async def received_form(
     request: Request,
-    file_field: str,
+    file_fields: Mapping[str, int],
     max_bytes: int,
     new_path: Callable[[], Awaitable[Path]],
 ) -> AsyncIterator[Form]:
-    """Receive a form; its file is removed when the block ends, unless it was taken.
+    """Receive a form; its files are removed when the block ends, but for those that were taken.
 
     Args:
-        file_field: the one field that may be a file. max_bytes: of it.
-        new_path: a place for the file, asked for when it begins.
+        file_fields: fields that may be files, and how many of each. max_bytes: of all together.
+        new_path: a place for a file, asked for when it begins.
 
     Raises:
         ApiError: no multipart form, a broken one, too large, or no room on the disk.
     """
-    parts = _Parts(file_field, max_bytes)
+    parts = _Parts(file_fields, max_bytes)
     parser = _parser(request, parts)
-    file: BinaryIO | None = None
     try:
         try:
             async for chunk in request.stream():
                 parser.write(chunk)
-                if parts.has_file and file is None:
-                    parts.form.video = await new_path()
-                    file = await asyncio.to_thread(open, parts.form.video, "wb")
-                if file is not None and len(parts.waiting) >= _WRITE_BYTES:
-                    await _write(file, parts)
+                await parts.write(new_path)
             if not parts.is_complete:
                 raise _malformed("it ends before its closing boundary")
-            if file is not None:
-                await _write(file, parts)
+            await parts.write(new_path, is_end=True)
         except FormParserError as error:
             raise _malformed(str(error)) from error
         except ClientDisconnect:
@@ -84,35 +84,63 @@ async def received_form(
                 "disk_full", "the disk of the service is full; delete sessions and send it again"
             ) from error
         finally:
-            if file is not None:
-                await asyncio.to_thread(file.close)
+            await parts.close()
         yield parts.form
     finally:
-        if parts.form.video is not None:
-            await asyncio.to_thread(parts.form.video.unlink, missing_ok=True)
+        await parts.form.remove()
 
 
-async def _write(file: BinaryIO, parts: _Parts) -> None:
-    # bytes() because the parser goes on with the buffer while a cancelled write may still run
-    data = bytes(parts.waiting)
-    parts.waiting.clear()
-    await asyncio.to_thread(file.write, data)
+@dataclass(slots=True)
+class _Arriving:
+    """A file on its way.
+
+    name: of its field. waiting: its bytes that are not written yet. file: once it was begun.
+    """
+
+    name: str
+    waiting: bytearray = field(default_factory=bytearray)
+    file: BinaryIO | None = None
 
 
 class _Parts:
-    """What the parser calls: fields in memory, the file's bytes into `waiting`."""
+    """What the parser calls: fields in memory, the bytes of files into what is `arriving`."""
 
-    def __init__(self, file_field: str, max_bytes: int) -> None:
+    def __init__(self, file_fields: Mapping[str, int], max_bytes: int) -> None:
         self.form = Form()
-        self.waiting = bytearray()
-        self.has_file = self.is_complete = False
-        self._file_field, self._max_bytes = file_field, max_bytes
-        self._file_bytes = 0
+        self.arriving: list[_Arriving] = []
+        self.is_complete = False
+        self._file_fields, self._max_bytes = file_fields, max_bytes
+        self._counts, self._file_bytes = Counter[str](), 0
         self._header, self._value = b"", b""
         self._disposition = b""
         self._name = ""
         self._is_file = False
         self._field = bytearray()
+
+    async def write(self, new_path: Callable[[], Awaitable[Path]], *, is_end: bool = False) -> None:
+        """Write what waits; of the file that is still arriving, once it is enough for a thread."""
+        while self.arriving:
+            at, is_whole = self.arriving[0], is_end or len(self.arriving) > 1
+            if at.file is None:
+                path = await new_path()
+                self.form.files.setdefault(at.name, []).append(path)
+                at.file = await asyncio.to_thread(open, path, "wb")
+            if is_whole or len(at.waiting) >= _WRITE_BYTES:
+                # bytes() because the parser goes on with the buffer while a cancelled write may
+                # still run
+                data = bytes(at.waiting)
+                at.waiting.clear()
+                await asyncio.to_thread(at.file.write, data)
+            if not is_whole:
+                return
+            await asyncio.to_thread(at.file.close)
+            self.arriving.pop(0)
+
+    async def close(self) -> None:
+        """Close what is still open of a form that broke off."""
+        for at in self.arriving:
+            if at.file is not None:
+                await asyncio.to_thread(at.file.close)
 
     def on_part_begin(self) -> None:
         self._disposition = b""
@@ -136,19 +164,21 @@ class _Parts:
         self._name = options[b"name"].decode("utf-8", "replace")
         shown = self._name[:100]
         self._is_file = b"filename" in options
-        if len(self.form.fields) + self.has_file >= _MAX_FIELDS:
+        if len(self.form.fields) + self._counts.total() >= _MAX_FIELDS:
             raise _malformed(f"it has more than {_MAX_FIELDS} parts")
-        if self._is_file and (self._name != self._file_field or self.has_file):
+        if self._is_file and self._counts[self._name] >= self._file_fields.get(self._name, 0):
+            fields = " and ".join(f"{most} in {name!r}" for name, most in self._file_fields.items())
             raise ApiError(
                 "invalid_request",
-                f"the form may have one file, in the field {self._file_field!r}; leave the file "
-                f"in {shown!r} out",
+                f"the form may have as files {fields}; leave the file in {shown!r} out",
                 param=shown,
             )
         if not self._is_file and self._name in self.form.fields:
             message = f"the field {shown!r} is given twice; give it once"
             raise ApiError("invalid_request", message, param=shown)
-        self.has_file |= self._is_file
+        if self._is_file:
+            self._counts[self._name] += 1
+            self.arriving.append(_Arriving(self._name))
 
     def on_part_data(self, data: bytes, start: int, end: int) -> None:
         if self._is_file:
@@ -156,11 +186,11 @@ class _Parts:
             if self._file_bytes > self._max_bytes:
                 raise ApiError(
                     "too_large",
-                    f"the video has more than {self._max_bytes} bytes, which is the most that is "
-                    "taken; cut it, or encode it smaller",
-                    param=self._file_field,
+                    f"the files have more than {self._max_bytes} bytes, which is the most that is "
+                    "taken; cut them, or encode them smaller",
+                    param=self._name,
                 )
-            self.waiting += data[start:end]
+            self.arriving[-1].waiting += data[start:end]
             return
         self._field += data[start:end]
         if len(self._field) > _FIELD_BYTES:
@@ -180,6 +210,13 @@ class _Parts:
 
     def on_end(self) -> None:
         self.is_complete = True
+
+
+def file_schema(description: str, most: int = 1) -> dict[str, Any]:
+    """A field of files in the schema of a form."""
+    if most > 1:
+        return {"type": "array", "maxItems": most, "items": file_schema(description)}
+    return {"type": "string", "format": "binary", "description": description}
 
 
 def _parser(request: Request, parts: _Parts) -> MultipartParser:

@@ -34,7 +34,7 @@ from mv2v_engine.serving.store.folders import (
     result_name,
     result_paths,
 )
-from mv2v_engine.serving.store.records import SessionRecord, TurnFile, TurnRecord
+from mv2v_engine.serving.store.records import MASK, SOURCE, SessionRecord, TurnFile, TurnRecord
 
 log = logging.getLogger("mv2v_engine.serving")
 
@@ -101,10 +101,7 @@ class Audit:
         states = await asyncio.to_thread(self._states, folder, turns, is_deep)
         for turn, state in zip(turns, states, strict=True):
             await self._found(turn, state)
-        damage = await asyncio.to_thread(
-            self.verifier.problem, folder, "source", session.files, is_deep=is_deep
-        )
-        damage = damage and f"the uploaded video is lost: {damage}"
+        damage = await asyncio.to_thread(self._source_damage, folder, session, is_deep)
         if damage is None and not mends:
             # what was found of the manifest holds until it is looked at again
             damage = session.damage
@@ -156,7 +153,7 @@ class Audit:
     async def source_problem(self, session: SessionRecord) -> str | None:
         """What is wrong with an upload; None if it can be served."""
         folder = self.store.session(session.id)
-        return await asyncio.to_thread(self.verifier.problem, folder, "source", session.files)
+        return await asyncio.to_thread(self.verifier.problem, folder, SOURCE, session.files)
 
     async def _rest(self) -> None:
         try:
@@ -185,6 +182,13 @@ class Audit:
             name = path.relative_to(folder).as_posix()
             if self.verifier.problem(folder, name, turn.files) is not None:
                 self._put_away(path)
+
+    def _source_damage(self, folder: Path, session: SessionRecord, is_deep: bool) -> str | None:
+        for name in session.uploads:
+            problem = self.verifier.problem(folder, name, session.files, is_deep=is_deep)
+            if problem is not None:
+                return upload_lost(name, problem)
+        return None
 
     async def _mended(
         self, folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
@@ -246,6 +250,12 @@ def _rows(manifest: SessionFolder, turns: Sequence[TurnRecord]) -> list[dict[str
     if set(rows) != set(range(1, len(rows) + 1)):
         raise StorageError(f"turns {sorted(rows)} are left, and some between them are not")
     return [rows[number] for number in sorted(rows)]
+
+
+def upload_lost(name: str, problem: str) -> str:
+    """What is said of an upload that is not as recorded. name: its path in the folder."""
+    what = "video" if name == SOURCE else "mask" if name == MASK else "reference"
+    return f"the uploaded {what} is lost: {problem}"
 
 
 def turn_state(

@@ -22,7 +22,7 @@ Promises: TypeAlias = Mapping[str, Mapping[str, Any]]
 _MAX_KNOWN = 100_000
 # what a row may name: nothing outside its session's folder
 _NAME = re.compile(
-    r"source|video\.mp4|turns/turn_\d+(\.safetensors|/window_\d+\.safetensors)|results/turn_\d+\.(mp4|jpg)"
+    r"source|references/\d+|mask|video\.mp4|turns/turn_\d+(\.safetensors|/window_\d+\.safetensors)|results/turn_\d+\.(mp4|jpg)"
 )
 
 

@@ -4,6 +4,7 @@
     service.sqlite3 (-wal, -shm)    lock  worker.lock
     spare                           bytes that are given up where a full disk must take a write
     sessions/<id>/  source                          the upload, under no name of its user's
+                    references/01  mask             what its edits are given beside it
                     session.json  turns/            the engine's own (engine.folder)
                     results/turn_0001.mp4, .jpg     written by rename, after the engine's
                     rows/                           a copy of the session's rows (mirror)
@@ -35,7 +36,7 @@ from mv2v_engine.files import flush, make_folder, move, remove_matching
 from mv2v_engine.locks import Lock
 from mv2v_engine.serving.errors import FULL, ApiError
 from mv2v_engine.serving.store.database import Database
-from mv2v_engine.serving.store.records import TurnFile, is_id
+from mv2v_engine.serving.store.records import SOURCE, TurnFile, is_id
 
 # what reading a manifest of other names and types than it should have ends in
 _GARBLED = (LookupError, TypeError, ValueError, AttributeError, RecursionError, StopIteration)
@@ -202,7 +203,7 @@ def worker_lock(root: Path) -> Path:
 
 def source_path(folder: Path) -> Path:
     """A session's uploaded video."""
-    return folder / "source"
+    return folder / SOURCE
 
 
 def result_name(number: int, which: TurnFile) -> str:

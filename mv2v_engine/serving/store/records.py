@@ -9,6 +9,7 @@ import re
 import secrets
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, Generic, Literal, TypeVar
 
 from mv2v_engine.config import Alpha, Fit
@@ -23,6 +24,8 @@ ENDED: frozenset[JobState] = frozenset({"finished", "failed", "cancelled"})
 LAST_EVENTS = frozenset({"finished", "failed", "cancelled"})
 # the event that is a picture: the next one takes its place
 PREVIEW = "preview"
+# what a session was made of, by the path in its folder: the video, images under a number, a mask
+SOURCE, REFERENCES, MASK = "source", "references", "mask"
 
 _ID = {kind: re.compile(rf"{kind}_[0-9a-f]{{24}}") for kind in ("session", "job", "stream")}
 
@@ -47,6 +50,29 @@ class ProbedVideo:
     fps: float
     seconds: float
     notes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Uploads:
+    """Files that came for a session: its video, and what its edits are given beside it.
+
+    references: images, in the order in which the model sees them. mask: a video or an image.
+    """
+
+    video: Path
+    references: tuple[Path, ...] = ()
+    mask: Path | None = None
+
+    def named(self) -> dict[str, Path]:
+        """Every file by its path in the session's folder, the video first."""
+        found = {SOURCE: self.video}
+        found |= {f"{REFERENCES}/{n:02d}": path for n, path in enumerate(self.references, 1)}
+        return found if self.mask is None else found | {MASK: self.mask}
+
+    def remove(self) -> None:
+        """Remove those that are still there."""
+        for path in self.named().values():
+            path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -78,7 +104,7 @@ class SessionRecord:
     asked_fps: the rate that its user chose; None is the video's own. alpha, fit, size: how its
         video is read, whatever the service is told later; None in sessions of before there was a
         choice.
-    files: what is promised of the upload (`digests`). identity: what the engine's manifest says of
+    files: what is promised of the uploads (`digests`). identity: what the engine's manifest says of
         the session, once it has a turn. damage: why it takes no more turns, if it was damaged.
     notes, is_favourite: what its user says of it. edited: when its user last did.
     """
@@ -110,6 +136,25 @@ class SessionRecord:
     notes: str = ""
     is_favourite: bool = False
     edited: float | None = None
+
+    @property
+    def uploads(self) -> tuple[str, ...]:
+        """Paths in the folder of what the session was made of, the video's first."""
+        return (SOURCE, *sorted(self.files.keys() - {SOURCE}))
+
+    @property
+    def references(self) -> tuple[str, ...]:
+        """Paths in the folder of the images that its edits refer to, in order."""
+        return tuple(name for name in self.uploads if name.startswith(f"{REFERENCES}/"))
+
+    @property
+    def num_references(self) -> int:
+        return len(self.references)
+
+    @property
+    def has_mask(self) -> bool:
+        """Whether its edits have a mask."""
+        return MASK in self.files
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)

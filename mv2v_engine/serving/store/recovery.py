@@ -35,7 +35,7 @@ from mv2v_engine.serving.store.folders import (
     sweep_results,
 )
 from mv2v_engine.serving.store.mirror import copied_turn, insert_turn, mend_rows, mirror
-from mv2v_engine.serving.store.records import SessionRecord, is_id
+from mv2v_engine.serving.store.records import MASK, REFERENCES, SOURCE, SessionRecord, is_id
 
 log = logging.getLogger("mv2v_engine.serving")
 
@@ -76,7 +76,7 @@ async def reconcile(store: Store, database: Database, audit: Audit) -> None:
 def _put_away(store: Store, stray: Path) -> None:
     """Take a folder that no row tells of out of the way; remove it only if it promises nothing."""
     is_session = is_id("session", stray.name) and stray.is_dir()
-    if is_session and {path.name for path in stray.iterdir()} <= {"source"}:
+    if is_session and {path.name for path in stray.iterdir()} <= {SOURCE, REFERENCES, MASK}:
         # an upload that was never answered for
         store.discard(stray)
         return

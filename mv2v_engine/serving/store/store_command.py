@@ -14,7 +14,7 @@ from pathlib import Path
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.serving.store import database as sqlite
 from mv2v_engine.serving.store import tables
-from mv2v_engine.serving.store.audit import Audit, manifest_problem, turn_state
+from mv2v_engine.serving.store.audit import Audit, manifest_problem, turn_state, upload_lost
 from mv2v_engine.serving.store.database import Database
 from mv2v_engine.serving.store.digests import Verifier
 from mv2v_engine.serving.store.folders import Store, finished_numbers
@@ -115,9 +115,10 @@ def _session_findings(
     listed = finished_numbers(folder)
     told = _numbers({turn.number for turn in turns})
     print(f"{session.id}: rows tell of turns {told}, session.json of {_numbers(listed)}")
-    problem = verifier.problem(folder, "source", session.files)
-    if problem is not None:
-        yield f"{session.id}: the uploaded video is lost: {problem}"
+    for name in session.uploads:
+        problem = verifier.problem(folder, name, session.files)
+        if problem is not None:
+            yield f"{session.id}: {upload_lost(name, problem)}"
     problem = manifest_problem(folder, session, turns)
     if problem is not None:
         yield f"{session.id}: session.json: {problem}"

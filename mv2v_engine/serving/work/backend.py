@@ -53,7 +53,8 @@ class Backend(Protocol):
         """What the engine said when it was first ready; None before.
 
         {"kind": "views" | "edits" | "streams", "engine": Engine.describe(), "has_text": whether
-        prompts can be read, "stream": None, or of a model that streams {"settings", "block_frames":
+        prompts can be read, "guides": {"references", "mask"}, which of them edits are given beside
+        the video, "stream": None, or of a model that streams {"settings", "block_frames":
         pixel frames of a block, "lead": by how many the first one has fewer, "has_source": whether
         it edits frames that are sent}, "memory": the default
         mode, "presets": names of cameras, "sampling": {"num_frames", "size": [height, width],

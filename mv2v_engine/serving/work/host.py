@@ -22,6 +22,7 @@ from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import PRESETS
 from mv2v_engine.config import APPROXIMATE_ATTENTION
 from mv2v_engine.engine.batch import TurnBatch, TurnEvent
+from mv2v_engine.engine.guides import guides_of
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
 from mv2v_engine.engine.turn import Turn
@@ -302,11 +303,15 @@ class Host:
                 alpha=session.get("alpha"),
                 fit=session.get("fit"),
                 size=pixels(session.get("size")),
+                references=[folder / name for name in session.get("references", ())],
+                mask=folder / session["mask"] if session.get("mask") else None,
                 store=folder,
                 resume=resume,
                 window=window,
                 cancel=cancel,
                 is_locked=self.has_claims,
+                # whose videos may still have to be written
+                reads_any=True,
             )
         self._open[session["id"]] = opened
         idle = [name for name in self._open if name not in self._busy | {session["id"]}]
@@ -405,6 +410,7 @@ def _describe(engine: Engine) -> Json:
         "engine": engine.describe(),
         "digest": weights_fingerprint(engine.transformer.state_dict(), others),
         "has_text": engine.text is not None,
+        "guides": guides_of(engine.transformer.config),
         "source_alpha": engine.config.source_alpha,
         "source_fit": engine.config.source_fit,
         "memory": engine.memory_mode,

@@ -1,9 +1,9 @@
 """The process that decodes uploads first, so that no file takes the service or the engine along.
 
 `python -m mv2v_engine.serving.work.probe` loads what decoding needs once and reads requests as JSON
-lines, `{"id", "path", "limits": Limits.to_dict(), "alpha"}`. A fork of it serves each, under limits
-of time, memory and files, and answers with a line: `{"id", "video": ...}` or `{"id", "code",
-"message"}`.
+lines, `{"id", "path", "limits": Limits.to_dict(), "alpha", "name": of Uploads.named()}`. A fork of
+it serves each, under limits of time, memory and files, and answers with a line: `{"id", "video":
+...}` or `{"id", "code", "message"}`.
 """
 
 from __future__ import annotations
@@ -18,9 +18,10 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
+from mv2v_engine.serving.store.records import MASK, REFERENCES, SOURCE
 from mv2v_engine.video.damage import STRICT
 from mv2v_engine.video.io import VideoReader
-from mv2v_engine.video.stills import are_stills, count_stills
+from mv2v_engine.video.stills import are_stills, count_stills, is_image, read_image
 
 if TYPE_CHECKING:
     import av
@@ -42,13 +43,21 @@ class Refused(Exception):
         self.code = code
 
 
-def examine(path: Path, limits: dict[str, Any], alpha: Alpha = "black") -> dict[str, Any]:
-    """Decode a video to its end; what it holds.
+def examine(
+    path: Path, limits: dict[str, Any], alpha: Alpha = "black", name: str = SOURCE
+) -> dict[str, Any]:
+    """Decode an upload to its end; what it holds.
+
+    name: that it will have in the session's folder; images are references, and may be masks.
 
     Raises:
-        Refused: it is no video, it is broken, or it is beyond a limit.
+        Refused: it is no video or image, it is broken, or it is beyond a limit.
     """
     try:
+        if name.startswith(REFERENCES) or (
+            name == MASK and not are_stills(path) and is_image(path)
+        ):
+            return _examine_image(path, limits, alpha)
         if are_stills(path):
             _check_images(path, limits)
         else:
@@ -59,7 +68,7 @@ def examine(path: Path, limits: dict[str, Any], alpha: Alpha = "black") -> dict[
         _check(info.num_frames, limits["frames"], "too_many_frames", "frames", "cut it")
         _check(info.duration, limits["seconds"], "video_too_long", "seconds", "cut it")
         _check_total(info.num_frames, info.width, info.height, limits)
-        if info.num_frames < 2:
+        if info.num_frames < 2 and name == SOURCE:
             raise VideoError("the video has 1 frame, at least 2 are needed; give a longer one")
         reader.check()
     except VideoError as error:
@@ -76,6 +85,22 @@ def examine(path: Path, limits: dict[str, Any], alpha: Alpha = "black") -> dict[
         "seconds": info.duration,
         "notes": list(reader.notes),
     }
+
+
+def _called(name: str) -> str:
+    """What errors call an upload by its name in the session's folder."""
+    if name.startswith(REFERENCES):
+        return f"reference {int(Path(name).name)}"
+    return "the mask" if name == MASK else "the video"
+
+
+def _examine_image(path: Path, limits: dict[str, Any], alpha: Alpha) -> dict[str, Any]:
+    """The same of one image."""
+    _, height, width = count_stills(path)
+    _check_pixels(width, height, limits)
+    height, width, _ = read_image(path, alpha).shape
+    still = {"fps": 1.0, "seconds": 0.0, "notes": []}
+    return {"frames": 1, "width": width, "height": height, **still}
 
 
 def _check_container(path: Path, limits: dict[str, Any]) -> None:
@@ -193,14 +218,19 @@ def _limit(limits: dict[str, Any]) -> None:
 
 
 def _answer(request: dict[str, Any]) -> dict[str, Any]:
+    name = request.get("name", SOURCE)
     try:
         return {
             "video": examine(
-                Path(request["path"]), request["limits"], request.get("alpha", "black")
+                Path(request["path"]),
+                request["limits"],
+                request.get("alpha", "black"),
+                name,
             )
         }
     except Refused as refused:
-        return {"code": refused.code, "message": str(refused)[:_MAX_MESSAGE]}
+        message = str(refused).replace("the video", _called(name))
+        return {"code": refused.code, "message": message[:_MAX_MESSAGE]}
 
 
 def _supervise(request: dict[str, Any], out: int) -> None:

@@ -15,7 +15,7 @@ from mv2v_engine.config import Alpha
 from mv2v_engine.envs import child_environment
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.errors import ApiError
-from mv2v_engine.serving.store.records import ProbedVideo
+from mv2v_engine.serving.store.records import MASK, SOURCE, ProbedVideo
 
 # the process's own threads would only be in the way of its forks
 _THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
@@ -68,13 +68,21 @@ class Prober:
                 await self._reading
 
     async def probe(
-        self, owner: str, path: Path, limits: Limits, alpha: Alpha = "black"
+        self,
+        owner: str,
+        path: Path,
+        limits: Limits,
+        alpha: Alpha = "black",
+        name: str = SOURCE,
     ) -> ProbedVideo:
-        """What an owner's video holds, decoded to its end.
+        """What an owner's upload holds, decoded to its end.
+
+        name: as in `Uploads.named`, whether it has to be a video, an image, or is a mask.
 
         Raises:
-            ApiError: it is no video, it is broken, or it is beyond a limit.
+            ApiError: it is no video or image, it is broken, or it is beyond a limit.
         """
+        param = "video" if name == SOURCE else MASK if name == MASK else "reference"
         async with self._owners.setdefault(owner, asyncio.Lock()), self._room:
             await self.start()
             number = next(self._numbers)
@@ -82,16 +90,17 @@ class Prober:
             self._waiting[number] = answer
             try:
                 asked = {"path": str(path), "limits": limits.to_dict(), "alpha": alpha}
+                asked["name"] = name
                 await self._ask({"id": number, **asked})
                 said = await asyncio.wait_for(answer, limits.probe_seconds + _SLACK_SECONDS)
             except asyncio.TimeoutError:
                 raise ApiError(
-                    "video_too_slow", "decoding the video does not end; re-encode it", param="video"
+                    "video_too_slow", "decoding the file does not end; re-encode it", param=param
                 ) from None
             finally:
                 del self._waiting[number]
         if "video" not in said:
-            raise ApiError(said["code"], said["message"], param="video")
+            raise ApiError(said["code"], said["message"], param=param)
         found: dict[str, Any] = said["video"]
         return ProbedVideo(**found | {"notes": tuple(found["notes"])})
 

@@ -25,7 +25,7 @@ from typing import Any
 from mv2v_engine.config import EngineConfig, LoadConfig, ParallelConfig
 from mv2v_engine.options import DTYPES
 from mv2v_engine.serving.config import ServingConfig
-from mv2v_engine.serving.store.records import JobRecord, SessionRecord
+from mv2v_engine.serving.store.records import MASK, JobRecord, SessionRecord
 from mv2v_engine.serving.store.streams import StreamRecord
 
 # of one line: reports of long edits have a row for every window
@@ -99,4 +99,6 @@ def session_fields(session: SessionRecord) -> dict[str, Any]:
         "alpha": session.alpha,
         "fit": session.fit,
         "size": session.size,
+        "references": session.references,
+        "mask": MASK if session.has_mask else None,
     }

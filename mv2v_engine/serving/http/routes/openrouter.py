@@ -5,15 +5,23 @@ from __future__ import annotations
 from typing import Annotated, Literal
 
 from fastapi import APIRouter, Query, Request, Response, status
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
+from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.http.openai_schemas import VideoRequest
 from mv2v_engine.serving.http.routes.files import FILE_ERRORS, WITH_RANGE, file_answers
 from mv2v_engine.serving.http.routes.parameters import ANY, BODY, JobId, Key, Owner, Serving
 from mv2v_engine.serving.http.routes.sessions import UPLOAD
 from mv2v_engine.serving.http.routes.turns import SUBMIT
 from mv2v_engine.serving.http.routes.videos import begun, get_video_content, invalid
-from mv2v_engine.serving.http.schemas import JOB_ID, Finite, Text, example, refusals
+from mv2v_engine.serving.http.schemas import (
+    JOB_ID,
+    MAX_REFERENCES,
+    Finite,
+    Text,
+    example,
+    refusals,
+)
 from mv2v_engine.serving.http.uploads import Form
 from mv2v_engine.serving.store.records import JobRecord
 from mv2v_engine.serving.work.turn_request import made_size
@@ -36,7 +44,7 @@ class Address(BaseModel):
     url: str
 
 
-class InputReference(BaseModel):
+class InputVideo(BaseModel):
     """The video to start from."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
@@ -45,8 +53,20 @@ class InputReference(BaseModel):
     video_url: Address
 
 
+class InputImage(BaseModel):
+    """An image that an edit refers to."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+    type: Literal["image_url"]
+    image_url: Address
+
+
 class GenerationRequest(BaseModel):
-    """A video in OpenRouter's words; session_id, one more turn in a session, is this service's."""
+    """A video in OpenRouter's words.
+
+    This service's own are session_id, one more turn in a session, and mask_url.
+    """
 
     model_config = ConfigDict(
         extra="forbid",
@@ -62,7 +82,11 @@ class GenerationRequest(BaseModel):
 
     model: str
     prompt: Text
-    input_references: Annotated[list[InputReference], Field(max_length=1)] = []
+    input_references: Annotated[
+        list[Annotated[InputVideo | InputImage, Discriminator("type")]],
+        Field(max_length=1 + MAX_REFERENCES),
+    ] = []
+    mask_url: str | None = None
     session_id: str | None = None
     size: str | None = None
     duration: Finite | None = None
@@ -75,10 +99,15 @@ class GenerationRequest(BaseModel):
         Raises:
             ApiError: invalid_request.
         """
-        same = ("model", "prompt", "session_id", "size", "seed", "callback_url")
+        same = ("model", "prompt", "session_id", "size", "seed", "callback_url", "mask_url")
         fields = {name: getattr(self, name) for name in same} | {"seconds": self.duration}
-        if self.input_references:
-            fields["video_url"] = self.input_references[0].video_url.url
+        given = self.input_references
+        videos = [each.video_url.url for each in given if isinstance(each, InputVideo)]
+        images = [each.image_url.url for each in given if isinstance(each, InputImage)]
+        if len(videos) > 1:
+            message = f"input_references may have one video, got {len(videos)}; leave others out"
+            raise ApiError("invalid_request", message, param="input_references")
+        fields |= {"video_url": next(iter(videos), None), "reference_urls": images or None}
         try:
             return VideoRequest.model_validate(fields)
         except ValidationError as error:

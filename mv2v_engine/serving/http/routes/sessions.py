@@ -27,6 +27,7 @@ from mv2v_engine.serving.http.routes.parameters import (
 )
 from mv2v_engine.serving.http.schemas import (
     MAX_NAME,
+    MAX_REFERENCES,
     BranchRequest,
     Changes,
     Footprint,
@@ -36,7 +37,7 @@ from mv2v_engine.serving.http.schemas import (
     SourceChoices,
     refusals,
 )
-from mv2v_engine.serving.http.uploads import received_form
+from mv2v_engine.serving.http.uploads import Form, file_schema, received_form
 
 router = APIRouter(prefix="/v1/sessions", tags=["sessions"])
 # what an uploaded video may be refused for
@@ -54,6 +55,17 @@ UPLOAD = (
     "idempotency_conflict",
     "disk_full",
 )
+# what edits are given beside the video, by its field, and how many files that may be
+GUIDES = {"reference": MAX_REFERENCES, "mask": 1}
+GUIDE_SCHEMAS = {
+    "reference": file_schema(
+        "images that edits refer to, in order, if the model takes any", MAX_REFERENCES
+    ),
+    "mask": file_schema(
+        "a video as large and as long as the video, or one image of its size: what is bright there "
+        "is made anew, what is dark stays; if the model takes any"
+    ),
+}
 _FORM: dict[str, Any] = {
     "requestBody": {
         "required": True,
@@ -64,11 +76,8 @@ _FORM: dict[str, Any] = {
                     "required": ["video"],
                     "additionalProperties": False,
                     "properties": {
-                        "video": {
-                            "type": "string",
-                            "format": "binary",
-                            "description": "a video file; its name and type are not looked at",
-                        },
+                        "video": file_schema("a video file; its name and type are not looked at"),
+                        **GUIDE_SCHEMAS,
                         "name": {
                             "type": "string",
                             "maxLength": MAX_NAME,
@@ -96,6 +105,11 @@ def cleaned(body: Changes) -> dict[str, Any]:
     return changes
 
 
+def taken_guides(form: Form) -> dict[str, Any]:
+    """What a form has for `Service.create_session` beside the video."""
+    return {"references": form.take("reference"), "mask": next(iter(form.take("mask")), None)}
+
+
 # what a branch is refused with
 BRANCH = ("not_found", "too_many_sessions", "disk_full", "busy", "damaged")
 
@@ -117,7 +131,8 @@ async def create_session(
 ) -> Session:
     """Begin a session with a video, which is decoded to its end before it is taken."""
     limit = config.limits.upload_bytes
-    async with received_form(request, "video", limit, service.upload_path) as form:
+    files = {"video": 1, **GUIDES}
+    async with received_form(request, files, limit, service.upload_path) as form:
         fields = dict(form.fields)
         name = clean_name(fields.pop("name", ""))
         if len(name) > MAX_NAME:
@@ -130,16 +145,19 @@ async def create_session(
             choices = SourceChoices.model_validate(fields).choices()
         except ValidationError as error:
             found: Sequence[Mapping[str, Any]] = error.errors(include_url=False)
-            known = ("video", "name", *SourceChoices.model_fields)
+            known = (*files, "name", *SourceChoices.model_fields)
             raise field_error(found, known, 0) from error
-        video = form.take_video()
-        if video is None:
+        if "video" not in form.files:
             raise ApiError(
                 "invalid_request",
                 "the form has no file in the field 'video'; send the video there",
                 param="video",
             )
-        record = await service.create_session(owner, video, name, key=key, choices=choices)
+        (video,) = form.take("video")
+        guides = taken_guides(form)
+        record = await service.create_session(
+            owner, video, name, **guides, key=key, choices=choices
+        )
     response.headers["Location"] = f"/v1/sessions/{record.id}"
     return Session.model_validate(record)
 

@@ -15,6 +15,7 @@ from mv2v_engine.serving.errors import ApiError
 from mv2v_engine.serving.http.routes.parameters import ANY, BEARER, ModelId, Owner, Serving
 from mv2v_engine.serving.http.schemas import (
     Answers,
+    Guides,
     Health,
     Model,
     Models,
@@ -77,6 +78,7 @@ def _model(service: Service) -> Model:
         kind=about["kind"],
         stream=about.get("stream"),
         has_text=about["has_text"],
+        guides=Guides(**about["guides"]),
         memory=about["memory"],
         presets=list(about["presets"]),
         preset_poses={name: _sampled_path(name) for name in about["presets"]},

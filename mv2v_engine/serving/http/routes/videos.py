@@ -6,7 +6,6 @@ import json
 from collections.abc import Mapping, Sequence
 from contextlib import AsyncExitStack, suppress
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
@@ -35,16 +34,22 @@ from mv2v_engine.serving.http.routes.parameters import (
     Owner,
     Serving,
 )
-from mv2v_engine.serving.http.routes.sessions import UPLOAD
+from mv2v_engine.serving.http.routes.sessions import (
+    GUIDE_SCHEMAS,
+    GUIDES,
+    UPLOAD,
+    taken_guides,
+)
 from mv2v_engine.serving.http.routes.turns import SUBMIT
 from mv2v_engine.serving.http.schemas import JobError, refusals
-from mv2v_engine.serving.http.uploads import Form, received_form
+from mv2v_engine.serving.http.uploads import Form, file_schema, received_form
 from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
 from mv2v_engine.serving.work.turn_request import made_size
 
 router = APIRouter(prefix="/v1/videos", tags=["videos (OpenAI)"])
 _FILE_FIELD = "input_reference"
+_FILES = {_FILE_FIELD: 1, **GUIDES}
 _STATUS: dict[str, Literal["queued", "in_progress", "completed", "failed"]] = {
     "queued": "queued",
     "running": "in_progress",
@@ -52,6 +57,8 @@ _STATUS: dict[str, Literal["queued", "in_progress", "completed", "failed"]] = {
     "failed": "failed",
     "cancelled": "failed",
 }
+# fields of a form that may hold JSON, and how that begins
+_JSON_FIELDS = {"camera": "{", "reference_urls": "["}
 # seconds of a result that a client may be wrong about: OpenAI's are whole
 _SECONDS_SLACK = 0.5
 
@@ -60,8 +67,8 @@ def _request_body() -> dict[str, Any]:
     """The form and the JSON of a new video, for the schema."""
     schema = VideoRequest.model_json_schema(ref_template="#/components/schemas/{model}")
     schema.pop("$defs", None)
-    video = {"type": "string", "format": "binary", "description": "the video to start from"}
-    form = {**schema, "properties": {**schema["properties"], _FILE_FIELD: video}}
+    files = {_FILE_FIELD: file_schema("the video to start from"), **GUIDE_SCHEMAS}
+    form = {**schema, "properties": {**schema["properties"], **files}}
     return {
         "requestBody": {
             "required": True,
@@ -155,12 +162,13 @@ async def _asked(
     if kind == "application/json":
         try:
             asked = await request.json()
-            if isinstance(asked, dict) and _FILE_FIELD in asked:
-                raise ApiError(
-                    "invalid_request",
-                    f"{_FILE_FIELD} is a file: send it and all other fields as multipart/form-data",
-                    param=_FILE_FIELD,
-                )
+            for name in _FILES if isinstance(asked, dict) else ():
+                if name in asked:
+                    raise ApiError(
+                        "invalid_request",
+                        f"{name} is a file: send it and all other fields as multipart/form-data",
+                        param=name,
+                    )
             return VideoRequest.model_validate(asked), Form()
         except ValidationError as error:
             raise invalid(error) from error
@@ -168,25 +176,27 @@ async def _asked(
             why = no_json(error, await request.body())
             raise ApiError("malformed_request", f"the body {why}") from error
     form = await stack.enter_async_context(
-        received_form(request, _FILE_FIELD, limit, service.upload_path)
+        received_form(request, _FILES, limit, service.upload_path)
     )
     fields: dict[str, Any] = dict(form.fields)
+    name = ""
     try:
-        if fields.get("camera", "").startswith("{"):
-            fields["camera"] = json.loads(fields["camera"])
+        for name in [name for name in _JSON_FIELDS if name in fields]:
+            if fields[name].startswith(_JSON_FIELDS[name]):
+                fields[name] = json.loads(fields[name])
         # numbers are text in a form
         return VideoRequest.model_validate(fields, strict=False), form
     except ValidationError as error:
         raise invalid(error) from error
     except (ValueError, RecursionError) as error:
-        why = no_json(error, form.fields["camera"])
-        raise ApiError("invalid_request", f"camera {why}", param="camera") from error
+        why = no_json(error, form.fields[name])
+        raise ApiError("invalid_request", f"{name} {why}", param=name) from error
 
 
 def invalid(error: ValidationError) -> ApiError:
     """A model's complaint as an answer."""
     found: Sequence[Mapping[str, Any]] = error.errors(include_url=False)
-    return field_error(found, [*VideoRequest.model_fields, _FILE_FIELD], 0)
+    return field_error(found, [*VideoRequest.model_fields, *_FILES], 0)
 
 
 @router.post(
@@ -215,7 +225,7 @@ async def begun(
     """A new video of what a form, a session or a URL holds."""
     about = service.require_about()
     _check_model(asked, about)
-    starts = (form.video, asked.session_id, asked.video_url)
+    starts = (form.files.get(_FILE_FIELD), asked.session_id, asked.video_url)
     if sum(start is not None for start in starts) != 1:
         raise ApiError(
             "invalid_request",
@@ -229,18 +239,32 @@ async def begun(
         for name, value in asdict(choices).items()
         if value is not None and name != "size"  # which may say again what the session's is
     ]
+    fetched = asked.urls(_FILE_FIELD)
+    chosen += [name for name in GUIDES if name in form.files]
+    chosen += [name for name, field, _ in fetched if field in GUIDES]
+    if "mask" in form.files and "mask_url" in chosen:
+        raise ApiError(
+            "invalid_request", "mask and mask_url are given; leave one out", param="mask"
+        )
     if asked.session_id is not None and chosen:
         raise ApiError(
             "invalid_request",
             f"{chosen[0]} is chosen with {_FILE_FIELD}, and a session has its own; leave it out",
             param=chosen[0],
         )
-    if asked.video_url is not None:
-        video: Path | None = await service.fetch(owner, asked.video_url, "video_url")
-    else:
-        video = form.take_video()
-    if video is not None:
-        session = await service.create_session(owner, video, "", key=key, choices=choices)
+    is_new = asked.session_id is None
+    if is_new:
+        try:
+            for name, field, url in fetched:
+                path = await service.fetch(owner, url, name)
+                form.files.setdefault(field, []).append(path)
+        except BaseException:
+            await form.remove()
+            raise
+        (video,) = form.take(_FILE_FIELD)
+        session = await service.create_session(
+            owner, video, "", **taken_guides(form), key=key, choices=choices
+        )
     else:
         session = await service.session(owner, asked.session_id or "")
     try:
@@ -248,7 +272,7 @@ async def begun(
         _check_seconds(asked, session, about)
         job, _ = await service.submit(owner, session.id, asked.turn(session.kind), key=key)
     except ApiError:
-        if video is not None:
+        if is_new:
             await _forget_unused(service, owner, session.id)
         raise
     return _video(request, job, session, about)
