@@ -208,7 +208,7 @@ class SamplingConfig:
         counts = FEW_STEPS.get(self.scheduler)
         if counts is None:
             return
-        advice = 'fast=NAME sets both; scheduler="unipc" or "euler" takes any'
+        advice = 'fast=NAME sets both; scheduler="unipc" or scheduler="euler" takes any'
         if steps not in counts:
             known = " or ".join(map(str, counts))
             raise RequestError(

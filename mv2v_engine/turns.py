@@ -250,7 +250,10 @@ def _render(
 
 def _has_previews(args: argparse.Namespace) -> bool:
     """Whether previews were asked for and can be drawn; if not, that is said."""
-    if not args.preview or args.quiet:
+    if not args.preview:
+        return False
+    if args.quiet:
+        say("note: no preview is drawn: --quiet prints the written paths alone")
         return False
     if not can_preview():
         say(

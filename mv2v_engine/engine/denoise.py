@@ -122,12 +122,7 @@ class Denoiser:
         self._scales, lesser = tuple(reference_scales), plan.lesser() if reference_scales else ()
         if conditioning.at_scale(guidance_scale).negative_text is None:
             lesser = ()
-        self._lesser = [
-            (each, places, ConditioningCache(each) if each.conditioning == "static" else None)
-            for each, places in lesser
-        ]
-        if lesser and self.cache is not None:
-            self._graphs, reason = None, "what a branch without the images keeps is its own"
+        self._lesser = lesser
         self._ranks = None if team is None else team.ranks.context
         has_deltas = self._deltas is not None
         if solver.noise_scale != 1:
@@ -161,12 +156,13 @@ class Denoiser:
             )
             for text in given.texts
         ]
-        for plan, places, cache in self._lesser:
+        for plan, places in self._lesser:
             assert given.negative_text is not None
             less = replace(given, latents=[given.latents[place] for place in places])
             residual = None if self._step_cache is None else TargetResidual()
             text = given.negative_text
-            self.branches.append(Branch(self.transformer, plan, less, text, cache, None, residual))
+            # conditioning of its own, which nothing has room for: none is kept
+            self.branches.append(Branch(self.transformer, plan, less, text, None, None, residual))
 
     @property
     def is_finished(self) -> bool:
@@ -236,7 +232,7 @@ class Denoiser:
         runs none of the code that keeps something for later."""
         if self._keeps or self._step_cache is not None:
             return None
-        return ("whole" if self.cache is None else "target",) * len(self.branches)
+        return tuple("whole" if branch.cache is None else "target" for branch in self.branches)
 
     def _take(self, graphs: Graphs) -> None:
         """Move to the buffers of captured steps, if graphs serve this turn."""
@@ -314,16 +310,18 @@ class Denoiser:
     def work(self) -> dict[Work, int]:
         """The forwards and other work of all steps, in all branches of the plan together."""
         branches = len(self.branches) - len(self._lesser)
+        run, skipped = (self.computed.count(runs) * branches for runs in (True, False))
         if self._shared is not None:
-            return self._shared.work(self.computed.count(True) * branches)
-        work = self._work_of(self.plan, branches)
-        return work if self._step_cache is None else {**work, "schedule": self.total}
+            return self._shared.work(run)
+        work = exact_work(self.plan, run)
+        if self._step_cache is None:
+            return work
+        return {**work, "residual": skipped, "schedule": self.total}
 
-    def _work_of(self, plan: TokenPlan, branches: int) -> dict[Work, int]:
-        work, skipped = exact_work(plan, self.computed.count(True) * branches), {}
-        if self._step_cache is not None:
-            skipped = {"residual": self.computed.count(False) * branches}
-        return {**work, **skipped}  # type: ignore[dict-item]
+    def _lesser_work(self) -> dict[Work, int]:
+        """The work of all steps in each branch of less conditioning."""
+        run, skipped = (self.computed.count(runs) for runs in (True, False))
+        return {"whole": run} if self._step_cache is None else {"whole": run, "residual": skipped}
 
     def result(self) -> Denoised:
         """The result of the steps, no longer written to.
@@ -338,7 +336,7 @@ class Denoiser:
         if self._step_cache is not None:
             steps = [step for step, runs in enumerate(self.computed) if runs]
             reuse = {"step_cache": self._step_cache, "steps_computed": steps}
-        lesser = tuple((plan, self._work_of(plan, 1)) for plan, _, _ in self._lesser)
+        lesser = tuple((plan, self._lesser_work()) for plan, _ in self._lesser)
         return Denoised(latents, records, self.work(), self.graph_report(), reuse, lesser)
 
     def _require_finite(self) -> None:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mv2v_engine import arguments
 from mv2v_engine.checkpoints.fetch import fetch_components
+from mv2v_engine.checkpoints.hub import say
 from mv2v_engine.checkpoints.load import Checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.resolve import Resolution, is_trained_for_memory
 from mv2v_engine.config import (
@@ -51,7 +52,6 @@ from mv2v_engine.ops.backend import resolve
 from mv2v_engine.parallel.context import head_lengths
 from mv2v_engine.parallel.device import dtype_of_tokens
 from mv2v_engine.sampling.guidance import needs_guidance
-from mv2v_engine.terminal import say
 from mv2v_engine.text import TextEncoder, load_text_encoder
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
 from mv2v_engine.vae import VideoVAE, load_vae

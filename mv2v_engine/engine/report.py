@@ -265,8 +265,14 @@ def turn_flops(
         sum(count * work_flops(plan, kind, steps) for kind, count in counts.items() if count)
         for counts in (work, exact)
     ]
-    rows = [
-        {"tokens": each.length, **turn_flops(each, each.merge_steps, run)} for each, run in lesser
+    rows: list[dict[str, Any]] = [
+        {
+            "tokens": each.length,
+            "flops": sum(count * work_flops(each, kind) for kind, count in run.items() if count),
+            "flops_exact": sum(run.values()) * work_flops(each, "whole"),
+            "work": dict(run),
+        }
+        for each, run in lesser
     ]
     return {
         "flops_first_forward": first,

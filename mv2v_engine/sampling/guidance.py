@@ -10,6 +10,7 @@ B batch, C latent channels, F H W latent grid.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -48,7 +49,8 @@ def guide_chain(
     """
     parts = [velocity.float() for velocity in velocities]
     guided = parts[-1]
-    for more, less, scale in zip(parts, parts[1:], (guidance_scale, *scales), strict=True):
+    steps = zip(pairwise(parts), (guidance_scale, *scales), strict=True)
+    for (more, less), scale in steps:
         guided = guided + scale * (more - less)
     return guided
 

@@ -34,6 +34,7 @@ def write_export(
         OSError: the place cannot be written; nothing is left there.
     """
     about: dict[str, Any] = {k: v for k, v in asdict(session).items() if k not in _INNER}
+    about |= {"num_references": session.num_references, "has_mask": session.has_mask}
     pictures = []
     try:
         with zipfile.ZipFile(path, "w", zipfile.ZIP_STORED) as file:

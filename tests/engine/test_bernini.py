@@ -278,11 +278,10 @@ def test_images_are_guided_alike_in_captured_and_in_kept_steps(
             engine.graphs = Graphs("on", 1 << 28, recorder, None)
         session = engine.session(frames, cuts=(), references=[image])
         row = session.edit("a red ball", seed=3, num_inference_steps=4).report["windows"][0]
-        replayed = row["graphs"]["replayed_steps"]
-        assert (replayed > 0) == (recorder is not None and conditioning == "joint")
+        assert (row["graphs"]["replayed_steps"] > 0) == (recorder is not None)
         made.append(session._drafts[0].windows[0].read())
         kept = {"whole": 8} if conditioning == "joint" else {"whole": 1, "kept": 7}
-        assert row["work"] == kept and row["lesser"][1]["work"] == {"whole": 4}
+        assert row["work"] == kept and [e["work"] for e in row["lesser"]] == [{"whole": 4}] * 2
     assert torch.equal(*made)
 
 

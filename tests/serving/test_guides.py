@@ -150,6 +150,12 @@ def test_the_other_shapes_take_them(
         asked["input_references"] = [video_too[0]] * 2
         error = http.post("/api/v1/videos", json=asked).json()["error"]
         assert "may have one video, got 2" in error["message"]
+        asked["input_references"] = [{"type": "audio_url", "audio_url": url}]
+        error = http.post("/api/v1/videos", json=asked).json()["error"]
+        assert error["message"] == (
+            "input_references.0 must be an object whose 'type' is 'video_url', 'image_url', got an "
+            "object"
+        )
         schema = http.get("/openapi.json").json()["paths"]["/v1/sessions"]["post"]["requestBody"]
         fields = schema["content"]["multipart/form-data"]["schema"]["properties"]
         assert fields["reference"]["maxItems"] == 8 and fields["mask"]["format"] == "binary"

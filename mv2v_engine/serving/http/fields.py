@@ -47,6 +47,8 @@ _EXPECTED = {
     "dict_type": "an object",
     "model_type": "an object",
     "model_attributes_type": "an object",
+    "union_tag_invalid": "an object whose {discriminator} is {expected_tags}",
+    "union_tag_not_found": "an object with {discriminator}",
 }
 # fields that a request has not, because what they say is said elsewhere
 _ELSEWHERE = {
