@@ -8,6 +8,7 @@ n of a table over the whole head does (2 of 12 channels here).
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
