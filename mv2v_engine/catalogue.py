@@ -146,7 +146,7 @@ class KnownModel:
 
 
 _WAN_COMPONENTS = "Wan-AI/Wan2.1-T2V-1.3B"
-# as the loader makes it of a checkpoint without memory modules: tokenizers from the patch embedding
+# what the loader makes of a checkpoint without memory modules: tokenizers from the patch embedding
 _RECAMMASTER = replace(WAN_1_3B, merger=None, camera_conditioning="target")
 _REDIRECTOR = replace(
     WAN_1_3B,

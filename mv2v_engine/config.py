@@ -96,7 +96,7 @@ REUSE_IS_GONE = (
 )
 # far above what anybody samples with, 1 to 20, and far below what overflows
 MAX_GUIDANCE_SCALE = 100
-# of a LoRA; what is used is 0.3 to 1.5, and what a negative one takes away
+# the largest strength of a LoRA, and of a negative one, which takes it away; 0.3 to 1.5 is usual
 MAX_STRENGTH = 100
 
 # titles of the options
@@ -263,7 +263,7 @@ class LoadConfig:
         None, MODEL, "cpu, cuda or cuda:N; cuda where there is one if not given", metavar="D"
     )
     dtype: DtypeName | None = setting(
-        None, MODEL, "of the transformer; bfloat16 on cuda, else float32, if not given"
+        None, MODEL, "the transformer's numbers; bfloat16 on cuda, else float32, if not given"
     )
 
 
@@ -287,7 +287,7 @@ class ParallelConfig:
         low=1,
     )
     timeout_seconds: float = setting(
-        600.0, RANKS, "that one waits for another in a step; 600 if not given", metavar="S", above=0
+        600.0, RANKS, "wait so long for another process; 600 if not given", metavar="S", above=0
     )
 
     def __post_init__(self) -> None:

@@ -20,7 +20,7 @@ CameraAttention = Literal[
 HistoryBranches = Literal["both", "hr", "lr", "kernel"]
 
 _HISTORY_LAYERS = 4
-# of CLIP's ViT-H/14 at 224 pixels: one of the whole image, 16x16 patches
+# tokens of CLIP's ViT-H/14 at 224 pixels: one of the whole image, 16x16 patches
 IMAGE_TOKENS = 257
 
 

@@ -40,9 +40,9 @@ from mv2v_engine.video.contact_sheet import spaced_frames
 # torchrun passes a Ctrl-C on which its processes have from the terminal already
 ECHO_SECONDS = 3.0
 _STAGES = ("vae", "text", "memory", "sampling")
-_POSES_SHOWN = 9  # of a camera, at most
-_PREVIEW_COLUMNS = 72  # of characters, at most
-_LEAST_COLUMNS, _LEAST_LINES = 16, 6  # of a terminal that has room for a picture
+_POSES_SHOWN = 9  # poses of a camera, at most
+_PREVIEW_COLUMNS = 72  # characters, at most
+_LEAST_COLUMNS, _LEAST_LINES = 16, 6  # size of a terminal that has room for a picture
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)?")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
 
@@ -102,7 +102,7 @@ class _Bar:
     def __init__(self, bar: Any, title: str, num_steps: int) -> None:
         self._bar, self._title, self._num_steps = bar, title, num_steps
         self._before, self._place = 0, ""
-        self._began: tuple[float, int] | None = None  # of an edit: when, and behind which step
+        self._began: tuple[float, int] | None = None  # when an edit began, and behind which step
         self._has_drawn = False
 
     def show(self, event: Event) -> None:

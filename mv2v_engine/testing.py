@@ -30,7 +30,7 @@ def _linear_flops(x: Any, weight: Any, bias: Any, **kwargs: Any) -> int:
 
 
 def cpu_flops() -> dict[Any, Callable[..., int]]:
-    """For FlopCounterMode, whose own table lacks what a forward on a CPU calls."""
+    """Formulas for FlopCounterMode, whose own table lacks what a forward on a CPU calls."""
     return {
         torch.ops.aten._scaled_dot_product_flash_attention_for_cpu: _attention_flops,
         torch.ops.mv2v.linear_gelu: _linear_flops,

@@ -44,7 +44,7 @@ from mv2v_engine.testing import randomise, relative_error, tiny_config
 from mv2v_engine.tokens.flops import block_flops
 from mv2v_engine.tokens.plan import TokenPlan, novel_view_plan, turn_plan
 
-MAX_ERROR = 2e-2  # of bfloat16 blocks from the float32 one or from each other
+MAX_ERROR = 2e-2  # between bfloat16 blocks and the float32 one, or one another
 COLUMNS = "workload implementation attention ms ms_low ms_high tflop_per_s "
 COLUMNS += "speedup relative_error skipped"
 

@@ -77,7 +77,7 @@ class Windows:
         found: list[Tensor] = []
 
         def decode() -> None:
-            torch.set_num_threads(threads)  # of OpenMP, each thread's own
+            torch.set_num_threads(threads)  # OpenMP's number, each thread's own
             found.append(self.engine.vae.decode(first))
 
         beside = threading.Thread(target=decode)

@@ -29,7 +29,7 @@ from mv2v_engine.testing import as_cameras, randomise
 from mv2v_engine.tokens.plan import turn_plan
 
 FORMS: tuple[CameraAttention, ...] = ("none", "prope", "prope_fused")
-GRID = (5, 12, 20)  # of tiny-nvs: 17 frames of 96x160
+GRID = (5, 12, 20)  # the grid of tiny-nvs: 17 frames of 96x160
 
 
 def block(form: CameraAttention, backend: str, *, trains: bool) -> Callable[[], None]:

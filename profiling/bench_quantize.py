@@ -77,7 +77,7 @@ class Clip:
 
 
 def latents_psnr(latents: torch.Tensor, exact: torch.Tensor) -> float:
-    """In dB; the peak is the exact latents' range."""
+    """PSNR in dB; the peak is the exact latents' range."""
     error = (latents - exact).square().mean()
     return float(10 * torch.log10((exact.max() - exact.min()) ** 2 / error))
 

@@ -36,7 +36,7 @@ COLUMNS = (
     "checkout while tagged rate answered_a_second p50_ms p90_ms p99_ms max_ms cpu_us bytes steps "
     "load_average"
 )
-# of a turn's steps: more than the measuring takes, and it is cancelled then
+# steps of a turn: more than the measuring takes, and it is cancelled then
 _STEPS = 1000
 _CONNECTIONS = 8
 _TICKS = os.sysconf("SC_CLK_TCK")
@@ -122,7 +122,7 @@ def row_of(
 
 
 def measured(service: Served, clip: bytes, rate: float, seconds: float) -> list[dict[str, Any]]:
-    """With and without a turn under way."""
+    """The rows of a service with a turn under way, and without one."""
     how = rate, seconds
     with service.client() as client:
         session = new_session(client, clip)

@@ -185,7 +185,7 @@ def _row(setting: Setting, scenes: list[dict[str, Any]]) -> dict[str, Any]:
         **values,
         "worst_psnr": digits(min(psnrs)) if psnrs else None,
         "time_ratio": digits(median(scene["time_ratio"] for scene in scenes)),
-        # of the first scene: which steps were computed
+        # which steps of the first scene were computed
         "first_scene": scenes[0]["reuse"],
     }
 

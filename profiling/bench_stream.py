@@ -175,7 +175,7 @@ def main() -> None:
         return
     edits = args.edit is not None
     for policy in args.edit or get_args(StreamPolicy):
-        if policy != "all":  # which grows
+        if policy != "all":  # its cache grows
             for row in measured(policy, args.blocks, args.window, edits=edits):
                 report.add(**row)
     print(table(report.rows, EDIT_COLUMNS if edits else COLUMNS))

@@ -15,7 +15,7 @@ from mv2v_engine.tokens.plan import TokenPlan
 def plain_residual_norm(
     x: Tensor, y: Tensor, gate: Tensor | None, scale: Tensor | None, shift: Tensor, weight: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """With scale and shift [1, C] adaLN, else a LayerNorm's weight and shift [C]."""
+    """The sum and its norm: adaLN with scale and shift [1, C], else LayerNorm's with [C]."""
     total = x + y if gate is None else torch.addcmul(x, y, gate.to(x.dtype)[:, None])
     if scale is None:
         weight, shift = weight.to(x.dtype), shift.to(x.dtype)

@@ -25,7 +25,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
 BASELINE = HERE / "results" / "hot_paths.json"
-SECONDS = 0.2  # of one measurement of a case, about
+SECONDS = 0.2  # that one measurement of a case takes, about
 COLUMNS = "case ratio old_ms new_ms rounds passed skipped"
 
 

@@ -101,7 +101,7 @@ def served(folder: Path, *words: str, root: Path = ROOT) -> Iterator[Served]:
 
 
 def wait_until_ready(service: Served) -> None:
-    """Until turns are made.
+    """Wait until turns are made.
 
     Raises:
         NotServed: it ended before.

@@ -118,7 +118,7 @@ def encoders() -> str:
 
 
 def rankings() -> str:
-    """Who chooses two videos of eight."""
+    """The table of rankings that choose two videos of eight."""
     shown, nine = read("rankings.json").get("rows", {}), read("tiny_nvs_nine_turns.json")
     rows = []
     for name, (label, short) in _RANKINGS.items():

@@ -244,7 +244,7 @@ TABLES: dict[str, tuple[str | None, Callable[[Sequence[Row]], str]]] = {
     "sessions": ("service_sessions.jsonl", sessions),
     "statuses": ("service.jsonl", statuses),
 }
-# which tables a page has
+# the tables of each page
 PAGES: dict[Path, tuple[str, ...]] = {
     README: ("models",),
     COSTS: ("memory", "peers", "turns", "peaks", "cards"),
@@ -278,7 +278,7 @@ def placed(page: Path) -> str:
     def link(found: re.Match[str]) -> str:
         name, path = found[1], found[2]
         lines = (page.parent / path).read_text(encoding="utf-8").splitlines()
-        # of `Class.method` the method behind its class
+        # `Class.method` is the method behind its class
         at, wanted = 0, name.split(".")
         for part in wanted:
             define = re.compile(rf"\s*(?:class|def|async def) {part}\b")

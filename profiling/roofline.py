@@ -34,7 +34,7 @@ from targets import target
 from mv2v_engine.config import WAN_1_3B
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
 
-# of an H200 in bfloat16, FLOP/s: what the targets reckon with
+# FLOP/s of an H200 in bfloat16, which the targets reckon with
 ATTENTION_RATE, PRODUCT_RATE = 650e12, 790e12
 # a forward's name, and the seconds that it may take on an H200
 SECONDS = {"target only": 0.53, "3 memory videos, merged": 2.4, "10 memory videos, static": 1.2}

@@ -50,7 +50,7 @@ from mv2v_engine.synthetic.instructions import EditKind
 
 FIRST_SEED = 3_000_000  # from HELD_OUT on nothing is trained on
 LOOP, RATE = 120, 4  # frames; frames of a latent one
-# whose words leave open what comes of the thing, and one that names it
+# edits whose words leave open what comes of the thing, and one that names it
 KINDS: tuple[EditKind, ...] = ("paint", "colour", "hat", "pattern")
 VIEWS = (3, 5)  # latent frames of a loop that are decoded: the thing is in view
 BEFORE = 2  # latent frames that are decoded with them, for the VAE's past

@@ -193,7 +193,7 @@ class Soak:
         try:
             for number, _ in enumerate(turn):
                 if number == 6 and self.random.random() < 0.3:
-                    turn.close()  # as a client that goes away does
+                    turn.close()  # a client that goes away does this
                     self.done["abandoned"] += 1
                     return
             # it had fewer checks than that

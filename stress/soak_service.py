@@ -39,7 +39,7 @@ from store_check import check_store
 from mv2v_engine.video.io import write_video
 
 CAMERAS = ("pan_right", "arc_left", "tilt_up", "zoom_in", "pan:-12", "arc:25")
-# of the sessions: deleted in the middle of their work; of the turns: cancelled
+# share of sessions deleted in the middle of their work; share of turns cancelled
 DELETED, CANCELLED = 0.15, 0.2
 # what a process may hold more at the end of its life than early in it
 ALLOWED_BYTES = 24 << 20
@@ -222,7 +222,7 @@ class Soak:
                     await self.server.call("published", session=session, number=number)
 
     def growth(self) -> dict[str, int] | None:
-        """By how many bytes the processes of the last life grew, early samples apart."""
+        """Bytes by which the processes of the last life grew, early samples apart."""
         if len(self.samples) < MIN_SAMPLES:
             return None
         quarter = len(self.samples) // 4

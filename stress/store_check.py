@@ -33,7 +33,7 @@ def check_store(root: Path) -> None:
     for session, number, is_published, is_kept in turns:
         folder = root / "sessions" / session
         expected.add(folder / "rows" / f"turn_{number:04d}.json")
-        # of a deleted turn nothing but its rows is left
+        # nothing but its rows is left of a deleted turn
         if is_kept:
             expected.add(folder / "turns" / f"turn_{number:02d}.safetensors")
         if is_kept and is_published:
@@ -41,7 +41,7 @@ def check_store(root: Path) -> None:
     for id, state, number, session in jobs:
         assert (state == "finished") == ((session, number) in {t[:2] for t in turns}), (id, state)
     found = {path for path in root.rglob("*") if path.is_file() and path.parent != root}
-    # of a worker that has the session open, or of one that was killed
+    # the lock of a worker that has the session open, or of one that was killed
     found = {path for path in found if path.name != "writer.lock"}
     assert found == expected, f"orphans {found - expected}, missing {expected - found}"
     assert {path.name for path in root.iterdir() if path.is_file()} <= _OWN

@@ -296,7 +296,7 @@ def _driven(session: Session, request: Any, previews: bool, unique_id: str | Non
         turn: Turn = finished.value
         return turn
     except CancelledError:
-        # as ComfyUI's own nodes end; it takes the button back, too
+        # ends as ComfyUI's own nodes do, and resets its button for cancelling, too
         comfy.model_management.throw_exception_if_processing_interrupted()
         raise
 

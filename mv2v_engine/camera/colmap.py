@@ -28,7 +28,8 @@ from mv2v_engine.camera.reading import (
 )
 from mv2v_engine.errors import CameraError
 
-# by number and name: how many parameters, of which focal lengths come first, then the centre
+# COLMAP's models in the order of their numbers: name, parameters, and how many of these are focal
+# lengths, which come first; the centre follows
 _COLMAP_MODELS = (
     ("SIMPLE_PINHOLE", 3, 1),
     ("PINHOLE", 4, 2),

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 _SIDE, _MARGIN, _ROW = 720, 56, 24  # pixels: of the map, around it, of a line below it
 _FINER = 3  # drawn so many times as large, then scaled down: smooth lines
-_FRUSTA = 9  # of a path, at most
+_FRUSTA = 9  # the most that a path has
 _PAPER, _GRID, _AXIS, _INK = (255, 255, 255), (232, 232, 232), (190, 190, 190), (40, 40, 40)
 _SOURCE = (150, 150, 150)
 _COLOURS = ((0, 92, 184), (200, 80, 0), (0, 130, 90), (150, 40, 130))
@@ -101,7 +101,7 @@ class _Map:
         self.low = (centre[0] - side / 2, centre[1] - side / 2)
         self.high = (centre[0] + side / 2, centre[1] + side / 2)
         self._scale = _SIDE / side
-        self._reach = side / 14  # of a triangle
+        self._reach = side / 14  # a triangle's length
 
     def pixel(self, point: Point) -> Point:
         x = _MARGIN + (point[0] - self.low[0]) * self._scale

@@ -78,7 +78,7 @@ Camera: TypeAlias = (
 )
 # the files of a folder that are looked for; the first one there is taken
 _IN_FOLDER = ("images.bin", "images.txt", "transforms.json")
-_MAX_ASPECT = 16.0  # of an image whose pixels are taken to be square
+_MAX_ASPECT = 16.0  # the most of an image whose pixels are taken to be square
 # how a path that looks wrong is mended, or had all the same
 _ADVICE = (
     "give options behind the file's name, as FILE?relative&scale=0.01; unchecked takes it as it is"

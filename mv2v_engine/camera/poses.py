@@ -206,7 +206,7 @@ def rotation_quaternions(rotations: Tensor) -> Tensor:
 
 
 def rotation_degrees(rotations: Tensor) -> Tensor:
-    """By how many degrees each of the rotations [..., 3, 3] turns, from 0 to 180."""
+    """The angle of each of the rotations [..., 3, 3] in degrees, from 0 to 180."""
     skew = rotations - rotations.transpose(-1, -2)
     sine = skew[..., (2, 0, 1), (1, 2, 0)].norm(dim=-1) / 2
     cosine = (rotations.diagonal(dim1=-2, dim2=-1).sum(-1) - 1) / 2

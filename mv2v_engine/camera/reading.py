@@ -26,7 +26,7 @@ Quaternion = Literal["xyzw", "wxyz"]
 
 MAX_POSES = 100_000
 MAX_FILE_BYTES = 256 << 20
-_WORST_QUATERNION = 0.01  # by how much its length may differ from 1
+_WORST_QUATERNION = 0.01  # the most that its length may differ from 1
 _BYTE_ORDER_MARKS = (
     (codecs.BOM_UTF8, "utf-8-sig"),
     (codecs.BOM_UTF16_LE, "utf-16"),

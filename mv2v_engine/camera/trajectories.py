@@ -33,10 +33,10 @@ from mv2v_engine.camera.poses import (
 )
 from mv2v_engine.errors import CameraError, nearest_names
 
-_SKEW = 1e-3  # of the focal length, what is taken for none
+_SKEW = 1e-3  # share of the focal length below which a skew is taken for none
 # the most of one move: ten turns of a camera, and as far as a pose may lie
 MOST = {"degrees": 3600.0, "metres": MAX_METRES}
-MAX_MOVES = 16  # that one camera adds up
+MAX_MOVES = 16  # the most moves that one camera adds up
 SUBJECT_DISTANCE = 4.0  # metres; the point that ReCamMaster's arcs and translations face
 
 
@@ -230,7 +230,7 @@ PRESETS: dict[str, Callable[[int], Tensor]] = {
     "arc_right": lambda t: _chord(t, -29.82, 1.988, 0.533),
 }
 
-# by name: the move, how many amounts it takes, their units, and how it is written
+# each name's move, how many amounts it takes, their units, and how it is written
 _MOVES: dict[str, tuple[Callable[..., Tensor], tuple[int, ...], tuple[str, ...], str]] = {
     "pan": (pan, (1,), ("degrees",), "pan:DEGREES"),
     "tilt": (tilt, (1,), ("degrees",), "tilt:DEGREES"),

@@ -130,7 +130,7 @@ def find_components(place: Path, *, is_asked: bool = True) -> Components:
 
 
 def _image_encoder(folder: Path) -> Path | None:
-    """By name alone: its loader says what it lacks."""
+    """The image encoder's file or folder, found by name alone: its loader says what it lacks."""
     if (folder / "image_encoder" / "config.json").is_file():
         return folder / "image_encoder"
     files = [path for path in sorted(folder.iterdir()) if path.suffix in WEIGHT_SUFFIXES]

@@ -43,13 +43,13 @@ from mv2v_engine.errors import CheckpointError
 # where JSON lies that tells what a checkpoint is; larger ones tell of tokenizers
 _TELLING = ("", "transformer", "vae", "text_encoder", "scheduler", "..")
 _MAX_JSON = 1 << 20
-# of a file, enough for most headers; and of a torch archive's end, for its directory
+# bytes at a file's start, enough for most headers; and at a torch archive's end, for its directory
 _HEAD = 1 << 20
 # what stands before a record in an archive, with names and padding
 _LOCAL_HEADER = 1 << 10
-# of a safetensors file, by its format
+# bytes of a safetensors file's header at most, as its format says
 _MAX_HEADER = 100_000_000
-# of a GGUF file; a text encoder's has its vocabulary before its tensors' names
+# bytes at a GGUF file's start; a text encoder's has its vocabulary before its tensors' names
 _GGUF_HEAD = 16 << 20
 # what a tokenizer's folder has for it, where other things lie there too
 _OF_A_TOKENIZER = re.compile(

@@ -281,7 +281,7 @@ def _fetch(repository: Repository, path: str) -> None:
     repository_id, file = repository.name.repository, repository.files[path]
     if digest := file.sha256 or file.git_sha1:
         _fetch_content(repository, path, digest)
-    # of content that is there the library links the name, and asks for no more than its head
+    # where the content is there already, the library links its name and asks for its head alone
     hf_hub_download(repository_id, path, revision=repository.commit)
 
 
@@ -379,7 +379,7 @@ def _told(name: HubName) -> Iterator[None]:
     """Tell the library's errors in one line each, with what to do."""
     from huggingface_hub import errors, get_token
 
-    # of whichever HTTP client this version of the library has
+    # the base error of the HTTP client that this version of the library has
     of_transport = cast(type[Exception], errors.HfHubHTTPError.__mro__[1])
     where = f"{_endpoint()}/{name.repository}"
     try:

@@ -47,7 +47,7 @@ _BLOCK_MODULES = {
     "cam_encoder": "cam_encoder",
     "projector": "projector",
     "action_mlp.proj": "action_mlp.proj",
-    # of VACE's own blocks
+    # the names of VACE's own blocks
     "before_proj": "proj_in",
     "after_proj": "proj_out",
 }
@@ -107,7 +107,7 @@ _FLAT: dict[Naming, tuple[dict[str, str], dict[str, str]]] = {
 }
 _FLAT_BLOCK = re.compile(r"((?:vace_)?blocks)_(0|[1-9]\d*)_(.+)")
 _BLOCK_KEY = re.compile(r"((?:vace_)?blocks)\.(0|[1-9]\d*)\.(.+)")
-# of modules that are this project's own
+# keys of modules that are this project's own
 _EXTRA_KEY = re.compile(
     r"(?:(?:tokenizers|mergers)\.(?:0|[1-9]\d*)|condition_embedder\.end_time_embedder\.linear_[12]"
     r"|(?:history_encoders\.\dx\dx\d|blocks\.(?:0|[1-9]\d*)\.attn_history)(?:\.\w+)+)"

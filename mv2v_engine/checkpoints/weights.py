@@ -40,7 +40,7 @@ _SAFETENSORS_DTYPES = {
     "U8": torch.uint8,
     "BOOL": torch.bool,
 }
-# under these keys trainers wrap a state dict, whatever it is
+# keys under which trainers wrap a state dict, whatever it is
 _WRAPPERS = ("state_dict", "model", "module")
 # what quantisers put beside `M.weight`: its scale (ComfyUI, its newer files and LightX2V), what is
 # for eight-bit products alone, and the mark of a file whose weights are all scaled
@@ -50,7 +50,7 @@ _OF_ACTIVATIONS = ("scale_input", "input_scale", "comfy_quant")
 _ALL_SCALED = "scaled_fp8"
 # what ComfyUI writes into a safetensors header, of layers whose weights have scales
 _SAID_QUANTISED = "_quantization_metadata"
-# under it torch_ema and diffusers keep averaged weights as a list
+# the key under which torch_ema and diffusers keep averaged weights as a list
 _SHADOWS = "shadow_params"
 _FLOAT8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 _RECYCLE_PARTS = 16
@@ -370,7 +370,7 @@ def _load_archive(path: Path, device: str) -> dict[str, Tensor]:
     """The tensors of a torch zip archive, mapped from the file and not read."""
     try:
         with warnings.catch_warnings():
-            # of a TorchScript program, which is named below
+            # torch warns of a TorchScript program, which is named below
             warnings.simplefilter("ignore", UserWarning)
             value = torch.load(path, map_location=device, weights_only=True, mmap=True)
     except pickle.UnpicklingError as error:

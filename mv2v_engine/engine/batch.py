@@ -113,7 +113,7 @@ class BatchedTurn:
             self.tokens = length * (2 if needs_guidance(self.request.guidance_scale) else 1)
 
     def go_on(self, error: Exception | None = None) -> Denoiser | None:
-        """To its next step, which is the caller's to run, or to its end (None).
+        """Run the turn to its next step, which is the caller's to run, or to its end (None).
 
         error: what the step failed with; the turn raises it as its own.
         """

@@ -101,7 +101,7 @@ class Prediction:
         return max(self.stages, key=lambda name: self.stages[name])
 
     def by_span(self) -> dict[str, int]:
-        """By the names of a report's stages: the VAE's two are one."""
+        """Bytes of each stage, by the names that a report has: the VAE's two are one."""
         spans: dict[str, int] = {}
         for name, count in self.stages.items():
             span = name.split()[0]

@@ -189,7 +189,7 @@ class Denoiser:
             self._take(self._graphs)
         for branch in self.branches:
             if branch.cache is None:
-                branch.records.clear()  # of a step in a pack: a replay leaves none with the branch
+                branch.records.clear()  # those of a step in a pack: a replay leaves none here
         given = (self.buffers.noisy, self.timestep, self.end_timestep)
         with no_gradients():
             if self._shared is not None:
@@ -412,7 +412,7 @@ def engine_denoiser(
 def schedule(
     transformer: MV2VTransformer, timesteps_N: Tensor, ends_N: Tensor | None, threshold: float
 ) -> tuple[bool, ...]:
-    """For each timestep whether its blocks run: a function of the weights and the steps alone."""
+    """Whether the blocks run at each timestep: a function of the weights and the steps alone."""
     with torch.no_grad():
         _, modulation = transformer.condition_embedder.time(timesteps_N, ends_N)
     return computed_steps(relative_changes(modulation), threshold)

@@ -1,4 +1,4 @@
-"""By what the segments of a long edit are compared: DINOv2, or the pooled latents of their sources.
+"""What the segments of a long edit are compared by: DINOv2, or their sources' pooled latents.
 
 T frames, C F H W latents, D numbers of a descriptor.
 """

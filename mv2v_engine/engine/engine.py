@@ -123,7 +123,7 @@ class Engine(Parts):
         config: EngineConfig,
         rename: Path | str | None = None,
     ) -> None:
-        """In every process but rank 0, in place of `from_pretrained` and with its arguments.
+        """Run a process that is not rank 0: in place of `from_pretrained`, with its arguments.
 
         Runs its part of every step of rank 0's turns, until that one closes its engine or ends.
 

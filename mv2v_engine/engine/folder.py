@@ -441,7 +441,7 @@ def current_row(row: Mapping[str, Any]) -> dict[str, Any]:
     if "windows" in row:
         return {"camera": None, **row}
     if not isinstance(row.get("camera"), str):
-        return dict(row)  # of neither version, which who checks it will say
+        return dict(row)  # a row of neither version, which the check will say
     report = row.get("report")
     request = Request.of_report(report if isinstance(report, Mapping) else {}, None)
     path = row.get("path")

@@ -248,7 +248,7 @@ def configure(
         num_heads=head_lengths(shape.num_attention_heads, config.parallel.context)[0],
         head_dim=shape.attention_head_dim,
     )
-    # under "auto" a call whose shape that library does not take goes to the next one
+    # with "auto" a call whose shape that library does not take goes to the next one
     is_free = config.attention == "auto" and attention != "reference"
     transformer.set_backend(backend, "auto" if is_free else attention)
     transformer.responsiveness_heads = config.responsiveness_heads
@@ -551,6 +551,6 @@ class Parts:
             **({"fast": self.config.fast} if self.config.fast else {}),
             **({"history": self.history} if self.history else {}),
             "torch": torch.__version__,
-            # whose steps a turn is made of
+            # the library whose steps a turn is made of
             **({"diffusers": version("diffusers")} if self.scheduler == "unipc" else {}),
         }

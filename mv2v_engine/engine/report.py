@@ -295,7 +295,7 @@ def _kept_bytes(parts: Parts, denoiser: Denoiser, steps: Sequence[MergeStep]) ->
 
 
 def _approximations(parts: Parts, plan: TokenPlan) -> list[str]:
-    """In words, all in which a turn differs from what its weights were made for; mostly nothing."""
+    """Where a turn differs from what its weights were made for, in words; mostly nothing."""
     config, found = parts.config, list[str]()
     if plan.conditioning not in parts.checkpoint.conditioning:
         trained = " and ".join(parts.checkpoint.conditioning)

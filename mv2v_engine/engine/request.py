@@ -231,7 +231,7 @@ def camera_notes(camera: CameraTrajectory, config: TransformerConfig) -> list[st
     """What was changed of a camera, and what this model does not take of it, in words."""
     notes, default = list(camera.notes), default_intrinsics(*camera.size)
     if config.camera_actions:
-        vertical = camera.poses[:, 1, 2:].abs().max()  # of where it looks, and where it is
+        vertical = camera.poses[:, 1, 2:].abs().max()  # its direction and its position
         if float(vertical) > _LEVEL:
             notes.append("this model's cameras move and turn in a plane: height and pitch left out")
     has_lens = not torch.allclose(camera.intrinsics, default.expand_as(camera.intrinsics))

@@ -70,7 +70,7 @@ Happening = TypeVar("Happening", bound="Event | StepDue")
 Steps = Callable[[Denoiser, CancelToken], Generator[Happening, None, Denoised]]
 # odd, so that the low bits, from which torch seeds, differ between the windows of an edit
 _SEED_STEP = 0x9E3779B97F4A7C15
-# of `Parts.turn_settings`, those of the steps; and what sets some that have other names
+# those of `Parts.turn_settings` that are about steps; and the settings that set some of other names
 _SAMPLED = ("scheduler", "flow_shift", "timesteps")
 _SET_BY = {"scheduler": "fast or scheduler", "flow_shift": "fast", "products": "dtype"}
 

@@ -134,7 +134,7 @@ class Stream:
         self.cache = StreamCache(parts.transformer.config, (rows, columns), self.config)
         self.decoder = StreamDecoder(parts.vae)
         self.num_blocks = self._snapshot_at = 0
-        self._num_frames: int | None = None  # of a video that has ended
+        self._num_frames: int | None = None  # known once the video has ended
         self._is_broken = False
         self._prompt_before = self._prompt_begun = ""
         # blocks that a new prompt may have seen again
@@ -225,7 +225,7 @@ class Stream:
             try:
                 if self.source is not None and not self._receive(number, found, token):
                     return
-            finally:  # who stops waiting has waited
+            finally:  # a caller that stops waiting has waited, too
                 began = time.perf_counter()
                 self._waited += began - waited
             block = yield from self._latents(number, found, token)
@@ -301,7 +301,7 @@ class Stream:
             self.cache.clear_text()
         with self.spans.stage("sampling") as started:
             yield started
-            # of a block that was cancelled room is made already
+            # for a block that was cancelled before, room is made already
             if self.cache.num_blocks < number:
                 if self.config.recache and number > 1 and prompt != self._prompt_before:
                     self._see_again(self._text)
@@ -604,7 +604,7 @@ def settings_of(config: StreamConfig) -> dict[str, Any]:
     """What a stream's bits depend on, as a manifest keeps it."""
     fields = dataclasses.asdict(config)
     del fields["snapshot_blocks"]
-    if not config.recache:  # which no folder has of before there was a choice
+    if not config.recache:  # folders that are older than this choice lack it
         del fields["recache"]
     settings: dict[str, Any] = json.loads(json.dumps(fields))
     return settings

@@ -96,7 +96,7 @@ class RecentFrames:
     def __init__(self, capacity_bytes: int) -> None:
         self.capacity_bytes = capacity_bytes
         self._lock = threading.Lock()
-        # by id, least recently used first; no callbacks, which would need the lock at any moment
+        # those of every id, least recently used first; callbacks would need the lock at any moment
         self._used: OrderedDict[int, weakref.ref[Footage]] = OrderedDict()
 
     @property

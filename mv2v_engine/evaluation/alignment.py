@@ -23,7 +23,7 @@ from mv2v_engine.evaluation.visibility import camera_points, image_positions
 
 _STRIDES = (8, 4)  # pixels between the samples of a level, and the width of its blur
 _ITERATIONS = 8
-_HUBER = 0.1  # of full scale; larger differences are content, not camera
+_HUBER = 0.1  # share of full scale; larger differences are content, not camera
 # pixels around a silhouette, behind which another camera sees something else: the fewer, the more
 # pixels of a shift that are taken for a turn; the more, the less there is to align
 _MARGIN = 4

@@ -10,9 +10,9 @@ from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.bootstrap import Estimate
 
 Values = list[float | None]
-# of a table: title, measure, digits, whether its interval is shown
+# a table's columns: title, measure, digits, whether its interval is shown
 Columns = Sequence[tuple[str, str, int, bool]]
-# of one row, of two, of three
+# estimates from one row, from two, from three
 _OF_COUNTS: tuple[Callable[..., Estimate | None], ...] = (
     bootstrap.mean,
     bootstrap.ratio,
@@ -24,7 +24,7 @@ _OF_COUNTS: tuple[Callable[..., Estimate | None], ...] = (
 class Target:
     """A row's value, or rows compared item by item, that is met within its bounds.
 
-    rows: of one the mean, of two the ratio, of three how far the second is from the first on the
+    rows: one gives its mean, two their ratio, three how far the second is from the first on the
     way to the third. values: a row's, given what the task calls a row.
     for_interval: the whole interval must lie within the bounds.
     """
@@ -37,7 +37,7 @@ class Target:
     for_interval: bool = False
 
     def is_met(self, estimate: Estimate) -> bool | None:
-        """None without bounds: it is told, and not judged."""
+        """Whether the bounds are met; None without bounds: the value is told, and not judged."""
         if self.at_most is None and self.at_least is None:
             return None
         low, high = estimate.value, estimate.value

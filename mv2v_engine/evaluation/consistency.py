@@ -18,7 +18,7 @@ from mv2v_engine.evaluation.visibility import Projection, project
 from mv2v_engine.synthetic.render import Rendering, render
 from mv2v_engine.synthetic.worlds import World
 
-_FEWEST_PIXELS = 64  # of a whole video; fewer say nothing
+_FEWEST_PIXELS = 64  # in a whole video; fewer say nothing
 
 
 @dataclass(frozen=True, eq=False)

@@ -21,7 +21,7 @@ from mv2v_engine.synthetic.render import frame_time, object_poses
 
 _GRID = 24
 _ADDED_FROM = 0.1  # mean change of a pixel, of full scale, that means something was put there
-_FEWEST_FRAMES = 3  # of a window that show the place
+_FEWEST_FRAMES = 3  # frames of a window that show the place
 _PUT_FROM = 0.25  # share of a window's frames in which something is at a pixel of the patch
 _LEAST_SHOWN = 0.7  # share of the patch
 

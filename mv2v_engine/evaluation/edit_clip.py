@@ -38,7 +38,7 @@ class ClipResult:
 
 @dataclass(frozen=True, eq=False)
 class _Edited:
-    """frames: [T, height, width, 3]. flops, seconds: of denoising the whole clip."""
+    """An edit: frames [T, height, width, 3]; FLOPs and seconds of denoising the whole clip."""
 
     frames: Tensor
     flops: int

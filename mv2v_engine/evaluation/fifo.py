@@ -80,7 +80,7 @@ class FifoQueue:
         noise = initial_noise((channels, self.num_frames + 2 * (steps - 1), *rest), seed)
         self._noise = noise.to(self.source.device)
         clean = self.source[0, :, :1] if begin is None else begin[:, None].to(self.source)
-        levels = self.sigmas[:-1].flip(0)[:, None, None]  # of the places, the cleanest first
+        levels = self.sigmas[:-1].flip(0)[:, None, None]  # one for each place, the cleanest first
         self.latents = (1 - levels) * clean + levels * self._noise[:, :steps]
 
     @inference

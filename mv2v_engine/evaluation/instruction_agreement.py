@@ -18,7 +18,7 @@ from mv2v_engine.synthetic.colours import COLOUR_NAMES, colour_index
 from mv2v_engine.synthetic.edit_clips import EditClip
 from mv2v_engine.synthetic.surfaces import SurfacePoints
 
-_FEWEST_PIXELS = 64  # of a window; fewer show nothing of the thing
+_FEWEST_PIXELS = 64  # in a window; fewer show nothing of the thing
 _REPAINTED_FROM = 0.1  # mean change of own colour
 _TWO_TONED_FROM = 0.12  # standard deviation along the colours' main axis
 _STRIPED_FROM, _CHECKED_BELOW = 0.7, 0.6  # variance that bands across one direction explain

@@ -17,7 +17,7 @@ import torch
 from mv2v_engine.engine.engine import Engine
 from mv2v_engine.errors import MemoryBudgetError, RequestError
 
-_MOST_JOBS = 8  # by default: every process holds an engine of its own
+_MOST_JOBS = 8  # the default's limit: every process holds an engine of its own
 
 Measures = dict[str, Any]
 MeasureFn = Callable[[Engine, int], Measures]

@@ -28,7 +28,7 @@ from mv2v_engine.config import (
 from mv2v_engine.errors import RequestError, nearest_names
 from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
 
-FIRST_SCENE = HELD_OUT + 1_000_000  # apart from the worlds that the VAE is measured on
+FIRST_SCENE = HELD_OUT + 1_000_000  # behind the worlds that the VAE is measured on
 NumTurns = Literal[3, 5, 9]
 SIDE_BY_SIDE = "side_by_side.png"
 
@@ -81,7 +81,7 @@ class Row:
             merge=self.merge,
             conditioning=self.conditioning,
             max_memory=self.max_memory,
-            # where the evaluation has chosen, all else is forgotten before
+            # where the evaluation itself chooses, nothing else is in memory: any ranking takes all
             memory_ranking="fov"
             if self.ranking == "oracle" or self.ranking == "responsiveness"
             else self.ranking,
@@ -118,7 +118,7 @@ MAIN_ROWS = ("independent", "previous", "memory", "memory_merged", "static")
 class Protocol:
     """A measurement: equal protocols give equal numbers on the same weights.
 
-    grade: of the worlds. turns: 3; 5, where the last is asked in three ways; 9, where eight are in
+    grade: the worlds'. turns: 3; 5, where the last is asked in three ways; 9, where eight are in
     store. steps: denoising steps of a turn; None takes the checkpoint's. rows: None are all that
     the number of turns is for. first_scene: seed of the first world.
     """

@@ -113,7 +113,10 @@ class _Row:
         return [_mean([turn[measure] for turn in scene["turns"]]) for scene in self.scenes]
 
     def sharpness(self, energy: str = "energy") -> Values:
-        """Over all turns, so that a turn with next to nothing to draw decides nothing."""
+        """Gradient energy of all turns of a scene, over that of the true views through the VAE.
+
+        A turn with next to nothing to draw decides nothing in this way.
+        """
         values: Values = []
         for scene, best in zip(self.scenes, self._best, strict=True):
             allowed = {turn["turn"]: turn[energy] for turn in best}
@@ -211,7 +214,7 @@ _RANKINGS = {
     "responsiveness_2": "responsiveness",
     "learned_2": "learned",
 }
-_WITHIN = 1.02  # of memory
+_WITHIN = 1.02  # the most that a row's mean may be, divided by that of memory
 _TARGETS = (
     Target(name="PSNR where seen, dB", rows=("memory",), values=_of("source_psnr"), at_least=26),
     Target(name="camera error, px", rows=("memory",), values=_of("camera_error"), at_most=1.5),

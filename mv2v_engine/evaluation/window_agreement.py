@@ -20,8 +20,8 @@ from mv2v_engine.synthetic.surfaces import SurfacePoints
 from mv2v_engine.synthetic.worlds import NUM_WALLS
 
 OBJECT_CELL, WALL_CELL = 0.08, 0.2  # metres
-_FEWEST_PIXELS = 4  # of a window in a cell
-_FEWEST_CELLS = 8  # of a pair of windows; fewer say nothing
+_FEWEST_PIXELS = 4  # pixels of a window in a cell
+_FEWEST_CELLS = 8  # cells that a pair of windows shares; fewer say nothing
 
 
 def window_of_frame(num_frames: int, starts: Sequence[int]) -> Tensor:

@@ -31,7 +31,7 @@ class Placement:
         self._tiers, self._entries, self._pins = tiers, entries, pins
 
     def rank(self, held: Held) -> Rank:
-        """What goes first has the lowest."""
+        """The rank of an entry; the one with the lowest goes first."""
         return held.entry.id in self._pins, held.used
 
     def victims(

@@ -67,7 +67,7 @@ def seen_volume(target: CameraTrajectory, videos: Sequence[CameraTrajectory]) ->
 
 
 def _intrinsics(trajectory: CameraTrajectory, frames: Tensor) -> Tensor:
-    """[T, 1, 1, 1, 3, 3]."""
+    """A trajectory's intrinsics at the moments, [T, 1, 1, 1, 3, 3]."""
     every = trajectory.intrinsics.expand(trajectory.num_frames, 3, 3)
     return every[frames][:, None, None, None]
 
@@ -116,7 +116,7 @@ class Known:
 
 
 class Ranker(nn.Module):
-    """Reckons which share of the target's pixels a video adds. channels: C, of the latents."""
+    """Reckons which share of the target's pixels a video adds. channels: the latents' C."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -136,7 +136,7 @@ class Ranker(nn.Module):
         return logits
 
     def gain(self, known: Known) -> Gain:
-        """Its reckoning of videos as a `Gain`."""
+        """The share that each video adds, as the network reckons it: a `Gain`."""
 
         @torch.no_grad()
         def gain(left: Tensor, seen: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ from mv2v_engine.tokens.plan import memory_tokenizers
 
 
 class Found(Protocol):
-    """What a ranking is of: its id in the cache, and the turn or segment that made it."""
+    """A video that a ranking found: its id in the cache, and the turn or segment that made it."""
 
     @property
     def id(self) -> str: ...
@@ -62,7 +62,7 @@ class Retrieval:
     def of(
         cls, ranked: Sequence[tuple[float, Found]], num_candidates: int, mode: MemoryTokenizers
     ) -> Retrieval:
-        """Scores and what they are of, best first; tokens are spent by rank, or as `mode` says."""
+        """A retrieval of videos by their scores, best first; tokens by rank, or as `mode` says."""
         return cls(
             ids=tuple(found.id for _, found in ranked),
             turns=tuple(found.turn for _, found in ranked),
@@ -80,7 +80,7 @@ class Retrieval:
         return len(self.ids)
 
     def to_dict(self) -> dict[str, Any]:
-        """For a report: one row a video, the reason if there is none, and what was lost if any."""
+        """What a report says: a row for each video, the reason if there is none, what was lost."""
         rows = zip(self.ids, self.turns, self.scores, self.tokenizers, strict=True)
         encoder = "patches" if self.history is None else "history"
         return {

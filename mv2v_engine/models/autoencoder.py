@@ -547,7 +547,7 @@ def _pixels(x: Tensor, patch: int) -> Tensor:
 
 
 def _rates(config: AutoencoderConfig) -> list[tuple[int, int]]:
-    """By how much each of the encoder's stages divides frames, and rows and columns."""
+    """The factors by which each of the encoder's stages divides frames, and rows and columns."""
     return [(2 if is_temporal else 1, 2) for is_temporal in config.temperal_downsample] + [(1, 1)]
 
 

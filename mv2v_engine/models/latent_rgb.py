@@ -24,7 +24,7 @@ from mv2v_engine.errors import CheckpointError
 from mv2v_engine.files import save_json
 
 FILE = "latent_rgb.json"
-# of the squared factors, beside the mean squared error: a source of one colour has no other answer
+# weight of the squared factors beside the mean squared error: one colour alone leaves them open
 _RIDGE = 1e-3
 
 

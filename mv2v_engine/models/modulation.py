@@ -74,7 +74,7 @@ class _TextEmbedder(nn.Module):
 
 
 class _GELULinear(nn.Module):
-    """Under the names of diffusers' feed-forward."""
+    """GELU between two linear layers, with the names of diffusers' feed-forward."""
 
     def __init__(self, image_dim: int, dim: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class _ImageEmbedder(nn.Module):
 
 
 def _wide_norm(norm: nn.LayerNorm, x: Tensor) -> Tensor:
-    """In float32, whatever dtype the tokens and the norm's weights have."""
+    """A LayerNorm in float32, whatever dtype the tokens and the norm's weights have."""
     weight, bias = norm.weight.float(), norm.bias.float()
     return nn.functional.layer_norm(x.float(), norm.normalized_shape, weight, bias, norm.eps)
 

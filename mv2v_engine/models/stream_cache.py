@@ -112,7 +112,7 @@ class StreamCache:
         return self._rope[None, : self.num_frames * self.tokens_per_frame]
 
     def new_rope(self, device: torch.device) -> Tensor:
-        """That of the new frames, which come last."""
+        """The rotary table of the new frames, which come last."""
         return self.rope(device)[:, -self.plan.target.length :]
 
     @property

@@ -264,7 +264,7 @@ def _is_sage_1() -> bool:
 def _sage(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     given: dict[str, Any] = {"tensor_layout": "NHD", "is_causal": False, "sm_scale": _scale(q)}
     if _is_sage_1():
-        # which would take the mean from the caller's own keys
+        # the library would take the mean from the caller's own keys
         k = k - k.mean(1, keepdim=True)
         given["smooth_k"] = False
     out: Tensor = _function(_SAGE)(q, k, v, **given)

@@ -18,7 +18,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 QUERIES, KEYS = 128, 64
-# of the blocks of keys, which SpargeAttn's authors recommend
+# share of the blocks of keys that are kept, which SpargeAttn's authors recommend
 SHARE = 0.5
 _LARGEST = 127.0
 # what their quantisers add to a scale, so that a block of zeros has one

@@ -129,7 +129,7 @@ def define(
     return packet.default  # type: ignore[no-any-return]
 
 
-_ON_CPU: dict[str, Callable[..., Any]] = {}  # of NATIVE_OPS, once the library is known to be there
+_ON_CPU: dict[str, Callable[..., Any]] = {}  # those of NATIVE_OPS, once the library is there
 
 
 def _natively(

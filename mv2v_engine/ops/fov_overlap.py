@@ -25,7 +25,7 @@ Backend = Literal["auto", "reference", "cuda"]
 
 _BLOCK = 16  # neighbouring points that are culled together
 _CHUNK = 32  # blocks tested at once: 1.3 MiB of distances at 81 frames
-_SLACK = 1e-12  # of the terms' magnitude; a distance is off by 1e-15 of it
+_SLACK = 1e-12  # share of the terms' magnitude; a distance is off by 1e-15 of it
 _MAX_ELEMENTS = 2**31
 
 

@@ -15,7 +15,7 @@ from mv2v_engine.ops.backend import check_tensors, define, implementation
 
 
 def rope_reference(x_BLND: Tensor, rope_BLD: Tensor) -> Tensor:
-    if torch.compiler.is_compiling():  # which fuses real products and leaves complex ones alone
+    if torch.compiler.is_compiling():  # it fuses real products, not complex ones
         cos, sin = rope_BLD[:, :, None].float().chunk(2, dim=-1)
         even, odd = x_BLND.float().unflatten(-1, (-1, 2)).unbind(-1)
         turned = torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1)

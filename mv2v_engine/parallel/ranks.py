@@ -99,7 +99,7 @@ class Ranks:
             timeout=wait,
         )
         grid = torch.arange(size, device="cpu").view(config.guidance, config.context)
-        # by hand, since a mesh's own groups would not take the time limit
+        # made by hand, since a mesh's own groups would not take the time limit
         by_guidance, _ = dist.new_subgroups_by_enumeration(grid.T.tolist(), timeout=wait)
         by_context, _ = dist.new_subgroups_by_enumeration(grid.tolist(), timeout=wait)
         self.mesh = DeviceMesh.from_group(
@@ -196,7 +196,7 @@ class Ranks:
         try:
             return self._store.get(_FAILURE).decode() if self._store.check([_FAILURE]) else None
         except RuntimeError:
-            return None  # who kept the store is gone
+            return None  # the process that kept the store is gone
 
     def _tell(self, said: str) -> None:
         # whoever kept the store may be gone

@@ -20,7 +20,7 @@ _CELLS = (1, 3, 4)
 
 
 def needs_guidance(guidance_scale: float) -> bool:
-    """At scale 1 the negative branch cancels, so it is not computed."""
+    """Whether the negative branch is computed: at scale 1 it cancels."""
     return guidance_scale != 1.0
 
 

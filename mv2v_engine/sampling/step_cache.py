@@ -24,7 +24,7 @@ def relative_changes(modulation_N: Tensor) -> list[float]:
 
 
 def computed_steps(changes: Sequence[float], threshold: float) -> tuple[bool, ...]:
-    """For each of N steps whether its blocks run, given the N - 1 changes between them.
+    """Whether the blocks of each of N steps run, given the N - 1 changes between them.
 
     A step is skipped while the changes since the last computed one add up to less than the
     threshold. The first and the last are computed: there is nothing to reuse, and nothing after it

@@ -13,10 +13,10 @@ from typing import Any
 from mv2v_engine.serving.store.folders import result_path
 from mv2v_engine.serving.store.records import SessionRecord, TurnFile, TurnRecord
 
-# of a session, what is nobody's business outside the service
+# fields of a session that are nobody's business outside the service
 _INNER = ("owner", "files", "identity")
-_COLUMNS, _MARGIN, _CAPTION = 4, 12, 20  # of the sheet; pixels
-_CELL = (320, 240)  # that a picture has at most, pixels
+_COLUMNS, _MARGIN, _CAPTION = 4, 12, 20  # the sheet's columns; pixels
+_CELL = (320, 240)  # pixels that a picture has at most
 
 
 def write_export(

@@ -32,7 +32,7 @@ _BACKLOG, _ACCEPTED_AT_ONCE = 512, 32
 _UNREAD_SECONDS = 120
 # a connection that asks for nothing more; and what open answers may still take at the end
 _KEEP_ALIVE_SECONDS, _CLOSING_SECONDS = 30, 5
-# of one message of a WebSocket: a raw frame of 4096x2160 pixels
+# bytes of one message of a WebSocket at most: a raw frame of 4096x2160 pixels
 _FRAME_BYTES = 32 << 20
 # seconds between two looks at whether turns are made, until they are
 _READY_SECONDS = 0.2
@@ -83,7 +83,7 @@ def bound_socket(host: str, port: int) -> socket.socket:
     try:
         bound.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         if hasattr(socket, "TCP_USER_TIMEOUT"):
-            # of Linux; every connection has it from the socket that took it
+            # Linux has it; every connection has it from the socket that took it
             bound.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, _UNREAD_SECONDS * 1000)
         bound.bind(address)
         bound.listen(_BACKLOG)
@@ -134,7 +134,7 @@ class DrainingServer(uvicorn.Server):
                 http=connection,  # type: ignore[arg-type]
                 backlog=_ACCEPTED_AT_ONCE,
                 ws="websockets-sansio",
-                # who sends frames is slowed by not being read, and then answers no pings either
+                # a client that sends frames is slowed by not being read, and answers no pings then
                 ws_ping_interval=None,
                 ws_max_size=_FRAME_BYTES,
                 log_config=None,

@@ -55,10 +55,10 @@ from mv2v_engine.serving.work.turn_request import kept_request, make_request, se
 from mv2v_engine.serving.work.webhooks import Webhooks
 from mv2v_engine.video.transforms import select_window
 
-# for Retry-After, where nothing says how long it takes
+# seconds in Retry-After, where nothing says how long it takes
 _RETRY_SECONDS = 5
 _RETRY = {"Retry-After": str(_RETRY_SECONDS)}
-# that fetching a video may take, and each part of it
+# seconds that fetching a video may take, and each part of it
 _FETCH_SECONDS, _FETCH_PART_SECONDS = 120.0, 10.0
 # a session that is only looked at is touched no more often than that
 _TOUCH_SECONDS = 3600.0
@@ -531,7 +531,7 @@ class Service:
         return self.streams.read(stream, first or newest, last, keep_alive)
 
     async def job(self, owner: str, job_id: str) -> JobRecord:
-        """With its newest progress, and its position while it waits. Raises not_found."""
+        """A job with its newest progress, and its position while it waits. Raises not_found."""
         return self._logs.with_progress(await self._read(jobs.find_job, owner, job_id))
 
     def job_version(self, job_id: str) -> tuple[int, int] | None:

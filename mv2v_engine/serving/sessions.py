@@ -65,7 +65,7 @@ class Probe(Protocol):
     ) -> Awaitable[ProbedVideo]: ...
 
 
-# of a picture; less is what rounding a size to the model's takes, and is in the report alone
+# share of a picture; less is what rounding a size to the model's takes, and is in the report alone
 _MUCH_CROPPED = 0.01
 _MAX_NAME = 200
 

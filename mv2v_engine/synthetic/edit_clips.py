@@ -43,7 +43,7 @@ from mv2v_engine.synthetic.render import (
 )
 from mv2v_engine.synthetic.worlds import NUM_WALLS, Grade, World
 
-_WALL_SHARE = 0.35  # of recolouring instructions that are about a wall or the floor
+_WALL_SHARE = 0.35  # share of recolouring instructions that are about a wall or the floor
 # apart from the seeds of worlds
 _INSTRUCTIONS_FROM, _CHOICES_FROM = 1 << 40, 1 << 41
 

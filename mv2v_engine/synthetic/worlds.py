@@ -40,7 +40,7 @@ class Textures:
     colour_b_S3: Tensor
     waves_S33: Tensor  # radians per metre, one row per wave
     phases_S3: Tensor
-    weights_S2: Tensor  # of the waves' mean and of their product
+    weights_S2: Tensor  # weight of the waves' mean, and of their product
     sharpness_S: Tensor
 
     def to(self, device: torch.device | str) -> Textures:

@@ -96,7 +96,7 @@ class _Block:
         made = plan.shape.dim * execution.element_bytes if execution.is_quantized else 0
         self.square_weight, self.ffn_weight = made * plan.shape.dim, made * plan.shape.ffn_dim
         self.widened = 4 * plan.shape.dim if execution.element_bytes < 4 else 0
-        # by the reference: q or k normalised in float32; narrow ones are widened before and
+        # what the reference holds: q or k normalised in float32; narrow ones are widened before and
         # rounded, and scaled, after. A LayerNorm's result, scaled, shifted
         self.rotating = 0 if execution.is_fused else plan.shape.dim * 4
         if self.rotating and self.widened:

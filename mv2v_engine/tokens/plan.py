@@ -601,5 +601,5 @@ def novel_view_plan(
     )
 
 
-# of an edit's window that remembers `memory` segments
+# the plan of an edit's window that remembers `memory` segments
 window_plan = partial(novel_view_plan, shape=LUCY_5B, spatial_stride=16)

@@ -63,9 +63,9 @@ from mv2v_engine.training.text import read_text_encoder
 from mv2v_engine.training.throughput import compute_dtype
 
 StageName = Literal["forcing", "map", "rollout"]
-# of all minutes or steps, as far as a stage runs
+# each stage's share of all minutes or steps, as far as it runs
 SHARES: dict[StageName, float] = {"forcing": 0.5, "map": 0.3, "rollout": 0.2}
-# of clips of five latent frames: what they hold goes through every place of the cache
+# made for clips of five latent frames: what they hold goes through every place of the cache
 TINY_STREAM = StreamConfig(
     block_frames=1, policy="sink", window=4, sink_frames=1, timesteps=(1000, 500)
 )
@@ -79,7 +79,7 @@ class ReturningSampler(EditSampler):
     without a past, as only the first frame of a stream is.
 
     Args:
-        windows: of a clip.
+        windows: how many windows of an edit a clip has.
 
     Raises:
         TrainingError: no clip has so many windows.

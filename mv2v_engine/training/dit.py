@@ -77,7 +77,7 @@ TINY_EDIT_MEMORY_RECIPE = replace(
 
 @torch.no_grad()
 def initialise(model: MV2VTransformer) -> None:
-    """From scratch: cameras that speak at once, attention that begins local, a zero head.
+    """Set weights to begin from: cameras count at once, attention begins local, the head is zero.
 
     Equal constants in the spatial channels of queries and keys make their rotary product peak
     where row and column agree, so a target token first looks at its own place in every frame;

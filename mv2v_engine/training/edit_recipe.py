@@ -132,7 +132,7 @@ class EditSampler:
         self, num_memory: int, follows: bool, generator: torch.Generator
     ) -> tuple[int, list[int]]:
         """A clip, and which of its windows are target and memory, in the plan's order."""
-        needed = 1 + num_memory + (num_memory > 0 and not follows)  # that one lacks the one before
+        needed = 1 + num_memory + (num_memory > 0 and not follows)  # the first lacks one before it
         clips = [i for i, p in enumerate(self.latents.pairs) if p.num_windows >= needed]
         clip = pick(clips, generator)
         total = self.latents.pairs[clip].num_windows

@@ -65,9 +65,9 @@ def is_trained(name: str) -> bool:
 def prepare(
     model: MV2VTransformer, is_trained: Callable[[str], bool] = is_trained
 ) -> list[nn.Parameter]:
-    """Freeze what the recipe freezes; the parameters that it trains, in float32.
+    """Freeze what the recipe freezes; returns the parameters that it trains, in float32.
 
-    Blocks keep their inputs alone for the backward pass. is_trained: by a parameter's name.
+    Blocks keep their inputs alone for the backward pass. is_trained: tells by a parameter's name.
     """
     trained = []
     for name, parameter in model.named_parameters():
@@ -81,7 +81,7 @@ def prepare(
 
 @torch.no_grad()
 def add_memory_modules(model: MV2VTransformer) -> TransformerConfig:
-    """Complete a base with the modules that memory needs; its config afterwards.
+    """Complete a base with the modules that memory needs; returns its config afterwards.
 
     Cameras as ReCamMaster starts them (zero and identity), average pooling for mergers; the
     loader has made tokenizers already. Conditioning tokens take their own cameras (METHOD 5).

@@ -28,15 +28,15 @@ from mv2v_engine.training.losses import (
 from mv2v_engine.training.recipe import Batch
 from mv2v_engine.training.throughput import compute_dtype, training_flops_factor
 
-# of a batch's targets, those that are plain flow, and those that go to the clean end at once
+# shares of a batch's targets that are plain flow, and that go to the clean end at once
 PLAIN, WHOLE = 0.5, 0.25
 # noise levels to either side, between which the derivative is taken
 DELTA = 0.005
 # squared error from which on a step's target counts ever less: the slope of a small model is rough,
 # and learned as it is it becomes rougher
 BOUND = 0.1
-# from which share of a training on steps may be how long: what is known first is what they are
-# made of
+# (share of a training, longest step from there on): short steps are learned first, since long ones
+# are made of them
 CURRICULUM = ((0.0, 0.0), (0.05, 0.1), (0.3, 1.0))
 
 
@@ -54,7 +54,7 @@ def end_levels(
     then half of the others go to 0, and half to any lower level, drawn as levels are.
     """
     level, count = noised.level, len(noised.level)
-    # as even as a batch allows, in any order
+    # places as even as a batch allows, in any order
     place = (
         torch.randperm(count, generator=generator) + torch.rand((), generator=generator)
     ) / count

@@ -48,7 +48,7 @@ _MASK_LEVELS = (0.2, 1.0)
 class HistoryRecipe(MemoryRecipe):
     """The odds of both stages: `max_memory` counts the windows of a history.
 
-    stage: 1 or 2. rate: of the history's tokens. whole_frames: of the history's end, that stage 2
+    stage: 1 or 2. rate: the rate of the history's tokens. whole_frames: how many at its end stage 2
     shows whole beside it.
     """
 
@@ -175,7 +175,7 @@ def query_plan(
 ) -> TokenPlan:
     """A target beside a history: the frames of it that are asked for, or what comes after it.
 
-    grid: of the target. past: the history's segments. asked: numbers of frames in the history,
+    grid: the target's. past: the history's segments. asked: numbers of frames in the history,
     which the target's own positions say; None: the target follows.
     """
     length = past[0].grid[0]

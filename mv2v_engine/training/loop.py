@@ -181,7 +181,7 @@ class TrainingLoop:
     def _resume(self) -> None:
         path = self.checkpoint
         advice = "delete it to start anew, or train into another folder"
-        if not zipfile.is_zipfile(path):  # which torch.save writes, its directory last
+        if not zipfile.is_zipfile(path):  # torch.save writes one, its directory last
             raise CheckpointError(
                 f"cannot resume from {path}: cut short or no training checkpoint; {advice}"
             )

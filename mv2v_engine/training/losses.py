@@ -68,7 +68,7 @@ def shifted(uniform: Tensor, shift: float) -> Tensor:
 
 
 def widened(values_T: Tensor) -> Tensor:
-    """[T, 1, 1, 1, 1], to be multiplied with latents."""
+    """Values as [T, 1, 1, 1, 1], to be multiplied with latents."""
     return values_T[:, None, None, None, None]
 
 
@@ -88,7 +88,7 @@ class BatchForward:
         is_kept = keeps or batch.siblings is not None
         if is_kept and batch.plan.conditioning == "static":
             self._kept = ConditioningCache(batch.plan, is_trained=True)
-        # of every target, the sample whose conditioning it has
+        # for every target, the sample whose conditioning it has
         self._samples = torch.arange(len(batch.text), device=batch.text.device)
         self._cameras: Tensor | None = None
         if batch.siblings is not None:

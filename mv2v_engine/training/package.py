@@ -38,7 +38,7 @@ from mv2v_engine.training.log import Curve, plot_curves, read_curves
 # dB of the VAE that both share: hardly a held-out world is below, most real videos are
 # (profiling/results/known_sources.jsonl)
 LEAST_PSNR = 26.5
-# of a turn of a flow map, if not asked for others
+# steps of a turn of a flow map, if not asked for others
 FLOW_MAP_STEPS = 4
 _VAE_WEIGHTS = "diffusion_pytorch_model.safetensors"
 _TEXT_PARTS = {"text_encoder": "config.json", "tokenizer": "tokenizer_config.json"}
@@ -85,7 +85,7 @@ def package(
 
     Args:
         name: one of MODELS.
-        dit: a finished training's folder; of one that kept no shape, the model's own is taken.
+        dit: a finished training's folder; where it kept no shape, the model's own is taken.
         vae: the VAE's folder, which is copied. shared_vae: a folder relative to `out` instead,
             which `mv2v.json` then names.
         text: a folder with text_encoder and tokenizer.

@@ -35,8 +35,8 @@ from mv2v_engine.training.odds import number
 from mv2v_engine.vae import VideoVAE, load_vae
 
 _SMALL = (24, 40)  # pixels of the pictures by which videos are compared
-_POSITIVE_WEIGHT = 3.0  # shares are small
-_TARGETS = 8  # of a step
+_POSITIVE_WEIGHT = 3.0  # more than 1, because shares are small
+_TARGETS = 8  # targets of a step
 
 
 @dataclass(frozen=True, eq=False)
@@ -79,7 +79,7 @@ def shown(world: World, cameras: Sequence[CameraTrajectory], vae: VideoVAE) -> S
         [project(*one, *other) for other in zip(small, depths, strict=True)]
         for one in zip(small, depths, strict=True)
     ]
-    # of the moments alone, at the model's size: a fifth of the work of whole clips
+    # clips of the moments alone, at the model's size: a fifth of the work of whole ones
     clips = (replace(camera, poses=camera.poses[moments(camera)]) for camera in cameras)
     return Shown(
         cameras,

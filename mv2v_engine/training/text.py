@@ -30,7 +30,7 @@ TEXT_DIM = 64
 TEXT_LEN = 16  # tokens of a prompt with its end; the longest prompt of the language has 10
 VOCAB_SIZE = 192  # all words whole, and letters for the others
 
-_POSITION_SCALE = 16.0  # of the position biases against UMT5's own initial ones
+_POSITION_SCALE = 16.0  # the position biases at first, times UMT5's own
 
 # UMT5's own numbers
 _PAD, _EOS, _UNKNOWN = "<pad>", "</s>", "<unk>"

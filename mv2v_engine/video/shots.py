@@ -74,7 +74,7 @@ def find_cuts(
 def _between_shots(cuts: list[_Cut], num_frames: int, shortest: int) -> tuple[int, ...]:
     """The cuts that part two shots; what is too short between two of them is no shot."""
     kept: list[int] = []
-    first: _Cut | None = None  # of what is too short so far
+    first: _Cut | None = None  # the first cut of what is too short so far
     for cut, end in pairwise([*cuts, None]):
         assert cut is not None
         first = first or cut

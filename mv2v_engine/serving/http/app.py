@@ -220,10 +220,10 @@ async def _broken(request: Request, error: Exception) -> Response:
 
 
 class PageFiles(StaticFiles):
-    """Asked for each time, though rarely sent again: modules of two versions do not fit."""
+    """The page's files, asked for each time: modules of two versions do not go together."""
 
     def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """With the header that says so."""
+        """Answer with the header that tells clients to ask again."""
         response = super().file_response(*args, **kwargs)
         response.headers["Cache-Control"] = "no-cache"
         return response

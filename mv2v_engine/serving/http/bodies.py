@@ -26,14 +26,14 @@ _ENDLESS = re.compile("/v1/streams/[^/]+/source")
 _DRAINED_BYTES, _DRAINED_SECONDS = 16 << 20, 5.0
 
 
-# to which JSON may be nested: a trajectory needs five
+# levels to which JSON may be nested: a trajectory needs five
 _DEPTH = 100
-# texts, in which brackets mean nothing, and brackets; one without an end goes to the end
+# texts, in which brackets mean nothing, and brackets; a text that is not closed goes to the end
 _BRACKETS = re.compile(r'"(?:[^"\\]+|\\.)*"?|[\[{\]}]', re.DOTALL)
 
 
 def no_json(error: BaseException | None, body: bytes | str) -> str:
-    """Why a body is no JSON that is taken, and where, in words that follow what it is.
+    """Why a body is not taken as JSON, and where, in words that go behind the body's name.
 
     error: what `json.loads` said of it.
     """
@@ -106,7 +106,7 @@ class BodyLimit:
             await self._bounded(scope, receive, send, self._limits.upload_bytes + FORM_BYTES)
         finally:
             self._uploads[owner] -= 1
-            # those of owners that are gone would only take room
+            # owners that are gone are not kept: they would only take room
             self._uploads += Counter()
 
     async def _bounded(self, scope: Scope, receive: Receive, send: Send, most: int) -> None:

@@ -1,6 +1,6 @@
 """Connections before they are requests: how many there may be, and how long a header may take.
 
-Who connects has shown no token yet, so nothing here may cost much, or last.
+A client that connects has shown no token yet, so nothing here may cost much, or last.
 """
 
 from __future__ import annotations
@@ -16,9 +16,9 @@ from uvicorn.protocols.http.h11_impl import STATUS_PHRASES, H11Protocol
 
 from mv2v_engine.serving.errors import ApiError
 
-# from the first byte that could be of a header, or the connection, to the header's end
+# seconds from a header's first byte, or from the connection's beginning, to the header's end
 HEADER_SECONDS = 10.0
-# what a client that is refused waits before it tries again
+# seconds that a client that is refused waits before it tries again
 _RETRY = {"Retry-After": "5"}
 
 
@@ -37,14 +37,14 @@ class Places:
         self.most = most
         self._num_open: Counter[str] = Counter()
         self._total = 0
-        # by address, those that have waited longest first
+        # each address's connections, those that have waited longest first
         self._waiting: dict[str, dict[BoundedConnection, None]] = {}
 
     def enter(self, connection: BoundedConnection) -> bool:
         """Whether there is a place for a new connection; it is counted until it leaves."""
         address, has_place = connection.address, True
         if self._total >= self.most:
-            # of addresses with equally many, the one that has waited longest is first
+            # among addresses with equally many, the one that has waited longest is first
             crowd = max(map(len, self._waiting.values()), default=0)
             crowded = (one for one, held in self._waiting.items() if len(held) == crowd)
             has_place = self._take_from(next(crowded, None))
@@ -74,18 +74,18 @@ class Places:
             self._waiting.pop(connection.address, None)
 
     def _take_from(self, address: str | None) -> bool:
-        """Whether a connection of an address could be ended."""
+        """End the connection of an address that has waited longest; False if it has none."""
         longest = next(iter(self._waiting.get(address or "", ())), None)
         if longest is None:
             return False
         self.works(longest)
-        # what it has not taken of its last answer would keep a connection that is closed in order
+        # not closed in order: that would wait for a client to take the rest of its last answer
         longest.transport.abort()
         return True
 
 
 class BoundedConnection(H11Protocol):
-    """One connection of those that there are places for, to be made by uvicorn."""
+    """A connection that takes one of the `Places`, to be made by uvicorn."""
 
     def __init__(self, *args: Any, places: Places, header_seconds: float, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

@@ -18,7 +18,7 @@ _NAME = re.compile(r"[a-z][a-z0-9_-]*")
 _BRANCHES = frozenset({"constrained-str", "str", "int", "float", "bool", "dict", "list", "none"})
 _LENGTH = 100  # characters of a name that was sent
 _SHOWN = 40  # characters of a text that is sent back, at most
-# by pydantic's kind of error, what the field has to be; braces take the error's context
+# what the field has to be, for each of pydantic's kinds of error; braces take its context
 _EXPECTED = {
     "int_type": "an integer",
     "int_parsing": "an integer",
@@ -33,7 +33,7 @@ _EXPECTED = {
     "string_unicode": "valid Unicode text",
     "string_too_short": "text of at least {min_length} character",
     "string_too_long": "text of at most {max_length} characters",
-    # of texts the Idempotency-Key alone has a pattern
+    # the Idempotency-Key is the only text that has a pattern
     "string_pattern_mismatch": "visible ASCII characters without spaces",
     "literal_error": "{expected}",
     "enum": "{expected}",
@@ -93,7 +93,7 @@ def field_error(errors: Sequence[Mapping[str, Any]], known: Iterable[str], place
 def unknown_name(what: str, name: str, known: Iterable[str], otherwise: str) -> ApiError:
     """The refusal of a name that a request does not have.
 
-    what: it should be, as "field". otherwise: what is said where none are known.
+    what: the kind of name, as "field". otherwise: what is said where none are known.
     """
     name, known = name[:_LENGTH], list(known)
     hint = nearest_field(name, known) if known else None

@@ -160,7 +160,7 @@ class CameraFiles(Asked):
 
 
 def _camera_kind(value: Any) -> str:
-    """Which object a camera is meant to be; of a tag in capitals an error says nothing."""
+    """The object that a camera is meant to be. Errors leave out a tag in capitals."""
     if isinstance(value, dict):
         return "CameraFiles" if "files" in value or "spec" in value else "Trajectory"
     return "CameraFiles" if isinstance(value, CameraFiles) else "Trajectory"

@@ -56,7 +56,8 @@ async def received_form(
     """Receive a form; its files are removed when the block ends, but for those that were taken.
 
     Args:
-        file_fields: fields that may be files, and how many of each. max_bytes: of all together.
+        file_fields: fields that may be files, and how many of each. max_bytes: of all
+            files together.
         new_path: a place for a file, asked for when it begins.
 
     Raises:
@@ -94,7 +95,7 @@ async def received_form(
 class _Arriving:
     """A file on its way.
 
-    name: of its field. waiting: its bytes that are not written yet. file: once it was begun.
+    name: its field's. waiting: its bytes that are not written yet. file: once it was begun.
     """
 
     name: str

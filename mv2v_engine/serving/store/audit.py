@@ -275,7 +275,7 @@ def turn_state(
 def manifest_problem(
     folder: Path, session: SessionRecord, turns: Sequence[TurnRecord]
 ) -> str | None:
-    """In what a session's manifest is not what the rows say; None if it is."""
+    """How a session's manifest differs from the rows, in words; None if it does not."""
     try:
         return _difference(folder, session, turns)
     except (StorageError, OSError) as error:

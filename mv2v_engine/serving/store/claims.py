@@ -24,13 +24,13 @@ from mv2v_engine.errors import InUseError, StorageError
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.progress import CancelToken
 
-# that an attempt has to reach its next step, and let go
+# seconds that an attempt has to reach its next step, and let go
 PATIENCE = 60.0
-# that a worker has to let go of a session that it holds open and does nothing with
+# seconds that a worker has to let go of a session that it holds open and does nothing with
 _RELEASE_SECONDS = 5.0
-# between two looks at whether it is worth to wait on
+# seconds between two looks at whether to go on waiting
 _LOOK_SECONDS = 1.0
-# who the service is to those that find its lock
+# the service's name for those that find its lock
 _SERVICE = "the service"
 
 

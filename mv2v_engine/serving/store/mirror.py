@@ -37,13 +37,13 @@ log = logging.getLogger("mv2v_engine.serving")
 
 FOLDER = "rows"
 _FORMAT, _VERSION = "mv2v-rows", 1
-# of columns, by their table: what changes often, is found out at every start, or belongs to one
+# each table's columns that change often, are found out at every start, or belong to one
 # database
 _NOT_COPIED = {
     "sessions": {"serial", "touched", "used", "is_deleting", "damage", "identity"},
     "turns": {"session", "is_published", "damage"},
 }
-# what copies of before there was a choice, or anything to say, do not have
+# what older copies lack, from before there was a choice or anything to say
 _SAID: dict[str, Any] = {"notes": "", "is_favourite": 0, "edited": None}
 _EARLIER: dict[str, dict[str, Any]] = {
     "sessions": dict.fromkeys(("window", "asked_fps", "alpha", "fit", "size")) | _SAID,

@@ -35,7 +35,7 @@ def expired(
     if config.keep_bytes is not None:
         surplus = tables.total_bytes(db) + sum(one[-1] for one in ended) - config.keep_bytes
     due = []
-    # of equally old ones the order is kept
+    # equally old ones keep their order
     for age, owner, id, num_bytes in sorted(found + ended, key=lambda one: -one[0]):
         is_old = config.keep_days is not None and age > config.keep_days * _DAY
         if is_old or surplus > 0:

@@ -29,7 +29,7 @@ _SESSION = """
             + (SELECT coalesce(sum(t.bytes), 0) FROM turns t WHERE t.session = s.id) AS bytes
     FROM sessions s
 """
-# of a turn, to a branch
+# the columns of a turn that a branch takes over
 _COPIED = (
     "number, request, report, created, bytes, is_published, files, entry, damage, name, notes, "
     "is_favourite, edited, deleted, forgotten"
@@ -153,7 +153,7 @@ def advance_clock(db: sqlite3.Connection, seconds: float) -> None:
 
 
 def mark_deleting(db: sqlite3.Connection, owner: str, session_id: str) -> None:
-    """From now on a session does not exist for anybody. Raises not_found."""
+    """Mark a session as being deleted: it exists for nobody from now on. Raises not_found."""
     find_session(db, owner, session_id)
     db.execute("UPDATE sessions SET is_deleting = 1 WHERE id = ?", (session_id,))
 
@@ -246,7 +246,7 @@ def add_turn(db: sqlite3.Connection, turn: TurnRecord, *, is_repeatable: bool) -
 def list_turns(
     db: sqlite3.Connection, session_id: str, *, with_deleted: bool = False
 ) -> tuple[TurnRecord, ...]:
-    """In order. with_deleted: those too of which nothing but the row is left."""
+    """A session's turns in order. with_deleted: also those of which nothing but the row is left."""
     which = "" if with_deleted else "AND deleted IS NULL"
     rows = db.execute(
         f"SELECT * FROM turns WHERE session = ? {which} ORDER BY number", (session_id,)

@@ -15,7 +15,7 @@ from typing import Any
 
 from mv2v_engine.serving.store.records import LAST_EVENTS, PREVIEW, JobEvent, JobRecord
 
-# of one job: a reader that is further behind misses the oldest
+# events kept of one job: a reader that is further behind misses the oldest
 _MAX_EVENTS = 4096
 _MAX_ENDED = 256
 # numbers that a start of the store has for itself; those of the first lie behind milliseconds of

@@ -55,7 +55,7 @@ class Metrics(Listener):
         self._clock = clock
         self._queued: set[str] = set()
         self._running: set[str] = set()
-        # of a running job: when its last step, or its stage, began; by stage, when that began
+        # when a running job's last step, or its stage, began; when each stage of it began
         self._step_began: dict[str, float] = {}
         self._stage_began: dict[tuple[str, str], float] = {}
         # the worker's cache counters when they were last told

@@ -16,7 +16,7 @@ class Percentages(Listener):
 
     def __init__(self) -> None:
         self._percent: dict[str, int] = {}
-        # of a long edit: windows that are finished, and all of them
+        # a long edit's windows that are finished, and all of them
         self._windows: dict[str, tuple[int, int]] = {}
 
     def of(self, job: JobRecord) -> int:

@@ -310,7 +310,7 @@ class Host:
                 window=window,
                 cancel=cancel,
                 is_locked=self.has_claims,
-                # whose videos may still have to be written
+                # its videos may still have to be written
                 reads_any=True,
             )
         self._open[session["id"]] = opened

@@ -37,7 +37,7 @@ WORKER = (sys.executable, "-m", "mv2v_engine.serving.work.worker")
 _LOADING = "the engine is being loaded"
 # pauses before a worker that ended before it was ready is started again; then it is given up
 _PAUSES = (0.5, 2.0, 10.0, 30.0)
-# that a worker has to end once its stdin is closed, beyond the grace of the turn
+# seconds that a worker gets to exit after its input closes, beyond the grace of the turn
 _EXIT_SECONDS = 5.0
 
 Event = dict[str, Any]

@@ -116,7 +116,7 @@ class OpenStreams:
         if config is not None and asked["policy"] is not None:
             config = dataclasses.replace(config, policy=asked["policy"])
         kept, video = StreamFolder(engine_folder(folder)), video_path(folder)
-        # of frames that were sent up
+        # the account of frames that were sent up
         given: Json = {}
         if asked["source"] is not None:
             given = _source(SourceFrames(folder, StreamRecord(**asked["source"])).frames)

@@ -19,7 +19,7 @@ from mv2v_engine.serving.store.records import MASK, SOURCE, ProbedVideo
 
 # the process's own threads would only be in the way of its forks
 _THREADS = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
-# that starting and a fork's own alarm may take beyond the limit
+# seconds that starting and a fork's own alarm may take beyond the limit
 _SLACK_SECONDS = 60.0
 
 
@@ -37,7 +37,7 @@ class Prober:
         self._reading: asyncio.Task[None] | None = None
         self._waiting: dict[int, asyncio.Future[dict[str, Any]]] = {}
         self._numbers = itertools.count(1)
-        # who decodes or waits: each owner waits for room with one upload, so that turns are taken
+        # owners that decode or wait: each waits for room with one upload, so that they take turns
         self._owners: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
 
     async def start(self) -> None:

@@ -28,7 +28,7 @@ from mv2v_engine.serving.config import ServingConfig
 from mv2v_engine.serving.store.records import MASK, JobRecord, SessionRecord
 from mv2v_engine.serving.store.streams import StreamRecord
 
-# of one line: reports of long edits have a row for every window
+# bytes of one line at most: reports of long edits have a row for every window
 MAX_LINE = 256 << 20
 
 

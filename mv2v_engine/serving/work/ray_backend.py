@@ -54,7 +54,7 @@ class RayBackend:
         self.ready, self.reason, self.is_lost = False, _STARTING, False
         self.refusal = ""
         self.restarts = self.capacity = 0
-        # of the replicas: that were last seen to run, and ever were at once
+        # replicas that were last seen to run, and the most that ever ran at once
         self._running = self._most = 0
         self._handle: Any = None
         self._is_ours = self._is_stopping = False
@@ -62,7 +62,7 @@ class RayBackend:
         self._changed: Callable[[], None] = lambda: None
         # one thing at a time in a session, a lock for as long as somebody needs it
         self._sessions: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        # of running jobs: the folder, once a replica may write there
+        # the folders of running jobs, once a replica may write there
         self._folders: dict[str, Path | None] = {}
         self._cancelling: set[str] = set()
         self._revoking: dict[str, asyncio.Task[None]] = {}
@@ -245,7 +245,7 @@ class RayBackend:
             # no proxy: nobody but this service speaks to the replicas
             serve.start(proxy_location="Disabled")
             if APPLICATION in serve.status().applications:
-                # of a service that was killed, perhaps with other weights
+                # left by a service that was killed, perhaps with other weights
                 serve.delete(APPLICATION)
             app = application(self.config, self.cluster)
             target = serve.RunTarget(app, name=APPLICATION, route_prefix=None)

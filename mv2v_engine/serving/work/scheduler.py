@@ -50,7 +50,7 @@ _FIRST_GUESS, _NEWEST = 30.0, 0.3
 _PAUSES = (1.0, 2.0, 5.0, 10.0, 30.0)
 # what a turn may fail with because a file that it needs was lost while it was made
 _MAY_BE_DAMAGE = ("internal", "unprocessable_turn")
-# that a cancelled turn has to reach its next step when the service stops
+# seconds that a cancelled turn has to reach its next step when the service stops
 _LAST_STEP_SECONDS = 15.0
 
 
@@ -69,7 +69,7 @@ class Scheduler:
         self.config, self.store, self.database = config, store, database
         self.backend, self.logs, self.listeners = backend, logs, listeners
         self.turn_seconds = _FIRST_GUESS
-        # of the sessions that the worker has in memory, the last used one last
+        # the sessions that the worker has in memory, the last used one last
         self.memory: OrderedDict[str, dict[str, Any]] = OrderedDict()
         # a job is queued and announced before it begins
         self.queueing = asyncio.Lock()

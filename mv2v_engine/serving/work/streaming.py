@@ -50,7 +50,7 @@ Waiting = Literal["reader", "source", "worker"]
 # blocks whose seconds a status is of
 _MEASURED = 1_000
 _CHUNK_BYTES = 256 << 10
-# that a cancelled block has to reach its next step when the service stops
+# seconds that a cancelled block has to reach its next step when the service stops
 _LAST_STEP_SECONDS = 15.0
 # an empty box, which players skip: it keeps a connection on which nothing happens
 NOTHING = b"\0\0\0\x08free"
@@ -79,7 +79,7 @@ class Stream:
     def __init__(self, record: StreamRecord, head: bytes = b"", ends: Iterable[int] = ()) -> None:
         self.record, self.head, self.ends = record, head, array("Q", ends)
         self.waits_for: Waiting | None = None
-        # of one that edits what is sent to it, and whether somebody does
+        # the frames of a stream that edits what is sent to it, and whether somebody sends
         self.source: SourceFrames | None = None
         self.is_fed = False
         self.furthest = self.num_readers = 0
@@ -497,7 +497,7 @@ class Streams:
         """What the next block waits for, beside a worker."""
         record = stream.record
         if stream.source is not None:
-            # who sends frames sets the pace
+            # the client that sends frames sets the pace
             return None if stream.source.has(stream.num_blocks + 1) else "source"
         ahead = stream.num_frames - record.num_frames(stream.furthest)
         is_ahead = ahead >= self.config.stream_ahead * record.fps

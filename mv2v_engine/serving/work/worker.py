@@ -36,7 +36,7 @@ log = logging.getLogger("mv2v_engine.serving.worker")
 
 # without a server, the turns under way have so long to reach their next step
 _LAST_STEP_SECONDS = 10.0
-# that the worker of a service which was killed has to end
+# seconds that the worker of a service which was killed has to end
 _LOCK_SECONDS = 60.0
 _END = object()
 # orders that are made step by step, and where they name what may cancel them

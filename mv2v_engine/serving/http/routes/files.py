@@ -28,7 +28,7 @@ _MAGIC = (
     (0, b"\x47", "video/mp2t"),
 )
 UNKNOWN = "application/octet-stream"
-# for the schema of a route that answers with a file
+# the schema of a route that answers with a file
 _BINARY = {"schema": {"type": "string", "format": "binary"}}
 _RANGE_PARAMETER = {
     "name": "Range",

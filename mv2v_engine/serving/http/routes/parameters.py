@@ -13,7 +13,7 @@ from mv2v_engine.serving.http.fields import unknown_name
 from mv2v_engine.serving.http.schemas import JOB_ID, SESSION_ID
 from mv2v_engine.serving.service import Service
 
-# for the schema alone: `auth` has decided before a route is reached
+# used by the schema alone: `auth` has decided before a route is reached
 BEARER = HTTPBearer(auto_error=False, description="needed where the service has tokens")
 # what any route under /v1 may answer, and any that reads a body
 ANY = (

@@ -87,7 +87,7 @@ def _video(
     about: dict[str, Any],
     said: Sequence[str] = (),
 ) -> Video:
-    """said: warnings of its finished turn."""
+    """A job as a video. said: warnings of its finished turn."""
     asked = job.request.get("prompt") or job.request.get("camera")
     percent: int = request.app.state.percentages.of(job)
     return Video(
@@ -237,7 +237,7 @@ async def begun(
     chosen = [
         name
         for name, value in asdict(choices).items()
-        if value is not None and name != "size"  # which may say again what the session's is
+        if value is not None and name != "size"  # it may repeat the session's
     ]
     fetched = asked.urls(_FILE_FIELD)
     chosen += [name for name in GUIDES if name in form.files]
