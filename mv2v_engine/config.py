@@ -295,7 +295,7 @@ class ParallelConfig:
         if self.guidance not in (1, 2):
             raise RequestError(
                 f"guidance has one forward or two, got guidance={self.guidance} processes for "
-                "them; give 1 or 2, and share the tokens by context"
+                f"them; give 1 or 2, and share the tokens by context={self.guidance}"
             )
 
     @property
@@ -311,8 +311,8 @@ class EngineConfig:
     attention: AttentionName = setting(
         "auto",
         MODEL,
-        "its library; auto: the fastest exact one here that goes with the backend; sage and sparge "
-        "are approximate",
+        "the library of attention; auto: the fastest exact one here that goes with the backend; "
+        "sage and sparge are approximate",
     )
     base: Path | str | None = setting(
         None,
@@ -352,7 +352,9 @@ class EngineConfig:
         None, SAMPLING, "what integrates the flow; the checkpoint's if not given"
     )
     timesteps: Timesteps | None = setting(
-        None, SAMPLING, "as they are or rounded to bfloat16; the checkpoint's if not given"
+        None,
+        SAMPLING,
+        "timesteps as they are, or rounded to bfloat16; the checkpoint's if not given",
     )
     fast: FastName | None = setting(
         None,
@@ -361,10 +363,15 @@ class EngineConfig:
         "family; the checkpoint's if not given",
     )
     size: tuple[int, int] | None = setting(
-        None, PICTURE, "of turns, one that the weights were made for; their first if not given"
+        None,
+        PICTURE,
+        "frames' size in turns, one that the weights were made for; their first if not given",
     )
     source_fit: Fit = setting(
-        "crop", PICTURE, "to that size: cut the edges off, or add black bars", flag="--fit"
+        "crop",
+        PICTURE,
+        "to bring frames to that size, cut the edges off, or add black bars",
+        flag="--fit",
     )
     source_alpha: Alpha = setting(
         "black", PICTURE, "what is put behind transparent pixels, or refuse them", flag="--alpha"
@@ -387,7 +394,11 @@ class EngineConfig:
         "group", PROGRAMS, "the ablation: joint ranks frames of all token grids together (METHOD 5)"
     )
     merge_fraction: float | None = setting(
-        None, MEMORY, "of the frames, at each depth; by the depth if not given", low=0, high=1
+        None,
+        MEMORY,
+        "share of the frames that merge, at each depth; the depth's if not given",
+        low=0,
+        high=1,
     )
     memory_tokenizers: MemoryTokenizers = setting(
         "ranked", PROGRAMS, "the ablation: uniform gives every memory video 1x2x2 tokens"
@@ -425,7 +436,7 @@ class EngineConfig:
     )
     descriptor_batch: int = setting(16, EDITS, "frames that it takes at once", low=1)
     descriptor_device: str | None = setting(
-        None, EDITS, "where it runs; the engine's device if not given", metavar="D"
+        None, EDITS, "the descriptor's device; the engine's if not given", metavar="D"
     )
     cross_shot_similarity: float | None = setting(
         None, EDITS, "cosine from which other shots count; none if not given", low=-1, high=1
@@ -437,7 +448,10 @@ class EngineConfig:
         None, STEPS, "skip steps whose modulation changes by less; none if not given", low=0
     )
     cache_bytes: int = setting(
-        4 << 30, BUDGET, "of remembered latents, of all sessions together, as 4GiB or 500MB", low=0
+        4 << 30,
+        BUDGET,
+        "bytes of remembered latents, of all sessions together, as 4GiB or 500MB",
+        low=0,
     )
     device_cache_bytes: int | None = setting(
         None,
@@ -447,16 +461,19 @@ class EngineConfig:
         low=0,
     )
     frames_bytes: int = setting(
-        1 << 30, BUDGET, "of decoded frames that turns hold; others are decoded again", low=0
+        1 << 30, BUDGET, "bytes of decoded frames that turns hold; others are decoded again", low=0
     )
     graph_bytes: int = setting(
-        4 << 30, BUDGET, "of CUDA graphs, their inputs and their kept K and V", low=0
+        4 << 30, BUDGET, "bytes of CUDA graphs, their inputs and their kept K and V", low=0
     )
     feed_forward_chunk: int | None = setting(
         16_384, BUDGET, "tokens that a feed-forward takes at once; 0: all together", low=1
     )
     memory_limit_bytes: int | None = setting(
-        None, BUDGET, "that weights, memory and turn take; what a GPU has free if not given", low=1
+        None,
+        BUDGET,
+        "bytes that weights, memory and turn may take; what a GPU has free if not given",
+        low=1,
     )
     text_offload: TextOffload = setting(
         "auto", BUDGET, "move the text encoder to the host; auto: if turns have no room beside"
@@ -470,8 +487,8 @@ class EngineConfig:
     batch_tokens: int | None = setting(
         None,
         BUDGET,
-        "that the steps of several sessions' novel views share in one forward; if not given, 32768 "
-        "on cuda, and on a CPU one turn at a time",
+        "tokens in one forward that steps of several sessions' novel views share; if not given, "
+        "32768 on cuda, and on a CPU one turn at a time",
         low=1,
     )
     parallel: ParallelConfig = ParallelConfig()

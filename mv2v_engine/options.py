@@ -50,7 +50,7 @@ def add_turns(parser: argparse.ArgumentParser, group: argparse._ArgumentGroup) -
         help="rate of the source; a video's own, the checkpoint's for images, if not given",
     )
     sampling = parser.add_argument_group(SAMPLING)
-    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="seed of the noise")
+    sampling.add_argument("--seed", type=int, default=0, metavar="N", help="the noise's seed")
     add_settings(parser, SamplingConfig, has_defaults=False)
     add_settings(parser, ParallelConfig, has_defaults=False)
 

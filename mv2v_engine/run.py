@@ -256,18 +256,18 @@ def _add_evaluate(parser: argparse.ArgumentParser) -> None:
     add(
         "--grade",
         choices=get_args(Grade),
-        help="of the worlds; plain for novel views and textured for edits if not given",
+        help="looks of the worlds; plain for novel views and textured for edits if not given",
     )
     add = parser.add_argument_group("novel views alone").add_argument
     add(
         "--turns",
         type=int,
         choices=(3, 5, 9),
-        help="of a scene; of five, the last returns in three ways; of nine, it has eight to choose "
-        "from; 3 if not given",
+        help="turns of a scene; the fifth of five returns in three ways, the ninth of nine has "
+        "eight to choose from; 3 if not given",
     )
     add = parser.add_argument_group("edits alone").add_argument
-    add("--windows", type=int, metavar="N", help="of every clip; 5, and 8 for some, if not given")
+    add("--windows", type=int, metavar="N", help="windows a clip; 5, and 8 for some, if not given")
     add(
         "--dino",
         metavar="DIR",

@@ -342,8 +342,8 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "source",
         nargs="?",
-        help="of a model that edits: a video as run edit takes one, a pipe (- is stdin), or a "
-        "camera as /dev/video0; none for a model that makes video from a prompt",
+        help="what a model that edits is given: a video as run edit takes one, a pipe (- is "
+        "stdin), or a camera as /dev/video0; none for a model that makes video from a prompt",
     )
     add = parser.add_argument_group("the stream").add_argument
     add(
@@ -376,9 +376,9 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
         "--seconds",
         type=_seconds,
         metavar="N",
-        help="of video, rounded up to a whole block; without end if not given",
+        help="seconds of video, rounded up to a whole block; without end if not given",
     )
-    add("--raw", action="store_true", help="to stdout: frames of red, green and blue bytes, no mp4")
+    add("--raw", action="store_true", help="frames of red, green and blue bytes to stdout, no mp4")
     add(
         "--source-size",
         type=_size,
@@ -392,7 +392,7 @@ def add_stream(parser: argparse.ArgumentParser) -> None:
         metavar="R",
         help="rate of the source; its own, the checkpoint's of raw frames, if not given",
     )
-    add("--seed", type=int, default=0, metavar="N", help="of the noise")
+    add("--seed", type=int, default=0, metavar="N", help="the noise's seed")
     add(
         "--causal",
         action="store_true",

@@ -10,7 +10,7 @@ C latent channels, F H W latent grid.
 from __future__ import annotations
 
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, cast
 
@@ -302,10 +302,11 @@ class Denoiser:
             self._previewer.after(latents, velocity, self.index)
         self.index += 1
 
-    def previews(self) -> Iterator[Preview]:
+    def previews(self) -> list[Preview]:
         """The pictures of steps that have come since they were asked for last, if there are any."""
-        if self._previewer is not None:
-            yield from self._previewer.arrived(is_last=self.is_finished)
+        if self._previewer is None:
+            return []
+        return self._previewer.arrived(is_last=self.is_finished)
 
     def work(self) -> dict[Work, int]:
         """The forwards and other work of all steps, in all branches of the plan together."""

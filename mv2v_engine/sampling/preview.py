@@ -9,7 +9,7 @@ C latent channels, H W latent grid.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
@@ -60,13 +60,15 @@ class Previewer:
         total = len(solver.timesteps)
         self._coming.append((Preview(index + 1, total, picture), arrives))
 
-    def arrived(self, *, is_last: bool) -> Iterator[Preview]:
+    def arrived(self, *, is_last: bool) -> list[Preview]:
         """The pictures that are here. is_last: wait for all of them, no step follows."""
+        here = list[Preview]()
         while self._coming:
             preview, arrives = self._coming[0]
             if arrives is not None:
                 if not is_last and len(self._coming) == 1:
-                    return
+                    break
                 arrives.synchronize()
             self._coming.popleft()
-            yield preview
+            here.append(preview)
+        return here

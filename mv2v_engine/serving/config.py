@@ -25,27 +25,35 @@ class Limits:
     """What an upload may be, and how many sessions and uploads at once one token may have."""
 
     upload_bytes: int = setting(256 << 20, LIMITS, "bytes of a video", flag="--max-upload", above=0)
-    frames: int = setting(20_000, LIMITS, "of an upload", flag="--max-frames", above=0)
-    pixels: int = setting(3840 * 2160, LIMITS, "of one of its frames", flag="--max-pixels", above=0)
+    frames: int = setting(20_000, LIMITS, "frames of an upload", flag="--max-frames", above=0)
+    pixels: int = setting(
+        3840 * 2160, LIMITS, "pixels of a frame of an upload", flag="--max-pixels", above=0
+    )
     total_pixels: int = setting(
-        10**10, LIMITS, "of all its frames together", flag="--max-total-pixels", above=0
+        10**10,
+        LIMITS,
+        "pixels of all frames of an upload together",
+        flag="--max-total-pixels",
+        above=0,
     )
     seconds: float = setting(
-        600.0, LIMITS, "of its length", flag="--max-seconds", metavar="S", above=0
+        600.0, LIMITS, "length of an upload, seconds", flag="--max-seconds", metavar="S", above=0
     )
-    sessions: int = setting(10_000, LIMITS, "of a token", flag="--max-sessions", above=0)
+    sessions: int = setting(10_000, LIMITS, "sessions of a token", flag="--max-sessions", above=0)
     uploads: int = setting(
-        8, LIMITS, "of a token, under way at once", flag="--max-uploads", above=0
+        8, LIMITS, "uploads of a token under way at once", flag="--max-uploads", above=0
     )
     stream_seconds: float = setting(
         3600.0,
         LIMITS,
-        "of video in all streams of a token that are kept",
+        "seconds of video in all streams of a token that are kept",
         flag="--max-stream-seconds",
         metavar="S",
         above=0,
     )
-    probe_seconds: float = setting(60.0, PROGRAMS, "that decoding a video may take", above=0)
+    probe_seconds: float = setting(
+        60.0, PROGRAMS, "seconds that decoding a video may take", above=0
+    )
 
     def __post_init__(self) -> None:
         fit_fields(self)
@@ -105,15 +113,15 @@ class ServingConfig(LoadConfig):
     max_queue_per_token: int | None = setting(
         None,
         LIMITS,
-        "of them one token's; if not given, half of --max-queue, rounded down and at least 1, "
-        "where there are several tokens, else all",
+        "one token's turns in the queue; if not given, half of --max-queue, rounded down and at "
+        "least 1, where there are several tokens, else all",
         low=1,
     )
-    max_streams: int = setting(4, LIMITS, "that are made at once, of all tokens together", low=1)
+    max_streams: int = setting(4, LIMITS, "streams made at once, of all tokens together", low=1)
     max_streams_per_token: int | None = setting(
         None,
         LIMITS,
-        "of them one token's; if not given, half of --max-streams, rounded down and at least 1, "
+        "one token's streams; if not given, half of --max-streams, rounded down and at least 1, "
         "where there are several tokens, else all",
         low=1,
     )
@@ -135,7 +143,7 @@ class ServingConfig(LoadConfig):
         512, LIMITS, "open at once, a quarter of the open files at most", low=1
     )
     max_sessions_open: int = setting(
-        8, LIMITS, "in the engine's memory at once; the least recently used goes first", low=1
+        8, LIMITS, "sessions in the engine's memory; the least recently used goes first", low=1
     )
     limits: Limits = field(default_factory=Limits)
     causal: bool = setting(
@@ -158,7 +166,11 @@ class ServingConfig(LoadConfig):
         low=0,
     )
     min_free_bytes: int = setting(
-        1 << 30, LIMITS, "of the disk, below which uploads are refused", flag="--min-free", low=0
+        1 << 30,
+        LIMITS,
+        "free bytes of the disk, below which uploads are refused",
+        flag="--min-free",
+        low=0,
     )
     grace: float = setting(
         30.0,
@@ -240,13 +252,16 @@ class Cluster:
     """Replicas of the engine on Ray Serve."""
 
     replicas: int | None = setting(
-        None, PLACES, "that the service starts; those of `serve deploy` if not given", low=1
+        None,
+        PLACES,
+        "replicas that the service starts; those of `serve deploy` if not given",
+        low=1,
     )
     address: str | None = setting(
         None,
         PLACES,
-        "of a Ray cluster, auto for this machine's; if not given one is started here and ends with "
-        "the service",
+        "a Ray cluster's address, auto for this machine's; if not given one is started here and "
+        "ends with the service",
         flag="--ray-address",
         metavar="ADDR",
     )

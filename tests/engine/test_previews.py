@@ -76,7 +76,7 @@ def test_every_step_shows_the_data_that_the_velocity_points_to(solver: Any, tota
         else:
             latents.add_(velocity * integrates.deltas[index])
             previewer.after(latents, None, index)
-        shown += list(previewer.arrived(is_last=index + 1 == total))
+        shown += previewer.arrived(is_last=index + 1 == total)
     assert [(each.step, each.total) for each in shown] == [(n + 1, total) for n in range(total)]
     for index, preview in enumerate(shown):
         assert close(preview.picture, colours().picture(data[0, :, 1] + index))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import sys
 from pathlib import Path
 from types import FrameType
@@ -14,8 +15,9 @@ import mv2v_engine
 from mv2v_engine import Engine, EngineConfig
 
 ROOT = f"{Path(mv2v_engine.__file__).parent}/"
-# files of a step, the operations apart, which are leaves; frames from `render` to attention
-MOST_FILES, MOST_FRAMES = 16, 13
+# files of a step, the operations apart, which are leaves, and more where it merges; frames from
+# `render` to attention, and generators among them
+MOST_FILES, MOST_TO_MERGE, MOST_FRAMES, MOST_GENERATORS = 16, 2, 13, 3
 
 
 class Walk:
@@ -23,7 +25,7 @@ class Walk:
 
     def __init__(self) -> None:
         self.steps, self.is_inside = 0, False
-        self.files, self.path = set[str](), list[str]()
+        self.files, self.path, self.generators = set[str](), list[str](), list[str]()
 
     def __call__(self, frame: FrameType, event: str, argument: Any) -> None:
         code = frame.f_code
@@ -40,25 +42,34 @@ class Walk:
             while caller is not None:
                 if caller.f_code.co_filename.startswith(ROOT):
                     self.path.append(caller.f_code.co_qualname)
+                    if caller.f_code.co_flags & inspect.CO_GENERATOR:
+                        self.generators.append(caller.f_code.co_qualname)
                 caller = caller.f_back
 
 
 @pytest.mark.skipif(sys.version_info < (3, 11), reason="code has no qualified name")
-@pytest.mark.parametrize("conditioning", ["joint", "static"])
+@pytest.mark.parametrize(
+    ("conditioning", "merge"), [("joint", "off"), ("static", "off"), ("joint", "discard")]
+)
 def test_a_step_is_a_short_walk(
-    tiny_checkpoint: Path, source_frames: Tensor, conditioning: Any
+    tiny_checkpoint: Path, source_frames: Tensor, conditioning: Any, merge: Any
 ) -> None:
-    config = EngineConfig(conditioning=conditioning, merge="off", graphs="off")
+    config = EngineConfig(conditioning=conditioning, merge=merge, graphs="off")
     engine = Engine.from_pretrained(tiny_checkpoint, device="cpu", config=config)
-    session, walk, before = engine.session(source_frames), Walk(), sys.getprofile()
+    session = engine.session(source_frames)
+    session.render("pan_left")  # the walk is that of a turn which remembers one
+    walk, before = Walk(), sys.getprofile()
     sys.setprofile(walk)
     try:
-        session.render("pan_right")
+        turn = session.render("pan_right")
     finally:
         sys.setprofile(before)
+    assert turn.report["memory"]["retrieved"]
     files = sorted(name for name in walk.files if not name.startswith("ops/"))
     print(f"\n{len(files)} files: {', '.join(files)}")
     print(f"{len(walk.path)} frames: {' < '.join(walk.path)}")
     assert {"engine/denoise.py", "models/dit.py", "models/block.py"} <= set(files)
-    assert len(files) <= MOST_FILES
+    assert ("models/merging.py" in files) == (merge != "off")
+    assert len(files) <= MOST_FILES + (merge != "off") * MOST_TO_MERGE
     assert walk.path[-1].endswith("render") and len(walk.path) <= MOST_FRAMES
+    assert 0 < len(walk.generators) <= MOST_GENERATORS
