@@ -208,7 +208,11 @@ class SamplingConfig:
         counts = FEW_STEPS.get(self.scheduler)
         if counts is None:
             return
-        advice = 'fast=NAME sets both; scheduler="unipc" or scheduler="euler" takes any'
+        preset = next(name for name in FAST if FAST[name]["scheduler"] == self.scheduler)
+        advice = (
+            f"fast={preset!r} sets both if they are left out; "
+            'scheduler="unipc" or scheduler="euler" in its place takes any'
+        )
         if steps not in counts:
             known = " or ".join(map(str, counts))
             raise RequestError(

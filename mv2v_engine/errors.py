@@ -26,6 +26,10 @@ class CheckpointError(MV2VError, ValueError):
     """A checkpoint is missing, of unknown format, incomplete, or of the wrong shapes."""
 
 
+class DamagedFileError(CheckpointError):
+    """A weight file cannot be read: it is cut off, damaged, or its content is of another kind."""
+
+
 class RequestError(MV2VError, ValueError):
     """A turn was requested with arguments that the model or session cannot serve."""
 

@@ -37,8 +37,8 @@ from mv2v_engine.checkpoints.hub import (
 )
 from mv2v_engine.checkpoints.names import Renames
 from mv2v_engine.checkpoints.resolve import resolve
-from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES
-from mv2v_engine.errors import CheckpointError
+from mv2v_engine.checkpoints.weights import WEIGHT_SUFFIXES, read_header
+from mv2v_engine.errors import CheckpointError, DamagedFileError
 
 # where JSON lies that tells what a checkpoint is; larger ones tell of tokenizers
 _TELLING = ("", "transformer", "vae", "text_encoder", "scheduler", "..")
@@ -285,6 +285,22 @@ def _fill(repository: Repository, root: Path, files: Iterable[Path]) -> None:
             for first, count in places:
                 if first + count > _HEAD:
                     _put(repository, path, out, first, count)
+        _compare_unreadable(repository, path, file)
+
+
+def _compare_unreadable(repository: Repository, path: str, file: Path) -> None:
+    """Of a file whose header cannot be read, fetch all: by its digest it is the hub's or not.
+
+    A file that came wrong is refused as that, and not for what its header seems to be.
+    """
+    try:
+        read_header(file)
+    except DamagedFileError:
+        fetch_files(repository, [path])
+        file.unlink()
+        file.symlink_to(repository.folder / path)
+    except CheckpointError:
+        pass  # of a known kind; whoever reads it says what is wrong
 
 
 def _put(repository: Repository, path: str, out: BinaryIO, first: int, count: int) -> bytes:

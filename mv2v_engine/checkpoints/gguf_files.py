@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mv2v_engine.errors import CheckpointError
+from mv2v_engine.errors import CheckpointError, DamagedFileError
 
 MAGIC = b"GGUF"
 _TRANSFORMERS, _TEXT_ENCODERS = ("wan",), ("t5encoder", "t5", "umt5")
@@ -64,7 +64,7 @@ def tensors_of(path: Path) -> list[tuple[str, str, tuple[int, ...], torch.dtype,
     if architecture not in (*_TRANSFORMERS, *_TEXT_ENCODERS, *_UNSAID):
         raise CheckpointError(
             f"{path} is a GGUF file of architecture {architecture!r}; expected a Wan transformer "
-            "('wan') or its text encoder ('t5encoder')"
+            "('wan') or its text encoder ('t5encoder'), give one of these"
         )
     found = []
     for tensor in reader.tensors:
@@ -137,7 +137,7 @@ def _reader(path: Path) -> Any:
     # numpy's and Python's own errors, whatever the bytes make of them
     except (ValueError, IndexError, KeyError, OverflowError, MemoryError, TypeError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(
+        raise DamagedFileError(
             f"{path} is a GGUF file that is truncated or damaged ({reason}); copy or download the "
             "whole file again"
         ) from error

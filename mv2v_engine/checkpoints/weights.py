@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mv2v_engine.checkpoints import gguf_files
 from mv2v_engine.checkpoints.identify import of_bytes, quantised_by
-from mv2v_engine.errors import CheckpointError
+from mv2v_engine.errors import CheckpointError, DamagedFileError
 
 WEIGHT_SUFFIXES = (".safetensors", ".ckpt", ".pth", ".pt", ".bin", ".gguf")
 
@@ -149,11 +149,11 @@ def file_kind(path: Path) -> str:
     if not head:
         raise CheckpointError(f"{path} is empty; expected weights, copy or download it again")
     if head.startswith(b"version https://git-lfs"):
-        raise CheckpointError(
+        raise DamagedFileError(
             f"{path} is a Git LFS pointer, not the weights; run `git lfs pull` or download the file"
         )
     if head.lstrip()[:15].lower().startswith((b"<!doctype", b"<html", b"<?xml")):
-        raise CheckpointError(
+        raise DamagedFileError(
             f"{path} is a web page, not weights; the download was refused or redirected, "
             "download the file itself"
         )
@@ -171,7 +171,7 @@ def file_kind(path: Path) -> str:
             f"{path} is a bare pickle or a torch file from before torch 1.6, which cannot be read "
             "in streams; save its state dict again with a current `torch.save`"
         )
-    raise CheckpointError(
+    raise DamagedFileError(
         f"{path} is {what or 'no weight file'}; expected weights, .safetensors, .gguf or a torch "
         "archive (.pth, .pt, .ckpt)"
     )
@@ -441,8 +441,8 @@ def _flatten(value: Mapping[Any, Any]) -> dict[str, Tensor]:
     return {f"{name}.{key}": tensor for name, all_ in inner.items() for key, tensor in all_.items()}
 
 
-def _damaged(path: Path, error: Exception) -> CheckpointError:
+def _damaged(path: Path, error: Exception) -> DamagedFileError:
     reason = str(error).split(". ")[0].splitlines()[0] if str(error) else type(error).__name__
-    return CheckpointError(
+    return DamagedFileError(
         f"{path} is truncated or damaged ({reason}); copy or download the whole file again"
     )

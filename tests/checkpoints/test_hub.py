@@ -24,6 +24,7 @@ from mv2v_engine.envs import child_environment
 from mv2v_engine.errors import CheckpointError, StorageError
 from tests.checkpoints.small_hub import COMMIT, SmallHub, ask_at
 from tests.checkpoints.test_components import folder, wans_own, write
+from tests.checkpoints.test_gguf import write_gguf
 
 State = dict[str, Tensor]
 CAMERAS = "kling/ReCamMaster"
@@ -267,6 +268,33 @@ def test_a_wrong_digest_leaves_nothing(hub: SmallHub, cameras: Path, tmp_path: P
     assert kept(tmp_path) == []
     hub.swapped.clear()
     assert fetch_file(CAMERAS).is_file()
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "model.ckpt", "model.gguf"])
+def test_digests_are_compared_before_a_header_is_judged(
+    hub: SmallHub, wan: State, tmp_path: Path, name: str
+) -> None:
+    """What came wrong is no damaged file of the hub's, for a look as for a load."""
+    place = hub.root / "wan/whole" / name
+    if name.endswith(".gguf"):
+        place.parent.mkdir(parents=True)
+        write_gguf(place, wan)
+    else:
+        write(place, wan)
+    hub.swapped.add(f"wan/whole/{name}")
+    for ask in (inspect_checkpoint, load_checkpoint):
+        said = rf"^{name} of wan/whole came with SHA-256 \w{{64}}, expected \w{{64}}, and was"
+        with pytest.raises(CheckpointError, match=said):
+            ask("wan/whole")
+        assert kept(tmp_path) == []
+    hub.swapped.clear()
+    assert load_checkpoint("wan/whole").format == "wan_original"
+    # a file that the hub itself lists so is what its header says
+    place.write_bytes(place.read_bytes()[::-1])
+    _opened.cache_clear()
+    shutil.rmtree(tmp_path / "cache")
+    with pytest.raises(CheckpointError, match=rf"^wan/whole/{name} is (truncated|no weight)"):
+        load_checkpoint("wan/whole")
 
 
 def test_a_full_disk_is_told_before(

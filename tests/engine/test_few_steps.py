@@ -100,7 +100,7 @@ def test_the_command_line(
     words += ["--checkpoint", str(tiny_checkpoint), "--out", str(out), "--fast", "turbo"]
     for more, message in (
         (["--steps", "8"], "scheduler rcm has a table for 1 or 2 or 3 or 4 steps"),
-        (["--guidance", "5"], "got --guidance 5; use 1"),
+        (["--guidance", "5"], "got --guidance 5; use 1: --fast turbo sets both if they are left"),
         (["--scheduler", "unipc"], "--fast turbo samples with rcm, got --scheduler unipc"),
     ):
         assert run.main([*words, *more]) == 2
