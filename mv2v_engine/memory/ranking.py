@@ -38,7 +38,8 @@ Gain = Callable[[Tensor, Tensor], Tensor]
 def moments(trajectory: CameraTrajectory) -> Tensor:
     """Numbers of the frames that are compared, the first and the last among them: [T]."""
     last = trajectory.num_frames - 1
-    return torch.linspace(0, last, _MOMENTS, device="cpu").round().long()
+    places = torch.linspace(0, last, _MOMENTS, dtype=torch.float32, device="cpu")
+    return places.round().long()
 
 
 def seen_volume(target: CameraTrajectory, videos: Sequence[CameraTrajectory]) -> Tensor:

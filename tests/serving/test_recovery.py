@@ -11,9 +11,10 @@ import pytest
 from store_check import check_store
 
 from mv2v_engine.locks import Lock
-from mv2v_engine.serving.sessions import _place_upload
+from mv2v_engine.serving.sessions import _place_uploads
 from mv2v_engine.serving.store import jobs
 from mv2v_engine.serving.store.folders import worker_lock
+from mv2v_engine.serving.store.records import Uploads
 from tests.serving.fake_backend import FakeBackend, store_turn, write_results
 from tests.serving.in_process import (
     abandon,
@@ -134,7 +135,7 @@ async def test_uploads_and_deletions_that_were_cut_off(tmp_path: Path) -> None:
     (await service.upload_path()).write_bytes(b"half")
     upload = await service.upload_path()
     upload.write_bytes(b"whole")
-    _place_upload(service.store, upload, "session_" + "0" * 24)
+    _place_uploads(service.store, Uploads(upload), "session_" + "0" * 24)
     (service.store.uploads / "branch").mkdir()
     begin = partial(jobs.delete_session, owner="", session_id=deleted.id, now=0.0, is_idle=True)
     await service._database.write(begin)
