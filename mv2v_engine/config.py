@@ -92,7 +92,7 @@ FAST: Mapping[FastName, Mapping[str, Any]] = {
 # what is said to those who still ask for it
 REUSE_IS_GONE = (
     "approximate reuse of joint conditioning is gone: fewer num_inference_steps or a step_cache "
-    "save as much and lose less; leave reuse out"
+    "save as much and lose less; leave it out"
 )
 # far above what anybody samples with, 1 to 20, and far below what overflows
 MAX_GUIDANCE_SCALE = 100

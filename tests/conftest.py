@@ -117,7 +117,7 @@ def save_tiny(
 
 
 def _save_vae(folder: Path, fields: dict[str, Any]) -> None:
-    """As diffusers does, whose import takes longer than most tests."""
+    """Save a VAE as diffusers does, whose import takes longer than most tests."""
     folder.mkdir(parents=True)
     words = json.dumps({"_class_name": "AutoencoderKLWan", **fields})
     (folder / "config.json").write_text(words)

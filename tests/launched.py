@@ -73,7 +73,7 @@ def both(*arguments: str) -> list[subprocess.CompletedProcess[str]]:
 
 
 def both_succeed(*arguments: str) -> tuple[str, str]:
-    """As `both`; what each printed."""
+    """What each of `both` printed; both must succeed."""
     first, second = both(*arguments)
     assert (first.returncode, second.returncode) == (0, 0), first.stderr[:5000] + second.stderr
     return first.stdout, second.stdout

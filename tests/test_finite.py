@@ -44,7 +44,7 @@ def test_floats_of_eight_bits_and_nothing_at_all() -> None:
 
 
 def test_the_flag_waits_for_no_device() -> None:
-    """As a capture would refuse to; counted in place, beside a weight that has a gradient."""
+    """A capture would refuse to; counted in place, beside a weight that has a gradient."""
     values = torch.nn.Parameter(torch.ones(5))
     count = torch.zeros(1, dtype=torch.int64)
     with Recording():

@@ -80,7 +80,7 @@ def told() -> dict[str, Any]:
 
 
 def test_the_engine_imports_in_two_seconds(told: dict[str, Any]) -> None:
-    """Of the processor's time; where torch alone is slow, what the engine adds is judged."""
+    """Two seconds of the processor; where torch alone is slow, what the engine adds is judged."""
     assert told["engine"] <= 1.0 or told["torch"] + told["engine"] <= 2.0
 
 
@@ -121,7 +121,7 @@ def test_a_turn_needs_no_compiler(loaded: dict[str, Any]) -> None:
 
 
 def test_a_small_model_loads_in_little_time(loaded: dict[str, Any]) -> None:
-    """Of the processor's time, and less than torch takes where the machine is slow or busy."""
+    """Processor time, and less than torch takes where the machine is slow or busy."""
     assert loaded["seconds"] <= max(1.5, loaded["torch"])
 
 

@@ -29,7 +29,7 @@ needs_nvcc = pytest.mark.skipif(NVCC is None, reason="no nvcc")
 
 @pytest.fixture
 def project(tmp_path: Path) -> Path:
-    """As much of the repository as an install of `ops` needs."""
+    """The part of the repository that an install of `ops` needs."""
     copy = tmp_path / "project"
     shutil.copytree(ROOT / "csrc", copy / "csrc")
     ignored = shutil.ignore_patterns("libmv2v_*", "__pycache__")
@@ -55,7 +55,7 @@ def run_tool(project: Path, *arguments: str, **variables: str) -> str:
 
 
 def build_wheel(project: Path, **variables: str) -> Path:
-    """As pip does it, offline."""
+    """Build a wheel as pip does it, offline."""
     out = project / "out"
     out.mkdir()
     code = f"from setuptools import build_meta; build_meta.build_wheel({str(out)!r})"

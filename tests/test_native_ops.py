@@ -169,7 +169,7 @@ def test_outputs_are_written_whole_and_nothing_around_them(
 @needs_library
 @pytest.mark.parametrize("form", FORMS)
 def test_threads_change_no_bit(form: str) -> None:
-    run, _ = _case(form, (2, 301, 3, 58))  # of more than two threads' grain
+    run, _ = _case(form, (2, 301, 3, 58))  # more rows than two threads' grain
     found = []
     for count in (1, 2, 3):
         with num_threads(count):

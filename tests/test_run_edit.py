@@ -242,7 +242,7 @@ def test_killed_and_resumed(
     )
     assert process.returncode == -signal.SIGKILL, process.stderr
     assert KEPT & files(tmp_path / "edited.edit") == set(sorted(KEPT)[:3])
-    # of the mp4 under way, a temporary file is left
+    # a temporary file is left of the mp4 under way
     assert not out.exists() and any(path.name.startswith(".") for path in tmp_path.iterdir())
     assert run.main([*arguments, "--resume", "--quiet"]) == 0
     assert files(tmp_path) == files(finished_edit[0])

@@ -39,7 +39,7 @@ def test_a_turn_of_a_named_checkpoint(
 
 
 def test_a_cluster_is_told_the_name() -> None:
-    """And not a path of the machine where it was typed."""
+    """The name, and not a path of the machine where it was typed."""
     config = ServingConfig(store=Path("s"), checkpoint="a/b", components=Path("c/d@v1"))
     there = config.in_cluster()
     assert there.checkpoint == "a/b" and there.components == Path("c/d@v1")

@@ -108,7 +108,7 @@ def sample(action: argparse.Action) -> tuple[list[str], Any]:
     assert callable(action.type)
     texts = {"HxW": "4x6", "N": "2", "FILE[:S]": "file:2", "RATE": "2x2x1"}
     text = texts.get(str(action.metavar), "0.25")
-    if action.dest == "history_frames":  # which belong to a history
+    if action.dest == "history_frames":  # they belong to a history
         return [text, "--history"], 2
     if action.dest == "lora":
         return [text], ((Path("file"), 2.0),)

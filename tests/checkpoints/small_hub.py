@@ -187,7 +187,7 @@ def serving(root: Path) -> Iterator[SmallHub]:
 
 
 def ask_at(monkeypatch: pytest.MonkeyPatch, address: str) -> None:
-    """As HF_ENDPOINT does, which the library reads once."""
+    """Set the hub's address, as HF_ENDPOINT does, which the library reads once."""
     monkeypatch.setattr(constants, "ENDPOINT", address)
     template = address + "/{repo_id}/resolve/{revision}/{filename}"
     monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

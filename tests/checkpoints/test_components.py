@@ -14,7 +14,7 @@ from tests.checkpoints.conftest import State, write
 
 
 def vae(channels: int = 16) -> State:
-    """As much of an original Wan VAE as tells it."""
+    """The tensors that tell an original Wan VAE."""
     return {
         "decoder.middle.0.residual.0.gamma": torch.ones(2),
         "conv2.weight": torch.ones(channels),

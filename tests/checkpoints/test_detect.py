@@ -121,7 +121,7 @@ def test_what_is_not_weights_is_named(tmp_path: Path, content: bytes, says: str)
         path = tmp_path / name
         path.write_bytes(content)
         if name.endswith("s") and says in ("no weight file", "bare pickle"):
-            says = "truncated or damaged"  # by its name; nothing says that it is another thing
+            says = "truncated or damaged"  # told by its name; nothing says that it is another
         with pytest.raises(CheckpointError, match=says) as caught:
             detect(path)
         assert "\n" not in str(caught.value)

@@ -189,7 +189,7 @@ def test_inspect_reads_headers_alone(hub: SmallHub, wan_repository: Path, tmp_pa
 
 
 def test_a_header_larger_than_most(hub: SmallHub, recammaster: State, tmp_path: Path) -> None:
-    """Of either kind: a trainer's notes in the pickle, and metadata in front of the tensors."""
+    """Both kinds: a trainer's notes in the pickle, and metadata in front of the tensors."""
     notes = "".join(chr(48 + i % 64) for i in range(3_000_000))
     root = hub.root / "big/headers"
     root.mkdir(parents=True)
@@ -346,7 +346,7 @@ def test_what_does_not_exist(hub: SmallHub, cameras: Path) -> None:
 
 
 def test_who_comes_second_waits(hub: SmallHub, cameras: Path) -> None:
-    """As the processes of a torchrun do, which all load the same checkpoint."""
+    """The processes of a torchrun do so, which all load the same checkpoint."""
     with ThreadPoolExecutor(4) as pool:
         found = list(pool.map(fetch_file, [CAMERAS] * 4))
     assert {path.read_bytes() for path in found} == {cameras.read_bytes()}

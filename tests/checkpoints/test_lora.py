@@ -183,7 +183,7 @@ def test_whole_differences(tmp_path: Path, wan: State, base: Path, renamed: Rena
         comfy(key): torch.randn(wan[name].shape, generator=generator) for key, name in keys.items()
     }
     changes = {name: 2.0 * state[comfy(key)] for key, name in keys.items()}
-    # of norms that this transformer does not have, and that change nothing
+    # changes of norms that this transformer does not have, which do nothing
     state |= {comfy(f"blocks.0.{n}.diff"): torch.zeros(128) for n in ("norm1", "norm2")}
     state[comfy("blocks.0.cross_attn.norm_k_img.diff")] = torch.zeros(128)
     path = saved(tmp_path, state)

@@ -82,7 +82,7 @@ def test_memory_tokenizers_start_as_the_targets_own_half(lucy_folder: Path) -> N
 
 
 def test_one_file_of_original_names(tmp_path: Path, wan: State) -> None:
-    """As for ComfyUI: nothing but shapes tells it."""
+    """A file for ComfyUI: nothing but shapes tells it."""
     path = tmp_path / "lucy.safetensors"
     save_file(with_source_on_channels(wan), str(path))
     loaded = load_checkpoint(path)

@@ -121,7 +121,7 @@ def test_causal_configs_are_refused_by_name(tmp_path: Path, wan: State) -> None:
 
 
 def test_a_causal_generator_is_its_average(tmp_path: Path, wan: State) -> None:
-    """As Self-Forcing and LongLive save them, sharded and not."""
+    """Self-Forcing and LongLive save them like this, sharded and not."""
     inside = {key: key.replace("blocks.0.", "blocks.0._fsdp_wrapped_module.") for key in wan}
     sharded = {f"model._fsdp_wrapped_module.{inside[key]}": 2 * wan[key] for key in wan}
     plain = {f"model.{key}": value for key, value in wan.items()}

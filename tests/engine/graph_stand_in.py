@@ -90,7 +90,7 @@ class Recording(TorchDispatchMode):
         return result
 
     def undo(self) -> None:
-        """As if nothing had been executed."""
+        """Take back what was executed."""
         for whole, value in self.before.values():
             whole.copy_(value)
         for tensor in self.made.values():

@@ -49,7 +49,7 @@ class Driver:
 
 
 class Graph:
-    """As torch's: `capture_end` raises before the allocator hears of it, if the capture is lost."""
+    """Like torch's: `capture_end` raises before the allocator hears of a capture that is lost."""
 
     def __init__(self, driver: Driver) -> None:
         self.driver, self.pool, self.replays = driver, None, 0

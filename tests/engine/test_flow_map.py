@@ -58,7 +58,7 @@ def test_what_a_forward_is_told() -> None:
     # how far it goes is what is embedded
     far = embedder.time_embedding(timestep, timestep - 250) - alone
     torch.testing.assert_close(far[0], far[1])
-    # of weights without the embedding an end is refused
+    # weights without the embedding refuse an end
     plain = MV2VTransformer(tiny_config())
     with pytest.raises(ValueError, match="told the timestep alone"):
         plain(
@@ -148,7 +148,7 @@ def test_packed_turns_are_what_they_are_alone(checkpoint: Path, source_frames: T
         asked = Request.view(camera, engine.sampling, memory="none", seed=seed)
         return replace(asked, num_inference_steps=count)
 
-    # of different lengths, so that one pack holds steps to different ends
+    # turns of different lengths, so that one pack holds steps to different ends
     asked = [request("pan_right", 1, 4), request("arc_left", 2, 3), request("pan_right", 1, 2)]
     sessions = [engine.session(source_frames) for _ in asked]
     results = engine.answer_all(list(zip(sessions, asked, strict=True)))

@@ -72,7 +72,7 @@ def test_an_edit_remembers_its_windows_in_time(
     assert window["plan"]["memory_encoders"] == ["history", "patches"]
     assert {row["encoder"] for row in window["memory"]["retrieved"]} == {"history"}
     assert turn.report["history"] == "2x2x2"
-    # of other encoders, another edit
+    # other encoders make another edit
     finer = configured(editor_folder, history="1x1x1").session(clip, cuts=()).edit(PROMPT)
     assert not torch.equal(finer.latents[1], turn.latents[1])
     assert torch.equal(finer.latents[0], turn.latents[0])

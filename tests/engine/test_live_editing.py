@@ -138,7 +138,7 @@ def test_it_goes_on_wherever_it_was_killed(
     assert [block.number for block in again] == list(range(stop - stop % 3 + 1, COUNT + 1))
     assert _same(again, unbroken)
     kept = sorted(path.name for path in StreamFolder(tmp_path).source_folder.iterdir())
-    assert kept == ["frames_0000007.safetensors"]  # of the block behind the last snapshot
+    assert kept == ["frames_0000007.safetensors"]  # the block behind the last snapshot
     if stop < COUNT - 1:
         return
     # a stream that is finished hands over what lies there, and no more

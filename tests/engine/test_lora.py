@@ -22,7 +22,7 @@ MODULE = "blocks.1.attn1.to_v"
 
 @pytest.fixture
 def lora(tmp_path: Path) -> Path:
-    """Of the tiny checkpoint: 48 channels."""
+    """A LoRA of the tiny checkpoint: 48 channels."""
     generator = torch.Generator().manual_seed(7)
     path = tmp_path / "style.safetensors"
     factors = {

@@ -53,7 +53,7 @@ def one_bad(weight: Tensor, value: float = math.nan) -> Iterator[None]:
 @pytest.mark.parametrize("conditioning", ["joint", "static"])
 @pytest.mark.parametrize("when", [0, 2, 4])
 def test_the_first_bad_step_is_named(when: int, conditioning: str, solver: str, bad: float) -> None:
-    """Of eager steps and of captured ones, which count within the capture."""
+    """Steps are eager or captured; captured ones count within the capture."""
     turns = StandInTurns()
     plan, asked = turns.plan(conditioning), Asked(1, 5, 3.0, solver)
     turns.run(plan, asked, turns.graphs)
@@ -294,7 +294,7 @@ NUMBERS: list[tuple[str, Any]] = [
 def test_numbers_that_cannot_be_meant(
     engine: Engine, source_frames: Tensor, name: str, value: Any
 ) -> None:
-    """Of both tasks alike."""
+    """Both tasks refuse them."""
     session = engine.session(source_frames)
     for ask in (
         lambda: session.render("pan_right", **{name: value}),

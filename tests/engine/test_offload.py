@@ -113,7 +113,7 @@ def test_what_cannot_be(tiny_checkpoint: Path) -> None:
 
 @pytest.mark.parametrize("quantize", [None, "int8"])
 def test_a_tenth_of_the_weights_is_on_the_device(quantize: Any) -> None:
-    """Of thirty blocks two, and what is in none; a forward makes no more than ever."""
+    """Two of thirty blocks, and what is in none; a forward takes no more memory than ever."""
     with default_dtype(torch.bfloat16):
         with without_memory(), torch.no_grad():
             model = MV2VTransformer(WAN_1_3B)

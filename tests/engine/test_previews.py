@@ -36,7 +36,7 @@ def close(one: Tensor, other: Tensor) -> bool:
 
 
 def pictures(events: list[Event]) -> list[Tensor]:
-    """Of previews that each follow their own step."""
+    """The pictures of previews, each of which follows its own step."""
     found = [event for event in events if isinstance(event, StepDone | Preview)]
     done, previews = found[::2], found[1::2]
     assert [(type(event), event.step) for event in done] == [

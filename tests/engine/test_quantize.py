@@ -66,7 +66,7 @@ def test_sessions_and_reports_say_it(
 
 
 def test_the_file_is_rounded_once(tiny_checkpoint: Path) -> None:
-    """Of what it holds, whatever the tokens' dtype; the small layers keep that."""
+    """Rounded is what the file holds, whatever the tokens' dtype, which small layers keep."""
     whole = load_checkpoint(tiny_checkpoint).transformer
     for dtype in (torch.float32, torch.bfloat16):
         loaded = load_checkpoint(tiny_checkpoint, dtype=dtype, quantize="int8")
@@ -100,7 +100,7 @@ def test_after_loras(tiny_checkpoint: Path, tmp_path: Path) -> None:
 
 
 def test_the_bytes_are_predicted(tiny_checkpoint: Path) -> None:
-    """And are advised where they would suffice."""
+    """Eight bits are advised where they would suffice."""
     whole = Engine.from_pretrained(tiny_checkpoint, device="cpu")
     small = Engine.from_pretrained(
         tiny_checkpoint, device="cpu", config=EngineConfig(quantize="int8")

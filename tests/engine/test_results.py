@@ -85,7 +85,7 @@ def test_clearing_takes_its_own_files_alone(results: ViewResults, session: Sessi
     mine = {"holiday.mp4", "turn_03_mine.mp4", "turns/notes.txt", "turn_01_pan_left.mp4"}
     for name in mine:
         (results.folder / name).write_text("mine")
-    # as left by a kill between a turn's tensors and the manifest
+    # left like this by a kill between a turn's tensors and the manifest
     (results.store.window_path({"number": 3, "camera": {}}, 1)).write_text("cut off")
     results.clear()
     assert set(contents(results.folder)) == mine

@@ -128,7 +128,7 @@ def test_uniform_tokens_and_random_retrieval(tiny_checkpoint: Path, source_frame
         session.render(camera, num_inference_steps=1)
     request = functools.partial(Request.view, "pan:10", engine.sampling, memory="retrieved")
     drawn = [session.plan_turn(request(seed=seed))[0] for seed in range(30)]
-    # by overlap it would always be the first turn
+    # overlap would always choose the first turn
     assert {retrieval.turns for retrieval in drawn} == {(1,), (2,), (3,), (4,)}
     assert all(0 <= retrieval.scores[0] <= 1 for retrieval in drawn)
     again = [session.plan_turn(request(seed=seed))[0].ids for seed in range(30)]

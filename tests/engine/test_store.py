@@ -64,7 +64,7 @@ def test_a_folder_of_the_version_before_goes_on(
 ) -> None:
     before = SessionFolder(folder).read()
     for row in before["turns"]:
-        row["settings"] = {}  # which a view's turn did not keep then
+        row["settings"] = {}  # a view's turn did not keep it then
     as_version_1(folder)
     assert SessionFolder(folder).read() == {**before, "version": 1}
     session = engine.session(source_frames, store=folder, resume=True)

@@ -247,7 +247,7 @@ def test_a_generator_of_self_forcing(causal_folder: Path, tmp_path: Path) -> Non
 
 
 def test_the_lora_of_a_generator(causal_folder: Path, tmp_path: Path) -> None:
-    """As LongLive saves it: below a name of the trainer's, in PEFT's words, with a critic's beside
+    """LongLive saves it below a name of the trainer's, in PEFT's words, with a critic's beside
     it; its scale is 1."""
     path, own = _generator(causal_folder, tmp_path)
     generator, products = torch.Generator().manual_seed(0), dict[str, Tensor]()

@@ -22,7 +22,7 @@ from tests.conftest import CAUSAL, CAUSAL_EDITOR
 from tests.engine.graph_stand_in import StandIn, raising
 
 PROMPTS = ["a red ball"] * 5 + ["the ball rolls"] * 2
-FORWARDS = 3  # of a block: two steps, and one that leaves K and V
+FORWARDS = 3  # forwards of a block: two steps, and one that leaves K and V
 NUM_FRAMES = 5 + 8 * (len(PROMPTS) - 1)
 
 

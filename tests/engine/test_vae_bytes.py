@@ -38,7 +38,7 @@ def _vae(tile_above: int = 1 << 30, **changes: Any) -> VideoVAE:
 
 
 def _counted(vae: VideoVAE, num_frames: int, size: tuple[int, int]) -> tuple[int, int]:
-    """Of a whole video, copied to the device first unless that is the host."""
+    """Peak bytes of encoding and decoding a video, copied to the device first."""
     frames = torch.zeros(num_frames, *size, 3, dtype=torch.uint8, device=vae.device)
     with LiveBytes() as encoding:
         latents = vae.encode(frames)

@@ -56,7 +56,7 @@ def test_flicker_of_a_step() -> None:
 def test_gradient_energy_of_an_edge() -> None:
     frames = torch.zeros(2, 4, 4, 3, dtype=torch.uint8)
     frames[:, :, 2:] = 51
-    # of each frame's 24 steps the 4 across the edge are a fifth of the scale
+    # 4 of each frame's 24 steps, those across the edge, are a fifth of the scale
     assert gradient_energy(frames) == pytest.approx(0.2**2 * 8)
     mask = torch.zeros(2, 4, 4, dtype=torch.bool)
     mask[0, 0, 1:] = True

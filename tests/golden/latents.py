@@ -64,7 +64,7 @@ VIEWS: dict[str, dict[str, Any]] = {
 }
 # what all engines on the same weights share
 OF_WEIGHTS = {"responsiveness_heads", "feed_forward_chunk"}
-# over two processes
+# what two processes share
 SHARED: tuple[Any, ...] = ("joint", "static")
 
 
@@ -186,7 +186,7 @@ def small(config: Any, dtype: torch.dtype = torch.float32) -> MV2VTransformer:
 
 @torch.no_grad()
 def forward(config: Any, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Of a batch of two, merged, in every kind of conditioning [2 * B, C, F, H, W]."""
+    """Velocities of a batch of two, merged, in every kind of conditioning [2 * B, C, F, H, W]."""
     found, model = [], small(config, dtype)
     for conditioning in ("joint", "static"):
         plan = turn_plan(config, (3, 6, 10), (4, 8), fraction=0.5, conditioning=conditioning)
@@ -198,7 +198,7 @@ def forward(config: Any, dtype: torch.dtype = torch.float32) -> Tensor:
 
 
 def gradients(conditioning: Any) -> Tensor:
-    """Of all parameters, one after the other; static: two targets of one conditioning as well."""
+    """Gradients of all parameters, in a row; static: two targets of one conditioning as well."""
     config = tiny_config()
     model, plan = small(config), turn_plan(config, (2, 6, 10), (4,), conditioning=conditioning)
     model.gradient_checkpointing = conditioning == "static"
@@ -214,7 +214,7 @@ def gradients(conditioning: Any) -> Tensor:
 
 
 def shared(folder: Path) -> dict[str, Tensor]:
-    """Of sessions whose steps two processes share: each runs this file and `rank` below."""
+    """Latents of sessions whose steps two processes share: each runs this file and `rank` below."""
     save_tiny(folder / "shared", name="shared")
     for process in both("-m", "tests.golden.latents", "--rank", str(folder)):
         assert process.returncode == 0, process.stderr[-5000:]

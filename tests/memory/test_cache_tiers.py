@@ -352,7 +352,7 @@ def test_an_owners_entries_go_together() -> None:
     for seed, id in enumerate("abc"):
         entry = make_entry(id, seed=seed)
         cache.add(dataclasses.replace(entry, owner=mine if id != "b" else object()))
-    # as a finalizer does it, in the midst of another use
+    # a finalizer does it like this, in the midst of another use
     cache.abandon(mine)
     assert "a" in cache and cache.ids() == ("b",) and cache.bytes_used == PAGE
     cache.add(dataclasses.replace(make_entry("d"), owner=mine))

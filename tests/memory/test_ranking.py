@@ -62,7 +62,7 @@ def test_a_volume_is_projected_point_by_point(name: str) -> None:
 
 
 def test_one_after_the_other_by_what_is_left() -> None:
-    """Of 100 points the source leaves 60; the second choice is not the second best alone."""
+    """The source leaves 60 of 100 points; the second choice is not the second best alone."""
     left = torch.zeros(1, 1, 10, 10, dtype=torch.bool)
     left.view(-1)[40:] = True
     seen = torch.zeros(4, 1, 1, 10, 10, dtype=torch.bool)
@@ -72,7 +72,7 @@ def test_one_after_the_other_by_what_is_left() -> None:
     found = chosen(left, seen, coverage, 3)
     assert [number for number, _ in found] == [0, 2]
     assert [gain for _, gain in found] == pytest.approx([0.4, 0.15])
-    # of equals the last one, none of nothing
+    # the last one of equals; none where there is nothing
     assert chosen(left, seen[[0, 0]], coverage, 5) == [(1, pytest.approx(0.4))]
     assert chosen(left, seen[:0], coverage, 2) == []
     assert chosen(~left, seen[:3], coverage, 2) == []

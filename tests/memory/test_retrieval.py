@@ -210,7 +210,7 @@ def test_unusable_settings_are_refused(wrong: dict[str, float]) -> None:
 
 
 def test_twenty_cached_videos_take_at_most_two_seconds() -> None:
-    # of this process, whatever else runs
+    # time of this process, whatever else runs
     candidates = [TRAJECTORIES[name] for name in PRESETS] * 2
     seconds = []
     for _ in range(3):

@@ -29,7 +29,7 @@ from tests.torch_state import default_dtype
 
 
 def _dense_flops(q: Any, k: Any, v: Any, *args: Any, **kwargs: Any) -> int:
-    """Of shapes [B, L, N, D], where torch's attention has [B, N, L, D]."""
+    """FLOPs of shapes [B, L, N, D], where torch's attention has [B, N, L, D]."""
     return int(sdpa_flop_count(*((b, n, length, d) for b, length, n, d in (q, k, v))))
 
 

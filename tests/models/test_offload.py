@@ -155,7 +155,7 @@ def test_the_same_bits(weights: str, forward: str, is_late: bool | None) -> None
 
 @torch.no_grad()
 def test_the_next_copy_is_queued_before_a_block_runs() -> None:
-    """And the next forward's first one before the last block."""
+    """The next forward's first copy is queued before the last block."""
     copies = LateCopies(is_late=True)
     model = _offloaded(_model(), copies)
     assert model.offload is not None

@@ -259,7 +259,7 @@ def vae() -> VideoVAE:
 
 
 def test_the_context_of_a_source_and_a_mask(vae: VideoVAE) -> None:
-    """As VACE's authors encode it: both halves of the video, and the mask's cells by channel."""
+    """VACE's authors encode both halves of the video, and the mask's cells by channel."""
     generator = torch.Generator().manual_seed(1)
     frames = torch.randint(0, 256, (9, 32, 48, 3), generator=generator, dtype=torch.uint8)
     mask = (torch.rand(9, 32, 48, generator=generator) > 0.5).float()
@@ -341,7 +341,7 @@ def test_its_file_is_recognised_and_edits(
 
 @pytest.fixture
 def editor(worded_checkpoint: Path, tmp_path: Path) -> Engine:
-    """Of windows of 5 frames of 32x48, two steps without guidance."""
+    """An engine of windows of 5 frames of 32x48, two steps without guidance."""
     config = _config(num_attention_heads=2, attention_head_dim=24, text_dim=16, text_len=8)
     folder = _file(tmp_path / "vace", _model(config), layers=[0, 2, 3])
     engine = Engine.from_pretrained(folder, device="cpu", components=worded_checkpoint)
@@ -352,11 +352,11 @@ def editor(worded_checkpoint: Path, tmp_path: Path) -> Engine:
 
 
 def _context(vae: VideoVAE, frames: Tensor, mask: Tensor, images: list[Tensor]) -> Tensor:
-    """As the paper words it: what stays and what does not, apart, the mask's pixels of the nearest
-    frames, and before them the images on white as what stays."""
+    """The paper's context: what stays and what does not, apart; the mask's pixels of the nearest
+    frames; and before them the images on white, which stay."""
     pixels = frames.permute(3, 0, 1, 2).float() / 127.5 - 1
     parts = [vae.encode_pixels(pixels * (1 - mask)), vae.encode_pixels(pixels * mask)]
-    # of five frames the nearest to the middles of two halves
+    # the frames of five that are nearest to the middles of two halves
     cells = mask[[1, 3]].reshape(2, 4, 8, 6, 8).permute(2, 4, 0, 1, 3).flatten(0, 1)
     context = torch.cat([*parts, cells])
     for image in reversed(images):
@@ -478,7 +478,7 @@ def test_who_takes_none_says_so(
 
 
 def test_a_lora_of_its_blocks(tmp_path: Path) -> None:
-    """As Ditto's files are: changes of VACE's own blocks alone."""
+    """Ditto's files are such: changes of VACE's own blocks alone."""
     model = _model(_config(num_attention_heads=2, attention_head_dim=24, text_len=8))
     folder, generator = _file(tmp_path / "vace", model, layers=[0, 2, 3]), torch.Generator()
     name, width = "vace_blocks.1.self_attn.q", model.config.dim

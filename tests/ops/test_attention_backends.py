@@ -80,7 +80,7 @@ def test_dense_conventions(library: str, gpu: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize("library", BY_NAME)
 def test_conventions_of_approximate_libraries(library: str, gpu: pytest.MonkeyPatch) -> None:
-    """As called; keys that belong to the caller stay as they are."""
+    """Libraries are called by them; the caller's keys stay as they are."""
     torch.manual_seed(3)
     q, k, v = (torch.randn(2, length, 3, 64).to(BF16) + 1 for length in (130, 70, 70))
     q, before = q.transpose(1, 2).contiguous().transpose(1, 2), k.clone()

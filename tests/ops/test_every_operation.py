@@ -90,7 +90,7 @@ def meta(tensor: Tensor) -> Tensor:
 
 first, fewer, narrow = cut(0), cut(slice(None), slice(3)), cut(..., slice(2))
 two_heads = cut(slice(None), slice(None), slice(2))
-# by operation what is wrong, by argument a value or what is done to a right one, and the words
+# for each operation what is wrong: an argument's value, or what is done to a right one; the words
 REFUSED: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
     adaln: [
         ({"x": Tensor.long}, r"x must be of a floating dtype, got torch.int64"),
@@ -205,7 +205,7 @@ REFUSED: dict[Callable[..., Any], list[tuple[dict[str, Any], str]]] = {
     ],
 }
 for _op in GIVEN:
-    if _op is not linear_gelu:  # which has no kernel of Triton's
+    if _op is not linear_gelu:  # it has no kernel of Triton's
         REFUSED[_op].append(({"backend": "triton"}, "triton.*needs a CUDA device"))
 ROWS = [(op, *row) for op, rows in REFUSED.items() for row in rows]
 

@@ -73,7 +73,7 @@ def lead(checkpoint: str, clip: str, out: Path) -> dict[str, Any]:
             told.setdefault("merged", []).append(
                 turn.report["merged_frames"] == expected.report["merged_frames"]
             )
-        # whose noise is the first process's alone
+        # its noise is the first process's alone
         both, one_alone = (
             of.reconfigured(replace(of.config, fast="fastwan"))
             .session(clip)

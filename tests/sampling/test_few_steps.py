@@ -95,7 +95,7 @@ def test_a_model_that_knows_the_answer(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize(("name", "steps"), CASES)
 def test_normal_data(name: str, steps: int) -> None:
-    """Of data of variance d, the best guess is linear, x0 = g x with g = (1 - s) d / ((1 - s)^2 d +
+    """For data of variance d the best guess is linear, x0 = g x with g = (1 - s) d / ((1 - s)^2 d +
     s^2); then the end's variance follows from the levels alone, by each solver's own recursion."""
     d = 0.25
 

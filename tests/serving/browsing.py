@@ -70,12 +70,12 @@ def opening(browser: Browser) -> Iterator[Callable[..., Page]]:
 
 
 def wait_for_model(page: Page) -> None:
-    """Until the service has loaded it, and the page has made its form."""
+    """Wait until the service has loaded it, and the page has made its form."""
     page.locator("#composer[data-kind]").wait_for(state="attached")
 
 
 def wait_for_page(page: Page, predicate: str, argument: Any = None) -> None:
-    """Until a JavaScript function is true of the page.
+    """Wait until a JavaScript function is true of the page.
 
     An expression will not do: Playwright evaluates it at every look, and from the second one on
     the page's security policy refuses that.
@@ -85,7 +85,7 @@ def wait_for_page(page: Page, predicate: str, argument: Any = None) -> None:
 
 
 def wait_for_frame(page: Page, fps: float, frame: int) -> None:
-    """Until every video that is shown stands at a frame."""
+    """Wait until every video that is shown stands at a frame."""
     wait_for_page(
         page,
         """({ fps, frame }) =>
@@ -97,22 +97,22 @@ def wait_for_frame(page: Page, fps: float, frame: int) -> None:
 
 
 def wait_for_turn(page: Page, number: int) -> None:
-    """Until a turn is in the history."""
+    """Wait until a turn is in the history."""
     page.locator(f"#history [data-id='{number}']").wait_for()
 
 
 def wait_for_session(page: Page) -> None:
-    """Until a session is shown."""
+    """Wait until a session is shown."""
     page.locator("#history [data-id=source]").wait_for()
 
 
 def settle(page: Page) -> None:
-    """Until the page has taken in the answers that were given to it before."""
+    """Wait until the page has taken in the answers that were given to it before."""
     page.evaluate("() => fetch('/healthz').then((answer) => answer.text())")
 
 
 def screenshots(page: Page, folder: Path) -> None:
-    """Of the whole page in both themes and on a phone; nothing is wider than it may be."""
+    """Pictures of the whole page in both themes and on a phone; nothing is wider than it may be."""
 
     def screenshot(name: str) -> None:
         # without animations, which would stand half way between the themes
@@ -166,7 +166,7 @@ class Held:
         self._held = route, route.fetch(timeout=PATIENCE)
 
     def wait(self) -> None:
-        """Until the page has asked."""
+        """Wait until the page has asked."""
         for _ in range(PATIENCE // _LOOK):
             if self._held is not None:
                 return

@@ -102,7 +102,7 @@ def test_turns_of_two_sessions_share_their_forwards(
     packs: Callable[[Host], list[int]],
 ) -> None:
     host = host_of(tiny_checkpoint, conditioning=conditioning, batch_tokens=TOKENS)
-    assert host.capacity == 4  # as many as may be open
+    assert host.capacity == 4  # the most that may be open
     sizes = packs(host)
     jobs = [Asked(host, folders[0], TURN), Asked(host, folders[1], OTHER)]
     for _ in go_on(host, *jobs):

@@ -420,7 +420,7 @@ async def test_a_damaged_list_of_edits_is_written_again(
 async def test_a_manifest_that_cannot_be_made_again_ends_its_session_alone(
     tmp_path: Path, damage: Callable[[Path], None]
 ) -> None:
-    """As of a store of the version before, whose rows do not have what it held."""
+    """A store of the version before has such a one: its rows do not have what it held."""
     service = await started(tmp_path, FakeBackend())
     session, other = await new_session(service), await new_session(service)
     await ended(service, await asked(service, session))

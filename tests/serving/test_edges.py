@@ -42,7 +42,7 @@ TRAJECTORY = {
     "size": [48, 64],
     "poses": [[[1, 0, 0, 0], [0, 1, 0, 0], [0, 0, 1, 0]]],
 }
-# of the long clip, of which the model's shape takes a part
+# the size of the long clip, of which the model's shape takes a part
 LONG = "frames {} to {} of 23"
 LONG_CROPPED = "48x32 to 64x48: scaled by 1.500, cropped by 4+4 columns and 0+0 rows"
 # pydantic's and FastAPI's own words

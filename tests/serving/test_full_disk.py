@@ -48,7 +48,7 @@ def disk(tmp_path: Path) -> Iterator[Path]:
 
 
 def fill(disk: Path) -> None:
-    """Until not one more byte fits."""
+    """Fill a disk until not one more byte fits."""
     with (disk / "filler").open("ab", buffering=0) as file, suppress(OSError):
         while True:
             file.write(bytes(1 << 16))

@@ -212,7 +212,7 @@ def test_a_folder_that_a_command_line_writes_into_is_busy(host: Host, folder: Pa
 
 
 def test_a_turn_that_is_not_finite_fails_by_its_name(host: Host, folder: Path) -> None:
-    """And no more than that turn: the next one is made as if there had been none."""
+    """No more than that turn fails: the next one is made as if there had been none."""
     assert list(run(host, folder, 1, TURN))[-1]["type"] == "done"
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     weight = host.engine.transformer.proj_out.weight.data

@@ -91,7 +91,7 @@ async def test_a_turn_that_hangs_is_ended_and_the_next_is_made(tmp_path: Path) -
         assert first.error is not None and second.error is not None
         assert (first.state, first.error["code"]) == ("failed", "timeout")
         assert "said nothing for 3 s" in first.error["message"]
-        # by a new worker
+        # made by a new worker
         assert second.error["message"] == "as asked"
         assert service.backend.restarts == 1
 

@@ -17,7 +17,7 @@ from mv2v_engine.serving.http.schemas import Trajectory
 from mv2v_engine.serving.watch.metrics import Metrics
 from mv2v_engine.serving.watch.percent import Percentages
 
-# of any address, with or without a route; and of a body that a client gives up on
+# answers of any address, with or without a route; and to a body that a client gives up on
 ANYWHERE = {"method_not_allowed"}
 
 

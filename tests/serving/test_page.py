@@ -38,9 +38,9 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "http" / "page"
 MOST_TABS = 6
 MOST_SCRIPT = 120_000  # bytes that the page of a model that makes turns is given
-ELSEWHERE = {"docs.js", "live.js"}  # of the page at /docs, and of a model that streams
-FRAME = 8  # that the scrubber is sent to
-LAST = 15  # from which it is played, round the end
+ELSEWHERE = {"docs.js", "live.js"}  # modules of the page at /docs, and of a model that streams
+FRAME = 8  # the frame that the scrubber is sent to
+LAST = 15  # the frame from which it is played, round the end
 
 
 def page_files() -> dict[str, str]:
@@ -87,7 +87,7 @@ def test_nothing_comes_from_another_host_or_stands_inline() -> None:
 def address(
     serving_engine: Callable[..., Any], tmp_path_factory: pytest.TempPathFactory
 ) -> Iterator[str]:
-    """Of a service that runs tiny-nvs; it may still be loading."""
+    """The address of a service that runs tiny-nvs; it may still be loading."""
     with serving_engine(tmp_path_factory.mktemp("store")) as service:
         yield service.address
 

@@ -264,7 +264,7 @@ def test_what_the_service_says_of_itself(client: httpx.Client) -> None:
     (model,) = client.get("/v1/models").json()["data"]
     assert (model["id"], model["kind"], model["sampling"]["size"]) == ("fake", "views", [48, 64])
     text = client.get("/metrics").text
-    # by route, never by address
+    # counted by route, never by address
     assert 'mv2v_http_requests_total{route="/v1/models",status="200"}' in text
     assert re.search("(session|job)_[0-9a-f]{24}", text) is None
     page = client.get("/")

@@ -60,7 +60,7 @@ def older(root: Path, spare: Path) -> None:
 
 
 def older_of_the_same_start(root: Path, spare: Path) -> None:
-    """As a copy that was made while the service ran."""
+    """Make the database like a copy that was made while the service ran."""
     with closing(sqlite3.connect(root / DATABASE, isolation_level=None)) as db:
         db.execute("PRAGMA foreign_keys = ON")
         db.execute("DELETE FROM sessions WHERE owner = 'ben'")
@@ -224,7 +224,7 @@ async def test_what_no_row_tells_of_is_set_aside_and_said(
 
 @in_loop
 async def test_a_finished_turn_without_a_row_gets_one(tmp_path: Path) -> None:
-    """As after an older database, or a turn that was stored when its job was given up."""
+    """An older database lacks it, or the turn was stored when its job was given up."""
     async with serving(tmp_path) as (service, _):
         session = (await finished(service)).id
         store_turn(service.store.session(session), session, 2)

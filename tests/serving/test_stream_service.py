@@ -134,7 +134,7 @@ async def test_limits_of_a_token(tmp_path: Path) -> None:
         assert (error.code, error.status) == ("too_many_streams", 429)
         assert error.headers["Retry-After"]
         await begun(service, "b")
-        # of another token it does not exist
+        # for another token it does not exist
         assert (await refused(service.cancel_stream("b", first.record.id))).code == "not_found"
         await service.cancel_stream("a", first.record.id)
         assert first.num_blocks == 2  # 13 frames, 1.6 seconds

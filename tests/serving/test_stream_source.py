@@ -201,7 +201,7 @@ def test_an_editor_edits_what_is_sent(
         assert backend.ready, backend.reason
         stream = begun(client)
         assert client.put(f"/v1/streams/{stream}/source", content=pieces(first)).status_code == 200
-        # who reads waits for the block
+        # a reader waits for the block
         assert client.get(f"/v1/streams/{stream}/video?first=2&last=2").status_code == 200
         under_way = StreamFolder(engine_folder(tmp_path / "streams" / stream)).source_path(3)
         with connect(address(live, stream), proxy=None) as socket:
@@ -219,7 +219,7 @@ def test_an_editor_edits_what_is_sent(
 
 
 def test_a_service_that_stops_says_where_to_go_on(tmp_path: Path) -> None:
-    """Of a block that is not whole nothing is kept: the client is told the frame it begins with."""
+    """Nothing is kept of a block that is not whole: the client is told the frame it begins with."""
     record = stream_record()
     stream = Stream(record)
     stream.source = SourceFrames(tmp_path, record)

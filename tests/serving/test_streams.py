@@ -138,7 +138,7 @@ def test_a_later_reader_begins_with_the_newest_block(client: httpx.Client) -> No
     assert frames_of(data[: data.rindex(b"moof") - 4])[0] == pytest.approx(
         (now["frames"] - 8) / FPS
     )
-    # who has read lets it go on, and who leaves does not end it
+    # a reader that has read lets it go on; one that leaves does not end it
     until(lambda: status(client, stream)["blocks"] > now["blocks"])
     until(lambda: status(client, stream)["readers"] == 0)
     assert status(client, stream)["state"] == "running"
@@ -187,7 +187,7 @@ def test_a_killed_worker_costs_no_bit(live: Any, client: httpx.Client, causal_fo
     reader = threading.Thread(target=lambda: reading.append(_read_all(live, stream)))
     reader.start()
     for number in (2, 5):
-        # who reads a block waits for it
+        # a reader of a block waits for it
         assert video(client, stream, first=number, last=number)
         os.kill(live.backend.pid, signal.SIGKILL)
         until(lambda: not live.backend.ready)

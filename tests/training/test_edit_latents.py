@@ -73,7 +73,7 @@ def test_the_mask_is_a_share_of_the_cell() -> None:
     mask = torch.zeros(5, 16, 24, dtype=torch.bool)
     mask[0, :8, :4] = True
     mask[3, 8:, 16:] = True
-    mask[4, 8:, 20:] = True  # of the same latent frame as 3: the larger one counts
+    mask[4, 8:, 20:] = True  # in the same latent frame as 3: the larger one counts
     expected = torch.zeros(2, 2, 3)
     expected[0, 0, 0], expected[1, 1, 2] = 0.5, 1.0
     torch.testing.assert_close(latent_mask(mask, vae), expected)

@@ -87,7 +87,7 @@ def test_a_run_is_resumed_with_its_own_transformer_alone(tmp_path: Path) -> None
     with pytest.raises(CheckpointError, match=r"scene_scale 4\.0, not 2\.0"):
         loop(camera_attention="prope_fused", scene_scale=2.0)
     assert loop(camera_attention="prope_fused").step == 0
-    # of before a run kept its shape
+    # written before a run kept its shape
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     del state["shape"]
     torch.save(state, tmp_path / "checkpoint.pt")

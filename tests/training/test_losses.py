@@ -113,7 +113,7 @@ def test_siblings_learn_what_each_would_beside_the_conditioning_alone(checkpoint
     levels, noise = torch.rand(8), torch.randn(8, *latents.shape[2:])
 
     def gradients(*batches: tuple[Batch, Tensor]) -> dict[str, Tensor]:
-        """Of the mean over batches of the loss whose samples have these levels and noises."""
+        """Gradients of the loss's mean over batches whose samples have these levels and noises."""
         model.zero_grad(set_to_none=True)
         for batch, chosen in batches:
             with pytest.MonkeyPatch.context() as patch:

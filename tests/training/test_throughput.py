@@ -38,7 +38,7 @@ def test_a_gpus_products_are_made_in_bfloat16() -> None:
 def test_products_are_made_in_bfloat16_where_that_is_quicker(
     monkeypatch: pytest.MonkeyPatch, seconds: float, expected: torch.dtype, tries: int
 ) -> None:
-    """And are measured once where they take as long as many in float32 do."""
+    """They are measured once where one takes as long as many in float32 do."""
     made = []
 
     def take(a: Tensor, b: Tensor) -> float:

@@ -157,7 +157,7 @@ def test_segments_are_found_by_dinov2(editor: Engine, dino: Path) -> None:
         "batch": 3,
         "device": "cpu",
     }
-    # of the frames that a window sees, by this very model
+    # computed from the frames that a window sees, by this very model
     embedded = engine.describer._encoder
     assert embedded is not None
     means = [embedded(frames[start : start + 5]).mean(0) for start in (0, 5, 10, 13)]

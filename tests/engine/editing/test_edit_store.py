@@ -105,7 +105,7 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
     # the folder has the latents, memory does not
     assert all(kept.latents is None for edit in session._drafts for kept in edit.windows)
     session.close()
-    # as the version before wrote it
+    # the version before wrote it like this
     as_version_1(tmp_path)
     again = editor.session(frames, store=tmp_path, resume=True)
     assert again.id == session.id and len(again.turns) == 1
@@ -120,7 +120,7 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
     assert [turn.number for turn in again.turns] == [1, 2, 3]
     alone = editor.session(frames).edit("the floor", num_inference_steps=1)
     assert torch.equal(second.latents, alone.latents)
-    # under other settings it is another edit, not half of this one
+    # with other settings it is another edit, not half of this one
     config = EngineConfig(max_memory=0)
     again.close()
     other = editor.reconfigured(config).session(frames, store=tmp_path, resume=True)

@@ -352,7 +352,7 @@ def test_sizes_are_those_of_the_weights(editor: Engine, tmp_path: Path) -> None:
     )
     turn = either.session(clip, cuts=()).edit(PROMPT, num_inference_steps=1)
     assert turn.frames.shape == (5, *turned, 3)
-    # of one engine, sessions of both, which share its memory
+    # sessions of both kinds on one engine, which share its memory
     other = either.session(clip, cuts=(), size=SIZE)
     assert other.edit(PROMPT, num_inference_steps=1).frames.shape == (5, *SIZE, 3)
     assert other.parts.cache is either.cache and either.sampling.size == turned
