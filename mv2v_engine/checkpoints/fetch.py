@@ -254,7 +254,9 @@ def _stand_in(repository: Repository, name: HubName) -> Iterator[tuple[Path, Pat
 
 def _fetch_json(repository: Repository, root: Path, folder: Path) -> None:
     """Put the JSON there that tells what a folder is; all of it is needed, and small."""
-    places = [Path(os.path.normpath(folder / part)) for part in _TELLING]
+    # a transformer's folder is told by what lies beside it, too
+    tops = [folder, folder.parent] if folder.name == "transformer" else [folder]
+    places = [Path(os.path.normpath(top / part)) for top in tops for part in _TELLING]
     paths = [
         path
         for path, file in repository.files.items()

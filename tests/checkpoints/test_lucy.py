@@ -20,6 +20,7 @@ from mv2v_engine.checkpoints import (
 )
 from mv2v_engine.config import LUCY_5B, SamplingConfig, TransformerConfig
 from mv2v_engine.errors import CheckpointError, RequestError
+from tests.checkpoints.small_hub import SmallHub
 
 State = dict[str, Tensor]
 
@@ -104,3 +105,13 @@ def test_other_channels_are_refused(tmp_path: Path, wan: State) -> None:
     fields = dataclasses.asdict(LUCY_5B) | {"merger": LUCY_5B.merger}
     with pytest.raises(RequestError, match="96 in, 48 out and source_channels 32"):
         TransformerConfig(**fields | {"source_channels": 32})
+
+
+@pytest.mark.parametrize("part", ["", ":transformer", ":model_index.json"])
+def test_a_part_of_a_repository_is_told_by_what_lies_beside_it(
+    hub: SmallHub, lucy_folder: Path, part: str
+) -> None:
+    shutil.copytree(lucy_folder, hub.root / "decart/lucy")
+    loaded = load_checkpoint(f"decart/lucy{part}")
+    assert (loaded.format, loaded.sampling.flow_shift) == ("lucy_edit", 4.0)
+    assert loaded.vae_path is not None and loaded.vae_path.name == "vae"
