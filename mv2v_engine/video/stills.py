@@ -261,6 +261,8 @@ def _opened(path: Path) -> Iterator[Image]:
         raise
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        # where a service keeps it is nothing to its clients
+        reason = reason.replace(str(path), path.name)
         raise VideoError(
             f"{path.name} cannot be read as an image ({reason}): damaged, or none; give whole "
             "images"

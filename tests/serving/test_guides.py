@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 import torch
 from PIL import Image
@@ -109,8 +110,20 @@ def test_bad_ones_are_refused_as_the_command_line_refuses_them(
         "video_out_of_range" if name == "strip.png" else "unreadable_video",
         param,
     )
+    assert str(service.config.store) not in str(caught.value)
     assert len(list(client.sessions())) == before
     assert list((service.config.store / "uploads").iterdir()) == []
+
+
+def test_text_in_place_of_a_file_is_told(service: Any, source_clip: Path) -> None:
+    """As curl sends it where the @ is left out."""
+    for name in ("reference", "mask", "video"):
+        files = {} if name == "video" else {"video": source_clip.read_bytes()}
+        parts = {**files, name: (None, "hat.png")}
+        answer = httpx.post(f"{service.address}/v1/sessions", files=parts)
+        error = answer.json()["error"]
+        assert (answer.status_code, error["param"]) == (422, name)
+        assert f"{name} came as text, a file is expected" in error["message"]
 
 
 def test_the_other_shapes_take_them(

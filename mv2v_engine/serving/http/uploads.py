@@ -174,6 +174,13 @@ class _Parts:
                 f"the form may have as files {fields}; leave the file in {shown!r} out",
                 param=shown,
             )
+        if not self._is_file and self._name in self._file_fields:
+            raise ApiError(
+                "invalid_request",
+                f"{shown} came as text, a file is expected; send it as one, as curl does with "
+                f"-F {shown}=@FILE",
+                param=shown,
+            )
         if not self._is_file and self._name in self.form.fields:
             message = f"the field {shown!r} is given twice; give it once"
             raise ApiError("invalid_request", message, param=shown)
