@@ -291,7 +291,7 @@ def _fill(repository: Repository, root: Path, files: Iterable[Path]) -> None:
 
 
 def _compare_unreadable(repository: Repository, path: str, file: Path) -> None:
-    """Of a file whose header cannot be read, fetch all: by its digest it is the hub's or not.
+    """Fetch a file whole if its header cannot be read: its digest tells whether it is the hub's.
 
     A file that came wrong is refused as that, and not for what its header seems to be.
     """
@@ -302,7 +302,7 @@ def _compare_unreadable(repository: Repository, path: str, file: Path) -> None:
         file.unlink()
         file.symlink_to(repository.folder / path)
     except CheckpointError:
-        pass  # of a known kind; whoever reads it says what is wrong
+        pass  # its kind is known; its reader says what is wrong
 
 
 def _put(repository: Repository, path: str, out: BinaryIO, first: int, count: int) -> bytes:
