@@ -1,8 +1,7 @@
-"""Whether numbers are finite: a flag on the device while a turn is computed, words elsewhere."""
+"""Numbers that are not finite, in words; `ops.finite` has the flag of a turn under way."""
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -10,35 +9,16 @@ import torch
 from torch import Tensor
 
 from mv2v_engine.errors import CheckpointError, NotFiniteError
+from mv2v_engine.ops.finite import extremes, is_finite
 
 _SHOWN = 4
 
 
 @torch.no_grad()
-def is_finite(values: Tensor) -> Tensor:
-    """Whether no number of a tensor is NaN or infinite: a bool [] on its device, without a wait.
-
-    One reduction and no copy. `torch.isfinite` makes several, and takes ten times as long on a CPU.
-    """
-    low, high = _extremes(values)
-    return (low > -math.inf) & (high < math.inf)  # a comparison with NaN is false
-
-
-@torch.no_grad()
 def largest_magnitude(values: Tensor) -> float:
     """The largest absolute value, 0 of none; NaN if there is one. Waits for the device."""
-    low, high = _extremes(values)
+    low, high = extremes(values)
     return float(torch.maximum(-low, high))
-
-
-def _extremes(values: Tensor) -> tuple[Tensor, Tensor]:
-    """The least and the greatest number, both NaN if there is one."""
-    if not values.numel():
-        zero = torch.zeros((), dtype=torch.float32, device=values.device)
-        return zero, zero
-    # torch reduces no float of 8 bits
-    low, high = torch.aminmax(values.float() if values.itemsize == 1 else values)
-    return low, high
 
 
 def require_finite(values: Tensor, what: str, advice: str) -> None:

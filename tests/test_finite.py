@@ -8,13 +8,8 @@ import pytest
 import torch
 
 from mv2v_engine.errors import CheckpointError, NotFiniteError
-from mv2v_engine.finite import (
-    is_finite,
-    largest_magnitude,
-    refuse_weights,
-    require_finite,
-    weight_fault,
-)
+from mv2v_engine.finite import largest_magnitude, refuse_weights, require_finite, weight_fault
+from mv2v_engine.ops.finite import is_finite
 from tests.engine.graph_stand_in import Recording
 
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

@@ -24,7 +24,6 @@ LAYERS: tuple[frozenset[str], ...] = (
             "envs",
             "errors",
             "files",
-            "finite",
             "locks",
             "parser",
             "progress",
@@ -34,6 +33,7 @@ LAYERS: tuple[frozenset[str], ...] = (
         }
     ),
     frozenset({"ops"}),
+    frozenset({"finite"}),
     # siblings: engine joins them
     frozenset(
         {

@@ -37,8 +37,8 @@ from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.turn import Draft, KeptWindow
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.files import remove_matching, save_json, save_tensors, share_file, tensor_digest
-from mv2v_engine.finite import is_finite
 from mv2v_engine.locks import WriterLock
+from mv2v_engine.ops.finite import is_finite
 
 FORMAT, VERSION = "mv2v-session", 2
 # before, the two tasks had formats of their own

@@ -18,11 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mv2v_engine.errors import VideoError
-from mv2v_engine.finite import is_finite
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import ConditioningCache, TargetResidual
 from mv2v_engine.models.merging import MergeRecord
 from mv2v_engine.models.sample import Sample
+from mv2v_engine.ops.finite import is_finite
 from mv2v_engine.parallel.context import ContextGroup
 from mv2v_engine.sampling.guidance import needs_guidance
 from mv2v_engine.tokens.plan import TokenPlan

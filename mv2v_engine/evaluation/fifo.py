@@ -31,8 +31,8 @@ from mv2v_engine.engine.request import sampled
 from mv2v_engine.engine.step import Conditioning
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.evaluation.fifo_schedule import FifoForward, fifo_schedule, fifo_stride
-from mv2v_engine.finite import is_finite
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.ops.finite import is_finite
 from mv2v_engine.progress import CancelToken, StepDone
 from mv2v_engine.sampling.flow_match import initial_noise, shifted_sigmas
 from mv2v_engine.sampling.guidance import guide

@@ -90,7 +90,7 @@ class MV2VTransformer(nn.Module):
         self.proj_out = nn.Linear(dim, config.out_channels * 4)
         self.backend = "reference"
         self.responsiveness_heads: HeadMode = "concat"
-        self.is_by_frames = config.is_by_frames
+        self.is_by_frames, self.merging_blocks = config.is_by_frames, config.merging_blocks
         # training: keep every block's input alone and compute the rest again on the way back
         self.gradient_checkpointing = False
         # where the blocks' weights wait on the host
@@ -211,7 +211,7 @@ class MV2VTransformer(nn.Module):
         hints, stream = self._hints(sequence, samples[0]), samples[0].stream
         layers = repeat(None) if stream is None else stream.layers
         merges = any(sample.plan.merge != "off" and not sample.is_kept for sample in samples)
-        merging_blocks = self.config.merging_blocks if merges else ()
+        merging_blocks = self.merging_blocks if merges else ()
         blocks = self.blocks if self.offload is None else self.offload.resident()
         for index, (block, layer) in enumerate(zip(blocks, layers, strict=False)):
             if index in merging_blocks:

@@ -15,9 +15,9 @@ import mv2v_engine
 from mv2v_engine import Engine, EngineConfig
 
 ROOT = f"{Path(mv2v_engine.__file__).parent}/"
-# files of a step, the operations apart, which are leaves, and more where it merges; frames from
-# `render` to attention, and generators among them
-MOST_FILES, MOST_TO_MERGE, MOST_FRAMES, MOST_GENERATORS = 16, 2, 13, 3
+# files of a step, the operations apart, which are leaves; frames from `render` to attention, and
+# generators among them
+MOST_FILES, MOST_FRAMES, MOST_GENERATORS = 16, 13, 3
 
 
 class Walk:
@@ -70,6 +70,6 @@ def test_a_step_is_a_short_walk(
     print(f"{len(walk.path)} frames: {' < '.join(walk.path)}")
     assert {"engine/denoise.py", "models/dit.py", "models/block.py"} <= set(files)
     assert ("models/merging.py" in files) == (merge != "off")
-    assert len(files) <= MOST_FILES + (merge != "off") * MOST_TO_MERGE
+    assert len(files) <= MOST_FILES
     assert walk.path[-1].endswith("render") and len(walk.path) <= MOST_FRAMES
     assert 0 < len(walk.generators) <= MOST_GENERATORS
