@@ -26,21 +26,19 @@ from mv2v_engine.engine.step import Branch  # noqa: E402
 from mv2v_engine.files import replacing  # noqa: E402
 from mv2v_engine.models.dit import MV2VTransformer  # noqa: E402
 from mv2v_engine.run import main as run  # noqa: E402
+from mv2v_engine.tokens.plan import Role  # noqa: E402
 from mv2v_engine.training.teacher import Lack, read_scales  # noqa: E402
 
 MEASURES = ("consistency", "source_psnr", "sharpness", "source_sharpness", "unseen_sharpness")
 
 
-def without(branch: Branch, role: str) -> Branch | None:
+def without(branch: Branch, role: Role) -> Branch | None:
     """The branch without segments of a role; None if it has none, or would have no other."""
-    segments, given = branch.plan.segments, branch.conditioning
-    kept = [index for index, segment in enumerate(segments) if segment.role != role]
-    if len(kept) in (1, len(segments)):
+    found, given = branch.plan.without(role), branch.conditioning
+    if found is None:
         return None
-    plan = replace(
-        branch.plan, segments=tuple(segments[index] for index in kept), conditioning="joint"
-    )
-    latents = [given.latents[index - 1] for index in kept if index]
+    plan = replace(found[0], conditioning="joint")
+    latents = [given.latents[place] for place in found[1]]
     return Branch(branch.transformer, plan, replace(given, latents=latents), branch.text, None)
 
 
@@ -54,10 +52,11 @@ def guided_by(scales: dict[Lack, float], weaker: MV2VTransformer | None) -> None
         own = self.transformer.forward_samples([branch.sample(*given)])[0].float()
         guided = own
         for lack, scale in scales.items():
-            model, other = self.transformer, without(branch, lack)
-            if lack == "training" and weaker is not None:
-                plan = replace(branch.plan, conditioning="joint")
-                model = weaker
+            model, other = self.transformer, None
+            if lack in ("source", "memory"):
+                other = without(branch, lack)
+            elif weaker is not None:
+                plan, model = replace(branch.plan, conditioning="joint"), weaker
                 other = Branch(weaker, plan, branch.conditioning, branch.text, None)
             if other is not None:
                 velocity = model.forward_samples([other.sample(*given)])[0]
@@ -93,10 +92,15 @@ def main() -> int:
     if args.collect is not None:
         collect(args.collect, args.rest)
         return 0
+    scales = read_scales(args.guide)
+    if "text" in scales:
+        parser.error("text=SCALE is `run --guidance`; guide by source, memory or training")
+    if ("training" in scales) != (args.weaker is not None):
+        parser.error("training=SCALE and --weaker belong together")
     weaker = None
     if args.weaker is not None:
         weaker = load_checkpoint(args.weaker, device="cpu", dtype=torch.float32).transformer.eval()
-    guided_by(read_scales(args.guide), weaker)
+    guided_by(scales, weaker)
     return run(args.rest)
 
 

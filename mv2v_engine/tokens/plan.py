@@ -179,15 +179,24 @@ class TokenPlan:
         sources = [place for place, s in enumerate(self.segments) if s.role == "source"]
         if not self.shape.source_ids or len(sources) < 2:
             return ()
-        without = [n for n in range(1, len(self.segments)) if n not in sources[1:]]
-        plans = []
-        for kept in (without, []):
-            segments = tuple(self.segments[place] for place in (0, *kept))
-            # nothing that could be kept: the target's tokens depend on every step
-            conditioning: ConditioningMode = self.conditioning if kept else "joint"
-            plan = replace(self, segments=segments, conditioning=conditioning)
-            plans.append((plan, tuple(place - 1 for place in kept)))
-        return tuple(plans)
+        others = [place for place in range(1, len(self.segments)) if place not in sources[1:]]
+        return self._keeping(others), self._keeping([])
+
+    def without(self, role: Role) -> tuple[TokenPlan, tuple[int, ...]] | None:
+        """The plan without its segments of a role, and the places of what is left, as `lesser`.
+
+        None if there is no such segment, or no conditioning would be left.
+        """
+        kept = [place for place, s in enumerate(self.segments) if place and s.role != role]
+        return self._keeping(kept) if 0 < len(kept) < len(self.segments) - 1 else None
+
+    def _keeping(self, kept: Sequence[int]) -> tuple[TokenPlan, tuple[int, ...]]:
+        """The plan with some segments beside the target; places are counted without the target."""
+        segments = tuple(self.segments[place] for place in (0, *kept))
+        # nothing that could be kept: the target's tokens depend on every step
+        conditioning: ConditioningMode = self.conditioning if kept else "joint"
+        plan = replace(self, segments=segments, conditioning=conditioning)
+        return plan, tuple(place - 1 for place in kept)
 
     def _check_history(self, segment: Segment) -> None:
         """Refuse a history that the model cannot encode, or that has no whole token."""

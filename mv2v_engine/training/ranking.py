@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
@@ -137,7 +138,9 @@ def main() -> None:
     parser.add_argument("--checkpoint", required=True, metavar="NAME_OR_PATH")
     parser.add_argument("--out", type=Path, help="the folder that gets it; the checkpoint's if not")
     parser.add_argument("--worlds", type=int, default=60)
-    parser.add_argument("--grade", default="furnished", help="of the worlds")
+    parser.add_argument(
+        "--grade", choices=get_args(Grade), default="furnished", help="grade of the worlds"
+    )
     parser.add_argument("--cameras", type=int, default=10, help="of a world")
     parser.add_argument("--steps", type=int, default=1500)
     parser.add_argument("--learning-rate", type=float, default=3e-3)

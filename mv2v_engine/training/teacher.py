@@ -19,6 +19,7 @@ from torch import Tensor
 
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.tokens.plan import Role
 from mv2v_engine.training.losses import BatchForward, Noised
 from mv2v_engine.training.recipe import Batch
 
@@ -85,18 +86,18 @@ class Teacher:
                     self._model,
                     replace(batch, text=self._empty_text.expand_as(batch.text)),
                 )
-            elif (without := lacking(batch, lack)) is not None:
-                yield scale, self._model, without
+            elif lack in ("source", "memory") and (less := lacking(batch, lack)) is not None:
+                yield scale, self._model, less
 
 
-def lacking(batch: Batch, role: str) -> Batch | None:
+def lacking(batch: Batch, role: Role) -> Batch | None:
     """The batch without its segments of a role; None if it has none, or would have no other."""
-    plan = batch.plan
-    kept = [index for index, segment in enumerate(plan.segments) if segment.role != role]
-    if len(kept) in (1, len(plan.segments)):
+    found = batch.plan.without(role)
+    if found is None:
         return None
-    plan = replace(plan, segments=tuple(plan.segments[index] for index in kept))
-    return replace(batch, plan=plan, latents=[batch.latents[index] for index in kept])
+    plan, places = found
+    target, *others = batch.latents
+    return replace(batch, plan=plan, latents=[target, *(others[place] for place in places)])
 
 
 def _velocity(model: MV2VTransformer, batch: Batch, noised: Noised) -> Tensor:

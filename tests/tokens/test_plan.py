@@ -339,3 +339,16 @@ def test_editing_plan_orders_time() -> None:
     assert isinstance(plan.shape, TransformerConfig)
     # 30 x 52 by four and by eight: 8 x 13 and 4 x 7
     assert [s.token_grid for s in plan.segments] == [(15, 26), (8, 13), (8, 13), (4, 7)]
+
+
+def test_a_plan_without_a_role() -> None:
+    plan = turn_plan(tiny_config(), (2, 6, 10), (2, 4), conditioning="static")
+    less, places = plan.without("source") or pytest.fail("there is a source")
+    assert [segment.role for segment in less.segments] == ["target", "memory", "memory"]
+    # of latents [source, memory, memory], and cameras stay those of the videos
+    assert places == (1, 2) and less.segments[1:] == plan.segments[2:]
+    assert less.conditioning == "static" and less.fraction == plan.fraction
+    less, places = plan.without("memory") or pytest.fail("there is memory")
+    assert (less.segments, places) == (plan.segments[:2], (0,))
+    alone = turn_plan(tiny_config(), (2, 6, 10), ())
+    assert alone.without("memory") is None and alone.without("source") is None
