@@ -257,8 +257,9 @@ def test_two_tabs_on_one_session(
     notes = other.get_by_label("Notes on the video")
     notes.fill("typed here")
     other.locator("#turn-name").fill("typed too")
-    client.patch(f"/v1/sessions/{session}", json={"name": "theirs"})
-    client.patch(f"/v1/sessions/{session}/turns/2", json={"is_favourite": True})
+    client.patch(f"/v1/sessions/{session}", json={"name": "theirs"}).raise_for_status()
+    favourite = client.patch(f"/v1/sessions/{session}/turns/2", json={"is_favourite": True})
+    favourite.raise_for_status()
     other.evaluate("() => window.dispatchEvent(new Event('focus'))")
     expect(other.locator("#session-name")).to_have_value("theirs")
     expect(other.locator("#shown [data-part=star]")).to_have_attribute("aria-pressed", "true")
@@ -273,6 +274,28 @@ def test_two_tabs_on_one_session(
     other.evaluate("() => window.dispatchEvent(new Event('focus'))")
     expect(other.locator("#session-state .problem")).to_contain_text("not_found")
     expect(link(other, session)).to_have_count(0)
+
+
+def test_what_was_read_last_is_shown_though_an_older_answer_came_between(
+    page: Page, client: httpx.Client, upload: Upload
+) -> None:
+    from playwright.sync_api import expect
+
+    session = upload(client)["id"]
+    page.reload()
+    go_to(page, session)
+    come_back = "() => window.dispatchEvent(new Event('focus'))"
+    asked = re.compile(f"/v1/sessions/{session}$")
+    early = Held(page, asked)
+    page.evaluate(come_back)
+    early.wait()
+    client.patch(f"/v1/sessions/{session}", json={"name": "theirs"}).raise_for_status()
+    late = Held(page, asked)
+    page.evaluate(come_back)
+    late.wait()
+    early.let_go()
+    late.let_go()
+    expect(page.locator("#session-name")).to_have_value("theirs")
 
 
 def test_a_turn_that_another_remembers_is_deleted(

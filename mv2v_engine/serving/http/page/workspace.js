@@ -106,8 +106,8 @@ export class Workspace {
     if (!before) return;
     try {
       const { session, turns, jobs } = await read(before.id);
-      // what this tab has done meanwhile is newer
-      if (this.session !== before || this.turns !== known) return;
+      // what came meanwhile may be newer than this, or older
+      if (this.session !== before || this.turns !== known) return this.refresh();
       Object.assign(this, { session, turns });
       this.#head();
       this.composer.show(session, turns);
