@@ -1,7 +1,8 @@
 # make demo and make test each work alone: they create .venv, install, and run.
 
 PYTHON ?= python3
-PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile
+# whole files to each process, in the order of tests/conftest.py: those with slow tests first
+PYTEST_ARGS ?= -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 VENV := .venv
 RUN := $(VENV)/bin/python
 DEMO_CAMERAS := pan_right arc_left pan_right

@@ -1,6 +1,6 @@
 """The public operations compiled for GPUs that are not here, and what the machine code shows.
 
-Run by `test_processes.py`, in a process of its own: the kernels must be compiled ones, and a
+Run by `test_machine_code.py`, in a process of its own: the kernels must be compiled ones, and a
 stand-in driver takes Triton's. A launch then compiles just what it would run (the same
 specialisation, alignment, warps, stages) and runs nothing.
 """

@@ -37,7 +37,7 @@ def test_the_plan_fits_nine_minutes_and_names_what_exists(tmp_path: Path) -> Non
         if stage.name not in ("build", "tests"):
             assert str(tmp_path / f"gpu_{stage.name}.jsonl") in stage.command
             assert stage.command[stage.command.index("--commit") + 1] == "abc"
-    assert {"tests/kernels/test_processes.py", "tests/ops/test_on_gpu.py"} <= set(gpu_tests())
+    assert {"tests/kernels/test_bodies.py", "tests/ops/test_on_gpu.py"} <= set(gpu_tests())
 
 
 def test_a_dry_run_prints_the_plan(
