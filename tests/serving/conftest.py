@@ -105,11 +105,12 @@ class Live:
 
 
 def until(is_so: Callable[[], Any]) -> Any:
-    """What is so, once it is."""
-    deadline = time.monotonic() + PATIENCE
+    """What is so, once it is; asked ever less often, since asking slows down what is awaited."""
+    deadline, pause = time.monotonic() + PATIENCE, 0.01
     while not (found := is_so()):
         assert time.monotonic() < deadline
-        time.sleep(0.01)
+        time.sleep(pause)
+        pause = min(1.5 * pause, 0.1)
     return found
 
 

@@ -19,6 +19,7 @@ from mv2v_engine.errors import KernelUnavailableError
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.serving.work.host import Host
 from mv2v_engine.testing import relative_error
+from tests.serving.conftest import until
 
 Json = dict[str, Any]
 TURN = {"camera": "pan_right", "num_inference_steps": 4}
@@ -211,8 +212,7 @@ def test_a_worker_that_is_killed_fails_all_its_turns(
 ) -> None:
     settings = {"checkpoint": str(tiny_checkpoint), "engine": EngineConfig(batch_tokens=TOKENS)}
     with serving_engine(tmp_path / "store", **settings) as service, service.client() as client:
-        while client.get("/readyz").status_code != 200:
-            pass
+        until(lambda: client.get("/readyz").status_code == 200)
         ids = [upload(client)["id"] for _ in range(2)]
 
         def ask(session: str, steps: int) -> str:
@@ -235,8 +235,7 @@ def test_a_worker_that_is_killed_fails_all_its_turns(
         def states() -> list[str]:
             return [client.get(f"/v1/jobs/{job}").json()["state"] for job in jobs]
 
-        while states()[:2] != ["running", "running"]:
-            pass
+        until(lambda: states()[:2] == ["running", "running"])
         assert states()[2] == "queued"
         assert client.post(f"/v1/jobs/{jobs[2]}/cancel").status_code == 200
         os.kill(service.backend.pid, signal.SIGKILL)

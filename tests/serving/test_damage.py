@@ -7,6 +7,7 @@ import contextlib
 import json
 import shutil
 import sqlite3
+import time
 import zipfile
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
@@ -572,7 +573,7 @@ def test_over_http_a_lost_file_is_410_and_one_made_again_409(
         answer = client.get(f"{url}/video")
         assert answer.status_code == 409 and answer.json()["error"]["code"] == "not_finished"
         while (answer := client.get(f"{url}/video")).status_code == 409:
-            pass
+            time.sleep(0.01)
         assert answer.content == whole
         flip(folder / LATENTS)
         (folder / RESULTS["video"]).unlink()

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,43 +19,49 @@ from mv2v_engine.serving.errors import KINDS, ApiError
 from mv2v_engine.serving.store.records import ProbedVideo
 from mv2v_engine.serving.work.prober import Prober
 from mv2v_engine.video.io import VideoReader
-from tests.serving.in_process import in_loop
 
 LIMITS = Limits()
 
 
-@asynccontextmanager
-async def probing() -> AsyncIterator[Prober]:
-    prober = Prober()
-    try:
-        yield prober
-    finally:
-        await prober.stop()
+class Probing:
+    """A prober, and the event loop that its process belongs to."""
+
+    def __init__(self) -> None:
+        self.prober, self.loop = Prober(), asyncio.new_event_loop()
+
+    def probe(self, path: Path, limits: Limits = LIMITS) -> ProbedVideo:
+        return self.loop.run_until_complete(self.prober.probe("", path, limits))
+
+    def refused(self, path: Path, limits: Limits = LIMITS) -> ApiError:
+        with pytest.raises(ApiError) as caught:
+            self.probe(path, limits)
+        return caught.value
 
 
-async def refused(prober: Prober, path: Path, limits: Limits = LIMITS) -> ApiError:
-    with pytest.raises(ApiError) as caught:
-        await prober.probe("", path, limits)
-    return caught.value
+@pytest.fixture(scope="module")
+def probing() -> Iterator[Probing]:
+    """One for all tests: its process takes longer to start than any of them."""
+    probing = Probing()
+    yield probing
+    probing.loop.run_until_complete(probing.prober.stop())
+    probing.loop.close()
 
 
-@in_loop
-async def test_a_video_is_decoded_and_every_limit_has_its_code(source_clip: Path) -> None:
-    async with probing() as prober:
-        found = await prober.probe("", source_clip, LIMITS)
-        assert found == ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
-        # those that it just meets are no hindrance
-        await prober.probe(
-            "", source_clip, replace(LIMITS, frames=9, pixels=64 * 48, seconds=9 / 8)
-        )
-        for change, code in (
-            ({"frames": 8}, "too_many_frames"),
-            ({"pixels": 64 * 48 - 1}, "too_many_pixels"),
-            ({"seconds": 1.0}, "video_too_long"),
-        ):
-            error = await refused(prober, source_clip, replace(LIMITS, **change))
-            assert (error.code, error.status, error.param) == (code, 422, "video")
-            assert str(next(iter(change.values()))).removesuffix(".0") in error.message
+def test_a_video_is_decoded_and_every_limit_has_its_code(
+    probing: Probing, source_clip: Path
+) -> None:
+    found = probing.probe(source_clip)
+    assert found == ProbedVideo(frames=9, width=64, height=48, fps=8.0, seconds=9 / 8)
+    # those that it just meets are no hindrance
+    probing.probe(source_clip, replace(LIMITS, frames=9, pixels=64 * 48, seconds=9 / 8))
+    for change, code in (
+        ({"frames": 8}, "too_many_frames"),
+        ({"pixels": 64 * 48 - 1}, "too_many_pixels"),
+        ({"seconds": 1.0}, "video_too_long"),
+    ):
+        error = probing.refused(source_clip, replace(LIMITS, **change))
+        assert (error.code, error.status, error.param) == (code, 422, "video")
+        assert str(next(iter(change.values()))).removesuffix(".0") in error.message
 
 
 def moving(path: Path, num_frames: int, size: tuple[int, int], codec: str, rate: int = 8) -> Path:
@@ -73,45 +79,44 @@ def moving(path: Path, num_frames: int, size: tuple[int, int], codec: str, rate:
     return path
 
 
-@in_loop
-async def test_what_would_cost_more_than_a_video_may_is_refused_unread(tmp_path: Path) -> None:
+def test_what_would_cost_more_than_a_video_may_is_refused_unread(
+    probing: Probing, tmp_path: Path
+) -> None:
     strip = moving(tmp_path / "strip.mp4", 2, (2, 4096), "libx264")
     fast = moving(tmp_path / "fast.mp4", 2, (48, 64), "libx264", rate=1 << 20)
     many = moving(tmp_path / "many.gif", 50, (100, 100), "gif")
 
-    async with probing() as prober:
-        error = await refused(prober, strip)
-        assert error.code == "video_out_of_range" and "4096x2" in error.message
-        error = await refused(prober, fast)
-        assert error.code == "video_out_of_range" and "0.01 to 1000" in error.message
-        limits = replace(LIMITS, total_pixels=50 * 100 * 100)
-        assert (await prober.probe("", many, limits)).frames == 50
-        error = await refused(prober, many, replace(limits, total_pixels=50 * 100 * 100 - 1))
-        assert error.code == "video_too_slow" and "at most 49 of this size" in error.message
+    error = probing.refused(strip)
+    assert error.code == "video_out_of_range" and "4096x2" in error.message
+    error = probing.refused(fast)
+    assert error.code == "video_out_of_range" and "0.01 to 1000" in error.message
+    limits = replace(LIMITS, total_pixels=50 * 100 * 100)
+    assert probing.probe(many, limits).frames == 50
+    error = probing.refused(many, replace(limits, total_pixels=50 * 100 * 100 - 1))
+    assert error.code == "video_too_slow" and "at most 49 of this size" in error.message
 
 
-@in_loop
-async def test_of_damaged_videos_the_unharmed_are_taken(source_clip: Path, tmp_path: Path) -> None:
+def test_of_damaged_videos_the_unharmed_are_taken(
+    probing: Probing, source_clip: Path, tmp_path: Path
+) -> None:
     taken: list[str] = []
 
-    async with probing() as prober:
-        for number, (what, data) in enumerate(broken_videos(source_clip.read_bytes(), 30)):
-            path = tmp_path / f"upload{number}"
-            path.write_bytes(data)
-            try:
-                await prober.probe("", path, LIMITS)
-            except ApiError as error:
-                assert KINDS[error.code].status == 422, what
-                assert path.name not in error.message and str(tmp_path) not in error.message
-            else:
-                assert what in SILENT or is_unharmed(path, source_clip), what
-                taken.append(what)
+    for number, (what, data) in enumerate(broken_videos(source_clip.read_bytes(), 30)):
+        path = tmp_path / f"upload{number}"
+        path.write_bytes(data)
+        try:
+            probing.probe(path)
+        except ApiError as error:
+            assert KINDS[error.code].status == 422, what
+            assert path.name not in error.message and str(tmp_path) not in error.message
+        else:
+            assert what in SILENT or is_unharmed(path, source_clip), what
+            taken.append(what)
     # lies about what nobody reads are no damage
     assert "lying header" in taken
 
 
-@in_loop
-async def test_no_other_file_is_opened(source_clip: Path, tmp_path: Path) -> None:
+def test_no_other_file_is_opened(probing: Probing, source_clip: Path, tmp_path: Path) -> None:
     beside = tmp_path / "clip.mp4"
     beside.write_bytes(source_clip.read_bytes())
     lists = {
@@ -121,29 +126,27 @@ async def test_no_other_file_is_opened(source_clip: Path, tmp_path: Path) -> Non
     for name, content in lists.items():
         (tmp_path / name).write_bytes(content)
 
-    async with probing() as prober:
-        # the decoder itself would follow it
-        assert VideoReader(tmp_path / "concat").info.num_frames == 9
-        for name in lists:
-            assert (await refused(prober, tmp_path / name)).code == "unreadable_video"
+    # the decoder itself would follow it
+    assert VideoReader(tmp_path / "concat").info.num_frames == 9
+    for name in lists:
+        assert probing.refused(tmp_path / name).code == "unreadable_video"
 
 
-@in_loop
-async def test_a_decoder_that_takes_too_long_or_dies_is_one_refusal(
-    source_clip: Path, tmp_path: Path
+def test_a_decoder_that_takes_too_long_or_dies_is_one_refusal(
+    probing: Probing, source_clip: Path, tmp_path: Path
 ) -> None:
     pipe = tmp_path / "endless"
     os.mkfifo(pipe)
 
-    async with probing() as prober:
-        # nobody ever writes into it, so opening it does not return
-        error = await refused(prober, pipe, replace(LIMITS, probe_seconds=1.0))
-        assert error.code == "video_too_slow"
-        await prober.probe("", source_clip, LIMITS)
-        # and the process itself: the next video has a new one
-        assert prober._process is not None
-        before = prober._process.pid
-        os.kill(before, signal.SIGKILL)
-        await prober._process.wait()
-        await prober.probe("", source_clip, LIMITS)
-        assert prober._process.pid != before
+    # nobody ever writes into it, so opening it does not return
+    error = probing.refused(pipe, replace(LIMITS, probe_seconds=1.0))
+    assert error.code == "video_too_slow"
+    probing.probe(source_clip)
+    # and the process itself: the next video has a new one
+    process = probing.prober._process
+    assert process is not None
+    os.kill(process.pid, signal.SIGKILL)
+    probing.loop.run_until_complete(process.wait())
+    probing.probe(source_clip)
+    again = probing.prober._process
+    assert again is not None and again.pid != process.pid

@@ -22,6 +22,7 @@ from mv2v_engine.serving.config import Cluster, ServingConfig
 from mv2v_engine.serving.server import bound_socket
 from mv2v_engine.serving.store.folders import Store
 from mv2v_engine.video.io import probe_video
+from tests.serving.conftest import until
 
 Events = Callable[..., list[tuple[int, str, dict[str, Any]]]]
 
@@ -132,8 +133,7 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
             next(line for line in lines if line == "event: started")
             service.drain()
             with service.client() as other:
-                while other.get("/readyz").status_code == 200:
-                    pass
+                until(lambda: other.get("/readyz").status_code != 200)
                 assert other.get("/readyz").json()["reason"] == "the service is stopping"
                 assert other.post(path, json={"camera": "pan:6"}).status_code == 503
                 assert other.get(f"/v1/jobs/{job}").json()["state"] == "running"
