@@ -1,6 +1,6 @@
 """What a client sees of every fault at every moment, and what is lost: nothing may be.
 
-`python stress/fault_matrix.py [--out profiling/results/fault_matrix.jsonl] [--only WORDS]
+`python stress/fault_matrix.py [--out profiling/results/fault_matrix.jsonl] [--only WORDS ...]
     [--kills 100] [--minutes M]`
 
 The real command with tiny-nvs, its worker and its prober, on a small disk of its own. A client
@@ -256,7 +256,7 @@ def write_clip(path: Path, seed: int = 0) -> bytes:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--only", default="", metavar="WORDS", help="cases whose name has these words")
+    add("--only", nargs="+", default=[""], metavar="WORDS", help="cases whose name has any of them")
     add("--kills", type=int, default=100, help="at random")
     add("--minutes", type=float, default=60.0, help="no case is begun after so many")
     add("--seed", type=int, default=0)
@@ -264,7 +264,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--small", action="store_true", help="weights of the tests")
     add("--out", type=Path)
     args = parser.parse_args(argv)
-    chosen = [case for case in cases(args.kills, args.seed) if args.only in case.name]
+    chosen = [
+        case
+        for case in cases(args.kills, args.seed)
+        if any(words in case.name for words in args.only)
+    ]
     if args.list:
         print(*(case.name for case in chosen), sep="\n")
         return 0
