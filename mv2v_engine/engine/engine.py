@@ -20,7 +20,6 @@ from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.budget import Budget
 from mv2v_engine.engine.folder import SessionFolder, kept_for_one
 from mv2v_engine.engine.guides import AnyImage, Guides, guides_of, open_guides, require_guides
-from mv2v_engine.engine.knowledge import source_warnings
 from mv2v_engine.engine.parts import (
     Parts,
     check_same_weights,
@@ -38,6 +37,7 @@ from mv2v_engine.engine.source import (
     load_source,
     open_long_source,
     open_stream_source,
+    source_warnings,
     view_identity,
 )
 from mv2v_engine.engine.stream import (

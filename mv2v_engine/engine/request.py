@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import unicodedata
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, get_args
@@ -12,6 +14,7 @@ from mv2v_engine import arguments
 from mv2v_engine.camera.files import Camera, resolve_camera
 from mv2v_engine.camera.poses import default_intrinsics, normalised_intrinsics
 from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.config import (
     MAX_GUIDANCE_SCALE,
     MAX_STEPS,
@@ -37,6 +40,8 @@ NO_EDITS = (
     "edits, as Lucy-Edit and Bernini-R do"
 )
 
+_WORD = re.compile(r"[^\W_]+(?:['\u2019-][^\W_]+)*")
+_SHOWN_WORDS, _SHOWN_LETTERS = 5, 30
 
 # the memory modes of an edit, whose windows remember each other
 _EDIT_MODES: tuple[MemoryMode, ...] = ("retrieved", "none")
@@ -196,6 +201,24 @@ def check_text(name: str, prompt: str, guidance_scale: float, *, has_text: bool)
             f"{name} has no text encoder, so guidance changes nothing, got guidance_scale "
             f"{guidance_scale}; use 1"
         )
+
+
+def prompt_warnings(checkpoint: Checkpoint, prompt: str) -> tuple[str, ...]:
+    """A sentence that names the words that the weights never read in training, else nothing."""
+    known = set(checkpoint.knowledge.words)
+    if not known:
+        return ()
+    # an accent of its own would cut a word in two
+    words = {word.lower(): word for word in _WORD.findall(unicodedata.normalize("NFC", prompt))}
+    found = [word for lower, word in words.items() if lower not in known]
+    if not found:
+        return ()
+    shown = ", ".join(repr(word[:_SHOWN_LETTERS]) for word in found[:_SHOWN_WORDS])
+    more = len(found) - _SHOWN_WORDS
+    return (
+        f"{checkpoint.name} was trained without the word{'s' * (len(found) > 1)} {shown}"
+        f"{f' and {more} more' if more > 0 else ''}, and does not know what is meant",
+    )
 
 
 def check_camera(camera: CameraTrajectory, config: TransformerConfig) -> None:

@@ -35,16 +35,16 @@ from mv2v_engine.engine.denoise import (
     engine_denoiser,
     stepwise,
 )
-from mv2v_engine.engine.folder import STORAGE_ERROR, SessionFolder
+from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.engine.guides import Guides
-from mv2v_engine.engine.knowledge import prompt_warnings
+from mv2v_engine.engine.kept_turns import KeptTurns
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.recall import EditRecall, Ranked, Recall, ViewRecall
 from mv2v_engine.engine.report import edit_report, view_report, window_report
-from mv2v_engine.engine.request import Request, check_camera, require_task
+from mv2v_engine.engine.request import Request, check_camera, prompt_warnings, require_task
 from mv2v_engine.engine.source import LongSource, Source, source_trajectory
 from mv2v_engine.engine.step import Conditioning, vace_context
-from mv2v_engine.engine.turn import Draft, FinishedWindow, Footage, KeptWindow, Turn
+from mv2v_engine.engine.turn import Draft, FinishedWindow, KeptWindow, Turn
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
@@ -70,9 +70,6 @@ Happening = TypeVar("Happening", bound="Event | StepDue")
 Steps = Callable[[Denoiser, CancelToken], Generator[Happening, None, Denoised]]
 # odd, so that the low bits, from which torch seeds, differ between the windows of an edit
 _SEED_STEP = 0x9E3779B97F4A7C15
-# those of `Parts.turn_settings` that are about steps; and the settings that set some of other names
-_SAMPLED = ("scheduler", "flow_shift", "timesteps")
-_SET_BY = {"scheduler": "fast or scheduler", "flow_shift": "fast", "products": "dtype"}
 
 
 def window_seed(seed: int, number: int) -> int:
@@ -88,8 +85,7 @@ class Session:
     it is closed or gone. Dropped or closed, it takes its entries in the engine's memory with it.
 
     source: what the model sees of the clip, or the video of an edit, which is streamed. cuts: the
-    first frames of its shots but the first. windows: what the model will see, in order. lost: what
-    of the folder could not be read when the session was resumed, in words.
+    first frames of its shots but the first. windows: what the model will see, in order.
     """
 
     def __init__(
@@ -115,15 +111,13 @@ class Session:
         self.folder, self._lock, self._source_latents = folder, lock, source_latents
         self.guides = guides or Guides()
         self.windows = edit_windows(source.num_frames, parts.sampling.num_frames, cuts=self.cuts)
-        self.lost: tuple[str, ...] = ()
-        self._drafts: list[Draft] = []
-        self._turns: dict[int, Turn] = {}
         self._is_closed = False
         self._fitted: LatentRGB | None = None
         self._source_image: Tensor | None = None
         path = source_trajectory(camera, parts.sampling.num_frames, parts.sampling.size)
         check_camera(path, parts.transformer.config)
         self._recall = ViewRecall(parts, id, path)
+        self._kept = KeptTurns(parts, self._recall, source, self.windows, folder)
 
     def __repr__(self) -> str:
         model, turns = self.parts.checkpoint.name, len(self.turns)
@@ -144,20 +138,22 @@ class Session:
     @property
     def turns(self) -> list[Turn]:
         """Finished turns in the order in which they were begun."""
-        return [self._turns[number] for number in sorted(self._turns)]
+        return self._kept.turns
 
     @property
     def unstored(self) -> tuple[Turn, ...]:
         """Finished turns that the session's folder has not taken yet."""
-        if self.folder is None:
-            return ()
-        waiting = {d.number for d in self._drafts if d.num_stored < d.num_done}
-        return tuple(turn for turn in self.turns if turn.number in waiting)
+        return self._kept.unstored
 
     @property
     def unfinished(self) -> tuple[tuple[Request, int], ...]:
         """Edits that were cut off, and how many of their windows are finished."""
-        return tuple((each.request, each.num_done) for each in self._drafts if each.report is None)
+        return self._kept.unfinished
+
+    @property
+    def lost(self) -> tuple[str, ...]:
+        """What of the folder could not be read when the session was resumed, in words."""
+        return self._kept.lost
 
     def render(
         self,
@@ -350,7 +346,7 @@ class Session:
 
     def number_of(self, request: Request) -> int:
         """The number of the turn that a request has begun, or would."""
-        return self._taken_up(request).number
+        return self._kept.taken_up(request).number
 
     def adopt(self, turn: Turn) -> None:
         """Take a finished novel view of another session of the same source as the next turn.
@@ -373,7 +369,7 @@ class Session:
             )
         request = Request.of_report(turn.report, turn.camera)
         windows = list(turn.footage.windows)
-        self._keep_view(Draft(turn.number, request, {}, windows, turn.report), turn)
+        self._kept.keep_view(Draft(turn.number, request, {}, windows, turn.report), turn)
 
     def store_missing(self) -> None:
         """Try again to store what the session's folder has not taken, in order.
@@ -383,8 +379,7 @@ class Session:
             StorageError: it does not take the first of them; the later ones were not tried.
         """
         self._require_open()
-        for draft in self._drafts if self.folder is not None else ():
-            self._store(draft)
+        self._kept.store()
 
     def other_settings(self) -> str | None:
         """Why no turn goes on behind those that there are, in words; None if one may.
@@ -392,18 +387,7 @@ class Session:
         Views that were made by other steps or numbers remember each other badly. An edit remembers
         itself alone, and under other settings is another edit; by other steps it is refused, too.
         """
-        own = self.parts.turn_settings()
-        for draft in self._drafts:
-            # adopted ones, and those of before they were kept, have none
-            begun = draft.settings or own
-            for name in _SAMPLED if self.parts.is_editor else dict.fromkeys((*own, *begun)):
-                if begun.get(name) != own.get(name):
-                    return (
-                        f"turn {draft.number} of the session was made with {name} "
-                        f"{begun.get(name)!r}, and this engine has {own.get(name)!r}; give the "
-                        f"same {_SET_BY.get(name, name)}, or begin another session"
-                    )
-        return None
+        return self._kept.other_settings()
 
     def restore(self) -> None:
         """Take up the turns of the session's folder; of their latents as many as memory holds.
@@ -415,19 +399,7 @@ class Session:
             RequestError: there is no folder.
             StorageError: its manifest cannot be read, or is of the other task.
         """
-        if self.folder is None:
-            raise RequestError("this session has no folder to restore from; give it a store")
-        for draft, latents in self.folder.drafts():
-            if (draft.request.camera is None) != self.parts.is_editor:
-                raise StorageError(
-                    f"{self.folder.manifest} holds turns of the other task; choose another folder"
-                )
-            self._drafts.append(draft)
-            if draft.report is not None:
-                self._turns[draft.number] = self._finished(draft)
-            if latents is not None:
-                self._remember(draft, latents)
-        self.lost = tuple(draft.lost for draft in self._drafts if draft.lost is not None)
+        self._kept.restore()
 
     def close(self) -> None:
         """Forget this session's memory, and let others write into its folder, which stays."""
@@ -482,7 +454,7 @@ class Session:
         previews: bool = False,
     ) -> Generator[Event | Happening, None, Turn]:
         """All windows of a turn."""
-        parts, draft, total = self.parts, self._taken_up(request), len(self.windows)
+        parts, draft, total = self.parts, self._kept.taken_up(request), len(self.windows)
         decoding = Spans(parts.device)
         with ExitStack() as stack:
             memory = stack.enter_context(self._remembering(draft))
@@ -516,13 +488,16 @@ class Session:
                 kept, frames = made
                 self._require_open()
                 if frames is not None:
-                    turn = self._view(draft, kept, frames)
-                    failure = self._keep_view(draft, turn)
+                    turn = self._kept.view(draft, kept, frames)
+                    failure = self._kept.keep_view(draft, turn)
                     if failure is not None:
                         yield TurnNotStored(turn.number, str(failure))
                     return turn
-                assert isinstance(memory, EditRecall)
-                self._keep_window(draft, window, kept, memory)
+                assert isinstance(memory, EditRecall) and kept.latents is not None
+                latents = kept.latents
+                self._kept.keep_window(draft, window, kept)
+                if memory.is_wanted(window, window):
+                    memory.keep(window, kept, latents)
                 if on_window is not None or writer is not None:
                     finished = yield from self._decoded(draft, window, decoding, cancel)
                     if writer is not None:
@@ -712,98 +687,6 @@ class Session:
             self.source.close()
             self.guides.close()
 
-    def _taken_up(self, request: Request) -> Draft:
-        """The edit that a request has begun, or a new turn."""
-        settings = self.parts.turn_settings()
-        if self.parts.is_editor:
-            for draft in self._drafts:
-                if (draft.request, draft.settings) == (request, settings):
-                    return draft
-        number = max((draft.number for draft in self._drafts), default=0) + 1
-        return Draft(number, request, settings)
-
-    def _view(self, draft: Draft, kept: KeptWindow, frames: Tensor) -> Turn:
-        """A finished novel view, which is nobody's yet."""
-        draft.windows, draft.report = [kept], kept.report
-        turn = self._finished(draft)
-        turn.footage.decoded(frames)
-        return turn
-
-    def _finished(self, draft: Draft) -> Turn:
-        """A turn of which every window is finished."""
-        assert draft.report is not None
-        report, camera, new_frames = draft.report, draft.request.camera, None
-        if camera is None:
-            report = {**report, "windows": [kept.report for kept in draft.windows]}
-            new_frames = [window.new_frames for window in self.windows]
-        footage = Footage(
-            draft.windows, self.parts.vae.decode, self.parts.recent_frames, new_frames
-        )
-        source = self.source
-        return Turn(draft.number, camera, footage, source.fps, report, source.sound)
-
-    def _keep_view(self, draft: Draft, turn: Turn) -> StorageError | None:
-        """Store, remember, list; what the folder said if it does not take the turn."""
-        failure = None
-        self._drafts.append(draft)
-        try:
-            if self.folder is None:
-                self._remember(draft, turn.latents)
-            else:
-                self.store_missing()
-        except StorageError as error:
-            failure = error
-            self._remember(draft, turn.latents)
-        except BaseException:
-            # interrupted: the turn was never made
-            self._drafts.remove(draft)
-            raise
-        self._turns[turn.number] = turn
-        return failure
-
-    def _keep_window(
-        self, draft: Draft, window: EditWindow, kept: KeptWindow, memory: EditRecall
-    ) -> None:
-        """A window is finished: it is the session's, and the folder's if it takes it."""
-        assert window.number == draft.num_done and kept.latents is not None
-        latents = kept.latents
-        draft.windows.append(kept)
-        if draft not in self._drafts:
-            self._drafts.append(draft)
-        self.store_missing()
-        if memory.is_wanted(window, window):
-            memory.keep(window, kept, latents)
-
-    def _store(self, draft: Draft) -> None:
-        """Give the folder what it lacks of a turn's finished windows, in order."""
-        assert self.folder is not None
-        while draft.num_stored < draft.num_done:
-            number, kept = draft.num_stored + 1, draft.windows[draft.num_stored]
-            latents = kept.read()
-            try:
-                digest = self.folder.append(draft, number, latents)
-            except StorageError as error:
-                # the reports of views say why the folder has not taken them
-                for waiting in self._drafts[self._drafts.index(draft) :]:
-                    if waiting.request.camera is not None and waiting.report is not None:
-                        waiting.report[STORAGE_ERROR] = str(error)
-                raise
-            row = {"number": draft.number, "camera": draft.request.camera}
-            read = partial(self.folder.latents, row, number, digest)
-            draft.num_stored = number
-            if draft.request.camera is not None and draft.report is not None:
-                draft.report.pop(STORAGE_ERROR, None)
-                self._remember(draft, latents, read)
-            kept.stored(read)
-
-    def _remember(
-        self, draft: Draft, latents: Tensor, reload: Callable[[], Tensor] | None = None
-    ) -> None:
-        """Put a novel view into the memory."""
-        if reload is None and draft.num_stored:
-            reload = draft.windows[0].read_stored
-        self._recall.add(draft.number, latents, reload, draft.request.camera)
-
     def _decoded(
         self, draft: Draft, window: EditWindow, decoding: Spans, cancel: CancelToken
     ) -> Generator[Event, None, FinishedWindow]:
@@ -819,23 +702,15 @@ class Session:
         """A finished edit as a turn, which it stays."""
         if draft.report is None:
             source = {**self.source.describe(), "cuts": list(self.cuts), **self.guides.describe()}
-            rows = [kept.report for kept in draft.windows]
-            draft.report = edit_report(
+            report = edit_report(
                 self.parts,
                 draft.request,
                 source,
                 self.windows,
-                rows,
+                [kept.report for kept in draft.windows],
                 number=draft.number,
                 decoding=decoding,
             )
-            draft.report["warnings"] = list(self.warnings(draft.request.prompt))
-            if self.folder is not None:
-                try:
-                    self.folder.finish(draft)
-                except StorageError:
-                    draft.report = None
-                    raise
-        if draft.number not in self._turns:
-            self._turns[draft.number] = self._finished(draft)
-        return self._turns[draft.number]
+            report["warnings"] = list(self.warnings(draft.request.prompt))
+            self._kept.finish(draft, report)
+        return self._kept.turn(draft)

@@ -9,6 +9,7 @@ h w pixels of the source, T frames of a window.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -24,9 +25,11 @@ from torch import Tensor
 from mv2v_engine import arguments
 from mv2v_engine.camera.poses import default_intrinsics, identity_poses, relative_to
 from mv2v_engine.camera.trajectories import CameraTrajectory
+from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.config import Alpha, Fit
 from mv2v_engine.errors import RequestError, StorageError, VideoError
 from mv2v_engine.files import chunks_of
+from mv2v_engine.vae import VideoVAE
 from mv2v_engine.video.io import VideoReader, open_video
 from mv2v_engine.video.live import LiveFrames
 from mv2v_engine.video.scan import Check, check_fps, rate_notes
@@ -181,6 +184,39 @@ def opened_source(
         given = arguments.path("source", source, SOURCES, kind=VideoError)
     reader = open_video(given, image_fps=fps or own_fps, **options)
     return reader, reader.notes
+
+
+def source_warnings(checkpoint: Checkpoint, vae: VideoVAE, frame: Tensor) -> tuple[str, ...]:
+    """A sentence if a source is unlike what the weights were trained on, else nothing.
+
+    The embedded checkpoints were trained on procedural worlds alone, and say so in their
+    `mv2v.json` (`Knowledge`); weights that say nothing are taken to know everything.
+
+    The statistic is the error of the VAE, which saw the same videos as the transformer: what it
+    cannot give back, the transformer cannot draw. Its rate of false alarms is measured by
+    `profiling/known_sources.py`.
+
+    Args:
+        frame: the first that the model sees, uint8 [height, width, 3].
+    """
+    least = checkpoint.knowledge.source_psnr
+    if least is None:
+        return ()
+    reached = round_trip_psnr(vae, frame)
+    if reached >= least:
+        return ()
+    return (
+        f"this video is unlike those that {checkpoint.name} was trained on: its VAE reproduces the "
+        f"first frame at {reached:.1f} dB, and theirs at {least:g} dB or more; expect a blurred "
+        "result",
+    )
+
+
+def round_trip_psnr(vae: VideoVAE, frame: Tensor) -> float:
+    """PSNR in decibels of one frame, uint8 [height, width, 3], encoded and decoded."""
+    again = vae.decode(vae.encode(frame[None]))[0]
+    error = (again.to(torch.float64) - frame.to(torch.float64)).square().mean().item()
+    return math.inf if error == 0 else 10 * math.log10(255**2 / error)
 
 
 def source_trajectory(

@@ -34,10 +34,10 @@ from mv2v_engine import arguments
 from mv2v_engine.config import StreamConfig, TransformerConfig
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.graphs import StreamForward
-from mv2v_engine.engine.knowledge import prompt_warnings, source_warnings
 from mv2v_engine.engine.parts import Parts
+from mv2v_engine.engine.request import prompt_warnings
 from mv2v_engine.engine.session import window_seed
-from mv2v_engine.engine.source import StreamSource
+from mv2v_engine.engine.source import StreamSource, source_warnings
 from mv2v_engine.engine.stream_folder import StoredBlock, StreamFolder
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.finite import require_finite

@@ -184,7 +184,7 @@ def test_an_edit_is_that_of_the_published_pipeline(
         own, other = (predicted(folder, [latents, source], [0, 1], t, text) for text in texts)
         velocity = projected(latents, float(solver.sigmas[index]), own, other, 4.0)
         latents = solver.step(velocity, index, latents)
-    assert relative_error(session._drafts[0].windows[0].read()[None], latents) <= 1e-5
+    assert relative_error(session._kept.drafts[0].windows[0].read()[None], latents) <= 1e-5
 
 
 def test_remembered_windows_have_ids_of_their_own(folder: Path, editor: Engine) -> None:
@@ -239,7 +239,7 @@ def test_images_are_segments_with_the_ids_after_the_sources(
         return latents
 
     assert editor.sampling.reference_scales == (4.5, 1.25)
-    made = session._drafts[0].windows[0]
+    made = session._kept.drafts[0].windows[0]
     assert relative_error(made.read()[None], walked((4.5, 1.25))) <= 1e-5
     # what the totals hold: two whole forwards a step, one without the images, one of the target
     row = made.report
@@ -257,7 +257,7 @@ def test_images_are_segments_with_the_ids_after_the_sources(
         frames, cuts=(), references=[tmp_path / "wide.png", tall.numpy()]
     )
     other.edit("a red ball", seed=3, num_inference_steps=3)
-    assert relative_error(other._drafts[0].windows[0].read()[None], walked(())) <= 1e-5
+    assert relative_error(other._kept.drafts[0].windows[0].read()[None], walked(())) <= 1e-5
     # at scale 1 there is nothing to guide towards
     turn = session.edit("a red ball", seed=3, num_inference_steps=3, guidance_scale=1.0)
     assert turn.report["windows"][0]["forwards"] == 3 and "lesser" not in turn.report["windows"][0]
@@ -280,7 +280,7 @@ def test_images_are_guided_alike_in_captured_and_in_kept_steps(
         session = engine.session(frames, cuts=(), references=[image])
         row = session.edit("a red ball", seed=3, num_inference_steps=4).report["windows"][0]
         assert (row["graphs"]["replayed_steps"] > 0) == (recorder is not None)
-        made.append(session._drafts[0].windows[0].read())
+        made.append(session._kept.drafts[0].windows[0].read())
         kept = {"whole": 8} if conditioning == "joint" else {"whole": 1, "kept": 7}
         assert row["work"] == kept and [e["work"] for e in row["lesser"]] == [{"whole": 4}] * 2
     assert torch.equal(*made)
@@ -299,7 +299,7 @@ def test_a_long_edit_remembers_and_captured_steps_are_the_same(
             engine.graphs = Graphs("on", 1 << 30, StandIn(), None)
         session = engine.session(long, cuts=(), references=images)
         session.edit("a ball", num_inference_steps=3)
-        windows = session._drafts[0].windows
+        windows = session._kept.drafts[0].windows
         latents.append([window.read() for window in windows])
         assert windows[-1].report["plan"]["memory_tokenizers"] == [4]
     for one, other in zip(*latents, strict=True):

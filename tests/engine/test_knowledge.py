@@ -14,7 +14,8 @@ from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints.detect import detect, embedded_folder
 from mv2v_engine.checkpoints.resolve import resolve
-from mv2v_engine.engine.knowledge import prompt_warnings, round_trip_psnr, source_warnings
+from mv2v_engine.engine.request import prompt_warnings
+from mv2v_engine.engine.source import round_trip_psnr, source_warnings
 from mv2v_engine.errors import CheckpointError
 from mv2v_engine.synthetic.instructions import vocabulary
 from mv2v_engine.synthetic.render import render

@@ -261,7 +261,7 @@ def test_a_stored_window_that_is_not_finite_is_made_again(
     engine = Engine.from_pretrained(editor_folder, device="cpu")
     session = engine.session(long_clip, cuts=(), store=tmp_path)
     expected = session.edit("a red ball").latents
-    store, (edit,) = SessionFolder(tmp_path), session._drafts
+    store, (edit,) = SessionFolder(tmp_path), session._kept.drafts
     kept = edit.windows[1]
     latents = kept.read().clone()
     latents.view(-1)[3] = math.nan

@@ -81,7 +81,7 @@ def test_bernini(folder: Path, conditioning: Any) -> None:
         engine = bernini.small(folder, offload=offload, **settings)
         session = engine.session(frames, cuts=())
         session.edit("a ball", num_inference_steps=2)
-        made.append([window.read() for window in session._drafts[0].windows])
+        made.append([window.read() for window in session._kept.drafts[0].windows])
     _all_equal(made)
 
 
@@ -106,7 +106,7 @@ def test_vace(
         engine = windowed(loaded, num_frames=5, num_inference_steps=2)
         session = engine.session(moving_frames(9), cuts=())
         session.edit("a red ball", seed=3)
-        made.append([window.read() for window in session._drafts[0].windows])
+        made.append([window.read() for window in session._kept.drafts[0].windows])
     _all_equal(made)
 
 

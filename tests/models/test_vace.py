@@ -399,7 +399,7 @@ def test_images_and_a_mask_are_what_its_blocks_are_given(
     for level, after in pairwise(levels):
         velocity = reference(latents, context, float(1000 * level), text)
         latents = latents + (after - level) * velocity
-    assert relative_error(session._drafts[0].windows[0].read(), latents[:, 2:].float()) <= 1e-4
+    assert relative_error(session._kept.drafts[0].windows[0].read(), latents[:, 2:].float()) <= 1e-4
 
 
 def _video(mask: Tensor) -> Tensor:

@@ -103,7 +103,7 @@ def test_a_session_is_resumed_with_all_its_edits(editor: Engine, tmp_path: Path)
         pass
     events.close()
     # the folder has the latents, memory does not
-    assert all(kept.latents is None for edit in session._drafts for kept in edit.windows)
+    assert all(kept.latents is None for edit in session._kept.drafts for kept in edit.windows)
     session.close()
     # the version before wrote it like this
     as_version_1(tmp_path)
