@@ -16,6 +16,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 from mv2v_engine import client as api
 from mv2v_engine.client import AsyncClient, Client, ServiceError, UnreachableError
+from mv2v_engine.client.connection import Connection
 from mv2v_engine.serving.http import schemas, stream_schemas
 
 
@@ -105,7 +106,7 @@ def test_refusals_are_the_services(service: Any, source_clip: Path) -> None:
 
 
 def test_no_service(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "_PAUSES", (0.0,))
+    monkeypatch.setattr(Connection, "pauses", (0.0,))
     with Client("http://127.0.0.1:9") as client, pytest.raises(UnreachableError, match="started"):
         client.model()
 
@@ -114,10 +115,10 @@ def test_what_is_cut_off_is_sent_again_with_its_key(
     service: Any, source_clip: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The first answer of a turn is lost on the way: the job is asked for once."""
-    monkeypatch.setattr(api, "_PAUSES", (0.0, 0.0))
+    monkeypatch.setattr(Connection, "pauses", (0.0, 0.0))
     with Client(service.address) as client:
         session = client.create_session(source_clip)
-        send, lost = client._api._wire._http.send, list[str]()
+        send, lost = client._api._connection._wire._http.send, list[str]()
 
         def losing(request: httpx.Request, **how: Any) -> httpx.Response:
             answer = send(request, **how)
@@ -127,7 +128,7 @@ def test_what_is_cut_off_is_sent_again_with_its_key(
                 raise httpx.ReadError("cut off")
             return answer
 
-        monkeypatch.setattr(client._api._wire._http, "send", losing)
+        monkeypatch.setattr(client._api._connection._wire._http, "send", losing)
         client.wait(client.submit(session, camera="pan_right"))
         assert lost and len(list(client.jobs(session))) == 1
 
