@@ -65,7 +65,7 @@ class Sessions:
         left = [
             self.host.run(
                 {"id": folder.name, "number": number, "request": asked},
-                {"id": str(folder), "frames": frames, "window": None},
+                {"id": str(folder), "frames": frames, "window": "first"},
                 folder,
                 CancelToken(),
                 tell,
@@ -117,6 +117,7 @@ def main() -> None:
     parser.add_argument("--turns", type=int, nargs="+", default=[2, 4])
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--steps", type=int, help="the checkpoint's if not given")
+    parser.add_argument("--checkpoint", default="tiny-nvs", help="of novel views; %(default)s")
     parser.add_argument("--commit", help="of a copy without its git history")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
@@ -125,12 +126,12 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(1)
-    engine = Engine.from_pretrained("tiny-nvs", device=device)
+    engine = Engine.from_pretrained(args.checkpoint, device=device)
     report = Report(args.out, provenance(device, args.commit))
     for mode in MODES:
         for count in args.turns:
             figures = compare(engine, mode, count, args.rounds, args.steps)
-            report.add(model="tiny-nvs", conditioning=mode, turns=count, **figures)
+            report.add(model=engine.checkpoint.name, conditioning=mode, turns=count, **figures)
     print(table(report.rows, COLUMNS))
 
 

@@ -121,14 +121,16 @@ def test_packed_turns(
     assert capsys.readouterr().out.splitlines()[-1].startswith("packing pays")
 
 
-def test_turns_that_share_steps(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_turns_that_share_steps(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tiny_checkpoint: Path
+) -> None:
     out, threads = tmp_path / "shared.jsonl", torch.get_num_threads()
-    words = ("--turns", "2", "--rounds", "1", "--steps", "2", "--out", str(out))
-    run(bench_shared_turns, monkeypatch, *words)
+    words = ("--turns", "2", "--rounds", "1", "--steps", "20", "--out", str(out))
+    run(bench_shared_turns, monkeypatch, *words, "--checkpoint", str(tiny_checkpoint))
     torch.set_num_threads(threads)
     found = rows(out)
     # the first static step keeps what the second reads, and runs alone
-    assert [row["packed_steps"] for row in found] == [2, 1]
+    assert [row["packed_steps"] for row in found] == [20, 19]
     for row in found:
         assert row["speedup"] == pytest.approx(row["alone_s"] / row["packed_s"], rel=1e-2)
         # of turns that are made one after the other, the first is ready about half-way
