@@ -2,52 +2,125 @@
 
 from __future__ import annotations
 
+import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 
-HEAD = "import sys; sys.stdin.readline()"
+from tests.launched import script
+
+# what reads the output, if anything does: one line, or nothing
+LINE, NOTHING = "import sys; sys.stdin.readline()", ""
+# where stdout goes, whether stderr goes there, too, and the exit code
+OUTPUTS: dict[str, tuple[str, bool, int]] = {
+    "a reader of one line": (LINE, False, 0),
+    "no reader": (NOTHING, False, 0),
+    "no reader of either": (NOTHING, True, 0),
+    "a full disk": ("/dev/full", False, 3),
+}
+PRINTING = ("--help", "info", "inspect tiny-nvs", "novel-view --help")
+
+# a process that has loaded all libraries forks for every command, and each ends as Python does
+FORKS = """
+import json, os, subprocess, sys
+from pathlib import Path
+import av, PIL.Image, torch
+torch.set_num_threads(1)
+from mv2v_engine import run
+
+codes = {}
+for folder, words, target, is_both in json.loads(sys.argv[1]):
+    os.makedirs(folder)
+    if target.startswith("/"):
+        output, reader = os.open(target, os.O_WRONLY), None
+    else:
+        end, output = os.pipe()
+        reader = subprocess.Popen([sys.executable, "-S", "-c", target], stdin=end)
+        os.close(end)
+        if not target:
+            reader.wait()  # gone before the first word
+    pid = os.fork()
+    if pid == 0:
+        os.dup2(os.open(f"{folder}/stderr", os.O_WRONLY | os.O_CREAT), 2)
+        os.dup2(output, 1)
+        if is_both:
+            os.dup2(output, 2)
+        os.close(output)
+        os.chdir(folder)
+        sys.exit(run.main(words))
+    os.close(output)
+    codes[folder] = os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1])
+    if reader is not None:
+        reader.wait()
+print(json.dumps(codes))
+"""
+
+
+def _words(source_clip: Path, tiny_checkpoint: Path) -> list[str]:
+    words = ["novel-view", str(source_clip), "--camera", "pan_left", "--camera", "static"]
+    words += ["--checkpoint", str(tiny_checkpoint), "--device", "cpu"]
+    return [*words, "--out", "out", "--steps", "1"]
 
 
 def _shell(words: str, tail: str, folder: Path) -> subprocess.CompletedProcess[str]:
-    """A pipeline whose exit code is that of its first command."""
-    command = f"set -o pipefail; '{sys.executable}' -m mv2v_engine.run {words} {tail}"
     return subprocess.run(
-        ["bash", "-c", command], cwd=folder, capture_output=True, text=True, timeout=600
+        ["bash", "-c", f"'{sys.executable}' -m mv2v_engine.run {words} {tail}"],
+        cwd=folder,
+        capture_output=True,
+        text=True,
+        timeout=600,
     )
 
 
-@pytest.mark.parametrize(
-    ("tail", "code"),
-    [
-        (f"| '{sys.executable}' -c '{HEAD}'", 0),
-        ("| true", 0),
-        (f"2>&1 | '{sys.executable}' -c ''", 0),
-        (">&-", 0),
-        ("2>&-", 0),
-        (">&- 2>&- <&-", 0),
-        ("> /dev/full", 3),
-    ],
-)
-def test_the_work_goes_on(
-    tail: str, code: int, source_clip: Path, tiny_checkpoint: Path, tmp_path: Path
-) -> None:
-    words = f"novel-view {source_clip} --camera pan_left --camera static --out out --steps 1"
-    done = _shell(f"{words} --checkpoint {tiny_checkpoint} --device cpu", tail, tmp_path)
-    assert done.returncode == code, done.stderr
-    assert "Traceback" not in done.stderr and "Exception ignored" not in done.stderr
-    assert len(list((tmp_path / "out").glob("turn_*.mp4"))) == 2
-    assert (tmp_path / "out" / "report.json").is_file()
+def _check_work(folder: Path, code: int, stderr: str) -> None:
+    assert "Traceback" not in stderr and "Exception ignored" not in stderr
+    assert len(list((folder / "out").glob("turn_*.mp4"))) == 2
+    assert (folder / "out" / "report.json").is_file()
     if code:
-        assert done.stderr.startswith("error: stdout is not complete: No space left")
+        assert stderr.startswith("error: stdout is not complete: No space left")
 
 
-@pytest.mark.parametrize("words", ["--help", "info", "inspect tiny-nvs", "novel-view --help"])
-def test_what_only_prints_ends_quietly(words: str, tmp_path: Path) -> None:
-    done = _shell(words, "| true", tmp_path)
-    assert (done.returncode, done.stderr) == (0, "")
+@pytest.fixture(scope="module")
+def ended(
+    tmp_path_factory: pytest.TempPathFactory, source_clip: Path, tiny_checkpoint: Path
+) -> dict[str, tuple[Path, int, str]]:
+    """Folder, exit code and stderr of every command, by its output or its words."""
+    root, view = tmp_path_factory.mktemp("pipes"), _words(source_clip, tiny_checkpoint)
+    commands = {name: (view, target, is_both) for name, (target, is_both, _) in OUTPUTS.items()} | {
+        words: (words.split(), NOTHING, False) for words in PRINTING
+    }
+    folders = {name: root / str(number) for number, name in enumerate(commands)}
+    asked = [[str(folders[name]), *command] for name, command in commands.items()]
+    codes = json.loads(script(FORKS, json.dumps(asked)).stdout)
+    return {
+        name: (folder, codes[str(folder)], (folder / "stderr").read_text())
+        for name, folder in folders.items()
+    }
+
+
+@pytest.mark.parametrize("name", OUTPUTS)
+def test_the_work_goes_on(ended: dict[str, tuple[Path, int, str]], name: str) -> None:
+    folder, code, stderr = ended[name]
+    assert code == OUTPUTS[name][2], stderr
+    _check_work(folder, code, stderr)
+
+
+@pytest.mark.parametrize("tail", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_the_work_goes_on_without_outputs(
+    tail: str, source_clip: Path, tiny_checkpoint: Path, tmp_path: Path
+) -> None:
+    """In a process of its own: what is closed when Python starts is none of its files."""
+    done = _shell(" ".join(_words(source_clip, tiny_checkpoint)), tail, tmp_path)
+    assert done.returncode == 0, done.stderr
+    _check_work(tmp_path, 0, done.stderr)
+
+
+@pytest.mark.parametrize("words", PRINTING)
+def test_what_only_prints_ends_quietly(ended: dict[str, tuple[Path, int, str]], words: str) -> None:
+    _, code, stderr = ended[words]
+    assert (code, stderr) == (0, "")
 
 
 def test_an_error_that_nobody_reads_keeps_its_code(tmp_path: Path) -> None:
