@@ -61,11 +61,13 @@ demo-edit: $(VENV)/.installed demo/long.mp4
 	$(RUN) -m mv2v_engine.run edit demo/long.mp4 --prompt "make the sphere red" \
 	  --out demo/edited.mp4 --overwrite
 
-# processes rather than threads: these spin while they wait, beside each other; many tests start
-# Python, which is quicker where it finds the package compiled
+# processes rather than threads, and those threads that a test asks for sleep while they wait: they
+# would spin beside the other processes; many tests start Python, which is quicker where it finds
+# the package compiled
 .PHONY: test
 test: $(VENV)/.installed-dev
-	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(RUN) -m pytest $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 OMP_WAIT_POLICY=passive PYTHONDONTWRITEBYTECODE= \
+	  $(RUN) -m pytest $(PYTEST_ARGS)
 
 RESULTS := profiling/results
 BENCH := $(RUN) profiling

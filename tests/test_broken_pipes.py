@@ -100,6 +100,7 @@ def ended(
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OUTPUTS)
 def test_the_work_goes_on(ended: dict[str, tuple[Path, int, str]], name: str) -> None:
     folder, code, stderr = ended[name]
@@ -107,6 +108,7 @@ def test_the_work_goes_on(ended: dict[str, tuple[Path, int, str]], name: str) ->
     _check_work(folder, code, stderr)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("tail", [">&-", "2>&-", ">&- 2>&- <&-"])
 def test_the_work_goes_on_without_outputs(
     tail: str, source_clip: Path, tiny_checkpoint: Path, tmp_path: Path

@@ -49,6 +49,7 @@ def test_costs_grow_with_the_memory() -> None:
     assert none["peak_gib"] < none["peak_gib_text_resident"]
 
 
+@pytest.mark.slow
 def test_all_of_it_is_told(capsys: pytest.CaptureFixture[str]) -> None:
     assert run.main(["models"]) == 0
     told = capsys.readouterr().out

@@ -64,6 +64,7 @@ print(json.dumps([counts, finished(child(out))]))
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_killed_again_and_again(tmp_path: Path, source_clip: Path, tiny_checkpoint: Path) -> None:
     unbroken, out = folders = [tmp_path / name for name in ("unbroken", "out")]

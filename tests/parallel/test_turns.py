@@ -80,6 +80,7 @@ def test_sessions_are_not_batched_over_processes(told: dict[str, Any]) -> None:
     assert "RequestError: turns of several sessions share a forward in one process" in told["batch"]
 
 
+@pytest.mark.slow
 def test_guidance_on_two_processes_is_that_of_one_to_the_bit(
     tmp_path: Path, worded_checkpoint: Path, source_clip: Path
 ) -> None:
@@ -111,6 +112,7 @@ def test_guidance_on_two_processes_is_that_of_one_to_the_bit(
     assert turn["memory"]["retrieved"]
 
 
+@pytest.mark.slow
 def test_an_edit_over_two_processes(
     tmp_path: Path, long_clip: Path, editor_folder: Path, finished_edit: tuple[Path, str]
 ) -> None:

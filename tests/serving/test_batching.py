@@ -203,6 +203,7 @@ def test_editors_make_one_edit_at_a_time(editor_folder: Path) -> None:
     assert host_of(editor_folder, batch_tokens=TOKENS).capacity == 1
 
 
+@pytest.mark.slow
 def test_a_worker_that_is_killed_fails_all_its_turns(
     serving_engine: Callable[..., Any],
     upload: Callable[..., Any],

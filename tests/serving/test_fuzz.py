@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 from broken_videos import SILENT, broken_videos, is_unharmed
 from contract import Contract, allows_sent, whole_request
 from schema_fuzz import fuzz_schema
@@ -15,6 +16,7 @@ from schemathesis import GenerationMode
 from mv2v_engine.serving.errors import KINDS
 
 
+@pytest.mark.slow
 def test_answers_are_as_the_schema_says(
     live: Any, client: Any, upload: Callable[..., Any], events_of: Callable[..., Any]
 ) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from http_service import demo_clip, finished_job, new_session, served
+from http_service import finished_job, new_session, served
 
 from mv2v_engine import run
 from mv2v_engine.errors import RequestError
@@ -148,10 +148,13 @@ def test_a_service_that_ends_answers_until_its_turn_is_made(
         assert client.get(f"{path}/1/video").status_code == 200
 
 
-def test_the_command_makes_turns_and_ends_cleanly(tmp_path: Path) -> None:
-    words = ("--device", "cpu", "--min-free", "0")
+@pytest.mark.slow
+def test_the_command_makes_turns_and_ends_cleanly(
+    tmp_path: Path, tiny_checkpoint: Path, source_clip: Path
+) -> None:
+    words = ("--device", "cpu", "--min-free", "0", "--checkpoint", str(tiny_checkpoint))
     with served(tmp_path, *words) as service, service.client() as client:
-        session = new_session(client, demo_clip(tmp_path))
+        session = new_session(client, source_clip.read_bytes())
         for camera in ("pan_right", "arc:-30"):
             finished_job(client, session, camera=camera, num_inference_steps=2)
         path = f"/v1/sessions/{session}/turns"
@@ -160,7 +163,7 @@ def test_the_command_makes_turns_and_ends_cleanly(tmp_path: Path) -> None:
         assert [row["turn"] for row in second["report"]["memory"]["retrieved"]] == [1]
         result = tmp_path / "turn.mp4"
         result.write_bytes(client.get(f"{path}/2/video").content)
-        assert probe_video(result).num_frames == 17
+        assert probe_video(result).num_frames == 9
         assert client.get(f"{path}/2/thumbnail").content.startswith(b"\xff\xd8")
         counted = client.get("/metrics").text
         assert 'mv2v_jobs_total{code="",outcome="finished"} 2.0' in counted

@@ -21,6 +21,7 @@ def run(monkeypatch: pytest.MonkeyPatch, checkpoint: Path, *more: str) -> int:
     return soak.main()
 
 
+@pytest.mark.slow
 def test_twenty_turns(
     tiny_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

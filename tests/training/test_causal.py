@@ -178,6 +178,7 @@ def edits(tmp_path: Path) -> Path:
     return folder
 
 
+@pytest.mark.slow
 def test_from_an_editor_to_a_stream(
     tmp_path: Path,
     edits: Path,

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -89,6 +90,7 @@ def _schedule(step: int) -> float:
     return (step + 1) / 100 * (0.02 + 0.98 * cosine)
 
 
+@pytest.mark.slow
 def test_two_processes_fine_tune_a_base(tmp_path: Path, cache_folder: Path) -> None:
     """Frozen parameters, recomputed blocks and modules that a plan leaves out, all at once."""
     config = tiny_config()
@@ -113,6 +115,7 @@ def test_two_processes_fine_tune_a_base(tmp_path: Path, cache_folder: Path) -> N
     assert not torch.equal(state["model"][last], model.get_parameter(last))
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(tmp_path: Path) -> None:
     script = tmp_path / "worker.py"
     script.write_text(WORKER)

@@ -42,6 +42,7 @@ def test_the_loss_goes_down() -> None:
 
 # one block's kernels, each of which costs a C++ compiler a second; and all there is before them
 # for every block, whose shapes differ once tokens are merged
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("backend", "num_layers", "attention"),
     [("inductor", 1, "none"), ("aot_eager", 3, "none"), ("aot_eager", 3, "prope_fused")],
@@ -49,8 +50,17 @@ def test_the_loss_goes_down() -> None:
 def test_compiled_blocks_compute_what_they_compute(
     monkeypatch: pytest.MonkeyPatch, backend: str, num_layers: int, attention: str
 ) -> None:
-    if backend == "inductor" and shutil.which("g++") is None:
-        pytest.skip("torch compiles for CPUs with a C++ compiler, and there is none")
+    if backend == "inductor":
+        if shutil.which("g++") is None:
+            pytest.skip("torch compiles for CPUs with a C++ compiler, and there is none")
+        from torch._inductor import config
+
+        # scalar code, so that no program has to be compiled to find out what the CPU can; by this
+        # process, and headers as they are: other processes and prepared headers take longer than
+        # so few kernels
+        monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
+        monkeypatch.setattr(config, "compile_threads", 1)
+        monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.manual_seed(0)
     model = MV2VTransformer(tiny_config(num_layers=num_layers, camera_attention=attention))

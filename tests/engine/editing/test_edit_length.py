@@ -69,6 +69,7 @@ print(json.dumps({
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="no peak of a process is known")
 def test_memory_does_not_grow_with_the_video(
     tmp_path: Path, make_checkpoint: Callable[..., Path]

@@ -65,6 +65,7 @@ for number, last in enumerate((1, 3)):
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="this system does not fork")
 def test_killed_in_any_window_it_goes_on_to_the_same_bits(
     editor: Engine, editor_folder: Path, tmp_path: Path
