@@ -8,8 +8,9 @@ from __future__ import annotations
 import gc
 import math
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, fields, replace
-from typing import Any
+from dataclasses import asdict, dataclass, fields, replace
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +28,7 @@ from mv2v_engine.defaults import without_memory
 from mv2v_engine.engine.counting import StreamBytes, vae_peak_bytes, vae_stream_bytes
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
-from mv2v_engine.models.autoencoder import Autoencoder
+from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.offload import NUM_PLACES, buffer_bytes, places_bytes
 from mv2v_engine.models.quantized import OWN_DTYPES, large_linears, quantize_linears
@@ -418,32 +419,20 @@ def shape_footprint(
 
     vae: the config of an `Autoencoder`. cached: videos in the latent memory after the turn.
     """
-    with without_memory():
-        transformer, autoencoder = MV2VTransformer(shape), Autoencoder(vae)
-    coder, size = VideoVAE(autoencoder, torch.bfloat16), torch.bfloat16.itemsize
+    coder, size = _shape_vae(AutoencoderConfig.of(vae)), torch.bfloat16.itemsize
     encode, decode = vae_peak_bytes(coder, sampling.num_frames, sampling.size)
     video = math.prod(coder.latent_shape(sampling.num_frames, sampling.size))
     video *= torch.float32.itemsize
-    if quantize is not None:
-        with without_memory():
-            quantize_linears(transformer, quantize)
-    weights = _sizes_as(transformer, torch.bfloat16)
-    blocks = {name: count for name, count in weights.items() if name.startswith("blocks.")}
-    by_block: dict[str, list[int]] = {}
-    for name, count in blocks.items():
-        by_block.setdefault(name.split(".")[1], []).append(count)
-    places = max(map(buffer_bytes, by_block.values())) * min(len(by_block), NUM_PLACES)
-    saved = 0 if quantize is not None else _quantizable_bytes(transformer, torch.bfloat16)
+    weights = _shape_weights(shape, quantize)
     text_bytes = text_saved = embed = 0
     is_narrow = quantize_text is not None
     if text is not None:
         text_saved = text.quantizable_bytes(size)
         text_bytes = size * text.num_parameters - (text_saved if is_narrow else 0)
         embed = _embed_bytes(text, shape.text_len, torch.bfloat16, is_quantized=is_narrow)
-    waiting = sum(blocks.values()) - places
     return Footprint(
-        transformer=sum(weights.values()) - (waiting if offload is not None else 0),
-        vae=size * sum(weight.numel() for weight in autoencoder.parameters()),
+        transformer=weights.total - (weights.waiting if offload is not None else 0),
+        vae=size * sum(weight.numel() for weight in coder.model.parameters()),
         text=text_bytes,
         is_text_offloaded=False,
         cache=cached * video,
@@ -458,10 +447,47 @@ def shape_footprint(
         execution=Execution(
             size, EngineConfig().feed_forward_chunk, is_quantized=quantize is not None
         ),
-        quantizable=saved,
-        offloadable=waiting if offload is None else 0,
+        quantizable=weights.quantizable,
+        offloadable=weights.waiting if offload is None else 0,
         text_quantizable=0 if is_narrow else text_saved,
     )
+
+
+@lru_cache(maxsize=16)
+def _shape_vae(config: AutoencoderConfig) -> VideoVAE:
+    """A VAE without memory, in bfloat16."""
+    with without_memory():
+        return VideoVAE(Autoencoder(asdict(config)), torch.bfloat16)
+
+
+class _ShapeWeights(NamedTuple):
+    """Bytes of a transformer's weights.
+
+    waiting: of those that wait on the host where blocks are offloaded. quantizable: what eight bits
+    would save.
+    """
+
+    total: int
+    waiting: int
+    quantizable: int
+
+
+@lru_cache(maxsize=64)
+def _shape_weights(shape: TransformerConfig, quantize: QuantizeName | None) -> _ShapeWeights:
+    """Of a transformer in bfloat16, which is made without memory to be counted."""
+    with without_memory():
+        transformer = MV2VTransformer(shape)
+        if quantize is not None:
+            quantize_linears(transformer, quantize)
+    weights = _sizes_as(transformer, torch.bfloat16)
+    by_block: dict[str, list[int]] = {}
+    for name, count in weights.items():
+        if name.startswith("blocks."):
+            by_block.setdefault(name.split(".")[1], []).append(count)
+    places = max(map(buffer_bytes, by_block.values())) * min(len(by_block), NUM_PLACES)
+    waiting = sum(map(sum, by_block.values())) - places
+    saved = 0 if quantize is not None else _quantizable_bytes(transformer, torch.bfloat16)
+    return _ShapeWeights(sum(weights.values()), waiting, saved)
 
 
 def _sizes_as(transformer: MV2VTransformer, dtype: torch.dtype) -> dict[str, int]:

@@ -63,6 +63,12 @@ class AutoencoderConfig:
     scale_factor_temporal: int = 4
     scale_factor_spatial: int = 8
 
+    @classmethod
+    def of(cls, fields: Mapping[str, Any]) -> AutoencoderConfig:
+        """What a config.json says; fields that are none of these are left out."""
+        known = {field.name for field in dataclasses.fields(cls)}
+        return cls(**{name: value for name, value in fields.items() if name in known})
+
     def __post_init__(self) -> None:
         fit_fields(self)
         sizes = (self.base_dim, self.decoder_width, self.z_dim, self.patch, *self.dim_mult)
@@ -391,8 +397,7 @@ class Autoencoder(nn.Module):
     def __init__(self, fields: Mapping[str, Any] | None = None) -> None:
         super().__init__()
         given = {name: value for name, value in (fields or {}).items() if not name.startswith("_")}
-        known = {field.name for field in dataclasses.fields(AutoencoderConfig)}
-        self.config = AutoencoderConfig(**{k: v for k, v in given.items() if k in known})
+        self.config = AutoencoderConfig.of(given)
         self.fields = dataclasses.asdict(AutoencoderConfig()) | given
         width = self.config.z_dim
         self.encoder = Encoder(self.config)
