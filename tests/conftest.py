@@ -6,6 +6,7 @@ import contextlib
 import gc
 import io
 import json
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -172,6 +173,12 @@ def save_lucy(folder: Path) -> Path:
         expand_timesteps=True,
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers() -> int:
+    """One process more than there are cores: tests wait for browsers, workers and Ray."""
+    return (os.cpu_count() or 1) + 1
 
 
 @pytest.hookimpl(wrapper=True)
