@@ -474,7 +474,7 @@ class _ShapeWeights(NamedTuple):
 
 @lru_cache(maxsize=64)
 def _shape_weights(shape: TransformerConfig, quantize: QuantizeName | None) -> _ShapeWeights:
-    """Of a transformer in bfloat16, which is made without memory to be counted."""
+    """Count the weights of a transformer in bfloat16, which is made without memory."""
     with without_memory():
         transformer = MV2VTransformer(shape)
         if quantize is not None:

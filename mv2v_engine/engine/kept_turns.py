@@ -30,7 +30,7 @@ _SET_BY = {"scheduler": "fast or scheduler", "flow_shift": "fast", "products": "
 
 
 class KeptTurns:
-    """Those of one session.
+    """The turns of one session.
 
     drafts: finished turns, and edits that were cut off, in the order in which they were begun.
     lost: what of the folder could not be read when it was taken up, in words.
