@@ -55,12 +55,8 @@ def test_compiled_blocks_compute_what_they_compute(
             pytest.skip("torch compiles for CPUs with a C++ compiler, and there is none")
         from torch._inductor import config
 
-        # scalar code, so that no program has to be compiled to find out what the CPU can; by this
-        # process, and headers as they are: other processes and prepared headers take longer than
-        # so few kernels
-        monkeypatch.setattr(config.cpp, "vec_isa_ok", False)
+        # processes that each load torch take longer than so few kernels
         monkeypatch.setattr(config, "compile_threads", 1)
-        monkeypatch.setattr(config, "cpp_cache_precompile_headers", False)
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     torch.manual_seed(0)
     model = MV2VTransformer(tiny_config(num_layers=num_layers, camera_attention=attention))
