@@ -222,7 +222,7 @@ def test_a_failing_turn_leaves_the_others_as_they_are(
     elif fault == "pack":
         _refuse_packs(monkeypatch, engine, RuntimeError("broken"))
     elif fault == "finish":
-        monkeypatch.setattr(sessions[1], "_keep_view", _raise)
+        monkeypatch.setattr(sessions[1]._kept, "keep_view", _raise)
     else:
         error = CancelledError if fault == "cancel" else RuntimeError
     turns = [*zip(sessions, requests, strict=True), again]
