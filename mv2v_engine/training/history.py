@@ -2,9 +2,12 @@
 
 `python -m mv2v_engine.training.history --stage 1 --checkpoint tiny-edit --edits LATENTS --out OUT1`
 `... --stage 2 --checkpoint OUT1/model --edits LATENTS --out OUT2`
+`... --stage 1 --checkpoint tiny-nvs --latents LATENTS --out OUT1`
 
-Stage 1, frame query: of a history whose frames are drowned in noise but for a few, these few are
-asked for by their numbers. Stage 2: the whole history is clean, and the next window is asked for.
+Of edits a history is the windows of a clip, of novel views (`--latents`) the videos that some
+cameras of a scene took. Stage 1, frame query: of a history whose frames are drowned in noise but
+for a few, these few are asked for by their numbers. Stage 2: the whole history is clean, and the
+next window, or another camera's video, is asked for.
 The updates are merged into the weights that are written.
 """
 
@@ -18,6 +21,7 @@ from typing import cast, get_args
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pad_sequence
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import HistoryConfig, TransformerConfig
@@ -33,11 +37,12 @@ from mv2v_engine.training import finetune
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import join, own_generator
 from mv2v_engine.training.edit_latents import EditLatents
+from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig
-from mv2v_engine.training.losses import shifted
+from mv2v_engine.training.losses import Sampler, shifted
 from mv2v_engine.training.low_rank import add_low_rank, merge_low_rank
-from mv2v_engine.training.odds import MemoryRecipe, chance, number, padded_text, pick
-from mv2v_engine.training.recipe import Batch
+from mv2v_engine.training.odds import chance, number, padded_text, pick
+from mv2v_engine.training.recipe import Batch, Recipe, SceneSampler, Tracks, TrackSource
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
 
 # noise levels of masked frames
@@ -45,8 +50,8 @@ _MASK_LEVELS = (0.2, 1.0)
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
-class HistoryRecipe(MemoryRecipe):
-    """The odds of both stages: `max_memory` counts the windows of a history.
+class HistoryRecipe(Recipe):
+    """The odds of both stages: `max_memory` counts the windows or videos of a history.
 
     stage: 1 or 2. rate: the rate of the history's tokens. whole_frames: how many at its end stage 2
     shows whole beside it.
@@ -78,8 +83,9 @@ class HistorySampler:
         self.latents, self.shape, self.recipe = latents, shape, recipe
         if shape.has_camera:
             raise TrainingError(
-                "histories are trained on edited clips, which have no cameras; this model's "
-                f"camera_conditioning is {shape.camera_conditioning!r}"
+                "edited clips have no cameras, and this model's camera_conditioning is "
+                f"{shape.camera_conditioning!r}; give videos with cameras, folders of "
+                "training.latents, by --latents"
             )
         if latents.latent_shape[0] != shape.latent_channels:
             raise TrainingError(
@@ -115,7 +121,8 @@ class HistorySampler:
             is_edit = stage == 2 or chance(0.5, own)
             shown = pair.edited if is_edit else pair.source
             history = _joined(shown[first : first + count])
-            histories.append(history if stage == 2 else self._masked(history, asked, own))
+            is_query, shift = stage == 1, self.recipe.flow_shift
+            histories.append(masked(history, asked, shift, own) if is_query else history)
             if stage == 1:
                 targets.append(history[:, asked])
                 sources.append(torch.zeros_like(targets[-1]))
@@ -135,34 +142,100 @@ class HistorySampler:
         )
 
     def draw_plan(self, generator: torch.Generator) -> tuple[TokenPlan, list[int]]:
-        """A plan by the odds, and the frames of the history that stage 1 asks for, in order."""
-        recipe, (_, frames, rows, columns) = self.recipe, self.latents.latent_shape
-        length = frames * number(self._fewest, self._most, generator)
-        asked = sorted(torch.randperm(length, generator=generator)[:frames].tolist())
-        is_static = chance(recipe.static_conditioning, generator)
-        past = history_segments(
-            self.shape,
-            (length, rows, columns),
-            recipe.rate,
-            recipe.whole_frames if recipe.stage == 2 else 0,
-        )
-        return query_plan(
-            self.shape,
-            (frames, rows, columns),
-            tuple(past),
-            asked if recipe.stage == 1 else None,
-            is_static=is_static,
-        ), asked
+        """As `drawn_plan`, of so many windows as the clips have."""
+        count = number(self._fewest, self._most, generator)
+        return drawn_plan(self.shape, self.recipe, self.latents.latent_shape[1:], count, generator)
 
-    def _masked(self, history: Tensor, asked: list[int], generator: torch.Generator) -> Tensor:
-        """A history [C, F, H, W] with noise in all but the frames that are asked for."""
-        low, high = _MASK_LEVELS
-        drawn = torch.randn((), generator=generator).sigmoid()
-        level = low + (high - low) * shifted(drawn, self.recipe.flow_shift)
-        noise = torch.randn(history.shape, generator=generator)
-        masked = (1 - level) * history + level * noise
-        masked[:, asked] = history[:, asked]
-        return masked
+
+class ViewHistorySampler(SceneSampler):
+    """Draws histories from encoded scenes: videos of some cameras one after the other, and at
+    stage 2 the video of another one, with a source by `Recipe.source_dropped`.
+
+    Args, Raises: as `SceneSampler`.
+    """
+
+    def __init__(
+        self,
+        source: TrackSource,
+        shape: TransformerConfig,
+        recipe: HistoryRecipe,
+        *,
+        empty_text: Tensor | None = None,
+    ) -> None:
+        super().__init__(source, shape, recipe, empty_text=empty_text)
+        self.recipe: HistoryRecipe = recipe
+
+    def draw(self, generator: torch.Generator) -> Batch:
+        """One batch of one plan; the plan is the same in all processes, the samples are not."""
+        recipe = self.recipe
+        count = number(recipe.min_memory, recipe.max_memory, generator)
+        plan, asked = drawn_plan(self.shape, recipe, self._grid, count, generator)
+        own = own_generator(generator)
+        has_source = any(segment.role == "source" for segment in plan.segments)
+        videos, cameras, texts = [], [], []
+        for _ in range(recipe.batch):
+            sample = self._sample(count, 1, own)
+            history, poses = _joined(sample.latents[2:]), self._cameras(sample)
+            past, target, track = poses[2:].flatten(0, 1), sample.latents[0], poses[0]
+            if recipe.stage == 1:
+                target, track = history[:, asked], past[asked]
+                history = masked(history, asked, recipe.flow_shift, own)
+            elif has_source:
+                history = recipe.perturbed(history, own)
+            sources = [sample.latents[1]] if has_source else []
+            whole = [s.grid[0] for s in plan.segments[2 + has_source :]]
+            videos.append([target, *sources, history, *(history[:, -n:] for n in whole)])
+            tracks = [track, poses[1], past, *(past[-n:] for n in whole)]
+            # tracks are of one length: frames that no segment has are never read
+            cameras.append(pad_sequence(tracks, batch_first=True))
+            texts.append(
+                self._empty_text if sample.text is None else padded_text(sample.text, self.shape)
+            )
+        latents = [torch.stack(each) for each in zip(*videos, strict=True)]
+        return Batch(plan, latents, torch.stack(cameras), torch.stack(texts))
+
+    def _by_relevance(self, tracks: Tracks, memory: int) -> Tracks:
+        """As they come: a session's history is in the order of its turns."""
+        return tracks
+
+
+def drawn_plan(
+    shape: TransformerConfig,
+    recipe: HistoryRecipe,
+    grid: tuple[int, int, int],
+    count: int,
+    generator: torch.Generator,
+) -> tuple[TokenPlan, list[int]]:
+    """A plan by the odds, and the frames of the history that stage 1 asks for, in order.
+
+    grid: of one of the history's `count` windows or videos.
+    """
+    length = count * grid[0]
+    asked = sorted(torch.randperm(length, generator=generator)[: grid[0]].tolist())
+    is_static = chance(recipe.static_conditioning, generator)
+    segments = list(
+        history_segments(
+            shape, (length, *grid[1:]), recipe.rate, recipe.whole_frames * (recipe.stage == 2)
+        )
+    )
+    if shape.has_camera and recipe.stage == 2 and not chance(recipe.source_dropped, generator):
+        segments.insert(0, Segment(role="source", grid=grid, tau=grid[0], camera=1))
+    numbers = asked if recipe.stage == 1 else None
+    plan = query_plan(shape, grid, tuple(segments), numbers, is_static=is_static)
+    return plan, asked
+
+
+def masked(
+    history: Tensor, asked: list[int], flow_shift: float, generator: torch.Generator
+) -> Tensor:
+    """A history [C, F, H, W] with noise in all but the frames that are asked for."""
+    low, high = _MASK_LEVELS
+    drawn = torch.randn((), generator=generator).sigmoid()
+    level = low + (high - low) * shifted(drawn, flow_shift)
+    noise = torch.randn(history.shape, generator=generator)
+    found = (1 - level) * history + level * noise
+    found[:, asked] = history[:, asked]
+    return found
 
 
 def query_plan(
@@ -175,13 +248,17 @@ def query_plan(
 ) -> TokenPlan:
     """A target beside a history: the frames of it that are asked for, or what comes after it.
 
-    grid: the target's. past: the history's segments. asked: numbers of frames in the history,
-    which the target's own positions say; None: the target follows.
+    grid: the target's. past: the history's segments, after a source if there is one. asked:
+    numbers of frames in the history, which the target's own positions say; None: the target
+    follows.
     """
     length = past[0].grid[0]
     taus = () if asked is None else tuple(number - length for number in asked)
     return TokenPlan(
-        segments=(Segment(role="target", grid=grid, taus=taus), *past),
+        segments=(
+            Segment(role="target", grid=grid, taus=taus, camera=0 if shape.has_camera else None),
+            *past,
+        ),
         shape=shape,
         merge="off",
         conditioning="static" if is_static else "joint",
@@ -245,8 +322,10 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--stage", type=int, choices=(1, 2), required=True)
     parser.add_argument("--checkpoint", required=True, metavar="NAME_OR_PATH")
-    parser.add_argument(
-        "--edits", type=Path, nargs="+", required=True, help="folders of training.edit_latents"
+    data = parser.add_mutually_exclusive_group(required=True)
+    data.add_argument("--edits", type=Path, nargs="+", help="folders of training.edit_latents")
+    data.add_argument(
+        "--latents", type=Path, nargs="+", help="folders of training.latents, of novel views"
     )
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--components", type=Path, help="text_encoder and tokenizer from here")
@@ -270,7 +349,7 @@ def main() -> None:
     )
     parser.add_argument("--rank", type=int, default=128, help="of the blocks' updates")
     parser.add_argument("--whole-frames", type=int, default=0, help="of a history's end, whole")
-    parser.add_argument("--max-windows", type=int, default=8, help="of a history")
+    parser.add_argument("--max-windows", type=int, help="or videos of a history; 8, of --latents 6")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--steps", type=int, help="in place of --minutes")
     parser.add_argument("--minutes", type=float, default=60)
@@ -303,7 +382,7 @@ def main() -> None:
     shift = base.sampling.flow_shift if args.flow_shift is None else args.flow_shift
     recipe = HistoryRecipe(
         batch=args.batch,
-        max_memory=args.max_windows,
+        max_memory=args.max_windows or (8 if args.edits else Recipe().max_memory),
         flow_shift=shift,
         stage=args.stage,
         rate=args.rate,
@@ -321,9 +400,12 @@ def main() -> None:
         },
     )
     text = finetune.empty_text(base, args.components)
-    nothing = torch.zeros(1, shape.text_dim)
-    sampler = HistorySampler(
-        EditLatents(*args.edits), shape, recipe, empty_text=nothing if text is None else text
+    if text is None:
+        text = torch.zeros(1, shape.text_dim)
+    sampler: Sampler = (
+        HistorySampler(EditLatents(*args.edits), shape, recipe, empty_text=text)
+        if args.edits
+        else ViewHistorySampler(LatentCache(*args.latents), shape, recipe, empty_text=text)
     )
     config = LoopConfig(
         out=args.out,

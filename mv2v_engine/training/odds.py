@@ -28,13 +28,15 @@ class MemoryDraw:
 class MemoryRecipe:
     """The odds of both tasks; the defaults are those of a full-size model.
 
-    no_memory: share of samples without memory, else 1 to max_memory videos. uniform_tokenizer:
-    share with one tokenizer for all memory, else by rank. merge_fraction: bounds. memory_noise:
-    standard deviation, beside a source alone. static_conditioning: share of METHOD 13's mode.
+    no_memory: share of samples without memory, else min_memory to max_memory videos.
+    uniform_tokenizer: share with one tokenizer for all memory, else by rank. merge_fraction: bounds.
+    memory_noise: standard deviation, beside a source alone. static_conditioning: share of METHOD
+    13's mode.
     flow_shift: of the noise levels.
     """
 
     batch: int = 1
+    min_memory: int = 1
     max_memory: int = 6
     no_memory: float = 0.0
     uniform_tokenizer: float = 0.5
@@ -45,10 +47,10 @@ class MemoryRecipe:
     flow_shift: float = 5.0
 
     def __post_init__(self) -> None:
-        if self.batch < 1 or self.max_memory < 1:
+        if self.batch < 1 or not 1 <= self.min_memory <= self.max_memory:
             raise TrainingError(
                 f"a batch and its memory need one video at least, got batch {self.batch} and "
-                f"max_memory {self.max_memory}"
+                f"min_memory {self.min_memory}, max_memory {self.max_memory}"
             )
 
     @property
@@ -61,7 +63,7 @@ class MemoryRecipe:
         """Memory videos, their tokenizers, merging and conditioning mode by the odds."""
         num_memory = 0
         if not chance(self.no_memory, generator):
-            num_memory = number(1, self.max_memory, generator)
+            num_memory = number(self.min_memory, self.max_memory, generator)
         tokenizers = memory_tokenizers(num_memory, shape.tokenizers)
         if chance(self.uniform_tokenizer, generator):
             choices = shape.tokenizers

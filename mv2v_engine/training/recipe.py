@@ -186,7 +186,7 @@ class SceneSampler:
         generator = own_generator(generator)
         targets = self._targets(plan)
         count = max(1, self.recipe.batch // targets)
-        samples = [self._sample(plan, targets, generator) for _ in range(count)]
+        samples = [self._sample(plan.num_memory, targets, generator) for _ in range(count)]
         latents = torch.stack([sample.latents for sample in samples])
         cameras = torch.stack([self._cameras(sample) for sample in samples])
         own = 2 + plan.num_memory
@@ -209,16 +209,19 @@ class SceneSampler:
             return 1
         return min(self.recipe.targets, self._fewest_tracks - 1 - plan.num_memory)
 
+    @property
+    def _grid(self) -> tuple[int, int, int]:
+        """The latent grid of a video, as much of it as is trained on."""
+        _, frames, rows, columns = self.source.latent_shape
+        return frames if self.recipe.frames is None else len(self.recipe.frames), rows, columns
+
     def draw_plan(self, generator: torch.Generator) -> TokenPlan:
         """A plan by the odds."""
         drawn = self.recipe.draw(self.shape, generator)
         source = not (drawn.tokenizers and chance(self.recipe.source_dropped, generator))
-        _, frames, rows, columns = self.source.latent_shape
-        if self.recipe.frames is not None:
-            frames = len(self.recipe.frames)
         return turn_plan(
             self.shape,
-            (frames, rows, columns),
+            self._grid,
             drawn.tokenizers,
             source=source,
             merge=drawn.merge,
@@ -226,7 +229,7 @@ class SceneSampler:
             conditioning=drawn.conditioning,
         )
 
-    def _sample(self, plan: TokenPlan, targets: int, generator: torch.Generator) -> Tracks:
+    def _sample(self, memory: int, targets: int, generator: torch.Generator) -> Tracks:
         """Target, source, memory, then the target's siblings: videos of one scene, at random."""
         scene = pick(self._scenes, generator)
         order = torch.randperm(self.source.num_tracks(scene), generator=generator).tolist()
@@ -235,13 +238,13 @@ class SceneSampler:
         if chance(self.recipe.static_source, generator) and still is not None:
             order.remove(still)
             order.insert(1, still)
-        if plan.num_memory and chance(self.recipe.revisited, generator):
+        if memory and chance(self.recipe.revisited, generator):
             order.insert(2, order[0])
-        tracks = self.source.draw(scene, order[: 1 + targets + plan.num_memory], order[1])
+        tracks = self.source.draw(scene, order[: 1 + targets + memory], order[1])
         if self.recipe.frames is not None:
             frames = list(self.recipe.frames)
             tracks = Tracks(tracks.latents[:, :, frames], tracks.cameras[:, frames], tracks.text)
-        return self._by_relevance(tracks, plan)
+        return self._by_relevance(tracks, memory)
 
     def _cameras(self, tracks: Tracks) -> Tensor:
         """[V, F, 12 or 16] as the transformer takes them; a lens that is not told is the default.
@@ -255,19 +258,20 @@ class SceneSampler:
             cameras = torch.cat([cameras, lens.expand(*cameras.shape[:-1], -1)], dim=-1)
         return cameras[..., :wanted]
 
-    def _by_relevance(self, tracks: Tracks, plan: TokenPlan) -> Tracks:
+    def _by_relevance(self, tracks: Tracks, memory: int) -> Tracks:
         """Memory as retrieval would hand it over: the more a video shares with the target's field
         of view, the earlier it comes and the finer its tokens.
         """
-        if plan.num_memory < 2:
+        if memory < 2:
             return tracks
-        size = plan.target.grid[1:]  # a field of view does not ask for the size of a pixel
+        # a field of view does not ask for the size of a pixel
+        size = (tracks.latents.shape[-2], tracks.latents.shape[-1])
         intrinsics = default_intrinsics(*size)
-        own = 2 + plan.num_memory
-        target, _, *memory = (
+        own = 2 + memory
+        target, _, *remembered = (
             CameraTrajectory(poses.unflatten(-1, (3, 4)), intrinsics, size)
             for poses in tracks.cameras[:own, :, :12]
         )
-        order = video_fov_scores(target, memory, grid=_FOV_GRID).argsort(descending=True)
+        order = video_fov_scores(target, remembered, grid=_FOV_GRID).argsort(descending=True)
         kept = torch.cat([torch.arange(2), 2 + order, torch.arange(own, len(tracks.cameras))])
         return Tracks(tracks.latents[kept], tracks.cameras[kept], tracks.text)
