@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,8 +12,8 @@ from safetensors.torch import save_file
 from torch import nn
 from torch.optim import Optimizer
 
-from mv2v_engine.checkpoints import load_checkpoint
-from mv2v_engine.config import WAN_1_3B, HistoryConfig
+from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
+from mv2v_engine.config import WAN_1_3B, HistoryConfig, SamplingConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.feed_forward import Linear
@@ -23,11 +24,13 @@ from mv2v_engine.training.edit_latents import EditLatents
 from mv2v_engine.training.history import (
     HistoryRecipe,
     HistorySampler,
+    ViewHistorySampler,
     add_history,
     make_optimizer,
     prepare,
     query_plan,
 )
+from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.low_rank import add_low_rank, merge_low_rank
 from tests.training.full_size import assert_a_step_fits
 
@@ -114,6 +117,86 @@ def test_what_it_cannot_be_trained_on(clips: Path, tmp_path: Path) -> None:
         with pytest.raises(TrainingError, match=f"stage {stage} needs clips of 2 windows"):
             recipe = HistoryRecipe(stage=stage, rate="2x2x2")
             HistorySampler(found, shape, recipe, empty_text=torch.zeros(1, 16))
+
+
+def view_sampler(cache: LatentCache, **recipe: Any) -> ViewHistorySampler:
+    shape = tiny_config(history=HistoryConfig(rates=("2x2x1",)))
+    made = HistoryRecipe(**{"batch": 3, "rate": "2x2x1", "max_memory": 3} | recipe)
+    return ViewHistorySampler(cache, shape, made)
+
+
+def test_stage_1_asks_views_for_frames_with_their_cameras(cache: LatentCache) -> None:
+    """A video's number is its latents' value and its camera's place (`cache_folder`)."""
+    drawn, lengths = view_sampler(cache, stage=1), set()
+    for seed in range(40):
+        batch = drawn.draw(torch.Generator().manual_seed(seed))
+        target, past = batch.latents
+        segment, length = batch.plan.segments[1], past.shape[2]
+        lengths.add(length)
+        numbers = [tau + length for tau in batch.plan.target.taus]
+        assert segment.grid[0] == length and len(set(numbers)) == 3
+        assert batch.cameras is not None and batch.cameras.shape[1:3] == (3, length)
+        for place, number in enumerate(numbers):
+            assert torch.equal(target[:, :, place], past[:, :, number])
+            assert torch.equal(batch.cameras[:, 0, place], batch.cameras[:, 2, number])
+        for frame in set(range(length)) - set(numbers):
+            assert past[:, :, frame].flatten(1).std(1).min() > 0.1
+        # relative places of cameras are those of the videos' numbers
+        videos = target[:, 0, :, 0, 0]
+        places = batch.cameras[:, 0, :3].unflatten(-1, (3, 4))[..., 0, 3]
+        torch.testing.assert_close(videos - videos[:, :1], places - places[:, :1])
+    assert lengths == {3, 6, 9}
+
+
+def test_stage_2_asks_views_for_another_camera(cache: LatentCache) -> None:
+    roles = set()
+    drawn = view_sampler(cache, stage=2, min_memory=2, whole_frames=2, memory_noise=0.0)
+    for seed in range(40):
+        batch = drawn.draw(torch.Generator().manual_seed(seed))
+        segments, cameras = batch.plan.segments, batch.cameras
+        roles.add(tuple(segment.role for segment in segments))
+        target, *source, past, whole = batch.latents
+        assert torch.equal(whole, past[:, :, -2:]) and segments[-2].encoder == "history"
+        assert past.shape[2] in (6, 9) and batch.plan.target.taus == ()
+        assert cameras is not None and torch.equal(cameras[:, 3, :2], cameras[:, 2, -2:])
+        videos = torch.cat([target, *source, past], 2)[:, 0, :, 0, 0]
+        for sample in videos[:, ::3].tolist():
+            assert len(set(sample)) == len(sample) and len({n // 20 for n in sample}) == 1
+        tracks = [cameras[:, 0, :3], *([cameras[:, 1, :3]] if source else []), cameras[:, 2]]
+        places = torch.cat(tracks, 1).unflatten(-1, (3, 4))[..., 0, 3]
+        torch.testing.assert_close(videos - videos[:, :1], places - places[:, :1])
+    assert roles == {
+        ("target", "memory", "memory"), ("target", "source", "memory", "memory"),
+    }  # fmt: skip
+
+
+def test_views_by_command(
+    cache_folder: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, base = tiny_config(), tmp_path / "base"
+    model = MV2VTransformer(config)
+    randomise(model)
+    save_checkpoint(base, model, config, SamplingConfig(), "base", torch.float32)
+    shared = ["--rate", "2x2x1", "--rank", 3, "--batch", 2, "--steps", 2, "--max-windows", 2]
+    small = ["--channels", 4, 4, 8, 8, "--heads", 2]
+    one, two = tmp_path / "one", tmp_path / "two"
+    words = ["--stage", 1, "--checkpoint", base, "--out", one, *small, *shared]
+    with pytest.raises(TrainingError, match=r"camera_conditioning is 'own'; give .* --latents"):
+        _run(monkeypatch, *words, "--edits", clips)
+    _run(monkeypatch, *words, "--latents", cache_folder)
+    words = ["--stage", 2, "--checkpoint", one / "model", "--out", two, *shared]
+    _run(monkeypatch, *words, "--latents", cache_folder)
+    first, second = (load_checkpoint(each / "model") for each in (one, two))
+    assert second.config == first.config and second.config.has_camera
+    name = "history_encoders.2x2x1.convs.0.weight"
+    trained = [dict(each.transformer.named_parameters())[name] for each in (first, second)]
+    assert not torch.equal(*trained)
+
+
+def test_views_whose_history_takes_the_targets_camera_are_refused(cache: LatentCache) -> None:
+    shape = tiny_config(camera_conditioning="target", history=HistoryConfig(rates=("2x2x1",)))
+    with pytest.raises(TrainingError, match=r"'target'; give it memory first"):
+        ViewHistorySampler(cache, shape, HistoryRecipe(stage=2, rate="2x2x1", max_memory=2))
 
 
 @torch.no_grad()

@@ -290,3 +290,5 @@ def test_a_caption_of_another_encoder_is_refused() -> None:
 def test_a_recipe_without_memory_is_refused() -> None:
     with pytest.raises(TrainingError, match="max_memory 0"):
         Recipe(max_memory=0)
+    with pytest.raises(TrainingError, match="min_memory 3, max_memory 2"):
+        Recipe(min_memory=3, max_memory=2)
