@@ -45,6 +45,7 @@ from mv2v_engine.evaluation.figures import save_figure
 from mv2v_engine.evaluation.visibility import project
 from mv2v_engine.files import make_folder, save_json, save_tensors
 from mv2v_engine.models.dit import MV2VTransformer
+from mv2v_engine.models.history import HistoryEncoder, HistoryState
 from mv2v_engine.sampling.flow_match import EulerSolver
 from mv2v_engine.shapes import HistoryBranches
 from mv2v_engine.synthetic.cameras import scene_cameras
@@ -408,21 +409,24 @@ def read_back(encoder: MemoryEncoder, batch: Batch) -> Tensor:
 
 @torch.no_grad()
 def costs(model: Trained, case: Case) -> dict[str, Any]:
-    """Tokens of a case's history, and FLOPs: of encoding all of it, and of a forward without."""
+    """What a case's history takes: tokens, FLOPs of encoding all of it and of a forward beside,
+    and the bytes that must be kept so that another video can join it."""
     batch, transformer = case.batch, model.transformer
-    past = batch.plan.segments[1]
+    past, latents = batch.plan.segments[1], batch.latents[1]
     with FlopCounterMode(display=False, custom_mapping=cpu_flops()) as counter:
-        if model.encoder is not None:
-            model.given(batch)
+        if model.encoder is None:
+            encoder = cast(HistoryEncoder, transformer.history_encoders[past.rate])
+            found = encoder.append(latents, transformer.patch_embedding, HistoryState())
+            kept = [found[0].tokens, *found[2].past]
         else:
-            encoder = transformer.history_encoders[past.rate]
-            encoder(batch.latents[1], transformer.patch_embedding)
+            _, state = encoded(model.encoder, batch)
+            kept = [state if model.encoder.kind == "state" else latents]
     segments = (batch.plan.target, replace(past, is_encoded=True))
-    forward = sum(flop_table(replace(batch.plan, segments=segments)).values())
     return {
         "tokens": past.length,
         "encode_flops": counter.get_total_flops(),
-        "forward_flops": forward,
+        "forward_flops": sum(flop_table(replace(batch.plan, segments=segments)).values()),
+        "kept_bytes": sum(each.nbytes for each in kept),
     }
 
 

@@ -119,7 +119,8 @@ class MemoryEncoder(nn.Module):
         rays = plucker_rays(cameras_BFP.repeat(1, 1, 4), cells)[:, :, :_RAY].flatten(3).mT
         rays = torch.cat([rays[..., :3] / self.scale, rays[..., 3:]], -1)
         numbers = torch.arange(rays.shape[1]) % self.frames / self.frames
-        return torch.cat([rays, numbers[:, None, None].expand(*rays.shape[:3], 1)], -1)
+        where = torch.cat([rays, numbers[:, None, None].expand(*rays.shape[:3], 1)], -1)
+        return where.to(self.begin.dtype)
 
 
 def encoded(encoder: MemoryEncoder, batch: Batch) -> tuple[Batch, Tensor]:

@@ -4,7 +4,8 @@
 docs/tuning-memory.md. Tokens, FLOPs and bytes are counted from shapes, of a window of `tiny-edit`
 that remembers four others; all else is read from results, "not measured" where there is none:
 
-history_frames.json       `python profiling/history_frames.py`
+history_frames.json       `python profiling/history_frames.py --edits`
+memory_encoders.json      `python profiling/history_frames.py --latents`
 tiny_edit_history.json    `run evaluate --task edit --checkpoint FOLDER --history`, its results.json
 rankings.json             `python profiling/rankings.py`
 tiny_nvs_nine_turns.json  `run evaluate --turns 9 --grade furnished`, its results.json
@@ -16,10 +17,12 @@ import json
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
-from history_frames import CHANNELS, HEADS
+from history_frames import CHANNELS, ENCODERS, HEADS, LABELS
+from history_frames import REMEMBERED as VIDEOS
 from measure import ROOT
+from memory_encoders import EncoderKind
 
 from mv2v_engine.config import TINY_EDIT, HistoryConfig
 from mv2v_engine.tokens.encoders import history_flops
@@ -111,10 +114,46 @@ def encoders() -> str:
                 else NOTHING,
             ]
         )
-    rows += [[label, *["not built"] * 6] for label in ("a recurrent state", "a rendered latent")]
     titles = ("encoder", "tokens", "GFLOP a forward", "GFLOP to encode a window", "kept, kB")
     measures = ("PSNR of frames asked back, dB", "edited thing, window against window (L1)")
     return _table((*titles, *measures), rows)
+
+
+def view_encoders() -> str:
+    """Encoders of remembered views at equal tokens."""
+    measured, rows = read("memory_encoders.json").get("rows", {}), []
+    for name in (*ENCODERS, "no history"):
+        own = measured.get(name, {})
+        # only what reads all videos at once has them all to read when another one comes
+        joins = 1 if name == "view" else VIDEOS
+        counts = [
+            (own.get("tokens"), 1, 0),
+            (own.get("encoder_parameters"), 1e6, 2),
+            (own.get("encode_flops"), 1e9, 3),
+            (own.get("encode_flops", 0) / joins or None, 1e9, 3),
+            (own.get("kept_bytes"), 1e3, 0),
+        ]
+        cells = [NOTHING if n is None else f"{n / unit:.{digits}f}" for n, unit, digits in counts]
+        label = LABELS.get(name, "*nothing remembered*")
+        cells = [""] * len(cells) if name not in LABELS else cells
+        own_decibels = [interval(own.get(key), 2) for key in ("psnr", "psnr_everywhere")]
+        behind = "" if name == ENCODERS[0] else interval(own.get(f"{ENCODERS[0]}_over_it"), 2)
+        reader = measured.get(f"{name}, read", {}).get("psnr")
+        read_by = interval(reader, 2) if name in get_args(EncoderKind) else ""
+        rows.append([label, *cells, *own_decibels, behind, read_by])
+    titles = (
+        "encoder",
+        "tokens",
+        "parameters, M",
+        f"GFLOP to encode {VIDEOS} videos",
+        "when one more joins",
+        "kept for that, kB",
+        "PSNR where the videos show it, dB",
+        "everywhere",
+        f"{LABELS[ENCODERS[0]]} are better by",
+        "its own reader's PSNR",
+    )
+    return _table(titles, rows)
 
 
 def rankings() -> str:
@@ -143,4 +182,4 @@ def rankings() -> str:
 
 
 if __name__ == "__main__":
-    print(encoders(), rankings(), sep="\n\n")
+    print(encoders(), view_encoders(), rankings(), sep="\n\n")

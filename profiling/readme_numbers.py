@@ -240,6 +240,7 @@ TABLES: dict[str, tuple[str | None, Callable[[Sequence[Row]], str]]] = {
     "growth": ("memory.jsonl", growth),
     "faults": ("fault_matrix.jsonl", faults),
     "encoders": (None, lambda _: memory_table.encoders()),
+    "view_encoders": (None, lambda _: memory_table.view_encoders()),
     "rankings": (None, lambda _: memory_table.rankings()),
     "sessions": ("service_sessions.jsonl", sessions),
     "statuses": ("service.jsonl", statuses),
@@ -250,7 +251,7 @@ PAGES: dict[Path, tuple[str, ...]] = {
     COSTS: ("memory", "peers", "turns", "peaks", "cards"),
     SCALING: ("hourly", "sessions", "statuses", "growth"),
     SERVING: ("faults",),
-    TUNING: ("encoders", "rankings"),
+    TUNING: ("encoders", "view_encoders", "rankings"),
 }
 
 

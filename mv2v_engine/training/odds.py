@@ -29,10 +29,9 @@ class MemoryRecipe:
     """The odds of both tasks; the defaults are those of a full-size model.
 
     no_memory: share of samples without memory, else min_memory to max_memory videos.
-    uniform_tokenizer: share with one tokenizer for all memory, else by rank. merge_fraction: bounds.
-    memory_noise: standard deviation, beside a source alone. static_conditioning: share of METHOD
-    13's mode.
-    flow_shift: of the noise levels.
+    uniform_tokenizer: share with one tokenizer for all memory, else by rank. merge_fraction:
+    bounds. memory_noise: standard deviation, beside a source alone. static_conditioning: share of
+    METHOD 13's mode. flow_shift: of the noise levels.
     """
 
     batch: int = 1

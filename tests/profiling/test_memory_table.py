@@ -10,8 +10,11 @@ import history_frames
 import memory_table
 import pytest
 import torch
+from PIL import Image
 
 from mv2v_engine.files import save_json, save_tensors
+from mv2v_engine.synthetic.cameras import scene_cameras
+from mv2v_engine.training.latents import save_latents
 
 
 def run(*words: str) -> None:
@@ -34,7 +37,7 @@ def test_frames_are_asked_back_and_told(tmp_path: Path, monkeypatch: pytest.Monk
                 "text": torch.randn(4, 64, generator=generator).bfloat16(),
             },
         )
-    monkeypatch.setattr(history_frames, "BRANCHES", ("both", "kernel"))
+    monkeypatch.setattr(history_frames.EditStudy, "encoders", ("both", "kernel"))
     monkeypatch.setattr(history_frames, "SAMPLING_STEPS", 1)
     monkeypatch.setattr(memory_table, "RESULTS", tmp_path)
     assert memory_table.NOTHING in memory_table.encoders().splitlines()[3]
@@ -54,6 +57,43 @@ def test_frames_are_asked_back_and_told(tmp_path: Path, monkeypatch: pytest.Monk
     with pytest.raises(SystemExit, match="began with other settings"):
         run(*words, "--steps", "2")
     assert f"| {both:.2f} [" in memory_table.encoders().splitlines()[3]
+
+
+def test_views_are_asked_back_from_each_encoder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of worlds by their seeds, judged where the remembered cameras see what is asked for."""
+    generator, folder = torch.Generator().manual_seed(0), tmp_path / "latents"
+    for seed in range(3):
+        poses = torch.stack([each.poses for each in scene_cameras(seed, num_cameras=5)])
+        latents = torch.randn(5, 16, 5, 12, 20, generator=generator)
+        save_latents(folder / f"scene_plain_{seed:07d}.safetensors", latents, poses)
+    monkeypatch.setattr(history_frames.ViewStudy, "encoders", ("kernel", "view"))
+    monkeypatch.setattr(history_frames, "SAMPLING_STEPS", 1)
+    monkeypatch.setattr(memory_table, "RESULTS", tmp_path)
+    assert memory_table.NOTHING in memory_table.view_encoders().splitlines()[2]
+    out, picture = tmp_path / "memory_encoders.json", tmp_path / "encoders.png"
+    words = ["--latents", str(folder), "--work", str(tmp_path / "work"), "--steps", "1"]
+    words += ["--held-out", "1", "--batch", "1", "--out", str(out), "--picture", str(picture)]
+    run(*words)
+    found = json.loads(out.read_text())
+    rows = found["rows"]
+    assert set(rows) == {"kernel", "no history", "view", "view, read"}
+    assert {row["tokens"] for row in rows.values()} == {90}
+    assert rows["view"]["psnr"]["value"] != rows["view"]["psnr_everywhere"]["value"]
+    kernel, view = (rows[name]["psnr"]["value"] for name in ("kernel", "view"))
+    assert rows["view"]["kernel_over_it"]["value"] == pytest.approx(kernel - view)
+    # 90 tokens of 144 numbers; the latents of three videos of two latent frames
+    assert rows["kernel"]["kept_bytes"] == 4 * 90 * 144
+    assert rows["view"]["kept_bytes"] == 4 * 16 * 6 * 12 * 20
+    with Image.open(picture) as image:
+        assert image.width > image.height
+    table = memory_table.view_encoders().splitlines()
+    assert f"| {kernel:.2f} [" in table[2] and f"| {view:.2f} [" in table[5]
+    assert memory_table.NOTHING in table[3]  # TinyHistory was left out
+    (folder / "scene_plain_0000002.safetensors").rename(folder / "scene_x.safetensors")
+    with pytest.raises(SystemExit, match="named after no world"):
+        run(*words[:-4])
 
 
 def test_what_is_measured_stands_in_the_tables(
