@@ -236,6 +236,12 @@ def with_history(base: Checkpoint, rate: str) -> TransformerConfig:
     return replace(base.config, history=HistoryConfig(rates=(rate,)))
 
 
+def vae_of(base: Checkpoint) -> VideoVAE:
+    """The embedded base's own."""
+    assert base.vae_path is not None
+    return load_vae(base.vae_path, device=CPU, dtype=torch.float32)
+
+
 @dataclass(frozen=True, eq=False)
 class Trained:
     """A model after training, with its own encoder where the transformer has none."""
@@ -267,7 +273,7 @@ def trained(args: argparse.Namespace, name: str, study: EditStudy | ViewStudy) -
     parameters = prepare(model, RANK)
     model.gradient_checkpointing = False  # so few tokens fit
     whole: nn.Module = model
-    step = flow_step(model, sampler, CPU)
+    step: StepFn = flow_step(model, sampler, CPU)
     if encoder is not None:
         whole = nn.ModuleDict({"transformer": model, "encoder": encoder})
         parameters += encoder.parameters()
@@ -363,7 +369,7 @@ def measured(
     if path.exists():
         return cast(dict[str, Any], json.loads(path.read_text(encoding="utf-8")))
     model = trained(args, name, study)
-    vae = load_vae(base.vae_path, device=CPU, dtype=torch.float32)
+    vae = vae_of(base)
     values: dict[str, dict[str, list[float]]] = {}
     pictures = {}
     rows = [name]
@@ -505,7 +511,7 @@ def main() -> None:
     settings = {name: getattr(args, name) for name in names} | {"clips": study.count}
     begin(args, settings)
     cases = study.cases()
-    vae = load_vae(base.vae_path, device=CPU, dtype=torch.float32)
+    vae = vae_of(base)
     truth = [shown(vae, one, study.window, one.batch.targets[0]) for one in cases]
     tokens = [one.batch.plan.segments[1].length for one in cases]
     values: dict[str, dict[str, list[float]]] = {}
