@@ -37,6 +37,7 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
+from mv2v_engine.camera.poses import pose_vectors
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.config import HistoryConfig, TransformerConfig
@@ -44,6 +45,7 @@ from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.figures import save_figure
 from mv2v_engine.evaluation.visibility import project
 from mv2v_engine.files import make_folder, save_json, save_tensors
+from mv2v_engine.models.camera_encoder import POSE_DIM
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.history import HistoryEncoder, HistoryState
 from mv2v_engine.sampling.flow_match import EulerSolver
@@ -99,8 +101,8 @@ def as_json(estimate: bootstrap.Estimate | None) -> dict[str, Any]:
 @dataclass(frozen=True, eq=False)
 class Case:
     """A batch of one that asks for frames; `clip` [C, F, H, W] is the true video around them, of
-    which they are the frames `asked`. seen: bool [T, height, width] of the video's pixels, those
-    that are judged; None is all. remembered: the last video of the history, whole, as `clip`.
+    which they are the frames `asked`. seen: bool [T, height, width] of their pixels, those that are
+    judged; None is all. remembered: the last video of the history, whole, as `clip`.
     """
 
     batch: Batch
@@ -211,23 +213,27 @@ class ViewStudy:
     def _case(self, scene: int) -> Case:
         sampler = self._sampler(range(scene, scene + 1), 1)
         batch = sampler.draw(torch.Generator().manual_seed(10**6 + scene))
-        videos = self._cache.draw(scene, range(self._cache.num_tracks(scene)), 0).latents
+        tracks = self._cache.draw(scene, range(self._cache.num_tracks(scene)), 0)
+        videos = tracks.latents
         parts = [batch.targets[0], *batch.latents[1][0].split(len(FRAMES), 1)]
         own = [
             next(n for n, video in enumerate(videos) if torch.equal(video[:, list(FRAMES)], part))
             for part in parts
         ]
-        found = re.fullmatch(r"scene_([a-z]+)_(\d+)", self._paths[scene].stem)
+        path, size = self._paths[scene], self._base.sampling.size
+        found = re.fullmatch(r"scene_([a-z]+)_(\d+)", path.stem)
+        advice = "give folders of training.latents --worlds, with its own --arcs"
         if found is None:
-            raise SystemExit(
-                f"{self._paths[scene]} is named after no world; give folders of "
-                "training.latents --worlds"
-            )
-        seed, (height, width) = int(found[2]), self._base.sampling.size
-        cameras = scene_cameras(seed, num_cameras=len(videos), size=(height, width))
-        world = make_world(seed, cast(Grade, found[1]))
+            raise SystemExit(f"{path} is named after no world; {advice}")
+        seed, grade = int(found[2]), cast(Grade, found[1])
+        cameras = scene_cameras(seed, num_cameras=len(videos), size=size)
+        poses = torch.stack([pose_vectors(camera.poses) for camera in cameras])
+        if not torch.allclose(poses, tracks.cameras[..., :POSE_DIM], atol=1e-4):
+            raise SystemExit(f"{path} has other cameras than world {seed}; {advice}")
+        world = make_world(seed, grade)
         target, *others = ((cameras[n], render(world, cameras[n], samples=1).depth) for n in own)
         seen = torch.stack([project(*target, *other).seen for other in others]).any(0)
+        seen = torch.cat([seen[frames_of(place)] for place in FRAMES])
         return Case(batch, videos[own[0]], FRAMES, seen, videos[own[-1]])
 
 
@@ -390,10 +396,7 @@ def measured(
                 shift = base.sampling.flow_shift
                 found = asked_back(model.transformer, model.given(given), shift, number)
             pixels = shown(vae, one, study.window, found)
-            seen = None
-            if one.seen is not None:
-                seen = torch.cat([one.seen[frames_of(place)] for place in one.asked])
-            own["psnr"].append(decibels(pixels, true, seen))
+            own["psnr"].append(decibels(pixels, true, one.seen))
             own["psnr_everywhere"].append(decibels(pixels, true, None))
             if row == name and number < SHOWN:
                 pictures[str(number)] = (255 * pixels).round().to(torch.uint8).contiguous()

@@ -168,12 +168,13 @@ class SceneSampler:
             most = max((source.num_tracks(i) for i in range(len(source))), default=0)
             raise TrainingError(
                 f"{recipe.max_memory} memory videos need scenes of {needed} cameras, the best of "
-                f"{len(source)} scenes has {most}; encode more, or lower --max-memory"
+                f"{len(source)} scenes has {most}; encode more, or lower --max-memory (of histories "
+                "--max-windows)"
             )
         if left_out and rank() == 0:
             print(
                 f"left out {left_out} of {len(source)} scenes: they have fewer than the {needed} "
-                "videos that --max-memory needs",
+                "videos that so much memory needs",
                 file=sys.stderr,
             )
         self._empty_text = torch.zeros(shape.text_len, shape.text_dim)

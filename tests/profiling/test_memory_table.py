@@ -91,9 +91,14 @@ def test_views_are_asked_back_from_each_encoder(
     table = memory_table.view_encoders().splitlines()
     assert f"| {kernel:.2f} [" in table[2] and f"| {view:.2f} [" in table[5]
     assert memory_table.NOTHING in table[3]  # TinyHistory was left out
-    (folder / "scene_plain_0000002.safetensors").rename(folder / "scene_x.safetensors")
-    with pytest.raises(SystemExit, match="named after no world"):
-        run(*words[:-4])
+    last = folder / "scene_plain_0000002.safetensors"
+    for name, message in (
+        ("scene_plain_0000003", "other cameras than world 3"),
+        ("scene_x", "named after no world"),
+    ):
+        last = last.rename(folder / f"{name}.safetensors")
+        with pytest.raises(SystemExit, match=message):
+            run(*words[:-4])
 
 
 def test_what_is_measured_stands_in_the_tables(
