@@ -168,8 +168,8 @@ class SceneSampler:
             most = max((source.num_tracks(i) for i in range(len(source))), default=0)
             raise TrainingError(
                 f"{recipe.max_memory} memory videos need scenes of {needed} cameras, the best of "
-                f"{len(source)} scenes has {most}; encode more, or lower --max-memory (of histories "
-                "--max-windows)"
+                f"{len(source)} scenes has {most}; encode more, or lower --max-memory (of a "
+                "history --max-windows)"
             )
         if left_out and rank() == 0:
             print(
