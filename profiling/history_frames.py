@@ -384,7 +384,7 @@ def measured(
     if model.encoder is not None:
         rows.append(f"{name}, read")
     for row in rows:
-        own = values.setdefault(row, {"psnr": [], "psnr_everywhere": []})
+        own = values.setdefault(row, {})
         for number, (one, true) in enumerate(zip(cases, truth, strict=True)):
             given = one.batch
             if row == "no history":
@@ -396,8 +396,9 @@ def measured(
                 shift = base.sampling.flow_shift
                 found = asked_back(model.transformer, model.given(given), shift, number)
             pixels = shown(vae, one, study.window, found)
-            own["psnr"].append(decibels(pixels, true, one.seen))
-            own["psnr_everywhere"].append(decibels(pixels, true, None))
+            own.setdefault("psnr", []).append(decibels(pixels, true, one.seen))
+            if one.seen is not None:
+                own.setdefault("psnr_everywhere", []).append(decibels(pixels, true, None))
             if row == name and number < SHOWN:
                 pictures[str(number)] = (255 * pixels).round().to(torch.uint8).contiguous()
     took = {**model.took, **costs(model, cases[0])}
