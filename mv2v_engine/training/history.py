@@ -142,7 +142,7 @@ class HistorySampler:
         )
 
     def draw_plan(self, generator: torch.Generator) -> tuple[TokenPlan, list[int]]:
-        """As `drawn_plan`, of so many windows as the clips have."""
+        """What `drawn_plan` gives, of so many windows as the clips have."""
         count = number(self._fewest, self._most, generator)
         return drawn_plan(self.shape, self.recipe, self.latents.latent_shape[1:], count, generator)
 
@@ -201,7 +201,7 @@ class ViewHistorySampler(SceneSampler):
         return Batch(plan, latents, torch.stack(cameras), torch.stack(texts))
 
     def _by_relevance(self, tracks: Tracks, memory: int) -> Tracks:
-        """As they come: a session's history is in the order of its turns."""
+        """The videos as they come: a session's history is in the order of its turns."""
         return tracks
 
 
