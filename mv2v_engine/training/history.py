@@ -32,7 +32,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.history import HistoryEncoder
 from mv2v_engine.parser import Parser
 from mv2v_engine.shapes import HistoryBranches
-from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments
+from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments, turn_plan
 from mv2v_engine.training import finetune
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import join, own_generator
@@ -218,17 +218,22 @@ def drawn_plan(
     """
     length = count * grid[0]
     asked = sorted(torch.randperm(length, generator=generator)[: grid[0]].tolist())
-    is_static = chance(recipe.static_conditioning, generator)
-    segments = list(
-        history_segments(
-            shape, (length, *grid[1:]), recipe.rate, recipe.whole_frames * (recipe.stage == 2)
+    is_static, is_query = chance(recipe.static_conditioning, generator), recipe.stage == 1
+    if shape.has_camera and not is_query:
+        plan = turn_plan(
+            shape,
+            grid,
+            (2,) * count,
+            source=not chance(recipe.source_dropped, generator),
+            merge="off",
+            conditioning="static" if is_static else "joint",
+            history=recipe.rate,
+            history_frames=recipe.whole_frames,
         )
-    )
-    if shape.has_camera and recipe.stage == 2 and not chance(recipe.source_dropped, generator):
-        segments.insert(0, Segment(role="source", grid=grid, tau=grid[0], camera=1))
-    numbers = asked if recipe.stage == 1 else None
-    plan = query_plan(shape, grid, tuple(segments), numbers, is_static=is_static)
-    return plan, asked
+        return plan, asked
+    whole = 0 if is_query else recipe.whole_frames
+    past = tuple(history_segments(shape, (length, *grid[1:]), recipe.rate, whole))
+    return query_plan(shape, grid, past, asked if is_query else None, is_static=is_static), asked
 
 
 def masked(
@@ -254,9 +259,8 @@ def query_plan(
 ) -> TokenPlan:
     """A target beside a history: the frames of it that are asked for, or what comes after it.
 
-    grid: the target's. past: the history's segments, after a source if there is one. asked:
-    numbers of frames in the history, which the target's own positions say; None: the target
-    follows.
+    grid: the target's. past: the history's segments. asked: numbers of frames in the history,
+    which the target's own positions say; None: the target follows.
     """
     length = past[0].grid[0]
     taus = () if asked is None else tuple(number - length for number in asked)
