@@ -440,6 +440,14 @@ def costs(model: Trained, case: Case) -> dict[str, Any]:
     }
 
 
+def command(args: argparse.Namespace) -> str:
+    """The command with the options that its result depends on."""
+    data = "--edits" if args.edits else "--latents"
+    names = ("steps", "batch", "held_out", "learning_rate", "rate")
+    options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names)
+    return f"python profiling/history_frames.py {data} LATENTS {options}"
+
+
 def begin(args: argparse.Namespace, settings: dict[str, Any]) -> None:
     """Settings into the working folder, or the refusal of a folder that began with others."""
     path = args.work / "settings.json"
@@ -534,8 +542,7 @@ def main() -> None:
             print(name, rows[name])
         if args.out is not None:
             record = {
-                "command": f"python profiling/history_frames.py "
-                f"{'--edits' if args.edits else '--latents'}",
+                "command": command(args),
                 **settings,
                 "base": study.base,
                 "channels": CHANNELS,
