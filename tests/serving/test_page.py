@@ -38,7 +38,8 @@ if TYPE_CHECKING:
 PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "http" / "page"
 MOST_TABS = 6
 MOST_SCRIPT = 120_000  # bytes that the page of a model that makes turns is given
-ELSEWHERE = {"docs.js", "live.js"}  # modules of the page at /docs, and of a model that streams
+# modules of the page at /docs, of a model that streams, and of what is behind a turn's fold
+ELSEWHERE = {"docs.js", "live.js", "report.js"}
 FRAME = 8  # the frame that the scrubber is sent to
 LAST = 15  # the frame from which it is played, round the end
 

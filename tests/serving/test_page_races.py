@@ -98,6 +98,33 @@ def test_a_list_that_was_overtaken_is_not_shown(page: Page, source_clip: Path) -
     assert link(page, session).count() == 0
 
 
+def test_the_picture_waits_for_nothing_but_its_own(
+    service: Live,
+    open_page: OpenPage,
+    client: httpx.Client,
+    upload: Upload,
+    events_of: Callable[..., Any],
+) -> None:
+    session = upload(client)["id"]
+    path = f"/v1/sessions/{session}/turns"
+    events_of(client, client.post(path, json={"camera": "pan_right"}).json()["id"])
+    page = open_page("about:blank")
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
+    model, every = Held(page, "**/v1/models"), Held(page, re.compile(r"/v1/sessions\?"))
+    # the turns are read beside the model
+    with page.expect_response(f"**{path}"):
+        page.goto(f"{service.address}/#session={session}")
+    model.wait()
+    model.let_go()
+    # and shown before the list of videos is there, the turn's picture before the source's
+    page.locator(".pane[data-shown='1'] video[src]").wait_for(state="attached")
+    page.locator("#history [data-id=source] video").wait_for(state="attached")
+    assert asked.index("thumbnail") < asked.index("video") < asked.index("source")
+    every.let_go()
+    link(page, session).wait_for()
+
+
 def test_a_session_that_was_left_before_it_came(
     page: Page, client: httpx.Client, upload: Upload
 ) -> None:

@@ -97,6 +97,14 @@ export const session = (id) => json(`v1/sessions/${id}`);
 export const turns = (id) => all(`v1/sessions/${id}/turns`);
 export const turn = (id, number) => json(`v1/sessions/${id}/turns/${number}`);
 export const jobs = (id) => all(`v1/jobs?session=${id}&limit=100`);
+/** A session as it is now: itself, its turns, and its jobs in order. */
+export async function whole(id) {
+  // jobs first: one that is finished by then is among the turns that are asked for after it
+  const found = await jobs(id);
+  const [itself, made] = await Promise.all([session(id), turns(id)]);
+  return { session: itself, turns: made, jobs: found.reverse() };
+}
+
 export const job = (id) => json(`v1/jobs/${id}`);
 export const cancel = (id) => post(`v1/jobs/${id}/cancel`, {});
 export const submit = (id, request, key) =>
@@ -133,11 +141,11 @@ export async function download(path, name) {
 
 /**
  * A session of a video. fetch says nothing of how much it has sent, so this is the older interface.
- * choices: how it is read. onprogress: (share of the bytes that were sent). signal: aborts it.
+ * choices: [field, text or file] beside it. onprogress: (share of the bytes that were sent). signal: aborts it.
  */
 export function upload(file, { key, choices, onprogress, signal }) {
   const form = new FormData();
-  for (const [name, value] of Object.entries(choices)) form.append(name, value);
+  for (const [name, value] of choices) form.append(name, value);
   form.append("name", file.name);
   form.append("video", file, file.name);
   return new Promise((resolve, reject) => {

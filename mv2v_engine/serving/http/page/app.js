@@ -34,8 +34,8 @@ function reveal(session) {
   document.documentElement.dataset.view = session ? "session" : "";
 }
 
-/** A later call overtakes one that still waits for the service. */
-async function show() {
+/** A later call overtakes one that still waits for the service. known: what the address names. */
+async function show(known) {
   if (!workspace) return;
   const { session, ...view } = readHash();
   if (session && workspace.session?.id === session) return;
@@ -49,7 +49,7 @@ async function show() {
     return;
   }
   try {
-    await workspace.open(session, view);
+    await workspace.open(session, view, known);
     if (number !== shows) return;
     document.title = `${workspace.session.name || "Untitled"} – mv2v`;
     // whoever came here by what is gone now goes on where the next turn is asked for
@@ -63,7 +63,7 @@ async function show() {
   } catch (error) {
     if (number !== shows) return;
     reveal(null);
-    problem($("page-state"), error, show);
+    problem($("page-state"), error, () => show());
   }
 }
 
@@ -153,14 +153,19 @@ function askForToken() {
   $("access").showModal();
 }
 
-/** The model, once it is loaded: a service that has just started needs a while. */
-async function loadModel() {
+/**
+ * The model, once it is loaded, which takes a service that has just started a while, and beside it
+ * the session that the address names; what is wrong with that is said where it is shown.
+ */
+async function load() {
   const place = $("page-state");
   for (;;) {
     try {
-      const model = await api.model();
+      const { session } = readHash();
+      const found = await Promise.all([
+        api.model(), session && api.whole(session).catch(() => null)]);
       replace(place);
-      return model;
+      return found;
     } catch (error) {
       if (error.status === 401) askForToken();
       if (error.code !== "not_ready") throw error;
@@ -181,9 +186,9 @@ function setUpKeys() {
 }
 
 async function start() {
-  let model;
+  let model, known;
   try {
-    model = await loadModel();
+    [model, known] = await load();
   } catch (error) {
     problem($("page-state"), error, start);
     return;
@@ -215,8 +220,8 @@ async function start() {
     onchange: () => list.refresh(),
     ondelete: deleteSession,
   });
-  await list.refresh();
-  await show();
+  show(known); // its picture before the list
+  list.refresh();
 }
 
 list = new SessionList();
@@ -229,7 +234,7 @@ uploader = new Uploader((session) => {
 setUpTheme();
 setUpAccess();
 setUpKeys();
-window.addEventListener("hashchange", show);
+window.addEventListener("hashchange", () => show());
 for (const type of ["focus", "online"]) {
   window.addEventListener(type, () => {
     workspace?.refresh();

@@ -12,6 +12,7 @@ export class Clips {
     this.clips = new Map(); // id: {video, paths}
     this.files = new Map(); // path: a promise of its address
     this.leaving = new AbortController();
+    this.first = null; // a promise
   }
 
   /** A file's address, once it is there. */
@@ -33,10 +34,20 @@ export class Clips {
     this.clips.set(id, { video, paths: [path, poster] });
     video.addEventListener("error", () => this.#tell(id, video, new Error(
       "This browser cannot play the video's format; download it to see it.")));
-    this.#load(id, video, path);
-    // the video itself tells what is wrong
+    // the picture first; the video itself tells what is wrong
     if (poster) this.file(poster).then((address) => { video.poster = address; }, () => {});
+    this.#load(id, video, path);
+    this.first ??= new Promise((resolve) => {
+      for (const name of ["loadeddata", "error"]) video.addEventListener(name, resolve);
+      setTimeout(resolve, 2000);
+    });
     return video;
+  }
+
+  /** A file's address, once the first video that is shown has its picture. */
+  async later(path) {
+    await this.first;
+    return this.file(path);
   }
 
   async #load(id, video, path) {
@@ -74,6 +85,7 @@ export class Clips {
   clear() {
     this.leaving.abort();
     this.leaving = new AbortController();
+    this.first = null;
     for (const id of [...this.clips.keys()]) this.remove(id);
     for (const path of [...this.files.keys()]) this.#forget(path);
   }

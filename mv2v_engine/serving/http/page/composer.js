@@ -3,6 +3,7 @@
 import * as api from "./api.js";
 import { CameraPicker } from "./cameras.js";
 import { $, keepKind, onClick, partsOf, replace } from "./dom.js";
+import { list, plural } from "./format.js";
 import { attempt, problem } from "./notices.js";
 
 const SEEDS = 2 ** 31;
@@ -15,7 +16,7 @@ export class Composer {
   constructor(root, model, player, onsent) {
     this.onsent = onsent;
     keepKind(root, model.kind);
-    this.state = partsOf(root).state;
+    Object.assign(this, partsOf(root)); // state, guides
     this.picker = model.kind === "edits" ? null : new CameraPicker(model, player);
     this.typed = $("prompt") ?? $("say");
     const form = this.form = root.querySelector("form");
@@ -48,6 +49,10 @@ export class Composer {
   show(session, turns) {
     if (this.session?.id !== session.id) replace(this.state);
     this.session = session;
+    const { num_references: count, has_mask: isMasked } = session;
+    const guides = [count && plural(count, "reference"), isMasked && "a mask"].filter(Boolean);
+    const words = guides.length && `Made with ${list(guides)}, which came with the video.`;
+    if (this.guides) replace(this.guides, words || null);
     this.picker?.setEarlier(
       turns.map(({ number, request }) => ({ number, camera: request.camera })));
   }

@@ -1,8 +1,15 @@
 // How numbers are written.
 
 export function plural(count, noun) {
-  return `${count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
+  // the first number that is written in a language's way costs some milliseconds
+  return `${count < 1000 ? count : count.toLocaleString("en")} ${noun}${count === 1 ? "" : "s"}`;
 }
+
+const STAGES = {
+  video: "Read video", vae: "VAE", text: "Text", memory: "Recall", sampling: "Sampling",
+};
+
+export const stageWords = (stage) => STAGES[stage] ?? stage;
 
 /** "turn 1, turn 2 and turn 3" */
 export const list = (words) => new Intl.ListFormat("en").format(words);

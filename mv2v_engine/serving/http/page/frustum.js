@@ -90,7 +90,15 @@ export class Preview {
     requestAnimationFrame(step);
   }
 
+  /** With the next frame, once for all that asked for it before. */
   draw() {
+    this.due ??= requestAnimationFrame(() => {
+      this.due = null;
+      this.#draw();
+    });
+  }
+
+  #draw() {
     const { canvas, context } = this;
     const scale = window.devicePixelRatio || 1;
     const [width, height] = [canvas.clientWidth, canvas.clientHeight];

@@ -55,9 +55,9 @@ export class History {
     this.tiles.set(id, tile);
     const show = (address) => (turn ? setPicture(tile, address)
       : replace(partsOf(tile).thumb, h("video", { src: `${address}#t=0.01`, tabindex: -1 })));
-    const path = turn ? api.thumbnailPath(session.id, turn.number) : api.sourcePath(session.id);
     // its words are enough; what is wrong with it is said where it is played
-    if (turn || id === "source") this.clips.file(path).then(show, () => {});
+    if (turn) this.clips.file(api.thumbnailPath(session.id, turn.number)).then(show, () => {});
+    else if (id === "source") this.clips.later(api.sourcePath(session.id)).then(show, () => {});
     return tile;
   }
 

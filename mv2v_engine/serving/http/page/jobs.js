@@ -3,9 +3,8 @@
 import * as api from "./api.js";
 import { requestWords } from "./camera.js";
 import { cloned, h, partsOf, replace } from "./dom.js";
-import { seconds } from "./format.js";
+import { seconds, stageWords } from "./format.js";
 import { announce, button, problem } from "./notices.js";
-import { stageWords } from "./report.js";
 import { follow } from "./stream.js";
 
 const ENDS = new Set(["finished", "failed", "cancelled"]);

@@ -1,21 +1,12 @@
 // What a turn remembered, and what it cost, read from its report.
 
 import { h } from "./dom.js";
-import { flops, percent, plural, seconds } from "./format.js";
+import { flops, percent, plural, seconds, stageWords } from "./format.js";
 
-const STAGES = {
-  video: "Read video",
-  vae: "VAE",
-  text: "Text",
-  memory: "Recall",
-  sampling: "Sampling",
-};
 const KINDS = { target: "Target", source: "Source", memory: "Memory" };
 const RANKINGS = {
   fov: "Scored by the share of the new view that each has seen",
 };
-
-export const stageWords = (stage) => STAGES[stage] ?? stage;
 
 const sum = (values) => Object.values(values).reduce((a, b) => a + b, 0);
 const count = (value) => value.toLocaleString("en");

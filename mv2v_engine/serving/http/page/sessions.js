@@ -43,15 +43,15 @@ export class Uploader {
       : "Edits are as long and as large as the video";
     $("pick-limit").textContent =
       `or choose a file, up to ${bytes(most).replace(" ", "\u00a0")}`;
+    for (const field of $("guides").children) field.hidden = !model.guides[field.dataset.guide];
     $("read-size").append(...[model.size, ...(model.sizes ?? [])].map(([height, width]) =>
       h("option", { value: `${width}x${height}` }, `${width} × ${height}`)));
   }
 
-  /** How a video is read, where not as the service reads all of them. */
+  /** [field, text or file]: what edits are given beside a video, and how it is read if not as usual. */
   get choices() {
-    const fields = [...$("reading").querySelectorAll("[name]")];
-    return Object.fromEntries(
-      fields.filter(({ value }) => value).map(({ name, value }) => [name, value]));
+    return [...this.zone.querySelectorAll("[name]")].flatMap(({ name, value, files }) =>
+      (files ? [...files] : [value]).filter(Boolean).map((one) => [name, one]));
   }
 
   /** Uploads a file; sent again after an error, it is still one session: the key stays. */
@@ -59,9 +59,12 @@ export class Uploader {
     this.current?.abort();
     this.current = null;
     this.zone.ariaBusy = null;
-    if (file.size > this.most) {
+    const { choices } = this;
+    const size = choices.reduce((sum, [, { size = 0 }]) => sum + size, file.size);
+    if (size > this.most) {
       // the service would close the connection on what it does not read, and its words be lost
-      problem(this.state, new Error(`${file.name} has ${bytes(file.size)}, more than the `
+      const beside = size > file.size ? " with its references and mask" : "";
+      problem(this.state, new Error(`${file.name} has ${bytes(size)}${beside}, more than the `
         + `${bytes(this.most)} that this service takes; cut it, or encode it smaller.`));
       return;
     }
@@ -80,9 +83,10 @@ export class Uploader {
     };
     try {
       const session = await api.upload(file, {
-        key, choices: this.choices, onprogress, signal: leaving.signal,
+        key, choices, onprogress, signal: leaving.signal,
       });
       replace(this.state);
+      for (const guide of $("guides").querySelectorAll("input")) guide.value = ""; // this video's
       announce(`${file.name} is ready`);
       this.onsession(session);
     } catch (error) {

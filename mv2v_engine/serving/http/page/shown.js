@@ -5,7 +5,6 @@ import { requestWords } from "./camera.js";
 import { $, cloned, h, keepKind, onClick, partsOf, replace } from "./dom.js";
 import { bytes, list } from "./format.js";
 import { attempt, button, problem } from "./notices.js";
-import { costSection, memorySection } from "./report.js";
 
 /**
  * Makes the fields of a piece of the page write back what they are left with; what somebody else
@@ -124,11 +123,19 @@ export class Shown {
       ...(forgotten.length ? [`It remembered ${list(forgotten)}, deleted since.`] : []),
       ...turn.warnings,
     ].map((words) => h("p", { class: "note" }, words)));
+    const look = async () => {
+      this.isOpen = behind.open;
+      if (!behind.open || parts.childElementCount) return;
+      try {
+        const { costSection, memorySection } = await import("./report.js");
+        replace(parts, memorySection(turn.report,
+          { numFrames: this.model.num_frames, open: this.actions.open }), costSection(turn.report));
+      } catch (error) {
+        problem(state, error);
+      }
+    };
+    behind.addEventListener("toggle", look); // which opening it here does, too
     behind.open = this.isOpen;
-    behind.addEventListener("toggle", () => { this.isOpen = behind.open; });
-    parts.append(
-      memorySection(turn.report, { numFrames: this.model.num_frames, open: this.actions.open }),
-      costSection(turn.report));
   }
 }
 

@@ -17,14 +17,6 @@ import { Stage } from "./stage.js";
 
 const isAlive = ({ state }) => state === "queued" || state === "running";
 
-/** A session as it is now: itself, its turns, and its jobs in order. */
-async function read(id) {
-  // jobs first: one that is finished by then is among the turns that are asked for after it
-  const jobs = await api.jobs(id);
-  const [session, turns] = await Promise.all([api.session(id), api.turns(id)]);
-  return { session, turns, jobs: jobs.reverse() };
-}
-
 export class Workspace {
   /**
    * model: as the service describes it. onview: () what is shown is another; onbranch: (session)
@@ -71,11 +63,14 @@ export class Workspace {
     });
   }
 
-  /** Shows a session as it is now. view: {show, beside, mode, frame}, where the user left it. */
-  async open(id, view) {
+  /**
+   * Shows a session as it is now. view: {show, beside, mode, frame}, where the user left it; known:
+   * what was read of one just now.
+   */
+  async open(id, view, known) {
     this.close();
     const opening = this.opening;
-    const { session, turns, jobs } = await read(id);
+    const { session, turns, jobs } = known?.session.id === id ? known : await api.whole(id);
     if (opening !== this.opening) return;
     this.root.inert = false;
     this.session = session;
@@ -105,7 +100,7 @@ export class Workspace {
     const { session: before, turns: known } = this;
     if (!before) return;
     try {
-      const { session, turns, jobs } = await read(before.id);
+      const { session, turns, jobs } = await api.whole(before.id);
       // what came meanwhile may be newer than this, or older
       if (this.session !== before || this.turns !== known) return this.refresh();
       Object.assign(this, { session, turns });
