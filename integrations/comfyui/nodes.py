@@ -1,8 +1,9 @@
 """The nodes: an engine, a session, cameras, a rendered view, an edit.
 
-ComfyUI keeps what a node gave as long as its inputs stay the same. A session is found again by what
-it was opened with, whatever ComfyUI has kept, so its turns are remembered from run to run; with a
-folder, from one start of ComfyUI to the next.
+ComfyUI keeps what a node gave as long as its inputs stay the same and its graph is the one that
+runs, and it runs nodes in inference mode. An engine and a session are found again by what they were
+opened with, whatever ComfyUI has kept, so turns are remembered from run to run; with a folder, from
+one start of ComfyUI to the next. What ComfyUI still holds stays open.
 
 Images are ComfyUI's IMAGE, float32 [T, height, width, 3] from 0 to 1; latents its LATENT,
 {"samples": [1, C, F, H, W]}, of an edit [W, C, F, H, W] with its windows.
@@ -10,6 +11,7 @@ Images are ComfyUI's IMAGE, float32 [T, height, width, 3] from 0 to 1; latents i
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import math
@@ -17,6 +19,7 @@ from collections import OrderedDict
 from contextlib import closing
 from pathlib import Path
 from typing import Any
+from weakref import WeakValueDictionary
 
 import comfy.model_management
 import comfy.utils
@@ -31,11 +34,16 @@ from mv2v_engine.progress import Preview, StepDone, WindowStarted
 CATEGORY = "mv2v_engine"
 ENGINE, SESSION = "MV2V_ENGINE", "MV2V_SESSION"
 _DEFAULT = "default"
-# sessions that stay open; the least recently used is closed first
+# sessions of one engine that stay open though ComfyUI holds them no longer; the least recently used
+# is let go first
 MAX_SESSIONS = 8
 # pixels of a preview's longer side
 _PREVIEW_SIDE = 512
-_sessions: OrderedDict[str, tuple[Engine, Session]] = OrderedDict()
+# by what they were opened with
+_engines: WeakValueDictionary[str, Engine] = WeakValueDictionary()
+_sessions: WeakValueDictionary[str, Session] = WeakValueDictionary()
+# with its engine, whose id a session's key has
+_recent: OrderedDict[str, tuple[Engine, Session]] = OrderedDict()
 
 
 class Interrupt(CancelToken):
@@ -77,16 +85,22 @@ class LoadEngine:
         lora: str = "",
         settings: str = "",
     ) -> tuple[Engine]:
-        given = json_settings(settings)
-        loras = [lora_pair(line.strip()) for line in lora.splitlines() if line.strip()]
-        if loras:
-            given["lora"] = tuple(loras)
-        engine = Engine.from_pretrained(
-            checkpoint.strip(),
-            components=components.strip() or None,
-            device=device.strip() or None,
-            config=EngineConfig(**given),
-        )
+        key = json.dumps([checkpoint, components, device, lora, settings])
+        engine = _engines.get(key)
+        if engine is None:
+            given = json_settings(settings)
+            loras = [lora_pair(line.strip()) for line in lora.splitlines() if line.strip()]
+            if loras:
+                given["lora"] = tuple(loras)
+            # a device has seldom room for the weights of two
+            _recent.clear()
+            gc.collect()
+            engine = _engines[key] = Engine.from_pretrained(
+                checkpoint.strip(),
+                components=components.strip() or None,
+                device=device.strip() or None,
+                config=EngineConfig(**given),
+            )
         return (engine,)
 
 
@@ -135,7 +149,9 @@ class OpenSession:
         if samples is not None:
             digest.update(samples.float().cpu().contiguous().numpy().tobytes())
         key = json.dumps([*words, digest.hexdigest()])
-        if key not in _sessions:
+        session = _sessions.get(key)
+        if session is None:
+            gc.collect()  # one that was let go may still lock the folder
             views: dict[str, Any] = {}
             if not engine.is_editor:
                 is_whole = len(frames) == engine.sampling.num_frames
@@ -143,7 +159,7 @@ class OpenSession:
             if samples is not None:
                 views["source_latents"] = samples[0].float().cpu()
             place = Path(folder.strip()).expanduser() if folder.strip() else None
-            session = engine.session(
+            session = _sessions[key] = engine.session(
                 frames,
                 fps=fps or None,
                 store=place,
@@ -151,11 +167,11 @@ class OpenSession:
                 cancel=Interrupt(),
                 **views,
             )
-            _sessions[key] = (engine, session)
-        _sessions.move_to_end(key)
-        while len(_sessions) > MAX_SESSIONS:
-            _sessions.popitem(last=False)[1][1].close()
-        return (_sessions[key][1],)
+        _recent[key] = (engine, session)
+        _recent.move_to_end(key)
+        while len(_recent) > MAX_SESSIONS:
+            _recent.popitem(last=False)
+        return (session,)
 
 
 class DialCamera:
@@ -203,10 +219,16 @@ class FileCamera:
         }
 
     @classmethod
-    def IS_CHANGED(cls, path: str, options: str = "") -> str | float:
-        """The file's digest, so that another content is another camera."""
+    def IS_CHANGED(cls, path: str | None, options: str | None = "") -> str | float:
+        """The file's digest, so that another content is another camera.
+
+        None: what another node gives, which ComfyUI does not tell here; NaN, that the file is read
+        again.
+        """
+        if path is None:
+            return math.nan
         try:
-            return file_digest(Path(path.partition("#")[0]).expanduser()) + options
+            return f"{file_digest(Path(path.partition('#')[0]).expanduser())} {options}"
         except OSError:
             return math.nan
 
@@ -271,7 +293,8 @@ class _MakesTurn:
         if turn is None:
             turn = _driven(session, request, previews, unique_id)
         images = turn.frames.float() / 255
-        latents = turn.latents if turn.trajectory is None else turn.latents[None]
+        # its own, which a node after this one may write into
+        latents = (turn.latents if turn.trajectory is None else turn.latents[None]).clone()
         report = json.dumps(turn.report, indent=1, default=str)
         return images, {"samples": latents}, turn.fps, report, session
 

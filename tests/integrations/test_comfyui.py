@@ -5,7 +5,9 @@ from __future__ import annotations
 import importlib.util
 import inspect
 import json
+import math
 import sys
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -21,7 +23,7 @@ PACK = Path(__file__).resolve().parents[2] / "integrations" / "comfyui"
 # what the nodes of ComfyUI itself in the example workflows give
 CORE = {
     "LoadVideo": ("VIDEO",),
-    "GetVideoComponents": ("IMAGE", "AUDIO", "FLOAT"),
+    "GetVideoComponents": ("IMAGE", "AUDIO", "FLOAT", "INT"),
     "CreateVideo": ("VIDEO",),
     "SaveVideo": (),
 }
@@ -49,6 +51,8 @@ class Comfy:
             def update_absolute(
                 self, value: int, total: int | None = None, preview: Any = None
             ) -> None:
+                # what ComfyUI's own hook of the bar does first
+                throw_exception_if_processing_interrupted()
                 comfy.updates.append((value, total or self.total, preview))
                 comfy.is_interrupted |= value == comfy.stop_at
 
@@ -89,6 +93,7 @@ def pack(comfy: Comfy, monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
     sys.modules.pop(f"{name}.nodes")
 
 
+@torch.inference_mode()
 def run(pack: Any, kind: str, **inputs: Any) -> Any:
     """Execute a node as ComfyUI does."""
     node = pack.NODE_CLASS_MAPPINGS[kind]()
@@ -101,6 +106,7 @@ def declared(node: Any) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
+@torch.inference_mode()
 def engine() -> Engine:
     return Engine.from_pretrained("tiny-nvs", device="cpu")
 
@@ -129,8 +135,18 @@ def test_every_node_keeps_the_contract(pack: Any) -> None:
             assert set(inspect.signature(changed).parameters) == set(declared(node))
 
 
-@pytest.mark.parametrize("path", sorted((PACK / "workflows").glob("*.json")), ids=lambda p: p.stem)
-def test_the_example_workflows_fit_the_nodes(pack: Any, path: Path) -> None:
+# what the nodes of ComfyUI itself in the example workflows are set to in the editor
+CORE_WIDGETS = {
+    "LoadVideo": ("file", None),
+    "CreateVideo": ("fps",),
+    "SaveVideo": ("filename_prefix", "format", "codec"),
+}
+WIDGETS = {"STRING": str, "INT": int, "FLOAT": float, "BOOLEAN": bool}
+PROMPTS = sorted((PACK / "prompts").glob("*.json"))
+
+
+@pytest.mark.parametrize("path", PROMPTS, ids=lambda p: p.stem)
+def test_the_example_prompts_fit_the_nodes(pack: Any, path: Path) -> None:
     flow = json.loads(path.read_text(encoding="utf-8"))
     gives = CORE | {name: node.RETURN_TYPES for name, node in pack.NODE_CLASS_MAPPINGS.items()}
     for node in flow.values():
@@ -147,8 +163,40 @@ def test_the_example_workflows_fit_the_nodes(pack: Any, path: Path) -> None:
             elif isinstance(kind, list):
                 assert value in kind
             else:
-                kinds = {"STRING": str, "INT": int, "FLOAT": float, "BOOLEAN": bool}
-                assert type(value) is kinds[kind], name
+                assert type(value) is WIDGETS[kind], name
+
+
+@pytest.mark.parametrize("path", PROMPTS, ids=lambda p: p.stem)
+def test_the_editor_makes_the_prompt_of_the_workflow(pack: Any, path: Path) -> None:
+    """What ComfyUI offers as a template is the graph of the editor, which it makes a prompt of."""
+    graph = json.loads((PACK / "example_workflows" / path.name).read_text(encoding="utf-8"))
+    links = {link[0]: link for link in graph["links"]}
+    types = {node["id"]: [one["type"] for one in node["outputs"]] for node in graph["nodes"]}
+    prompt = {}
+    for node in graph["nodes"]:
+        kind = pack.NODE_CLASS_MAPPINGS.get(node["type"])
+        if kind is None:
+            widgets = CORE_WIDGETS.get(node["type"], ())
+        else:
+            inputs = declared(kind).items()
+            named = [
+                (name, f"control after {name}") if name == "seed" else (name,)
+                for name, (of, *_) in inputs
+                if isinstance(of, list) or of in WIDGETS
+            ]
+            widgets = tuple(name for names in named for name in names)
+            assert [one["name"] for one in node["outputs"]] == list(kind.RETURN_NAMES)
+        values = dict(zip(widgets, node["widgets_values"], strict=True))
+        for slot, one in enumerate(node["inputs"]):
+            if one["link"] is None:
+                continue
+            _, origin, output, target, at, kind_of = links[one["link"]]
+            assert (target, at, kind_of) == (node["id"], slot, one["type"])
+            assert types[origin][output] == one["type"]
+            values[one["name"]] = [str(origin), output]
+        values = {name: value for name, value in values.items() if " " not in (name or " ")}
+        prompt[str(node["id"])] = {"class_type": node["type"], "inputs": values}
+    assert prompt == json.loads(path.read_text(encoding="utf-8"))
 
 
 def test_a_view_by_the_embedded_model(
@@ -194,15 +242,21 @@ def test_a_view_by_the_embedded_model(
     assert other is not session and not other.turns
 
 
+@pytest.mark.parametrize("previews", [True, False], ids=["in the bar", "in the turn"])
 def test_the_users_cancel_ends_a_turn(
-    pack: Any, comfy: Comfy, engine: Engine, images: torch.Tensor
+    pack: Any, comfy: Comfy, engine: Engine, images: torch.Tensor, previews: bool
 ) -> None:
+    """Found by the bar, when the step's preview is shown, or by the turn at its next step."""
     (session,) = run(pack, "MV2VSession", engine=engine, images=images)
     comfy.stop_at = 1
+    asked = {"session": session, "camera": "pan_right", "seed": 0, "previews": previews}
     with pytest.raises(Interrupted):
-        run(pack, "MV2VRenderView", session=session, camera="pan_right", seed=0, steps=3)
+        run(pack, "MV2VRenderView", **asked, steps=3)
     assert not session.turns and not comfy.is_interrupted
     assert max(value for value, *_ in comfy.updates) == 1
+    comfy.stop_at = None
+    run(pack, "MV2VRenderView", **asked, steps=1)
+    assert len(session.turns) == 1
 
 
 def test_latents_and_a_folder_go_in(
@@ -216,6 +270,7 @@ def test_latents_and_a_folder_go_in(
     session.close()
     nodes = sys.modules[f"{pack.__name__}.nodes"]
     nodes._sessions.clear()
+    nodes._recent.clear()
     (resumed,) = run(pack, "MV2VSession", **given)
     assert [turn.number for turn in resumed.turns] == [1]
     resumed.close()
@@ -223,14 +278,39 @@ def test_latents_and_a_folder_go_in(
         run(pack, "MV2VSession", **given, latents={"samples": latents})
 
 
-def test_sessions_that_nobody_used_are_closed(
-    pack: Any, engine: Engine, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch
+def test_what_nobody_holds_is_let_go(
+    pack: Any, engine: Engine, images: torch.Tensor, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(sys.modules[f"{pack.__name__}.nodes"], "MAX_SESSIONS", 1)
-    (first,) = run(pack, "MV2VSession", engine=engine, images=images, name="1")
+    given = {"engine": engine, "images": images, "folder": str(tmp_path / "kept")}
+    (held,) = run(pack, "MV2VSession", **given)
     run(pack, "MV2VSession", engine=engine, images=images, name="2")
-    with pytest.raises(RequestError, match="closed"):
-        first.render("static", num_inference_steps=1)
+    # as ComfyUI holds it, which runs the nodes after it alone
+    run(pack, "MV2VRenderView", session=held, camera="static", seed=0, steps=1, previews=False)
+    (again,) = run(pack, "MV2VSession", **given)
+    assert again is held
+    run(pack, "MV2VSession", engine=engine, images=images, name="2")
+    name = held.id
+    del held, again
+    (resumed,) = run(pack, "MV2VSession", **given)
+    assert resumed.id == name and [turn.number for turn in resumed.turns] == [1]
+
+
+def test_a_graph_that_was_left_finds_its_engine_and_session_again(
+    pack: Any, images: torch.Tensor, tmp_path: Path
+) -> None:
+    """ComfyUI forgets what its nodes gave as soon as another graph runs."""
+    folder = str(tmp_path / "kept")
+
+    def opened(settings: str = "") -> Any:
+        (engine,) = run(pack, "MV2VLoadEngine", checkpoint="tiny-nvs", settings=settings)
+        return run(pack, "MV2VSession", engine=engine, images=images, folder=folder)[0]
+
+    first = weakref.ref(opened())
+    assert opened() is first() is not None
+    # another engine takes its place, and its folder
+    other = opened('{"cache_bytes": 99999}')
+    assert first() is None and other.parts.config.cache_bytes == 99999
 
 
 def test_another_content_of_a_camera_file_is_another_camera(pack: Any, tmp_path: Path) -> None:
@@ -242,6 +322,8 @@ def test_another_content_of_a_camera_file_is_another_camera(pack: Any, tmp_path:
     assert node.IS_CHANGED(path=str(path)) == one
     path.write_text("two")
     assert node.IS_CHANGED(path=str(path)) != one
+    # what another node gives is not told
+    assert math.isnan(node.IS_CHANGED(path=None)) and node.IS_CHANGED(path=str(path), options=None)
     assert run(pack, "MV2VFileCamera", path="a.json", options="relative") == ("a.json?relative",)
 
 
