@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -13,13 +13,18 @@ import pytest
 
 pytest.importorskip("prometheus_client", reason="the extra [serve] is not installed")
 pytest.importorskip("yaml", reason="PyYAML is not installed")
+import httpx
 import yaml
+from prometheus_client.parser import text_string_to_metric_families
+from prometheus_client.samples import Sample
 
 from mv2v_engine.parser import Parser
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
 from mv2v_engine.serving.watch.metrics import Metrics
-from tests.serving.fake_streams import stream_record
+from tests.conftest import save_tiny
+from tests.serving.conftest import until
+from tests.serving.fake_streams import StreamBackend, stream_record
 
 ROOT = Path(__file__).resolve().parents[2]
 DEPLOY = ROOT / "deploy"
@@ -74,11 +79,16 @@ def labels_by_sample() -> dict[str, frozenset[str]]:
     }
 
 
-def expressions() -> Iterator[tuple[str, str]]:
-    """Every PromQL expression of the dashboard and the rules, with where it stands."""
+def shown() -> Iterator[tuple[str, str]]:
+    """Every PromQL expression of the dashboard, with its panel."""
     for panel in json.loads(DASHBOARD.read_text(encoding="utf-8"))["panels"]:
         for target in panel["targets"]:
             yield panel["title"], target["expr"]
+
+
+def expressions() -> Iterator[tuple[str, str]]:
+    """Every PromQL expression of the dashboard and the rules, with where it stands."""
+    yield from shown()
     for group in read_yaml("alerts.yml")["groups"]:
         for rule in group["rules"]:
             yield rule["alert"], rule["expr"]
@@ -106,6 +116,57 @@ def test_every_metric_and_label_exists(place: str, expression: str) -> None:
         assert matched <= known[name] | {"instance", "job"}, f"{place}: {name}{{{matchers}}}"
     assert grouped <= labels | {"instance", "le"}, f"{place}: by {grouped}"
     assert bare.count("(") == bare.count(")") and bare.count("{") == bare.count("}")
+
+
+def selected(selector: str, samples: Sequence[Sample]) -> list[Sample]:
+    """Samples that a PromQL selector takes, whatever the instance."""
+    name, _, matchers = selector.removesuffix("}").partition("{")
+    found = [sample for sample in samples if sample.name == name]
+    for label, how, value in re.findall(r'(\w+)(=~|!~|!=|=)"([^"]*)"', matchers):
+        if label == "instance":
+            continue
+        assert how in ("=", "!="), f"{selector}: teach this test {how}"
+        found = [one for one in found if (one.labels[label] == value) == (how == "=")]
+    return found
+
+
+def test_every_panel_has_data_of_services_that_work(
+    serving: Callable[..., Any],
+    serving_engine: Callable[..., Any],
+    upload: Callable[..., dict[str, Any]],
+    events_of: Callable[..., Any],
+    tmp_path: Path,
+) -> None:
+    """One makes turns with a worker, one streams; what a panel selects, one of them shows."""
+    samples: list[Sample] = []
+
+    def read(client: httpx.Client) -> None:
+        families = text_string_to_metric_families(client.get("/metrics").text)
+        samples.extend(sample for family in families for sample in family.samples)
+
+    checkpoint = save_tiny(tmp_path / "tiny")
+    with (
+        serving_engine(tmp_path / "turns", checkpoint=str(checkpoint)) as service,
+        service.client() as client,
+    ):
+        until(lambda: client.get("/readyz").status_code == 200)
+        path = f"/v1/sessions/{upload(client)['id']}/turns"
+        for camera in ("pan_right", "pan_left"):  # the second one remembers
+            events_of(client, client.post(path, json={"camera": camera}).json()["id"])
+        read(client)
+    with serving(tmp_path / "streams", StreamBackend()) as service, service.client() as client:
+        stream = client.post("/v1/streams", json={"prompt": "a ball", "blocks": 1}).json()["id"]
+        client.get(f"/v1/streams/{stream}/video")  # to its end
+        until(lambda: client.get(f"/v1/streams/{stream}").json()["state"] == "finished")
+        read(client)
+    for panel, expression in shown():
+        for selector in re.findall(r"mv2v_\w+(?:\{[^}]*\})?", expression):
+            found = selected(selector, samples)
+            assert found, f"{panel}: nothing is {selector}"
+            is_counted = re.search(r"_(total|count|sum|bucket)$", found[0].name)
+            may_be_none = re.search(r'restarts|how="packed"|merged_fraction_sum', selector)
+            if is_counted and not may_be_none:
+                assert any(sample.value for sample in found), f"{panel}: {selector} is 0"
 
 
 def test_every_metric_is_on_the_dashboard_or_in_a_rule() -> None:

@@ -14,6 +14,7 @@ from mv2v_engine.progress import Event, StageDone, StageStarted, StepDone
 pytest.importorskip("prometheus_client", reason="the extra [serve] is not installed")
 from prometheus_client.parser import text_string_to_metric_families
 
+from mv2v_engine.serving.store.jobs import CANCELLED
 from mv2v_engine.serving.store.records import JobRecord
 from mv2v_engine.serving.watch.metrics import Metrics
 
@@ -58,6 +59,29 @@ def as_json(event: Event) -> dict[str, Any]:
     raise AssertionError(event)
 
 
+def test_what_is_counted_by_label_begins_at_0(metrics: Metrics) -> None:
+    """The first turn that fails, and the first answer of 500, are an increase to Prometheus."""
+    metrics.watch_routes(["/v1/jobs/{id}"])
+
+    def counted() -> dict[tuple[str, ...], float]:
+        return {
+            (sample.name, *sample.labels.values()): sample.value
+            for family in metrics.registry.collect()
+            for sample in family.samples
+            if sample.name in ("mv2v_jobs_total", "mv2v_http_requests_total")
+        }
+
+    before = counted()
+    assert set(before.values()) == {0}
+    for number, code in enumerate(("worker_crashed", "timeout", "internal", "unprocessable_turn")):
+        error = {"code": code, "message": "words"}
+        metrics.job_ended(job(f"job_{number}", state="failed", ended=2.0, error=error), None)
+    metrics.job_ended(job(state="cancelled", ended=2.0, error=CANCELLED), None)
+    metrics.job_ended(job(state="finished", ended=2.0), None)
+    metrics.observe_request("/v1/jobs/{id}", 500, 0.1)
+    assert counted().keys() == before.keys() and sum(counted().values()) == 7
+
+
 def test_the_queue_as_jobs_come_run_and_go(metrics: Metrics) -> None:
     def shown() -> tuple[float | None, float | None]:
         return value(metrics, "queue_depth"), value(metrics, "jobs_running")
@@ -67,7 +91,7 @@ def test_the_queue_as_jobs_come_run_and_go(metrics: Metrics) -> None:
         metrics.job_queued(job(name))
     assert shown() == (3, 0)
     metrics.job_started(job(state="running", started=12.5, attempts=1))
-    metrics.job_ended(job("job_2", state="cancelled", ended=13.0), None)
+    metrics.job_ended(job("job_2", state="cancelled", ended=13.0, error=CANCELLED), None)
     assert shown() == (1, 1)
     # the server stops: the turn under way goes back, and is begun again
     metrics.job_queued(job(started=12.5, attempts=1))
@@ -76,7 +100,7 @@ def test_the_queue_as_jobs_come_run_and_go(metrics: Metrics) -> None:
     error = {"code": "worker_crashed", "message": "words"}
     metrics.job_ended(job(state="failed", started=20.0, ended=21.0, error=error), None)
     assert shown() == (1, 0)
-    assert value(metrics, "jobs_total", outcome="cancelled", code="") == 1
+    assert value(metrics, "jobs_total", outcome="cancelled", code="cancelled") == 1
     assert value(metrics, "jobs_total", outcome="failed", code="worker_crashed") == 1
     # the first begin alone tells how long it waited
     assert value(metrics, "job_wait_seconds_count") == 1

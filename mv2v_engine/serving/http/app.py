@@ -140,6 +140,7 @@ def create_app(
     app.mount("/page", GZipMiddleware(PageFiles(directory=PAGE)))
     app.get("/", include_in_schema=False)(_page)
     app.get("/docs", include_in_schema=False)(_docs)
+    metrics.watch_routes(route.path for route in app.routes if isinstance(route, Route))
     return app
 
 

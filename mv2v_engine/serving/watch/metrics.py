@@ -2,14 +2,15 @@
 
 Stages and steps are timed as their events arrive, so that they cost the worker nothing. Numbers of
 turns come from their reports, and only of turns that this process has seen begin: one that an
-earlier process made, and that is found finished at the start, has been counted there.
+earlier process made, and that is found finished at the start, has been counted there. Outcomes
+and faults stand at 0 from the start: Prometheus sees no increase in a count that begins at 1.
 """
 
 from __future__ import annotations
 
 import shutil
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,19 @@ _STEP = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _STAGE = (0.01, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0)
 _TURN = (0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 180.0, 600.0, 1800.0, 3600.0, 14400.0)
 _REQUEST = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 10.0)
+# outcomes of jobs, and the codes of their errors; others are possible, and hardly happen
+_ENDS = (
+    ("finished", ""),
+    ("cancelled", "cancelled"),
+    ("failed", "disk_full"),
+    ("failed", "internal"),
+    ("failed", "not_finite"),
+    ("failed", "out_of_memory"),
+    ("failed", "timeout"),
+    ("failed", "unprocessable_turn"),
+    ("failed", "worker_crashed"),
+)
+_STREAM_ENDS = (*_ENDS, ("finished", "stream_limit"), ("cancelled", "unread"))
 _FRACTION = tuple(tenth / 10 for tenth in range(1, 11))
 
 
@@ -76,6 +90,8 @@ class Metrics(Listener):
             "Turns that ended, by outcome and, if they failed, by the code of their error.",
             ("outcome", "code"),
         )
+        for outcome in _ENDS:
+            self._jobs.labels(*outcome)
         self._wait_seconds = histogram(
             "mv2v_job_wait_seconds", "From a turn's request to its first begin.", buckets=_TURN
         )
@@ -119,6 +135,8 @@ class Metrics(Listener):
         self._sessions = counter(
             "mv2v_sessions", "Sessions created and deleted, by what happened.", ("event",)
         )
+        for event in ("created", "deleted"):
+            self._sessions.labels(event)
         self._requests = counter(
             "mv2v_http_requests",
             "Answered requests by route template and status.",
@@ -139,6 +157,8 @@ class Metrics(Listener):
             "Streams that ended, by outcome and, if there is one, by the code of their error.",
             ("outcome", "code"),
         )
+        for outcome in _STREAM_ENDS:
+            self._streams_ended.labels(*outcome)
         self._stream_frames = counter("mv2v_stream_frames", "Frames of streams that were made.")
         self._block_seconds = histogram(
             "mv2v_stream_block_seconds",
@@ -150,6 +170,11 @@ class Metrics(Listener):
     def watch_ready(self, is_ready: Callable[[], bool]) -> None:
         """Ask this whenever the metrics are read."""
         self._ready.set_function(lambda: float(is_ready()))
+
+    def watch_routes(self, routes: Iterable[str]) -> None:
+        """Count the faults of these from 0. routes: templates, as `observe_request` takes them."""
+        for route in routes:
+            self._requests.labels(route, "500")
 
     def observe_request(self, route: str, status: int, seconds: float) -> None:
         """A request was answered. route: its template, so that ids make no series of their own."""
