@@ -1,12 +1,16 @@
 """How soon the page stands, and whether it stays: largest contentful paint, layout shift, bytes.
 
-`python profiling/bench_page.py [--times 5] [--out profiling/results/page.jsonl]`
+`python profiling/bench_page.py [--times 5] [--against COMMIT] [--out profiling/results/page.jsonl]`
 
 The real command with tiny-nvs, and the Chromium that is installed. Each place of the page is opened
 so many times, with nothing in the browser's cache, on a desktop and on a phone: before there is a
 video, and with a session of one turn. The browser's own observers tell. `paint_ms`: the median of
 the largest contentful paint, from the navigation's start; `shift`: the largest sum of layout shifts
-that no input caused; `script_bytes`: of all scripts, as they are written.
+that no input caused; `script_bytes`: of all scripts, as they are written. `main_ms`: the median of
+the CPU milliseconds of the page's main thread until then, which other programs lengthen least.
+
+With `--against` the page of another commit is opened after each of this one's. `paint_ratio` and
+`main_ratio` are the medians of the pairs' ratios, this one to that one.
 """
 
 from __future__ import annotations
@@ -16,19 +20,25 @@ import os
 import shutil
 import statistics
 import tempfile
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from gate import checked_out
 from http_service import demo_clip, finished_job, new_session, served
-from measure import Report, digits, provenance, table
+from measure import ROOT, Report, digits, provenance, table
 
 if TYPE_CHECKING:
-    from playwright.sync_api import Page
+    from playwright.sync_api import Browser, Page
+
+Place = tuple[str, str]  # address, and a selector of what shows that it is there
 
 MOST_PAINT_MS, MOST_SHIFT = 500.0, 0.02
 SCREENS = {"desktop": {"width": 1440, "height": 900}, "phone": {"width": 360, "height": 760}}
-COLUMNS = "place screen paint_ms paint_max_ms shift script_bytes load_average"
+COLUMNS = "place screen paint_ms paint_max_ms main_ms shift script_bytes load_average"
+COMPARED = " paint_ratio main_ratio"
 _PATIENCE = 240_000  # ms
 _OBSERVE = """() => new Promise((done) => {
   const found = { paint: 0, shift: 0, shifted: [] };
@@ -58,52 +68,89 @@ def painted(page: Page) -> dict[str, Any]:
     return found
 
 
+def opened(browser: Browser, place: Place, viewport: dict[str, int]) -> dict[str, Any]:
+    """What `painted` finds of a place in a browser that knows nothing of it, and its CPU time."""
+    address, is_there = place
+    # a context of its own has a cache of its own
+    context = browser.new_context(viewport=viewport)  # type: ignore[arg-type]
+    page = context.new_page()
+    developer = context.new_cdp_session(page)
+    developer.send("Performance.enable", {"timeDomain": "threadTicks"})
+    page.goto(address, timeout=_PATIENCE)
+    page.locator(is_there).wait_for(state="attached", timeout=_PATIENCE)
+    found = painted(page)
+    metrics = developer.send("Performance.getMetrics")["metrics"]
+    spent = {metric["name"]: 1000 * metric["value"] for metric in metrics}
+    context.close()
+    return {**found, "main": spent["TaskDuration"]}
+
+
+@contextmanager
+def places_of(folder: Path, root: Path) -> Iterator[dict[str, Place]]:
+    """Address of each place of a checkout's page, and what shows that it is there."""
+    folder.mkdir()
+    with served(folder, root=root) as found:
+        with found.client() as client:
+            session = new_session(client, demo_clip(folder))
+            finished_job(client, session, camera="arc:-20", num_inference_steps=1)
+        yield {
+            "first view": (found.address, "#composer[data-kind]"),
+            "a turn": (f"{found.address}/#session={session}", ".pane[data-shown='1'] video[src]"),
+        }
+
+
 def main() -> None:
     """Open each place and report it."""
     from playwright.sync_api import sync_playwright
 
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--times", type=int, default=5)
+    parser.add_argument("--against", metavar="COMMIT")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     report = Report(args.out, provenance(torch.device("cpu")))
-    with tempfile.TemporaryDirectory() as name, served(Path(name)) as found:
-        with found.client() as client:
-            session = new_session(client, demo_clip(Path(name)))
-            finished_job(client, session, camera="arc:-20", num_inference_steps=1)
-        places = {"first view": ("", "#composer[data-kind]")}
-        places["a turn"] = (f"#session={session}", ".pane[data-shown='1'] video[src]")
-        with sync_playwright() as playwright:
-            browser = playwright.chromium.launch(
-                executable_path=shutil.which("chromium"),
-                args=["--no-sandbox", "--disable-gpu"],
-                timeout=_PATIENCE,
-            )
-            for place, (address, is_there) in places.items():
-                for screen, viewport in SCREENS.items():
-                    opened = []
-                    for _ in range(args.times):
-                        # a context of its own has a cache of its own
-                        context = browser.new_context(viewport=viewport)  # type: ignore[arg-type]
-                        page = context.new_page()
-                        page.goto(f"{found.address}/{address}", timeout=_PATIENCE)
-                        page.locator(is_there).wait_for(state="attached", timeout=_PATIENCE)
-                        opened.append(painted(page))
-                        context.close()
-                    paints = [one["paint"] for one in opened]
-                    report.add(
-                        place=place,
-                        screen=screen,
-                        paint_ms=digits(statistics.median(paints)),
-                        paint_max_ms=digits(max(paints)),
-                        shift=round(max(one["shift"] for one in opened), 4),
-                        script_bytes=max(one["script"] for one in opened),
-                        load_average=digits(os.getloadavg()[0]),
-                        cores=os.cpu_count(),
-                        command=f"python profiling/bench_page.py --times {args.times}",
+    words = f" --against {args.against}" if args.against else ""
+    with ExitStack() as stack:
+        roots = [ROOT, *([stack.enter_context(checked_out(args.against))] if args.against else [])]
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        pages = [
+            stack.enter_context(places_of(folder / str(number), root))
+            for number, root in enumerate(roots)
+        ]
+        browser = stack.enter_context(sync_playwright()).chromium.launch(
+            executable_path=shutil.which("chromium"),
+            args=["--no-sandbox", "--disable-gpu"],
+            timeout=_PATIENCE,
+        )
+        stack.callback(browser.close)
+        for place in pages[0]:
+            for screen, viewport in SCREENS.items():
+                rounds = [
+                    [opened(browser, places[place], viewport) for places in pages]
+                    for _ in range(args.times)
+                ]
+                ours = [one[0] for one in rounds]
+                ratios = {
+                    f"{name}_ratio": round(
+                        statistics.median(one[0][name] / one[1][name] for one in rounds), 3
                     )
-            browser.close()
-    print(table(report.rows, COLUMNS))
+                    for name in ("paint", "main")
+                    if args.against
+                }
+                report.add(
+                    place=place,
+                    screen=screen,
+                    paint_ms=digits(statistics.median(one["paint"] for one in ours)),
+                    paint_max_ms=digits(max(one["paint"] for one in ours)),
+                    main_ms=digits(statistics.median(one["main"] for one in ours)),
+                    shift=round(max(one["shift"] for one in ours), 4),
+                    script_bytes=max(one["script"] for one in ours),
+                    **ratios,
+                    load_average=digits(os.getloadavg()[0]),
+                    cores=os.cpu_count(),
+                    command=f"python profiling/bench_page.py --times {args.times}{words}",
+                )
+    print(table(report.rows, COLUMNS + (COMPARED if args.against else "")))
 
 
 if __name__ == "__main__":

@@ -193,9 +193,9 @@ def test_the_guide_names_every_metric() -> None:
 
 def test_routes_in_expressions_are_the_applications() -> None:
     pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
-    from mv2v_engine.serving.http.routes import jobs
+    from mv2v_engine.serving.http.routes import jobs, streams
 
-    paths = {route.path for route in jobs.router.routes}
+    paths = {route.path for router in (jobs, streams) for route in router.router.routes}
     used = {route for _, text in ALL for route in re.findall(r'route!?="([^"]*)"', text)}
     assert used and used <= paths
 
