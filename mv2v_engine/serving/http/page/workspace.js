@@ -209,7 +209,7 @@ export class Workspace {
     const isSure = await this.confirmed({
       title: `Delete turn ${turn.number}?`,
       words: `Its video goes, and later turns will not remember it. ${dependents.length
-        ? `${plural(dependents.length, "turn")} that remembered it stay as they are.` : ""}`,
+        ? `What remembered it stays as it is: ${plural(dependents.length, "turn")}.` : ""}`,
       yes: "Delete it",
     });
     if (!isSure) return;
