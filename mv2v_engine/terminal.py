@@ -42,6 +42,9 @@ ECHO_SECONDS = 3.0
 _STAGES = ("vae", "text", "memory", "sampling")
 _POSES_SHOWN = 9  # poses of a camera, at most
 _PREVIEW_COLUMNS = 72  # characters, at most
+_PREVIEW_SCALE = (
+    2  # characters a pixel of the picture, at most: to send more costs a small model's step
+)
 _LEAST_COLUMNS, _LEAST_LINES = 16, 6  # size of a terminal that has room for a picture
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)?")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))
@@ -75,13 +78,13 @@ def can_preview() -> bool:
 
 
 def blocks(picture: Tensor, columns: int, lines: int) -> list[str]:
-    """A picture uint8 [H, W, 3] in lines of coloured half blocks, as large as it fits.
+    """A picture uint8 [H, W, 3] in lines of coloured half blocks, up to twice as large if it fits.
 
     columns, lines: the room. A character is twice as high as it is wide, so it shows two pixels,
     one above the other.
     """
     height, width = picture.shape[:2]
-    scale = min(columns / width, 2 * lines / height)
+    scale = min(columns / width, 2 * lines / height, _PREVIEW_SCALE)
     size = (max(round(scale * height / 2), 1) * 2, max(round(scale * width), 1))
     pixels = picture.permute(2, 0, 1)[None].float()
     scaled = F.interpolate(pixels, size, mode="bilinear", antialias=True)[0]

@@ -182,6 +182,7 @@ def test_a_picture_in_blocks_has_its_colours_and_its_shape() -> None:
         assert len(drawn) <= lines and width <= columns
         assert width == columns or len(drawn) == lines
         assert abs(width / (2 * len(drawn)) / (104 / 60) - 1) < 0.2
+    assert len(blocks(picture, 99, 99)) == picture.shape[0]  # larger it shows no more
 
 
 @pytest.mark.parametrize(
