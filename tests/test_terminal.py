@@ -125,7 +125,7 @@ class Screen:
         return ["".join(line).rstrip() for line in self.lines]
 
 
-PICTURE = torch.zeros(6, 8, 3, dtype=torch.uint8)
+PICTURE = torch.zeros(24, 32, 3, dtype=torch.uint8)
 
 
 def draw(show: Callable[[Event], None], steps: int) -> None:
