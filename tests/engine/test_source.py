@@ -175,8 +175,12 @@ def test_sources_of_every_kind_are_one(tmp_path: Path) -> None:
     ],
     ids=["nothing", "names", "sizes", "bytes", "empty", "text", "number"],
 )
-def test_sources_that_are_none(source: Any, words: str) -> None:
+def test_sources_that_are_none(
+    source: Any, words: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # of its own: other processes of the tests have temporary folders, too
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     with pytest.raises(VideoError, match=words) as caught:
         load(source)
     assert "\n" not in str(caught.value)
-    assert not list(Path(tempfile.gettempdir()).glob("mv2v-*"))
+    assert not list(tmp_path.iterdir())

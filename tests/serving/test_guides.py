@@ -175,46 +175,6 @@ def test_the_other_shapes_take_them(
         assert fields["reference"]["maxItems"] == 8 and fields["mask"]["format"] == "binary"
 
 
-def test_the_page_sends_them(
-    service: Any, open_page: Callable[..., Any], source_clip: Path, files: dict[str, Path]
-) -> None:
-    page = open_page(service.address)
-    wait_for_model(page)
-    references, mask = page.get_by_label("References"), page.get_by_label("Mask")
-    # what is refused is told by its name, and stays to be chosen anew
-    references.set_input_files([files["one.png"], files["none.png"]])
-    mask.set_input_files(files["mask.png"])
-    page.set_input_files("#file", source_clip)
-    problem = page.locator("#drop-state .problem")
-    problem.get_by_text("reference 2 cannot be read as an image").wait_for()
-    references.set_input_files([files["one.png"], files["two.jpg"]])
-    problem.get_by_role("button", name="Try again").click()
-    wait_for_session(page)
-    page.get_by_text("Made with 2 references and a mask, which came with the video.").wait_for()
-    # they were of that video
-    assert references.input_value() == mask.input_value() == ""
-    page.set_input_files("#file", source_clip)
-    page.get_by_text("Made with 2 references").wait_for(state="detached")
-    kept = httpx.get(f"{service.address}/v1/sessions").json()["data"]
-    assert [(one["num_references"], one["has_mask"]) for one in kept[:2]] == [(0, False), (2, True)]
-
-
-def test_the_page_asks_for_what_the_model_takes(
-    serving: Callable[..., Any], open_page: Callable[..., Any], tmp_path: Path
-) -> None:
-    for number, mask in enumerate((True, False)):
-        takes = {"references": not mask, "mask": mask}
-        backend = FakeBackend(**{**ABOUT_EDITS, "guides": takes})
-        with serving(tmp_path / str(number), backend) as service:
-            page = open_page(service.address)
-            wait_for_model(page)
-            shown = {
-                "references": page.get_by_label("References").is_visible(),
-                "mask": page.get_by_label("Mask").is_visible(),
-            }
-        assert shown == takes
-
-
 @in_loop
 async def test_they_outlast_a_restart_and_are_missed(tmp_path: Path) -> None:
     async def sent(service: Any, **more: Any) -> dict[str, Any]:
@@ -316,3 +276,44 @@ def test_a_worker_makes_the_edit_that_the_engine_makes(
         for path in (tmp_path / "alone.mp4", result_path(folder, 1, "video"))
     )
     assert torch.equal(got, wanted)
+
+
+# last: beside an open browser no event loop runs in this thread
+def test_the_page_sends_them(
+    service: Any, open_page: Callable[..., Any], source_clip: Path, files: dict[str, Path]
+) -> None:
+    page = open_page(service.address)
+    wait_for_model(page)
+    references, mask = page.get_by_label("References"), page.get_by_label("Mask")
+    # what is refused is told by its name, and stays to be chosen anew
+    references.set_input_files([files["one.png"], files["none.png"]])
+    mask.set_input_files(files["mask.png"])
+    page.set_input_files("#file", source_clip)
+    problem = page.locator("#drop-state .problem")
+    problem.get_by_text("reference 2 cannot be read as an image").wait_for()
+    references.set_input_files([files["one.png"], files["two.jpg"]])
+    problem.get_by_role("button", name="Try again").click()
+    wait_for_session(page)
+    page.get_by_text("Made with 2 references and a mask, which came with the video.").wait_for()
+    # they were of that video
+    assert references.input_value() == mask.input_value() == ""
+    page.set_input_files("#file", source_clip)
+    page.get_by_text("Made with 2 references").wait_for(state="detached")
+    kept = httpx.get(f"{service.address}/v1/sessions").json()["data"]
+    assert [(one["num_references"], one["has_mask"]) for one in kept[:2]] == [(0, False), (2, True)]
+
+
+def test_the_page_asks_for_what_the_model_takes(
+    serving: Callable[..., Any], open_page: Callable[..., Any], tmp_path: Path
+) -> None:
+    for number, mask in enumerate((True, False)):
+        takes = {"references": not mask, "mask": mask}
+        backend = FakeBackend(**{**ABOUT_EDITS, "guides": takes})
+        with serving(tmp_path / str(number), backend) as service:
+            page = open_page(service.address)
+            wait_for_model(page)
+            shown = {
+                "references": page.get_by_label("References").is_visible(),
+                "mask": page.get_by_label("Mask").is_visible(),
+            }
+        assert shown == takes

@@ -305,7 +305,8 @@ def test_a_part_of_a_long_video_and_what_a_second_tab_wrote(
     refusal = page.locator("#session-state .problem")
     expect(refusal).to_contain_text("changed elsewhere")
     assert client.get(f"/v1/sessions/{second}").json()["notes"] == "theirs"
-    refusal.get_by_role("button", name="Try again").click()
+    with page.expect_response(lambda answer: answer.request.method == "PATCH"):
+        refusal.get_by_role("button", name="Try again").click()
     expect(refusal).to_have_count(0)
     assert client.get(f"/v1/sessions/{second}").json()["notes"] == "mine"
     assert page.evaluate("document.activeElement !== document.body")
