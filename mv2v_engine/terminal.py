@@ -42,9 +42,8 @@ ECHO_SECONDS = 3.0
 _STAGES = ("vae", "text", "memory", "sampling")
 _POSES_SHOWN = 9  # poses of a camera, at most
 _PREVIEW_COLUMNS = 72  # characters, at most
-_PREVIEW_SCALE = (
-    2  # characters a pixel of the picture, at most: to send more costs a small model's step
-)
+# characters a pixel of the picture, at most: to send more costs a small model's step
+_PREVIEW_SCALE = 2
 _LEAST_COLUMNS, _LEAST_LINES = 16, 6  # size of a terminal that has room for a picture
 _NUMBER = re.compile(r"-?(\d+\.?\d*|\.\d+)?")
 _UNITS = ((1e15, "PFLOP"), (1e12, "TFLOP"), (1e9, "GFLOP"))

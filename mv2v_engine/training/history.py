@@ -390,9 +390,12 @@ def main() -> None:
     shape = add_history(model, history if had is None else replace(had, rates=(args.rate,)))
     trained = prepare(model, args.rank)
     shift = base.sampling.flow_shift if args.flow_shift is None else args.flow_shift
+    most = args.max_windows
+    if most is None:
+        most = 8 if args.edits else Recipe().max_memory
     recipe = HistoryRecipe(
         batch=args.batch,
-        max_memory=args.max_windows or (8 if args.edits else Recipe().max_memory),
+        max_memory=most,
         flow_shift=shift,
         stage=args.stage,
         rate=args.rate,
