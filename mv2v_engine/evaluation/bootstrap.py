@@ -37,10 +37,21 @@ def ratio(numerator: Sequence[float | None], other: Sequence[float | None]) -> E
     return _estimate([numerator, other], lambda means: means[0] / means[1].clamp_min(1e-12))
 
 
+def difference(first: Sequence[float | None], other: Sequence[float | None]) -> Estimate | None:
+    """The first mean less the other over the scenes that have both."""
+    return _estimate([first, other], lambda means: means[0] - means[1])
+
+
 def share(
     first: Sequence[float | None], second: Sequence[float | None], best: Sequence[float | None]
 ) -> Estimate | None:
-    """How far the second mean is from the first on the way to the best, which is 1."""
+    """How far the second mean is from the first on the way to the best, which is 1.
+
+    None where the interval of best less first has 0 in it: there is no way to have a share of.
+    """
+    way = difference(first, best)
+    if way is None or way.low <= 0 <= way.high:
+        return None
     return _estimate(
         [first, second, best], lambda means: (means[0] - means[1]) / (means[0] - means[2])
     )

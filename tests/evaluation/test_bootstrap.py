@@ -42,3 +42,15 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_says() -> None:
         # the standard error of 40 draws is 0.158
         assert 0.35 < estimate.high - estimate.low < 0.95
     assert 86 <= covered <= 100
+
+
+def test_nothing_is_a_share_of_a_way_that_may_be_none() -> None:
+    first, best = [1.0, 2.0, 3.0, 4.0], [0.5, 1.0, 1.5, 2.0]
+    share = bootstrap.share(first, [0.75, 1.5, 2.25, 3.0], best)
+    assert share is not None
+    assert (share.value, share.low, share.high) == pytest.approx((0.5, 0.5, 0.5))
+    # what is better counts up or down
+    assert bootstrap.share(best, first, first) == bootstrap.share(first, best, best)
+    # the best of these is below the first in half of the scenes alone
+    assert bootstrap.share(first, first, [1.1, 1.9, 3.1, 3.9]) is None
+    assert bootstrap.share(first, first, first) is None

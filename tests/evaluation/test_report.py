@@ -140,6 +140,9 @@ def test_rankings_are_compared_by_pixels_and_by_branch() -> None:
     assert found["VideoFOV, of the oracle's gain over random"]["value"] == pytest.approx(0.444444)
     assert found["responsiveness, of the oracle's gain over VideoFOV"]["value"] == pytest.approx(-1)
     assert "learned, of the oracle's gain over VideoFOV" not in found
+    # (0.08 + 0.15) / (0.08 + 0.2)
+    assert found["coverage / VideoFOV"]["value"] == pytest.approx(0.821429)
+    assert "learned / VideoFOV" not in found
     assert found["retrieved / random, detour"]["value"] == pytest.approx(1)
     assert list(results["rows"]["independent"]["by_turn"]) == ["4", "9", "detour"]
     branches = results["rows"]["random_2"]["branches"]
