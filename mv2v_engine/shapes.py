@@ -219,6 +219,12 @@ class TransformerConfig:
         ):
             arguments.choice(name, getattr(self, name), get_args(known))
         arguments.number("scene_scale", self.scene_scale, 1e-3, 1e6)
+        if self.history and self.camera_conditioning == "target":
+            raise RequestError(
+                "a history's tokens take the cameras of their own frames, "
+                'camera_conditioning="target" has the target\'s alone; give "own", as '
+                'training.finetune makes it, or "none"'
+            )
         if self.camera_attention == "none":
             return
         if self.camera_attention == "phases":

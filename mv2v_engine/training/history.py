@@ -151,8 +151,7 @@ class ViewHistorySampler(SceneSampler):
     """Draws histories from encoded scenes: videos of some cameras one after the other, and at
     stage 2 the video of another one, with a source by `Recipe.source_dropped`.
 
-    Args, Raises: as `SceneSampler`; also TrainingError for a model whose conditioning takes the
-    target's camera, which says nothing of a history's.
+    Args, Raises: as `SceneSampler`.
     """
 
     def __init__(
@@ -164,11 +163,6 @@ class ViewHistorySampler(SceneSampler):
         empty_text: Tensor | None = None,
     ) -> None:
         super().__init__(source, shape, recipe, empty_text=empty_text)
-        if shape.camera_conditioning == "target":
-            raise TrainingError(
-                "a history's tokens take the cameras of their own frames, and this model's "
-                "camera_conditioning is 'target'; give it memory first by training.finetune"
-            )
         self.recipe: HistoryRecipe = recipe
 
     def draw(self, generator: torch.Generator) -> Batch:
@@ -285,6 +279,7 @@ def add_history(model: MV2VTransformer, history: HistoryConfig) -> TransformerCo
 
     Raises:
         TrainingError: those that it has are of another shape.
+        RequestError: its conditioning takes the target's camera, which says nothing of a history's.
     """
     had = model.config.history
     if had is not None and replace(had, rates=history.rates) != history:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from mv2v_engine.config import CameraAttention, TransformerConfig
+from mv2v_engine.config import CameraAttention, HistoryConfig, TransformerConfig
 from mv2v_engine.models.camera_encoder import POSE_DIM, frame_cameras, frame_dim, projection
 from mv2v_engine.testing import as_cameras, max_error, relative_error, tiny_config
 from mv2v_engine.tokens.plan import TokenPlan, turn_plan
@@ -159,6 +159,10 @@ def test_cameras_of_other_numbers_are_refused() -> None:
         (
             {"camera_attention": "prope_fused", "camera_conditioning": "target"},
             "compares the cameras of all videos",
+        ),
+        (
+            {"history": HistoryConfig(), "camera_conditioning": "target"},
+            "history's tokens take the cameras of their own frames.* training.finetune",
         ),
         ({"scene_scale": 0.0}, r"scene_scale must lie in 0\.001"),
         ({"scene_scale": float("nan")}, r"scene_scale must lie in 0\.001"),

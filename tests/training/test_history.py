@@ -193,12 +193,6 @@ def test_views_by_command(
     assert not torch.equal(*trained)
 
 
-def test_views_whose_history_takes_the_targets_camera_are_refused(cache: LatentCache) -> None:
-    shape = tiny_config(camera_conditioning="target", history=HistoryConfig(rates=("2x2x1",)))
-    with pytest.raises(TrainingError, match=r"'target'; give it memory first"):
-        ViewHistorySampler(cache, shape, HistoryRecipe(stage=2, rate="2x2x1", max_memory=2))
-
-
 @torch.no_grad()
 def test_updates_of_low_rank_are_merged_into_the_weights() -> None:
     model = MV2VTransformer(tiny_config())
