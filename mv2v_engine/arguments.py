@@ -12,6 +12,7 @@ import math
 import numbers
 import operator
 import os
+import sys
 import types
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,7 +20,6 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_args, get_origin
 
 import numpy as np
-from torch import Tensor
 
 from mv2v_engine.errors import RequestError
 
@@ -28,9 +28,15 @@ _SHOWN = 60  # characters of a value in an error
 _LARGEST = 1 << 64
 
 
-def shown(value: object) -> str:
+def _is_array(value: object) -> bool:
+    # not imported here: processes without tensors check their arguments, too
+    torch = sys.modules.get("torch")
+    return isinstance(value, np.ndarray) or (torch is not None and isinstance(value, torch.Tensor))
+
+
+def shown(value: Any) -> str:
     """A value in an error message or a `repr`: its beginning, and never an array's numbers."""
-    if isinstance(value, Tensor | np.ndarray):
+    if _is_array(value):
         dtype = str(value.dtype).removeprefix("torch.")
         return f"{type(value).__name__} {dtype} {list(value.shape)}"
     if isinstance(value, int) and abs(value) >= _LARGEST:
@@ -64,7 +70,7 @@ def integer(name: str, value: Any, low: float = -math.inf, high: float = math.in
     Raises:
         RequestError: anything else, also a bool, a float, and an int of more than 64 bits.
     """
-    if isinstance(value, bool | np.bool_ | Tensor | np.ndarray):
+    if isinstance(value, bool | np.bool_) or _is_array(value):
         raise mistaken(name, value, "an integer")
     try:
         whole = operator.index(value)

@@ -9,6 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from PIL import Image
+
+from mv2v_engine.serving.config import Limits
 
 ROOT = Path(__file__).resolve().parents[1]
 HEAVY = (
@@ -62,6 +65,23 @@ told["loaded"] = sorted(set(sys.modules) - known)
 frames = torch.zeros(17, 96, 160, 3, dtype=torch.uint8)
 engine.session(frames).render("static", num_inference_steps=1)
 told["turn"] = sorted(set(sys.modules) - known)
+print(json.dumps(told))
+"""
+
+PROBE = """
+import json, sys
+from pathlib import Path
+
+import mv2v_engine.client
+
+told = {"client": sorted(sys.modules)}
+from mv2v_engine.serving.store.records import REFERENCES
+from mv2v_engine.serving.work.probe import examine
+
+limits, clip, moving = json.loads(sys.argv[1]), *map(Path, sys.argv[2:])
+asked = (clip, "source"), (moving, "source"), (moving, REFERENCES + "0")
+told["frames"] = [examine(path, limits, name=name)["frames"] for path, name in asked]
+told["prober"] = sorted(sys.modules)
 print(json.dumps(told))
 """
 
@@ -125,6 +145,14 @@ def test_a_small_model_loads_in_little_time(loaded: dict[str, Any]) -> None:
     assert loaded["seconds"] <= max(1.5, loaded["torch"])
 
 
-def test_a_client_of_the_service_loads_no_torch() -> None:
-    told = _told("import json, sys, mv2v_engine.client; print(json.dumps(list(sys.modules)))")
-    assert not {"torch", "numpy", *HEAVY, *WEB} & set(told)
+def test_a_client_and_the_prober_of_the_service_load_no_torch(
+    tmp_path: Path, source_clip: Path
+) -> None:
+    """Which takes most of a second and 200 MB: neither makes a tensor."""
+    frames = [Image.new("RGB", (32, 24), (level, 0, 0)) for level in (0, 250)]
+    frames[0].save(tmp_path / "moving.webp", save_all=True, append_images=frames[1:])
+    limits = json.dumps(Limits().to_dict())
+    told = _told(PROBE, limits, str(source_clip), str(tmp_path / "moving.webp"))
+    assert not {"torch", "numpy", *HEAVY, *WEB} & set(told["client"])
+    assert told["frames"] == [9, 2, 1]
+    assert not {"torch", *WEB} & set(told["prober"])

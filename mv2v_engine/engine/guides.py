@@ -25,9 +25,9 @@ from mv2v_engine.config import Alpha, TransformerConfig
 from mv2v_engine.engine.source import AnySource, LongSource, open_long_source
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.vae import VideoVAE
-from mv2v_engine.video.scan import Check
+from mv2v_engine.video.scan import Check, check_aspect
 from mv2v_engine.video.stills import are_stills, frames_of_images, is_image, read_image
-from mv2v_engine.video.transforms import check_aspect, cover_and_crop, crop_report
+from mv2v_engine.video.transforms import cover_and_crop, crop_report
 from mv2v_engine.video.windows import EditWindow
 
 AnyImage: TypeAlias = "Path | str | Tensor | np.ndarray[Any, Any] | Any"
@@ -159,7 +159,8 @@ def read_reference(image: AnyImage, alpha: Alpha, max_pixels: int) -> Tensor:
         RequestError: it is no image.
     """
     if isinstance(image, str | Path):
-        return read_image(arguments.path("references", image, _IMAGE), alpha, max_pixels)
+        path = arguments.path("references", image, _IMAGE)
+        return torch.from_numpy(read_image(path, alpha, max_pixels))
     found = frames_of_images([image], alpha)
     if found is None or found[0].shape[3:] != (3,) or found[0].dtype != torch.uint8:
         raise arguments.mistaken("references", image, f"a list, each {_IMAGE}")
@@ -218,7 +219,7 @@ def _opened_mask(
     """
     given: Any = mask
     if isinstance(mask, str | Path) and not are_stills(Path(mask)) and is_image(Path(mask)):
-        given = read_image(Path(mask), alpha, max_pixels)[None]
+        given = torch.from_numpy(read_image(Path(mask), alpha, max_pixels))[None]
     video = open_long_source(
         given,
         size=source.size,

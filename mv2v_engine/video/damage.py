@@ -10,17 +10,26 @@ from pathlib import Path
 
 from mv2v_engine.errors import VideoError
 from mv2v_engine.video.scan import FRAME_PER_PACKET, Scan, check_size, opened, truncated
+from mv2v_engine.video.stills import Stills, decode_stills
 
 # checksums, syntax and lengths are checked, and what breaks them is an error
 STRICT = {"err_detect": "crccheck+bitstream+buffer+explode"}
 
 
-def check_pictures(path: Path, scan: Scan) -> None:
+def check_pictures(path: Path, scan: Scan | Stills) -> None:
     """Decode every frame strictly and keep none.
 
     Raises:
         VideoError: a frame is damaged or missing, out of order, or of another size.
     """
+    if isinstance(scan, Stills):
+        for _ in decode_stills(scan, range(scan.order[0], scan.order[-1] + 1), None):
+            pass
+    else:
+        _check_file(path, scan)
+
+
+def _check_file(path: Path, scan: Scan) -> None:
     import av
 
     number = {stamp: index for index, stamp in enumerate(scan.stamps)}

@@ -30,7 +30,6 @@ from mv2v_engine import arguments
 from mv2v_engine.config import Alpha, EngineConfig, Fit
 from mv2v_engine.errors import RequestError, VideoError
 from mv2v_engine.files import replacing
-from mv2v_engine.video.damage import check_pictures
 from mv2v_engine.video.fields import deinterlaced
 from mv2v_engine.video.scan import (
     Check,
@@ -40,11 +39,10 @@ from mv2v_engine.video.scan import (
     check_size,
     opened,
     packets,
-    scan_file,
     truncated,
 )
 from mv2v_engine.video.sound import Sound, SoundCopy
-from mv2v_engine.video.stills import Stills, are_stills, decode_stills, scan_stills
+from mv2v_engine.video.stills import Stills, decode_stills, scan_video
 from mv2v_engine.video.transforms import cover_and_crop
 
 if TYPE_CHECKING:
@@ -115,11 +113,7 @@ class VideoReader:
         image_fps: float | None = None,
     ) -> None:
         self.path, self._max_pixels = Path(path), max_pixels
-        self._about: Scan | Stills
-        if are_stills(self.path):
-            self._about = scan_stills(self.path, max_pixels, check, alpha, image_fps)
-        else:
-            self._about = scan_file(self.path, max_pixels, check, alpha)
+        self._about = scan_video(self.path, max_pixels, check, alpha, image_fps)
         self._is_measured = False
 
     @property
@@ -197,7 +191,7 @@ class VideoReader:
             at = start
             for stored, still in decode_stills(self._about, range(first, order[-1] + 1), check):
                 while at < len(order) and order[at] == stored:
-                    yield still
+                    yield torch.from_numpy(still)
                     at += 1
             return
         self._measure(check)
@@ -213,18 +207,6 @@ class VideoReader:
         if tick < len(order):
             raise truncated(self.path, tick, len(order))
 
-    def check(self) -> None:
-        """Decode every frame and keep none; what reading would put up with is an error here.
-
-        Raises:
-            VideoError: a frame is damaged or missing, out of order, or of another size.
-        """
-        if isinstance(self._about, Stills):
-            for _ in self.frames():
-                pass
-        else:
-            check_pictures(self.path, self._scan)
-
     def _decode(
         self,
         wanted: Sequence[int],
@@ -237,8 +219,8 @@ class VideoReader:
         for place, stored in enumerate(wanted):
             places.setdefault(stored, []).append(place)
         if isinstance(self._about, Stills):
-            for stored, pixels in decode_stills(self._about, sorted(places), check):
-                out[places[stored]] = fitted(pixels)
+            for stored, still in decode_stills(self._about, sorted(places), check):
+                out[places[stored]] = fitted(torch.from_numpy(still))
             return
         scan = self._scan
         first_key = None

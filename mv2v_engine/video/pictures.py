@@ -6,6 +6,8 @@ no zscale, and its scaler takes half a minute to prepare a tone map, so the arit
 standards is written out: BT.2100 for PQ and HLG, BT.1886 for SDR, the curve of FFmpeg's
 `tonemap=mobius`.
 
+The arithmetic alone loads torch: whoever only decodes, as the service's prober does, needs none.
+
 H W pixels; colours are linear light relative to the white of an SDR screen unless said otherwise.
 """
 
@@ -16,14 +18,12 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
-from torch import Tensor
-
 from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError
 
 if TYPE_CHECKING:
     from av.video.frame import VideoFrame
+    from torch import Tensor
 
 # H.273's numbers of matrices, transfers and primaries
 _RGB, _BT709, _UNKNOWN, _BT470BG, _BT2020 = 0, 1, 2, 5, 9
@@ -125,6 +125,8 @@ class Pictures:
         if not deep and not self.has_alpha:
             return self._converted(frame, "rgb24", height, width)
         name = {(True, True): "rgba64le", (True, False): "rgb48le", (False, True): "rgba"}
+        import torch
+
         pixels = self._converted(frame, name[deep, self.has_alpha], height, width)
         most = 65535 if deep else 255
         rows = max(1, _CHUNK_PIXELS // width)
@@ -164,6 +166,8 @@ class Pictures:
             frame.colorspace = self._matrix
         if self._range:
             frame.color_range = self._range
+        import torch
+
         array = frame.to_ndarray(format=name, width=width, height=height)
         # torch has no arithmetic on 16 bits without a sign
         return torch.from_numpy(array if array.dtype.itemsize == 1 else array.astype("int32"))
@@ -182,9 +186,8 @@ class Pictures:
             light = light * (_rolled_off(signal, self._peak / self._white) / signal)
         light = light.clamp(max=1)
         if self._hdr is None and self._curve == _SRGB:
-            return 255 * torch.where(
-                light <= 0.0031308, 12.92 * light, 1.055 * light ** (1 / 2.4) - 0.055
-            )
+            steep = 12.92 * light
+            return 255 * steep.where(light <= 0.0031308, 1.055 * light ** (1 / 2.4) - 0.055)
         return 255 * light ** (1 / _BT1886)
 
     def _nits(self, codes: Tensor) -> Tensor:
@@ -198,11 +201,15 @@ class Pictures:
 
 
 def _matrix(values: Sequence[Any]) -> Tensor:
+    import torch
+
     return torch.tensor(values, dtype=torch.float32, device="cpu")
 
 
 def _eotf(transfer: int | None, codes: Tensor) -> Tensor:
     """Linear light of codes in 0..65535: nits for PQ, the scene's for HLG, else 0..1."""
+    import torch
+
     x = torch.linspace(0, 1, 65536, dtype=torch.float64, device="cpu")
     if transfer == _PQ:
         root = x ** (1 / 78.84375)
@@ -228,7 +235,7 @@ def _rolled_off(light: Tensor, peak: float) -> Tensor:
     a = -j * j * (peak - 1) / (j * j - 2 * j + peak)
     b = (j * j - 2 * j * peak + peak) / (peak - 1)
     bent = (b * b + 2 * b * j + j * j) / (b - a) * (light + a) / (light + b)
-    return torch.where(light <= j, light, bent)
+    return light.where(light <= j, bent)
 
 
 def _tag(frame: int, stream: int) -> int:

@@ -23,7 +23,6 @@ from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.video.clock import clock
 from mv2v_engine.video.pictures import Pictures, has_room_for_alpha, is_seen_through
 from mv2v_engine.video.sound import Sound, find_sound
-from mv2v_engine.video.transforms import check_aspect
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -48,6 +47,8 @@ _ALPHA_DECODERS = {"vp8": "libvpx", "vp9": "libvpx-vp9"}
 _TEXT_DEMUXER = "tty"
 # frames a second that a video may have, read or written
 MIN_FPS, MAX_FPS = 0.01, 1000.0
+# the longer side of a frame over its shorter one, at most
+MAX_ASPECT = 16
 # Matroska's tag of a track's length; anything may be written there
 _CLOCK = re.compile(r"(\d+):(\d+):(\d+(?:\.\d+)?)")
 
@@ -206,6 +207,21 @@ def check_fps(name: str, fps: float | Fraction) -> None:
         raise VideoRangeError(
             f"{name} must lie in {MIN_FPS:g} to {MAX_FPS:g}, got {float(fps):g}; give the clip's "
             "own rate, a file's by `ffmpeg -r RATE -i FILE new.mp4`"
+        )
+
+
+def check_aspect(name: str, height: int, width: int) -> None:
+    """Refuse frames of which a crop to any usual size would show next to nothing.
+
+    name: of the video, for the error.
+
+    Raises:
+        VideoRangeError: one side is more than `MAX_ASPECT` times the other.
+    """
+    if max(height, width) > MAX_ASPECT * min(height, width):
+        raise VideoRangeError(
+            f"{name} has frames of {width}x{height}, one side more than {MAX_ASPECT} times the "
+            f"other; crop or pad it to {MAX_ASPECT}:1 or less"
         )
 
 

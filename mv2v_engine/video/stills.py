@@ -17,18 +17,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from mv2v_engine.config import Alpha
 from mv2v_engine.errors import MV2VError, VideoError
 from mv2v_engine.files import by_number
 from mv2v_engine.video.clock import clock
 from mv2v_engine.video.pictures import composed_over
-from mv2v_engine.video.scan import Check, VideoInfo, check_fps, check_picture_size, truncated
+from mv2v_engine.video.scan import (
+    Check,
+    Scan,
+    VideoInfo,
+    check_fps,
+    check_picture_size,
+    scan_file,
+    truncated,
+)
 
 if TYPE_CHECKING:
+    from numpy.typing import NDArray
     from PIL.Image import Image
+    from torch import Tensor
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff", ".ppm"}
 # Pillow's names for them
@@ -74,6 +82,23 @@ def count_stills(path: Path) -> tuple[int, int, int]:
     """
     with _opened(path) as image:
         return getattr(image, "n_frames", 1), image.height, image.width
+
+
+def scan_video(
+    path: Path,
+    max_pixels: int | None,
+    check: Check | None = None,
+    alpha: Alpha = "black",
+    image_fps: float | None = None,
+) -> Scan | Stills:
+    """What a video holds, of a file or of images; decoded is what has to be.
+
+    Raises:
+        VideoError: missing, empty, truncated, or not a video; frames larger than `max_pixels`.
+    """
+    if are_stills(path):
+        return scan_stills(path, max_pixels, check, alpha, image_fps)
+    return scan_file(path, max_pixels, check, alpha)
 
 
 def scan_stills(
@@ -135,7 +160,7 @@ def scan_stills(
 
 def decode_stills(
     stills: Stills, wanted: Sequence[int], check: Check | None
-) -> Iterator[tuple[int, Tensor]]:
+) -> Iterator[tuple[int, NDArray[np.uint8]]]:
     """Stored frames of increasing numbers, each with its number: uint8 [height, width, 3].
 
     Raises:
@@ -172,7 +197,9 @@ def is_image(path: Path) -> bool:
         return False
 
 
-def read_image(path: Path, alpha: Alpha = "black", max_pixels: int | None = None) -> Tensor:
+def read_image(
+    path: Path, alpha: Alpha = "black", max_pixels: int | None = None
+) -> NDArray[np.uint8]:
     """One image, upright: uint8 [height, width, 3].
 
     Raises:
@@ -196,7 +223,9 @@ def frames_of_images(
 
     With what was changed of them, in words. None if they are something else.
     """
+    import torch
     from PIL.Image import Image
+    from torch import Tensor
 
     if not images or not all(isinstance(each, Image | np.ndarray | Tensor) for each in images):
         return None
@@ -204,7 +233,7 @@ def frames_of_images(
     has_alpha = False
     for number, image in enumerate(images):
         if isinstance(image, Image):
-            frame = _composed(image, alpha, f"image {number}")
+            frame = torch.from_numpy(_composed(image, alpha, f"image {number}"))
             has_alpha = has_alpha or _is_seen_through(image)
         else:
             frame = torch.as_tensor(np.asarray(image))
@@ -301,12 +330,12 @@ def _is_seen_through(image: Image) -> bool:
     return bool(extrema[3][0] < 255)
 
 
-def _rgb(image: Image, stills: Stills, path: Path) -> Tensor:
+def _rgb(image: Image, stills: Stills, path: Path) -> NDArray[np.uint8]:
     from PIL import ImageOps
 
     upright = ImageOps.exif_transpose(image)
     frame = _composed(upright if upright is not None else image, stills.alpha, path.name)
-    if tuple(frame.shape[:2]) != (stills.info.height, stills.info.width):
+    if frame.shape[:2] != (stills.info.height, stills.info.width):
         raise VideoError(
             f"{path.name} is {frame.shape[1]}x{frame.shape[0]} now, and was {stills.info.width}x"
             f"{stills.info.height}; leave the images as they are"
@@ -314,7 +343,7 @@ def _rgb(image: Image, stills: Stills, path: Path) -> Tensor:
     return frame
 
 
-def _composed(image: Image, alpha: Alpha, name: str) -> Tensor:
+def _composed(image: Image, alpha: Alpha, name: str) -> NDArray[np.uint8]:
     """uint8 [height, width, 3]."""
     from PIL import Image as images
 
@@ -326,9 +355,9 @@ def _composed(image: Image, alpha: Alpha, name: str) -> Tensor:
     if image.mode.startswith("I"):
         # Pillow would clip what is more than 8 bits
         grey = (np.asarray(image).astype(np.float32) / 257).round().clip(0, 255)
-        return torch.from_numpy(grey.astype(np.uint8))[..., None].repeat(1, 1, 3)
+        return grey.astype(np.uint8)[..., None].repeat(3, -1)
     if _is_seen_through(image):
         composed_over(alpha, name, "images")
         seen = image.convert("RGBA")
         image = images.alpha_composite(images.new("RGBA", seen.size, alpha), seen)
-    return torch.from_numpy(np.array(image.convert("RGB")))
+    return np.array(image.convert("RGB"))

@@ -15,12 +15,10 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from mv2v_engine.config import Fit
-from mv2v_engine.errors import VideoError, VideoRangeError, nearest_names
+from mv2v_engine.errors import VideoError, nearest_names
+from mv2v_engine.video.scan import check_aspect
 
 WINDOWS = ("first", "middle", "last", "even", "pad")
-# the longer side of a frame over its shorter one, at most
-MAX_ASPECT = 16
-
 # pixels resized at once: float copies of a long clip would not fit
 _CHUNK_PIXELS = 8 * 1920 * 1080
 # a frame that is enlarged beyond this many times the size that is kept is cropped first
@@ -176,21 +174,6 @@ def crop_report(source: tuple[int, int], size: tuple[int, int], fit: Fit = "crop
     top, left = round((scaled[0] - size[0]) / 2), round((scaled[1] - size[1]) / 2)
     cropped = (top, scaled[0] - size[0] - top, left, scaled[1] - size[1] - left)
     return CropReport(source_size=source, size=size, scale=scale, cropped=cropped)
-
-
-def check_aspect(name: str, height: int, width: int) -> None:
-    """Refuse frames of which a crop to any usual size would show next to nothing.
-
-    name: of the video, for the error.
-
-    Raises:
-        VideoRangeError: one side is more than `MAX_ASPECT` times the other.
-    """
-    if max(height, width) > MAX_ASPECT * min(height, width):
-        raise VideoRangeError(
-            f"{name} has frames of {width}x{height}, one side more than {MAX_ASPECT} times the "
-            f"other; crop or pad it to {MAX_ASPECT}:1 or less"
-        )
 
 
 def _resize(frames: Tensor, size: tuple[int, int]) -> Tensor:

@@ -13,7 +13,9 @@ import pytest
 from mv2v_engine.errors import VideoError
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.work.probe import Refused, examine
+from mv2v_engine.video.damage import check_pictures
 from mv2v_engine.video.io import VideoReader, read_video
+from mv2v_engine.video.stills import scan_video
 
 Clips = Callable[..., Path]
 LIMITS = Limits().to_dict()
@@ -83,7 +85,7 @@ def test_made_up_pictures_are_found(
     path.write_bytes(data)
     assert len(read_video(path).frames) == NUM_FRAMES  # the decoder makes up what it cannot read
     with pytest.raises(VideoError, match=rf"{name} is damaged: \d+ of its 20 frames"):
-        VideoReader(path).check()
+        check_pictures(path, scan_video(path, None))
 
 
 def test_times_that_contradict_the_order_are_found(tmp_path: Path, clip: Clips) -> None:
@@ -92,7 +94,7 @@ def test_times_that_contradict_the_order_are_found(tmp_path: Path, clip: Clips) 
     assert b"ctts" in data
     path.write_bytes(data.replace(b"ctts", b"free"))
     with pytest.raises(VideoError, match="by its time stamp"):
-        VideoReader(path).check()
+        check_pictures(path, scan_video(path, None))
 
 
 def test_a_length_that_is_none_is_no_promise(tmp_path: Path, clip: Clips) -> None:

@@ -12,8 +12,9 @@ from PIL import Image
 from mv2v_engine.errors import VideoError
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.work.probe import examine
+from mv2v_engine.video.damage import check_pictures
 from mv2v_engine.video.io import VideoReader, open_video, probe_video
-from mv2v_engine.video.stills import frames_of_images
+from mv2v_engine.video.stills import frames_of_images, scan_video
 
 
 def levels(reader: VideoReader) -> list[int]:
@@ -73,7 +74,7 @@ def test_an_animated_webp(tmp_path: Path) -> None:
     whole = path.read_bytes()
     path.write_bytes(whole[: len(whole) * 2 // 3])
     with pytest.raises(VideoError, match=r"held.webp"):
-        VideoReader(path).check()
+        check_pictures(path, scan_video(path, None))
 
 
 @pytest.mark.parametrize("limit", [{"pixels": 1000}, {"frames": 5}, {"seconds": 0.2}])

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from torch.nn import functional as F
 
 from mv2v_engine.errors import VideoError, VideoRangeError
-from mv2v_engine.video.transforms import MAX_ASPECT, cover_and_crop, crop_report, select_window
+from mv2v_engine.video.scan import MAX_ASPECT
+from mv2v_engine.video.transforms import cover_and_crop, crop_report, select_window
 
 
 @pytest.mark.parametrize(

@@ -19,9 +19,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from mv2v_engine.config import Alpha
 from mv2v_engine.errors import VideoError, VideoRangeError
 from mv2v_engine.serving.store.records import MASK, REFERENCES, SOURCE
-from mv2v_engine.video.damage import STRICT
-from mv2v_engine.video.io import VideoReader
-from mv2v_engine.video.stills import are_stills, count_stills, is_image, read_image
+from mv2v_engine.video.damage import STRICT, check_pictures
+from mv2v_engine.video.stills import are_stills, count_stills, is_image, read_image, scan_video
 
 if TYPE_CHECKING:
     import av
@@ -62,15 +61,15 @@ def examine(
             _check_images(path, limits)
         else:
             _check_container(path, limits)
-        reader = VideoReader(path, max_pixels=sys.maxsize, alpha=alpha)
-        info = reader.info
+        found = scan_video(path, sys.maxsize, alpha=alpha)
+        info = found.info
         _check_pixels(info.width, info.height, limits)
         _check(info.num_frames, limits["frames"], "too_many_frames", "frames", "cut it")
         _check(info.duration, limits["seconds"], "video_too_long", "seconds", "cut it")
         _check_total(info.num_frames, info.width, info.height, limits)
         if info.num_frames < 2 and name == SOURCE:
             raise VideoError("the video has 1 frame, at least 2 are needed; give a longer one")
-        reader.check()
+        check_pictures(path, found)
     except VideoError as error:
         message = str(error).replace(path.name, "the video")
         is_whole = isinstance(error, VideoRangeError)
@@ -83,7 +82,7 @@ def examine(
         "height": info.height,
         "fps": info.fps,
         "seconds": info.duration,
-        "notes": list(reader.notes),
+        "notes": list(found.notes),
     }
 
 
