@@ -31,6 +31,7 @@ $(RUN):
 	@rm -rf $(VENV)
 	@$(PYTHON) -m venv $(VENV) || { rm -rf $(VENV); \
 	  echo "cannot create $(VENV): install your system's python3-venv package" >&2; exit 1; }
+	$(RUN) -m pip install --quiet --upgrade pip  # an old one takes three times as long to resolve
 
 NATIVE := $(wildcard csrc/*.h csrc/*/*)
 
@@ -39,7 +40,8 @@ $(VENV)/.installed: pyproject.toml setup.py $(NATIVE) | $(RUN)
 	@touch $@
 
 $(VENV)/.installed-dev: pyproject.toml setup.py $(NATIVE) | $(RUN)
-	$(RUN) -m pip install -e '.[dev]'
+	$(RUN) -m pip install --no-compile -e '.[dev]'
+	@$(RUN) -m compileall -qq -j 0 $(VENV)/lib || true  # on all cores; some files are templates
 	@touch $(VENV)/.installed $@
 
 .PHONY: venv
