@@ -12,4 +12,4 @@ pytestmark = [needs_triton, pytest.mark.slow]
 
 
 def test_machine_code(tmp_path: Path) -> None:
-    assert run_pytest("tests/kernels/compiled.py", TRITON_CACHE_DIR=str(tmp_path)) > 15
+    assert run_pytest("tests/kernels/compiled.py", TRITON_CACHE_DIR=str(tmp_path)) == 3
