@@ -123,7 +123,7 @@ def work(engine: Engine, session: Session, deliver: Callable[[Preview], Any]) ->
     """The median of CPU seconds of one picture, from the latents to its delivery."""
     turn = session.turns[-1]
     latents, velocity = turn.latents[None], torch.zeros_like(turn.latents)[None]
-    colours = session._colours(None, turn.latents)
+    colours = session._runner.colours(turn.latents)
     solver = make_solver("euler", _CALLS + 1, engine.sampling.flow_shift)
     previewer = Previewer(colours.picture, solver, latents)
     spent = []

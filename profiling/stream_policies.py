@@ -39,8 +39,8 @@ from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.config import StreamConfig, StreamPolicy
-from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.stream import block_steps, block_velocity
+from mv2v_engine.engine.window import window_seed
 from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.images import masked_l1, masked_psnr
 from mv2v_engine.models.stream_cache import StreamCache

@@ -8,7 +8,7 @@ session's folder or in memory.
 The world frame of a session is the source's first camera: every pose, asked or remembered, is
 relative to it (METHOD 5).
 
-C latent channels, F H W latent grid, D numbers of a descriptor.
+C latent channels, F H W latent grid.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from torch import Tensor
 
@@ -26,29 +26,20 @@ from mv2v_engine import arguments
 from mv2v_engine.camera.files import Camera
 from mv2v_engine.camera.trajectories import CameraTrajectory
 from mv2v_engine.config import MemoryMode
-from mv2v_engine.engine.budget import Budget, overflow_error, overflow_reason
-from mv2v_engine.engine.denoise import (
-    Denoised,
-    Denoiser,
-    StepDue,
-    denoise,
-    engine_denoiser,
-    stepwise,
-)
+from mv2v_engine.engine.budget import overflow_error, overflow_reason
+from mv2v_engine.engine.denoise import StepDue, denoise, stepwise
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.engine.guides import Guides
 from mv2v_engine.engine.kept_turns import KeptTurns
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.recall import EditRecall, Ranked, Recall, ViewRecall
-from mv2v_engine.engine.report import edit_report, view_report, window_report
+from mv2v_engine.engine.report import edit_report
 from mv2v_engine.engine.request import Request, check_camera, prompt_warnings, require_task
 from mv2v_engine.engine.source import LongSource, Source, source_trajectory
-from mv2v_engine.engine.step import Conditioning, vace_context
-from mv2v_engine.engine.turn import Draft, FinishedWindow, KeptWindow, Turn
+from mv2v_engine.engine.turn import Draft, FinishedWindow, Turn
+from mv2v_engine.engine.window import Happening, Steps, WindowRunner, plan_of
 from mv2v_engine.errors import NotFiniteError, RequestError, StorageError
-from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
-from mv2v_engine.models.latent_rgb import LatentRGB
 from mv2v_engine.progress import (
     CancelToken,
     Event,
@@ -60,21 +51,10 @@ from mv2v_engine.progress import (
     driven,
     staged,
 )
-from mv2v_engine.sampling.flow_match import turn_noise
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.video.display import MAX_TURNS, pictures_html
 from mv2v_engine.video.io import video_path, video_writer
 from mv2v_engine.video.windows import EditWindow, edit_windows
-
-Happening = TypeVar("Happening", bound="Event | StepDue")
-Steps = Callable[[Denoiser, CancelToken], Generator[Happening, None, Denoised]]
-# odd, so that the low bits, from which torch seeds, differ between the windows of an edit
-_SEED_STEP = 0x9E3779B97F4A7C15
-
-
-def window_seed(seed: int, number: int) -> int:
-    """The seed of a window's noise, another one for every window; the first has the request's."""
-    return (seed + number * _SEED_STEP) % 2**63
 
 
 class Session:
@@ -108,12 +88,10 @@ class Session:
         others out.
         """
         self.parts, self.source, self.id, self.cuts = parts, source, id, tuple(cuts)
-        self.folder, self._lock, self._source_latents = folder, lock, source_latents
-        self.guides = guides or Guides()
+        self.folder, self._lock, self.guides = folder, lock, guides or Guides()
+        self._runner = WindowRunner(parts, source, self.guides, source_latents)
         self.windows = edit_windows(source.num_frames, parts.sampling.num_frames, cuts=self.cuts)
         self._is_closed = False
-        self._fitted: LatentRGB | None = None
-        self._source_image: Tensor | None = None
         path = source_trajectory(camera, parts.sampling.num_frames, parts.sampling.size)
         check_camera(path, parts.transformer.config)
         self._recall = ViewRecall(parts, id, path)
@@ -472,8 +450,16 @@ class Session:
                     yield WindowStarted(window.number + 1, total)
                 spans, reason = Spans(parts.device), ""
                 try:
-                    made = yield from self._window(
-                        draft, window, memory, spans, cancel, steps, ranked, previews
+                    made = yield from self._runner.run(
+                        draft,
+                        window,
+                        memory,
+                        self.turns,
+                        spans,
+                        cancel,
+                        steps,
+                        ranked=ranked,
+                        previews=previews,
                     )
                 except NotFiniteError as error:
                     error.args = (f"{error}; {self._outcome(draft, window)}",)
@@ -482,7 +468,7 @@ class Session:
                     reason = overflow_reason(error)
                 if reason:
                     # with the error gone, no traceback holds the turn's tensors any more
-                    plan = self._plan_of(request, window, memory)
+                    plan = plan_of(memory, request, window, len(self.turns))
                     outcome = self._outcome(draft, window)
                     raise overflow_error(parts, spans, plan, reason, outcome)
                 kept, frames = made
@@ -507,153 +493,6 @@ class Session:
                 pace = (time.monotonic() - began) / (draft.num_done - done_before)
                 yield WindowDone(window.number + 1, total, pace * (total - draft.num_done))
             return self._edited(draft, decoding)
-
-    def _window(
-        self,
-        draft: Draft,
-        window: EditWindow,
-        memory: Recall,
-        spans: Spans,
-        cancel: CancelToken,
-        steps: Steps[Happening],
-        ranked: Ranked | None,
-        previews: bool,
-    ) -> Generator[Event | Happening, None, tuple[KeptWindow, Tensor | None]]:
-        """One denoising run, with noise of its own; of a novel view the decoded frames, too.
-
-        Raises:
-            VideoError: its frames cannot be read.
-            MemoryBudgetError: it cannot fit the device; nothing has run.
-            NotFiniteError: a number that was computed is not finite.
-            CancelledError: the token was set.
-        """
-        parts, request, budget = self.parts, draft.request, Budget(self.parts)
-        cancel.check()
-        if budget.limit() is not None:
-            if isinstance(memory, ViewRecall):
-                ranked = ranked or memory.rank(request, len(self.turns))
-            budget.check(ranked[1] if ranked else self._plan_of(request, window, memory))
-        latents, frames, context = self._source_latents, None, None
-        references: list[Tensor] = []
-        if latents is None:
-            if isinstance(self.source, Source):
-                frames = self.source.frames
-            else:
-                read = partial(self.source.window, window, cancel.check)
-                frames = yield from staged(spans, "video", read)
-                cancel.check()
-            encode = partial(parts.vae.encode, frames, check=cancel.check)
-            latents = yield from staged(spans, "vae", encode)
-            if self.guides.images:
-                refer = partial(self.guides.latents, parts.vae, cancel.check)
-                references = yield from staged(spans, "vae", refer)
-            if parts.transformer.config.vace_layers:
-                mask = self.guides.mask
-                given = partial(
-                    vace_context,
-                    parts.vae,
-                    frames,
-                    None if mask is None else mask.window(window, cancel.check),
-                    whole=latents,
-                    references=references,
-                    check=cancel.check,
-                )
-                context = yield from staged(spans, "vae", given)
-            if not parts.is_editor:
-                self._source_latents = latents
-            cancel.check()
-        texts = yield from staged(
-            spans,
-            "text",
-            lambda: parts.guidance_texts(
-                request.prompt, request.guidance_scale, has_references=bool(references)
-            ),
-        )
-        cancel.check()
-        descriptor, on_channels = None, None
-        with spans.stage("memory") as started:
-            yield started
-            if isinstance(memory, EditRecall):
-                assert frames is not None
-                descriptor = self._described(frames[: window.stop - window.start], latents)
-                recalled = memory.recall(window, descriptor, latents, references)
-                if parts.transformer.config.source_channels:
-                    beside = latents if context is None else context
-                    on_channels = beside.to(parts.device)[None]
-            else:
-                recalled = self._recall.recall(request, latents, self.turns, ranked)
-            image = None if parts.image is None else self._image(request)
-        yield spans.done("memory")
-        seed = window_seed(request.seed, window.number)
-        # VACE's references are frames of the target, too, before those that are kept
-        shape = (1, len(latents), *recalled.plan.target.grid)
-        num_before = recalled.plan.target.num_frames - latents.shape[1]
-        noise, generator = turn_noise(shape, seed)
-        denoiser = engine_denoiser(
-            parts,
-            recalled.plan,
-            Conditioning(recalled.latents, recalled.cameras, *texts, on_channels, image),
-            noise,
-            num_inference_steps=request.num_inference_steps,
-            guidance_scale=request.guidance_scale,
-            generator=generator,
-            previews=self._colours(frames, latents) if previews else None,
-        )
-        with spans.stage("sampling") as started:
-            yield started
-            denoised = yield from steps(denoiser, cancel)
-        yield spans.done("sampling")
-        made, retrieval = denoised.latents[:, num_before:].cpu(), recalled.retrieval
-        if parts.is_editor:
-            report = window_report(parts, window, denoiser, denoised, retrieval, spans)
-            return KeptWindow(report, made, descriptor), None
-        decode = partial(parts.vae.decode, made, check=cancel.check)
-        frames = yield from staged(spans, "vae", decode)
-        cancel.check()
-        report = view_report(
-            parts, request, denoiser, denoised, retrieval, spans, number=draft.number
-        )
-        report["warnings"] = list(self.warnings())
-        return KeptWindow(report, made), frames
-
-    def _image(self, request: Request) -> Tensor:
-        """Image tokens [1, I, D] of the source's first frame, which a turn may be itself."""
-        assert self.parts.image is not None and isinstance(self.source, Source)
-        if request.memory == "previous" and self.turns:
-            return self.parts.image(self.turns[-1].frames[0])
-        if self._source_image is None:
-            self._source_image = self.parts.image(self.source.frames[0])
-        return self._source_image
-
-    def _colours(self, frames: Tensor | None, latents: Tensor) -> LatentRGB:
-        """The colours of the VAE's latents, or those that fit this session's source best.
-
-        frames: of the source's latents; None: of a session of views.
-        """
-        if self.parts.vae.latent_rgb is not None:
-            return self.parts.vae.latent_rgb
-        if self._fitted is None:
-            if frames is None:
-                assert isinstance(self.source, Source)
-                frames = self.source.frames
-            self._fitted = LatentRGB.fitted([(latents, frames)])
-        return self._fitted
-
-    def _described(self, frames: Tensor, latents: Tensor) -> Tensor:
-        """The descriptor [D] of a window's source."""
-        descriptor = self.parts.describer(frames, latents)
-        require_finite(
-            descriptor,
-            "the numbers by which the window's source is compared",
-            "copy the descriptor's weights again, or leave the descriptor out",
-        )
-        return descriptor
-
-    def _plan_of(self, request: Request, window: EditWindow, memory: Recall) -> TokenPlan:
-        """The plan of a window, the longest one where its source is not read yet."""
-        if isinstance(memory, EditRecall):
-            return memory.largest_plan(window)
-        return self.plan_turn(request)[1]
 
     def _outcome(self, draft: Draft, window: EditWindow) -> str:
         """What becomes of a turn whose window fails."""

@@ -36,9 +36,9 @@ from mv2v_engine.defaults import inference
 from mv2v_engine.engine.graphs import StreamForward
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.engine.request import prompt_warnings
-from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.source import StreamSource, source_warnings
 from mv2v_engine.engine.stream_folder import StoredBlock, StreamFolder
+from mv2v_engine.engine.window import window_seed
 from mv2v_engine.errors import RequestError, StorageError
 from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock

@@ -248,7 +248,7 @@ def test_cancelling_anywhere_leaves_nothing(
     def begun(folder: Path) -> Session:
         session = engine.session(source_frames, store=folder, source_latents=latents)
         session.adopt(expected[0])
-        session._source_latents = None  # so that the turn begins with encoding
+        session._runner.source_latents = None  # so that the turn begins with encoding
         return session
 
     checks = 0
@@ -268,7 +268,7 @@ def test_cancelling_anywhere_leaves_nothing(
             break
         except CancelledError:
             pass
-        is_encoded = session._source_latents is not None
+        is_encoded = session._runner.source_latents is not None
         assert live_tensor_bytes() - had == (latents.nbytes if is_encoded else 0)
         assert (contents(folder), engine.cache.ids(), threading.active_count()) == before
         assert not engine.cache._pins and len(session.turns) == 1

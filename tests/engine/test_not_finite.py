@@ -156,9 +156,9 @@ def test_one_turn_of_a_batch_fails_alone(tiny_checkpoint: Path, source_frames: T
         for session in sessions:
             session.render("static", num_inference_steps=1)
         if bad is not None:
-            damaged = sessions[bad]._source_latents
+            damaged = sessions[bad]._runner.source_latents
             assert damaged is not None
-            sessions[bad]._source_latents = torch.full_like(damaged, math.nan)
+            sessions[bad]._runner.source_latents = torch.full_like(damaged, math.nan)
         asked = [
             Request.view(camera, engine.sampling, memory="retrieved", seed=number)
             for number, camera in enumerate(CAMERAS)

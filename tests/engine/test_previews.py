@@ -100,9 +100,9 @@ def test_previews_change_nothing_and_end_at_the_result(
         assert torch.equal(turn.latents, expected.latents)
         shown = pictures(events)
         assert [picture.shape for picture in shown] == [(6, 8, 3)] * 4
-        assert session._fitted is not None, number
+        assert session._runner.fitted is not None, number
         if engine.scheduler == "euler":  # its last step goes to the data itself
-            assert close(shown[-1], session._fitted.picture(turn.latents[:, 1]))
+            assert close(shown[-1], session._runner.fitted.picture(turn.latents[:, 1]))
         assert not torch.equal(shown[0], shown[-1])
 
 
@@ -127,7 +127,7 @@ def test_turns_in_one_pack_have_their_own_previews(
         if turn.number == 1:
             assert not any(isinstance(event, Preview) for event in events)
             continue
-        fitted = turn.session._fitted
+        fitted = turn.session._runner.fitted
         assert fitted is not None
         assert close(pictures(events)[-1], fitted.picture(turn.result.latents[:, 1]))
 

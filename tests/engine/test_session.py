@@ -95,7 +95,7 @@ def test_memory_previous_takes_the_last_turn_as_source(
     assert second.report["plan"]["tokens_by_kind"] == {"target": 36, "source": 36, "memory": 0}
     # the same turn, asked of a session whose source is that last turn
     other = engine.session(source_frames, cameras=first.trajectory)
-    other._source_latents = first.latents
+    other._runner.source_latents = first.latents
     assert torch.equal(other.render("arc_left").latents, second.latents)
 
 
@@ -417,7 +417,7 @@ def test_bad_requests_are_refused_before_any_work(
     session = engine.session(source_frames)
     with pytest.raises(kind, match=words):
         ask(session)
-    assert session._source_latents is None and not session.turns
+    assert session._runner.source_latents is None and not session.turns
 
 
 def test_a_source_camera_must_fit(engine: Engine, source_frames: Tensor) -> None:

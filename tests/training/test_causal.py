@@ -16,7 +16,7 @@ from mv2v_engine import Engine
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.weights import read_header
 from mv2v_engine.config import StreamConfig
-from mv2v_engine.engine.session import window_seed
+from mv2v_engine.engine.window import window_seed
 from mv2v_engine.errors import CheckpointError, TrainingError
 from mv2v_engine.files import save_tensors
 from mv2v_engine.models.dit import MV2VTransformer

@@ -9,9 +9,9 @@ import pytest
 import torch
 
 from mv2v_engine import CancelToken, Engine, EngineConfig
-from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.source import open_long_source
 from mv2v_engine.engine.turn import FinishedWindow
+from mv2v_engine.engine.window import window_seed
 from mv2v_engine.errors import CancelledError, MemoryBudgetError, RequestError, VideoError
 from mv2v_engine.progress import Event, Preview, StepDone, WindowDone, WindowStarted
 from mv2v_engine.sampling.flow_match import initial_noise
@@ -121,9 +121,9 @@ def test_every_window_has_previews(editor: Engine) -> None:
     session = editor.session(long_clip(13), cuts=())
     turn = session.edit(PROMPT, on_progress=events.append, previews=True)
     pictures = [event.picture for event in events if isinstance(event, Preview)]
-    assert len(pictures) == 6 and session._fitted is not None
+    assert len(pictures) == 6 and session._runner.fitted is not None
     for window, latents in enumerate(turn.latents):
-        expected = session._fitted.picture(latents[:, latents.shape[1] // 2])
+        expected = session._runner.fitted.picture(latents[:, latents.shape[1] // 2])
         assert int((pictures[2 * window + 1].int() - expected.int()).abs().max()) <= 1
 
 
