@@ -43,6 +43,7 @@ LAYERS: tuple[frozenset[str], ...] = (
             "image",
             "text",
             "vision",
+            "counting",
             "camera",
             "memory",
             "tokens",
@@ -70,6 +71,8 @@ SIDEWAYS = {
     ("checkpoints", "tokens"),  # what models are made of
     ("vae", "models"),
     ("vae", "checkpoints"),  # weight files and their names
+    ("counting", "vae"),  # whose bytes are counted
+    ("counting", "models"),
     ("image", "checkpoints"),
     ("text", "models"),  # layers of eight bits
     ("text", "checkpoints"),

@@ -24,8 +24,8 @@ from mv2v_engine.config import (
     StreamConfig,
     TransformerConfig,
 )
+from mv2v_engine.counting import StreamBytes, vae_peak_bytes, vae_stream_bytes
 from mv2v_engine.defaults import without_memory
-from mv2v_engine.engine.counting import StreamBytes, vae_peak_bytes, vae_stream_bytes
 from mv2v_engine.engine.parts import Parts
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory
 from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine import Engine, EngineConfig
-from mv2v_engine.engine.counting import LiveBytes
+from mv2v_engine.counting import LiveBytes
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.feed_forward import FeedForward, Linear
 from mv2v_engine.parallel import device as devices

@@ -13,8 +13,8 @@ from peak_memory import full_size_parts
 from torch import Tensor
 
 from mv2v_engine import EngineConfig
+from mv2v_engine.counting import LiveBytes
 from mv2v_engine.engine.budget import Budget, Footprint, predict
-from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.engine.request import Request
 from mv2v_engine.errors import MemoryBudgetError, RequestError
 from mv2v_engine.progress import StageDone, StageStarted

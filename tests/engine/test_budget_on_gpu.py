@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import WAN_1_3B
+from mv2v_engine.counting import vae_peak_bytes
 from mv2v_engine.engine.budget import CUBLAS_WORKSPACE, module_bytes
-from mv2v_engine.engine.counting import vae_peak_bytes
 from mv2v_engine.errors import MemoryBudgetError
 from mv2v_engine.models.autoencoder import Autoencoder
 from mv2v_engine.models.dit import MV2VTransformer

@@ -16,8 +16,8 @@ from torch import Tensor
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import StreamConfig
+from mv2v_engine.counting import vae_stream_bytes
 from mv2v_engine.engine.budget import module_bytes
-from mv2v_engine.engine.counting import vae_stream_bytes
 from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.stream import Stream, StreamBlock, block_steps, block_velocity
 from mv2v_engine.engine.stream_folder import StreamFolder

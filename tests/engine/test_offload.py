@@ -14,9 +14,9 @@ from torch import Tensor
 
 from mv2v_engine import EngineConfig, run
 from mv2v_engine.config import WAN_1_3B, SamplingConfig
+from mv2v_engine.counting import LiveBytes
 from mv2v_engine.defaults import without_memory
 from mv2v_engine.engine.budget import module_bytes, shape_footprint
-from mv2v_engine.engine.counting import LiveBytes
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.quantized import quantize_linears

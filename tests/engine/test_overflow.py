@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from mv2v_engine import Engine
-from mv2v_engine.engine.counting import LiveBytes
+from mv2v_engine.counting import LiveBytes
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
 from mv2v_engine.errors import MemoryBudgetError, is_out_of_memory

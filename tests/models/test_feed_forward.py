@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from mv2v_engine.engine.counting import LiveBytes
+from mv2v_engine.counting import LiveBytes
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.feed_forward import FeedForward
 from mv2v_engine.testing import assert_within_budget, randomise, tiny_config

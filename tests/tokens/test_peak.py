@@ -11,7 +11,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from mv2v_engine.config import TINY, WAN_1_3B, HistoryConfig
-from mv2v_engine.engine.counting import LiveBytes
+from mv2v_engine.counting import LiveBytes
 from mv2v_engine.models import rope
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import ConditioningCache

@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.optim import Optimizer
 
 from mv2v_engine.config import TransformerConfig
-from mv2v_engine.engine.counting import LiveBytes
+from mv2v_engine.counting import LiveBytes
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.training.losses import flow_loss

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from mv2v_engine.engine import counting
-from mv2v_engine.engine.counting import LiveBytes, vae_peak_bytes
+from mv2v_engine import counting
+from mv2v_engine.counting import LiveBytes, vae_peak_bytes
 from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
 from mv2v_engine.vae import VideoVAE
 
