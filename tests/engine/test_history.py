@@ -14,7 +14,7 @@ from torch import Tensor
 from mv2v_engine import EngineConfig, run
 from mv2v_engine.checkpoints.inspect import inspect_checkpoint, render_inspection
 from mv2v_engine.config import HistoryConfig
-from mv2v_engine.engine import session as sessions
+from mv2v_engine.engine import window as windows
 from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.history import HistoryEncoder
@@ -37,13 +37,13 @@ def test_an_edit_remembers_its_windows_in_time(
 ) -> None:
     """The history is all windows before, in their order; a resumed edit is the same one."""
     made: list[Denoiser] = []
-    make = sessions.engine_denoiser
+    make = windows.engine_denoiser
 
     def noted(*given: Any, **named: Any) -> Denoiser:
         made.append(make(*given, **named))
         return made[-1]
 
-    monkeypatch.setattr(sessions, "engine_denoiser", noted)
+    monkeypatch.setattr(windows, "engine_denoiser", noted)
     encoded: list[Tensor] = []
     append = HistoryEncoder.append
 

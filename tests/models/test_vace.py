@@ -417,7 +417,7 @@ def test_a_mask_of_a_long_video_and_what_is_refused(
         seen.append(mask)
         return original(vae, frames, mask, **how)
 
-    monkeypatch.setattr("mv2v_engine.engine.session.vace_context", watched)
+    monkeypatch.setattr("mv2v_engine.engine.window.vace_context", watched)
     mask = torch.zeros(9, 32, 48)
     for number in range(9):
         mask[number, number] = 1

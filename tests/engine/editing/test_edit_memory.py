@@ -13,7 +13,7 @@ from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection, Dinov2
 
 from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.engine import parts
-from mv2v_engine.engine import session as windows
+from mv2v_engine.engine import window as windows
 from mv2v_engine.engine.denoise import Denoiser
 from mv2v_engine.errors import CheckpointError, RequestError
 from mv2v_engine.memory.segment_retrieval import latent_descriptor, segment_scores
