@@ -142,7 +142,7 @@ def test_what_attention_cannot_place_is_refused_before_any_work(
     session = engine.session(source_frames)
     with pytest.raises(CameraError, match=words):
         session.render(camera)
-    assert session._source_latents is None and not session.turns
+    assert session._runner.source_latents is None and not session.turns
     with pytest.raises(CameraError, match=words):
         engine.session(source_frames, cameras=camera)
     assert session.render(_far(399)).latents.isfinite().all()

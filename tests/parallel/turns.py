@@ -82,10 +82,13 @@ def lead(checkpoint: str, clip: str, out: Path) -> dict[str, Any]:
         )
         apart = (both.latents - one_alone.latents).norm() / one_alone.latents.norm()
         told["few_steps"] = [float(apart), both.report["scheduler"], both.report["forwards"]]
-        whole, session._source_latents = session._source_latents, torch.full((16, 3, 6, 8), nan)
+        whole, session._runner.source_latents = (
+            session._runner.source_latents,
+            torch.full((16, 3, 6, 8), nan),
+        )
         told["not_finite"] = said(lambda: session.render("pan_left", seed=3))
         told["turns_then"] = len(session.turns)
-        session._source_latents = whole
+        session._runner.source_latents = whole
         healed = alone.session(clip)
         for camera in ("pan_right", "arc_left"):
             healed.render(camera, seed=3)
