@@ -6,9 +6,9 @@ The real command with tiny-nvs, and the Chromium that is installed. Each place o
 so many times, with nothing in the browser's cache, on a desktop and on a phone: before there is a
 video, and with a session of one turn. The browser's own observers tell. `paint_ms`: the median of
 the largest contentful paint, from the navigation's start; `shift`: the largest sum of layout shifts
-that no input caused; `script_bytes`: of all scripts, as they are written; `requests`: how many answers
-the page had until then. `main_ms` and `service_ms`: the medians of the CPU milliseconds of the page's
-main thread and of the service, which other programs lengthen least.
+that no input caused; `script_bytes`: of all scripts, as they are written; `requests`: how many
+answers there were until then. `main_ms` and `service_ms`: medians of the CPU milliseconds of the
+page's main thread and of the service, which other programs lengthen least.
 
 With `--against` the page of another commit is opened after each of this one's. `paint_ratio`,
 `main_ratio` and `service_ratio` are the medians of the pairs' ratios, this one to that one.
@@ -28,14 +28,14 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gate import checked_out
-from http_service import demo_clip, finished_job, new_session, served
+from http_service import Served, demo_clip, finished_job, new_session, served
 from measure import ROOT, Report, digits, provenance, table
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-# address, a selector of what shows that it is there, and the service's process
-Place = tuple[str, str, int]
+# an address, a selector of what shows that it is there, and whose it is
+Place = tuple[str, str, Served]
 
 MOST_PAINT_MS, MOST_SHIFT = 500.0, 0.02
 SCREENS = {"desktop": {"width": 1440, "height": 900}, "phone": {"width": 360, "height": 760}}
@@ -75,8 +75,8 @@ def painted(page: Page) -> dict[str, Any]:
 
 def opened(browser: Browser, place: Place, viewport: dict[str, int]) -> dict[str, Any]:
     """What `painted` finds of a place in a browser that knows nothing of it, and its CPU time."""
-    address, is_there, process = place
-    before = _cpu_ms(process)
+    address, is_there, service = place
+    before = service.cpu_seconds()
     # a context of its own has a cache of its own
     context = browser.new_context(viewport=viewport)  # type: ignore[arg-type]
     page = context.new_page()
@@ -88,13 +88,11 @@ def opened(browser: Browser, place: Place, viewport: dict[str, int]) -> dict[str
     metrics = developer.send("Performance.getMetrics")["metrics"]
     spent = {metric["name"]: 1000 * metric["value"] for metric in metrics}
     context.close()
-    return {**found, "main": spent["TaskDuration"], "service": _cpu_ms(process) - before}
-
-
-def _cpu_ms(process: int) -> float:
-    """CPU milliseconds of a process's threads, by Linux's scheduler."""
-    threads = Path(f"/proc/{process}/task").glob("*/schedstat")
-    return sum(int(thread.read_text().split()[0]) for thread in threads) / 1e6
+    return {
+        **found,
+        "main": spent["TaskDuration"],
+        "service": 1000 * (service.cpu_seconds() - before),
+    }
 
 
 @contextmanager
@@ -105,13 +103,12 @@ def places_of(folder: Path, root: Path) -> Iterator[dict[str, Place]]:
         with found.client() as client:
             session = new_session(client, demo_clip(folder))
             finished_job(client, session, camera="arc:-20", num_inference_steps=1)
-        process = found.process.pid
         yield {
-            "first view": (found.address, "#composer[data-kind]", process),
+            "first view": (found.address, "#composer[data-kind]", found),
             "a turn": (
                 f"{found.address}/#session={session}",
                 ".pane[data-shown='1'] video[src]",
-                process,
+                found,
             ),
         }
 
