@@ -112,9 +112,12 @@ def test_the_picture_waits_for_nothing_but_its_own(
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
     model, every = Held(page, "**/v1/models"), Held(page, re.compile(r"/v1/sessions\?"))
-    # the turns are read beside the model
+    script = Held(page, "**/page/page.js")
+    # the turns are read beside the modules and the model, and once
     with page.expect_response(f"**{path}"):
-        page.goto(f"{service.address}/#session={session}")
+        page.goto(f"{service.address}/#session={session}", wait_until="commit")
+    script.wait()
+    script.let_go()
     model.wait()
     model.let_go()
     # and shown before the list of videos is there, the turn's picture before the source's
@@ -123,6 +126,7 @@ def test_the_picture_waits_for_nothing_but_its_own(
     assert asked.index("thumbnail") < asked.index("video") < asked.index("source")
     every.let_go()
     link(page, session).wait_for()
+    assert asked.count("turns") == asked.count("models") == asked.count(session) == 1
 
 
 def test_a_session_that_was_left_before_it_came(
