@@ -306,6 +306,11 @@ def test_two_tabs_on_one_session(
     expect(other.locator("#session-state .problem")).to_contain_text("not_found")
     expect(link(other, session)).to_have_count(0)
 
+    # and whoever comes to its address is not sent to try it again and again
+    other.reload()
+    expect(other.locator("#page-state .problem")).to_contain_text("it may have been deleted")
+    expect(other.locator("#page-state").get_by_role("button")).to_have_text(["Dismiss"])
+
 
 def test_what_was_read_last_is_shown_though_an_older_answer_came_between(
     page: Page, client: httpx.Client, upload: Upload

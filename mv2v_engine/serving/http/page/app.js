@@ -63,7 +63,11 @@ async function show(known) {
   } catch (error) {
     if (number !== shows) return;
     reveal(null);
-    problem($("page-state"), error, () => show());
+    if (error.status !== 404) problem($("page-state"), error, () => show());
+    else {
+      problem($("page-state"), new Error("This video is not here: it may have been deleted. "
+        + "Choose another one, or drop it again."));
+    }
   }
 }
 

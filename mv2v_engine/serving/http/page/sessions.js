@@ -149,7 +149,7 @@ export class SessionList {
       session.parent && (session.parent_turn ? `branched at turn ${session.parent_turn}`
         : "of the same video"),
       ago(session.created),
-    ].filter(Boolean).join(" · ")));
+    ].filter(Boolean).map((words) => words.replaceAll(" ", "\u00a0")).join(" · ")));
   }
 
   mark(id) {
