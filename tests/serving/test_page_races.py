@@ -113,8 +113,8 @@ def test_the_picture_waits_for_nothing_but_its_own(
     page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
     model, every = Held(page, "**/v1/models"), Held(page, re.compile(r"/v1/sessions\?"))
     script = Held(page, "**/page/page.js")
-    # the turns are read beside the modules and the model, and once
-    with page.expect_response(f"**{path}"):
+    # the turns and the picture are read beside the modules and the model, and once
+    with page.expect_response(f"**{path}/1/video"):
         page.goto(f"{service.address}/#session={session}", wait_until="commit")
     script.wait()
     script.let_go()
@@ -126,7 +126,8 @@ def test_the_picture_waits_for_nothing_but_its_own(
     assert asked.index("thumbnail") < asked.index("video") < asked.index("source")
     every.let_go()
     link(page, session).wait_for()
-    assert asked.count("turns") == asked.count("models") == asked.count(session) == 1
+    for once in ("models", session, "turns", "thumbnail", "video"):
+        assert asked.count(once) == 1, once
 
 
 def test_a_session_that_was_left_before_it_came(

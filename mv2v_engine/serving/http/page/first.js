@@ -2,7 +2,7 @@
 {
   const theme = localStorage.getItem("mv2v-theme");
   if (theme) document.documentElement.dataset.theme = theme;
-  const id = new URLSearchParams(location.hash.slice(1)).get("session");
+  const { session: id, show } = Object.fromEntries(new URLSearchParams(location.hash.slice(1)));
   if (id) {
     document.documentElement.dataset.view = "session";
     // what api.js is going to ask for is asked for while the modules still come
@@ -20,6 +20,11 @@
     const jobs = begin(`v1/jobs?session=${id}&limit=100`);
     // jobs first, as in api.js
     begin(`v1/sessions/${id}`, jobs);
-    begin(`v1/sessions/${id}/turns`, jobs);
+    const turns = `v1/sessions/${id}/turns`;
+    begin(turns, jobs).then((answer) => answer.clone().json()).then(({ data }) => {
+      const shown = show ? data.find(({ number }) => String(number) === show) : data.at(-1);
+      if (!shown) return;
+      for (const file of ["thumbnail", "video"]) begin(`${turns}/${shown.number}/${file}`);
+    }).catch(() => {});
   }
 }
