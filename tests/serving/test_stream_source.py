@@ -164,15 +164,20 @@ def test_who_left_before_it_was_told_is_no_fault(live: Any) -> None:
 
     async def send(message: Any) -> None:
         told.append(message["type"])
-        raise OSError  # as the server has it where nobody listens
+        if message["type"] == "websocket.close":
+            raise OSError  # as the server has it where nobody listens
 
     async def receive() -> Any:
         return {"type": "websocket.connect"}
 
-    scope = {"type": "websocket", "app": live.app, "state": {"owner": ""}, "subprotocols": []}
-    scope["path_params"] = {"stream_id": "stream_none"}
-    asyncio.run(source_socket(WebSocket(scope, receive, send)))
-    assert told == ["websocket.close"]
+    async def ask() -> None:
+        scope = {"type": "websocket", "app": live.app, "state": {"owner": ""}, "subprotocols": []}
+        socket = WebSocket(scope | {"path_params": {"stream_id": "stream_none"}}, receive, send)
+        await socket.accept()
+        await source_socket(socket)
+
+    asyncio.run(ask())
+    assert told == ["websocket.accept", "websocket.close"]
 
 
 def test_sockets_are_guarded_as_requests_are(
