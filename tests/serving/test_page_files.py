@@ -30,6 +30,7 @@ def test_joined_modules_do_what_they_did(tmp_path: Path) -> None:
     for name, text in MODULES.items():
         (tmp_path / name).write_text(text)
     (tmp_path / "joined.js").write_text(joined_modules(MODULES, "app.js"))
+    assert NODE is not None
     (tmp_path / "package.json").write_text('{"type": "module"}')
     said = [
         subprocess.run([NODE, tmp_path / name], check=True, capture_output=True).stdout

@@ -68,6 +68,7 @@ def test_a_camera_is_edited_live(
         assert page.locator(".live-camera").is_visible()
         # what tells it what to show has not moved, nor is it under the window's edge
         now = page.get_by_label("Prompt").bounding_box()
+        assert place is not None and now is not None
         assert now["y"] == place["y"] < DESKTOP["height"] - now["height"]
         assert page.evaluate("() => document.querySelector('.live-video').videoWidth") == 64
         screenshots(page, tmp_path)

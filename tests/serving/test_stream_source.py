@@ -171,8 +171,9 @@ def test_who_left_before_it_was_told_is_no_fault(live: Any) -> None:
         return {"type": "websocket.connect"}
 
     async def ask() -> None:
-        scope = {"type": "websocket", "app": live.app, "state": {"owner": ""}, "subprotocols": []}
-        socket = WebSocket(scope | {"path_params": {"stream_id": "stream_none"}}, receive, send)
+        scope: dict[str, Any] = {"type": "websocket", "app": live.app, "subprotocols": []}
+        scope |= {"state": {"owner": ""}, "path_params": {"stream_id": "stream_none"}}
+        socket = WebSocket(scope, receive, send)
         await socket.accept()
         await source_socket(socket)
 
