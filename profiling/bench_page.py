@@ -6,11 +6,12 @@ The real command with tiny-nvs, and the Chromium that is installed. Each place o
 so many times, with nothing in the browser's cache, on a desktop and on a phone: before there is a
 video, and with a session of one turn. The browser's own observers tell. `paint_ms`: the median of
 the largest contentful paint, from the navigation's start; `shift`: the largest sum of layout shifts
-that no input caused; `script_bytes`: of all scripts, as they are written. `main_ms`: the median of
-the CPU milliseconds of the page's main thread until then, which other programs lengthen least.
+that no input caused; `script_bytes`: of all scripts, as they are written; `requests`: how many
+answers there were until then. `main_ms` and `service_ms`: medians of the CPU milliseconds of the
+page's main thread and of the service, which other programs lengthen least.
 
-With `--against` the page of another commit is opened after each of this one's. `paint_ratio` and
-`main_ratio` are the medians of the pairs' ratios, this one to that one.
+With `--against` the page of another commit is opened after each of this one's. `paint_ratio`,
+`main_ratio` and `service_ratio` are the medians of the pairs' ratios, this one to that one.
 """
 
 from __future__ import annotations
@@ -27,18 +28,19 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from gate import checked_out
-from http_service import demo_clip, finished_job, new_session, served
+from http_service import Served, demo_clip, finished_job, new_session, served
 from measure import ROOT, Report, digits, provenance, table
 
 if TYPE_CHECKING:
     from playwright.sync_api import Browser, Page
 
-Place = tuple[str, str]  # address, and a selector of what shows that it is there
+# an address, a selector of what shows that it is there, and whose it is
+Place = tuple[str, str, Served]
 
 MOST_PAINT_MS, MOST_SHIFT = 500.0, 0.02
 SCREENS = {"desktop": {"width": 1440, "height": 900}, "phone": {"width": 360, "height": 760}}
-COLUMNS = "place screen paint_ms paint_max_ms main_ms shift script_bytes load_average"
-COMPARED = " paint_ratio main_ratio"
+COLUMNS = "place screen paint_ms paint_max_ms main_ms service_ms shift requests script_bytes"
+COMPARED = " paint_ratio main_ratio service_ratio load_average"
 _PATIENCE = 240_000  # ms
 _OBSERVE = """() => new Promise((done) => {
   const found = { paint: 0, shift: 0, shifted: [] };
@@ -50,8 +52,10 @@ _OBSERVE = """() => new Promise((done) => {
     found.shift += entry.value;
     for (const { node } of entry.sources) found.shifted.push(node?.id || node?.className || "");
   });
-  const scripts = performance.getEntriesByType("resource")
-    .filter(({ initiatorType, name }) => initiatorType === "script" || name.endsWith(".js"));
+  const resources = performance.getEntriesByType("resource");
+  found.requests = 1 + resources.length;
+  const scripts = resources.filter(({ initiatorType, name }) =>
+    initiatorType === "script" || name.endsWith(".js"));
   found.script = scripts.reduce((sum, { decodedBodySize }) => sum + decodedBodySize, 0);
   setTimeout(() => done(found), 300);
 })"""
@@ -62,7 +66,8 @@ def painted(page: Page) -> dict[str, Any]:
 
     Returns:
         paint: milliseconds to the largest contentful paint. shift: the sum of layout shifts that no
-        input caused. shifted: ids or classes of what moved. script: bytes of all scripts.
+        input caused. shifted: ids or classes of what moved. script: bytes of all scripts. requests:
+        how many answers it had, its own among them.
     """
     found: dict[str, Any] = page.evaluate(_OBSERVE)
     return found
@@ -70,7 +75,8 @@ def painted(page: Page) -> dict[str, Any]:
 
 def opened(browser: Browser, place: Place, viewport: dict[str, int]) -> dict[str, Any]:
     """What `painted` finds of a place in a browser that knows nothing of it, and its CPU time."""
-    address, is_there = place
+    address, is_there, service = place
+    before = service.cpu_seconds()
     # a context of its own has a cache of its own
     context = browser.new_context(viewport=viewport)  # type: ignore[arg-type]
     page = context.new_page()
@@ -82,7 +88,11 @@ def opened(browser: Browser, place: Place, viewport: dict[str, int]) -> dict[str
     metrics = developer.send("Performance.getMetrics")["metrics"]
     spent = {metric["name"]: 1000 * metric["value"] for metric in metrics}
     context.close()
-    return {**found, "main": spent["TaskDuration"]}
+    return {
+        **found,
+        "main": spent["TaskDuration"],
+        "service": 1000 * (service.cpu_seconds() - before),
+    }
 
 
 @contextmanager
@@ -94,8 +104,12 @@ def places_of(folder: Path, root: Path) -> Iterator[dict[str, Place]]:
             session = new_session(client, demo_clip(folder))
             finished_job(client, session, camera="arc:-20", num_inference_steps=1)
         yield {
-            "first view": (found.address, "#composer[data-kind]"),
-            "a turn": (f"{found.address}/#session={session}", ".pane[data-shown='1'] video[src]"),
+            "first view": (found.address, "#composer[data-kind]", found),
+            "a turn": (
+                f"{found.address}/#session={session}",
+                ".pane[data-shown='1'] video[src]",
+                found,
+            ),
         }
 
 
@@ -134,7 +148,7 @@ def main() -> None:
                     f"{name}_ratio": round(
                         statistics.median(one[0][name] / one[1][name] for one in rounds), 3
                     )
-                    for name in ("paint", "main")
+                    for name in ("paint", "main", "service")
                     if args.against
                 }
                 report.add(
@@ -143,7 +157,9 @@ def main() -> None:
                     paint_ms=digits(statistics.median(one["paint"] for one in ours)),
                     paint_max_ms=digits(max(one["paint"] for one in ours)),
                     main_ms=digits(statistics.median(one["main"] for one in ours)),
+                    service_ms=digits(statistics.median(one["service"] for one in ours)),
                     shift=round(max(one["shift"] for one in ours), 4),
+                    requests=max(one["requests"] for one in ours),
                     script_bytes=max(one["script"] for one in ours),
                     **ratios,
                     load_average=digits(os.getloadavg()[0]),

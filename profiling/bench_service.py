@@ -39,13 +39,6 @@ COLUMNS = (
 # steps of a turn: more than the measuring takes, and it is cancelled then
 _STEPS = 1000
 _CONNECTIONS = 8
-_TICKS = os.sysconf("SC_CLK_TCK")
-
-
-def cpu_seconds(process: int) -> float:
-    """What one process has spent, user and system, without its children."""
-    fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / _TICKS
 
 
 async def answer(reader: asyncio.StreamReader) -> tuple[int, str, int]:
@@ -103,12 +96,12 @@ def row_of(
     service: Served, path: str, rate: float, seconds: float, *, is_tagged: bool
 ) -> dict[str, Any]:
     """`send_at_rate` in a process of its own, and what the service spent meanwhile."""
-    before = cpu_seconds(service.process.pid)
+    before = service.cpu_seconds()
     asked = json.dumps([service.address, path, rate, seconds, is_tagged])
     command = [sys.executable, str(Path(__file__).resolve()), "--as-clients", asked]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True)
     found = json.loads(done.stdout)
-    cpu, took = cpu_seconds(service.process.pid) - before, found["seconds"]
+    cpu, took = service.cpu_seconds() - before, found["seconds"]
     return {
         "tagged": is_tagged,
         "rate": rate,

@@ -285,6 +285,8 @@ def test_the_page_sends_them(
     page = open_page(service.address)
     wait_for_model(page)
     references, mask = page.get_by_label("References"), page.get_by_label("Mask")
+    # they fit beside the picture
+    assert page.locator("#side").evaluate("(side) => side.scrollWidth <= side.clientWidth")
     # what is refused is told by its name, and stays to be chosen anew
     references.set_input_files([files["one.png"], files["none.png"]])
     mask.set_input_files(files["mask.png"])

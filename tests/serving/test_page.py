@@ -19,6 +19,14 @@ import pytest
 from bench_page import MOST_SHIFT, painted
 from http_service import demo_clip
 
+from mv2v_engine.serving.http.page_files import (
+    ENTRY,
+    JOINED_SCRIPT,
+    JOINED_STYLES,
+    PAGE,
+    STYLES,
+    joined_modules,
+)
 from mv2v_engine.video.io import read_video
 from tests.serving.browsing import (
     DESKTOP,
@@ -35,7 +43,6 @@ from tests.serving.browsing import (
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, Response
 
-PAGE = Path(__file__).resolve().parents[2] / "mv2v_engine" / "serving" / "http" / "page"
 MOST_TABS = 6
 MOST_SCRIPT = 120_000  # bytes that the page of a model that makes turns is given
 # modules of the page at /docs, of a model that streams, and of what is behind a turn's fold
@@ -62,16 +69,10 @@ def references(name: str, text: str) -> set[str]:
 def test_every_file_that_is_referred_to_exists_and_none_is_left_over() -> None:
     files = page_files()
     referred = {found for name, text in files.items() for found in references(name, text)}
-    assert {"app.js", "style.css", "icon.svg", "theme.js"} < referred
+    assert {JOINED_SCRIPT, JOINED_STYLES, "style.css", "icon.svg", "first.js"} < referred
     # the page itself, and the one at /docs, which refers to both of these
-    assert (referred - {"./", "openapi.json"}) | {"index.html", "docs.html"} == set(files)
-
-
-def test_all_modules_are_asked_for_at_once() -> None:
-    files = page_files()
-    ahead = re.findall(r'rel="modulepreload" href="page/([^"]+)', files["index.html"])
-    imported = {name for name in files if name.endswith(".js")} - ELSEWHERE
-    assert sorted(ahead) == sorted(imported - {"app.js", "theme.js"})
+    known = (referred - {"./", "openapi.json"}) | {"index.html", "docs.html", ENTRY, *STYLES}
+    assert known - {JOINED_SCRIPT, JOINED_STYLES} == set(files)
 
 
 def test_nothing_comes_from_another_host_or_stands_inline() -> None:
@@ -105,11 +106,15 @@ def test_the_browser_gets_little_script(address: str, open_page: Callable[..., P
     page.on("response", take)
     page.goto(address)
     wait_for_model(page)
-    written = {path.name: path.read_bytes() for path in PAGE.glob("*.js")}
-    assert set(scripts) == set(written) - ELSEWHERE
-    got = {name: response.body() for name, response in scripts.items()}
-    assert got == {name: written[name] for name in got}
-    assert sum(len(body) for body in got.values()) <= MOST_SCRIPT
+    files = page_files()
+    written = {"first.js": files["first.js"], JOINED_SCRIPT: joined_modules(files, ENTRY)}
+    assert {name: response.text() for name, response in scripts.items()} == written
+    # every module is in one of them, but for those of elsewhere
+    for name in {name for name in files if name.endswith(".js")} - ELSEWHERE - {"first.js"}:
+        assert re.search(
+            rf"^const module_{name.removesuffix('.js')} = ", written[JOINED_SCRIPT], re.M
+        )
+    assert sum(len(text.encode()) for text in written.values()) <= MOST_SCRIPT
 
 
 def render(page: Page, number: int) -> None:

@@ -112,9 +112,12 @@ def test_the_picture_waits_for_nothing_but_its_own(
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
     model, every = Held(page, "**/v1/models"), Held(page, re.compile(r"/v1/sessions\?"))
-    # the turns are read beside the model
-    with page.expect_response(f"**{path}"):
-        page.goto(f"{service.address}/#session={session}")
+    script = Held(page, "**/page/page.js")
+    # the turns and the picture are read beside the modules and the model, and once
+    with page.expect_response(f"**{path}/1/video"):
+        page.goto(f"{service.address}/#session={session}", wait_until="commit")
+    script.wait()
+    script.let_go()
     model.wait()
     model.let_go()
     # and shown before the list of videos is there, the turn's picture before the source's
@@ -123,6 +126,8 @@ def test_the_picture_waits_for_nothing_but_its_own(
     assert asked.index("thumbnail") < asked.index("video") < asked.index("source")
     every.let_go()
     link(page, session).wait_for()
+    for once in ("models", session, "turns", "thumbnail", "video"):
+        assert asked.count(once) == 1, once
 
 
 def test_a_session_that_was_left_before_it_came(
@@ -301,6 +306,11 @@ def test_two_tabs_on_one_session(
     other.evaluate("() => window.dispatchEvent(new Event('focus'))")
     expect(other.locator("#session-state .problem")).to_contain_text("not_found")
     expect(link(other, session)).to_have_count(0)
+
+    # and whoever comes to its address is not sent to try it again and again
+    other.reload()
+    expect(other.locator("#page-state .problem")).to_contain_text("it may have been deleted")
+    expect(other.locator("#page-state").get_by_role("button")).to_have_text(["Dismiss"])
 
 
 def test_what_was_read_last_is_shown_though_an_older_answer_came_between(

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import httpx
 import pytest
 
-from tests.serving.browsing import screenshots, wait_for_page
+from tests.serving.browsing import DESKTOP, screenshots, wait_for_page
 from tests.serving.fake_streams import Negatives
 
 if TYPE_CHECKING:
@@ -62,9 +62,14 @@ def test_a_camera_is_edited_live(
     with serving(tmp_path / "store", backend) as service:
         page = open_page(service.address)
         page.get_by_label("Prompt").fill("a negative")
+        place = page.get_by_label("Prompt").bounding_box()
         page.get_by_role("button", name="Start").click()
         wait_for_page(page, "() => document.querySelector('.live-video').currentTime > 0.5")
         assert page.locator(".live-camera").is_visible()
+        # what tells it what to show has not moved, nor is it under the window's edge
+        now = page.get_by_label("Prompt").bounding_box()
+        assert place is not None and now is not None
+        assert now["y"] == place["y"] < DESKTOP["height"] - now["height"]
         assert page.evaluate("() => document.querySelector('.live-video').videoWidth") == 64
         screenshots(page, tmp_path)
         page.get_by_role("button", name="Stop").click()

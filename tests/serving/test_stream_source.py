@@ -28,10 +28,12 @@ from mv2v_engine.video.fragments import FragmentWriter
 
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
+from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.http.routes.streams import source_socket
 from mv2v_engine.serving.store.source_frames import MOST_BLOCKS, SourceFrames
 from mv2v_engine.serving.store.streams import engine_folder
 from mv2v_engine.serving.work.streaming import NOTHING, Stream
@@ -155,6 +157,28 @@ def test_a_socket_takes_the_same_bytes(client: httpx.Client, live: Any, backend:
     # the places that sockets have taken are given back
     places = live.server.server_state.connections
     until(lambda: len(places) <= 1)
+
+
+def test_who_left_before_it_was_told_is_no_fault(live: Any) -> None:
+    told: list[str] = []
+
+    async def send(message: Any) -> None:
+        told.append(message["type"])
+        if message["type"] == "websocket.close":
+            raise OSError  # as the server has it where nobody listens
+
+    async def receive() -> Any:
+        return {"type": "websocket.connect"}
+
+    async def ask() -> None:
+        scope: dict[str, Any] = {"type": "websocket", "app": live.app, "subprotocols": []}
+        scope |= {"state": {"owner": ""}, "path_params": {"stream_id": "stream_none"}}
+        socket = WebSocket(scope, receive, send)
+        await socket.accept()
+        await source_socket(socket)
+
+    asyncio.run(ask())
+    assert told == ["websocket.accept", "websocket.close"]
 
 
 def test_sockets_are_guarded_as_requests_are(

@@ -7,18 +7,15 @@ import json
 import re
 import secrets
 import time
+from collections.abc import Callable, Coroutine
 from operator import attrgetter
-from pathlib import Path
 from typing import Any
 
 from fastapi import Depends, FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
-from fastapi.responses import FileResponse
-from fastapi.staticfiles import StaticFiles
 from starlette.exceptions import HTTPException
 from starlette.middleware import Middleware
 from starlette.middleware.cors import CORSMiddleware
-from starlette.middleware.gzip import GZipMiddleware
 from starlette.routing import Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -36,6 +33,7 @@ from mv2v_engine.serving.http.headers import (
     header,
     refusal,
 )
+from mv2v_engine.serving.http.page_files import PageFiles
 from mv2v_engine.serving.http.routes import (
     jobs,
     openrouter,
@@ -55,7 +53,6 @@ from mv2v_engine.serving.watch.percent import Percentages
 REQUEST_ID = "X-Request-ID"
 _RAW_ID = REQUEST_ID.lower().encode()
 _SANE_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
-PAGE = Path(__file__).with_name("page")
 OWNED = (
     sessions.router,
     turns.router,
@@ -137,19 +134,19 @@ def create_app(
         app.include_router(router, dependencies=[Depends(BEARER)])
     app.include_router(system.router)
     app.router.routes.append(streams.SOURCE_SOCKET)
-    app.mount("/page", GZipMiddleware(PageFiles(directory=PAGE)))
-    app.get("/", include_in_schema=False)(_page)
-    app.get("/docs", include_in_schema=False)(_docs)
+    files = PageFiles()
+    app.mount("/page", files)
+    for path, name in (("/", "index.html"), ("/docs", "docs.html")):
+        app.get(path, include_in_schema=False)(_page_of(files, name))
     metrics.watch_routes(route.path for route in app.routes if isinstance(route, Route))
     return app
 
 
-async def _page() -> FileResponse:
-    return FileResponse(PAGE / "index.html", headers={"Cache-Control": "no-cache"})
+def _page_of(files: PageFiles, name: str) -> Callable[[Request], Coroutine[Any, Any, Response]]:
+    async def page(request: Request) -> Response:
+        return files.response(name, request)
 
-
-async def _docs() -> FileResponse:
-    return FileResponse(PAGE / "docs.html", headers={"Cache-Control": "no-cache"})
+    return page
 
 
 async def _refused(request: Request, error: Exception) -> Response:
@@ -218,16 +215,6 @@ async def _broken(request: Request, error: Exception) -> Response:
     answer.headers.update(SECURITY)
     answer.headers[REQUEST_ID] = request.state.request_id
     return answer
-
-
-class PageFiles(StaticFiles):
-    """The page's files, asked for each time: modules of two versions do not go together."""
-
-    def file_response(self, *args: Any, **kwargs: Any) -> Response:
-        """Answer with the header that tells clients to ask again."""
-        response = super().file_response(*args, **kwargs)
-        response.headers["Cache-Control"] = "no-cache"
-        return response
 
 
 class HeadsOnly:

@@ -48,13 +48,21 @@ function serviceError(status, statusText, body, retryAfter) {
   return new ServiceError(status, error.code ?? "", message, Number(retryAfter) || null);
 }
 
+/** What first.js has asked for, the first time that it is wanted; else undefined. */
+function begun(address) {
+  const answer = window.begun?.[address];
+  if (answer) delete window.begun[address];
+  return answer;
+}
+
 /** Any request; its response if it is a good one. */
 export async function send(path, { method = "GET", headers, body, signal } = {}) {
+  const address = new URL(path, ROOT).href;
   let response;
   try {
-    response = await fetch(new URL(path, ROOT), {
+    response = await ((method === "GET" && begun(address)) || fetch(address, {
       method, body, signal, headers: authorized(headers), cache: "no-store",
-    });
+    }));
   } catch (error) {
     if (error.name === "AbortError") throw error;
     throw new ServiceError(0, "", UNREACHABLE);

@@ -16,6 +16,7 @@ let workspace = null;
 let list = null;
 let uploader = null;
 let shows = 0;
+let hero = null; // drawn once it is shown
 let fresh = null; // the session that this page has just made
 
 /** What the address names: #session=…&show=2&beside=source&mode=side&frame=8 */
@@ -32,6 +33,7 @@ function hashOf(session, view) {
 /** Shows the place of a session, or the welcome. */
 function reveal(session) {
   document.documentElement.dataset.view = session ? "session" : "";
+  if (!session && !hero) drawHero();
 }
 
 /** A later call overtakes one that still waits for the service. known: what the address names. */
@@ -63,7 +65,11 @@ async function show(known) {
   } catch (error) {
     if (number !== shows) return;
     reveal(null);
-    problem($("page-state"), error, () => show());
+    if (error.status !== 404) problem($("page-state"), error, () => show());
+    else {
+      problem($("page-state"), new Error("This video is not here: it may have been deleted. "
+        + "Choose another one, or drop it again."));
+    }
   }
 }
 
@@ -72,7 +78,7 @@ function drawHero() {
   const path = (camera) => pathOf(camera, new Map());
   const others = ["arc:55", "crane:2.2"].map((camera, index) =>
     ({ poses: path(camera), label: String(index + 1) }));
-  const hero = new Preview($("hero"));
+  hero = new Preview($("hero"));
   hero.view = { yaw: 24, pitch: 30 };
   hero.show({
     path: path("arc:-70"), others, aspect: 0.6,
@@ -195,7 +201,7 @@ async function start() {
   }
   $("model").textContent = `${model.id} · ${model.engine.device}`;
   if (model.kind === "streams") {
-    $("welcome").hidden = $("side").hidden = true;
+    $("welcome").hidden = $("side").hidden = $("keys-open").hidden = true;
     $("streams").hidden = false;
     $("shell").classList.add("alone");
     const { Live } = await import("./live.js");
@@ -203,6 +209,7 @@ async function start() {
     return;
   }
   if (model.kind === "edits") {
+    $("welcome").querySelector("h1").textContent = "Change a video, turn by turn.";
     $("welcome-words").textContent = "Drop a video, say what to change, and change it again: "
       + "each part remembers what came before.";
   }
@@ -225,7 +232,7 @@ async function start() {
 }
 
 list = new SessionList();
-drawHero();
+reveal(readHash().session);
 uploader = new Uploader((session) => {
   fresh = session.id;
   goTo(session);

@@ -24,7 +24,7 @@ export class History {
   /** session: whose; turns; jobs: `Job`s; shown: ids of what stands on the stage, the first one. */
   show(session, turns, jobs, shown) {
     const wanted = [
-      { id: "source", title: "Source", words: "The video as it is" },
+      { id: "source", title: "Source", words: "The original" },
       ...turns.map((turn) => ({
         id: String(turn.number), title: `Turn ${turn.number}`, turn,
         words: turn.name || requestWords(turn.request),

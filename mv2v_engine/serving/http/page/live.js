@@ -151,7 +151,8 @@ export class Live {
       this.submit();
     } }, h("label", { class: "field", for: "live-prompt" }, h("span", {}, "Prompt"), this.prompt),
     h("div", { class: "row" }, this.go, this.end));
-    replace($("streams"), h("h1", {}, "Live"), this.video, this.cameraPlace, form, this.state,
+    replace($("streams"), h("h1", {}, "Live"),
+      h("div", { class: "live-stage" }, this.video, this.cameraPlace), form, this.state,
       this.problems);
     window.addEventListener("pagehide", () => this.camera?.stop());
   }

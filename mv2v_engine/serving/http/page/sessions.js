@@ -38,8 +38,8 @@ export class Uploader {
     const [height, width] = model.size;
     const views = model.kind === "views";
     $("output").textContent = views
-      ? `Turns of ${width} × ${height}, ${model.num_frames} frames, `
-        + `${(model.num_frames / model.fps).toFixed(1)} s at ${model.fps} a second`
+      ? `Turns of ${width} × ${height}, ${model.num_frames}\u00a0frames, `
+        + `${(model.num_frames / model.fps).toFixed(1)}\u00a0s at ${model.fps} a\u00a0second`
       : "Edits are as long and as large as the video";
     $("pick-limit").textContent =
       `or choose a file, up to ${bytes(most).replace(" ", "\u00a0")}`;
@@ -149,7 +149,7 @@ export class SessionList {
       session.parent && (session.parent_turn ? `branched at turn ${session.parent_turn}`
         : "of the same video"),
       ago(session.created),
-    ].filter(Boolean).join(" · ")));
+    ].filter(Boolean).map((words) => words.replaceAll(" ", "\u00a0")).join(" · ")));
   }
 
   mark(id) {

@@ -7,7 +7,16 @@ from collections.abc import AsyncIterator
 from contextlib import AbstractContextManager, suppress
 from typing import Annotated, Any
 
-from fastapi import APIRouter, Path, Query, Request, Response, WebSocket, status
+from fastapi import (
+    APIRouter,
+    Path,
+    Query,
+    Request,
+    Response,
+    WebSocket,
+    WebSocketDisconnect,
+    status,
+)
 from fastapi.responses import StreamingResponse
 from starlette.requests import ClientDisconnect
 from starlette.routing import WebSocketRoute
@@ -218,9 +227,11 @@ async def source_socket(socket: WebSocket) -> None:
                     return
                 await upload.write(message.get("bytes") or b"")
     except ApiError as error:
-        await socket.close(1008, error.message[:100])
+        code, words = 1008, error.message[:100]
     except asyncio.TimeoutError:
-        await socket.close(1001, f"no frame came for {_IDLE_SECONDS:g} s")
+        code, words = 1001, f"no frame came for {_IDLE_SECONDS:g} s"
+    with suppress(WebSocketDisconnect):  # it may have left by now
+        await socket.close(code, words)
 
 
 # beside the router, whose dependencies are of requests
