@@ -480,11 +480,11 @@ class StreamForward:
         batch, _, *size = latents[0].shape
         velocity = latents[0].new_empty((batch, shape.out_channels, *size), dtype=dtype)
         own = StreamBuffers(latents[0], timestep, text, velocity, end_timestep)
-        if self._grows or stream.num_frames < stream.capacity or stream.text is None:
+        if self._grows or not stream.is_full or stream.text is None:
             self._reason = "every block sees more than the one before" if self._grows else _FILLS
             self._steps["eager_steps"] += 1
             return self._velocity(own, stream)
-        held = stream.capacity * stream.tokens_per_frame - plan.length
+        held = stream.num_tokens - plan.length
         lease = self._graphs.lease(self._transformer, plan, own, owner=stream.era, held=held)
         try:
             buffers = lease.buffers or own

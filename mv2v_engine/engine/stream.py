@@ -305,7 +305,7 @@ class Stream:
             if self.cache.num_blocks < number:
                 if self.config.recache and number > 1 and prompt != self._prompt_before:
                     self._see_again(self._text)
-                self.cache.begin_block()
+                begin_block(self.parts.transformer, self.cache)
                 self._prompt_begun = prompt
             edited, num_frames = None, None
             if found is not None:
@@ -330,7 +330,7 @@ class Stream:
     def _see_again(self, text: Tensor) -> None:
         """Make K and V of the blocks that are held whole anew, as another prompt has them."""
         frames = self.config.block_frames
-        held = (self.cache.num_frames - self.config.num_fixed) // frames
+        held = self.cache.num_recent // frames
         recent = list(self._recent)[-held:] if held > 0 else []
         for later, (latents, source) in zip(reversed(range(len(recent))), recent, strict=True):
             with self.cache.before(later * frames):
@@ -497,6 +497,12 @@ class Stream:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@inference
+def begin_block(transformer: MV2VTransformer, cache: StreamCache) -> None:
+    """Make room for a stream's next block (`MV2VTransformer.begin_block`)."""
+    transformer.begin_block(cache)
 
 
 @inference
