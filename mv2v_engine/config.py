@@ -571,8 +571,8 @@ class StreamConfig:
         "memrope",
         STREAM,
         "memrope: the first frames, averages of all that is gone, the recent frames; sink: without "
-        "averages; window: the recent frames; all: everything; history: tokens of a history encoder "
-        "in place of the averages; the checkpoint's if not given",
+        "averages; window: the recent frames; all: everything; history: a history encoder's tokens "
+        "in place of averages; the checkpoint's if not given",
     )
     window: int = setting(
         12,

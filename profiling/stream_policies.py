@@ -40,7 +40,12 @@ from torch import Tensor
 from mv2v_engine import Engine
 from mv2v_engine.config import StreamConfig, StreamPolicy
 from mv2v_engine.engine.session import window_seed
-from mv2v_engine.engine.stream import block_steps, block_velocity
+from mv2v_engine.engine.stream import (
+    begin_block,
+    block_steps,
+    block_velocity,
+    refused_policies,
+)
 from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.images import masked_l1, masked_psnr
 from mv2v_engine.models.stream_cache import StreamCache
@@ -55,7 +60,13 @@ KINDS: tuple[EditKind, ...] = ("paint", "colour", "hat", "pattern")
 VIEWS = (3, 5)  # latent frames of a loop that are decoded: the thing is in view
 BEFORE = 2  # latent frames that are decoded with them, for the VAE's past
 MEASURES = ("identity", "error", "background", "motion")
-COLORS = {"memrope": "#d62728", "sink": "#1f77b4", "window": "#888888", "all": "#2ca02c"}
+COLORS = {
+    "memrope": "#d62728",
+    "sink": "#1f77b4",
+    "window": "#888888",
+    "all": "#2ca02c",
+    "history": "#9467bd",
+}
 Row = dict[str, Any]
 
 
@@ -101,7 +112,7 @@ def streamed(
         edited = torch.stack([source.latents(number) for source in given])
         # one generator for all clips: what a solver draws in between comes from the same one
         noise, generator = turn_noise(tuple(edited.shape), window_seed(7, number))
-        cache.begin_block()
+        begin_block(model, cache)
         solver = stream_solver(sigmas, generator, is_map=shape.has_end_time)
         for latents in block_steps(model, cache, solver, noise, text, edited):
             made = latents
@@ -247,7 +258,10 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--loops", type=int, default=13, help=f"of {LOOP} frames each")
     parser.add_argument(
-        "--policies", nargs="+", choices=get_args(StreamPolicy), default=get_args(StreamPolicy)
+        "--policies",
+        nargs="+",
+        choices=get_args(StreamPolicy),
+        help="all that the checkpoint can have if not given",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --out holds")
     results = ROOT / "profiling" / "results" / "stream_policies.jsonl"
@@ -263,7 +277,9 @@ def main() -> None:
     common = {**provenance(torch.device("cpu")), "checkpoint": engine.checkpoint.name}
     report = Report(args.out, {**common, "loop_frames": LOOP, "stream": json.dumps(own.timesteps)})
     given = sources(engine, args.clips)
-    for policy in args.policies:
+    refused = refused_policies(engine, own)
+    policies = args.policies or [each for each in get_args(StreamPolicy) if each not in refused]
+    for policy in policies:
         began = time.process_time()
         for loop, found in enumerate(
             measured(engine, given, replace(own, policy=policy), args.loops)
@@ -275,7 +291,7 @@ def main() -> None:
         report.add(
             what="seconds", policy=policy, process_seconds=digits(time.process_time() - began)
         )
-    for policy in args.policies:
+    for policy in policies:
         report.add(**summed(report.rows, policy, fps))
     rows = [row for row in report.rows if row["what"] == "policy"]
     print(table(rows, "policy identity error background motion identity_ratio"))

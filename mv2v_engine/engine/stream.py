@@ -25,13 +25,13 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.config import StreamConfig, TransformerConfig
+from mv2v_engine.config import StreamConfig, StreamPolicy, TransformerConfig
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.graphs import StreamForward
 from mv2v_engine.engine.parts import Parts
@@ -44,6 +44,7 @@ from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
+from mv2v_engine.models.stream_history import check_history
 from mv2v_engine.progress import CancelToken, Event, Spans, StepDone, cancel_token, staged
 from mv2v_engine.sampling.flow_match import Solver, listed_sigmas, stream_solver, turn_noise
 from mv2v_engine.vae import StreamDecoder, StreamEncoder
@@ -467,6 +468,7 @@ class Stream:
             "settings": settings_of(self.config),
             "made_now": dict(self._made),
             "latency": latency,
+            "cache": self.cache.describe(),
             "graphs": self._forward.report(),
             **self._source_report(),
             "seconds": dict(self.spans.seconds),
@@ -594,6 +596,28 @@ def check_streams(parts: Parts) -> StreamConfig:
     return own
 
 
+def refused_policies(parts: Parts, config: StreamConfig) -> dict[str, str]:
+    """The policies that a model cannot stream with, and why."""
+    found, shape, (_, _, *grid) = {}, parts.transformer.config, parts.latent_shape
+    for policy in get_args(StreamPolicy):
+        try:
+            check_policy(shape, parts.checkpoint.name, dataclasses.replace(config, policy=policy))
+            StreamCache(shape, (grid[0], grid[1]), dataclasses.replace(config, policy=policy))
+        except RequestError as error:
+            found[policy] = str(error)
+    return found
+
+
+def check_policy(shape: TransformerConfig, name: str, config: StreamConfig) -> None:
+    """Refuse a policy that the weights lack parts for.
+
+    Raises:
+        RequestError: so it is.
+    """
+    if config.policy == "history":
+        check_history(shape, name, config)
+
+
 def checked_prompt(parts: Parts, prompt: str) -> str:
     """A prompt that is read to its end.
 
@@ -610,8 +634,11 @@ def settings_of(config: StreamConfig) -> dict[str, Any]:
     """What a stream's bits depend on, as a manifest keeps it."""
     fields = dataclasses.asdict(config)
     del fields["snapshot_blocks"]
-    if not config.recache:  # folders that are older than this choice lack it
+    # folders that are older than these choices lack them
+    if not config.recache:
         del fields["recache"]
+    if config.policy != "history":
+        del fields["history_rate"], fields["history_slots"]
     settings: dict[str, Any] = json.loads(json.dumps(fields))
     return settings
 

@@ -22,7 +22,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -32,6 +32,7 @@ from mv2v_engine.config import StreamConfig, TransformerConfig
 from mv2v_engine.models.kept import KeysValues
 from mv2v_engine.models.rope import table_on
 from mv2v_engine.models.stream_history import StreamHistory
+from mv2v_engine.tokens.flops import stream_flops
 from mv2v_engine.tokens.plan import turn_plan
 
 # the adaptive average of a position takes up to so many times short_alpha, and at least so much
@@ -53,9 +54,10 @@ class StreamCache:
     """K and V of one stream, which all its forwards share.
 
     plan: of every forward. num_frames: how many are held whole, those of the block under way
-    included; capacity: how many at most. history: None under another policy. num_blocks: how many were begun. layers: one a transformer block. text: what cross-attention
-    reads [B, S, C], after the text embedder; None until a forward leaves it. era: another object
-    whenever tensors that forwards read were replaced, beside those of a window that fills.
+    included; capacity: how many at most. history: None under another policy. num_blocks: how many
+    were begun. layers: one a transformer block. text: what cross-attention reads [B, S, C], after
+    the text embedder; None until a forward leaves it. era: another object whenever tensors that
+    forwards read were replaced, beside those of a window that fills.
 
     Args:
         grid: latent rows and columns.
@@ -107,6 +109,12 @@ class StreamCache:
             wanted = self.capacity
         self.num_frames, self.num_blocks = wanted, self.num_blocks + 1
 
+    @property
+    def least_window(self) -> int:
+        """The smallest window that this policy can have."""
+        config, more = self.config, 0 if self.history is None else self.history.frames - 1
+        return config.num_fixed + config.block_frames + more
+
     def keep(self, latents: Tensor) -> None:
         """Take what a history is made of: the newest block's latents [B, C, F, H, W]."""
         if self.history is not None:
@@ -139,6 +147,21 @@ class StreamCache:
     def num_recent(self) -> int:
         """Whole frames that are held and will leave, those of the block under way included."""
         return self.num_frames - self.config.num_fixed + self.config.window - self.capacity
+
+    def describe(self) -> dict[str, Any]:
+        """What a block costs once all is full, as plain data: tokens, and FLOPs of a forward.
+
+        Of a history also what it takes to bring in those frames that a token covers.
+        """
+        held = self.num_tokens - self.plan.length
+        found: dict[str, Any] = {
+            "tokens": self.plan.length,
+            "tokens_seen": self.num_tokens,
+            "forward_flops": stream_flops(self.plan, held),
+        }
+        if self.history is not None:
+            found["history"] = self.history.describe(self.plan.shape, self.num_tokens)
+        return found
 
     @contextmanager
     def before(self, count: int) -> Iterator[None]:

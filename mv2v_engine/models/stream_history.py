@@ -11,13 +11,15 @@ Positions are by slot, as those of whole frames: the history's temporal ids end 
 frames begin. Where a token covers frames that are still whole, that is up to one frame less than a
 token covers too far back.
 
-B batch, C latent channels, F H W latents, L tokens, D head dim, t latent frames that a token covers.
+B batch, C latent channels, F H W latents, L tokens, D head dim, t latent frames of a token.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ from mv2v_engine.errors import RequestError
 from mv2v_engine.models.history import HistoryState
 from mv2v_engine.models.rope import table_on
 from mv2v_engine.shapes import rate_of
+from mv2v_engine.tokens.encoders import history_past, history_peak
+from mv2v_engine.tokens.flops import arriving_flops
 from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments
 
 _LATENTS, _PAST = "history.latents", "history.past"
@@ -90,6 +94,26 @@ class StreamHistory:
     def num_bytes(self) -> int:
         held = 0 if self.latents is None else self.latents.nbytes
         return held + sum(past.nbytes for past in self.state.past)
+
+    def describe(self, shape: TransformerConfig, held: int) -> dict[str, Any]:
+        """As `StreamCache.describe` says; held: tokens that new ones see beside themselves."""
+        new = self._segment(shape, self.segment.grid[1:], 1)
+        return {
+            "rate": self.rate,
+            "tokens": self.most_tokens,
+            "latent_frames": self.segment.grid[0],
+            "flops": arriving_flops(new, shape, held),
+            "frames_a_token": self.frames,
+        }
+
+    def peak_bytes(self, shape: TransformerConfig, element_bytes: int) -> tuple[int, int]:
+        """Bytes that are kept beside K and V, and those that the encoder makes at once."""
+        assert shape.history is not None
+        _, *grid = self.segment.grid
+        kept = self.channels * self.config.whole_frames * math.prod(grid) * 4
+        new = self._segment(shape, (grid[0], grid[1]), self.most_new).grid
+        size = (shape.history, self.channels, new, self.segment.tokenizer, self.frames)
+        return kept + element_bytes * history_past(*size), element_bytes * history_peak(*size)
 
     def _gone(self, num_blocks: int) -> int:
         """How many frames behind the sink have left the window when a block was begun."""

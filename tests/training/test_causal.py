@@ -15,7 +15,7 @@ from torch import Tensor
 from mv2v_engine import Engine
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.weights import read_header
-from mv2v_engine.config import StreamConfig
+from mv2v_engine.config import HistoryConfig, StreamConfig
 from mv2v_engine.engine.session import window_seed
 from mv2v_engine.errors import CheckpointError, TrainingError
 from mv2v_engine.files import save_tensors
@@ -43,7 +43,9 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "sink", "window": 4, "sink_frames": 1},
     {"policy": "memrope", "window": 5, "sink_frames": 1, "is_adaptive": True},
     {"policy": "all", "window": 2},
+    {"policy": "history", "window": 4, "sink_frames": 1, "history_slots": 1},
 ]
+HISTORY = HistoryConfig(rates=("2x2x2",), channels=(4, 4, 8, 8), heads=2)
 
 
 def make_model(**changes: Any) -> MV2VTransformer:
@@ -68,7 +70,8 @@ def config_of(**fields: Any) -> StreamConfig:
 def test_what_is_trained_is_what_is_run(fields: dict[str, Any]) -> None:
     """The cache that gradients flow through holds what a stream's holds, past its first rolls; a
     block's loss reaches the blocks that it sees, and no others."""
-    model, config = make_model(), config_of(**fields)
+    config = config_of(**fields)
+    model = make_model(history=HISTORY if config.policy == "history" else None)
     batch = make_batch(model)
     clean = batch.targets.clone().requires_grad_()
     trained = ClipForward(model, batch, config)
@@ -77,8 +80,9 @@ def test_what_is_trained_is_what_is_run(fields: dict[str, Any]) -> None:
     for frame in range(FRAMES):
         place = slice(frame, frame + 1)
         source = batch.source[:, :, place]  # type: ignore[index]
-        trained.cache.begin_block()
-        run.begin_block()
+        trained.begin_block()
+        with torch.no_grad():
+            model.begin_block(run)
         for at, latents in ((level, torch.ones_like(source)), (0 * level, clean[:, :, place])):
             found = trained(latents, source, at)
             with torch.no_grad():
@@ -92,15 +96,18 @@ def test_what_is_trained_is_what_is_run(fields: dict[str, Any]) -> None:
     # the last block sees the two before it, or all; the sink is seen, or gone, and so is what the
     # averages took; those between have been seen by those that are
     assert reached[FRAMES - 1] is False and reached[FRAMES - 2] and reached[FRAMES - 3]
-    if fields["policy"] in ("all", "sink", "memrope"):
+    if fields["policy"] in ("all", "sink", "memrope", "history"):
         assert reached[0]
 
 
 @pytest.mark.parametrize("longest", [None, 1.0])
 @pytest.mark.parametrize("rolls_out", [False, True])
-def test_the_losses_train(longest: float | None, rolls_out: bool) -> None:
-    model = make_model(has_end_time=longest is not None)
-    config = config_of(**POLICIES[1])
+@pytest.mark.parametrize("fields", POLICIES[1::3], ids=lambda fields: fields["policy"])
+def test_the_losses_train(longest: float | None, rolls_out: bool, fields: dict[str, Any]) -> None:
+    """Every parameter, the history encoder's among them."""
+    config = config_of(**fields)
+    history = HISTORY if config.policy == "history" else None
+    model = make_model(has_end_time=longest is not None, history=history)
     found = causal_loss(
         model,
         make_batch(model),
