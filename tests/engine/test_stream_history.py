@@ -201,7 +201,7 @@ def test_weights_without_an_encoder(
     assert stream is not None and set(refused_policies(causal, stream)) == {"history"}
     assert not refused_policies(engine, STREAM)
     coarse = dataclasses.replace(STREAM, history_rate="2x2x2")
-    with pytest.raises(RequestError, match="of rate 2x2x2, and remembering has .* 1x1x2 alone"):
+    with pytest.raises(RequestError, match=r"of rate 2x2x2, and remembering has .* 1x1x2 alone"):
         engine.stream("a", source=torch.zeros(5, 32, 48, 3).byte(), config=coarse)
     told = inspect_checkpoint(folder)
     assert told.problem is None
