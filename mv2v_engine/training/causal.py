@@ -401,8 +401,8 @@ def main() -> None:
         "--train",
         nargs="+",
         metavar="WORD",
-        help="only parameters in whose name one of these words is, as attn1 or bias; the others "
-        "stay the base's, and --out/model names it in place of holding them",
+        help="only parameters in whose name one of these words is, as attn1 or bias, and a history "
+        "encoder's; the others stay the base's, and --out/model names it in place of holding them",
     )
     add("--warmup", type=int, default=100, help="steps of every stage until rates are whole")
     add("--learning-rate", type=float, default=2e-3, help="of AdamW")
@@ -432,7 +432,9 @@ def main() -> None:
         own = replace(own, channels=tuple(args.channels), heads=args.heads)
         add_stream_history(model, own, stream)
     if args.train:
-        train_alone(model, args.train)
+        # a new encoder is in no base
+        more = ["history_encoders"] if "history" in policies else []
+        train_alone(model, [*args.train, *more])
     # memory is not read, and nothing else is left to draw
     recipe = replace(
         TINY_EDIT_RECIPE, batch=args.batch, no_memory=1.0, uniform_tokenizer=0.0, merging=0.0

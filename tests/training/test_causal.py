@@ -43,9 +43,9 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "sink", "window": 4, "sink_frames": 1},
     {"policy": "memrope", "window": 5, "sink_frames": 1, "is_adaptive": True},
     {"policy": "all", "window": 2},
-    {"policy": "history", "window": 4, "sink_frames": 1, "history_slots": 1},
+    {"policy": "history", "window": 5, "sink_frames": 1, "history_slots": 2},
 ]
-HISTORY = HistoryConfig(rates=("2x2x2",), channels=(4, 4, 8, 8), heads=2)
+HISTORY = HistoryConfig(rates=("1x1x2",), channels=(4, 4, 8, 8), heads=2)
 
 
 def make_model(**changes: Any) -> MV2VTransformer:
@@ -287,6 +287,43 @@ def test_a_base_keeps_what_is_not_trained(
     (base_folder / "transformer.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has the others is not at"):
         load_checkpoint(out / "model")
+
+
+@pytest.mark.parametrize("more", [[], ["--train", "attn1"]], ids=["whole", "by reference"])
+def test_a_stream_with_a_history_is_trained(
+    tmp_path: Path,
+    edits: Path,
+    editor_folder: Path,
+    moving_frames: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+) -> None:
+    """A model without an encoder gets one, whose weights move, are written, and stream."""
+    out = tmp_path / "causal"
+    words = ["--edits", edits, "--text", editor_folder, "--start-from", editor_folder, "--out", out]
+    words += ["--stages", "forcing", "--steps", 3, "--batch", 2, "--warmup", 1, *more]
+    words += ["--policy", "history", "--history-rate", "1x1x2", "--window", 5]
+    words += ["--channels", 4, 4, 8, 8, "--heads", 2]
+    monkeypatch.setattr("sys.argv", ["causal", *map(str, words)])
+    causal.main()
+    found = load_checkpoint(out / "model", dtype=torch.float32)
+    assert found.config.history is not None and found.config.history.rates == ("1x1x2",)
+    assert found.stream is not None and found.stream.policy == "history"
+    average = torch.load(out / "forcing" / "checkpoint.pt", weights_only=True)["ema"]
+    encoder = found.transformer.history_encoders["1x1x2"]
+    # its last layer begins at zero
+    assert bool(encoder.proj.weight.any())  # type: ignore[union-attr]
+    for name, parameter in encoder.named_parameters():
+        expected = average[f"history_encoders.1x1x2.{name}"]
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+    # again: all of it is there, and nothing moves
+    before = (out / "model" / "transformer.safetensors").read_bytes()
+    causal.main()
+    assert (out / "model" / "transformer.safetensors").read_bytes() == before
+    engine, frames = Engine.from_pretrained(out / "model", device="cpu"), moving_frames(29)
+    with engine.stream("a red ball", seed=3, source=iter(frames)) as stream:
+        made = torch.cat([block.frames for block in stream.blocks()])
+        assert made.shape == frames.shape and stream.cache.history_length == 12
 
 
 def test_clips_that_leave_time_out(tmp_path: Path) -> None:
