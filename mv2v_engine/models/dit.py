@@ -146,7 +146,7 @@ class MV2VTransformer(nn.Module):
     def _remember(self, stream: StreamCache, history: StreamHistory, latents: Tensor) -> None:
         """Leave K and V of the tokens of latents [B, C, F, H, W] in the cache's layers."""
         encoder = cast(HistoryEncoder, self.history_encoders[history.rate])
-        found, _, history.state = encoder.append(latents, self.patch_embedding, history.state)
+        found, _, state = encoder.append(latents, self.patch_embedding, history.state)
         x, count = found.tokens, latents.shape[2] // history.frames
         rope = history.new_table(stream.plan, count, x.device)[None]
         _, temb_6 = self.condition_embedder.time(torch.zeros(len(x), device=x.device))
@@ -165,6 +165,8 @@ class MV2VTransformer(nn.Module):
             arriving = ArrivingLayer(layer, rope)
             x, _ = self._layer(block)(sequence, None, False, arriving)
             sequence = replace(sequence, x=x)
+        # last, so that what breaks off can be done again
+        history.state = state
 
     def forward(
         self,

@@ -95,8 +95,17 @@ class StreamCache:
         While there is room nothing is lost. After that the oldest recent frames go, and the frames
         behind them move up. With a history the model makes room (`MV2VTransformer.begin_block`),
         for tokens of the frames that go are made before.
+
+        Raises:
+            ValueError: they were not.
         """
-        config = self.config
+        config, history = self.config, self.history
+        is_due = history is not None and history.due(self.num_blocks) is not None
+        if is_due and any(layer.arrived is None for layer in self.layers):
+            raise ValueError(
+                "frames that leave the window are not in tokens yet; with a history let the model "
+                "make room: MV2VTransformer.begin_block(cache)"
+            )
         wanted = self.num_frames + config.block_frames
         if config.policy == "all":
             while self.capacity < wanted:
@@ -104,8 +113,8 @@ class StreamCache:
         elif wanted > self.capacity:
             for layer in self.layers:
                 layer.roll(wanted - self.capacity)
-            if self.history is not None:
-                self.history.roll(wanted - self.capacity, is_trained=self.is_trained)
+            if history is not None:
+                history.roll(wanted - self.capacity, is_trained=self.is_trained)
             wanted = self.capacity
         self.num_frames, self.num_blocks = wanted, self.num_blocks + 1
 

@@ -238,6 +238,16 @@ def test_grids_and_windows_that_cannot_have_one(
         StreamHistory(SHAPE, grid, _config(**fields))
 
 
+def test_only_the_model_can_make_room() -> None:
+    run = Run(_model(), _config(**CONFIGS[0]))
+    for _ in range(4):
+        run.block()
+    with pytest.raises(ValueError, match="let the model make room"):
+        run.cache.begin_block()
+    assert run.cache.num_blocks == 4
+    run.block()
+
+
 def test_settings_that_cannot_be() -> None:
     with pytest.raises(RequestError, match="cannot hold the 5 that policy 'history' always keeps"):
         _config(window=7)
