@@ -64,7 +64,7 @@ GuidanceMode = Literal["cfg", "apg"]
 Timesteps = Literal["exact", "bfloat16"]
 TextOffload = Literal["auto", "always", "never"]
 DtypeName = Literal["float32", "bfloat16", "float16"]
-StreamPolicy = Literal["memrope", "sink", "window", "all"]
+StreamPolicy = Literal["memrope", "sink", "window", "all", "history"]
 QuantizeName = Literal["int8", "fp8"]
 Offload = Literal["blocks"]
 
@@ -571,7 +571,8 @@ class StreamConfig:
         "memrope",
         STREAM,
         "memrope: the first frames, averages of all that is gone, the recent frames; sink: without "
-        "averages; window: the recent frames; all: everything; the checkpoint's if not given",
+        "averages; window: the recent frames; all: everything; history: a history encoder's tokens "
+        "in place of averages; the checkpoint's if not given",
     )
     window: int = setting(
         12,
@@ -581,7 +582,8 @@ class StreamConfig:
     sink_frames: int = setting(
         3,
         STREAM,
-        "first latent frames that memrope and sink never let go; the checkpoint's if not given",
+        "first latent frames that memrope, sink and history never let go; the checkpoint's if not "
+        "given",
         flag="--sink",
         low=0,
     )
@@ -602,6 +604,19 @@ class StreamConfig:
         "float32",
         PROGRAMS,
         "the dtype of averages; cache is that of K and V, in which the method's authors round them",
+    )
+    history_rate: str | None = setting(
+        None,
+        STREAM,
+        "rate of policy history's tokens, as 2x2x2; the first that the checkpoint has if not given",
+        metavar="RATE",
+    )
+    history_slots: int = setting(
+        2,
+        STREAM,
+        "of the window, the latent frames in whose place policy history has as many tokens of what "
+        "is gone; the checkpoint's if not given",
+        low=1,
     )
     timesteps: tuple[float, ...] = setting(
         (1000, 750, 500, 250), PROGRAMS, "the timesteps of a block, from 1000 down"
@@ -633,6 +648,8 @@ class StreamConfig:
                 f"policy {self.policy!r} always keeps and {self.block_frames} new ones; raise "
                 "window, or lower sink_frames"
             )
+        if self.history_rate is not None:
+            rate_of(self.history_rate)
         times = self.timesteps
         falls = all(earlier > later for earlier, later in itertools.pairwise(times))
         if not times or not falls or not 0 < times[-1] <= times[0] <= 1000:
@@ -642,7 +659,13 @@ class StreamConfig:
 
     @property
     def num_fixed(self) -> int:
-        """Frames that stay where they are once the window is full."""
+        """Frames that stay where they are once the window is full, or tokens in their place."""
         if self.policy in ("all", "window"):
             return 0
-        return self.sink_frames + (2 if self.policy == "memrope" else 0)
+        more: dict[StreamPolicy, int] = {"memrope": 2, "history": self.history_slots}
+        return self.sink_frames + more.get(self.policy, 0)
+
+    @property
+    def whole_frames(self) -> int:
+        """The window's places of frames that are kept whole."""
+        return self.window - (self.history_slots if self.policy == "history" else 0)

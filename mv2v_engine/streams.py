@@ -30,6 +30,7 @@ from mv2v_engine.config import (
 from mv2v_engine.engine.stream import (
     Stream,
     StreamBlock,
+    check_policy,
     check_source,
     checked_prompt,
     require_causal,
@@ -76,6 +77,7 @@ def stream(args: argparse.Namespace) -> int:
     check_source(resolution.config, resolution.name, args.source is not None)
     _check_places(args)
     settings = dataclasses.replace(own, **given(args, StreamConfig))
+    check_policy(resolution.config, resolution.name, settings)
     prompts = _prompts(args)
     config = EngineConfig(**given(args, EngineConfig))
     if args.out == _STDOUT:

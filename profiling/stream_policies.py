@@ -16,7 +16,8 @@ background PSNR outside the edit against the true frames
 motion     change from frame to frame, of the true frames' change
 
 Means over the loops of a clip, 95 % bootstrap intervals over clips; drift is the slope over a
-clip's minutes, ratios are to `window`. A row a policy and loop, then one a policy.
+clip's minutes, ratios are to `window`, of `history` to `memrope`, too. A row a policy and loop,
+then one a policy.
 
 B clips, F latent frames, C channels.
 """
@@ -39,7 +40,12 @@ from torch import Tensor
 
 from mv2v_engine import Engine
 from mv2v_engine.config import StreamConfig, StreamPolicy
-from mv2v_engine.engine.stream import block_steps, block_velocity
+from mv2v_engine.engine.stream import (
+    begin_block,
+    block_steps,
+    block_velocity,
+    refused_policies,
+)
 from mv2v_engine.engine.window import window_seed
 from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.images import masked_l1, masked_psnr
@@ -55,7 +61,13 @@ KINDS: tuple[EditKind, ...] = ("paint", "colour", "hat", "pattern")
 VIEWS = (3, 5)  # latent frames of a loop that are decoded: the thing is in view
 BEFORE = 2  # latent frames that are decoded with them, for the VAE's past
 MEASURES = ("identity", "error", "background", "motion")
-COLORS = {"memrope": "#d62728", "sink": "#1f77b4", "window": "#888888", "all": "#2ca02c"}
+COLORS = {
+    "memrope": "#d62728",
+    "sink": "#1f77b4",
+    "window": "#888888",
+    "all": "#2ca02c",
+    "history": "#9467bd",
+}
 Row = dict[str, Any]
 
 
@@ -101,7 +113,7 @@ def streamed(
         edited = torch.stack([source.latents(number) for source in given])
         # one generator for all clips: what a solver draws in between comes from the same one
         noise, generator = turn_noise(tuple(edited.shape), window_seed(7, number))
-        cache.begin_block()
+        begin_block(model, cache)
         solver = stream_solver(sigmas, generator, is_map=shape.has_end_time)
         for latents in block_steps(model, cache, solver, noise, text, edited):
             made = latents
@@ -180,21 +192,40 @@ def summed(rows: Sequence[Row], policy: str, fps: float) -> Row:
     for name in ("identity", "background"):
         slopes = [None if None in clip[name][1:] else slope(clip[name][1:], fps) for clip in clips]
         found[f"{name}_per_minute"] = _estimate(bootstrap.mean(slopes))
-    rivals = _by_clip(rows, "window")
-    if policy != "window" and len(rivals) == len(clips):
-        found["identity_ratio"] = _estimate(
-            bootstrap.ratio(means["identity"], _means(rivals, "identity"))
-        )
-        gains = [
-            None if own is None or other is None else own - other
-            for own, other in zip(means["background"], _means(rivals, "background"), strict=True)
-        ]
-        found["background_gain"] = _estimate(bootstrap.mean(gains))
+    if policy != "window":
+        found |= _against(rows, policy, "window", "")
+    if policy == "history":
+        found |= _against(rows, policy, "memrope", "_memrope")
     return found
 
 
-def _by_clip(rows: Sequence[Row], policy: str) -> list[dict[str, list[Any]]]:
-    loops = [row for row in rows if row["what"] == "loop" and row["policy"] == policy]
+def _against(rows: Sequence[Row], policy: str, rival: str, suffix: str) -> Row:
+    """Identity as a share of a rival's and what the background gains, over the loops of both."""
+    count = min(len(_loops(rows, each)) for each in (policy, rival))
+    if count < 2:
+        return {}
+    clips, rivals = (_by_clip(rows, each, count) for each in (policy, rival))
+    shares = bootstrap.ratio(_means(clips, "identity"), _means(rivals, "identity"))
+    gains = [
+        None if own is None or other is None else own - other
+        for own, other in zip(
+            _means(clips, "background"), _means(rivals, "background"), strict=True
+        )
+    ]
+    return {
+        f"identity_ratio{suffix}": _estimate(shares),
+        f"background_gain{suffix}": _estimate(bootstrap.mean(gains)),
+    }
+
+
+def _loops(rows: Sequence[Row], policy: str) -> list[Row]:
+    return [row for row in rows if row["what"] == "loop" and row["policy"] == policy]
+
+
+def _by_clip(
+    rows: Sequence[Row], policy: str, most: int | None = None
+) -> list[dict[str, list[Any]]]:
+    loops = _loops(rows, policy)[:most]
     count = len(loops[0]["identity"]) if loops else 0
     return [
         {name: [row[name][clip] for row in loops] for name in MEASURES} for clip in range(count)
@@ -215,7 +246,7 @@ def draw(rows: Sequence[Row], out: Path) -> None:
     with pyplot.rc_context(settings):
         figure, (left, right) = pyplot.subplots(1, 2, figsize=(9.6, 3.4), layout="constrained")
         for policy, color in COLORS.items():
-            loops = [row for row in rows if row["what"] == "loop" and row["policy"] == policy]
+            loops = _loops(rows, policy)
             if not loops:
                 continue
             seconds = [row["seconds"] for row in loops]
@@ -247,14 +278,23 @@ def main() -> None:
     parser.add_argument("--clips", type=int, default=8)
     parser.add_argument("--loops", type=int, default=13, help=f"of {LOOP} frames each")
     parser.add_argument(
-        "--policies", nargs="+", choices=get_args(StreamPolicy), default=get_args(StreamPolicy)
+        "--policies",
+        nargs="+",
+        choices=get_args(StreamPolicy),
+        help="all that the checkpoint can have if not given",
     )
     parser.add_argument("--plot", type=Path, metavar="FILE", help="draw what --out holds")
+    parser.add_argument(
+        "--sum", action="store_true", help="of a run that was cut off: sum up what --out holds"
+    )
     results = ROOT / "profiling" / "results" / "stream_policies.jsonl"
     parser.add_argument("--out", type=Path, default=results)
     args = parser.parse_args()
     if args.plot is not None:
         draw(read_rows(args.out), args.plot)
+        return
+    if args.sum:
+        _sum(args.out)
         return
     torch.set_num_threads(1)
     engine = Engine.from_pretrained(args.checkpoint, device="cpu")
@@ -263,7 +303,9 @@ def main() -> None:
     common = {**provenance(torch.device("cpu")), "checkpoint": engine.checkpoint.name}
     report = Report(args.out, {**common, "loop_frames": LOOP, "stream": json.dumps(own.timesteps)})
     given = sources(engine, args.clips)
-    for policy in args.policies:
+    refused = refused_policies(engine, own)
+    policies = args.policies or [each for each in get_args(StreamPolicy) if each not in refused]
+    for policy in policies:
         began = time.process_time()
         for loop, found in enumerate(
             measured(engine, given, replace(own, policy=policy), args.loops)
@@ -275,10 +317,24 @@ def main() -> None:
         report.add(
             what="seconds", policy=policy, process_seconds=digits(time.process_time() - began)
         )
-    for policy in args.policies:
+    _add_sums(report, policies, fps)
+
+
+def _add_sums(report: Report, policies: Sequence[str], fps: float) -> None:
+    for policy in policies:
         report.add(**summed(report.rows, policy, fps))
     rows = [row for row in report.rows if row["what"] == "policy"]
     print(table(rows, "policy identity error background motion identity_ratio"))
+
+
+def _sum(out: Path) -> None:
+    """Add the rows of policies that a run did not come to; of the loops that it did come to."""
+    report = Report(out, {})
+    report.rows = [row for row in read_rows(out) if row["what"] != "policy"]
+    loops = [row for row in report.rows if row["what"] == "loop"]
+    seconds = next(row["seconds"] for row in loops if row["loop"] == 1)
+    report.common = {name: loops[0][name] for name in ("checkpoint", "loop_frames", "stream")}
+    _add_sums(report, list(dict.fromkeys(row["policy"] for row in loops)), LOOP / seconds)
 
 
 def _rounded(value: float | None) -> float | None:

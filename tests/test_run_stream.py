@@ -184,6 +184,8 @@ def refused(tmp_path: Path, causal_folder: Path, capsys: Capture) -> Callable[..
         (["--seconds", "0"], "must be more than 0 seconds, got '0'"),
         (["--window", "4"], "a window of 4 latent frames cannot hold the 4"),
         (["--policy", "fifo"], "invalid choice: 'fifo'"),
+        (["--policy", "history"], "--policy history takes a history encoder, and causal has none"),
+        (["--history-rate", "4x2x2"], "a rate of history tokens is ROWSxCOLUMNSxFRAMES"),
         (["--seed", "-1"], "seed must lie in 0"),
         (["--device", "tpu"], "device 'tpu' cannot be used"),
     ],

@@ -32,11 +32,12 @@ from mv2v_engine.models.autoencoder import Autoencoder, AutoencoderConfig
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.offload import NUM_PLACES, buffer_bytes, places_bytes
 from mv2v_engine.models.quantized import OWN_DTYPES, large_linears, quantize_linears
+from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.progress import Spans
 from mv2v_engine.shapes import TextShape
 from mv2v_engine.tokens.flops import conditioning_bytes
 from mv2v_engine.tokens.peak import Execution, forward_peak_bytes
-from mv2v_engine.tokens.plan import TokenPlan, turn_plan
+from mv2v_engine.tokens.plan import TokenPlan
 from mv2v_engine.vae import VideoVAE
 
 # torch keeps this much for cuBLAS on Hopper, and less elsewhere
@@ -132,16 +133,16 @@ def predict(footprint: Footprint, plan: TokenPlan) -> Prediction:
     return Prediction({name: footprint.resident + count for name, count in own.items()})
 
 
-def predict_stream(
-    footprint: Footprint, plan: TokenPlan, config: StreamConfig, vae: StreamBytes
-) -> Prediction:
+def predict_stream(footprint: Footprint, cache: StreamCache, vae: StreamBytes) -> Prediction:
     """The stages of a stream's block, once its window is full; policy "all" goes on growing.
 
     footprint: of the engine; what it says of a turn's videos and of the VAE's stages is not read.
+    cache: the stream's, of which only its sizes are read.
     """
-    shape, size = plan.shape, footprint.execution.element_bytes
+    plan, config, size = cache.plan, cache.config, footprint.execution.element_bytes
+    shape = plan.shape
     row, frame = shape.dim * size, plan.target.tokens_per_frame
-    held, text = config.window * frame, shape.text_len * shape.dim * size
+    held, text = cache.num_tokens, shape.text_len * shape.dim * size
     layer = 2 * held * row + 2 * text
     if config.policy == "memrope":
         positions = frame if config.is_adaptive else 1
@@ -156,6 +157,9 @@ def predict_stream(
     reading = held * (row + shape.attention_head_dim * 4)
     arriving = footprint.text if footprint.is_text_offloaded else 0
     sampling = reading + forward_peak_bytes(plan, footprint.execution)
+    if cache.history is not None:
+        past, made = cache.history.peak_bytes(shape, size)
+        kept, sampling = kept + past, max(sampling, made)
     own = {
         "vae encode": has_source * (vae.encode - vae.encoder_past),
         "text": arriving + footprint.embed,
@@ -249,14 +253,15 @@ class Budget:
 
     def predict_stream(self, config: StreamConfig) -> Prediction:
         """Peak bytes of a stream's stages."""
-        parts = self.parts
-        _, _, rows, columns = parts.latent_shape
-        grid = (config.block_frames, rows, columns)
-        plan = turn_plan(parts.transformer.config, grid, (), source=False, merge="off")
+        parts, cache = self.parts, self._stream_cache(config)
         vae = vae_stream_bytes(parts.vae, config.block_frames, parts.sampling.size)
         # a stream has no remembered videos
         footprint = replace(self.footprint(), cache=parts.cache.bytes_used)
-        return predict_stream(footprint, plan, config, vae)
+        return predict_stream(footprint, cache, vae)
+
+    def _stream_cache(self, config: StreamConfig) -> StreamCache:
+        _, _, rows, columns = self.parts.latent_shape
+        return StreamCache(self.parts.transformer.config, (rows, columns), config)
 
     def check_stream(self, config: StreamConfig) -> None:
         """Refuse a stream that cannot fit.
@@ -270,7 +275,7 @@ class Budget:
         found = self.predict_stream(config)
         if found.peak <= limit:
             return
-        least = config.num_fixed + config.block_frames
+        least = self._stream_cache(config).least_window
         fitting = (
             window
             for window in reversed(range(least, config.window))

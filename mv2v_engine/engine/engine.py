@@ -42,6 +42,7 @@ from mv2v_engine.engine.source import (
 )
 from mv2v_engine.engine.stream import (
     Stream,
+    check_policy,
     check_source,
     check_streams,
     checked_prompt,
@@ -395,6 +396,7 @@ class Engine(Parts):
         if store is not None:
             folder = StreamFolder(arguments.path("store", store, "the path of a folder"))
         check_source(self.checkpoint.config, self.checkpoint.name, source is not None)
+        check_policy(self.checkpoint.config, self.checkpoint.name, own)
         self.budget.check_stream(own)
         edited = None
         if source is not None:

@@ -30,7 +30,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.kept import KeptLayout, KeptStorage
 from mv2v_engine.models.rope import table_on
 from mv2v_engine.models.stream_cache import StreamCache
-from mv2v_engine.tokens.flops import flop_table, kept_flop_table
+from mv2v_engine.tokens.flops import flop_table, kept_flop_table, seen_flops
 from mv2v_engine.tokens.plan import TokenPlan
 
 # A forward of the 1.3B shape is 30 blocks of about 30 launches, which the host hands out in about
@@ -151,8 +151,9 @@ def flops_per_launch(plan: TokenPlan, held: int = 0) -> float:
     held: further tokens that self-attention sees.
     """
     table = kept_flop_table(plan) if plan.conditioning == "static" else flop_table(plan)
-    seen = 4 * plan.length * held * plan.shape.dim * plan.shape.num_layers
-    return (sum(table.values()) + seen) / (LAUNCHES_PER_BLOCK * plan.shape.num_layers)
+    return (sum(table.values()) + seen_flops(plan, held)) / (
+        LAUNCHES_PER_BLOCK * plan.shape.num_layers
+    )
 
 
 def open_graphs(config: EngineConfig, device: torch.device) -> Graphs:
@@ -480,11 +481,11 @@ class StreamForward:
         batch, _, *size = latents[0].shape
         velocity = latents[0].new_empty((batch, shape.out_channels, *size), dtype=dtype)
         own = StreamBuffers(latents[0], timestep, text, velocity, end_timestep)
-        if self._grows or stream.num_frames < stream.capacity or stream.text is None:
+        if self._grows or not stream.is_full or stream.text is None:
             self._reason = "every block sees more than the one before" if self._grows else _FILLS
             self._steps["eager_steps"] += 1
             return self._velocity(own, stream)
-        held = stream.capacity * stream.tokens_per_frame - plan.length
+        held = stream.num_tokens - plan.length
         lease = self._graphs.lease(self._transformer, plan, own, owner=stream.era, held=held)
         try:
             buffers = lease.buffers or own

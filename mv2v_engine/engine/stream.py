@@ -25,13 +25,13 @@ from collections import deque
 from collections.abc import Generator, Iterator
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
 
 from mv2v_engine import arguments
-from mv2v_engine.config import StreamConfig, TransformerConfig
+from mv2v_engine.config import StreamConfig, StreamPolicy, TransformerConfig
 from mv2v_engine.defaults import inference
 from mv2v_engine.engine.graphs import StreamForward
 from mv2v_engine.engine.parts import Parts
@@ -44,6 +44,7 @@ from mv2v_engine.finite import require_finite
 from mv2v_engine.locks import WriterLock
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
+from mv2v_engine.models.stream_history import check_history
 from mv2v_engine.progress import CancelToken, Event, Spans, StepDone, cancel_token, staged
 from mv2v_engine.sampling.flow_match import Solver, listed_sigmas, stream_solver, turn_noise
 from mv2v_engine.vae import StreamDecoder, StreamEncoder
@@ -305,7 +306,7 @@ class Stream:
             if self.cache.num_blocks < number:
                 if self.config.recache and number > 1 and prompt != self._prompt_before:
                     self._see_again(self._text)
-                self.cache.begin_block()
+                begin_block(self.parts.transformer, self.cache)
                 self._prompt_begun = prompt
             edited, num_frames = None, None
             if found is not None:
@@ -330,7 +331,7 @@ class Stream:
     def _see_again(self, text: Tensor) -> None:
         """Make K and V of the blocks that are held whole anew, as another prompt has them."""
         frames = self.config.block_frames
-        held = (self.cache.num_frames - self.config.num_fixed) // frames
+        held = self.cache.num_recent // frames
         recent = list(self._recent)[-held:] if held > 0 else []
         for later, (latents, source) in zip(reversed(range(len(recent))), recent, strict=True):
             with self.cache.before(later * frames):
@@ -467,6 +468,7 @@ class Stream:
             "settings": settings_of(self.config),
             "made_now": dict(self._made),
             "latency": latency,
+            "cache": self.cache.describe(),
             "graphs": self._forward.report(),
             **self._source_report(),
             "seconds": dict(self.spans.seconds),
@@ -497,6 +499,12 @@ class Stream:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+
+@inference
+def begin_block(transformer: MV2VTransformer, cache: StreamCache) -> None:
+    """Make room for a stream's next block (`MV2VTransformer.begin_block`)."""
+    transformer.begin_block(cache)
 
 
 @inference
@@ -588,6 +596,28 @@ def check_streams(parts: Parts) -> StreamConfig:
     return own
 
 
+def refused_policies(parts: Parts, config: StreamConfig) -> dict[str, str]:
+    """The policies that a model cannot stream with, and why."""
+    found, shape, (_, _, *grid) = {}, parts.transformer.config, parts.latent_shape
+    for policy in get_args(StreamPolicy):
+        try:
+            check_policy(shape, parts.checkpoint.name, dataclasses.replace(config, policy=policy))
+            StreamCache(shape, (grid[0], grid[1]), dataclasses.replace(config, policy=policy))
+        except RequestError as error:
+            found[policy] = str(error)
+    return found
+
+
+def check_policy(shape: TransformerConfig, name: str, config: StreamConfig) -> None:
+    """Refuse a policy that the weights lack parts for.
+
+    Raises:
+        RequestError: so it is.
+    """
+    if config.policy == "history":
+        check_history(shape, name, config)
+
+
 def checked_prompt(parts: Parts, prompt: str) -> str:
     """A prompt that is read to its end.
 
@@ -604,8 +634,11 @@ def settings_of(config: StreamConfig) -> dict[str, Any]:
     """What a stream's bits depend on, as a manifest keeps it."""
     fields = dataclasses.asdict(config)
     del fields["snapshot_blocks"]
-    if not config.recache:  # folders that are older than this choice lack it
+    # folders that are older than these choices lack them
+    if not config.recache:
         del fields["recache"]
+    if config.policy != "history":
+        del fields["history_rate"], fields["history_slots"]
     settings: dict[str, Any] = json.loads(json.dumps(fields))
     return settings
 

@@ -30,7 +30,7 @@ from mv2v_engine.models.feed_forward import FeedForward
 from mv2v_engine.models.kept import KeysValues
 from mv2v_engine.models.modulation import Modulation, split_modulation
 from mv2v_engine.models.sequence import Sequence
-from mv2v_engine.models.stream_cache import LayerCache
+from mv2v_engine.models.stream_cache import StreamLayer
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.ops.gated_residual import gated_residual
 from mv2v_engine.ops.prope import prope
@@ -69,7 +69,7 @@ class Block(nn.Module):
         sequence: Sequence,
         kept: Series[KeysValues | None] | None = None,
         keeps: bool = False,
-        stream: LayerCache | None = None,
+        stream: StreamLayer | None = None,
     ) -> tuple[Tensor, KeysValues | None]:
         """New tokens [B, L, C]; every token sees its sample's, and those whose K and V are kept.
 
@@ -139,7 +139,7 @@ class Block(nn.Module):
         modulation: Modulation,
         kept: Series[KeysValues | None] | None,
         keeps: bool,
-        stream: LayerCache | None,
+        stream: StreamLayer | None,
     ) -> tuple[Tensor, KeysValues | None]:
         """The result of self-attention [B, L, C], and with `keeps` the K and V of the tokens.
 
@@ -181,7 +181,7 @@ class Block(nn.Module):
             out = turned(heads, phases[1]).flatten(2)
         return (out if self.projector is None else self.projector(out)), own
 
-    def _text(self, text: Tensor, stream: LayerCache | None) -> KeysValues:
+    def _text(self, text: Tensor, stream: StreamLayer | None) -> KeysValues:
         """K and V of cross-attention, which a stream keeps."""
         if stream is None:
             return self.attn2.keys_values(text)

@@ -33,11 +33,12 @@ from mv2v_engine.models.offload import BlockOffload
 from mv2v_engine.models.rope import table_on
 from mv2v_engine.models.sample import Sample
 from mv2v_engine.models.sequence import Sequence
-from mv2v_engine.models.stream_cache import StreamCache
+from mv2v_engine.models.stream_cache import ArrivingLayer, StreamCache
+from mv2v_engine.models.stream_history import StreamHistory
 from mv2v_engine.models.vace import Hints, VaceBlock
 from mv2v_engine.ops.adaln import adaln
 from mv2v_engine.parallel.context import ContextGroup, Shard
-from mv2v_engine.tokens.layout import Layout
+from mv2v_engine.tokens.layout import Layout, Run
 from mv2v_engine.tokens.plan import Segment, TokenPlan
 from mv2v_engine.tokens.tokenizers import Tokenizer, init_from_base
 
@@ -130,6 +131,42 @@ class MV2VTransformer(nn.Module):
         """Tokens that a block's feed-forward takes at once without gradients; None takes all."""
         for block in (*self.blocks, *self.vace_blocks, *self._places()):
             cast(Block, block).ffn.chunk = chunk
+
+    def begin_block(self, stream: StreamCache) -> None:
+        """Make room in a stream's cache for its next block, before the block's forwards.
+
+        With a history, frames that leave the window become tokens of it first (METHOD 17).
+        """
+        history = stream.history
+        latents = None if history is None else history.due(stream.num_blocks)
+        if history is not None and latents is not None:
+            self._remember(stream, history, latents)
+        stream.begin_block()
+
+    def _remember(self, stream: StreamCache, history: StreamHistory, latents: Tensor) -> None:
+        """Leave K and V of the tokens of latents [B, C, F, H, W] in the cache's layers."""
+        encoder = cast(HistoryEncoder, self.history_encoders[history.rate])
+        found, _, state = encoder.append(latents, self.patch_embedding, history.state)
+        x, count = found.tokens, latents.shape[2] // history.frames
+        rope = history.new_table(stream.plan, count, x.device)[None]
+        _, temb_6 = self.condition_embedder.time(torch.zeros(len(x), device=x.device))
+        sequence = Sequence.of(
+            x,
+            rope,
+            torch.arange(count, device=x.device).expand(len(x), -1),
+            Layout((Run(*history.segment.token_grid, count, False),)),
+            temb=temb_6[:, 0],
+            temb_6=temb_6,
+            text=None,
+            cameras=None,
+        )
+        blocks = self.blocks if self.offload is None else self.offload.resident()
+        for block, layer in zip(blocks, stream.layers, strict=False):
+            arriving = ArrivingLayer(layer, rope)
+            x, _ = self._layer(block)(sequence, None, False, arriving)
+            sequence = replace(sequence, x=x)
+        # last, so that what breaks off can be done again
+        history.state = state
 
     def forward(
         self,
@@ -325,6 +362,7 @@ class MV2VTransformer(nn.Module):
             rope = table(plan, x.device)[None, : layout.length]
         else:
             rope, stream.text = stream.new_rope(x.device), text
+            stream.keep(latents[0])
         sequence = Sequence.of(
             x,
             rope,

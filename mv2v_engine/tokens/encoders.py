@@ -55,6 +55,18 @@ def history_peak(config: HistoryConfig, channels: int, grid: Grid, patch: int, f
     return max(before + 2 * after for before, after in itertools.pairwise(sizes))
 
 
+def history_past(config: HistoryConfig, channels: int, grid: Grid, patch: int, frames: int) -> int:
+    """Elements that the convolutions keep of a history for the part that comes after it."""
+    if not config.has_convolutions:
+        return 0
+    _, rows, columns = encoded_grid("history", grid, patch, frames)
+    (rows, columns), given, total = (rows * patch, columns * patch), channels, 0
+    for made, (step, *stride) in zip(config.channels, history_strides(patch, frames), strict=True):
+        total += given * (3 - step) * rows * columns
+        rows, columns, given = rows // stride[0], columns // stride[1], made
+    return total
+
+
 def history_flops(
     config: HistoryConfig, channels: int, width: int, grid: Grid, patch: int, frames: int
 ) -> int:

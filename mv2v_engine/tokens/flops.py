@@ -92,6 +92,32 @@ def kept_flop_table(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -
     }
 
 
+def stream_flops(plan: TokenPlan, held: int) -> int:
+    """FLOPs of one forward of a stream's block, whose self-attention sees `held` further tokens."""
+    return sum(flop_table(plan).values()) + seen_flops(plan, held)
+
+
+def seen_flops(plan: TokenPlan, held: int) -> int:
+    """FLOPs of self-attention to `held` tokens that a forward sees beside its own."""
+    return 4 * plan.length * held * plan.shape.dim * plan.shape.num_layers
+
+
+def arriving_flops(segment: Segment, shape: TransformerConfig, held: int) -> int:
+    """FLOPs of what makes a stream's frames tokens of its history: the encoder, and one forward of
+    the tokens, without text, which sees `held` further ones.
+
+    segment: the new tokens', as a plan has them.
+    """
+    assert shape.history is not None
+    length, width = segment.length, shape.dim
+    size = (segment.grid, segment.tokenizer, segment.frames_per_token)
+    encoded = history_flops(shape.history, shape.latent_channels, width, *size)
+    time = 2 * (shape.freq_dim * width + 7 * width**2)
+    attention = 4 * length * (held + length) * width
+    linear = 2 * length * (4 * width**2 + 2 * width * shape.ffn_dim)
+    return encoded + time + shape.num_layers * (attention + linear)
+
+
 def block_flops(plan: TokenPlan, steps: Sequence[MergeStep] | None = None) -> int:
     """The blocks' FLOPs of one forward as METHOD 16 counts them; static: over kept K/V."""
     if plan.conditioning == "static":

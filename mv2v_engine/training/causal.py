@@ -11,6 +11,9 @@ is what is run, policy and positions included. map: the steps of a block become 
 errors do not grow; gradients end at a block, as in Self-Forcing (arXiv 2506.08009), and the filmed
 block is the teacher, since a source on the channels leaves little else to be drawn.
 
+Policy history trains the encoder of what left the window with all else; weights that have none get
+one, which begins as its low-resolution branch (METHOD 17).
+
 Every stage has a folder in --out and goes on where it was stopped; --stages names those that run.
 
 B batch, T blocks of a batch, C F H W latents of a clip.
@@ -34,7 +37,7 @@ from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.checkpoints.configs import Base
 from mv2v_engine.checkpoints.detect import weight_files
 from mv2v_engine.checkpoints.load import Checkpoint
-from mv2v_engine.config import StreamConfig, StreamPolicy
+from mv2v_engine.config import HistoryConfig, StreamConfig, StreamPolicy
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import copy_file, file_digest
 from mv2v_engine.models.dit import MV2VTransformer
@@ -55,6 +58,7 @@ from mv2v_engine.training.flow_map import (
     longest_step,
     map_target,
 )
+from mv2v_engine.training.history import add_history
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Noised, squared_error
 from mv2v_engine.training.odds import chance, pick
@@ -69,6 +73,10 @@ SHARES: dict[StageName, float] = {"forcing": 0.5, "map": 0.3, "rollout": 0.2}
 TINY_STREAM = StreamConfig(
     block_frames=1, policy="sink", window=4, sink_frames=1, timesteps=(1000, 500)
 )
+
+
+# divides the latents of clips of 96x160
+TINY_HISTORY = HistoryConfig(rates=("2x2x2",), channels=(32, 64, 128, 128), heads=4)
 
 
 class ReturningSampler(EditSampler):
@@ -153,6 +161,10 @@ class ClipForward:
         _, _, _, rows, columns = batch.targets.shape
         self.cache = StreamCache(own.config, (rows, columns), config, is_trained=True)
 
+    def begin_block(self) -> None:
+        """Make room for the next block."""
+        self._own.begin_block(self.cache)
+
     def __call__(
         self, latents: Tensor, source: Tensor, level: Tensor, end: Tensor | None = None
     ) -> Tensor:
@@ -215,7 +227,7 @@ def causal_loss(
     with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
         forward, blocks = ClipForward(model, batch, config), list(_blocks(batch, config))
         for block in blocks:
-            forward.cache.begin_block()
+            forward.begin_block()
             noised = Noised.drawn(block.clean, generator, flow_shift)
             level = end = noised.level
             if longest is not None:
@@ -299,6 +311,21 @@ def causal_model(checkpoint: Checkpoint) -> MV2VTransformer:
     return model.to(device, torch.float32).train()
 
 
+def add_stream_history(
+    model: MV2VTransformer, history: HistoryConfig, stream: StreamConfig
+) -> None:
+    """Give a model the history encoder that a stream asks for, unless it has it.
+
+    history: the shape of a new encoder; its rate holds where neither stream nor model has one.
+
+    Raises:
+        TrainingError: the model's encoders are of another shape.
+    """
+    had = model.config.history
+    rate = stream.history_rate or (had or history).rates[0]
+    add_history(model, replace(had or history, rates=(rate,)))
+
+
 def save_causal(
     out: Path,
     model: MV2VTransformer,
@@ -374,13 +401,16 @@ def main() -> None:
         "--train",
         nargs="+",
         metavar="WORD",
-        help="only parameters in whose name one of these words is, as attn1 or bias; the others "
-        "stay the base's, and --out/model names it in place of holding them",
+        help="only parameters in whose name one of these words is, as attn1 or bias, and a history "
+        "encoder's; the others stay the base's, and --out/model names it in place of holding them",
     )
     add("--warmup", type=int, default=100, help="steps of every stage until rates are whole")
     add("--learning-rate", type=float, default=2e-3, help="of AdamW")
     add("--matrix-learning-rate", type=float, default=4e-3, help="of Muon")
     add("--delta", type=float, default=DELTA, help="as --delta of training.dit")
+    own = TINY_HISTORY
+    add("--channels", type=int, nargs=4, default=own.channels, help="of a new history encoder")
+    add("--heads", type=int, default=own.heads, help="of a new history encoder")
     add("--block-frames", type=int, metavar="N", help="latent frames of a block, 1 if not given")
     add("--timesteps", type=float, nargs="+", help="of a block, from 1000 down; 1000 500")
     add("--device", default="cpu")
@@ -397,9 +427,14 @@ def main() -> None:
     device = torch.device(args.device)
     join(device)
     base = load_checkpoint(args.start_from, device=device, dtype=torch.float32)
-    model = causal_model(base)
+    model, policies = causal_model(base), args.policies or [stream.policy]
+    if "history" in policies:
+        own = replace(own, channels=tuple(args.channels), heads=args.heads)
+        add_stream_history(model, own, stream)
     if args.train:
-        train_alone(model, args.train)
+        # a new encoder is in no base
+        more = ["history_encoders"] if "history" in policies else []
+        train_alone(model, [*args.train, *more])
     # memory is not read, and nothing else is left to draw
     recipe = replace(
         TINY_EDIT_RECIPE, batch=args.batch, no_memory=1.0, uniform_tokenizer=0.0, merging=0.0

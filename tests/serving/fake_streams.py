@@ -20,7 +20,13 @@ STREAMS: dict[str, Any] = {
     "kind": "streams",
     "has_text": True,
     "guides": {"references": False, "mask": False},
-    "stream": {"settings": {}, "block_frames": BLOCK_FRAMES, "lead": 3, "has_source": False},
+    "stream": {
+        "settings": {},
+        "block_frames": BLOCK_FRAMES,
+        "lead": 3,
+        "has_source": False,
+        "refused": {},
+    },
 }
 EDITS = STREAMS | {"stream": STREAMS["stream"] | {"has_source": True}}
 CRASHED = {"type": "failed", "code": "worker_crashed", "message": "the worker ended by SIGKILL"}

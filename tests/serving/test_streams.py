@@ -150,6 +150,7 @@ def test_what_is_refused(client: httpx.Client, live: Any, source_clip: Path) -> 
     for request, code in (
         ({"prompt": "a word " * 99}, "unprocessable_turn"),
         ({"policy": "all"}, "unprocessable_turn"),
+        ({"policy": "history"}, "unprocessable_turn"),
         ({"blocks": 2, "frames": 3}, "invalid_request"),
         ({"blocks": 0}, "invalid_request"),
         ({"colour": "red"}, "invalid_request"),

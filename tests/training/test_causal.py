@@ -15,7 +15,7 @@ from torch import Tensor
 from mv2v_engine import Engine
 from mv2v_engine.checkpoints import inspect_checkpoint, load_checkpoint
 from mv2v_engine.checkpoints.weights import read_header
-from mv2v_engine.config import StreamConfig
+from mv2v_engine.config import HistoryConfig, StreamConfig
 from mv2v_engine.engine.window import window_seed
 from mv2v_engine.errors import CheckpointError, TrainingError
 from mv2v_engine.files import save_tensors
@@ -43,7 +43,9 @@ POLICIES: list[dict[str, Any]] = [
     {"policy": "sink", "window": 4, "sink_frames": 1},
     {"policy": "memrope", "window": 5, "sink_frames": 1, "is_adaptive": True},
     {"policy": "all", "window": 2},
+    {"policy": "history", "window": 5, "sink_frames": 1, "history_slots": 2},
 ]
+HISTORY = HistoryConfig(rates=("1x1x2",), channels=(4, 4, 8, 8), heads=2)
 
 
 def make_model(**changes: Any) -> MV2VTransformer:
@@ -68,7 +70,8 @@ def config_of(**fields: Any) -> StreamConfig:
 def test_what_is_trained_is_what_is_run(fields: dict[str, Any]) -> None:
     """The cache that gradients flow through holds what a stream's holds, past its first rolls; a
     block's loss reaches the blocks that it sees, and no others."""
-    model, config = make_model(), config_of(**fields)
+    config = config_of(**fields)
+    model = make_model(history=HISTORY if config.policy == "history" else None)
     batch = make_batch(model)
     clean = batch.targets.clone().requires_grad_()
     trained = ClipForward(model, batch, config)
@@ -77,8 +80,9 @@ def test_what_is_trained_is_what_is_run(fields: dict[str, Any]) -> None:
     for frame in range(FRAMES):
         place = slice(frame, frame + 1)
         source = batch.source[:, :, place]  # type: ignore[index]
-        trained.cache.begin_block()
-        run.begin_block()
+        trained.begin_block()
+        with torch.no_grad():
+            model.begin_block(run)
         for at, latents in ((level, torch.ones_like(source)), (0 * level, clean[:, :, place])):
             found = trained(latents, source, at)
             with torch.no_grad():
@@ -92,15 +96,18 @@ def test_what_is_trained_is_what_is_run(fields: dict[str, Any]) -> None:
     # the last block sees the two before it, or all; the sink is seen, or gone, and so is what the
     # averages took; those between have been seen by those that are
     assert reached[FRAMES - 1] is False and reached[FRAMES - 2] and reached[FRAMES - 3]
-    if fields["policy"] in ("all", "sink", "memrope"):
+    if fields["policy"] in ("all", "sink", "memrope", "history"):
         assert reached[0]
 
 
 @pytest.mark.parametrize("longest", [None, 1.0])
 @pytest.mark.parametrize("rolls_out", [False, True])
-def test_the_losses_train(longest: float | None, rolls_out: bool) -> None:
-    model = make_model(has_end_time=longest is not None)
-    config = config_of(**POLICIES[1])
+@pytest.mark.parametrize("fields", POLICIES[1::3], ids=lambda fields: fields["policy"])
+def test_the_losses_train(longest: float | None, rolls_out: bool, fields: dict[str, Any]) -> None:
+    """Every parameter, the history encoder's among them."""
+    config = config_of(**fields)
+    history = HISTORY if config.policy == "history" else None
+    model = make_model(has_end_time=longest is not None, history=history)
     found = causal_loss(
         model,
         make_batch(model),
@@ -280,6 +287,43 @@ def test_a_base_keeps_what_is_not_trained(
     (base_folder / "transformer.safetensors").unlink()
     with pytest.raises(CheckpointError, match="has the others is not at"):
         load_checkpoint(out / "model")
+
+
+@pytest.mark.parametrize("more", [[], ["--train", "attn1"]], ids=["whole", "by reference"])
+def test_a_stream_with_a_history_is_trained(
+    tmp_path: Path,
+    edits: Path,
+    editor_folder: Path,
+    moving_frames: Callable[..., Tensor],
+    monkeypatch: pytest.MonkeyPatch,
+    more: list[str],
+) -> None:
+    """A model without an encoder gets one, whose weights move, are written, and stream."""
+    out = tmp_path / "causal"
+    words = ["--edits", edits, "--text", editor_folder, "--start-from", editor_folder, "--out", out]
+    words += ["--stages", "forcing", "--steps", 3, "--batch", 2, "--warmup", 1, *more]
+    words += ["--policy", "history", "--history-rate", "1x1x2", "--window", 5]
+    words += ["--channels", 4, 4, 8, 8, "--heads", 2]
+    monkeypatch.setattr("sys.argv", ["causal", *map(str, words)])
+    causal.main()
+    found = load_checkpoint(out / "model", dtype=torch.float32)
+    assert found.config.history is not None and found.config.history.rates == ("1x1x2",)
+    assert found.stream is not None and found.stream.policy == "history"
+    average = torch.load(out / "forcing" / "checkpoint.pt", weights_only=True)["ema"]
+    encoder = found.transformer.history_encoders["1x1x2"]
+    # its last layer begins at zero
+    assert bool(encoder.proj.weight.any())  # type: ignore[union-attr]
+    for name, parameter in encoder.named_parameters():
+        expected = average[f"history_encoders.1x1x2.{name}"]
+        torch.testing.assert_close(parameter, expected, rtol=1e-3, atol=1e-4)
+    # again: all of it is there, and nothing moves
+    before = (out / "model" / "transformer.safetensors").read_bytes()
+    causal.main()
+    assert (out / "model" / "transformer.safetensors").read_bytes() == before
+    engine, frames = Engine.from_pretrained(out / "model", device="cpu"), moving_frames(29)
+    with engine.stream("a red ball", seed=3, source=iter(frames)) as stream:
+        made = torch.cat([block.frames for block in stream.blocks()])
+        assert made.shape == frames.shape and stream.cache.history_length == 12
 
 
 def test_clips_that_leave_time_out(tmp_path: Path) -> None:

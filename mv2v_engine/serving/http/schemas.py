@@ -480,13 +480,15 @@ class UploadLimits(Kept):
 class StreamSettings(BaseModel):
     """How a model streams. block_frames: of every block but the first, which has `lead` fewer.
 
-    has_source: whether it edits frames that are sent to its streams.
+    has_source: whether it edits frames that are sent to its streams. refused: policies that it
+    cannot stream with, and why.
     """
 
     settings: dict[str, Any]
     block_frames: int
     lead: int
     has_source: bool
+    refused: dict[str, str]
 
 
 class Guides(BaseModel):

@@ -56,7 +56,7 @@ class Backend(Protocol):
         prompts can be read, "guides": {"references", "mask"}, which of them edits are given beside
         the video, "stream": None, or of a model that streams {"settings", "block_frames":
         pixel frames of a block, "lead": by how many the first one has fewer, "has_source": whether
-        it edits frames that are sent}, "memory": the default
+        it edits frames that are sent, "refused": why not, by policy}, "memory": the default
         mode, "presets": names of cameras, "sampling": {"num_frames", "size": [height, width],
         "fps", "num_inference_steps", "guidance_scale"}}
         """

@@ -25,6 +25,7 @@ from mv2v_engine.engine.batch import TurnBatch, TurnEvent
 from mv2v_engine.engine.guides import guides_of
 from mv2v_engine.engine.request import Request
 from mv2v_engine.engine.session import Session
+from mv2v_engine.engine.stream import refused_policies
 from mv2v_engine.engine.turn import Turn
 from mv2v_engine.errors import (
     NO_PRIMITIVE,
@@ -406,6 +407,7 @@ def _describe(engine: Engine) -> Json:
             "block_frames": stream.block_frames * engine.vae.temporal_stride,
             "lead": engine.vae.temporal_stride - 1,
             "has_source": engine.is_editor,
+            "refused": refused_policies(engine, stream),
         },
         "engine": engine.describe(),
         "digest": weights_fingerprint(engine.transformer.state_dict(), others),

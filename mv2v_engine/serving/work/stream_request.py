@@ -28,6 +28,8 @@ def make_stream(
     blocks, policy, prompt = asked.get("blocks"), asked.get("policy"), asked.get("prompt", "")
     settings = StreamConfig(**stream["settings"])
     if policy is not None:
+        if policy in stream["refused"]:
+            raise RequestError(stream["refused"][policy])
         # a window that does not hold what it keeps is refused by the settings themselves
         settings = dataclasses.replace(settings, policy=policy)
     check_text(name, prompt, 1.0, has_text=about["has_text"])
