@@ -96,7 +96,7 @@ class StreamHistory:
         return held + sum(past.nbytes for past in self.state.past)
 
     def describe(self, shape: TransformerConfig, held: int) -> dict[str, Any]:
-        """As `StreamCache.describe` says; held: tokens that new ones see beside themselves."""
+        """Its part of `StreamCache.describe`; held: tokens that new ones see beside themselves."""
         new = self._segment(shape, self.segment.grid[1:], 1)
         return {
             "rate": self.rate,
