@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -15,6 +16,17 @@ from mv2v_engine.serving.store.records import SessionRecord, TurnFile, TurnRecor
 
 # fields of a session that are nobody's business outside the service
 _INNER = ("owner", "files", "identity")
+# of a move that is more than 0 and less, and its unit
+_DIRECTIONS = {
+    "arc": ("right", "left", "°"),
+    "pan": ("right", "left", "°"),
+    "tilt": ("up", "down", "°"),
+    "zoom": ("in", "out", " m"),
+    "slide": ("right", "left", " m"),
+    "lift": ("up", "down", " m"),
+    "crane": ("up", "down", " m"),
+}
+_OWN_CAMERA = "The source's own camera"
 _COLUMNS, _MARGIN, _CAPTION = 4, 12, 20  # the sheet's columns; pixels
 _CELL = (320, 240)  # pixels that a picture has at most
 
@@ -64,9 +76,37 @@ def _about(turn: TurnRecord) -> dict[str, Any]:
 
 
 def _caption(turn: TurnRecord) -> str:
-    asked = turn.request.get("camera") or turn.request.get("prompt") or ""
-    words = turn.name or (asked if isinstance(asked, str) else str(asked.get("name", "camera")))
+    words = turn.name or request_words(turn.request)
     return f"{turn.number}  {words}" + ("  *" if turn.is_favourite else "")
+
+
+def request_words(request: dict[str, Any]) -> str:
+    """What the page calls a turn's request, as "Arc left 40°"."""
+    camera = request.get("camera")
+    if camera is None:
+        return str(request.get("prompt") or "")
+    if not isinstance(camera, str):
+        return str(camera.get("name", "Camera path"))
+    return ", ".join(_move_words(move.strip()) for move in re.split(r"\+\s*(?=[A-Za-z_])", camera))
+
+
+def _move_words(move: str) -> str:
+    kind, _, amounts = move.partition(":")
+    if kind == "static":
+        return _OWN_CAMERA
+    if kind == "translate":
+        x, y, z = map(float, amounts.split(","))
+        along = {"slide": x, "lift": -y, "zoom": z}  # y points down
+        words = [_axis_words(axis, amount) for axis, amount in along.items() if amount]
+        return ", ".join(words) or _OWN_CAMERA
+    if kind in _DIRECTIONS and amounts and "," not in amounts:
+        return _axis_words(kind, float(amounts))
+    return f"{kind.replace('_', ' ').capitalize()} {amounts}".rstrip()
+
+
+def _axis_words(axis: str, amount: float) -> str:
+    *directions, unit = _DIRECTIONS[axis]
+    return f"{axis.capitalize()} {directions[amount < 0]} {abs(amount):g}{unit}"
 
 
 def contact_sheet(pictures: Sequence[tuple[str, Path]]) -> bytes | None:

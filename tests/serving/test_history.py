@@ -21,7 +21,7 @@ from store_check import check_store
 
 from mv2v_engine.engine.folder import SessionFolder
 from mv2v_engine.run import main
-from mv2v_engine.serving.exporting import contact_sheet
+from mv2v_engine.serving.exporting import contact_sheet, request_words
 from mv2v_engine.serving.store import database, history
 from mv2v_engine.serving.store.records import JobRecord, SessionRecord
 from tests.serving.fake_backend import FakeBackend
@@ -250,6 +250,25 @@ async def test_another_part_of_a_video(tmp_path: Path) -> None:
             assert words in refusal.message
         assert (await ended(service, await asked(service, part))).state == "finished"
     check_store(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("request_", "words"),
+    [
+        ({"camera": "arc:-20"}, "Arc left 20°"),
+        ({"camera": "pan:30 + tilt:-5"}, "Pan right 30°, Tilt down 5°"),
+        ({"camera": "translate:0.5,-1e0,0"}, "Slide right 0.5 m, Lift up 1 m"),
+        ({"camera": "zoom:-1.50+static"}, "Zoom out 1.5 m, The source's own camera"),
+        ({"camera": "translate:0,0,0"}, "The source's own camera"),
+        ({"camera": "pan_right"}, "Pan right"),
+        ({"camera": "arc:20,3"}, "Arc 20,3"),
+        ({"camera": {"name": "my path", "poses": []}}, "my path"),
+        ({"camera": {"poses": []}}, "Camera path"),
+        ({"camera": None, "prompt": "make the sphere red"}, "make the sphere red"),
+    ],
+)
+def test_a_request_is_called_as_on_the_page(request_: dict[str, Any], words: str) -> None:
+    assert request_words(request_) == words
 
 
 def test_a_sheet_of_pictures(tmp_path: Path) -> None:
