@@ -35,6 +35,7 @@ EDIT_ROWS: tuple[EditRow, ...] = (
     EditRow(name="memory", label="memory, joint"),
     EditRow(name="memory_merged", label="memory, joint + merging", merge="conv"),
     EditRow(name="static", label="memory, static", conditioning="static"),
+    EditRow(name="history", label="memory, one history", history="default"),
     EditRow(name="recent_1", label="most recent window alone", max_memory=1),
     EditRow(name="recent_4", label="at most four windows", max_memory=4),
 )

@@ -60,8 +60,9 @@ class Row:
 
     ranking: the engine's; the oracle, which knows the world: the videos that show most of what
     the source and those already chosen do not; or responsiveness: those whose frames the blocks
-    respond to most, with all videos before them. after: the row that makes all turns but the last
-    ones; None is this one.
+    respond to most, with all videos before them. history: the rate of the one history that all
+    remembered videos make, None for tokens of their own. after: the row that makes all turns but
+    the last ones; None is this one.
     """
 
     name: str
@@ -71,6 +72,7 @@ class Row:
     conditioning: ConditioningMode = "joint"
     ranking: MemoryRanking | Literal["oracle", "responsiveness"] = "fov"
     tokenizers: MemoryTokenizers = "ranked"
+    history: str | None = None
     max_memory: int = 10
     after: str | None = None
 
@@ -86,6 +88,7 @@ class Row:
             if self.ranking == "oracle" or self.ranking == "responsiveness"
             else self.ranking,
             memory_tokenizers=self.tokenizers,
+            history=self.history,
         )
 
 

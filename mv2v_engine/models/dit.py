@@ -149,7 +149,9 @@ class MV2VTransformer(nn.Module):
         found, _, state = encoder.append(latents, self.patch_embedding, history.state)
         x, count = found.tokens, latents.shape[2] // history.frames
         rope = history.new_table(stream.plan, count, x.device)[None]
-        _, temb_6 = self.condition_embedder.time(torch.zeros(len(x), device=x.device))
+        _, temb_6 = self.condition_embedder.time(
+            torch.zeros(len(x), dtype=torch.float32, device=x.device)
+        )
         sequence = Sequence.of(
             x,
             rope,

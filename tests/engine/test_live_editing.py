@@ -18,9 +18,9 @@ from mv2v_engine import Engine, EngineConfig
 from mv2v_engine.config import StreamConfig
 from mv2v_engine.counting import vae_stream_bytes
 from mv2v_engine.engine.budget import module_bytes
-from mv2v_engine.engine.session import window_seed
 from mv2v_engine.engine.stream import Stream, StreamBlock, block_steps, block_velocity
 from mv2v_engine.engine.stream_folder import StreamFolder
+from mv2v_engine.engine.window import window_seed
 from mv2v_engine.errors import (
     CancelledError,
     MemoryBudgetError,
