@@ -6,8 +6,8 @@ that remembers four others; all else is read from results, "not measured" where 
 
 history_frames.json       `python profiling/history_frames.py --edits`
 memory_encoders.json      `python profiling/history_frames.py --latents`
-tiny_edit_history.json    `run evaluate --task edit --rows independent,history`, its results.json, of what
-                          `training.history --stage 2` writes
+tiny_edit_history.json    `run evaluate --task edit --rows independent,history`, its results.json,
+                          of what `training.history --stage 2` writes
 rankings.json             `python profiling/rankings.py`
 tiny_nvs_nine_turns.json  `run evaluate --turns 9 --grade furnished`, its results.json
 """
