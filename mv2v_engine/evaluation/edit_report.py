@@ -74,6 +74,11 @@ _TARGETS = (
     Target(name="agreement", rows=_MEMORY, values=_of("agreement"), at_least=0.95),
     Target(name="background PSNR, dB", rows=_MEMORY, values=_of("background_psnr"), at_least=30),
     Target(
+        name="gradient energy, memory / truth through the VAE",
+        rows=("memory", "vae"),
+        values=_of("energy"),
+    ),
+    Target(
         name="subject error, memory / independent",
         rows=("memory", "independent"),
         values=_of("subject_error"),

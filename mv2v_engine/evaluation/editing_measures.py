@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mv2v_engine.errors import VideoError
 from mv2v_engine.evaluation.crown import crown_disagreement, crown_of
-from mv2v_engine.evaluation.images import flicker, masked_psnr
+from mv2v_engine.evaluation.images import flicker, gradient_energy, masked_psnr
 from mv2v_engine.evaluation.instruction_agreement import instruction_agreement
 from mv2v_engine.evaluation.seams import seam_flicker
 from mv2v_engine.evaluation.window_agreement import surface_disagreement, window_of_frame
@@ -33,6 +33,7 @@ MEASURES = {
     "agreement": "share of windows or pixels that show what the instruction asks; 1 is best",
     "background_psnr": "PSNR in dB against the truth outside the edited thing",
     "psnr": "PSNR in dB against the truth everywhere; other valid choices score lower here",
+    "energy": "gradient energy: of squared steps from pixel to pixel, the sum; little of it is blur",
     "flicker": "(255 - mean |change between frames|) / 255; 1 is a still picture",
     "seam_ratio": "flicker at the windows' seams over flicker in the frames beside them, the "
     "source's own change taken out of both; 1 is a seam that nobody sees",
@@ -84,6 +85,7 @@ class EditMeasurer:
             "agreement": instruction_agreement(frames, clip, points, window_T, self._crown),
             "background_psnr": psnr if math.isfinite(psnr) else None,
             "psnr": masked_psnr(frames, truth),
+            "energy": gradient_energy(frames),
             "flicker": flicker(frames),
             "seam_ratio": seams.ratio if seams else None,
             "seam_flicker": seams.seam if seams else None,

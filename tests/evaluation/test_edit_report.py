@@ -26,7 +26,7 @@ def _clips() -> list[dict[str, Any]]:
         rows = {
             "independent": _quality(subject, **cost),
             "memory": _quality(
-                subject and 0.4 * subject, seam_ratio=1.08, background_psnr=25.3, **cost
+                subject and 0.4 * subject, seam_ratio=1.08, background_psnr=25.3, energy=0.4, **cost
             ),
             "fifo": _quality(subject and 0.3 * subject, agreement=0.2, **cost),
         }
@@ -72,6 +72,8 @@ def test_targets_compare_clip_by_clip() -> None:
     gain = found["subject error, memory / independent"]
     assert gain["value"] == pytest.approx(0.4) and gain["ci"] == pytest.approx([0.4, 0.4])
     assert gain["met"] and gain["at_most"] == 0.5 and gain["scenes"] == 3
+    sharp = found["gradient energy, memory / truth through the VAE"]
+    assert sharp["value"] == pytest.approx(0.8) and sharp["met"] is None
     # an edit that does not follow the words is no rival
     against_fifo = "subject error, memory / FIFO, where both follow the words"
     assert against_fifo not in found

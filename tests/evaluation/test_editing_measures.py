@@ -131,6 +131,17 @@ def test_a_frozen_frame_is_still_and_far_from_the_truth(clips: dict[EditKind, Ed
     assert got["background_psnr"] is not None and got["background_psnr"] < 35
 
 
+def test_half_the_contrast_has_a_quarter_of_the_gradient_energy(
+    clips: dict[EditKind, EditClip],
+) -> None:
+    clip = clips["hat"]
+    measurer = EditMeasurer(clip, STARTS)
+    faint = (clip.edited.frames.float() / 2).round().to(torch.uint8)
+    energy = [measurer.measure(frames)["energy"] for frames in (clip.edited.frames, faint)]
+    assert energy[0] is not None and energy[0] > 0
+    assert energy[1] == pytest.approx(energy[0] / 4, rel=0.02)
+
+
 def test_a_seam_shows_at_seams_alone() -> None:
     generator = torch.Generator().manual_seed(0)
     source = torch.randint(60, 180, (24, 8, 8, 3), generator=generator, dtype=torch.uint8)
