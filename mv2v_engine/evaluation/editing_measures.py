@@ -33,7 +33,7 @@ MEASURES = {
     "agreement": "share of windows or pixels that show what the instruction asks; 1 is best",
     "background_psnr": "PSNR in dB against the truth outside the edited thing",
     "psnr": "PSNR in dB against the truth everywhere; other valid choices score lower here",
-    "energy": "gradient energy: of squared steps from pixel to pixel, the sum; little of it is blur",
+    "energy": "gradient energy: the sum of squared steps from pixel to pixel; blur has little",
     "flicker": "(255 - mean |change between frames|) / 255; 1 is a still picture",
     "seam_ratio": "flicker at the windows' seams over flicker in the frames beside them, the "
     "source's own change taken out of both; 1 is a seam that nobody sees",
