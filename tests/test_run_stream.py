@@ -205,7 +205,9 @@ def test_a_model_or_a_place_that_is_refused(
     assert "tiny renders novel views" in refused(checkpoint=tiny_checkpoint)
     plain = {"camera_conditioning": "none", "tokenizers": (), "merger": None}
     folder = make_checkpoint(tmp_path_factory.mktemp("plain") / "plain", name="plain", **plain)
-    assert "plain looks at all frames at once" in refused(checkpoint=folder)
+    words = refused(checkpoint=folder)
+    assert "plain looks at all frames at once" in words
+    assert words.rstrip().endswith("load it with --causal")
     assert "written as H.264 in .mp4" in refused(out="video.mov")
     assert "name a folder with --store" in refused("--resume", out="-")
     shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)

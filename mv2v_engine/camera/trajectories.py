@@ -284,6 +284,11 @@ def _move_poses(spec: str, num_frames: int) -> Tensor:
     return move(num_frames, *amounts)
 
 
+def moves_of(spec: str) -> list[str]:
+    """The moves that a camera's name adds up."""
+    return _PLUS.split(spec)
+
+
 def is_move(spec: str) -> bool:
     """Whether a camera's name begins as a preset or a move does."""
     name = re.split(r"[:+]", spec, maxsplit=1)[0].strip()
@@ -300,7 +305,7 @@ def named_poses(spec: str, num_frames: int) -> Tensor:
         CameraError: unknown name (nearest ones offered), wrong number of amounts, not numbers,
             more than `MOST`, or more than `MAX_MOVES`.
     """
-    parts = _PLUS.split(spec)
+    parts = moves_of(spec)
     if len(parts) > MAX_MOVES:
         raise CameraError(f"a camera adds up {len(parts)} moves; at most {MAX_MOVES} are taken")
     # sorted is stable: moves of one kind stay as they are written

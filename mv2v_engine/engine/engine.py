@@ -372,7 +372,8 @@ class Engine(Parts):
             source: what a model with the source on its channels edits: a video as `session` takes
                 one, `LiveFrames`, an iterable of frames uint8 [height, width, 3], or a function
                 that gives one from a frame's number on. An iterable, which gives each frame once,
-                goes on behind what a resumed stream has had of it.
+                goes on behind the last block that a resumed stream has all frames of; a function
+                is told where that is.
             fps: of the source; None keeps its own, of bare frames the checkpoint's.
             config: None takes the checkpoint's.
             store: a folder that keeps the stream; `resume` takes up what it holds.

@@ -516,7 +516,9 @@ class StreamSource:
     def _fitted(self, some: Any) -> Tensor:
         """Frames at the model's size [T, height, width, 3]."""
         whole = (
-            torch.from_numpy(np.ascontiguousarray(some)) if isinstance(some, np.ndarray) else some
+            torch.from_numpy(np.require(some, requirements=("C", "W")))
+            if isinstance(some, np.ndarray)
+            else some
         )
         if isinstance(whole, Tensor) and whole.ndim == 3:
             whole = whole[None]

@@ -570,8 +570,8 @@ def require_causal(
     if stream is None:
         raise RequestError(
             f"{name} looks at all frames at once as far as its files tell, and a stream needs a "
-            "causal model; if it was trained to be one (Self-Forcing, LongLive, CausVid), say so: "
-            "from_pretrained(..., causal=True), --causal"
+            "causal model; if it was trained to be one (Self-Forcing, LongLive, CausVid), load it "
+            "with causal=True"
         )
     return stream
 

@@ -137,15 +137,17 @@ class StreamCache:
     @property
     def whole_from(self) -> int:
         """The place in K and V where whole frames begin, behind the room of a history."""
-        if self.history is None:
-            return 0
-        return self.history_length if self.is_trained else self.history.most_tokens
+        return self.history_length if self.is_trained else self._history_room
+
+    @property
+    def _history_room(self) -> int:
+        """How many tokens of a history there is room for."""
+        return 0 if self.history is None else self.history.most_tokens
 
     @property
     def num_tokens(self) -> int:
         """How many tokens a block sees at most, its own included."""
-        most = 0 if self.history is None else self.history.most_tokens
-        return most + self.capacity * self.tokens_per_frame
+        return self._history_room + self.capacity * self.tokens_per_frame
 
     @property
     def is_full(self) -> bool:
@@ -192,7 +194,7 @@ class StreamCache:
 
     def rope(self, device: torch.device) -> Tensor:
         """The rotary table of all that is held, by slot [1, L, D]."""
-        length, most = self.num_tokens, 0
+        length, room = self.num_tokens, self._history_room
         # every transformer block asks for it, and to find it by its plan takes longer than to read
         if self._rope is None or len(self._rope) < length or self._rope.device != device:
             segment = self.plan.target
@@ -201,10 +203,8 @@ class StreamCache:
                 self._rope = table_on(replace(self.plan, segments=(whole,)), device)
             else:
                 self._rope = self.history.table(self.plan, whole, device)
-        if self.history is not None:
-            most = self.history.most_tokens
-        held = most + self.num_frames * self.tokens_per_frame
-        return self._rope[None, most - self.history_length : held]
+        held = room + self.num_frames * self.tokens_per_frame
+        return self._rope[None, room - self.history_length : held]
 
     def new_rope(self, device: torch.device) -> Tensor:
         """The rotary table of the new frames, which come last."""

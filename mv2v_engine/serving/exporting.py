@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import zipfile
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from mv2v_engine.camera.trajectories import moves_of
 from mv2v_engine.serving.store.folders import result_path
 from mv2v_engine.serving.store.records import SessionRecord, TurnFile, TurnRecord
 
@@ -87,7 +87,7 @@ def request_words(request: dict[str, Any]) -> str:
         return str(request.get("prompt") or "")
     if not isinstance(camera, str):
         return str(camera.get("name", "Camera path"))
-    return ", ".join(_move_words(move.strip()) for move in re.split(r"\+\s*(?=[A-Za-z_])", camera))
+    return ", ".join(map(_move_words, moves_of(camera)))
 
 
 def _move_words(move: str) -> str:

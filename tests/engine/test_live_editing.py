@@ -254,6 +254,43 @@ def test_frames_of_other_sizes(editor: Engine, moving_frames: Frames) -> None:
         next(float_frame.blocks())
 
 
+@pytest.mark.filterwarnings("error:The given NumPy array is not writable")
+def test_frames_that_may_not_be_written_to(editor: Engine, moving_frames: Frames) -> None:
+    frames = moving_frames(5)
+    kept = frames.numpy().copy()
+    kept.flags.writeable = False
+    (block,) = editor.stream("a red ball", source=iter(kept)).blocks()
+    (expected,) = editor.stream("a red ball", source=frames).blocks()
+    assert torch.equal(block.frames, expected.frames)
+
+
+def test_a_source_that_breaks_off_goes_on_behind_the_last_whole_block(
+    editor: Engine, moving_frames: Frames, tmp_path: Path
+) -> None:
+    frames, asked = moving_frames(21), []
+    options: dict[str, Any] = {"prompt": "a red ball", "store": tmp_path / "s"}
+
+    def broken() -> Iterator[Tensor]:
+        yield from frames[:11]
+        raise OSError("the camera is gone")
+
+    with (
+        editor.stream(source=broken(), **options) as stream,
+        pytest.raises(OSError, match="is gone"),
+    ):
+        list(stream.blocks())
+
+    def from_frame(first: int) -> Iterator[Tensor]:
+        asked.append(first)
+        return iter(frames[first:])
+
+    with editor.stream(source=from_frame, resume=True, **options) as stream:
+        again = torch.cat([block.frames for block in stream.blocks()])
+    assert asked == [5]
+    expected = [block.frames for block in editor.stream("a red ball", source=frames).blocks()]
+    assert torch.equal(again, torch.cat(expected))
+
+
 def test_a_camera_does_not_wait(editor: Engine, moving_frames: Frames) -> None:
     """The oldest waiting frames give way; the newest are there, in their order."""
     frames, begun, seen = moving_frames(40), threading.Event(), threading.Event()
