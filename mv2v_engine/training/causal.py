@@ -24,7 +24,6 @@ from __future__ import annotations
 import argparse
 import math
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,7 +38,7 @@ from mv2v_engine.checkpoints.detect import weight_files
 from mv2v_engine.checkpoints.load import Checkpoint
 from mv2v_engine.config import HistoryConfig, StreamConfig, StreamPolicy
 from mv2v_engine.errors import TrainingError
-from mv2v_engine.files import copy_file, file_digest
+from mv2v_engine.files import file_digest
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
 from mv2v_engine.parser import Parser
@@ -63,7 +62,7 @@ from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import Noised, squared_error
 from mv2v_engine.training.odds import chance, pick
 from mv2v_engine.training.recipe import Batch
-from mv2v_engine.training.text import read_text_encoder
+from mv2v_engine.training.text import copy_text_parts, read_text_encoder
 from mv2v_engine.training.throughput import compute_dtype
 
 StageName = Literal["forcing", "map", "rollout"]
@@ -342,10 +341,8 @@ def save_causal(
     refers: the base's folder is named, too, in place of what is in it: its text parts, and the
     parameters that are frozen. Of the others the blocks' matrices are stored in float8.
     """
-    parts = [] if refers else [("text_encoder", base.text_path), ("tokenizer", base.tokenizer_path)]
-    for part, path in parts:
-        if path is not None and path.is_dir():
-            shutil.copytree(path, out / part, copy_function=copy_file, dirs_exist_ok=True)
+    if not refers:
+        copy_text_parts(base, out)
     vae = None if base.vae_path is None else os.path.relpath(base.vae_path, out.resolve())
     beneath, trained, matrices = None, None, list[str]()
     if refers:

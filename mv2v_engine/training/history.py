@@ -43,6 +43,7 @@ from mv2v_engine.training.losses import Sampler, shifted
 from mv2v_engine.training.low_rank import add_low_rank, merge_low_rank
 from mv2v_engine.training.odds import chance, number, padded_text, pick
 from mv2v_engine.training.recipe import Batch, Recipe, SceneSampler, Tracks, TrackSource
+from mv2v_engine.training.text import copy_text_parts
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
 
 # noise levels of masked frames
@@ -426,6 +427,8 @@ def main() -> None:
     if finetune.run(model, optimizer, config, sampler, device):
         merge_low_rank(model)
         folder = args.out / "model"
+        if args.components is None:  # else they are as large as a base, and known to the user
+            copy_text_parts(base, folder)
         vae = None if base.vae_path is None else os.path.relpath(base.vae_path, folder)
         save_checkpoint(
             folder, model, shape, base.sampling, f"{base.name}-history", torch.bfloat16,

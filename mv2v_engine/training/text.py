@@ -11,13 +11,15 @@ cross-attention knows no word order, and "the red box blue" must not be "the blu
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from mv2v_engine.files import save_json
+from mv2v_engine.checkpoints.load import Checkpoint
+from mv2v_engine.files import copy_file, save_json
 from mv2v_engine.parser import Parser
 from mv2v_engine.synthetic.instructions import all_prompts
 from mv2v_engine.text import TextEncoder, load_text_encoder
@@ -128,6 +130,17 @@ def read_text_encoder(folder: Path, max_length: int, device: torch.device) -> Te
         device=device,
         dtype=torch.bfloat16 if device.type == "cuda" else torch.float32,
     )
+
+
+def copy_text_parts(base: Checkpoint, out: Path) -> None:
+    """A base's text encoder and tokenizer, where they are folders, into that of a model made of it.
+
+    Raises:
+        StorageError: the disk is full or the folder cannot be written.
+    """
+    for part, path in (("text_encoder", base.text_path), ("tokenizer", base.tokenizer_path)):
+        if path is not None and path.is_dir():
+            shutil.copytree(path, out / part, copy_function=copy_file, dirs_exist_ok=True)
 
 
 def trim_text(text: Tensor) -> Tensor:

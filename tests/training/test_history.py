@@ -239,6 +239,9 @@ def test_both_stages_by_command(
     base, first = load_checkpoint(editor_folder), load_checkpoint(one / "model")
     assert first.config.history == HistoryConfig(rates=("2x2x2",), channels=(4, 4, 8, 8), heads=2)
     assert first.vae_path is not None and first.conditioning == ("joint", "static")
+    # its own: the base may be gone
+    assert first.text_path == one / "model" / "text_encoder"
+    assert first.tokenizer_path == one / "model" / "tokenizer"
     before = dict(base.transformer.named_parameters())
     moved = {
         name
@@ -248,10 +251,11 @@ def test_both_stages_by_command(
     assert moved and all(name.startswith("blocks.") for name in moved)
     _run(
         monkeypatch, "--stage", 2, "--checkpoint", one / "model", "--out", two,
-        "--whole-frames", 2, *shared, 2,
+        "--whole-frames", 2, "--components", editor_folder, *shared, 2,
     )  # fmt: skip
     second = load_checkpoint(two / "model")
     assert second.config == first.config
+    assert second.text_path is second.tokenizer_path is None
     name = "history_encoders.2x2x2.convs.0.weight"
     trained = [dict(each.transformer.named_parameters())[name] for each in (first, second)]
     assert not torch.equal(*trained)  # stage 2 goes on with the encoder
