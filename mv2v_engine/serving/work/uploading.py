@@ -78,4 +78,6 @@ class SourceUpload:
             raise ApiError("not_ready", message)
         is_over = stream.source is not None and stream.source.is_ended
         if stream.record.is_ended or stream.is_cancelling or is_over:
-            raise ApiError("busy", "the stream has ended, or takes no more frames; begin another")
+            why = stream.record.error
+            said = "; begin another" if why is None else f": {why['message']}"
+            raise ApiError("busy", f"the stream takes no more frames{said}")
