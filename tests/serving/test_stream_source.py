@@ -35,6 +35,7 @@ from websockets.sync.client import connect
 
 from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.http.bodies import BodyLimit
 from mv2v_engine.serving.http.routes.streams import source_socket
 from mv2v_engine.serving.store.source_frames import MOST_BLOCKS, SourceFrames
 from mv2v_engine.serving.store.streams import engine_folder
@@ -292,6 +293,36 @@ def test_an_editor_edits_what_is_sent(
         now = status(client, stream)
         assert (now["state"], now["error"], now["frames"]) == ("finished", None, len(frames))
         assert backend.restarts == 1 and now["restarts"] <= 1
+
+
+@pytest.mark.parametrize("way", ["body", "socket"])
+def test_frames_that_stop_coming_say_where_to_go_on(
+    serving: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    idle, sent = 3.0, bytes((FIRST + 1) * FRAME)
+    monkeypatch.setattr(BodyLimit.__init__, "__defaults__", (idle,))
+    monkeypatch.setattr("mv2v_engine.serving.http.routes.streams._IDLE_SECONDS", idle)
+
+    def frames() -> Iterator[bytes]:
+        yield sent
+        time.sleep(2 * idle)
+
+    with serving(tmp_path, Negatives()) as live, live.client() as client:
+        stream = begun(client)
+        if way == "body":
+            answer = client.put(f"/v1/streams/{stream}/source", content=frames())
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (408, "request_timeout")
+            said = error["message"]
+        else:
+            opened = connect(address(live, stream), proxy=None)  # type: ignore[arg-type]
+            with opened as socket, pytest.raises(ConnectionClosed) as caught:
+                socket.send(sent)
+                socket.recv(PATIENCE)
+            assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
+            said = caught.value.rcvd.reason
+        assert f"go on from frame {FIRST}, counted from 0" in said
+        assert said.endswith("are not kept")
 
 
 def test_a_service_that_stops_says_where_to_go_on(tmp_path: Path) -> None:

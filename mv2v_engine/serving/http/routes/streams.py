@@ -18,6 +18,7 @@ from fastapi import (
     status,
 )
 from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import WebSocketRoute
 from starlette.websockets import WebSocketState
@@ -205,8 +206,12 @@ async def put_stream_source(
         )
         raise ApiError("unsupported_media", message)
     with SourceUpload(stream) as upload, suppress(ClientDisconnect):
-        async for data in request.stream():
-            await upload.write(data)
+        try:
+            async for data in request.stream():
+                await upload.write(data)
+        except HTTPException as error:  # its length has no limit, so that it is late
+            message = f"the frames stopped coming; {upload.goes_on}"
+            raise ApiError("request_timeout", message) from error
         if end:
             await upload.end()
     return status_of(stream)
@@ -240,9 +245,9 @@ async def source_socket(socket: WebSocket) -> None:
         if socket.application_state is WebSocketState.CONNECTING:
             await socket.send_denial_response(refusal(error))
             return
-        code, words = 1008, error.message[:100]
+        code, words = 1008, error.message[:120]
     except asyncio.TimeoutError:
-        code, words = 1001, f"no frame came for {_IDLE_SECONDS:g} s"
+        code, words = 1001, f"no frame came for {_IDLE_SECONDS:g} s; {upload.goes_on}"
     with suppress(WebSocketDisconnect):  # it may have left by now
         await socket.close(code, words)
 
