@@ -67,7 +67,7 @@ class NotFiniteError(MV2VError, FloatingPointError):
 
 
 class CancelledError(MV2VError, RuntimeError):
-    """The caller cancelled the turn; the session is as it was before the turn."""
+    """The caller cancelled the turn, or a stream's block; what was finished before is kept."""
 
 
 # oneDNN had no memory for the code of a shape; it remembers, and fails for it in this process

@@ -109,7 +109,7 @@ class CancelToken:
 
     def check(self) -> None:
         if self.cancelled:
-            raise CancelledError("the turn was cancelled; the session keeps its earlier turns")
+            raise CancelledError("cancelled; what was finished before is kept")
 
 
 def cancel_token(cancel: CancelToken | None) -> CancelToken:

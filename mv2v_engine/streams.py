@@ -203,19 +203,22 @@ def _run(
     prompts: list[tuple[float, str]],
     writer: RawWriter,
 ) -> int:
-    """Write blocks until there are enough; the exit code."""
+    """Write blocks until there are enough; the exit code.
+
+    Raises:
+        RequestError: all blocks were there, and the last one was made for another prompt.
+    """
     for words in opened.lost:
         say(words)
     fps, shown, why, code = opened.fps, _Progress(args.quiet), "", 0
-    said = 0
+    said, stored = 0, 0 if opened.folder is None else opened.folder.num_blocks
     count = None
     if args.seconds is not None:
         count = opened.block_of(math.ceil(args.seconds * fps) - 1)
     try:
         with cancel_on_interrupt() as cancel:
             while count is None or opened.num_blocks < count:
-                now = opened.first_frame(opened.num_blocks + 1) / fps
-                prompt = [words for second, words in prompts if second <= now][-1]
+                prompt = _prompt_of(prompts, opened, opened.num_blocks + 1)
                 if prompt != opened.prompt:
                     opened.prompt = prompt
                 is_made = _write_block(args, opened, writer, cancel, shown)
@@ -233,6 +236,8 @@ def _run(
             raise
         why, code = f"error: {error}", PARTIAL
     if opened.folder is not None:
+        if not why and 0 < stored == opened.num_blocks:
+            _require_heard(prompts, opened)
         try:
             report = {"version": __version__, **opened.report()}
             save_json(opened.folder.folder / "report.json", report)
@@ -242,6 +247,29 @@ def _run(
         kept = "" if opened.folder is None else f"; continue with: {resuming_line(args)}"
         say(f"{why}: {opened.num_blocks} blocks are finished{kept}")
     return code
+
+
+def _prompt_of(prompts: list[tuple[float, str]], opened: Stream, number: int) -> str:
+    """What a block is asked for."""
+    begins = opened.first_frame(number) / opened.fps
+    return [words for second, words in prompts if second <= begins][-1]
+
+
+def _require_heard(prompts: list[tuple[float, str]], opened: Stream) -> None:
+    """Refuse a prompt that comes when nothing is left to make.
+
+    Raises:
+        RequestError: the last block was made for another one.
+    """
+    assert opened.folder is not None
+    asked, number = _prompt_of(prompts, opened, opened.num_blocks), opened.num_blocks
+    made = opened.folder.read_block(number).prompt
+    if asked != made:
+        raise RequestError(
+            f"the stream is finished, and its last block was made for {made!r}, so the prompt "
+            f"{asked!r} changes nothing; replace the stream with --overwrite, choose another "
+            "--out, or give more --seconds"
+        )
 
 
 def _write_block(

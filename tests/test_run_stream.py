@@ -72,6 +72,24 @@ def test_it_goes_on_with_the_same_bytes(
     assert video.read_bytes() == (unbroken / "video.mp4").read_bytes()
 
 
+def test_a_prompt_that_comes_too_late(
+    unbroken: Path, causal_folder: Path, tmp_path: Path, capsys: Capture
+) -> None:
+    """Nothing is left to make for it, which is said, and all stays as it was."""
+    shutil.copytree(unbroken, tmp_path, dirs_exist_ok=True)
+    files = [tmp_path / "video.mp4", tmp_path / "video.stream" / "report.json"]
+    before = [path.read_bytes() for path in files]
+    where = ["--out", str(files[0]), "--checkpoint", str(causal_folder), "--resume"]
+    words = ["a blue box" if word == "the ball rolls" else word for word in WORDS]
+    assert run.main([*words, *where, "--seconds", "2"]) == 2
+    said = capsys.readouterr().err
+    assert "last block was made for 'the ball rolls', so the prompt 'a blue box' changes" in said
+    assert [path.read_bytes() for path in files] == before
+    # of a stream that grows it holds for what is made
+    assert run.main([*words, *where, "--seconds", "2.5", "--quiet"]) == 0
+    assert StreamFolder(tmp_path / "video.stream").read_block(6).prompt == "a blue box"
+
+
 def test_killed_and_resumed(unbroken: Path, causal_folder: Path, tmp_path: Path) -> None:
     """Killed without warning once two blocks are there."""
     video = tmp_path / "video.mp4"
@@ -319,7 +337,8 @@ def test_what_an_edit_refuses(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     said = refused(checkpoint=causal_editor_folder)
-    assert "causal_editor edits by instruction, and there is nothing to edit" in said
+    expected = "and there is nothing to edit; give it a source: a video, or frames as they come"
+    assert f"causal_editor edits by instruction, {expected}\n" in said
     assert "takes no source" in refused(str(long_clip))
     assert "give --out -" in refused("--raw")
     assert "and there is none" in refused("--source-size", "48x32")

@@ -139,14 +139,31 @@ class KeptFolder:
         save_json(self.manifest, {**content, "sha256": _words_digest(content)})
 
     def check_identity(self, manifest: dict[str, Any], identity: dict[str, Any]) -> None:
-        """Refuse to continue a session of another clip or checkpoint."""
+        """Refuse to continue a session of another clip or checkpoint.
+
+        Raises:
+            StorageError: so it is; it names the first thing that differs, of settings each one.
+        """
         for name, value in identity.items():
             stored = manifest["identity"].get(name)
-            if stored != value:
-                raise StorageError(
-                    f"{self.folder} holds a {self.of} whose {name} is {stored!r}, this one's is "
-                    f"{value!r}; give the same input, or choose another folder"
-                )
+            if stored == value:
+                continue
+            had, given = {name: stored}, {name: value}
+            if isinstance(stored, dict) and isinstance(value, dict):
+                had, given = stored, value
+            shown = [
+                [repr(side[each]) if each in side else "not set" for side in (had, given)]
+                for each in had | given
+            ]
+            said = "; whose ".join(
+                f"{each} is {before}, this one's is {now}"
+                for each, (before, now) in zip(had | given, shown, strict=True)
+                if before != now
+            )
+            raise StorageError(
+                f"{self.folder} holds a {self.of} whose {said}; give the same input, or choose "
+                "another folder"
+            )
 
 
 class SessionFolder(KeptFolder):

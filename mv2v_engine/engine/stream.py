@@ -188,7 +188,9 @@ class Stream:
         is a source, or without end.
 
         A resumed stream first hands over those behind its snapshot again. A block counts once the
-        next one is asked for; whoever stops in between goes on with the one after.
+        next one is asked for; whoever stops in between goes on with the one after. Where `cancel`
+        is cancelled, `CancelledError` comes instead of the block under way, which the next call
+        without that token makes, or the stream resumed from its folder, to the same bits.
 
         Raises:
             as `events`.
@@ -203,7 +205,8 @@ class Stream:
         """What `blocks` gives, and what happens in between.
 
         Raises:
-            CancelledError: between two steps; the block under way is made again by the next call.
+            CancelledError: `cancel` was cancelled, seen between two steps, or while frames are
+                waited for; the block under way is made again by the next call.
             NotFiniteError: a block's latents or frames are not finite.
             VideoError: what the source gives is no frame, or cannot be read any further.
             StorageError: the folder does not take a block, or one that it holds is damaged.
@@ -652,8 +655,8 @@ def check_source(shape: TransformerConfig, name: str, has_source: bool) -> None:
     takes = bool(shape.source_channels)
     if takes and not has_source:
         raise RequestError(
-            f"{name} edits by instruction, and there is nothing to edit: give a source "
-            "(source=FRAMES, run stream SOURCE)"
+            f"{name} edits by instruction, and there is nothing to edit; give it a source: a "
+            "video, or frames as they come"
         )
     if has_source and not takes:
         raise RequestError(

@@ -351,7 +351,7 @@ def test_cancelling_leaves_the_session_as_it_was(
         if seen[0] == step:
             token.cancel()
 
-    with pytest.raises(CancelledError, match="keeps its earlier turns"):
+    with pytest.raises(CancelledError, match="what was finished before is kept"):
         session.render("arc_left", on_progress=cancel_at, cancel=token)
     assert seen[0] == step
     assert session.turns == [first] and engine.cache.ids() == ids

@@ -167,6 +167,29 @@ def test_a_cancelled_block_is_made_again(
     assert all(map(torch.equal, (b.frames for b in made), (b.frames for b in unbroken)))
 
 
+def test_a_cancelled_stream_goes_on_from_its_folder(
+    causal: Engine, config: StreamConfig, unbroken: list[StreamBlock], tmp_path: Path
+) -> None:
+    """What comes out of `blocks` is `CancelledError`, again as long as the token is the same."""
+    token, made = CancelToken(), []
+    with causal.stream(seed=4, config=config, store=tmp_path) as stream:
+        made += _made(stream, 4)
+        stream.prompt = PROMPTS[4]
+        events = stream.events(5, token)
+        while not isinstance(next(events), StepDone):
+            pass
+        token.cancel()
+        with pytest.raises(CancelledError, match="what was finished before is kept"):
+            list(events)
+        with pytest.raises(CancelledError):
+            next(stream.blocks(5, token))
+        assert stream.num_blocks == 4
+    with causal.stream(seed=4, config=config, store=tmp_path, resume=True) as stream:
+        made += [block for block in _made(stream) if not block.is_again]
+    assert len(made) == COUNT
+    assert all(map(torch.equal, (b.frames for b in made), (b.frames for b in unbroken)))
+
+
 @pytest.mark.parametrize("policy", ["memrope", "sink", "window"])
 def test_memory_is_flat(causal: Engine, policy: Any) -> None:
     settings = StreamConfig(
@@ -284,9 +307,15 @@ def test_another_stream_is_not_continued(
         causal.stream(seed=4, config=config, store=tmp_path)
     with pytest.raises(StorageError, match="a stream whose seed is 4, this one's is 5"):
         causal.stream(seed=5, config=config, store=tmp_path, resume=True)
-    other = dataclasses.replace(config, window=10)
-    with pytest.raises(StorageError, match="whose settings is"):
+    # of the settings those that differ, and no others
+    other = dataclasses.replace(config, window=10, policy="sink")
+    said = (
+        f"{tmp_path} holds a stream whose policy is 'memrope', this one's is 'sink'; whose window "
+        f"is {config.window}, this one's is 10; give the same input, or choose another folder"
+    )
+    with pytest.raises(StorageError) as caught:
         causal.stream(seed=4, config=other, store=tmp_path, resume=True)
+    assert str(caught.value) == said
 
 
 def test_rounded_weights_are_another_stream(

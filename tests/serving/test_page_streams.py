@@ -35,6 +35,13 @@ def test_a_stream_plays_changes_and_stops(
     page.get_by_role("button", name="Start").click()
     wait_for_page(page, "() => document.querySelector('.live-video').currentTime > 0.5")
     assert page.evaluate("() => document.querySelector('.live-video').videoWidth") == 48
+    # what its viewer has stopped stays so while more of it comes
+    page.evaluate("() => document.querySelector('.live-video').pause()")
+    held = page.evaluate("() => document.querySelector('.live-video').buffered.end(0)")
+    wait_for_page(
+        page, "(held) => document.querySelector('.live-video').buffered.end(0) > held + 1", held
+    )
+    assert page.evaluate("() => document.querySelector('.live-video').paused")
     page.get_by_label("Prompt").fill("a blue box")
     page.get_by_role("button", name="Change prompt").click()
     page.get_by_text("The prompt holds from block").wait_for(state="attached")
@@ -52,7 +59,19 @@ def test_a_stream_plays_changes_and_stops(
         page.get_by_text("the stream was cancelled").wait_for()
         now = client.get(f"/v1/streams/{stream['id']}").json()
         assert (now["state"], now["prompt"]) == ("cancelled", "a blue box")
-    assert page.get_by_role("button", name="Stop").is_disabled()
+        assert page.get_by_role("button", name="Stop").is_disabled()
+        # what is kept is there after a reload, plays again, and can be deleted
+        page.reload()
+        row = page.get_by_role("listitem").filter(has_text="a blue box")
+        assert "cancelled" in row.inner_text()
+        row.get_by_role("button", name="Play").click()
+        wait_for_page(page, "() => document.querySelector('.live-video').currentTime > 0.5")
+        screenshots(page, tmp_path)
+        row.get_by_role("button", name="Delete").click()
+        page.get_by_role("dialog").get_by_role("button", name="Delete it").click()
+        row.wait_for(state="detached")
+        assert client.get("/v1/streams").json()["data"] == []
+        assert not page.locator("#streams [role=alert]").is_visible()
 
 
 def test_a_camera_is_edited_live(

@@ -16,6 +16,7 @@ import pytest
 pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 
 from mv2v_engine.serving.config import Limits
+from mv2v_engine.serving.http.stream_schemas import status_of
 from mv2v_engine.serving.service import Service
 from mv2v_engine.serving.store.retention import expired
 from mv2v_engine.serving.store.streams import read_records, stream_folder, video_path
@@ -57,11 +58,15 @@ def video(service: Service, stream: Stream) -> bytes:
 
 @in_loop
 async def test_a_stream_waits_for_its_furthest_reader(tmp_path: Path) -> None:
-    async with serving(tmp_path, StreamBackend(), stream_ahead=3.0) as (service, _):
+    backend = StreamBackend()
+    async with serving(tmp_path, backend, stream_ahead=3.0) as (service, _):
         stream = await begun(service)
         await until(stream, lambda: stream.waits_for == "reader")
         # the first block has three frames fewer, so three seconds are three blocks and a part
         assert stream.num_blocks == 4
+        # what is not asked for is the model's own, and its bytes are counted as they come
+        told = status_of(stream)
+        assert told.policy == "memrope" and told.bytes > backend.size
         parts = await service.stream_video("", stream.record.id, 1, None, 10.0)
         assert await anext(parts) == HEAD
         for number in range(1, 4):

@@ -7,6 +7,7 @@ would be.
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import random
 import signal
@@ -32,7 +33,9 @@ from starlette.websockets import WebSocket
 from websockets.exceptions import ConnectionClosed, InvalidStatus
 from websockets.sync.client import connect
 
+from mv2v_engine.serving.config import Limits
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.http.bodies import BodyLimit
 from mv2v_engine.serving.http.routes.streams import source_socket
 from mv2v_engine.serving.store.source_frames import MOST_BLOCKS, SourceFrames
 from mv2v_engine.serving.store.streams import engine_folder
@@ -159,6 +162,48 @@ def test_a_socket_takes_the_same_bytes(client: httpx.Client, live: Any, backend:
     until(lambda: len(places) <= 1)
 
 
+def test_a_text_is_no_frame(client: httpx.Client, live: Any) -> None:
+    """Frames that are sent as text would be lost; it is said."""
+    with connect(address(live, begun(client)), proxy=None) as socket:  # type: ignore[arg-type]
+        socket.send("AAAA")
+        with pytest.raises(ConnectionClosed) as caught:
+            socket.recv(PATIENCE)
+    said = caught.value.rcvd
+    assert said is not None and (said.code, said.reason) == (
+        1003,
+        "frames come in binary messages, and of texts there is end",
+    )
+
+
+@pytest.mark.parametrize("way", ["body", "socket"])
+def test_who_sends_is_told_why_the_stream_ended(
+    serving: Callable[..., Any], tmp_path: Path, way: str
+) -> None:
+    """A stream that nobody reads is made as far as its token's seconds go, and ends there."""
+    frames = [bytes(BLOCK_FRAMES * FRAME)] * 9
+    limits = Limits(stream_seconds=2.0)
+    with serving(tmp_path, Negatives(), limits=limits) as live, live.client() as client:
+        stream = begun(client)
+        if way == "body":
+            answer = client.put(f"/v1/streams/{stream}/source", content=iter(frames))
+            assert answer.status_code == 409
+            said = answer.json()["error"]["message"]
+        else:
+            opened = connect(address(live, stream), proxy=None)  # type: ignore[arg-type]
+            with opened as socket, pytest.raises(ConnectionClosed) as caught:
+                for frame in frames:
+                    socket.send(frame)
+                socket.recv(PATIENCE)
+            assert caught.value.rcvd is not None
+            said = caught.value.rcvd.reason
+        expected = "the stream takes no more frames: the token's streams have 2 s of video"
+        assert said.startswith(expected)
+        now = until(lambda: (s := status(client, stream))["state"] != "running" and s)
+        assert (now["state"], now["error"]["code"]) == ("finished", "stream_limit")
+        # 5 and 8 and 8 frames, at 8 a second
+        assert now["blocks"] == 3 and now["bytes"] > 0
+
+
 def test_who_left_before_it_was_told_is_no_fault(live: Any) -> None:
     told: list[str] = []
 
@@ -184,18 +229,26 @@ def test_who_left_before_it_was_told_is_no_fault(live: Any) -> None:
 def test_sockets_are_guarded_as_requests_are(
     serving: Callable[..., Any], live: Any, client: httpx.Client, tmp_path: Path
 ) -> None:
+    """Who is refused at the door is told why, as over HTTP."""
+
+    def refused(place: str, **options: Any) -> tuple[int, str]:
+        with pytest.raises(InvalidStatus) as caught:
+            connect(place, proxy=None, **options)  # type: ignore[arg-type]
+        answer = caught.value.response
+        return answer.status_code, json.loads(answer.body)["error"]["code"]
+
     stream = begun(client)
-    with pytest.raises(InvalidStatus) as caught:
-        connect(address(live, stream), origin="http://elsewhere.example", proxy=None)  # type: ignore[arg-type]
-    assert caught.value.response.status_code == 403
-    with pytest.raises(InvalidStatus):
-        connect(address(live, "stream_" + 24 * "0"), proxy=None).recv(PATIENCE)
+    elsewhere = refused(address(live, stream), origin="http://elsewhere.example")
+    assert elsewhere == (403, "wrong_origin")
+    assert refused(address(live, "stream_" + 24 * "0")) == (404, "not_found")
+    with connect(address(live, stream), proxy=None):  # type: ignore[arg-type]
+        assert refused(address(live, stream)) == (409, "busy")
     with serving(tmp_path / "other", Negatives(), tokens=("a secret",)) as closed:
         with closed.client("a secret") as known:
             stream = begun(known)
         for protocols in (None, ["mv2v", "token." + b"a guess".hex()], ["token.zz"]):
-            with pytest.raises(InvalidStatus):
-                connect(address(closed, stream), subprotocols=protocols, proxy=None)  # type: ignore[arg-type]
+            said = refused(address(closed, stream), subprotocols=protocols)
+            assert said == (401, "authentication_required")
         protocols = ["mv2v", "token." + b"a secret".hex()]
         with connect(address(closed, stream), subprotocols=protocols, proxy=None) as socket:  # type: ignore[arg-type]
             socket.send(bytes(FIRST * FRAME))
@@ -240,6 +293,36 @@ def test_an_editor_edits_what_is_sent(
         now = status(client, stream)
         assert (now["state"], now["error"], now["frames"]) == ("finished", None, len(frames))
         assert backend.restarts == 1 and now["restarts"] <= 1
+
+
+@pytest.mark.parametrize("way", ["body", "socket"])
+def test_frames_that_stop_coming_say_where_to_go_on(
+    serving: Callable[..., Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, way: str
+) -> None:
+    idle, sent = 3.0, bytes((FIRST + 1) * FRAME)
+    monkeypatch.setattr(BodyLimit.__init__, "__defaults__", (idle,))
+    monkeypatch.setattr("mv2v_engine.serving.http.routes.streams._IDLE_SECONDS", idle)
+
+    def frames() -> Iterator[bytes]:
+        yield sent
+        time.sleep(2 * idle)
+
+    with serving(tmp_path, Negatives()) as live, live.client() as client:
+        stream = begun(client)
+        if way == "body":
+            answer = client.put(f"/v1/streams/{stream}/source", content=frames())
+            error = answer.json()["error"]
+            assert (answer.status_code, error["code"]) == (408, "request_timeout")
+            said = error["message"]
+        else:
+            opened = connect(address(live, stream), proxy=None)  # type: ignore[arg-type]
+            with opened as socket, pytest.raises(ConnectionClosed) as caught:
+                socket.send(sent)
+                socket.recv(PATIENCE)
+            assert caught.value.rcvd is not None and caught.value.rcvd.code == 1001
+            said = caught.value.rcvd.reason
+        assert f"go on from frame {FIRST}, counted from 0" in said
+        assert said.endswith("are not kept")
 
 
 def test_a_service_that_stops_says_where_to_go_on(tmp_path: Path) -> None:

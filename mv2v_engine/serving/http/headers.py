@@ -44,19 +44,14 @@ _LOOPBACK = frozenset({"localhost", "127.0.0.1", "::1"})
 
 
 class Refusal(JSONResponse):
-    """An error as an answer, which tells the request's id.
-
-    A WebSocket that is not open yet is closed, which is a 403.
-    """
+    """An error as an answer, which tells the request's id; of a WebSocket that is not open yet,
+    too."""
 
     def __init__(self, error: ApiError) -> None:
         super().__init__(error.to_dict(), error.status, error.headers)
         self._error = error
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] == "websocket":
-            await send({"type": "websocket.close", "code": 1008, "reason": ""})
-            return
         request_id = scope.get("state", {}).get("request_id")
         self.body = self.render(self._error.to_dict(request_id))
         self.headers["content-length"] = str(len(self.body))

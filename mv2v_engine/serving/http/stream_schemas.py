@@ -78,8 +78,8 @@ class StreamStatus(BaseModel):
     prompt: of the blocks to come. blocks: finished ones; num_blocks: after which it ends, null if
     it goes on. waits_for: why no block of a running one is made now: for a reader, for frames to
     edit, or for a worker. codec: what a player must know, as `video/mp4; codecs="avc1.…"` has it.
-    restarts: how often it went on where it stood after a process had ended. bytes: on the disk,
-    once it has ended.
+    restarts: how often it went on where it stood after a process had ended. bytes: on the disk;
+    of a running one they are counted every ten seconds.
     """
 
     model_config = ConfigDict(
@@ -92,7 +92,7 @@ class StreamStatus(BaseModel):
                 "waits_for": None,
                 "prompt": "a red kite over a beach",
                 "seed": 7,
-                "policy": None,
+                "policy": "memrope",
                 "num_blocks": None,
                 "blocks": 41,
                 "frames": 489,
@@ -106,7 +106,7 @@ class StreamStatus(BaseModel):
                 "error": None,
                 "readers": 1,
                 "restarts": 0,
-                "bytes": 0,
+                "bytes": 98304000,
                 "latency": None,
             }
         ),

@@ -34,12 +34,13 @@ class StreamRecord:
     """One stream. Times are unix seconds.
 
     prompt: of the blocks to come. blocks: after which it ends; None: it goes on. policy: what a
-        block sees of those before; None is the checkpoint's. has_source: it edits frames that are
-        sent to it.
+        block sees of those before; None, in records that are older: the checkpoint's. has_source:
+        it edits frames that are sent to it.
     fps: of the video. width, height: its pixels. block_frames: of every block but the first, which
         has `lead` fewer.
     error: {"code", "message"} of one that failed, was cancelled, or came to a limit.
-    used: on the store's clock, when it was last read or changed. bytes: of its files, once ended.
+    used: on the store's clock, when it was last read or changed. bytes: of its files; of one that
+        is made, when they were last counted.
     files: what is promised of an ended one's video (`digests`). restarts: how often it was begun
         again where it stood, because a process had ended.
     """

@@ -41,7 +41,7 @@ def make_stream(
         prompt=prompt,
         seed=asked.get("seed", 0),
         blocks=blocks,
-        policy=policy,
+        policy=settings.policy,
         has_source=stream["has_source"],
         fps=sampling["fps"],
         width=width,

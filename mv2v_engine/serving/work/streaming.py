@@ -33,6 +33,7 @@ from mv2v_engine.serving.store.source_frames import SourceFrames
 from mv2v_engine.serving.store.streams import (
     StreamRecord,
     ended_record,
+    folder_bytes,
     read_records,
     save_record,
     stream_folder,
@@ -50,6 +51,8 @@ Waiting = Literal["reader", "source", "worker"]
 # blocks whose seconds a status is of
 _MEASURED = 1_000
 _CHUNK_BYTES = 256 << 10
+# seconds between two counts of a stream's bytes: its files are many
+_COUNT_SECONDS = 10.0
 # seconds that a cancelled block has to reach its next step when the service stops
 _LAST_STEP_SECONDS = 15.0
 # an empty box, which players skip: it keeps a connection on which nothing happens
@@ -89,6 +92,7 @@ class Stream:
         self.seconds = deque[float](maxlen=_MEASURED)
         self.engine_seconds = deque[float](maxlen=_MEASURED)
         self.frames = deque[int](maxlen=_MEASURED)
+        self.counted = float("-inf")  # when its bytes were, by the monotonic clock
         self._changed = asyncio.Event()
 
     @property
@@ -506,9 +510,9 @@ class Streams:
     async def _took(self, stream: Stream, answer: Json, asked: float, began: float) -> None:
         """A block is in the video."""
         now, before = time.monotonic(), stream.num_frames
+        folder = stream_folder(self.store, stream.record.id)
         if not stream.num_blocks:
-            video = video_path(stream_folder(self.store, stream.record.id))
-            stream.head = await asyncio.to_thread(read_head, video)
+            stream.head = await asyncio.to_thread(read_head, video_path(folder))
         if stream.first_seconds is None:
             stream.first_seconds = now - began
         stream.ends.append(answer["end"])
@@ -517,6 +521,9 @@ class Streams:
         stream.frames.append(stream.num_frames - before)
         if stream.source is not None:
             stream.source.drop(stream.num_blocks)
+        if now - stream.counted >= _COUNT_SECONDS:
+            stream.counted, size = now, await asyncio.to_thread(folder_bytes, folder)
+            stream.record = replace(stream.record, bytes=size)
         stream.changed()
         frames, seconds = stream.frames[-1], now - asked
         self._tell(lambda listener: listener.stream_block(stream.record, frames, seconds))

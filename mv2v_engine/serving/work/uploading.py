@@ -35,6 +35,15 @@ class SourceUpload:
     def __exit__(self, *error: object) -> None:
         self.stream.is_fed = False
 
+    @property
+    def goes_on(self) -> str:
+        """Where the next client begins, in words: a block is kept whole or not at all."""
+        number = self.source.first_lacking(self.stream.num_blocks + 1)
+        return (
+            f"go on from frame {self.source.first_frame(number)}, counted from 0: those of a block "
+            "that was not filled are not kept"
+        )
+
     async def write(self, data: bytes) -> None:
         """Take bytes, once there is room for them. Raises busy: the stream has ended; disk_full."""
         view = memoryview(data)
@@ -68,14 +77,10 @@ class SourceUpload:
     def _require_live(self) -> None:
         stream = self.stream
         if stream.is_stopping:
-            # a block is kept whole or not at all, so the client has to know where it begins
-            number = self.source.first_lacking(stream.num_blocks + 1)
-            message = (
-                f"the service is stopping; when it is back, go on from frame "
-                f"{self.source.first_frame(number)}, counted from 0: those of a block that was not "
-                "filled are not kept"
-            )
+            message = f"the service is stopping; when it is back, {self.goes_on}"
             raise ApiError("not_ready", message)
         is_over = stream.source is not None and stream.source.is_ended
         if stream.record.is_ended or stream.is_cancelling or is_over:
-            raise ApiError("busy", "the stream has ended, or takes no more frames; begin another")
+            why = stream.record.error
+            said = "; begin another" if why is None else f": {why['message']}"
+            raise ApiError("busy", f"the stream takes no more frames{said}")

@@ -205,7 +205,7 @@ async function start() {
     $("streams").hidden = false;
     $("shell").classList.add("alone");
     const { Live } = await import("./live.js");
-    new Live(model);
+    new Live(model, confirmed);
     return;
   }
   if (model.kind === "edits") {

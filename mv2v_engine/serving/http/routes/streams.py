@@ -18,10 +18,13 @@ from fastapi import (
     status,
 )
 from fastapi.responses import StreamingResponse
+from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 from starlette.routing import WebSocketRoute
+from starlette.websockets import WebSocketState
 
 from mv2v_engine.serving.errors import ApiError
+from mv2v_engine.serving.http.headers import refusal
 from mv2v_engine.serving.http.routes.jobs import KEEP_ALIVE_SECONDS
 from mv2v_engine.serving.http.routes.parameters import (
     ANY,
@@ -203,15 +206,22 @@ async def put_stream_source(
         )
         raise ApiError("unsupported_media", message)
     with SourceUpload(stream) as upload, suppress(ClientDisconnect):
-        async for data in request.stream():
-            await upload.write(data)
+        try:
+            async for data in request.stream():
+                await upload.write(data)
+        except HTTPException as error:  # its length has no limit, so that it is late
+            message = f"the frames stopped coming; {upload.goes_on}"
+            raise ApiError("request_timeout", message) from error
         if end:
             await upload.end()
     return status_of(stream)
 
 
 async def source_socket(socket: WebSocket) -> None:
-    """The same as `put_stream_source` for a browser, which cannot send a body without an end."""
+    """The same as `put_stream_source` for a browser, which cannot send a body without an end.
+
+    What is refused before it is open is an answer as any; later it is a close with its reason.
+    """
     service: Service = socket.app.state.service
     try:
         stream = service.streams.find(socket.state.owner, socket.path_params["stream_id"])
@@ -221,15 +231,23 @@ async def source_socket(socket: WebSocket) -> None:
                 message = await asyncio.wait_for(socket.receive(), _IDLE_SECONDS)
                 if message["type"] == "websocket.disconnect":
                     return
-                if message.get("text") == "end":
+                data = message.get("bytes")
+                if data is not None:
+                    await upload.write(data)
+                elif message.get("text") == "end":
                     await upload.end()
                     await socket.close()
                     return
-                await upload.write(message.get("bytes") or b"")
+                else:
+                    code, words = 1003, "frames come in binary messages, and of texts there is end"
+                    break
     except ApiError as error:
-        code, words = 1008, error.message[:100]
+        if socket.application_state is WebSocketState.CONNECTING:
+            await socket.send_denial_response(refusal(error))
+            return
+        code, words = 1008, error.message[:120]
     except asyncio.TimeoutError:
-        code, words = 1001, f"no frame came for {_IDLE_SECONDS:g} s"
+        code, words = 1001, f"no frame came for {_IDLE_SECONDS:g} s; {upload.goes_on}"
     with suppress(WebSocketDisconnect):  # it may have left by now
         await socket.close(code, words)
 
