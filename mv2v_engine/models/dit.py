@@ -37,6 +37,7 @@ from mv2v_engine.models.stream_cache import ArrivingLayer, StreamCache
 from mv2v_engine.models.stream_history import StreamHistory
 from mv2v_engine.models.vace import Hints, VaceBlock
 from mv2v_engine.ops.adaln import adaln
+from mv2v_engine.ops.conv3d import PatchConv3d
 from mv2v_engine.parallel.context import ContextGroup, Shard
 from mv2v_engine.tokens.layout import Layout, Run
 from mv2v_engine.tokens.plan import Segment, TokenPlan
@@ -61,12 +62,10 @@ class MV2VTransformer(nn.Module):
         self.config = config
         dim = config.dim
         channels = config.latent_channels if config.vace_layers else config.in_channels
-        self.patch_embedding = nn.Conv3d(channels, dim, (1, 2, 2), stride=(1, 2, 2))
+        self.patch_embedding = PatchConv3d(channels, dim, (1, 2, 2))
         self.vace_patch_embedding = None
         if config.vace_layers:
-            self.vace_patch_embedding = nn.Conv3d(
-                config.source_channels, dim, (1, 2, 2), stride=(1, 2, 2)
-            )
+            self.vace_patch_embedding = PatchConv3d(config.source_channels, dim, (1, 2, 2))
         self.tokenizers = nn.ModuleDict(
             {str(k): Tokenizer(config.latent_channels, dim, k) for k in config.tokenizers}
         )

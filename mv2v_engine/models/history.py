@@ -24,6 +24,7 @@ from torch.nn import functional as F
 from mv2v_engine.config import TransformerConfig
 from mv2v_engine.errors import RequestError
 from mv2v_engine.models.attention import SelfAttention
+from mv2v_engine.ops.conv3d import PatchConv3d
 from mv2v_engine.shapes import rate_of
 from mv2v_engine.tokens.encoders import FRAMES_AT_ONCE, history_strides
 from mv2v_engine.tokens.layout import encoded_grid
@@ -124,7 +125,7 @@ class HistoryEncoder(nn.Module):
         self.convs, widths = nn.ModuleList(), self.config.channels
         if self.config.branches == "kernel":
             size = (self.frames, self.patch, self.patch)
-            self.kernel = nn.Conv3d(self.channels, config.dim, size, stride=size)
+            self.kernel = PatchConv3d(self.channels, config.dim, size)
         if not self.config.has_convolutions:
             return
         strides = history_strides(self.patch, self.frames)

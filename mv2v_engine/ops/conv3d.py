@@ -1,8 +1,12 @@
-"""3-D convolution on the CPU as one 2-D convolution per temporal tap.
+"""3-D convolution on the CPU where the library's own is slow, or wrong.
 
 PyTorch has no fast 3-D convolution for CPUs: oneDNN is not asked. A kernel of three frames is the
 sum of three 2-D kernels on shifted frames, which takes a whole decoder a third of the time
 (`profiling/bench_vae.py`).
+
+In bfloat16 oneDNN is asked, and on CPUs with AMX its result is wrong, without a word, for few
+channels, a stride that is the kernel and is 4 or more, and columns that it divides: a tokenizer's
+case. Patches that do not overlap need no convolution: they are one matrix product.
 
 B batch, C O channels, T H W frames, rows, columns.
 """
@@ -41,6 +45,23 @@ def conv3d_by_taps(
     assert out is not None  # a kernel has at least one tap
     video: Tensor = out.unflatten(0, (batch, num_frames)).transpose(1, 2)
     return video
+
+
+class PatchConv3d(nn.Conv3d):
+    """A convolution whose stride is its kernel: every patch [C, t, h, w] becomes one vector [O]."""
+
+    def __init__(self, channels: int, made: int, patch: tuple[int, int, int]) -> None:
+        super().__init__(channels, made, patch, stride=patch)
+
+    def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        is_rounded = weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
+        if x.device.type != "cpu" or not is_rounded:
+            return super()._conv_forward(x, weight, bias)
+        for axis, size in zip((2, 4, 6), weight.shape[2:], strict=True):
+            count = x.shape[axis] // size
+            x = x.narrow(axis, 0, count * size).unflatten(axis, (count, size))
+        patches = x.permute(0, 2, 4, 6, 1, 3, 5, 7).flatten(4)
+        return F.linear(patches, weight.flatten(1), bias).movedim(-1, 1)
 
 
 def speed_up_conv3d(model: nn.Module) -> None:

@@ -8,12 +8,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from mv2v_engine.ops.conv3d import PatchConv3d
 
-class Tokenizer(nn.Conv3d):
+
+class Tokenizer(PatchConv3d):
     """A convolution of kernel and stride (1, k, k) over replicate-padded latents."""
 
     def __init__(self, in_channels: int, dim: int, patch: int) -> None:
-        super().__init__(in_channels, dim, (1, patch, patch), stride=(1, patch, patch))
+        super().__init__(in_channels, dim, (1, patch, patch))
         self.patch = patch
 
     def forward(self, latents_BCFHW: Tensor) -> Tensor:
