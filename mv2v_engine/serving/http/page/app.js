@@ -169,7 +169,7 @@ async function load() {
     try {
       const { session } = readHash();
       const found = await Promise.all([
-        api.model(), session && api.whole(session).catch(() => null)]);
+        api.model(), session && api.whole(session).catch(() => null), window.begun?.stands]);
       replace(place);
       return found;
     } catch (error) {
