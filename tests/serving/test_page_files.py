@@ -94,7 +94,9 @@ def test_the_first_script_stands_in_the_page_and_no_other_would_run(http: httpx.
     answer, other = http.get("/"), http.get("/docs")
     assert "</script" not in script
     reference = f'<script src="page/{FIRST}"></script>'
-    assert answer.text == (PAGE / INDEX).read_text().replace(reference, f"<script>{script}</script>")
+    assert answer.text == (PAGE / INDEX).read_text().replace(
+        reference, f"<script>{script}</script>"
+    )
     assert script in answer.text
     policy, others = (one.headers["content-security-policy"] for one in (answer, other))
     digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
