@@ -8,7 +8,8 @@ video, and with a session of one turn. The browser's own observers tell. `paint_
 the largest contentful paint, from the navigation's start; `shift`: the largest sum of layout shifts
 that no input caused; `script_bytes`: of all scripts, as they are written; `requests`: how many
 answers there were until then. `main_ms` and `service_ms`: medians of the CPU milliseconds of the
-page's main thread and of the service, which other programs lengthen least.
+page's main thread and of the service, which other programs lengthen least. For two seconds nothing
+is asked of the browser: what drives it would take the page's main thread while it is painted.
 
 With `--against` the page of another commit is opened after each of this one's. `paint_ratio`,
 `main_ratio` and `service_ratio` are the medians of the pairs' ratios, this one to that one.
@@ -42,6 +43,7 @@ SCREENS = {"desktop": {"width": 1440, "height": 900}, "phone": {"width": 360, "h
 COLUMNS = "place screen paint_ms paint_max_ms main_ms service_ms shift requests script_bytes"
 COMPARED = " paint_ratio main_ratio service_ratio load_average"
 _PATIENCE = 240_000  # ms
+_UNDISTURBED = 2000  # ms
 _OBSERVE = """() => new Promise((done) => {
   const found = { paint: 0, shift: 0, shifted: [] };
   const observe = (type, take) => new PerformanceObserver((list) =>
@@ -56,7 +58,8 @@ _OBSERVE = """() => new Promise((done) => {
   found.requests = 1 + resources.length;
   const scripts = resources.filter(({ initiatorType, name }) =>
     initiatorType === "script" || name.endsWith(".js"));
-  found.script = scripts.reduce((sum, { decodedBodySize }) => sum + decodedBodySize, 0);
+  found.script = scripts.reduce((sum, { decodedBodySize }) => sum + decodedBodySize,
+    document.querySelector("script:not([src])")?.text.length ?? 0);
   setTimeout(() => done(found), 300);
 })"""
 
@@ -83,6 +86,7 @@ def opened(browser: Browser, place: Place, viewport: dict[str, int]) -> dict[str
     developer = context.new_cdp_session(page)
     developer.send("Performance.enable", {"timeDomain": "threadTicks"})
     page.goto(address, timeout=_PATIENCE)
+    page.wait_for_timeout(_UNDISTURBED)
     page.locator(is_there).wait_for(state="attached", timeout=_PATIENCE)
     found = painted(page)
     metrics = developer.send("Performance.getMetrics")["metrics"]

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import base64
 import os
 import re
 import shlex
 import shutil
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from pathlib import Path
@@ -21,6 +23,7 @@ pytest.importorskip("fastapi", reason="the extra [serve] is not installed")
 from mv2v_engine.parser import Parser, default_words
 from mv2v_engine.serving.command import add_serve
 from mv2v_engine.serving.errors import KINDS
+from mv2v_engine.serving.work.webhooks import signed, signing_key
 
 GUIDE = Path(__file__).resolve().parents[2] / "docs" / "serving.md"
 TEXT = GUIDE.read_text(encoding="utf-8")
@@ -120,10 +123,29 @@ def test_the_plain_client(
 ) -> None:
     shutil.copy(source_clip, tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
-    code, _ = blocks("python")
+    code, *_ = blocks("python")
     assert ADDRESS in code
     exec(compile(code.replace(ADDRESS, service.address), "serving.md", "exec"), {})
     assert (tmp_path / "turn1.mp4").read_bytes() == b"frames of turn 1"
+
+
+def test_a_callback_is_verified(monkeypatch: pytest.MonkeyPatch) -> None:
+    secret = "whsec_" + base64.b64encode(bytes(range(32))).decode()
+    monkeypatch.setenv("MV2V_WEBHOOK_SECRET", secret)
+    *_, code = blocks("python")
+    names: dict[str, Any] = {}
+    exec(compile(code, "serving.md", "exec"), names)
+    verified, now, body = names["verified"], int(time.time()), b'{"type": "job.finished"}'
+    headers = signed(signing_key(secret), "msg_job_a", now, body)
+    assert verified(headers, body)
+    # another key beside the service's, as while one is changed for another
+    several = f"v1,{base64.b64encode(bytes(32)).decode()} {headers['webhook-signature']}"
+    assert verified({**headers, "webhook-signature": several}, body)
+    assert not verified(headers, body + b" ")
+    assert not verified({**headers, "webhook-id": "msg_job_b"}, body)
+    assert not verified({**headers, "webhook-timestamp": str(now + 1)}, body)
+    assert not verified(signed(bytes(32), "msg_job_a", now, body), body)
+    assert not verified(signed(signing_key(secret), "msg_job_a", now - 400, body), body)
 
 
 def test_the_openai_client(
@@ -132,7 +154,7 @@ def test_the_openai_client(
     pytest.importorskip("openai")
     shutil.copy(source_clip, tmp_path / "clip.mp4")
     monkeypatch.chdir(tmp_path)
-    _, code = blocks("python")
+    _, code, _ = blocks("python")
     assert ADDRESS in code
     names: dict[str, Any] = {}
     with warnings.catch_warnings():

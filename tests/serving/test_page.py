@@ -21,6 +21,7 @@ from http_service import demo_clip
 
 from mv2v_engine.serving.http.page_files import (
     ENTRY,
+    FIRST,
     JOINED_SCRIPT,
     JOINED_STYLES,
     PAGE,
@@ -45,8 +46,8 @@ if TYPE_CHECKING:
 
 MOST_TABS = 6
 MOST_SCRIPT = 120_000  # bytes that the page of a model that makes turns is given
-# modules of the page at /docs, of a model that streams, and of what is behind a turn's fold
-ELSEWHERE = {"docs.js", "live.js", "report.js"}
+# modules of the page at /docs, of a model that streams, of what is behind a turn's fold, of words
+ELSEWHERE = {"docs.js", "live.js", "report.js", "moves.js"}
 FRAME = 8  # the frame that the scrubber is sent to
 LAST = 15  # the frame from which it is played, round the end
 
@@ -107,10 +108,13 @@ def test_the_browser_gets_little_script(address: str, open_page: Callable[..., P
     page.goto(address)
     wait_for_model(page)
     files = page_files()
-    written = {"first.js": files["first.js"], JOINED_SCRIPT: joined_modules(files, ENTRY)}
-    assert {name: response.text() for name, response in scripts.items()} == written
+    written = {FIRST: files[FIRST], JOINED_SCRIPT: joined_modules(files, ENTRY)}
+    given = {name: response.text() for name, response in scripts.items()}
+    # the first one stands in the page itself
+    given[FIRST] = page.locator("script:not([src])").evaluate("(script) => script.text")
+    assert given == written
     # every module is in one of them, but for those of elsewhere
-    for name in {name for name in files if name.endswith(".js")} - ELSEWHERE - {"first.js"}:
+    for name in {name for name in files if name.endswith(".js")} - ELSEWHERE - {FIRST}:
         assert re.search(
             rf"^const module_{name.removesuffix('.js')} = ", written[JOINED_SCRIPT], re.M
         )

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import base64
 import gzip
+import hashlib
 import shutil
 import subprocess
 from collections.abc import Callable, Iterator
@@ -12,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from mv2v_engine.serving.http.page_files import PAGE, STYLES, joined_modules
+from mv2v_engine.serving.http.page_files import FIRST, INDEX, PAGE, STYLES, joined_modules
 
 NODE = shutil.which("node")
 MODULES = {
@@ -73,7 +75,7 @@ def http(
 
 
 def test_files_are_compressed_and_sent_once(http: httpx.Client) -> None:
-    for address, name in [("/", "index.html"), ("/page/app.js", "app.js"), ("/docs", "docs.html")]:
+    for address, name in [("/page/app.js", "app.js"), ("/docs", "docs.html")]:
         written = (PAGE / name).read_bytes()
         plain = http.get(address, headers={"Accept-Encoding": "identity"})
         assert plain.content == written and "content-encoding" not in plain.headers
@@ -85,6 +87,21 @@ def test_files_are_compressed_and_sent_once(http: httpx.Client) -> None:
         assert (known.status_code, known.content) == (304, b"")
         assert known.headers["cache-control"] == "no-cache"
         assert http.get(address, headers={"If-None-Match": '"other"'}).status_code == 200
+
+
+def test_the_first_script_stands_in_the_page_and_no_other_would_run(http: httpx.Client) -> None:
+    script = (PAGE / FIRST).read_text()
+    answer, other = http.get("/"), http.get("/docs")
+    assert "</script" not in script
+    reference = f'<script src="page/{FIRST}"></script>'
+    assert answer.text == (PAGE / INDEX).read_text().replace(
+        reference, f"<script>{script}</script>"
+    )
+    assert script in answer.text
+    policy, others = (one.headers["content-security-policy"] for one in (answer, other))
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    assert policy == f"{others}; script-src 'self' 'sha256-{digest}'"
+    assert "unsafe" not in policy and "script-src" not in others
 
 
 def test_styles_are_joined_in_order(http: httpx.Client) -> None:

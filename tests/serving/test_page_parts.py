@@ -228,7 +228,29 @@ SAID = {
     "pull back far": {"zoom": -3},
     "tilt up 300": {"tilt": 45},
     "stay": {},
+    "don't move": {},
+    "orbit 30 to the left": {"arc": -30},
+    "thirty degrees right orbit": {"arc": 30},
+    "orbit right by forty-five": {"arc": 45},
+    "pan left 10°, tilt up 5 degrees": {"pan": -10, "tilt": 5},
+    "pan right -10": {"pan": -10},
+    "move 50 cm left": {"slide": -0.5},
+    "move left 2 metres and rise 1 m": {"slide": -2, "lift": 1},
+    "pull back and up": {"zoom": -1.5, "lift": 0.8},
+    "push in slowly while rising": {"zoom": 1.5, "lift": 0.8},
 }
+# a part of which would be another move than is meant, or none
+UNREAD = [
+    "make it nicer",
+    "obrit rigth 30",
+    "do not move left",
+    "zoom left",
+    "zoom in 2x",
+    "zoom in 50%",
+    "orbit left by half a turn",
+    "orbit right 2 metres",
+    "move left 30 degrees",
+]
 
 
 def test_plain_words_are_moves(live: Live, open_page: OpenPage) -> None:
@@ -238,12 +260,14 @@ def test_plain_words_are_moves(live: Live, open_page: OpenPage) -> None:
           const { parseMoves } = await import("/page/moves.js");
           return said.map(parseMoves);
         }""",
-        [*SAID, "make it nicer"],
+        [*SAID, *UNREAD],
     )
     for words, expected in zip(SAID, found, strict=False):
         moved = {axis: amount for axis, amount in expected["amounts"].items() if amount}
         assert (moved, expected["unread"]) == (SAID[words], []), words
-    assert found[-1]["unread"] == ["make it nicer"] and not any(found[-1]["amounts"].values())
+        assert expected["limited"] == (["tilt"] if "300" in words else []), words
+    for words, expected in zip(UNREAD, found[len(SAID) :], strict=True):
+        assert (expected["unread"], any(expected["amounts"].values())) == ([words], False)
 
 
 def test_keyframes_are_a_path_that_the_service_takes(

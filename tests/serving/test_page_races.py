@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import httpx
 import pytest
+from PIL import Image
 
 from tests.serving.browsing import (
     PATIENCE,
@@ -20,6 +22,7 @@ from tests.serving.browsing import (
     wait_for_turn,
 )
 from tests.serving.conftest import HeldBackend, Live, until
+from tests.serving.fake_backend import SIZE
 
 if TYPE_CHECKING:
     from playwright.sync_api import Locator, Page, Route
@@ -71,6 +74,16 @@ def page(service: Live, open_page: OpenPage) -> Page:
     return page
 
 
+def show_picture(page: Page) -> None:
+    """Give a picture that a browser can show as the first turn's thumbnail."""
+    jpeg = io.BytesIO()
+    Image.new("RGB", SIZE[::-1], "teal").save(jpeg, "JPEG")
+    page.route(
+        "**/1/thumbnail",
+        lambda route: route.fulfill(body=jpeg.getvalue(), content_type="image/jpeg"),
+    )
+
+
 def link(page: Page, session: str) -> Locator:
     return page.locator(f".session-link[data-session={session}]")
 
@@ -105,6 +118,8 @@ def test_the_picture_waits_for_nothing_but_its_own(
     upload: Upload,
     events_of: Callable[..., Any],
 ) -> None:
+    from playwright.sync_api import expect
+
     session = upload(client)["id"]
     path = f"/v1/sessions/{session}/turns"
     events_of(client, client.post(path, json={"camera": "pan_right"}).json()["id"])
@@ -113,21 +128,78 @@ def test_the_picture_waits_for_nothing_but_its_own(
     page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
     model, every = Held(page, "**/v1/models"), Held(page, re.compile(r"/v1/sessions\?"))
     script = Held(page, "**/page/page.js")
-    # the turns and the picture are read beside the modules and the model, and once
-    with page.expect_response(f"**{path}/1/video"):
-        page.goto(f"{service.address}/#session={session}", wait_until="commit")
+    show_picture(page)
+    # the turns and the picture are read beside the module and the model, and once
+    page.goto(f"{service.address}/#session={session}", wait_until="commit")
     script.wait()
+    model.wait()
+    # and the picture stands before either of them is there
+    picture = page.locator(".pane > img")
+    expect(picture).to_be_visible()
+    before = picture.bounding_box()
     script.let_go()
     model.wait()
     model.let_go()
-    # and shown before the list of videos is there, the turn's picture before the source's
+    # nor does it go or move until its video is there, which is before the list of videos is
     page.locator(".pane[data-shown='1'] video[src]").wait_for(state="attached")
+    expect(picture).to_be_visible()
+    assert picture.bounding_box() == before
     page.locator("#history [data-id=source] video").wait_for(state="attached")
     assert asked.index("thumbnail") < asked.index("video") < asked.index("source")
     every.let_go()
     link(page, session).wait_for()
     for once in ("models", session, "turns", "thumbnail", "video"):
         assert asked.count(once) == 1, once
+
+
+@pytest.mark.parametrize(
+    ("view", "has_picture"),
+    [("show=1", True), ("show=9", False), ("show=source", False), ("beside=source", False)],
+)
+def test_the_first_picture_is_of_what_the_address_names(
+    service: Live,
+    open_page: OpenPage,
+    client: httpx.Client,
+    upload: Upload,
+    events_of: Callable[..., Any],
+    view: str,
+    has_picture: bool,
+) -> None:
+    session = upload(client)["id"]
+    path = f"/v1/sessions/{session}/turns"
+    for camera in ("pan_right", "pan_left"):
+        events_of(client, client.post(path, json={"camera": camera}).json()["id"])
+    page = open_page("about:blank")
+    show_picture(page)
+    model = Held(page, "**/v1/models")
+    page.goto(f"{service.address}/#session={session}&{view}", wait_until="commit")
+    model.wait()
+    page.evaluate("() => window.begun.stands")
+    pictures = page.locator(".pane > img").evaluate_all("(all) => all.map((i) => i.dataset.path)")
+    assert pictures == ([f"{path[1:]}/1/thumbnail"] if has_picture else [])
+    model.let_go()
+    wait_for_turn(page, 2)
+
+
+def test_a_turn_under_way_is_shown_and_not_the_one_before_it(
+    service: Live,
+    open_page: OpenPage,
+    client: httpx.Client,
+    upload: Upload,
+    events_of: Callable[..., Any],
+) -> None:
+    session = upload(client)["id"]
+    path = f"/v1/sessions/{session}/turns"
+    events_of(client, client.post(path, json={"camera": "pan_right"}).json()["id"])
+    service.backend.hold()
+    client.post(path, json={"camera": "pan_left"}).raise_for_status()
+    page = open_page("about:blank")
+    show_picture(page)
+    page.goto(f"{service.address}/#session={session}")
+    page.locator(".pane .job").wait_for()
+    assert page.locator(".pane > img").count() == 0
+    service.backend.let_go()
+    wait_for_turn(page, 2)
 
 
 def test_a_session_that_was_left_before_it_came(
@@ -194,15 +266,19 @@ def test_a_turn_that_ends_while_its_session_is_opened(
     path = f"/v1/sessions/{session}/turns"
     job = client.post(path, json={"camera": "pan_right"}).json()["id"]
 
-    def end_it_first(route: Route) -> None:
-        service.backend.let_go()
-        events_of(client, job)
-        route.continue_()
-
-    page.route(re.compile(r"/v1/jobs\?session="), end_it_first)
+    # the turns are read before it ends, and the jobs after
+    waiting: list[Route] = []
+    page.route(re.compile(r"/v1/jobs\?session="), lambda route: waiting.append(route))
+    turns = Held(page, f"**{path}")
     page.reload()
-    go_to(page, session)
+    link(page, session).click()
+    turns.wait()
+    service.backend.let_go()
+    events_of(client, job)
+    turns.let_go()
+    waiting[0].continue_()
     wait_for_turn(page, 1)
+    assert page.locator(".job").count() == 0
 
 
 def test_a_turn_of_which_the_answer_was_lost(
@@ -235,6 +311,35 @@ def test_a_turn_of_which_the_answer_was_lost(
     settle(page)
     assert page.locator(".job").count() == 0
     assert len(client.get(f"/v1/sessions/{session}/turns").json()["data"]) == 1
+
+
+def test_what_was_said_is_what_is_asked_for(
+    service: Live, page: Page, client: httpx.Client, upload: Upload
+) -> None:
+    """Render waits until the words are read, and asks for nothing that was not said."""
+    from playwright.sync_api import expect
+
+    session = upload(client)["id"]
+    page.reload()
+    go_to(page, session)
+    render, say = page.locator("#render"), page.get_by_label("Say the move")
+    late = Held(page, "**/page/moves.js")
+    say.fill("orbit right 300")
+    say.press("Enter")
+    late.wait()
+    assert client.get(f"/v1/jobs?session={session}").json()["data"] == []
+    late.let_go()
+    wait_for_turn(page, 1)
+    expect(page.locator("#heard")).to_have_text("It goes no further than Arc right 120°.")
+    say.fill("make it nicer")
+    say.press("Enter")
+    expect(page.locator("#composer .problem")).to_contain_text("Not understood: make it nicer")
+    # the dial, or words that are understood, are asked for again
+    page.locator("#axis-pan").fill("5")
+    render.click()
+    wait_for_turn(page, 2)
+    turns = client.get(f"/v1/sessions/{session}/turns").json()["data"]
+    assert [turn["request"]["camera"] for turn in turns] == ["arc:120", "pan:5"]
 
 
 def test_two_tabs_on_one_session(

@@ -2,11 +2,14 @@
 
 A browser asks for six things at a time, and each costs the service and the browser more than its
 bytes. So what a page begins with is one style sheet and one module, made here of the files as they
-are written; modules that are imported later (`import("./report.js")`) are served by themselves.
+are written, and the script that comes first stands in the page itself, which its security policy
+knows by that script's hash. Modules that are imported later (`import("./report.js")`) are served by
+themselves.
 """
 
 from __future__ import annotations
 
+import base64
 import gzip
 import hashlib
 import mimetypes
@@ -20,10 +23,14 @@ from starlette.requests import Request
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
+from mv2v_engine.serving.http.headers import CONTENT_SECURITY_POLICY
+
 PAGE = Path(__file__).with_name("page")
 # what is joined from which of the files, under a name that none of them has
 STYLES = ("style.css", "layout.css", "viewer.css", "history.css", "composer.css", "live.css")
 ENTRY = "app.js"
+# the page, and the script that is written into it
+INDEX, FIRST = "index.html", "first.js"
 JOINED_STYLES, JOINED_SCRIPT = "page.css", "page.js"
 _NAMES = r"\{\s*(?:[\w$]+,\s*)*[\w$]+\s*\}"
 _IMPORT = re.compile(rf'^import (?:\* as (\w+)|({_NAMES})) from "\./([\w.]+)";$', re.MULTILINE)
@@ -53,7 +60,9 @@ class PageFiles:
         texts = {name: body.decode() for name, body in files.items()}
         files[JOINED_STYLES] = "".join(texts[name] for name in STYLES).encode()
         files[JOINED_SCRIPT] = joined_modules(texts, ENTRY).encode()
-        self._files = {name: _file(name, body) for name, body in files.items()}
+        files[INDEX], policy = with_script(texts[INDEX], texts[FIRST])
+        own = {INDEX: {"Content-Security-Policy": policy}}
+        self._files = {name: _file(name, body, own.get(name, {})) for name, body in files.items()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer with the file that the path names below where these are mounted."""
@@ -80,7 +89,15 @@ class PageFiles:
         return Response(file.body, 200, file.headers)
 
 
-def _file(name: str, body: bytes) -> _File:
+def with_script(page: str, script: str) -> tuple[bytes, str]:
+    """The page with the script where it refers to `FIRST`, and the policy under which it runs."""
+    reference = f'<script src="page/{FIRST}"></script>'
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policy = f"{CONTENT_SECURITY_POLICY}; script-src 'self' 'sha256-{digest}'"
+    return page.replace(reference, f"<script>{script}</script>").encode(), policy
+
+
+def _file(name: str, body: bytes, own: Mapping[str, str]) -> _File:
     tag = f'"{hashlib.blake2s(body, digest_size=12).hexdigest()}"'
     media_type = mimetypes.guess_type(name)[0] or "application/octet-stream"
     headers = {
@@ -88,6 +105,7 @@ def _file(name: str, body: bytes) -> _File:
         "Cache-Control": "no-cache",
         "Vary": "Accept-Encoding",
         "ETag": tag,
+        **own,
     }
     return _File(body, gzip.compress(body, mtime=0), headers, tag)
 

@@ -55,6 +55,12 @@ function begun(address) {
   return answer;
 }
 
+/** The element in which first.js shows the picture of a path; else undefined. */
+export function begunPicture(path) {
+  const picture = window.begun?.picture;
+  return picture?.dataset.path === path ? picture : undefined;
+}
+
 /** Any request; its response if it is a good one. */
 export async function send(path, { method = "GET", headers, body, signal } = {}) {
   const address = new URL(path, ROOT).href;
@@ -107,10 +113,13 @@ export const turn = (id, number) => json(`v1/sessions/${id}/turns/${number}`);
 export const jobs = (id) => all(`v1/jobs?session=${id}&limit=100`);
 /** A session as it is now: itself, its turns, and its jobs in order. */
 export async function whole(id) {
-  // jobs first: one that is finished by then is among the turns that are asked for after it
-  const found = await jobs(id);
-  const [itself, made] = await Promise.all([session(id), turns(id)]);
-  return { session: itself, turns: made, jobs: found.reverse() };
+  const ask = () => Promise.all([session(id), turns(id)]);
+  let [asked, [itself, made]] = await Promise.all([jobs(id), ask()]);
+  // of one that ended meanwhile, the turn may not be among those that were asked for before
+  const isThere = ({ state, number }) =>
+    state !== "finished" || made.some((turn) => turn.number === number);
+  if (!asked.every(isThere)) [itself, made] = await ask();
+  return { session: itself, turns: made, jobs: asked.reverse() };
 }
 
 export const job = (id) => json(`v1/jobs/${id}`);

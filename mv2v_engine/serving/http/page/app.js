@@ -33,7 +33,8 @@ function hashOf(session, view) {
 /** Shows the place of a session, or the welcome. */
 function reveal(session) {
   document.documentElement.dataset.view = session ? "session" : "";
-  if (!session && !hero) drawHero();
+  // behind the first frame, in which the words are
+  if (!session) hero ??= requestAnimationFrame(() => setTimeout(drawHero));
 }
 
 /** A later call overtakes one that still waits for the service. known: what the address names. */
@@ -169,7 +170,7 @@ async function load() {
     try {
       const { session } = readHash();
       const found = await Promise.all([
-        api.model(), session && api.whole(session).catch(() => null)]);
+        api.model(), session && api.whole(session).catch(() => null), window.begun?.stands]);
       replace(place);
       return found;
     } catch (error) {

@@ -121,7 +121,7 @@ export function pathOf(camera, presets, count = 17) {
 }
 
 /** A move in words: "Arc left 40°". */
-function axisWords(axis, amount) {
+export function axisWords(axis, amount) {
   const { name, unit, positive, negative } = AXES[axis];
   return `${name} ${amount < 0 ? negative : positive} ${signed(Math.abs(amount))}${unit}`;
 }

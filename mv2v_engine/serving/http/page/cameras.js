@@ -1,11 +1,11 @@
 // Where a camera is picked: the dial and its axes, keyframes, presets, a file, plain words.
 
-import { AXES, amountsWords, cameraOf, pathOf, presetWords, still } from "./camera.js";
+import { AXES, amountsWords, axisWords, cameraOf, pathOf, presetWords, still } from "./camera.js";
 import { Dial } from "./dial.js";
 import { $, cloned, h, partsOf, replace } from "./dom.js";
 import { Preview } from "./frustum.js";
 import { Keyframes, trajectoryOf } from "./keyframes.js";
-import { parseMoves } from "./moves.js";
+import { list } from "./format.js";
 import { button } from "./notices.js";
 
 export class CameraPicker {
@@ -27,7 +27,10 @@ export class CameraPicker {
     this.fileWords = partsOf(this.element).file;
     this.rows = new Map(Object.keys(AXES).map((axis) => [axis, this.#row(axis)]));
     this.chips = new Map([...this.presets.keys()].map((name) => [name, this.#chip(name)]));
-    $("say").addEventListener("input", () => this.#say());
+    $("say").addEventListener("input", () => {
+      this.said = this.#say();
+      this.said.catch(({ message }) => { $("heard").textContent = message; });
+    });
     $("camera-file").addEventListener("change", () => this.#read($("camera-file")));
     this.preview = new Preview($("preview"));
     this.#show();
@@ -42,22 +45,30 @@ export class CameraPicker {
   }
 
   /** What was said, as a move that is shown before it is asked for. */
-  #say() {
-    const { amounts, unread } = parseMoves($("say").value);
-    $("heard").textContent = unread.length
-      ? `Not understood: ${unread.join(", ")}. Try "orbit right 30" or "zoom in a little".` : "";
+  async #say() {
+    const { parseMoves } = await import("./moves.js");
+    const { amounts, unread, limited } = parseMoves($("say").value);
+    const used = Object.keys(AXES).find((axis) => amounts[axis]);
+    const most = limited.map((axis) => axisWords(axis, amounts[axis]));
+    const heard = [
+      unread.length
+        && `Not understood: ${unread.join(", ")}. Try "orbit right 30" or "zoom in a little".`,
+      most.length && `It goes no further than ${list(most)}.`,
+    ].filter(Boolean).join(" ");
+    $("heard").textContent = heard;
+    this.unheard = null;
     if (!$("say").value.trim()) return;
     this.#plain();
     this.keyframes.clear();
     this.amounts = amounts;
-    const used = Object.keys(AXES).find((axis) => amounts[axis]);
+    if (unread.length && !used) this.unheard = heard;
     if (used) this.axis = used;
     this.#show();
   }
 
-  /** No preset and no file. */
+  /** No preset, no file, and no words that say nothing. */
   #plain() {
-    this.preset = this.file = null;
+    this.preset = this.file = this.unheard = null;
   }
 
   async #read(input) {
@@ -71,7 +82,7 @@ export class CameraPicker {
     } catch {
       content = { base64: btoa(Array.from(bytes, (byte) => String.fromCharCode(byte)).join("")) };
     }
-    this.preset = null;
+    this.#plain();
     this.file = { spec: file.name, files: { [file.name]: content } };
     this.#show();
   }
@@ -119,8 +130,9 @@ export class CameraPicker {
   }
 
   #setPreset(name) {
-    this.preset = this.preset === name ? null : name;
-    this.file = null;
+    const preset = this.preset === name ? null : name;
+    this.#plain();
+    this.preset = preset;
     this.#show();
   }
 
@@ -175,7 +187,13 @@ export class CameraPicker {
     });
   }
 
-  /** What to ask for. */
+  /** What to ask for, once what was said last is read; an error if that says no move. */
+  async asked() {
+    await this.said;
+    if (this.unheard) throw new Error(this.unheard);
+    return this.camera;
+  }
+
   get camera() {
     if (this.file || this.preset) return this.file ?? this.preset;
     if (!this.keyframes.isOn) return cameraOf(this.amounts);

@@ -22,7 +22,7 @@ export class Composer {
     const form = this.form = root.querySelector("form");
     form.addEventListener("submit", (event) => {
       event.preventDefault();
-      attempt($("render"), this.state, () => this.send(this.#requests()));
+      attempt($("render"), this.state, async () => this.send(await this.#requests()));
     });
     form.addEventListener("keydown", (event) => {
       if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
@@ -35,9 +35,9 @@ export class Composer {
   }
 
   /** One for each variant; the seeds follow one another. */
-  #requests() {
+  async #requests() {
     const chosen = { seed: 0 };
-    if (this.picker) chosen.camera = this.picker.camera;
+    if (this.picker) chosen.camera = await this.picker.asked();
     for (const { name, value, type } of this.form.elements) {
       if (name && value !== "") chosen[name] = type === "number" ? Number(value) : value;
     }

@@ -43,8 +43,8 @@ export class Stage {
   }
 
   /**
-   * Shows one or two of {id, title, element, video, timing, isCover}; those without a video stand
-   * there as they are.
+   * Shows one or two of {id, title, element, video, under, timing, isCover}; those without a video
+   * stand there as they are. under: what is seen until the video has a picture.
    */
   show(...shown) {
     const ids = shown.map(({ id }) => id);
@@ -60,7 +60,7 @@ export class Stage {
       pane.dataset.shown = entry.id;
       pane.classList.toggle("cover", Boolean(entry.isCover));
       const tag = shown.length > 1 && h("span", { class: "tag" }, entry.title);
-      replace(pane, entry.video ?? entry.element, tag);
+      replace(pane, entry.under, entry.video ?? entry.element, tag);
       if (entry.video) this.player.add(entry.id, entry.video, entry.timing);
     }
     this.area.classList.toggle("two", shown.length > 1);

@@ -265,9 +265,9 @@ export class Workspace {
     const job = this.jobs.get(id);
     if (job) return { id, title: "Under way", element: job.element };
     if (id !== "source") {
-      const video = this.clips.get(id, api.videoPath(session.id, id), `Turn ${id}`,
-        api.thumbnailPath(session.id, id));
-      return { id, title: `Turn ${id}`, video };
+      const picture = api.thumbnailPath(session.id, id);
+      const video = this.clips.get(id, api.videoPath(session.id, id), `Turn ${id}`, picture);
+      return { id, title: `Turn ${id}`, video, under: api.begunPicture(picture) };
     }
     const video = this.#source();
     const frames = session.source_frames ?? Array.from({ length: session.frames }, (_, i) => i);
