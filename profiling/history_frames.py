@@ -75,7 +75,7 @@ from mv2v_engine.vae import VideoVAE, load_vae
 
 EDITS, VIEWS, CPU = "tiny-edit", "tiny-nvs", torch.device("cpu")
 # of each study; the first is what the others are compared with
-BRANCHES, ENCODERS = ("both", "hr", "lr", "kernel"), ("kernel", "both", "state", "view")
+BRANCHES, ENCODERS = ("both", "kernel", "lr", "hr"), ("kernel", "both", "state", "view")
 # a full-size encoder's would be most of so small a model
 CHANNELS, HEADS, RANK = (32, 64, 96, 128), 4, 32
 SAMPLING_STEPS = 8
@@ -443,7 +443,8 @@ def costs(model: Trained, case: Case) -> dict[str, Any]:
 def command(args: argparse.Namespace) -> str:
     """The command with the options that its result depends on."""
     data = "--edits" if args.edits else "--latents"
-    names = ("steps", "batch", "held_out", "learning_rate", "rate")
+    names = ["steps", "batch", "held_out", "learning_rate", "rate"]
+    names += ["windows"] if args.edits else []
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names)
     return f"python profiling/history_frames.py {data} LATENTS {options}"
 
