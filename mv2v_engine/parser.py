@@ -89,6 +89,30 @@ def number(text: str) -> float:
     return float(text)
 
 
+def count(text: str) -> int:
+    """An integer of at least 1, as an option's type.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    value = integer(text)
+    if value < 1:
+        raise mistaken("at least 1", text)
+    return value
+
+
+def positive(text: str) -> float:
+    """A finite number above 0, as an option's type.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    value = number(text)
+    if value <= 0:
+        raise mistaken("above 0", text)
+    return value
+
+
 def mistaken(expected: str, text: str) -> argparse.ArgumentTypeError:
     """The error for an option's value; the option's name comes before it."""
     return argparse.ArgumentTypeError(f"must be {expected}, got {shown(text)}")

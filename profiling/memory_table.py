@@ -6,8 +6,10 @@ that remembers four others; all else is read from results, "not measured" where 
 
 history_frames.json       `python profiling/history_frames.py --edits`
 memory_encoders.json      `python profiling/history_frames.py --latents`
-tiny_edit_history.json    `run evaluate --task edit --rows independent,history`, its results.json,
-                          of what `training.history --stage 2` writes
+tiny_edit_textured.json   `run evaluate --task edit --clips 10 --rows independent,memory`, its
+                          results.json
+tiny_edit_history.json    the same with `--rows independent,history`, of what
+                          `training.history --stage 2` writes
 rankings.json             `python profiling/rankings.py`
 tiny_nvs_nine_turns.json  `run evaluate --turns 9 --grade furnished`, its results.json
 """
@@ -30,7 +32,6 @@ from mv2v_engine.tokens.encoders import history_flops
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
 
 RESULTS = ROOT / "profiling" / "results"
-ASSETS = ROOT / "mv2v_engine" / "assets"
 NOTHING, RATE, REMEMBERED, WINDOW = "not measured", "2x2x2", 4, (5, 12, 20)
 # a row of the first table, and of history_frames.json
 _ENCODERS = {
@@ -87,14 +88,15 @@ def encoders() -> str:
     """Encoders of remembered windows."""
     ranked, latents = memory_tokenizers(REMEMBERED), 4 * math.prod(WINDOW) * 16
     frames, history = read("history_frames.json").get("rows", {}), read("tiny_edit_history.json")
-    own = json.loads((ASSETS / "tiny-edit" / "results.json").read_text())["rows"]
-    plan = turn_plan(TINY_EDIT, WINDOW, ranked)
+    own = read("tiny_edit_textured.json").get("rows", {})
+    plan = turn_plan(TINY_EDIT, WINDOW, ranked, merge="off")
     rows = [
         [
             "patches by rank",
             *_counts(plan, 0, REMEMBERED * latents),
             NOTHING,
-            _of(own, "memory_merged", "subject_error", 3),
+            _of(own, "memory", "subject_error", 3),
+            _of(own, "memory", "agreement", 2),
         ]
     ]
     for name, label in _ENCODERS.items():
@@ -110,13 +112,18 @@ def encoders() -> str:
                 label,
                 *_counts(plan, encode, kept),
                 interval(frames.get(name, {}).get("psnr"), 2),
-                _of(history.get("rows", {}), "history", "subject_error", 3)
-                if name == "both"
-                else NOTHING,
+                *(
+                    _of(history.get("rows", {}) if name == "both" else {}, "history", *measure)
+                    for measure in (("subject_error", 3), ("agreement", 2))
+                ),
             ]
         )
     titles = ("encoder", "tokens", "GFLOP a forward", "GFLOP to encode a window", "kept, kB")
-    measures = ("PSNR of frames asked back, dB", "edited thing, window against window (L1)")
+    measures = (
+        "PSNR of frames asked back, dB",
+        "edited thing, window against window (L1, lower is better)",
+        "windows that show what was asked, share",
+    )
     return _table((*titles, *measures), rows)
 
 

@@ -41,7 +41,7 @@ from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import file_digest
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.stream_cache import StreamCache
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, count, positive
 from mv2v_engine.sampling.flow_match import listed_sigmas, stream_solver
 from mv2v_engine.settings import add_settings, given
 from mv2v_engine.tokens.plan import turn_plan
@@ -384,10 +384,10 @@ def main() -> None:
         default=get_args(StageName),
         help="those that run, in their own order; all if not given",
     )
-    add("--minutes", type=float, default=60, help="of all stages together, default 60")
-    add("--steps", type=int, help="of all stages together, in place of --minutes")
-    add("--batch", type=int, default=TINY_EDIT_RECIPE.batch)
-    add("--windows", type=int, default=1, help="of a clip, with what lies between them left out")
+    add("--minutes", type=positive, default=60, help="of all stages together, default 60")
+    add("--steps", type=count, help="of all stages together, in place of --minutes")
+    add("--batch", type=count, default=TINY_EDIT_RECIPE.batch)
+    add("--windows", type=count, default=1, help="of a clip, with what lies between them left out")
     add(
         "--policies",
         nargs="+",
@@ -401,14 +401,14 @@ def main() -> None:
         help="only parameters in whose name one of these words is, as attn1 or bias, and a history "
         "encoder's; the others stay the base's, and --out/model names it in place of holding them",
     )
-    add("--warmup", type=int, default=100, help="steps of every stage until rates are whole")
-    add("--learning-rate", type=float, default=2e-3, help="of AdamW")
-    add("--matrix-learning-rate", type=float, default=4e-3, help="of Muon")
+    add("--warmup", type=count, default=100, help="steps of every stage until rates are whole")
+    add("--learning-rate", type=positive, default=2e-3, help="of AdamW")
+    add("--matrix-learning-rate", type=positive, default=4e-3, help="of Muon")
     add("--delta", type=float, default=DELTA, help="as --delta of training.dit")
     own = TINY_HISTORY
-    add("--channels", type=int, nargs=4, default=own.channels, help="of a new history encoder")
-    add("--heads", type=int, default=own.heads, help="of a new history encoder")
-    add("--block-frames", type=int, metavar="N", help="latent frames of a block, 1 if not given")
+    add("--channels", type=count, nargs=4, default=own.channels, help="of a new history encoder")
+    add("--heads", type=count, default=own.heads, help="of a new history encoder")
+    add("--block-frames", type=count, metavar="N", help="latent frames of a block, 1 if not given")
     add("--timesteps", type=float, nargs="+", help="of a block, from 1000 down; 1000 500")
     add("--device", default="cpu")
     add_settings(parser, StreamConfig, has_defaults=False)
@@ -421,8 +421,7 @@ def main() -> None:
     stream = replace(TINY_STREAM, **fields)
 
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    join(device)
+    device = join(args.device)
     base = load_checkpoint(args.start_from, device=device, dtype=torch.float32)
     model, policies = causal_model(base), args.policies or [stream.policy]
     if "history" in policies:

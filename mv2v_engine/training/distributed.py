@@ -12,15 +12,28 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from mv2v_engine.parallel.device import usable_device
+
 T = TypeVar("T")
 
 
-def join(device: torch.device) -> None:
-    """Meet the other processes of this `torchrun`, if it is one; "cuda" is then one GPU each."""
-    if dist.is_torchelastic_launched():
-        if device.type == "cuda":
-            torch.cuda.set_device(dist.get_node_local_rank())
-        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+def join(name: str) -> torch.device:
+    """Meet the other processes of this `torchrun`, if it is one; "cuda" is then one GPU each.
+
+    Returns:
+        the device to train on.
+
+    Raises:
+        RequestError: it cannot be used.
+    """
+    if not dist.is_torchelastic_launched():
+        return usable_device(name)
+    is_cuda = name.startswith("cuda")
+    device = usable_device(f"cuda:{dist.get_node_local_rank()}" if is_cuda else name)
+    if is_cuda:
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if is_cuda else "gloo")
+    return device
 
 
 def rank() -> int:

@@ -27,7 +27,7 @@ from mv2v_engine.config import TINY, TINY_EDIT, CameraAttention, SamplingConfig
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.rope import axis_dims
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, count, positive
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave
 from mv2v_engine.training.edit_latents import EditLatents
@@ -139,7 +139,7 @@ def main() -> None:
     )
     parser.add_argument(
         "--latent-frames",
-        type=int,
+        type=count,
         metavar="N",
         help="with --edits: the first N of every window alone, so that long clips train beside "
         "short ones",
@@ -181,8 +181,10 @@ def main() -> None:
         metavar="WORD",
         help="with --start-from: only parameters in whose name one of these words is, as attn1",
     )
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--steps", type=int, help="in place of --minutes: what the schedule spans")
+    parser.add_argument("--minutes", type=positive, default=60)
+    parser.add_argument(
+        "--steps", type=count, help="in place of --minutes: what the schedule spans"
+    )
     parser.add_argument(
         "--frames", type=int, nargs="+", help="with --latents: these latent frames of a clip alone"
     )
@@ -194,7 +196,7 @@ def main() -> None:
     parser.add_argument("--no-memory", type=float, help="share of samples without memory")
     parser.add_argument(
         "--targets",
-        type=int,
+        type=count,
         default=TINY_RECIPE.targets,
         help="with --latents: target videos of one encoded static conditioning",
     )
@@ -203,10 +205,10 @@ def main() -> None:
         action="store_true",
         help="compile the blocks, anew for every shape that comes, which pays in long runs",
     )
-    parser.add_argument("--batch", type=int, default=TINY_RECIPE.batch)
+    parser.add_argument("--batch", type=count, default=TINY_RECIPE.batch)
     parser.add_argument("--max-memory", type=int, default=TINY_RECIPE.max_memory)
-    parser.add_argument("--learning-rate", type=float, default=3e-3, help="of AdamW")
-    parser.add_argument("--matrix-learning-rate", type=float, default=5e-3, help="of Muon")
+    parser.add_argument("--learning-rate", type=positive, default=3e-3, help="of AdamW")
+    parser.add_argument("--matrix-learning-rate", type=positive, default=5e-3, help="of Muon")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
     if (args.edits is None) != (args.text is None):
@@ -223,8 +225,7 @@ def main() -> None:
         parser.error("--guide, --weaker and --train belong to --start-from")
 
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    join(device)
+    device = join(args.device)
     model = _model(args, device)
     sampler = _sampler(args, model, device)
     optimizers = make_optimizers(model, args.learning_rate, args.matrix_learning_rate)

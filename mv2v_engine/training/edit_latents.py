@@ -18,9 +18,10 @@ from tqdm import tqdm
 
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_tensors
-from mv2v_engine.parser import Parser
+from mv2v_engine.parallel.device import usable_device
+from mv2v_engine.parser import Parser, count
 from mv2v_engine.synthetic.edit_worlds import WINDOW
-from mv2v_engine.training.command import run_command
+from mv2v_engine.training.command import run_command, shard
 from mv2v_engine.training.edits import RenderedEdits
 from mv2v_engine.training.stored import reading, stored_in
 from mv2v_engine.training.text import read_text_encoder, trim_text
@@ -137,20 +138,18 @@ def main() -> None:
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--text", type=Path, required=True, help="of mv2v_engine.training.text")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th clip from the i-th")
-    parser.add_argument("--text-length", type=int, default=16, help="tokens of the transformer")
+    parser.add_argument(
+        "--shard", type=shard, default="0/1", help="i/n: every n-th clip from the i-th"
+    )
+    parser.add_argument("--text-length", type=count, default=16, help="tokens of the transformer")
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
 
-    device = torch.device(args.device)
+    device = usable_device(args.device)
     vae = load_vae(args.vae, device=device, dtype=torch.float32)
     text = read_text_encoder(args.text, args.text_length, device)
-    try:
-        first, step = (int(part) for part in args.shard.split("/"))
-    except ValueError:
-        parser.error(f"--shard takes i/n, got {args.shard!r}")
     source = RenderedEdits(args.edits)
-    for name in tqdm(source.names[first::step], unit="clip"):
+    for name in tqdm(source.names[args.shard], unit="clip"):
         path = args.out / f"{name}.safetensors"
         if not path.exists():
             pair = source.load(name)

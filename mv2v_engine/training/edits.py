@@ -19,11 +19,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mv2v_engine.files import make_folder, save_tensors
-from mv2v_engine.parser import Parser
+from mv2v_engine.parallel.device import usable_device
+from mv2v_engine.parser import Parser, count
 from mv2v_engine.synthetic.edit_clips import make_edit_clip
 from mv2v_engine.synthetic.edit_worlds import WINDOW
-from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
-from mv2v_engine.training.command import run_command
+from mv2v_engine.synthetic.worlds import Grade
+from mv2v_engine.training.command import run_command, seeds, shard
 from mv2v_engine.training.stored import reading, stored_in
 
 _FEWEST_WINDOWS, _MOST_WINDOWS = 5, 8
@@ -90,31 +91,25 @@ def render_pair(
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--clips", default="0:2000", help="first:last seed")
+    parser.add_argument("--clips", type=seeds, default="0:2000", help="first:last seed")
     parser.add_argument(
-        "--frames", type=int, help=f"of every clip; not given: 5 to 8 windows of {WINDOW} by seed"
+        "--frames", type=count, help=f"of every clip; not given: 5 to 8 windows of {WINDOW} by seed"
     )
     parser.add_argument("--grade", choices=get_args(Grade), default="textured", help="of the rooms")
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th clip from the i-th")
+    parser.add_argument(
+        "--shard", type=shard, default="0/1", help="i/n: every n-th clip from the i-th"
+    )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    try:
-        first, last = (int(part) for part in args.clips.split(":"))
-    except ValueError:
-        parser.error(f"--clips takes first:last, two seeds, got {args.clips!r}")
-    if not 0 <= first < last or last > HELD_OUT:
-        parser.error(f"clips from {HELD_OUT} on are held out for measuring, got {args.clips}")
-    if args.frames is not None and args.frames < 1:
-        parser.error(f"--frames must be at least 1, got {args.frames}")
+    device = usable_device(args.device)
     make_folder(args.out)
-    own, step = (int(part) for part in args.shard.split("/"))
-    for seed in tqdm(range(first, last)[own::step], unit="clip"):
+    for seed in tqdm(args.clips[args.shard], unit="clip"):
         path = args.out / f"edit_{seed:07d}.safetensors"
         if not path.exists():
-            render_pair(path, seed, num_frames=args.frames, device=args.device, grade=args.grade)
+            render_pair(path, seed, num_frames=args.frames, device=device, grade=args.grade)
 
 
 if __name__ == "__main__":

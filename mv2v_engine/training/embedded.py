@@ -11,7 +11,6 @@ learns for; worlds, latents and the evaluation come on top of it.
 
 from __future__ import annotations
 
-import argparse
 import os
 import shlex
 import subprocess
@@ -22,6 +21,7 @@ from pathlib import Path
 
 from mv2v_engine.checkpoints.detect import embedded_folder
 from mv2v_engine.errors import TrainingError
+from mv2v_engine.parser import Parser, count, positive
 from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.training.command import run_command
 
@@ -180,18 +180,18 @@ def run(commands: Iterator[Command], jobs: int) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     add = parser.add_argument
     add("--task", choices=tuple(TASKS), required=True)
     add("--out", type=Path, required=True)
-    add("--minutes", type=float, default=720, help="that the transformer learns for, default 720")
-    add("--worlds", type=int, default=2000, help="rendered and encoded first, default 2000")
+    add("--minutes", type=positive, default=720, help="that the transformer learns for")
+    add("--worlds", type=count, default=2000, help="rendered and encoded first")
     add(
         "--start-from",
         metavar="NAME_OR_PATH",
         help="a checkpoint in place of all stages but the last",
     )
-    add("--jobs", type=int, help="processes that render; not given: one a core")
+    add("--jobs", type=count, help="processes that render; not given: one a core")
     add("--device", default="cpu")
     add("--list", action="store_true", help="print the commands alone")
     args = parser.parse_args()

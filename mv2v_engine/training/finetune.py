@@ -31,7 +31,7 @@ from mv2v_engine.models.block import Block
 from mv2v_engine.models.camera_encoder import camera_encoder, camera_projector
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.merging import Merger
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, count, positive
 from mv2v_engine.text import load_text_encoder
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import (
@@ -193,21 +193,18 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--components", type=Path, help="text_encoder and tokenizer from here")
     parser.add_argument("--rename", type=Path, help="names that the checkpoint leaves open")
-    parser.add_argument("--steps", type=int, default=2000)
-    parser.add_argument("--minutes", type=float, default=math.inf)
-    parser.add_argument("--batch", type=int, default=1, help="samples of one process at once")
-    parser.add_argument("--accumulate", type=int, default=1, help="batches of one step")
+    parser.add_argument("--steps", type=count, default=2000)
+    parser.add_argument("--minutes", type=positive, default=math.inf)
+    parser.add_argument("--batch", type=count, default=1, help="samples of one process at once")
+    parser.add_argument("--accumulate", type=count, default=1, help="batches of one step")
     parser.add_argument("--max-memory", type=int, default=Recipe().max_memory)
-    parser.add_argument("--learning-rate", type=float, default=1e-4)
-    parser.add_argument("--save-minutes", type=float, default=10)
+    parser.add_argument("--learning-rate", type=positive, default=1e-4)
+    parser.add_argument("--save-minutes", type=positive, default=10)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     args = parser.parse_args()
-    if args.accumulate < 1 or args.steps < 1:
-        parser.error("--accumulate and --steps must be at least 1")
 
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    join(device)
+    device = join(args.device)
     recipe = Recipe(batch=args.batch, max_memory=args.max_memory)
     cache = LatentCache(args.latents)
     base = load_checkpoint(
@@ -220,6 +217,11 @@ def main() -> None:
     model = base.transformer.train()
     shape = add_memory_modules(model)
     trained = prepare(model)
+    text = None
+    if not cache.has_captions:
+        # one process loads the encoder: it is larger than the transformer
+        text = from_first(lambda: empty_text(base, args.components))
+    sampler = SceneSampler(cache, shape, recipe, empty_text=text)
     record_run(
         args.out,
         {
@@ -232,19 +234,14 @@ def main() -> None:
             "device": args.device,
         },
     )
-    text = None
-    if not cache.has_captions:
-        # one process loads the encoder: it is larger than the transformer
-        text = from_first(lambda: empty_text(base, args.components))
-    sampler = SceneSampler(cache, shape, recipe, empty_text=text)
     words = "all with text"
     if not cache.has_captions:
         without = "zeros, for want of a text encoder" if text is None else "the empty prompt's"
         words = f"some without text: they get {without}"
-    count = sum(parameter.numel() for parameter in trained)
+    size = sum(parameter.numel() for parameter in trained)
     _say(
         *base.report.lines(),
-        f"trains {count:,} of {sum(p.numel() for p in model.parameters()):,} parameters",
+        f"trains {size:,} of {sum(p.numel() for p in model.parameters()):,} parameters",
         f"{len(cache)} scenes, {words}",
     )
     config = LoopConfig(

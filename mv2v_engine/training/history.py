@@ -30,7 +30,7 @@ from mv2v_engine.models.attention import HistoryAttention
 from mv2v_engine.models.block import Block
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.history import HistoryEncoder
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, count, positive
 from mv2v_engine.shapes import HistoryBranches
 from mv2v_engine.tokens.plan import Segment, TokenPlan, history_segments, turn_plan
 from mv2v_engine.training import finetune
@@ -98,9 +98,9 @@ class HistorySampler:
         self._fewest = 2 if recipe.stage == 1 else 1
         if self._most < self._fewest:
             raise TrainingError(
-                f"stage {recipe.stage} needs clips of {2} windows at least, the longest of "
-                f"{len(latents)} clips has {max(pair.num_windows for pair in latents.pairs)}; "
-                "encode longer clips"
+                f"stage {recipe.stage} needs histories of {self._fewest} windows at least; the "
+                f"longest clip has {max(windows)} for one, and at most {recipe.max_memory} "
+                "(--max-windows) are taken; encode longer clips, or take more windows"
             )
         self._clips = {
             count: [clip for clip, own in enumerate(windows) if own >= count]
@@ -338,12 +338,12 @@ def main() -> None:
     parser.add_argument("--rate", default="4x4x2", help="of the history's tokens")
     parser.add_argument(
         "--channels",
-        type=int,
+        type=count,
         nargs=4,
         default=HistoryConfig().channels,
         help="of the convolutions",
     )
-    parser.add_argument("--heads", type=int, default=HistoryConfig().heads)
+    parser.add_argument("--heads", type=count, default=HistoryConfig().heads)
     parser.add_argument("--branches", choices=get_args(HistoryBranches), default="both")
     parser.add_argument(
         "--cross-attention",
@@ -353,22 +353,23 @@ def main() -> None:
         metavar="BLOCK",
         help="none by default",
     )
-    parser.add_argument("--rank", type=int, default=128, help="of the blocks' updates")
+    parser.add_argument("--rank", type=count, default=128, help="of the blocks' updates")
     parser.add_argument("--whole-frames", type=int, default=0, help="of a history's end, whole")
-    parser.add_argument("--max-windows", type=int, help="or videos of a history; 8, of --latents 6")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, help="in place of --minutes")
-    parser.add_argument("--minutes", type=float, default=60)
-    parser.add_argument("--flow-shift", type=float, help="of the noise; the checkpoint's if not")
-    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument(
+        "--max-windows", type=count, help="or videos of a history; 8, of --latents 6"
+    )
+    parser.add_argument("--batch", type=count, default=8)
+    parser.add_argument("--steps", type=count, help="in place of --minutes")
+    parser.add_argument("--minutes", type=positive, default=60)
+    parser.add_argument("--flow-shift", type=positive, help="of the noise; the checkpoint's if not")
+    parser.add_argument("--learning-rate", type=positive, default=1e-3)
     parser.add_argument("--device", default="cpu")
     args = parser.parse_args()
-    if args.rank < 1:
-        parser.error(f"--rank must be at least 1, got {args.rank}")
+    if args.whole_frames < 0:
+        parser.error(f"--whole-frames must be at least 0, got {args.whole_frames}")
 
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    join(device)
+    device = join(args.device)
     base = load_checkpoint(args.checkpoint, device=device, dtype=compute_dtype(device))
     model, had = base.transformer.train(), base.config.history
     if args.stage == 2 and (had is None or args.rate not in had.rates):
@@ -397,6 +398,15 @@ def main() -> None:
         rate=args.rate,
         whole_frames=args.whole_frames,
     )
+    text = finetune.empty_text(base, args.components)
+    if text is None:
+        text = torch.zeros(1, shape.text_dim)
+    sampler: Sampler = (
+        HistorySampler(EditLatents(*args.edits), shape, recipe, empty_text=text)
+        if args.edits
+        else ViewHistorySampler(LatentCache(*args.latents), shape, recipe, empty_text=text)
+    )
+    # what is refused above has claimed no folder
     finetune.record_run(
         args.out,
         {
@@ -407,14 +417,6 @@ def main() -> None:
             "rank": args.rank,
             "learning_rate": args.learning_rate,
         },
-    )
-    text = finetune.empty_text(base, args.components)
-    if text is None:
-        text = torch.zeros(1, shape.text_dim)
-    sampler: Sampler = (
-        HistorySampler(EditLatents(*args.edits), shape, recipe, empty_text=text)
-        if args.edits
-        else ViewHistorySampler(LatentCache(*args.latents), shape, recipe, empty_text=text)
     )
     config = LoopConfig(
         out=args.out,
@@ -430,8 +432,9 @@ def main() -> None:
         if args.components is None:  # else they are as large as a base, and known to the user
             copy_text_parts(base, folder)
         vae = None if base.vae_path is None else os.path.relpath(base.vae_path, folder)
+        name = f"{base.name.removesuffix('-history')}-history"
         save_checkpoint(
-            folder, model, shape, base.sampling, f"{base.name}-history", torch.bfloat16,
+            folder, model, shape, base.sampling, name, torch.bfloat16,
             conditioning=recipe.conditioning, vae=vae,
         )  # fmt: skip
         print(f"wrote {folder}: the averaged weights; run with --checkpoint and --history")

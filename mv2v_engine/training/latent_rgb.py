@@ -13,7 +13,7 @@ from torch import Tensor
 
 from mv2v_engine.evaluation.images import masked_psnr
 from mv2v_engine.models.latent_rgb import FILE, LatentRGB, cell_colours
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, count
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import HELD_OUT, make_world
@@ -43,7 +43,7 @@ def psnr(colours: LatentRGB, vae: VideoVAE, seeds: range) -> float:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--vae", type=Path, required=True, help="the VAE's folder")
-    parser.add_argument("--worlds", type=int, default=32, help="rendered to fit to")
+    parser.add_argument("--worlds", type=count, default=32, help="rendered to fit to")
     args = parser.parse_args()
     vae = load_vae(args.vae, device=torch.device("cpu"), dtype=torch.float32)
     LatentRGB.fitted(encoded_worlds(vae, range(args.worlds))).save(args.vae / FILE)

@@ -23,10 +23,11 @@ from tqdm import tqdm
 from mv2v_engine.camera.poses import pose_vectors, relative_to
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.files import save_json, save_tensors
-from mv2v_engine.parser import Parser
-from mv2v_engine.synthetic.worlds import HELD_OUT, Grade
+from mv2v_engine.parallel.device import usable_device
+from mv2v_engine.parser import Parser, count
+from mv2v_engine.synthetic.worlds import Grade
 from mv2v_engine.text import TextEncoder
-from mv2v_engine.training.command import run_command
+from mv2v_engine.training.command import run_command, seeds, shard
 from mv2v_engine.training.multicam import MultiCamVideo
 from mv2v_engine.training.recipe import Tracks
 from mv2v_engine.training.scenes import RenderedScenes, Scene, SceneSource, WorldScenes
@@ -222,43 +223,50 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     sources = parser.add_mutually_exclusive_group(required=True)
     sources.add_argument("--scenes", type=Path, help="folder of mv2v_engine.training.scenes")
-    sources.add_argument("--worlds", help="first:last seed, rendered on the way")
+    sources.add_argument("--worlds", type=seeds, help="first:last seed, rendered on the way")
     sources.add_argument("--multicam", type=Path, help="root of a MultiCamVideo dataset")
     parser.add_argument("--vae", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--grade", choices=get_args(Grade), default="plain", help="of --worlds")
-    parser.add_argument("--cameras", type=int, default=8, help="that film each of --worlds")
+    parser.add_argument("--cameras", type=count, default=8, help="that film each of --worlds")
     parser.add_argument(
         "--arcs", type=int, default=1, help="with --worlds: arcs for one of every other move"
     )
-    parser.add_argument("--shard", default="0/1", help="i/n: every n-th scene from the i-th")
+    parser.add_argument(
+        "--shard", type=shard, default="0/1", help="i/n: every n-th scene from the i-th"
+    )
     parser.add_argument("--strict", action="store_true", help="stop at the first thing left out")
     parser.add_argument("--device", default="cpu")
     group = parser.add_argument_group("with --multicam").add_argument
-    group("--frames", type=int, default=81)
-    group("--size", type=int, nargs=2, default=(480, 832), metavar=("HEIGHT", "WIDTH"))
+    group("--frames", type=count, default=81)
+    group("--size", type=count, nargs=2, default=(480, 832), metavar=("HEIGHT", "WIDTH"))
     group("--text", type=Path, help="Wan folder with text_encoder and tokenizer, for captions")
     group("--captions", type=Path, help="CSV of file_name and text; default: DIR/metadata.csv")
-    group("--text-length", type=int, default=512, help="text tokens of the transformer")
+    group("--text-length", type=count, default=512, help="text tokens of the transformer")
     args = parser.parse_args()
 
-    device = torch.device(args.device)
+    device = usable_device(args.device)
     vae = load_vae(args.vae, device=device, dtype=torch.float32)
     source: SceneSource
     text = None
     if args.multicam is None:
         if args.text or args.captions:
             parser.error("--text and --captions belong to --multicam; rendered scenes have none")
-        source = RenderedScenes(args.scenes) if args.worlds is None else _worlds(parser, args)
+        source = (
+            RenderedScenes(args.scenes)
+            if args.worlds is None
+            else WorldScenes(
+                args.worlds, args.grade, args.cameras, arcs=args.arcs, device=str(device)
+            )
+        )
     else:
         if args.captions is not None and args.text is None:
             parser.error("--captions needs --text, the folder of the encoder that reads them")
         source = _multicam(args, vae)
         if args.text is not None:
             text = read_text_encoder(args.text, args.text_length, device)
-    first, step = (int(part) for part in args.shard.split("/"))
-    names = source.names[first::step]
-    report = args.out / f"skipped_{first}_of_{step}.json"
+    names = source.names[args.shard]
+    report = args.out / f"skipped_{args.shard.start}_of_{args.shard.step}.json"
     encoder = _encoder(vae, text)
     skipped = encode_scenes(source, names, args.out, encoder, report=report, strict=args.strict)
     encoded = {name for name in names if (args.out / f"{name}.safetensors").exists()}
@@ -271,13 +279,6 @@ def main() -> None:
         print(f"{source.num_uncaptioned} videos have no caption: they got the empty prompt")
     if not encoded:
         raise TrainingError(f"none of {len(names)} scenes could be encoded; {report} says why")
-
-
-def _worlds(parser: argparse.ArgumentParser, args: argparse.Namespace) -> WorldScenes:
-    first, last = (int(part) for part in args.worlds.split(":"))
-    if last > HELD_OUT:
-        parser.error(f"worlds from {HELD_OUT} on are held out for measuring, got {args.worlds}")
-    return WorldScenes(range(first, last), args.grade, args.cameras, arcs=args.arcs)
 
 
 def _multicam(args: argparse.Namespace, vae: VideoVAE) -> MultiCamVideo:

@@ -110,7 +110,7 @@ class TrainingLoop:
             self._update_ema()
             self.step += 1
             self.elapsed = first_says(time.monotonic() - began)
-            if self.step % config.log_every == 0:
+            if self.step % config.log_every == 0 or self._finished():
                 rate = (self.step - logged_step) / max(self.elapsed - logged_at, 1e-9)
                 samples = rate * config.batch * config.accumulate * world_size()
                 row = {"step": self.step, "seconds": round(self.elapsed, 1), "lr_scale": scale}

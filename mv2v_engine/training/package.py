@@ -197,6 +197,9 @@ def main() -> None:
         "--earlier", type=Path, nargs="*", default=[], help="logs of the transformer's first stages"
     )
     args = parser.parse_args()
+    log = args.dit / "log.csv"
+    for each in [*args.vae_logs, *args.earlier, log]:
+        read_curves(each)
     package(
         args.name,
         args.dit,
@@ -207,7 +210,6 @@ def main() -> None:
         conditioning=args.conditioning,
         base=args.base,
     )
-    log = args.dit / "log.csv"
     plot_losses(args.vae_logs, args.earlier, log, args.out / "loss.png")
     for earlier in [*args.vae_logs, *args.earlier]:
         copy_file(earlier, args.out / f"{earlier.parent.name}_training_log.csv")

@@ -27,7 +27,7 @@ from mv2v_engine.checkpoints.resolve import resolve
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.evaluation.visibility import project
 from mv2v_engine.memory.ranking import FILE, Known, Ranker, ends, moments, pooled, seen_volume
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, count, positive
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
 from mv2v_engine.synthetic.worlds import HELD_OUT, Grade, World, make_world
@@ -137,16 +137,18 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--checkpoint", required=True, metavar="NAME_OR_PATH")
     parser.add_argument("--out", type=Path, help="the folder that gets it; the checkpoint's if not")
-    parser.add_argument("--worlds", type=int, default=60)
+    parser.add_argument("--worlds", type=count, default=60)
     parser.add_argument(
         "--grade", choices=get_args(Grade), default="furnished", help="grade of the worlds"
     )
-    parser.add_argument("--cameras", type=int, default=10, help="of a world")
-    parser.add_argument("--steps", type=int, default=1500)
-    parser.add_argument("--learning-rate", type=float, default=3e-3)
+    parser.add_argument("--cameras", type=count, default=10, help="of a world")
+    parser.add_argument("--steps", type=count, default=1500)
+    parser.add_argument("--learning-rate", type=positive, default=3e-3)
     args = parser.parse_args()
-    if not 1 <= args.worlds <= HELD_OUT or args.cameras < 3 or args.steps < 1:
-        parser.error("--worlds and --steps must be at least 1, --cameras at least 3")
+    if args.worlds > HELD_OUT:
+        parser.error(f"worlds from {HELD_OUT} on are held out for measuring, got {args.worlds}")
+    if args.cameras < 3:
+        parser.error(f"--cameras must be at least 3, got {args.cameras}")
     found = resolve(detect(args.checkpoint))
     if not found.config.has_camera or found.vae_path is None:
         raise TrainingError(

@@ -18,11 +18,12 @@ from torch import Tensor
 from tqdm import tqdm
 
 from mv2v_engine.files import make_folder, save_tensors
-from mv2v_engine.parser import Parser
+from mv2v_engine.parallel.device import usable_device
+from mv2v_engine.parser import Parser, count
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.synthetic.render import render
-from mv2v_engine.synthetic.worlds import HELD_OUT, Grade, make_world
-from mv2v_engine.training.command import run_command
+from mv2v_engine.synthetic.worlds import Grade, make_world
+from mv2v_engine.training.command import run_command, seeds
 from mv2v_engine.training.stored import reading, stored_in
 
 
@@ -71,13 +72,20 @@ class RenderedScenes:
 
 
 class WorldScenes:
-    """Worlds of some seeds, each rendered when it is loaded and kept nowhere."""
+    """Worlds of some seeds, each rendered on `device` when it is loaded and kept nowhere."""
 
     def __init__(
-        self, seeds: Sequence[int], grade: Grade, num_cameras: int, *, arcs: int = 1
+        self,
+        seeds: Sequence[int],
+        grade: Grade,
+        num_cameras: int,
+        *,
+        arcs: int = 1,
+        device: str = "cpu",
     ) -> None:
         self._seeds = {f"scene_{grade}_{seed:07d}": seed for seed in seeds}
         self.grade, self.num_cameras, self.arcs = grade, num_cameras, arcs
+        self.device = device
 
     @property
     def names(self) -> Sequence[str]:
@@ -85,7 +93,11 @@ class WorldScenes:
 
     def load(self, name: str) -> Scene:
         return render_scene(
-            self._seeds[name], num_cameras=self.num_cameras, grade=self.grade, arcs=self.arcs
+            self._seeds[name],
+            num_cameras=self.num_cameras,
+            device=self.device,
+            grade=self.grade,
+            arcs=self.arcs,
         )
 
 
@@ -121,21 +133,19 @@ def load_scene(path: Path) -> Scene:
 def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--worlds", default="0:300", help="first:last seed")
-    parser.add_argument("--cameras", type=int, default=10)
+    parser.add_argument("--worlds", type=seeds, default="0:300", help="first:last seed")
+    parser.add_argument("--cameras", type=count, default=10)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=0, help="0: torch's choice")
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    first, last = (int(part) for part in args.worlds.split(":"))
-    if last > HELD_OUT:
-        parser.error(f"worlds from {HELD_OUT} on are held out for measuring, got {args.worlds}")
+    device = str(usable_device(args.device))
     make_folder(args.out)
-    for seed in tqdm(range(first, last), unit="world"):
+    for seed in tqdm(args.worlds, unit="world"):
         path = scene_path(args.out, seed)
         if not path.exists():
-            scene = render_scene(seed, num_cameras=args.cameras, device=args.device)
+            scene = render_scene(seed, num_cameras=args.cameras, device=device)
             save_tensors(path, {"frames": scene.frames, "poses": scene.poses})
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from mv2v_engine.evaluation.reconstruction import reconstruction_psnr
-from mv2v_engine.parser import Parser
+from mv2v_engine.parser import Parser, count, positive
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
@@ -117,13 +117,13 @@ def main() -> None:
     parser = Parser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--scenes", type=Path, required=True)
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--minutes", type=float, default=40)
-    parser.add_argument("--batch", type=int, default=4)
+    parser.add_argument("--minutes", type=positive, default=40)
+    parser.add_argument("--batch", type=count, default=4)
     # whole windows: trained on 9 frames, the causal caches of later chunks go astray (22 dB)
     parser.add_argument("--frames", type=int, default=17)
-    parser.add_argument("--side", type=int, default=48)
-    parser.add_argument("--max-scenes", type=int, default=150)
-    parser.add_argument("--learning-rate", type=float, default=2e-3)
+    parser.add_argument("--side", type=count, default=48)
+    parser.add_argument("--max-scenes", type=count, default=150)
+    parser.add_argument("--learning-rate", type=positive, default=2e-3)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--start-from", type=Path, help="a trained VAE folder to go on from")
     parser.add_argument(
@@ -134,8 +134,7 @@ def main() -> None:
     args = parser.parse_args()
 
     torch.manual_seed(0)
-    device = torch.device(args.device)
-    join(device)
+    device = join(args.device)
     if args.start_from:
         vae = AutoencoderKLWan.from_pretrained(args.start_from).to(device)
     else:

@@ -14,7 +14,7 @@ from torch.optim import Optimizer
 
 from mv2v_engine.checkpoints import load_checkpoint, save_checkpoint
 from mv2v_engine.config import WAN_1_3B, HistoryConfig, SamplingConfig
-from mv2v_engine.errors import TrainingError
+from mv2v_engine.errors import RequestError, TrainingError
 from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.models.feed_forward import Linear
 from mv2v_engine.testing import randomise, tiny_config
@@ -114,9 +114,16 @@ def test_what_it_cannot_be_trained_on(clips: Path, tmp_path: Path) -> None:
     )
     shape = sampler(clips, stage=1, max_memory=4).shape
     for stage in (1, 2):
-        with pytest.raises(TrainingError, match=f"stage {stage} needs clips of 2 windows"):
+        with pytest.raises(
+            TrainingError, match=f"stage {stage} needs histories of {3 - stage} windows"
+        ):
             recipe = HistoryRecipe(stage=stage, rate="2x2x2")
             HistorySampler(found, shape, recipe, empty_text=torch.zeros(1, 16))
+
+
+def test_histories_shorter_than_what_is_asked_for(clips: Path) -> None:
+    with pytest.raises(TrainingError, match=r"longest clip has 5 .* at most 1 \(--max-windows\)"):
+        sampler(clips, stage=1, max_memory=1)
 
 
 def view_sampler(cache: LatentCache, **recipe: Any) -> ViewHistorySampler:
@@ -255,10 +262,24 @@ def test_both_stages_by_command(
     )  # fmt: skip
     second = load_checkpoint(two / "model")
     assert second.config == first.config
+    assert second.name == first.name == f"{base.name}-history"
     assert second.text_path is second.tokenizer_path is None
     name = "history_encoders.2x2x2.convs.0.weight"
     trained = [dict(each.transformer.named_parameters())[name] for each in (first, second)]
     assert not torch.equal(*trained)  # stage 2 goes on with the encoder
+
+
+def test_what_is_refused_leaves_its_folder_to_others(
+    editor_folder: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    words = ["--stage", 1, "--checkpoint", editor_folder, "--out", out, "--rate", "2x2x2"]
+    words += ["--channels", 4, 4, 8, 8, "--heads", 2, "--rank", 3, "--steps", 1]
+    with pytest.raises(TrainingError, match="holds no edit"):
+        _run(monkeypatch, *words, "--edits", tmp_path)
+    with pytest.raises(RequestError, match=r"--whole-frames must be at least 0, got -3"):
+        _run(monkeypatch, *words, "--edits", clips, "--whole-frames", -3)
+    assert not out.exists()
 
 
 @pytest.mark.parametrize("stage", [1, 2])

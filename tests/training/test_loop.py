@@ -192,6 +192,14 @@ def test_the_log_has_a_row_every_few_steps(tmp_path: Path) -> None:
         assert float(row["extra"]) == pytest.approx(2 * float(row["loss"]), rel=1e-5)
 
 
+def test_a_run_shorter_than_a_row_has_one_all_the_same(tmp_path: Path) -> None:
+    loop = _loop(tmp_path)
+    loop.config = replace(loop.config, log_every=100)
+    _train(loop)
+    with (tmp_path / "log.csv").open() as file:
+        assert [int(row["step"]) for row in csv.DictReader(file)] == [STEPS]
+
+
 def test_a_finished_run_leaves_a_plot(tmp_path: Path) -> None:
     pytest.importorskip("matplotlib")
     _train(_loop(tmp_path))

@@ -47,6 +47,18 @@ def assets(tmp_path: Path) -> Path:
     return tmp_path
 
 
+def test_a_log_that_is_missing_leaves_nothing_behind(
+    runs: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = assets / "tiny-edit"
+    said: list[Any] = ["--name", "tiny-edit", "--shared-vae", SHARED, "--text", runs / "text"]
+    said += ["--dit", runs / "edit", "--out", out, "--earlier", runs / "none" / "log.csv"]
+    monkeypatch.setattr("sys.argv", ["package", *map(str, said)])
+    with pytest.raises(TrainingError, match="no training log at"):
+        package.main()
+    assert not out.exists()
+
+
 def test_an_editing_checkpoint_shares_its_vae(
     runs: Path, assets: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

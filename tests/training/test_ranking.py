@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from mv2v_engine.errors import TrainingError
+from mv2v_engine.errors import RequestError, TrainingError
 from mv2v_engine.memory.ranking import Ranker
 from mv2v_engine.training import ranking
 from mv2v_engine.training.ranking import Shown, draw, shown_world, train
@@ -64,6 +64,9 @@ def test_the_command(
     ranking.main()
     assert 'memory_ranking="learned"' in capsys.readouterr().out
     Ranker.read(tmp_path, 16)
+    monkeypatch.setattr("sys.argv", [*words, "--cameras", "2"])
+    with pytest.raises(RequestError, match="--cameras must be at least 3, got 2"):
+        ranking.main()
     blind = save_tiny(tmp_path / "blind", camera_conditioning="none")
     monkeypatch.setattr("sys.argv", ["ranking", "--checkpoint", str(blind)])
     with pytest.raises(TrainingError, match="has no cameras"):
