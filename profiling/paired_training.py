@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from history_frames import Part
 from measure import provenance
 from torch import Tensor, nn
 
@@ -36,7 +37,7 @@ from mv2v_engine.models.dit import MV2VTransformer
 from mv2v_engine.training.dit import TINY_RECIPE, initialise, make_optimizers
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
-from mv2v_engine.training.losses import BatchForward, Noised, flow_step, shifted, widened
+from mv2v_engine.training.losses import BatchForward, flow_step, shifted, widened
 from mv2v_engine.training.recipe import Batch, SceneSampler
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
 
@@ -54,17 +55,22 @@ LEVELS, REMEMBERED = 16, 2
 LOWEST_LEVEL = 0.05
 
 
+class WholeLinear(nn.Linear):
+    """Computed in float32: divided by a low noise level, what bfloat16 rounds would be most of the
+    error."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The product of `nn.Linear`."""
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x.float())
+
+
 class CleanPrediction(nn.Module):
     """A transformer whose output is taken for the clean target; gives the velocity."""
 
     def __init__(self, transformer: MV2VTransformer) -> None:
         super().__init__()
         self.transformer = transformer
-        # divided by a low noise level, what bfloat16 rounds would be most of the error
-        head = transformer.proj_out
-        head.register_forward_pre_hook(lambda _, given: (given[0].float(),))
-        forward = head.forward
-        head.forward = torch.autocast("cpu", enabled=False)(forward)
 
     def forward(self, latents: list[Tensor], timestep: Tensor, *rest: Any, **given: Any) -> Tensor:
         clean = self.transformer(latents, timestep, *rest, **given)
@@ -78,6 +84,10 @@ def begin(args: argparse.Namespace, arm: str) -> tuple[TrainingLoop, nn.Module]:
     torch.manual_seed(0)
     model = MV2VTransformer(ARMS[arm])
     initialise(model)
+    if arm == "x0":
+        head = WholeLinear(model.proj_out.in_features, model.proj_out.out_features)
+        head.load_state_dict(model.proj_out.state_dict())
+        model.proj_out = head
     config = LoopConfig(
         out=args.work / arm,
         max_steps=args.steps,
@@ -103,12 +113,10 @@ def cases(args: argparse.Namespace, arm: str, memory: int) -> list[Batch]:
         no_memory=0.0 if memory else 1.0, static_source=1.0, source_dropped=0.0,
         static_conditioning=0.0, uniform_tokenizer=0.0,
     )  # fmt: skip
-    sampler = SceneSampler(cache, ARMS[arm], recipe)
-    found = []
-    for scene in range(len(cache)):
-        sampler._scenes = [scene]
-        found.append(sampler.draw(torch.Generator().manual_seed(scene)))
-    return found
+    worlds = [Part(cache, range(scene, scene + 1)) for scene in range(len(cache))]
+    samplers = [SceneSampler(world, ARMS[arm], recipe) for world in worlds]
+    generators = [torch.Generator().manual_seed(scene) for scene in range(len(cache))]
+    return [sampler.draw(each) for sampler, each in zip(samplers, generators, strict=True)]
 
 
 @torch.no_grad()
@@ -130,10 +138,10 @@ def judged(args: argparse.Namespace, arm: str) -> dict[str, Any]:
     loop, module = begin(args, arm)
     loop.model.load_state_dict(loop.averaged())
     loop.model.eval()
-    found = {
-        row: [errors(module, batch, number) for number, batch in enumerate(cases(args, arm, memory))]
-        for row, memory in (("without memory", 0), ("with memory", REMEMBERED))
-    }
+    found: dict[str, list[Tensor]] = {}
+    for row, memory in (("without memory", 0), ("with memory", REMEMBERED)):
+        batches = cases(args, arm, memory)
+        found[row] = [errors(module, batch, number) for number, batch in enumerate(batches)]
     parameters = sum(p.numel() for p in loop.model.parameters())
     took = {"steps": loop.step, "seconds": round(loop.elapsed), "parameters": parameters}
     return {"errors": found, "took": took}

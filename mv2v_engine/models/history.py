@@ -155,7 +155,7 @@ class HistoryEncoder(nn.Module):
         base: the transformer's patch embedding.
 
         Raises:
-            RequestError: latents of another VAE, of fewer cells than a token covers, or of no frame.
+            RequestError: latents of another VAE, of fewer cells than a token covers, of no frame.
         """
         found, state, last = list[Encoded](), HistoryState(), None
         length = latents_BCFHW.shape[2] if torch.is_grad_enabled() else FRAMES_AT_ONCE

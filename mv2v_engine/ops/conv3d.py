@@ -56,7 +56,8 @@ class PatchConv3d(nn.Conv3d):
     def _conv_forward(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         is_rounded = weight.dtype != torch.float32 or torch.is_autocast_enabled("cpu")
         if x.device.type != "cpu" or not is_rounded:
-            return super()._conv_forward(x, weight, bias)
+            result: Tensor = super()._conv_forward(x, weight, bias)
+            return result
         for axis, size in zip((2, 4, 6), weight.shape[2:], strict=True):
             count = x.shape[axis] // size
             x = x.narrow(axis, 0, count * size).unflatten(axis, (count, size))

@@ -104,7 +104,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.threads:
         torch.set_num_threads(args.threads)
-    device = usable_device(args.device)
+    device = str(usable_device(args.device))
     make_folder(args.out)
     for seed in tqdm(args.clips[args.shard], unit="clip"):
         path = args.out / f"edit_{seed:07d}.safetensors"

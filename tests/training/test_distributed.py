@@ -32,7 +32,7 @@ from mv2v_engine.training.distributed import (
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 
 out = Path(sys.argv[1])
-join(torch.device("cpu"))
+join("cpu")
 torch.manual_seed(0)
 # the second layer takes part in no step, as a merger in steps without merging
 model = torch.nn.ModuleList([torch.nn.Linear(6, 3), torch.nn.Linear(6, 3)])
