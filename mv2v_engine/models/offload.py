@@ -188,6 +188,7 @@ def _lay_out(block: nn.Module, buffer: Tensor, *, is_copied: bool) -> None:
         if is_copied:
             part.copy_(tensor.detach())
         if name in module._parameters:
-            module._parameters[name] = nn.Parameter(part, requires_grad=False)
+            # as it was: torch sums a product otherwise where a weight could be trained
+            module._parameters[name] = nn.Parameter(part, requires_grad=tensor.requires_grad)
         else:
             module._buffers[name] = part
