@@ -1,4 +1,4 @@
-"""Two encoders of remembered videos that the paper compares, for the study in `history_frames.py`.
+"""Two encoders of remembered videos that the paper compares, for `memory_study.py`.
 
 Both give a fixed number of tokens in the place of a history's own, whatever its length, and both
 are one small transformer over those tokens and the frames' patches, each with the Plücker rays of
@@ -128,16 +128,15 @@ def encoded(encoder: MemoryEncoder, batch: Batch) -> tuple[Batch, Tensor]:
 
     A token is of no one frame, so that its camera is the world's.
     """
-    (target, past), cameras = batch.plan.segments, batch.cameras
+    *others, past = batch.plan.segments
+    cameras, latents = batch.cameras, batch.latents[-1]
     assert past.camera is not None and cameras is not None
-    state = encoder.read(batch.latents[1], cameras[:, past.camera, : past.grid[0]])
+    state = encoder.read(latents, cameras[:, past.camera, : past.grid[0]])
     cameras = cameras.clone()
     cameras[:, past.camera, :, :POSE_DIM] = torch.eye(3, 4).flatten()
-    plan = replace(batch.plan, segments=(target, replace(past, is_encoded=True)))
-    return (
-        replace(batch, plan=plan, latents=[batch.latents[0], encoder.proj(state)], cameras=cameras),
-        state,
-    )
+    plan = replace(batch.plan, segments=(*others, replace(past, is_encoded=True)))
+    tokens = [*batch.latents[:-1], encoder.proj(state)]
+    return replace(batch, plan=plan, latents=tokens, cameras=cameras), state
 
 
 def view_loss(encoder: MemoryEncoder, batch: Batch, state: Tensor) -> Tensor:

@@ -44,24 +44,26 @@ def covered(scene: Shown, target: int, videos: Sequence[int]) -> float:
     return float(seen.sum() / invented.sum().clamp_min(1))
 
 
-def choices(scene: Shown, target: int, ranker: Ranker | None) -> dict[str, list[tuple[int, ...]]]:
-    """The videos that each ranking chooses; of random, all pairs."""
+def choices(
+    scene: Shown, target: int, ranker: Ranker | None, count: int = CHOSEN
+) -> dict[str, list[tuple[int, ...]]]:
+    """The videos that each ranking chooses; of random, all sets of so many."""
     videos = list(range(1, 9))
     cameras = [scene.cameras[video] for video in videos]
     scores = video_fov_scores(scene.cameras[target], cameras).tolist()
-    by_fov = sorted(range(8), key=lambda number: (-scores[number], -number))[:CHOSEN]
+    by_fov = sorted(range(8), key=lambda number: (-scores[number], -number))[:count]
     left, seen = scene.left_volume(target, []), scene.volume[target, videos]
     truly = scene.left(target, []), scene.seen[target, videos]
     found = {
         "fov": by_fov,
-        "coverage": [number for number, _ in chosen(left, seen, coverage, CHOSEN)],
-        "oracle": [number for number, _ in chosen(*truly, coverage, CHOSEN)],
+        "coverage": [number for number, _ in chosen(left, seen, coverage, count)],
+        "oracle": [number for number, _ in chosen(*truly, coverage, count)],
     }
     if ranker is not None:
         gain = ranker.gain(scene.known(target, videos))
-        found["learned"] = [number for number, _ in chosen(left, seen, gain, CHOSEN)]
+        found["learned"] = [number for number, _ in chosen(left, seen, gain, count)]
     of_videos = {name: [tuple(videos[n] for n in numbers)] for name, numbers in found.items()}
-    return of_videos | {"random": list(combinations(videos, CHOSEN))}
+    return of_videos | {"random": list(combinations(videos, count))}
 
 
 def main() -> None:

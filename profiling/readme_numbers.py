@@ -239,8 +239,7 @@ TABLES: dict[str, tuple[str | None, Callable[[Sequence[Row]], str]]] = {
     "hourly": ("engine.jsonl", hourly),
     "growth": ("memory.jsonl", growth),
     "faults": ("fault_matrix.jsonl", faults),
-    "encoders": (None, lambda _: memory_table.encoders()),
-    "view_encoders": (None, lambda _: memory_table.view_encoders()),
+    "encoders and rankings": (None, lambda _: memory_table.encoders_and_rankings()),
     "rankings": (None, lambda _: memory_table.rankings()),
     "sessions": ("service_sessions.jsonl", sessions),
     "statuses": ("service.jsonl", statuses),
@@ -251,7 +250,7 @@ PAGES: dict[Path, tuple[str, ...]] = {
     COSTS: ("memory", "peers", "turns", "peaks", "cards"),
     SCALING: ("hourly", "sessions", "statuses", "growth"),
     SERVING: ("faults",),
-    TUNING: ("encoders", "view_encoders", "rankings"),
+    TUNING: ("encoders and rankings", "rankings"),
 }
 
 

@@ -36,7 +36,14 @@ EDIT_ROWS: tuple[EditRow, ...] = (
     EditRow(name="memory_merged", label="memory, joint + merging", merge="conv"),
     EditRow(name="static", label="memory, static", conditioning="static"),
     EditRow(name="history", label="memory, one history", history="default"),
+    EditRow(
+        name="history_1",
+        label="one history, its last frame whole",
+        history="default",
+        history_frames=1,
+    ),
     EditRow(name="recent_1", label="most recent window alone", max_memory=1),
+    EditRow(name="recent_2", label="at most two windows", max_memory=2),
     EditRow(name="recent_4", label="at most four windows", max_memory=4),
 )
 MAIN_EDIT_ROWS = ("independent", "one_noise", "fifo", "memory", "memory_merged", "static")

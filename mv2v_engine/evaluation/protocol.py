@@ -61,8 +61,8 @@ class Row:
     ranking: the engine's; the oracle, which knows the world: the videos that show most of what
     the source and those already chosen do not; or responsiveness: those whose frames the blocks
     respond to most, with all videos before them. history: the rate of the one history that all
-    remembered videos make, None for tokens of their own. after: the row that makes all turns but
-    the last ones; None is this one.
+    remembered videos make, None for tokens of their own; history_frames: how many of its last
+    frames are whole. after: the row that makes all turns but the last ones; None is this one.
     """
 
     name: str
@@ -73,6 +73,7 @@ class Row:
     ranking: MemoryRanking | Literal["oracle", "responsiveness"] = "fov"
     tokenizers: MemoryTokenizers = "ranked"
     history: str | None = None
+    history_frames: int = 0
     max_memory: int = 10
     after: str | None = None
 
@@ -89,6 +90,7 @@ class Row:
             else self.ranking,
             memory_tokenizers=self.tokenizers,
             history=self.history,
+            history_frames=self.history_frames,
         )
 
 

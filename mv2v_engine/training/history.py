@@ -55,7 +55,7 @@ class HistoryRecipe(Recipe):
     """The odds of both stages: `max_memory` counts the windows or videos of a history.
 
     stage: 1 or 2. rate: the rate of the history's tokens. whole_frames: how many at its end stage 2
-    shows whole beside it.
+    shows whole beside it, in half of the batches: the weights serve with them and without.
     """
 
     stage: int = 1
@@ -214,6 +214,7 @@ def drawn_plan(
     length = count * grid[0]
     asked = sorted(torch.randperm(length, generator=generator)[: grid[0]].tolist())
     is_static, is_query = chance(recipe.static_conditioning, generator), recipe.stage == 1
+    whole = recipe.whole_frames if not is_query and chance(0.5, generator) else 0
     if shape.has_camera and not is_query:
         plan = turn_plan(
             shape,
@@ -223,10 +224,9 @@ def drawn_plan(
             merge="off",
             conditioning="static" if is_static else "joint",
             history=recipe.rate,
-            history_frames=recipe.whole_frames,
+            history_frames=whole,
         )
         return plan, asked
-    whole = 0 if is_query else recipe.whole_frames
     past = tuple(history_segments(shape, (length, *grid[1:]), recipe.rate, whole))
     return query_plan(shape, grid, past, asked if is_query else None, is_static=is_static), asked
 
@@ -354,7 +354,9 @@ def main() -> None:
         help="none by default",
     )
     parser.add_argument("--rank", type=count, default=128, help="of the blocks' updates")
-    parser.add_argument("--whole-frames", type=int, default=0, help="of a history's end, whole")
+    parser.add_argument(
+        "--whole-frames", type=int, default=0, help="of a history's end, whole, in half of stage 2"
+    )
     parser.add_argument(
         "--max-windows", type=count, help="or videos of a history; 8, of --latents 6"
     )

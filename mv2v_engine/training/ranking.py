@@ -155,13 +155,18 @@ def main() -> None:
             f"{args.checkpoint} has no {'VAE' if found.config.has_camera else 'cameras'}; a "
             "learned ranking is of novel views and reads latents: give such a checkpoint"
         )
+    out = args.out or found.detected.path
+    if args.out is None and not Path(args.checkpoint).exists():  # a name, of a part of the package
+        parser.error(
+            f"{args.checkpoint} is embedded in the package; copy its folder, {out}, and give the "
+            "copy, or say by --out where the network goes"
+        )
     vae = load_vae(found.vae_path, device=torch.device("cpu"), dtype=torch.float32)
     sampling = found.sampling
     scenes = [
         shown_world(seed, args.grade, args.cameras, sampling.num_frames, sampling.size, vae)
         for seed in tqdm(range(args.worlds), unit="world")
     ]
-    out = args.out or found.detected.path
     ranker = train(scenes, found.config.latent_channels, args.steps, args.learning_rate)
     ranker.save(out)
     print(f'wrote {out / FILE}; use it with memory_ranking="learned"')

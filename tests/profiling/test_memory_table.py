@@ -5,22 +5,28 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from types import ModuleType
 
+import history_edits
 import history_frames
+import memory_models
+import memory_study
 import memory_table
 import pytest
 import torch
 from PIL import Image
 
+from mv2v_engine.evaluation.edit_clip import ClipResult
+from mv2v_engine.evaluation.edit_protocol import EditProtocol
 from mv2v_engine.files import save_json, save_tensors
 from mv2v_engine.synthetic.cameras import scene_cameras
 from mv2v_engine.training.latents import save_latents
 
 
-def run(*words: str) -> None:
+def run(module: ModuleType, *words: str) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["history_frames.py", *words])
-        history_frames.main()
+        patch.setattr(sys, "argv", [module.__name__, *words])
+        module.main()
 
 
 def test_frames_are_asked_back_and_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -37,14 +43,12 @@ def test_frames_are_asked_back_and_told(tmp_path: Path, monkeypatch: pytest.Monk
                 "text": torch.randn(4, 64, generator=generator).bfloat16(),
             },
         )
-    monkeypatch.setattr(history_frames.EditStudy, "encoders", ("both", "kernel"))
-    monkeypatch.setattr(history_frames, "SAMPLING_STEPS", 1)
-    monkeypatch.setattr(memory_table, "RESULTS", tmp_path)
-    assert memory_table.NOTHING in memory_table.encoders().splitlines()[3]
+    monkeypatch.setattr(history_frames, "ENCODERS", ("both", "kernel"))
+    monkeypatch.setattr(memory_models, "SAMPLING_STEPS", 1)
     words = ["--edits", str(tmp_path / "latents"), "--work", str(tmp_path / "work")]
     words += ["--held-out", "2", "--batch", "1", "--windows", "3"]
     out = tmp_path / "history_frames.json"
-    run(*words, "--steps", "1", "--out", str(out))
+    run(history_frames, *words, "--steps", "1", "--out", str(out))
     found = json.loads(out.read_text())
     assert set(found["rows"]) == {"both", "no history", "kernel"}
     assert all(row["psnr"]["scenes"] == 2 for row in found["rows"].values())
@@ -52,70 +56,115 @@ def test_frames_are_asked_back_and_told(tmp_path: Path, monkeypatch: pytest.Monk
     assert found["rows"]["kernel"]["both_over_it"]["value"] == pytest.approx(both - kernel)
     assert found["rows"]["no history"]["psnr"]["value"] != both
     monkeypatch.setattr(history_frames, "trained", None)  # nothing is trained again
-    run(*words, "--steps", "1", "--out", str(out))
+    run(history_frames, *words, "--steps", "1", "--out", str(out))
     assert json.loads(out.read_text())["rows"] == found["rows"]
     with pytest.raises(SystemExit, match="began with other settings"):
-        run(*words, "--steps", "2")
-    assert f"| {both:.2f} [" in memory_table.encoders().splitlines()[3]
+        run(history_frames, *words, "--steps", "2")
+    monkeypatch.setattr(memory_table, "RESULTS", tmp_path)
+    (line,) = (
+        line
+        for line in memory_table.encoders_and_rankings().splitlines()
+        if "| TinyHistory |" in line
+    )
+    assert f"| {both:.2f} [" in line
 
 
-def test_views_are_asked_back_from_each_encoder(
+def test_a_camera_comes_back_by_each_encoder_and_ranking(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of worlds by their seeds, judged where the remembered cameras see what is asked for."""
+    """One world, one step."""
     generator, folder = torch.Generator().manual_seed(0), tmp_path / "latents"
-    for seed in range(3):
+    for seed in range(2):
         poses = torch.stack([each.poses for each in scene_cameras(seed, num_cameras=5)])
         latents = torch.randn(5, 16, 5, 12, 20, generator=generator)
         save_latents(folder / f"scene_plain_{seed:07d}.safetensors", latents, poses)
-    monkeypatch.setattr(history_frames.ViewStudy, "encoders", ("kernel", "view"))
-    monkeypatch.setattr(history_frames, "SAMPLING_STEPS", 1)
-    monkeypatch.setattr(memory_table, "RESULTS", tmp_path)
-    assert memory_table.NOTHING in memory_table.view_encoders().splitlines()[2]
-    out, picture = tmp_path / "memory_encoders.json", tmp_path / "encoders.png"
+    for module in (memory_study, memory_models):
+        monkeypatch.setattr(module, "SAMPLING_STEPS", 1)
+    monkeypatch.setattr(memory_study, "PICTURED", ("patches", "view"))
+    out, picture = tmp_path / "memory_study.json", tmp_path / "encoders.png"
     words = ["--latents", str(folder), "--work", str(tmp_path / "work"), "--steps", "1"]
-    words += ["--held-out", "1", "--batch", "1", "--out", str(out), "--picture", str(picture)]
-    run(*words)
-    found = json.loads(out.read_text())
-    rows = found["rows"]
-    assert set(rows) == {"kernel", "no history", "view", "view, read"}
-    assert {row["tokens"] for row in rows.values()} == {90}
-    assert rows["view"]["psnr"]["value"] != rows["view"]["psnr_everywhere"]["value"]
-    kernel, view = (rows[name]["psnr"]["value"] for name in ("kernel", "view"))
-    assert rows["view"]["kernel_over_it"]["value"] == pytest.approx(kernel - view)
-    # 90 tokens of 144 numbers; the latents of three videos of two latent frames
-    assert rows["kernel"]["kept_bytes"] == 4 * 90 * 144
-    assert rows["view"]["kept_bytes"] == 4 * 16 * 6 * 12 * 20
+    words += ["--batch", "1", "--worlds", "1", "--encoders", "patches", "view"]
+    words += ["--out", str(out), "--picture", str(picture)]
+    run(memory_study, *words)
+    rows = json.loads(out.read_text())["rows"]
+    patches = set(rows["patches"]) - {"took"}
+    assert patches == {*memory_table.RANKINGS, "nothing", "all"} - {"learned"}
+    assert set(rows["view"]) == {"fov", "took"}
+    found = {name: rows["patches"][name]["tokens"] for name in patches}
+    # two videos of five frames of 3x5 tokens; of eight, five have 2x3
+    assert found == dict.fromkeys(patches, 150) | {"nothing": 0, "all": 375}
+    assert rows["view"]["fov"]["tokens"] == 150
+    base, view = rows["patches"]["fov"], rows["view"]["fov"]
+    assert view["psnr_below"]["value"] == pytest.approx(
+        base["psnr"]["value"] - view["psnr"]["value"]
+    )
+    ratio = view["return"]["value"] / base["return"]["value"]
+    assert view["return_ratio"]["value"] == pytest.approx(ratio)
+    kept = 4 * 8 * 16 * 5 * 12 * 20  # latents of eight turns; a latent of views beside
+    assert rows["patches"]["took"]["kept_bytes"] == kept
+    assert rows["view"]["took"]["kept_bytes"] == kept + 4 * 150 * 96
     with Image.open(picture) as image:
         assert image.width > image.height
-    table = memory_table.view_encoders().splitlines()
-    assert f"| {kernel:.2f} [" in table[2] and f"| {view:.2f} [" in table[5]
-    assert memory_table.NOTHING in table[3]  # TinyHistory was left out
-    last = folder / "scene_plain_0000002.safetensors"
-    for name, message in (
-        ("scene_plain_0000003", "other cameras than world 3"),
-        ("scene_x", "named after no world"),
-    ):
-        last = last.rename(folder / f"{name}.safetensors")
-        with pytest.raises(SystemExit, match=message):
-            run(*words[:-4])
+    with pytest.raises(SystemExit, match="began with other settings"):
+        run(memory_study, *words, "--batch", "2")
 
 
-def test_what_is_measured_stands_in_the_tables(
+def test_long_edits_are_set_against_todays_memory(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Clip by clip; what was measured is not measured again."""
+
+    class Evaluator:
+        def __init__(self, engine: str, protocol: EditProtocol) -> None:
+            self.rows = protocol.rows
+
+        def measure(self, seed: int) -> ClipResult:
+            own = {"memory": 4.0, "history": 2.0, "history_1": 1.0}
+            values = {
+                row: dict.fromkeys(history_edits.MEASURES, own.get(row, 8.0) + seed % 2)
+                for row in self.rows
+            }
+            return ClipResult({"rows": values}, {}, None, ())  # type: ignore[arg-type]
+
+    monkeypatch.setattr(history_edits, "ClipEvaluator", Evaluator)
+    out = tmp_path / "history_edits.json"
+    words = ["--models", "both=tiny-edit", "--work", str(tmp_path / "work"), "--clips", "2"]
+    run(history_edits, *words, "--out", str(out))
+    rows = json.loads(out.read_text())["rows"]
+    assert set(rows["tiny-edit"]) == {"independent", "memory", "recent_2"}
+    ratio = rows["both"]["history"]["subject_error_ratio"]
+    assert ratio["value"] == pytest.approx(2.5 / 4.5)
+    assert "subject_error_ratio" not in rows["tiny-edit"]["memory"]
+    monkeypatch.setattr(history_edits, "ClipEvaluator", None)
+    run(history_edits, *words)
+    monkeypatch.setattr(memory_table, "RESULTS", tmp_path)
+    lines = {
+        line.split(" | ")[0][2:]: line
+        for line in memory_table.encoders_and_rankings().splitlines()[2:]
+    }
+    assert "| 2.500 [2.000, 3.000] | 2.50 [2.00, 3.00] |" in lines["TinyHistory"]
+    assert "| 1.500 [1.000, 2.000] |" in lines["TinyHistory, and the last frame whole"]
+    assert "| 8.500 [8.000, 9.000] |" in lines["*nothing remembered*"]
+    assert lines["a recurrent state"].count(memory_table.NOTHING) == 9
+
+
+def test_what_is_measured_stands_in_the_table(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(memory_table, "RESULTS", tmp_path)
     cells = [line.split(" | ") for line in memory_table.rankings().splitlines()[2:]]
-    assert len(cells) == 6 and all(memory_table.NOTHING in row for row in cells)
+    assert len(cells) == 5 and all(memory_table.NOTHING in row[1] for row in cells)
     told = {"value": 0.5, "ci": [0.25, 0.75], "scenes": 4}
     rows = {"coverage": {"shown": told, "of_the_oracles_gain_over_fov": told}}
     save_json(tmp_path / "rankings.json", {"rows": rows})
-    nine = {"coverage_2": {"branches": {"choice": told}, "tokens": 650.0, "flops": 5e10}}
-    save_json(tmp_path / "tiny_nvs_nine_turns.json", {"rows": nine})
     line = memory_table.rankings().splitlines()[3]
-    assert line == (
-        "| residual coverage | 0.500 [0.250, 0.750] | 0.50 [0.25, 0.75] "
-        "| 0.5000 [0.2500, 0.7500] | 650 | 50.0 |"
-    )
-    # tokens by hand: two latent frames and 4x4 cells a token, of twenty frames of 12x20
-    assert memory_table.encoders().splitlines()[3].split(" | ")[1] == "150"
+    assert line == "| residual coverage | 0.500 [0.250, 0.750] | 0.50 [0.25, 0.75] |"
+    own = {"tokens": 150.0, "flops": 5e10, "psnr": told, "return": told}
+    took = {"encode_flops": 0, "kept_bytes": 614400}
+    study = {"patches": {"fov": own, "random": own, "took": took}}
+    save_json(tmp_path / "memory_study.json", {"rows": study})
+    lines = memory_table.encoders_and_rankings().splitlines()[2:]
+    start = "| 150 | 50.0 | in the turn | 614 | 0.50 [0.25, 0.75] | 0.5000 [0.2500, 0.7500] |"
+    assert lines[0].startswith(f"| patches by rank {start}")
+    (random,) = (line for line in lines if "at random" in line)
+    assert random.startswith(f"| patches, chosen at random {start} {memory_table.NO_CAMERAS} |")

@@ -74,6 +74,22 @@ def page(service: Live, open_page: OpenPage) -> Page:
     return page
 
 
+@pytest.fixture
+def begin(
+    client: httpx.Client, upload: Upload, events_of: Callable[..., Any]
+) -> Callable[..., str]:
+    """Make a session whose turns of some cameras are done; gives its id."""
+
+    def begin(*cameras: str) -> str:
+        session: str = upload(client)["id"]
+        for camera in cameras:
+            turn = client.post(f"/v1/sessions/{session}/turns", json={"camera": camera})
+            events_of(client, turn.json()["id"])
+        return session
+
+    return begin
+
+
 def show_picture(page: Page) -> None:
     """Give a picture that a browser can show as the first turn's thumbnail."""
     jpeg = io.BytesIO()
@@ -112,17 +128,11 @@ def test_a_list_that_was_overtaken_is_not_shown(page: Page, source_clip: Path) -
 
 
 def test_the_picture_waits_for_nothing_but_its_own(
-    service: Live,
-    open_page: OpenPage,
-    client: httpx.Client,
-    upload: Upload,
-    events_of: Callable[..., Any],
+    service: Live, open_page: OpenPage, begin: Callable[..., str]
 ) -> None:
     from playwright.sync_api import expect
 
-    session = upload(client)["id"]
-    path = f"/v1/sessions/{session}/turns"
-    events_of(client, client.post(path, json={"camera": "pan_right"}).json()["id"])
+    session = begin("pan_right")
     page = open_page("about:blank")
     asked: list[str] = []
     page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
@@ -159,16 +169,11 @@ def test_the_picture_waits_for_nothing_but_its_own(
 def test_the_first_picture_is_of_what_the_address_names(
     service: Live,
     open_page: OpenPage,
-    client: httpx.Client,
-    upload: Upload,
-    events_of: Callable[..., Any],
+    begin: Callable[..., str],
     view: str,
     has_picture: bool,
 ) -> None:
-    session = upload(client)["id"]
-    path = f"/v1/sessions/{session}/turns"
-    for camera in ("pan_right", "pan_left"):
-        events_of(client, client.post(path, json={"camera": camera}).json()["id"])
+    session = begin("pan_right", "pan_left")
     page = open_page("about:blank")
     show_picture(page)
     model = Held(page, "**/v1/models")
@@ -176,23 +181,17 @@ def test_the_first_picture_is_of_what_the_address_names(
     model.wait()
     page.evaluate("() => window.begun.stands")
     pictures = page.locator(".pane > img").evaluate_all("(all) => all.map((i) => i.dataset.path)")
-    assert pictures == ([f"{path[1:]}/1/thumbnail"] if has_picture else [])
+    assert pictures == ([f"v1/sessions/{session}/turns/1/thumbnail"] if has_picture else [])
     model.let_go()
     wait_for_turn(page, 2)
 
 
 def test_a_turn_under_way_is_shown_and_not_the_one_before_it(
-    service: Live,
-    open_page: OpenPage,
-    client: httpx.Client,
-    upload: Upload,
-    events_of: Callable[..., Any],
+    service: Live, open_page: OpenPage, client: httpx.Client, begin: Callable[..., str]
 ) -> None:
-    session = upload(client)["id"]
-    path = f"/v1/sessions/{session}/turns"
-    events_of(client, client.post(path, json={"camera": "pan_right"}).json()["id"])
+    session = begin("pan_right")
     service.backend.hold()
-    client.post(path, json={"camera": "pan_left"}).raise_for_status()
+    client.post(f"/v1/sessions/{session}/turns", json={"camera": "pan_left"}).raise_for_status()
     page = open_page("about:blank")
     show_picture(page)
     page.goto(f"{service.address}/#session={session}")

@@ -67,6 +67,9 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", [*words, "--cameras", "2"])
     with pytest.raises(RequestError, match="--cameras must be at least 3, got 2"):
         ranking.main()
+    monkeypatch.setattr("sys.argv", ["ranking", "--checkpoint", "tiny-nvs"])
+    with pytest.raises(RequestError, match="tiny-nvs is embedded in the package; copy its folder"):
+        ranking.main()
     blind = save_tiny(tmp_path / "blind", camera_conditioning="none")
     monkeypatch.setattr("sys.argv", ["ranking", "--checkpoint", str(blind)])
     with pytest.raises(TrainingError, match="has no cameras"):
