@@ -21,12 +21,12 @@ A run that was cut off goes on where it stood.
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from history_frames import Part
 from measure import provenance
 from torch import Tensor, nn
 
@@ -38,7 +38,7 @@ from mv2v_engine.training.dit import TINY_RECIPE, initialise, make_optimizers
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig, TrainingLoop
 from mv2v_engine.training.losses import BatchForward, flow_step, shifted, widened
-from mv2v_engine.training.recipe import Batch, SceneSampler
+from mv2v_engine.training.recipe import Batch, SceneSampler, Tracks
 from mv2v_engine.training.throughput import compute_dtype, matmul_tflops
 
 CPU = torch.device("cpu")
@@ -53,6 +53,28 @@ RECIPE = replace(TINY_RECIPE, frames=(2, 4), no_memory=0.5)
 LEVELS, REMEMBERED = 16, 2
 # below it the clean latents say little of the velocity, and their error would rule the loss
 LOWEST_LEVEL = 0.05
+
+
+class Part:
+    """Some scenes of a cache."""
+
+    def __init__(self, cache: LatentCache, scenes: range) -> None:
+        self.cache, self.scenes, self.latent_shape = cache, scenes, cache.latent_shape
+
+    def __len__(self) -> int:
+        return len(self.scenes)
+
+    def num_tracks(self, scene: int) -> int:
+        """Videos of a scene."""
+        return self.cache.num_tracks(self.scenes[scene])
+
+    def still_track(self, scene: int) -> int | None:
+        """The video whose camera does not move."""
+        return self.cache.still_track(self.scenes[scene])
+
+    def draw(self, scene: int, tracks: Sequence[int], source: int) -> Tracks:
+        """The given videos."""
+        return self.cache.draw(self.scenes[scene], tracks, source)
 
 
 class WholeLinear(nn.Linear):
