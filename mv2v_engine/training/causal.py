@@ -49,7 +49,7 @@ from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import data_parallel, join, leave, own_generator
 from mv2v_engine.training.dit import TINY_EDIT_RECIPE, make_optimizers, train_alone
 from mv2v_engine.training.edit_latents import EditLatents
-from mv2v_engine.training.edit_recipe import EditSampler
+from mv2v_engine.training.edit_recipe import EditSampler, edit_weights
 from mv2v_engine.training.flow_map import (
     DELTA,
     balanced,
@@ -117,7 +117,6 @@ class ReturningSampler(EditSampler):
             for of in ("edited", "source", "mask")
         )
         _, _, frames, rows, columns = target.shape
-        weight = 1 + recipe.edit_weight * mask
         texts = [
             self._empty_text if chance(recipe.text_dropped, generator) else self._texts[clip]
             for clip, _ in drawn
@@ -128,7 +127,7 @@ class ReturningSampler(EditSampler):
             cameras=None,
             text=torch.stack(texts),
             source=source,
-            weight=weight / weight.mean((1, 2, 3), keepdim=True),
+            weight=edit_weights(mask, recipe.edit_weight),
         )
 
 

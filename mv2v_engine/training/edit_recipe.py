@@ -94,7 +94,6 @@ class EditSampler:
             for index in range(1, 1 + plan.num_memory)
         ]
         mask = torch.stack([pair.mask[windows[0]] for pair, windows in pairs]).float()
-        weight = 1 + self.recipe.edit_weight * mask
         recipe = self.recipe
         dropped = recipe.text_from_memory if memory else recipe.text_dropped
         texts = [
@@ -107,8 +106,7 @@ class EditSampler:
             cameras=None,
             text=torch.stack(texts),
             source=torch.stack([pair.source[windows[0]] for pair, windows in pairs]).float(),
-            # a sample counts as much as any other, whatever the size of its edit
-            weight=weight / weight.mean((1, 2, 3), keepdim=True),
+            weight=edit_weights(mask, recipe.edit_weight),
         )
 
     def draw_plan(self, generator: torch.Generator) -> tuple[TokenPlan, bool]:
@@ -148,3 +146,12 @@ class EditSampler:
         keys = [SegmentKey(str(w), w if w != before else total, descriptors[w]) for w in kept]
         ranked = rank_segments(descriptors[target], keys, top_k=num_memory, recent_first=follows)
         return clip, [target, *(int(id) for id in ranked.ids)]
+
+
+def edit_weights(mask: Tensor, edit_weight: float) -> Tensor:
+    """Weights of the squared error, as `mask`, the edited share of every latent cell [B, F, H, W].
+
+    A sample counts as much as any other, whatever the size of its edit.
+    """
+    weight = 1 + edit_weight * mask
+    return weight / weight.mean((1, 2, 3), keepdim=True)

@@ -37,6 +37,7 @@ from mv2v_engine.training import finetune
 from mv2v_engine.training.command import run_command
 from mv2v_engine.training.distributed import join, own_generator
 from mv2v_engine.training.edit_latents import EditLatents
+from mv2v_engine.training.edit_recipe import edit_weights
 from mv2v_engine.training.latents import LatentCache
 from mv2v_engine.training.loop import LoopConfig
 from mv2v_engine.training.losses import Sampler, shifted
@@ -56,11 +57,14 @@ class HistoryRecipe(Recipe):
 
     stage: 1 or 2. rate: the rate of the history's tokens. whole_frames: how many at its end stage 2
     shows whole beside it, in half of the batches: the weights serve with them and without.
+    text_from_memory, edit_weight: of edits, as `EditRecipe`'s; stage 2 alone.
     """
 
     stage: int = 1
     rate: str = "4x4x2"
     whole_frames: int = 0
+    text_from_memory: float = 0.1
+    edit_weight: float = 15.0
 
 
 class HistorySampler:
@@ -113,24 +117,28 @@ class HistorySampler:
         """One batch of one plan; the plan is the same in all processes, the samples are not."""
         plan, asked = self.draw_plan(generator)
         own, (_, frames, *_) = own_generator(generator), self.latents.latent_shape
-        count, stage = plan.segments[1].grid[0] // frames, self.recipe.stage
-        targets, histories, sources, texts = [], [], [], []
-        for _ in range(self.recipe.batch):
+        recipe = self.recipe
+        count, stage = plan.segments[1].grid[0] // frames, recipe.stage
+        targets, histories, sources, texts, masks = [], [], [], [], []
+        for _ in range(recipe.batch):
             clip = pick(self._clips[count], own)
             pair = self.latents.pairs[clip]
             first = number(0, pair.num_windows - count - (stage == 2), own)
             is_edit = stage == 2 or chance(0.5, own)
             shown = pair.edited if is_edit else pair.source
             history = _joined(shown[first : first + count])
-            is_query, shift = stage == 1, self.recipe.flow_shift
-            histories.append(masked(history, asked, shift, own) if is_query else history)
-            if stage == 1:
+            is_query = stage == 1
+            histories.append(
+                masked(history, asked, recipe.flow_shift, own) if is_query else history
+            )
+            if is_query:
                 targets.append(history[:, asked])
                 sources.append(torch.zeros_like(targets[-1]))
             else:
                 targets.append(pair.edited[first + count].float())
                 sources.append(pair.source[first + count].float())
-            is_told = is_edit and not chance(0.1, own)
+                masks.append(pair.mask[first + count].float())
+            is_told = is_edit and not chance(0.1 if is_query else recipe.text_from_memory, own)
             texts.append(self._texts[clip] if is_told else self._empty_text)
         past = torch.stack(histories)
         whole = [past[:, :, -s.grid[0] :] for s in plan.segments[2:]]
@@ -140,6 +148,7 @@ class HistorySampler:
             cameras=None,
             text=torch.stack(texts),
             source=torch.stack(sources) if self.shape.source_channels else None,
+            weight=edit_weights(torch.stack(masks), recipe.edit_weight) if masks else None,
         )
 
     def draw_plan(self, generator: torch.Generator) -> tuple[TokenPlan, list[int]]:
@@ -358,6 +367,12 @@ def main() -> None:
         "--whole-frames", type=int, default=0, help="of a history's end, whole, in half of stage 2"
     )
     parser.add_argument(
+        "--text-from-memory",
+        type=float,
+        default=HistoryRecipe().text_from_memory,
+        help="share of stage 2's edits that have no text: what was edited is read from the history",
+    )
+    parser.add_argument(
         "--max-windows", type=count, help="or videos of a history; 8, of --latents 6"
     )
     parser.add_argument("--batch", type=count, default=8)
@@ -369,6 +384,8 @@ def main() -> None:
     args = parser.parse_args()
     if args.whole_frames < 0:
         parser.error(f"--whole-frames must be at least 0, got {args.whole_frames}")
+    if not 0 <= args.text_from_memory <= 1:
+        parser.error(f"--text-from-memory must be a share from 0 to 1, got {args.text_from_memory}")
 
     torch.manual_seed(0)
     device = join(args.device)
@@ -399,6 +416,7 @@ def main() -> None:
         stage=args.stage,
         rate=args.rate,
         whole_frames=args.whole_frames,
+        text_from_memory=args.text_from_memory,
     )
     text = finetune.empty_text(base, args.components)
     if text is None:

@@ -47,8 +47,9 @@ def save_clips(folder: Path, channels: int = 16, text_dim: int = 16) -> Path:
             "source": edited / 2,
             "edited": edited,
             "mask": torch.zeros(windows, 2, 4, 6).half(),
-            "text": torch.zeros(2, text_dim).bfloat16(),
+            "text": torch.ones(2, text_dim).bfloat16(),
         }
+        tensors["mask"][..., 0, :] = 1
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()},
             folder / f"edit_{clip:07d}.safetensors",
@@ -101,10 +102,24 @@ def test_stage_2_asks_for_the_window_after_a_clean_history(clips: Path) -> None:
         windows = past.shape[2] // 2
         assert torch.equal(target[:, 0, 0, 0, 0], first + 10 * windows)
         assert torch.equal(2 * batch.source, target)
+        assert batch.weight is not None
+        edited, other = batch.weight[..., 0, :], batch.weight[..., 1:, :]
+        torch.testing.assert_close(edited / 16, other[..., 0, :])  # the weight of edited cells
+        torch.testing.assert_close(batch.weight.mean((1, 2, 3)), torch.ones(3))
         assert all(torch.equal(frames, past[:, :, -3:]) for frames in whole)
         steps = past[:, 0, :, 0, 0] - first[:, None]
         assert torch.equal(steps[:, 0::2], (10.0 * torch.arange(windows)).expand(3, -1))
     assert 5 < with_whole < 15  # half of the batches, so that weights serve without them too
+
+
+@pytest.mark.parametrize("share", [0, 1])
+def test_what_was_edited_is_read_from_the_history(clips: Path, share: int) -> None:
+    """A clip's text is ones, the empty prompt's zeros."""
+    drawn = sampler(clips, stage=2, max_memory=3, text_from_memory=share)
+    texts = [drawn.draw(torch.Generator().manual_seed(seed)).text for seed in range(5)]
+    assert all(bool(text[:, :2].eq(1 - share).all()) for text in texts)
+    asked = sampler(clips, stage=1, max_memory=3).draw(torch.Generator().manual_seed(0))
+    assert asked.weight is None
 
 
 def test_what_it_cannot_be_trained_on(clips: Path, tmp_path: Path) -> None:
