@@ -22,7 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 from mv2v_engine.camera.trajectories import CameraTrajectory
-from mv2v_engine.checkpoints.detect import detect
+from mv2v_engine.checkpoints.detect import detect, embedded_names
 from mv2v_engine.checkpoints.resolve import resolve
 from mv2v_engine.errors import TrainingError
 from mv2v_engine.evaluation.visibility import project
@@ -156,11 +156,13 @@ def main() -> None:
             "learned ranking is of novel views and reads latents: give such a checkpoint"
         )
     out = args.out or found.detected.path
-    if args.out is None and not Path(args.checkpoint).exists():  # a name, of a part of the package
+    if args.out is None and args.checkpoint in embedded_names():
         parser.error(
             f"{args.checkpoint} is embedded in the package; copy its folder, {out}, and give the "
-            "copy, or say by --out where the network goes"
+            "copy by a path that is not the bare name, or say by --out where the network goes"
         )
+    if out.is_file():
+        parser.error(f"{out} is a file, and the network lies in a folder; say by --out in which")
     vae = load_vae(found.vae_path, device=torch.device("cpu"), dtype=torch.float32)
     sampling = found.sampling
     scenes = [

@@ -67,8 +67,14 @@ def test_the_command(
     monkeypatch.setattr("sys.argv", [*words, "--cameras", "2"])
     with pytest.raises(RequestError, match="--cameras must be at least 3, got 2"):
         ranking.main()
-    monkeypatch.setattr("sys.argv", ["ranking", "--checkpoint", "tiny-nvs"])
+    # a copy beside it is not what the bare name gives
+    (tmp_path / "tiny-nvs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["ranking", "--checkpoint", "tiny-nvs", "--worlds", "1"])
     with pytest.raises(RequestError, match="tiny-nvs is embedded in the package; copy its folder"):
+        ranking.main()
+    monkeypatch.setattr("sys.argv", [*words, "--out", str(tmp_path / "ranking.safetensors")])
+    with pytest.raises(RequestError, match="is a file, and the network lies in a folder"):
         ranking.main()
     blind = save_tiny(tmp_path / "blind", camera_conditioning="none")
     monkeypatch.setattr("sys.argv", ["ranking", "--checkpoint", str(blind)])
