@@ -75,6 +75,7 @@ class HistorySampler:
 
     Raises:
         TrainingError: no clip has windows enough, or the latents are not this model's.
+        RequestError: the shortest history has no whole token of the rate.
     """
 
     def __init__(
@@ -110,6 +111,7 @@ class HistorySampler:
             count: [clip for clip, own in enumerate(windows) if own >= count]
             for count in range(self._fewest, self._most + 1)
         }
+        drawn_plan(shape, recipe, latents.latent_shape[1:], self._fewest, torch.Generator())
         self._empty_text = padded_text(empty_text, shape)
         self._texts = [padded_text(pair.text, shape) for pair in latents.pairs]
 
@@ -161,7 +163,7 @@ class ViewHistorySampler(SceneSampler):
     """Draws histories from encoded scenes: videos of some cameras one after the other, and at
     stage 2 the video of another one, with a source by `Recipe.source_dropped`.
 
-    Args, Raises: as `SceneSampler`.
+    Args, Raises: as `SceneSampler`; and as `HistorySampler` for a rate.
     """
 
     def __init__(
@@ -174,6 +176,7 @@ class ViewHistorySampler(SceneSampler):
     ) -> None:
         super().__init__(source, shape, recipe, empty_text=empty_text)
         self.recipe: HistoryRecipe = recipe
+        drawn_plan(shape, recipe, self._grid, recipe.min_memory, torch.Generator())
 
     def draw(self, generator: torch.Generator) -> Batch:
         """One batch of one plan; the plan is the same in all processes, the samples are not."""

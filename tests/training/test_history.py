@@ -149,6 +149,14 @@ def view_sampler(cache: LatentCache, **recipe: Any) -> ViewHistorySampler:
     return ViewHistorySampler(cache, shape, made)
 
 
+def test_the_shortest_history_of_views_has_a_whole_token(cache: LatentCache) -> None:
+    shape = tiny_config(history=HistoryConfig(rates=("1x1x8",)))
+    longest = HistoryRecipe(stage=2, rate="1x1x8", min_memory=3, max_memory=3)
+    ViewHistorySampler(cache, shape, longest)
+    with pytest.raises(RequestError, match="covers 8 latent frames, the history has 6"):
+        ViewHistorySampler(cache, shape, replace(longest, min_memory=2))
+
+
 def test_stage_1_asks_views_for_frames_with_their_cameras(cache: LatentCache) -> None:
     """A video's number is its latents' value and its camera's place (`cache_folder`)."""
     drawn, lengths = view_sampler(cache, stage=1), set()
@@ -300,8 +308,14 @@ def test_what_is_refused_leaves_its_folder_to_others(
     words += ["--channels", 4, 4, 8, 8, "--heads", 2, "--rank", 3, "--steps", 1]
     with pytest.raises(TrainingError, match="holds no edit"):
         _run(monkeypatch, *words, "--edits", tmp_path)
-    with pytest.raises(RequestError, match=r"--whole-frames must be at least 0, got -3"):
-        _run(monkeypatch, *words, "--edits", clips, "--whole-frames", -3)
+    for given, message in (
+        (("--whole-frames", -3), "--whole-frames must be at least 0, got -3"),
+        (("--text-from-memory", 2), "--text-from-memory must be a share from 0 to 1, got 2.0"),
+        (("--rate", "4x4x1"), "covers 8x8 latent cells, the video has 4x6; use a finer rate"),
+        (("--rate", "1x1x8"), "covers 8 latent frames, the history has 4; use a finer rate"),
+    ):
+        with pytest.raises(RequestError, match=message):
+            _run(monkeypatch, *words, "--edits", clips, *given)
     assert not out.exists()
 
 
