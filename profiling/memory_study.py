@@ -66,7 +66,7 @@ from mv2v_engine.evaluation.protocol import (
 )
 from mv2v_engine.evaluation.responsiveness import recorded_responsiveness
 from mv2v_engine.files import save_json, save_tensors
-from mv2v_engine.memory.ranking import Ranker
+from mv2v_engine.memory.ranking import Ranker, pooled
 from mv2v_engine.synthetic.worlds import make_world
 from mv2v_engine.tokens.flops import flop_table
 from mv2v_engine.tokens.plan import TokenPlan, memory_tokenizers, turn_plan
@@ -174,6 +174,9 @@ class World:
             session.close()
             save_tensors(path, {"turns": turns.float().contiguous()})
         self.turns = load_file(path)["turns"]
+        # a learned ranking is told what the turns show, as in a session, not what is truly there
+        known = torch.stack([pooled(latents) for latents in (self.source, *self.turns)])
+        self.shown = replace(self.shown, pooled=known)
         self.frames = [self.vae.decode(latents) for latents in self.turns]
 
     def batch(self, plan: TokenPlan, task: Task, videos: Sequence[int]) -> Batch:
