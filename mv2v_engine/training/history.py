@@ -207,6 +207,14 @@ class ViewHistorySampler(SceneSampler):
         latents = [torch.stack(each) for each in zip(*videos, strict=True)]
         return Batch(plan, latents, torch.stack(cameras), torch.stack(texts))
 
+    def _sample(self, memory: int, targets: int, generator: torch.Generator) -> Tracks:
+        """As `SceneSampler`'s; a camera that returns does so to any of the videos."""
+        sample = super()._sample(memory, targets, generator)
+        if not self.recipe.revisited:
+            return sample
+        order = torch.cat([torch.arange(2), 2 + torch.randperm(memory, generator=generator)])
+        return Tracks(sample.latents[order], sample.cameras[order], sample.text)
+
     def _by_relevance(self, tracks: Tracks, memory: int) -> Tracks:
         """The videos as they come: a session's history is in the order of its turns."""
         return tracks

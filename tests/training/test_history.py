@@ -208,6 +208,17 @@ def test_stage_2_asks_views_for_another_camera(cache: LatentCache) -> None:
     }
 
 
+def test_a_camera_returns_to_any_video_of_its_history(cache: LatentCache) -> None:
+    odds = {"min_memory": 2, "max_memory": 2, "revisited": 1.0, "source_dropped": 0.0}
+    drawn, places = view_sampler(cache, stage=2, memory_noise=0.0, **odds), set()
+    for seed in range(10):
+        target, _, past = drawn.draw(torch.Generator().manual_seed(seed)).latents
+        same = past[:, 0, ::3, 0, 0] == target[:, :1, 0, 0, 0]
+        assert same.sum(1).eq(1).all()
+        places |= set(same.int().argmax(1).tolist())
+    assert places == {0, 1}
+
+
 def test_views_by_command(
     cache_folder: Path, clips: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
