@@ -1,7 +1,7 @@
 """What is the best use of so many tokens of memory? Encoders and rankings of views, on one task.
 
 `python profiling/memory_study.py --latents LATENTS [LATENTS ...] --work runs/memory
-[--ranking FOLDER] [--out profiling/results/memory_study.json] [--picture docs/memory_encoders.png]`
+[--out profiling/results/memory_study.json] [--picture docs/memory_encoders.png]`
 
 Of every encoder a model: `tiny-nvs` after as many steps of the same recipe, with two videos of
 other cameras beside the source, in as many tokens. LATENTS are folders of `training.latents`.
@@ -10,8 +10,8 @@ Eight turns of held-out worlds, those of `run evaluate --turns 9 --grade furnish
 by `tiny-nvs` as it is. Two of them, chosen by a ranking, become tokens, and a camera comes back:
 
 "psnr"    on the very path of one of the turns: decibels of its frames against that turn's;
-"return"  over the way of the first turn, and on a path that none of them took: the consistency of
-          `run evaluate` with all eight, by true depth. L1 of 0..1.
+"return"  over the way of the first turn: the consistency of `run evaluate` with it, by true depth.
+          L1 of 0..1.
 
 Both are of pixels where the source surely shows nothing of what is seen. Rankings are those of
 `rankings.py`, and responsiveness by the model of patches. "nothing" is that model without memory,
@@ -76,7 +76,6 @@ from mv2v_engine.training.ranking import shown
 from mv2v_engine.training.recipe import Batch, SceneSampler
 
 BASE, TURNS = "tiny-nvs", Protocol(turns=9, grade="furnished")
-# the first is what the others are compared with
 ENCODERS = ("patches", "kernel", "both", "lr", "hr", "state", "view")
 LABELS = {
     "patches": "patches by rank",
@@ -90,10 +89,13 @@ LABELS = {
 # two videos take as many tokens in patches of the first ranks as in a history of this rate
 RATE, TOKENIZER = "2x2x1", 4
 PICTURED, SHOWN = ("patches", "both", "state", "view"), 3
+# what the others are compared with: the default, and patches that begin as a history does
+_COMPARED = ("patches", "kernel")
 _CROSSED = ("patches", "kernel", "both")  # measured by every ranking, the others by VideoFOV
 _BACK = ("1", "2", "4")  # turns that leave what the source shows; a world asks for one of them
 _FEWEST_PIXELS = 64
 Value = float | None
+Measures = Mapping[str, list[Value]]
 
 
 class PatchSampler(SceneSampler):
@@ -148,14 +150,16 @@ class World:
         self.seed, self.vae, sampling = seed, engine.vae, engine.sampling
         world = make_world(seed, TURNS.grade)
         source = film(world, named_trajectory("static", sampling.num_frames, sampling.size))
+        again = TURNS.last[0]
         cameras = scene_trajectories(seed, sampling, TURNS.turns)
+        cameras = {name: cameras[name] for name in (*TURNS.before, again)}
         self.views = [source, *(film(world, camera, source) for camera in cameras.values())]
         self.cameras = [view.camera for view in self.views]
         self.shown = shown(world, self.cameras, self.vae)
         names, back = list(cameras), _BACK[seed % len(_BACK)]
         self.tasks = [
             Task("psnr" if name == back else "return", 1 + names.index(name), turn_seed(seed, n))
-            for n, name in enumerate((back, *TURNS.last), len(names))
+            for n, name in enumerate((back, again), len(names))
         ]
         self.source = self.vae.encode(source.truth.frames)
         path = work / "worlds" / f"world_{seed}.safetensors"
@@ -203,12 +207,10 @@ class World:
             if int(view.invented.sum()) < _FEWEST_PIXELS:
                 return None
             return masked_psnr(frames, self.frames[task.number - 1], view.invented)
-        found = []
-        for earlier, before in zip(self.views[1:], self.frames, strict=False):
-            shared = overlap(view, earlier)
-            if shared.is_measurable:
-                found.append(consistency(frames, before, shared)[0])
-        return sum(found) / len(found) if found else None
+        shared = overlap(view, self.views[1])
+        if not shared.is_measurable:
+            return None
+        return consistency(frames, self.frames[0], shared)[0]
 
 
 class Measured:
@@ -309,7 +311,7 @@ def measured(
     latents = LatentCache(*args.latents, device=CPU)
     sampler = sampler_of(encoder, latents, base, args.batch)
     model = trained(args, encoder, BASE, RATE, sampler)
-    ranker = args.ranking and Ranker.read(args.ranking, base.config.latent_channels)
+    ranker = Ranker.read(base.report.path, base.config.latent_channels)
     own = Measured(encoder, model, base, ranker)
     for number, world in enumerate(worlds, 1):
         own.add(world)
@@ -329,18 +331,21 @@ def measured(
 
 
 def row_of(
-    own: Mapping[str, list[Value]], base: Mapping[str, list[Value]], costs: Sequence[Sequence[int]]
+    own: Measures, others: Mapping[str, Measures], costs: Sequence[Sequence[int]]
 ) -> dict[str, Any]:
-    """A row: both measures, how they differ from the base's, and the mean costs."""
+    """A row: both measures, how they differ from other rows' by the name, and the mean costs."""
     row: dict[str, Any] = {}
     for measure, values in own.items():
         row[measure] = as_json(bootstrap.mean(values))
-        if own is not base and measure == "psnr":
-            pairs = zip(base[measure], values, strict=True)
+        for name, other in others.items():
+            if other is own:
+                continue
+            if measure == "return":
+                row[f"return_of_{name}"] = as_json(bootstrap.ratio(values, other[measure]))
+                continue
+            pairs = zip(other[measure], values, strict=True)
             gains = [None if a is None or b is None else a - b for a, b in pairs]
-            row["psnr_below"] = as_json(bootstrap.mean(gains))
-        elif own is not base:
-            row["return_ratio"] = as_json(bootstrap.ratio(values, base[measure]))
+            row[f"psnr_below_{name}"] = as_json(bootstrap.mean(gains))
     for name, column in zip(("tokens", "flops"), zip(*costs, strict=True), strict=True):
         row[name] = sum(column) / len(column)
     row["flops"] *= SAMPLING_STEPS
@@ -390,7 +395,6 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=1e-3)
     parser.add_argument("--worlds", type=int, default=24)
     parser.add_argument("--first-world", type=int, default=FIRST_SCENE)
-    parser.add_argument("--ranking", type=Path, help="a folder with a learned ranking's weights")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
     args = parser.parse_args()
@@ -405,12 +409,13 @@ def main() -> None:
     worlds = [World(seed, engine, args.work) for seed in seeds]
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names)
     rows: dict[str, Any] = {}
-    first: dict[str, list[Value]] = {}
-    for encoder in args.encoders:
+    compared: dict[str, Measures] = {}
+    for encoder in sorted(args.encoders, key=ENCODERS.index):
         found = measured(args, encoder, base, worlds)
-        first = first or found["values"]["fov"]
+        if encoder in _COMPARED:
+            compared[encoder] = found["values"]["fov"]
         rows[encoder] = {
-            ranking: row_of(first if own == first else own, first, found["costs"][ranking])
+            ranking: row_of(own, compared, found["costs"][ranking])
             for ranking, own in found["values"].items()
         } | {"took": found["took"]}
         print(encoder, rows[encoder])

@@ -88,18 +88,18 @@ def test_a_camera_comes_back_by_each_encoder_and_ranking(
     run(memory_study, *words)
     rows = json.loads(out.read_text())["rows"]
     patches = set(rows["patches"]) - {"took"}
-    assert patches == {*memory_table.RANKINGS, "nothing", "all"} - {"learned"}
+    assert patches == {*memory_table.RANKINGS, "nothing", "all"}
     assert set(rows["view"]) == {"fov", "took"}
     found = {name: rows["patches"][name]["tokens"] for name in patches}
     # two videos of five frames of 3x5 tokens; of eight, five have 2x3
     assert found == dict.fromkeys(patches, 150) | {"nothing": 0, "all": 375}
     assert rows["view"]["fov"]["tokens"] == 150
     base, view = rows["patches"]["fov"], rows["view"]["fov"]
-    assert view["psnr_below"]["value"] == pytest.approx(
+    assert view["psnr_below_patches"]["value"] == pytest.approx(
         base["psnr"]["value"] - view["psnr"]["value"]
     )
     ratio = view["return"]["value"] / base["return"]["value"]
-    assert view["return_ratio"]["value"] == pytest.approx(ratio)
+    assert view["return_of_patches"]["value"] == pytest.approx(ratio)
     kept = 4 * 8 * 16 * 5 * 12 * 20  # latents of eight turns; a latent of views beside
     assert rows["patches"]["took"]["kept_bytes"] == kept
     assert rows["view"]["took"]["kept_bytes"] == kept + 4 * 150 * 96
