@@ -196,8 +196,8 @@ def main() -> None:
             values[name] = own
             rows[name] = {"psnr": as_json(bootstrap.mean(own)), **found["took"]}
             if name != ENCODERS[0]:
-                gains = [a - b for a, b in zip(values[ENCODERS[0]], own, strict=True)]
-                rows[name][f"{ENCODERS[0]}_over_it"] = as_json(bootstrap.mean(gains))
+                over = bootstrap.difference(values[ENCODERS[0]], own)
+                rows[name][f"{ENCODERS[0]}_over_it"] = as_json(over)
             print(name, rows[name])
         if args.out is not None:
             record = {

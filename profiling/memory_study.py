@@ -22,8 +22,9 @@ A run that was cut off goes on where it stood.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, cast
@@ -302,7 +303,7 @@ class Measured:
 
 
 def measured(
-    args: argparse.Namespace, encoder: str, base: Checkpoint, worlds: Sequence[World]
+    args: argparse.Namespace, encoder: str, base: Checkpoint, filmed: Callable[[], list[World]]
 ) -> dict[str, Any]:
     """Values and costs by ranking, and what training took; kept in the working folder."""
     path = args.work / encoder / "values.json"
@@ -312,7 +313,7 @@ def measured(
     sampler = sampler_of(encoder, latents, base, args.batch)
     model = trained(args, encoder, BASE, RATE, sampler)
     ranker = Ranker.read(base.report.path, base.config.latent_channels)
-    own = Measured(encoder, model, base, ranker)
+    own, worlds = Measured(encoder, model, base, ranker), filmed()
     for number, world in enumerate(worlds, 1):
         own.add(world)
         print(f"{encoder}: {number}/{len(worlds)}", flush=True)
@@ -342,10 +343,9 @@ def row_of(
                 continue
             if measure == "return":
                 row[f"return_of_{name}"] = as_json(bootstrap.ratio(values, other[measure]))
-                continue
-            pairs = zip(other[measure], values, strict=True)
-            gains = [None if a is None or b is None else a - b for a, b in pairs]
-            row[f"psnr_below_{name}"] = as_json(bootstrap.mean(gains))
+            else:
+                below = bootstrap.difference(other[measure], values)
+                row[f"psnr_below_{name}"] = as_json(below)
     for name, column in zip(("tokens", "flops"), zip(*costs, strict=True), strict=True):
         row[name] = sum(column) / len(column)
     row["flops"] *= SAMPLING_STEPS
@@ -403,15 +403,19 @@ def main() -> None:
     names = ["steps", "batch", "learning_rate", "worlds", "first_world"]
     settings = {name: getattr(args, name) for name in names}
     begin(args.work, settings)
-    engine = Engine.from_pretrained(BASE, device="cpu")
-    engine = engine.reconfigured(EngineConfig(merge="off"))
-    seeds = range(args.first_world, args.first_world + args.worlds)
-    worlds = [World(seed, engine, args.work) for seed in seeds]
+
+    @functools.cache
+    def filmed() -> list[World]:
+        engine = Engine.from_pretrained(BASE, device="cpu")
+        engine = engine.reconfigured(EngineConfig(merge="off"))
+        seeds = range(args.first_world, args.first_world + args.worlds)
+        return [World(seed, engine, args.work) for seed in seeds]
+
     options = " ".join(f"--{name.replace('_', '-')} {getattr(args, name)}" for name in names)
     rows: dict[str, Any] = {}
     compared: dict[str, Measures] = {}
     for encoder in sorted(args.encoders, key=ENCODERS.index):
-        found = measured(args, encoder, base, worlds)
+        found = measured(args, encoder, base, filmed)
         if encoder in _COMPARED:
             compared[encoder] = found["values"]["fov"]
         rows[encoder] = {

@@ -23,12 +23,12 @@ RESULTS = ROOT / "profiling" / "results"
 NOTHING = "not measured"
 NO_CAMERAS = "needs cameras"
 RANKINGS = {
-    "fov": "VideoFOV",
-    "coverage": "residual coverage",
-    "responsiveness": "responsiveness",
-    "learned": "learned",
+    "fov": "by VideoFOV",
+    "coverage": "by residual coverage",
+    "responsiveness": "by responsiveness",
+    "learned": "by a learned ranking",
     "random": "at random",
-    "oracle": "*an oracle*",
+    "oracle": "*by an oracle*",
 }
 # rows of history_edits.json that have a model of the base's own
 _EDITS = {"patches": "recent_2", "nothing": "independent", "all": MEMORY}
@@ -105,7 +105,7 @@ def encoders_and_rankings() -> str:
     for name, label in RANKINGS.items():
         if name != "fov":
             row = _views(patches.get(name, {}), took)
-            rows.append([f"patches, chosen {label}", *row, *[NO_CAMERAS] * 3])
+            rows.append([f"patches, {label}", *row, *[NO_CAMERAS] * 3])
     for name, label in (("nothing", "*nothing remembered*"), ("all", "*all of it, by rank*")):
         row = _views(patches.get(name, {}), took)
         rows.append([label, *row, NOTHING, *_edits(ours.get(_EDITS[name], {}))])
@@ -128,7 +128,7 @@ def rankings() -> str:
     """What two of eight videos show, by who chooses them."""
     shown, rows = read("rankings.json"), []
     for name, label in RANKINGS.items():
-        if name == "responsiveness":  # asks a video model
+        if name == "responsiveness":  # that asks a video model
             continue
         own = shown.get(name, {})
         gain = "" if name == "fov" else interval(own.get("of_the_oracles_gain_over_fov"), 2)

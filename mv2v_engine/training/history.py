@@ -447,6 +447,8 @@ def main() -> None:
             "rate": args.rate,
             "rank": args.rank,
             "learning_rate": args.learning_rate,
+            "whole_frames": args.whole_frames,
+            "text_from_memory": args.text_from_memory,
         },
     )
     config = LoopConfig(
