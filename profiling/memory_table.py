@@ -13,11 +13,16 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from dataclasses import replace
+from typing import Any, get_args
 
 from history_edits import BASE, HISTORIES, MEMORY
 from measure import ROOT
+from memory_encoders import EncoderKind
 from memory_study import ENCODERS, LABELS
+
+from mv2v_engine.config import TINY_EDIT, HistoryConfig
+from mv2v_engine.tokens.plan import turn_plan
 
 RESULTS = ROOT / "profiling" / "results"
 NOTHING = "not measured"
@@ -30,6 +35,7 @@ RANKINGS = {
     "random": "at random",
     "oracle": "*by an oracle*",
 }
+_RATE, _WINDOW = "2x2x2", (5, 12, 20)  # of edits
 # rows of history_edits.json that have a model of the base's own
 _EDITS = {"patches": "recent_2", "nothing": "independent", "all": MEMORY}
 
@@ -61,10 +67,11 @@ def _count(value: float | None, unit: float, digits: int) -> str:
 def _views(own: dict[str, Any], took: dict[str, Any]) -> list[str]:
     """Costs of a turn, decibels of a path that is taken again, consistency of a return."""
     encode = took.get("encode_flops")
+    encoded = "in the turn" if encode == 0 else _count(encode, 1e9, 3)
     return [
         _count(own.get("tokens"), 1, 0),
         _count(own.get("flops"), 1e9, 1),
-        "in the turn" if encode == 0 else _count(encode, 1e9, 3),
+        "" if own.get("tokens") == 0 else encoded,
         _count(took.get("kept_bytes"), 1e3, 0),
         interval(own.get("psnr"), 2),
         interval(own.get("return"), 4),
@@ -76,6 +83,13 @@ def _edits(own: dict[str, Any]) -> list[str]:
     return [interval(own.get("subject_error"), 3), interval(own.get("agreement"), 2)]
 
 
+def _tokens_with_whole() -> int:
+    """Tokens of an edit's four windows as one history, with its last latent frame whole."""
+    shape = replace(TINY_EDIT, history=HistoryConfig(rates=(_RATE,)))
+    plan = turn_plan(shape, _WINDOW, (2,) * 4, history=_RATE, history_frames=1, merge="off")
+    return plan.lengths_by_kind["memory"]
+
+
 def encoders_and_rankings() -> str:
     """Encoders of two videos that VideoFOV chose, then rankings of what patches are made of."""
     study, edits = read("memory_study.json"), read("history_edits.json")
@@ -83,23 +97,16 @@ def encoders_and_rankings() -> str:
     rows = []
     for name in ENCODERS:
         own, model = study.get(name, {}), edits.get(name, {})
+        views = _views(own.get("fov", {}), own.get("took", {}))
         of_edits = (
             ours.get(_EDITS["patches"], {}) if name == "patches" else model.get("history", {})
         )
         asked = interval(frames.get(name, {}).get("psnr"), 2)
-        rows.append(
-            [
-                LABELS[name],
-                *_views(own.get("fov", {}), own.get("took", {})),
-                asked,
-                *_edits(of_edits),
-            ]
-        )
-        whole = model.get(HISTORIES[1])
-        if whole:
-            rows.append(
-                [f"{LABELS[name]}, and the last frame whole", *[NOTHING] * 7, *_edits(whole)]
-            )
+        told = [NO_CAMERAS] * 3 if name in get_args(EncoderKind) else [asked, *_edits(of_edits)]
+        rows.append([LABELS[name], *views, *told])
+        if whole := model.get(HISTORIES[1]):
+            label, tokens = f"{LABELS[name]}, and the last frame whole", str(_tokens_with_whole())
+            rows.append([label, tokens, *[NOTHING] * 6, *_edits(whole)])
     patches = study.get("patches", {})
     took = patches.get("took", {})
     for name, label in RANKINGS.items():
@@ -107,7 +114,7 @@ def encoders_and_rankings() -> str:
             row = _views(patches.get(name, {}), took)
             rows.append([f"patches, {label}", *row, *[NO_CAMERAS] * 3])
     for name, label in (("nothing", "*nothing remembered*"), ("all", "*all of it, by rank*")):
-        row = _views(patches.get(name, {}), took)
+        row = _views(patches.get(name, {}), took if name == "all" else {"kept_bytes": 0})
         rows.append([label, *row, NOTHING, *_edits(ours.get(_EDITS[name], {}))])
     titles = (
         "memory",

@@ -208,7 +208,7 @@ class ViewHistorySampler(SceneSampler):
         return Batch(plan, latents, torch.stack(cameras), torch.stack(texts))
 
     def _sample(self, memory: int, targets: int, generator: torch.Generator) -> Tracks:
-        """As `SceneSampler`'s; a camera that returns does so to any of the videos."""
+        """Draw as `SceneSampler` does; a camera that returns does so to any of the videos."""
         sample = super()._sample(memory, targets, generator)
         if not self.recipe.revisited:
             return sample

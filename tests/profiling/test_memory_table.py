@@ -148,9 +148,11 @@ def test_long_edits_are_set_against_todays_memory(
         for line in memory_table.encoders_and_rankings().splitlines()[2:]
     }
     assert "| 2.500 [2.000, 3.000] | 2.50 [2.00, 3.00] |" in lines["TinyHistory"]
-    assert "| 1.500 [1.000, 2.000] |" in lines["TinyHistory, and the last frame whole"]
+    whole = lines["TinyHistory, and the last frame whole"]
+    # four windows of five frames, two of them and 4x4 cells a token, and 6x10 of one frame
+    assert "| 210 |" in whole and "| 1.500 [1.000, 2.000] |" in whole
     assert "| 8.500 [8.000, 9.000] |" in lines["*nothing remembered*"]
-    assert lines["a recurrent state"].count(memory_table.NOTHING) == 9
+    assert lines["a recurrent state"].count(memory_table.NOTHING) == 6
 
 
 def test_what_is_measured_stands_in_the_table(
