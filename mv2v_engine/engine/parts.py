@@ -341,6 +341,7 @@ class Parts:
             return self
         other = copy(self)
         other.sampling = sampling
+        other._check_history()
         return other
 
     @property
@@ -361,6 +362,11 @@ class Parts:
     def latent_shape(self) -> tuple[int, int, int, int]:
         """The latents of one window: channels, frames, rows, columns."""
         return self.vae.latent_shape(self.sampling.num_frames, self.sampling.size)
+
+    def _check_history(self) -> None:
+        """Refuse a rate that videos of this size do not fit, which a first turn would not meet."""
+        if self.history is not None:
+            self.plan_of(1)
 
     def _check(self) -> None:
         """Refuse parts that do not fit each other before a turn has been paid for."""
@@ -393,6 +399,7 @@ class Parts:
                 f"{name} has no history encoder{has}, got history={self.config.history!r}; leave "
                 "it out, or use weights of `training.history`"
             )
+        self._check_history()
         if self.scheduler == "flow_map" and not shape.has_end_time:
             raise RequestError(
                 f"scheduler flow_map takes the long steps of a flow map, which {name} is not: it "

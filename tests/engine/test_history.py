@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, cast
@@ -125,11 +126,25 @@ def test_what_is_refused(editor_folder: Path, tmp_path: Path, tiny_checkpoint: P
         EngineConfig(history="fine")
     with pytest.raises(RequestError, match="history_frames=2 are those of a history"):
         EngineConfig(history_frames=2)
-    rates = replace(HISTORY, rates=("4x4x2",))
-    coarse = save_tiny(tmp_path / "coarse", **EDITOR, history=rates)
-    session = configured(coarse, history="default").session(long_clip(10), cuts=())
-    with pytest.raises(RequestError, match=r"covers 8x8 latent cells, the video has 4x6"):
-        session.edit(PROMPT)
+    # before a first turn has been paid for, which remembers nothing yet
+    for rate, message in (
+        ("4x4x2", "covers 8x8 latent cells, the video has 4x6"),
+        ("2x2x4", "covers 4 latent frames, the history has 2"),
+    ):
+        rates = replace(HISTORY, rates=(rate,))
+        folder = save_tiny(tmp_path / rate, **EDITOR, history=rates)
+        with pytest.raises(RequestError, match=message):
+            configured(folder, history="default")
+    # nor is a session begun at a size of the model that is too small for it
+    own = editor_folder / "mv2v.json"
+    described = json.loads(own.read_text())
+    described["sampling"]["sizes"] = [[16, 16]]
+    small = tmp_path / "small"
+    shutil.copytree(editor_folder, small)
+    (small / own.name).write_text(json.dumps(described))
+    editor = configured(small, history="default")
+    with pytest.raises(RequestError, match="covers 4x4 latent cells, the video has 2x2"):
+        editor.session(long_clip(10), cuts=(), size=(16, 16))
 
 
 def test_latents_of_another_vae_are_no_memory(editor_folder: Path) -> None:
