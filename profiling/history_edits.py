@@ -1,7 +1,7 @@
 """Long edits with a history, by what encodes it, against today's memory on the same clips.
 
 `python profiling/history_edits.py --models both=FOLDER kernel=FOLDER ... --work runs/history_edits
-[--clips 20] [--out profiling/results/history_edits.json]`
+[--clips 16] [--out profiling/results/history_edits.json]`
 
 A folder is what `training.history --stage 2` writes. Clips, measures and rows are those of
 `run evaluate --task edit`: without memory, all windows in patches by rank, and two of them, of
@@ -70,7 +70,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--models", nargs="*", default=[], metavar="NAME=FOLDER")
     parser.add_argument("--work", type=Path, required=True)
-    parser.add_argument("--clips", type=int, default=20)
+    parser.add_argument("--clips", type=int, default=16)
     parser.add_argument("--grade", default="textured")
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()

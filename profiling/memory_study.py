@@ -53,7 +53,7 @@ from mv2v_engine import Engine
 from mv2v_engine.camera.trajectories import named_trajectory
 from mv2v_engine.checkpoints import load_checkpoint
 from mv2v_engine.checkpoints.load import Checkpoint
-from mv2v_engine.config import EngineConfig
+from mv2v_engine.config import EngineConfig, TransformerConfig
 from mv2v_engine.engine.request import Request
 from mv2v_engine.evaluation import bootstrap
 from mv2v_engine.evaluation.consistency import consistency, film, overlap
@@ -108,7 +108,12 @@ class PatchSampler(SceneSampler):
 
 
 def plan_of(
-    encoder: str, shape: Any, grid: tuple[int, int, int], count: int, *, by_rank: bool = False
+    encoder: str,
+    shape: TransformerConfig,
+    grid: tuple[int, int, int],
+    count: int,
+    *,
+    by_rank: bool = False,
 ) -> TokenPlan:
     """The plan of a turn that remembers some videos. by_rank: as many as there are ranks for."""
     if encoder != "patches":
@@ -390,10 +395,10 @@ def main() -> None:
     parser.add_argument("--latents", type=Path, nargs="+", required=True)
     parser.add_argument("--work", type=Path, required=True, help="where trainings lie")
     parser.add_argument("--encoders", nargs="+", choices=ENCODERS, default=ENCODERS)
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=320)
     parser.add_argument("--batch", type=int, default=4)
     parser.add_argument("--learning-rate", type=float, default=1e-3)
-    parser.add_argument("--worlds", type=int, default=24)
+    parser.add_argument("--worlds", type=int, default=16)
     parser.add_argument("--first-world", type=int, default=FIRST_SCENE)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--picture", type=Path)
